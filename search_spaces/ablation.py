@@ -1,0 +1,78 @@
+"""Does distillation help a small network, and which kind, under which stem?
+
+Question: ResNet-50 to ResNet-18, stem x method x temperature; two arms that are compared differ in one factor.
+Source: Hinton et al. 2015 (logit); FitNets-like stage features with a cosine term (feature).
+Command: python -m tune_kd run ablation [--scale paper|laptop|smoke] [--data cifar10]
+Cost: paper is a study for GPUs; laptop takes minutes on two cores; smoke shows every stage in under one.
+"""
+
+from dataclasses import replace
+
+from tune_kd.study import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
+
+
+def study() -> Study:
+    """The study at paper scale: full networks, all of CIFAR-10, five fresh seeds."""
+    temperatures = (1.0, 2.0, 4.0, 8.0, 16.0)
+    return Study(
+        name="ablation",
+        question="Under what conditions does knowledge distillation help a small network, and which kind?",
+        factors=(
+            Factor("stem", ("imagenet", "cifar")),
+            Factor("method", ("none", "logit", "feature")),
+            Factor("temperature", temperatures),
+        ),
+        cell=Cell(student="resnet18", teacher="resnet50", alpha=0.5, beta=0.5),
+        control="none",
+        reference=(("temperature", 4.0),),
+        contrasts=(
+            Compare("method", "logit", "none"),
+            Compare("method", "feature", "none"),
+            Compare("method", "logit", "feature"),
+            *(Compare("temperature", level, 4.0) for level in temperatures if level != 4.0),
+        ),
+        moderator="stem",
+        scale="paper",
+        data=(Data("cifar10"),),
+        recipe=Recipe(epochs=100, batch_size=128, lr=0.1),
+        teacher_recipe=Recipe(epochs=200, batch_size=128, lr=0.1),
+        screen=Screen(seed=0, grace=10, reduction=3, margin=0.005),
+        confirm=Confirm(seeds=(1, 2, 3, 4, 5)),
+    )
+
+
+def laptop() -> Study:
+    """Every stage in minutes on two cores: networks of 1/8 width on scikit-learn's digits, three seeds."""
+    paper = study()
+    return replace(
+        paper,
+        scale="laptop",
+        data=(Data("digits"), Data("cifar10", train=4000, validation=1000, test=2000)),
+        cell=replace(paper.cell, width=0.125),
+        recipe=Recipe(epochs=8, batch_size=32, lr=0.05),
+        teacher_recipe=Recipe(epochs=16, batch_size=32, lr=0.05),
+        screen=Screen(seed=0, grace=2, reduction=2, margin=0.02),
+        confirm=Confirm(seeds=(1, 2, 3)),
+        deviation=0.005,
+        rate=2e10,
+    )
+
+
+def smoke() -> Study:
+    """Every stage in seconds, to see that an installation works. Its numbers mean nothing."""
+    base = laptop()
+    return replace(
+        base,
+        scale="smoke",
+        data=(Data("digits", train=200, validation=50, test=50), Data("cifar10", train=200, validation=50, test=50)),
+        factors=(base.factors[0], base.factors[1], Factor("temperature", (2.0, 4.0))),
+        contrasts=(*base.contrasts[:3], Compare("temperature", 2.0, 4.0)),
+        cell=replace(base.cell, width=0.0625),
+        recipe=replace(base.recipe, epochs=2),
+        teacher_recipe=replace(base.teacher_recipe, epochs=2),
+        screen=replace(base.screen, grace=1),
+        confirm=Confirm(seeds=(1,)),
+    )
+
+
+SCALES = {"paper": study, "laptop": laptop, "smoke": smoke}

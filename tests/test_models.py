@@ -1,0 +1,332 @@
+"""Networks: their sizes, where their initial weights come from, and the features that KD compares."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from tune_kd import models
+from tune_kd.study import Mistake
+
+
+def small(**changes):
+    settings = {"stem": "cifar", "classes": 10, "width": 0.125, "seed": 0} | changes
+    return models.build(settings.pop("architecture", "resnet18"), **settings)
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "stem", "count"),
+    [
+        ("resnet50", "cifar", 23_520_842),
+        ("resnet18", "cifar", 11_173_962),
+        ("resnet50", "imagenet", 23_528_522),
+        ("resnet18", "imagenet", 11_181_642),
+    ],
+)
+def test_the_study_networks_have_their_known_sizes(architecture, stem, count):
+    assert models.parameter_count(models.build(architecture, stem=stem, classes=10, seed=0)) == count
+
+
+def test_frozen_parameters_are_not_counted():
+    net = small()
+    count = models.parameter_count(net)
+    net.fc.requires_grad_(False)
+    assert models.parameter_count(net) == count - net.fc.weight.numel() - net.fc.bias.numel()
+
+
+@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+def test_standard_width_is_torchvision_structure(architecture):
+    ours = models._blueprint(architecture, stem="imagenet", classes=7, width=1.0)
+    with torch.device("meta"):
+        theirs = torchvision.models.get_model(architecture, weights=None, num_classes=7)
+    assert repr(ours) == repr(theirs)
+
+
+@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("width", "planes"),
+    [
+        (1.0, (64, 128, 256, 512)),
+        (0.125, (8, 16, 32, 64)),
+        (0.3, (19, 38, 77, 154)),
+        (0.001, (1, 1, 1, 1)),
+        (2.0, (128, 256, 512, 1024)),
+    ],
+)
+def test_width_scales_stem_and_all_stages_to_the_nearest_whole_channel(architecture, width, planes):
+    net = models._blueprint(architecture, stem="cifar", classes=10, width=width)
+    expansion = 1 if architecture in ("resnet18", "resnet34") else 4
+    assert net.conv1.out_channels == planes[0]
+    assert models.feature_channels(net) == tuple(expansion * count for count in planes)
+
+
+@pytest.mark.parametrize(("stem", "first"), [("cifar", 32), ("imagenet", 8)])
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
+def test_features_are_the_four_stages_that_halve_in_size(architecture, stem, first):
+    net = small(architecture=architecture, stem=stem)
+    _, features = models.forward_with_features(net, torch.rand(2, 3, 32, 32))
+    sizes = [(2, c, first // 2**i, first // 2**i) for i, c in enumerate(models.feature_channels(net))]
+    assert [tuple(stage.shape) for stage in features] == sizes
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("stem", models.STEMS)
+def test_logits_beside_features_are_exactly_those_of_the_network(stem, training):
+    net = small(stem=stem).train(training)
+    images = torch.rand(4, 3, 32, 32)
+    expected = net(images)
+    logits, _ = models.forward_with_features(net, images)
+    assert torch.equal(logits, expected)
+
+
+def test_returned_features_are_what_the_stages_put_out():
+    # Guards against a later in-place ReLU or addition writing into a feature that was handed out.
+    net = small().eval()
+    seen = []
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        stage.register_forward_hook(lambda module, arguments, output: seen.append(output.clone()))
+    _, features = models.forward_with_features(net, torch.rand(2, 3, 32, 32))
+    assert all(torch.equal(feature, output) for feature, output in zip(features, seen, strict=True))
+
+
+def test_a_seed_gives_the_same_weights_whatever_was_drawn_before():
+    torch.manual_seed(1)
+    first = small(seed=5)
+    torch.manual_seed(2)
+    torch.rand(7)
+    assert same_weights(first, small(seed=5))
+    assert same_weights(first, small(seed=np.int64(5)))
+
+
+def test_seeds_give_different_weights():
+    assert not same_weights(small(seed=5), small(seed=6))
+
+
+def test_the_weights_of_a_seed_are_pinned():
+    # An id of a trial does not hold what a seed draws, so a change of the stream would mix two populations.
+    net = small(seed=0)
+    drawn = [net.conv1.weight[0, 0, 0, 0].item(), net.fc.weight[0, 0].item()]
+    assert drawn == pytest.approx([-0.15533717, 0.0019571036], rel=1e-5)
+
+
+def test_building_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    net = small()
+    models.projections(models.feature_channels(net), (8, 16, 32, 64), seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("stem", models.STEMS)
+def test_initialisation_is_torchvision_scheme(stem):
+    net = models.build("resnet18", stem=stem, classes=1000, seed=0)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
+            scaled = module.weight * (fan_out / 2) ** 0.5
+            # A sample of n normal draws has a deviation of 1 within 1/sqrt(2n); five of those.
+            assert scaled.std().item() == pytest.approx(1, abs=5 / (2 * scaled.numel()) ** 0.5)
+            assert scaled.mean().item() == pytest.approx(0, abs=5 / scaled.numel() ** 0.5)
+        elif isinstance(module, nn.BatchNorm2d):
+            ones, zeros = torch.ones(module.num_features), torch.zeros(module.num_features)
+            assert torch.equal(module.weight, ones) and torch.equal(module.bias, zeros)
+            assert torch.equal(module.running_mean, zeros) and torch.equal(module.running_var, ones)
+            assert module.num_batches_tracked == 0
+    bound = 512**-0.5
+    assert 0.99 * bound < net.fc.weight.abs().max() <= bound
+    assert 0 < net.fc.bias.abs().max() <= bound
+
+
+def test_projections_have_no_bias_and_map_student_channels_to_teacher_channels():
+    ours = models.projections((8, 16, 32, 64), (32, 64, 128, 256), seed=3)
+    assert [tuple(p.weight.shape) for p in ours] == [
+        (32, 8, 1, 1),
+        (64, 16, 1, 1),
+        (128, 32, 1, 1),
+        (256, 64, 1, 1),
+    ]
+    assert all(p.bias is None for p in ours)
+    torch.rand(3)
+    assert same_weights(ours, models.projections((8, 16, 32, 64), (32, 64, 128, 256), seed=3))
+    assert not same_weights(ours, models.projections((8, 16, 32, 64), (32, 64, 128, 256), seed=4))
+
+
+def test_projections_of_different_numbers_of_stages_are_refused():
+    with pytest.raises(Mistake, match=r"teacher_channels has 1 stages; student_channels has 2"):
+        models.projections((8, 16), (32,), seed=0)
+
+
+def test_the_streams_of_network_and_projections_differ():
+    # With one stream for both, the first projection would repeat the first draws of the stem.
+    with models._stream("network", 0):
+        network = torch.rand(8)
+    with models._stream("projections", 0):
+        assert not torch.equal(torch.rand(8), network)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "resnet19"}, "architecture is 'resnet19'; allowed: resnet18, resnet34"),
+        ({"stem": "mnist"}, "stem is 'mnist'; allowed: imagenet, cifar"),
+        ({"weights": "mine"}, "weights is 'mine'; allowed: none, imagenet"),
+        ({"classes": 0}, "classes is 0; allowed: 1 and more"),
+        ({"width": 0.0}, "width is 0.0; allowed: finite numbers above 0"),
+        ({"width": float("nan")}, "width is nan; allowed: finite numbers above 0"),
+        ({"weights": "imagenet"}, "width is 0.125; allowed with weights 'imagenet': 1"),
+    ],
+)
+def test_an_argument_that_is_not_allowed_is_named(changes, message):
+    with pytest.raises(ValueError) as caught:
+        small(**changes)
+    assert message in str(caught.value)
+
+
+def test_all_wrong_arguments_are_reported_at_once():
+    with pytest.raises(Mistake) as caught:
+        small(architecture="vgg", stem="mnist", weights="mine", width=-1)
+    assert len(caught.value.problems) == 4
+
+
+def test_importing_models_does_not_import_torchvision():
+    # Reading results should not wait seconds for it.
+    code = "import sys, tune_kd.models; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture
+def torch_home(tmp_path, monkeypatch) -> Path:
+    """A place of its own for weights, and no network: nothing listens on port 1."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setattr(models, "imagenet_url", lambda name: f"http://127.0.0.1:1/{name}-0123abcd.pth")
+    return tmp_path
+
+
+def save(state) -> Path:
+    file = models.imagenet_file("resnet18")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def published() -> dict[str, torch.Tensor]:
+    """Random weights in the form of torchvision's file, which has no batch counters."""
+    net = torchvision.models.resnet18(weights=None)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            module.running_mean.normal_()
+    return {name: v for name, v in net.state_dict().items() if not name.endswith("num_batches_tracked")}
+
+
+def test_the_file_of_torchvision_is_looked_for_where_torch_hub_keeps_it():
+    place = Path(torch.hub.get_dir()) / "checkpoints" / "resnet18-f37072fd.pth"
+    assert models.imagenet_file("resnet18") == place
+
+
+@pytest.mark.parametrize(
+    ("stem", "classes", "fresh"),
+    [
+        ("cifar", 10, {"conv1.weight", "fc.weight", "fc.bias"}),
+        ("imagenet", 10, {"fc.weight", "fc.bias"}),
+        ("imagenet", 1000, set()),
+    ],
+)
+def test_imagenet_weights_replace_all_but_what_has_another_form(torch_home, published, stem, classes, fresh):
+    save(published)
+    from_scratch = models.build("resnet18", stem=stem, classes=classes, seed=4).state_dict()
+    net = models.build("resnet18", stem=stem, classes=classes, weights="imagenet", seed=4)
+    state = net.state_dict()
+    for name in published:
+        assert torch.equal(state[name], from_scratch[name] if name in fresh else published[name]), name
+
+
+def test_batch_counters_in_the_file_are_accepted(torch_home, published):
+    save(torchvision.models.resnet18(weights=None).state_dict())
+    models.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
+
+
+def test_without_network_the_message_says_which_file_to_put_where(torch_home):
+    with pytest.raises(Mistake) as caught:
+        models.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
+    file = torch_home / "hub" / "checkpoints" / "resnet18-0123abcd.pth"
+    message = str(caught.value)
+    assert "could not be fetched from http://127.0.0.1:1/" in message
+    assert f"get {file.name} on a machine that can, and put it at {file}" in message
+    assert not list(file.parent.iterdir())
+
+
+def test_a_download_is_kept_only_if_its_hash_is_that_of_its_name(torch_home, monkeypatch):
+    content = b"weights"
+    source = torch_home / "published"
+    source.write_bytes(content)
+    right = hashlib.sha256(content).hexdigest()[:8]
+
+    def url(architecture: str) -> str:
+        # A file: URL whose name carries the hash, as torchvision's do.
+        link = torch_home / f"{architecture}-{right if architecture == 'resnet18' else '00000000'}.pth"
+        link.write_bytes(content)
+        return link.as_uri()
+
+    monkeypatch.setattr(models, "imagenet_url", url)
+    assert models.fetch_imagenet("resnet18").read_bytes() == content
+    with pytest.raises(Mistake, match="invalid hash value"):
+        models.fetch_imagenet("resnet34")
+    assert not models.imagenet_file("resnet34").exists()
+
+
+def test_a_file_that_is_there_is_not_fetched(torch_home, published):
+    file = save(published)
+    assert models.fetch_imagenet("resnet18") == file
+
+
+def without(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda state: without(state, "bn1.bias"),
+            "lacks weights of resnet18: 1 of them, the first being bn1.bias",
+        ),
+        (
+            lambda state: state | {"extra": torch.ones(1)},
+            "that resnet18 does not have: 1 of them, the first being extra",
+        ),
+        (
+            lambda state: state | {"bn1.bias": torch.ones(3)},
+            "another shape than resnet18's: 1 of them, the first being bn1.bias (got (3,), expected (64,))",
+        ),
+        (lambda state: torch.ones(3), "holds a Tensor; expected a dict of tensors by name"),
+        (lambda state: state | {"bn1.bias": Path("x")}, "cannot be read as weights (UnpicklingError)"),
+    ],
+)
+def test_a_file_of_another_form_is_named_with_what_is_wrong(torch_home, published, damage, message):
+    file = save(damage(published))
+    with pytest.raises(Mistake) as caught:
+        models.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
+    assert message in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 a damaged archive"])
+def test_an_unreadable_file_is_named(torch_home, published, content):
+    file = save(published)
+    file.write_bytes(content)
+    with pytest.raises(Mistake, match="cannot be read as weights") as caught:
+        models.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
+    assert str(file) in str(caught.value)

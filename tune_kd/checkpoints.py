@@ -1,0 +1,65 @@
+"""State of unfinished trials, by trial id: atomic, verified, without pickle.
+
+A checkpoint is one safetensors file whose name carries the epoch and the digest of its bytes, so that one rename
+publishes both. The one before is kept. A file that does not match its name is set aside, and the one before is used.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from tune_kd.storage import publish
+
+KEPT = 2  # generations
+_NOTES = "notes"
+
+
+def pack(tensors: dict[str, Tensor], notes: dict[str, Any]) -> bytes:
+    """Tensors and JSON notes as one safetensors file."""
+    plain = {name: tensor.detach().to("cpu", memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return save_tensors(plain, metadata={_NOTES: json.dumps(notes)})
+
+
+def unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The inverse of `pack`."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return load_tensors(data), json.loads(header["__metadata__"][_NOTES])
+
+
+class Checkpoints:
+    """The checkpoints of one trial, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def save(self, epoch: int, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+        """Publish a state; it survives a kill at any moment."""
+        data = pack(tensors, notes)
+        digest = hashlib.sha256(data).hexdigest()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        publish(self._folder / f"{epoch:06d}-{digest}.safetensors", data)
+        for old in self._published()[KEPT:]:
+            old.unlink()
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest state that is whole, or null where there is none."""
+        for path in self._published():
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() == path.stem.partition("-")[2]:
+                return unpack(data)
+            path.rename(path.with_suffix(".damaged"))
+        return None
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _published(self) -> list[Path]:
+        """Whole names, newest first. The epoch decides, not the clock."""
+        return sorted(self._folder.glob("[0-9]*.safetensors"), reverse=True)

@@ -1,0 +1,314 @@
+"""Data sets as uint8 tensors, their split, and the views (crops and flips) that an epoch draws.
+
+A data set is a function of its source, the sizes asked for and `split_seed`; a view is a function of seed
+and epoch. Neither knows the arm, so arms at one seed see the same images under the same crops.
+
+Axes: B or N images, 3 channels, H rows, W columns.
+"""
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tune_kd.cifar import load_pixels
+from tune_kd.pictures import Pixels
+from tune_kd.study import Mistake
+
+NAMES = ("digits", "cifar10")
+
+# Of the 50,000 training images, in [0, 1]. The deviations are those over all pixels; the 0.2023, 0.1994,
+# 0.2010 that also circulate are means of per-image deviations.
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+CIFAR10_SIZES = (50_000, 10_000)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One part of a data set."""
+
+    images: Tensor  # uint8 [N, 3, H, W], raw pixels
+    labels: Tensor  # int64 [N], positions in DataSet.classes
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """Everything that a network is shown, and the rule by which it is shown."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    validation: Split
+    test: Split
+    mean: tuple[float, float, float]  # per channel, of training pixels in [0, 1]
+    std: tuple[float, float, float]  # per channel, of training pixels in [0, 1]
+    pad: int  # zero pixels added on each side before the crop, so shifts of at most this many pixels
+    flip: bool  # whether views may be mirrored
+    upsample: int  # factor by which images are enlarged after augmentation
+    digest: str  # SHA-256 (64 hexadecimal digits) over all of the above but the names
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """The draw of one epoch in training order: entry i is how the i-th image of the epoch is shown."""
+
+    order: Tensor  # int64 [N], positions in the training split
+    top: Tensor  # int64 [N], first row of the crop in the padded image, 0 to 2 * pad
+    left: Tensor  # int64 [N], first column of the crop in the padded image, 0 to 2 * pad
+    flip: Tensor  # bool [N], whether the crop is mirrored
+
+
+def _to_stderr(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+def load(
+    name: str,
+    folder: Path | None = None,
+    *,
+    train: int | None = None,
+    validation: int | None = None,
+    test: int | None = None,
+    split_seed: int = 0,
+    cache: Path | None = None,
+    say: Callable[[str], None] = _to_stderr,
+    progress: bool = True,
+) -> DataSet:
+    """Load the data set `name` (one of NAMES), split it, and keep as many images of each part as asked for.
+
+    `train`, `validation` and `test` are sizes in images; None keeps the whole part. A smaller part is
+    balanced over the classes, fixed by `split_seed`, and contained in every larger one. `folder` is where
+    CIFAR-10 is or shall be (see `tune_kd.cifar.load_pixels`); digits ship with scikit-learn. `cache` is the
+    folder for decoded images. `say` receives sentences for the user; `progress` shows bars on a terminal.
+
+    Raises `Mistake` for an unknown name, impossible sizes, and data that are missing, cut or damaged.
+    """
+    wanted = {"train": train, "validation": validation, "test": test}
+    problems = [f"{part}: {size} is not a number of images; give 1 or more" for part, size in wanted.items()
+                if size is not None and size < 1]  # fmt: skip
+    if name not in NAMES:
+        problems.insert(0, f"data: there is no data set {name!r}; choose one of {', '.join(NAMES)}")
+    if problems:
+        raise Mistake(*problems)
+    if name == "digits":
+        if folder is not None:
+            say(f"The digits come with scikit-learn: {folder} is not read.")
+        return _digits(wanted, split_seed)
+    pixels = load_pixels(folder, cache=cache, say=say, progress=progress)
+    return _cifar10(pixels, wanted, split_seed, say)
+
+
+def _digits(wanted: dict[str, int | None], split_seed: int) -> DataSet:
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # here: it takes a second
+
+    bunch = load_digits()
+    grey = torch.from_numpy(bunch.images).to(torch.int64)  # [N, 8, 8], 0 to 16
+    images = ((grey * 255 + 8) // 16).to(torch.uint8).unsqueeze(1).repeat(1, 3, 1, 1)
+    labels = torch.from_numpy(bunch.target).to(torch.int64)
+
+    ranks = _ranks("split", labels, split_seed)
+    fifths = ((2 * labels.bincount() + 5) // 10)[labels]
+    parts = _sized(
+        {
+            "train": (images, labels, ranks, ranks >= 2 * fifths),
+            "validation": (images, labels, ranks, ranks < fifths),
+            "test": (images, labels, ranks, (ranks >= fifths) & (ranks < 2 * fifths)),
+        },
+        wanted,
+    )
+    mean, std = _statistics(parts["train"].images)
+    classes = tuple(str(digit) for digit in range(10))
+    return _finished("digits", classes, parts, mean, std, pad=1, flip=False, upsample=2)
+
+
+def _cifar10(
+    pixels: Pixels, wanted: dict[str, int | None], split_seed: int, say: Callable[[str], None]
+) -> DataSet:
+    found = (len(pixels.train_labels), len(pixels.test_labels))
+    if found != CIFAR10_SIZES or len(pixels.classes) != 10:
+        say(
+            f"This is not all of CIFAR-10: {found[0]} training and {found[1]} test images "
+            f"of {len(pixels.classes)} classes, where 50000 and 10000 of 10 were expected."
+        )
+    images, labels = pixels.train_images, pixels.train_labels
+    ranks = _ranks("split", labels, split_seed)
+    tenths = ((labels.bincount() + 5) // 10).clamp(min=1)[labels]  # 500 of 5,000 a class: 45,000 and 5,000
+    test_ranks = _ranks("test", pixels.test_labels, split_seed)
+    parts = _sized(
+        {
+            "train": (images, labels, ranks, ranks >= tenths),
+            "validation": (images, labels, ranks, ranks < tenths),
+            "test": (pixels.test_images, pixels.test_labels, test_ranks, test_ranks >= 0),
+        },
+        wanted,
+    )
+    return _finished(
+        "cifar10", pixels.classes, parts, CIFAR10_MEAN, CIFAR10_STD, pad=4, flip=True, upsample=1
+    )
+
+
+def _ranks(stream: str, labels: Tensor, seed: int) -> Tensor:
+    """Position of each image among those of its class after a shuffle of its own, int64 [N].
+
+    Splits and subsets are cuts through these ranks: stratified, disjoint and nested by construction.
+    """
+    shuffled = torch.randperm(len(labels), generator=_generator(stream, seed))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    counts = labels.bincount()
+    firsts = counts.cumsum(0) - counts
+    ranks = torch.empty_like(labels)
+    ranks[by_class] = torch.arange(len(labels)) - firsts[labels[by_class]]
+    return ranks
+
+
+def _sized(
+    parts: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], wanted: dict[str, int | None]
+) -> dict[str, Split]:
+    """Cut each part (images, labels, ranks, membership) to the size asked for, or name all sizes that fail."""
+    problems = []
+    for part, (_, labels, _, member) in parts.items():
+        size, most, classes = wanted[part], int(member.sum()), int(labels.max()) + 1
+        if size is not None and size > most:
+            problems.append(f"{part}: {size} images were asked for, and there are at most {most}")
+        elif size is not None and size < classes:
+            problems.append(
+                f"{part}: {size} images are fewer than one for each of {classes} classes; "
+                f"give {classes} to {most}"
+            )
+    if problems:
+        raise Mistake(*problems)
+
+    def cut(images: Tensor, labels: Tensor, ranks: Tensor, member: Tensor, size: int | None) -> Split:
+        members = member.nonzero().squeeze(1)
+        # The first of every class, then the second of every class, and so on.
+        round_robin = (ranks * (labels.max() + 1) + labels)[members].argsort()
+        kept = members[round_robin[:size]].sort().values
+        return Split(images[kept], labels[kept])
+
+    return {part: cut(*tensors, wanted[part]) for part, tensors in parts.items()}
+
+
+def _statistics(images: Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of each channel in [0, 1], to four digits.
+
+    From integer sums, so that no machine's rounding gets into the digest.
+    """
+    means, deviations = [], []
+    for channel in range(3):
+        counts = images[:, channel].flatten().to(torch.int64).bincount().tolist()
+        n = sum(counts)
+        first = sum(count * value for value, count in enumerate(counts))
+        second = sum(count * value * value for value, count in enumerate(counts))
+        means.append(round(first / (255 * n), 4))
+        deviations.append(round(math.sqrt(n * second - first * first) / (255 * n), 4))
+    return (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2])
+
+
+def _finished(
+    name: str,
+    classes: tuple[str, ...],
+    parts: dict[str, Split],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    *,
+    pad: int,
+    flip: bool,
+    upsample: int,
+) -> DataSet:
+    rule = {
+        "layout": 1,
+        "classes": len(classes),
+        "shapes": [list(part.images.shape) for part in parts.values()],
+        "mean": mean,
+        "std": std,
+        "pad": pad,
+        "flip": flip,
+        "upsample": upsample,
+    }
+    digest = hashlib.sha256(json.dumps(rule, sort_keys=True).encode())
+    for part in parts.values():
+        digest.update(part.images.numpy().reshape(-1).data)
+        digest.update(part.labels.numpy().astype("<i8").data)
+    return DataSet(
+        name, classes, parts["train"], parts["validation"], parts["test"],
+        mean, std, pad, flip, upsample, digest.hexdigest(),
+    )  # fmt: skip
+
+
+def _generator(stream: str, *numbers: int) -> torch.Generator:
+    """A CPU generator for one named stream.
+
+    PyTorch keeps 32 bits of a CPU generator's seed. Hashing spreads the streams over them: among a
+    thousand streams two coincide with a probability of 0.0001, and then two unrelated draws are equal.
+    """
+    name = "/".join([stream, *map(str, numbers)])
+    generator = torch.Generator(device="cpu")
+    generator.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
+    return generator
+
+
+def draw_views(seed: int, epoch: int, count: int, *, pad: int, flip: bool) -> Views:
+    """Draw order, crops and flips of one epoch over `count` images: four CPU tensors of shape [count].
+
+    A function of its arguments alone: the global generator is neither read nor moved. Order, offsets and
+    flips use the random numbers in a way that `pad` and `flip` do not shift: the order is the same under
+    any augmentation, and so are the flips under any `pad`.
+
+    Raises `ValueError` for a negative `count` or `pad`.
+    """
+    if count < 0 or pad < 0:
+        raise ValueError(f"count and pad must be 0 or more, not {count} and {pad}")
+    order = torch.randperm(count, generator=_generator("order", seed, epoch), device="cpu")
+    generator = _generator("augmentation", seed, epoch)
+    top = torch.randint(0, 2 * pad + 1, (count,), generator=generator, device="cpu")
+    left = torch.randint(0, 2 * pad + 1, (count,), generator=generator, device="cpu")
+    mirrored = torch.randint(0, 2, (count,), generator=generator, device="cpu").bool()
+    return Views(order, top, left, mirrored if flip else torch.zeros_like(mirrored))
+
+
+def crop(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int) -> Tensor:
+    """Pad with `pad` zero pixels, cut to the old size at (top, left), and mirror where `flip` says so.
+
+    `images` uint8 [B, 3, H, W] on any device; `top`, `left` int64 [B] in 0 to 2 * pad and `flip` bool [B],
+    moved to that device. Returns uint8 [B, 3, H, W]. Equal to torchvision's pad, crop and hflip.
+    """
+    device = images.device
+    batch, channels, height, width = images.shape
+    padded = F.pad(images, [pad] * 4)
+    rows = top.to(device)[:, None] + torch.arange(height, device=device)
+    columns = left.to(device)[:, None] + torch.arange(width, device=device)
+    columns = torch.where(flip.to(device)[:, None], columns.flip(1), columns)
+    # One gather over flattened pixels: several times faster on CPU than indexing rows and columns apart.
+    where = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).view(batch, 1, height * width)
+    chosen = padded.view(batch, channels, -1).gather(2, where.expand(-1, channels, -1))
+    return chosen.view(batch, channels, height, width)
+
+
+@lru_cache(maxsize=16)
+def _per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    # Kept, because making a tensor on a GPU from Python numbers waits for the GPU in every batch. Not an
+    # inference tensor even when evaluation makes it first: training could not use that one.
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+
+
+def prepare(images: Tensor, data: DataSet) -> Tensor:
+    """Scale to [0, 1], normalise each channel by the data set's mean and std, then enlarge.
+
+    uint8 [B, 3, H, W] to float32 [B, 3, H * upsample, W * upsample] on the same device. Each pixel becomes
+    a square of equal pixels: nothing is interpolated.
+    """
+    mean, std = _per_channel(data.mean, images.device), _per_channel(data.std, images.device)
+    pixels = (images.to(torch.float32) / 255 - mean) / std
+    if data.upsample == 1:
+        return pixels
+    return F.interpolate(pixels, scale_factor=data.upsample, mode="nearest")

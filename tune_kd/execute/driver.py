@@ -1,0 +1,290 @@
+"""The driver's side of a run: which trial is next, what is committed, what the schedule decides.
+
+Everything that happens to a trial passes through here, one call at a time, whoever runs it: `next`, `on_epoch`,
+`on_end`. A row is committed before it counts for anyone. After a kill a new driver on the same ledger goes on.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from tune_kd.checkpoints import Checkpoints
+from tune_kd.execute.worker import Failure, Task, Workplace
+from tune_kd.plan import Plan
+from tune_kd.records import DECISIONS, TRIALS, Ledger, Row
+from tune_kd.schedule import Schedule
+from tune_kd.trial import Decision, Epoch, Trial
+
+MAX_ATTEMPTS = 3
+TABLES_AFTER_END = 5.0  # seconds: tables are made at most this often when trials end
+TABLES_EVERY = 30.0  # seconds: tables are made at least this often
+ENDED = ("completed", "stopped", "failed", "blocked")
+
+
+class Driver:
+    """The state of one run. Not thread-safe: one caller."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        run: str,
+        folder: Path,
+        ledger: Ledger,
+        place: Workplace,
+        *,
+        cpus: float,
+        gpus: float,
+        max_concurrent: int | None = None,
+        keep_checkpoints: bool = False,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.plan = plan
+        self.rows: dict[str, Row] = {}
+        self.stopping = False  # set from outside: no new trials, the running ones leave at their next epoch
+        self._run = run
+        self._folder = folder
+        self._ledger = ledger
+        self._place = place
+        self._cpus = cpus
+        self._gpus = gpus
+        self._max_concurrent = max_concurrent
+        self._keep_checkpoints = keep_checkpoints
+        self._say = say
+        self._trials = {trial.trial_id: trial for trial in plan.trials}
+        self._waiting = list(plan.trials)
+        self._screen = {trial.arm: trial.trial_id for trial in plan.trials if trial.phase == "screen"}
+        self._immune = {arm.name for arm in plan.arms if arm.immune}
+        self._schedule = Schedule(plan.study.screen, {arm.name: arm.cell for arm in plan.arms}, self._immune)
+        self._admitted: set[str] = set()  # trial ids of tasks that are not over
+        self._began: dict[str, float] = {}  # trial id -> monotonic time at which its attempt began
+        self._tables_at = 0.0
+        self._tables_due = True
+        self._take_over()
+        self.tick()
+
+    # What runs trials calls these.
+
+    def next(self) -> Task | None:
+        """A task that is ready and may start now; null while there is none."""
+        if self.stopping or (self._max_concurrent is not None and len(self._admitted) >= self._max_concurrent):
+            return None
+        for trial in self._waiting:
+            if self._ready(trial):
+                self._waiting.remove(trial)
+                self._admitted.add(trial.trial_id)
+                row = self.rows[trial.trial_id]
+                gpus = self._gpus if row["gpu_fraction"] is None else row["gpu_fraction"]
+                return Task(trial, row["attempts"] + 1, row["epochs_run"], self._cpus, gpus)
+        return None
+
+    def on_start(self, task: Task) -> None:
+        """Note that an admitted task has its place and begins."""
+        row = self.rows[task.trial.trial_id]
+        row["status"] = "running"
+        row["attempts"] = task.attempt
+        row["started"] = row["started"] or time.time()
+        row["gpu_fraction"], row["threads"] = task.gpus, task.threads
+        self._ledger.put(TRIALS, row)
+        self._began[task.trial.trial_id] = time.monotonic()
+
+    @property
+    def finished(self) -> bool:
+        """Whether no trial will start any more, apart from those that are running."""
+        return self.stopping or not self._waiting
+
+    def on_epoch(self, trial_id: str, epoch: Epoch, host: str) -> bool:
+        """Commit an epoch, then ask the schedule. Returns whether the trial goes on."""
+        trial, row = self._trials[trial_id], self.rows[trial_id]
+        if row["status"] != "running":
+            return False  # a report that was under way when the trial was ended
+        with self._ledger.transaction():
+            kept = {key: value for key, value in asdict(epoch).items() if key != "outcome"}
+            state = self._ledger.add_epoch(
+                {"run": self._run, "trial_id": trial_id, "attempt": row["attempts"], **kept}
+            )
+            if state == "different":
+                note = f"epoch {epoch.epoch} computed again differs from its record (attempt {row['attempts']})"
+                row["error"] = "; ".join(filter(None, [row["error"], note]))
+            if state == "new":
+                row["epochs_run"] = epoch.epoch
+                row["val_accuracy"] = epoch.val_accuracy
+                if row["val_accuracy_best"] is None or epoch.val_accuracy > row["val_accuracy_best"]:
+                    row["val_accuracy_best"], row["best_epoch"] = epoch.val_accuracy, epoch.epoch
+                row["train_seconds"] = (row["train_seconds"] or 0.0) + epoch.seconds
+            row["host"] = host
+            decision = self._schedule.report(trial, epoch.epoch, epoch.val_accuracy)
+            if decision is not None:
+                self._ledger.put(DECISIONS, {"run": self._run, **asdict(decision)})
+            if epoch.outcome is not None:
+                row.update({key: value for key, value in asdict(epoch.outcome).items() if key in row})
+                self._end(trial, "completed")
+            elif decision is not None and decision.action == "stop":
+                self._end(trial, "stopped", "asha")
+                self._cancel_confirmation(trial.arm, decision)
+            else:
+                self._ledger.put(TRIALS, row)
+        self._tell(trial, decision)
+        self.tick()
+        return row["status"] == "running" and not self.stopping
+
+    def on_end(self, trial_id: str, failure: Failure | None) -> None:
+        """Note that an attempt is over. Without a failure it ended because `on_epoch` said so."""
+        trial, row = self._trials[trial_id], self.rows[trial_id]
+        self._admitted.discard(trial_id)
+        if row["status"] in ENDED:
+            return
+        self._count_time(trial_id)
+        if self.stopping:  # to be resumed, whatever the haste did to it
+            self._waiting.append(trial)
+            self._ledger.put(TRIALS, row)
+            return
+        assert failure is not None, f"{trial.label} ended without its last epoch"
+        row["error"] = f"attempt {row['attempts']}: {failure.message}"
+        with self._ledger.transaction():
+            if self._try_again(trial, failure):
+                row["status"] = "pending"
+                self._waiting.insert(0, trial)
+                self._ledger.put(TRIALS, row)
+            else:
+                self._end(trial, "failed", "error" if failure.reason == "lost" else failure.reason)
+                if trial.phase == "screen":
+                    self._schedule.drop(trial.arm)
+                if trial.role == "teacher":
+                    self._block_students(trial)
+        self._tell(trial, None)
+        self.tick()
+
+    def tick(self) -> None:
+        """Make the tables when they are due."""
+        now = time.monotonic()
+        wait = TABLES_AFTER_END if self._tables_due else TABLES_EVERY
+        if now - self._tables_at >= wait:
+            self.write_tables()
+
+    def write_tables(self) -> None:
+        self._ledger.write_tables(self._folder)
+        self._tables_at, self._tables_due = time.monotonic(), False
+
+    # What follows from a state.
+
+    def _ready(self, trial: Trial) -> bool:
+        if trial.teacher_id is not None and self.rows[trial.teacher_id]["status"] != "completed":
+            return False
+        # An arm that early stopping must leave alone need not wait for its screen.
+        if trial.phase != "confirm" or trial.arm in self._immune:
+            return True
+        return self.rows[self._screen[trial.arm]]["status"] in ENDED
+
+    def _try_again(self, trial: Trial, failure: Failure) -> bool:
+        """Whether a failure says little about the trial: lost workers, and memory that a larger share has."""
+        row = self.rows[trial.trial_id]
+        if row["attempts"] >= MAX_ATTEMPTS:
+            return False
+        if failure.reason == "out_of_memory" and 0 < row["gpu_fraction"] < 1:
+            row["gpu_fraction"] = min(1.0, 2 * row["gpu_fraction"])
+            return True
+        return failure.reason == "lost"
+
+    def _end(self, trial: Trial, status: str, reason: str | None = None) -> None:
+        """Commit how a trial ended; its checkpoints are of no more use."""
+        row = self.rows[trial.trial_id]
+        row["status"], row["stop_reason"] = status, reason
+        self._count_time(trial.trial_id)
+        self._ledger.put(TRIALS, row)
+        if not self._keep_checkpoints:
+            Checkpoints(self._place.checkpoints / trial.trial_id).remove()
+        self._tables_due = True
+
+    def _count_time(self, trial_id: str) -> None:
+        began = self._began.pop(trial_id, None)
+        if began is not None:
+            row = self.rows[trial_id]
+            row["wall_seconds"] = (row["wall_seconds"] or 0.0) + time.monotonic() - began
+
+    def _cancel_confirmation(self, arm: str, decision: Decision) -> None:
+        for trial in self._take_waiting(lambda each: each.phase == "confirm" and each.arm == arm):
+            self.rows[trial.trial_id]["error"] = f"not run: the screen stopped the arm in epoch {decision.epoch}"
+            self._end(trial, "stopped", "asha")
+
+    def _block_students(self, teacher: Trial) -> None:
+        for trial in self._take_waiting(lambda each: each.teacher_id == teacher.trial_id):
+            self.rows[trial.trial_id]["error"] = f"not run: its teacher {teacher.label} failed"
+            self._end(trial, "blocked", "teacher_failed")
+            if trial.phase == "screen":
+                self._schedule.drop(trial.arm)
+
+    def _take_waiting(self, wanted: Callable[[Trial], bool]) -> Iterator[Trial]:
+        taken = [trial for trial in self._waiting if wanted(trial)]
+        self._waiting = [trial for trial in self._waiting if not wanted(trial)]
+        yield from taken
+
+    def _take_over(self) -> None:
+        """Start from what the ledger holds: new rows for what it lacks, and the schedule as it was."""
+        known = {row["trial_id"]: row for row in self._ledger.rows(TRIALS)}
+        assert set(known) <= set(self._trials), "the ledger holds trials that are not in the plan"
+        with self._ledger.transaction():
+            for trial in self.plan.trials:
+                row = known.get(trial.trial_id) or first_row(self._run, trial)
+                if row["status"] == "running":
+                    row["status"] = "pending"  # its driver died
+                self.rows[trial.trial_id] = row
+                if row["status"] != known.get(trial.trial_id, {}).get("status"):
+                    self._ledger.put(TRIALS, row)
+        for made in self._ledger.rows(DECISIONS):
+            self._schedule.replay(Decision(**{key: value for key, value in made.items() if key != "run"}))
+        for arm, trial_id in self._screen.items():
+            if self.rows[trial_id]["status"] in ("failed", "blocked"):
+                self._schedule.drop(arm)
+        self._waiting = [trial for trial in self.plan.trials if self.rows[trial.trial_id]["status"] not in ENDED]
+
+    def _tell(self, trial: Trial, decision: Decision | None) -> None:
+        row = self.rows[trial.trial_id]
+        if row["status"] == "running":
+            if decision is not None and decision.reason == "near_tie":
+                self._say(f"{trial.label}: goes on, a near tie at epoch {decision.epoch}")
+            return
+        text = f"{trial.label} ({trial.phase}) {row['status']}"
+        if row["test_accuracy_best"] is not None:
+            text += f": test accuracy {100 * row['test_accuracy_best']:.2f} %, {row['train_seconds']:.1f} s"
+        elif decision is not None and decision.cutoff is not None:
+            text += f" at epoch {decision.epoch}: {decision.metric:.4f}, cutoff {decision.cutoff:.4f}"
+        elif row["error"]:
+            text += f" ({row['stop_reason'] or 'will be tried again'}): {row['error']}"
+        self._say(text)
+
+
+def first_row(run: str, trial: Trial) -> Row:
+    """The row of a trial that has not begun: what it is, and null for what is not known yet."""
+    cell, recipe = trial.cell, trial.recipe
+    student = trial.role == "student"
+    row: Row = dict.fromkeys(TRIALS.columns)
+    row |= {
+        "run": run,
+        "trial_id": trial.trial_id,
+        "arm": trial.arm,
+        "phase": trial.phase,
+        "role": trial.role,
+        "student": cell.student if student else None,
+        "teacher": cell.teacher,
+        "teacher_id": trial.teacher_id if student else trial.trial_id,
+        "stem": cell.stem,
+        "weights": cell.weights,
+        "width": cell.width,
+        "method": cell.method if student else None,
+        "temperature": cell.temperature,
+        "alpha": cell.alpha,
+        "beta": cell.beta,
+        "lr": recipe.lr,
+        "weight_decay": recipe.weight_decay,
+        "seed": trial.seed,
+        "recipe_id": trial.recipe_id,
+        "dataset": trial.data.name,
+        "data_digest": trial.data_digest,
+        "scale": trial.scale,
+        "status": "pending",
+        "epochs_planned": recipe.epochs,
+        "epochs_run": 0,
+        "attempts": 0,
+    }
+    return row

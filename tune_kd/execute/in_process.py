@@ -1,0 +1,19 @@
+"""The second form of execution: one trial after another, here. For tests and debuggers."""
+
+from tune_kd.execute.driver import Driver
+from tune_kd.execute.worker import Failure, Workplace, failure, host, work
+
+
+def run_in_process(driver: Driver, place: Workplace) -> None:
+    """Run a plan to its end in this process: same plan, same records as with Ray."""
+    while (task := driver.next()) is not None:
+        driver.on_start(task)
+        problem: Failure | None = None
+        try:
+            for epoch in work(task, place):
+                if not driver.on_epoch(task.trial.trial_id, epoch, host()):
+                    break
+        except Exception as error:  # whatever a trial raises is a row, not the end of the run
+            problem = failure(error)
+        driver.on_end(task.trial.trial_id, problem)
+    driver.write_tables()

@@ -1,0 +1,305 @@
+"""The first form of execution: Ray Tune places the trials, the driver says which, and hears of every epoch.
+
+Tune's searcher admits what is ready, its scheduler passes reports on, its trainable trains. Tune's own checkpoints,
+retries and experiment state are switched off: what ran is what the ledger says.
+"""
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+# Before Ray is imported: it reads these once. Workers are started from this environment as it is, not through
+# a second `uv run`; nothing is sent anywhere; Tune writes no logs of its own beside our records.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+
+import ray
+from ray import tune
+from ray.tune import CheckpointConfig, FailureConfig, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from tune_kd.execute.driver import Driver
+from tune_kd.execute.worker import Failure, Task, Workplace, failure, host, work
+from tune_kd.study import Mistake
+from tune_kd.trial import Epoch
+
+
+class TrialRunner(tune.Trainable):
+    """Trains trials, one after another: Tune reuses the actor, and imports, data and teachers stay.
+
+    An actor keeps the name of its creation, so each trial shows itself as a task of its actor that is named after
+    it and lasts as long as it: in the dashboard's task table and in `ray list tasks`. For that the actor is an
+    asynchronous one, and trains in a thread of its own.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.cleanup()
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._task: Task = config["task"]
+        self._epochs: Iterator[Epoch] = work(self._task, config["place"])
+        self._ended: asyncio.Event | None = None
+
+    async def show(self, trial_id: str) -> None:
+        """Last as long as the trial, if it is still the current one."""
+        if self._ended is not None and trial_id == self._task.trial.trial_id:
+            await self._ended.wait()
+
+    async def train(self) -> dict[str, Any]:  # type: ignore[override]
+        if self._ended is None:
+            self._ended = asyncio.Event()
+            actor = ray.get_runtime_context().current_actor
+            actor.show.options(name=self._task.trial.label).remote(self._task.trial.trial_id)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, super().train)
+
+    def step(self) -> dict[str, Any]:
+        try:
+            epoch = next(self._epochs)
+        except Exception as error:  # data for the driver, which decides whether to try again
+            return {"failure": failure(error)}
+        return {"epoch": epoch, "host": host()}
+
+    def cleanup(self) -> None:
+        if self._ended is not None:
+            self._ended.set()
+
+
+class _Admission(Searcher):
+    """Suggests what the driver says is ready."""
+
+    def __init__(self, bridge: "_Bridge") -> None:
+        super().__init__()
+        self._bridge = bridge
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        return self._bridge.admit(trial_id)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._bridge.ended(trial_id, lost=error)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is the state."""
+
+    def save_to_dir(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the ledger is the state."""
+
+
+class _Decisions(TrialScheduler):
+    """Passes each report to the driver and its answer to Tune; trials start in the order of admission."""
+
+    def __init__(self, bridge: "_Bridge") -> None:
+        super().__init__()
+        self._bridge = bridge
+
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        return TrialScheduler.CONTINUE if self._bridge.reported(trial.trial_id, result) else TrialScheduler.STOP
+
+    def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
+        """Nothing to do: it was this scheduler that ended the trial."""
+
+    def choose_trial_to_run(self, tune_controller: Any, **_: Any) -> TuneTrial | None:
+        for trial in tune_controller.get_trials():
+            if trial.status == TuneTrial.PENDING:
+                return trial
+        return None
+
+    def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Nothing to do: the driver knows it."""
+
+    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Nothing to do: the searcher hears of it."""
+
+    def on_trial_remove(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Nothing to do: we never remove trials."""
+
+    def debug_string(self) -> str:
+        return "tune_kd"
+
+
+class _Events(tune.Callback):
+    """Tells when a trial starts, and beats at every step of Tune's loop, also while nothing is reported."""
+
+    def __init__(self, bridge: "_Bridge", beat: Callable[[], None]) -> None:
+        self._bridge = bridge
+        self._beat = beat
+
+    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        self._bridge.started(trial.trial_id)
+
+    def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        self._beat()
+
+
+class _Bridge:
+    """Between Tune's names of trials and the driver's."""
+
+    def __init__(self, driver: Driver, place: Workplace) -> None:
+        self._driver = driver
+        self._place = place
+        self._tasks: dict[str, Task] = {}  # by Tune's trial id
+        self._over: set[str] = set()  # Tune's ids of trials whose last result was seen
+
+    def admit(self, tune_id: str) -> dict[str, Any] | str | None:
+        task = self._driver.next()
+        if task is None:
+            # A trial that runs may fail and be tried again, so nothing is finished before all have ended.
+            return Searcher.FINISHED if self._driver.finished and len(self._over) == len(self._tasks) else None
+        self._tasks[tune_id] = task
+        return {"task": task, "place": self._place}
+
+    def started(self, tune_id: str) -> None:
+        self._driver.on_start(self._tasks[tune_id])
+
+    def reported(self, tune_id: str, result: dict[str, Any]) -> bool:
+        trial_id = self._tasks[tune_id].trial.trial_id
+        problem: Failure | None = result.get("failure")
+        if problem is None:
+            go_on = self._driver.on_epoch(trial_id, result["epoch"], result["host"])
+            if go_on:
+                return True
+        self._over.add(tune_id)
+        self._driver.on_end(trial_id, problem)
+        return False
+
+    def ended(self, tune_id: str, lost: bool) -> None:
+        """Tune is through with a trial. One that did not report its end lost its worker."""
+        if tune_id in self._tasks and tune_id not in self._over:
+            self._over.add(tune_id)
+            message = "its worker died" if lost else "Tune ended it"
+            self._driver.on_end(self._tasks[tune_id].trial.trial_id, Failure("lost", message))
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What Ray has to offer, and where its dashboard is."""
+
+    cpus: float
+    gpus: float
+    dashboard: str | None
+    ours: bool  # started by us, so that we stop it
+
+
+def connect(address: str | None) -> Cluster:
+    """Start Ray on this machine, or join the cluster at `address`. Raises `Mistake` where that cannot be done."""
+    ours = not ray.is_initialized()
+    if ours:
+        settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address is None:
+            settings["dashboard_host"] = "127.0.0.1"
+        try:
+            context = ray.init(address=address or "local", **settings)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            where = f"the cluster at {address}" if address else "Ray on this machine"
+            raise Mistake(f"--address is {address}: {where} cannot be reached or started ({error})") from error
+    else:
+        context = ray.init(ignore_reinit_error=True)
+    resources = ray.cluster_resources()
+    return Cluster(
+        cpus=resources.get("CPU", 0.0),
+        gpus=resources.get("GPU", 0.0),
+        dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None,
+        ours=ours,
+    )
+
+
+def disconnect(cluster: Cluster) -> None:
+    if cluster.ours:
+        ray.shutdown()
+
+
+def run_on_ray(driver: Driver, place: Workplace, beat: Callable[[], None]) -> None:
+    """Run a plan to its end on the connected Ray. `beat` is called about once a second, in this thread."""
+    bridge = _Bridge(driver, place)
+
+    def share(config: dict[str, Any]) -> PlacementGroupFactory:
+        task: Task = config["task"]
+        return PlacementGroupFactory([{"CPU": task.cpus, "GPU": task.gpus} if task.gpus else {"CPU": task.cpus}])
+
+    def step() -> None:
+        driver.tick()
+        beat()
+
+    # Tune insists on a folder of its own. Nothing in it is ever read.
+    scratch = Path(tempfile.mkdtemp(prefix="tune_kd-"))
+    try:
+        with _quiet():
+            Tuner(
+                tune.with_resources(TrialRunner, share),
+                tune_config=TuneConfig(
+                    num_samples=-1, search_alg=_Admission(bridge), scheduler=_Decisions(bridge), reuse_actors=True
+                ),
+                run_config=RunConfig(
+                    name="run",
+                    storage_path=str(scratch),
+                    verbose=0,
+                    callbacks=[_Events(bridge, step)],
+                    failure_config=FailureConfig(max_failures=0),
+                    checkpoint_config=CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
+                ),
+            ).fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    driver.write_tables()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Tune's own messages out of the way; what matters in them reaches the driver."""
+    logger = logging.getLogger("ray.tune")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
+def drained_by_signals(driver: Driver) -> Iterator[Callable[[], int | None]]:
+    """The first SIGINT or SIGTERM lets running trials end their epoch; a second one leaves at once.
+
+    Yields a function that returns the signal that came, or null. Set after `ray.init`, which takes SIGTERM.
+    """
+    received: list[int] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        driver.stopping = True
+        if len(received) > 1:
+            os._exit(128 + received[0])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,139 @@
+"""What happens where a trial runs: find data and teacher, train, publish. Knows neither Ray nor the ledger."""
+
+import os
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from tune_kd import data, teachers
+from tune_kd.checkpoints import Checkpoints
+from tune_kd.memory import start_measuring
+from tune_kd.study import Data
+from tune_kd.train import Diverged, best_weights, train
+from tune_kd.trial import Epoch, Trial
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where the trials of a run find things and leave things, and how often."""
+
+    data_dir: Path | None
+    cache: Path | None
+    teachers: Path
+    checkpoints: Path
+    checkpoint_every: float = 30.0  # seconds between the checkpoints of a trial
+
+
+@dataclass(frozen=True)
+class Task:
+    """One attempt at a trial, with its share of the machine."""
+
+    trial: Trial
+    attempt: int  # from 1
+    acknowledged: int  # epochs that the ledger holds
+    cpus: float
+    gpus: float
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.cpus))
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an attempt ended early. `lost` is the worker's death, which says nothing about the trial."""
+
+    reason: Literal["diverged", "out_of_memory", "teacher_failed", "error", "lost"]
+    message: str
+
+
+def failure(error: BaseException) -> Failure:
+    """What an exception in a trial means."""
+    message = "".join(traceback.format_exception_only(error)).strip()
+    if isinstance(error, Diverged):
+        return Failure("diverged", message)
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return Failure("out_of_memory", message)
+    if isinstance(error, teachers.TeacherChanged):
+        return Failure("teacher_failed", message)
+    return Failure("error", message)
+
+
+def work(task: Task, place: Workplace) -> Iterator[Epoch]:
+    """Run one attempt at a trial and yield its epochs. Raises what training raises; see `failure`."""
+    trial = task.trial
+    device = torch.device("cuda" if task.gpus > 0 and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and task.gpus < 1:
+        torch.cuda.set_per_process_memory_fraction(task.gpus)  # Ray's fractions alone bind nobody
+    torch.set_num_threads(task.threads)
+    start_measuring(device)
+    dataset = _dataset(trial.data, place.data_dir, place.cache)
+    if trial.data_digest != dataset.digest:
+        raise RuntimeError(
+            f"the data have the digest {dataset.digest[:16]}, the plan says {str(trial.data_digest)[:16]}: "
+            f"{place.data_dir or trial.data.name} is not the same here as where the run was started"
+        )
+    checkpoints = Checkpoints(place.checkpoints / trial.trial_id)
+    if trial.role == "teacher":
+        yield from _teach(task, place, dataset, device, checkpoints)
+        return
+    teacher = teachers.load_teacher(place.teachers, trial, dataset, device) if trial.teacher_id else None
+    yield from train(
+        trial,
+        dataset,
+        teacher,
+        device=device,
+        checkpoints=checkpoints,
+        checkpoint_every=place.checkpoint_every,
+        acknowledged=task.acknowledged,
+    )
+
+
+def _teach(
+    task: Task, place: Workplace, dataset: data.DataSet, device: torch.device, checkpoints: Checkpoints
+) -> Iterator[Epoch]:
+    """Adopt a teacher that was published before, or train it and publish it before its last epoch is reported.
+
+    One process at a time: another run that wants the same teacher waits here, and then adopts it.
+    """
+    trial = task.trial
+    with teachers.writing(place.teachers, trial.trial_id):
+        published = teachers.published_epochs(place.teachers, trial.trial_id)
+        if published is not None:
+            yield from (epoch for epoch in published if epoch.epoch > task.acknowledged)
+            return
+        trained: list[Epoch] = []
+        for epoch in train(
+            trial, dataset, None, device=device, checkpoints=checkpoints, checkpoint_every=place.checkpoint_every
+        ):
+            trained.append(epoch)
+            if epoch.outcome is not None:
+                teachers.publish_teacher(place.teachers, trial, best_weights(checkpoints), trained)
+            if epoch.epoch > task.acknowledged:
+                yield epoch
+
+
+@lru_cache(maxsize=1)
+def _dataset(spec: Data, folder: Path | None, cache: Path | None) -> data.DataSet:
+    """The data set, once a process."""
+    return data.load(
+        spec.name,
+        folder,
+        train=spec.train,
+        validation=spec.validation,
+        test=spec.test,
+        split_seed=spec.split_seed,
+        cache=cache,
+        say=lambda _: None,
+        progress=False,
+    )
+
+
+def host() -> str:
+    """The name of the machine, for the records."""
+    return os.uname().nodename

@@ -1,0 +1,221 @@
+"""From a study to what will run: arms, contrasts, teachers and trials, in the order in which they start."""
+
+import itertools
+import random
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from tune_kd.study import APPLIES, CELL_FIELDS, NUMERIC, Cell, Compare, Level, Study
+from tune_kd.trial import Trial
+
+SYMBOLS = {"temperature": "T"}
+TEACHER_FIELDS = ("teacher", "stem", "weights", "width")  # what a teacher has in common with its students
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A cell of the factors, once, however many raw cells fell together in it."""
+
+    name: str
+    cell: Cell
+    merged: int  # raw cells that this arm stands for
+    role: Literal["control", "reference", "compared"]
+
+    @property
+    def immune(self) -> bool:
+        """Whether early stopping has to leave this arm alone, since contrasts refer to it."""
+        return self.role != "compared"
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A linear combination of arms' means, paired by seed: `weights` maps arm to +1 or -1."""
+
+    name: str
+    kind: Literal["effect", "moderation"]
+    factor: str  # the factor that is compared
+    weights: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a study will do. Trials stand in the order in which they start once they are ready."""
+
+    study: Study
+    raw_cells: int
+    arms: tuple[Arm, ...]
+    contrasts: tuple[Contrast, ...]
+    trials: tuple[Trial, ...]
+
+    @property
+    def teachers(self) -> tuple[Trial, ...]:
+        return tuple(trial for trial in self.trials if trial.role == "teacher")
+
+
+def plan(study: Study, data_digest: str | None = None) -> Plan:
+    """Expand a checked study. Without the data's digest the plan is a preview, and its ids are not the run's."""
+    study.check()
+    raw = [_cell(study, levels) for levels in itertools.product(*(factor.levels for factor in study.factors))]
+    cells = list(dict.fromkeys(raw))
+    contrasts = _contrasts(study, cells)
+    referred = {
+        arm
+        for contrast in contrasts
+        for arm, weight in contrast.weights
+        if contrast.kind == "effect" and (weight < 0 or contrast.factor == "method")
+    }
+    arms = tuple(
+        Arm(
+            name=_arm_name(study, cell),
+            cell=cell,
+            merged=raw.count(cell),
+            role=_role(study, cell, referred),
+        )
+        for cell in cells
+    )
+    return Plan(study, len(raw), arms, contrasts, _trials(study, arms, data_digest))
+
+
+def _cell(study: Study, levels: tuple[Level, ...]) -> Cell:
+    """One raw cell, with null for what does not apply to its method, so that equal cells are equal."""
+    chosen = dict(zip((factor.name for factor in study.factors), levels, strict=True))
+    chosen = {name: float(level) if name in NUMERIC else level for name, level in chosen.items()}
+    cell = replace(study.cell, **chosen)  # type: ignore[arg-type]
+    inert = {name: None for name, methods in APPLIES.items() if cell.method not in methods}
+    return replace(cell, **inert)  # type: ignore[arg-type]
+
+
+def _role(study: Study, cell: Cell, referred: set[str]) -> Literal["control", "reference", "compared"]:
+    """Controls; the arms that others are compared with or that stand for their method; the rest."""
+    if cell.method == study.control:
+        return "control"
+    return "reference" if _arm_name(study, cell) in referred else "compared"
+
+
+def _level_name(factor: str, level: Level) -> str:
+    return f"{SYMBOLS.get(factor, factor)}={level:g}" if factor in NUMERIC else str(level)
+
+
+def _arm_name(study: Study, cell: Cell, among: tuple[str, ...] = CELL_FIELDS) -> str:
+    """The levels that apply, in the study's order: `cifar/logit/T=4`."""
+    varied = [factor.name for factor in study.factors if factor.name in among]
+    parts = [_level_name(name, getattr(cell, name)) for name in varied if getattr(cell, name) is not None]
+    return "/".join(parts) or cell.method
+
+
+def _contrasts(study: Study, cells: list[Cell]) -> tuple[Contrast, ...]:
+    """Each declared comparison in each context, then how it changes with the moderator."""
+    effects: list[Contrast] = []
+    moderations: list[Contrast] = []
+    for compare in study.contrasts:
+        found = list(_pairs(study, cells, compare))
+        names = [_arm_name(study, treated) for treated, _ in found]
+        what = f"{_level_name(compare.factor, compare.treated)} - {_level_name(compare.factor, compare.against)}"
+        for (treated, against), name in zip(found, names, strict=True):
+            context = _context_name(study, treated, compare.factor)
+            effects.append(
+                Contrast(
+                    name=f"{context}: {what}" if context else what,
+                    kind="effect",
+                    factor=compare.factor,
+                    weights=((name, 1.0), (_arm_name(study, against), -1.0)),
+                )
+            )
+        moderations += _moderations(study, compare.factor, what, found)
+    return (*effects, *moderations)
+
+
+def _moderations(study: Study, factor: str, what: str, pairs: list[tuple[Cell, Cell]]) -> list[Contrast]:
+    """Differences of differences: a contrast at one level of the moderator less the same at the first level."""
+    by = study.moderator
+    if by is None or by == factor:
+        return []
+    first = study.levels(by)[0]
+    found = []
+    for treated, against in pairs:
+        for other_treated, other_against in pairs:
+            if getattr(treated, by) == first or replace(treated, **{by: first}) != other_treated:
+                continue
+            signs = ((treated, 1.0), (against, -1.0), (other_treated, -1.0), (other_against, 1.0))
+            found.append(
+                Contrast(
+                    name=f"({what}): {_level_name(by, getattr(treated, by))} - {_level_name(by, first)}",
+                    kind="moderation",
+                    factor=factor,
+                    weights=tuple((_arm_name(study, cell), sign) for cell, sign in signs),
+                )
+            )
+    return found
+
+
+def _pairs(study: Study, cells: list[Cell], compare: Compare) -> list[tuple[Cell, Cell]]:
+    """Treated and compared-with cells that differ in the one factor and stand at the reference elsewhere."""
+    fixed = {name: level for name, level in study.reference if name != compare.factor}
+    found = []
+    for treated in cells:
+        if getattr(treated, compare.factor) != compare.treated:
+            continue
+        if any(getattr(treated, name) not in (None, level) for name, level in fixed.items()):
+            continue
+        for against in cells:
+            if getattr(against, compare.factor) == compare.against and _comparable(treated, against, compare, fixed):
+                found.append((treated, against))
+    return found
+
+
+def _comparable(treated: Cell, against: Cell, compare: Compare, fixed: dict[str, Level]) -> bool:
+    """Whether two cells agree wherever both have a level, and stand at the reference where one has none."""
+    for field in fields(Cell):
+        if field.name == compare.factor:
+            continue
+        one, other = getattr(treated, field.name), getattr(against, field.name)
+        if one is not None and other is not None and one != other:
+            return False
+        if other is not None and field.name in fixed and other != fixed[field.name]:
+            return False
+    return True
+
+
+def _context_name(study: Study, treated: Cell, factor: str) -> str:
+    """Where a contrast holds: the treated arm's levels outside the compared factor and the reference."""
+    fixed = {name for name, _ in study.reference}
+    skip = {factor, *fixed} | ({"method"} if factor in APPLIES else set())
+    return _arm_name_or_nothing(study, treated, tuple(name for name in CELL_FIELDS if name not in skip))
+
+
+def _arm_name_or_nothing(study: Study, cell: Cell, among: tuple[str, ...]) -> str:
+    return _arm_name(study, cell, among) if any(factor.name in among for factor in study.factors) else ""
+
+
+def _trials(study: Study, arms: tuple[Arm, ...], data_digest: str | None) -> tuple[Trial, ...]:
+    data, screen = study.data[0], study.screen
+    teachers: dict[str, Trial] = {}
+
+    def teacher_of(cell: Cell, replicate: int) -> str | None:
+        """The id of the teacher of a student; with several teacher seeds, replicates take turns."""
+        if cell.teacher is None:
+            return None
+        kept = {name: getattr(cell, name) for name in TEACHER_FIELDS}
+        name = _arm_name_or_nothing(study, cell, TEACHER_FIELDS)
+        trial = Trial(
+            arm=f"{name}/teacher" if name else "teacher",
+            phase="teacher",
+            cell=Cell(student=study.cell.student, **kept, method="none", temperature=None, alpha=None, beta=None),
+            recipe=study.teacher_recipe,
+            seed=study.teacher_seeds[replicate % len(study.teacher_seeds)],
+            data=data,
+            data_digest=data_digest,
+            scale=study.scale,
+        )
+        return teachers.setdefault(trial.trial_id, trial).trial_id
+
+    def student(arm: Arm, phase: Literal["screen", "confirm"], seed: int, replicate: int) -> Trial:
+        teacher_id = teacher_of(arm.cell, replicate)
+        return Trial(arm.name, phase, arm.cell, study.recipe, seed, data, data_digest, study.scale, teacher_id)
+
+    # Arms start in a random order: the first to arrive at a rung are never stopped, and grids arrive sorted.
+    order = random.Random(f"order {screen.order_seed}").sample(arms, len(arms))
+    students = [student(arm, "screen", screen.seed, 0) for arm in order]
+    for replicate, seed in enumerate(study.confirm.seeds):
+        students += [student(arm, "confirm", seed, replicate) for arm in order]
+    return (*teachers.values(), *students)

@@ -1,0 +1,241 @@
+"""The records of a run: a ledger while it runs, Parquet tables for everyone else.
+
+The schemas below are the one place that says which columns there are, of which type, and which rows are one.
+The ledger (SQLite, written by the driver alone) is the truth; tables are made from it and can be made again.
+"""
+
+import hashlib
+import io
+import json
+import math
+import sqlite3
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tune_kd.storage import publish
+from tune_kd.study import Mistake
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A table: its columns with their types, in order, and the columns that make a row unique."""
+
+    name: str
+    columns: Mapping[str, type]
+    key: tuple[str, ...]
+
+
+def _columns(kind: type, names: str) -> dict[str, type]:
+    return dict.fromkeys(names.split(), kind)
+
+
+TRIALS = Schema(
+    "trials",
+    _columns(str, "run trial_id arm phase role student teacher teacher_id stem weights")
+    | _columns(float, "width")
+    | _columns(str, "method")
+    | _columns(float, "temperature alpha beta lr weight_decay")
+    | _columns(int, "seed")
+    | _columns(str, "recipe_id dataset data_digest scale device")
+    | _columns(int, "threads")
+    | _columns(str, "status stop_reason")
+    | _columns(int, "epochs_planned epochs_run best_epoch")
+    | _columns(float, "val_accuracy val_accuracy_best test_accuracy test_accuracy_best")
+    | _columns(float, "agreement kl_t1 kl_t4 ece")
+    | _columns(int, "params")
+    | _columns(float, "train_seconds wall_seconds gpu_fraction")
+    | _columns(int, "peak_memory_bytes attempts")
+    | _columns(str, "error teacher_digest weights_digest host")
+    | _columns(float, "started"),
+    ("run", "trial_id"),
+)
+"""`started`: seconds since the Unix epoch at which the first attempt began. `error` also tells of retries."""
+
+EPOCHS = Schema(
+    "epochs",
+    _columns(str, "run trial_id")
+    | _columns(int, "epoch attempt")
+    | _columns(float, "val_accuracy val_loss train_loss train_accuracy loss_ce loss_kd lr grad_norm")
+    | _columns(float, "seconds images_per_second"),
+    ("run", "trial_id", "epoch"),
+)
+
+DECISIONS = Schema(
+    "decisions",
+    _columns(str, "run trial_id arm phase stratum")
+    | _columns(int, "epoch rung")
+    | _columns(float, "metric cutoff")
+    | _columns(int, "rank peers")
+    | _columns(str, "action reason"),
+    ("run", "trial_id", "epoch"),
+)
+
+SCHEMAS = (TRIALS, EPOCHS, DECISIONS)
+TIMING = ("attempt", "seconds", "images_per_second")  # an epoch that is computed again may differ in these
+
+_SQL = {str: "TEXT", int: "INTEGER", float: "REAL"}
+
+
+class Damaged(RuntimeError):
+    """A record does not carry the bytes that were written."""
+
+
+def clean(schema: Schema, row: Mapping[str, Any]) -> Row:
+    """The row in the schema's order and types. A number that is not finite does not apply: it becomes null."""
+    unknown = set(row) - set(schema.columns)
+    assert not unknown, f"{schema.name} has no column {sorted(unknown)}"
+    cleaned: Row = {}
+    for name, kind in schema.columns.items():
+        value = row.get(name)
+        finite = value is not None and not (isinstance(value, float) and not math.isfinite(value))
+        cleaned[name] = kind(value) if finite else None
+    return cleaned
+
+
+def _crc(row: Row) -> int:
+    return zlib.crc32(json.dumps(list(row.values())).encode())
+
+
+class Ledger:
+    """One SQLite file a run. A row counts once the transaction that holds it is committed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._connection = sqlite3.connect(path, isolation_level=None)
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection.execute("PRAGMA synchronous=FULL")
+        for schema in SCHEMAS:
+            columns = ", ".join(f'"{name}" {_SQL[kind]}' for name, kind in schema.columns.items())
+            key = ", ".join(schema.key)
+            self._connection.execute(
+                f"CREATE TABLE IF NOT EXISTS {schema.name} "
+                f"(number INTEGER PRIMARY KEY AUTOINCREMENT, {columns}, crc INTEGER NOT NULL, UNIQUE ({key}))"
+            )
+        self._connection.execute("CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
+
+    def close(self) -> None:
+        self._connection.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Everything inside is on disk together, or not at all."""
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
+    def put(self, schema: Schema, row: Mapping[str, Any]) -> None:
+        """Write a row, in the place of the one with its key."""
+        cleaned = clean(schema, row)
+        names = [*cleaned, "crc"]
+        updates = ", ".join(f'"{name}" = excluded."{name}"' for name in names)
+        self._connection.execute(
+            f"INSERT INTO {schema.name} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))}) "
+            f"ON CONFLICT ({', '.join(schema.key)}) DO UPDATE SET {updates}",
+            [*cleaned.values(), _crc(cleaned)],
+        )
+
+    def add_epoch(self, row: Mapping[str, Any]) -> Literal["new", "same", "different"]:
+        """Write an epoch that is not there yet; else say whether the one that is there agrees with it."""
+        cleaned = clean(EPOCHS, row)
+        where = " AND ".join(f"{name} = ?" for name in EPOCHS.key)
+        known = self._select(EPOCHS, f"WHERE {where}", [cleaned[name] for name in EPOCHS.key])
+        if not known:
+            self.put(EPOCHS, cleaned)
+            return "new"
+        agrees = all(known[0][name] == value for name, value in cleaned.items() if name not in TIMING)
+        return "same" if agrees else "different"
+
+    def rows(self, schema: Schema) -> list[Row]:
+        """All rows in the order in which they were first written. Raises `Damaged` where one was altered."""
+        return self._select(schema, "", [])
+
+    def _select(self, schema: Schema, where: str, values: list[Any]) -> list[Row]:
+        names = ", ".join(f'"{name}"' for name in schema.columns)
+        cursor = self._connection.execute(f"SELECT {names}, crc FROM {schema.name} {where} ORDER BY number", values)
+        rows = []
+        for *cells, crc in cursor:
+            row = dict(zip(schema.columns, cells, strict=True))
+            if _crc(row) != crc:
+                key = ", ".join(f"{name}={row[name]}" for name in schema.key)
+                raise Damaged(f"{self.path}: the row {key} of {schema.name} was altered since it was written")
+            rows.append(row)
+        return rows
+
+    def set_fact(self, name: str, value: str) -> None:
+        self._connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [name, value])
+
+    def fact(self, name: str) -> str | None:
+        found = self._connection.execute("SELECT value FROM facts WHERE name = ?", [name]).fetchone()
+        return None if found is None else str(found[0])
+
+    def write_tables(self, folder: Path) -> None:
+        """Make the three Parquet tables, each complete or as it was before."""
+        for schema in SCHEMAS:
+            path = folder / f"{schema.name}.parquet"
+            data = to_parquet(frame(schema, self.rows(schema)))
+            publish(path, data)
+            self.set_fact(f"sha256 of {path.name}", hashlib.sha256(data).hexdigest())
+
+
+def frame(schema: Schema, rows: list[Row]) -> "pd.DataFrame":
+    """Rows as a DataFrame with the schema's types: `string`, `Int64` and `float64`."""
+    import pandas as pd
+
+    types = {str: "string", int: "Int64", float: "float64"}
+    return pd.DataFrame(
+        {name: pd.array([row[name] for row in rows], dtype=types[kind]) for name, kind in schema.columns.items()}
+    )
+
+
+def to_parquet(table: "pd.DataFrame") -> bytes:
+    """A DataFrame of a schema's types as the bytes of a Parquet file with page checksums."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"string": pa.string(), "Int64": pa.int64(), "float64": pa.float64()}
+    schema = pa.schema([pa.field(str(name), kinds[str(kind)]) for name, kind in table.dtypes.items()])
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pandas(table, schema=schema, preserve_index=False), sink, write_page_checksum=True)
+    return sink.getvalue()
+
+
+@dataclass(frozen=True)
+class Records:
+    """The tables of one run as DataFrames, and what `study.json` says of it."""
+
+    trials: "pd.DataFrame"
+    epochs: "pd.DataFrame"
+    decisions: "pd.DataFrame"
+    study: dict[str, Any]
+
+
+def load(run: Path) -> Records:
+    """Read a run's folder. Raises `Mistake` where it is not one or a table does not have its columns."""
+    import pandas as pd
+
+    if not (run / "study.json").is_file():
+        raise Mistake(f"RUN is {run}, which has no study.json; allowed: the folder of a run (see `tune_kd list`)")
+    tables = {}
+    for schema in SCHEMAS:
+        path = run / f"{schema.name}.parquet"
+        if not path.is_file():
+            raise Mistake(f"{path} is missing; `tune_kd resume {run}` makes the tables again from the ledger")
+        table = pd.read_parquet(path)
+        missing = [name for name in schema.columns if name not in table.columns]
+        if missing:
+            raise Mistake(f"{path} lacks the columns {', '.join(missing)}; has {', '.join(table.columns)}")
+        tables[schema.name] = table
+    return Records(**tables, study=json.loads((run / "study.json").read_text()))

@@ -1,0 +1,334 @@
+"""What a study declares: its factors, control, seeds, recipe, early stopping and contrasts.
+
+A study is a value. Building one checks nothing, so that a search space can refine it with
+`dataclasses.replace`; `Study.check` reads the whole and names every problem at once.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+Level = str | int | float
+
+METHODS = ("none", "logit", "feature")
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
+STEMS = ("imagenet", "cifar")
+WEIGHTS = ("none", "imagenet")
+
+APPLIES: dict[str, tuple[str, ...]] = {
+    "teacher": ("logit", "feature"),
+    "alpha": ("logit", "feature"),
+    "temperature": ("logit",),
+    "beta": ("feature",),
+}
+"""The methods that a factor has a meaning for. A factor that is not named here applies to all."""
+
+
+class Mistake(ValueError):
+    """A mistake of the caller's. `problems` holds one sentence each; the message lists them all."""
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The settings in which arms can differ. A study's `cell` gives the value of what no factor varies."""
+
+    student: str = "resnet18"
+    teacher: str | None = "resnet50"  # null where the method has no teacher
+    stem: str = "cifar"
+    weights: str = "none"  # "none" starts from scratch, "imagenet" from torchvision's weights
+    width: float = 1.0  # multiple of the standard channel counts, of student and teacher
+    method: str = "none"
+    temperature: float | None = 4.0
+    alpha: float | None = 0.5  # share of the distillation loss, in [0, 1]
+    beta: float | None = 0.5  # weight of the cosine part of the feature loss
+
+
+CELL_FIELDS = tuple(field.name for field in fields(Cell))
+NUMERIC = ("width", "temperature", "alpha", "beta")
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A field of `Cell` and the levels that the study gives it."""
+
+    name: str
+    levels: tuple[Level, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained: SGD with Nesterov momentum under a cosine that ends with the budget."""
+
+    epochs: int = 100
+    batch_size: int = 128
+    lr: float = 0.1  # at the first step
+    lr_min: float = 1e-4  # at the last step
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    clip: float = 1.0  # largest norm of the gradient; the projections of `feature` are part of it
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set and how much of it: images after the split, null for all of them."""
+
+    name: str = "cifar10"
+    train: int | None = None
+    validation: int | None = None
+    test: int | None = None
+    split_seed: int = 0  # of the split alone; no trial's seed changes it
+
+
+@dataclass(frozen=True)
+class Screen:
+    """The whole grid on one seed of its own, under early stopping that culls clear losers."""
+
+    seed: int = 0
+    grace: int = 10  # epochs before the first comparison
+    reduction: int = 3  # a rung keeps the best 1/reduction; rungs lie at grace * reduction**k
+    margin: float = 0.005  # accuracy by which an arm must lie behind the cutoff to be stopped
+    min_peers: int = 2  # arms of the stratum that must have reported at the rung before
+    strata: tuple[str, ...] | None = ("stem", "method")  # arms compete inside these; null: all with all
+    order_seed: int = 0  # of the order in which arms start
+
+
+@dataclass(frozen=True)
+class Confirm:
+    """What alone makes claims: fresh seeds, run to the end."""
+
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Contrasts of one factor: `treated` against `against`, in every context that the study holds."""
+
+    factor: str
+    treated: Level
+    against: Level
+
+
+@dataclass(frozen=True)
+class Study:
+    """A whole study. `check` says whether it can be run."""
+
+    name: str
+    question: str
+    factors: tuple[Factor, ...]
+    contrasts: tuple[Compare, ...]
+    moderator: str | None = None  # the factor that may change an effect; adds differences of differences
+    cell: Cell = Cell()
+    control: str | None = "none"  # the method that the others are measured against; null: no claims
+    reference: tuple[tuple[str, Level], ...] = (("temperature", 4.0),)  # where a contrast fixes a factor
+    scale: str = "paper"
+    data: tuple[Data, ...] = (Data(),)  # the first is the default, `--data` picks another
+    recipe: Recipe = Recipe()
+    teacher_recipe: Recipe = Recipe(epochs=200)
+    teacher_seeds: tuple[int, ...] = (1000,)
+    screen: Screen = Screen()
+    confirm: Confirm = Confirm()
+    deviation: float = 0.0015  # expected seed-to-seed standard deviation of accuracy, for the plan
+    rate: float = 2e13  # floating-point operations a second that one slot is assumed to sustain, for the price
+
+    def on(self, data: str) -> Self:
+        """The same study on one data set: as this scale declares it, else all of it."""
+        declared = [each for each in self.data if each.name == data]
+        return replace(self, data=(declared[0] if declared else Data(data),))
+
+    def levels(self, factor: str) -> tuple[Level, ...]:
+        """The levels of a factor; of a field that no factor varies, its one value."""
+        for each in self.factors:
+            if each.name == factor:
+                return each.levels
+        value = getattr(self.cell, factor)
+        return () if value is None else (value,)
+
+    def check(self) -> Self:
+        """Return the study itself; raise `Mistake` with every problem that it has."""
+        problems = [
+            *_factor_problems(self),
+            *_control_problems(self),
+            *_contrast_problems(self),
+            *_recipe_problems("recipe", self.recipe),
+            *_recipe_problems("teacher_recipe", self.teacher_recipe),
+            *_seed_problems(self),
+            *_screen_problems(self),
+        ]
+        for data in self.data:
+            for part in ("train", "validation", "test"):
+                size = getattr(data, part)
+                if size is not None and size < 1:
+                    problems.append(f"data.{part} is {size} for {data.name}; allowed: at least 1, or null for all")
+        if not self.data:
+            problems.append("data is empty; allowed: at least one data set")
+        for name, value in (("deviation", self.deviation), ("rate", self.rate)):
+            if not 0 < value < math.inf:
+                problems.append(f"{name} is {value}; allowed: above 0")
+        if problems:
+            raise Mistake(*problems)
+        return self
+
+
+def _level_problem(name: str, level: Level | None) -> str | None:
+    """What is wrong with one level of a factor, or null."""
+    known = {
+        "student": ARCHITECTURES,
+        "teacher": ARCHITECTURES,
+        "stem": STEMS,
+        "weights": WEIGHTS,
+        "method": METHODS,
+    }
+    if name in known:
+        return None if level in known[name] else f"{name} is {level!r}; allowed: {', '.join(known[name])}"
+    if not isinstance(level, int | float) or isinstance(level, bool) or not math.isfinite(level):
+        return f"{name} is {level!r}; allowed: a finite number"
+    if name == "alpha":
+        return None if 0 <= level <= 1 else f"alpha is {level}; allowed: from 0 to 1"
+    if name == "beta":
+        return None if level >= 0 else f"beta is {level}; allowed: 0 or more"
+    return None if level > 0 else f"{name} is {level}; allowed: above 0"
+
+
+def _factor_problems(study: Study) -> list[str]:
+    problems = []
+    names = [factor.name for factor in study.factors]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        problems.append(f"factors names {name!r} more than once; allowed: once each")
+    for factor in study.factors:
+        if factor.name not in CELL_FIELDS:
+            problems.append(f"factors names {factor.name!r}; allowed: {', '.join(CELL_FIELDS)}")
+            continue
+        if not factor.levels:
+            problems.append(f"factor {factor.name!r} has no levels, so no arm is left; allowed: at least one")
+        if len(set(factor.levels)) < len(factor.levels):
+            problems.append(f"factor {factor.name!r} has levels {list(factor.levels)}; allowed: each level once")
+        found = (_level_problem(factor.name, level) for level in factor.levels)
+        problems += [f"factor {problem}" for problem in found if problem]
+    for name in CELL_FIELDS:
+        value = getattr(study.cell, name)
+        if name not in names and not (value is None and name in APPLIES):
+            problem = _level_problem(name, value)
+            problems += [f"cell.{problem}"] if problem else []
+    return problems + _combination_problems(study)
+
+
+def _combination_problems(study: Study) -> list[str]:
+    """What is wrong with levels that are each allowed."""
+    problems = []
+    if "imagenet" in study.levels("weights") and any(width != 1 for width in study.levels("width")):
+        problems.append("weights is 'imagenet' while width is not 1; allowed: torchvision's weights at width 1 only")
+    methods = study.levels("method")
+    for name, where in APPLIES.items():
+        needing = [method for method in methods if method in where]
+        if needing and not study.levels(name):
+            problems.append(f"{name} is null while method has {needing[0]!r}; allowed: a value for {name}")
+    return problems
+
+
+def _control_problems(study: Study) -> list[str]:
+    methods = study.levels("method")
+    if study.control is not None and study.control not in methods:
+        levels = ", ".join(str(method) for method in methods)
+        return [f"control is {study.control!r}; allowed: null or a level of the factor method ({levels})"]
+    if study.contrasts and (study.control is None or study.screen.strata is None):
+        field = "control" if study.control is None else "screen.strata"
+        return [
+            f"{field} is null while contrasts has {len(study.contrasts)} comparisons; allowed: contrasts empty, "
+            "since a study that only looks for its best student makes no claims"
+        ]
+    return []
+
+
+def _contrast_problems(study: Study) -> list[str]:
+    problems = []
+    for contrast in study.contrasts:
+        if contrast.factor not in [factor.name for factor in study.factors]:
+            varied = ", ".join(factor.name for factor in study.factors)
+            problems.append(f"a contrast compares {contrast.factor!r}; allowed: a factor of the study ({varied})")
+            continue
+        levels = study.levels(contrast.factor)
+        allowed = ", ".join(str(level) for level in levels)
+        for level in (contrast.treated, contrast.against):
+            if level not in levels:
+                problems.append(f"a contrast names {contrast.factor} {level!r}; allowed: {allowed}")
+        if contrast.treated == contrast.against:
+            problems.append(f"a contrast compares {contrast.factor} {contrast.treated!r} with itself")
+    for name, level in study.reference:
+        if name not in CELL_FIELDS:
+            problems.append(f"reference names {name!r}; allowed: {', '.join(CELL_FIELDS)}")
+        elif study.levels(name) and level not in study.levels(name):
+            allowed = ", ".join(str(each) for each in study.levels(name))
+            problems.append(f"reference {name} is {level!r}; allowed: {allowed}")
+    if study.moderator is not None and study.moderator not in [factor.name for factor in study.factors]:
+        varied = ", ".join(factor.name for factor in study.factors)
+        problems.append(f"moderator is {study.moderator!r}; allowed: null or a factor of the study ({varied})")
+    return problems
+
+
+def _recipe_problems(where: str, recipe: Recipe) -> list[str]:
+    rules = [
+        ("epochs", recipe.epochs >= 1, "at least 1"),
+        ("batch_size", recipe.batch_size >= 2, "at least 2"),
+        ("lr", 0 < recipe.lr < math.inf, "above 0"),
+        ("lr_min", 0 <= recipe.lr_min <= recipe.lr, f"from 0 to lr ({recipe.lr:g})"),
+        ("momentum", 0 < recipe.momentum < 1, "between 0 and 1, both excluded (Nesterov)"),
+        ("weight_decay", 0 <= recipe.weight_decay < math.inf, "0 or more"),
+        ("clip", 0 < recipe.clip, "above 0"),
+    ]
+    return [
+        f"{where}.{name} is {getattr(recipe, name)!r}; allowed: {allowed}" for name, good, allowed in rules if not good
+    ]
+
+
+def _seed_problems(study: Study) -> list[str]:
+    problems = []
+    seeds = study.confirm.seeds
+    if study.screen.seed in seeds:
+        problems.append(
+            f"screen.seed is {study.screen.seed} and is among confirm.seeds {list(seeds)}; "
+            "allowed: a seed of its own, or the confirmation would repeat what the screen selected on"
+        )
+    if not seeds:
+        problems.append("confirm.seeds is empty; allowed: at least one seed")
+    for name, each in (("confirm.seeds", seeds), ("teacher_seeds", study.teacher_seeds)):
+        if len(set(each)) < len(each):
+            problems.append(f"{name} is {list(each)}; allowed: each seed once")
+    if not study.teacher_seeds:
+        problems.append("teacher_seeds is empty; allowed: at least one seed")
+    for name, value in (
+        ("screen.seed", study.screen.seed),
+        ("screen.order_seed", study.screen.order_seed),
+        *(("confirm.seeds", seed) for seed in seeds),
+        *(("teacher_seeds", seed) for seed in study.teacher_seeds),
+    ):
+        if not 0 <= value < 2**31:
+            problems.append(f"{name} has {value}; allowed: from 0 to {2**31 - 1}")
+    return problems
+
+
+def _screen_problems(study: Study) -> list[str]:
+    screen = study.screen
+    problems = []
+    if screen.grace < 1:
+        problems.append(f"screen.grace is {screen.grace}; allowed: at least 1 epoch")
+    if screen.grace > study.recipe.epochs:
+        problems.append(
+            f"screen.grace is {screen.grace}, longer than the budget recipe.epochs = {study.recipe.epochs}; "
+            f"allowed: 1 to {study.recipe.epochs}"
+        )
+    if screen.reduction < 2:
+        problems.append(f"screen.reduction is {screen.reduction}; allowed: at least 2")
+    if not 0 <= screen.margin <= 1:
+        problems.append(f"screen.margin is {screen.margin}; allowed: from 0 to 1 (accuracy, 0.005 is 0.5 points)")
+    if screen.min_peers < 1:
+        problems.append(f"screen.min_peers is {screen.min_peers}; allowed: at least 1")
+    for name in screen.strata or ():
+        if name not in CELL_FIELDS:
+            problems.append(f"screen.strata names {name!r}; allowed: {', '.join(CELL_FIELDS)}")
+    return problems
+
+

@@ -1,0 +1,281 @@
+"""Training one trial: a loop that yields one epoch after another.
+
+Common random numbers: what is shown in an epoch depends on (seed, epoch) alone, and the student's first weights on
+the seed alone, so arms at one seed differ in their loss and in nothing else.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from tune_kd import losses, models
+from tune_kd.checkpoints import Checkpoints, pack
+from tune_kd.data import DataSet, Split, Views, crop, draw_views, prepare
+from tune_kd.memory import peak_memory
+from tune_kd.study import Recipe
+from tune_kd.teachers import Teacher
+from tune_kd.trial import Epoch, Outcome, Trial
+
+EVALUATION_BATCH = 512
+
+
+class Diverged(RuntimeError):
+    """The loss of an epoch is not finite."""
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds: all that the next epoch depends on."""
+
+    student: nn.Module
+    projections: nn.ModuleList  # empty unless the method is `feature`
+    optimizer: torch.optim.SGD
+    best: dict[str, Tensor]  # weights of the best validation accuracy so far
+    rows: list[Epoch]
+
+    @property
+    def best_row(self) -> Epoch:
+        """The first epoch of the highest validation accuracy."""
+        return max(self.rows, key=lambda row: row.val_accuracy)
+
+    def tensors(self) -> dict[str, Tensor]:
+        momentum = {
+            f"momentum.{number}": entry["momentum_buffer"]
+            for number, entry in self.optimizer.state_dict()["state"].items()
+        }
+        return {
+            **{f"student.{name}": tensor for name, tensor in self.student.state_dict().items()},
+            **{f"best.{name}": tensor for name, tensor in self.best.items()},
+            **{f"projections.{name}": tensor for name, tensor in self.projections.state_dict().items()},
+            **momentum,
+        }
+
+    def restore(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+
+        self.student.load_state_dict(part("student."))
+        self.projections.load_state_dict(part("projections."))
+        self.best = part("best.")
+        state = self.optimizer.state_dict()
+        state["state"] = {int(number): {"momentum_buffer": each} for number, each in part("momentum.").items()}
+        self.optimizer.load_state_dict(state)
+        self.rows = TypeAdapter(list[Epoch]).validate_python(notes["rows"])
+
+
+def train(
+    trial: Trial,
+    data: DataSet,
+    teacher: Teacher | None,
+    *,
+    device: torch.device,
+    checkpoints: Checkpoints,
+    checkpoint_every: float = 30.0,
+    acknowledged: int = 0,
+) -> Iterator[Epoch]:
+    """Train a trial from its checkpoint, or from the start, and yield its epochs; the last has the outcome.
+
+    A checkpoint is written before an epoch is yielded, when `checkpoint_every` seconds have passed since the last
+    one, and at the end. Epochs that the checkpoint holds are yielded again if they come after `acknowledged`.
+    Raises `Diverged` when the loss of an epoch is not finite.
+    """
+    assert (teacher is not None) == (trial.teacher_id is not None)
+    data = _to_device(data, device)
+    state = _start(trial, data, teacher, device)
+    saved = checkpoints.load()
+    if saved is not None:
+        state.restore(*saved)
+    yield from (row for row in state.rows if row.epoch > acknowledged)
+
+    saved_at = time.monotonic()
+    for epoch in range(len(state.rows) + 1, trial.recipe.epochs + 1):
+        row = _epoch(trial, epoch, state, data, teacher)
+        state.rows.append(row)
+        if state.best_row.epoch == epoch:
+            state.best = {name: tensor.clone() for name, tensor in state.student.state_dict().items()}
+        last = epoch == trial.recipe.epochs
+        if last:
+            outcome = _outcome(state, data, teacher, device)
+            state.rows[-1] = row = replace(row, outcome=outcome)
+        if last or time.monotonic() - saved_at >= checkpoint_every:
+            checkpoints.save(epoch, state.tensors(), {"rows": [asdict(each) for each in state.rows]})
+            saved_at = time.monotonic()
+        yield row
+
+
+def best_weights(checkpoints: Checkpoints) -> dict[str, Tensor]:
+    """The best-validation weights in a trial's newest checkpoint."""
+    saved = checkpoints.load()
+    assert saved is not None
+    return {name.removeprefix("best."): each for name, each in saved[0].items() if name.startswith("best.")}
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """Cosine from `lr` at step 0 to `lr_min` at the last of `steps` (Loshchilov and Hutter 2017, no restarts)."""
+    part = step / max(1, steps - 1)
+    return recipe.lr_min + 0.5 * (recipe.lr - recipe.lr_min) * (1 + math.cos(math.pi * part))
+
+
+def batches(count: int, size: int) -> list[slice]:
+    """Slices of `size` over `count` images. A last batch of one image joins the one before: normalising over a
+    single value is undefined."""
+    starts = list(range(0, count, size))
+    if len(starts) > 1 and count - starts[-1] == 1:
+        starts.pop()
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
+
+
+def _to_device(data: DataSet, device: torch.device) -> DataSet:
+    def move(split: Split) -> Split:
+        return Split(split.images.to(device), split.labels.to(device))
+
+    return replace(data, train=move(data.train), validation=move(data.validation), test=move(data.test))
+
+
+def _start(trial: Trial, data: DataSet, teacher: Teacher | None, device: torch.device) -> _State:
+    cell, recipe = trial.cell, trial.recipe
+    student = models.build(
+        trial.architecture,
+        stem=cell.stem,
+        classes=len(data.classes),
+        width=cell.width,
+        weights=cell.weights,
+        seed=trial.seed,
+    )
+    projections = nn.ModuleList()
+    if teacher is not None and cell.method == "feature":
+        channels = models.feature_channels(student), models.feature_channels(teacher.net)
+        projections = models.projections(*channels, seed=trial.seed)
+    student.to(device)
+    projections.to(device)
+    optimizer = torch.optim.SGD(
+        [*student.parameters(), *projections.parameters()],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=True,
+    )
+    return _State(student, projections, optimizer, best={}, rows=[])
+
+
+def _epoch(trial: Trial, epoch: int, state: _State, data: DataSet, teacher: Teacher | None) -> Epoch:
+    """Train one epoch and evaluate on the validation images."""
+    cell, recipe = trial.cell, trial.recipe
+    started = time.perf_counter()
+    images, labels = data.train.images, data.train.labels
+    views = draw_views(trial.seed, epoch, len(labels), pad=data.pad, flip=data.flip)
+    answers = None
+    if teacher is not None and cell.method == "logit":
+        answers = teacher.answers(trial.seed, epoch, views).to(images.device)
+    slices = batches(len(labels), recipe.batch_size)
+    parameters = [each for group in state.optimizer.param_groups for each in group["params"]]
+    # Sums over images stay on the device: asking for a number in every step would wait for it.
+    sums = torch.zeros(4, device=images.device, dtype=torch.float64)
+    norms = torch.zeros((), device=images.device, dtype=torch.float64)
+    lr = recipe.lr
+
+    state.student.train()
+    for number, each in enumerate(slices):
+        lr = learning_rate(recipe, (epoch - 1) * len(slices) + number, recipe.epochs * len(slices))
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        shown, targets = _batch(views, each, data)
+        if teacher is not None and cell.method == "feature":
+            logits, features = models.forward_with_features(state.student, shown)  # type: ignore[arg-type]
+            assert cell.beta is not None
+            loss_kd = losses.feature(features, teacher.features(shown), state.projections, cell.beta)
+        else:
+            logits = state.student(shown)
+            if answers is not None:
+                assert cell.temperature is not None
+                loss_kd = losses.kd(logits, answers[each], cell.temperature)
+        loss_ce = F.cross_entropy(logits, targets)
+        loss = loss_ce if teacher is None else _mixed(loss_kd, loss_ce, cell.alpha)
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norms += nn.utils.clip_grad_norm_(parameters, recipe.clip)
+        state.optimizer.step()
+        with torch.no_grad():
+            kd = loss_kd if teacher is not None else torch.zeros_like(loss_ce)
+            right = (logits.argmax(1) == targets).double().mean()
+            sums += torch.stack([loss.double(), loss_ce.double(), kd.double(), right]) * len(targets)
+    train_loss, train_ce, train_kd, train_accuracy = (sums / len(labels)).tolist()
+    trained = time.perf_counter() - started
+    if not math.isfinite(train_loss):
+        raise Diverged(f"the training loss of epoch {epoch} is {train_loss}")
+
+    val_logits = _evaluate(state.student, data.validation, data)
+    val_loss = float(F.cross_entropy(val_logits, data.validation.labels))
+    return Epoch(
+        epoch=epoch,
+        val_accuracy=_accuracy(val_logits, data.validation.labels),
+        val_loss=val_loss,
+        train_loss=train_loss,
+        train_accuracy=train_accuracy,
+        loss_ce=train_ce,
+        loss_kd=None if teacher is None else train_kd,
+        lr=lr,
+        grad_norm=float(norms) / len(slices),
+        seconds=time.perf_counter() - started,
+        images_per_second=len(labels) / trained,
+    )
+
+
+def _mixed(loss_kd: Tensor, loss_ce: Tensor, alpha: float | None) -> Tensor:
+    assert alpha is not None
+    return alpha * loss_kd + (1 - alpha) * loss_ce
+
+
+def _batch(views: Views, each: slice, data: DataSet) -> tuple[Tensor, Tensor]:
+    """Prepared images [B, 3, H, W] and labels [B] of one step."""
+    index = views.order[each].to(data.train.images.device)
+    images = crop(data.train.images[index], views.top[each], views.left[each], views.flip[each], data.pad)
+    return prepare(images, data), data.train.labels[index]
+
+
+@torch.no_grad()
+def _evaluate(net: nn.Module, split: Split, data: DataSet) -> Tensor:
+    """Logits [N, K] of a split in eval mode."""
+    net.eval()
+    return torch.cat([net(prepare(images, data)) for images in split.images.split(EVALUATION_BATCH)])
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return int((logits.argmax(1) == labels).sum()) / len(labels)
+
+
+def _outcome(state: _State, data: DataSet, teacher: Teacher | None, device: torch.device) -> Outcome:
+    """What is reported once: the test images, with the last and with the best-validation weights."""
+    labels = data.test.labels
+    last = {name: tensor.clone() for name, tensor in state.student.state_dict().items()}
+    logits = _evaluate(state.student, data.test, data)
+    state.student.load_state_dict(state.best)
+    best_logits = _evaluate(state.student, data.test, data)
+    state.student.load_state_dict(last)
+    answers = None if teacher is None else teacher.test_answers().to(best_logits.device)
+    weights = {f"last.{name}": each for name, each in last.items()}
+    weights |= {f"best.{name}": each for name, each in state.best.items()}
+    return Outcome(
+        best_epoch=state.best_row.epoch,
+        val_accuracy_best=state.best_row.val_accuracy,
+        test_accuracy=_accuracy(logits, labels),
+        test_accuracy_best=_accuracy(best_logits, labels),
+        agreement=None if answers is None else float(losses.agreement(best_logits, answers)),
+        kl_t1=None if answers is None else float(losses.kl(best_logits, answers, 1.0)),
+        kl_t4=None if answers is None else float(losses.kl(best_logits, answers, 4.0)),
+        ece=float(losses.expected_calibration_error(best_logits, labels)),
+        params=models.parameter_count(state.student),
+        weights_digest=hashlib.sha256(pack(weights, {})).hexdigest(),
+        teacher_digest=None if teacher is None else teacher.digest,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        threads=torch.get_num_threads(),
+        peak_memory_bytes=peak_memory(device),
+    )

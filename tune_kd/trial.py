@@ -1,0 +1,124 @@
+"""One trial, what it yields epoch by epoch, and what the schedule answers."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from tune_kd.study import Cell, Data, Recipe
+
+Phase = Literal["teacher", "screen", "confirm"]
+
+
+def digest(value: Any) -> str:
+    """SHA-256, in hexadecimal, of a value as canonical JSON (sorted keys, no spaces, no NaN)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An arm with a seed. A teacher is a trial too: `cell.teacher` names its network."""
+
+    arm: str
+    phase: Phase
+    cell: Cell
+    recipe: Recipe
+    seed: int
+    data: Data
+    data_digest: str | None  # of the pixels, labels and split; null while only planning
+    scale: str
+    teacher_id: str | None = None  # the trial that trains this student's teacher; null without one
+
+    @property
+    def role(self) -> Literal["teacher", "student"]:
+        return "teacher" if self.phase == "teacher" else "student"
+
+    @property
+    def architecture(self) -> str:
+        """The network that this trial trains."""
+        name = self.cell.teacher if self.role == "teacher" else self.cell.student
+        assert name is not None
+        return name
+
+    @property
+    def label(self) -> str:
+        """What people see: `cifar/logit/T=4 seed 1`."""
+        return f"{self.arm} seed {self.seed}"
+
+    @property
+    def recipe_id(self) -> str:
+        return digest(asdict(self.recipe))[:16]
+
+    @property
+    def trial_id(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of what changes the result, and of nothing else."""
+        cell = asdict(self.cell)
+        del cell["student"], cell["teacher"]
+        identity = {
+            "role": self.role,
+            "architecture": self.architecture,
+            "cell": cell if self.role == "student" else {key: cell[key] for key in ("stem", "weights", "width")},
+            "recipe": asdict(self.recipe),
+            "seed": self.seed,
+            "data": self.data_digest,
+            "teacher": self.teacher_id,
+            "precision": "float32",
+        }
+        return digest(identity)[:16]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is measured once, after the last epoch. Accuracies are fractions; null: does not apply."""
+
+    best_epoch: int
+    val_accuracy_best: float
+    test_accuracy: float  # of the last weights
+    test_accuracy_best: float  # of the best-validation weights: the headline
+    agreement: float | None  # share of test images on which student and teacher choose one class
+    kl_t1: float | None  # KL(teacher || student) at temperature 1, nats a test image
+    kl_t4: float | None
+    ece: float  # expected calibration error on the test images, best-validation weights
+    params: int
+    weights_digest: str  # SHA-256 of the last and of the best-validation weights
+    teacher_digest: str | None  # SHA-256 of the teacher's weight file, as checked when it was loaded
+    device: str
+    threads: int
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch of one trial; the last one carries the outcome."""
+
+    epoch: int  # from 1
+    val_accuracy: float
+    val_loss: float
+    train_loss: float
+    train_accuracy: float
+    loss_ce: float
+    loss_kd: float | None  # null without a teacher
+    lr: float  # at the last step
+    grad_norm: float  # mean over steps, before clipping
+    seconds: float  # wall-clock, training and evaluation
+    images_per_second: float  # training images over training time
+    outcome: Outcome | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One comparison of the schedule, whatever came of it."""
+
+    trial_id: str
+    arm: str
+    phase: Phase
+    stratum: str
+    epoch: int
+    rung: int  # from 0
+    metric: float  # validation accuracy
+    cutoff: float | None  # null while nothing has been reported to compare with
+    rank: int  # 1 is best, among this arm and its peers
+    peers: int  # arms of the stratum that had reported at this rung before
+    action: Literal["continue", "stop"]
+    reason: Literal["ahead", "behind", "near_tie", "immune", "too_few_peers", "last_of_stratum"]
