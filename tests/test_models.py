@@ -139,8 +139,10 @@ def test_initialisation_is_torchvision_scheme(stem):
             assert scaled.mean().item() == pytest.approx(0, abs=5 / scaled.numel() ** 0.5)
         elif isinstance(module, nn.BatchNorm2d):
             ones, zeros = torch.ones(module.num_features), torch.zeros(module.num_features)
-            assert torch.equal(module.weight, ones) and torch.equal(module.bias, zeros)
-            assert torch.equal(module.running_mean, zeros) and torch.equal(module.running_var, ones)
+            assert torch.equal(module.weight, ones)
+            assert torch.equal(module.bias, zeros)
+            assert torch.equal(module.running_mean, zeros)
+            assert torch.equal(module.running_var, ones)
             assert module.num_batches_tracked == 0
     bound = 512**-0.5
     assert 0.99 * bound < net.fc.weight.abs().max() <= bound
@@ -187,7 +189,7 @@ def test_the_streams_of_network_and_projections_differ():
     ],
 )
 def test_an_argument_that_is_not_allowed_is_named(changes, message):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(Mistake) as caught:
         small(**changes)
     assert message in str(caught.value)
 
@@ -227,7 +229,7 @@ def published() -> dict[str, torch.Tensor]:
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)
-            module.running_mean.normal_()
+            nn.init.normal_(module.get_buffer("running_mean"))
     return {name: v for name, v in net.state_dict().items() if not name.endswith("num_batches_tracked")}
 
 

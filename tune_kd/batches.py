@@ -73,8 +73,9 @@ def download(origin: Origin, archive: Path, say: Callable[[str], None], *, progr
         os.chmod(part, 0o644)  # mkstemp's 0600 would keep a shared folder's other users out
         os.replace(part, archive)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        wrapped = isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError)
-        why = error.reason if wrapped else error
+        why: object = error
+        if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
+            why = error.reason
         if isinstance(why, TimeoutError):
             why = f"nothing came for {origin.stall_seconds:g} s"
         raise Mistake(

@@ -130,9 +130,7 @@ def _digits(wanted: dict[str, int | None], split_seed: int) -> DataSet:
     return _finished("digits", classes, parts, mean, std, pad=1, flip=False, upsample=2)
 
 
-def _cifar10(
-    pixels: Pixels, wanted: dict[str, int | None], split_seed: int, say: Callable[[str], None]
-) -> DataSet:
+def _cifar10(pixels: Pixels, wanted: dict[str, int | None], split_seed: int, say: Callable[[str], None]) -> DataSet:
     found = (len(pixels.train_labels), len(pixels.test_labels))
     if found != CIFAR10_SIZES or len(pixels.classes) != 10:
         say(
@@ -151,9 +149,7 @@ def _cifar10(
         },
         wanted,
     )
-    return _finished(
-        "cifar10", pixels.classes, parts, CIFAR10_MEAN, CIFAR10_STD, pad=4, flip=True, upsample=1
-    )
+    return _finished("cifar10", pixels.classes, parts, CIFAR10_MEAN, CIFAR10_STD, pad=4, flip=True, upsample=1)
 
 
 def _ranks(stream: str, labels: Tensor, seed: int) -> Tensor:
@@ -170,10 +166,8 @@ def _ranks(stream: str, labels: Tensor, seed: int) -> Tensor:
     return ranks
 
 
-def _sized(
-    parts: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], wanted: dict[str, int | None]
-) -> dict[str, Split]:
-    """Cut each part (images, labels, ranks, membership) to the size asked for, or name all sizes that fail."""
+def _sized(parts: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], wanted: dict[str, int | None]) -> dict[str, Split]:
+    """Cut each part (images, labels, ranks, membership) to its size, or name all sizes that fail."""
     problems = []
     for part, (_, labels, _, member) in parts.items():
         size, most, classes = wanted[part], int(member.sum()), int(labels.max()) + 1
@@ -181,8 +175,7 @@ def _sized(
             problems.append(f"{part}: {size} images were asked for, and there are at most {most}")
         elif size is not None and size < classes:
             problems.append(
-                f"{part}: {size} images are fewer than one for each of {classes} classes; "
-                f"give {classes} to {most}"
+                f"{part}: {size} images are fewer than one for each of {classes} classes; give {classes} to {most}"
             )
     if problems:
         raise Mistake(*problems)

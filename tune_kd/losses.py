@@ -95,8 +95,7 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
-            f"logits and labels have shapes {list(logits.shape)} and {list(labels.shape)}; "
-            "expected [B, K] and [B]"
+            f"logits and labels have shapes {list(logits.shape)} and {list(labels.shape)}; expected [B, K] and [B]"
         )
     if bins < 1:
         raise ValueError(f"bins is {bins}; expected at least 1")

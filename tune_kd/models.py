@@ -57,7 +57,7 @@ def parameter_count(net: nn.Module) -> int:
 
 
 def forward_with_features(net: ResNet, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The logits [B, K], exactly those of `net(images)`, and the four residual stages' outputs [B, C, H, W]."""
+    """The logits [B, K], those of `net(images)` exactly, and the four stages' outputs [B, C_i, H_i, W_i]."""
     stage_BCHW = net.maxpool(net.relu(net.bn1(net.conv1(images))))
     features = []
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
@@ -74,9 +74,7 @@ def feature_channels(net: ResNet) -> tuple[int, int, int, int]:
     return second, third, fourth, net.fc.in_features
 
 
-def projections(
-    student_channels: Sequence[int], teacher_channels: Sequence[int], *, seed: int
-) -> nn.ModuleList:
+def projections(student_channels: Sequence[int], teacher_channels: Sequence[int], *, seed: int) -> nn.ModuleList:
     """One bias-free 1x1 convolution a stage, [B, C_student, H, W] to [B, C_teacher, H, W].
 
     Drawn from a stream of its own, so a student starts from the same weights with and without them.
@@ -118,9 +116,7 @@ def fetch_imagenet(architecture: str) -> Path:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         # Writes under a temporary name and renames: an interrupted download leaves no broken file.
-        torch.hub.download_url_to_file(
-            url, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False
-        )
+        torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False)
     except (OSError, RuntimeError, HTTPException) as error:
         raise Mistake(
             f"weights 'imagenet' of {architecture} could not be fetched from {url} ({error}): "
@@ -166,9 +162,7 @@ def _blueprint(architecture: str, stem: str, classes: int, width: float) -> ResN
         # torchvision fixes the channel counts, so its own method makes the stages anew, each with the
         # kind and number of blocks that it had. `inplanes` is what the method reads and advances.
         net.inplanes = channels[0]
-        for name, planes, stride in zip(
-            ("layer1", "layer2", "layer3", "layer4"), channels, (1, 2, 2, 2), strict=True
-        ):
+        for name, planes, stride in zip(("layer1", "layer2", "layer3", "layer4"), channels, (1, 2, 2, 2), strict=True):
             standard_stage = getattr(net, name)
             block = type(standard_stage[0])
             setattr(net, name, net._make_layer(block, planes, len(standard_stage), stride))
@@ -192,7 +186,7 @@ def _stream(name: str, seed: int) -> Iterator[None]:
     digest = hashlib.sha256(f"{name} {seed}".encode()).digest()
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would reseed the accelerators too, and nothing would put them back.
-        torch.random.default_generator.manual_seed(int.from_bytes(digest[:8], "big"))
+        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big"))
         yield
 
 

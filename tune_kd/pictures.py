@@ -53,9 +53,7 @@ class Pixels:
 
 
 @contextmanager
-def bar(
-    what: str, total: int | None, show: bool, *, in_bytes: bool = False
-) -> Iterator[Callable[[int], None]]:
+def bar(what: str, total: int | None, show: bool, *, in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
     """A progress bar on a terminal's stderr; calling what it yields moves it to a position out of `total`."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TimeRemainingColumn
@@ -111,30 +109,30 @@ def read_archive(path: Path, *, progress: bool) -> Pixels:
     decoded: dict[Named, np.ndarray[Any, Any]] = {}
     outer: tuple[str, ...] | None = None
     with open(path, "rb") as raw, bar("Decoding images", path.stat().st_size, progress) as move:
-        for name, read in _members(path, raw):
+        for name, content in _pictures(path, raw):
             *prefix, part, directory, file = ("", "", "", *PurePosixPath(name).parts)
-            if part not in PARTS or not _is_picture(file) or directory.startswith("."):
+            if part not in PARTS or directory.startswith("."):
                 continue
             outer = tuple(prefix) if outer is None else outer
             if outer != tuple(prefix):
-                raise Mistake(f"--data-dir {path}: {_short(name)} is in a second {part!r} folder of the archive")
+                raise Mistake(f"--data-dir {path}: the archive has {_short(name)} in a second {part!r} folder")
             if (part, directory, file) in decoded:
                 raise Mistake(f"--data-dir {path}: the archive holds {_short(name)} twice")
-            decoded[part, directory, file] = _decode(read(), path, name)
+            decoded[part, directory, file] = _decode(content, path, name)
             if len(decoded) % 256 == 0:
                 move(raw.tell())
     return _assembled(decoded, path)
 
 
-def _members(path: Path, raw: IO[bytes]) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Name and reader of every plain file in a tar, in its order. What is not harmless is refused."""
+def _pictures(path: Path, raw: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of every picture in a tar, in its order. What is not harmless is refused."""
     stream = _Metered(_decompressed(path, raw), path)
     try:
         with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as archive:
             for count, member in enumerate(archive, start=1):
                 _refuse_hostile(member, count, path)
-                if member.isreg():
-                    yield member.name, lambda member=member: _content(archive, member)  # type: ignore[misc]
+                if member.isreg() and _is_picture(PurePosixPath(member.name).name):
+                    yield member.name, _content(archive, member)
             stream.check_end(archive.offset)
     except Mistake:
         raise
@@ -168,14 +166,15 @@ class _Metered:
 
     def read(self, size: int) -> bytes:
         # The limit also bounds what a forged header can make tarfile hold in memory.
-        self.last = self.stream.read(size)
-        self.count += len(self.last)
+        chunk = self.stream.read(size)
+        self.count += len(chunk)
+        self.last = chunk or self.last
         if self.count > MOST_ARCHIVE_BYTES:
             raise Mistake(
                 f"--data-dir {self.path}: the archive unpacks to more than {MOST_ARCHIVE_BYTES} bytes, "
                 "which is too much for CIFAR-10"
             )
-        return self.last
+        return chunk
 
     def check_end(self, offset: int) -> None:
         """tarfile takes a cut between members, and a damaged header, for the end: only zeros may follow it.
@@ -183,9 +182,8 @@ class _Metered:
         Reading on to the very end also lets gzip and xz compare their checksums.
         """
         tail = self.last[max(0, offset - (self.count - len(self.last))) :]
-        ended = self.count > offset and not any(tail)
-        while tail:
-            tail = self.read(2**20)
+        ended = self.count >= offset + tarfile.BLOCKSIZE and not any(tail)
+        while tail := self.read(2**20):
             ended = ended and not any(tail)
         if not ended:
             raise tarfile.ReadError(f"no end of archive at byte {offset}")

@@ -3,7 +3,7 @@
 import itertools
 import random
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 from tune_kd.study import APPLIES, CELL_FIELDS, NUMERIC, Cell, Compare, Level, Study
 from tune_kd.trial import Trial
@@ -78,11 +78,12 @@ def plan(study: Study, data_digest: str | None = None) -> Plan:
 
 def _cell(study: Study, levels: tuple[Level, ...]) -> Cell:
     """One raw cell, with null for what does not apply to its method, so that equal cells are equal."""
-    chosen = dict(zip((factor.name for factor in study.factors), levels, strict=True))
-    chosen = {name: float(level) if name in NUMERIC else level for name, level in chosen.items()}
-    cell = replace(study.cell, **chosen)  # type: ignore[arg-type]
-    inert = {name: None for name, methods in APPLIES.items() if cell.method not in methods}
-    return replace(cell, **inert)  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {}
+    for factor, level in zip(study.factors, levels, strict=True):
+        chosen[factor.name] = float(level) if factor.name in NUMERIC else level
+    cell = replace(study.cell, **chosen)
+    inert: dict[str, Any] = dict.fromkeys(name for name, where in APPLIES.items() if cell.method not in where)
+    return replace(cell, **inert)
 
 
 def _role(study: Study, cell: Cell, referred: set[str]) -> Literal["control", "reference", "compared"]:
@@ -151,15 +152,14 @@ def _moderations(study: Study, factor: str, what: str, pairs: list[tuple[Cell, C
 def _pairs(study: Study, cells: list[Cell], compare: Compare) -> list[tuple[Cell, Cell]]:
     """Treated and compared-with cells that differ in the one factor and stand at the reference elsewhere."""
     fixed = {name: level for name, level in study.reference if name != compare.factor}
-    found = []
+    found: list[tuple[Cell, Cell]] = []
     for treated in cells:
         if getattr(treated, compare.factor) != compare.treated:
             continue
         if any(getattr(treated, name) not in (None, level) for name, level in fixed.items()):
             continue
-        for against in cells:
-            if getattr(against, compare.factor) == compare.against and _comparable(treated, against, compare, fixed):
-                found.append((treated, against))
+        candidates = (cell for cell in cells if getattr(cell, compare.factor) == compare.against)
+        found += [(treated, other) for other in candidates if _comparable(treated, other, compare, fixed)]
     return found
 
 

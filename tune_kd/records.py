@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
 
 from tune_kd.storage import publish
 from tune_kd.study import Mistake
@@ -96,8 +97,10 @@ def clean(schema: Schema, row: Mapping[str, Any]) -> Row:
     cleaned: Row = {}
     for name, kind in schema.columns.items():
         value = row.get(name)
-        finite = value is not None and not (isinstance(value, float) and not math.isfinite(value))
-        cleaned[name] = kind(value) if finite else None
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            cleaned[name] = None
+        else:  # SQLite keeps no sign of zero, and a row's check sum must not depend on it
+            cleaned[name] = float(value) + 0.0 if kind is float else kind(value)
     return cleaned
 
 
@@ -108,8 +111,11 @@ def _crc(row: Row) -> int:
 class Ledger:
     """One SQLite file a run. A row counts once the transaction that holds it is committed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
+        if read_only:
+            self._connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)
+            return
         self._connection = sqlite3.connect(path, isolation_level=None)
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
@@ -195,9 +201,8 @@ def frame(schema: Schema, rows: list[Row]) -> "pd.DataFrame":
     import pandas as pd
 
     types = {str: "string", int: "Int64", float: "float64"}
-    return pd.DataFrame(
-        {name: pd.array([row[name] for row in rows], dtype=types[kind]) for name, kind in schema.columns.items()}
-    )
+    columns = schema.columns.items()
+    return pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype=types[kind]) for name, kind in columns})
 
 
 def to_parquet(table: "pd.DataFrame") -> bytes:

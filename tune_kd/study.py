@@ -196,8 +196,8 @@ def _level_problem(name: str, level: Level | None) -> str | None:
 def _factor_problems(study: Study) -> list[str]:
     problems = []
     names = [factor.name for factor in study.factors]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        problems.append(f"factors names {name!r} more than once; allowed: once each")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    problems += [f"factors names {name!r} more than once; allowed: once each" for name in twice]
     for factor in study.factors:
         if factor.name not in CELL_FIELDS:
             problems.append(f"factors names {factor.name!r}; allowed: {', '.join(CELL_FIELDS)}")
@@ -252,9 +252,8 @@ def _contrast_problems(study: Study) -> list[str]:
             continue
         levels = study.levels(contrast.factor)
         allowed = ", ".join(str(level) for level in levels)
-        for level in (contrast.treated, contrast.against):
-            if level not in levels:
-                problems.append(f"a contrast names {contrast.factor} {level!r}; allowed: {allowed}")
+        unknown = [level for level in (contrast.treated, contrast.against) if level not in levels]
+        problems += [f"a contrast names {contrast.factor} {level!r}; allowed: {allowed}" for level in unknown]
         if contrast.treated == contrast.against:
             problems.append(f"a contrast compares {contrast.factor} {contrast.treated!r} with itself")
     for name, level in study.reference:
@@ -277,7 +276,7 @@ def _recipe_problems(where: str, recipe: Recipe) -> list[str]:
         ("lr_min", 0 <= recipe.lr_min <= recipe.lr, f"from 0 to lr ({recipe.lr:g})"),
         ("momentum", 0 < recipe.momentum < 1, "between 0 and 1, both excluded (Nesterov)"),
         ("weight_decay", 0 <= recipe.weight_decay < math.inf, "0 or more"),
-        ("clip", 0 < recipe.clip, "above 0"),
+        ("clip", 0 < recipe.clip < math.inf, "above 0"),
     ]
     return [
         f"{where}.{name} is {getattr(recipe, name)!r}; allowed: {allowed}" for name, good, allowed in rules if not good
@@ -326,9 +325,5 @@ def _screen_problems(study: Study) -> list[str]:
         problems.append(f"screen.margin is {screen.margin}; allowed: from 0 to 1 (accuracy, 0.005 is 0.5 points)")
     if screen.min_peers < 1:
         problems.append(f"screen.min_peers is {screen.min_peers}; allowed: at least 1")
-    for name in screen.strata or ():
-        if name not in CELL_FIELDS:
-            problems.append(f"screen.strata names {name!r}; allowed: {', '.join(CELL_FIELDS)}")
-    return problems
-
-
+    unknown = [name for name in screen.strata or () if name not in CELL_FIELDS]
+    return problems + [f"screen.strata names {name!r}; allowed: {', '.join(CELL_FIELDS)}" for name in unknown]

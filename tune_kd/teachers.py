@@ -1,8 +1,8 @@
 """Teachers by content id: published once, shared by runs, and what they answer, computed once.
 
-    TEACHERS/ID/weights.safetensors   the best-validation weights
-    TEACHERS/ID/card.json             what it is, its epochs, and the digest of the weights: written last
-    TEACHERS/ID/answers/              logits for each epoch's views, shared by all students that see them
+TEACHERS/ID/weights.safetensors   the best-validation weights
+TEACHERS/ID/card.json             what it is, its epochs, and the digest of the weights: written last
+TEACHERS/ID/answers/              logits for each epoch's views, shared by all students that see them
 """
 
 import hashlib
@@ -89,7 +89,7 @@ class Teacher:
 
         def compute() -> Tensor:
             parts = []
-            for some in torch.arange(len(views.order)).split(BATCH):
+            for some in torch.split(torch.arange(len(views.order)), BATCH):
                 index = views.order[some]
                 images = crop(
                     train[index.to(train.device)], views.top[some], views.left[some], views.flip[some], self.data.pad
@@ -101,7 +101,8 @@ class Teacher:
 
     def test_answers(self) -> Tensor:
         """Logits [N, K], on the CPU, for the test images as they are."""
-        return self._once("test", lambda: torch.cat([self._logits(part) for part in self.data.test.images.split(BATCH)]))
+        images = self.data.test.images
+        return self._once("test", lambda: torch.cat([self._logits(part) for part in torch.split(images, BATCH)]))
 
     @torch.no_grad()
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -141,7 +142,8 @@ class Teacher:
 
 def load_teacher(folder: Path, trial: Trial, data: DataSet, device: torch.device) -> Teacher:
     """The teacher of a student, in eval mode and frozen. Raises `TeacherChanged` where its file was altered."""
-    assert trial.teacher_id is not None and trial.cell.teacher is not None
+    assert trial.teacher_id is not None
+    assert trial.cell.teacher is not None
     home = folder / trial.teacher_id
     card = _card(folder, trial.teacher_id)
     if card is None:
@@ -154,7 +156,7 @@ def load_teacher(folder: Path, trial: Trial, data: DataSet, device: torch.device
             "the file was changed after it was published; remove the folder to have it trained again"
         )
     cell = trial.cell
-    net = models.build(cell.teacher, stem=cell.stem, classes=len(data.classes), width=cell.width, seed=0)
+    net = models.build(trial.cell.teacher, stem=cell.stem, classes=len(data.classes), width=cell.width, seed=0)
     net.load_state_dict(unpack(found)[0])
     net.to(device).eval().requires_grad_(False)
     return Teacher(trial.teacher_id, digest, net, home, data)

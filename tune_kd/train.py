@@ -189,7 +189,7 @@ def _epoch(trial: Trial, epoch: int, state: _State, data: DataSet, teacher: Teac
             group["lr"] = lr
         shown, targets = _batch(views, each, data)
         if teacher is not None and cell.method == "feature":
-            logits, features = models.forward_with_features(state.student, shown)  # type: ignore[arg-type]
+            logits, features = models.forward_with_features(state.student, shown)
             assert cell.beta is not None
             loss_kd = losses.feature(features, teacher.features(shown), state.projections, cell.beta)
         else:
@@ -245,7 +245,7 @@ def _batch(views: Views, each: slice, data: DataSet) -> tuple[Tensor, Tensor]:
 def _evaluate(net: nn.Module, split: Split, data: DataSet) -> Tensor:
     """Logits [N, K] of a split in eval mode."""
     net.eval()
-    return torch.cat([net(prepare(images, data)) for images in split.images.split(EVALUATION_BATCH)])
+    return torch.cat([net(prepare(images, data)) for images in torch.split(split.images, EVALUATION_BATCH)])
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -100,9 +100,7 @@ class Driver:
             return False  # a report that was under way when the trial was ended
         with self._ledger.transaction():
             kept = {key: value for key, value in asdict(epoch).items() if key != "outcome"}
-            state = self._ledger.add_epoch(
-                {"run": self._run, "trial_id": trial_id, "attempt": row["attempts"], **kept}
-            )
+            state = self._ledger.add_epoch({"run": self._run, "trial_id": trial_id, "attempt": row["attempts"], **kept})
             if state == "different":
                 note = f"epoch {epoch.epoch} computed again differs from its record (attempt {row['attempts']})"
                 row["error"] = "; ".join(filter(None, [row["error"], note]))

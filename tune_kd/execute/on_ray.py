@@ -68,7 +68,7 @@ class TrialRunner(tune.Trainable):
         if self._ended is not None and trial_id == self._task.trial.trial_id:
             await self._ended.wait()
 
-    async def train(self) -> dict[str, Any]:  # type: ignore[override]
+    async def train(self) -> dict[str, Any]:
         if self._ended is None:
             self._ended = asyncio.Event()
             actor = ray.get_runtime_context().current_actor
@@ -94,7 +94,7 @@ class _Admission(Searcher):
         super().__init__()
         self._bridge = bridge
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         return self._bridge.admit(trial_id)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -114,7 +114,7 @@ class _Decisions(TrialScheduler):
     """Passes each report to the driver and its answer to Tune; trials start in the order of admission."""
 
     def __init__(self, bridge: "_Bridge") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._bridge = bridge
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
@@ -124,10 +124,8 @@ class _Decisions(TrialScheduler):
         """Nothing to do: it was this scheduler that ended the trial."""
 
     def choose_trial_to_run(self, tune_controller: Any, **_: Any) -> TuneTrial | None:
-        for trial in tune_controller.get_trials():
-            if trial.status == TuneTrial.PENDING:
-                return trial
-        return None
+        pending = (trial for trial in tune_controller.get_trials() if trial.status == TuneTrial.PENDING)
+        return next(pending, None)
 
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
         """Nothing to do: the driver knows it."""
@@ -145,25 +143,33 @@ class _Decisions(TrialScheduler):
 class _Events(tune.Callback):
     """Tells when a trial starts, and beats at every step of Tune's loop, also while nothing is reported."""
 
-    def __init__(self, bridge: "_Bridge", beat: Callable[[], None]) -> None:
+    def __init__(self, bridge: "_Bridge") -> None:
         self._bridge = bridge
-        self._beat = beat
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         self._bridge.started(trial.trial_id)
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
-        self._beat()
+        self._bridge.beat()
 
 
 class _Bridge:
     """Between Tune's names of trials and the driver's."""
 
-    def __init__(self, driver: Driver, place: Workplace) -> None:
+    def __init__(self, driver: Driver, place: Workplace, beat: Callable[[], None]) -> None:
         self._driver = driver
         self._place = place
+        self._beat = beat
         self._tasks: dict[str, Task] = {}  # by Tune's trial id
         self._over: set[str] = set()  # Tune's ids of trials whose last result was seen
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune writes what it was given to a file of its own, which is never read."""
+        return {}
+
+    def beat(self) -> None:
+        self._driver.tick()
+        self._beat()
 
     def admit(self, tune_id: str) -> dict[str, Any] | str | None:
         task = self._driver.next()
@@ -219,7 +225,7 @@ def connect(address: str | None) -> Cluster:
             raise Mistake(f"--address is {address}: {where} cannot be reached or started ({error})") from error
     else:
         context = ray.init(ignore_reinit_error=True)
-    resources = ray.cluster_resources()
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return Cluster(
         cpus=resources.get("CPU", 0.0),
         gpus=resources.get("GPU", 0.0),
@@ -235,15 +241,11 @@ def disconnect(cluster: Cluster) -> None:
 
 def run_on_ray(driver: Driver, place: Workplace, beat: Callable[[], None]) -> None:
     """Run a plan to its end on the connected Ray. `beat` is called about once a second, in this thread."""
-    bridge = _Bridge(driver, place)
+    bridge = _Bridge(driver, place, beat)
 
     def share(config: dict[str, Any]) -> PlacementGroupFactory:
         task: Task = config["task"]
         return PlacementGroupFactory([{"CPU": task.cpus, "GPU": task.gpus} if task.gpus else {"CPU": task.cpus}])
-
-    def step() -> None:
-        driver.tick()
-        beat()
 
     # Tune insists on a folder of its own. Nothing in it is ever read.
     scratch = Path(tempfile.mkdtemp(prefix="tune_kd-"))
@@ -258,7 +260,7 @@ def run_on_ray(driver: Driver, place: Workplace, beat: Callable[[], None]) -> No
                     name="run",
                     storage_path=str(scratch),
                     verbose=0,
-                    callbacks=[_Events(bridge, step)],
+                    callbacks=[_Events(bridge)],
                     failure_config=FailureConfig(max_failures=0),
                     checkpoint_config=CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
                 ),

@@ -1,0 +1,85 @@
+"""What tests share: a tiny study, a tiny data set, and one Ray for the whole session."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tune_kd.data import DataSet, Split
+from tune_kd.study import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture
+def study() -> Study:
+    """Two stems, three methods, two temperatures: 12 raw cells, 8 arms; networks of 4 channels."""
+    return Study(
+        name="tiny",
+        question="Does it work?",
+        factors=(
+            Factor("stem", ("imagenet", "cifar")),
+            Factor("method", ("none", "logit", "feature")),
+            Factor("temperature", (2.0, 4.0)),
+        ),
+        contrasts=(
+            Compare("method", "logit", "none"),
+            Compare("method", "feature", "none"),
+            Compare("temperature", 2.0, 4.0),
+        ),
+        moderator="stem",
+        cell=Cell(width=0.0625),
+        scale="test",
+        data=(Data("digits", train=60, validation=20, test=20),),
+        recipe=Recipe(epochs=2, batch_size=16, lr=0.05),
+        teacher_recipe=Recipe(epochs=2, batch_size=16, lr=0.05),
+        screen=Screen(seed=0, grace=1, reduction=2, margin=0.0, min_peers=1),
+        confirm=Confirm(seeds=(1, 2)),
+    )
+
+
+@pytest.fixture
+def one_stem(study: Study) -> Study:
+    """The tiny study with the cifar stem alone: 4 arms."""
+    return replace(study, factors=(Factor("stem", ("cifar",)), *study.factors[1:]), moderator=None)
+
+
+@pytest.fixture
+def pixels() -> DataSet:
+    """Noise whose brightness tells its class: 40 training images of 8 x 8 pixels in two classes."""
+
+    def split(count: int, seed: int) -> Split:
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(count) % 2
+        noise = torch.randint(0, 100, (count, 3, 8, 8), generator=generator)
+        return Split((noise + 120 * labels[:, None, None, None]).to(torch.uint8), labels)
+
+    return DataSet(
+        name="pixels",
+        classes=("dark", "bright"),
+        train=split(40, 0),
+        validation=split(20, 1),
+        test=split(20, 2),
+        mean=(0.4, 0.4, 0.4),
+        std=(0.3, 0.3, 0.3),
+        pad=1,
+        flip=True,
+        upsample=1,
+        digest=hashlib.sha256(b"pixels").hexdigest(),
+    )
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[str]:
+    """One Ray with its dashboard and two logical GPUs for all tests that need one; gives the dashboard's URL."""
+    from tune_kd.execute import on_ray
+
+    import ray  # isort: skip  # after on_ray, which sets what Ray reads when it is imported
+
+    context = ray.init(num_cpus=2, num_gpus=2, include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=False)
+    assert on_ray
+    yield f"http://{context.dashboard_url}"
+    ray.shutdown()

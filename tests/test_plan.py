@@ -1,0 +1,182 @@
+"""From a study to arms, contrasts and trials."""
+
+import json
+import random
+from dataclasses import asdict, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from search_spaces.ablation import SCALES
+from tune_kd.plan import plan
+from tune_kd.study import APPLIES, Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
+from tune_kd.trial import Trial, digest
+
+ARMS = [
+    f"{stem}/{method}"
+    for stem in ("imagenet", "cifar")
+    for method in ("none", *(f"logit/T={level}" for level in (1, 2, 4, 8, 16)), "feature")
+]
+
+
+def test_thirty_raw_cells_of_the_ablation_are_fourteen_arms() -> None:
+    planned = plan(SCALES["paper"]())
+    assert planned.raw_cells == 30
+    assert [arm.name for arm in planned.arms] == ARMS
+    assert [arm.merged for arm in planned.arms] == [5, 1, 1, 1, 1, 1, 5] * 2
+
+
+def test_each_stem_has_one_teacher_and_each_arm_a_screen_and_all_confirm_seeds() -> None:
+    planned = plan(SCALES["paper"]())
+    assert sorted(trial.arm for trial in planned.teachers) == ["cifar/teacher", "imagenet/teacher"]
+    for arm in ARMS:
+        trials = [(trial.phase, trial.seed) for trial in planned.trials if trial.arm == arm]
+        assert trials == [("screen", 0), *(("confirm", seed) for seed in (1, 2, 3, 4, 5))]
+    assert len({trial.trial_id for trial in planned.trials}) == len(planned.trials) == 2 + 14 * 6
+
+
+def test_every_student_with_a_method_has_the_teacher_of_its_stem_and_controls_have_none() -> None:
+    planned = plan(SCALES["laptop"]())
+    teachers = {trial.trial_id: trial for trial in planned.teachers}
+    for trial in planned.trials:
+        if trial.role == "student" and trial.cell.method != "none":
+            assert teachers[trial.teacher_id or ""].cell.stem == trial.cell.stem
+        else:
+            assert trial.teacher_id is None
+
+
+def test_controls_and_what_contrasts_refer_to_are_immune() -> None:
+    roles = {arm.name: arm.role for arm in plan(SCALES["paper"]()).arms}
+    assert {name for name, role in roles.items() if role == "control"} == {"imagenet/none", "cifar/none"}
+    assert {name for name, role in roles.items() if role == "reference"} == {
+        f"{stem}/{method}" for stem in ("imagenet", "cifar") for method in ("logit/T=4", "feature")
+    }
+
+
+def test_contrasts_are_every_comparison_in_every_stem_and_how_it_changes_with_the_stem() -> None:
+    contrasts = {contrast.name: dict(contrast.weights) for contrast in plan(SCALES["paper"]()).contrasts}
+    assert len(contrasts) == 7 * 2 + 7
+    assert contrasts["cifar: logit - none"] == {"cifar/logit/T=4": 1, "cifar/none": -1}
+    assert contrasts["imagenet: T=16 - T=4"] == {"imagenet/logit/T=16": 1, "imagenet/logit/T=4": -1}
+    assert contrasts["(logit - feature): cifar - imagenet"] == {
+        "cifar/logit/T=4": 1,
+        "cifar/feature": -1,
+        "imagenet/logit/T=4": -1,
+        "imagenet/feature": 1,
+    }
+
+
+def test_alpha_is_in_the_arms_name_only_where_it_varies(study: Study) -> None:
+    varied = replace(study, factors=(*study.factors, Factor("alpha", (0.3, 0.7))))
+    names = [arm.name for arm in plan(varied).arms]
+    assert "cifar/logit/T=4/alpha=0.3" in names
+    assert "cifar/feature/alpha=0.7" in names
+    assert "cifar/none" in names
+
+
+def test_several_teacher_seeds_take_turns_over_the_replicates(one_stem: Study) -> None:
+    planned = plan(replace(one_stem, teacher_seeds=(7, 8), confirm=Confirm(seeds=(1, 2, 3))))
+    seeds = {trial.trial_id: trial.seed for trial in planned.teachers}
+    drawn = {trial.seed: seeds[trial.teacher_id] for trial in planned.trials if trial.teacher_id}
+    assert drawn == {0: 7, 1: 7, 2: 8, 3: 7}
+
+
+def test_arms_start_in_a_random_order_that_the_order_seed_gives_again(study: Study) -> None:
+    def order(seed: int) -> list[str]:
+        planned = plan(replace(study, screen=replace(study.screen, order_seed=seed)))
+        return [trial.arm for trial in planned.trials if trial.phase == "screen"]
+
+    assert order(3) == order(3)
+    assert len({tuple(order(seed)) for seed in range(5)}) > 1
+    assert sorted(order(0)) == sorted(order(1))
+
+
+FIXED = Trial(
+    arm="cifar/logit/T=4",
+    phase="confirm",
+    cell=Cell(method="logit", temperature=4.0, alpha=0.5, beta=None),
+    recipe=Recipe(),
+    seed=1,
+    data=Data("cifar10"),
+    data_digest="0" * 64,
+    scale="paper",
+    teacher_id="0123456789abcdef",
+)
+
+
+def test_trial_ids_are_what_they_were() -> None:
+    """Ids name teachers on disk: one that changes unseen trains every teacher again."""
+    assert FIXED.trial_id == "d286effcc9b30143"
+    teacher = replace(FIXED, phase="teacher", cell=Cell(), teacher_id=None)
+    assert teacher.trial_id == "1057c94b9ee0e23b"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 2},
+        {"recipe": Recipe(epochs=99)},
+        {"recipe": Recipe(clip=2.0)},
+        {"data_digest": "1" * 64},
+        {"teacher_id": "f" * 16},
+        *({"cell": replace(FIXED.cell, **{name: value})} for name, value in
+          [("stem", "imagenet"), ("temperature", 2.0), ("alpha", 0.3), ("width", 0.5), ("student", "resnet34")]),
+    ],
+)  # fmt: skip
+def test_what_changes_the_result_changes_the_id(change: dict[str, object]) -> None:
+    assert replace(FIXED, **change).trial_id != FIXED.trial_id  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", [{"arm": "other"}, {"phase": "screen"}, {"scale": "x"}, {"data": Data("d", 1)}])
+def test_what_does_not_change_the_result_does_not_change_the_id(change: dict[str, object]) -> None:
+    assert replace(FIXED, **change).trial_id == FIXED.trial_id  # type: ignore[arg-type]
+
+
+@given(
+    st.dictionaries(
+        st.text(), st.integers() | st.text() | st.none() | st.floats(allow_nan=False, allow_infinity=False)
+    ),
+    st.randoms(),
+)
+def test_a_digest_does_not_depend_on_the_order_of_keys(value: dict[str, object], chance: random.Random) -> None:
+    items = list(value.items())
+    chance.shuffle(items)
+    assert digest(dict(items)) == digest(value)
+
+
+levels = st.fixed_dictionaries(
+    {
+        "stem": st.lists(st.sampled_from(["imagenet", "cifar"]), min_size=1, unique=True),
+        "method": st.lists(st.sampled_from(["logit", "feature"]), unique=True).map(lambda some: ["none", *some]),
+        "temperature": st.lists(st.sampled_from([1.0, 2.0, 4.0, 8.0]), min_size=1, unique=True),
+        "alpha": st.lists(st.sampled_from([0.3, 0.5, 0.7]), min_size=1, unique=True),
+    }
+)
+
+
+@given(levels, st.randoms())
+def test_an_expansion_keeps_every_raw_cell_and_no_arm_twice(
+    drawn: dict[str, list[str | float]], chance: random.Random
+) -> None:
+    factors = [Factor(name, tuple(some)) for name, some in drawn.items()]
+    chance.shuffle(factors)
+    temperature = drawn["temperature"][0]
+    contrasts = [Compare("method", method, "none") for method in drawn["method"] if method != "none"]
+    planned = plan(
+        Study(
+            "drawn",
+            "?",
+            tuple(factors),
+            tuple(contrasts),
+            reference=(("temperature", temperature), ("alpha", drawn["alpha"][0])),
+            screen=Screen(grace=1),
+        )
+    )
+    assert sum(arm.merged for arm in planned.arms) == planned.raw_cells
+    assert len({arm.name for arm in planned.arms}) == len(planned.arms)
+    assert len(planned.contrasts) == len(contrasts) * len(drawn["stem"])
+    for arm in planned.arms:
+        for name, methods in APPLIES.items():
+            assert (getattr(arm.cell, name) is None) == (arm.cell.method not in methods)
+    assert json.dumps([asdict(contrast) for contrast in planned.contrasts])

@@ -1,0 +1,174 @@
+"""The ledger and the tables: what is written is read, and nothing else."""
+
+import math
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tune_kd.records import (
+    DECISIONS,
+    EPOCHS,
+    SCHEMAS,
+    TRIALS,
+    Damaged,
+    Ledger,
+    Schema,
+    clean,
+    frame,
+    load,
+    to_parquet,
+)
+from tune_kd.study import Mistake
+
+# The contract, written out: other programs rely on these names and on this order.
+CONTRACT = {
+    "trials": """run trial_id arm phase role student teacher teacher_id stem weights width method temperature alpha
+        beta lr weight_decay seed recipe_id dataset data_digest scale device threads status stop_reason epochs_planned
+        epochs_run best_epoch val_accuracy val_accuracy_best test_accuracy test_accuracy_best agreement kl_t1 kl_t4
+        ece params train_seconds wall_seconds gpu_fraction peak_memory_bytes attempts error""",
+    "epochs": """run trial_id epoch attempt val_accuracy val_loss train_loss train_accuracy loss_ce loss_kd lr
+        grad_norm seconds images_per_second""",
+    "decisions": "run trial_id arm phase stratum epoch rung metric cutoff rank peers action reason",
+}
+COUNTS = {
+    "seed", "threads", "epochs_planned", "epochs_run", "best_epoch", "params", "peak_memory_bytes", "attempts",
+    "epoch", "attempt", "rung", "rank", "peers",
+}  # fmt: skip
+TEXTS = {
+    "run", "trial_id", "arm", "phase", "role", "student", "teacher", "teacher_id", "stem", "weights", "method",
+    "recipe_id", "dataset", "data_digest", "scale", "device", "status", "stop_reason", "error", "stratum", "action",
+    "reason", "teacher_digest", "weights_digest", "host",
+}  # fmt: skip
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "ledger.sqlite")
+
+
+def epoch(number: int, **values: Any) -> dict[str, Any]:
+    return {"run": "r", "trial_id": "t", "epoch": number, "attempt": 1, "val_accuracy": 0.5, **values}
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.name)
+def test_tables_begin_with_the_columns_of_the_contract_in_their_types(schema: Schema) -> None:
+    names = CONTRACT[schema.name].split()
+    assert list(schema.columns)[: len(names)] == names
+    read = pq.read_schema(pa.BufferReader(to_parquet(frame(schema, []))))
+    for field in read:
+        kind = pa.int64() if field.name in COUNTS else pa.string() if field.name in TEXTS else pa.float64()
+        assert (field.type, field.nullable) == (kind, True), field.name
+
+
+def cells(kind: type) -> st.SearchStrategy[Any]:
+    some = {
+        str: st.text(st.characters(exclude_categories=["Cs"])),
+        int: st.integers(-(2**63), 2**63 - 1),
+        float: st.floats(allow_nan=False, allow_infinity=False),
+    }
+    return st.none() | some[kind]
+
+
+@given(st.lists(st.fixed_dictionaries({name: cells(kind) for name, kind in DECISIONS.columns.items()}), max_size=5))
+def test_rows_come_back_from_parquet_as_they_were(rows: list[dict[str, Any]]) -> None:
+    table = pq.read_table(pa.BufferReader(to_parquet(frame(DECISIONS, rows))))
+    assert table.to_pylist() == rows
+
+
+@given(row=st.fixed_dictionaries({name: cells(kind) for name, kind in TRIALS.columns.items()}))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rows_come_back_from_the_ledger_as_they_were(ledger: Ledger, row: dict[str, Any]) -> None:
+    row |= {"run": "r", "trial_id": "t"}
+    ledger.put(TRIALS, row)
+    assert ledger.rows(TRIALS) == [row]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_null(value: float) -> None:
+    assert clean(EPOCHS, epoch(1, loss_kd=value))["loss_kd"] is None
+
+
+def test_pandas_reads_counts_as_integers_although_some_are_null(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.put(TRIALS, {"run": "r", "trial_id": "a", "best_epoch": 3, "test_accuracy": None, "status": "completed"})
+    ledger.put(TRIALS, {"run": "r", "trial_id": "b"})
+    ledger.write_tables(tmp_path)
+    trials = pd.read_parquet(tmp_path / "trials.parquet")
+    assert trials["best_epoch"].tolist() == [3, pd.NA]
+    assert trials["best_epoch"].dtype == "Int64"
+    assert trials["test_accuracy"].dtype == "float64"
+    assert trials["status"].isna().tolist() == [False, True]
+
+
+def test_an_epoch_computed_again_is_compared_with_its_record(ledger: Ledger) -> None:
+    assert ledger.add_epoch(epoch(1, seconds=1.0)) == "new"
+    assert ledger.add_epoch(epoch(1, seconds=9.0, attempt=2)) == "same"  # times may differ
+    assert ledger.add_epoch(epoch(1, seconds=1.0, val_accuracy=0.6)) == "different"
+    assert [row["val_accuracy"] for row in ledger.rows(EPOCHS)] == [0.5]
+
+
+def test_what_fails_inside_a_transaction_leaves_nothing(ledger: Ledger) -> None:
+    def fail() -> None:
+        with ledger.transaction():
+            ledger.add_epoch(epoch(1))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert ledger.rows(EPOCHS) == []
+
+
+def test_a_committed_row_is_there_for_another_process_at_once(ledger: Ledger) -> None:
+    with ledger.transaction():
+        ledger.add_epoch(epoch(1))
+        assert Ledger(ledger.path, read_only=True).rows(EPOCHS) == []
+    assert len(Ledger(ledger.path, read_only=True).rows(EPOCHS)) == 1
+
+
+def test_a_row_that_was_altered_is_noticed(ledger: Ledger) -> None:
+    ledger.add_epoch(epoch(1))
+    other = sqlite3.connect(ledger.path)
+    other.execute("UPDATE epochs SET val_accuracy = 0.9")
+    other.commit()
+    with pytest.raises(Damaged, match=r"trial_id=t, epoch=1"):
+        ledger.rows(EPOCHS)
+
+
+def test_a_flipped_byte_in_a_table_is_noticed_when_pages_are_verified(ledger: Ledger, tmp_path: Path) -> None:
+    for number in range(1, 200):
+        ledger.add_epoch(epoch(number, val_loss=number / 7))
+    ledger.write_tables(tmp_path)
+    path = tmp_path / "epochs.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 10] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(OSError, match=r"(?i)crc|checksum"):
+        pq.read_table(path, page_checksum_verification=True)
+
+
+def test_tables_are_replaced_whole_and_leave_nothing_beside_them(ledger: Ledger, tmp_path: Path) -> None:
+    for number in (1, 2):
+        ledger.add_epoch(epoch(number))
+        ledger.write_tables(tmp_path)
+        assert len(pd.read_parquet(tmp_path / "epochs.parquet")) == number
+    assert {path.name for path in tmp_path.glob("*epochs*")} == {"epochs.parquet"}
+
+
+def test_a_folder_that_is_no_run_is_refused_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(Mistake, match=r"study\.json"):
+        load(tmp_path)
+
+
+def test_a_table_without_its_columns_is_refused_with_their_names(ledger: Ledger, tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text("{}")
+    ledger.write_tables(tmp_path)
+    trials = pd.read_parquet(tmp_path / "trials.parquet")
+    trials.drop(columns=["seed", "ece"]).to_parquet(tmp_path / "trials.parquet")
+    with pytest.raises(Mistake, match=r"trials\.parquet lacks the columns seed, ece"):
+        load(tmp_path)

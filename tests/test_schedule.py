@@ -1,0 +1,148 @@
+"""Early stopping: what it may stop, what it must not, and what it says."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tune_kd.schedule import Schedule, rungs, stratum
+from tune_kd.study import Cell, Data, Recipe, Screen
+from tune_kd.trial import Decision, Trial
+
+SCREEN = Screen(seed=0, grace=2, reduction=2, margin=0.01, min_peers=2)
+CELLS = {f"cifar/logit/T={level}": Cell(method="logit", temperature=float(level)) for level in (1, 2, 4, 8, 16)}
+CELLS["cifar/none"] = Cell(method="none", temperature=None)
+
+
+def trial(arm: str, epochs: int = 9) -> Trial:
+    return Trial(arm, "screen", CELLS[arm], Recipe(epochs=epochs), 0, Data("digits"), None, "test")
+
+
+def report(schedule: Schedule, arm: str, epoch: int, metric: float) -> Decision:
+    decision = schedule.report(trial(arm), epoch, metric)
+    assert decision is not None
+    return decision
+
+
+@pytest.fixture
+def schedule() -> Schedule:
+    return Schedule(SCREEN, CELLS, immune={"cifar/none", "cifar/logit/T=4"})
+
+
+def test_rungs_grow_by_the_reduction_factor_and_end_before_the_budget() -> None:
+    assert rungs(replace(SCREEN, grace=10, reduction=3), 100) == [10, 30, 90]
+    assert rungs(replace(SCREEN, grace=1, reduction=2), 8) == [1, 2, 4]
+    assert rungs(replace(SCREEN, grace=8), 8) == []
+
+
+def test_an_arm_far_behind_enough_peers_is_stopped(schedule: Schedule) -> None:
+    report(schedule, "cifar/logit/T=1", 2, 0.90)
+    report(schedule, "cifar/logit/T=2", 2, 0.80)
+    decision = report(schedule, "cifar/logit/T=8", 2, 0.70)
+    assert (decision.action, decision.reason) == ("stop", "behind")
+    assert (decision.rung, decision.rank, decision.peers) == (0, 3, 2)
+    assert decision.cutoff == pytest.approx(0.85)  # the median of its two peers
+
+
+def test_an_arm_behind_by_less_than_the_margin_goes_on_as_a_near_tie(schedule: Schedule) -> None:
+    report(schedule, "cifar/logit/T=1", 2, 0.90)
+    report(schedule, "cifar/logit/T=2", 2, 0.90)
+    assert report(schedule, "cifar/logit/T=8", 2, 0.8901).reason == "near_tie"
+    assert report(schedule, "cifar/logit/T=16", 2, 0.88).reason == "behind"
+
+
+def test_nothing_is_stopped_before_enough_peers_have_reported(schedule: Schedule) -> None:
+    first = report(schedule, "cifar/logit/T=1", 2, 0.90)
+    assert (first.cutoff, first.peers, first.reason) == (None, 0, "too_few_peers")
+    assert report(schedule, "cifar/logit/T=2", 2, 0.10).reason == "too_few_peers"
+
+
+def test_an_immune_arm_is_never_stopped(schedule: Schedule) -> None:
+    for arm in ("cifar/logit/T=1", "cifar/logit/T=2"):
+        report(schedule, arm, 2, 0.90)
+    assert report(schedule, "cifar/logit/T=4", 2, 0.10).reason == "immune"
+
+
+def test_the_last_arm_of_a_stratum_goes_on() -> None:
+    schedule = Schedule(SCREEN, CELLS, immune=())
+    for arm in ("cifar/logit/T=1", "cifar/logit/T=2"):
+        report(schedule, arm, 2, 0.90)
+        schedule.drop(arm)  # failed later
+    assert report(schedule, "cifar/logit/T=4", 2, 0.10).action == "stop"
+    assert report(schedule, "cifar/logit/T=8", 2, 0.10).action == "stop"
+    assert report(schedule, "cifar/logit/T=16", 2, 0.05).reason == "last_of_stratum"
+
+
+def test_arms_compete_inside_their_stratum_alone(schedule: Schedule) -> None:
+    for arm in ("cifar/logit/T=1", "cifar/logit/T=2"):
+        report(schedule, arm, 2, 0.90)
+    control = report(schedule, "cifar/none", 2, 0.10)
+    assert (control.stratum, control.peers) == ("cifar/none", 0)
+    assert stratum(replace(SCREEN, strata=None), CELLS["cifar/none"]) == "all"
+
+
+def test_a_report_between_rungs_or_outside_the_screen_compares_nothing(schedule: Schedule) -> None:
+    assert schedule.report(trial("cifar/none"), 3, 0.5) is None
+    assert schedule.report(replace(trial("cifar/none"), phase="confirm"), 2, 0.5) is None
+
+
+def test_a_report_that_comes_again_gets_the_same_decision_and_counts_once(schedule: Schedule) -> None:
+    first = report(schedule, "cifar/logit/T=1", 2, 0.90)
+    assert report(schedule, "cifar/logit/T=1", 2, 0.10) is first
+    assert report(schedule, "cifar/logit/T=2", 2, 0.90).peers == 1
+
+
+reports = st.permutations([(arm, epoch) for arm in CELLS for epoch in (2, 4, 8)]).flatmap(
+    lambda order: st.tuples(st.just(order), st.lists(st.floats(0, 1), min_size=len(order), max_size=len(order)))
+)
+settings = st.builds(
+    Screen,
+    grace=st.just(2),
+    reduction=st.just(2),
+    margin=st.sampled_from([0.0, 0.05]),
+    min_peers=st.integers(1, 3),
+    strata=st.sampled_from([("stem", "method"), ("stem",), None]),
+)
+
+
+def play(
+    schedule: Schedule, drawn: tuple[list[tuple[str, int]], list[float]], skip: int = 0
+) -> tuple[list[Decision], list[str]]:
+    """Report each arm's rungs in order of epochs, in the drawn order of arms; stopped arms report no more."""
+    reached: dict[str, list[int]] = {arm: [2, 4, 8] for arm in CELLS}
+    made, stopped = [], []
+    for number, ((arm, _), metric) in enumerate(zip(*drawn, strict=True)):
+        if arm in stopped:
+            continue
+        epoch = reached[arm].pop(0)
+        decision = report(schedule, arm, epoch, metric)
+        if decision.action == "stop":
+            stopped.append(arm)
+        if number >= skip:
+            made.append(decision)
+    return made, stopped
+
+
+@given(settings, reports)
+def test_under_every_order_immune_arms_run_on_and_every_stratum_keeps_an_arm(
+    screen: Screen, drawn: tuple[list[tuple[str, int]], list[float]]
+) -> None:
+    immune = {"cifar/none", "cifar/logit/T=4"}
+    _, stopped = play(Schedule(screen, CELLS, immune), drawn)
+    assert not immune & set(stopped)
+    _, stopped = play(Schedule(screen, CELLS, ()), drawn)
+    kept = {stratum(screen, cell) for arm, cell in CELLS.items() if arm not in stopped}
+    assert kept == {stratum(screen, cell) for cell in CELLS.values()}
+
+
+@given(settings, reports, st.integers(0, 18))
+def test_a_schedule_that_replays_its_first_decisions_makes_the_others_again(
+    screen: Screen, drawn: tuple[list[tuple[str, int]], list[float]], cut: int
+) -> None:
+    whole, _ = play(Schedule(screen, CELLS, ()), drawn)
+    resumed = Schedule(screen, CELLS, ())
+    for decision in whole[:cut]:
+        resumed.replay(decision)
+    again, _ = play(resumed, drawn)
+    assert again == whole

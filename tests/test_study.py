@@ -1,0 +1,81 @@
+"""What a study refuses, and how it says so."""
+
+from dataclasses import replace
+
+import pytest
+
+from search_spaces.ablation import SCALES
+from tune_kd.study import Cell, Compare, Confirm, Data, Factor, Mistake, Recipe, Screen, Study
+
+
+def problems(study: Study) -> tuple[str, ...]:
+    with pytest.raises(Mistake) as caught:
+        study.check()
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
+    assert SCALES[scale]().check().scale == scale
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"factors": (Factor("stem", ("resnet",)),)}, ("stem", "'resnet'", "imagenet, cifar")),
+        ({"factors": (Factor("depth", (1,)),)}, ("'depth'", "temperature")),
+        ({"factors": (Factor("method", ()),)}, ("'method'", "no arm is left")),
+        ({"factors": (Factor("alpha", (0.5, 0.5)),)}, ("'alpha'", "each level once")),
+        ({"factors": (Factor("alpha", (1.5,)),)}, ("alpha is 1.5", "from 0 to 1")),
+        ({"factors": (Factor("temperature", (0.0,)),)}, ("temperature is 0.0", "above 0")),
+        ({"factors": (Factor("temperature", (float("nan"),)),)}, ("temperature is nan", "finite")),
+        ({"factors": (Factor("temperature", ("hot",)),)}, ("temperature is 'hot'", "number")),
+        ({"factors": (Factor("stem", ("cifar",)), Factor("stem", ("imagenet",)))}, ("'stem'", "more than once")),
+        ({"control": "no"}, ("control is 'no'", "none, logit, feature")),
+        ({"control": None}, ("control is null", "contrasts empty")),
+        ({"contrasts": (Compare("method", "logit", "dkd"),)}, ("'dkd'", "none, logit, feature")),
+        ({"contrasts": (Compare("alpha", 0.3, 0.5),)}, ("'alpha'", "stem, method, temperature")),
+        ({"contrasts": (Compare("method", "none", "none"),)}, ("'none'", "itself")),
+        ({"reference": (("temperature", 3.0),)}, ("temperature is 3.0", "2.0, 4.0")),
+        ({"moderator": "width"}, ("'width'", "stem, method, temperature")),
+        ({"recipe": Recipe(epochs=0)}, ("recipe.epochs is 0", "at least 1")),
+        ({"recipe": Recipe(lr=-1.0)}, ("recipe.lr is -1.0", "above 0")),
+        ({"teacher_recipe": Recipe(lr_min=1.0)}, ("teacher_recipe.lr_min is 1.0", "0 to lr")),
+        ({"confirm": Confirm(seeds=(0, 1))}, ("screen.seed is 0", "confirm.seeds [0, 1]")),
+        ({"confirm": Confirm(seeds=())}, ("confirm.seeds is empty",)),
+        ({"confirm": Confirm(seeds=(1, 1))}, ("confirm.seeds is [1, 1]", "each seed once")),
+        ({"confirm": Confirm(seeds=(-1,))}, ("confirm.seeds has -1",)),
+        ({"teacher_seeds": ()}, ("teacher_seeds is empty",)),
+        ({"screen": Screen(grace=3)}, ("screen.grace is 3", "recipe.epochs = 2", "1 to 2")),
+        ({"screen": Screen(grace=0)}, ("screen.grace is 0",)),
+        ({"screen": Screen(grace=1, reduction=1)}, ("screen.reduction is 1", "at least 2")),
+        ({"screen": Screen(grace=1, margin=-0.1)}, ("screen.margin is -0.1",)),
+        ({"screen": Screen(grace=1, min_peers=0)}, ("screen.min_peers is 0",)),
+        ({"screen": Screen(grace=1, strata=("depth",))}, ("'depth'",)),
+        ({"screen": Screen(grace=1, strata=None)}, ("screen.strata is null", "contrasts empty")),
+        ({"data": ()}, ("data is empty",)),
+        ({"data": (Data("digits", train=0),)}, ("data.train is 0", "digits")),
+        ({"cell": Cell(weights="imagenet", width=0.5)}, ("weights is 'imagenet'", "width is not 1")),
+        ({"cell": Cell(teacher=None)}, ("teacher is null", "'logit'")),
+        ({"cell": Cell(student="vgg")}, ("cell.student is 'vgg'", "resnet18")),
+        ({"deviation": 0.0}, ("deviation is 0.0",)),
+    ],
+)
+def test_a_bad_study_is_refused_with_field_value_and_what_is_allowed(
+    study: Study, change: dict[str, object], words: tuple[str, ...]
+) -> None:
+    found = problems(replace(study, **change))  # type: ignore[arg-type]
+    assert any(all(word in problem for word in words) for problem in found), found
+
+
+def test_all_problems_of_a_study_come_in_one_message(study: Study) -> None:
+    bad = replace(study, control="no", recipe=Recipe(epochs=0), confirm=Confirm(seeds=(0,)), data=())
+    found = problems(bad)
+    for field in ("control", "recipe.epochs", "screen.seed", "data"):
+        assert any(problem.startswith(field) for problem in found)
+
+
+def test_a_data_set_that_a_scale_declares_keeps_its_sizes_and_another_is_taken_whole() -> None:
+    laptop = SCALES["laptop"]()
+    assert laptop.on("cifar10").data[0].train == 4000
+    assert SCALES["paper"]().on("digits").data == (Data("digits"),)

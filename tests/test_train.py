@@ -1,0 +1,272 @@
+"""The training loop: what must be equal to the bit, and what must not happen."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tune_kd import train as training
+from tune_kd.checkpoints import Checkpoints
+from tune_kd.data import DataSet, draw_views
+from tune_kd.study import Cell, Data, Recipe
+from tune_kd.teachers import Teacher, load_teacher, publish_teacher
+from tune_kd.train import Diverged, batches, best_weights, learning_rate, train
+from tune_kd.trial import Epoch, Trial
+
+CPU = torch.device("cpu")
+TIMES = ("seconds", "images_per_second", "peak_memory_bytes")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def trial(method: str, seed: int = 1, teacher_id: str | None = None, **cell: Any) -> Trial:
+    defaults = {"temperature": 4.0 if method == "logit" else None, "beta": 0.5 if method == "feature" else None}
+    distils = {"teacher": "resnet50", "alpha": 0.5} if teacher_id else {"teacher": None, "alpha": None}
+    return Trial(
+        arm=f"cifar/{method}",
+        phase="confirm",
+        cell=Cell(method=method, width=0.0625, **{**defaults, **distils, **cell}),
+        recipe=Recipe(epochs=4, batch_size=16, lr=0.05),
+        seed=seed,
+        data=Data("pixels"),
+        data_digest=None,
+        scale="test",
+        teacher_id=teacher_id,
+    )
+
+
+def as_teacher(student: Trial, epochs: int = 2) -> Trial:
+    cell = Cell(teacher="resnet50", width=student.cell.width, temperature=None, alpha=None, beta=None)
+    return replace(student, phase="teacher", cell=cell, seed=9, teacher_id=None, recipe=Recipe(epochs, 16, 0.05))
+
+
+@pytest.fixture
+def teacher(pixels: DataSet, tmp_path: Path) -> Teacher:
+    """A teacher that was trained for two epochs and published."""
+    taught, checkpoints = as_teacher(trial("none")), Checkpoints(tmp_path / "teacher")
+    epochs = list(train(taught, pixels, None, device=CPU, checkpoints=checkpoints))
+    publish_teacher(tmp_path / "teachers", taught, best_weights(checkpoints), epochs)
+    return load_teacher(tmp_path / "teachers", trial("logit", teacher_id=taught.trial_id), pixels, CPU)
+
+
+def run(each: Trial, data: DataSet, teacher: Teacher | None, folder: Path, **options: Any) -> list[Epoch]:
+    return list(train(each, data, teacher, device=CPU, checkpoints=Checkpoints(folder), **options))
+
+
+def exact(epoch: Epoch, *without: str) -> dict[str, Any]:
+    """What of an epoch must be the same to the bit."""
+    values = asdict(epoch)
+    values |= values.pop("outcome") or {}
+    return {name: value for name, value in values.items() if name not in (*TIMES, *without)}
+
+
+def distilling(method: str, teacher: Teacher, **cell: Any) -> Trial:
+    return trial(method, teacher_id=teacher.teacher_id, **cell)
+
+
+@pytest.mark.parametrize("method", ["none", "logit", "feature"])
+@pytest.mark.parametrize("killed_after", [1, 3, 4])
+def test_a_resumed_trial_equals_an_uninterrupted_one_bit_for_bit(
+    method: str, killed_after: int, pixels: DataSet, teacher: Teacher, tmp_path: Path
+) -> None:
+    one = trial("none") if method == "none" else distilling(method, teacher)
+    with_teacher = None if method == "none" else teacher
+    whole = run(one, pixels, with_teacher, tmp_path / "whole")
+    begun = train(
+        one, pixels, with_teacher, device=CPU, checkpoints=Checkpoints(tmp_path / "cut"), checkpoint_every=0.0
+    )
+    before = list(islice(begun, killed_after))
+    begun.close()
+    after = run(one, pixels, with_teacher, tmp_path / "cut", acknowledged=killed_after - 1)
+    # The epoch that was not acknowledged comes again from the checkpoint; the others are computed.
+    assert [exact(epoch) for epoch in before[:-1] + after] == [exact(epoch) for epoch in whole]
+    assert whole[-1].outcome is not None
+    assert whole[-1].outcome.weights_digest == after[-1].outcome.weights_digest  # type: ignore[union-attr]
+
+
+def test_a_trial_without_a_checkpoint_starts_again_and_gives_the_same_rows(pixels: DataSet, tmp_path: Path) -> None:
+    first = list(
+        islice(train(trial("none"), pixels, None, device=CPU, checkpoints=Checkpoints(tmp_path)), 2)
+    )  # within 30 s of the start: nothing was saved
+    again = run(trial("none"), pixels, None, tmp_path)
+    assert [exact(epoch) for epoch in again[:2]] == [exact(epoch) for epoch in first]
+
+
+def test_a_logit_arm_with_alpha_0_trains_bit_for_bit_like_the_control(
+    pixels: DataSet, teacher: Teacher, tmp_path: Path
+) -> None:
+    control = run(trial("none"), pixels, None, tmp_path / "control")
+    logit = run(distilling("logit", teacher, alpha=0.0), pixels, teacher, tmp_path / "logit")
+    of_teacher = ("loss_kd", "agreement", "kl_t1", "kl_t4", "teacher_digest")
+    assert [exact(epoch, *of_teacher) for epoch in logit] == [exact(epoch, *of_teacher) for epoch in control]
+
+
+def test_a_feature_arm_with_alpha_0_trains_like_the_control_to_rounding(
+    pixels: DataSet, teacher: Teacher, tmp_path: Path
+) -> None:
+    control = run(trial("none"), pixels, None, tmp_path / "control")
+    feature = run(distilling("feature", teacher, alpha=0.0), pixels, teacher, tmp_path / "feature")
+    for one, other in zip(feature, control, strict=True):
+        assert one.train_loss == pytest.approx(other.train_loss, rel=1e-3)
+        assert one.val_loss == pytest.approx(other.val_loss, rel=1e-2)
+
+
+@pytest.mark.parametrize("method", ["logit", "feature"])
+def test_distillation_changes_what_the_student_learns(
+    method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path
+) -> None:
+    control = run(trial("none"), pixels, None, tmp_path / "control")
+    student = run(distilling(method, teacher), pixels, teacher, tmp_path / "student")
+    assert student[0].loss_kd is not None
+    assert student[0].loss_kd > 0
+    assert control[0].loss_kd is None
+    assert exact(student[-1])["weights_digest"] != exact(control[-1])["weights_digest"]
+
+
+def test_the_teacher_stays_in_eval_mode_and_its_weights_stay_what_they_were(
+    pixels: DataSet, teacher: Teacher, tmp_path: Path
+) -> None:
+    before = {name: each.clone() for name, each in teacher.net.state_dict().items()}
+    run(distilling("feature", teacher), pixels, teacher, tmp_path / "feature")
+    run(distilling("logit", teacher), pixels, teacher, tmp_path / "logit")
+    assert not any(module.training for module in teacher.net.modules())
+    assert all(torch.equal(each, before[name]) for name, each in teacher.net.state_dict().items())
+
+
+def test_the_student_is_in_train_mode_in_every_epoch(
+    pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[bool] = []
+    step = torch.optim.SGD.step
+    built: list[nn.Module] = []
+    build = training.models.build
+
+    def watched_build(*args: Any, **options: Any) -> nn.Module:
+        built.append(build(*args, **options))
+        return built[-1]
+
+    def watched_step(self: torch.optim.SGD, *args: Any) -> Any:
+        modes.append(all(module.training for module in built[-1].modules()))
+        return step(self, *args)
+
+    monkeypatch.setattr(training.models, "build", watched_build)
+    monkeypatch.setattr(torch.optim.SGD, "step", watched_step)
+    run(trial("none"), pixels, None, tmp_path)
+    assert modes == [True] * 4 * 3  # four epochs of three steps
+
+
+def test_projections_are_trained_clipped_and_saved_with_the_student(
+    pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clipped: list[int] = []
+    clip = nn.utils.clip_grad_norm_
+
+    def watched(parameters: list[nn.Parameter], norm: float) -> torch.Tensor:
+        clipped.append(len(parameters))
+        return clip(parameters, norm)
+
+    monkeypatch.setattr(training.nn.utils, "clip_grad_norm_", watched)
+    checkpoints = Checkpoints(tmp_path / "feature")
+    each = distilling("feature", teacher)
+    epochs = train(each, pixels, teacher, device=CPU, checkpoints=checkpoints, checkpoint_every=0.0)
+    next(epochs)
+    first = checkpoints.load()
+    list(epochs)
+    last = checkpoints.load()
+    assert first is not None
+    assert last is not None
+    names = [name for name in last[0] if name.startswith("projections.")]
+    assert len(names) == 4
+    assert all(not torch.equal(first[0][name], last[0][name]) for name in names)
+    students = len([name for name in last[0] if name.startswith("momentum.")])
+    assert set(clipped) == {students}  # all that the optimizer moves, projections among them
+    assert students == len(list(training.models.build("resnet18", stem="cifar", classes=2, seed=0).parameters())) + 4
+
+
+def test_arms_at_one_seed_start_from_the_same_weights_and_see_the_same_images(
+    pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[torch.Tensor]] = {}
+    prepare = training.prepare
+
+    def watched(images: torch.Tensor, data: DataSet) -> torch.Tensor:
+        seen.setdefault(name, []).append(images.clone())
+        return prepare(images, data)
+
+    monkeypatch.setattr(training, "prepare", watched)
+    for name, each in {"none": trial("none"), "feature": distilling("feature", teacher)}.items():
+        torch.manual_seed(len(name))  # what the global generator holds must not matter
+        run(each, pixels, teacher if each.teacher_id else None, tmp_path / name)
+    assert len(seen["none"]) == len(seen["feature"])
+    assert all(torch.equal(one, other) for one, other in zip(seen["none"], seen["feature"], strict=True))
+
+
+def test_a_loss_that_is_not_finite_ends_the_trial_as_diverged(pixels: DataSet, tmp_path: Path) -> None:
+    hot = replace(trial("none"), recipe=Recipe(epochs=4, batch_size=16, lr=1e30, clip=1e30))
+    epochs = train(hot, pixels, None, device=CPU, checkpoints=Checkpoints(tmp_path))
+    with pytest.raises(Diverged, match="epoch 1"):
+        list(epochs)
+
+
+def test_the_outcome_is_of_the_best_validation_weights_and_of_the_last(
+    pixels: DataSet, teacher: Teacher, tmp_path: Path
+) -> None:
+    epochs = run(distilling("logit", teacher), pixels, teacher, tmp_path)
+    outcome = epochs[-1].outcome
+    assert outcome is not None
+    assert all(epoch.outcome is None for epoch in epochs[:-1])
+    accuracies = [epoch.val_accuracy for epoch in epochs]
+    assert outcome.val_accuracy_best == max(accuracies)
+    assert outcome.best_epoch == 1 + accuracies.index(max(accuracies))
+    saved = Checkpoints(tmp_path).load()
+    assert saved is not None
+    for part, reported in (("student.", outcome.test_accuracy), ("best.", outcome.test_accuracy_best)):
+        net = training.models.build("resnet18", stem="cifar", classes=2, width=0.0625, seed=0).eval()
+        net.load_state_dict({key.removeprefix(part): each for key, each in saved[0].items() if key.startswith(part)})
+        logits = net(training.prepare(pixels.test.images, pixels))
+        assert float((logits.argmax(1) == pixels.test.labels).double().mean()) == reported
+    assert outcome.params == training.models.parameter_count(net)
+    assert outcome.teacher_digest == teacher.digest
+
+
+def test_the_learning_rate_is_a_cosine_that_ends_with_the_budget() -> None:
+    recipe = Recipe(lr=0.1, lr_min=1e-4)
+    rates = [learning_rate(recipe, step, 101) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[50] == pytest.approx((0.1 + 1e-4) / 2)
+    assert rates[100] == pytest.approx(1e-4)
+    net = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100, eta_min=1e-4)
+    for rate in rates:
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize(("count", "size"), [(40, 16), (33, 16), (32, 16), (1, 16), (17, 16), (5, 2)])
+def test_batches_cover_every_image_once_and_none_but_the_only_one_is_alone(count: int, size: int) -> None:
+    slices = batches(count, size)
+    assert [index for each in slices for index in range(count)[each]] == list(range(count))
+    assert all(each.stop - each.start > 1 for each in slices) or count == 1
+
+
+def test_answers_are_the_logits_of_the_views_that_students_see(pixels: DataSet, teacher: Teacher) -> None:
+    views = draw_views(1, 3, len(pixels.train.labels), pad=pixels.pad, flip=pixels.flip)
+    answers = teacher.answers(1, 3, views)
+    for start in (0, 16, 32):
+        each = slice(start, start + 16)
+        images, _ = training._batch(views, each, pixels)
+        with torch.no_grad():
+            assert torch.allclose(answers[each], teacher.net(images), atol=1e-5)

@@ -1,0 +1,3 @@
+from tune_kd.cli import main
+
+main()

@@ -1,0 +1,452 @@
+"""The command line: wiring and words. What takes long to import is imported by the command that needs it."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tune_kd.study import Mistake, Study
+
+if TYPE_CHECKING:
+    from tune_kd.plan import Plan
+    from tune_kd.run import Run
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    help="Controlled ablation studies of knowledge distillation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+StudyName = Annotated[str, typer.Argument(help="A name in search_spaces/ or the path of a file.", metavar="STUDY")]
+RunName = Annotated[str, typer.Argument(help="A name under --out or a path.", metavar="RUN")]
+Scale = Annotated[str, typer.Option(help="auto, or a scale that the study declares (paper, laptop, smoke).")]
+DataName = Annotated[str | None, typer.Option("--data", help="Data set: digits or cifar10.", show_default=False)]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(help="CIFAR-10: torchvision's files, an image folder, or a tar of one.", show_default=False),
+]
+Out = Annotated[Path, typer.Option(help="Folder of all runs and of the teachers they share.")]
+Name = Annotated[str | None, typer.Option(help="Name of the run; made from study and time by default.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a field of the study: recipe.epochs=4. Repeatable.")
+]
+Gpus = Annotated[float | None, typer.Option(help="GPU share of a trial, such as 0.25.", show_default=False)]
+Cpus = Annotated[float, typer.Option(help="CPU share of a trial; its whole part is its threads, at least one.")]
+MaxConcurrent = Annotated[int | None, typer.Option(help="Most trials at a time.", show_default=False)]
+Address = Annotated[str | None, typer.Option(help="Address of a running Ray cluster.", show_default=False)]
+Keep = Annotated[bool, typer.Option("--keep-checkpoints", help="Keep the final checkpoint of each trial.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
+
+DEFAULT_OUT = Path("results")
+
+
+@app.command()
+def run(
+    study: StudyName,
+    scale: Scale = "auto",
+    data: DataName = None,
+    data_dir: DataDir = None,
+    out: Out = DEFAULT_OUT,
+    name: Name = None,
+    settings: Settings = None,
+    gpus_per_trial: Gpus = None,
+    cpus_per_trial: Cpus = 1.0,
+    max_concurrent: MaxConcurrent = None,
+    address: Address = None,
+    keep_checkpoints: Keep = False,
+    as_json: AsJson = False,
+) -> None:
+    """Plan a study, train it with Ray Tune, record and report it."""
+    from tune_kd import run as runs
+    from tune_kd import studies
+
+    console = _console(as_json)
+    path = studies.find(study)
+    chosen, why = _scale(scale, address)
+    problems: list[str] = []
+    resolved = _collect(problems, lambda: studies.resolve(path, chosen, data, settings or ()))
+    if resolved is not None:
+        name = _collect(problems, lambda: runs.check_new(out, name, resolved))
+    _collect(problems, lambda: _check_shares(cpus_per_trial, gpus_per_trial, max_concurrent, address))
+    if problems:
+        raise Mistake(*problems)
+    assert resolved is not None and name is not None
+    console.print(f"{resolved.name} at scale {chosen}{why}", highlight=False)
+    begun = runs.Run(
+        name=name,
+        folder=out / name,
+        study=resolved,
+        data_digest=_data_digest(resolved, data_dir, console),
+        data_dir=data_dir,
+        settings={
+            "gpus_per_trial": gpus_per_trial,
+            "cpus_per_trial": cpus_per_trial,
+            "max_concurrent": max_concurrent,
+            "keep_checkpoints": keep_checkpoints,
+        },
+    )
+    _fetch_weights(resolved)
+    _execute(begun, console, address, as_json, prepare=lambda: runs.create(begun, path))
+
+
+@app.command()
+def resume(run: RunName, out: Out = DEFAULT_OUT, address: Address = None, as_json: AsJson = False) -> None:
+    """Run what is missing of a run, from where it stood."""
+    from tune_kd import run as runs
+
+    console = _console(as_json)
+    reopened = runs.reopen(runs.find(out, run))
+    digest = _data_digest(reopened.study, reopened.data_dir, console)
+    if digest != reopened.data_digest:
+        raise Mistake(
+            f"RUN is {reopened.name}, begun on data with the digest {reopened.data_digest[:16]}; the data now have "
+            f"{digest[:16]}: put the same data back at {reopened.data_dir or 'their place'}"
+        )
+    _fetch_weights(reopened.study)
+    _execute(reopened, console, address, as_json, prepare=lambda: None)
+
+
+@app.command()
+def plan(
+    study: StudyName,
+    scale: Scale = "auto",
+    data: DataName = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what would run: arms, merged cells, trials, teachers, the price, and what the seeds can show."""
+    from tune_kd import studies
+    from tune_kd.plan import plan as expand
+    from tune_kd.price import price
+    from tune_kd.stats import detectable, smallest_exact_p
+
+    chosen, why = _scale(scale, None)
+    resolved = studies.resolve(studies.find(study), chosen, data, settings or ())
+    planned = expand(resolved)
+    cost, seeds = price(planned), len(resolved.confirm.seeds)
+    summary = {
+        "study": resolved.name,
+        "scale": resolved.scale,
+        "data": asdict(resolved.data[0]),
+        "raw_cells": planned.raw_cells,
+        "arms": [{"name": arm.name, "role": arm.role, "merged_cells": arm.merged} for arm in planned.arms],
+        "teachers": [{"arm": each.arm, "seed": each.seed, "epochs": each.recipe.epochs} for each in planned.teachers],
+        "trials": [{"arm": each.arm, "phase": each.phase, "seed": each.seed} for each in planned.trials],
+        "contrasts": [contrast.name for contrast in planned.contrasts],
+        "price": {"flop": cost.flop, "slot_seconds": cost.slot_seconds, "how": cost.how},
+        "seeds": {
+            "confirm": list(resolved.confirm.seeds),
+            "deviation": resolved.deviation,
+            "detectable_difference": detectable(seeds, resolved.deviation),
+            "detectable_after_holm": detectable(seeds, resolved.deviation, alpha=0.05 / max(1, len(planned.contrasts))),
+            "smallest_exact_p": smallest_exact_p(seeds),
+        },
+    }
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        _print_plan(planned, summary, why)
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(help="A name under --out or a path; the newest by default.")] = None,
+    out: Out = DEFAULT_OUT,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a run stands, from its records, also while it goes on."""
+    from collections import Counter
+
+    from tune_kd import run as runs
+    from tune_kd.records import TRIALS, Ledger
+    from tune_kd.view import PHASES, progress
+
+    if run is None:
+        found = runs.existing(out)
+        if not found:
+            raise Mistake(f"--out is {out}, where there is no run; start one with `python -m tune_kd run ablation`")
+        folder = found[0]
+    else:
+        folder = runs.find(out, run)
+    rows = Ledger(folder / "ledger.sqlite", read_only=True).rows(TRIALS)
+    holder = runs.holder(folder)
+    if as_json:
+        phases = {phase: dict(Counter(row["status"] for row in rows if row["phase"] == phase)) for phase in PHASES}
+        print(json.dumps({"run": folder.name, "held_by": holder, "phases": phases, "trials": rows}))
+        return
+    console = Console()
+    console.print(progress(folder.name, rows, None))
+    if holder is not None:
+        console.print(f"run by process {holder['pid']} on {holder['host']} since {holder['since']}", highlight=False)
+    elif any(row["status"] in ("pending", "running") for row in rows):
+        console.print(f"nobody runs it; go on with: python -m tune_kd resume {folder}", highlight=False)
+    for row in rows:
+        if row["status"] in ("failed", "blocked"):
+            console.print(f"{row['arm']} seed {row['seed']} {row['status']}: {row['error']}", highlight=False)
+
+
+@app.command()
+def report(run: RunName, out: Out = DEFAULT_OUT, as_json: AsJson = False) -> None:
+    """Make the tables and figures of a run again, and print its effects."""
+    from tune_kd import run as runs
+
+    _report(runs.find(out, run), _console(as_json), as_json)
+
+
+@app.command(name="list")
+def list_(out: Out = DEFAULT_OUT, as_json: AsJson = False) -> None:
+    """List studies and runs."""
+    from tune_kd import run as runs
+    from tune_kd import studies
+
+    names = {name: str(path) for name, path in studies.available().items()}
+    folders = [str(folder) for folder in runs.existing(out)]
+    if as_json:
+        print(json.dumps({"studies": names, "runs": folders}))
+        return
+    console = Console()
+    for name, path in names.items():
+        console.print(f"study  {name}  {path}", highlight=False, soft_wrap=True)
+    for folder in folders:
+        console.print(f"run    {Path(folder).name}  {folder}", highlight=False, soft_wrap=True)
+    if not folders:
+        console.print(f"no runs under {out}", highlight=False)
+
+
+def main() -> None:
+    """The entry point: a mistake of the caller's is one message and exit status 2."""
+    try:
+        app()
+    except Mistake as mistake:
+        for problem in mistake.problems:
+            print(f"tune_kd: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _console(as_json: bool) -> Console:
+    return Console(stderr=as_json)
+
+
+def _collect(problems: list[str], check: Callable[[], T]) -> T | None:
+    """What a check returns; its problems are added to the others, so that all are told at once."""
+    try:
+        return check()
+    except Mistake as mistake:
+        problems += mistake.problems
+        return None
+
+
+def _scale(scale: str, address: str | None) -> tuple[str, str]:
+    """The scale that `auto` means here, and why."""
+    if scale != "auto":
+        return scale, ""
+    if address is not None:
+        from tune_kd.execute.on_ray import connect
+
+        seen = connect(address).gpus > 0
+    else:
+        import torch
+
+        seen = torch.cuda.is_available()
+    if seen:
+        return "paper", ", since Ray sees a GPU (--scale laptop for a small one)"
+    return "laptop", ", since Ray sees no GPU (--scale paper for the whole study)"
+
+
+def _check_shares(cpus: float, gpus: float | None, most: int | None, address: str | None) -> None:
+    """Shares that cannot fit are refused before anything starts; those of a cluster when it is joined."""
+    import os
+
+    problems = []
+    here = os.cpu_count() or 1
+    if not cpus > 0 or (address is None and cpus > here):
+        problems.append(f"--cpus-per-trial is {cpus:g}; allowed: above 0, at most {here} (the cores of this machine)")
+    if gpus is not None:
+        available = _gpus_here() if address is None else None
+        if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
+            problems.append(f"--gpus-per-trial is {gpus:g}; allowed: 0 to 1, or a whole number")
+        elif available is not None and gpus > available:
+            problems.append(f"--gpus-per-trial is {gpus:g}; allowed: at most {available} (the GPUs of this machine)")
+    if most is not None and most < 1:
+        problems.append(f"--max-concurrent is {most}; allowed: at least 1")
+    if problems:
+        raise Mistake(*problems)
+
+
+def _gpus_here() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _data_digest(study: Study, folder: Path | None, console: Console) -> str:
+    """Load the data once, before Ray starts: what is wrong with them is told now."""
+    from tune_kd import data
+
+    spec = study.data[0]
+    loaded = data.load(
+        spec.name,
+        folder,
+        train=spec.train,
+        validation=spec.validation,
+        test=spec.test,
+        split_seed=spec.split_seed,
+        say=lambda sentence: console.print(sentence, highlight=False, soft_wrap=True),
+    )
+    return loaded.digest
+
+
+def _fetch_weights(study: Study) -> None:
+    if "imagenet" in study.levels("weights"):
+        from tune_kd.models import fetch_imagenet
+
+        for architecture in {*study.levels("student"), *study.levels("teacher")}:
+            fetch_imagenet(str(architecture))
+
+
+def _execute(run: "Run", console: Console, address: str | None, as_json: bool, prepare: Callable[[], None]) -> NoReturn:
+    """Connect to Ray, run the plan, report it, and exit with what became of it."""
+    from tune_kd import run as runs
+    from tune_kd.execute import on_ray
+    from tune_kd.execute.driver import Driver
+    from tune_kd.execute.worker import Workplace
+    from tune_kd.records import Ledger
+    from tune_kd.view import View
+
+    if not run.folder.exists():
+        prepare()
+    with runs.held(run.folder):
+        cluster = on_ray.connect(address)
+        try:
+            gpus = _gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
+            _check_cluster(run.settings["cpus_per_trial"], gpus, cluster)
+            _print_start(run, console, cluster)
+            place = Workplace(
+                data_dir=None if run.data_dir is None else run.data_dir.absolute(),
+                cache=None,
+                teachers=run.teachers.absolute(),
+                checkpoints=run.checkpoints.absolute(),
+            )
+            with View(console, run.name) as view:
+                driver = Driver(
+                    run.plan,
+                    run.name,
+                    run.folder,
+                    Ledger(run.folder / "ledger.sqlite"),
+                    place,
+                    cpus=run.settings["cpus_per_trial"],
+                    gpus=gpus,
+                    max_concurrent=run.settings["max_concurrent"],
+                    keep_checkpoints=run.settings["keep_checkpoints"],
+                    say=view.say,
+                )
+                with on_ray.drained_by_signals(driver) as received:
+                    on_ray.run_on_ray(driver, place, lambda: view.show(list(driver.rows.values())))
+                    signal = received()
+        finally:
+            on_ray.disconnect(cluster)
+    if signal is not None:
+        console.print(f"interrupted; go on with: python -m tune_kd resume {run.folder}", highlight=False)
+        raise SystemExit(128 + signal)
+    _report(run.folder, console, as_json)
+    failed = sum(row["status"] in ("failed", "blocked") for row in driver.rows.values())
+    if failed:
+        console.print(
+            f"{failed} trials failed or were blocked; `tune_kd status {run.folder}` says why", highlight=False
+        )
+    raise SystemExit(1 if failed else 0)
+
+
+def _gpu_share(asked: float | None, available: float) -> float:
+    """A quarter of a GPU by default where there is one: four students train beside each other."""
+    if asked is not None:
+        return asked
+    return 0.25 if available else 0.0
+
+
+def _check_cluster(cpus: float, gpus: float, cluster: Any) -> None:
+    problems = []
+    if cpus > cluster.cpus:
+        problems.append(f"--cpus-per-trial is {cpus:g}; allowed: at most {cluster.cpus:g} (the CPUs that Ray has)")
+    if gpus > cluster.gpus:
+        problems.append(f"--gpus-per-trial is {gpus:g}; allowed: at most {cluster.gpus:g} (the GPUs that Ray has)")
+    if problems:
+        raise Mistake(*problems)
+
+
+def _print_start(run: "Run", console: Console, cluster: Any) -> None:
+    planned = run.plan
+    lines = [
+        f"{len(planned.arms)} arms, {len(planned.trials)} trials, {len(planned.teachers)} teachers on "
+        f"{run.study.data[0].name}; records in {run.folder}",
+    ]
+    if cluster.dashboard:
+        lines.append(f"Ray dashboard: {cluster.dashboard} (it asks for the token that `ray get-auth-token` prints)")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _report(folder: Path, console: Console, as_json: bool) -> None:
+    from tune_kd import report as reports
+    from tune_kd import view
+    from tune_kd.records import load
+
+    records = load(folder)
+    where = reports.write(folder, records)
+    effects, arms = reports.contrasts(records), reports.arms(records)
+    if as_json:
+        answer = {"run": str(folder), "report": str(where)}
+        answer |= {name: json.loads(table.to_json(orient="records")) for name, table in
+                   (("arms", arms), ("contrasts", effects))}  # fmt: skip
+        print(json.dumps(answer))
+        return
+    console.print()
+    console.print(view.arms(arms))
+    console.print()
+    console.print(view.effects(effects, len(records.study["study"]["teacher_seeds"])))
+    console.print()
+    console.print(f"tables: {folder}/trials.parquet, epochs.parquet, decisions.parquet", highlight=False)
+    console.print(f"report: {where}/report.md", highlight=False)
+
+
+def _print_plan(planned: "Plan", summary: dict[str, Any], why: str) -> None:
+    from tune_kd.view import duration, points
+
+    console = Console()
+    seeds, price = summary["seeds"], summary["price"]
+    console.print(f"{summary['study']} at scale {summary['scale']}{why}", highlight=False, style="bold")
+    console.print(
+        f"{planned.raw_cells} raw cells are {len(planned.arms)} arms; {len(planned.trials)} trials, of which "
+        f"{len(planned.teachers)} are teachers; {len(planned.contrasts)} contrasts",
+        highlight=False,
+    )
+    table = Table(box=None, header_style="bold")
+    for title in ("arm", "role", "merged cells"):
+        table.add_column(title, justify="right" if title == "merged cells" else "left")
+    for arm in planned.arms:
+        table.add_row(arm.name, arm.role, str(arm.merged) if arm.merged > 1 else "")
+    console.print(table)
+    console.print(
+        f"Price: {price['flop'] / 1e15:.2g} PFLOP, {duration(price['slot_seconds'])} of one slot ({price['how']}).",
+        highlight=False,
+    )
+    if seeds["detectable_difference"] is None:
+        console.print("One seed to confirm: no difference can be judged.", highlight=False)
+        return
+    console.print(
+        f"{len(seeds['confirm'])} seeds, at a seed-to-seed deviation of {points(seeds['deviation'])} points: a paired "
+        f"t test finds true differences from {points(seeds['detectable_difference'])} points on with 80 % power "
+        f"({points(seeds['detectable_after_holm'])} where Holm is hardest); the exact sign-flip p cannot fall below "
+        f"{seeds['smallest_exact_p']:.4f}.",
+        highlight=False,
+    )

@@ -1,0 +1,191 @@
+"""A run's folder: where it is, who holds it, and the `study.json` that everything else follows from."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tune_kd.plan import Plan, plan
+from tune_kd.storage import publish
+from tune_kd.studies import from_json
+from tune_kd.study import Mistake, Study
+from tune_kd.trial import digest
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+PACKAGES = ("tune_kd", "torch", "torchvision", "ray", "numpy", "pandas", "pyarrow", "scipy")
+RESERVED = ("teachers",)
+HOLDER = "holder.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk, and what `resume` needs to go on with it."""
+
+    name: str
+    folder: Path
+    study: Study
+    data_digest: str
+    data_dir: Path | None
+    settings: dict[str, Any]  # shares and options that do not change results
+
+    @property
+    def teachers(self) -> Path:
+        return self.folder.parent / "teachers"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def plan(self) -> Plan:
+        return plan(self.study, self.data_digest)
+
+
+def check_new(out: Path, name: str | None, study: Study) -> str:
+    """The name of a new run, given or made from the study and the time. Raises `Mistake`; creates nothing."""
+    if name is None:
+        name = f"{study.name}-{study.scale}-{datetime.now():%Y%m%d-%H%M%S}"
+    problems = []
+    if not NAME.fullmatch(name) or name in RESERVED:
+        problems.append(
+            f"--name is {name!r}; allowed: 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit, "
+            f"and not {', '.join(RESERVED)}"
+        )
+    elif (out / name).exists():
+        problems.append(f"--name is {name!r}, and {out / name} exists; resume that run or choose another name")
+    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        problems.append(f"--out is {out}, and {existing} cannot be written to; allowed: a folder that can be made")
+    if problems:
+        raise Mistake(*problems)
+    return name
+
+
+def create(run: Run, source: Path) -> None:
+    """Make a run's folder and write its `study.json`: the study, its hash, the contrasts, and what ran where."""
+    planned = run.plan
+    try:
+        run.folder.mkdir(parents=True)
+    except OSError as error:
+        raise Mistake(f"--out: {run.folder} cannot be made ({error.strerror}); choose another folder") from error
+    contrasts = [asdict(contrast) for contrast in planned.contrasts]
+    resolved = asdict(run.study)
+    record = {
+        "run": run.name,
+        "study": resolved,
+        "study_sha256": digest(resolved),
+        "contrasts": contrasts,
+        "contrasts_sha256": digest(contrasts),
+        "arms": [{"name": arm.name, "role": arm.role, "merged": arm.merged} for arm in planned.arms],
+        "trials": [trial.trial_id for trial in planned.trials],
+        "data": {
+            "name": run.study.data[0].name,
+            "digest": run.data_digest,
+            "dir": None if run.data_dir is None else str(run.data_dir.absolute()),
+        },
+        "settings": run.settings,
+        "source": source.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "git_commit": _git_commit(),
+        "machine": {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count()},
+    }
+    publish(run.folder / "study.json", json.dumps(record, indent=1).encode())
+
+
+def find(out: Path, name: str) -> Path:
+    """The folder of a run that is named under `out` or given as a path. Raises `Mistake` where there is none."""
+    for folder in (out / name, Path(name)):
+        if (folder / "study.json").is_file():
+            return folder
+    names = [folder.name for folder in existing(out)]
+    raise Mistake(f"RUN is {name!r}; allowed: a run under {out} ({', '.join(names) or 'there is none'}) or its path")
+
+
+def existing(out: Path) -> list[Path]:
+    """The folders of all runs under `out`, the newest first."""
+    found = [path.parent for path in out.glob("*/study.json")]
+    return sorted(found, key=lambda folder: (folder / "study.json").stat().st_mtime, reverse=True)
+
+
+def reopen(folder: Path) -> Run:
+    """A run as it was begun. Raises `Mistake` where its record does not fit itself or this version."""
+    record = json.loads((folder / "study.json").read_text())
+    if digest(record["study"]) != record["study_sha256"]:
+        raise Mistake(f"{folder}/study.json was changed after the run began: its hash does not fit; restore the file")
+    run = Run(
+        name=record["run"],
+        folder=folder,
+        study=from_json(record["study"]),
+        data_digest=record["data"]["digest"],
+        data_dir=None if record["data"]["dir"] is None else Path(record["data"]["dir"]),
+        settings=record["settings"],
+    )
+    if [trial.trial_id for trial in run.plan.trials] != record["trials"]:
+        raise Mistake(
+            f"{folder}/study.json was planned by tune_kd {record['versions']['tune_kd']}, and this version plans "
+            "other trials from it; resume it with that version"
+        )
+    return run
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other drivers out while this one runs. The system frees the lock with its process."""
+    lock = FileLock(folder / ".lock", timeout=2)
+    try:
+        lock.acquire()
+    except Timeout:
+        who = holder(folder) or {}
+        raise Mistake(
+            f"RUN is {folder.name}, which process {who.get('pid', '?')} on {who.get('host', '?')} holds since "
+            f"{who.get('since', '?')}; wait for it or stop it (`tune_kd status {folder.name}` shows it)"
+        ) from None
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        publish(folder / HOLDER, json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since}).encode())
+        yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def holder(folder: Path) -> dict[str, Any] | None:
+    """Who runs a run now: `pid`, `host`, `since`. Null where nobody does, also after a kill."""
+    path = folder / HOLDER
+    if not path.is_file():
+        return None
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        with lock:
+            return None
+    except Timeout:
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+
+def _git_commit() -> str | None:
+    """The commit of the project that runs, marked where files were changed since; null outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip()

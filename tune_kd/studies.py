@@ -1,0 +1,140 @@
+"""Finding studies: a name in `search_spaces/` or a path, its scales, and single fields that a command sets."""
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from tune_kd.study import Mistake, Study
+
+FOLDER = "search_spaces"
+
+
+def available() -> dict[str, Path]:
+    """Studies by name: those of the working directory, then those that were installed with tune_kd."""
+    import search_spaces
+
+    installed = Path(search_spaces.__file__).parent
+    found: dict[str, Path] = {}
+    for folder in (Path.cwd() / FOLDER, installed):
+        for path in sorted(folder.glob("[!_]*.py")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def find(study: str) -> Path:
+    """The file of a study that is named or given as a path. Raises `Mistake` where there is none."""
+    known = available()
+    path = Path(study) if study.endswith(".py") or "/" in study else known.get(study)
+    if path is None or not path.is_file():
+        raise Mistake(f"STUDY is {study!r}; allowed: {', '.join(known)}, or the path of a Python file with study()")
+    return path
+
+
+def scales(path: Path) -> dict[str, Callable[[], Study]]:
+    """The scales that a study's file declares: its `SCALES`, or `study` alone under its own scale's name."""
+    module = _load(path)
+    declared = getattr(module, "SCALES", None)
+    if declared is not None:
+        return dict(declared)
+    if not callable(getattr(module, "study", None)):
+        raise Mistake(f"STUDY is {path}, which has no function study(); allowed: a file with `study() -> Study`")
+    return {_call(path, module.study).scale: module.study}
+
+
+def resolve(path: Path, scale: str, data: str | None = None, settings: Sequence[str] = ()) -> Study:
+    """One study, whole and checked. `settings` are `field=value`, with JSON for lists and numbers."""
+    declared = scales(path)
+    if scale not in declared:
+        raise Mistake(f"--scale is {scale!r}; allowed: auto, {', '.join(declared)}")
+    study = _call(path, declared[scale])
+    if data is not None and data not in _data_names(study):
+        raise Mistake(f"--data is {data!r}; allowed: {', '.join(_data_names(study))}")
+    study = study.on(data or study.data[0].name) if study.data else study
+    return (_with_settings(study, settings) if settings else study).check()
+
+
+def from_json(value: Any) -> Study:
+    """The inverse of `dataclasses.asdict`, for `study.json`."""
+    return TypeAdapter(Study).validate_python(value)
+
+
+def _data_names(study: Study) -> list[str]:
+    known = ("digits", "cifar10")  # not from tune_kd.data, which imports torch
+    return list(dict.fromkeys([*(data.name for data in study.data), *known]))
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        raise Mistake(f"STUDY is {path}, which cannot be read: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _call(path: Path, make: Callable[[], Study]) -> Study:
+    try:
+        study = make()
+    except Mistake:
+        raise
+    except Exception as error:  # whatever the user's file raises
+        raise Mistake(f"STUDY is {path}, where {make.__name__}() fails: {type(error).__name__}: {error}") from error
+    if not isinstance(study, Study):
+        raise Mistake(f"STUDY is {path}, where {make.__name__}() returns {type(study).__name__}; allowed: a Study")
+    return study
+
+
+def _with_settings(study: Study, settings: Sequence[str]) -> Study:
+    """Apply `field=value`; fields may be nested (`recipe.epochs`), and `factors.NAME` is a factor's levels."""
+    value: dict[str, Any] = asdict(study)
+    problems = []
+    for setting in settings:
+        field, equals, text = setting.partition("=")
+        if not equals:
+            problems.append(f"--set is {setting!r}; allowed: field=value, such as recipe.epochs=4")
+            continue
+        try:
+            parsed = json.loads(text)
+        except ValueError:
+            parsed = text
+        problem = _assign(value, field.split("."), parsed, field)
+        problems += [problem] if problem else []
+    if problems:
+        raise Mistake(*problems)
+    try:
+        return from_json(value)
+    except ValidationError as error:
+        raise Mistake(
+            *(
+                f"--set {'.'.join(str(part) for part in each['loc'])} is {each['input']!r}; {each['msg']}"
+                for each in error.errors()
+            )
+        ) from error
+
+
+def _assign(value: dict[str, Any], path: list[str], new: Any, whole: str) -> str | None:
+    """Set one nested field in place; returns what is wrong with its name, or null."""
+    head, *rest = path
+    if head not in value:
+        return f"--set names {whole!r}; allowed here: {', '.join(value)}"
+    if not rest:
+        value[head] = new
+        return None
+    if head == "factors":
+        by_name = {factor["name"]: factor for factor in value[head]}
+        if rest[0] not in by_name or len(rest) > 1:
+            return f"--set names {whole!r}; allowed here: {', '.join(f'factors.{name}' for name in by_name)}"
+        by_name[rest[0]]["levels"] = new
+        return None
+    inner = value[head][0] if head == "data" and value[head] else value[head]
+    if not isinstance(inner, dict):
+        return f"--set names {whole!r}; {head} has no fields of its own"
+    return _assign(inner, rest, new, whole)

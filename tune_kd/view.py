@@ -1,0 +1,163 @@
+"""What people see on screen: a plan, a run while it goes on, its results. Renders rows; computes nothing new."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row = dict[str, Any]
+PHASES = ("teacher", "screen", "confirm")
+SHOWN = 20  # running trials that are shown one by one
+PLAIN_EVERY = 30.0  # seconds between lines of progress where there is no terminal
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3.5 min`, `2.1 h`, `4.0 d`."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def points(accuracy: float | None, digits: int = 2) -> str:
+    """An accuracy or a difference of accuracies in points (hundredths)."""
+    return "" if accuracy is None or accuracy != accuracy else f"{100 * accuracy:.{digits}f}"
+
+
+class View:
+    """Shows a run while it goes on: a table that renews itself on a terminal, lines elsewhere."""
+
+    def __init__(self, console: Console, run: str) -> None:
+        self._console = console
+        self._run = run
+        self._began = self._shown = time.monotonic()
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> "View":
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, sentence: str) -> None:
+        elapsed = time.monotonic() - self._began
+        self._console.print(Text(f"{elapsed:7.1f} s  {sentence}"), soft_wrap=True)
+
+    def show(self, rows: Sequence[Row]) -> None:
+        """Renew the picture; at most twice a second."""
+        now = time.monotonic()
+        if self._live is not None and now - self._shown >= 0.5:
+            self._live.update(progress(self._run, rows, now - self._began), refresh=True)
+            self._shown = now
+        elif self._live is None and now - self._shown >= PLAIN_EVERY:
+            counts = Counter(row["status"] for row in rows)
+            ended = sum(counts[status] for status in ("completed", "stopped", "failed", "blocked"))
+            left = time_left(rows)
+            after = f", about {duration(left)} left" if left is not None else ""
+            self.say(f"{ended} of {len(rows)} trials ended, {counts['running']} running{after}")
+            self._shown = now
+
+
+def time_left(rows: Sequence[Row]) -> float | None:
+    """Seconds that the rest will take at the pace of comparable trials; null before the first has ended."""
+    paces: dict[Any, list[float]] = {}
+    for row in rows:
+        if row["epochs_run"] and row["train_seconds"]:
+            pace = row["train_seconds"] / row["epochs_run"]
+            for kind in ((row["role"], row["stem"], row["method"]), None):
+                paces.setdefault(kind, []).append(pace)
+    if not any(row["status"] == "completed" for row in rows):
+        return None
+    total: float = 0.0
+    for row in rows:
+        if row["status"] in ("pending", "running"):
+            known = paces.get((row["role"], row["stem"], row["method"]), paces[None])
+            total += (row["epochs_planned"] - row["epochs_run"]) * sum(known) / len(known)
+    slots = sum(row["status"] == "running" for row in rows)
+    return float(total / max(1, slots))
+
+
+def progress(run: str, rows: Sequence[Row], elapsed: float | None) -> Group:
+    """The picture of a run: a line for each phase, then the trials that run."""
+    phases = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("phase", "done", "running", "stopped", "failed", "waiting"):
+        phases.add_column(title, justify="left" if title == "phase" else "right")
+    phases.add_column("", ratio=1)
+    for phase in PHASES:
+        counts = Counter(row["status"] for row in rows if row["phase"] == phase)
+        total = sum(counts.values())
+        failed = counts["failed"] + counts["blocked"]
+        ended = counts["completed"] + counts["stopped"] + failed
+        phases.add_row(
+            phase,
+            f"{counts['completed']}/{total}",
+            str(counts["running"]),
+            str(counts["stopped"]),
+            Text(str(failed), style="red" if failed else ""),
+            str(counts["pending"]),
+            ProgressBar(total=max(1, total), completed=ended, width=30),
+        )
+    running = [row for row in rows if row["status"] == "running"]
+    trials = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("running", "epoch", "val. accuracy", "left"):
+        trials.add_column(title, justify="left" if title == "running" else "right")
+    for row in running[:SHOWN]:
+        left = ""
+        if row["epochs_run"]:
+            left = duration((row["epochs_planned"] - row["epochs_run"]) * row["train_seconds"] / row["epochs_run"])
+        trials.add_row(
+            f"{row['arm']} seed {row['seed']}",
+            f"{row['epochs_run']}/{row['epochs_planned']}",
+            points(row["val_accuracy"]),
+            left,
+        )
+    if len(running) > SHOWN:
+        trials.add_row(f"and {len(running) - SHOWN} more")
+    remaining = time_left(rows)
+    line = Text.assemble((run, "bold"), "" if elapsed is None else f"  {duration(elapsed)}")
+    if remaining:
+        line.append(f", about {duration(remaining)} left")
+    return Group(line, phases, Text(""), trials) if running else Group(line, phases)
+
+
+def effects(table: "pd.DataFrame", teachers: int) -> Table:
+    """Each method against its control, and the other contrasts, in points of test accuracy."""
+    given = ", given one teacher" if teachers == 1 else ""
+    shown = Table(
+        title=f"Effects on test accuracy in points{given} (paired by seed, 95 % t interval, Holm over all contrasts)",
+        title_justify="left",
+        box=None,
+        header_style="bold",
+    )
+    for title in ("contrast", "effect", "95 % interval", "sd", "n", "p (Holm)", "verdict"):
+        shown.add_column(title, justify="left" if title in ("contrast", "verdict") else "right")
+    for row in table.to_dict("records"):
+        interval = f"{points(row['low'])} to {points(row['high'])}" if row["low"] == row["low"] else ""
+        p = f"{row['p_holm']:.3f}" if row["p_holm"] == row["p_holm"] else ""
+        estimate = f"{100 * row['estimate']:+.2f}" if row["estimate"] == row["estimate"] else ""
+        shown.add_row(row["contrast"], estimate, interval, points(row["sd"]), str(row["n"]), p, row["verdict"])
+    return shown
+
+
+def arms(table: "pd.DataFrame") -> Table:
+    """Each arm's confirmed test accuracy."""
+    shown = Table(title="Test accuracy of confirmed arms (best-validation weights, %)", title_justify="left", box=None)
+    for title in ("arm", "mean", "sd", "n", "planned", "note"):
+        shown.add_column(title, justify="left" if title in ("arm", "note") else "right")
+    for row in table.to_dict("records"):
+        shown.add_row(
+            row["arm"], points(row["mean"]), points(row["sd"]), str(row["n"]), str(row["planned"]), row["note"]
+        )
+    return shown
