@@ -132,10 +132,11 @@ def _moderations(study: Study, factor: str, what: str, pairs: list[tuple[Cell, C
     if by is None or by == factor:
         return []
     first = study.levels(by)[0]
+    at_first: dict[str, Any] = {by: first}
     found = []
     for treated, against in pairs:
         for other_treated, other_against in pairs:
-            if getattr(treated, by) == first or replace(treated, **{by: first}) != other_treated:
+            if getattr(treated, by) == first or replace(treated, **at_first) != other_treated:
                 continue
             signs = ((treated, 1.0), (against, -1.0), (other_treated, -1.0), (other_against, 1.0))
             found.append(

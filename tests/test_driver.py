@@ -1,0 +1,281 @@
+"""The driver: what is ready when, what follows from an end, and going on after a kill. No training here."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from tune_kd.execute.driver import Driver
+from tune_kd.execute.worker import Failure, Task, Workplace
+from tune_kd.plan import plan
+from tune_kd.records import DECISIONS, EPOCHS, TRIALS, Ledger
+from tune_kd.study import Study
+from tune_kd.trial import Epoch, Outcome
+
+
+def epoch(number: int, accuracy: float = 0.5, *, last: bool = False) -> Epoch:
+    outcome = Outcome(
+        best_epoch=number,
+        val_accuracy_best=accuracy,
+        test_accuracy=accuracy,
+        test_accuracy_best=accuracy,
+        agreement=None,
+        kl_t1=None,
+        kl_t4=None,
+        ece=0.1,
+        params=10,
+        weights_digest="w",
+        teacher_digest=None,
+        device="cpu",
+        threads=1,
+        peak_memory_bytes=None,
+    )
+    return Epoch(
+        epoch=number,
+        val_accuracy=accuracy,
+        val_loss=1.0,
+        train_loss=1.0,
+        train_accuracy=0.5,
+        loss_ce=1.0,
+        loss_kd=None,
+        lr=0.1,
+        grad_norm=1.0,
+        seconds=1.0,
+        images_per_second=1.0,
+        outcome=outcome if last else None,
+    )
+
+
+class Bench:
+    """A driver with a hand that plays the workers."""
+
+    def __init__(self, study: Study, folder: Path, **options: Any) -> None:
+        place = Workplace(None, None, folder / "teachers", folder / "checkpoints")
+        self.ledger = Ledger(folder / "ledger.sqlite")
+        self.said: list[str] = []
+        self.driver = Driver(
+            plan(study, "0" * 64), "r", folder, self.ledger, place,
+            **{"cpus": 1.0, "gpus": 0.0, "say": self.said.append, **options},
+        )  # fmt: skip
+        self.folder = folder
+
+    def start(self) -> Task:
+        task = self.driver.next()
+        assert task is not None
+        self.driver.on_start(task)
+        return task
+
+    def finish(self, task: Task, accuracy: float = 0.5) -> None:
+        """Report all epochs of a task until it is stopped."""
+        for number in range(task.acknowledged + 1, task.trial.recipe.epochs + 1):
+            last = number == task.trial.recipe.epochs
+            if not self.driver.on_epoch(task.trial.trial_id, epoch(number, accuracy, last=last), "host"):
+                break
+        self.driver.on_end(task.trial.trial_id, None)
+
+    def run(self, accuracy: Callable[[Task], float] = lambda _: 0.5) -> list[Task]:
+        """One trial after another until nothing is ready."""
+        done = []
+        while (task := self.driver.next()) is not None:
+            self.driver.on_start(task)
+            self.finish(task, accuracy(task))
+            done.append(task)
+        return done
+
+    def rows(self, **where: Any) -> list[dict[str, Any]]:
+        """The ledger's rows of trials, as another process would read them."""
+        found = Ledger(self.folder / "ledger.sqlite", read_only=True).rows(TRIALS)
+        return [row for row in found if all(row[key] == value for key, value in where.items())]
+
+
+@pytest.fixture
+def bench(study: Study, tmp_path: Path) -> Bench:
+    return Bench(study, tmp_path)
+
+
+def test_controls_wait_for_nobody_and_students_for_their_own_teacher_alone(bench: Bench) -> None:
+    teachers = [bench.start(), bench.start()]
+    assert {task.trial.role for task in teachers} == {"teacher"}
+    ready = []
+    while (task := bench.driver.next()) is not None:
+        ready.append((task.trial.arm, task.trial.phase))
+    assert sorted(ready) == sorted(
+        (f"{stem}/none", phase) for stem in ("imagenet", "cifar") for phase in ("screen", "confirm", "confirm")
+    )
+    done = teachers[0]
+    bench.finish(done)
+    stem = done.trial.cell.stem
+    task = bench.start()
+    assert task.trial.cell.stem == stem
+    assert task.trial.teacher_id == done.trial.trial_id
+
+
+def test_an_arm_that_can_be_stopped_is_confirmed_only_after_its_screen(bench: Bench) -> None:
+    for _ in range(2):
+        bench.finish(bench.start())
+    admitted: list[Task] = []
+    while (task := bench.driver.next()) is not None:
+        bench.driver.on_start(task)
+        admitted.append(task)
+    confirmed = {task.trial.arm for task in admitted if task.trial.phase == "confirm"}
+    assert "cifar/logit/T=4" in confirmed  # never stopped, so its screen decides nothing
+    assert "cifar/logit/T=2" not in confirmed
+    screened = next(t for t in admitted if t.trial.phase == "screen" and t.trial.arm == "cifar/logit/T=2")
+    bench.finish(screened, 0.9)
+    assert bench.start().trial.arm == "cifar/logit/T=2"
+
+
+def test_screens_start_before_confirmations(bench: Bench) -> None:
+    phases = [task.trial.phase for task in bench.run()]
+    assert phases == sorted(phases, key=["teacher", "screen", "confirm"].index)
+
+
+def test_a_stopped_arm_has_no_final_accuracy_and_is_not_confirmed(study: Study, tmp_path: Path) -> None:
+    def order(seed: int) -> list[str]:
+        planned = plan(replace(study, screen=replace(study.screen, order_seed=seed)))
+        return [trial.arm for trial in planned.trials if trial.phase == "screen"]
+
+    # The first to come to a rung is never stopped there: take an order in which that is T=4.
+    seed = next(s for s in range(50) if order(s).index("cifar/logit/T=4") < order(s).index("cifar/logit/T=2"))
+    bench = Bench(replace(study, screen=replace(study.screen, order_seed=seed)), tmp_path)
+    bench.run(lambda task: 0.1 if "T=2" in task.trial.arm else 0.9)
+    (stopped,) = bench.rows(arm="cifar/logit/T=2", phase="screen")
+    assert (stopped["status"], stopped["stop_reason"], stopped["epochs_run"]) == ("stopped", "asha", 1)
+    assert stopped["test_accuracy"] is stopped["test_accuracy_best"] is stopped["ece"] is None
+    confirm = bench.rows(arm="cifar/logit/T=2", phase="confirm")
+    assert [(row["status"], row["stop_reason"], row["epochs_run"]) for row in confirm] == [("stopped", "asha", 0)] * 2
+
+
+def test_every_comparison_is_a_row(bench: Bench) -> None:
+    tasks = bench.run()
+    decisions = bench.ledger.rows(DECISIONS)
+    screens = [task.trial.arm for task in tasks if task.trial.phase == "screen"]
+    assert [row["arm"] for row in decisions] == screens
+    assert {row["reason"] for row in decisions} <= {"too_few_peers", "ahead", "near_tie", "immune"}
+
+
+def test_a_failed_teacher_blocks_its_students_with_that_reason_and_nothing_else(bench: Bench) -> None:
+    teacher = bench.start()
+    bench.driver.on_end(teacher.trial.trial_id, Failure("diverged", "the training loss of epoch 1 is nan"))
+    bench.run()
+    stem = teacher.trial.cell.stem
+    (row,) = bench.rows(trial_id=teacher.trial.trial_id)
+    assert (row["status"], row["stop_reason"]) == ("failed", "diverged")
+    for row in bench.rows(role="student"):
+        blocked = row["stem"] == stem and row["method"] != "none"
+        assert row["status"] == ("blocked" if blocked else "completed")
+        assert row["stop_reason"] == ("teacher_failed" if blocked else None)
+
+
+def test_a_diverged_trial_is_not_tried_again(bench: Bench) -> None:
+    task = bench.start()
+    bench.driver.on_end(task.trial.trial_id, Failure("diverged", "nan"))
+    (row,) = bench.rows(trial_id=task.trial.trial_id)
+    assert (row["status"], row["stop_reason"], row["attempts"]) == ("failed", "diverged", 1)
+    assert "nan" in row["error"]
+
+
+def test_a_lost_worker_is_replaced_from_where_its_trial_stood_a_bounded_number_of_times(bench: Bench) -> None:
+    task = bench.start()
+    bench.driver.on_epoch(task.trial.trial_id, epoch(1), "host")
+    for attempt in (1, 2):
+        bench.driver.on_end(task.trial.trial_id, Failure("lost", "its worker died"))
+        task = bench.start()
+        assert (task.attempt, task.acknowledged) == (attempt + 1, 1)
+    bench.driver.on_end(task.trial.trial_id, Failure("lost", "its worker died"))
+    (row,) = bench.rows(trial_id=task.trial.trial_id)
+    assert (row["status"], row["stop_reason"], row["attempts"]) == ("failed", "error", 3)
+
+
+def test_memory_that_runs_out_is_tried_again_with_a_larger_share(study: Study, tmp_path: Path) -> None:
+    bench = Bench(study, tmp_path, gpus=0.25)
+    task = bench.start()
+    bench.driver.on_end(task.trial.trial_id, Failure("out_of_memory", "CUDA out of memory"))
+    again = bench.start()
+    assert (again.trial, again.gpus) == (task.trial, 0.5)
+    bench.finish(again)
+    (row,) = bench.rows(trial_id=task.trial.trial_id)
+    assert (row["status"], row["gpu_fraction"], row["attempts"]) == ("completed", 0.5, 2)
+    assert "CUDA out of memory" in row["error"]
+
+
+def test_not_more_trials_run_than_asked_for(study: Study, tmp_path: Path) -> None:
+    bench = Bench(study, tmp_path, max_concurrent=1)
+    task = bench.start()
+    assert bench.driver.next() is None
+    bench.finish(task)
+    assert bench.driver.next() is not None
+
+
+def test_a_new_driver_goes_on_where_a_killed_one_stood(study: Study, tmp_path: Path) -> None:
+    def accuracy(task: Task) -> float:
+        return int(task.trial.trial_id[:4], 16) / 2**16
+
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = Bench(study, tmp_path / "whole")
+    whole.run(accuracy)
+
+    first = Bench(study, tmp_path / "cut")
+    for _ in range(7):
+        task = first.start()
+        first.finish(task, accuracy(task))
+    task = first.start()
+    first.driver.on_epoch(task.trial.trial_id, epoch(1, accuracy(task)), "host")
+    first.ledger.close()  # as a kill would
+
+    second = Bench(study, tmp_path / "cut")
+    again = second.start()
+    assert (again.trial, again.attempt, again.acknowledged) == (task.trial, 2, 1)
+    second.finish(again, accuracy(again))
+    second.run(accuracy)
+    timeless = [name for name in TRIALS.columns if name not in ("wall_seconds", "attempts", "started")]
+    for one, other in zip(whole.rows(), second.rows(), strict=True):
+        assert {name: one[name] for name in timeless} == {name: other[name] for name in timeless}
+    assert whole.ledger.rows(DECISIONS) == second.ledger.rows(DECISIONS)
+    assert len(whole.ledger.rows(EPOCHS)) == len(second.ledger.rows(EPOCHS))
+
+
+def test_an_epoch_that_comes_again_with_other_numbers_is_recorded_as_a_violation(bench: Bench) -> None:
+    task = bench.start()
+    bench.driver.on_epoch(task.trial.trial_id, epoch(1, 0.5), "host")
+    bench.driver.on_epoch(task.trial.trial_id, epoch(1, 0.6), "host")
+    (row,) = bench.rows(trial_id=task.trial.trial_id)
+    assert "epoch 1 computed again differs from its record" in row["error"]
+    assert bench.ledger.rows(EPOCHS)[0]["val_accuracy"] == 0.5
+
+
+def test_a_run_that_is_asked_to_stop_starts_nothing_and_keeps_its_trials_for_later(bench: Bench) -> None:
+    task = bench.start()
+    bench.driver.stopping = True
+    assert not bench.driver.on_epoch(task.trial.trial_id, epoch(1), "host")
+    bench.driver.on_end(task.trial.trial_id, None)
+    assert bench.driver.next() is None
+    assert bench.driver.finished
+    second = Bench(bench.driver.plan.study, bench.folder)
+    assert second.start().trial == task.trial
+
+
+def test_the_tables_can_be_read_from_the_first_moment_on(bench: Bench) -> None:
+    trials = pd.read_parquet(bench.folder / "trials.parquet")
+    assert set(trials["status"]) == {"pending"}
+    assert len(trials) == len(bench.driver.plan.trials)
+
+
+def test_a_teacher_is_described_by_its_own_row_and_a_control_has_none(bench: Bench) -> None:
+    (teacher,) = bench.rows(role="teacher", stem="cifar")
+    assert teacher["teacher_id"] == teacher["trial_id"]
+    assert (teacher["student"], teacher["method"], teacher["temperature"]) == (None, None, None)
+    control = bench.rows(arm="cifar/none")[0]
+    assert (control["teacher"], control["teacher_id"], control["alpha"]) == (None, None, None)
+    feature = bench.rows(arm="cifar/feature")[0]
+    assert (feature["teacher_id"], feature["temperature"]) == (teacher["trial_id"], None)
+
+
+def test_values_of_the_recipe_stand_in_the_rows(study: Study, tmp_path: Path) -> None:
+    bench = Bench(replace(study, recipe=replace(study.recipe, lr=0.07)), tmp_path)
+    assert {row["lr"] for row in bench.rows(role="student")} == {0.07}
+    assert {row["epochs_planned"] for row in bench.rows()} == {2}

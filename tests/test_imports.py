@@ -1,0 +1,94 @@
+"""Which room may know which: read from the files, and from what a command really imports."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT: dict[str, set[str]] = {
+    "study": set(),
+    "storage": set(),
+    "memory": set(),
+    "losses": set(),
+    "stats": set(),
+    "trial": {"study"},
+    "models": {"study"},
+    "batches": {"study", "pictures"},
+    "pictures": {"study"},
+    "cifar": {"study", "storage", "batches", "pictures"},
+    "data": {"study", "cifar", "pictures"},
+    "plan": {"study", "trial"},
+    "price": {"plan", "trial"},
+    "schedule": {"study", "trial"},
+    "checkpoints": {"storage"},
+    "records": {"study", "storage"},
+    "teachers": {"trial", "data", "models", "checkpoints", "storage"},
+    "train": {"study", "trial", "data", "models", "losses", "teachers", "checkpoints", "memory"},
+    "studies": {"study"},
+    "run": {"study", "studies", "plan", "trial", "storage"},
+    "report": {"records", "stats", "storage"},
+    "view": set(),
+    "execute": {
+        "study", "trial", "plan", "data", "teachers", "checkpoints", "train", "memory", "schedule", "records"
+    },
+}  # fmt: skip
+ONLY = {"ray": "execute", "sqlite3": "records", "pyarrow": "records"}
+
+
+def rooms() -> list[Path]:
+    return [path for path in sorted((ROOT / "tune_kd").rglob("*.py")) if not path.name.startswith("__")]
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "tune_kd").parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", rooms(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_what_it_may_and_nothing_below_it(path: Path) -> None:
+    if room(path) == "cli":
+        return
+    inner = {name.split(".")[1] for name in imports(path) if name.startswith("tune_kd.")}
+    assert inner - {room(path)} <= MAY_IMPORT[room(path)]
+    assert not any(name.split(".")[0] == "search_spaces" for name in imports(path)) or room(path) == "studies"
+
+
+@pytest.mark.parametrize("path", rooms(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_one_room_alone_knows_ray_and_one_alone_knows_sqlite_and_pyarrow(path: Path) -> None:
+    outside = {name.split(".")[0] for name in imports(path)}
+    for package, owner in ONLY.items():
+        assert package not in outside or room(path) == owner
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "search_spaces").glob("*.py")), ids=lambda path: path.name)
+def test_a_search_space_imports_the_study_room_alone(path: Path) -> None:
+    assert {name.rsplit(".", 1)[0] for name in imports(path) if name.startswith("tune_kd")} <= {"tune_kd.study"}
+
+
+@pytest.mark.parametrize("arguments", ["['--help']", "['plan', 'ablation', '--scale', 'paper', '--json']", "['list']"])
+def test_a_quick_command_imports_neither_torch_nor_ray(arguments: str) -> None:
+    code = f"""
+import sys
+from tune_kd.cli import app
+try:
+    app({arguments})
+except SystemExit as end:
+    assert end.code == 0, end.code
+heavy = {{"torch", "ray", "pandas", "torchvision"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
