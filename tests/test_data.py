@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision.transforms.functional as reference  # type: ignore[import-untyped]
+import torchvision.transforms.functional as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -49,7 +49,7 @@ class Origin:
 
 def published() -> Origin:
     """torchvision's address and digests. MD5 is all that was published; the connection is TLS."""
-    from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]  # here: it takes a second
+    from torchvision.datasets import CIFAR10  # here: it takes a second
 
     train = tuple((name, md5) for name, md5 in CIFAR10.train_list)
     test = tuple((name, md5) for name, md5 in CIFAR10.test_list)
@@ -74,7 +74,9 @@ def download(origin: Origin, archive: Path, say: Callable[[str], None], *, progr
         os.replace(part, archive)
     except (OSError, http.client.HTTPException, ValueError) as error:
         why: object = error
-        if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it is the response, too, and holds the connection
+        elif isinstance(error, urllib.error.URLError):
             why = error.reason
         if isinstance(why, TimeoutError):
             why = f"nothing came for {origin.stall_seconds:g} s"
@@ -185,7 +187,7 @@ def _empty_array(kind: type, shape: tuple[int, ...], typecode: object) -> Any:
 
 
 def _uint8(code: str, align: object, copy: object) -> Any:
-    # An array of objects could hold anything. NumPy warns at the 0 and 1 that stood for False and True.
+    # Bytes only: an array of objects could hold anything.
     if code != "u1":
         raise pickle.UnpicklingError(f"it holds numbers of type {code!r} and not bytes")
     return np.dtype(np.uint8, copy=True)

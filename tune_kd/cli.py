@@ -351,7 +351,12 @@ def _execute(run: "Run", console: Console, address: str | None, as_json: bool, p
                     say=view.say,
                 )
                 with on_ray.drained_by_signals(driver) as received:
-                    on_ray.run_on_ray(driver, place, lambda: view.show(list(driver.rows.values())))
+                    on_ray.run_on_ray(
+                        driver,
+                        place,
+                        on_ray.slots(cluster, run.settings["cpus_per_trial"], gpus),
+                        beat=lambda: view.show(list(driver.rows.values())),
+                    )
                     signal = received()
         finally:
             on_ray.disconnect(cluster)

@@ -108,7 +108,7 @@ def load(
 
 
 def _digits(wanted: dict[str, int | None], split_seed: int) -> DataSet:
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # here: it takes a second
+    from sklearn.datasets import load_digits  # here: it takes a second
 
     bunch = load_digits()
     grey = torch.from_numpy(bunch.images).to(torch.int64)  # [N, 8, 8], 0 to 16

@@ -166,15 +166,14 @@ class _Metered:
 
     def read(self, size: int) -> bytes:
         # The limit also bounds what a forged header can make tarfile hold in memory.
-        chunk = self.stream.read(size)
-        self.count += len(chunk)
-        self.last = chunk or self.last
+        self.last = self.stream.read(size)
+        self.count += len(self.last)
         if self.count > MOST_ARCHIVE_BYTES:
             raise Mistake(
                 f"--data-dir {self.path}: the archive unpacks to more than {MOST_ARCHIVE_BYTES} bytes, "
                 "which is too much for CIFAR-10"
             )
-        return chunk
+        return self.last
 
     def check_end(self, offset: int) -> None:
         """tarfile takes a cut between members, and a damaged header, for the end: only zeros may follow it.

@@ -234,14 +234,28 @@ def connect(address: str | None) -> Cluster:
     )
 
 
+def slots(cluster: Cluster, cpus: float, gpus: float) -> int:
+    """How many trials of these shares fit on a cluster at a time."""
+    fits = [cluster.cpus / cpus]
+    if gpus:
+        fits.append(cluster.gpus / gpus)
+    return max(1, int(min(fits) + 1e-9))
+
+
 def disconnect(cluster: Cluster) -> None:
     if cluster.ours:
         ray.shutdown()
 
 
-def run_on_ray(driver: Driver, place: Workplace, beat: Callable[[], None]) -> None:
-    """Run a plan to its end on the connected Ray. `beat` is called about once a second, in this thread."""
+def run_on_ray(driver: Driver, place: Workplace, slots: int, beat: Callable[[], None]) -> None:
+    """Run a plan to its end on the connected Ray. `beat` is called about once a second, in this thread.
+
+    `slots` is how many trials fit at a time.
+    """
     bridge = _Bridge(driver, place, beat)
+    # All slots' actors are to start together. One by one, the next would still be starting when the first has ended
+    # its short trial, and Tune would give up the new actor for the free one, again and again.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
 
     def share(config: dict[str, Any]) -> PlacementGroupFactory:
         task: Task = config["task"]

@@ -1,0 +1,190 @@
+"""The commands as a user calls them: words, exit status, and nothing started by a mistake."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tune_kd import cli
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test in a folder of its own, so that `results/` is its own; no caches of the user's are touched."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the command in this process and return its exit status."""
+    monkeypatch.setattr("sys.argv", ["tune-kd", *arguments])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+MISTAKES = [
+    (["run", "ablatoin"], ["STUDY", "'ablatoin'", "ablation"]),
+    (["run", "nowhere/study.py"], ["STUDY", "nowhere/study.py"]),
+    (["run", "ablation", "--scale", "huge"], ["--scale", "'huge'", "paper, laptop, smoke"]),
+    (["run", "ablation", "--scale", "smoke", "--data", "mnist"], ["--data", "'mnist'", "digits, cifar10"]),
+    (["run", "ablation", "--scale", "smoke", "--name", "../x"], ["--name", "'../x'"]),
+    (["run", "ablation", "--scale", "smoke", "--name", "teachers"], ["--name", "'teachers'"]),
+    (["run", "ablation", "--scale", "smoke", "--set", "recipe.epoch=3"], ["recipe.epoch", "epochs"]),
+    (["run", "ablation", "--scale", "smoke", "--set", "recipe.epochs=many"], ["recipe.epochs", "'many'"]),
+    (["run", "ablation", "--scale", "smoke", "--set", "recipe.epochs=0"], ["recipe.epochs is 0"]),
+    (["run", "ablation", "--scale", "smoke", "--set", "recipe.epochs"], ["field=value"]),
+    (["run", "ablation", "--scale", "smoke", "--set", "factors.depth=[1]"], ["factors.stem"]),
+    (["run", "ablation", "--scale", "smoke", "--set", "screen.grace=99"], ["screen.grace is 99"]),
+    (["run", "ablation", "--scale", "smoke", "--gpus-per-trial", "7"], ["--gpus-per-trial is 7", "at most"]),
+    (["run", "ablation", "--scale", "smoke", "--gpus-per-trial", "-1"], ["--gpus-per-trial is -1"]),
+    (["run", "ablation", "--scale", "smoke", "--cpus-per-trial", "0"], ["--cpus-per-trial is 0"]),
+    (["run", "ablation", "--scale", "smoke", "--cpus-per-trial", "999"], ["--cpus-per-trial is 999"]),
+    (["run", "ablation", "--scale", "smoke", "--max-concurrent", "0"], ["--max-concurrent is 0"]),
+    (["run", "ablation", "--scale", "smoke", "--data", "cifar10", "--data-dir", "nowhere.tar"], ["nowhere.tar"]),
+    (["resume", "nothing"], ["RUN", "'nothing'"]),
+    (["report", "nothing"], ["RUN", "'nothing'"]),
+    (["status"], ["results", "no run"]),
+    (["plan", "ablation", "--scale", "huge"], ["'huge'"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=lambda each: " ".join(each)[:60])
+def test_a_mistake_gets_one_clear_message_exit_2_and_starts_nothing(
+    arguments: list[str],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    elsewhere: Path,
+) -> None:
+    def started(*_: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("ray.init", started)
+    assert call(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert "Traceback" not in error
+    assert not (elsewhere / "results").exists()
+
+
+def test_all_mistakes_of_a_call_are_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ["--name", "-", "--cpus-per-trial", "-2", "--max-concurrent", "0", "--set", "screen.grace=0"]
+    assert call(monkeypatch, "run", "ablation", "--scale", "smoke", *wrong) == 2
+    error = capsys.readouterr().err
+    for field in ("--cpus-per-trial", "--max-concurrent", "screen.grace"):
+        assert field in error
+
+
+def test_a_run_that_exists_is_not_begun_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    (elsewhere / "results" / "mine").mkdir(parents=True)
+    assert call(monkeypatch, "run", "ablation", "--scale", "smoke", "--name", "mine") == 2
+    assert "resume" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    (elsewhere / "locked").mkdir(mode=0o500)
+    assert call(monkeypatch, "run", "ablation", "--scale", "smoke", "--out", "locked/results") == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_results_cannot_go_where_a_file_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    (elsewhere / "file").write_text("")
+    assert call(monkeypatch, "run", "ablation", "--scale", "smoke", "--out", "file/results") == 2
+    assert "--out is file/results" in capsys.readouterr().err
+
+
+def test_the_plan_as_json_is_json_alone_and_names_arms_trials_and_teachers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", "ablation", "--scale", "paper", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert len(planned["arms"]) == 14
+    assert len(planned["teachers"]) == 2
+    assert len(planned["trials"]) == 86
+    assert planned["raw_cells"] == 30
+    assert planned["price"]["flop"] > 1e17
+    assert planned["seeds"]["smallest_exact_p"] == 0.0625
+
+
+def test_the_plan_tells_people_what_was_merged_what_it_costs_and_what_seeds_can_show(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", "ablation", "--scale", "laptop") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("30 raw cells are 14 arms", "58 trials", "2 are teachers", "assumes", "80 % power", "0.2500"):
+        assert words in said
+
+
+def test_a_study_of_ones_own_is_found_by_path_and_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    (elsewhere / "search_spaces").mkdir()
+    mine = elsewhere / "search_spaces" / "mine.py"
+    mine.write_text(
+        "from dataclasses import replace\nfrom search_spaces.ablation import laptop\n"
+        "def study():\n    return replace(laptop(), name='mine', scale='own')\n"
+    )
+    for name in ("mine", str(mine)):
+        assert call(monkeypatch, "plan", name, "--scale", "own", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["study"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def study(:", "SyntaxError"),
+        ("x = 1", "no function study()"),
+        ("def study(): return 3", "returns int"),
+        ("def study(): raise KeyError('lost')", "KeyError"),
+    ],
+)
+def test_a_study_file_that_does_not_work_is_named_with_its_error(
+    text: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    (elsewhere / "broken.py").write_text(text)
+    assert call(monkeypatch, "plan", "broken.py", "--scale", "own") == 2
+    error = capsys.readouterr().err
+    assert "broken.py" in error
+    assert words in error
+
+
+def test_a_field_can_be_set_from_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--set", "factors.stem=[\"cifar\"]", "--set", "moderator=null", "--set", "confirm.seeds=[4,5]",
+                "--set", "data.train=100"]  # fmt: skip
+    assert call(monkeypatch, "plan", "ablation", "--scale", "laptop", "--json", *settings) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert len(planned["arms"]) == 7
+    assert planned["seeds"]["confirm"] == [4, 5]
+    assert planned["data"]["train"] == 100
+
+
+def test_list_names_studies_and_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    (elsewhere / "results" / "mine").mkdir(parents=True)
+    (elsewhere / "results" / "mine" / "study.json").write_text("{}")
+    assert call(monkeypatch, "list", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert "ablation" in listed["studies"]
+    assert listed["runs"] == ["results/mine"]
+
+
+def test_the_entry_point_is_installed() -> None:
+    assert (Path(sys.executable).parent / "tune-kd").exists()

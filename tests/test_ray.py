@@ -1,0 +1,238 @@
+"""The real thing: Ray Tune runs a study, also while workers are killed, and the dashboard shows it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from tune_kd import data
+from tune_kd.execute import on_ray
+from tune_kd.execute.driver import Driver
+from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.worker import Workplace
+from tune_kd.plan import plan
+from tune_kd.records import EPOCHS, TRIALS, Ledger
+from tune_kd.study import Study
+
+# What may differ between two computations of one trial (RELIABILITY: times, rates, hosts, attempts, memory, shares).
+FREE = ["run", "train_seconds", "wall_seconds", "gpu_fraction", "peak_memory_bytes", "attempts", "error", "host",
+        "started"]  # fmt: skip
+EPOCH_FREE = ["run", "attempt", "seconds", "images_per_second"]
+
+
+def driver(study: Study, folder: Path, **options: Any) -> tuple[Driver, Workplace]:
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = study.data[0]
+    digest = data.load(spec.name, train=spec.train, validation=spec.validation, test=spec.test).digest
+    place = Workplace(None, None, folder / "teachers", folder / "checkpoints", checkpoint_every=0.0)
+    ledger = Ledger(folder / "ledger.sqlite")
+    shares = {"cpus": 1.0, "gpus": 0.0, **options}
+    return Driver(plan(study, digest), "r", folder, ledger, place, **shares), place
+
+
+def run_with_ray(study: Study, folder: Path, beat: Callable[[], None] = lambda: None, **options: Any) -> Driver:
+    made, place = driver(study, folder, **options)
+    on_ray.run_on_ray(made, place, slots=2, beat=beat)
+    return made
+
+
+def table(folder: Path, name: str, free: list[str]) -> pd.DataFrame:
+    read = pd.read_parquet(folder / f"{name}.parquet").drop(columns=free)
+    return read.sort_values(list(read.columns[:2])).reset_index(drop=True)
+
+
+def same_records(one: Path, other: Path) -> None:
+    pd.testing.assert_frame_equal(table(one, "trials", FREE), table(other, "trials", FREE), check_exact=True)
+    pd.testing.assert_frame_equal(
+        table(one, "epochs", EPOCH_FREE), table(other, "epochs", EPOCH_FREE), check_exact=True
+    )
+
+
+def contiguous(folder: Path) -> None:
+    """Every epoch of every trial once, from 1 on, as many as its row says."""
+    trials = pd.read_parquet(folder / "trials.parquet").set_index("trial_id")
+    epochs = pd.read_parquet(folder / "epochs.parquet")
+    for trial_id, each in epochs.groupby("trial_id"):
+        assert sorted(each["epoch"]) == list(range(1, len(each) + 1))
+        assert trials.loc[trial_id, "epochs_run"] == len(each)
+
+
+def without_stops(study: Study) -> Study:
+    """With all arms running on, what runs does not depend on who arrives first."""
+    from dataclasses import replace
+
+    return replace(study, screen=replace(study.screen, min_peers=99))
+
+
+def test_with_ray_and_in_this_process_a_study_gives_the_same_records(
+    ray_session: str, study: Study, tmp_path: Path
+) -> None:
+    calm = without_stops(study)
+    ended = run_with_ray(calm, tmp_path / "ray", gpus=0.5)
+    made, place = driver(calm, tmp_path / "here")
+    run_in_process(made, place)
+    same_records(tmp_path / "ray", tmp_path / "here")
+    contiguous(tmp_path / "ray")
+    assert {row["status"] for row in ended.rows.values()} == {"completed"}
+    assert {row["gpu_fraction"] for row in ended.rows.values()} == {0.5}
+    assert not any((tmp_path / "ray" / "checkpoints").glob("*"))
+
+
+def token() -> str:
+    return (Path.home() / ".ray" / "auth_token").read_text().strip()
+
+
+def ask(url: str, path: str, bearer: str | None) -> Any:
+    headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
+    with urllib.request.urlopen(urllib.request.Request(url + path, headers=headers), timeout=10) as answer:
+        return json.loads(answer.read())["data"]["result"]["result"]
+
+
+def test_a_running_trial_is_in_the_dashboard_under_its_readable_name(
+    ray_session: str, one_stem: Study, tmp_path: Path
+) -> None:
+    seen: dict[str, set[str]] = {}
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            for task in ask(ray_session, "/api/v0/tasks?detail=1&limit=10000", token()):
+                seen.setdefault(task["name"], set()).add(task["state"])
+            time.sleep(0.3)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        run_with_ray(one_stem, tmp_path)
+        time.sleep(2)  # Ray sends the states of tasks once a second
+    finally:
+        over.set()
+        watcher.join()
+    shown = {name for name in seen if " seed " in name}
+    run = [row for row in pd.read_parquet(tmp_path / "trials.parquet").to_dict("records") if row["attempts"]]
+    assert {f"{row['arm']} seed {row['seed']}" for row in run} <= shown
+    assert any("RUNNING" in seen[name] for name in shown)
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        ask(ray_session, "/api/v0/tasks", None)
+
+
+def test_a_killed_worker_costs_nothing_but_time(ray_session: str, one_stem: Study, tmp_path: Path) -> None:
+    import psutil
+
+    killed: list[int] = []
+    calm = without_stops(one_stem)
+
+    def beat() -> None:
+        """Kill the process of a trial once, after its first epoch is on record."""
+        begun = [row for row in made.rows.values() if row["status"] == "running" and row["epochs_run"] == 1]
+        if begun and not killed:
+            for process in psutil.process_iter(["cmdline"]):
+                if any(
+                    "TrialRunner.train" in word or "ResourceTrainable" in word for word in process.info["cmdline"] or ()
+                ):
+                    killed.append(process.pid)
+                    process.kill()
+                    return
+
+    made, place = driver(calm, tmp_path / "killed")
+    on_ray.run_on_ray(made, place, slots=2, beat=beat)
+    assert killed
+    whole, place = driver(calm, tmp_path / "whole")
+    run_in_process(whole, place)
+    same_records(tmp_path / "killed", tmp_path / "whole")
+    contiguous(tmp_path / "killed")
+    attempts = pd.read_parquet(tmp_path / "killed" / "trials.parquet")["attempts"]
+    assert attempts.max() == 2
+
+
+STUDY = """
+from dataclasses import replace
+from search_spaces.ablation import smoke
+from tune_kd.study import Compare, Factor
+
+def study():
+    base = smoke()
+    return replace(
+        base, scale="own", moderator=None, screen=replace(base.screen, min_peers=99),
+        factors=(Factor("stem", ("cifar",)), *base.factors[1:]), recipe=replace(base.recipe, epochs=4),
+    )
+"""
+
+
+def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tune_kd", *arguments],
+        cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def epochs_on_record(folder: Path) -> int:
+    path = folder / "ledger.sqlite"
+    if not path.exists():
+        return 0
+    try:
+        return len(Ledger(path, read_only=True).rows(EPOCHS))
+    except Exception:  # the tables are being made
+        return 0
+
+
+def test_a_run_that_was_killed_is_completed_by_resume_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(STUDY)
+    run = tmp_path / "results" / "cut"
+    killed = command(tmp_path, "run", "own.py", "--scale", "own", "--name", "cut")
+    wait_for(lambda: epochs_on_record(run) >= 12)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    before = Ledger(run / "ledger.sqlite", read_only=True).rows(EPOCHS)
+    assert len(pd.read_parquet(run / "trials.parquet")) == 10
+
+    resumed = command(tmp_path, "resume", "cut")
+    _, errors = resumed.communicate(timeout=200)
+    assert resumed.returncode == 0, errors
+    assert "Traceback" not in errors
+    after = Ledger(run / "ledger.sqlite", read_only=True).rows(EPOCHS)
+    assert after[: len(before)] == before
+    contiguous(run)
+
+    whole = command(tmp_path, "run", "own.py", "--scale", "own", "--name", "whole", "--out", "other", "--json")
+    answer, errors = whole.communicate(timeout=200)
+    assert whole.returncode == 0, errors
+    assert set(json.loads(answer)) == {"run", "report", "arms", "contrasts"}
+    same_records(run, tmp_path / "other" / "whole")
+
+
+def test_an_interrupted_run_ends_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(STUDY)
+    run = tmp_path / "results" / "cut"
+    begun = command(tmp_path, "run", "own.py", "--scale", "own", "--name", "cut")
+    wait_for(lambda: epochs_on_record(run) >= 3)
+    second = command(tmp_path, "resume", "cut")
+    _, refused = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert f"process {begun.pid}" in refused
+    begun.send_signal(signal.SIGINT)
+    said, errors = begun.communicate(timeout=60)
+    assert begun.returncode == 130, errors
+    assert "resume results/cut" in said
+    rows = Ledger(run / "ledger.sqlite", read_only=True).rows(TRIALS)
+    assert any(row["status"] == "pending" for row in rows)
+    contiguous(run)
