@@ -50,7 +50,7 @@ def laptop() -> Study:
         data=(Data("digits"), Data("cifar10", train=4000, validation=1000, test=2000)),
         cell=replace(paper.cell, width=0.125),
         recipe=Recipe(epochs=8, batch_size=32, lr=0.1),
-        teacher_recipe=Recipe(epochs=24, batch_size=32, lr=0.2),
+        teacher_recipe=Recipe(epochs=20, batch_size=32, lr=0.2),
         screen=Screen(seed=0, grace=2, reduction=2, margin=0.02),
         confirm=Confirm(seeds=(1, 2, 3)),
         deviation=0.005,

@@ -228,7 +228,8 @@ def test_the_outcome_is_of_the_best_validation_weights_and_of_the_last(
     assert all(epoch.outcome is None for epoch in epochs[:-1])
     accuracies = [epoch.val_accuracy for epoch in epochs]
     assert outcome.val_accuracy_best == max(accuracies)
-    assert outcome.best_epoch == 1 + accuracies.index(max(accuracies))
+    best = min((epoch for epoch in epochs if epoch.val_accuracy == max(accuracies)), key=lambda epoch: epoch.val_loss)
+    assert outcome.best_epoch == best.epoch
     saved = Checkpoints(tmp_path).load()
     assert saved is not None
     for part, reported in (("student.", outcome.test_accuracy), ("best.", outcome.test_accuracy_best)):

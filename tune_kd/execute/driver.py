@@ -108,7 +108,7 @@ class Driver:
                 row["epochs_run"] = epoch.epoch
                 row["val_accuracy"] = epoch.val_accuracy
                 if row["val_accuracy_best"] is None or epoch.val_accuracy > row["val_accuracy_best"]:
-                    row["val_accuracy_best"], row["best_epoch"] = epoch.val_accuracy, epoch.epoch
+                    row["val_accuracy_best"], row["best_epoch"] = epoch.val_accuracy, epoch.epoch  # until the outcome
                 row["train_seconds"] = (row["train_seconds"] or 0.0) + epoch.seconds
             row["host"] = host
             decision = self._schedule.report(trial, epoch.epoch, epoch.val_accuracy)

@@ -1,0 +1,89 @@
+"""Statistics against scipy, statsmodels and counting by hand."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats as scipy_stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+
+from tune_kd import stats
+
+values = st.lists(st.floats(-1, 1).map(lambda x: round(x, 3)), min_size=2, max_size=8)
+
+
+@given(values)
+def test_a_summary_is_mean_sample_deviation_and_t_interval(some: list[float]) -> None:
+    found = stats.summary(some)
+    assert found.n == len(some)
+    assert found.mean == pytest.approx(np.mean(some))
+    assert found.sd == pytest.approx(np.std(some, ddof=1))
+    if found.sd:
+        low, high = scipy_stats.t.interval(0.95, len(some) - 1, np.mean(some), scipy_stats.sem(some))
+        assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_of_one_value_there_is_no_spread_and_of_none_no_mean() -> None:
+    assert stats.summary([0.5]) == stats.Summary(1, 0.5, None, None, None)
+    assert stats.summary([]) == stats.Summary(0, None, None, None, None)
+    assert stats.paired([0.5], [0.4]).p is None
+
+
+@given(values, st.randoms())
+def test_paired_is_scipys_paired_t_test(some: list[float], chance: object) -> None:
+    other = list(np.random.default_rng(len(some)).normal(size=len(some)).round(3))
+    found = stats.paired(some, other)
+    expected = scipy_stats.ttest_rel(some, other)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.estimate == pytest.approx(np.mean(some) - np.mean(other))
+    interval = expected.confidence_interval(0.95)
+    assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+
+
+@given(values)
+def test_the_exact_p_counts_all_signs(some: list[float]) -> None:
+    sums = [abs(sum(sign * value for sign, value in zip(signs, some, strict=True)))
+            for signs in itertools.product((1, -1), repeat=len(some))]  # fmt: skip
+    expected = np.mean([each >= abs(sum(some)) - 1e-9 for each in sums])
+    assert stats.sign_flip(some) == pytest.approx(expected)
+
+
+def test_five_pairs_that_agree_give_the_smallest_exact_p_there_is() -> None:
+    assert stats.sign_flip([0.1, 0.2, 0.3, 0.1, 0.2]) == stats.smallest_exact_p(5) == 0.0625
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_holm_is_statsmodels_and_never_below_the_raw_p(p_values: list[float]) -> None:
+    adjusted = stats.holm(p_values)
+    assert adjusted == pytest.approx(multipletests(p_values, method="holm")[1])
+    assert all(one >= other - 1e-12 for one, other in zip(adjusted, p_values, strict=True))
+
+
+def test_pairs_of_different_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 values and control 1"):
+        stats.paired([0.1, 0.2], [0.1])
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10, 35])
+@pytest.mark.parametrize("alpha", [0.05, 0.05 / 21])
+def test_a_detectable_difference_is_found_with_the_power_that_scipys_noncentral_t_gives(n: int, alpha: float) -> None:
+    found = stats.detectable(n, 0.0015, alpha=alpha)
+    assert found is not None
+    critical = scipy_stats.t.ppf(1 - alpha / 2, n - 1)
+    noncentrality = found / (0.0015 * 2**0.5) * n**0.5
+    assert scipy_stats.nct.sf(critical, n - 1, noncentrality) == pytest.approx(0.8, abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [3, 5, 10, 35])
+def test_the_detectable_difference_is_statsmodels(n: int) -> None:
+    effect = TTestPower().solve_power(nobs=n, alpha=0.05, power=0.8)
+    assert stats.detectable(n, 0.0015) == pytest.approx(effect * 0.0015 * 2**0.5, rel=1e-4)
+
+
+def test_differences_of_a_tenth_of_a_point_need_about_35_seeds_at_a_deviation_of_0_15_points() -> None:
+    needed = next(n for n in range(2, 100) if (stats.detectable(n, 0.0015) or 1) <= 0.001)
+    assert 34 <= needed <= 38
+    assert stats.detectable(1, 0.0015) is None
