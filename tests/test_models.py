@@ -332,3 +332,11 @@ def test_an_unreadable_file_is_named(torch_home, published, content):
     with pytest.raises(Mistake, match="cannot be read as weights") as caught:
         models.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(("width", "last"), [(1.0, True), (0.125, True), (0.0625, False)])
+def test_channels_lie_last_on_the_cpu_only_where_they_come_in_eights(width: float, last: bool) -> None:
+    """With 4 channels the gradient of torch 2.15 corrupts memory in that layout."""
+    net = models.build("resnet18", stem="cifar", classes=10, width=width, seed=0)
+    models.to_device(net, torch.device("cpu"))
+    assert net.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last) == last

@@ -158,5 +158,5 @@ def load_teacher(folder: Path, trial: Trial, data: DataSet, device: torch.device
     cell = trial.cell
     net = models.build(trial.cell.teacher, stem=cell.stem, classes=len(data.classes), width=cell.width, seed=0)
     net.load_state_dict(unpack(found)[0])
-    net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    models.to_device(net, device).eval().requires_grad_(False)
     return Teacher(trial.teacher_id, digest, net, home, data)

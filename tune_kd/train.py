@@ -157,9 +157,8 @@ def _start(trial: Trial, data: DataSet, teacher: Teacher | None, device: torch.d
     if teacher is not None and cell.method == "feature":
         channels = models.feature_channels(student), models.feature_channels(teacher.net)
         projections = models.projections(*channels, seed=trial.seed)
-    # Convolutions read pixels with their channels side by side fastest; what they compute is the same.
-    student.to(device, memory_format=torch.channels_last)
-    projections.to(device, memory_format=torch.channels_last)
+    models.to_device(student, device)
+    models.to_device(projections, device)
     optimizer = torch.optim.SGD(
         [*student.parameters(), *projections.parameters()],
         lr=recipe.lr,
