@@ -33,7 +33,7 @@ def study() -> Study:
         moderator="stem",
         cell=Cell(width=0.0625),
         scale="test",
-        data=(Data("digits", train=60, validation=20, test=20),),
+        data=Data("digits", train=60, validation=20, test=20),
         recipe=Recipe(epochs=2, batch_size=16, lr=0.05),
         teacher_recipe=Recipe(epochs=2, batch_size=16, lr=0.05),
         screen=Screen(seed=0, grace=1, reduction=2, margin=0.0, min_peers=1),

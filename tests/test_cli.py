@@ -3,11 +3,14 @@
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from tune_kd import cli
+from tune_kd.plan import plan
+from tune_kd.studies import from_json, resolve
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +50,9 @@ MISTAKES = [
     (["run", "ablation", "--scale", "smoke", "--cpus-per-trial", "999"], ["--cpus-per-trial is 999"]),
     (["run", "ablation", "--scale", "smoke", "--max-concurrent", "0"], ["--max-concurrent is 0"]),
     (["run", "ablation", "--scale", "smoke", "--data", "cifar10", "--data-dir", "nowhere.tar"], ["nowhere.tar"]),
+    (["run", "ablation", "--scale", "smoke", "--data", "cifar10", "--data-dir", "nowhere"], ["nowhere", "not exist"]),
+    (["run", "ablation", "--scale", "smoke", "--gpus-per-trial", "inf"], ["--gpus-per-trial is inf"]),
+    (["run", "ablation", "--scale", "smoke", "--cpus-per-trial", "nan"], ["--cpus-per-trial is nan"]),
     (["resume", "nothing"], ["RUN", "'nothing'"]),
     (["report", "nothing"], ["RUN", "'nothing'"]),
     (["status"], ["results", "no run"]),
@@ -150,6 +156,13 @@ def test_a_study_of_ones_own_is_found_by_path_and_by_name(
         ("def study(:", "SyntaxError"),
         ("x = 1", "no function study()"),
         ("def study(): return 3", "returns int"),
+        ("SCALES = {'own': 3}", "SCALES"),
+        (
+            "from dataclasses import replace\nfrom search_spaces.ablation import laptop\n"
+            "from tune_kd.study import Confirm, Recipe\n"
+            "def study(): return replace(laptop(), scale='own', confirm=Confirm(seeds=5), recipe=Recipe(epochs='x'))",
+            "confirm.seeds is 5",
+        ),
         ("def study(): raise KeyError('lost')", "KeyError"),
     ],
 )
@@ -161,6 +174,21 @@ def test_a_study_file_that_does_not_work_is_named_with_its_error(
     error = capsys.readouterr().err
     assert "broken.py" in error
     assert words in error
+
+
+def test_the_studys_only_scale_is_what_auto_means_and_ints_and_floats_are_one_value(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    block = next(part for part in readme.split("```python\n") if part.startswith("from tune_kd.study")).split("```")[0]
+    (elsewhere / "mine.py").write_text(block)
+    assert call(monkeypatch, "plan", "mine.py", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["scale"] == "small"
+    (elsewhere / "ints.py").write_text(block.replace("temperature=4.0", "temperature=4").replace("lr=0.2", "lr=1"))
+    whole = resolve(elsewhere / "ints.py", "small")
+    assert plan(whole) == plan(from_json(json.loads(json.dumps(asdict(whole)))))
+    assert isinstance(whole.teacher_recipe.lr, float)
 
 
 def test_a_field_can_be_set_from_the_command_line(

@@ -9,11 +9,13 @@ import pandas as pd
 import pytest
 
 from tune_kd.execute.driver import Driver
-from tune_kd.execute.worker import Failure, Task, Workplace
+from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.plan import plan
 from tune_kd.records import DECISIONS, EPOCHS, TRIALS, Ledger
 from tune_kd.study import Study
 from tune_kd.trial import Epoch, Outcome
+
+HERE = Where("host", "cpu")
 
 
 def epoch(number: int, accuracy: float = 0.5, *, last: bool = False) -> Epoch:
@@ -29,8 +31,6 @@ def epoch(number: int, accuracy: float = 0.5, *, last: bool = False) -> Epoch:
         params=10,
         weights_digest="w",
         teacher_digest=None,
-        device="cpu",
-        threads=1,
         peak_memory_bytes=None,
     )
     return Epoch(
@@ -72,7 +72,7 @@ class Bench:
         """Report all epochs of a task until it is stopped."""
         for number in range(task.acknowledged + 1, task.trial.recipe.epochs + 1):
             last = number == task.trial.recipe.epochs
-            if not self.driver.on_epoch(task.trial.trial_id, epoch(number, accuracy, last=last), "host"):
+            if not self.driver.on_epoch(task.trial.trial_id, epoch(number, accuracy, last=last), HERE):
                 break
         self.driver.on_end(task.trial.trial_id, None)
 
@@ -180,7 +180,7 @@ def test_a_diverged_trial_is_not_tried_again(bench: Bench) -> None:
 
 def test_a_lost_worker_is_replaced_from_where_its_trial_stood_a_bounded_number_of_times(bench: Bench) -> None:
     task = bench.start()
-    bench.driver.on_epoch(task.trial.trial_id, epoch(1), "host")
+    bench.driver.on_epoch(task.trial.trial_id, epoch(1), HERE)
     for attempt in (1, 2):
         bench.driver.on_end(task.trial.trial_id, Failure("lost", "its worker died"))
         task = bench.start()
@@ -188,6 +188,17 @@ def test_a_lost_worker_is_replaced_from_where_its_trial_stood_a_bounded_number_o
     bench.driver.on_end(task.trial.trial_id, Failure("lost", "its worker died"))
     (row,) = bench.rows(trial_id=task.trial.trial_id)
     assert (row["status"], row["stop_reason"], row["attempts"]) == ("failed", "error", 3)
+    assert row["device"] == "cpu"
+
+
+def test_a_worker_that_never_starts_is_not_waited_for_for_ever(bench: Bench) -> None:
+    task = bench.driver.next()
+    for _ in range(3):
+        assert task is not None
+        first = task.trial.trial_id
+        bench.driver.on_end(first, Failure("lost", "its worker died"))
+        task = bench.driver.next()
+    assert bench.rows(trial_id=first)[0]["status"] == "failed"
 
 
 def test_memory_that_runs_out_is_tried_again_with_a_larger_share(study: Study, tmp_path: Path) -> None:
@@ -224,7 +235,7 @@ def test_a_new_driver_goes_on_where_a_killed_one_stood(study: Study, tmp_path: P
         task = first.start()
         first.finish(task, accuracy(task))
     task = first.start()
-    first.driver.on_epoch(task.trial.trial_id, epoch(1, accuracy(task)), "host")
+    first.driver.on_epoch(task.trial.trial_id, epoch(1, accuracy(task)), HERE)
     first.ledger.close()  # as a kill would
 
     second = Bench(study, tmp_path / "cut")
@@ -241,8 +252,8 @@ def test_a_new_driver_goes_on_where_a_killed_one_stood(study: Study, tmp_path: P
 
 def test_an_epoch_that_comes_again_with_other_numbers_is_recorded_as_a_violation(bench: Bench) -> None:
     task = bench.start()
-    bench.driver.on_epoch(task.trial.trial_id, epoch(1, 0.5), "host")
-    bench.driver.on_epoch(task.trial.trial_id, epoch(1, 0.6), "host")
+    bench.driver.on_epoch(task.trial.trial_id, epoch(1, 0.5), HERE)
+    bench.driver.on_epoch(task.trial.trial_id, epoch(1, 0.6), HERE)
     (row,) = bench.rows(trial_id=task.trial.trial_id)
     assert "epoch 1 computed again differs from its record" in row["error"]
     assert bench.ledger.rows(EPOCHS)[0]["val_accuracy"] == 0.5
@@ -251,7 +262,7 @@ def test_an_epoch_that_comes_again_with_other_numbers_is_recorded_as_a_violation
 def test_a_run_that_is_asked_to_stop_starts_nothing_and_keeps_its_trials_for_later(bench: Bench) -> None:
     task = bench.start()
     bench.driver.stopping = True
-    assert not bench.driver.on_epoch(task.trial.trial_id, epoch(1), "host")
+    assert not bench.driver.on_epoch(task.trial.trial_id, epoch(1), HERE)
     bench.driver.on_end(task.trial.trial_id, None)
     assert bench.driver.next() is None
     assert bench.driver.finished

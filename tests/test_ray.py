@@ -33,7 +33,7 @@ EPOCH_FREE = ["run", "attempt", "seconds", "images_per_second"]
 
 def driver(study: Study, folder: Path, **options: Any) -> tuple[Driver, Workplace]:
     folder.mkdir(parents=True, exist_ok=True)
-    spec = study.data[0]
+    spec = study.data
     digest = data.load(spec.name, train=spec.train, validation=spec.validation, test=spec.test).digest
     place = Workplace(None, None, folder / "teachers", folder / "checkpoints", checkpoint_every=0.0)
     ledger = Ledger(folder / "ledger.sqlite")

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from search_spaces.ablation import SCALES
+from tune_kd.studies import find, resolve
 from tune_kd.study import Cell, Compare, Confirm, Data, Factor, Mistake, Recipe, Screen, Study
 
 
@@ -53,8 +54,8 @@ def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
         ({"screen": Screen(grace=1, min_peers=0)}, ("screen.min_peers is 0",)),
         ({"screen": Screen(grace=1, strata=("depth",))}, ("'depth'",)),
         ({"screen": Screen(grace=1, strata=None)}, ("screen.strata is null", "contrasts empty")),
-        ({"data": ()}, ("data is empty",)),
-        ({"data": (Data("digits", train=0),)}, ("data.train is 0", "digits")),
+        ({"data": Data("mnist")}, ("data.name is 'mnist'", "digits, cifar10")),
+        ({"data": Data("digits", train=0)}, ("data.train is 0",)),
         ({"cell": Cell(weights="imagenet", width=0.5)}, ("weights is 'imagenet'", "width is not 1")),
         ({"cell": Cell(teacher=None)}, ("teacher is null", "'logit'")),
         ({"cell": Cell(student="vgg")}, ("cell.student is 'vgg'", "resnet18")),
@@ -69,13 +70,14 @@ def test_a_bad_study_is_refused_with_field_value_and_what_is_allowed(
 
 
 def test_all_problems_of_a_study_come_in_one_message(study: Study) -> None:
-    bad = replace(study, control="no", recipe=Recipe(epochs=0), confirm=Confirm(seeds=(0,)), data=())
+    bad = replace(study, control="no", recipe=Recipe(epochs=0), confirm=Confirm(seeds=(0,)), data=Data("x"))
     found = problems(bad)
     for field in ("control", "recipe.epochs", "screen.seed", "data"):
         assert any(problem.startswith(field) for problem in found)
 
 
-def test_a_data_set_that_a_scale_declares_keeps_its_sizes_and_another_is_taken_whole() -> None:
-    laptop = SCALES["laptop"]()
-    assert laptop.on("cifar10").data[0].train == 4000
-    assert SCALES["paper"]().on("digits").data == (Data("digits"),)
+def test_a_scale_that_takes_a_data_set_keeps_its_own_sizes_and_another_takes_it_whole() -> None:
+    path = find("ablation")
+    assert resolve(path, "laptop", "cifar10").data.train == 4000
+    assert resolve(path, "laptop").data == Data("digits")
+    assert resolve(path, "paper", "digits").data == Data("digits")

@@ -34,8 +34,8 @@ def load_pixels(
 ) -> Pixels:
     """All of CIFAR-10 from `folder`, decoded, or from the cache if the same source was decoded before.
 
-    `folder` is one of: a folder with torchvision's files (`cifar-10-batches-py` or `cifar-10-python.tar.gz`),
-    downloaded to it from `origin` if it holds neither; a folder of pictures, or a .tar, .tar.gz or .tar.xz
+    `folder` exists and is one of: a folder with torchvision's files (`cifar-10-batches-py` or
+    `cifar-10-python.tar.gz`), downloaded to it from `origin` if it holds neither; a folder of pictures, or a .tar, .tar.gz or .tar.xz
     of one (see `tune_kd.pictures`); None for the cache folder. `cache` is by default `default_cache()`. A
     source is the same while path, sizes and modification times are.
 
@@ -43,6 +43,8 @@ def load_pixels(
     """
     cache = default_cache() if cache is None else cache
     where = Path(os.path.abspath((cache if folder is None else folder).expanduser()))
+    if folder is not None and not where.exists() and not pictures.is_archive(where):
+        raise Mistake(f"--data-dir {where}: it does not exist; make the folder to have CIFAR-10 downloaded to it")
     stored = cache / f"cifar10-{hashlib.sha256(str(where).encode()).hexdigest()[:16]}.safetensors"
     try:
         with _alone(stored.with_suffix(".lock"), say) as writable:

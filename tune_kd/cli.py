@@ -1,6 +1,7 @@
 """The command line: wiring and words. What takes long to import is imported by the command that needs it."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tune_kd.records import FAILURES
 from tune_kd.study import Mistake, Study
 
 if TYPE_CHECKING:
@@ -71,8 +73,9 @@ def run(
     from tune_kd import studies
 
     console = _console(as_json)
+    data_dir = data_dir and data_dir.expanduser().absolute()
     path = studies.find(study)
-    chosen, why = _scale(scale, address)
+    chosen, why = _scale(path, scale, address)
     problems: list[str] = []
     resolved = _collect(problems, lambda: studies.resolve(path, chosen, data, settings or ()))
     if resolved is not None:
@@ -106,6 +109,8 @@ def resume(run: RunName, out: Out = DEFAULT_OUT, address: Address = None, as_jso
 
     console = _console(as_json)
     reopened = runs.reopen(runs.find(out, run))
+    with runs.held(reopened.folder):
+        """Somebody else who holds it is told of now, and not after data and Ray were started."""
     digest = _data_digest(reopened.study, reopened.data_dir, console)
     if digest != reopened.data_digest:
         raise Mistake(
@@ -130,14 +135,15 @@ def plan(
     from tune_kd.price import price
     from tune_kd.stats import detectable, smallest_exact_p
 
-    chosen, why = _scale(scale, None)
-    resolved = studies.resolve(studies.find(study), chosen, data, settings or ())
+    path = studies.find(study)
+    chosen, why = _scale(path, scale, None)
+    resolved = studies.resolve(path, chosen, data, settings or ())
     planned = expand(resolved)
     cost, seeds = price(planned), len(resolved.confirm.seeds)
     summary = {
         "study": resolved.name,
         "scale": resolved.scale,
-        "data": asdict(resolved.data[0]),
+        "data": asdict(resolved.data),
         "raw_cells": planned.raw_cells,
         "arms": [{"name": arm.name, "role": arm.role, "merged_cells": arm.merged} for arm in planned.arms],
         "teachers": [{"arm": each.arm, "seed": each.seed, "epochs": each.recipe.epochs} for each in planned.teachers],
@@ -178,6 +184,8 @@ def status(
         folder = found[0]
     else:
         folder = runs.find(out, run)
+    if not (folder / "ledger.sqlite").is_file():
+        raise Mistake(f"RUN is {folder}, which has no ledger yet; start it with `python -m tune_kd resume {folder}`")
     rows = Ledger(folder / "ledger.sqlite", read_only=True).rows(TRIALS)
     holder = runs.holder(folder)
     if as_json:
@@ -231,6 +239,11 @@ def main() -> None:
         for problem in mistake.problems:
             print(f"tune_kd: {problem}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except FAILURES as error:  # of the machine, not of the caller
+        print(f"tune_kd: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(3)
 
 
 def _console(as_json: bool) -> Console:
@@ -246,10 +259,17 @@ def _collect(problems: list[str], check: Callable[[], T]) -> T | None:
         return None
 
 
-def _scale(scale: str, address: str | None) -> tuple[str, str]:
+def _scale(path: Path, scale: str, address: str | None) -> tuple[str, str]:
     """The scale that `auto` means here, and why."""
+    from tune_kd import studies
+
     if scale != "auto":
         return scale, ""
+    declared = studies.scales(path)
+    if len(declared) == 1:
+        return next(iter(declared)), ", its only one"
+    if not {"paper", "laptop"} <= set(declared):
+        raise Mistake(f"--scale is auto, which means paper or laptop; {path} declares: {', '.join(declared)}")
     if address is not None:
         from tune_kd.execute.on_ray import connect
 
@@ -269,11 +289,11 @@ def _check_shares(cpus: float, gpus: float | None, most: int | None, address: st
 
     problems = []
     here = os.cpu_count() or 1
-    if not cpus > 0 or (address is None and cpus > here):
+    if not 0 < cpus < math.inf or (address is None and cpus > here):
         problems.append(f"--cpus-per-trial is {cpus:g}; allowed: above 0, at most {here} (the cores of this machine)")
     if gpus is not None:
         available = _gpus_here() if address is None else None
-        if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
+        if not 0 <= gpus < math.inf or (gpus > 1 and gpus != int(gpus)):
             problems.append(f"--gpus-per-trial is {gpus:g}; allowed: 0 to 1, or a whole number")
         elif available is not None and gpus > available:
             problems.append(f"--gpus-per-trial is {gpus:g}; allowed: at most {available} (the GPUs of this machine)")
@@ -293,7 +313,7 @@ def _data_digest(study: Study, folder: Path | None, console: Console) -> str:
     """Load the data once, before Ray starts: what is wrong with them is told now."""
     from tune_kd import data
 
-    spec = study.data[0]
+    spec = study.data
     loaded = data.load(
         spec.name,
         folder,
@@ -323,13 +343,12 @@ def _execute(run: "Run", console: Console, address: str | None, as_json: bool, p
     from tune_kd.records import Ledger
     from tune_kd.view import View
 
-    if not run.folder.exists():
+    cluster = on_ray.connect(address)
+    try:
+        gpus = _gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
+        _check_cluster(run.settings["cpus_per_trial"], gpus, cluster)
         prepare()
-    with runs.held(run.folder):
-        cluster = on_ray.connect(address)
-        try:
-            gpus = _gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
-            _check_cluster(run.settings["cpus_per_trial"], gpus, cluster)
+        with runs.held(run.folder):
             _print_start(run, console, cluster)
             place = Workplace(
                 data_dir=None if run.data_dir is None else run.data_dir.absolute(),
@@ -358,8 +377,8 @@ def _execute(run: "Run", console: Console, address: str | None, as_json: bool, p
                         beat=lambda: view.show(list(driver.rows.values())),
                     )
                     signal = received()
-        finally:
-            on_ray.disconnect(cluster)
+    finally:
+        on_ray.disconnect(cluster)
     if signal is not None:
         console.print(f"interrupted; go on with: python -m tune_kd resume {run.folder}", highlight=False)
         raise SystemExit(128 + signal)
@@ -393,7 +412,7 @@ def _print_start(run: "Run", console: Console, cluster: Any) -> None:
     planned = run.plan
     lines = [
         f"{len(planned.arms)} arms, {len(planned.trials)} trials, {len(planned.teachers)} teachers on "
-        f"{run.study.data[0].name}; records in {run.folder}",
+        f"{run.study.data.name}; records in {run.folder}",
     ]
     if cluster.dashboard:
         lines.append(f"Ray dashboard: {cluster.dashboard} (it asks for the token that `ray get-auth-token` prints)")

@@ -133,9 +133,9 @@ def _digits(wanted: dict[str, int | None], split_seed: int) -> DataSet:
 def _cifar10(pixels: Pixels, wanted: dict[str, int | None], split_seed: int, say: Callable[[str], None]) -> DataSet:
     found = (len(pixels.train_labels), len(pixels.test_labels))
     if found != CIFAR10_SIZES or len(pixels.classes) != 10:
-        say(
-            f"This is not all of CIFAR-10: {found[0]} training and {found[1]} test images "
-            f"of {len(pixels.classes)} classes, where 50000 and 10000 of 10 were expected."
+        raise Mistake(
+            f"--data-dir: these are {found[0]} training and {found[1]} test images of {len(pixels.classes)} classes, "
+            f"and CIFAR-10 has {CIFAR10_SIZES[0]} and {CIFAR10_SIZES[1]} of 10; complete them, or name another place"
         )
     images, labels = pixels.train_images, pixels.train_labels
     ranks = _ranks("split", labels, split_seed)

@@ -56,7 +56,7 @@ def parameter_count(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
-def to_device(net: nn.Module, device: torch.device) -> nn.Module:
+def to_device(net: nn.Module, device: torch.device) -> None:
     """Move a network of convolutions to a device, in place, in the layout that is fastest there without risk.
 
     Channels last, unless a convolution on the CPU has channels that do not come in eights (its three colours
@@ -65,7 +65,9 @@ def to_device(net: nn.Module, device: torch.device) -> nn.Module:
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     whole = all(each.out_channels % 8 == 0 and each.in_channels % 8 in (0, 3) for each in convolutions)
     last = whole or device.type != "cpu"
-    return net.to(device=device, memory_format=torch.channels_last if last else torch.contiguous_format)
+    net.to(device)
+    if last:
+        net.to(memory_format=torch.channels_last)
 
 
 def forward_with_features(net: ResNet, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

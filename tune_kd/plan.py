@@ -189,7 +189,7 @@ def _arm_name_or_nothing(study: Study, cell: Cell, among: tuple[str, ...]) -> st
 
 
 def _trials(study: Study, arms: tuple[Arm, ...], data_digest: str | None) -> tuple[Trial, ...]:
-    data, screen = study.data[0], study.screen
+    data, screen = study.data, study.screen
     teachers: dict[str, Trial] = {}
 
     def teacher_of(cell: Cell, replicate: int) -> str | None:

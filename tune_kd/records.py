@@ -90,6 +90,10 @@ class Damaged(RuntimeError):
     """A record does not carry the bytes that were written."""
 
 
+FAILURES = (Damaged, OSError, sqlite3.Error)
+"""What the machine can do to records: damage, a full disk, a lock that is not given."""
+
+
 def clean(schema: Schema, row: Mapping[str, Any]) -> Row:
     """The row in the schema's order and types. A number that is not finite does not apply: it becomes null."""
     unknown = set(row) - set(schema.columns)
@@ -230,17 +234,26 @@ class Records:
 def load(run: Path) -> Records:
     """Read a run's folder. Raises `Mistake` where it is not one or a table does not have its columns."""
     import pandas as pd
+    import pyarrow as pa
 
     if not (run / "study.json").is_file():
         raise Mistake(f"RUN is {run}, which has no study.json; allowed: the folder of a run (see `tune_kd list`)")
     tables = {}
     for schema in SCHEMAS:
         path = run / f"{schema.name}.parquet"
+        again = f"`tune_kd resume {run}` makes the tables again from the ledger"
         if not path.is_file():
-            raise Mistake(f"{path} is missing; `tune_kd resume {run}` makes the tables again from the ledger")
-        table = pd.read_parquet(path)
+            raise Mistake(f"{path} is missing; {again}")
+        try:
+            table = pd.read_parquet(path)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise Mistake(f"{path} cannot be read ({error}); {again}") from error
         missing = [name for name in schema.columns if name not in table.columns]
         if missing:
             raise Mistake(f"{path} lacks the columns {', '.join(missing)}; has {', '.join(table.columns)}")
         tables[schema.name] = table
-    return Records(**tables, study=json.loads((run / "study.json").read_text()))
+    try:
+        study = json.loads((run / "study.json").read_text())
+    except ValueError as error:
+        raise Mistake(f"{run}/study.json cannot be read ({error}); restore the file") from error
+    return Records(**tables, study=study)

@@ -1,6 +1,7 @@
 """From a run's tables to results: arms, contrasts, and the files in `report/`."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,9 @@ def arms(records: Records) -> "pd.DataFrame":
 def contrasts(records: Records) -> "pd.DataFrame":
     """A row for each contrast that the study fixed: its estimate over the seeds that have all of its arms.
 
-    Differences are accuracies (0.001 is 0.1 points). A contrast with an arm that the screen stopped has no estimate;
-    Holm is over the contrasts that have a p value.
+    Differences are accuracies (0.001 is 0.1 points). A contrast with an arm that the screen stopped has no estimate.
+    Holm is over all contrasts that were fixed, those without a p value among them: a family that shrinks with what
+    the data did would make its p values too small.
     """
     import pandas as pd
 
@@ -66,19 +68,19 @@ def contrasts(records: Records) -> "pd.DataFrame":
         if not missing:
             paired = sum(weight * values[arm] for arm, weight in weights.items()).dropna().tolist()
         rows.append({"contrast": contrast["name"], "kind": contrast["kind"]} | vars(stats.differences(paired)))
-    table = pd.DataFrame(rows)
+    columns = ["contrast", "kind", *(field.name for field in fields(stats.Paired))]
+    table = pd.DataFrame(rows, columns=columns)
     numbers = ["estimate", "sd", "low", "high", "p", "p_exact"]
     table[numbers] = table[numbers].astype("float64")
-    known = table["p"].notna()
-    table["p_holm"] = float("nan")
-    table.loc[known, "p_holm"] = stats.holm(table.loc[known, "p"].tolist())
+    adjusted = pd.Series(stats.holm(table["p"].fillna(1.0).tolist()), index=table.index, dtype="float64")
+    table["p_holm"] = adjusted.where(table["p"].notna())
     table["verdict"] = [_verdict(row) for row in table.to_dict("records")]
     return table
 
 
 def _verdict(row: Mapping[Any, Any]) -> str:
     if row["n"] == 0:
-        return "not run: an arm was stopped or failed"
+        return "not judged"
     if not row["p_holm"] < 0.05:
         return "inconclusive"
     return "better" if row["estimate"] > 0 else "worse"

@@ -62,9 +62,9 @@ def check_new(out: Path, name: str | None, study: Study) -> str:
             f"--name is {name!r}; allowed: 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit, "
             f"and not {', '.join(RESERVED)}"
         )
-    elif (out / name).exists():
+    elif os.path.exists(out / name):
         problems.append(f"--name is {name!r}, and {out / name} exists; resume that run or choose another name")
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if os.path.exists(folder))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         problems.append(f"--out is {out}, and {existing} cannot be written to; allowed: a folder that can be made")
     if problems:
@@ -90,7 +90,7 @@ def create(run: Run, source: Path) -> None:
         "arms": [{"name": arm.name, "role": arm.role, "merged": arm.merged} for arm in planned.arms],
         "trials": [trial.trial_id for trial in planned.trials],
         "data": {
-            "name": run.study.data[0].name,
+            "name": run.study.data.name,
             "digest": run.data_digest,
             "dir": None if run.data_dir is None else str(run.data_dir.absolute()),
         },
@@ -107,7 +107,7 @@ def create(run: Run, source: Path) -> None:
 def find(out: Path, name: str) -> Path:
     """The folder of a run that is named under `out` or given as a path. Raises `Mistake` where there is none."""
     for folder in (out / name, Path(name)):
-        if (folder / "study.json").is_file():
+        if os.path.isfile(folder / "study.json"):
             return folder
     names = [folder.name for folder in existing(out)]
     raise Mistake(f"RUN is {name!r}; allowed: a run under {out} ({', '.join(names) or 'there is none'}) or its path")
@@ -121,17 +121,25 @@ def existing(out: Path) -> list[Path]:
 
 def reopen(folder: Path) -> Run:
     """A run as it was begun. Raises `Mistake` where its record does not fit itself or this version."""
-    record = json.loads((folder / "study.json").read_text())
-    if digest(record["study"]) != record["study_sha256"]:
-        raise Mistake(f"{folder}/study.json was changed after the run began: its hash does not fit; restore the file")
-    run = Run(
-        name=record["run"],
-        folder=folder,
-        study=from_json(record["study"]),
-        data_digest=record["data"]["digest"],
-        data_dir=None if record["data"]["dir"] is None else Path(record["data"]["dir"]),
-        settings=record["settings"],
-    )
+    try:
+        record = json.loads((folder / "study.json").read_text())
+        if digest(record["study"]) != record["study_sha256"]:
+            raise ValueError("its hash does not fit the study")
+        if digest(record["contrasts"]) != record["contrasts_sha256"]:
+            raise ValueError("its hash does not fit the contrasts")
+        run = Run(
+            name=record["run"],
+            folder=folder,
+            study=from_json(record["study"]),
+            data_digest=record["data"]["digest"],
+            data_dir=None if record["data"]["dir"] is None else Path(record["data"]["dir"]),
+            settings=record["settings"],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Mistake(
+            f"{folder}/study.json was changed after the run began, or is another version's ({error!r:.200}); "
+            "restore the file, or start a new run"
+        ) from error
     if [trial.trial_id for trial in run.plan.trials] != record["trials"]:
         raise Mistake(
             f"{folder}/study.json was planned by tune_kd {record['versions']['tune_kd']}, and this version plans "
@@ -152,6 +160,8 @@ def held(folder: Path) -> Iterator[None]:
             f"RUN is {folder.name}, which process {who.get('pid', '?')} on {who.get('host', '?')} holds since "
             f"{who.get('since', '?')}; wait for it or stop it (`tune_kd status {folder.name}` shows it)"
         ) from None
+    except OSError as error:
+        raise Mistake(f"RUN is {folder}, which cannot be written to ({error.strerror}); make it writable") from error
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         publish(folder / HOLDER, json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since}).encode())

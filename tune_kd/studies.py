@@ -1,16 +1,19 @@
 """Finding studies: a name in `search_spaces/` or a path, its scales, and single fields that a command sets."""
 
 import importlib.util
+import inspect
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from tune_kd.study import Mistake, Study
+from tune_kd.study import DATA_SETS, Data, Mistake, Study
 
 FOLDER = "search_spaces"
 
@@ -31,16 +34,18 @@ def find(study: str) -> Path:
     """The file of a study that is named or given as a path. Raises `Mistake` where there is none."""
     known = available()
     path = Path(study) if study.endswith(".py") or "/" in study else known.get(study)
-    if path is None or not path.is_file():
+    if path is None or path.suffix != ".py" or not os.path.isfile(path):
         raise Mistake(f"STUDY is {study!r}; allowed: {', '.join(known)}, or the path of a Python file with study()")
     return path
 
 
-def scales(path: Path) -> dict[str, Callable[[], Study]]:
+def scales(path: Path) -> dict[str, Callable[..., Study]]:
     """The scales that a study's file declares: its `SCALES`, or `study` alone under its own scale's name."""
     module = _load(path)
     declared = getattr(module, "SCALES", None)
     if declared is not None:
+        if not isinstance(declared, Mapping) or not all(map(callable, declared.values())):
+            raise Mistake(f"STUDY is {path}, whose SCALES is {declared!r:.60}; allowed: names with functions")
         return dict(declared)
     if not callable(getattr(module, "study", None)):
         raise Mistake(f"STUDY is {path}, which has no function study(); allowed: a file with `study() -> Study`")
@@ -48,25 +53,28 @@ def scales(path: Path) -> dict[str, Callable[[], Study]]:
 
 
 def resolve(path: Path, scale: str, data: str | None = None, settings: Sequence[str] = ()) -> Study:
-    """One study, whole and checked. `settings` are `field=value`, with JSON for lists and numbers."""
+    """One study, whole and checked. `settings` are `field=value`, with JSON for lists and numbers.
+
+    A scale whose function takes the name of the data set says itself what it does on another one; with any other
+    scale, `data` is taken whole.
+    """
     declared = scales(path)
     if scale not in declared:
         raise Mistake(f"--scale is {scale!r}; allowed: auto, {', '.join(declared)}")
-    study = _call(path, declared[scale])
-    if data is not None and data not in _data_names(study):
-        raise Mistake(f"--data is {data!r}; allowed: {', '.join(_data_names(study))}")
-    study = study.on(data or study.data[0].name) if study.data else study
-    return (_with_settings(study, settings) if settings else study).check()
+    if data is not None and data not in DATA_SETS:
+        raise Mistake(f"--data is {data!r}; allowed: {', '.join(DATA_SETS)}")
+    make = declared[scale]
+    if data is not None and "data" in inspect.signature(make).parameters:
+        make = partial(make, data=data)
+    study = _call(path, make)
+    if data is not None and data != study.data.name:
+        study = replace(study, data=Data(data))
+    return _with_settings(path, study, settings).check()
 
 
 def from_json(value: Any) -> Study:
     """The inverse of `dataclasses.asdict`, for `study.json`."""
     return TypeAdapter(Study).validate_python(value)
-
-
-def _data_names(study: Study) -> list[str]:
-    known = ("digits", "cifar10")  # not from tune_kd.data, which imports torch
-    return list(dict.fromkeys([*(data.name for data in study.data), *known]))
 
 
 def _load(path: Path) -> ModuleType:
@@ -80,20 +88,25 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-def _call(path: Path, make: Callable[[], Study]) -> Study:
+def _call(path: Path, make: Callable[..., Study]) -> Study:
+    name = getattr(getattr(make, "func", make), "__name__", "study")
     try:
         study = make()
     except Mistake:
         raise
     except Exception as error:  # whatever the user's file raises
-        raise Mistake(f"STUDY is {path}, where {make.__name__}() fails: {type(error).__name__}: {error}") from error
+        raise Mistake(f"STUDY is {path}, where {name}() fails: {type(error).__name__}: {error}") from error
     if not isinstance(study, Study):
-        raise Mistake(f"STUDY is {path}, where {make.__name__}() returns {type(study).__name__}; allowed: a Study")
+        raise Mistake(f"STUDY is {path}, where {name}() returns {type(study).__name__}; allowed: a Study")
     return study
 
 
-def _with_settings(study: Study, settings: Sequence[str]) -> Study:
-    """Apply `field=value`; fields may be nested (`recipe.epochs`), and `factors.NAME` is a factor's levels."""
+def _with_settings(path: Path, study: Study, settings: Sequence[str]) -> Study:
+    """Apply `field=value`; fields may be nested (`recipe.epochs`), and `factors.NAME` is a factor's levels.
+
+    Every study passes through here, with settings or without, so that its types are those of `study.json`: 1 and
+    1.0 in a study's file are one value with one identity.
+    """
     value: dict[str, Any] = asdict(study)
     problems = []
     for setting in settings:
@@ -112,9 +125,10 @@ def _with_settings(study: Study, settings: Sequence[str]) -> Study:
     try:
         return from_json(value)
     except ValidationError as error:
+        source = "--set" if settings else f"STUDY is {path}:"
         raise Mistake(
             *(
-                f"--set {'.'.join(str(part) for part in each['loc'])} is {each['input']!r}; {each['msg']}"
+                f"{source} {'.'.join(str(part) for part in each['loc'])} is {each['input']!r}; {each['msg']}"
                 for each in error.errors()
             )
         ) from error
@@ -134,7 +148,6 @@ def _assign(value: dict[str, Any], path: list[str], new: Any, whole: str) -> str
             return f"--set names {whole!r}; allowed here: {', '.join(f'factors.{name}' for name in by_name)}"
         by_name[rest[0]]["levels"] = new
         return None
-    inner = value[head][0] if head == "data" and value[head] else value[head]
-    if not isinstance(inner, dict):
+    if not isinstance(value[head], dict):
         return f"--set names {whole!r}; {head} has no fields of its own"
-    return _assign(inner, rest, new, whole)
+    return _assign(value[head], rest, new, whole)

@@ -5,7 +5,7 @@ A study is a value. Building one checks nothing, so that a search space can refi
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Self
 
 Level = str | int | float
@@ -14,6 +14,7 @@ METHODS = ("none", "logit", "feature")
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
 STEMS = ("imagenet", "cifar")
 WEIGHTS = ("none", "imagenet")
+DATA_SETS = ("digits", "cifar10")
 
 APPLIES: dict[str, tuple[str, ...]] = {
     "teacher": ("logit", "feature"),
@@ -125,7 +126,7 @@ class Study:
     control: str | None = "none"  # the method that the others are measured against; null: no claims
     reference: tuple[tuple[str, Level], ...] = (("temperature", 4.0),)  # where a contrast fixes a factor
     scale: str = "paper"
-    data: tuple[Data, ...] = (Data(),)  # the first is the default, `--data` picks another
+    data: Data = Data()
     recipe: Recipe = Recipe()
     teacher_recipe: Recipe = Recipe(epochs=200)
     teacher_seeds: tuple[int, ...] = (1000,)
@@ -133,11 +134,6 @@ class Study:
     confirm: Confirm = Confirm()
     deviation: float = 0.0015  # expected seed-to-seed standard deviation of accuracy, for the plan
     rate: float = 2e13  # floating-point operations a second that one slot is assumed to sustain, for the price
-
-    def on(self, data: str) -> Self:
-        """The same study on one data set: as this scale declares it, else all of it."""
-        declared = [each for each in self.data if each.name == data]
-        return replace(self, data=(declared[0] if declared else Data(data),))
 
     def levels(self, factor: str) -> tuple[Level, ...]:
         """The levels of a factor; of a field that no factor varies, its one value."""
@@ -158,13 +154,12 @@ class Study:
             *_seed_problems(self),
             *_screen_problems(self),
         ]
-        for data in self.data:
-            for part in ("train", "validation", "test"):
-                size = getattr(data, part)
-                if size is not None and size < 1:
-                    problems.append(f"data.{part} is {size} for {data.name}; allowed: at least 1, or null for all")
-        if not self.data:
-            problems.append("data is empty; allowed: at least one data set")
+        for part in ("train", "validation", "test"):
+            size = getattr(self.data, part)
+            if size is not None and size < 1:
+                problems.append(f"data.{part} is {size}; allowed: at least 1, or null for all")
+        if self.data.name not in DATA_SETS:
+            problems.append(f"data.name is {self.data.name!r}; allowed: {', '.join(DATA_SETS)}")
         for name, value in (("deviation", self.deviation), ("rate", self.rate)):
             if not 0 < value < math.inf:
                 problems.append(f"{name} is {value}; allowed: above 0")

@@ -57,7 +57,8 @@ def published_epochs(folder: Path, teacher_id: str) -> list[Epoch] | None:
 def writing(folder: Path, teacher_id: str) -> FileLock:
     """The lock of the one who may train and publish a teacher. The system frees it with its process."""
     (folder / teacher_id).mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / teacher_id / ".lock")
+    # Not thread-local: a trial that is ended early may be cleaned up by another thread than its own.
+    return FileLock(folder / teacher_id / ".lock", thread_local=False)
 
 
 def _card(folder: Path, teacher_id: str) -> dict[str, Any] | None:
@@ -147,16 +148,19 @@ def load_teacher(folder: Path, trial: Trial, data: DataSet, device: torch.device
     home = folder / trial.teacher_id
     card = _card(folder, trial.teacher_id)
     if card is None:
-        raise TeacherChanged(f"teacher {trial.teacher_id} has no card in {home}; it has to be trained again")
+        raise TeacherChanged(
+            f"teacher {trial.teacher_id} has no card in {home}; start a new run to have it trained again"
+        )
     found = (home / "weights.safetensors").read_bytes()
     digest = hashlib.sha256(found).hexdigest()
     if digest != card["weights_sha256"]:
         raise TeacherChanged(
             f"{home}/weights.safetensors has the digest {digest[:16]}, its card says {card['weights_sha256'][:16]}: "
-            "the file was changed after it was published; remove the folder to have it trained again"
+            "the file was changed after it was published; restore it, or remove the folder and start a new run"
         )
     cell = trial.cell
     net = models.build(trial.cell.teacher, stem=cell.stem, classes=len(data.classes), width=cell.width, seed=0)
     net.load_state_dict(unpack(found)[0])
-    models.to_device(net, device).eval().requires_grad_(False)
+    models.to_device(net, device)
+    net.eval().requires_grad_(False)
     return Teacher(trial.teacher_id, digest, net, home, data)

@@ -71,6 +71,10 @@ class _State:
         state = self.optimizer.state_dict()
         state["state"] = {int(number): {"momentum_buffer": each} for number, each in part("momentum.").items()}
         self.optimizer.load_state_dict(state)
+        # A checkpoint keeps values, not layouts; fused steps walk through memory and need the parameter's own.
+        for parameter, entry in self.optimizer.state.items():
+            momentum = torch.empty_like(parameter, requires_grad=False)
+            entry["momentum_buffer"] = momentum.copy_(entry["momentum_buffer"])
         self.rows = TypeAdapter(list[Epoch]).validate_python(notes["rows"])
 
 
@@ -218,6 +222,8 @@ def _epoch(trial: Trial, epoch: int, state: _State, data: DataSet, teacher: Teac
 
     val_logits = _evaluate(state.student, data.validation, data)
     val_loss = float(F.cross_entropy(val_logits, data.validation.labels))
+    if not math.isfinite(val_loss):  # the last step can spoil weights that every loss before it was fine with
+        raise Diverged(f"the validation loss of epoch {epoch} is {val_loss}")
     return Epoch(
         epoch=epoch,
         val_accuracy=_accuracy(val_logits, data.validation.labels),
@@ -279,7 +285,5 @@ def _outcome(state: _State, data: DataSet, teacher: Teacher | None, device: torc
         params=models.parameter_count(state.student),
         weights_digest=hashlib.sha256(pack(weights, {})).hexdigest(),
         teacher_digest=None if teacher is None else teacher.digest,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        threads=torch.get_num_threads(),
         peak_memory_bytes=peak_memory(device),
     )

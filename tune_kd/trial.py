@@ -83,8 +83,6 @@ class Outcome:
     params: int
     weights_digest: str  # SHA-256 of the last and of the best-validation weights
     teacher_digest: str | None  # SHA-256 of the teacher's weight file, as checked when it was loaded
-    device: str
-    threads: int
     peak_memory_bytes: int | None
 
 

@@ -132,28 +132,51 @@ def progress(run: str, rows: Sequence[Row], elapsed: float | None) -> Group:
     return Group(line, phases, Text(""), trials) if running else Group(line, phases)
 
 
-def effects(table: "pd.DataFrame", teachers: int) -> Table:
-    """Each method against its control, and the other contrasts, in points of test accuracy."""
+def effects(table: "pd.DataFrame", teachers: int) -> Group:
+    """The contrasts in points of test accuracy: effects, then how they change with the moderator."""
     given = ", given one teacher" if teachers == 1 else ""
-    shown = Table(
-        title=f"Effects on test accuracy in points{given} (paired by seed, 95 % t interval, Holm over all contrasts)",
-        title_justify="left",
-        box=None,
-        header_style="bold",
-    )
-    for title in ("contrast", "effect", "95 % interval", "sd", "n", "p (Holm)", "verdict"):
-        shown.add_column(title, justify="left" if title in ("contrast", "verdict") else "right")
+    parts: list[Table | Text] = []
+    for kind, title in (("effect", "Effects"), ("moderation", "How effects change")):
+        chosen = table[(table["kind"] == kind) & (table["n"] > 0)]
+        if len(chosen):
+            parts += [_contrasts(f"{title}, in points of test accuracy{given}", chosen), Text("")]
+    unjudged = table.loc[table["n"] == 0, "contrast"].tolist()
+    if unjudged:
+        parts.append(Text(f"Not judged, since an arm was stopped or failed: {', '.join(unjudged)}"))
+    parts.append(Text("Paired by seed; 95 % t intervals; p adjusted by Holm over all contrasts."))
+    return Group(*parts)
+
+
+def _contrasts(title: str, table: "pd.DataFrame") -> Table:
+    shown = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="bold", pad_edge=False)
+    for name in ("contrast", "effect", "95 % interval", "sd", "n", "p", "verdict"):
+        left = name in ("contrast", "verdict")
+        shown.add_column(name, justify="left" if left else "right", no_wrap=name != "contrast")
     for row in table.to_dict("records"):
         interval = f"{points(row['low'])} to {points(row['high'])}" if row["low"] == row["low"] else ""
         p = f"{row['p_holm']:.3f}" if row["p_holm"] == row["p_holm"] else ""
-        estimate = f"{100 * row['estimate']:+.2f}" if row["estimate"] == row["estimate"] else ""
-        shown.add_row(row["contrast"], estimate, interval, points(row["sd"]), str(row["n"]), p, row["verdict"])
+        shown.add_row(
+            row["contrast"],
+            f"{100 * row['estimate']:+.2f}",
+            interval,
+            points(row["sd"]),
+            str(row["n"]),
+            p,
+            row["verdict"],
+        )
     return shown
 
 
 def arms(table: "pd.DataFrame") -> Table:
     """Each arm's confirmed test accuracy."""
-    shown = Table(title="Test accuracy of confirmed arms (best-validation weights, %)", title_justify="left", box=None)
+    shown = Table(
+        title="Test accuracy of confirmed arms (best-validation weights, %)",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        header_style="bold",
+        pad_edge=False,
+    )
     for title in ("arm", "mean", "sd", "n", "planned", "note"):
         shown.add_column(title, justify="left" if title in ("arm", "note") else "right")
     for row in table.to_dict("records"):

@@ -5,18 +5,19 @@ Everything that happens to a trial passes through here, one call at a time, whoe
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from tune_kd.checkpoints import Checkpoints
-from tune_kd.execute.worker import Failure, Task, Workplace
+from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.plan import Plan
-from tune_kd.records import DECISIONS, TRIALS, Ledger, Row
+from tune_kd.records import DECISIONS, EPOCHS, TRIALS, Ledger, Row
 from tune_kd.schedule import Schedule
 from tune_kd.trial import Decision, Epoch, Trial
 
-MAX_ATTEMPTS = 3
+MAX_ATTEMPTS = 3  # of one trial under one driver
 TABLES_AFTER_END = 5.0  # seconds: tables are made at most this often when trials end
 TABLES_EVERY = 30.0  # seconds: tables are made at least this often
 ENDED = ("completed", "stopped", "failed", "blocked")
@@ -57,6 +58,8 @@ class Driver:
         self._immune = {arm.name for arm in plan.arms if arm.immune}
         self._schedule = Schedule(plan.study.screen, {arm.name: arm.cell for arm in plan.arms}, self._immune)
         self._admitted: set[str] = set()  # trial ids of tasks that are not over
+        self._lost: Counter[str] = Counter()  # attempts of each trial that this driver saw fail
+        self._best: dict[str, tuple[float, float]] = {}  # trial id -> best (validation accuracy, -loss)
         self._began: dict[str, float] = {}  # trial id -> monotonic time at which its attempt began
         self._tables_at = 0.0
         self._tables_due = True
@@ -89,11 +92,16 @@ class Driver:
         self._began[task.trial.trial_id] = time.monotonic()
 
     @property
+    def running(self) -> int:
+        """How many trials run now."""
+        return len(self._began)
+
+    @property
     def finished(self) -> bool:
         """Whether no trial will start any more, apart from those that are running."""
         return self.stopping or not self._waiting
 
-    def on_epoch(self, trial_id: str, epoch: Epoch, host: str) -> bool:
+    def on_epoch(self, trial_id: str, epoch: Epoch, where: Where) -> bool:
         """Commit an epoch, then ask the schedule. Returns whether the trial goes on."""
         trial, row = self._trials[trial_id], self.rows[trial_id]
         if row["status"] != "running":
@@ -102,15 +110,16 @@ class Driver:
             kept = {key: value for key, value in asdict(epoch).items() if key != "outcome"}
             state = self._ledger.add_epoch({"run": self._run, "trial_id": trial_id, "attempt": row["attempts"], **kept})
             if state == "different":
-                note = f"epoch {epoch.epoch} computed again differs from its record (attempt {row['attempts']})"
-                row["error"] = "; ".join(filter(None, [row["error"], note]))
+                self._note(row, f"epoch {epoch.epoch} computed again differs from its record")
             if state == "new":
                 row["epochs_run"] = epoch.epoch
                 row["val_accuracy"] = epoch.val_accuracy
-                if row["val_accuracy_best"] is None or epoch.val_accuracy > row["val_accuracy_best"]:
-                    row["val_accuracy_best"], row["best_epoch"] = epoch.val_accuracy, epoch.epoch  # until the outcome
+                quality = (epoch.val_accuracy, -epoch.val_loss)
+                if quality > self._best.get(trial_id, (-1.0, 0.0)):
+                    self._best[trial_id] = quality
+                    row["val_accuracy_best"], row["best_epoch"] = epoch.val_accuracy, epoch.epoch
                 row["train_seconds"] = (row["train_seconds"] or 0.0) + epoch.seconds
-            row["host"] = host
+            row["host"], row["device"] = where.host, where.device
             decision = self._schedule.report(trial, epoch.epoch, epoch.val_accuracy)
             if decision is not None:
                 self._ledger.put(DECISIONS, {"run": self._run, **asdict(decision)})
@@ -134,11 +143,12 @@ class Driver:
             return
         self._count_time(trial_id)
         if self.stopping:  # to be resumed, whatever the haste did to it
+            row["status"] = "pending"
             self._waiting.append(trial)
             self._ledger.put(TRIALS, row)
             return
         assert failure is not None, f"{trial.label} ended without its last epoch"
-        row["error"] = f"attempt {row['attempts']}: {failure.message}"
+        self._note(row, failure.message)
         with self._ledger.transaction():
             if self._try_again(trial, failure):
                 row["status"] = "pending"
@@ -177,12 +187,17 @@ class Driver:
     def _try_again(self, trial: Trial, failure: Failure) -> bool:
         """Whether a failure says little about the trial: lost workers, and memory that a larger share has."""
         row = self.rows[trial.trial_id]
-        if row["attempts"] >= MAX_ATTEMPTS:
+        self._lost[trial.trial_id] += 1
+        if self._lost[trial.trial_id] >= MAX_ATTEMPTS:
             return False
         if failure.reason == "out_of_memory" and 0 < row["gpu_fraction"] < 1:
             row["gpu_fraction"] = min(1.0, 2 * row["gpu_fraction"])
             return True
         return failure.reason == "lost"
+
+    def _note(self, row: Row, what: str) -> None:
+        """Add to what a row says of its attempts; nothing said before is lost."""
+        row["error"] = "; ".join(filter(None, [row["error"], f"attempt {row['attempts']}: {what}"]))
 
     def _end(self, trial: Trial, status: str, reason: str | None = None) -> None:
         """Commit how a trial ended; its checkpoints are of no more use."""
@@ -234,6 +249,9 @@ class Driver:
         for arm, trial_id in self._screen.items():
             if self.rows[trial_id]["status"] in ("failed", "blocked"):
                 self._schedule.drop(arm)
+        for row in self._ledger.rows(EPOCHS):
+            quality = (row["val_accuracy"], -row["val_loss"])
+            self._best[row["trial_id"]] = max(quality, self._best.get(row["trial_id"], quality))
         self._waiting = [trial for trial in self.plan.trials if self.rows[trial.trial_id]["status"] not in ENDED]
 
     def _tell(self, trial: Trial, decision: Decision | None) -> None:

@@ -1,7 +1,7 @@
 """The second form of execution: one trial after another, here. For tests and debuggers."""
 
 from tune_kd.execute.driver import Driver
-from tune_kd.execute.worker import Failure, Workplace, failure, host, work
+from tune_kd.execute.worker import Failure, Workplace, failure, whereabouts, work
 
 
 def run_in_process(driver: Driver, place: Workplace) -> None:
@@ -11,7 +11,7 @@ def run_in_process(driver: Driver, place: Workplace) -> None:
         problem: Failure | None = None
         try:
             for epoch in work(task, place):
-                if not driver.on_epoch(task.trial.trial_id, epoch, host()):
+                if not driver.on_epoch(task.trial.trial_id, epoch, whereabouts(task)):
                     break
         except Exception as error:  # whatever a trial raises is a row, not the end of the run
             problem = failure(error)

@@ -11,7 +11,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,9 +34,10 @@ from ray.tune import CheckpointConfig, FailureConfig, PlacementGroupFactory, Run
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
+from ray.tune.stopper import Stopper
 
 from tune_kd.execute.driver import Driver
-from tune_kd.execute.worker import Failure, Task, Workplace, failure, host, work
+from tune_kd.execute.worker import Failure, Task, Workplace, failure, whereabouts, work
 from tune_kd.study import Mistake
 from tune_kd.trial import Epoch
 
@@ -60,7 +61,7 @@ class TrialRunner(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._task: Task = config["task"]
-        self._epochs: Iterator[Epoch] = work(self._task, config["place"])
+        self._epochs: Generator[Epoch] = work(self._task, config["place"])
         self._ended: asyncio.Event | None = None
 
     async def show(self, trial_id: str) -> None:
@@ -80,7 +81,9 @@ class TrialRunner(tune.Trainable):
             epoch = next(self._epochs)
         except Exception as error:  # data for the driver, which decides whether to try again
             return {"failure": failure(error)}
-        return {"epoch": epoch, "host": host()}
+        if epoch.outcome is not None:
+            self._epochs.close()  # frees its memory, and a teacher's lock, before the next trial comes
+        return {"epoch": epoch, "where": whereabouts(self._task)}
 
     def cleanup(self) -> None:
         if self._ended is not None:
@@ -140,6 +143,19 @@ class _Decisions(TrialScheduler):
         return "tune_kd"
 
 
+class _Drain(Stopper):
+    """Ends everything once the driver was asked to stop and the running trials have ended their epoch."""
+
+    def __init__(self, bridge: "_Bridge") -> None:
+        self._bridge = bridge
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._bridge.drained
+
+
 class _Events(tune.Callback):
     """Tells when a trial starts, and beats at every step of Tune's loop, also while nothing is reported."""
 
@@ -167,6 +183,10 @@ class _Bridge:
         """Nothing: Tune writes what it was given to a file of its own, which is never read."""
         return {}
 
+    @property
+    def drained(self) -> bool:
+        return self._driver.stopping and not self._driver.running
+
     def beat(self) -> None:
         self._driver.tick()
         self._beat()
@@ -186,7 +206,7 @@ class _Bridge:
         trial_id = self._tasks[tune_id].trial.trial_id
         problem: Failure | None = result.get("failure")
         if problem is None:
-            go_on = self._driver.on_epoch(trial_id, result["epoch"], result["host"])
+            go_on = self._driver.on_epoch(trial_id, result["epoch"], result["where"])
             if go_on:
                 return True
         self._over.add(tune_id)
@@ -274,6 +294,7 @@ def run_on_ray(driver: Driver, place: Workplace, slots: int, beat: Callable[[], 
                     name="run",
                     storage_path=str(scratch),
                     verbose=0,
+                    stop=_Drain(bridge),
                     callbacks=[_Events(bridge)],
                     failure_config=FailureConfig(max_failures=0),
                     checkpoint_config=CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),

@@ -1,8 +1,8 @@
 """What happens where a trial runs: find data and teacher, train, publish. Knows neither Ray nor the ledger."""
 
-import os
+import platform
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -45,6 +45,14 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Where:
+    """The machine and the device of a trial, for the records."""
+
+    host: str
+    device: str
+
+
+@dataclass(frozen=True)
 class Failure:
     """Why an attempt ended early. `lost` is the worker's death, which says nothing about the trial."""
 
@@ -64,12 +72,12 @@ def failure(error: BaseException) -> Failure:
     return Failure("error", message)
 
 
-def work(task: Task, place: Workplace) -> Iterator[Epoch]:
+def work(task: Task, place: Workplace) -> Generator[Epoch]:
     """Run one attempt at a trial and yield its epochs. Raises what training raises; see `failure`."""
     trial = task.trial
-    device = torch.device("cuda" if task.gpus > 0 and torch.cuda.is_available() else "cpu")
-    if device.type == "cuda" and task.gpus < 1:
-        torch.cuda.set_per_process_memory_fraction(task.gpus)  # Ray's fractions alone bind nobody
+    device = _device(task)
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, task.gpus))  # Ray's fractions alone bind nobody
     torch.set_num_threads(task.threads)
     start_measuring(device)
     dataset = _dataset(trial.data, place.data_dir, place.cache)
@@ -114,8 +122,7 @@ def _teach(
             trained.append(epoch)
             if epoch.outcome is not None:
                 teachers.publish_teacher(place.teachers, trial, best_weights(checkpoints), trained)
-            if epoch.epoch > task.acknowledged:
-                yield epoch
+            yield epoch
 
 
 @lru_cache(maxsize=1)
@@ -134,6 +141,11 @@ def _dataset(spec: Data, folder: Path | None, cache: Path | None) -> data.DataSe
     )
 
 
-def host() -> str:
-    """The name of the machine, for the records."""
-    return os.uname().nodename
+def _device(task: Task) -> torch.device:
+    return torch.device("cuda" if task.gpus > 0 and torch.cuda.is_available() else "cpu")
+
+
+def whereabouts(task: Task) -> Where:
+    """Where this process runs a task."""
+    device = _device(task)
+    return Where(platform.node(), torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)

@@ -1,0 +1,147 @@
+"""From tables to results, and what people see of them."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from tune_kd import report, view
+from tune_kd.execute.driver import first_row
+from tune_kd.plan import plan
+from tune_kd.records import TRIALS, Ledger, Records, load
+from tune_kd.study import Study
+
+ACCURACY = {"none": 0.90, "logit": 0.92, "feature": 0.89}
+
+
+@pytest.fixture
+def run(study: Study, tmp_path: Path) -> Path:
+    """A run's folder: every confirm trial completed but those of T=2, which the screen stopped; one seed missing."""
+    from dataclasses import asdict, replace
+
+    study = replace(study, confirm=replace(study.confirm, seeds=(1, 2, 3)))
+    planned = plan(study, "0" * 64)
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    for trial in planned.trials:
+        row = first_row("r", trial)
+        if trial.cell.temperature == 2:
+            row |= {"status": "stopped", "stop_reason": "asha"}
+        elif trial.arm == "imagenet/feature" and trial.seed == 3:
+            row |= {"status": "failed", "stop_reason": "diverged"}
+        else:
+            accuracy = ACCURACY[trial.cell.method] + (0.05 if trial.cell.stem == "cifar" else 0) + trial.seed / 1000
+            if trial.cell.method == "feature":
+                accuracy += trial.seed**2 / 1000 - (14 / 3000 if trial.cell.stem == "cifar" else 5 / 2000)
+            row |= {"status": "completed", "test_accuracy_best": accuracy, "epochs_run": 2, "train_seconds": 3.0}
+        ledger.put(TRIALS, row)
+    ledger.write_tables(tmp_path)
+    record = {
+        "run": "r",
+        "study": asdict(study),
+        "contrasts": [asdict(contrast) for contrast in planned.contrasts],
+        "arms": [{"name": arm.name, "role": arm.role} for arm in planned.arms],
+        "data": {"name": "digits"},
+    }
+    (tmp_path / "study.json").write_text(json.dumps(record))
+    return tmp_path
+
+
+@pytest.fixture
+def records(run: Path) -> Records:
+    return load(run)
+
+
+def contrast(table: pd.DataFrame, name: str) -> dict[str, Any]:
+    (row,) = table[table["contrast"] == name].to_dict("records")
+    return {str(key): value for key, value in row.items()}
+
+
+def test_a_stopped_arm_has_no_mean_and_a_failed_seed_makes_an_arm_incomplete(records: Records) -> None:
+    arms = report.arms(records).set_index("arm")
+    assert arms.loc["cifar/none", ["n", "planned", "note"]].tolist() == [3, 3, ""]
+    assert arms.loc["cifar/none", "mean"] == pytest.approx(0.952)
+    assert arms.loc["cifar/logit/T=2", "note"] == "stopped in the screen"
+    assert pd.isna(arms.loc["cifar/logit/T=2", "mean"])
+    assert arms.loc["imagenet/feature", ["n", "note"]].tolist() == [2, "incomplete"]
+
+
+def test_contrasts_are_paired_by_seed_over_the_seeds_that_both_arms_have(records: Records) -> None:
+    contrasts = report.contrasts(records)
+    assert contrast(contrasts, "cifar: logit - none")["estimate"] == pytest.approx(0.02)
+    assert contrast(contrasts, "cifar: logit - none")["n"] == 3
+    short = contrast(contrasts, "imagenet: feature - none")
+    assert (short["n"], short["estimate"]) == (2, pytest.approx(-0.01))
+    assert contrast(contrasts, "(logit - none): cifar - imagenet")["estimate"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_contrast_with_a_stopped_arm_is_not_judged_but_stays_in_holms_family(records: Records) -> None:
+    contrasts = report.contrasts(records)
+    row = contrast(contrasts, "cifar: T=2 - T=4")
+    assert (row["n"], row["verdict"]) == (0, "not judged")
+    assert pd.isna(row["p_holm"])
+    judged = contrasts[contrasts["p"].notna()]
+    assert judged["p_holm"].min() == pytest.approx(min(1.0, judged["p"].min() * len(contrasts)))
+
+
+def test_a_study_without_contrasts_has_a_report_too(run: Path) -> None:
+    record = json.loads((run / "study.json").read_text()) | {"contrasts": []}
+    (run / "study.json").write_text(json.dumps(record))
+    records = load(run)
+    assert len(report.contrasts(records)) == 0
+    report.write(run, records)
+    assert "Not judged" not in screen(view.effects(report.contrasts(records), 1))
+
+
+def test_screening_seeds_are_in_no_estimate(records: Records) -> None:
+    assert sorted(report.confirmed(records).index) == [1, 2, 3]
+
+
+def test_the_report_is_written_as_markdown_and_csv(run: Path, records: Records) -> None:
+    folder = report.write(run, records)
+    assert "cifar: logit - none" in (folder / "report.md").read_text()
+    read = pd.read_csv(folder / "tables" / "contrasts.csv")
+    assert read["contrast"].tolist() == report.contrasts(records)["contrast"].tolist()
+
+
+def screen(what: Any, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(what)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_effects_are_shown_with_n_spread_and_interval_within_80_columns(records: Records) -> None:
+    shown = screen(view.effects(report.contrasts(records), 1))
+    (line,) = [line for line in shown.splitlines() if line.startswith("imagenet: logit - none")]
+    assert "+2.00" in line
+    assert " 3 " in line
+    assert "given one teacher" in shown
+    assert "Not judged" in shown
+    assert max(len(line) for line in shown.splitlines()) <= 80
+
+
+def test_the_live_picture_counts_each_phase_and_names_the_running_trials(records: Records) -> None:
+    rows = records.trials.astype(object).where(records.trials.notna(), None).to_dict("records")
+    rows[3] |= {"status": "running", "epochs_run": 1, "val_accuracy": 0.5, "train_seconds": 2.0}
+    shown = screen(view.progress("r", rows, 61.0))
+    assert f"{rows[3]['arm']} seed {rows[3]['seed']}" in shown
+    assert "1/2" in shown
+    assert "50.00" in shown
+    assert "left" in shown
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(12, "12 s"), (89, "89 s"), (150, "2.5 min"), (9000, "2.5 h")])
+def test_durations_read_well(seconds: float, words: str) -> None:
+    assert view.duration(seconds) == words
+
+
+def test_time_left_is_at_the_pace_of_comparable_trials_over_the_slots_in_use() -> None:
+    base = {"role": "student", "stem": "cifar", "method": "none", "epochs_planned": 4}
+    done = base | {"status": "completed", "epochs_run": 4, "train_seconds": 8.0}
+    waiting = base | {"status": "pending", "epochs_run": 0, "train_seconds": None}
+    running = base | {"status": "running", "epochs_run": 2, "train_seconds": 4.0}
+    assert view.time_left([done, waiting, running, running]) == pytest.approx((4 + 2 + 2) * 2 / 2)
+    assert view.time_left([waiting]) is None
