@@ -35,9 +35,9 @@ def load_pixels(
     """All of CIFAR-10 from `folder`, decoded, or from the cache if the same source was decoded before.
 
     `folder` exists and is one of: a folder with torchvision's files (`cifar-10-batches-py` or
-    `cifar-10-python.tar.gz`), downloaded to it from `origin` if it holds neither; a folder of pictures, or a .tar, .tar.gz or .tar.xz
-    of one (see `tune_kd.pictures`); None for the cache folder. `cache` is by default `default_cache()`. A
-    source is the same while path, sizes and modification times are.
+    `cifar-10-python.tar.gz`), downloaded to it from `origin` if it holds neither; a folder of pictures, or a .tar,
+    .tar.gz or .tar.xz of one (see `tune_kd.pictures`); None for the cache folder. `cache` is by default
+    `default_cache()`. A source is the same while path, sizes and modification times are.
 
     Raises `Mistake` for data that are missing, incomplete, damaged or hostile, and for a failed download.
     """

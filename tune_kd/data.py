@@ -104,7 +104,8 @@ def load(
             say(f"The digits come with scikit-learn: {folder} is not read.")
         return _digits(wanted, split_seed)
     pixels = load_pixels(folder, cache=cache, say=say, progress=progress)
-    return _cifar10(pixels, wanted, split_seed, say)
+    check_complete(pixels)
+    return _cifar10(pixels, wanted, split_seed)
 
 
 def _digits(wanted: dict[str, int | None], split_seed: int) -> DataSet:
@@ -130,13 +131,7 @@ def _digits(wanted: dict[str, int | None], split_seed: int) -> DataSet:
     return _finished("digits", classes, parts, mean, std, pad=1, flip=False, upsample=2)
 
 
-def _cifar10(pixels: Pixels, wanted: dict[str, int | None], split_seed: int, say: Callable[[str], None]) -> DataSet:
-    found = (len(pixels.train_labels), len(pixels.test_labels))
-    if found != CIFAR10_SIZES or len(pixels.classes) != 10:
-        raise Mistake(
-            f"--data-dir: these are {found[0]} training and {found[1]} test images of {len(pixels.classes)} classes, "
-            f"and CIFAR-10 has {CIFAR10_SIZES[0]} and {CIFAR10_SIZES[1]} of 10; complete them, or name another place"
-        )
+def _cifar10(pixels: Pixels, wanted: dict[str, int | None], split_seed: int) -> DataSet:
     images, labels = pixels.train_images, pixels.train_labels
     ranks = _ranks("split", labels, split_seed)
     tenths = ((labels.bincount() + 5) // 10).clamp(min=1)[labels]  # 500 of 5,000 a class: 45,000 and 5,000
@@ -150,6 +145,16 @@ def _cifar10(pixels: Pixels, wanted: dict[str, int | None], split_seed: int, say
         wanted,
     )
     return _finished("cifar10", pixels.classes, parts, CIFAR10_MEAN, CIFAR10_STD, pad=4, flip=True, upsample=1)
+
+
+def check_complete(pixels: Pixels) -> None:
+    """Raise `Mistake` for less, or more, than all of CIFAR-10: results on a part would pass for results on it."""
+    found = (len(pixels.train_labels), len(pixels.test_labels))
+    if found != CIFAR10_SIZES or len(pixels.classes) != 10:
+        raise Mistake(
+            f"--data-dir: these are {found[0]} training and {found[1]} test images of {len(pixels.classes)} classes, "
+            f"and CIFAR-10 has {CIFAR10_SIZES[0]} and {CIFAR10_SIZES[1]} of 10; complete them, or name another place"
+        )
 
 
 def _ranks(stream: str, labels: Tensor, seed: int) -> Tensor:
