@@ -136,8 +136,9 @@ def reopen(folder: Path) -> Run:
             settings=record["settings"],
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise Mistake(
-            f"{folder}/study.json was changed after the run began, or is another version's ({error!r:.200}); "
+            f"{folder}/study.json was changed after the run began, or is another version's ({what}); "
             "restore the file, or start a new run"
         ) from error
     if [trial.trial_id for trial in run.plan.trials] != record["trials"]:

@@ -142,7 +142,7 @@ def effects(table: "pd.DataFrame", teachers: int) -> Group:
             parts += [_contrasts(f"{title}, in points of test accuracy{given}", chosen), Text("")]
     unjudged = table.loc[table["n"] == 0, "contrast"].tolist()
     if unjudged:
-        parts.append(Text(f"Not judged, since an arm was stopped or failed: {', '.join(unjudged)}"))
+        parts.append(Text(f"Not judged, since an arm was stopped or failed: {'; '.join(unjudged)}"))
     parts.append(Text("Paired by seed; 95 % t intervals; p adjusted by Holm over all contrasts."))
     return Group(*parts)
 
