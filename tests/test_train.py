@@ -36,7 +36,7 @@ def trial(method: str, seed: int = 1, teacher_id: str | None = None, **cell: Any
     return Trial(
         arm=f"cifar/{method}",
         phase="confirm",
-        cell=Cell(method=method, width=0.0625, **{**defaults, **distils, **cell}),
+        cell=Cell(**{"method": method, "width": 0.0625, **defaults, **distils, **cell}),
         recipe=Recipe(epochs=4, batch_size=16, lr=0.05),
         seed=seed,
         data=Data("pixels"),
