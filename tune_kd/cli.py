@@ -110,7 +110,7 @@ def resume(run: RunName, out: Out = DEFAULT_OUT, address: Address = None, as_jso
     console = _console(as_json)
     reopened = runs.reopen(runs.find(out, run))
     with runs.held(reopened.folder):
-        """Somebody else who holds it is told of now, and not after data and Ray were started."""
+        pass  # whoever else holds it is told of now, and not after data were loaded and Ray started
     digest = _data_digest(reopened.study, reopened.data_dir, console)
     if digest != reopened.data_digest:
         raise Mistake(

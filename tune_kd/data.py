@@ -21,9 +21,7 @@ from torch import Tensor
 
 from tune_kd.cifar import load_pixels
 from tune_kd.pictures import Pixels
-from tune_kd.study import Mistake
-
-NAMES = ("digits", "cifar10")
+from tune_kd.study import DATA_SETS, Mistake
 
 # Of the 50,000 training images, in [0, 1]. The deviations are those over all pixels; the 0.2023, 0.1994,
 # 0.2010 that also circulate are means of per-image deviations.
@@ -83,7 +81,7 @@ def load(
     say: Callable[[str], None] = _to_stderr,
     progress: bool = True,
 ) -> DataSet:
-    """Load the data set `name` (one of NAMES), split it, and keep as many images of each part as asked for.
+    """Load the data set `name` (one of DATA_SETS), split it, and keep as many images of each part as asked for.
 
     `train`, `validation` and `test` are sizes in images; None keeps the whole part. A smaller part is
     balanced over the classes, fixed by `split_seed`, and contained in every larger one. `folder` is where
@@ -95,8 +93,8 @@ def load(
     wanted = {"train": train, "validation": validation, "test": test}
     problems = [f"{part}: {size} is not a number of images; give 1 or more" for part, size in wanted.items()
                 if size is not None and size < 1]  # fmt: skip
-    if name not in NAMES:
-        problems.insert(0, f"data: there is no data set {name!r}; choose one of {', '.join(NAMES)}")
+    if name not in DATA_SETS:
+        problems.insert(0, f"data: there is no data set {name!r}; choose one of {', '.join(DATA_SETS)}")
     if problems:
         raise Mistake(*problems)
     if name == "digits":

@@ -16,14 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tune_kd.study import Mistake
+from tune_kd.study import ARCHITECTURES, STEMS, WEIGHTS, Mistake
 
 if TYPE_CHECKING:  # importing torchvision takes seconds, and reading results needs none of it
     from torchvision.models import ResNet
-
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
-STEMS = ("imagenet", "cifar")
-WEIGHTS = ("none", "imagenet")
 
 
 def build(
