@@ -8,8 +8,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tune_kd import data, models
 from tune_kd.plan import plan
-from tune_kd.price import BLOCKS, IMAGES, macs, price
-from tune_kd.study import Confirm, Factor, Study
+from tune_kd.price import BLOCKS, IMAGES, WORTH, answering, flop, macs, price, views_answered
+from tune_kd.study import Cell, Confirm, Data, Factor, Recipe, Study
+from tune_kd.teachers import drawn_numbers
+from tune_kd.trial import Answering, Trial
+
+
+def cost(study: Study) -> float:
+    planned = plan(study)
+    return price(planned.trials, planned.answering, study.rate).flop
 
 
 @pytest.mark.parametrize("architecture", BLOCKS)
@@ -29,17 +36,45 @@ def test_the_sizes_that_the_price_knows_are_those_of_the_data() -> None:
     ]  # fmt: skip
     assert digits.train.images.shape[-1] * digits.upsample == known.size
     assert len(digits.classes) == known.classes
+    assert digits.views_per_image == known.views
 
 
 def test_a_temperature_more_costs_a_control_more_since_the_teacher_answers_once(one_stem: Study) -> None:
     def of(temperatures: tuple[float, ...]) -> float:
         factors = (*one_stem.factors[:2], Factor("temperature", temperatures))
-        return price(plan(replace(one_stem, factors=factors))).flop
+        return cost(replace(one_stem, factors=factors))
 
     second = of((2.0, 4.0)) - of((2.0, 4.0, 8.0))
     control = plan(replace(one_stem, factors=(one_stem.factors[0], Factor("method", ("none",))), contrasts=()))
-    assert -second == pytest.approx(price(control).flop)
+    assert -second == pytest.approx(sum(flop(trial) for trial in control.trials))
 
 
 def test_the_price_grows_with_the_seeds(study: Study) -> None:
-    assert price(plan(replace(study, confirm=Confirm((1, 2, 3))))).flop > price(plan(study)).flop
+    assert cost(replace(study, confirm=Confirm((1, 2, 3)))) > cost(study)
+
+
+def logit_student(seed: int, epochs: int, data: Data) -> Trial:
+    cell = Cell(method="logit", beta=None)
+    return Trial("logit", "confirm", cell, Recipe(epochs=epochs), seed, data, None, "test", "t")
+
+
+def test_the_expected_number_of_drawn_views_is_what_drawing_gives() -> None:
+    digits = data.load("digits")
+    draws = ((0, 3), (5, 3), (6, 2))
+    found = len(drawn_numbers(draws, digits))
+    expected = views_answered(Answering(False, draws), logit_student(0, 3, Data("digits")))
+    assert found == pytest.approx(expected, rel=0.01)
+    assert views_answered(Answering(True, draws), logit_student(0, 3, Data("digits"))) == 9 * 1079
+
+
+@pytest.mark.parametrize(
+    ("seeds", "epochs", "ahead"), [(6, 100, True), (4, 6, False), (3, 100, False), (4, 123, True), (4, 122, False)]
+)
+def test_all_views_are_answered_ahead_where_that_costs_hardly_more_than_the_drawn_ones(
+    seeds: int, epochs: int, ahead: bool
+) -> None:
+    """The paper's study draws each of 162 views of an image 3.7 times; a small one draws few of them."""
+    chosen = answering([logit_student(seed, epochs, Data("cifar10")) for seed in range(seeds)])
+    assert chosen == Answering(ahead, tuple((seed, epochs) for seed in range(seeds)))
+    undrawn = (161 / 162) ** (seeds * epochs)
+    assert ahead == (WORTH * (1 - undrawn) >= 1)

@@ -39,7 +39,7 @@ CONTRACT = {
 }
 COUNTS = {
     "seed", "threads", "epochs_planned", "epochs_run", "best_epoch", "params", "peak_memory_bytes", "attempts",
-    "epoch", "attempt", "rung", "rank", "peers",
+    "epoch", "attempt", "rung", "rank", "peers", "views_answered",
 }  # fmt: skip
 TEXTS = {
     "run", "trial_id", "arm", "phase", "role", "student", "teacher", "teacher_id", "stem", "weights", "method",

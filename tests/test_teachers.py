@@ -1,5 +1,6 @@
 """Teachers: published whole, checked when loaded, asked once."""
 
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -7,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tune_kd import teachers
-from tune_kd.data import DataSet, Views, draw_views
+from tune_kd import answers
+from tune_kd.data import DataSet, Views, draw_views, prepare, show, view_numbers
 from tune_kd.models import build
 from tune_kd.study import Cell, Data, Recipe
 from tune_kd.teachers import Teacher, TeacherChanged, load_teacher, publish_teacher, published_epochs
-from tune_kd.trial import Epoch, Trial
+from tune_kd.trial import Answering, Epoch, Trial
 
 CPU = torch.device("cpu")
 TAUGHT = Trial(
@@ -25,10 +26,8 @@ TAUGHT = Trial(
     data_digest=None,
     scale="test",
 )
-STUDENT = replace(
-    TAUGHT, arm="cifar/logit", phase="confirm", cell=replace(TAUGHT.cell, method="logit"), teacher_id=TAUGHT.trial_id
-)
 EPOCH = Epoch(1, 0.5, 1.0, 1.0, 0.5, 1.0, None, 0.1, 1.0, 1.0, 1.0)
+DRAWS = ((1, 3), (2, 3))  # two seeds of three epochs
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def teacher(home: Path, pixels: DataSet) -> Teacher:
-    return load_teacher(home, STUDENT, pixels, CPU)
+    return load_teacher(home, TAUGHT.trial_id, pixels, CPU)
 
 
 def views(pixels: DataSet, seed: int = 1, epoch: int = 1) -> Views:
@@ -67,48 +66,81 @@ def test_a_teacher_whose_file_was_changed_is_refused_with_both_digests(home: Pat
     weights = home / TAUGHT.trial_id / "weights.safetensors"
     weights.write_bytes(weights.read_bytes() + b"x")
     with pytest.raises(TeacherChanged, match="changed after it was published"):
-        load_teacher(home, STUDENT, pixels, CPU)
+        load_teacher(home, TAUGHT.trial_id, pixels, CPU)
 
 
-def test_answers_are_computed_once_for_all_who_ask_also_at_the_same_time(
-    teacher: Teacher, home: Path, pixels: DataSet, monkeypatch: pytest.MonkeyPatch
+def loaded(home: Path, pixels: DataSet, answering: Answering) -> Teacher:
+    return load_teacher(home, TAUGHT.trial_id, pixels, CPU, answering)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_view_is_answered_once_for_all_seeds_epochs_and_students_also_at_the_same_time(
+    home: Path, pixels: DataSet, monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
+    monkeypatch.setattr(answers, "CHUNK", 16)
+    students = [loaded(home, pixels, Answering(ahead, DRAWS)) for _ in range(3)]
     asked: list[int] = []
-    logits = Teacher._logits
-
-    def counted(self: Teacher, images: torch.Tensor) -> torch.Tensor:
-        asked.append(len(images))
-        return logits(self, images)
-
-    monkeypatch.setattr(Teacher, "_logits", counted)
     found: list[torch.Tensor] = []
-    others = [load_teacher(home, STUDENT, pixels, CPU) for _ in range(3)]
-    threads = [threading.Thread(target=lambda t=t: found.append(t.answers(1, 1, views(pixels)))) for t in others]
+
+    def study(student: Teacher) -> None:
+        for seed, epochs in DRAWS:
+            for epoch in range(1, epochs + 1):
+                logits, computed = student.answers(seed, epoch, views(pixels, seed, epoch))
+                asked.append(computed)
+                found.append(logits)
+
+    threads = [threading.Thread(target=study, args=[each]) for each in students]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(asked) == len(pixels.train.labels)
-    assert all(torch.equal(each, found[0]) for each in found)
-    teacher.answers(1, 2, views(pixels, epoch=2))
-    assert sum(asked) == 2 * len(pixels.train.labels)
+    drawn = {int(each) for seed, epochs in DRAWS for epoch in range(1, epochs + 1)
+             for each in view_numbers(views(pixels, seed, epoch), pixels)}  # fmt: skip
+    assert sum(asked) == (pixels.views_per_image * len(pixels.train.labels) if ahead else len(drawn))
+    assert len(found) == 3 * sum(epochs for _, epochs in DRAWS)
 
 
-def test_answers_that_were_damaged_are_computed_again_to_the_same_bits(teacher: Teacher, pixels: DataSet) -> None:
-    first = teacher.answers(1, 1, views(pixels))
-    (path,) = teacher.home.glob("answers/*/seed-1-epoch-1.safetensors")
-    whole = path.read_bytes()
-    for damaged in (whole[:-3], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
-        path.write_bytes(damaged)
-        assert torch.equal(teacher.answers(1, 1, views(pixels)), first)
-        assert path.read_bytes() == whole
+@pytest.mark.parametrize("ahead", [True, False])
+def test_answers_are_the_logits_of_the_views_that_students_see(home: Path, pixels: DataSet, ahead: bool) -> None:
+    teacher = loaded(home, pixels, Answering(ahead, DRAWS))
+    for seed, epoch in ((1, 1), (1, 2), (2, 3)):
+        drawn = views(pixels, seed, epoch)
+        with torch.no_grad():
+            live = teacher.net(prepare(show(drawn, pixels), pixels))
+        assert torch.allclose(teacher.answers(seed, epoch, drawn)[0], live, atol=1e-5)
 
 
-def test_answers_of_another_teacher_are_not_believed(teacher: Teacher, pixels: DataSet) -> None:
-    first = teacher.answers(1, 1, views(pixels))
-    other = build("resnet18", stem="cifar", classes=2, width=0.0625, seed=4).eval()
-    changed = teachers.Teacher(teacher.teacher_id, "another digest", other, teacher.home, pixels)
-    assert not torch.equal(changed.answers(1, 1, views(pixels)), first)
+def test_answers_are_the_same_to_the_bit_whoever_asks_first(home: Path, pixels: DataSet, tmp_path: Path) -> None:
+    shutil.copytree(home / TAUGHT.trial_id, tmp_path / "again" / TAUGHT.trial_id)
+    one = loaded(home, pixels, Answering(False, DRAWS))
+    other = loaded(tmp_path / "again", pixels, Answering(False, DRAWS))
+    forwards = [one.answers(1, epoch, views(pixels, 1, epoch))[0] for epoch in (1, 2, 3)]
+    backwards = [other.answers(1, epoch, views(pixels, 1, epoch))[0] for epoch in (3, 2, 1)]
+    assert all(torch.equal(*pair) for pair in zip(forwards, reversed(backwards), strict=True))
+
+
+def test_a_student_of_ready_answers_needs_no_network(home: Path, pixels: DataSet) -> None:
+    first = loaded(home, pixels, Answering(True, DRAWS))
+    expected, computed = first.answers(1, 1, views(pixels))
+    assert computed == pixels.views_per_image * len(pixels.train.labels)
+    second = loaded(home, pixels, Answering(True, DRAWS))
+    again, computed = second.answers(1, 1, views(pixels))
+    assert computed == 0
+    assert torch.equal(again, expected)
+    assert "net" not in vars(second)
+
+
+def test_answers_of_other_weights_or_other_preprocessing_lie_elsewhere(home: Path, pixels: DataSet) -> None:
+    first = loaded(home, pixels, Answering(True, DRAWS)).answers(1, 1, views(pixels))[0]
+    shifted = replace(pixels, mean=(0.1, 0.2, 0.3), digest="another")
+    second, computed = loaded(home, shifted, Answering(True, DRAWS)).answers(1, 1, views(pixels))
+    assert computed
+    assert not torch.allclose(first, second)
+    other = build("resnet18", stem="cifar", classes=2, width=0.0625, seed=4)
+    publish_teacher(home, TAUGHT, other.state_dict(), [EPOCH])
+    third, computed = loaded(home, pixels, Answering(True, DRAWS)).answers(1, 1, views(pixels))
+    assert computed
+    assert not torch.allclose(first, third)
 
 
 def test_a_teacher_is_frozen(teacher: Teacher) -> None:

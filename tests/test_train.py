@@ -12,14 +12,14 @@ from torch import nn
 
 from tune_kd import train as training
 from tune_kd.checkpoints import Checkpoints
-from tune_kd.data import DataSet, draw_views
+from tune_kd.data import DataSet
 from tune_kd.study import Cell, Data, Recipe
 from tune_kd.teachers import Teacher, load_teacher, publish_teacher
 from tune_kd.train import Diverged, batches, best_weights, learning_rate, train
-from tune_kd.trial import Epoch, Trial
+from tune_kd.trial import Answering, Epoch, Trial
 
 CPU = torch.device("cpu")
-TIMES = ("seconds", "images_per_second", "peak_memory_bytes")
+TIMES = ("seconds", "images_per_second", "peak_memory_bytes", "answer_seconds", "views_answered")
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def teacher(pixels: DataSet, tmp_path: Path) -> Teacher:
     taught, checkpoints = as_teacher(trial("none")), Checkpoints(tmp_path / "teacher")
     epochs = list(train(taught, pixels, None, device=CPU, checkpoints=checkpoints))
     publish_teacher(tmp_path / "teachers", taught, best_weights(checkpoints), epochs)
-    return load_teacher(tmp_path / "teachers", trial("logit", teacher_id=taught.trial_id), pixels, CPU)
+    return load_teacher(tmp_path / "teachers", taught.trial_id, pixels, CPU, Answering(True, ()))
 
 
 def run(each: Trial, data: DataSet, teacher: Teacher | None, folder: Path, **options: Any) -> list[Epoch]:
@@ -264,13 +264,3 @@ def test_batches_cover_every_image_once_and_none_but_the_only_one_is_alone(count
     slices = batches(count, size)
     assert [index for each in slices for index in range(count)[each]] == list(range(count))
     assert all(each.stop - each.start > 1 for each in slices) or count == 1
-
-
-def test_answers_are_the_logits_of_the_views_that_students_see(pixels: DataSet, teacher: Teacher) -> None:
-    views = draw_views(1, 3, len(pixels.train.labels), pad=pixels.pad, flip=pixels.flip)
-    answers = teacher.answers(1, 3, views)
-    for start in (0, 16, 32):
-        each = slice(start, start + 16)
-        images, _ = training._batch(views, each, pixels)
-        with torch.no_grad():
-            assert torch.allclose(answers[each], teacher.net(images), atol=1e-5)

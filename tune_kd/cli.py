@@ -139,7 +139,7 @@ def plan(
     chosen, why = _scale(path, scale, None)
     resolved = studies.resolve(path, chosen, data, settings or ())
     planned = expand(resolved)
-    cost, seeds = price(planned), len(resolved.confirm.seeds)
+    cost, seeds = price(planned.trials, planned.answering, resolved.rate), len(resolved.confirm.seeds)
     summary = {
         "study": resolved.name,
         "scale": resolved.scale,

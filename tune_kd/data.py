@@ -54,6 +54,11 @@ class DataSet:
     upsample: int  # factor by which images are enlarged after augmentation
     digest: str  # SHA-256 (64 hexadecimal digits) over all of the above but the names
 
+    @property
+    def views_per_image(self) -> int:
+        """How many ways of showing one training image there are."""
+        return (2 * self.pad + 1) ** 2 * (1 + self.flip)
+
 
 @dataclass(frozen=True, eq=False)
 class Views:
@@ -63,6 +68,12 @@ class Views:
     top: Tensor  # int64 [N], first row of the crop in the padded image, 0 to 2 * pad
     left: Tensor  # int64 [N], first column of the crop in the padded image, 0 to 2 * pad
     flip: Tensor  # bool [N], whether the crop is mirrored
+
+    def __getitem__(self, some: slice) -> "Views":
+        return Views(self.order[some], self.top[some], self.left[some], self.flip[some])
+
+    def to(self, device: torch.device) -> "Views":
+        return Views(*(each.to(device) for each in (self.order, self.top, self.left, self.flip)))
 
 
 def _to_stderr(sentence: str) -> None:
@@ -269,6 +280,26 @@ def draw_views(seed: int, epoch: int, count: int, *, pad: int, flip: bool) -> Vi
     left = torch.randint(0, 2 * pad + 1, (count,), generator=generator, device="cpu")
     mirrored = torch.randint(0, 2, (count,), generator=generator, device="cpu").bool()
     return Views(order, top, left, mirrored if flip else torch.zeros_like(mirrored))
+
+
+def view_numbers(views: Views, data: DataSet) -> Tensor:
+    """A number for each view, int64 [N]: the same for the same image, crop and flip, whoever draws it."""
+    way = (views.top * (2 * data.pad + 1) + views.left) * (1 + data.flip) + (views.flip if data.flip else 0)
+    return views.order * data.views_per_image + way
+
+
+def numbered_views(numbers: Tensor, data: DataSet) -> Views:
+    """The views that `view_numbers` gives these numbers, int64 [N] from 0 to N * views_per_image - 1."""
+    way = numbers % data.views_per_image
+    place = way // (1 + data.flip)
+    mirrored = (way % 2).bool() if data.flip else torch.zeros_like(way, dtype=torch.bool)
+    return Views(numbers // data.views_per_image, place // (2 * data.pad + 1), place % (2 * data.pad + 1), mirrored)
+
+
+def show(views: Views, data: DataSet) -> Tensor:
+    """The training images as `views` show them: uint8 [N, 3, H, W] on the data's device."""
+    images = data.train.images
+    return crop(images[views.order.to(images.device)], views.top, views.left, views.flip, data.pad)
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int) -> Tensor:

@@ -1,13 +1,31 @@
-"""The most memory that one trial held, although its process may serve many trials."""
+"""Memory of a process that serves many trials: freed blocks are kept, and the most that one trial held is told."""
 
+import ctypes
 from pathlib import Path
 
 import torch
 
 
+def keep_freed_blocks() -> None:
+    """Let the C library keep freed blocks of any size for the next step.
+
+    By default glibc gives blocks of megabytes back to the system, which hands them out again page by page, zeroed:
+    thousands of page faults a step. Does nothing with other C libraries.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    if not mallopt(mmap_threshold, 2**30):
+        mallopt(mmap_threshold, 2**25)  # the most that glibc took before 2.35
+    mallopt(trim_threshold, 2**31 - 1)
+
+
 def start_measuring(device: torch.device) -> None:
     """Forget the peaks of earlier trials."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:

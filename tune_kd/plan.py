@@ -5,8 +5,9 @@ import random
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from tune_kd.price import answering, flop
 from tune_kd.study import APPLIES, CELL_FIELDS, NUMERIC, Cell, Compare, Level, Study
-from tune_kd.trial import Trial
+from tune_kd.trial import Answering, Trial
 
 SYMBOLS = {"temperature": "T"}
 TEACHER_FIELDS = ("teacher", "stem", "weights", "width")  # what a teacher has in common with its students
@@ -46,6 +47,7 @@ class Plan:
     arms: tuple[Arm, ...]
     contrasts: tuple[Contrast, ...]
     trials: tuple[Trial, ...]
+    answering: dict[str, Answering]  # by teacher, for those with logit students
 
     @property
     def teachers(self) -> tuple[Trial, ...]:
@@ -73,7 +75,8 @@ def plan(study: Study, data_digest: str | None = None) -> Plan:
         )
         for cell in cells
     )
-    return Plan(study, len(raw), arms, contrasts, _trials(study, arms, data_digest))
+    trials = _trials(study, arms, data_digest)
+    return Plan(study, len(raw), arms, contrasts, _longest_path_first(trials), _answering(trials))
 
 
 def _cell(study: Study, levels: tuple[Level, ...]) -> Cell:
@@ -220,3 +223,29 @@ def _trials(study: Study, arms: tuple[Arm, ...], data_digest: str | None) -> tup
     for replicate, seed in enumerate(study.confirm.seeds):
         students += [student(arm, "confirm", seed, replicate) for arm in order]
     return (*teachers.values(), *students)
+
+
+def _longest_path_first(trials: tuple[Trial, ...]) -> tuple[Trial, ...]:
+    """Trials in the order in which what has to follow them is longest, so that no long chain is left for the end.
+
+    After a teacher come its students, after a screen the confirmation of its arm. Equal ones keep their order, which
+    is random among arms that compete with each other.
+    """
+    confirmed = {trial.arm: flop(trial) for trial in trials if trial.phase == "confirm"}
+    paths = {
+        trial.trial_id: flop(trial) + (confirmed.get(trial.arm, 0.0) if trial.phase == "screen" else 0.0)
+        for trial in trials
+        if trial.role == "student"
+    }
+    for teacher in (trial for trial in trials if trial.role == "teacher"):
+        students = (paths[trial.trial_id] for trial in trials if trial.teacher_id == teacher.trial_id)
+        paths[teacher.trial_id] = flop(teacher) + max(students)
+    return tuple(sorted(trials, key=lambda trial: -paths[trial.trial_id]))
+
+
+def _answering(trials: tuple[Trial, ...]) -> dict[str, Answering]:
+    students: dict[str, list[Trial]] = {}
+    for trial in trials:
+        if trial.cell.method == "logit" and trial.teacher_id is not None:
+            students.setdefault(trial.teacher_id, []).append(trial)
+    return {teacher_id: answering(each) for teacher_id, each in students.items()}

@@ -1,9 +1,9 @@
-"""What a plan will cost, counted without torch: multiplications of the networks times the images they see."""
+"""What trials cost, counted without torch: multiplications of the networks times the images they see."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from tune_kd.plan import Plan
-from tune_kd.trial import Trial
+from tune_kd.trial import Answering, Trial
 
 BLOCKS = {
     "resnet18": (2, 2, 2, 2),
@@ -23,12 +23,14 @@ class Images:
     train: int
     validation: int
     test: int
+    views: int  # ways of showing a training image: crops, and their mirror images where it is flipped
 
 
 IMAGES = {
-    "digits": Images(size=16, classes=10, train=1079, validation=359, test=359),
-    "cifar10": Images(size=32, classes=10, train=45_000, validation=5_000, test=10_000),
+    "digits": Images(size=16, classes=10, train=1079, validation=359, test=359, views=9),
+    "cifar10": Images(size=32, classes=10, train=45_000, validation=5_000, test=10_000, views=162),
 }
+WORTH = 1.05  # all views ahead may cost this much more than the drawn ones: later seeds and studies find them there
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,55 @@ def macs(architecture: str, *, stem: str, width: float, size: int, classes: int)
     return total + into * classes
 
 
-def price(plan: Plan) -> Price:
-    """The price of a whole plan, before early stopping saves any of it."""
-    study = plan.study
-    flop = sum(_flop(trial) for trial in plan.trials)
-    answered = {(trial.teacher_id, trial.seed): trial for trial in plan.trials if trial.cell.method == "logit"}
-    flop += sum(_answers(trial) for trial in answered.values())
+def price(trials: Iterable[Trial], answering: Mapping[str, Answering], rate: float) -> Price:
+    """The price of a plan at `rate` operations a second in a slot, before early stopping saves any of it."""
+    trials = tuple(trials)
+    students = {trial.teacher_id: trial for trial in trials if trial.cell.method == "logit"}
+    answers = sum(
+        _forward(student, _teacher(student)) * views_answered(answering[teacher_id], student)
+        for teacher_id, student in students.items()
+        if teacher_id is not None
+    )
+    total = sum(flop(trial) for trial in trials) + answers
     how = (
-        "3 forward passes' operations a training image, 1 an evaluated one; a teacher answers once for all logit "
-        f"arms of a seed and beside each feature arm; assumes {study.rate:.0e} operations a second in a slot, "
+        "3 forward passes' operations a training image, 1 an evaluated one; a teacher answers each view once for all "
+        f"logit arms and runs beside each feature arm; assumes {rate:.0e} operations a second in a slot, "
         "nothing saved by early stopping, teachers not there yet"
     )
-    return Price(flop, flop / study.rate, how)
+    return Price(total, total / rate, how)
+
+
+def flop(trial: Trial) -> float:
+    """Floating-point operations of a trial: training, evaluation, and the teacher where it runs beside it."""
+    images, epochs = _images(trial), trial.recipe.epochs
+    total = _forward(trial, trial.architecture) * (epochs * (3 * images.train + images.validation) + 2 * images.test)
+    if trial.cell.method == "feature":
+        total += _forward(trial, _teacher(trial)) * epochs * images.train
+    return total
+
+
+def answering(students: Iterable[Trial]) -> Answering:
+    """What one teacher answers for its logit students: the cheaper of all views ahead and the views they will draw."""
+    students = tuple(students)
+    draws = tuple(dict.fromkeys((student.seed, student.recipe.epochs) for student in students))
+    drawn, all_ = (views_answered(Answering(ahead, draws), students[0]) for ahead in (False, True))
+    return Answering(all_ <= WORTH * drawn, draws)
+
+
+def views_answered(answering: Answering, student: Trial) -> float:
+    """How many views a teacher answers: those that there are, or the expected number of different ones drawn.
+
+    A view stays undrawn by `epochs` uniform draws with a probability of (1 - 1/views)^epochs.
+    """
+    images = _images(student)
+    epochs = sum(epochs for _, epochs in answering.draws)
+    undrawn = 0.0 if answering.ahead else (1 - 1 / images.views) ** epochs
+    return images.train * images.views * (1 - undrawn)
+
+
+def _teacher(student: Trial) -> str:
+    assert student.cell.teacher is not None
+    return student.cell.teacher
 
 
 def _images(trial: Trial) -> Images:
@@ -89,23 +128,10 @@ def _images(trial: Trial) -> Images:
         train=whole.train if data.train is None else data.train,
         validation=whole.validation if data.validation is None else data.validation,
         test=whole.test if data.test is None else data.test,
+        views=whole.views,
     )
 
 
 def _forward(trial: Trial, architecture: str) -> int:
     images, cell = _images(trial), trial.cell
     return 2 * macs(architecture, stem=cell.stem, width=cell.width, size=images.size, classes=images.classes)
-
-
-def _flop(trial: Trial) -> float:
-    images, epochs = _images(trial), trial.recipe.epochs
-    own = _forward(trial, trial.architecture)
-    flop = own * (epochs * (3 * images.train + images.validation) + 2 * images.test)
-    if trial.cell.method == "feature" and trial.cell.teacher is not None:
-        flop += _forward(trial, trial.cell.teacher) * epochs * images.train
-    return flop
-
-
-def _answers(trial: Trial) -> float:
-    assert trial.cell.teacher is not None
-    return _forward(trial, trial.cell.teacher) * trial.recipe.epochs * _images(trial).train

@@ -66,7 +66,8 @@ EPOCHS = Schema(
     _columns(str, "run trial_id")
     | _columns(int, "epoch attempt")
     | _columns(float, "val_accuracy val_loss train_loss train_accuracy loss_ce loss_kd lr grad_norm")
-    | _columns(float, "seconds images_per_second"),
+    | _columns(float, "seconds images_per_second answer_seconds")
+    | _columns(int, "views_answered"),
     ("run", "trial_id", "epoch"),
 )
 
@@ -81,7 +82,13 @@ DECISIONS = Schema(
 )
 
 SCHEMAS = (TRIALS, EPOCHS, DECISIONS)
-TIMING = ("attempt", "seconds", "images_per_second")  # an epoch that is computed again may differ in these
+TIMING = (
+    "attempt",
+    "seconds",
+    "images_per_second",
+    "answer_seconds",
+    "views_answered",
+)  # an epoch that is computed again may differ in these
 
 _SQL = {str: "TEXT", int: "INTEGER", float: "REAL"}
 

@@ -141,7 +141,7 @@ def reopen(folder: Path) -> Run:
             f"{folder}/study.json was changed after the run began, or is another version's ({what}); "
             "restore the file, or start a new run"
         ) from error
-    if [trial.trial_id for trial in run.plan.trials] != record["trials"]:
+    if {trial.trial_id for trial in run.plan.trials} != set(record["trials"]):  # their order is this version's
         raise Mistake(
             f"{folder}/study.json was planned by tune_kd {record['versions']['tune_kd']}, and this version plans "
             "other trials from it; resume it with that version"

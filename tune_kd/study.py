@@ -15,6 +15,7 @@ ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
 STEMS = ("imagenet", "cifar")
 WEIGHTS = ("none", "imagenet")
 DATA_SETS = ("digits", "cifar10")
+PRECISIONS = ("float32", "tf32", "bfloat16")
 
 APPLIES: dict[str, tuple[str, ...]] = {
     "teacher": ("logit", "feature"),
@@ -71,6 +72,8 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     clip: float = 1.0  # largest norm of the gradient; the projections of `feature` are part of it
+    precision: str = "float32"  # of matrix products and convolutions; weights and their updates are always float32
+    compile: bool = False  # whether torch.compile makes the forward and backward pass; the first epoch pays for it
 
 
 @dataclass(frozen=True)
@@ -272,6 +275,7 @@ def _recipe_problems(where: str, recipe: Recipe) -> list[str]:
         ("momentum", 0 < recipe.momentum < 1, "between 0 and 1, both excluded (Nesterov)"),
         ("weight_decay", 0 <= recipe.weight_decay < math.inf, "0 or more"),
         ("clip", 0 < recipe.clip < math.inf, "above 0"),
+        ("precision", recipe.precision in PRECISIONS, ", ".join(PRECISIONS)),
     ]
     return [
         f"{where}.{name} is {getattr(recipe, name)!r}; allowed: {allowed}" for name, good, allowed in rules if not good

@@ -2,16 +2,18 @@
 
 TEACHERS/ID/weights.safetensors   the best-validation weights
 TEACHERS/ID/card.json             what it is, its epochs, and the digest of the weights: written last
-TEACHERS/ID/answers/              logits for each epoch's views, shared by all students that see them
+TEACHERS/ID/answers/KEY/          logits by weights and preprocessing: of views, and of the test images
 """
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock
 from pydantic import TypeAdapter
@@ -19,10 +21,12 @@ from torch import Tensor
 from torchvision.models import ResNet
 
 from tune_kd import models
+from tune_kd.answers import Answers
 from tune_kd.checkpoints import pack, unpack
-from tune_kd.data import DataSet, Views, crop, prepare
+from tune_kd.data import DataSet, Views, draw_views, numbered_views, prepare, show, view_numbers
+from tune_kd.kernels import autocast, float32_as
 from tune_kd.storage import publish
-from tune_kd.trial import Epoch, Trial
+from tune_kd.trial import Answering, Epoch, Trial
 
 BATCH = 512  # views answered at a time; fixed, since an answer computed again is to be the same to the bit
 
@@ -76,91 +80,121 @@ class Teacher:
 
     teacher_id: str
     digest: str  # SHA-256 of the weight file
-    net: ResNet
     home: Path
     data: DataSet
+    device: torch.device
+    precision: str  # of its recipe, in which it answers too
+    answering: Answering | None  # null where no student needs logits
+    build: Callable[[], ResNet]
 
-    def answers(self, seed: int, epoch: int, views: Views) -> Tensor:
-        """Logits [N, K], on the CPU, for the views of one epoch in training order.
+    @cached_property
+    def net(self) -> ResNet:
+        """The network on its device: built when it is asked, which students of ready answers never do."""
+        return self.build()
 
-        They do not depend on method, temperature or alpha: the first student that needs them computes them, the
-        others of that seed read them. One who comes meanwhile waits.
+    def answers(self, seed: int, epoch: int, views: Views) -> tuple[Tensor, int]:
+        """Logits [N, K], on the CPU, for the views of one epoch in training order, and how many were asked for now.
+
+        They do not depend on method, temperature or alpha: whoever needs a view first has it answered for all.
         """
-        train = self.data.train.images
-
-        def compute() -> Tensor:
-            parts = []
-            for some in torch.split(torch.arange(len(views.order)), BATCH):
-                index = views.order[some]
-                images = crop(
-                    train[index.to(train.device)], views.top[some], views.left[some], views.flip[some], self.data.pad
-                )
-                parts.append(self._logits(images))
-            return torch.cat(parts)
-
-        return self._once(f"seed-{seed}-epoch-{epoch}", compute)
+        return self._training.take(self._rows(view_numbers(views, self.data)))
 
     def test_answers(self) -> Tensor:
         """Logits [N, K], on the CPU, for the test images as they are."""
         images = self.data.test.images
-        return self._once("test", lambda: torch.cat([self._logits(part) for part in torch.split(images, BATCH)]))
+        return self._answers("test", len(images), lambda rows: images[rows.start : rows.stop]).take(
+            torch.arange(len(images))
+        )[0]
 
     @torch.no_grad()
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
         """The outputs of the four residual stages for prepared images [B, 3, H, W]."""
         return models.forward_with_features(self.net, images)[1]
 
-    @torch.no_grad()
-    def _logits(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.net(prepare(images, self.data))
-        return logits.cpu()
+    @cached_property
+    def _drawn(self) -> Tensor | None:
+        """Numbers of the views that students draw, each once, in the order of the first draw; null for all."""
+        assert self.answering is not None, "the plan has no logit student of this teacher"
+        return None if self.answering.ahead else drawn_numbers(self.answering.draws, self.data)
 
-    def _once(self, name: str, compute: Any) -> Tensor:
-        """What was published under a name, or is computed and published now, by one process at a time."""
-        folder = self.home / "answers" / self.data.digest[:16]
-        path = folder / f"{name}.safetensors"
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{name}.lock"):
-            found = self._read(path)
-            if found is None:
-                found = compute()
-                content = hashlib.sha256(found.numpy().tobytes()).hexdigest()
-                publish(path, pack({"logits": found}, {"teacher": self.digest, "content": content}))
+    def _rows(self, numbers: Tensor) -> Tensor:
+        """Where the table has the views of these numbers."""
+        if self._drawn is None:
+            return numbers
+        in_order, places = self._sorted_draws
+        return places[torch.searchsorted(in_order, numbers)]
+
+    @cached_property
+    def _sorted_draws(self) -> tuple[Tensor, Tensor]:
+        assert self._drawn is not None
+        in_order, places = self._drawn.sort()
+        return in_order, places
+
+    @cached_property
+    def _training(self) -> Answers:
+        drawn, data = self._drawn, self.data
+        count = len(data.train.labels) * data.views_per_image if drawn is None else len(drawn)
+
+        def images(rows: range) -> Tensor:
+            numbers = torch.arange(rows.start, rows.stop) if drawn is None else drawn[rows.start : rows.stop]
+            return show(numbered_views(numbers, data), data)
+
+        name = "all" if drawn is None else hashlib.sha256(drawn.numpy().tobytes()).hexdigest()[:16]
+        return self._answers(f"views-{name}", count, images)
+
+    def _answers(self, name: str, rows: int, images: Callable[[range], Tensor]) -> Answers:
+        """The table of a list of images, which `images` makes; of these weights and this preprocessing."""
+        key = hashlib.sha256(f"{self.digest} {self.data.digest}".encode()).hexdigest()[:16]
+
+        @torch.no_grad()
+        def compute(wanted: range) -> Tensor:
+            shown = torch.split(images(wanted), BATCH)
+            with float32_as(self.precision), autocast(self.precision, self.device):
+                return torch.cat([self.net(prepare(each, self.data)) for each in shown]).float().cpu()
+
+        return Answers(self.home / "answers" / key / name, rows, len(self.data.classes), compute)
+
+
+def drawn_numbers(draws: tuple[tuple[int, int], ...], data: DataSet) -> Tensor:
+    """Numbers, each once, of all views that trials of these (seed, epochs) draw, in the order of the first draw."""
+    count = len(data.train.labels)
+    drawn = [
+        view_numbers(draw_views(seed, epoch, count, pad=data.pad, flip=data.flip), data)
+        for seed, epochs in draws
+        for epoch in range(1, epochs + 1)
+    ]
+    together = torch.cat(drawn).numpy()
+    _, first = np.unique(together, return_index=True)
+    return torch.from_numpy(together[np.sort(first)])
+
+
+def load_teacher(
+    folder: Path, teacher_id: str, data: DataSet, device: torch.device, answering: Answering | None = None
+) -> Teacher:
+    """A published teacher, in eval mode and frozen. Raises `TeacherChanged` where its file was altered."""
+    home = folder / teacher_id
+    card = _card(folder, teacher_id)
+    if card is None:
+        raise TeacherChanged(f"teacher {teacher_id} has no card in {home}; start a new run to have it trained again")
+    taught = TypeAdapter(Trial).validate_python(card["trial"])
+    path, expected = home / "weights.safetensors", card["weights_sha256"]
+
+    def read() -> bytes:
+        found = path.read_bytes()
+        digest = hashlib.sha256(found).hexdigest()
+        if digest != expected:
+            raise TeacherChanged(
+                f"{path} has the digest {digest[:16]}, its card says {expected[:16]}: "
+                "the file was changed after it was published; restore it, or remove the folder and start a new run"
+            )
         return found
 
-    def _read(self, path: Path) -> Tensor | None:
-        """Published answers, if they are whole and this teacher's."""
-        if not path.is_file():
-            return None
-        try:
-            tensors, notes = unpack(path.read_bytes())
-        except Exception:  # any reader's error means the same here: compute them again
-            return None
-        logits = tensors["logits"]
-        whole = hashlib.sha256(logits.numpy().tobytes()).hexdigest() == notes["content"]
-        return logits if whole and notes["teacher"] == self.digest else None
+    def build() -> ResNet:
+        cell = taught.cell
+        net = models.build(taught.architecture, stem=cell.stem, classes=len(data.classes), width=cell.width, seed=0)
+        net.load_state_dict(unpack(read())[0])
+        models.to_device(net, device)
+        return net.eval().requires_grad_(False)
 
-
-def load_teacher(folder: Path, trial: Trial, data: DataSet, device: torch.device) -> Teacher:
-    """The teacher of a student, in eval mode and frozen. Raises `TeacherChanged` where its file was altered."""
-    assert trial.teacher_id is not None
-    assert trial.cell.teacher is not None
-    home = folder / trial.teacher_id
-    card = _card(folder, trial.teacher_id)
-    if card is None:
-        raise TeacherChanged(
-            f"teacher {trial.teacher_id} has no card in {home}; start a new run to have it trained again"
-        )
-    found = (home / "weights.safetensors").read_bytes()
-    digest = hashlib.sha256(found).hexdigest()
-    if digest != card["weights_sha256"]:
-        raise TeacherChanged(
-            f"{home}/weights.safetensors has the digest {digest[:16]}, its card says {card['weights_sha256'][:16]}: "
-            "the file was changed after it was published; restore it, or remove the folder and start a new run"
-        )
-    cell = trial.cell
-    net = models.build(trial.cell.teacher, stem=cell.stem, classes=len(data.classes), width=cell.width, seed=0)
-    net.load_state_dict(unpack(found)[0])
-    models.to_device(net, device)
-    net.eval().requires_grad_(False)
-    return Teacher(trial.teacher_id, digest, net, home, data)
+    read()
+    return Teacher(teacher_id, expected, home, data, device, taught.recipe.precision, answering, build)

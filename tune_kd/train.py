@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from tune_kd import losses, models
 from tune_kd.checkpoints import Checkpoints, pack
-from tune_kd.data import DataSet, Split, Views, crop, draw_views, prepare
+from tune_kd.data import DataSet, Split, Views, draw_views, prepare, show
+from tune_kd.kernels import Captured, autocast, float32_as
 from tune_kd.memory import peak_memory
 from tune_kd.study import Recipe
 from tune_kd.teachers import Teacher
@@ -40,6 +41,13 @@ class _State:
     optimizer: torch.optim.SGD
     best: dict[str, Tensor]  # weights of the best validation accuracy so far
     rows: list[Epoch]
+
+    def set_learning_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):  # on a GPU, where a captured step reads it from its place
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
     @property
     def best_row(self) -> Epoch:
@@ -102,16 +110,18 @@ def train(
         state.restore(*saved)
     yield from (row for row in state.rows if row.epoch > acknowledged)
 
+    step = _Step(trial, state, data, teacher)
     saved_at = time.monotonic()
     for epoch in range(len(state.rows) + 1, trial.recipe.epochs + 1):
-        row = _epoch(trial, epoch, state, data, teacher)
-        state.rows.append(row)
-        if state.best_row.epoch == epoch:
-            state.best = {name: tensor.clone() for name, tensor in state.student.state_dict().items()}
         last = epoch == trial.recipe.epochs
-        if last:
-            outcome = _outcome(state, data, teacher, device)
-            state.rows[-1] = row = replace(row, outcome=outcome)
+        with float32_as(trial.recipe.precision):
+            row = _epoch(trial, epoch, state, data, teacher, step)
+            state.rows.append(row)
+            if state.best_row.epoch == epoch:
+                state.best = {name: tensor.clone() for name, tensor in state.student.state_dict().items()}
+            if last:
+                outcome = _outcome(trial, state, data, teacher, device)
+                state.rows[-1] = row = replace(row, outcome=outcome)
         if last or time.monotonic() - saved_at >= checkpoint_every:
             checkpoints.save(epoch, state.tensors(), {"rows": [asdict(each) for each in state.rows]})
             saved_at = time.monotonic()
@@ -165,7 +175,7 @@ def _start(trial: Trial, data: DataSet, teacher: Teacher | None, device: torch.d
     models.to_device(projections, device)
     optimizer = torch.optim.SGD(
         [*student.parameters(), *projections.parameters()],
-        lr=recipe.lr,
+        lr=recipe.lr if device.type == "cpu" else torch.tensor(recipe.lr, device=device),
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
         nesterov=True,
@@ -174,53 +184,83 @@ def _start(trial: Trial, data: DataSet, teacher: Teacher | None, device: torch.d
     return _State(student, projections, optimizer, best={}, rows=[])
 
 
-def _epoch(trial: Trial, epoch: int, state: _State, data: DataSet, teacher: Teacher | None) -> Epoch:
-    """Train one epoch and evaluate on the validation images."""
-    cell, recipe = trial.cell, trial.recipe
-    started = time.perf_counter()
-    images, labels = data.train.images, data.train.labels
-    views = draw_views(trial.seed, epoch, len(labels), pad=data.pad, flip=data.flip)
-    answers = None
-    if teacher is not None and cell.method == "logit":
-        answers = teacher.answers(trial.seed, epoch, views).to(images.device)
-    slices = batches(len(labels), recipe.batch_size)
-    parameters = [each for group in state.optimizer.param_groups for each in group["params"]]
-    # Sums over images stay on the device: asking for a number in every step would wait for it.
-    sums = torch.zeros(4, device=images.device, dtype=torch.float64)
-    norms = torch.zeros((), device=images.device, dtype=torch.float64)
-    lr = recipe.lr
+class _Step:
+    """One step of training on a batch of views. Nothing in it waits for the device: sums over images stay there."""
 
-    state.student.train()
-    for number, each in enumerate(slices):
-        lr = learning_rate(recipe, (epoch - 1) * len(slices) + number, recipe.epochs * len(slices))
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        shown, targets = _batch(views, each, data)
-        if teacher is not None and cell.method == "feature":
-            logits, features = models.forward_with_features(state.student, shown)
-            assert cell.beta is not None
-            loss_kd = losses.feature(features, teacher.features(shown), state.projections, cell.beta)
-        else:
-            logits = state.student(shown)
-            if answers is not None:
-                assert cell.temperature is not None
-                loss_kd = losses.kd(logits, answers[each], cell.temperature)
-        loss_ce = F.cross_entropy(logits, targets)
-        loss = loss_ce if teacher is None else _mixed(loss_kd, loss_ce, cell.alpha)
+    def __init__(self, trial: Trial, state: _State, data: DataSet, teacher: Teacher | None) -> None:
+        self._trial, self._state, self._data, self._teacher = trial, state, data, teacher
+        self._device = data.train.images.device
+        self._parameters = [each for group in state.optimizer.param_groups for each in group["params"]]
+        forward = models.forward_with_features if trial.cell.method == "feature" else _forward
+        self._forward = torch.compile(forward, dynamic=False) if trial.recipe.compile else forward
+        self._run = Captured(self._train, self._device) if self._device.type == "cuda" else self._train
+        self.sums = torch.zeros(5, device=self._device, dtype=torch.float64)  # loss, ce, kd, right; gradient norms
+
+    def __call__(self, views: Views, answers: Tensor | None) -> None:
+        """Train on one batch, with the teacher's logits [B, K] for its views if the method wants them."""
+        self._run(views.order, views.top, views.left, views.flip, *([] if answers is None else [answers]))
+
+    def _train(self, order: Tensor, top: Tensor, left: Tensor, flip: Tensor, answers: Tensor | None = None) -> None:
+        cell, recipe, state, teacher = self._trial.cell, self._trial.recipe, self._state, self._teacher
+        shown = prepare(show(Views(order, top, left, flip), self._data), self._data)
+        targets = self._data.train.labels[order]
+        with autocast(recipe.precision, self._device):
+            logits, features = self._forward(state.student, shown)
+            loss_ce = loss = F.cross_entropy(logits, targets)
+            loss_kd = torch.zeros_like(loss_ce)
+            if teacher is not None:
+                assert cell.alpha is not None
+                if answers is not None:
+                    assert cell.temperature is not None
+                    loss_kd = losses.kd(logits, answers, cell.temperature)
+                else:
+                    assert cell.beta is not None
+                    loss_kd = losses.feature(features, teacher.features(shown), state.projections, cell.beta)
+                loss = cell.alpha * loss_kd + (1 - cell.alpha) * loss_ce
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        norms += nn.utils.clip_grad_norm_(parameters, recipe.clip)
+        norm = nn.utils.clip_grad_norm_(self._parameters, recipe.clip)
         state.optimizer.step()
         with torch.no_grad():
-            kd = loss_kd if teacher is not None else torch.zeros_like(loss_ce)
             right = (logits.argmax(1) == targets).double().mean()
-            sums += torch.stack([loss.double(), loss_ce.double(), kd.double(), right]) * len(targets)
-    train_loss, train_ce, train_kd, train_accuracy = (sums / len(labels)).tolist()
+            means = torch.stack([loss.double(), loss_ce.double(), loss_kd.double(), right])
+            self.sums[:4] += means * len(targets)
+            self.sums[4] += norm
+
+
+def _forward(net: nn.Module, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return net(images), ()
+
+
+def _epoch(trial: Trial, epoch: int, state: _State, data: DataSet, teacher: Teacher | None, step: _Step) -> Epoch:
+    """Train one epoch and evaluate on the validation images."""
+    recipe = trial.recipe
+    count, device = len(data.train.labels), data.train.images.device
+    views = draw_views(trial.seed, epoch, count, pad=data.pad, flip=data.flip)
+    answers = answer_seconds = views_answered = None
+    if teacher is not None and trial.cell.method == "logit":
+        asked = time.perf_counter()
+        answers, views_answered = teacher.answers(trial.seed, epoch, views)
+        answer_seconds = time.perf_counter() - asked
+
+    started = time.perf_counter()
+    views = views.to(device)
+    answers = None if answers is None else answers.to(device)
+    slices = batches(count, recipe.batch_size)
+    lr = recipe.lr
+    state.student.train()
+    step.sums.zero_()
+    for number, each in enumerate(slices):
+        lr = learning_rate(recipe, (epoch - 1) * len(slices) + number, recipe.epochs * len(slices))
+        state.set_learning_rate(lr)
+        step(views[each], None if answers is None else answers[each])
+    *sums, norms = step.sums.tolist()  # here alone the host waits for the device
+    train_loss, train_ce, train_kd, train_accuracy = (each / count for each in sums)
     trained = time.perf_counter() - started
     if not math.isfinite(train_loss):
         raise Diverged(f"the training loss of epoch {epoch} is {train_loss}")
 
-    val_logits = _evaluate(state.student, data.validation, data)
+    val_logits = _evaluate(state.student, data.validation, data, recipe)
     val_loss = float(F.cross_entropy(val_logits, data.validation.labels))
     if not math.isfinite(val_loss):  # the last step can spoil weights that every loss before it was fine with
         raise Diverged(f"the validation loss of epoch {epoch} is {val_loss}")
@@ -233,42 +273,34 @@ def _epoch(trial: Trial, epoch: int, state: _State, data: DataSet, teacher: Teac
         loss_ce=train_ce,
         loss_kd=None if teacher is None else train_kd,
         lr=lr,
-        grad_norm=float(norms) / len(slices),
+        grad_norm=norms / len(slices),
         seconds=time.perf_counter() - started,
-        images_per_second=len(labels) / trained,
+        images_per_second=count / trained,
+        answer_seconds=answer_seconds,
+        views_answered=views_answered,
     )
 
 
-def _mixed(loss_kd: Tensor, loss_ce: Tensor, alpha: float | None) -> Tensor:
-    assert alpha is not None
-    return alpha * loss_kd + (1 - alpha) * loss_ce
-
-
-def _batch(views: Views, each: slice, data: DataSet) -> tuple[Tensor, Tensor]:
-    """Prepared images [B, 3, H, W] and labels [B] of one step."""
-    index = views.order[each].to(data.train.images.device)
-    images = crop(data.train.images[index], views.top[each], views.left[each], views.flip[each], data.pad)
-    return prepare(images, data), data.train.labels[index]
-
-
 @torch.no_grad()
-def _evaluate(net: nn.Module, split: Split, data: DataSet) -> Tensor:
-    """Logits [N, K] of a split in eval mode."""
+def _evaluate(net: nn.Module, split: Split, data: DataSet, recipe: Recipe) -> Tensor:
+    """Logits float32 [N, K] of a split in eval mode."""
     net.eval()
-    return torch.cat([net(prepare(images, data)) for images in torch.split(split.images, EVALUATION_BATCH)])
+    with autocast(recipe.precision, split.images.device):
+        logits = [net(prepare(images, data)) for images in torch.split(split.images, EVALUATION_BATCH)]
+    return torch.cat(logits).float()
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return int((logits.argmax(1) == labels).sum()) / len(labels)
 
 
-def _outcome(state: _State, data: DataSet, teacher: Teacher | None, device: torch.device) -> Outcome:
+def _outcome(trial: Trial, state: _State, data: DataSet, teacher: Teacher | None, device: torch.device) -> Outcome:
     """What is reported once: the test images, with the last and with the best-validation weights."""
     labels = data.test.labels
     last = {name: tensor.clone() for name, tensor in state.student.state_dict().items()}
-    logits = _evaluate(state.student, data.test, data)
+    logits = _evaluate(state.student, data.test, data, trial.recipe)
     state.student.load_state_dict(state.best)
-    best_logits = _evaluate(state.student, data.test, data)
+    best_logits = _evaluate(state.student, data.test, data, trial.recipe)
     state.student.load_state_dict(last)
     answers = None if teacher is None else teacher.test_answers().to(best_logits.device)
     weights = {f"last.{name}": each for name, each in last.items()}

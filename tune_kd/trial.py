@@ -48,7 +48,16 @@ class Trial:
 
     @property
     def recipe_id(self) -> str:
-        return digest(asdict(self.recipe))[:16]
+        return digest(self._schedule | {"precision": self._precision})[:16]
+
+    @property
+    def _schedule(self) -> dict[str, Any]:
+        """The recipe without its arithmetic."""
+        return {name: value for name, value in asdict(self.recipe).items() if name not in ("precision", "compile")}
+
+    @property
+    def _precision(self) -> str:
+        return f"{self.recipe.precision} compiled" if self.recipe.compile else self.recipe.precision
 
     @property
     def trial_id(self) -> str:
@@ -59,13 +68,24 @@ class Trial:
             "role": self.role,
             "architecture": self.architecture,
             "cell": cell if self.role == "student" else {key: cell[key] for key in ("stem", "weights", "width")},
-            "recipe": asdict(self.recipe),
+            "recipe": self._schedule,
             "seed": self.seed,
             "data": self.data_digest,
             "teacher": self.teacher_id,
-            "precision": "float32",
+            "precision": self._precision,
         }
         return digest(identity)[:16]
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Which views of the training images a teacher answers for the logit arms of a study, each once.
+
+    `ahead` is every view that there is, for any seed; else those that the students draw, in the order of `draws`.
+    """
+
+    ahead: bool
+    draws: tuple[tuple[int, int], ...]  # (seed, epochs) of the students
 
 
 @dataclass(frozen=True)
@@ -101,6 +121,8 @@ class Epoch:
     grad_norm: float  # mean over steps, before clipping
     seconds: float  # wall-clock, training and evaluation
     images_per_second: float  # training images over training time
+    answer_seconds: float | None = None  # until the teacher's answers were there, not part of `seconds`; null without
+    views_answered: int | None = None  # views that the teacher had to be asked for; null without its answers
     outcome: Outcome | None = None
 
 

@@ -78,7 +78,8 @@ class Driver:
                 self._admitted.add(trial.trial_id)
                 row = self.rows[trial.trial_id]
                 gpus = self._gpus if row["gpu_fraction"] is None else row["gpu_fraction"]
-                return Task(trial, row["attempts"] + 1, row["epochs_run"], self._cpus, gpus)
+                answering = self.plan.answering.get(trial.teacher_id or "")
+                return Task(trial, row["attempts"] + 1, row["epochs_run"], self._cpus, gpus, answering)
         return None
 
     def on_start(self, task: Task) -> None:

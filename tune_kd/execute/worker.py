@@ -12,10 +12,10 @@ import torch
 
 from tune_kd import data, teachers
 from tune_kd.checkpoints import Checkpoints
-from tune_kd.memory import start_measuring
+from tune_kd.memory import keep_freed_blocks, start_measuring
 from tune_kd.study import Data
 from tune_kd.train import Diverged, best_weights, train
-from tune_kd.trial import Epoch, Trial
+from tune_kd.trial import Answering, Epoch, Trial
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Task:
     acknowledged: int  # epochs that the ledger holds
     cpus: float
     gpus: float
+    answering: Answering | None = None  # of this student's teacher
 
     @property
     def threads(self) -> int:
@@ -79,6 +80,7 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, task.gpus))  # Ray's fractions alone bind nobody
     torch.set_num_threads(task.threads)
+    keep_freed_blocks()
     start_measuring(device)
     dataset = _dataset(trial.data, place.data_dir, place.cache)
     if trial.data_digest != dataset.digest:
@@ -90,7 +92,7 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
     if trial.role == "teacher":
         yield from _teach(task, place, dataset, device, checkpoints)
         return
-    teacher = teachers.load_teacher(place.teachers, trial, dataset, device) if trial.teacher_id else None
+    teacher = _teacher(place.teachers, trial.teacher_id, dataset, device, task.answering) if trial.teacher_id else None
     yield from train(
         trial,
         dataset,
@@ -139,6 +141,10 @@ def _dataset(spec: Data, folder: Path | None, cache: Path | None) -> data.DataSe
         say=lambda _: None,
         progress=False,
     )
+
+
+# The last two teachers of a process, checked once: their networks and answers stay for the trials that follow.
+_teacher = lru_cache(maxsize=2)(teachers.load_teacher)
 
 
 def _device(task: Task) -> torch.device:

@@ -1,0 +1,132 @@
+"""The table of answers: each chunk once, whoever asks, and never a damaged one."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tune_kd import answers
+from tune_kd.answers import Answers
+
+ROWS, CLASSES = 40, 3
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "CHUNK", 16)
+
+
+def logits(rows: range) -> Tensor:
+    return torch.arange(rows.start, rows.stop, dtype=torch.float32)[:, None] + torch.tensor([0.1, 0.2, 0.3])
+
+
+class Counted:
+    """Computes what `logits` does, and remembers for which rows."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.asked: list[range] = []
+        self.seconds = seconds
+
+    def __call__(self, rows: range) -> Tensor:
+        self.asked.append(rows)
+        time.sleep(self.seconds)  # so that others come meanwhile
+        return logits(rows)
+
+
+def test_rows_come_in_the_order_asked_and_only_their_chunks_are_computed(tmp_path: Path) -> None:
+    compute = Counted()
+    table = Answers(tmp_path, ROWS, CLASSES, compute)
+    found, computed = table.take(torch.tensor([39, 2, 2]))
+    assert torch.equal(found, logits(range(40))[[39, 2, 2]])
+    assert computed == 16 + 8
+    assert compute.asked == [range(16), range(32, 40)]
+    assert table.take(torch.tensor([38, 0]))[1] == 0
+
+
+def test_several_who_ask_at_once_share_the_work(tmp_path: Path) -> None:
+    workers = [Counted(0.05) for _ in range(3)]
+    found: list[tuple[Tensor, int]] = []
+    threads = [
+        threading.Thread(target=lambda w=w: found.append(Answers(tmp_path, ROWS, CLASSES, w).take(torch.arange(ROWS))))
+        for w in workers
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(each, logits(range(ROWS))) for each, _ in found)
+    assert sum(computed for _, computed in found) == ROWS
+    assert sorted(rows.start for worker in workers for rows in worker.asked) == [0, 16, 32]
+    assert all(worker.asked for worker in workers)  # nobody waited for what was free
+
+
+@pytest.mark.parametrize("what", ["a flipped bit", "another digest", "no logits", "files cut short"])
+def test_a_damaged_chunk_is_computed_again_to_the_same_bits_and_the_others_are_not(tmp_path: Path, what: str) -> None:
+    Answers(tmp_path, ROWS, CLASSES, logits).take(torch.arange(ROWS))
+    table, digests = tmp_path / "logits.f32", tmp_path / "digests.sha256"
+    whole = table.read_bytes(), digests.read_bytes()
+    position = 20 * CLASSES * 4  # in the second chunk
+    if what == "a flipped bit":
+        table.write_bytes(whole[0][:position] + bytes([whole[0][position] ^ 1]) + whole[0][position + 1 :])
+    elif what == "another digest":
+        digests.write_bytes(whole[1][:32] + bytes([whole[1][32] ^ 1]) + whole[1][33:])
+    elif what == "no logits":
+        table.write_bytes(whole[0][: 16 * CLASSES * 4] + bytes(16 * CLASSES * 4) + whole[0][32 * CLASSES * 4 :])
+    else:
+        table.write_bytes(whole[0][: 16 * CLASSES * 4])
+        digests.write_bytes(whole[1][:32])
+    compute = Counted()
+    found, computed = Answers(tmp_path, ROWS, CLASSES, compute).take(torch.arange(ROWS))
+    assert torch.equal(found, logits(range(ROWS)))
+    assert computed == (24 if what == "files cut short" else 16)
+    assert (table.read_bytes(), digests.read_bytes()) == whole
+
+
+def _answer_and_die(folder: str) -> None:
+    """Answers a chunk, and is killed within the next."""
+    answers.CHUNK = 16
+
+    def compute(rows: range) -> Tensor:
+        if rows.start:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return logits(rows)
+
+    Answers(Path(folder), ROWS, CLASSES, compute).take(torch.arange(ROWS))
+
+
+def test_a_kill_costs_the_chunk_in_flight_and_no_other(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_answer_and_die, args=[str(tmp_path)])
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    compute = Counted()
+    found, computed = Answers(tmp_path, ROWS, CLASSES, compute).take(torch.arange(ROWS))
+    assert torch.equal(found, logits(range(ROWS)))
+    assert compute.asked == [range(16, 32), range(32, 40)]
+    assert computed == 24
+
+
+def test_the_table_is_mapped_and_not_copied(tmp_path: Path) -> None:
+    table = Answers(tmp_path, ROWS, CLASSES, logits)
+    assert isinstance(table._logits, np.memmap)
+    assert (tmp_path / "logits.f32").stat().st_size == ROWS * CLASSES * 4
+
+
+def test_a_full_disk_is_an_error_and_the_chunk_is_computed_again_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, offset: int, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(answers, "_write", full)
+        with pytest.raises(OSError, match="No space left"):
+            Answers(tmp_path, ROWS, CLASSES, logits).take(torch.arange(ROWS))
+    assert Answers(tmp_path, ROWS, CLASSES, logits).take(torch.arange(ROWS))[1] == ROWS
