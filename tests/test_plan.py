@@ -82,6 +82,30 @@ def test_several_teacher_seeds_take_turns_over_the_replicates(one_stem: Study) -
     assert drawn == {0: 7, 1: 7, 2: 8, 3: 7}
 
 
+def test_the_longest_remaining_path_starts_first(study: Study) -> None:
+    """A teacher before what waits for it, the dear stem before the cheap one, a live teacher before ready answers."""
+    names = [(trial.arm, trial.phase, trial.seed) for trial in plan(study).trials]
+    at = {name: place for place, name in enumerate(names)}
+    assert names[0] == ("cifar/teacher", "teacher", 1000)
+    for stem in ("cifar", "imagenet"):
+        students = [place for (arm, phase, _), place in at.items() if arm.startswith(stem) and phase != "teacher"]
+        assert at[f"{stem}/teacher", "teacher", 1000] < min(students)
+        assert at[f"{stem}/feature", "screen", 0] < at[f"{stem}/logit/T=2", "screen", 0]
+        assert at[f"{stem}/logit/T=2", "screen", 0] < at[f"{stem}/logit/T=2", "confirm", 1]
+        assert at[f"{stem}/feature", "confirm", 2] < at[f"{stem}/logit/T=2", "confirm", 1]
+    assert at["cifar/none", "confirm", 1] < at["imagenet/none", "confirm", 1]
+
+
+def test_arms_that_compete_with_each_other_keep_their_random_order(study: Study) -> None:
+    factors = (*study.factors[:2], Factor("temperature", (1.0, 2.0, 4.0, 8.0, 16.0)))
+    orders = set()
+    for seed in range(20):
+        planned = plan(replace(study, factors=factors, screen=replace(study.screen, order_seed=seed)))
+        orders.add(tuple(t.arm for t in planned.trials if t.phase == "screen" and t.arm.startswith("cifar/logit")))
+    assert len(orders) > 10
+    assert {order[0] for order in orders} > {"cifar/logit/T=4", "cifar/logit/T=1"}  # the reference like the others
+
+
 def test_arms_start_in_a_random_order_that_the_order_seed_gives_again(study: Study) -> None:
     def order(seed: int) -> list[str]:
         planned = plan(replace(study, screen=replace(study.screen, order_seed=seed)))
