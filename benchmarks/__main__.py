@@ -1,0 +1,76 @@
+"""`python -m benchmarks NAME ...`: run benchmarks by name, or all that this machine can run."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import Result, machine
+
+
+def step(count: int) -> Iterable[Result]:
+    """Our training step against the plain loop."""
+    from benchmarks import steps
+
+    yield steps.against_plain("imagenet", count)
+    yield steps.against_plain("cifar", count)
+
+
+def answers(count: int) -> Iterable[Result]:
+    """Logit distillation against its control, and against a teacher that is asked in every step."""
+    from benchmarks import steps
+
+    yield steps.logit_against_control(0.125, count)
+    yield steps.logit_against_control(1.0, count)
+    yield steps.live_against_answers(count)
+
+
+BENCHMARKS: dict[str, Callable[[int], Iterable[Result]]] = {each.__name__: each for each in (step, answers)}
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(BENCHMARKS)}; all by default.")] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs a ratio; figures are medians.")] = 7,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line a figure, on standard output.")] = False,
+) -> None:
+    """Measure on this machine what docs/performance.md tells of."""
+    console = Console(stderr=as_json)
+    unknown = [name for name in names or () if name not in BENCHMARKS]
+    if unknown:
+        print(f"benchmarks: NAME is {', '.join(unknown)}; allowed: {', '.join(BENCHMARKS)}", file=sys.stderr)
+        raise typer.Exit(2)
+    console.print(machine(), highlight=False, soft_wrap=True)
+    results = []
+    for name in names or BENCHMARKS:
+        for result in BENCHMARKS[name](pairs):
+            results.append(result)
+            if as_json:
+                print(json.dumps(asdict(result) | {"met": result.met, "machine": machine()}), flush=True)
+            console.print(line(result), highlight=False, soft_wrap=True)
+    console.print(table(results))
+    raise typer.Exit(0 if all(result.met is not False for result in results) else 1)
+
+
+def line(result: Result) -> str:
+    return f"{result.name}: {result.figure:.3g} ({result.low:.3g} to {result.high:.3g}, n {result.n}); {result.detail}"
+
+
+def table(results: list[Result]) -> Table:
+    """All figures with their bars."""
+    shown = Table(box=None, header_style="bold")
+    for title in ("measure", "median", "lowest", "highest", "n", "bar", ""):
+        shown.add_column(title, justify="left" if title in ("measure", "bar", "") else "right")
+    for each in results:
+        verdict = {True: "met", False: "not met", None: ""}[each.met]
+        figures = (f"{value:.3g}{' ' + each.unit if each.unit else ''}" for value in (each.figure, each.low, each.high))
+        shown.add_row(each.name, *figures, str(each.n), each.bar, verdict)
+    return shown
+
+
+if __name__ == "__main__":
+    typer.run(main)
