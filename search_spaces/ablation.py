@@ -34,8 +34,8 @@ def study() -> Study:
         moderator="stem",
         scale="paper",
         data=Data("cifar10"),
-        recipe=Recipe(epochs=100, batch_size=128, lr=0.1),
-        teacher_recipe=Recipe(epochs=200, batch_size=128, lr=0.1),
+        recipe=Recipe(epochs=100, batch_size=128, lr=0.1, precision="bfloat16"),
+        teacher_recipe=Recipe(epochs=200, batch_size=128, lr=0.1, precision="bfloat16"),
         screen=Screen(seed=0, grace=10, reduction=3, margin=0.005),
         confirm=Confirm(seeds=(1, 2, 3, 4, 5)),
     )
@@ -66,8 +66,8 @@ def laptop(data: str = "digits") -> Study:
     return replace(
         small,
         data=Data("digits"),
-        recipe=Recipe(epochs=8, batch_size=32, lr=0.1),
-        teacher_recipe=Recipe(epochs=20, batch_size=32, lr=0.2),
+        recipe=Recipe(epochs=8, batch_size=64, lr=0.2),
+        teacher_recipe=Recipe(epochs=20, batch_size=64, lr=0.2),
     )
 
 

@@ -5,20 +5,21 @@ TEACHERS/ID/card.json             what it is, its epochs, and the digest of the 
 TEACHERS/ID/answers/KEY/          logits by weights and preprocessing: of views, and of the test images
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from filelock import FileLock
 from pydantic import TypeAdapter
 from torch import Tensor
-from torchvision.models import ResNet
 
 from tune_kd import models
 from tune_kd.answers import Answers
@@ -27,6 +28,9 @@ from tune_kd.data import DataSet, Views, draw_views, numbered_views, prepare, sh
 from tune_kd.kernels import autocast, float32_as
 from tune_kd.storage import publish
 from tune_kd.trial import Answering, Epoch, Trial
+
+if TYPE_CHECKING:  # importing torchvision takes seconds, which the driver of a run can do without
+    from torchvision.models import ResNet
 
 BATCH = 512  # views answered at a time; fixed, since an answer computed again is to be the same to the bit
 

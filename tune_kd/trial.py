@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from tune_kd.study import Cell, Data, Recipe
@@ -59,7 +60,7 @@ class Trial:
     def _precision(self) -> str:
         return f"{self.recipe.precision} compiled" if self.recipe.compile else self.recipe.precision
 
-    @property
+    @cached_property
     def trial_id(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of what changes the result, and of nothing else."""
         cell = asdict(self.cell)

@@ -78,12 +78,12 @@ def time_left(rows: Sequence[Row]) -> float | None:
             pace = row["train_seconds"] / row["epochs_run"]
             for kind in ((row["role"], row["stem"], row["method"]), None):
                 paces.setdefault(kind, []).append(pace)
-    if not any(row["status"] == "completed" for row in rows):
-        return None
+    if None not in paces or not any(row["status"] == "completed" for row in rows):
+        return None  # also where all that ended so far was adopted, or took no time at all
     total: float = 0.0
     for row in rows:
         if row["status"] in ("pending", "running"):
-            known = paces.get((row["role"], row["stem"], row["method"]), paces[None])
+            known = paces.get((row["role"], row["stem"], row["method"])) or paces[None]
             total += (row["epochs_planned"] - row["epochs_run"]) * sum(known) / len(known)
     slots = sum(row["status"] == "running" for row in rows)
     return float(total / max(1, slots))

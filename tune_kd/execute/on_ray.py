@@ -43,6 +43,9 @@ from tune_kd.study import Mistake
 from tune_kd.trial import Epoch
 
 
+Work = Callable[[Task, Workplace], Generator[Epoch]]
+
+
 class TrialRunner(tune.Trainable):
     """Trains trials, one after another: Tune reuses the actor, and imports, data and teachers stay.
 
@@ -62,7 +65,7 @@ class TrialRunner(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._task: Task = config["task"]
-        self._epochs: Generator[Epoch] = work(self._task, config["place"])
+        self._epochs: Generator[Epoch] = config["work"](self._task, config["place"])
         self._ended: asyncio.Event | None = None
 
     async def show(self, trial_id: str) -> None:
@@ -173,9 +176,10 @@ class _Events(tune.Callback):
 class _Bridge:
     """Between Tune's names of trials and the driver's."""
 
-    def __init__(self, driver: Driver, place: Workplace, beat: Callable[[], None]) -> None:
+    def __init__(self, driver: Driver, place: Workplace, beat: Callable[[], None], work: Work) -> None:
         self._driver = driver
         self._place = place
+        self._work = work
         self._beat = beat
         self._tasks: dict[str, Task] = {}  # by Tune's trial id
         self._over: set[str] = set()  # Tune's ids of trials whose last result was seen
@@ -198,7 +202,7 @@ class _Bridge:
             # A trial that runs may fail and be tried again, so nothing is finished before all have ended.
             return Searcher.FINISHED if self._driver.finished and len(self._over) == len(self._tasks) else None
         self._tasks[tune_id] = task
-        return {"task": task, "place": self._place}
+        return {"task": task, "place": self._place, "work": self._work}
 
     def started(self, tune_id: str) -> None:
         self._driver.on_start(self._tasks[tune_id])
@@ -268,12 +272,14 @@ def disconnect(cluster: Cluster) -> None:
         ray.shutdown()
 
 
-def run_on_ray(driver: Driver, place: Workplace, slots: int, beat: Callable[[], None]) -> None:
+def run_on_ray(
+    driver: Driver, place: Workplace, slots: int, beat: Callable[[], None], work: Work = work
+) -> None:
     """Run a plan to its end on the connected Ray. `beat` is called about once a second, in this thread.
 
-    `slots` is how many trials fit at a time.
+    `slots` is how many trials fit at a time; `work` is what a worker does with a task.
     """
-    bridge = _Bridge(driver, place, beat)
+    bridge = _Bridge(driver, place, beat, work)
     # All slots' actors are to start together. One by one, the next would still be starting when the first has ended
     # its short trial, and Tune would give up the new actor for the free one, again and again.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
