@@ -1,7 +1,6 @@
 """`python -m benchmarks NAME ...`: run benchmarks by name, or all that this machine can run."""
 
 import json
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Annotated
@@ -30,7 +29,29 @@ def answers(count: int) -> Iterable[Result]:
     yield steps.live_against_answers(count)
 
 
-BENCHMARKS: dict[str, Callable[[int], Iterable[Result]]] = {each.__name__: each for each in (step, answers)}
+def runs(count: int) -> Iterable[Result]:
+    """Empty trials, the cost of records, and the whole laptop ablation."""
+    from benchmarks import runs
+
+    yield from runs.empty_trials(count)
+    yield runs.share_of_records()
+    yield from runs.laptop_ablation()
+
+
+def gpu(count: int) -> Iterable[Result]:
+    """Seconds an epoch at paper scale on a GPU, against the plain loop and the floor, alone and packed."""
+    import torch
+
+    from benchmarks import gpu
+
+    if not torch.cuda.is_available():
+        Console(stderr=True).print("gpu: no GPU here; on a machine with one: python -m benchmarks gpu", highlight=False)
+        return
+    yield from gpu.epochs(count)
+    yield from gpu.packed()
+
+
+BENCHMARKS: dict[str, Callable[[int], Iterable[Result]]] = {each.__name__: each for each in (step, answers, runs, gpu)}
 
 
 def main(
@@ -42,7 +63,9 @@ def main(
     console = Console(stderr=as_json)
     unknown = [name for name in names or () if name not in BENCHMARKS]
     if unknown:
-        print(f"benchmarks: NAME is {', '.join(unknown)}; allowed: {', '.join(BENCHMARKS)}", file=sys.stderr)
+        Console(stderr=True).print(
+            f"benchmarks: NAME is {', '.join(unknown)}; allowed: {', '.join(BENCHMARKS)}", highlight=False
+        )
         raise typer.Exit(2)
     console.print(machine(), highlight=False, soft_wrap=True)
     results = []
@@ -50,7 +73,7 @@ def main(
         for result in BENCHMARKS[name](pairs):
             results.append(result)
             if as_json:
-                print(json.dumps(asdict(result) | {"met": result.met, "machine": machine()}), flush=True)
+                typer.echo(json.dumps(asdict(result) | {"met": result.met, "machine": machine()}))
             console.print(line(result), highlight=False, soft_wrap=True)
     console.print(table(results))
     raise typer.Exit(0 if all(result.met is not False for result in results) else 1)

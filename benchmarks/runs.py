@@ -1,19 +1,26 @@
 """Whole runs: what is lost between trials, and what records and checkpoints cost."""
 
 import io
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from benchmarks.measure import Result, result
+from tune_kd import data
+from tune_kd.checkpoints import Checkpoints
 from tune_kd.execute import on_ray
 from tune_kd.execute.driver import Driver
+from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace
 from tune_kd.plan import plan
-from tune_kd.records import TRIALS, Ledger
+from tune_kd.records import TRIALS, Ledger, load
 from tune_kd.study import Cell, Confirm, Data, Factor, Recipe, Screen, Study
 from tune_kd.trial import Epoch, Outcome
 from tune_kd.view import View
@@ -83,3 +90,96 @@ def empty_trials(count: int) -> list[Result]:
     ratios = [seconds / one.figure for seconds, _ in many]
     detail = f"{many[0][0]:.4f} s a trial"
     return [one, result("the same at 3,000 empty trials / at 300", ratios, bar="<= 1.3", detail=detail)]
+
+
+def full_width_study(epochs: int) -> Study:
+    """A control of ResNet-18 at width 1 on the digits, and another seed of it."""
+    return Study(
+        name="checkpoints",
+        question="What do checkpoints and the ledger cost?",
+        factors=(Factor("method", ("none",)),),
+        contrasts=(),
+        cell=Cell(stem="imagenet", width=1.0),
+        data=Data("digits"),
+        recipe=Recipe(epochs=epochs, batch_size=64),
+        screen=Screen(grace=1),
+        confirm=Confirm(seeds=(1,)),
+    )
+
+
+def share_of_records(epochs: int = 20) -> Result:
+    """The share of a run's time in which nothing but checkpoints and records are written, at the usual intervals.
+
+    A whole run in this process, on one thread: two trials, each with a checkpoint every 30 seconds and one at its end.
+    """
+    spent = [0.0]
+
+    def timed(kind: type, name: str) -> None:
+        method = getattr(kind, name)
+
+        def measured(*arguments: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return method(*arguments, **options)
+            finally:
+                spent[0] += time.perf_counter() - started
+
+        setattr(kind, name, measured)
+
+    for kind, name in ((Checkpoints, "save"), (Checkpoints, "load"), (Driver, "on_start"), (Driver, "on_epoch")):
+        timed(kind, name)  # the driver's calls hold the ledger's: rows, commits, tables
+    digest = data.load("digits").digest
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        place = Workplace(None, None, folder / "teachers", folder / "checkpoints")
+        ledger = Ledger(folder / "ledger.sqlite")
+        planned = plan(full_width_study(epochs), digest)
+        started = time.perf_counter()
+        run_in_process(Driver(planned, "checkpoints", folder, ledger, place, cpus=1.0, gpus=0.0), place)
+        seconds = time.perf_counter() - started
+        assert all(row["status"] == "completed" for row in ledger.rows(TRIALS))
+        ledger.close()
+    return result(
+        "time in checkpoints and ledger / run time, ResNet-18 at width 1",
+        [spent[0] / seconds],
+        bar="<= 0.02",
+        detail=f"{spent[0]:.2f} of {seconds:.0f} s, {len(planned.trials)} trials of {epochs} epochs",
+    )
+
+
+def laptop_ablation() -> list[Result]:
+    """`run ablation --scale laptop`, as a user starts it, and what its own records say of it."""
+    with tempfile.TemporaryDirectory() as name:
+        command = [sys.executable, "-m", "tune_kd", "run", "ablation", "--scale", "laptop", "--name", "run"]
+        started = time.time()
+        subprocess.run([*command, "--out", name], check=True, stdout=subprocess.DEVNULL)
+        minutes = (time.time() - started) / 60
+        records = load(Path(name, "run"))
+        table = Path(name, "run", "trials.parquet")
+        assert table.is_file()
+        held = sum(
+            int(np.frombuffer(digests.read_bytes(), np.uint8).reshape(-1, 32).any(axis=1).sum())
+            for digests in Path(name, "teachers").glob("*/answers/*/views-*/digests.sha256")
+        )
+        distinct = sum(
+            logits.stat().st_size // (4 * 10)
+            for logits in Path(name, "teachers").glob("*/answers/*/views-*/logits.f32")
+        )
+    trials = records.trials[records.trials.epochs_run > 0]
+    first, last = trials.started.min(), (trials.started + trials.wall_seconds).max()
+    train = trials.train_seconds.sum() / SLOTS
+    computed = int(records.epochs.views_answered.sum())
+    controls = trials[trials.method.eq("none") & trials.phase.eq("confirm")].groupby("stem").test_accuracy_best.mean()
+    teachers = trials[trials.role.eq("teacher")].set_index("stem").test_accuracy_best
+    accuracies = ", ".join(
+        f"{stem} {100 * teachers[stem]:.2f} / {100 * controls[stem]:.2f} %" for stem in controls.index
+    )
+    return [
+        result("views computed / distinct views, laptop ablation", [computed / distinct], bar="<= 1.00",
+               detail=f"{computed} computed, {distinct} distinct in {held} chunks"),
+        result("wall time / (sum of train seconds / slots), laptop ablation", [(last - first) / train], bar="<= 1.15",
+               detail=f"{last - first:.0f} s from the first trial's start; {first - started:.0f} s before it: "
+               "imports, data, Ray and its workers"),
+        result("run ablation --scale laptop, all in all", [minutes], unit="min", bar="<= 4",
+               detail=f"{len(trials)} trials; test accuracy of teacher / control: {accuracies}"),
+    ]  # fmt: skip

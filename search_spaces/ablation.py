@@ -34,8 +34,9 @@ def study() -> Study:
         moderator="stem",
         scale="paper",
         data=Data("cifar10"),
-        recipe=Recipe(epochs=100, batch_size=128, lr=0.1, precision="bfloat16"),
-        teacher_recipe=Recipe(epochs=200, batch_size=128, lr=0.1, precision="bfloat16"),
+        # TF32 is what PyTorch does to convolutions on a GPU unless told otherwise, so what published studies ran with.
+        recipe=Recipe(epochs=100, batch_size=128, lr=0.1, precision="tf32"),
+        teacher_recipe=Recipe(epochs=200, batch_size=128, lr=0.1, precision="tf32"),
         screen=Screen(seed=0, grace=10, reduction=3, margin=0.005),
         confirm=Confirm(seeds=(1, 2, 3, 4, 5)),
     )

@@ -15,7 +15,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tune_kd import data as rooms
-from tune_kd.data import DataSet, Split, check_complete, crop, draw_views, load, prepare
+from tune_kd.data import (
+    DataSet,
+    Split,
+    check_complete,
+    crop,
+    draw_views,
+    load,
+    numbered_views,
+    prepare,
+    show,
+    view_numbers,
+)
 from tune_kd.pictures import Pixels
 from tune_kd.study import Mistake
 
@@ -414,3 +425,24 @@ def test_a_second_load_takes_seconds_and_gives_the_same(real: tuple[DataSet, Pat
     again = load("cifar10", REAL_ARCHIVE, cache=cache, progress=False, say=pytest.fail)
     assert time.monotonic() - start < 6  # 1.5 s on two idle cores; decoding takes 14
     assert again.digest == data.digest
+
+
+@given(seed=st.integers(0, 99), pad=st.integers(0, 4), flip=st.booleans())
+def test_a_views_number_gives_the_view_back_and_no_two_views_share_one(
+    digits: DataSet, seed: int, pad: int, flip: bool
+) -> None:
+    shown = replace(digits, pad=pad, flip=flip)
+    views = draw_views(seed, 1, len(shown.train.labels), pad=pad, flip=flip)
+    numbers = view_numbers(views, shown)
+    again = numbered_views(numbers, shown)
+    for name in ("order", "top", "left", "flip"):
+        assert torch.equal(getattr(again, name), getattr(views, name))
+    everything = torch.arange(5 * shown.views_per_image)
+    assert torch.equal(view_numbers(numbered_views(everything, shown), shown), everything)
+
+
+def test_what_is_shown_is_the_drawn_crop_of_the_drawn_image(digits: DataSet) -> None:
+    views = draw_views(3, 2, len(digits.train.labels), pad=digits.pad, flip=digits.flip)
+    expected = crop(digits.train.images[views.order], views.top, views.left, views.flip, digits.pad)
+    assert torch.equal(show(views, digits), expected)
+    assert torch.equal(show(views[10:20], digits), expected[10:20])

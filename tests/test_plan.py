@@ -142,6 +142,9 @@ def test_trial_ids_are_what_they_were() -> None:
         {"seed": 2},
         {"recipe": Recipe(epochs=99)},
         {"recipe": Recipe(clip=2.0)},
+        {"recipe": Recipe(precision="bfloat16")},
+        {"recipe": Recipe(precision="tf32")},
+        {"recipe": Recipe(compile=True)},
         {"data_digest": "1" * 64},
         {"teacher_id": "f" * 16},
         *({"cell": replace(FIXED.cell, **{name: value})} for name, value in

@@ -1,5 +1,6 @@
 """The training loop: what must be equal to the bit, and what must not happen."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import islice
@@ -10,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from tune_kd import data
 from tune_kd import train as training
 from tune_kd.checkpoints import Checkpoints
-from tune_kd.data import DataSet
+from tune_kd.data import DataSet, prepare
+from tune_kd.kernels import autocast
 from tune_kd.study import Cell, Data, Recipe
 from tune_kd.teachers import Teacher, load_teacher, publish_teacher
 from tune_kd.train import Diverged, batches, best_weights, learning_rate, train
@@ -235,9 +238,13 @@ def test_the_outcome_is_of_the_best_validation_weights_and_of_the_last(
     assert outcome.best_epoch == best.epoch
     saved = Checkpoints(tmp_path).load()
     assert saved is not None
-    for part, reported in (("student.", outcome.test_accuracy), ("best.", outcome.test_accuracy_best)):
+    last = {key.removeprefix("student."): each for key, each in saved[0].items() if key.startswith("student.")}
+    for weights, reported in (
+        (last, outcome.test_accuracy),
+        (best_weights(Checkpoints(tmp_path)), outcome.test_accuracy_best),
+    ):
         net = training.models.build("resnet18", stem="cifar", classes=2, width=0.0625, seed=0).eval()
-        net.load_state_dict({key.removeprefix(part): each for key, each in saved[0].items() if key.startswith(part)})
+        net.load_state_dict(weights)
         logits = net(training.prepare(pixels.test.images, pixels))
         assert float((logits.argmax(1) == pixels.test.labels).double().mean()) == reported
     assert outcome.params == training.models.parameter_count(net)
@@ -264,3 +271,112 @@ def test_batches_cover_every_image_once_and_none_but_the_only_one_is_alone(count
     slices = batches(count, size)
     assert [index for each in slices for index in range(count)[each]] == list(range(count))
     assert all(each.stop - each.start > 1 for each in slices) or count == 1
+
+
+CURVES = {
+    "none": [0.8876159071922303, 0.6061013698577881, 0.6980849742889405, 0.7504689931869507],
+    "logit": [0.47768875360488894, 0.3504067063331604, 0.3345268785953522, 0.3089566886425018],
+    "feature": [1.3016867637634277, 1.188671851158142, 1.1248804926872253, 1.0509482383728028],
+}
+"""Training losses of four epochs at seed 1, as they were when the loop was first written."""
+
+
+@pytest.mark.parametrize("method", CURVES)
+def test_a_seeded_loss_curve_is_what_it_was(method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path) -> None:
+    """What a change of layout, order or kernel may move: digits far below those that matter."""
+    one = trial("none") if method == "none" else distilling(method, teacher)
+    curve = [epoch.train_loss for epoch in run(one, pixels, None if method == "none" else teacher, tmp_path / method)]
+    assert curve == pytest.approx(CURVES[method], rel=1e-3)
+
+
+def test_a_trial_does_not_depend_on_what_its_process_did_before(
+    pixels: DataSet, teacher: Teacher, tmp_path: Path
+) -> None:
+    first = run(distilling("logit", teacher), pixels, teacher, tmp_path / "first")
+    run(replace(trial("none"), recipe=replace(trial("none").recipe, precision="tf32")), pixels, None, tmp_path / "tf32")
+    run(distilling("feature", teacher), pixels, teacher, tmp_path / "feature")
+    again = run(distilling("logit", teacher), pixels, teacher, tmp_path / "again")
+    assert [exact(epoch) for epoch in again] == [exact(epoch) for epoch in first]
+
+
+def test_bfloat16_changes_logits_and_gradients_of_a_step_by_its_rounding() -> None:
+    """bfloat16 keeps 8 bits: a product is right to 0.4 %, twenty layers of them to a few per cent."""
+    digits = data.load("digits")
+    images, labels = prepare(digits.train.images[:64], digits), digits.train.labels[:64]
+
+    def step(precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+        net = training.models.build("resnet18", stem="cifar", classes=10, width=0.125, seed=1)
+        with autocast(precision, CPU):
+            logits = net(images)
+            nn.functional.cross_entropy(logits, labels).backward()
+        return logits.detach().float(), torch.cat([each.grad.flatten() for each in net.parameters()])
+
+    (exact_logits, exact_gradient), (logits, gradient) = step("float32"), step("bfloat16")
+    assert 0 < (logits - exact_logits).norm() < 0.05 * exact_logits.norm()
+    assert torch.cosine_similarity(gradient, exact_gradient, dim=0) > 0.9
+    assert float(gradient.norm()) == pytest.approx(float(exact_gradient.norm()), rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["none", "logit", "feature"])
+def test_a_trial_in_bfloat16_keeps_its_weights_in_float32_and_learns_much_the_same(
+    method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path
+) -> None:
+    one = trial("none") if method == "none" else distilling(method, teacher)
+    rounded = replace(one, recipe=replace(one.recipe, precision="bfloat16"))
+    with_teacher = None if method == "none" else teacher
+    exactly = run(one, pixels, with_teacher, tmp_path / "float32")
+    roughly = run(rounded, pixels, with_teacher, tmp_path / "bfloat16")
+    assert roughly[0].train_loss != exactly[0].train_loss
+    assert roughly[0].train_loss == pytest.approx(exactly[0].train_loss, rel=0.1)
+    saved = Checkpoints(tmp_path / "bfloat16").load()
+    assert saved is not None
+    assert {tensor.dtype for name, tensor in saved[0].items() if "num_batches" not in name} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_a_compiled_trial_gives_the_same_to_rounding_and_its_first_epoch_pays(pixels: DataSet, tmp_path: Path) -> None:
+    compiled = replace(trial("none"), recipe=replace(trial("none").recipe, compile=True))
+    plain, fast = run(trial("none"), pixels, None, tmp_path / "a"), run(compiled, pixels, None, tmp_path / "b")
+    assert [row.train_loss for row in fast] == pytest.approx([row.train_loss for row in plain], rel=1e-3)
+    assert fast[0].seconds > 10 * plain[0].seconds
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["none", "logit", "feature"])
+def test_a_captured_step_trains_like_one_that_is_launched_kernel_by_kernel(
+    method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 images in batches of 16: two captured steps and a last one of another shape, in each of four epochs."""
+    gpu = torch.device("cuda")
+    one = trial("none") if method == "none" else distilling(method, teacher)
+    on_gpu = load_teacher(teacher.home.parent, teacher.teacher_id, pixels, gpu, Answering(True, ()))
+
+    def losses(name: str) -> list[float]:
+        rows = train(
+            one, pixels, None if method == "none" else on_gpu, device=gpu, checkpoints=Checkpoints(tmp_path / name)
+        )
+        return [row.train_loss for row in rows]
+
+    captured = losses("captured")
+    monkeypatch.setattr(training, "Captured", lambda step, device: step)
+    assert captured == pytest.approx(losses("launched"), rel=1e-3)
+    cpu = run(one, pixels, None if method == "none" else teacher, tmp_path / "cpu")
+    assert captured == pytest.approx([row.train_loss for row in cpu], rel=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_step_waits_for_the_gpu(pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = training._Step.__call__
+
+    def watched(self: Any, *arguments: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(self, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(training._Step, "__call__", watched)
+    monkeypatch.setattr(training, "Captured", lambda step, device: step)
+    epochs = train(trial("none"), pixels, None, device=torch.device("cuda"), checkpoints=Checkpoints(tmp_path))
+    assert len(list(epochs)) == 4

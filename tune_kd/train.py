@@ -62,22 +62,22 @@ class _State:
             f"momentum.{number}": entry["momentum_buffer"]
             for number, entry in self.optimizer.state_dict()["state"].items()
         }
+        # Where the best epoch is the last one, its weights are the student's, and are not written twice.
+        best = {} if self.best_row is self.rows[-1] else self.best
         return {
             **{f"student.{name}": tensor for name, tensor in self.student.state_dict().items()},
-            **{f"best.{name}": tensor for name, tensor in self.best.items()},
+            **{f"best.{name}": tensor for name, tensor in best.items()},
             **{f"projections.{name}": tensor for name, tensor in self.projections.state_dict().items()},
             **momentum,
         }
 
     def restore(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
-
-        self.student.load_state_dict(part("student."))
-        self.projections.load_state_dict(part("projections."))
-        self.best = part("best.")
+        self.student.load_state_dict(_part("student.", tensors))
+        self.projections.load_state_dict(_part("projections.", tensors))
+        self.best = _best(tensors)
         state = self.optimizer.state_dict()
-        state["state"] = {int(number): {"momentum_buffer": each} for number, each in part("momentum.").items()}
+        momentum_of = _part("momentum.", tensors)
+        state["state"] = {int(number): {"momentum_buffer": each} for number, each in momentum_of.items()}
         self.optimizer.load_state_dict(state)
         # A checkpoint keeps values, not layouts; fused steps walk through memory and need the parameter's own.
         for parameter, entry in self.optimizer.state.items():
@@ -132,7 +132,15 @@ def best_weights(checkpoints: Checkpoints) -> dict[str, Tensor]:
     """The best-validation weights in a trial's newest checkpoint."""
     saved = checkpoints.load()
     assert saved is not None
-    return {name.removeprefix("best."): each for name, each in saved[0].items() if name.startswith("best.")}
+    return _best(saved[0])
+
+
+def _best(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return _part("best.", tensors) or _part("student.", tensors)
+
+
+def _part(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:

@@ -42,7 +42,6 @@ from tune_kd.execute.worker import Failure, Task, Workplace, failure, whereabout
 from tune_kd.study import Mistake
 from tune_kd.trial import Epoch
 
-
 Work = Callable[[Task, Workplace], Generator[Epoch]]
 
 
@@ -272,9 +271,7 @@ def disconnect(cluster: Cluster) -> None:
         ray.shutdown()
 
 
-def run_on_ray(
-    driver: Driver, place: Workplace, slots: int, beat: Callable[[], None], work: Work = work
-) -> None:
+def run_on_ray(driver: Driver, place: Workplace, slots: int, beat: Callable[[], None], work: Work = work) -> None:
     """Run a plan to its end on the connected Ray. `beat` is called about once a second, in this thread.
 
     `slots` is how many trials fit at a time; `work` is what a worker does with a task.

@@ -1,0 +1,98 @@
+"""The benchmarks measure what they say: a fair yardstick, honest pairs, real work on both sides."""
+
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import floor
+from benchmarks.measure import Measure, Side, pairs, result
+from benchmarks.plain import train_plain
+from benchmarks.steps import cell, digits_as_cifar, ours
+from tune_kd import data
+from tune_kd.checkpoints import Checkpoints
+from tune_kd.study import Cell, Data, Recipe
+from tune_kd.train import train
+from tune_kd.trial import Trial
+
+CPU = torch.device("cpu")
+
+
+def test_the_plain_loop_trains_to_the_same_accuracy() -> None:
+    """Same network, same recipe, other draws: what separates the two is speed and not what is learned."""
+    digits, recipe = data.load("digits", train=500), Recipe(epochs=8, batch_size=32, lr=0.1)
+    each = Cell(method="none", stem="cifar", width=0.125, teacher=None, temperature=None, alpha=None, beta=None)
+    plain = [row.val_accuracy for row in train_plain("resnet18", each, recipe, digits, seed=1, device=CPU)]
+    trial = Trial("none", "confirm", each, recipe, 1, Data("digits"), None, "test")
+    rows = train(trial, digits, None, device=CPU, checkpoints=Checkpoints(Path("unused")), checkpoint_every=1e9)
+    mine = [next(rows).val_accuracy for _ in range(7)]
+    assert max(plain) > 0.85
+    assert max(plain) == pytest.approx(max(mine), abs=0.08)
+
+
+@pytest.mark.parametrize("method", ["logit", "feature"])
+def test_the_plain_loop_asks_its_teacher_in_every_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import plain
+
+    digits = data.load("digits", train=60, validation=20)
+    teacher = plain.models.build("resnet50", stem="cifar", classes=10, width=0.0625, seed=0).eval()
+    asked = []
+    teacher.conv1.register_forward_hook(lambda *_: asked.append(1))
+    rows = train_plain(
+        "resnet18", cell(method, "cifar", 0.0625), Recipe(epochs=2, batch_size=16), digits,
+        seed=1, device=CPU, teacher=teacher,
+    )  # fmt: skip
+    assert [row.train_loss > 0 for row in rows] == [True, True]
+    assert len(asked) == 2 * 4
+
+
+def test_a_live_teacher_and_ready_answers_give_the_same_losses_to_rounding() -> None:
+    recipe = Recipe(epochs=10, batch_size=16)
+    some = partial(ours, "logit", "cifar", 0.0625, images=32, recipe=recipe, device=CPU)
+    ready, live = some(answered=2), some(live=True)
+    for _ in range(2):
+        one, other = next(ready), next(live)
+        assert one.views_answered == 0
+        assert other.views_answered is None
+        assert one.loss_kd == pytest.approx(other.loss_kd, rel=1e-3)
+
+
+def test_digits_take_the_form_of_cifar() -> None:
+    enlarged, digits = digits_as_cifar(20), data.load("digits")
+    assert enlarged.train.images.shape == (20, 3, 32, 32)
+    assert torch.equal(enlarged.train.images[:, :, ::4, ::4], digits.train.images[:20])
+    assert enlarged.views_per_image == 162
+
+
+def sleeper(seconds: float) -> Measure:
+    def measure() -> float:
+        time.sleep(seconds)
+        return seconds
+
+    return measure
+
+
+def failing() -> Measure:
+    raise ValueError("no such thing")
+
+
+def test_a_ratio_is_the_median_over_pairs_and_is_held_against_its_bar() -> None:
+    found = pairs("r", Side("a", sleeper, (0.02,)), Side("b", sleeper, (0.01,)), 3, unit="s", bar=">= 1.9")
+    assert (found.figure, found.n, found.met) == (2.0, 3, True)
+    assert "a 0.02, b 0.01 s" in found.detail
+    assert result("r", [1.0, 3.0, 2.0], bar="<= 1.5").met is False
+    assert result("r", [1.0]).met is None
+
+
+def test_a_side_that_fails_says_why() -> None:
+    with pytest.raises(ValueError, match="no such thing"):
+        pairs("r", Side("a", failing), Side("b", sleeper, (0.01,)), 1, unit="s", bar="")
+
+
+def test_the_floor_of_a_control_is_150_tflop_an_epoch() -> None:
+    assert floor("none", "cifar", 1e12) == pytest.approx(150, rel=0.01)
+    assert floor("feature", "cifar", 1e12) - floor("none", "cifar", 1e12) == pytest.approx(
+        2 * 1.3e9 * 45e3 / 1e12, rel=0.01
+    )
