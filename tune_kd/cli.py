@@ -147,6 +147,7 @@ def plan(
         "raw_cells": planned.raw_cells,
         "arms": [{"name": arm.name, "role": arm.role, "merged_cells": arm.merged} for arm in planned.arms],
         "teachers": [{"arm": each.arm, "seed": each.seed, "epochs": each.recipe.epochs} for each in planned.teachers],
+        "answers": _answers(planned),
         "trials": [{"arm": each.arm, "phase": each.phase, "seed": each.seed} for each in planned.trials],
         "contrasts": [contrast.name for contrast in planned.contrasts],
         "price": {"flop": cost.flop, "slot_seconds": cost.slot_seconds, "how": cost.how},
@@ -443,6 +444,25 @@ def _report(folder: Path, console: Console, as_json: bool) -> None:
     console.print(f"report: {where}/report.md", highlight=False)
 
 
+def _answers(planned: "Plan") -> list[dict[str, Any]]:
+    """What each teacher with logit students answers: which views, how many, for how many draws."""
+    from tune_kd.price import draws, views_answered
+
+    found = []
+    for teacher in planned.teachers:
+        if teacher.trial_id in planned.answering:
+            answering = planned.answering[teacher.trial_id]
+            found.append(
+                {
+                    "teacher": teacher.label,
+                    "views": "all" if answering.ahead else "drawn",
+                    "count": round(views_answered(answering, teacher)),
+                    "draws": draws(answering, teacher),
+                }
+            )
+    return found
+
+
 def _print_plan(planned: "Plan", summary: dict[str, Any], why: str) -> None:
     from tune_kd.view import duration, points
 
@@ -460,6 +480,13 @@ def _print_plan(planned: "Plan", summary: dict[str, Any], why: str) -> None:
     for arm in planned.arms:
         table.add_row(arm.name, arm.role, str(arm.merged) if arm.merged > 1 else "")
     console.print(table)
+    for each in summary["answers"]:
+        which = (
+            f"all {each['count']:,} views ahead" if each["views"] == "all" else f"about {each['count']:,} drawn views"
+        )
+        console.print(
+            f"{each['teacher']} answers {which}, for {each['draws']:,} draws of its students.", highlight=False
+        )
     console.print(
         f"Price: {price['flop'] / 1e15:.2g} PFLOP, {duration(price['slot_seconds'])} of one slot ({price['how']}).",
         highlight=False,

@@ -115,6 +115,11 @@ def views_answered(answering: Answering, student: Trial) -> float:
     return images.train * images.views * (1 - undrawn)
 
 
+def draws(answering: Answering, student: Trial) -> int:
+    """How many views the students look at, the same ones counted again."""
+    return _images(student).train * sum(epochs for _, epochs in answering.draws)
+
+
 def _teacher(student: Trial) -> str:
     assert student.cell.teacher is not None
     return student.cell.teacher
