@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cifar": {"study", "storage", "batches", "pictures"},
     "data": {"study", "cifar", "pictures"},
     "answers": set(),
+    "shares": {"study"},
     "kernels": set(),
     "plan": {"study", "trial", "price"},
     "price": {"trial"},
@@ -34,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"records", "stats", "storage"},
     "view": set(),
     "execute": {
-        "study", "trial", "plan", "data", "teachers", "checkpoints", "train", "memory", "schedule", "records"
+        "study", "trial", "plan", "price", "data", "models", "teachers", "checkpoints", "train", "memory", "kernels",
+        "schedule", "records",
     },
 }  # fmt: skip
 ONLY = {"ray": "execute", "sqlite3": "records", "pyarrow": "records"}

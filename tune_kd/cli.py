@@ -1,7 +1,8 @@
 """The command line: wiring and words. What takes long to import is imported by the command that needs it."""
 
 import json
-import math
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from tune_kd.records import FAILURES
 from tune_kd.study import Mistake, Study
 
 if TYPE_CHECKING:
+    from tune_kd.data import DataSet
     from tune_kd.plan import Plan
     from tune_kd.run import Run
 
@@ -42,7 +44,9 @@ Name = Annotated[str | None, typer.Option(help="Name of the run; made from study
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Override a field of the study: recipe.epochs=4. Repeatable.")
 ]
-Gpus = Annotated[float | None, typer.Option(help="GPU share of a trial, such as 0.25.", show_default=False)]
+Gpus = Annotated[
+    str | None, typer.Option(help="GPU share of a trial, such as 0.25; auto measures one.", show_default=False)
+]
 Cpus = Annotated[float, typer.Option(help="CPU share of a trial; its whole part is its threads, at least one.")]
 MaxConcurrent = Annotated[int | None, typer.Option(help="Most trials at a time.", show_default=False)]
 Address = Annotated[str | None, typer.Option(help="Address of a running Ray cluster.", show_default=False)]
@@ -70,7 +74,7 @@ def run(
 ) -> None:
     """Plan a study, train it with Ray Tune, record and report it."""
     from tune_kd import run as runs
-    from tune_kd import studies
+    from tune_kd import shares, studies
 
     console = _console(as_json)
     data_dir = data_dir and data_dir.expanduser().absolute()
@@ -80,19 +84,22 @@ def run(
     resolved = _collect(problems, lambda: studies.resolve(path, chosen, data, settings or ()))
     if resolved is not None:
         name = _collect(problems, lambda: runs.check_new(out, name, resolved))
-    _collect(problems, lambda: _check_shares(cpus_per_trial, gpus_per_trial, max_concurrent, address))
+    _collect(problems, lambda: _check_compiler(resolved))
+    gpus = _collect(problems, lambda: shares.parse_gpus(gpus_per_trial))
+    _collect(problems, lambda: shares.check(cpus_per_trial, gpus, max_concurrent, address))
     if problems:
         raise Mistake(*problems)
     assert resolved is not None and name is not None
     console.print(f"{resolved.name} at scale {chosen}{why}", highlight=False)
+    loaded = _data(resolved, data_dir, console)
     begun = runs.Run(
         name=name,
         folder=out / name,
         study=resolved,
-        data_digest=_data_digest(resolved, data_dir, console),
+        data_digest=loaded.digest,
         data_dir=data_dir,
         settings={
-            "gpus_per_trial": gpus_per_trial,
+            "gpus_per_trial": _measured(resolved, loaded, console) if gpus == "auto" else gpus,
             "cpus_per_trial": cpus_per_trial,
             "max_concurrent": max_concurrent,
             "keep_checkpoints": keep_checkpoints,
@@ -111,7 +118,7 @@ def resume(run: RunName, out: Out = DEFAULT_OUT, address: Address = None, as_jso
     reopened = runs.reopen(runs.find(out, run))
     with runs.held(reopened.folder):
         pass  # whoever else holds it is told of now, and not after data were loaded and Ray started
-    digest = _data_digest(reopened.study, reopened.data_dir, console)
+    digest = _data(reopened.study, reopened.data_dir, console).digest
     if digest != reopened.data_digest:
         raise Mistake(
             f"RUN is {reopened.name}, begun on data with the digest {reopened.data_digest[:16]}; the data now have "
@@ -284,47 +291,38 @@ def _scale(path: Path, scale: str, address: str | None) -> tuple[str, str]:
     return "laptop", ", since Ray sees no GPU (--scale paper for the whole study)"
 
 
-def _check_shares(cpus: float, gpus: float | None, most: int | None, address: str | None) -> None:
-    """Shares that cannot fit are refused before anything starts; those of a cluster when it is joined."""
-    import os
+def _data(study: Study, folder: Path | None, console: Console) -> "DataSet":
+    """Load the data once, before Ray starts: what is wrong with them is told now."""
+    from tune_kd.data import load_declared
 
-    problems = []
-    here = os.cpu_count() or 1
-    if not 0 < cpus < math.inf or (address is None and cpus > here):
-        problems.append(f"--cpus-per-trial is {cpus:g}; allowed: above 0, at most {here} (the cores of this machine)")
-    if gpus is not None:
-        available = _gpus_here() if address is None else None
-        if not 0 <= gpus < math.inf or (gpus > 1 and gpus != int(gpus)):
-            problems.append(f"--gpus-per-trial is {gpus:g}; allowed: 0 to 1, or a whole number")
-        elif available is not None and gpus > available:
-            problems.append(f"--gpus-per-trial is {gpus:g}; allowed: at most {available} (the GPUs of this machine)")
-    if most is not None and most < 1:
-        problems.append(f"--max-concurrent is {most}; allowed: at least 1")
-    if problems:
-        raise Mistake(*problems)
+    return load_declared(
+        study.data, folder, say=lambda sentence: console.print(sentence, highlight=False, soft_wrap=True)
+    )
 
 
-def _gpus_here() -> int:
+def _check_compiler(study: Study | None) -> None:
+    """torch.compile without a compiler would fail in every trial."""
+    if study is None or not (study.recipe.compile or study.teacher_recipe.compile):
+        return
+    if not any(map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))):
+        raise Mistake("recipe.compile is true, and there is no C++ compiler here; install one, such as g++, or leave "
+                      "recipe.compile false")  # fmt: skip
+
+
+def _measured(study: Study, data: "DataSet", console: Console) -> float:
+    """The share of this machine's GPU that a probe of the study's heaviest trial proposes; 0 where there is none."""
     import torch
 
-    return torch.cuda.device_count()
+    from tune_kd.execute.probe import probe
+    from tune_kd.plan import plan
 
+    def say(sentence: str) -> None:
+        console.print(sentence, highlight=False, soft_wrap=True)
 
-def _data_digest(study: Study, folder: Path | None, console: Console) -> str:
-    """Load the data once, before Ray starts: what is wrong with them is told now."""
-    from tune_kd import data
-
-    spec = study.data
-    loaded = data.load(
-        spec.name,
-        folder,
-        train=spec.train,
-        validation=spec.validation,
-        test=spec.test,
-        split_seed=spec.split_seed,
-        say=lambda sentence: console.print(sentence, highlight=False, soft_wrap=True),
-    )
-    return loaded.digest
+    if not torch.cuda.is_available():
+        say("--gpus-per-trial auto: there is no GPU here, so trials run on CPUs")
+        return 0.0
+    return probe(plan(study, data.digest), data, torch.device("cuda"), say)
 
 
 def _fetch_weights(study: Study) -> None:
@@ -338,6 +336,7 @@ def _fetch_weights(study: Study) -> None:
 def _execute(run: "Run", console: Console, address: str | None, as_json: bool, prepare: Callable[[], None]) -> NoReturn:
     """Connect to Ray, run the plan, report it, and exit with what became of it."""
     from tune_kd import run as runs
+    from tune_kd import shares
     from tune_kd.execute import on_ray
     from tune_kd.execute.driver import Driver
     from tune_kd.execute.worker import Workplace
@@ -346,8 +345,8 @@ def _execute(run: "Run", console: Console, address: str | None, as_json: bool, p
 
     cluster = on_ray.connect(address)
     try:
-        gpus = _gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
-        _check_cluster(run.settings["cpus_per_trial"], gpus, cluster)
+        gpus = shares.gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
+        shares.check_cluster(run.settings["cpus_per_trial"], gpus, cluster.cpus, cluster.gpus)
         prepare()
         with runs.held(run.folder):
             _print_start(run, console, cluster)
@@ -390,23 +389,6 @@ def _execute(run: "Run", console: Console, address: str | None, as_json: bool, p
             f"{failed} trials failed or were blocked; `tune_kd status {run.folder}` says why", highlight=False
         )
     raise SystemExit(1 if failed else 0)
-
-
-def _gpu_share(asked: float | None, available: float) -> float:
-    """A quarter of a GPU by default where there is one: four students train beside each other."""
-    if asked is not None:
-        return asked
-    return 0.25 if available else 0.0
-
-
-def _check_cluster(cpus: float, gpus: float, cluster: Any) -> None:
-    problems = []
-    if cpus > cluster.cpus:
-        problems.append(f"--cpus-per-trial is {cpus:g}; allowed: at most {cluster.cpus:g} (the CPUs that Ray has)")
-    if gpus > cluster.gpus:
-        problems.append(f"--gpus-per-trial is {gpus:g}; allowed: at most {cluster.gpus:g} (the GPUs that Ray has)")
-    if problems:
-        raise Mistake(*problems)
 
 
 def _print_start(run: "Run", console: Console, cluster: Any) -> None:

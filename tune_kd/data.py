@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from tune_kd.cifar import load_pixels
 from tune_kd.pictures import Pixels
-from tune_kd.study import DATA_SETS, Mistake
+from tune_kd.study import DATA_SETS, Data, Mistake
 
 # Of the 50,000 training images, in [0, 1]. The deviations are those over all pixels; the 0.2023, 0.1994,
 # 0.2010 that also circulate are means of per-image deviations.
@@ -115,6 +116,19 @@ def load(
     pixels = load_pixels(folder, cache=cache, say=say, progress=progress)
     check_complete(pixels)
     return _cifar10(pixels, wanted, split_seed)
+
+
+def load_declared(spec: Data, folder: Path | None, **options: Any) -> DataSet:
+    """What a study declares of its data, from `folder`; `options` are those of `load`."""
+    return load(
+        spec.name,
+        folder,
+        train=spec.train,
+        validation=spec.validation,
+        test=spec.test,
+        split_seed=spec.split_seed,
+        **options,
+    )
 
 
 def _digits(wanted: dict[str, int | None], split_seed: int) -> DataSet:

@@ -141,6 +141,12 @@ def reopen(folder: Path) -> Run:
             f"{folder}/study.json was changed after the run began, or is another version's ({what}); "
             "restore the file, or start a new run"
         ) from error
+    begun, here = record["versions"]["tune_kd"], version("tune_kd")
+    if begun != here:
+        raise Mistake(
+            f"RUN is {folder.name}, begun by tune_kd {begun}; this is {here}, whose records differ: finish it with the "
+            "version that began it"
+        )
     if {trial.trial_id for trial in run.plan.trials} != set(record["trials"]):  # their order is this version's
         raise Mistake(
             f"{folder}/study.json was planned by tune_kd {record['versions']['tune_kd']}, and this version plans "

@@ -130,17 +130,7 @@ def _teach(
 @lru_cache(maxsize=1)
 def _dataset(spec: Data, folder: Path | None, cache: Path | None) -> data.DataSet:
     """The data set, once a process."""
-    return data.load(
-        spec.name,
-        folder,
-        train=spec.train,
-        validation=spec.validation,
-        test=spec.test,
-        split_seed=spec.split_seed,
-        cache=cache,
-        say=lambda _: None,
-        progress=False,
-    )
+    return data.load_declared(spec, folder, cache=cache, say=lambda _: None, progress=False)
 
 
 # The last two teachers of a process, checked once: their networks and answers stay for the trials that follow.

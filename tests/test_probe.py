@@ -1,0 +1,67 @@
+"""The share of a GPU that is proposed: the rule by hand, the measurement for real on the CPU."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tune_kd import data
+from tune_kd.execute import probe as probing
+from tune_kd.execute.probe import Measured, probe, propose
+from tune_kd.plan import plan
+from tune_kd.study import Mistake, Study
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("speeds", "memory", "share"),
+    [
+        ((100.0, 180.0, 300.0, 310.0), 80, 0.25),  # eight at a time bring 3 %, which is not worth it
+        ((100.0, 180.0, 300.0, 400.0), 80, 0.125),
+        ((100.0, 101.0), 80, 1.0),
+        ((100.0, 180.0, 300.0, 400.0), 9, 0.25),  # eight would need 16 GiB
+    ],
+)
+def test_the_fewest_at_a_time_that_reach_nearly_the_best_speed(
+    speeds: tuple[float, ...], memory: int, share: float
+) -> None:
+    measured = [Measured(2**power, speed, 2 * GIB) for power, speed in enumerate(speeds)]
+    assert propose(measured, memory * GIB) == share
+
+
+def test_what_does_not_fit_even_alone_is_a_mistake_that_says_what_to_do() -> None:
+    with pytest.raises(Mistake, match="batch_size"):
+        propose([Measured(1, 10.0, 10 * GIB)], 10 * GIB)
+
+
+@given(st.lists(st.tuples(st.floats(1, 1e6), st.integers(1, 10)), min_size=1, max_size=4), st.integers(12, 100))
+def test_a_proposed_share_is_one_that_was_measured_and_fits(rows: list[tuple[float, int]], memory: int) -> None:
+    measured = [Measured(2**power, speed, size) for power, (speed, size) in enumerate(rows)]
+    share = propose(measured, memory)
+    (chosen,) = [each for each in measured if 1 / each.together == share]
+    assert chosen.together * chosen.bytes_each <= 0.9 * memory
+
+
+def test_a_real_probe_trains_the_heaviest_student_and_says_what_it_found(
+    one_stem: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    digits = data.load("digits", train=60, validation=20, test=20)
+    share = probe(plan(one_stem, digits.digest), digits, torch.device("cpu"), said.append, numbers=(1, 2))
+    assert share in (1.0, 0.5)
+    assert said[0].startswith("1 at a time: ")
+    assert "feature" in said[-1]
+
+
+def test_more_at_a_time_are_not_tried_once_they_bring_nothing(one_stem: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def fake(*arguments: object) -> Measured:
+        asked.append(int(str(arguments[-1])))
+        return Measured(asked[-1], 100.0, 1)
+
+    monkeypatch.setattr(probing, "measure", fake)
+    digits = data.load("digits", train=60, validation=20, test=20)
+    assert probe(plan(one_stem, digits.digest), digits, torch.device("cpu"), lambda _: None) == 1.0
+    assert asked == [1, 2]
