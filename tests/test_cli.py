@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tune_kd import cli
+from tune_kd import run as runs
 from tune_kd.plan import plan
 from tune_kd.studies import from_json, resolve
 
@@ -84,6 +85,31 @@ def test_a_mistake_gets_one_clear_message_exit_2_and_starts_nothing(
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
     assert "Traceback" not in error
+    assert not (elsewhere / "results").exists()
+
+
+def test_a_run_of_another_version_is_not_resumed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    study = resolve(Path(cli.__file__).parents[1] / "search_spaces" / "ablation.py", "smoke")
+    begun = runs.Run("old", elsewhere / "results" / "old", study, "0" * 64, None, {})
+    runs.create(begun, Path("ablation.py"))
+    path = begun.folder / "study.json"
+    record = json.loads(path.read_text())
+    record["versions"]["tune_kd"] = "0.0.1"
+    path.write_text(json.dumps(record))
+    assert call(monkeypatch, "resume", "old") == 2
+    error = capsys.readouterr().err
+    assert "0.0.1" in error and "finish it with the version that began it" in " ".join(error.split())
+
+
+def test_compiling_without_a_compiler_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(elsewhere))
+    monkeypatch.delenv("CXX", raising=False)
+    assert call(monkeypatch, "run", "ablation", "--scale", "smoke", "--set", "recipe.compile=true") == 2
+    assert "C++ compiler" in capsys.readouterr().err
     assert not (elsewhere / "results").exists()
 
 

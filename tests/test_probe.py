@@ -1,5 +1,7 @@
 """The share of a GPU that is proposed: the rule by hand, the measurement for real on the CPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from tune_kd import data
 from tune_kd.execute import probe as probing
 from tune_kd.execute.probe import Measured, probe, propose
 from tune_kd.plan import plan
-from tune_kd.study import Mistake, Study
+from tune_kd.study import Factor, Mistake, Study
 
 GIB = 2**30
 
@@ -43,15 +45,21 @@ def test_a_proposed_share_is_one_that_was_measured_and_fits(rows: list[tuple[flo
     assert chosen.together * chosen.bytes_each <= 0.9 * memory
 
 
-def test_a_real_probe_trains_the_heaviest_student_and_says_what_it_found(
-    one_stem: Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_real_probe_trains_the_heaviest_student_and_says_what_it_found(one_stem: Study) -> None:
     said: list[str] = []
     digits = data.load("digits", train=60, validation=20, test=20)
     share = probe(plan(one_stem, digits.digest), digits, torch.device("cpu"), said.append, numbers=(1, 2))
     assert share in (1.0, 0.5)
     assert said[0].startswith("1 at a time: ")
     assert "feature" in said[-1]
+
+
+def test_a_study_without_features_is_probed_with_a_student_that_has_its_answers(one_stem: Study) -> None:
+    said: list[str] = []
+    digits = data.load("digits", train=60, validation=20, test=20)
+    logits = replace(one_stem, factors=(Factor("method", ("logit",)),), control=None, contrasts=())
+    assert probe(plan(logits, digits.digest), digits, torch.device("cpu"), said.append, numbers=(1,)) == 1.0
+    assert "logit" in said[-1]
 
 
 def test_more_at_a_time_are_not_tried_once_they_bring_nothing(one_stem: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,14 @@ from tune_kd import train as training
 from tune_kd.checkpoints import Checkpoints
 from tune_kd.data import DataSet, prepare
 from tune_kd.kernels import autocast
+from tune_kd.records import TIMING
 from tune_kd.study import Cell, Data, Recipe
 from tune_kd.teachers import Teacher, load_teacher, publish_teacher
 from tune_kd.train import Diverged, batches, best_weights, learning_rate, train
 from tune_kd.trial import Answering, Epoch, Trial
 
 CPU = torch.device("cpu")
-TIMES = ("seconds", "images_per_second", "peak_memory_bytes", "answer_seconds", "views_answered")
+TIMES = (*TIMING, "peak_memory_bytes")
 
 
 @pytest.fixture(autouse=True)

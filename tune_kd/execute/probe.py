@@ -20,7 +20,7 @@ from tune_kd.plan import Plan
 from tune_kd.price import flop
 from tune_kd.study import Mistake
 from tune_kd.train import train
-from tune_kd.trial import Trial
+from tune_kd.trial import Answering, Trial
 
 NUMBERS = (1, 2, 4, 8)  # trials at a time that are tried
 STEPS = 40  # of a probing epoch: a second or so, of which the capture of a step is no part
@@ -134,7 +134,8 @@ def _train(
                     teacher.architecture, stem=cell.stem, classes=len(data.classes), width=cell.width, seed=0
                 )
                 teachers.publish_teacher(folder, teacher, net.state_dict(), [])
-                helper = teachers.load_teacher(folder, teacher.trial_id, small, device)
+                drawn = Answering(False, ((trial.seed, trial.recipe.epochs),))
+                helper = teachers.load_teacher(folder, teacher.trial_id, small, device, drawn)
             epochs = train(
                 trial, small, helper, device=device, checkpoints=Checkpoints(Path(name)), checkpoint_every=math.inf
             )
