@@ -275,19 +275,26 @@ def test_batches_cover_every_image_once_and_none_but_the_only_one_is_alone(count
 
 
 CURVES = {
-    "none": [0.8876159071922303, 0.6061013698577881, 0.6980849742889405, 0.7504689931869507],
-    "logit": [0.47768875360488894, 0.3504067063331604, 0.3345268785953522, 0.3089566886425018],
-    "feature": [1.3016867637634277, 1.188671851158142, 1.1248804926872253, 1.0509482383728028],
+    "none": [2.383244, 2.353533, 2.319723, 2.296571],
+    "logit": [7.513437, 6.819581, 6.260706, 6.026689],
+    "feature": [34.910326, 34.885734, 34.587718, 34.676872],
 }
-"""Training losses of four epochs at seed 1, as they were when the loop was first written."""
+"""Training losses of four epochs at seed 1, as the first version of the loop had them."""
 
 
 @pytest.mark.parametrize("method", CURVES)
-def test_a_seeded_loss_curve_is_what_it_was(method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path) -> None:
-    """What a change of layout, order or kernel may move: digits far below those that matter."""
-    one = trial("none") if method == "none" else distilling(method, teacher)
-    curve = [epoch.train_loss for epoch in run(one, pixels, None if method == "none" else teacher, tmp_path / method)]
-    assert curve == pytest.approx(CURVES[method], rel=1e-3)
+def test_a_seeded_loss_curve_is_what_it_was(method: str, tmp_path: Path) -> None:
+    """A small learning rate and 8 channels, so that rounding does not grow: processors of other kinds (SSE4.1, AVX2,
+    AVX-512, which one can have with ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY) differ by 1.4e-4 at most."""
+    digits, width = data.load("digits", train=256, validation=50, test=50), 0.125
+    taught = as_teacher(trial("none", width=width))
+    net = training.models.build("resnet50", stem="cifar", classes=10, width=width, seed=9)
+    publish_teacher(tmp_path, taught, net.state_dict(), [])
+    teacher = load_teacher(tmp_path, taught.trial_id, digits, CPU, Answering(True, ()))
+    one = trial("none", width=width) if method == "none" else distilling(method, teacher, width=width)
+    slow = replace(one, recipe=Recipe(epochs=4, batch_size=64, lr=0.01))
+    curve = [row.train_loss for row in run(slow, digits, None if method == "none" else teacher, tmp_path / method)]
+    assert curve == pytest.approx(CURVES[method], rel=4e-4)
 
 
 def test_a_trial_does_not_depend_on_what_its_process_did_before(
