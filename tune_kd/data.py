@@ -313,7 +313,7 @@ def numbered_views(numbers: Tensor, data: DataSet) -> Views:
 def show(views: Views, data: DataSet) -> Tensor:
     """The training images as `views` show them: uint8 [N, 3, H, W] on the data's device."""
     images = data.train.images
-    return crop(images[views.order.to(images.device)], views.top, views.left, views.flip, data.pad)
+    return crop(images.index_select(0, views.order.to(images.device)), views.top, views.left, views.flip, data.pad)
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int) -> Tensor:
@@ -349,7 +349,7 @@ def prepare(images: Tensor, data: DataSet) -> Tensor:
     a square of equal pixels: nothing is interpolated.
     """
     mean, std = _per_channel(data.mean, images.device), _per_channel(data.std, images.device)
-    pixels = (images.to(torch.float32) / 255 - mean) / std
+    pixels = torch.div(images, 255).sub_(mean).div_(std)  # in place: small batches are bound by memory
     if data.upsample == 1:
         return pixels
     return F.interpolate(pixels, scale_factor=data.upsample, mode="nearest")

@@ -66,6 +66,14 @@ def to_device(net: nn.Module, device: torch.device) -> None:
         net.to(memory_format=torch.channels_last)
 
 
+def in_layout_of(net: nn.Module, images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in the memory layout of a network's weights. The first convolution would otherwise make a
+    copy of them in that layout twice: in its forward pass, and for the gradient of its weights."""
+    first = next(net.parameters())
+    last = first.is_contiguous(memory_format=torch.channels_last)
+    return images.contiguous(memory_format=torch.channels_last) if last else images
+
+
 def forward_with_features(net: ResNet, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The logits [B, K], those of `net(images)` exactly, and the four stages' outputs [B, C_i, H_i, W_i]."""
     stage_BCHW = net.maxpool(net.relu(net.bn1(net.conv1(images))))

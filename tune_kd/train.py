@@ -211,6 +211,7 @@ class _Step:
     def _train(self, order: Tensor, top: Tensor, left: Tensor, flip: Tensor, answers: Tensor | None = None) -> None:
         cell, recipe, state, teacher = self._trial.cell, self._trial.recipe, self._state, self._teacher
         shown = prepare(show(Views(order, top, left, flip), self._data), self._data)
+        shown = models.in_layout_of(state.student, shown)
         targets = self._data.train.labels[order]
         with autocast(recipe.precision, self._device):
             logits, features = self._forward(state.student, shown)
