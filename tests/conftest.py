@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from trials import CPU, as_teacher, trial
+from tune_kd.checkpoints import Checkpoints
 from tune_kd.data import DataSet, Split
 from tune_kd.study import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
+from tune_kd.teachers import Teacher, load_teacher, publish_teacher
+from tune_kd.train import best_weights, train
+from tune_kd.trial import Answering
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -70,6 +75,23 @@ def pixels() -> DataSet:
         upsample=1,
         digest=hashlib.sha256(b"pixels").hexdigest(),
     )
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def teacher(pixels: DataSet, tmp_path: Path) -> Teacher:
+    """A teacher that was trained for two epochs and published."""
+    taught, checkpoints = as_teacher(trial("none")), Checkpoints(tmp_path / "teacher")
+    epochs = list(train(taught, pixels, None, device=CPU, checkpoints=checkpoints))
+    publish_teacher(tmp_path / "teachers", taught, best_weights(checkpoints), epochs)
+    return load_teacher(tmp_path / "teachers", taught.trial_id, pixels, CPU, Answering(True, ()))
 
 
 @pytest.fixture(scope="session")

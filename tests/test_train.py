@@ -1,8 +1,6 @@
 """The training loop: what must be equal to the bit, and what must not happen."""
 
-import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,72 +9,18 @@ import pytest
 import torch
 from torch import nn
 
+from trials import CPU, as_teacher, distilling, exact, run, trial
 from tune_kd import data
 from tune_kd import train as training
 from tune_kd.checkpoints import Checkpoints
 from tune_kd.data import DataSet, prepare
 from tune_kd.kernels import autocast
-from tune_kd.records import TIMING
-from tune_kd.study import Cell, Data, Recipe
+from tune_kd.study import Recipe
 from tune_kd.teachers import Teacher, load_teacher, publish_teacher
 from tune_kd.train import Diverged, batches, best_weights, learning_rate, train
-from tune_kd.trial import Answering, Epoch, Trial
+from tune_kd.trial import Answering
 
-CPU = torch.device("cpu")
-TIMES = (*TIMING, "peak_memory_bytes")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def trial(method: str, seed: int = 1, teacher_id: str | None = None, **cell: Any) -> Trial:
-    defaults = {"temperature": 4.0 if method == "logit" else None, "beta": 0.5 if method == "feature" else None}
-    distils = {"teacher": "resnet50", "alpha": 0.5} if teacher_id else {"teacher": None, "alpha": None}
-    return Trial(
-        arm=f"cifar/{method}",
-        phase="confirm",
-        cell=Cell(**{"method": method, "width": 0.0625, **defaults, **distils, **cell}),
-        recipe=Recipe(epochs=4, batch_size=16, lr=0.05),
-        seed=seed,
-        data=Data("pixels"),
-        data_digest=None,
-        scale="test",
-        teacher_id=teacher_id,
-    )
-
-
-def as_teacher(student: Trial, epochs: int = 2) -> Trial:
-    cell = Cell(teacher="resnet50", width=student.cell.width, temperature=None, alpha=None, beta=None)
-    return replace(student, phase="teacher", cell=cell, seed=9, teacher_id=None, recipe=Recipe(epochs, 16, 0.05))
-
-
-@pytest.fixture
-def teacher(pixels: DataSet, tmp_path: Path) -> Teacher:
-    """A teacher that was trained for two epochs and published."""
-    taught, checkpoints = as_teacher(trial("none")), Checkpoints(tmp_path / "teacher")
-    epochs = list(train(taught, pixels, None, device=CPU, checkpoints=checkpoints))
-    publish_teacher(tmp_path / "teachers", taught, best_weights(checkpoints), epochs)
-    return load_teacher(tmp_path / "teachers", taught.trial_id, pixels, CPU, Answering(True, ()))
-
-
-def run(each: Trial, data: DataSet, teacher: Teacher | None, folder: Path, **options: Any) -> list[Epoch]:
-    return list(train(each, data, teacher, device=CPU, checkpoints=Checkpoints(folder), **options))
-
-
-def exact(epoch: Epoch, *without: str) -> dict[str, Any]:
-    """What of an epoch must be the same to the bit."""
-    values = asdict(epoch)
-    values |= values.pop("outcome") or {}
-    return {name: value for name, value in values.items() if name not in (*TIMES, *without)}
-
-
-def distilling(method: str, teacher: Teacher, **cell: Any) -> Trial:
-    return trial(method, teacher_id=teacher.teacher_id, **cell)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
@@ -201,24 +145,6 @@ def test_projections_are_trained_clipped_and_saved_with_the_student(
     assert students == len(list(training.models.build("resnet18", stem="cifar", classes=2, seed=0).parameters())) + 4
 
 
-def test_arms_at_one_seed_start_from_the_same_weights_and_see_the_same_images(
-    pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: dict[str, list[torch.Tensor]] = {}
-    prepare = training.prepare
-
-    def watched(images: torch.Tensor, data: DataSet) -> torch.Tensor:
-        seen.setdefault(name, []).append(images.clone())
-        return prepare(images, data)
-
-    monkeypatch.setattr(training, "prepare", watched)
-    for name, each in {"none": trial("none"), "feature": distilling("feature", teacher)}.items():
-        torch.manual_seed(len(name))  # what the global generator holds must not matter
-        run(each, pixels, teacher if each.teacher_id else None, tmp_path / name)
-    assert len(seen["none"]) == len(seen["feature"])
-    assert all(torch.equal(one, other) for one, other in zip(seen["none"], seen["feature"], strict=True))
-
-
 def test_a_loss_that_is_not_finite_ends_the_trial_as_diverged(pixels: DataSet, tmp_path: Path) -> None:
     hot = replace(trial("none"), recipe=Recipe(epochs=4, batch_size=16, lr=1e30, clip=1e30))
     epochs = train(hot, pixels, None, device=CPU, checkpoints=Checkpoints(tmp_path))
@@ -297,16 +223,6 @@ def test_a_seeded_loss_curve_is_what_it_was(method: str, tmp_path: Path) -> None
     assert curve == pytest.approx(CURVES[method], rel=4e-4)
 
 
-def test_a_trial_does_not_depend_on_what_its_process_did_before(
-    pixels: DataSet, teacher: Teacher, tmp_path: Path
-) -> None:
-    first = run(distilling("logit", teacher), pixels, teacher, tmp_path / "first")
-    run(replace(trial("none"), recipe=replace(trial("none").recipe, precision="tf32")), pixels, None, tmp_path / "tf32")
-    run(distilling("feature", teacher), pixels, teacher, tmp_path / "feature")
-    again = run(distilling("logit", teacher), pixels, teacher, tmp_path / "again")
-    assert [exact(epoch) for epoch in again] == [exact(epoch) for epoch in first]
-
-
 def test_bfloat16_changes_logits_and_gradients_of_a_step_by_its_rounding() -> None:
     """bfloat16 keeps 8 bits: a product is right to 0.4 %, twenty layers of them to a few per cent."""
     digits = data.load("digits")
@@ -339,52 +255,3 @@ def test_a_trial_in_bfloat16_keeps_its_weights_in_float32_and_learns_much_the_sa
     saved = Checkpoints(tmp_path / "bfloat16").load()
     assert saved is not None
     assert {tensor.dtype for name, tensor in saved[0].items() if "num_batches" not in name} == {torch.float32}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_a_compiled_trial_gives_the_same_to_rounding_and_its_first_epoch_pays(pixels: DataSet, tmp_path: Path) -> None:
-    compiled = replace(trial("none"), recipe=replace(trial("none").recipe, compile=True))
-    plain, fast = run(trial("none"), pixels, None, tmp_path / "a"), run(compiled, pixels, None, tmp_path / "b")
-    assert [row.train_loss for row in fast] == pytest.approx([row.train_loss for row in plain], rel=1e-3)
-    assert fast[0].seconds > 10 * plain[0].seconds
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("method", ["none", "logit", "feature"])
-def test_a_captured_step_trains_like_one_that_is_launched_kernel_by_kernel(
-    method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """40 images in batches of 16: two captured steps and a last one of another shape, in each of four epochs."""
-    gpu = torch.device("cuda")
-    one = trial("none") if method == "none" else distilling(method, teacher)
-    on_gpu = load_teacher(teacher.home.parent, teacher.teacher_id, pixels, gpu, Answering(True, ()))
-
-    def losses(name: str) -> list[float]:
-        rows = train(
-            one, pixels, None if method == "none" else on_gpu, device=gpu, checkpoints=Checkpoints(tmp_path / name)
-        )
-        return [row.train_loss for row in rows]
-
-    captured = losses("captured")
-    monkeypatch.setattr(training, "Captured", lambda step, device: step)
-    assert captured == pytest.approx(losses("launched"), rel=1e-3)
-    cpu = run(one, pixels, None if method == "none" else teacher, tmp_path / "cpu")
-    assert captured == pytest.approx([row.train_loss for row in cpu], rel=1e-2)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_no_step_waits_for_the_gpu(pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = training._Step.__call__
-
-    def watched(self: Any, *arguments: Any) -> None:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step(self, *arguments)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    monkeypatch.setattr(training._Step, "__call__", watched)
-    monkeypatch.setattr(training, "Captured", lambda step, device: step)
-    epochs = train(trial("none"), pixels, None, device=torch.device("cuda"), checkpoints=Checkpoints(tmp_path))
-    assert len(list(epochs)) == 4

@@ -15,21 +15,23 @@ from torch import Tensor
 Projection = Callable[[Tensor], Tensor]
 
 
-def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor) -> Tensor:
     """T^2 * KL(softmax(t/T) || softmax(s/T)) of logits [B, K]: summed over classes, averaged over the batch.
 
     T^2 keeps the gradient's scale the same at every temperature. Scalar, in nats times T^2.
-    Raises ValueError for shapes that differ and temperatures that are not above 0.
+    Raises ValueError for shapes that differ and temperatures that are not above 0; one that is a tensor on the
+    logits' device is not looked at, which would wait for the device.
     Hinton, Vinyals and Dean 2015, "Distilling the knowledge in a neural network".
     """
-    return temperature**2 * _divergence(student_logits, teacher_logits.detach(), temperature)
+    divergence: Tensor = temperature**2 * _divergence(student_logits, teacher_logits.detach(), temperature)
+    return divergence
 
 
 def feature(
     student_features: Sequence[Tensor],
     teacher_features: Sequence[Tensor],
     projections: Iterable[Projection],
-    beta: float,
+    beta: float | Tensor,
 ) -> Tensor:
     """mse + beta * cosine of `feature_parts`, which see for shapes and errors. Scalar."""
     mse, cosine = feature_parts(student_features, teacher_features, projections)
@@ -108,8 +110,8 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
     return gap_M.abs().sum() / len(labels)
 
 
-def _divergence(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
-    if not 0 < temperature < math.inf:
+def _divergence(student_BK: Tensor, teacher_BK: Tensor, temperature: float | Tensor) -> Tensor:
+    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; expected a finite number above 0")
     _check_shape("student_logits", student_BK, teacher_BK, "BK")
     student_log_BK = F.log_softmax(_at_least_32_bits(student_BK) / temperature, dim=1)

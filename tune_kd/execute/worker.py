@@ -12,7 +12,7 @@ import torch
 
 from tune_kd import data, teachers
 from tune_kd.checkpoints import Checkpoints
-from tune_kd.memory import keep_freed_blocks, start_measuring
+from tune_kd.memory import keep_freed_blocks
 from tune_kd.study import Data
 from tune_kd.train import Diverged, best_weights, train
 from tune_kd.trial import Answering, Epoch, Trial
@@ -81,7 +81,6 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, task.gpus))  # Ray's fractions alone bind nobody
     torch.set_num_threads(task.threads)
     keep_freed_blocks()
-    start_measuring(device)
     dataset = _dataset(trial.data, place.data_dir, place.cache)
     if trial.data_digest != dataset.digest:
         raise RuntimeError(

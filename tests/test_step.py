@@ -1,0 +1,189 @@
+"""The step of training: what it shows, what is kept of it between trials, and how it runs on a GPU."""
+
+import shutil
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trials import CPU, distilling, exact, run, trial
+from tune_kd import step as stepping
+from tune_kd.checkpoints import Checkpoints
+from tune_kd.data import DataSet
+from tune_kd.step import Step
+from tune_kd.study import Recipe
+from tune_kd.teachers import Teacher, load_teacher
+from tune_kd.train import Diverged, train
+from tune_kd.trial import Answering, Trial
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_arms_at_one_seed_start_from_the_same_weights_and_see_the_same_images(
+    pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[torch.Tensor]] = {}
+    prepare = stepping.prepare
+
+    def watched(images: torch.Tensor, data: DataSet) -> torch.Tensor:
+        seen.setdefault(name, []).append(images.clone())
+        return prepare(images, data)
+
+    monkeypatch.setattr(stepping, "prepare", watched)
+    for name, each in {"none": trial("none"), "feature": distilling("feature", teacher)}.items():
+        torch.manual_seed(len(name))  # what the global generator holds must not matter
+        run(each, pixels, teacher if each.teacher_id else None, tmp_path / name)
+    assert len(seen["none"]) == len(seen["feature"])
+    assert all(torch.equal(one, other) for one, other in zip(seen["none"], seen["feature"], strict=True))
+
+
+def test_a_trial_does_not_depend_on_what_its_process_did_before(
+    pixels: DataSet, teacher: Teacher, tmp_path: Path
+) -> None:
+    first = run(distilling("logit", teacher), pixels, teacher, tmp_path / "first")
+    run(replace(trial("none"), recipe=replace(trial("none").recipe, precision="tf32")), pixels, None, tmp_path / "tf32")
+    run(distilling("feature", teacher), pixels, teacher, tmp_path / "feature")
+    again = run(distilling("logit", teacher), pixels, teacher, tmp_path / "again")
+    assert [exact(epoch) for epoch in again] == [exact(epoch) for epoch in first]
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """Every step is worth keeping, as on a GPU; lists those that were made."""
+    made: list[Step] = []
+    make = Step.__init__
+
+    def watched(self: Step, *arguments: Any) -> None:
+        made.append(self)
+        make(self, *arguments)
+
+    monkeypatch.setattr(Step, "worth_keeping", True)
+    monkeypatch.setattr(Step, "__init__", watched)
+    monkeypatch.setattr(stepping, "_idle", {})
+    return made
+
+
+def others(method: str, teacher: Teacher) -> tuple[Trial, Trial]:
+    """Two trials that share a step, and differ in all that they may differ in."""
+    one = trial(method) if method == "none" else distilling(method, teacher)
+    numbers = {"none": {}, "logit": {"temperature": 2.0, "alpha": 0.3}, "feature": {"beta": 0.1, "alpha": 0.3}}
+    cell = replace(one.cell, **numbers[method])
+    return one, replace(one, seed=2, arm="other", cell=cell, recipe=replace(one.recipe, epochs=3, lr=0.02, lr_min=0.01))
+
+
+@pytest.mark.parametrize("method", ["none", "logit", "feature"])
+def test_a_trial_that_takes_over_a_step_equals_one_that_makes_its_own_bit_for_bit(
+    method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path, kept: list[Step]
+) -> None:
+    with_teacher = None if method == "none" else teacher
+    one, other = others(method, teacher)
+    alone = run(other, pixels, with_teacher, tmp_path / "alone")
+    stepping._idle.clear()
+    run(one, pixels, with_teacher, tmp_path / "before")
+    after = run(other, pixels, with_teacher, tmp_path / "after")
+    assert len(kept) == 2
+    assert [exact(epoch) for epoch in after] == [exact(epoch) for epoch in alone]
+
+
+def test_a_trial_that_ended_early_leaves_its_step_to_one_that_is_resumed(
+    pixels: DataSet, teacher: Teacher, tmp_path: Path, kept: list[Step]
+) -> None:
+    one, other = others("logit", teacher)
+    whole = run(other, pixels, teacher, tmp_path / "whole")
+    for each, epochs in ((other, 1), (one, 2)):
+        begun = train(
+            each, pixels, teacher, device=CPU, checkpoints=Checkpoints(tmp_path / each.arm), checkpoint_every=0
+        )
+        assert len(list(islice(begun, epochs))) == epochs
+        begun.close()
+    resumed = run(other, pixels, teacher, tmp_path / other.arm, acknowledged=1)
+    assert len(kept) == 1
+    assert [exact(epoch) for epoch in resumed] == [exact(epoch) for epoch in whole[1:]]
+
+
+def test_trials_that_take_turns_do_not_share_a_step(pixels: DataSet, tmp_path: Path, kept: list[Step]) -> None:
+    alone = [exact(epoch) for epoch in run(trial("none"), pixels, None, tmp_path / "alone")]
+    one, other = (
+        train(trial("none"), pixels, None, device=CPU, checkpoints=Checkpoints(tmp_path / name)) for name in "ab"
+    )
+    assert [(exact(first), exact(second)) for first, second in zip(one, other, strict=True)] == [
+        (row, row) for row in alone
+    ]
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize(
+    "change", [{"batch_size": 8}, {"momentum": 0.5}, {"weight_decay": 0.1}, {"clip": 0.1}, {"precision": "bfloat16"}]
+)
+def test_what_is_baked_into_a_step_asks_for_another(
+    change: dict[str, Any], pixels: DataSet, tmp_path: Path, kept: list[Step]
+) -> None:
+    one = trial("none")
+    run(one, pixels, None, tmp_path / "one")
+    run(replace(one, recipe=replace(one.recipe, **change)), pixels, None, tmp_path / "other")
+    assert len(kept) == 2
+    assert list(stepping._idle.values()) == kept[1:]  # the memory of the first was given back
+
+
+def test_a_trial_that_failed_leaves_no_step(pixels: DataSet, tmp_path: Path, kept: list[Step]) -> None:
+    hot = replace(trial("none"), recipe=Recipe(epochs=4, batch_size=16, lr=1e30, clip=1e30))
+    with pytest.raises(Diverged):
+        run(hot, pixels, None, tmp_path)
+    assert len(kept) == 1
+    assert not stepping._idle
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_a_compiled_trial_gives_the_same_to_rounding_and_its_first_epoch_pays(pixels: DataSet, tmp_path: Path) -> None:
+    compiled = replace(trial("none"), recipe=replace(trial("none").recipe, compile=True))
+    plain, fast = run(trial("none"), pixels, None, tmp_path / "a"), run(compiled, pixels, None, tmp_path / "b")
+    assert [row.train_loss for row in fast] == pytest.approx([row.train_loss for row in plain], rel=1e-3)
+    assert fast[0].seconds > 10 * plain[0].seconds
+    again = run(replace(compiled, seed=2), pixels, None, tmp_path / "c")
+    assert again[0].seconds < 0.1 * fast[0].seconds  # it took the compiled step over
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["none", "logit", "feature"])
+def test_a_captured_step_trains_like_one_that_is_launched_kernel_by_kernel(
+    method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 images in batches of 16: two captured steps and a last one of another shape, in each of four epochs."""
+    gpu = torch.device("cuda")
+    one = trial("none") if method == "none" else distilling(method, teacher)
+    on_gpu = load_teacher(teacher.home.parent, teacher.teacher_id, pixels, gpu, Answering(True, ()))
+
+    def losses(name: str) -> list[float]:
+        rows = train(
+            one, pixels, None if method == "none" else on_gpu, device=gpu, checkpoints=Checkpoints(tmp_path / name)
+        )
+        return [row.train_loss for row in rows]
+
+    captured = losses("captured")
+    assert losses("replayed by the next trial") == pytest.approx(captured, rel=1e-3)
+    monkeypatch.setattr(stepping, "Captured", lambda step, device: step)
+    stepping._idle.clear()
+    assert captured == pytest.approx(losses("launched"), rel=1e-3)
+    cpu = run(one, pixels, None if method == "none" else teacher, tmp_path / "cpu")
+    assert captured == pytest.approx([row.train_loss for row in cpu], rel=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_step_waits_for_the_gpu(pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step.__call__
+
+    def watched(self: Any, *arguments: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(self, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Step, "__call__", watched)
+    monkeypatch.setattr(stepping, "Captured", lambda step, device: step)
+    epochs = train(trial("none"), pixels, None, device=torch.device("cuda"), checkpoints=Checkpoints(tmp_path))
+    assert len(list(epochs)) == 4
