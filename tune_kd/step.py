@@ -75,15 +75,13 @@ class Step:
 
     def begin(self, trial: Trial) -> None:
         """Go back to the start for another trial. Everything stays at its place, where a captured step finds it."""
-        for mine, first in zip(
-            (self.student, self.projections), _networks(trial, self.data, self._teacher), strict=True
-        ):
-            mine.load_state_dict(first.state_dict())
+        student, projections = _networks(trial, self.data, self._teacher)
+        self.student.load_state_dict(student.state_dict())
+        self.projections.load_state_dict(projections.state_dict())
         for each in self._parameters:
             self._momentum(each).zero_()
-        self._temperature, self._alpha, self._beta = map(
-            self._set, (self._temperature, self._alpha, self._beta), _numbers(trial)
-        )
+        mine = self._temperature, self._alpha, self._beta
+        self._temperature, self._alpha, self._beta = map(self._set, mine, _numbers(trial))
 
     def __call__(self, views: Views, answers: Tensor | None, lr: float) -> None:
         """Train on one batch, with the teacher's logits [B, K] for its views if the method wants them."""
