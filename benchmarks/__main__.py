@@ -34,8 +34,8 @@ def runs(count: int) -> Iterable[Result]:
     from benchmarks import runs
 
     yield from runs.empty_trials(count)
-    yield runs.share_of_records()
-    yield from runs.laptop_ablation()
+    yield runs.share_of_records(count)
+    yield from runs.laptop_ablation(count)
 
 
 def gpu(count: int) -> Iterable[Result]:

@@ -1,14 +1,16 @@
-"""Timing two sides in pairs: each in a process of its own that stays warm, one after the other, in changing order.
+"""Timing two sides in pairs, in processes that stay warm, one after the other, in changing order.
 
 A machine that is slow for a minute is slow for both sides of a pair, so the ratio of a pair says more than two means.
+Two processes can differ by some per cent for as long as they live, by where their memory lies; so sides that may share
+a process do.
 """
 
 import multiprocessing
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -55,25 +57,35 @@ def result(name: str, values: list[float], *, unit: str = "", bar: str = "", det
     return Result(name, statistics.median(values), min(values), max(values), len(values), unit, bar, detail)
 
 
-def pairs(name: str, above: Side, below: Side, count: int, *, unit: str, bar: str) -> Result:
-    """The median over `count` pairs of `above`'s measurement divided by `below`'s, after one pair to warm up."""
-    with _process(above) as first, _process(below) as second:
-        values: dict[Any, list[float]] = {first: [], second: []}
+def pairs(name: str, above: Side, below: Side, count: int, *, unit: str, bar: str, together: bool = False) -> Result:
+    """The median over `count` pairs of `above`'s measurement divided by `below`'s, after one pair to warm up.
+
+    Each side has a process of its own, or both have one `together`.
+    """
+    sides = (above, below)
+    with ExitStack() as stack:
+        if together:
+            process = stack.enter_context(_process(*sides))
+            asked = [(process, 0), (process, 1)]
+        else:
+            asked = [(stack.enter_context(_process(side)), 0) for side in sides]
+        values: list[list[float]] = [[], []]
         for number in range(count + 1):
-            for side in (first, second) if number % 2 else (second, first):
-                side.send(True)
-                values[side].append(_answer(side))
-    ours, theirs = values[first][1:], values[second][1:]
+            for side in (0, 1) if number % 2 else (1, 0):
+                process, place = asked[side]
+                process.send(place)
+                values[side].append(_answer(process))
+    ours, theirs = (each[1:] for each in values)
     ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
     detail = f"{above.name} {statistics.median(ours):.4g}, {below.name} {statistics.median(theirs):.4g} {unit}"
     return result(name, ratios, bar=bar, detail=detail)
 
 
 @contextmanager
-def _process(side: Side) -> Iterator[Connection]:
+def _process(*sides: Side) -> Iterator[Connection]:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(side, there), daemon=True)
+    process = context.Process(target=_serve, args=(sides, there), daemon=True)
     process.start()
     there.close()
     try:
@@ -83,19 +95,19 @@ def _process(side: Side) -> Iterator[Connection]:
         process.join(30)
 
 
-def _answer(side: Connection) -> float:
-    answer = side.recv()
+def _answer(process: Connection) -> float:
+    answer = process.recv()
     if isinstance(answer, BaseException):
         raise answer
     return float(answer)
 
 
-def _serve(side: Side, connection: Connection) -> None:
-    """Measure each time the other end asks, until it closes."""
+def _serve(sides: Sequence[Side], connection: Connection) -> None:
+    """Measure the side that the other end names, until it closes."""
     try:
-        measure = side.prepare(*side.arguments)
-        while connection.recv():
-            connection.send(measure())
+        measures = [side.prepare(*side.arguments) for side in sides]
+        while True:
+            connection.send(measures[connection.recv()]())
     except EOFError:
         return
     except Exception as error:  # told to the process that asked

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,8 @@ def nothing(task: Task, place: Workplace) -> Generator[Epoch]:
 
 
 def empty_run(trials: int, cluster: on_ray.Cluster) -> tuple[float, float]:
-    """A run of empty trials on two slots with all records: wall seconds a trial from the start of the first to the
-    end of the run, and the seconds before, in which Ray's workers start."""
+    """A run of empty trials on two slots with all records: seconds of all of it, and of those the ones before the
+    first trial, in which Ray's workers start."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         place = Workplace(None, None, folder / "teachers", folder / "checkpoints")
@@ -69,74 +71,106 @@ def empty_run(trials: int, cluster: on_ray.Cluster) -> tuple[float, float]:
         assert len(rows) == trials and all(row["status"] == "completed" for row in rows)
         assert (folder / "trials.parquet").is_file()
         ledger.close()
-    first = min(row["started"] for row in rows)
-    return (ended - first) / trials, first - called
+    return ended - called, min(row["started"] for row in rows) - called
 
 
 def empty_trials(count: int) -> list[Result]:
-    """300 and 3,000 empty trials in the same Ray, whose own start is not part of either."""
+    """300 and 3,000 empty trials in turn, in the same Ray, whose own start is not part of either."""
+    few, many = 300, 3000
     cluster = on_ray.connect(None)
     try:
-        few = [empty_run(300, cluster) for _ in range(count)]
-        many = [empty_run(3000, cluster) for _ in range(max(1, count // 5))]
+        runs = [(empty_run(few, cluster), empty_run(many, cluster)) for _ in range(count)]
     finally:
         on_ray.disconnect(cluster)
-    start = result("", [start for _, start in few]).figure
-    one = result(
-        "added wall time a trial, 300 empty trials on 2 slots",
-        [seconds for seconds, _ in few],
-        unit="s",
-        bar="<= 0.06",
-        detail=f"start-up of Ray's workers, {start:.1f} s, not counted",
-    )
-    ratios = [seconds / one.figure for seconds, _ in many]
-    detail = f"{many[0][0]:.4f} s a trial"
-    return [one, result("the same at 3,000 empty trials / at 300", ratios, bar="<= 1.3", detail=detail)]
+    starts = result("", [start for (_, start), _ in runs]).figure
+    longer = result("", [seconds / many for _, (seconds, _) in runs]).figure
+    return [
+        result(
+            f"added wall time a trial, {few} empty trials on {SLOTS} slots",
+            [seconds / few for (seconds, _), _ in runs],
+            unit="s",
+            bar="<= 0.06",
+            detail=f"with the start of Ray's workers, {starts:.1f} s of each run",
+        ),
+        result(
+            f"the same at {many:,} empty trials / at {few}, without that start",
+            [((all_ - before) / many) / ((seconds - start) / few) for (seconds, start), (all_, before) in runs],
+            bar="<= 1.3",
+            detail=f"{longer:.4f} s a trial",
+        ),
+    ]
 
 
-def share_of_records(epochs: int = 20) -> Result:
+def share_of_records(count: int, epochs: int = 20) -> Result:
     """The share of a run's time in which nothing but checkpoints and records are written, at the usual intervals.
 
-    A whole run in this process, on one thread: two trials, each with a checkpoint every 30 seconds and one at its end.
+    Whole runs in this process, on one thread: two trials, each with a checkpoint every 30 seconds and one at its end.
     """
-    spent = [0.0]
+    digest = data.load("digits").digest
+    full_width = Cell(stem="imagenet", width=1.0)
+    planned = plan(controls(2, full_width, Recipe(epochs=epochs, batch_size=64)), digest)
+    # The driver's calls hold the ledger's: rows, commits, tables.
+    what = ((Checkpoints, "save"), (Checkpoints, "load"), (Driver, "on_start"), (Driver, "on_epoch"))
+    runs = []
+    for _ in range(count):
+        with tempfile.TemporaryDirectory() as name, clocked(*what) as spent:
+            folder = Path(name)
+            place = Workplace(None, None, folder / "teachers", folder / "checkpoints")
+            ledger = Ledger(folder / "ledger.sqlite")
+            started = time.perf_counter()
+            run_in_process(Driver(planned, "checkpoints", folder, ledger, place, cpus=1.0, gpus=0.0), place)
+            runs.append((sum(spent), time.perf_counter() - started))
+            assert all(row["status"] == "completed" for row in ledger.rows(TRIALS))
+            ledger.close()
+    return result(
+        "time in checkpoints and ledger / run time, ResNet-18 at width 1",
+        [records / seconds for records, seconds in runs],
+        bar="<= 0.02",
+        detail=f"{runs[0][0]:.2f} of {runs[0][1]:.0f} s, {len(planned.trials)} trials of {epochs} epochs",
+    )
 
-    def timed(kind: type, name: str) -> None:
-        method = getattr(kind, name)
 
+@contextmanager
+def clocked(*methods: tuple[type, str]) -> Iterator[list[float]]:
+    """While it lasts, the seconds of every call of these methods are appended to the list that it gives."""
+    spent: list[float] = []
+    before = [(kind, name, getattr(kind, name)) for kind, name in methods]
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
         def measured(*arguments: Any, **options: Any) -> Any:
             started = time.perf_counter()
             try:
                 return method(*arguments, **options)
             finally:
-                spent[0] += time.perf_counter() - started
+                spent.append(time.perf_counter() - started)
 
-        setattr(kind, name, measured)
+        return measured
 
-    for kind, name in ((Checkpoints, "save"), (Checkpoints, "load"), (Driver, "on_start"), (Driver, "on_epoch")):
-        timed(kind, name)  # the driver's calls hold the ledger's: rows, commits, tables
-    digest = data.load("digits").digest
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        place = Workplace(None, None, folder / "teachers", folder / "checkpoints")
-        ledger = Ledger(folder / "ledger.sqlite")
-        full_width = Cell(stem="imagenet", width=1.0)
-        planned = plan(controls(2, full_width, Recipe(epochs=epochs, batch_size=64)), digest)
-        started = time.perf_counter()
-        run_in_process(Driver(planned, "checkpoints", folder, ledger, place, cpus=1.0, gpus=0.0), place)
-        seconds = time.perf_counter() - started
-        assert all(row["status"] == "completed" for row in ledger.rows(TRIALS))
-        ledger.close()
-    return result(
-        "time in checkpoints and ledger / run time, ResNet-18 at width 1",
-        [spent[0] / seconds],
-        bar="<= 0.02",
-        detail=f"{spent[0]:.2f} of {seconds:.0f} s, {len(planned.trials)} trials of {epochs} epochs",
-    )
+    for kind, name, method in before:
+        setattr(kind, name, timed(method))
+    try:
+        yield spent
+    finally:
+        for kind, name, method in before:
+            setattr(kind, name, method)
 
 
-def laptop_ablation() -> list[Result]:
-    """`run ablation --scale laptop`, as a user starts it, and what its own records say of it."""
+@dataclass(frozen=True)
+class LaptopRun:
+    """What one `run ablation --scale laptop` cost, and what its own records say of it."""
+
+    minutes: float  # of the whole command
+    before: float  # seconds until the first trial started: imports, data, Ray and its workers
+    span: float  # seconds from the first trial's start to the last one's end
+    train: float  # seconds of training and evaluation, of all trials, over slots
+    trials: int
+    computed: int  # views that teachers were asked for
+    distinct: int  # views that stand in their tables
+    accuracies: str
+
+
+def laptop_run() -> LaptopRun:
+    """Run it as a user does, in a folder of its own."""
     with tempfile.TemporaryDirectory() as name:
         command = [sys.executable, "-m", "tune_kd", "run", "ablation", "--scale", "laptop", "--name", "run"]
         started = time.time()
@@ -146,19 +180,32 @@ def laptop_ablation() -> list[Result]:
         distinct = sum(_answered(table) for table in Path(name, "teachers").glob("*/answers/*/views-*"))
     trials = records.trials[records.trials.epochs_run > 0]
     first, last = trials.started.min(), (trials.started + trials.wall_seconds).max()
-    train = trials.train_seconds.sum() / (os.cpu_count() or 1)  # a slot a core, which is the default
-    computed = int(records.epochs.views_answered.sum())
     means = trials[trials.method.eq("none") & trials.phase.eq("confirm")].groupby("stem").test_accuracy_best.mean()
     teachers = trials[trials.role.eq("teacher")].set_index("stem").test_accuracy_best
-    accuracies = ", ".join(f"{stem} {100 * teachers[stem]:.2f} / {100 * means[stem]:.2f} %" for stem in means.index)
+    return LaptopRun(
+        minutes=minutes,
+        before=first - started,
+        span=last - first,
+        train=trials.train_seconds.sum() / (os.cpu_count() or 1),  # a slot a core, which is the default
+        trials=len(trials),
+        computed=int(records.epochs.views_answered.sum()),
+        distinct=distinct,
+        accuracies=", ".join(f"{stem} {100 * teachers[stem]:.2f} / {100 * means[stem]:.2f} %" for stem in means.index),
+    )
+
+
+def laptop_ablation(count: int) -> list[Result]:
+    """`run ablation --scale laptop`, again and again."""
+    runs = [laptop_run() for _ in range(count)]
+    one = runs[0]
     return [
-        result("views computed / distinct views, laptop ablation", [computed / distinct], bar="<= 1.00",
-               detail=f"{computed} computed, {distinct} distinct"),
-        result("wall time / (sum of train seconds / slots), laptop ablation", [(last - first) / train], bar="<= 1.15",
-               detail=f"{last - first:.0f} s from the first trial's start; {first - started:.0f} s before it: "
+        result("views computed / distinct views, laptop ablation", [each.computed / each.distinct for each in runs],
+               bar="<= 1.00", detail=f"{one.computed} computed, {one.distinct} distinct"),
+        result("wall time / (sum of train seconds / slots), laptop ablation", [each.span / each.train for each in runs],
+               bar="<= 1.15", detail=f"{one.span:.0f} s from the first trial's start; {one.before:.0f} s before it: "
                "imports, data, Ray and its workers"),
-        result("run ablation --scale laptop, all in all", [minutes], unit="min", bar="<= 4",
-               detail=f"{len(trials)} trials; test accuracy of teacher / control: {accuracies}"),
+        result("run ablation --scale laptop, all in all", [each.minutes for each in runs], unit="min", bar="<= 4",
+               detail=f"{one.trials} trials; test accuracy of teacher / control: {one.accuracies}"),
     ]  # fmt: skip
 
 

@@ -182,6 +182,7 @@ def logit_against_control(width: float, count: int) -> Result:
         count,
         unit="s",
         bar="<= 1.05",
+        together=True,
     )
 
 
@@ -193,6 +194,7 @@ def live_against_answers(count: int) -> Result:
         count,
         unit="s",
         bar=">= 1.8",
+        together=True,
     )
 
 

@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: a fair yardstick, honest pairs, real work on both sides."""
 
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from benchmarks.gpu import floor
 from benchmarks.measure import Measure, Side, pairs, result
 from benchmarks.plain import train_plain
+from benchmarks.runs import clocked
 from benchmarks.steps import cell, digits_as_cifar, ours
 from tune_kd import data
 from tune_kd.checkpoints import Checkpoints
@@ -74,16 +76,43 @@ def sleeper(seconds: float) -> Measure:
     return measure
 
 
+def process_id() -> Measure:
+    return lambda: float(os.getpid())
+
+
 def failing() -> Measure:
     raise ValueError("no such thing")
 
 
-def test_a_ratio_is_the_median_over_pairs_and_is_held_against_its_bar() -> None:
-    found = pairs("r", Side("a", sleeper, (0.02,)), Side("b", sleeper, (0.01,)), 3, unit="s", bar=">= 1.9")
+@pytest.mark.parametrize("together", [False, True])
+def test_a_ratio_is_the_median_over_pairs_and_is_held_against_its_bar(together: bool) -> None:
+    sides = Side("a", sleeper, (0.02,)), Side("b", sleeper, (0.01,))
+    found = pairs("r", *sides, 3, unit="s", bar=">= 1.9", together=together)
     assert (found.figure, found.n, found.met) == (2.0, 3, True)
     assert "a 0.02, b 0.01 s" in found.detail
     assert result("r", [1.0, 3.0, 2.0], bar="<= 1.5").met is False
     assert result("r", [1.0]).met is None
+
+
+def test_sides_have_a_process_each_or_one_together() -> None:
+    side = Side("pid", process_id)
+    assert pairs("r", side, side, 1, unit="", bar="", together=True).figure == 1.0
+    assert pairs("r", side, side, 1, unit="", bar="").figure != 1.0
+
+
+def test_calls_are_clocked_while_asked_for_and_not_after() -> None:
+    class Work:
+        def do(self, seconds: float) -> float:
+            time.sleep(seconds)
+            return seconds
+
+    with clocked((Work, "do")) as spent:
+        assert Work().do(0.01) == 0.01
+        Work().do(0.02)
+    Work().do(0.0)
+    assert len(spent) == 2
+    assert spent[0] >= 0.01
+    assert spent[1] >= 0.02
 
 
 def test_a_side_that_fails_says_why() -> None:

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tune_kd import data
+from tune_kd.data import DataSet
 from tune_kd.execute import probe as probing
-from tune_kd.execute.probe import Measured, probe, propose
+from tune_kd.execute.probe import Measured, measure, probe, propose
 from tune_kd.plan import plan
 from tune_kd.study import Factor, Mistake, Study
+from tune_kd.trial import Trial
 
 GIB = 2**30
 
@@ -60,6 +62,45 @@ def test_a_study_without_features_is_probed_with_a_student_that_has_its_answers(
     logits = replace(one_stem, factors=(Factor("method", ("logit",)),), control=None, contrasts=())
     assert probe(plan(logits, digits.digest), digits, torch.device("cpu"), said.append, numbers=(1,)) == 1.0
     assert "logit" in said[-1]
+
+
+class TooLarge(DataSet):
+    """A data set for whose views no memory is left."""
+
+    @property
+    def views_per_image(self) -> int:
+        raise MemoryError("no memory for views")
+
+
+def logit_student(study: Study) -> tuple[Trial, Trial]:
+    trials = plan(study).trials
+    student = next(trial for trial in trials if trial.cell.method == "logit")
+    return student, next(trial for trial in trials if trial.trial_id == student.teacher_id)
+
+
+def test_trials_that_run_out_of_memory_in_their_processes_are_no_measurement(one_stem: Study) -> None:
+    digits = TooLarge(**vars(data.load("digits", train=60, validation=20, test=20)))
+    assert measure(*logit_student(one_stem), digits, torch.device("cpu"), together=2) is None
+
+
+def test_another_failure_of_a_probing_process_is_raised_here(one_stem: Study) -> None:
+    student, teacher = logit_student(one_stem)
+    digits = data.load("digits", train=60, validation=20, test=20)
+    impossible = replace(teacher, cell=replace(teacher.cell, teacher="resnet7"))
+    with pytest.raises(Mistake, match="resnet7"):
+        measure(student, impossible, digits, torch.device("cpu"), together=1)
+
+
+def test_numbers_that_run_out_of_memory_end_the_search(one_stem: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(*arguments: object) -> Measured | None:
+        together = int(str(arguments[-1]))
+        return Measured(together, 100.0 * together, 1) if together < 4 else None
+
+    said: list[str] = []
+    monkeypatch.setattr(probing, "measure", fake)
+    digits = data.load("digits", train=60, validation=20, test=20)
+    assert probe(plan(one_stem, digits.digest), digits, torch.device("cpu"), said.append) == 0.5
+    assert said[2] == "4 at a time: out of memory"
 
 
 def test_more_at_a_time_are_not_tried_once_they_bring_nothing(one_stem: Study, monkeypatch: pytest.MonkeyPatch) -> None:

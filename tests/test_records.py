@@ -172,3 +172,15 @@ def test_a_table_without_its_columns_is_refused_with_their_names(ledger: Ledger,
     trials.drop(columns=["seed", "ece"]).to_parquet(tmp_path / "trials.parquet")
     with pytest.raises(Mistake, match=r"trials\.parquet lacks the columns seed, ece"):
         load(tmp_path)
+
+
+def test_columns_that_earlier_versions_did_not_write_are_null(ledger: Ledger, tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text("{}")
+    ledger.write_tables(tmp_path)
+    epochs = pd.read_parquet(tmp_path / "epochs.parquet")
+    epochs.drop(columns=["views_answered", "answer_seconds"]).to_parquet(tmp_path / "epochs.parquet")
+    loaded = load(tmp_path).epochs
+    assert list(loaded.columns) == list(EPOCHS.columns)
+    assert loaded["views_answered"].dtype == "Int64"
+    assert loaded["answer_seconds"].dtype == "float64"
+    assert loaded[["views_answered", "answer_seconds"]].isna().all(axis=None)

@@ -28,11 +28,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Schema:
-    """A table: its columns with their types, in order, and the columns that make a row unique."""
+    """A table: its columns with their types, in order, and the columns that make a row unique.
+
+    Tables that others made may lack the `optional` columns, which are then null.
+    """
 
     name: str
     columns: Mapping[str, type]
     key: tuple[str, ...]
+    optional: tuple[str, ...] = ()
 
 
 def _columns(kind: type, names: str) -> dict[str, type]:
@@ -58,6 +62,7 @@ TRIALS = Schema(
     | _columns(str, "error teacher_digest weights_digest host")
     | _columns(float, "started"),
     ("run", "trial_id"),
+    optional=("teacher_digest", "weights_digest", "host", "started"),
 )
 """`started`: seconds since the Unix epoch at which the first attempt began. `error` also tells of retries."""
 
@@ -69,6 +74,7 @@ EPOCHS = Schema(
     | _columns(float, "seconds images_per_second answer_seconds")
     | _columns(int, "views_answered"),
     ("run", "trial_id", "epoch"),
+    optional=("answer_seconds", "views_answered"),
 )
 
 DECISIONS = Schema(
@@ -90,6 +96,7 @@ TIMING = (
     "views_answered",
 )  # an epoch that is computed again may differ in these
 
+PANDAS = {str: "string", int: "Int64", float: "float64"}
 _SQL = {str: "TEXT", int: "INTEGER", float: "REAL"}
 
 
@@ -211,9 +218,8 @@ def frame(schema: Schema, rows: list[Row]) -> "pd.DataFrame":
     """Rows as a DataFrame with the schema's types: `string`, `Int64` and `float64`."""
     import pandas as pd
 
-    types = {str: "string", int: "Int64", float: "float64"}
     columns = schema.columns.items()
-    return pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype=types[kind]) for name, kind in columns})
+    return pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype=PANDAS[kind]) for name, kind in columns})
 
 
 def to_parquet(table: "pd.DataFrame") -> bytes:
@@ -256,9 +262,11 @@ def load(run: Path) -> Records:
         except (OSError, ValueError, pa.ArrowException) as error:
             raise Mistake(f"{path} cannot be read ({error}); {again}") from error
         missing = [name for name in schema.columns if name not in table.columns]
-        if missing:
-            raise Mistake(f"{path} lacks the columns {', '.join(missing)}; has {', '.join(table.columns)}")
-        tables[schema.name] = table
+        needed = [name for name in missing if name not in schema.optional]
+        if needed:
+            raise Mistake(f"{path} lacks the columns {', '.join(needed)}; has {', '.join(table.columns)}")
+        nulls = {name: pd.Series(pd.NA, index=table.index, dtype=PANDAS[schema.columns[name]]) for name in missing}
+        tables[schema.name] = table.assign(**nulls)[list(schema.columns)]
     try:
         study = json.loads((run / "study.json").read_text())
     except ValueError as error:
