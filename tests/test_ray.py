@@ -223,7 +223,8 @@ def test_a_run_that_was_killed_is_completed_by_resume_as_if_nothing_had_happened
 def test_an_interrupted_run_ends_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(STUDY)
     run = tmp_path / "results" / "cut"
-    begun = command(tmp_path, "run", "own.py", "--scale", "own", "--name", "cut")
+    # So long that it still runs when the second driver comes, on however fast a machine.
+    begun = command(tmp_path, "run", "own.py", "--scale", "own", "--name", "cut", "--set", "recipe.epochs=1000")
     wait_for(lambda: epochs_on_record(run) >= 3)
     second = command(tmp_path, "resume", "cut")
     _, refused = second.communicate(timeout=60)
