@@ -24,8 +24,9 @@ from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace
 from tune_kd.plan import plan
-from tune_kd.records import TRIALS, Ledger, load
+from tune_kd.records import TRIALS, Ledger
 from tune_kd.study import Cell, Confirm, Data, Factor, Recipe, Screen, Study
+from tune_kd.tables import load
 from tune_kd.trial import Epoch, Outcome
 from tune_kd.view import View
 

@@ -9,8 +9,14 @@ import pytest
 import torch
 
 from trials import CPU, as_teacher, trial
+from tune_kd import data
 from tune_kd.checkpoints import Checkpoints
 from tune_kd.data import DataSet, Split
+from tune_kd.execute.driver import Driver
+from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.worker import Workplace
+from tune_kd.records import Ledger
+from tune_kd.run import Run, create
 from tune_kd.study import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
 from tune_kd.teachers import Teacher, load_teacher, publish_teacher
 from tune_kd.train import best_weights, train
@@ -19,8 +25,7 @@ from tune_kd.trial import Answering
 SHARED = Path(__file__).parents[2] / "shared"
 
 
-@pytest.fixture
-def study() -> Study:
+def tiny() -> Study:
     """Two stems, three methods, two temperatures: 12 raw cells, 8 arms; networks of 4 channels."""
     return Study(
         name="tiny",
@@ -44,6 +49,31 @@ def study() -> Study:
         screen=Screen(seed=0, grace=1, reduction=2, margin=0.0, min_peers=1),
         confirm=Confirm(seeds=(1, 2)),
     )
+
+
+@pytest.fixture
+def study() -> Study:
+    """The tiny study: see `tiny`."""
+    return tiny()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run that was really trained, in this process."""
+    folder = tmp_path_factory.mktemp("results") / "tiny"
+    declared = replace(tiny(), confirm=Confirm(seeds=(1, 2, 3)))
+    digits = data.load("digits", train=60, validation=20, test=20)
+    run = Run("tiny", folder, declared, digits.digest, None, {})
+    create(run, Path("tiny.py"))
+    ledger = Ledger(folder / "ledger.sqlite")
+    place = Workplace(None, None, run.teachers, run.checkpoints, checkpoint_every=1e9)
+    before = torch.get_num_threads()
+    try:
+        run_in_process(Driver(run.plan, run.name, folder, ledger, place, cpus=1.0, gpus=0.0), place)
+    finally:
+        torch.set_num_threads(before)
+        ledger.close()
+    return folder
 
 
 @pytest.fixture

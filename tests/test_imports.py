@@ -27,13 +27,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "price": {"trial"},
     "schedule": {"study", "trial"},
     "checkpoints": {"storage"},
-    "records": {"study", "storage"},
+    "records": {"storage"},
+    "foreign": {"study", "plan"},
+    "tables": {"study", "records", "foreign"},
+    "results": {"stats", "tables"},
+    "measures": {"stats", "tables", "results"},
+    "audit": {"tables"},
+    "provenance": {"stats", "tables", "results"},
     "teachers": {"trial", "data", "models", "answers", "checkpoints", "kernels", "storage"},
     "step": {"trial", "data", "models", "losses", "teachers", "kernels"},
     "train": {"study", "trial", "data", "models", "losses", "teachers", "checkpoints", "kernels", "memory", "step"},
     "studies": {"study"},
     "run": {"study", "studies", "plan", "trial", "storage"},
-    "report": {"records", "stats", "storage"},
+    "report": {"study", "stats", "storage", "tables", "results", "measures", "audit", "provenance"},
     "view": set(),
     "execute": {
         "study", "trial", "plan", "price", "data", "models", "teachers", "checkpoints", "train", "memory", "kernels",
@@ -64,7 +70,7 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", rooms(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_room_imports_what_it_may_and_nothing_below_it(path: Path) -> None:
-    if room(path) == "cli":
+    if room(path) in ("cli", "launch"):  # wiring
         return
     inner = {name.split(".")[1] for name in imports(path) if name.startswith("tune_kd.")}
     assert inner - {room(path)} <= MAY_IMPORT[room(path)]
@@ -97,3 +103,20 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_report_needs_neither_torch_nor_ray_nor_a_network(finished: Path, tmp_path: Path) -> None:
+    code = f"""
+import socket, sys
+socket.socket.connect = None
+from tune_kd.cli import app
+try:
+    app(["report", {str(finished)!r}, "--to", {str(tmp_path)!r}, "--json"])
+except SystemExit as end:
+    assert end.code == 0, end.code
+heavy = {{"torch", "ray", "torchvision", "sklearn"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").is_file()

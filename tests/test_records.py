@@ -22,10 +22,8 @@ from tune_kd.records import (
     Schema,
     clean,
     frame,
-    load,
     to_parquet,
 )
-from tune_kd.study import Mistake
 
 # The contract, written out: other programs rely on these names and on this order.
 CONTRACT = {
@@ -158,29 +156,3 @@ def test_tables_are_replaced_whole_and_leave_nothing_beside_them(ledger: Ledger,
         ledger.write_tables(tmp_path)
         assert len(pd.read_parquet(tmp_path / "epochs.parquet")) == number
     assert {path.name for path in tmp_path.glob("*epochs*")} == {"epochs.parquet"}
-
-
-def test_a_folder_that_is_no_run_is_refused_with_its_path(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match=r"study\.json"):
-        load(tmp_path)
-
-
-def test_a_table_without_its_columns_is_refused_with_their_names(ledger: Ledger, tmp_path: Path) -> None:
-    (tmp_path / "study.json").write_text("{}")
-    ledger.write_tables(tmp_path)
-    trials = pd.read_parquet(tmp_path / "trials.parquet")
-    trials.drop(columns=["seed", "ece"]).to_parquet(tmp_path / "trials.parquet")
-    with pytest.raises(Mistake, match=r"trials\.parquet lacks the columns seed, ece"):
-        load(tmp_path)
-
-
-def test_columns_that_earlier_versions_did_not_write_are_null(ledger: Ledger, tmp_path: Path) -> None:
-    (tmp_path / "study.json").write_text("{}")
-    ledger.write_tables(tmp_path)
-    epochs = pd.read_parquet(tmp_path / "epochs.parquet")
-    epochs.drop(columns=["views_answered", "answer_seconds"]).to_parquet(tmp_path / "epochs.parquet")
-    loaded = load(tmp_path).epochs
-    assert list(loaded.columns) == list(EPOCHS.columns)
-    assert loaded["views_answered"].dtype == "Int64"
-    assert loaded["answer_seconds"].dtype == "float64"
-    assert loaded[["views_answered", "answer_seconds"]].isna().all(axis=None)

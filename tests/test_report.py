@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from tune_kd import report, view
+from tune_kd import report, results, view
 from tune_kd.execute.driver import first_row
 from tune_kd.plan import plan
-from tune_kd.records import TRIALS, Ledger, Records, load
-from tune_kd.study import Study
+from tune_kd.records import TRIALS, Ledger
+from tune_kd.study import Mistake, Study
+from tune_kd.tables import Records, load
 
 ACCURACY = {"none": 0.90, "logit": 0.92, "feature": 0.89}
 
@@ -33,7 +34,9 @@ def run(study: Study, tmp_path: Path) -> Path:
         elif trial.arm == "imagenet/feature" and trial.seed == 3:
             row |= {"status": "failed", "stop_reason": "diverged"}
         else:
-            accuracy = ACCURACY[trial.cell.method] + (0.05 if trial.cell.stem == "cifar" else 0) + trial.seed / 1000
+            accuracy = (
+                ACCURACY[trial.cell.method] + (0.05 if trial.cell.stem == "cifar" else 0) + trial.seed % 1000 / 1000
+            )
             if trial.cell.method == "feature":
                 accuracy += trial.seed**2 / 1000 - (14 / 3000 if trial.cell.stem == "cifar" else 5 / 2000)
             row |= {"status": "completed", "test_accuracy_best": accuracy, "epochs_run": 2, "train_seconds": 3.0}
@@ -61,7 +64,7 @@ def contrast(table: pd.DataFrame, name: str) -> dict[str, Any]:
 
 
 def test_a_stopped_arm_has_no_mean_and_a_failed_seed_makes_an_arm_incomplete(records: Records) -> None:
-    arms = report.arms(records).set_index("arm")
+    arms = results.arms(records).set_index("arm")
     assert arms.loc["cifar/none", ["n", "planned", "note"]].tolist() == [3, 3, ""]
     assert arms.loc["cifar/none", "mean"] == pytest.approx(0.952)
     assert arms.loc["cifar/logit/T=2", "note"] == "stopped in the screen"
@@ -70,7 +73,7 @@ def test_a_stopped_arm_has_no_mean_and_a_failed_seed_makes_an_arm_incomplete(rec
 
 
 def test_contrasts_are_paired_by_seed_over_the_seeds_that_both_arms_have(records: Records) -> None:
-    contrasts = report.contrasts(records)
+    contrasts = results.contrasts(records)
     assert contrast(contrasts, "cifar: logit - none")["estimate"] == pytest.approx(0.02)
     assert contrast(contrasts, "cifar: logit - none")["n"] == 3
     short = contrast(contrasts, "imagenet: feature - none")
@@ -79,7 +82,7 @@ def test_contrasts_are_paired_by_seed_over_the_seeds_that_both_arms_have(records
 
 
 def test_a_contrast_with_a_stopped_arm_is_not_judged_but_stays_in_holms_family(records: Records) -> None:
-    contrasts = report.contrasts(records)
+    contrasts = results.contrasts(records)
     row = contrast(contrasts, "cifar: T=2 - T=4")
     assert (row["n"], row["verdict"]) == (0, "not judged")
     assert pd.isna(row["p_holm"])
@@ -91,20 +94,42 @@ def test_a_study_without_contrasts_has_a_report_too(run: Path) -> None:
     record = json.loads((run / "study.json").read_text()) | {"contrasts": []}
     (run / "study.json").write_text(json.dumps(record))
     records = load(run)
-    assert len(report.contrasts(records)) == 0
-    report.write(run, records)
-    assert "Not judged" not in screen(view.effects(report.contrasts(records), 1))
+    assert len(results.contrasts(records)) == 0
+    report.write(run / "report", records)
+    assert "Not judged" not in screen(view.effects(results.contrasts(records), 1))
 
 
 def test_screening_seeds_are_in_no_estimate(records: Records) -> None:
-    assert sorted(report.confirmed(records).index) == [1, 2, 3]
+    assert results.confirmed(records).index.tolist() == [("r", 1), ("r", 2), ("r", 3)]
 
 
-def test_the_report_is_written_as_markdown_and_csv(run: Path, records: Records) -> None:
-    folder = report.write(run, records)
-    assert "cifar: logit - none" in (folder / "report.md").read_text()
+def test_the_report_is_written_in_every_form(run: Path, records: Records) -> None:
+    first = report.write(run / "report", records)
+    folder = run / "report"
+    assert first == folder / "report.html"
+    assert "- **cifar: logit - none**: " in (folder / "report.md").read_text()
     read = pd.read_csv(folder / "tables" / "contrasts.csv")
-    assert read["contrast"].tolist() == report.contrasts(records)["contrast"].tolist()
+    assert read["contrast"].tolist() == results.contrasts(records)["contrast"].tolist()
+    for name in ("effects.png", "effects.svg", "cost.png"):
+        assert (folder / "figures" / name).stat().st_size > 1000
+    assert "\\toprule" in (folder / "tables" / "arms.tex").read_text()
+
+
+@pytest.mark.parametrize(("formats", "first", "made"), [
+    (["md"], "report.md", {"report.md"}), (["csv"], "tables", {"tables"}), (["svg"], "figures", {"figures"}),
+])  # fmt: skip
+def test_only_the_forms_that_were_asked_for_are_written(
+    records: Records, tmp_path: Path, formats: list[str], first: str, made: set[str]
+) -> None:
+    folder = tmp_path / "elsewhere"
+    assert report.write(folder, records, formats) == folder / first
+    assert {path.name for path in folder.iterdir()} == made
+
+
+def test_a_form_that_there_is_not_is_refused_and_nothing_is_written(records: Records, tmp_path: Path) -> None:
+    with pytest.raises(Mistake, match=r"--format is docx; allowed: html, md"):
+        report.write(tmp_path / "elsewhere", records, ["html", "docx"])
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def screen(what: Any, width: int = 80) -> str:
@@ -114,7 +139,7 @@ def screen(what: Any, width: int = 80) -> str:
 
 
 def test_effects_are_shown_with_n_spread_and_interval_within_80_columns(records: Records) -> None:
-    shown = screen(view.effects(report.contrasts(records), 1))
+    shown = screen(view.effects(results.contrasts(records), 1))
     (line,) = [line for line in shown.splitlines() if line.startswith("imagenet: logit - none")]
     assert "+2.00" in line
     assert " 3 " in line

@@ -1,6 +1,7 @@
 """Statistics against scipy, statsmodels and counting by hand."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -98,3 +99,89 @@ def test_differences_of_a_tenth_of_a_point_need_about_35_seeds_at_a_deviation_of
     needed = next(n for n in range(2, 100) if (stats.detectable(n, 0.0015) or 1) <= 0.001)
     assert 34 <= needed <= 38
     assert stats.detectable(1, 0.0015) is None
+
+
+@given(values, st.lists(st.floats(-1, 1).map(lambda x: round(x, 3)), min_size=2, max_size=8))
+def test_welch_is_scipys_t_test_with_unequal_variances(some: list[float], other: list[float]) -> None:
+    found = stats.welch(some, other)
+    assert (found.n, found.n_treated, found.n_control) == (len(some) + len(other), len(some), len(other))
+    assert found.estimate == pytest.approx(np.mean(some) - np.mean(other))
+    if max(np.std(some), np.std(other)) < 1e-6:
+        assert found.p is None
+        return
+    with warnings.catch_warnings():  # scipy warns where one of the two has no spread
+        warnings.simplefilter("ignore", RuntimeWarning)
+        expected = scipy_stats.ttest_ind(some, other, equal_var=False)
+    interval = expected.confidence_interval(0.95)
+    assert (found.p, found.df) == (pytest.approx(expected.pvalue), pytest.approx(expected.df))
+    assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+
+
+@pytest.mark.parametrize(("some", "other"), [([], [1.0]), ([1.0], [0.5, 0.6]), ([1.0, 1.0], [0.5, 0.5])])
+def test_welch_says_nothing_of_what_has_no_spread(some: list[float], other: list[float]) -> None:
+    found = stats.welch(some, other)
+    assert (found.low, found.high, found.p, found.effect_size) == (None, None, None, None)
+    assert found.estimate == (None if not some else pytest.approx(np.mean(some) - np.mean(other)))
+
+
+@given(values, st.floats(0.001, 0.5))
+def test_equivalence_is_the_larger_of_two_one_sided_t_tests(some: list[float], margin: float) -> None:
+    other = [0.1 * value for value in reversed(some)]
+    found = stats.equivalence(some, other, margin)
+    apart = np.subtract(some, other)
+    if np.std(apart) < 1e-6:
+        return
+    above = scipy_stats.ttest_1samp(apart, -margin, alternative="greater").pvalue
+    below = scipy_stats.ttest_1samp(apart, margin, alternative="less").pvalue
+    assert found.p == pytest.approx(max(above, below))
+    low, high = scipy_stats.t.interval(0.90, len(some) - 1, np.mean(apart), scipy_stats.sem(apart))
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+    if abs(found.p - 0.05) > 1e-6:
+        assert (found.p < 0.05) == (-margin < low and high < margin)
+
+
+@pytest.mark.parametrize("margin", [0.0, -0.001, float("inf"), float("nan")])
+def test_a_margin_that_is_none_is_refused(margin: float) -> None:
+    with pytest.raises(ValueError, match=r"margin is .*; allowed: above 0"):
+        stats.equivalence([0.1, 0.2], [0.1, 0.1], margin)
+
+
+@pytest.mark.parametrize(("estimate", "sd"), [(0.001, 0.0015), (-0.001, 0.0015 * 2**0.5), (0.005, 0.002), (0.1, 0.05)])
+def test_the_pairs_needed_are_those_of_statsmodels(estimate: float, sd: float) -> None:
+    needed = stats.pairs_needed(estimate, sd)
+    assert needed is not None
+    power = TTestPower().power(abs(estimate) / sd, needed, 0.05)
+    before = TTestPower().power(abs(estimate) / sd, needed - 1, 0.05) if needed > 2 else 0.0
+    assert before < 0.8 <= power + 1e-9
+
+
+def test_about_35_unpaired_and_18_correlated_pairs_find_a_tenth_of_a_point() -> None:
+    """At a deviation of 0.15 points, and pairs that correlate by 0 and 0.5."""
+    assert stats.pairs_needed(0.001, 0.0015 * 2**0.5) == pytest.approx(37, abs=2)
+    assert stats.pairs_needed(0.001, 0.0015) == pytest.approx(20, abs=2)
+
+
+@pytest.mark.parametrize(("estimate", "sd"), [(0.0, 0.1), (0.1, 0.0), (1e-7, 1.0)])
+def test_no_number_of_pairs_finds_nothing(estimate: float, sd: float) -> None:
+    assert stats.pairs_needed(estimate, sd) is None
+
+
+def test_the_effect_size_is_the_mean_over_the_deviation_of_differences() -> None:
+    found = stats.paired([0.5, 0.7, 0.6], [0.4, 0.5, 0.6])
+    assert found.effect_size == pytest.approx(0.1 / 0.1)
+    assert stats.paired([0.5, 0.7], [0.4, 0.6]).effect_size is None  # differences that are all alike
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [3, 5, 12])
+def test_intervals_cover_at_their_nominal_rate(n: int) -> None:
+    """10,000 draws each: three standard errors are 0.65 points at 95 % and 0.9 at 90 %."""
+    chance, draws, true = np.random.default_rng(7), 10_000, 0.002
+    treated, control = chance.normal(0.952, 0.0015, (draws, n)), chance.normal(0.950, 0.002, (draws, n))
+    covered = np.zeros(4)
+    for one, other in zip(treated.tolist(), control.tolist(), strict=True):
+        alone, apart = stats.summary(one), stats.paired(one, other)
+        unpaired, tost = stats.welch(one, other), stats.equivalence(one, other)
+        covered += [alone.low < 0.952 < alone.high, apart.low < true < apart.high, unpaired.low < true < unpaired.high,
+                    tost.low < true < tost.high]  # fmt: skip
+    assert covered / draws == pytest.approx([0.95, 0.95, 0.95, 0.90], abs=0.009)

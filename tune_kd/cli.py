@@ -1,10 +1,8 @@
 """The command line: wiring and words. What takes long to import is imported by the command that needs it."""
 
 import json
-import os
-import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -14,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tune_kd.records import FAILURES
-from tune_kd.study import Mistake, Study
+from tune_kd.study import Mistake
 
 if TYPE_CHECKING:
-    from tune_kd.data import DataSet
+    from tune_kd.launch import Ended
     from tune_kd.plan import Plan
     from tune_kd.run import Run
+    from tune_kd.tables import Records
 
 T = TypeVar("T")
 
@@ -73,8 +72,8 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Plan a study, train it with Ray Tune, record and report it."""
+    from tune_kd import launch, shares, studies
     from tune_kd import run as runs
-    from tune_kd import shares, studies
 
     console = _console(as_json)
     data_dir = data_dir and data_dir.expanduser().absolute()
@@ -84,14 +83,14 @@ def run(
     resolved = _collect(problems, lambda: studies.resolve(path, chosen, data, settings or ()))
     if resolved is not None:
         name = _collect(problems, lambda: runs.check_new(out, name, resolved))
-    _collect(problems, lambda: _check_compiler(resolved))
+    _collect(problems, lambda: launch.check_compiler(resolved))
     gpus = _collect(problems, lambda: shares.parse_gpus(gpus_per_trial))
     _collect(problems, lambda: shares.check(cpus_per_trial, gpus, max_concurrent, address))
     if problems:
         raise Mistake(*problems)
     assert resolved is not None and name is not None
     console.print(f"{resolved.name} at scale {chosen}{why}", highlight=False)
-    loaded = _data(resolved, data_dir, console)
+    loaded = launch.load_data(resolved, data_dir, console)
     begun = runs.Run(
         name=name,
         folder=out / name,
@@ -99,33 +98,35 @@ def run(
         data_digest=loaded.digest,
         data_dir=data_dir,
         settings={
-            "gpus_per_trial": _measured(resolved, loaded, console) if gpus == "auto" else gpus,
+            "gpus_per_trial": launch.measured_share(resolved, loaded, console) if gpus == "auto" else gpus,
             "cpus_per_trial": cpus_per_trial,
             "max_concurrent": max_concurrent,
             "keep_checkpoints": keep_checkpoints,
         },
     )
-    _fetch_weights(resolved)
-    _execute(begun, console, address, as_json, prepare=lambda: runs.create(begun, path))
+    launch.fetch_weights(resolved)
+    ended = launch.execute(begun, console, address, prepare=lambda: runs.create(begun, path))
+    _conclude(begun, ended, console, as_json)
 
 
 @app.command()
 def resume(run: RunName, out: Out = DEFAULT_OUT, address: Address = None, as_json: AsJson = False) -> None:
     """Run what is missing of a run, from where it stood."""
+    from tune_kd import launch
     from tune_kd import run as runs
 
     console = _console(as_json)
     reopened = runs.reopen(runs.find(out, run))
     with runs.held(reopened.folder):
         pass  # whoever else holds it is told of now, and not after data were loaded and Ray started
-    digest = _data(reopened.study, reopened.data_dir, console).digest
+    digest = launch.load_data(reopened.study, reopened.data_dir, console).digest
     if digest != reopened.data_digest:
         raise Mistake(
             f"RUN is {reopened.name}, begun on data with the digest {reopened.data_digest[:16]}; the data now have "
             f"{digest[:16]}: put the same data back at {reopened.data_dir or 'their place'}"
         )
-    _fetch_weights(reopened.study)
-    _execute(reopened, console, address, as_json, prepare=lambda: None)
+    launch.fetch_weights(reopened.study)
+    _conclude(reopened, launch.execute(reopened, console, address, prepare=lambda: None), console, as_json)
 
 
 @app.command()
@@ -212,11 +213,39 @@ def status(
 
 
 @app.command()
-def report(run: RunName, out: Out = DEFAULT_OUT, as_json: AsJson = False) -> None:
-    """Make the tables and figures of a run again, and print its effects."""
-    from tune_kd import run as runs
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(help="Names under --out or paths; several are compared.", metavar="RUN...")
+    ],
+    out: Out = DEFAULT_OUT,
+    formats: Annotated[
+        str, typer.Option("--format", help="What to write: html,md,csv,tex,png,svg, or some of them.")
+    ] = "html,md,csv,tex,png,svg",
+    to: Annotated[
+        Path | None, typer.Option(help="Folder to write to; RUN/report by default.", show_default=False)
+    ] = None,
+    phases: Annotated[
+        list[str] | None,
+        typer.Option("--phase", help="In tables of others, what a phase is: select=screen. Repeatable."),
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Open the report when it is written.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make the tables, figures and page of runs, and print their effects."""
+    from tune_kd.foreign import Adapter, parse_phases
+    from tune_kd.tables import load
 
-    _report(runs.find(out, run), _console(as_json), as_json)
+    problems: list[str] = []
+    meaning = _collect(problems, lambda: parse_phases(phases or ()))
+    records = _collect(problems, lambda: load(*runs, out=out, adapt=Adapter(phases=meaning or {})))
+    if records is None or problems:
+        raise Mistake(*problems)
+    if to is None:
+        own = out / runs[0] if (out / runs[0] / "study.json").is_file() else Path(runs[0])
+        to = own / "report" if len(runs) == 1 and own.is_dir() else Path(f"report-{'-'.join(records.runs)}")
+    first = _report(records, to, _console(as_json), as_json, formats.split(","))
+    if open_:
+        typer.launch(str(first.absolute()))
 
 
 @app.command(name="list")
@@ -291,139 +320,51 @@ def _scale(path: Path, scale: str, address: str | None) -> tuple[str, str]:
     return "laptop", ", since Ray sees no GPU (--scale paper for the whole study)"
 
 
-def _data(study: Study, folder: Path | None, console: Console) -> "DataSet":
-    """Load the data once, before Ray starts: what is wrong with them is told now."""
-    from tune_kd.data import load_declared
+def _conclude(run: "Run", ended: "Ended", console: Console, as_json: bool) -> NoReturn:
+    """Report a run that has ended, and exit with what became of it."""
+    from tune_kd.tables import load
 
-    return load_declared(
-        study.data, folder, say=lambda sentence: console.print(sentence, highlight=False, soft_wrap=True)
-    )
-
-
-def _check_compiler(study: Study | None) -> None:
-    """torch.compile without a compiler would fail in every trial."""
-    if study is None or not (study.recipe.compile or study.teacher_recipe.compile):
-        return
-    if not any(map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))):
-        raise Mistake("recipe.compile is true, and there is no C++ compiler here; install one, such as g++, or leave "
-                      "recipe.compile false")  # fmt: skip
-
-
-def _measured(study: Study, data: "DataSet", console: Console) -> float:
-    """The share of this machine's GPU that a probe of the study's heaviest trial proposes; 0 where there is none."""
-    import torch
-
-    from tune_kd.execute.probe import probe
-    from tune_kd.plan import plan
-
-    def say(sentence: str) -> None:
-        console.print(sentence, highlight=False, soft_wrap=True)
-
-    if not torch.cuda.is_available():
-        say("--gpus-per-trial auto: there is no GPU here, so trials run on CPUs")
-        return 0.0
-    return probe(plan(study, data.digest), data, torch.device("cuda"), say)
-
-
-def _fetch_weights(study: Study) -> None:
-    if "imagenet" in study.levels("weights"):
-        from tune_kd.models import fetch_imagenet
-
-        for architecture in {*study.levels("student"), *study.levels("teacher")}:
-            fetch_imagenet(str(architecture))
-
-
-def _execute(run: "Run", console: Console, address: str | None, as_json: bool, prepare: Callable[[], None]) -> NoReturn:
-    """Connect to Ray, run the plan, report it, and exit with what became of it."""
-    from tune_kd import run as runs
-    from tune_kd import shares
-    from tune_kd.execute import on_ray
-    from tune_kd.execute.driver import Driver
-    from tune_kd.execute.worker import Workplace
-    from tune_kd.records import Ledger
-    from tune_kd.view import View
-
-    cluster = on_ray.connect(address)
-    try:
-        gpus = shares.gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
-        shares.check_cluster(run.settings["cpus_per_trial"], gpus, cluster.cpus, cluster.gpus)
-        prepare()
-        with runs.held(run.folder):
-            _print_start(run, console, cluster)
-            place = Workplace(
-                data_dir=None if run.data_dir is None else run.data_dir.absolute(),
-                cache=None,
-                teachers=run.teachers.absolute(),
-                checkpoints=run.checkpoints.absolute(),
-            )
-            with View(console, run.name) as view:
-                driver = Driver(
-                    run.plan,
-                    run.name,
-                    run.folder,
-                    Ledger(run.folder / "ledger.sqlite"),
-                    place,
-                    cpus=run.settings["cpus_per_trial"],
-                    gpus=gpus,
-                    max_concurrent=run.settings["max_concurrent"],
-                    keep_checkpoints=run.settings["keep_checkpoints"],
-                    say=view.say,
-                )
-                with on_ray.drained_by_signals(driver) as received:
-                    on_ray.run_on_ray(
-                        driver,
-                        place,
-                        on_ray.slots(cluster, run.settings["cpus_per_trial"], gpus),
-                        beat=lambda: view.show(list(driver.rows.values())),
-                    )
-                    signal = received()
-    finally:
-        on_ray.disconnect(cluster)
-    if signal is not None:
+    if ended.signal is not None:
         console.print(f"interrupted; go on with: python -m tune_kd resume {run.folder}", highlight=False)
-        raise SystemExit(128 + signal)
-    _report(run.folder, console, as_json)
-    failed = sum(row["status"] in ("failed", "blocked") for row in driver.rows.values())
-    if failed:
+        raise SystemExit(128 + ended.signal)
+    _report(load(run.folder), run.folder / "report", console, as_json)
+    if ended.failed:
         console.print(
-            f"{failed} trials failed or were blocked; `tune_kd status {run.folder}` says why", highlight=False
+            f"{ended.failed} trials failed or were blocked; `tune_kd status {run.folder}` says why", highlight=False
         )
-    raise SystemExit(1 if failed else 0)
+    raise SystemExit(1 if ended.failed else 0)
 
 
-def _print_start(run: "Run", console: Console, cluster: Any) -> None:
-    planned = run.plan
-    lines = [
-        f"{len(planned.arms)} arms, {len(planned.trials)} trials, {len(planned.teachers)} teachers on "
-        f"{run.study.data.name}; records in {run.folder}",
-    ]
-    if cluster.dashboard:
-        lines.append(f"Ray dashboard: {cluster.dashboard} (it asks for the token that `ray get-auth-token` prints)")
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
-
-
-def _report(folder: Path, console: Console, as_json: bool) -> None:
+def _report(
+    records: "Records", folder: Path, console: Console, as_json: bool, formats: Sequence[str] | None = None
+) -> Path:
+    """Write a report and say what is in it; returns the file to read first."""
     from tune_kd import report as reports
-    from tune_kd import view
-    from tune_kd.records import load
+    from tune_kd import results, view
 
-    records = load(folder)
-    where = reports.write(folder, records)
-    effects, arms = reports.contrasts(records), reports.arms(records)
+    try:
+        first = reports.write(folder, records, formats or reports.FORMATS)
+    except ValueError as error:  # tables of others, of which some statement has no sense
+        raise error if isinstance(error, Mistake) else Mistake(str(error)) from error
+    effects, arms, explored = results.contrasts(records), results.arms(records), results.exploratory(records)
     if as_json:
-        answer = {"run": str(folder), "report": str(where)}
+        answer: dict[str, Any] = {"runs": records.runs, "report": str(first)}
         answer |= {name: json.loads(table.to_json(orient="records")) for name, table in
-                   (("arms", arms), ("contrasts", effects))}  # fmt: skip
+                   (("arms", arms), ("contrasts", effects), ("exploratory", explored))}  # fmt: skip
         print(json.dumps(answer))
-        return
+        return first
     console.print()
     console.print(view.arms(arms))
+    if len(effects):
+        console.print()
+        teachers = {len(study["study"]["teacher_seeds"]) for study in records.studies.values()}
+        console.print(view.effects(effects, min(teachers)))
+    if not records.studies:
+        console.print()
+        console.print("No study fixed contrasts for these tables: everything in them is exploratory.", highlight=False)
     console.print()
-    console.print(view.effects(effects, len(records.study["study"]["teacher_seeds"])))
-    console.print()
-    console.print(f"tables: {folder}/trials.parquet, epochs.parquet, decisions.parquet", highlight=False)
-    console.print(f"report: {where}/report.md", highlight=False)
+    console.print(f"report: {first}", highlight=False, soft_wrap=True)
+    return first
 
 
 def _answers(planned: "Plan") -> list[dict[str, Any]]:

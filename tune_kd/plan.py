@@ -96,14 +96,15 @@ def _role(study: Study, cell: Cell, referred: set[str]) -> Literal["control", "r
     return "reference" if _arm_name(study, cell) in referred else "compared"
 
 
-def _level_name(factor: str, level: Level) -> str:
+def level_name(factor: str, level: Level) -> str:
+    """How a level is written in the name of an arm: `cifar`, `T=4`."""
     return f"{SYMBOLS.get(factor, factor)}={level:g}" if factor in NUMERIC else str(level)
 
 
 def _arm_name(study: Study, cell: Cell, among: tuple[str, ...] = CELL_FIELDS) -> str:
     """The levels that apply, in the study's order: `cifar/logit/T=4`."""
     varied = [factor.name for factor in study.factors if factor.name in among]
-    parts = [_level_name(name, getattr(cell, name)) for name in varied if getattr(cell, name) is not None]
+    parts = [level_name(name, getattr(cell, name)) for name in varied if getattr(cell, name) is not None]
     return "/".join(parts) or cell.method
 
 
@@ -114,7 +115,7 @@ def _contrasts(study: Study, cells: list[Cell]) -> tuple[Contrast, ...]:
     for compare in study.contrasts:
         found = list(_pairs(study, cells, compare))
         names = [_arm_name(study, treated) for treated, _ in found]
-        what = f"{_level_name(compare.factor, compare.treated)} - {_level_name(compare.factor, compare.against)}"
+        what = f"{level_name(compare.factor, compare.treated)} - {level_name(compare.factor, compare.against)}"
         for (treated, against), name in zip(found, names, strict=True):
             context = _context_name(study, treated, compare.factor)
             effects.append(
@@ -144,7 +145,7 @@ def _moderations(study: Study, factor: str, what: str, pairs: list[tuple[Cell, C
             signs = ((treated, 1.0), (against, -1.0), (other_treated, -1.0), (other_against, 1.0))
             found.append(
                 Contrast(
-                    name=f"({what}): {_level_name(by, getattr(treated, by))} - {_level_name(by, first)}",
+                    name=f"({what}): {level_name(by, getattr(treated, by))} - {level_name(by, first)}",
                     kind="moderation",
                     factor=factor,
                     weights=tuple((_arm_name(study, cell), sign) for cell, sign in signs),

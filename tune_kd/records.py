@@ -1,4 +1,4 @@
-"""The records of a run: a ledger while it runs, Parquet tables for everyone else.
+"""The records of a run: a ledger while it runs, Parquet tables for everyone else (`tables.py` reads them).
 
 The schemas below are the one place that says which columns there are, of which type, and which rows are one.
 The ledger (SQLite, written by the driver alone) is the truth; tables are made from it and can be made again.
@@ -12,13 +12,12 @@ import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 from tune_kd.storage import publish
-from tune_kd.study import Mistake
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,15 +27,16 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Schema:
-    """A table: its columns with their types, in order, and the columns that make a row unique.
-
-    Tables that others made may lack the `optional` columns, which are then null.
-    """
+    """A table: its columns with their types, in order, and what has to hold of its rows. Readers hold them to it."""
 
     name: str
     columns: Mapping[str, type]
-    key: tuple[str, ...]
-    optional: tuple[str, ...] = ()
+    key: tuple[str, ...]  # never null, and never twice
+    optional: tuple[str, ...] = ()  # columns that a table of an earlier version may lack; they are null then
+    needed: tuple[str, ...] = ()  # never null
+    levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # what a text column may hold, besides null
+    fractions: tuple[str, ...] = ()  # from 0 to 1
+    only_completed: tuple[str, ...] = ()  # null unless `status` is completed: nothing poses as a final accuracy
 
 
 def _columns(kind: type, names: str) -> dict[str, type]:
@@ -63,6 +63,23 @@ TRIALS = Schema(
     | _columns(float, "started"),
     ("run", "trial_id"),
     optional=("teacher_digest", "weights_digest", "host", "started"),
+    needed=("arm", "phase", "role", "seed", "status"),
+    levels={
+        "phase": ("teacher", "screen", "confirm"),
+        "role": ("teacher", "student"),
+        "status": ("pending", "running", "completed", "stopped", "failed", "blocked"),
+        "stop_reason": ("asha", "diverged", "out_of_memory", "error", "teacher_failed"),
+    },
+    fractions=(
+        "val_accuracy",
+        "val_accuracy_best",
+        "test_accuracy",
+        "test_accuracy_best",
+        "agreement",
+        "ece",
+        "alpha",
+    ),
+    only_completed=("test_accuracy", "test_accuracy_best"),
 )
 """`started`: seconds since the Unix epoch at which the first attempt began. `error` also tells of retries."""
 
@@ -75,6 +92,7 @@ EPOCHS = Schema(
     | _columns(int, "views_answered"),
     ("run", "trial_id", "epoch"),
     optional=("answer_seconds", "views_answered"),
+    fractions=("val_accuracy", "train_accuracy"),
 )
 
 DECISIONS = Schema(
@@ -85,6 +103,9 @@ DECISIONS = Schema(
     | _columns(int, "rank peers")
     | _columns(str, "action reason"),
     ("run", "trial_id", "epoch"),
+    needed=("arm", "phase", "action", "reason"),
+    levels={"action": ("continue", "stop")},
+    fractions=("metric",),
 )
 
 SCHEMAS = (TRIALS, EPOCHS, DECISIONS)
@@ -232,43 +253,3 @@ def to_parquet(table: "pd.DataFrame") -> bytes:
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pandas(table, schema=schema, preserve_index=False), sink, write_page_checksum=True)
     return sink.getvalue()
-
-
-@dataclass(frozen=True)
-class Records:
-    """The tables of one run as DataFrames, and what `study.json` says of it."""
-
-    trials: "pd.DataFrame"
-    epochs: "pd.DataFrame"
-    decisions: "pd.DataFrame"
-    study: dict[str, Any]
-
-
-def load(run: Path) -> Records:
-    """Read a run's folder. Raises `Mistake` where it is not one or a table does not have its columns."""
-    import pandas as pd
-    import pyarrow as pa
-
-    if not (run / "study.json").is_file():
-        raise Mistake(f"RUN is {run}, which has no study.json; allowed: the folder of a run (see `tune_kd list`)")
-    tables = {}
-    for schema in SCHEMAS:
-        path = run / f"{schema.name}.parquet"
-        again = f"`tune_kd resume {run}` makes the tables again from the ledger"
-        if not path.is_file():
-            raise Mistake(f"{path} is missing; {again}")
-        try:
-            table = pd.read_parquet(path)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise Mistake(f"{path} cannot be read ({error}); {again}") from error
-        missing = [name for name in schema.columns if name not in table.columns]
-        needed = [name for name in missing if name not in schema.optional]
-        if needed:
-            raise Mistake(f"{path} lacks the columns {', '.join(needed)}; has {', '.join(table.columns)}")
-        nulls = {name: pd.Series(pd.NA, index=table.index, dtype=PANDAS[schema.columns[name]]) for name in missing}
-        tables[schema.name] = table.assign(**nulls)[list(schema.columns)]
-    try:
-        study = json.loads((run / "study.json").read_text())
-    except ValueError as error:
-        raise Mistake(f"{run}/study.json cannot be read ({error}); restore the file") from error
-    return Records(**tables, study=study)

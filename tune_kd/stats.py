@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+MARGIN = 0.001  # accuracy: a difference of less than 0.1 points is taken to be none
+NO_SPREAD = 1e-9  # values that are all alike (of few test images, say) give a t statistic of rounding over rounding
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -28,7 +31,35 @@ class Paired:
     low: float | None
     high: float | None
     p: float | None  # paired t test; null for one pair, and for differences that are all alike
-    p_exact: float | None  # sign-flip test; never below 2 / 2**n
+    p_exact: float | None  # sign-flip test; never below `smallest_exact_p(n)`
+    effect_size: float | None  # mean over deviation of the differences (Cohen's d_z); null without a spread
+
+
+@dataclass(frozen=True)
+class Welch:
+    """Difference of two means that are not paired, with its 95 % interval and two-sided p (Welch 1947)."""
+
+    n: int  # values of both arms
+    n_treated: int
+    n_control: int
+    estimate: float | None
+    low: float | None
+    high: float | None
+    p: float | None  # null where an arm has one value, or neither has a spread
+    df: float | None  # of the t distribution, after Welch and Satterthwaite
+    effect_size: float | None  # difference over the root of the mean variance; null without a spread
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Whether paired differences are smaller than a margin: two one-sided t tests (Schuirmann 1987)."""
+
+    n: int
+    estimate: float | None
+    low: float | None  # of the 90 % interval, which lies inside the margin where p is below 0.05
+    high: float | None
+    p: float | None  # the larger of the two; null for one pair, and for differences that are all alike
+    margin: float
 
 
 def summary(values: Sequence[float], level: float = 0.95) -> Summary:
@@ -49,9 +80,7 @@ def summary(values: Sequence[float], level: float = 0.95) -> Summary:
 
 def paired(treated: Sequence[float], control: Sequence[float]) -> Paired:
     """Compare two arms [n] seed by seed: treated minus control. Raises `ValueError` where lengths differ."""
-    if len(treated) != len(control):
-        raise ValueError(f"treated has {len(treated)} values and control {len(control)}; pairs need as many of both")
-    return differences([one - other for one, other in zip(treated, control, strict=True)])
+    return differences(_paired(treated, control))
 
 
 def differences(values: Sequence[float]) -> Paired:
@@ -59,16 +88,87 @@ def differences(values: Sequence[float]) -> Paired:
     from scipy import stats
 
     described = summary(values)
-    p = None
-    if described.n >= 2:
-        # Differences that are all alike (of few test images, say) have no spread to judge them by: the t statistic
-        # would be rounding over rounding.
-        if described.sd is not None and described.sd > 1e-9:
+    p = effect_size = None
+    if described.sd is not None and described.mean is not None:
+        if described.sd > NO_SPREAD:
             p = float(stats.ttest_1samp(values, 0.0).pvalue)
-        elif abs(described.mean or 0.0) <= 1e-9:
+            effect_size = described.mean / described.sd
+        elif abs(described.mean) <= NO_SPREAD:
             p = 1.0
     exact = sign_flip(values) if described.n else None
-    return Paired(described.n, described.mean, described.sd, described.low, described.high, p, exact)
+    return Paired(described.n, described.mean, described.sd, described.low, described.high, p, exact, effect_size)
+
+
+def welch(treated: Sequence[float], control: Sequence[float]) -> Welch:
+    """Compare two arms [n] and [m] whose values are not paired: treated minus control."""
+    from statsmodels.stats.weightstats import CompareMeans
+
+    one, other = summary(treated), summary(control)
+    n = one.n + other.n
+    if one.mean is None or other.mean is None:
+        return Welch(n, one.n, other.n, None, None, None, None, None, None)
+    estimate = one.mean - other.mean
+    if one.sd is None or other.sd is None or max(one.sd, other.sd) <= NO_SPREAD:
+        return Welch(n, one.n, other.n, estimate, None, None, None, None, None)
+    both = CompareMeans.from_data(treated, control)
+    _, p, df = map(float, both.ttest_ind(usevar="unequal"))
+    low, high = map(float, both.tconfint_diff(usevar="unequal"))
+    return Welch(n, one.n, other.n, estimate, low, high, p, df, estimate / math.hypot(one.sd, other.sd) * math.sqrt(2))
+
+
+def equivalence(treated: Sequence[float], control: Sequence[float], margin: float = MARGIN) -> Equivalence:
+    """Ask whether two arms [n], paired by seed, differ by less than `margin` (accuracy; 0.001 is 0.1 points).
+
+    Raises `ValueError` where lengths differ and for a margin that is not above 0.
+    """
+    return equivalent_to_zero(_paired(treated, control), margin)
+
+
+def equivalent_to_zero(values: Sequence[float], margin: float = MARGIN) -> Equivalence:
+    """Ask whether paired differences [n] are within `margin` of zero."""
+    from scipy import special
+    from statsmodels.stats.weightstats import DescrStatsW
+
+    if not 0 < margin < math.inf:
+        raise ValueError(f"margin is {margin}; allowed: above 0 (accuracy, 0.001 is 0.1 points)")
+    described = summary(values)
+    if described.sd is None or described.mean is None or described.sd <= NO_SPREAD:
+        return Equivalence(described.n, described.mean, None, None, None, margin)
+    p = float(DescrStatsW(values).ttost_mean(-margin, margin)[0])
+    half = float(special.stdtrit(described.n - 1, 0.95)) * described.sd / math.sqrt(described.n)
+    return Equivalence(described.n, described.mean, described.mean - half, described.mean + half, p, margin)
+
+
+def pairs_needed(estimate: float, sd: float, *, power: float = 0.8, alpha: float = 0.05) -> int | None:
+    """How many pairs a two-sided paired t test needs to find this difference at this spread of differences.
+
+    Null where the difference or the spread is zero, or more than a million pairs would be needed.
+    """
+    from scipy import stats
+
+    if abs(estimate) <= NO_SPREAD or sd <= NO_SPREAD:
+        return None
+    size = abs(estimate) / sd
+
+    def reached(n: int) -> bool:
+        critical = stats.t.ppf(1 - alpha / 2, n - 1)
+        return bool(stats.nct.sf(critical, n - 1, size * math.sqrt(n)) >= power)
+
+    low, high = 1, 2
+    while not reached(high):
+        low, high = high, 2 * high
+        if high > 2**20:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return high
+
+
+def _paired(treated: Sequence[float], control: Sequence[float]) -> list[float]:
+    if len(treated) != len(control):
+        raise ValueError(f"treated has {len(treated)} values and control {len(control)}; pairs need as many of both")
+    return [float(one) - float(other) for one, other in zip(treated, control, strict=True)]
 
 
 def sign_flip(values: Sequence[float], most: int = 16) -> float:

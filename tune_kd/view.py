@@ -143,6 +143,12 @@ def effects(table: "pd.DataFrame", teachers: int) -> Group:
     unjudged = table.loc[table["n"] == 0, "contrast"].tolist()
     if unjudged:
         parts.append(Text(f"Not judged, since an arm was stopped or failed: {'; '.join(unjudged)}"))
+    rows = table[table["verdict"] == "inconclusive"].to_dict("records")
+    needed = [f"{row['contrast']} {row['pairs_needed']:,}" for row in rows if isinstance(row["pairs_needed"], int)]
+    if needed:
+        parts.append(
+            Text(f"Pairs that would give the test 80 % power at the difference and spread seen: {'; '.join(needed)}")
+        )
     parts.append(Text("Paired by seed; 95 % t intervals; p adjusted by Holm over all contrasts."))
     return Group(*parts)
 

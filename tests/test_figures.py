@@ -1,0 +1,124 @@
+"""Pictures: each is there when there is something to show, has words, and can be told apart without colour."""
+
+import shutil
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from matplotlib import colors
+from PIL import Image
+
+from tune_kd import report
+from tune_kd.report import figures
+from tune_kd.report.texts import cell
+from tune_kd.tables import Records, load
+
+
+@pytest.fixture(scope="module")
+def records(finished: Path) -> Records:
+    return load(finished)
+
+
+@pytest.fixture(scope="module")
+def pictures(records: Records) -> dict[str, figures.Picture]:
+    return {picture.name: picture for picture in figures.draw(records)}
+
+
+def test_a_real_run_has_every_picture_but_that_of_a_factor_it_does_not_vary(
+    pictures: dict[str, figures.Picture],
+) -> None:
+    assert set(pictures) == set(figures.PICTURES) - {"alpha"}
+
+
+def test_every_picture_says_what_it_shows(pictures: dict[str, figures.Picture]) -> None:
+    for picture in pictures.values():
+        assert len(picture.caption) > 20
+        assert len(picture.alternative) > 20
+        assert "nan" not in picture.alternative
+
+
+def test_a_picture_is_as_wide_as_a_column_and_the_same_every_time(
+    records: Records, pictures: dict[str, figures.Picture]
+) -> None:
+    for picture in pictures.values():
+        assert picture.figure.get_figwidth() == pytest.approx(3.4)
+    for one, other in zip(figures.draw(records), figures.draw(records), strict=True):
+        svg = figures.rendered(one.figure, "svg")
+        assert svg == figures.rendered(other.figure, "svg")
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
+
+
+def test_nothing_written_lies_outside_its_picture(pictures: dict[str, figures.Picture]) -> None:
+    for picture in pictures.values():
+        figures.rendered(picture.figure, "png")
+        inside = picture.figure.bbox.padded(1)
+        for axes in picture.figure.axes:
+            box = axes.get_tightbbox()
+            assert box is not None
+            assert inside.x0 <= box.x0 and box.x1 <= inside.x1, picture.name
+            assert inside.y0 <= box.y0 and box.y1 <= inside.y1, picture.name
+
+
+def test_methods_differ_in_marker_and_in_grey() -> None:
+    methods = ("none", "logit", "feature")
+    assert len({figures.MARKERS[name] for name in methods}) == 3
+    assert len({figures.LINES[name] for name in methods}) == 3
+    greys = sorted(sum(w * c for w, c in zip((0.299, 0.587, 0.114), colors.to_rgb(figures.COLOURS[name]), strict=True))
+                   for name in methods)  # fmt: skip
+    assert greys[1] - greys[0] > 0.1 and greys[2] - greys[1] > 0.1
+
+
+def test_the_files_are_pictures(records: Records, tmp_path: Path) -> None:
+    report.write(tmp_path, records, ["png"])
+    for path in (tmp_path / "figures").glob("*.png"):
+        with Image.open(path) as image:
+            assert image.width == 680  # 3.4 inches at 200 dots
+
+
+def test_every_printed_table_is_a_function_of_the_records(records: Records) -> None:
+    made = report.tables(records)
+    assert {
+        "contrasts",
+        "arms",
+        "exploratory",
+        "measures",
+        "costs",
+        "temperature",
+        "gaps",
+        "decisions",
+        "provenance",
+    } <= set(made)
+    for table in made.values():
+        assert len(table)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [("estimate", 0.0123, "+1.23"), ("mean", 0.5, "50.00"), ("p_holm", 0.0004, "< 0.001"), ("p", 0.25, "0.250"),
+     ("n", 1200, "1,200"), ("seed", 1200, "1200"), ("sd", float("nan"), ""), ("note", None, ""),
+     ("train_seconds", 12345.6, "12,346"), ("kl_t1", 0.01234, "0.0123")],
+)  # fmt: skip
+def test_a_value_is_written_as_people_read_it(name: str, value: object, text: str) -> None:
+    assert cell(name, value) == text
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs LaTeX (texlive-latex-recommended)")
+def test_the_tables_compile_as_they_are(records: Records, tmp_path: Path) -> None:
+    report.write(tmp_path, records, ["tex"])
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
+    done = subprocess.run(command, cwd=tmp_path / "tables", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "tables" / "all.pdf").stat().st_size > 10_000
+
+
+def test_latex_has_booktabs_rules_and_no_loose_commands(records: Records, tmp_path: Path) -> None:
+    report.write(tmp_path, records, ["tex"])
+    text = (tmp_path / "tables" / "contrasts.tex").read_text()
+    for rule in ("\\toprule", "\\midrule", "\\bottomrule"):
+        assert text.count(rule) == 1
+    head = text.split("\\toprule")[1].split("\\midrule")[0]
+    columns = head.count("&") + 1
+    body = text.split("\\midrule")[1].split("\\bottomrule")[0].strip().splitlines()
+    assert {line.count(" & ") + 1 for line in body} == {columns}
+    assert "%" not in text.split("\n", 1)[1].replace("\\%", "")

@@ -1,0 +1,123 @@
+"""What was measured besides accuracy, and what early stopping did: numbers by hand, on small tables."""
+
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from tune_kd import audit, measures
+from tune_kd.records import DECISIONS, EPOCHS, TRIALS, frame
+from tune_kd.tables import Records
+
+
+def records(trials: list[dict[str, Any]], epochs: Any = (), decisions: Any = ()) -> Records:
+    def filled(schema: Any, rows: Any) -> pd.DataFrame:
+        return frame(schema, [dict.fromkeys(schema.columns) | {"run": "r"} | row for row in rows])
+
+    return Records(filled(TRIALS, trials), filled(EPOCHS, epochs), filled(DECISIONS, decisions), {})
+
+
+def trial(arm: str, seed: int, accuracy: float | None, **values: Any) -> dict[str, Any]:
+    stem, method, *rest = arm.split("/")
+    return {
+        "trial_id": f"{arm}{seed}", "arm": arm, "phase": "confirm", "role": "student", "student": "resnet18",
+        "stem": stem, "weights": "none", "width": 1.0, "method": method, "seed": seed, "teacher_id": "t",
+        "temperature": float(rest[0].removeprefix("T=")) if rest else None,
+        "alpha": None if method == "none" else 0.5, "teacher": None if method == "none" else "resnet50",
+        "status": "completed" if accuracy is not None else "stopped", "test_accuracy_best": accuracy,
+        "train_seconds": 10.0, "wall_seconds": 12.0, "threads": 2, "gpu_fraction": 0.25, **values,
+    }  # fmt: skip
+
+
+TEACHER = {"trial_id": "t", "arm": "teacher", "phase": "teacher", "role": "teacher", "seed": 1000, "stem": "cifar",
+           "status": "completed", "test_accuracy_best": 0.95}  # fmt: skip
+
+
+def test_measures_are_means_and_deviations_over_trials_that_ran_to_the_end() -> None:
+    table = measures.measures(
+        records([
+            trial("cifar/logit/T=4", 1, 0.9, agreement=0.8, ece=0.1), trial("cifar/logit/T=4", 2, 0.9, agreement=0.9),
+            trial("cifar/logit/T=4", 3, None, ece=0.5),
+        ])
+    ).iloc[0]  # fmt: skip
+    assert (table["n"], table["agreement"]) == (2, pytest.approx(0.85))
+    assert table["agreement_sd"] == pytest.approx(0.1 / 2**0.5)
+    assert table["ece"] == pytest.approx(0.1)
+    assert pd.isna(table["ece_sd"])
+    assert pd.isna(table["kl_t1"])
+
+
+def test_costs_count_shares_and_the_way_to_a_target() -> None:
+    def curve(of: str, *accuracies: float) -> list[dict[str, Any]]:
+        return [{"trial_id": of, "epoch": number, "val_accuracy": each} for number, each in enumerate(accuracies, 1)]
+
+    some = records(
+        [trial("cifar/none", 1, 0.9, val_accuracy_best=0.8), trial("cifar/none", 2, 0.9, val_accuracy_best=0.6)],
+        [*curve("cifar/none1", 0.5, 0.7, 0.6, 0.8), *curve("cifar/none2", 0.1, 0.2, 0.6, 0.5)],
+    )
+    assert measures.target_accuracy(some) == pytest.approx(0.99 * 0.7)
+    (row,) = measures.costs(some).to_dict("records")
+    assert row["gpu_seconds"] == pytest.approx(3.0)
+    assert row["cpu_seconds"] == pytest.approx(24.0)
+    assert (row["reached"], row["epochs_to_target"]) == (1, 2.0)
+    (row,) = measures.costs(some, target=0.6).to_dict("records")
+    assert (row["reached"], row["epochs_to_target"]) == (2, 2.5)
+    (row,) = measures.costs(some, target=0.99).to_dict("records")
+    assert row["reached"] == 0
+    assert pd.isna(row["epochs_to_target"])
+
+
+def test_a_response_has_a_row_a_level_beside_the_control_of_its_context() -> None:
+    arms = {"cifar/none": 0.90, "imagenet/none": 0.80, "cifar/logit/T=1": 0.91, "cifar/logit/T=4": 0.93,
+            "imagenet/logit/T=4": 0.83}  # fmt: skip
+    some = records([trial(arm, seed, value + seed / 1000) for arm, value in arms.items() for seed in (1, 3)])
+    table = measures.response(some, "temperature")
+    assert table[["stem", "temperature", "n"]].to_numpy().tolist() == [["cifar", 1.0, 2], ["cifar", 4.0, 2]]
+    assert table["mean"].tolist() == pytest.approx([0.912, 0.932])
+    assert table["control"].tolist() == pytest.approx([0.902, 0.902])
+    assert measures.response(some, "alpha").empty
+
+
+def test_the_teachers_lead_stands_beside_the_gain() -> None:
+    some = records([TEACHER, trial("cifar/none", 1, 0.90), trial("cifar/logit/T=4", 1, 0.92)])
+    (row,) = measures.gaps(some).to_dict("records")
+    assert (row["gap"], row["gain"]) == (pytest.approx(0.05), pytest.approx(0.02))
+    assert measures.gaps(records([trial("cifar/none", 1, 0.90), trial("cifar/logit/T=4", 1, 0.92)])).empty
+
+
+def decision(of: str, epoch: int, metric: float, action: str = "continue", reason: str = "ahead") -> dict[str, Any]:
+    return {"trial_id": of, "arm": of, "phase": "screen", "stratum": "s", "epoch": epoch, "rung": 0, "metric": metric,
+            "rank": 1, "peers": 3, "action": action, "reason": reason}  # fmt: skip
+
+
+def test_the_audit_pairs_each_comparison_with_the_end_and_knows_none_of_what_was_stopped() -> None:
+    trials = [{"trial_id": name, "arm": name, "phase": "screen", "role": "student", "seed": 0, "val_accuracy": final,
+               "status": "completed" if name != "d" else "stopped"}
+              for name, final in {"a": 0.9, "b": 0.8, "c": 0.7, "d": 0.2}.items()]  # fmt: skip
+    made = [
+        decision("a", 2, 0.5),
+        decision("b", 2, 0.4),
+        decision("c", 2, 0.6),
+        decision("d", 2, 0.1, "stop", "behind"),
+    ]
+    some = records(trials, decisions=made)
+    assert audit.audit(some)["final"].tolist()[:3] == [0.9, 0.8, 0.7]
+    assert pd.isna(audit.audit(some)["final"].iloc[3])
+    (row,) = audit.rank_correlations(some).to_dict("records")
+    assert (row["n"], row["spearman"]) == (3, pytest.approx(-0.5))  # ranks 2, 1, 3 against 3, 2, 1
+    assert audit.decisions(some)[["action", "reason", "comparisons", "arms"]].to_numpy().tolist() == [
+        ["continue", "ahead", 3, 3],
+        ["stop", "behind", 1, 1],
+    ]
+
+
+def test_a_timeline_puts_trials_on_slots_on_which_they_do_not_overlap() -> None:
+    def ran(seed: int, started: float, seconds: float, host: str = "one") -> dict[str, Any]:
+        return trial("cifar/none", seed, 0.9, started=started, wall_seconds=seconds, host=host)
+
+    table = audit.timeline(
+        records([ran(1, 100, 10), ran(2, 101, 4), ran(3, 105.5, 9), ran(4, 110.5, 1), ran(5, 102, 1, "two")])
+    )
+    slots = table.set_index("seed")["slot"].to_dict()
+    assert slots == {1: 0, 2: 1, 3: 1, 4: 0, 5: 0}
+    assert table.set_index("seed").loc[3, ["begin", "end"]].tolist() == [5.5, 14.5]

@@ -1,0 +1,209 @@
+"""What may be claimed, and what may not. Numbers by hand."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import pandas as pd
+import pytest
+from scipy import stats as scipy_stats
+
+from tune_kd import provenance, results
+from tune_kd.execute.driver import first_row
+from tune_kd.plan import plan
+from tune_kd.records import DECISIONS, EPOCHS, TRIALS, frame
+from tune_kd.study import Confirm, Study
+from tune_kd.tables import Records
+from tune_kd.trial import Trial
+
+SEEDS = (1, 2, 3, 4, 5)
+NOISE = (0.0007, -0.0004, 0.0001, -0.0006, 0.0002)  # of a seed, in all arms alike
+
+
+def made(study: Study, accuracy: Callable[[Trial], float], run: str = "r", **changes: Any) -> Records:
+    """The records of a run in which every trial ran to its end, with these accuracies. `changes`: columns by arm."""
+    study = replace(study, confirm=Confirm(seeds=SEEDS))
+    planned = plan(study, "0" * 64)
+    rows = []
+    for trial in planned.trials:
+        row = first_row(run, trial) | {"status": "completed", "epochs_run": 2, "train_seconds": 3.0}
+        row |= {"test_accuracy_best": accuracy(trial), "val_accuracy_best": 0.5, "val_accuracy": 0.5}
+        rows.append(row | changes.get(trial.arm.replace("/", "_").replace("=", ""), {}))
+    record = {
+        "run": run,
+        "study": asdict(study),
+        "contrasts": [asdict(contrast) for contrast in planned.contrasts],
+        "arms": [{"name": arm.name, "role": arm.role} for arm in planned.arms],
+        "data": {"name": "digits", "digest": "0" * 64},
+    }
+    return Records(frame(TRIALS, rows), frame(EPOCHS, []), frame(DECISIONS, []), {run: record})
+
+
+def noisy(gain: float, spread: float = 0.0005) -> Callable[[Trial], float]:
+    """Control 0.9; logit gains `gain` in every seed, more or less; feature is the control with other noise."""
+
+    def accuracy(trial: Trial) -> float:
+        if trial.phase != "confirm":
+            return 0.95
+        wobble = spread * (-1) ** trial.seed * (1 + trial.seed / 10)
+        effect = {"none": 0.0, "logit": gain + wobble, "feature": wobble / 20}[trial.cell.method]
+        return 0.9 + NOISE[trial.seed - 1] + effect
+
+    return accuracy
+
+
+def row(table: pd.DataFrame, name: str) -> dict[Any, Any]:
+    (found,) = table[table["contrast"] == name].to_dict("records")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gain", "name", "expected"),
+    [
+        (0.02, "cifar: logit - none", "better"),
+        (-0.02, "cifar: logit - none", "worse"),
+        (0.0, "cifar: feature - none", "equivalent"),
+        (0.0, "cifar: logit - none", "inconclusive"),
+    ],
+)
+def test_a_verdict_is_what_the_interval_says(study: Study, gain: float, name: str, expected: str) -> None:
+    table = results.contrasts(made(study, noisy(gain)))
+    found = row(table, name)
+    assert found["verdict"] == expected
+    assert found["words"].startswith(expected)
+    assert found["words"].endswith("given one teacher")
+
+
+def test_an_estimate_is_that_of_a_paired_t_test_and_p_values_are_adjusted_over_the_whole_family(study: Study) -> None:
+    records = made(study, noisy(0.001))
+    table = results.contrasts(records)
+    values = results.confirmed(records)
+    expected = scipy_stats.ttest_rel(values["cifar/logit/T=4"], values["cifar/none"])
+    found = row(table, "cifar: logit - none")
+    interval = expected.confidence_interval()
+    assert found["p"] == pytest.approx(expected.pvalue)
+    assert (found["low"], found["high"]) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert found["smallest_exact_p"] == 0.0625
+    assert found["p_exact"] >= 0.0625
+    smallest = table["p"].min()
+    assert table["p_holm"].min() == pytest.approx(min(1.0, smallest * len(table)))
+
+
+def test_inconclusive_says_how_many_pairs_would_do(study: Study) -> None:
+    found = row(results.contrasts(made(study, noisy(0.0002))), "cifar: logit - none")
+    size = abs(found["estimate"]) / found["sd"]
+    reached = [n for n in (found["pairs_needed"] - 1, found["pairs_needed"]) if _power(size, n) >= 0.8]
+    assert reached == [found["pairs_needed"]]
+    assert f"{found['pairs_needed']:,} pairs" in found["words"]
+
+
+def _power(size: float, n: int) -> float:
+    critical = scipy_stats.t.ppf(0.975, n - 1)
+    return float(scipy_stats.nct.sf(critical, n - 1, size * n**0.5))
+
+
+def test_a_sentence_says_how_much_over_how_many_seeds_and_how_sure(study: Study) -> None:
+    table = results.contrasts(made(study, noisy(0.02)))
+    said = row(table, "cifar: logit - none")["words"]
+    assert said.startswith("better: +1.99 points over 5 seeds, 95 % interval 1.9")
+    same = row(results.contrasts(made(study, lambda trial: 0.9)), "cifar: logit - none")["words"]
+    assert same.startswith("inconclusive: +0.00 points over 5 seeds")
+    assert "without a spread there is nothing to judge it by" in same
+
+
+def test_several_teachers_are_not_one(study: Study) -> None:
+    several = replace(study, teacher_seeds=(7, 8))
+    found = row(results.contrasts(made(several, noisy(0.02))), "cifar: logit - none")
+    assert "given one teacher" not in found["words"]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("epochs_planned", 9), ("dataset", "cifar10"), ("data_digest", "f" * 64), ("scale", "other"), ("recipe_id", "x")],
+)
+def test_arms_that_differ_in_more_than_they_should_are_not_contrasted(study: Study, column: str, value: Any) -> None:
+    records = made(study, noisy(0.02), cifar_logit_T4={column: value})
+    found = row(results.contrasts(records), "cifar: logit - none")
+    assert (found["n"], found["verdict"]) == (0, "not judged")
+    assert f"not contrasted: {column} is " in found["note"]
+    assert row(results.contrasts(records), "imagenet: logit - none")["n"] == 5
+
+
+def test_a_stopped_trial_is_in_no_mean(study: Study) -> None:
+    stopped = {"status": "stopped", "stop_reason": "asha", "test_accuracy_best": None}
+    records = made(study, noisy(0.02), cifar_feature=stopped)
+    assert "cifar/feature" not in results.confirmed(records)
+    arm = results.arms(records).set_index("arm").loc["cifar/feature"]
+    assert (arm["n"], arm["planned"], arm["note"]) == (0, 5, "stopped in the screen")
+    found = row(results.contrasts(records), "cifar: feature - none")
+    assert found["words"] == "not judged: cifar/feature has no confirmed trial that ran to its end"
+
+
+def test_a_missing_seed_makes_an_arm_incomplete_and_the_contrast_says_so(study: Study) -> None:
+    records = made(study, noisy(0.02))
+    lost = (records.trials["arm"] == "cifar/none") & (records.trials["seed"] == 4)
+    records.trials.loc[lost, ["status", "test_accuracy_best"]] = ["failed", None]
+    arm = results.arms(records).set_index("arm").loc["cifar/none"]
+    assert (arm["n"], arm["planned"], arm["note"]) == (4, 5, "incomplete")
+    found = row(results.contrasts(records), "cifar: logit - none")
+    assert (found["n"], found["note"]) == (4, "1 of 5 seeds are missing")
+
+
+def test_the_screen_is_exploratory_and_says_how_many_arms_were_tried(study: Study) -> None:
+    records = made(study, noisy(0.02))
+    explored = results.exploratory(records)
+    assert explored["what"].tolist() == ["screen"] * 8
+    assert explored["tried"].tolist() == [8] * 8
+    assert explored["mean"].tolist() == [0.95] * 8
+    assert results.arms(records)["mean"].max() < 0.95
+
+
+def test_seeds_that_were_added_to_the_plan_are_exploratory(study: Study) -> None:
+    records = made(study, noisy(0.02))
+    added = records.trials[records.trials["arm"].eq("cifar/logit/T=4") & records.trials["seed"].eq(1)].assign(
+        seed=6, trial_id="added", test_accuracy_best=1.0
+    )
+    more = replace(records, trials=pd.concat([records.trials, added], ignore_index=True))
+    pd.testing.assert_frame_equal(results.contrasts(more), results.contrasts(records))
+    explored = results.exploratory(more)
+    assert explored.loc[explored["what"] == "added seeds", ["arm", "n", "mean"]].to_numpy().tolist() == [
+        ["cifar/logit/T=4", 1, 1.0]
+    ]
+
+
+def test_two_trials_of_one_arm_and_seed_are_refused(study: Study) -> None:
+    records = made(study, noisy(0.02))
+    twice = pd.concat([records.trials, records.trials.assign(trial_id="again")], ignore_index=True)
+    with pytest.raises(ValueError, match="40 confirmed trials have the run, arm and seed of another"):
+        results.confirmed(replace(records, trials=twice))
+
+
+def test_levels_are_compared_wherever_everything_else_is_alike_paired_where_all_seeds_have_both(study: Study) -> None:
+    records = made(study, noisy(0.02))
+    table = results.compare(records, "stem", "cifar", "imagenet")
+    assert len(table) == 4  # none, feature, and logit at two temperatures
+    assert set(table["how"]) == {"paired"}
+    assert table["estimate"].abs().max() == pytest.approx(0.0)
+    lost = (records.trials["arm"] == "cifar/none") & (records.trials["seed"] == 4)
+    fewer = replace(records, trials=records.trials[~lost])
+    assert sorted(results.compare(fewer, "stem", "cifar", "imagenet")["how"]) == ["paired", "paired", "paired", "welch"]
+
+
+def test_arms_of_two_runs_are_compared_after_welch_and_what_differs_is_said(study: Study) -> None:
+    one, other = made(study, noisy(0.0), "one"), made(study, noisy(0.01), "two")
+    other.studies["two"]["study"]["recipe"]["lr"] = 0.2
+    both = Records(
+        *(pd.concat([getattr(one, name), getattr(other, name)], ignore_index=True)
+          for name in ("trials", "epochs", "decisions")),
+        one.studies | other.studies,
+    )  # fmt: skip
+    table = provenance.between_runs(both).set_index("arm")
+    values = results.confirmed(both)
+    expected = scipy_stats.ttest_ind(values.loc["two", "cifar/logit/T=4"], values.loc["one", "cifar/logit/T=4"],
+                                     equal_var=False)  # fmt: skip
+    assert table.loc["cifar/logit/T=4", "p"] == pytest.approx(expected.pvalue)
+    assert table.loc["cifar/logit/T=4", "estimate"] == pytest.approx(0.01)
+    assert len(results.contrasts(both)) == len(results.contrasts(one)) + len(results.contrasts(other))
+    differences = provenance.differences(both).set_index("what")
+    assert differences.loc["study.recipe.lr"].tolist() == [str(study.recipe.lr), "0.2"]
+    assert "study.recipe.momentum" not in differences.index

@@ -1,0 +1,171 @@
+"""Reading tables: what comes in is what the schema says, or a sentence that says what is wrong with it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tune_kd
+from tune_kd.records import DECISIONS, EPOCHS, PANDAS, SCHEMAS, TRIALS, Schema, frame, to_parquet
+from tune_kd.study import Mistake
+from tune_kd.tables import check, load
+
+
+def trial(number: int, **values: Any) -> dict[str, Any]:
+    row = dict.fromkeys(TRIALS.columns) | {
+        "run": "r", "trial_id": f"t{number}", "arm": "cifar/none", "phase": "confirm", "role": "student",
+        "seed": number, "status": "completed",
+        "epochs_run": 2, "epochs_planned": 2, "test_accuracy_best": 0.5 + number / 100,
+    }  # fmt: skip
+    return row | values
+
+
+def epoch(number: int, of: int, **values: Any) -> dict[str, Any]:
+    row = dict.fromkeys(EPOCHS.columns) | {"run": "r", "trial_id": f"t{of}", "epoch": number, "val_accuracy": 0.5}
+    return row | values
+
+
+def write(folder: Path, run: str = "r", **tables: pd.DataFrame) -> Path:
+    """A run's folder with two trials of two epochs, where `tables` does not say otherwise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {
+        "trials": frame(TRIALS, [trial(number, run=run) for number in (1, 2)]),
+        "epochs": frame(EPOCHS, [epoch(number, of, run=run) for of in (1, 2) for number in (1, 2)]),
+        "decisions": frame(DECISIONS, []),
+    }
+    for name, table in (made | tables).items():
+        table.to_parquet(folder / f"{name}.parquet")
+    (folder / "study.json").write_text(json.dumps({"run": run, "study": {}}))
+    return folder
+
+
+def test_a_run_is_read_with_its_types_by_path_and_by_name(tmp_path: Path) -> None:
+    folder = write(tmp_path / "runs" / "r")
+    for records in (tune_kd.load(folder), load("r", out=tmp_path / "runs"), load(folder / "trials.parquet")):
+        assert records.runs == ["r"]
+        for schema, table in zip(SCHEMAS, (records.trials, records.epochs, records.decisions), strict=True):
+            assert list(table.columns) == list(schema.columns)
+            assert [str(each) for each in table.dtypes] == [PANDAS[kind] for kind in schema.columns.values()]
+    assert records.study["run"] == "r"
+
+
+def test_what_a_ledger_writes_is_read_as_it_was(tmp_path: Path) -> None:
+    folder = write(tmp_path / "r")
+    rows = [trial(1, temperature=4.0, alpha=0.5, val_accuracy=0.25), trial(2, peak_memory_bytes=2**40)]
+    (folder / "trials.parquet").write_bytes(to_parquet(frame(TRIALS, rows)))
+    pd.testing.assert_frame_equal(load(folder).trials, frame(TRIALS, rows))
+
+
+def test_several_runs_come_as_one_and_can_be_had_one_by_one(tmp_path: Path) -> None:
+    records = load(write(tmp_path / "a", "a"), write(tmp_path / "b", "b"))
+    assert records.runs == ["a", "b"]
+    assert len(records.trials) == 4
+    assert set(records.studies) == {"a", "b"}
+    assert records.of("b").trials["run"].tolist() == ["b", "b"]
+    assert records.of("b").study["run"] == "b"
+    with pytest.raises(ValueError, match=r"take one with `of\(run\)`"):
+        _ = records.study
+
+
+def test_columns_that_an_earlier_version_did_not_write_are_null(tmp_path: Path) -> None:
+    epochs = frame(EPOCHS, [epoch(1, 1)]).drop(columns=list(EPOCHS.optional))
+    read = load(write(tmp_path / "r", epochs=epochs)).epochs
+    assert read["views_answered"].dtype == "Int64"
+    assert read["answer_seconds"].dtype == "float64"
+    assert read[list(EPOCHS.optional)].isna().all(axis=None)
+
+
+def changed(column: str, values: list[Any]) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    return lambda table: table.assign(**{column: values})
+
+
+BROKEN: list[tuple[str, str, Callable[[pd.DataFrame], pd.DataFrame], str]] = [
+    ("no columns", "trials", lambda table: table.drop(columns=["seed", "ece"]), "lacks the columns seed, ece; has"),
+    ("text for a number", "trials", changed("seed", ["1", "2"]), r"seed is str.*, such as '1'; expected int64"),
+    ("a number for text", "trials", changed("arm", [1.5, 2.5]), r"arm is float64, such as 1\.5; expected text"),
+    ("half a seed", "trials", changed("seed", [1.0, 2.5]), r"1 of 2 rows .* got 2\.5 in row 1; expected whole numbers"),
+    ("infinite", "epochs", changed("val_loss", [1, 2, np.inf, 1]), r"1 of 4 rows .* got inf in row 2; expected finite"),
+    ("no arm", "trials", changed("arm", ["a", None]), r"arm: 1 of 2 rows break a rule.*expected a value in every row"),
+    ("done", "trials", changed("status", ["done", "completed"]), r"got 'done' in row 0; expected one of pending, run"),
+    ("percent", "trials", changed("test_accuracy_best", [95.0, 0.9]), r"got 95\.0 in row 0; expected a fraction"),
+    ("stopped, yet accurate", "trials", changed("status", ["stopped", "completed"]),
+     r"test_accuracy_best: 1 of 2 rows .* expected null unless status is completed"),
+    ("twice", "trials", changed("trial_id", ["t1", "t1"]), r"run, trial_id: 1 of 2 rows .* got \('r', 't1'\) in row 1"),
+    ("a gap", "epochs", changed("epoch", [1, 2, 1, 3]), r"epoch: 1 of 2 trials .*; t2 has 2 from 1 to 3"),
+    ("a stranger", "epochs", changed("trial_id", ["t1", "t1", "x", "x"]), r"1 of 2 rows .*'x'\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("table", "change", "says"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
+def test_rows_that_break_the_schema_are_refused_with_their_number_and_examples(
+    tmp_path: Path, table: str, change: Callable[[pd.DataFrame], pd.DataFrame], says: str
+) -> None:
+    folder = write(tmp_path / "r")
+    whole = pd.read_parquet(folder / f"{table}.parquet")
+    change(whole).to_parquet(folder / f"{table}.parquet")
+    with pytest.raises(Mistake, match=says) as caught:
+        load(folder)
+    assert str(folder / f"{table}.parquet") in str(caught.value)
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    folder = write(tmp_path / "r")
+    trials = pd.read_parquet(folder / "trials.parquet")
+    trials.assign(status="done", phase="later").to_parquet(folder / "trials.parquet")
+    (folder / "decisions.parquet").unlink()
+    with pytest.raises(Mistake) as caught:
+        load(folder, tmp_path / "nowhere", folder)
+    problems = caught.value.problems
+    assert len(problems) == 3
+    assert "decisions.parquet is missing; `tune_kd resume" in problems[0]
+    assert "nowhere; allowed: a run's folder" in problems[1]
+    write(folder)
+    trials.assign(status="done", phase="later").to_parquet(folder / "trials.parquet")
+    with pytest.raises(Mistake) as caught:
+        load(folder)
+    assert [problem.split(": ")[1] for problem in caught.value.problems] == [*("phase", "status", "test_accuracy_best")]
+
+
+def test_one_run_twice_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "r")
+    with pytest.raises(Mistake, match="RUN 'r' is given more than once"):
+        load(folder, folder)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 100, -1])
+def test_a_file_that_was_cut_is_refused_with_a_remedy(tmp_path: Path, cut: int) -> None:
+    folder = write(tmp_path / "r")
+    path = folder / "epochs.parquet"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(Mistake, match=r"epochs\.parquet cannot be read .*makes the tables again from the ledger"):
+        load(folder)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(SCHEMAS), st.data())
+def test_a_table_of_any_rows_that_fit_is_taken_as_it_is(schema: Schema, data: st.DataObject) -> None:
+    def value(name: str, kind: type) -> st.SearchStrategy[Any]:
+        if name in schema.levels:
+            fits = st.sampled_from(schema.levels[name])
+        elif name in schema.fractions:
+            fits = st.floats(0, 1)
+        else:
+            fits = {str: st.text(max_size=3), int: st.integers(-9, 9), float: st.floats(-9, 9)}[kind]
+        never = name in (*schema.key, *schema.needed)
+        return fits if never else st.none() | fits
+
+    row = st.fixed_dictionaries({name: value(name, kind) for name, kind in schema.columns.items()})
+    rows = data.draw(st.lists(row, max_size=4, unique_by=lambda row: tuple(row[name] for name in schema.key)))
+    for each in rows:
+        for name in schema.only_completed:
+            each[name] = each[name] if each["status"] == "completed" else None
+    table = frame(schema, rows)
+    checked, problems = check(schema, table)
+    assert problems == []
+    pd.testing.assert_frame_equal(checked, table)

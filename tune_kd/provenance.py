@@ -1,0 +1,115 @@
+"""What ran where, in what runs differ, and what their evidence cannot say."""
+
+from dataclasses import asdict
+from typing import Any
+
+import pandas as pd
+
+from tune_kd import stats
+from tune_kd.results import arms, confirmed, exploratory, holm
+from tune_kd.stats import MARGIN
+from tune_kd.tables import Records, typed
+
+
+def provenance(records: Records) -> pd.DataFrame:
+    """What ran where: a row a run and fact."""
+    rows = []
+    for run in records.runs:
+        trials, facts = records.trials[records.trials["run"] == run], {}
+        if (study := records.studies.get(run)) is not None:
+            facts = {
+                "study": f"{study['study']['name']}, scale {study['study']['scale']}",
+                "study hash": study.get("study_sha256", "")[:16],
+                "contrasts hash": study.get("contrasts_sha256", "")[:16],
+                "created": study.get("created"),
+                "commit": study.get("git_commit") or "not from a checkout",
+                "versions": ", ".join(f"{name} {value}" for name, value in study.get("versions", {}).items()),
+                "machine": ", ".join(f"{name} {value}" for name, value in study.get("machine", {}).items()),
+                "data": study["data"]["name"],
+                "data digest": study["data"].get("digest"),
+            }
+        facts["trials"] = ", ".join(f"{count} {status}" for status, count in trials["status"].value_counts().items())
+        for name in ("host", "device", "threads"):
+            levels = trials[name].dropna().unique().tolist()
+            if levels:
+                facts[f"{name}s".replace("threadss", "threads")] = ", ".join(map(str, levels))
+        rows += [{"run": run, "what": what, "value": str(value)} for what, value in facts.items() if value]
+    return typed(rows, "run what value")
+
+
+def limits(records: Records, margin: float = MARGIN) -> list[str]:
+    """What the evidence cannot say, in sentences."""
+    said = []
+    for run in records.runs:
+        of = f"{run}: " if len(records.runs) > 1 else ""
+        one, study = records.of(run), records.studies.get(run)
+        if study is None:
+            said.append(f"{of}No study came with these tables: nothing shows which comparisons were fixed before the "
+                        "data were seen, so nothing here is a claim.")  # fmt: skip
+            continue
+        inner, seeds = study["study"], len(study["study"]["confirm"]["seeds"])
+        if seeds < 2:
+            said.append(f"{of}One seed confirms: no difference can be judged.")
+        else:
+            deviation = inner["deviation"]
+            least = stats.detectable(seeds, deviation) or 0.0
+            said.append(f"{of}With {seeds} seeds, at the seed-to-seed deviation that the study expected "
+                        f"({100 * deviation:.2f} points), a paired test finds true differences from "
+                        f"{100 * least:.2f} points on with 80 % power, and the exact sign-flip p cannot fall below "
+                        f"{stats.smallest_exact_p(seeds):.4f}.")  # fmt: skip
+        if len(inner["teacher_seeds"]) == 1:
+            said.append(f"{of}All students of a context have one teacher: another one might teach otherwise. Every "
+                        "verdict holds given that teacher.")  # fmt: skip
+        said.append(f"{of}What was measured is scale {inner['scale']} on {study['data']['name']}, with one recipe for "
+                    "all arms: a method that needs another one is judged by this one.")  # fmt: skip
+        table = arms(one)
+        for note, meaning in (("stopped in the screen", "no final accuracy and no verdict"),
+                              ("incomplete", "fewer seeds than planned")):  # fmt: skip
+            named = table.loc[table["note"] == note, "arm"].tolist()
+            if named:
+                said.append(f"{of}{', '.join(named)}: {note}; {meaning}.")
+        if len(found := exploratory(one)):
+            said.append(f"{of}The screen tried {int(found['tried'].max())} arms on one seed. Its best is the best of "
+                        "them also by luck, so its numbers are exploratory.")  # fmt: skip
+    if any(run in records.studies for run in records.runs):
+        said.append(f"Equivalent means a difference of less than {100 * margin:g} points of accuracy; whether that "
+                    "matters is not for statistics to say.")  # fmt: skip
+    return said
+
+
+def differences(records: Records) -> pd.DataFrame:
+    """In what several runs differ: a row a fact, a column a run. Of what all have alike there is no row."""
+    facts: dict[str, dict[str, str]] = {}
+    for run in records.runs:
+        study = records.studies.get(run, {})
+        for name in ("study", "data", "versions", "machine", "git_commit"):
+            for path, value in _leaves(name, study.get(name)):
+                facts.setdefault(path, {})[run] = str(value)
+        trials = records.trials[records.trials["run"] == run]
+        for name in ("device", "threads"):
+            facts.setdefault(name, {})[run] = ", ".join(map(str, trials[name].dropna().unique().tolist()))
+    rows = [{"what": what, **{run: of.get(run, "") for run in records.runs}} for what, of in facts.items()
+            if len({of.get(run, "") for run in records.runs}) > 1]  # fmt: skip
+    return pd.DataFrame(rows, columns=["what", *records.runs])
+
+
+def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [leaf for key, inner in value.items() for leaf in _leaves(f"{name}.{key}", inner)]
+    return [(name, value)]
+
+
+def between_runs(records: Records) -> pd.DataFrame:
+    """Each arm in each later run against the first one, after Welch: a row an arm and run. Exploratory: nobody fixed
+    these comparisons, and runs may differ in more than one thing (`differences` says in what)."""
+    values, rows = confirmed(records), []
+    first, *others = records.runs
+    for run in others:
+        for arm in values.columns:
+            there, here = (values.loc[values.index.get_level_values("run") == name, arm].dropna().tolist()
+                           for name in (run, first))  # fmt: skip
+            if there and here:
+                rows.append({"arm": arm, "run": run, "against": first, **asdict(stats.welch(there, here))})
+    table = typed(rows, "arm run against n n_treated n_control estimate low high p effect_size")
+    table["p_holm"] = holm(table["p"])
+    return table

@@ -1,0 +1,333 @@
+"""Pictures of results, one function each: at a column's width, safe for colour-blind eyes, and readable in grey.
+
+A method has its colour (Okabe and Ito 2008), its marker and its line, so that no two are told apart by colour alone.
+"""
+
+import io
+import math
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from tune_kd import audit, measures, results
+from tune_kd.stats import MARGIN
+from tune_kd.tables import Records
+
+WIDTH = 3.4  # inches: a column of a paper
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "tune_kd",  # the same picture is the same file
+}
+COLOURS = {"none": "#000000", "logit": "#0072B2", "feature": "#D55E00", "teacher": "#999999"}
+MARKERS = {"none": "s", "logit": "o", "feature": "^", "teacher": "D"}
+LINES = {"none": "-", "logit": "--", "feature": "-."}
+OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+NAME = 24  # letters of a contrast's name in a line
+CURVES = 8  # arms in one panel; more cannot be told apart
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with its file's name, what it shows, and a text for those who do not see it."""
+
+    name: str
+    caption: str
+    alternative: str
+    figure: Figure
+
+
+def draw(records: Records) -> list[Picture]:
+    """Every picture for which there is something to show, run by run."""
+    found = []
+    for run in records.runs:
+        one, many = records.of(run), len(records.runs) > 1
+        for name, picture in PICTURES.items():
+            with rc_context(STYLE):
+                made = picture(one)
+            if made is not None:
+                caption, alternative, figure = made
+                ending, of = (f"-{run}", f" ({run})") if many else ("", "")
+                found.append(Picture(f"{name}{ending}", f"{caption}{of}", alternative, figure))
+    return found
+
+
+def rendered(figure: Figure, kind: str) -> bytes:
+    """The bytes of a figure as `png` (200 dots an inch) or `svg`."""
+    sink = io.BytesIO()
+    with rc_context(STYLE):
+        figure.savefig(sink, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
+    return sink.getvalue()
+
+
+Made = tuple[str, str, Figure] | None  # caption, alternative, figure
+
+
+def forest(records: Records) -> Made:
+    """Each contrast with its interval; effects by context, then how they change with the moderator."""
+    table = results.contrasts(records)
+    table = table[table["n"] > 0]
+    if table.empty:
+        return None
+    context = table["contrast"].str.partition(":")[0].where(table["kind"] == "effect", "")
+    places = {name: place for place, name in enumerate([*context[context != ""].unique(), ""])}
+    table = table.iloc[context.map(places).argsort(kind="stable")].reset_index(drop=True)  # one context after another
+    names = ["\n".join(textwrap.wrap(name, NAME)) for name in table["contrast"]]
+    figure = Figure(figsize=(WIDTH, 0.5 + 0.2 * len(table) + 0.1 * sum("\n" in name for name in names)))
+    axes = figure.subplots()
+    axes.axvspan(-100 * MARGIN, 100 * MARGIN, color="#dddddd", lw=0)
+    axes.axvline(0, color="#666666", lw=0.8)
+    for place, row in enumerate(table.to_dict("records")):
+        sure = row["verdict"] in ("better", "worse")
+        method = next((name for name in ("logit", "feature") if name in row["contrast"].split(" - ")[0]), "logit")
+        colour = COLOURS[method] if row["kind"] == "effect" else "#000000"
+        if row["low"] == row["low"]:
+            axes.plot([100 * row["low"], 100 * row["high"]], [place, place], color=colour, solid_capstyle="butt")
+        axes.plot(
+            100 * row["estimate"], place, color=colour, mfc=colour if sure else "white", zorder=3,
+            marker="D" if row["verdict"] == "equivalent" else MARKERS[method] if row["kind"] == "effect" else "o",
+        )  # fmt: skip
+    axes.set_yticks(range(len(table)), names)
+    axes.set_ylim(len(table) - 0.4, -0.6)
+    axes.set_xlabel("points of test accuracy")
+    rows = table.to_dict("records")
+    said = "; ".join(f"{row['contrast']} {100 * row['estimate']:+.2f}, {row['verdict']}" for row in rows)
+    return (
+        "Effects with 95 % intervals, paired by seed. A full marker is a difference that stands after Holm, a diamond "
+        f"is equivalence; the grey band is the margin of {100 * MARGIN:g} points.",
+        f"Forest plot of {len(table)} contrasts in points of test accuracy. {said}.",
+        figure,
+    )
+
+
+def curves(records: Records) -> Made:
+    """Validation accuracy over epochs: mean and standard deviation of each arm over confirmed seeds."""
+    trials = results.confirmed_trials(records)
+    trials = trials[trials["status"] == "completed"]
+    rows = records.epochs.merge(trials[["run", "trial_id", "arm", "stem", "method"]], on=["run", "trial_id"])
+    if rows.empty:
+        return None
+    stems = [str(stem) for stem in rows["stem"].dropna().unique()] or [""]
+    figure = Figure(figsize=(WIDTH, 2.1 * len(stems)))
+    panels = figure.subplots(len(stems), 1, sharex=True, squeeze=False)[:, 0]
+    left_out, order = 0, results.arms(records)["arm"].tolist()
+    for axes, stem in zip(panels, stems, strict=True):
+        of_stem = rows[rows["stem"] == stem] if stem else rows
+        names = [name for name in order if (of_stem["arm"] == name).any()]
+        left_out += max(0, len(names) - CURVES)
+        for name in names[:CURVES]:
+            of_arm = of_stem[of_stem["arm"] == name]
+            spread = of_arm.groupby("epoch")["val_accuracy"].agg(["mean", "std"]).astype("float64").fillna(0.0)
+            method = str(of_arm["method"].iloc[0])
+            colour, line = _of_arm(name, names, method)
+            epochs, mean, std = spread.index.to_numpy(float), 100 * spread["mean"], 100 * spread["std"]
+            axes.fill_between(epochs, mean - std, np.minimum(mean + std, 100), color=colour, alpha=0.15, lw=0)
+            axes.plot(epochs, mean, color=colour, ls=line, label=_short(name, stem))
+        last = of_stem.groupby("arm")["val_accuracy"].quantile(0.25)
+        axes.set_ylim(bottom=max(0.0, 100 * float(last.min()) - 2))
+        axes.set_title(f"{stem} stem" if stem else "", loc="left")
+        axes.set_ylabel("val. accuracy (%)")
+        axes.legend(loc="lower right", ncols=2 if len(names) > 4 else 1, handlelength=2.4)
+    panels[-1].set_xlabel("epoch")
+    more = f" {left_out} more arms are left out." if left_out else ""
+    return (
+        f"Learning curves: mean over confirmed seeds, the band is one standard deviation.{more}",
+        f"Learning curves of {rows['arm'].nunique()} arms: validation accuracy over {int(rows['epoch'].max())} epochs "
+        f"for the stem {' and '.join(stems)}.",
+        figure,
+    )
+
+
+def _of_arm(name: str, names: list[str], method: str) -> tuple[str, Any]:
+    """Colour and line of an arm among the others of its panel. The arms of a method differ in their dashes."""
+    alike = [each for each in names if each.split("/")[:2] == name.split("/")[:2]] or [name]
+    place = alike.index(name)
+    colour = COLOURS.get(method, OTHERS[0])
+    return colour, (0, (1 + 2 * place, 1)) if len(alike) > 1 else LINES.get(method, ":")
+
+
+def _short(arm: str, stem: str) -> str:
+    """An arm's name without the stem that stands above it."""
+    return "/".join(part for part in arm.split("/") if part != stem) or arm
+
+
+def temperature(records: Records) -> Made:
+    """Accuracy over temperature."""
+    return _response(records, "temperature")
+
+
+def alpha(records: Records) -> Made:
+    """Accuracy over alpha."""
+    return _response(records, "alpha")
+
+
+def _response(records: Records, factor: str) -> Made:
+    table = measures.response(records, factor)
+    if table.empty:
+        return None
+    contexts = [
+        name for name in ("student", "teacher", "stem", "weights", "width", "method") if table[name].nunique() > 1
+    ]
+    grouped = list(table.groupby(contexts, sort=False)) if contexts else [((), table)]
+    levels_shown = sorted(table[factor].unique())
+    figure = Figure(figsize=(WIDTH, 1.5 * len(grouped) + 0.4))
+    panels = figure.subplots(len(grouped), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (levels, group) in zip(panels, grouped, strict=True):
+        x = group[factor].to_numpy(float)
+        mean, low, high = (100 * group[name].to_numpy(float) for name in ("mean", "low", "high"))
+        method = str(group["method"].iloc[0])
+        axes.errorbar(x, mean, [mean - low, high - mean], color=COLOURS[method], marker=MARKERS[method], capsize=2)
+        if group["control"].notna().any():
+            axes.axhline(100 * float(group["control"].iloc[0]), color="#000000", ls=":", label="control")
+            axes.legend(loc="best")
+        if factor == "temperature":
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(levels_shown, [f"{level:g}" for level in levels_shown])
+        axes.set_title(", ".join(map(str, levels)), loc="left")
+        axes.set_ylabel("test acc. (%)")
+    panels[-1].set_xlabel(factor)
+    said = "; ".join(
+        f"{row['stem']} {factor} {row[factor]:g}: {100 * row['mean']:.2f}" for row in table.to_dict("records")
+    )
+    return (
+        f"Test accuracy by {factor}: mean and 95 % interval over confirmed seeds; the dotted line is the control.",
+        f"Response to {factor}: {said}.",
+        figure,
+    )
+
+
+def rungs(records: Records) -> Made:
+    """Accuracy at each comparison of early stopping against accuracy at the end."""
+    table = audit.audit(records)
+    if table.empty or table["final"].isna().all():
+        return None
+    figure = Figure(figsize=(WIDTH, 2.6))
+    axes = figure.subplots()
+    marks = "os^Dv"
+    floor = 100 * float(table["final"].min())
+    for place, (epoch, group) in enumerate(table.groupby("epoch")):
+        colour = (*COLOURS.values(), *OTHERS)[place % 8]
+        ended, stopped = group[group["final"].notna()], group[group["final"].isna()]
+        near = ended["reason"] == "near_tie"
+        label, mark = f"epoch {epoch}", marks[place % 5]
+        for chosen, fill in ((ended[~near], colour), (ended[near], "white")):
+            axes.plot(100 * chosen["metric"], 100 * chosen["final"], mark, color=colour, mfc=fill, label=label)
+            label = "_"
+        axes.plot(100 * stopped["metric"], np.full(len(stopped), floor - 1.0), "x", color=colour)
+    axes.set_xlabel("validation accuracy at the rung (%)")
+    axes.set_ylabel("at the end (%)")
+    axes.legend(loc="best")
+    found = audit.rank_correlations(records).dropna(subset=["spearman"]).to_dict("records")
+    known = [f"{row['spearman']:+.2f} at epoch {row['epoch']}" for row in found]
+    rho = f" Rank correlation: {', '.join(known)}." if known else ""
+    return (
+        "Every comparison of early stopping: accuracy then, and at the end. White markers were near ties; crosses "
+        f"below were stopped, and nobody knows their end.{rho}",
+        f"Scatter of {int(table['final'].notna().sum())} comparisons whose trials ran to the end, and "
+        f"{int((table['action'] == 'stop').sum())} that stopped a trial.{rho}",
+        figure,
+    )
+
+
+def timeline(records: Records) -> Made:
+    """Which trial ran when, on which slot."""
+    table = audit.timeline(records)
+    if table.empty:
+        return None
+    slots = table.groupby(["host", "slot"], sort=True).ngroup()
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.28 * min(20, int(slots.max()) + 1)))
+    axes = figure.subplots()
+    kinds = table["method"].fillna("teacher")
+    for kind in kinds.unique():
+        chosen = kinds == kind
+        begin, end = table.loc[chosen, "begin"].to_numpy(float), table.loc[chosen, "end"].to_numpy(float)
+        axes.barh(
+            slots[chosen], end - begin, left=begin, height=0.8, color=COLOURS.get(str(kind), OTHERS[0]),
+            edgecolor="white", lw=0.4, label=str(kind), rasterized=len(table) > 500,
+            hatch={"teacher": "////", "feature": "....", "logit": ""}.get(str(kind), ""),
+        )  # fmt: skip
+    axes.set_yticks(sorted(set(slots)), [str(slot + 1) for slot in sorted(set(slots))])
+    axes.set_ylabel("slot")
+    axes.set_xlabel("seconds since the first trial began")
+    figure.legend(loc="outside upper center", ncols=4)
+    busy = float((table["end"] - table["begin"]).sum())
+    share = busy / (float(table["end"].max()) * (int(slots.max()) + 1))
+    return (
+        f"Trials over slots: {100 * share:.0f} % of the time that slots were there, a trial ran on them.",
+        f"Timeline of {len(table)} trials on {int(slots.max()) + 1} slots over {table['end'].max():.0f} seconds.",
+        figure,
+    )
+
+
+def cost(records: Records) -> Made:
+    """Accuracy against what a trial cost."""
+    costs, arms = measures.costs(records), results.arms(records).set_index("arm")
+    costs = costs[costs["train_seconds"].notna()]
+    if costs.empty:
+        return None
+    trials = results.confirmed_trials(records).drop_duplicates("arm").set_index("arm")
+    stems = [str(stem) for stem in trials["stem"].dropna().unique()] or [""]
+    figure = Figure(figsize=(WIDTH, 1.8 * len(stems) + 0.3))
+    panels = figure.subplots(len(stems), 1, squeeze=False)[:, 0]
+    for axes, stem in zip(panels, stems, strict=True):
+        labelled: set[str] = set()
+        for row in costs.to_dict("records"):
+            arm = row["arm"]
+            if stem and trials.loc[arm, "stem"] != stem:
+                continue
+            method = str(trials.loc[arm, "method"])
+            mean, low, high = (100 * float(arms.loc[arm, name]) for name in ("mean", "low", "high"))
+            error = None if math.isnan(low) else [[mean - low], [high - mean]]
+            axes.errorbar(
+                row["train_seconds"],
+                mean,
+                error,
+                marker=MARKERS.get(method, "o"),
+                color=COLOURS.get(method, OTHERS[0]),
+                ls="",
+                elinewidth=0.7,
+                label="_" if method in labelled else method,
+            )
+            labelled.add(method)
+        axes.set_title(f"{stem} stem" if stem else "", loc="left")
+        axes.set_xlim(left=0)
+        axes.set_ylabel("test accuracy (%)")
+    both = [axes.get_legend_handles_labels() for axes in panels]
+    marks = {label: handle for handles, labels in both for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(list(marks.values()), list(marks), loc="outside upper center", ncols=4)
+    panels[-1].set_xlabel("seconds of training a trial")
+    rows = costs.to_dict("records")
+    said = "; ".join(f"{row['arm']} {100 * row['mean']:.2f} in {row['train_seconds']:.0f} s" for row in rows)
+    return (
+        "Test accuracy (mean and 95 % interval) against the training time of a trial.",
+        f"Accuracy against cost: {said}.",
+        figure,
+    )
+
+
+PICTURES: dict[str, Callable[[Records], Made]] = {
+    "effects": forest,
+    "curves": curves,
+    "temperature": temperature,
+    "alpha": alpha,
+    "cost": cost,
+    "rungs": rungs,
+    "timeline": timeline,
+}

@@ -1,0 +1,66 @@
+"""The page: one HTML file that opens from disk and asks nobody for anything."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, StrictUndefined, select_autoescape
+
+from tune_kd.report import figures
+from tune_kd.report.texts import ROWS, Titled, cell, heading, shown
+from tune_kd.tables import Records
+
+TEMPLATE = Path(__file__).with_name("page.html")
+ORDER = ("arms", "exploratory", "measures", "costs", "temperature", "alpha", "gaps", "between_runs", "differences")
+VERDICTS = ("better", "worse", "equivalent", "inconclusive", "not judged")
+AT_THE_END = ("decisions", "rungs", "provenance")  # of the page, for those who check
+
+
+def html(records: Records, tables: Titled, pictures: Sequence[figures.Picture], limits: Sequence[str]) -> str:
+    """The whole page. Of tables that are longer than people read, it has the first rows and says so."""
+    environment = Environment(autoescape=select_autoescape(default=True), undefined=StrictUndefined, trim_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text())
+    rows = tables["contrasts"][1].to_dict("records") if "contrasts" in tables else []
+    return template.render(
+        title=", ".join(records.runs),
+        questions=[study["study"]["question"] for study in records.studies.values()],
+        verdicts=_verdicts(rows, many=len(records.runs) > 1),
+        contrasts=None if not rows else _table(*tables["contrasts"]),
+        tables={name: _table(*tables[name]) for name in ORDER if name in tables},
+        checks={name: _table(*tables[name]) for name in AT_THE_END if name in tables},
+        pictures=[_picture(each) for each in pictures],
+        limits=limits,
+        trials=len(records.trials),
+        rows=ROWS,
+    )
+
+
+def _verdicts(rows: Sequence[Mapping[Any, Any]], many: bool) -> dict[str, list[dict[str, str]]]:
+    """The contrasts' names and sentences by verdict, what says most first."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        sentence = row["words"].removeprefix(row["verdict"]).lstrip(": ")
+        name = f"{row['run']}: {row['contrast']}" if many else row["contrast"]
+        found.setdefault(row["verdict"], []).append({"contrast": name, "sentence": sentence})
+    return {verdict: found[verdict][:ROWS] for verdict in VERDICTS if verdict in found}
+
+
+def _table(title: str, table: pd.DataFrame) -> dict[str, Any]:
+    """A table's cells as texts, each with the value by which its column is sorted."""
+    table = shown(table).drop(columns=["words"], errors="ignore")
+    names = [str(name) for name in table.columns]
+    numeric = [bool(pd.api.types.is_numeric_dtype(table[name])) for name in table.columns]
+    rows = [
+        [{"text": cell(name, value), "key": "" if pd.isna(value) else value, "number": number}
+         for name, value, number in zip(names, row, numeric, strict=True)]
+        for row in table.head(ROWS).itertuples(index=False)
+    ]  # fmt: skip
+    heads = [{"text": heading(name), "number": number} for name, number in zip(names, numeric, strict=True)]
+    return {"title": title, "heads": heads, "rows": rows, "total": len(table)}
+
+
+def _picture(picture: figures.Picture) -> dict[str, str]:
+    drawn = base64.b64encode(figures.rendered(picture.figure, "svg")).decode()
+    return {"source": f"data:image/svg+xml;base64,{drawn}", "caption": picture.caption, "alt": picture.alternative}

@@ -1,0 +1,103 @@
+"""Tables as text: Markdown for people, LaTeX with booktabs for papers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from tune_kd.tables import Records
+
+POINTS = (
+    "estimate", "sd", "low", "high", "mean", "control", "gap", "gain", "teacher_accuracy", "val_accuracy_best",
+    "test_accuracy", "test_accuracy_best", "agreement", "ece", "target",
+)  # fmt: skip
+"""Columns of fractions, which people read in points (hundredths)."""
+ROWS = 200  # of a table that people see; the files of tables have all
+
+Titled = Mapping[str, tuple[str, pd.DataFrame]]
+
+
+def cell(name: str, value: Any) -> str:
+    """A value as people read it: fractions in points, p values to three digits, nothing where there is none."""
+    if value is None or value is pd.NA or value != value:
+        return ""
+    if isinstance(value, float):
+        if name.removesuffix("_sd") in POINTS:
+            signed = name in ("estimate", "gain", "gap")
+            return f"{100 * value:+.2f}" if signed else f"{100 * value:.2f}"
+        if name.startswith(("p_", "smallest")) or name == "p":
+            return "< 0.001" if value < 0.001 else f"{value:.3f}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) and name != "seed" else str(value)
+
+
+def heading(name: str) -> str:
+    """A column's name as people read it."""
+    unit = " (points)" if name.removesuffix("_sd") in POINTS else ""
+    return name.replace("_", " ") + unit
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A table without the columns that say nothing: those of nulls, and the run where there is one alone."""
+    kept = [name for name in table.columns if table[name].notna().any() and (table[name].astype("string") != "").any()]
+    return table[[name for name in kept if name != "run" or table["run"].nunique() > 1]]
+
+
+def markdown(records: Records, tables: Titled, limits: Sequence[str]) -> str:
+    """The whole report as Markdown."""
+    lines = [f"# {', '.join(records.runs)}", ""]
+    for study in records.studies.values():
+        lines += [study["study"]["question"], ""]
+    if "contrasts" in tables:
+        lines += ["## Verdicts", ""]
+        rows = tables["contrasts"][1].to_dict("records")
+        lines += [f"- **{row['contrast']}**: {row['words']}" for row in rows[:ROWS]]
+        lines += ["", "Paired by seed; p values of t tests, adjusted by Holm over all contrasts.", ""]
+    lines += ["## Limits of the evidence", "", *(f"- {sentence}" for sentence in limits), ""]
+    for title, table in tables.values():
+        lines += [f"## {title}", "", *_rows(shown(table)), ""]
+    return "\n".join(lines)
+
+
+def _rows(table: pd.DataFrame) -> list[str]:
+    names = [str(name) for name in table.columns]
+    lines = ["| " + " | ".join(map(heading, names)) + " |", "|" + " --- |" * len(names)]
+    for row in table.head(ROWS).itertuples(index=False):
+        cells = (cell(name, value).replace("|", "\\|") for name, value in zip(names, row, strict=True))
+        lines.append("| " + " | ".join(cells) + " |")
+    if len(table) > ROWS:
+        lines += ["", f"The first {ROWS} of {len(table):,} rows; the others are in tables/."]
+    return lines
+
+
+def latex(tables: Titled) -> dict[str, str]:
+    """Each table as a `tabular` with booktabs' rules, to be put into a paper by `\\input`, and `all`: a document with
+    all of them, which compiles as it is."""
+    files = {name: _tabular(shown(table).drop(columns=["words", "note"], errors="ignore"))
+             for name, (_, table) in tables.items()}  # fmt: skip
+    body = "\n".join(
+        f"\\section*{{{_escaped(title)}}}\n\\resizebox{{\\textwidth}}{{!}}{{\\input{{{name}.tex}}}}"
+        for name, (title, _) in tables.items()
+    )
+    files["all"] = (
+        "\\documentclass{article}\n\\usepackage[margin=2cm]{geometry}\n\\usepackage{booktabs}\n"
+        f"\\usepackage{{graphicx}}\n\\begin{{document}}\n{body}\n\\end{{document}}\n"
+    )
+    return files
+
+
+def _tabular(table: pd.DataFrame) -> str:
+    names = [str(name) for name in table.columns]
+    numbers = ["r" if pd.api.types.is_numeric_dtype(table[name]) else "l" for name in names]
+    lines = [f"% needs \\usepackage{{booktabs}}\n\\begin{{tabular}}{{{''.join(numbers)}}}", "\\toprule"]
+    lines += [" & ".join(_escaped(heading(name)) for name in names) + " \\\\", "\\midrule"]
+    for row in table.head(ROWS).itertuples(index=False):
+        lines.append(" & ".join(_escaped(cell(name, value)) for name, value in zip(names, row, strict=True)) + " \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+
+
+def _escaped(text: str) -> str:
+    """Text in which nothing is a command of LaTeX."""
+    special = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "$<$",
+               ">": "$>$", "|": "$|$"} | {sign: f"\\{sign}" for sign in "&%$#_{}"}  # fmt: skip
+    return "".join(special.get(sign, sign) for sign in text)

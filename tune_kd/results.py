@@ -1,0 +1,255 @@
+"""From records to results, as DataFrames: what helps, by how much, how sure that is, and what it cost.
+
+Accuracies and differences are fractions (0.001 is 0.1 points), seconds are wall-clock. Claims rest on trials that ran
+to their end on seeds that were planned for the confirmation; everything else is exploratory and says so.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import pandas as pd
+
+from tune_kd import stats
+from tune_kd.stats import MARGIN
+from tune_kd.tables import Records, typed
+
+HEADLINE = "test_accuracy_best"
+COMPARABLE = ("epochs_planned", "dataset", "data_digest", "scale", "recipe_id")  # alike in arms that are contrasted
+CONTEXT = ("run", "student", "teacher", "stem", "weights", "width")  # where arms differ in what is studied alone
+
+
+def planned_seeds(records: Records, run: str) -> list[int] | None:
+    """The seeds that a run's study fixed for its confirmation; null for tables without a study."""
+    study = records.studies.get(run)
+    return None if study is None else list(study["study"]["confirm"]["seeds"])
+
+
+def confirmed_trials(records: Records) -> pd.DataFrame:
+    """The students' trials on planned confirmation seeds, whatever became of them."""
+    trials = records.trials[(records.trials["phase"] == "confirm") & (records.trials["role"] == "student")]
+    kept = [group if (seeds := planned_seeds(records, str(run))) is None else group[group["seed"].isin(seeds)]
+            for run, group in trials.groupby("run", sort=False)]  # fmt: skip
+    return pd.concat(kept) if kept else trials
+
+
+def confirmed(records: Records) -> pd.DataFrame:
+    """The headline accuracy by arm (columns) and by run and seed (rows), of confirmed trials that ran to their end.
+
+    Raises `ValueError` where an arm has a seed twice.
+    """
+    ended = confirmed_trials(records)
+    ended = ended[ended["status"] == "completed"]
+    if (twice := ended.duplicated(["run", "arm", "seed"])).any():
+        first = ended[twice].iloc[0]
+        raise ValueError(
+            f"{int(twice.sum())} confirmed trials have the run, arm and seed of another, such as {first['arm']} "
+            f"at seed {first['seed']}; an arm has to name all in which its trials differ"
+        )
+    table = ended.pivot(index=["run", "seed"], columns="arm", values=HEADLINE)
+    return table.astype("float64")
+
+
+def arms(records: Records) -> pd.DataFrame:
+    """A row an arm: n, mean, sd, and the 95 % interval of its confirmed accuracy; a note where seeds are missing."""
+    trials, values = confirmed_trials(records), confirmed(records)
+    rows: list[dict[str, Any]] = []
+    for run, name, role, tried in _arms(records, trials):
+        known = values.loc[[run], name].dropna().tolist() if name in values and run in values.index else []
+        statuses = set(tried["status"]) - {"completed"}
+        note = "" if not statuses else "stopped in the screen" if statuses == {"stopped"} else "incomplete"
+        described = asdict(stats.summary(known))
+        n = described.pop("n")
+        rows.append({"run": run, "arm": name, "role": role, "n": n, "planned": len(tried), **described, "note": note})
+    return typed(rows, "run arm role n planned mean sd low high note")
+
+
+def _arms(records: Records, trials: pd.DataFrame) -> list[tuple[str, str, str, pd.DataFrame]]:
+    """Run, name, role and confirmed trials of each arm, in the study's order."""
+    found = []
+    for run in records.runs:
+        of_run = trials[trials["run"] == run]
+        by_arm = dict(list(of_run.groupby("arm", sort=False)))
+        if run in records.studies:
+            roles = {arm["name"]: arm["role"] for arm in records.studies[run]["arms"]}
+        else:
+            roles = dict.fromkeys(map(str, by_arm), "")
+        found += [(run, name, role, by_arm.get(name, of_run.iloc[:0])) for name, role in roles.items()]
+    return found
+
+
+def exploratory(records: Records) -> pd.DataFrame:
+    """A row an arm and phase of what claims nothing: the screen, and seeds that were added to the plan.
+
+    `tried` is how many arms the best of them was the best of: the maximum of many is too good (selection).
+    """
+    trials = records.trials[records.trials["role"] == "student"]
+    trials = trials[~trials.index.isin(confirmed_trials(records).index)]
+    rows = []
+    for (run, phase), of_phase in trials.groupby(["run", "phase"], sort=False):
+        tried = of_phase["arm"].nunique()
+        for arm, group in of_phase.groupby("arm", sort=False):
+            ended = group[group["status"] == "completed"]
+            rows.append(
+                {
+                    "run": run,
+                    "what": "screen" if phase == "screen" else "added seeds",
+                    "arm": arm,
+                    "tried": tried,
+                    "trials": len(group),
+                    "n": len(ended),
+                    "stopped": int((group["status"] == "stopped").sum()),
+                    "epochs_run": float(group["epochs_run"].astype("float64").mean()),
+                    "val_accuracy_best": _mean(group["val_accuracy_best"]),
+                    "mean": _mean(ended[HEADLINE]),
+                    "sd": stats.summary(ended[HEADLINE].dropna().tolist()).sd,
+                }
+            )
+    table = typed(rows, "run what arm tried trials n stopped epochs_run val_accuracy_best mean sd")
+    return table.sort_values(["run", "what", "val_accuracy_best"], ascending=[True, False, False], ignore_index=True)
+
+
+def contrasts(records: Records, margin: float = MARGIN) -> pd.DataFrame:
+    """A row for each contrast that a study fixed: its estimate over the seeds that have all of its arms, and a verdict.
+
+    Paired by seed; `p_holm` and `p_equivalence` are adjusted by Holm over all contrasts that the run fixed, those
+    without a p value among them: a family that shrinks with what the data did would make its p values too small.
+    `pairs_needed` is for 80 % power at this difference and spread and an unadjusted 0.05. A contrast has no estimate
+    where an arm was stopped, or where its arms differ in more than they should (`note` says in what).
+    """
+    found = [_contrasts_of(records.of(run), margin) for run in records.runs if run in records.studies]
+    names = ("run contrast kind n planned estimate sd low high p p_holm p_exact smallest_exact_p effect_size "
+             "p_equivalence pairs_needed verdict words note")  # fmt: skip
+    return pd.concat(found, ignore_index=True) if found else typed([], names)
+
+
+def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
+    (run,), study, values = records.runs, records.study, confirmed(records)
+    planned = len(study["study"]["confirm"]["seeds"])
+    rows: list[dict[str, Any]] = []
+    for contrast in study["contrasts"]:
+        weights = dict(contrast["weights"])
+        missing = [arm for arm in weights if arm not in values]
+        note = f"{missing[0]} has no confirmed trial that ran to its end" if missing else _differing(records, weights)
+        paired: list[float] = []
+        if not note:
+            paired = sum(weight * values[arm] for arm, weight in weights.items()).dropna().tolist()
+            note = f"{planned - len(paired)} of {planned} seeds are missing" if len(paired) < planned else ""
+        rows.append(
+            {"run": run, "contrast": contrast["name"], "kind": contrast["kind"], "planned": planned, "note": note}
+            | _judged(paired, margin)
+        )
+    teachers = len(study["study"]["teacher_seeds"])
+    return _with_verdicts(rows, margin, given=_given(teachers))
+
+
+def compare(records: Records, factor: str, treated: Any, against: Any, margin: float = MARGIN) -> pd.DataFrame:
+    """Two levels of a column of the trials, wherever everything else that was studied is alike: for tables that no
+    study fixed contrasts for. Paired by seed where every seed has both levels, else after Welch; adjusted by Holm
+    over the rows. It was not fixed before the data were seen, so it is exploratory, and has no verdict."""
+    trials = confirmed_trials(records)
+    trials = trials[(trials["status"] == "completed") & trials[HEADLINE].notna()]
+    context = [name for name in (*CONTEXT, "method", "temperature", "alpha", "beta", "lr", "weight_decay", *COMPARABLE)
+               if name != factor]  # fmt: skip
+    rows = []
+    for levels, group in trials.groupby(context, dropna=False, sort=False):
+        one, other = (group[group[factor] == level].set_index("seed")[HEADLINE] for level in (treated, against))
+        if one.empty or other.empty:
+            continue
+        varied = [str(level) for name, level in zip(context, levels, strict=True) if trials[name].nunique() > 1]
+        named = "/".join(each for each in varied if each not in ("<NA>", "nan"))
+        row = {"context": named, "contrast": f"{treated} - {against}", "n_treated": len(one), "n_control": len(other)}
+        if set(one.index) == set(other.index) and one.index.is_unique and other.index.is_unique:
+            judged = stats.paired(one.tolist(), other[one.index].tolist())
+            rows.append(row | {"how": "paired"} | asdict(judged))
+        else:
+            rows.append(row | {"how": "welch"} | asdict(stats.welch(one.tolist(), other.tolist())))
+    table = typed(rows, "context contrast how n n_treated n_control estimate low high p effect_size")
+    table["p_holm"] = holm(table["p"])
+    return table
+
+
+def _differing(records: Records, arms: Mapping[str, float]) -> str:
+    """In what the arms of a contrast differ that they should not; empty where in nothing."""
+    trials = confirmed_trials(records)
+    trials = trials[trials["arm"].isin(arms)]
+    said = []
+    for name in COMPARABLE:
+        levels = trials[name].dropna().unique().tolist()
+        if len(levels) > 1:
+            said.append(f"{name} is {' and '.join(str(level)[:16] for level in levels)}")
+    return f"not contrasted: {'; '.join(said)}" if said else ""
+
+
+def _judged(paired: list[float], margin: float) -> dict[str, Any]:
+    judged = asdict(stats.differences(paired))
+    needed = None
+    if judged["sd"] is not None:
+        needed = stats.pairs_needed(judged["estimate"], judged["sd"])
+    equal = stats.equivalent_to_zero(paired, margin)
+    smallest = stats.smallest_exact_p(len(paired)) if paired else None
+    return judged | {"smallest_exact_p": smallest, "p_equivalence": equal.p, "pairs_needed": needed}
+
+
+def _with_verdicts(rows: list[dict[str, Any]], margin: float, given: str) -> pd.DataFrame:
+    names = ("run contrast kind n planned estimate sd low high p p_holm p_exact smallest_exact_p effect_size "
+             "p_equivalence pairs_needed verdict words note")  # fmt: skip
+    table = typed(rows, names)
+    table["p_holm"] = holm(table["p"])
+    table["p_equivalence"] = holm(table["p_equivalence"])
+    verdicts = [verdict(row) for row in table.to_dict("records")]
+    table["verdict"] = pd.Series(verdicts, index=table.index, dtype="string")
+    sentences = [words(row, margin, given) for row in table.to_dict("records")]
+    table["words"] = pd.Series(sentences, index=table.index, dtype="string")
+    return table
+
+
+def holm(p_values: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Adjusted over all rows; one without a p value stays without, and counts as one that finds nothing."""
+    adjusted = pd.Series(stats.holm(p_values.fillna(1.0).tolist()), index=p_values.index, dtype="float64")
+    return adjusted.where(p_values.notna())
+
+
+def verdict(row: Mapping[Any, Any]) -> str:
+    """better, worse, equivalent, inconclusive, or not judged; at 0.05 after Holm."""
+    if row["n"] == 0:
+        return "not judged"
+    if row["p_holm"] < 0.05:
+        return "better" if row["estimate"] > 0 else "worse"
+    return "equivalent" if row["p_equivalence"] < 0.05 else "inconclusive"
+
+
+def words(row: Mapping[Any, Any], margin: float, given: str) -> str:
+    """The verdict as a sentence for readers who see nothing else of the row."""
+    if row["verdict"] == "not judged":
+        return f"not judged: {row['note']}"
+    seeds = "1 seed" if row["n"] == 1 else f"{row['n']} seeds"
+    found = f"{100 * row['estimate']:+.2f} points over {seeds}"
+    if not pd.isna(row["low"]):
+        found += f", 95 % interval {100 * row['low']:.2f} to {100 * row['high']:.2f}"
+    close = f"the difference is less than {100 * margin:g} points"
+    if row["verdict"] == "equivalent":
+        return f"equivalent: {close} ({found}){given}"
+    if row["verdict"] != "inconclusive":
+        return f"{row['verdict']}: {found}{f'; yet {close}' if row['p_equivalence'] < 0.05 else ''}{given}"
+    return f"inconclusive: {found}; {_power(row)}{given}"
+
+
+def _power(row: Mapping[Any, Any]) -> str:
+    """What more seeds would bring."""
+    if row["n"] == 1:
+        return "one seed shows no spread"
+    if row["sd"] <= stats.NO_SPREAD:
+        return "without a spread there is nothing to judge it by"
+    if pd.isna(row["pairs_needed"]):
+        return "so small a difference is not to be found with a million pairs"
+    return f"if that is the difference and its spread, {row['pairs_needed']:,} pairs give 80 % power"
+
+
+def _given(teachers: int) -> str:
+    return ", given one teacher" if teachers == 1 else ""
+
+
+def _mean(values: "pd.Series[Any]") -> float | None:
+    known = values.dropna()
+    return float(known.mean()) if len(known) else None

@@ -1,0 +1,233 @@
+"""Tables as DataFrames: read from Parquet and held against their schema, from one run, several, or somebody else's."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tune_kd.foreign import Adapter
+from tune_kd.records import PANDAS, SCHEMAS, TRIALS, Schema
+from tune_kd.study import Mistake
+
+EXAMPLES = 3  # rows that an error shows
+TEXT = (
+    *("run", "arm", "role", "note", "what", "contrast", "kind", "verdict", "words", "context", "how", "against"),
+    *("value", "host", "phase", "method", "status", "student", "teacher", "stem", "weights"),
+)
+COUNTS = (
+    *("n", "planned", "tried", "trials", "stopped", "n_treated", "n_control", "pairs_needed", "epoch", "slot", "seed"),
+)
+"""Names of columns of results that are text, and counts; the others are measures."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """The tables of runs as DataFrames with the schema's types, and what each run's `study.json` says of it.
+
+    Text is `string`, counts are `Int64`, measures `float64`. What does not apply is null.
+    """
+
+    trials: pd.DataFrame
+    epochs: pd.DataFrame
+    decisions: pd.DataFrame
+    studies: dict[str, dict[str, Any]]  # by run; tables of others have none
+
+    @property
+    def runs(self) -> list[str]:
+        """The names of the runs, in the order in which they were asked for."""
+        return list(dict.fromkeys(self.trials["run"]))
+
+    def of(self, run: str) -> "Records":
+        """One run alone."""
+        trials, epochs, decisions = (each[each["run"] == run] for each in (self.trials, self.epochs, self.decisions))
+        return Records(trials, epochs, decisions, {name: of for name, of in self.studies.items() if name == run})
+
+    @property
+    def study(self) -> dict[str, Any]:
+        """What the one run's `study.json` says. Raises `ValueError` where there is not exactly one."""
+        if len(self.studies) != 1:
+            raise ValueError(f"these are the records of {len(self.studies)} studies; take one with `of(run)`")
+        return next(iter(self.studies.values()))
+
+
+def load(*runs: Path | str, out: Path | str = "results", adapt: Adapter | None = None) -> Records:
+    """Read runs: folders, names under `out`, or what two files `..._trials.parquet`, `..._epochs.parquet` have in
+    common (`data/published`). `adapt` says what the columns of somebody else's tables mean.
+
+    Raises `Mistake` for what is not there or cannot be read, and for rows that break the schema, with their number
+    and some of them.
+    """
+    if not runs:
+        raise Mistake("RUN is missing; allowed: a run's folder, its name, or the common prefix of two tables")
+    found: list[Records] = []
+    problems: list[str] = []
+    for each in runs:
+        try:
+            found.append(_load(_place(Path(each), Path(out)), adapt))
+        except Mistake as mistake:
+            problems += mistake.problems
+    names = [name for one in found for name in one.runs]
+    problems += [f"RUN {name!r} is given more than once; allowed: runs of different names"
+                 for name in sorted({name for name in names if names.count(name) > 1})]  # fmt: skip
+    if problems:
+        raise Mistake(*problems)
+    if len(found) == 1:
+        return found[0]
+    # The schema gave all of them the same columns and types, so nothing is dropped.
+    trials, epochs, decisions = (
+        pd.concat([getattr(one, schema.name) for one in found], ignore_index=True) for schema in SCHEMAS
+    )
+    return Records(trials, epochs, decisions, {name: of for one in found for name, of in one.studies.items()})
+
+
+def _place(run: Path, out: Path) -> Path:
+    """The folder, or the prefix of files, that a user means."""
+    if run.name.endswith("trials.parquet"):  # the table itself
+        prefix = run.name.removesuffix("trials.parquet").removesuffix("_")
+        run = run.with_name(prefix) if prefix else run.parent
+    for place in (run, out / run):
+        if _file(place, "trials").is_file() or (place / "study.json").is_file():
+            return place
+    raise Mistake(f"RUN is {run}; allowed: a run's folder or name under {out} (see `tune_kd list`), a folder with "
+                  "trials.parquet, or PREFIX where PREFIX_trials.parquet is a file")  # fmt: skip
+
+
+def _file(place: Path, table: str) -> Path:
+    return place / f"{table}.parquet" if place.is_dir() else place.with_name(f"{place.name}_{table}.parquet")
+
+
+def _load(place: Path, adapt: Adapter | None) -> Records:
+    ours = (place / "study.json").is_file()
+    tables: dict[str, pd.DataFrame] = {}
+    for schema in SCHEMAS:
+        path = _file(place, schema.name)
+        again = f"`tune_kd resume {place}` makes the tables again from the ledger" if ours else "restore the file"
+        if not path.is_file():
+            if ours or schema is TRIALS:
+                raise Mistake(f"{path} is missing; {again}")
+            tables[schema.name] = pd.DataFrame({name: [] for name in schema.columns})
+            continue
+        try:
+            tables[schema.name] = pd.read_parquet(path)
+        except (OSError, ValueError, TypeError, NotImplementedError) as error:  # of which pyarrow's own are kinds
+            raise Mistake(f"{path} cannot be read ({error}); {again}") from error
+    if not ours:
+        tables = (adapt or Adapter()).apply(place.name, tables)
+    typed, problems = {}, []
+    for schema in SCHEMAS:
+        typed[schema.name], found = check(schema, tables[schema.name], lenient=not ours)
+        problems += [f"{_file(place, schema.name)}: {problem}" for problem in found]
+    if not problems:
+        problems = [f"{_file(place, 'epochs')}: {problem}" for problem in _strays(typed["trials"], typed["epochs"])]
+    if problems:
+        raise Mistake(*problems)
+    studies = {}
+    if ours:
+        try:
+            study = json.loads((place / "study.json").read_text())
+            studies[study["run"]] = study
+        except (ValueError, KeyError, TypeError) as error:
+            raise Mistake(f"{place}/study.json cannot be read ({error}); restore the file") from error
+    return Records(**typed, studies=studies)
+
+
+def check(schema: Schema, table: pd.DataFrame, *, lenient: bool = False) -> tuple[pd.DataFrame, list[str]]:
+    """The table in the schema's columns and types, and a sentence for each rule that it breaks.
+
+    Columns that may be missing (of `lenient` tables all that may be null) come as nulls. The table is of use only
+    where there is no sentence.
+    """
+    missing = [name for name in schema.columns if name not in table.columns]
+    never_null = (*schema.key, *schema.needed)
+    refused = [name for name in missing if name not in schema.optional and (not lenient or name in never_null)]
+    if refused:
+        return table, [f"lacks the columns {', '.join(refused)}; has {', '.join(map(str, table.columns))}"]
+    problems: list[str] = []
+    typed: dict[str, pd.Series[Any]] = {}
+    for name, kind in schema.columns.items():
+        column = table[name] if name in table.columns else None
+        problem = None if column is None else _type_problem(name, column, kind)
+        if problem is not None:
+            problems.append(problem)
+        elif column is None or column.isna().all():
+            typed[name] = pd.Series([None] * len(table), index=table.index, dtype=PANDAS[kind])
+        else:
+            typed[name] = column.astype(PANDAS[kind])  # type: ignore[call-overload]
+    if problems:
+        return table, problems
+    checked = pd.DataFrame(typed)
+    return checked, list(_broken(schema, checked))
+
+
+def _type_problem(name: str, column: "pd.Series[Any]", kind: type) -> str | None:
+    there = column.dropna()
+    if kind is str:
+        fits = pd.api.types.is_string_dtype(there) or not len(there)
+        return None if fits else f"{name} is {column.dtype}, such as {_plain(there.iloc[0])!r}; expected text"
+    if not len(there):
+        return None
+    if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+        return f"{name} is {column.dtype}, such as {_plain(there.iloc[0])!r}; expected {PANDAS[kind].lower()}"
+    values = there.to_numpy(dtype="float64")
+    wrong = ~np.isfinite(values) | ((values % 1 != 0) if kind is int else False)
+    if wrong.any():
+        return _told(name, there[wrong], len(column), "whole numbers" if kind is int else "finite numbers")
+    return None
+
+
+def _told(name: str, wrong: "pd.Series[Any]", total: int, expected: str) -> str:
+    """A sentence with the number of rows that break a rule, and some of them."""
+    examples = ", ".join(f"{_plain(value)!r} in row {row}" for row, value in wrong.head(EXAMPLES).items())
+    return f"{name}: {len(wrong):,} of {total:,} rows break a rule; got {examples}; expected {expected}"
+
+
+def _plain(value: Any) -> Any:
+    """A value without numpy's wrapping, as it is shown to people."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _broken(schema: Schema, table: pd.DataFrame) -> Iterator[str]:
+    """A sentence for each rule of the schema that some rows break."""
+    for name in dict.fromkeys((*schema.key, *schema.needed)):
+        if (null := table[name].isna()).any():
+            yield _told(name, table.loc[null, name], len(table), "a value in every row")
+    for name, levels in schema.levels.items():
+        if (wrong := table[name].notna() & ~table[name].isin(levels)).any():
+            yield _told(name, table.loc[wrong, name], len(table), f"one of {', '.join(levels)}")
+    for name in schema.fractions:
+        if (wrong := ~(table[name].between(0, 1) | table[name].isna())).any():
+            yield _told(name, table.loc[wrong, name], len(table), "a fraction from 0 to 1")
+    for name in schema.only_completed:
+        if (wrong := table[name].notna() & (table["status"] != "completed")).any():
+            yield _told(name, table.loc[wrong, name], len(table), "null unless status is completed")
+    if (twice := table.duplicated(list(schema.key))).any():
+        keys = table.loc[twice, list(schema.key)].apply(tuple, axis=1)
+        yield _told(", ".join(schema.key), keys, len(table), "each of them once")
+
+
+def _strays(trials: pd.DataFrame, epochs: pd.DataFrame) -> Iterator[str]:
+    """Epochs without a trial, and trials whose epochs do not count up from 1."""
+    if epochs.empty:
+        return
+    key = ["run", "trial_id"]
+    known = pd.MultiIndex.from_frame(trials[key])
+    spans = epochs.groupby(key, sort=False)["epoch"].agg(["min", "max", "size"])
+    unknown = ~spans.index.isin(known)
+    if unknown.any():
+        yield _told("trial_id", pd.Series(list(spans.index[unknown])), len(spans), "a trial of the trials table")
+    gaps = (spans["min"] != 1) | (spans["max"] != spans["size"])
+    if gaps.any():
+        first = spans[gaps].head(EXAMPLES).reset_index().to_dict("records")
+        examples = ", ".join(f"{row['trial_id']} has {row['size']} from {row['min']} to {row['max']}" for row in first)
+        yield f"epoch: {int(gaps.sum()):,} of {len(spans):,} trials do not count up from 1; {examples}"
+
+
+def typed(rows: Sequence[Mapping[str, Any]], names: str) -> pd.DataFrame:
+    """Rows as a table of these columns: text, counts, and measures, also where it is empty or all null."""
+    table = pd.DataFrame(rows, columns=names.split())
+    types = {name: "string" if name in TEXT else "Int64" if name in COUNTS else "float64" for name in table.columns}
+    return table.astype(types)
