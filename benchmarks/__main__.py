@@ -38,6 +38,13 @@ def runs(count: int) -> Iterable[Result]:
     yield from runs.laptop_ablation(count)
 
 
+def report(count: int) -> Iterable[Result]:
+    """Reading and reporting a study of a million epochs."""
+    from benchmarks import tables
+
+    yield from tables.large(count)
+
+
 def gpu(count: int) -> Iterable[Result]:
     """Seconds an epoch at paper scale on a GPU, against the plain loop and the floor, alone and packed."""
     import torch
@@ -51,7 +58,9 @@ def gpu(count: int) -> Iterable[Result]:
     yield from gpu.packed()
 
 
-BENCHMARKS: dict[str, Callable[[int], Iterable[Result]]] = {each.__name__: each for each in (step, answers, runs, gpu)}
+BENCHMARKS: dict[str, Callable[[int], Iterable[Result]]] = {
+    each.__name__: each for each in (step, answers, runs, report, gpu)
+}
 
 
 def main(

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tune_kd import cli
@@ -250,3 +252,59 @@ def test_list_names_studies_and_runs(
 
 def test_the_entry_point_is_installed() -> None:
     assert (Path(sys.executable).parent / "tune-kd").exists()
+
+
+def test_a_report_of_two_runs_compares_them_and_says_in_what_they_differ(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path, finished: Path
+) -> None:
+    other = elsewhere / "results" / "other"
+    shutil.copytree(finished, other, ignore=shutil.ignore_patterns("checkpoints", "ledger*"))
+    record = json.loads((other / "study.json").read_text())
+    record["run"], record["study"]["recipe"]["lr"] = "other", 0.07
+    (other / "study.json").write_text(json.dumps(record))
+    for name in ("trials", "epochs", "decisions"):
+        table = pd.read_parquet(other / f"{name}.parquet")
+        table.assign(run=pd.Series("other", index=table.index, dtype="string")).to_parquet(other / f"{name}.parquet")
+    assert call(monkeypatch, "report", str(finished), "other", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["runs"] == ["tiny", "other"]
+    assert answer["report"] == "report-tiny-other/report.html"
+    page = (elsewhere / answer["report"]).read_text()
+    assert "study.recipe.lr" in page
+    assert {path.name for path in (elsewhere / "report-tiny-other" / "figures").glob("effects*.png")} == {
+        "effects-tiny.png",
+        "effects-other.png",
+    }
+    compared = pd.read_csv(elsewhere / "report-tiny-other" / "tables" / "between_runs.csv")
+    assert compared["estimate"].tolist() == [0.0] * len(compared)
+
+
+def test_a_report_is_written_where_and_in_what_form_one_likes_and_opened(
+    monkeypatch: pytest.MonkeyPatch, elsewhere: Path, finished: Path
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("typer.launch", opened.append)
+    arguments = ["report", str(finished), "--to", "mine", "--format", "md,csv", "--open"]
+    assert call(monkeypatch, *arguments) == 0
+    assert opened == [str(elsewhere / "mine" / "report.md")]
+    assert {path.name for path in (elsewhere / "mine").iterdir()} == {"report.md", "tables"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--format", "docx"], ["--format is 'docx'; allowed: html, md, csv, tex, png, svg"]),
+        (["--format", ""], ["--format is ''; allowed: html, md"]),
+        (["--phase", "select"], ["--phase is 'select'; allowed: THEIRS=OURS"]),
+        (["nowhere", "--phase", "x=y"], ["--phase is 'x=y'", "RUN is 'nowhere'; allowed: a run's folder"]),
+    ],
+)
+def test_a_report_that_cannot_be_is_refused_with_every_problem_and_nothing_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path, finished: Path,
+    arguments: list[str], says: list[str],
+) -> None:  # fmt: skip
+    assert call(monkeypatch, "report", str(finished), "--to", "mine", *arguments) == 2
+    said = capsys.readouterr().err
+    assert all(each in said for each in says)
+    assert "Traceback" not in said
+    assert not (elsewhere / "mine").exists()

@@ -127,7 +127,7 @@ def test_only_the_forms_that_were_asked_for_are_written(
 
 
 def test_a_form_that_there_is_not_is_refused_and_nothing_is_written(records: Records, tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match=r"--format is docx; allowed: html, md"):
+    with pytest.raises(Mistake, match="--format is 'docx'; allowed: html, md"):
         report.write(tmp_path / "elsewhere", records, ["html", "docx"])
     assert not (tmp_path / "elsewhere").exists()
 

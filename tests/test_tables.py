@@ -124,7 +124,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     problems = caught.value.problems
     assert len(problems) == 3
     assert "decisions.parquet is missing; `tune_kd resume" in problems[0]
-    assert "nowhere; allowed: a run's folder" in problems[1]
+    assert "nowhere'; allowed: a run's folder" in problems[1]
     write(folder)
     trials.assign(status="done", phase="later").to_parquet(folder / "trials.parquet")
     with pytest.raises(Mistake) as caught:

@@ -92,8 +92,10 @@ def _place(run: Path, out: Path) -> Path:
     for place in (run, out / run):
         if _file(place, "trials").is_file() or (place / "study.json").is_file():
             return place
-    raise Mistake(f"RUN is {run}; allowed: a run's folder or name under {out} (see `tune_kd list`), a folder with "
-                  "trials.parquet, or PREFIX where PREFIX_trials.parquet is a file")  # fmt: skip
+    raise Mistake(
+        f"RUN is {str(run)!r}; allowed: a run's folder or name under {out} (see `tune_kd list`), a folder with "
+        "trials.parquet, or PREFIX where PREFIX_trials.parquet is a file"
+    )
 
 
 def _file(place: Path, table: str) -> Path:

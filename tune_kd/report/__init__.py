@@ -44,7 +44,8 @@ def write(folder: Path, records: Records, formats: Sequence[str] = FORMATS) -> P
     """
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
-        raise Mistake(f"--format is {', '.join(unknown) or 'empty'}; allowed: {', '.join(FORMATS)}")
+        named = ", ".join(map(repr, unknown)) or "empty"
+        raise Mistake(f"--format is {named}; allowed: {', '.join(FORMATS)}")
     made = tables(records)
     titled = {name: (TABLES[name][0], table) for name, table in made.items()}
     drawn = figures.draw(records) if {"html", "png", "svg"} & set(formats) else []

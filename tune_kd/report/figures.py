@@ -39,6 +39,8 @@ STYLE: dict[Any, Any] = {
 COLOURS = {"none": "#000000", "logit": "#0072B2", "feature": "#D55E00", "teacher": "#999999"}
 MARKERS = {"none": "s", "logit": "o", "feature": "^", "teacher": "D"}
 LINES = {"none": "-", "logit": "--", "feature": "-."}
+HATCHES = {"teacher": "////", "feature": "...."}
+MANY = 500  # bars of a timeline, which are then drawn as pixels
 OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 NAME = 24  # letters of a contrast's name in a line
 CURVES = 8  # arms in one panel; more cannot be told apart
@@ -256,13 +258,20 @@ def timeline(records: Records) -> Made:
     axes = figure.subplots()
     kinds = table["method"].fillna("teacher")
     for kind in kinds.unique():
-        chosen = kinds == kind
-        begin, end = table.loc[chosen, "begin"].to_numpy(float), table.loc[chosen, "end"].to_numpy(float)
-        axes.barh(
-            slots[chosen], end - begin, left=begin, height=0.8, color=COLOURS.get(str(kind), OTHERS[0]),
-            edgecolor="white", lw=0.4, label=str(kind), rasterized=len(table) > 500,
-            hatch={"teacher": "////", "feature": "....", "logit": ""}.get(str(kind), ""),
-        )  # fmt: skip
+        label = str(kind)
+        for slot, of_slot in table[kinds == kind].groupby(slots):
+            begin, length = of_slot["begin"].to_numpy(float), (of_slot["end"] - of_slot["begin"]).to_numpy(float)
+            axes.broken_barh(
+                list(zip(begin, length, strict=True)),
+                (float(slot) - 0.4, 0.8),
+                facecolor=COLOURS.get(str(kind), OTHERS[0]),
+                edgecolor="white",
+                lw=0.4 if len(table) <= MANY else 0.0,
+                hatch=HATCHES.get(str(kind), ""),
+                rasterized=len(table) > MANY,
+                label=label,
+            )
+            label = "_"
     axes.set_yticks(sorted(set(slots)), [str(slot + 1) for slot in sorted(set(slots))])
     axes.set_ylabel("slot")
     axes.set_xlabel("seconds since the first trial began")
