@@ -12,6 +12,8 @@ POINTS = (
     "test_accuracy", "test_accuracy_best", "agreement", "ece", "target",
 )  # fmt: skip
 """Columns of fractions, which people read in points (hundredths)."""
+NOT_FOR_PAPERS = ("provenance", "differences")
+LEFT_OUT = ["words", "note", "kind", "planned", "smallest_exact_p", "pairs_needed"]  # of a table in a paper
 ROWS = 200  # of a table that people see; the files of tables have all
 
 Titled = Mapping[str, tuple[str, pd.DataFrame]]
@@ -73,8 +75,10 @@ def _rows(table: pd.DataFrame) -> list[str]:
 def latex(tables: Titled) -> dict[str, str]:
     """Each table as a `tabular` with booktabs' rules, to be put into a paper by `\\input`, and `all`: a document with
     all of them, which compiles as it is."""
-    files = {name: _tabular(shown(table).drop(columns=["words", "note"], errors="ignore"))
-             for name, (_, table) in tables.items()}  # fmt: skip
+    tables = {name: each for name, each in tables.items() if name not in NOT_FOR_PAPERS}
+    files = {
+        name: _tabular(shown(table).drop(columns=LEFT_OUT, errors="ignore")) for name, (_, table) in tables.items()
+    }
     body = "\n".join(
         f"\\section*{{{_escaped(title)}}}\n\\resizebox{{\\textwidth}}{{!}}{{\\input{{{name}.tex}}}}"
         for name, (title, _) in tables.items()
