@@ -216,7 +216,7 @@ def test_a_run_that_was_killed_is_completed_by_resume_as_if_nothing_had_happened
     whole = command(tmp_path, "run", "own.py", "--scale", "own", "--name", "whole", "--out", "other", "--json")
     answer, errors = whole.communicate(timeout=200)
     assert whole.returncode == 0, errors
-    assert set(json.loads(answer)) == {"run", "report", "arms", "contrasts"}
+    assert set(json.loads(answer)) == {"runs", "report", "arms", "contrasts", "exploratory"}
     same_records(run, tmp_path / "other" / "whole")
 
 
