@@ -185,4 +185,6 @@ def test_intervals_cover_at_their_nominal_rate(n: int) -> None:
         unpaired, tost = stats.welch(one, other), stats.equivalence(one, other)
         covered += [alone.low < 0.952 < alone.high, apart.low < true < apart.high, unpaired.low < true < unpaired.high,
                     tost.low < true < tost.high]  # fmt: skip
-    assert covered / draws == pytest.approx([0.95, 0.95, 0.95, 0.90], abs=0.009)
+    alone, paired, unpaired, tost = covered / draws
+    assert (alone, paired, tost) == (*[pytest.approx(0.95, abs=0.007)] * 2, pytest.approx(0.90, abs=0.009))
+    assert 0.943 < unpaired < 0.957 + 0.02 * (n < 5)  # Welch's is wide where values are few: 96.4 % at three of each
