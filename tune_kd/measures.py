@@ -13,7 +13,7 @@ from tune_kd import stats
 from tune_kd.results import CONTEXT, HEADLINE, confirmed_trials
 from tune_kd.tables import Records, typed
 
-MEASURES = ("val_accuracy_best", "test_accuracy", "agreement", "kl_t1", "kl_t4", "ece")
+MEASURES = ("agreement", "kl_t1", "kl_t4", "ece", "test_accuracy", "val_accuracy_best")
 
 
 def measures(records: Records) -> pd.DataFrame:

@@ -17,6 +17,10 @@ from tune_kd.tables import Records, typed
 HEADLINE = "test_accuracy_best"
 COMPARABLE = ("epochs_planned", "dataset", "data_digest", "scale", "recipe_id")  # alike in arms that are contrasted
 CONTEXT = ("run", "student", "teacher", "stem", "weights", "width")  # where arms differ in what is studied alone
+CONTRAST_COLUMNS = (
+    "run contrast verdict n planned estimate low high sd p_holm p p_exact smallest_exact_p effect_size "
+    "p_equivalence pairs_needed kind note words"
+)
 
 
 def planned_seeds(records: Records, run: str) -> list[int] | None:
@@ -26,10 +30,17 @@ def planned_seeds(records: Records, run: str) -> list[int] | None:
 
 
 def confirmed_trials(records: Records) -> pd.DataFrame:
-    """The students' trials on planned confirmation seeds, whatever became of them."""
+    """The students' trials on planned confirmation seeds, whatever became of them, arm by arm in the study's order."""
     trials = records.trials[(records.trials["phase"] == "confirm") & (records.trials["role"] == "student")]
-    kept = [group if (seeds := planned_seeds(records, str(run))) is None else group[group["seed"].isin(seeds)]
-            for run, group in trials.groupby("run", sort=False)]  # fmt: skip
+    kept = []
+    for run, of_run in trials.groupby("run", sort=False):
+        seeds = planned_seeds(records, str(run))
+        if seeds is None:
+            kept.append(of_run)
+            continue
+        places = {arm["name"]: place for place, arm in enumerate(records.studies[str(run)]["arms"])}
+        planned = of_run[of_run["seed"].isin(seeds)]
+        kept.append(planned.iloc[planned["arm"].map(places).fillna(len(places)).argsort(kind="stable")])
     return pd.concat(kept) if kept else trials
 
 
@@ -118,9 +129,7 @@ def contrasts(records: Records, margin: float = MARGIN) -> pd.DataFrame:
     where an arm was stopped, or where its arms differ in more than they should (`note` says in what).
     """
     found = [_contrasts_of(records.of(run), margin) for run in records.runs if run in records.studies]
-    names = ("run contrast kind n planned estimate sd low high p p_holm p_exact smallest_exact_p effect_size "
-             "p_equivalence pairs_needed verdict words note")  # fmt: skip
-    return pd.concat(found, ignore_index=True) if found else typed([], names)
+    return pd.concat(found, ignore_index=True) if found else typed([], CONTRAST_COLUMNS)
 
 
 def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
@@ -192,9 +201,7 @@ def _judged(paired: list[float], margin: float) -> dict[str, Any]:
 
 
 def _with_verdicts(rows: list[dict[str, Any]], margin: float, given: str) -> pd.DataFrame:
-    names = ("run contrast kind n planned estimate sd low high p p_holm p_exact smallest_exact_p effect_size "
-             "p_equivalence pairs_needed verdict words note")  # fmt: skip
-    table = typed(rows, names)
+    table = typed(rows, CONTRAST_COLUMNS)
     table["p_holm"] = holm(table["p"])
     table["p_equivalence"] = holm(table["p_equivalence"])
     verdicts = [verdict(row) for row in table.to_dict("records")]
