@@ -14,6 +14,7 @@ from tune_kd import cli
 from tune_kd import run as runs
 from tune_kd.plan import plan
 from tune_kd.studies import from_json, resolve
+from tune_kd.trial import digest
 
 
 @pytest.fixture(autouse=True)
@@ -261,6 +262,7 @@ def test_a_report_of_two_runs_compares_them_and_says_in_what_they_differ(
     shutil.copytree(finished, other, ignore=shutil.ignore_patterns("checkpoints", "ledger*"))
     record = json.loads((other / "study.json").read_text())
     record["run"], record["study"]["recipe"]["lr"] = "other", 0.07
+    record["study_sha256"] = digest(record["study"])
     (other / "study.json").write_text(json.dumps(record))
     for name in ("trials", "epochs", "decisions"):
         table = pd.read_parquet(other / f"{name}.parquet")
@@ -296,6 +298,7 @@ def test_a_report_is_written_where_and_in_what_form_one_likes_and_opened(
         (["--format", "docx"], ["--format is 'docx'; allowed: html, md, csv, tex, png, svg"]),
         (["--format", ""], ["--format is ''; allowed: html, md"]),
         (["--phase", "select"], ["--phase is 'select'; allowed: THEIRS=OURS"]),
+        (["--phase", "x=screen"], ["--phase is given, and RUN is a run of tune_kd's"]),
         (["nowhere", "--phase", "x=y"], ["--phase is 'x=y'", "RUN is 'nowhere'; allowed: a run's folder"]),
     ],
 )
@@ -308,3 +311,11 @@ def test_a_report_that_cannot_be_is_refused_with_every_problem_and_nothing_is_wr
     assert all(each in said for each in says)
     assert "Traceback" not in said
     assert not (elsewhere / "mine").exists()
+
+
+def test_a_report_cannot_go_into_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path, finished: Path
+) -> None:
+    (elsewhere / "mine").write_text("")
+    assert call(monkeypatch, "report", str(finished), "--to", "mine") == 2
+    assert "--to is mine, which is a file; allowed: a folder" in capsys.readouterr().err

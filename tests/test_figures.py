@@ -1,15 +1,19 @@
 """Pictures: each is there when there is something to show, has words, and can be told apart without colour."""
 
+import io
+import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from matplotlib import colors
 from PIL import Image
+from rich.console import Console
 
-from tune_kd import report
+from tune_kd import report, results, view
 from tune_kd.report import figures
 from tune_kd.report.texts import cell
 from tune_kd.tables import Records, load
@@ -58,6 +62,38 @@ def test_nothing_written_lies_outside_its_picture(pictures: dict[str, figures.Pi
             assert box is not None
             assert inside.x0 <= box.x0 and box.x1 <= inside.x1, picture.name
             assert inside.y0 <= box.y0 and box.y1 <= inside.y1, picture.name
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # a font that lacks a sign is not ours
+def test_names_and_gaps_that_are_allowed_break_no_picture_and_no_table(records: Records, tmp_path: Path) -> None:
+    odd = {"cifar/logit/T=2": r"a$\frac$b [/x] <i>_%&#", "cifar/none": "[red]x", "imagenet/none": "c|d"}
+    renamed = [json.loads(json.dumps(study)) for study in records.studies.values()]
+    for arm in renamed[0]["arms"]:
+        arm["name"] = odd.get(arm["name"], arm["name"])
+    for contrast in renamed[0]["contrasts"]:
+        contrast["weights"] = [[odd.get(arm, arm), weight] for arm, weight in contrast["weights"]]
+        contrast["name"] += r" $\frac$ [/x] <i>"
+    trials = records.trials.assign(arm=records.trials["arm"].replace(odd))
+    trials.loc[trials["arm"] == "[red]x", "stem"] = None
+    trials.loc[trials["method"] == "feature", "method"] = "dkd"
+    strange = replace(records, trials=trials, studies={"tiny": renamed[0]})
+    page = report.write(tmp_path, strange).read_text()
+    assert "<i>" not in page
+    console = Console(file=io.StringIO(), width=200)
+    console.print(view.arms(results.arms(strange)))
+    console.print(view.effects(results.contrasts(strange), 1))
+    assert "[red]x" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert r"a$\frac$b [/x] <i>_%&#" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_report_leaves_no_table_of_an_earlier_one(records: Records, tmp_path: Path) -> None:
+    report.write(tmp_path, records, ["csv"])
+    (tmp_path / "tables" / "mine.csv").write_text("kept")
+    alone = replace(records, decisions=records.decisions.head(0))
+    report.write(tmp_path, alone, ["csv"])
+    left = {path.stem for path in (tmp_path / "tables").iterdir()}
+    assert "decisions" not in left
+    assert {"mine", "arms"} <= left
 
 
 def test_methods_differ_in_marker_and_in_grey() -> None:

@@ -112,6 +112,44 @@ def test_tables_without_what_there_has_to_be_are_refused(tmp_path: Path) -> None
         load(small(tmp_path))
 
 
+def test_a_trial_that_ran_less_than_planned_counts_as_stopped_and_is_in_no_mean(tmp_path: Path) -> None:
+    trials = pd.DataFrame({"trial_id": ["a", "b"], "seed": [1, 2], "test_accuracy_best": [0.5, 0.9]})
+    trials.assign(epochs_run=[7, 100], epochs_planned=100).to_parquet(tmp_path / "t_trials.parquet")
+    records = load(tmp_path / "t")
+    assert records.trials["status"].tolist() == ["stopped", "completed"]
+    assert results.confirmed(records)["all"].tolist() == [0.9]
+
+
+def test_arms_of_other_data_or_budgets_are_other_arms(tmp_path: Path) -> None:
+    trials = pd.DataFrame({"trial_id": ["a", "b"], "seed": [1, 2], "test_accuracy_best": [0.5, 0.9]})
+    trials.assign(dataset=["x", "y"], epochs_run=[10, 20], lr=0.1).to_parquet(tmp_path / "t_trials.parquet")
+    assert load(tmp_path / "t").trials["arm"].tolist() == ["x", "y"]
+
+
+def test_what_differs_within_an_arm_is_named(tmp_path: Path) -> None:
+    trials = pd.DataFrame({"trial_id": ["a", "b", "c"], "seed": [1, 2, 3], "method": ["none", "none", "logit"]})
+    trials.assign(lr=[0.1, 0.2, 0.1], epochs_run=[9, 9, 10]).to_parquet(tmp_path / "t_trials.parquet")
+    assert load(tmp_path / "t").trials["arm"].tolist() == ["none/lr=0.1", "none/lr=0.2", "logit/lr=0.1"]
+
+
+def test_columns_that_come_to_have_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Mistake, match="trials has more than one column seed"):
+        load(small(tmp_path), adapt=Adapter(columns={"id": "seed"}))
+
+
+def test_methods_are_compared_though_a_control_has_no_temperature(tmp_path: Path) -> None:
+    rows = [{"trial_id": f"{method}{seed}", "seed": seed, "method": method, "test_accuracy_best": accuracy + seed / 100,
+             "temperature": 4.0 if method == "logit" else None}
+            for method, accuracy in (("none", 0.5), ("logit", 0.6)) for seed in (1, 2, 3)]  # fmt: skip
+    pd.DataFrame(rows).to_parquet(tmp_path / "t_trials.parquet")
+    (found,) = results.compare(load(tmp_path / "t"), "method", "logit", "none").to_dict("records")
+    assert (found["how"], found["n"], found["estimate"]) == ("paired", 3, pytest.approx(0.1))
+    with pytest.raises(Mistake, match=r"method has no level 'logits'; allowed: none, logit"):
+        results.compare(load(tmp_path / "t"), "method", "logits", "none")
+    with pytest.raises(Mistake, match="factor is 'methods'"):
+        results.compare(load(tmp_path / "t"), "methods", "logit", "none")
+
+
 def test_phases_are_given_as_theirs_and_ours() -> None:
     assert parse_phases(["select=screen", "x=confirm"]) == {"select": "screen", "x": "confirm"}
     with pytest.raises(Mistake) as caught:

@@ -105,7 +105,7 @@ def _power(size: float, n: int) -> float:
 def test_a_sentence_says_how_much_over_how_many_seeds_and_how_sure(study: Study) -> None:
     table = results.contrasts(made(study, noisy(0.02)))
     said = row(table, "cifar: logit - none")["words"]
-    assert said.startswith("better: +1.99 points over 5 seeds, 95 % interval 1.9")
+    assert said.startswith("better: +1.99 points over 5 seeds, 95 % interval +1.9")
     same = row(results.contrasts(made(study, lambda trial: 0.9)), "cifar: logit - none")["words"]
     assert same.startswith("inconclusive: +0.00 points over 5 seeds")
     assert "without a spread there is nothing to judge it by" in same
@@ -125,7 +125,7 @@ def test_arms_that_differ_in_more_than_they_should_are_not_contrasted(study: Stu
     records = made(study, noisy(0.02), cifar_logit_T4={column: value})
     found = row(results.contrasts(records), "cifar: logit - none")
     assert (found["n"], found["verdict"]) == (0, "not judged")
-    assert f"not contrasted: {column} is " in found["note"]
+    assert found["words"].startswith(f"not judged: {column} is ")
     assert row(results.contrasts(records), "imagenet: logit - none")["n"] == 5
 
 
@@ -139,14 +139,37 @@ def test_a_stopped_trial_is_in_no_mean(study: Study) -> None:
     assert found["words"] == "not judged: cifar/feature has no confirmed trial that ran to its end"
 
 
-def test_a_missing_seed_makes_an_arm_incomplete_and_the_contrast_says_so(study: Study) -> None:
+@pytest.mark.parametrize("how", ["failed", "without a row", "without a result"])
+def test_a_missing_seed_makes_an_arm_incomplete_and_the_contrast_says_so(study: Study, how: str) -> None:
     records = made(study, noisy(0.02))
     lost = (records.trials["arm"] == "cifar/none") & (records.trials["seed"] == 4)
-    records.trials.loc[lost, ["status", "test_accuracy_best"]] = ["failed", None]
+    if how == "failed":
+        records.trials.loc[lost, ["status", "test_accuracy_best"]] = ["failed", None]
+    elif how == "without a result":
+        records.trials.loc[lost, "test_accuracy_best"] = None
+    else:
+        records = replace(records, trials=records.trials[~lost])
     arm = results.arms(records).set_index("arm").loc["cifar/none"]
     assert (arm["n"], arm["planned"], arm["note"]) == (4, 5, "incomplete")
     found = row(results.contrasts(records), "cifar: logit - none")
     assert (found["n"], found["note"]) == (4, "1 of 5 seeds are missing")
+    assert "over 4 of 5 seeds" in found["words"]
+
+
+def test_an_arm_whose_own_trials_differ_has_no_mean(study: Study) -> None:
+    records = made(study, noisy(0.02))
+    changed = (records.trials["arm"] == "cifar/none") & (records.trials["seed"] == 4)
+    records.trials.loc[changed, "epochs_planned"] = 9
+    arm = results.arms(records).set_index("arm").loc["cifar/none"]
+    assert pd.isna(arm["mean"])
+    assert arm["note"] == "epochs_planned is 2 and 9"
+
+
+def test_an_arm_that_waits_is_not_finished(study: Study) -> None:
+    waiting = {"status": "pending", "epochs_run": 0, "test_accuracy_best": None}
+    records = made(study, noisy(0.02), cifar_feature=waiting)
+    assert results.arms(records).set_index("arm").loc["cifar/feature", "note"] == "not finished"
+    assert any("cifar/feature: not finished" in sentence for sentence in provenance.limits(records))
 
 
 def test_the_screen_is_exploratory_and_says_how_many_arms_were_tried(study: Study) -> None:
@@ -192,6 +215,7 @@ def test_levels_are_compared_wherever_everything_else_is_alike_paired_where_all_
 def test_arms_of_two_runs_are_compared_after_welch_and_what_differs_is_said(study: Study) -> None:
     one, other = made(study, noisy(0.0), "one"), made(study, noisy(0.01), "two")
     other.studies["two"]["study"]["recipe"]["lr"] = 0.2
+    other.trials.loc[other.trials["arm"] == "cifar/none", "epochs_planned"] = 9
     both = Records(
         *(pd.concat([getattr(one, name), getattr(other, name)], ignore_index=True)
           for name in ("trials", "epochs", "decisions")),
@@ -203,7 +227,9 @@ def test_arms_of_two_runs_are_compared_after_welch_and_what_differs_is_said(stud
                                      equal_var=False)  # fmt: skip
     assert table.loc["cifar/logit/T=4", "p"] == pytest.approx(expected.pvalue)
     assert table.loc["cifar/logit/T=4", "estimate"] == pytest.approx(0.01)
+    assert table.loc["cifar/none", "note"] == "epochs_planned is 2 and 9"
+    assert pd.isna(table.loc["cifar/none", "estimate"])
     assert len(results.contrasts(both)) == len(results.contrasts(one)) + len(results.contrasts(other))
-    differences = provenance.differences(both).set_index("what")
+    differences = provenance.differences(both).set_index("what differs")
     assert differences.loc["study.recipe.lr"].tolist() == [str(study.recipe.lr), "0.2"]
     assert "study.recipe.momentum" not in differences.index

@@ -54,6 +54,21 @@ def test_the_exact_p_counts_all_signs(some: list[float]) -> None:
     assert stats.sign_flip(some) == pytest.approx(expected)
 
 
+@given(st.lists(st.tuples(st.integers(9400, 9500), st.integers(9400, 9500)), min_size=2, max_size=6))
+def test_sums_that_tie_on_a_grid_of_images_are_counted_as_ties(counts: list[tuple[int, int]]) -> None:
+    """Accuracies over 10,000 images: in whole numbers a tie is a tie, in fractions it is one but for rounding."""
+    apart = [one - other for one, other in counts]
+    sums = [abs(sum(sign * each for sign, each in zip(signs, apart, strict=True)))
+            for signs in itertools.product((1, -1), repeat=len(apart))]  # fmt: skip
+    found = stats.paired([one / 10_000 for one, _ in counts], [other / 10_000 for _, other in counts])
+    assert found.p_exact == pytest.approx(np.mean([each >= abs(sum(apart)) for each in sums]))
+
+
+def test_values_that_are_not_numbers_have_no_exact_p() -> None:
+    with pytest.raises(ValueError, match="1 that are not finite"):
+        stats.sign_flip([float("nan"), 0.1, 0.2])
+
+
 def test_five_pairs_that_agree_give_the_smallest_exact_p_there_is() -> None:
     assert stats.sign_flip([0.1, 0.2, 0.3, 0.1, 0.2]) == stats.smallest_exact_p(5) == 0.0625
 

@@ -41,7 +41,9 @@ def write(folder: Path, run: str = "r", **tables: pd.DataFrame) -> Path:
     }
     for name, table in (made | tables).items():
         table.to_parquet(folder / f"{name}.parquet")
-    (folder / "study.json").write_text(json.dumps({"run": run, "study": {}}))
+    study = {"name": "s", "question": "?", "scale": "test", "confirm": {"seeds": [1, 2]}, "teacher_seeds": [9]}
+    record = {"run": run, "study": study | {"deviation": 0.001}, "contrasts": [], "data": {"name": "digits"}}
+    (folder / "study.json").write_text(json.dumps(record | {"arms": [{"name": "cifar/none", "role": "control"}]}))
     return folder
 
 
@@ -96,6 +98,9 @@ BROKEN: list[tuple[str, str, Callable[[pd.DataFrame], pd.DataFrame], str]] = [
     ("percent", "trials", changed("test_accuracy_best", [95.0, 0.9]), r"got 95\.0 in row 0; expected a fraction"),
     ("stopped, yet accurate", "trials", changed("status", ["stopped", "completed"]),
      r"test_accuracy_best: 1 of 2 rows .* expected null unless status is completed"),
+    ("completed, yet short", "trials", changed("epochs_run", [2, 1]), "got 1 in row 1; expected completed only where"),
+    ("nobody", "trials", lambda table: table.head(0), "has no rows; expected a row a trial"),
+    ("a huge seed", "trials", changed("seed", [1.0, 2.0**63]), "1 of 2 rows .* expected whole numbers"),
     ("twice", "trials", changed("trial_id", ["t1", "t1"]), r"run, trial_id: 1 of 2 rows .* got \('r', 't1'\) in row 1"),
     ("a gap", "epochs", changed("epoch", [1, 2, 1, 3]), r"epoch: 1 of 2 trials .*; t2 has 2 from 1 to 3"),
     ("a stranger", "epochs", changed("trial_id", ["t1", "t1", "x", "x"]), r"1 of 2 rows .*'x'\)"),
@@ -165,7 +170,66 @@ def test_a_table_of_any_rows_that_fit_is_taken_as_it_is(schema: Schema, data: st
     for each in rows:
         for name in schema.only_completed:
             each[name] = each[name] if each["status"] == "completed" else None
+        if schema is TRIALS:
+            each["epochs_planned"] = each["epochs_run"]
     table = frame(schema, rows)
     checked, problems = check(schema, table)
     assert problems == []
     pd.testing.assert_frame_equal(checked, table)
+
+
+def lacking(record: dict[str, Any]) -> None:
+    del record["contrasts"], record["study"]["scale"]
+
+
+def fewer_contrasts(record: dict[str, Any]) -> None:
+    record["contrasts_sha256"] = "0" * 64
+
+
+def another_study(record: dict[str, Any]) -> None:
+    record["study_sha256"] = "0" * 64
+
+
+def another_run(record: dict[str, Any]) -> None:
+    record["run"] = "x"
+
+
+def another_arm(record: dict[str, Any]) -> None:
+    record["arms"][0]["name"] = "a"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (another_run, "study.json: run: 2 of 2 rows break a rule; got 'r' in row 0, 'r' in row 1; expected 'x'"),
+        (
+            another_arm,
+            "arm: 2 of 2 rows break a rule; got 'cifar/none' in row 0, 'cifar/none' in row 1; expected one of",
+        ),
+        (lacking, "study.json lacks contrasts, study.scale; restore the file"),
+        (fewer_contrasts, "its hash does not fit the contrasts, so they were changed after the run began"),
+        (another_study, "its hash does not fit the study"),
+    ],
+)
+def test_a_study_that_was_changed_or_is_not_whole_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], says: str
+) -> None:
+    path = write(tmp_path / "r") / "study.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(Mistake) as caught:
+        load(path.parent)
+    assert says in str(caught.value)
+
+
+def test_rows_keep_no_index_of_their_makers(tmp_path: Path) -> None:
+    """Two halves that were put together: pandas keeps an index in which numbers come twice."""
+    trials = frame(TRIALS, [trial(1), trial(2)])
+    halves = pd.concat([trials.head(1), trials.tail(1).reset_index(drop=True)])
+    assert load(write(tmp_path / "r", trials=halves)).trials.index.tolist() == [0, 1]
+
+
+def test_a_run_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Mistake, match=r"RUN holds a run named '\.\./\.\./x'; allowed: letters"):
+        load(write(tmp_path / "r", "../../x"))

@@ -233,16 +233,18 @@ def report(
 ) -> None:
     """Make the tables, figures and page of runs, and print their effects."""
     from tune_kd.foreign import Adapter, parse_phases
-    from tune_kd.tables import load
+    from tune_kd.tables import load, place
 
     problems: list[str] = []
     meaning = _collect(problems, lambda: parse_phases(phases or ()))
     records = _collect(problems, lambda: load(*runs, out=out, adapt=Adapter(phases=meaning or {})))
+    if records is not None and meaning and len(records.studies) == len(records.runs):
+        problems.append("--phase is given, and RUN is a run of tune_kd's; allowed: with tables of others only")
     if records is None or problems:
         raise Mistake(*problems)
     if to is None:
-        own = out / runs[0] if (out / runs[0] / "study.json").is_file() else Path(runs[0])
-        to = own / "report" if len(runs) == 1 and own.is_dir() else Path(f"report-{'-'.join(records.runs)}")
+        own = place(runs[0], out)
+        to = own / "report" if len(runs) == 1 and own.is_dir() else Path(f"report-{'-'.join(records.runs)}"[:200])
     first = _report(records, to, _console(as_json), as_json, formats.split(","))
     if open_:
         typer.launch(str(first.absolute()))
@@ -358,7 +360,7 @@ def _report(
     if len(effects):
         console.print()
         teachers = {len(study["study"]["teacher_seeds"]) for study in records.studies.values()}
-        console.print(view.effects(effects, min(teachers)))
+        console.print(view.effects(effects, max(teachers)))
     if not records.studies:
         console.print()
         console.print("No study fixed contrasts for these tables: everything in them is exploratory.", highlight=False)

@@ -98,7 +98,7 @@ def _role(study: Study, cell: Cell, referred: set[str]) -> Literal["control", "r
 
 def level_name(factor: str, level: Level) -> str:
     """How a level is written in the name of an arm: `cifar`, `T=4`."""
-    return f"{SYMBOLS.get(factor, factor)}={level:g}" if factor in NUMERIC else str(level)
+    return str(level) if isinstance(level, str) else f"{SYMBOLS.get(factor, factor)}={level:g}"
 
 
 def _arm_name(study: Study, cell: Cell, among: tuple[str, ...] = CELL_FIELDS) -> str:

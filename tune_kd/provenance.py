@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from tune_kd import stats
-from tune_kd.results import arms, confirmed, exploratory, holm
+from tune_kd.results import COMPARABLE, HEADLINE, arms, confirmed_trials, differing, exploratory, holm
 from tune_kd.stats import MARGIN
 from tune_kd.tables import Records, typed
 
@@ -19,13 +19,13 @@ def provenance(records: Records) -> pd.DataFrame:
         if (study := records.studies.get(run)) is not None:
             facts = {
                 "study": f"{study['study']['name']}, scale {study['study']['scale']}",
-                "study hash": study.get("study_sha256", "")[:16],
-                "contrasts hash": study.get("contrasts_sha256", "")[:16],
+                "study hash": (study.get("study_sha256") or "")[:16],
+                "contrasts hash": (study.get("contrasts_sha256") or "")[:16],
                 "created": study.get("created"),
                 "commit": study.get("git_commit") or "not from a checkout",
-                "versions": ", ".join(f"{name} {value}" for name, value in study.get("versions", {}).items()),
-                "machine": ", ".join(f"{name} {value}" for name, value in study.get("machine", {}).items()),
-                "data": study["data"]["name"],
+                "versions": ", ".join(f"{name} {value}" for name, value in (study.get("versions") or {}).items()),
+                "machine": ", ".join(f"{name} {value}" for name, value in (study.get("machine") or {}).items()),
+                "data": study["data"].get("name"),
                 "data digest": study["data"].get("digest"),
             }
         facts["trials"] = ", ".join(f"{count} {status}" for status, count in trials["status"].value_counts().items())
@@ -52,23 +52,33 @@ def limits(records: Records, margin: float = MARGIN) -> list[str]:
             said.append(f"{of}One seed confirms: no difference can be judged.")
         else:
             deviation = inner["deviation"]
-            least = stats.detectable(seeds, deviation) or 0.0
-            said.append(f"{of}With {seeds} seeds, at the seed-to-seed deviation that the study expected "
-                        f"({100 * deviation:.2f} points), a paired test finds true differences from "
-                        f"{100 * least:.2f} points on with 80 % power, and the exact sign-flip p cannot fall below "
-                        f"{stats.smallest_exact_p(seeds):.4f}.")  # fmt: skip
+            least = 100 * (stats.detectable(seeds, deviation) or 0.0)
+            family = len(study["contrasts"])
+            hardest = 100 * (stats.detectable(seeds, deviation, alpha=0.05 / max(1, family)) or 0.0)
+            said.append(
+                f"{of}With {seeds} seeds, at the seed-to-seed deviation that the study expected ({100 * deviation:.2f} "
+                f"points), a paired test finds true differences from {least:.2f} points on with 80 % power by itself, "
+                f"and from {hardest:.2f} points on where Holm, over {family} contrasts, is hardest; a difference of "
+                f"differences needs more. The exact sign-flip p cannot fall below {stats.smallest_exact_p(seeds):.4f}."
+            )
         if len(inner["teacher_seeds"]) == 1:
             said.append(f"{of}All students of a context have one teacher: another one might teach otherwise. Every "
                         "verdict holds given that teacher.")  # fmt: skip
-        said.append(f"{of}What was measured is scale {inner['scale']} on {study['data']['name']}, with one recipe for "
-                    "all arms: a method that needs another one is judged by this one.")  # fmt: skip
+        where = f"scale {inner['scale']} on {study['data'].get('name')}"
+        said.append(f"{of}What was measured is {where}, with one recipe for all arms: a method that needs another one "
+                    "is judged by this one.")  # fmt: skip
         table = arms(one)
         for note, meaning in (("stopped in the screen", "no final accuracy and no verdict"),
-                              ("incomplete", "fewer seeds than planned")):  # fmt: skip
+                              ("incomplete", "fewer seeds than planned"),
+                              ("not finished", "some of its trials wait or run")):  # fmt: skip
             named = table.loc[table["note"] == note, "arm"].tolist()
             if named:
                 said.append(f"{of}{', '.join(named)}: {note}; {meaning}.")
-        if len(found := exploratory(one)):
+        found = exploratory(one)
+        added = found.loc[found["what"] == "added seeds", "arm"].tolist()
+        if added:
+            said.append(f"{of}Seeds that were not in the plan ({', '.join(added)}) are in no mean and in no contrast.")
+        if (found["what"] == "screen").any():
             said.append(f"{of}The screen tried {int(found['tried'].max())} arms on one seed. Its best is the best of "
                         "them also by luck, so its numbers are exploratory.")  # fmt: skip
     if any(run in records.studies for run in records.runs):
@@ -86,11 +96,11 @@ def differences(records: Records) -> pd.DataFrame:
             for path, value in _leaves(name, study.get(name)):
                 facts.setdefault(path, {})[run] = str(value)
         trials = records.trials[records.trials["run"] == run]
-        for name in ("device", "threads"):
+        for name in (*COMPARABLE, "device", "threads"):
             facts.setdefault(name, {})[run] = ", ".join(map(str, trials[name].dropna().unique().tolist()))
-    rows = [{"what": what, **{run: of.get(run, "") for run in records.runs}} for what, of in facts.items()
+    rows = [{"what differs": what, **{run: of.get(run, "") for run in records.runs}} for what, of in facts.items()
             if len({of.get(run, "") for run in records.runs}) > 1]  # fmt: skip
-    return pd.DataFrame(rows, columns=["what", *records.runs])
+    return pd.DataFrame(rows, columns=["what differs", *records.runs])
 
 
 def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:
@@ -100,16 +110,25 @@ def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:
 
 
 def between_runs(records: Records) -> pd.DataFrame:
-    """Each arm in each later run against the first one, after Welch: a row an arm and run. Exploratory: nobody fixed
-    these comparisons, and runs may differ in more than one thing (`differences` says in what)."""
-    values, rows = confirmed(records), []
+    """Each arm of each later run beside the same arm of the first: a row an arm and run, the difference after Welch.
+
+    Exploratory: nobody fixed these comparisons, and runs may differ in more than one thing (`differences` says in
+    what). Where an arm's data, planned epochs, scale or recipe differ there are both means and no difference, and
+    `note` says in what.
+    """
+    trials = confirmed_trials(records)
+    ended = trials[(trials["status"] == "completed") & trials[HEADLINE].notna()]
     first, *others = records.runs
+    rows = []
     for run in others:
-        for arm in values.columns:
-            there, here = (values.loc[values.index.get_level_values("run") == name, arm].dropna().tolist()
-                           for name in (run, first))  # fmt: skip
-            if there and here:
-                rows.append({"arm": arm, "run": run, "against": first, **asdict(stats.welch(there, here))})
-    table = typed(rows, "arm run against n n_treated n_control estimate low high p effect_size")
+        for arm, both in ended[ended["run"].isin([first, run])].groupby("arm", sort=False):
+            there, here = (both.loc[both["run"] == name, HEADLINE].tolist() for name in (run, first))
+            if not there or not here:
+                continue
+            note = differing(both)
+            welch = asdict(stats.welch(there, here)) if not note else {"n": len(both)}
+            means = {"mean": stats.summary(there).mean, "control": stats.summary(here).mean}
+            rows.append({"arm": arm, "run": run, "against": first, **means, **welch, "note": note})
+    table = typed(rows, "arm run against mean control n n_treated n_control estimate low high p effect_size note")
     table["p_holm"] = holm(table["p"])
-    return table
+    return table.rename(columns={"control": "mean_against"})

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Row = dict[str, Any]
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # files and folders are named after runs
 
 
 @dataclass(frozen=True)

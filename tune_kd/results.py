@@ -4,7 +4,8 @@ Accuracies and differences are fractions (0.001 is 0.1 points), seconds are wall
 to their end on seeds that were planned for the confirmation; everything else is exploratory and says so.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +13,7 @@ import pandas as pd
 
 from tune_kd import stats
 from tune_kd.stats import MARGIN
+from tune_kd.study import APPLIES, Mistake
 from tune_kd.tables import Records, typed
 
 HEADLINE = "test_accuracy_best"
@@ -62,16 +64,30 @@ def confirmed(records: Records) -> pd.DataFrame:
 
 
 def arms(records: Records) -> pd.DataFrame:
-    """A row an arm: n, mean, sd, and the 95 % interval of its confirmed accuracy; a note where seeds are missing."""
+    """A row an arm: n, mean, sd, and the 95 % interval of its confirmed accuracy; a note where seeds are missing.
+
+    `planned` are the seeds that the study fixed; in tables of others those that are there. An arm whose own trials
+    differ in planned epochs, data or recipe has no mean, and the note says in what they differ.
+    """
     trials, values = confirmed_trials(records), confirmed(records)
     rows: list[dict[str, Any]] = []
     for run, name, role, tried in _arms(records, trials):
         known = values.loc[[run], name].dropna().tolist() if name in values and run in values.index else []
-        statuses = set(tried["status"]) - {"completed"}
-        note = "" if not statuses else "stopped in the screen" if statuses == {"stopped"} else "incomplete"
+        seeds = planned_seeds(records, run)
+        planned = tried["seed"].nunique() if seeds is None else len(seeds)
+        statuses = set(tried["status"])
+        note = differing(tried)
+        if note:
+            known = []
+        elif statuses == {"stopped"}:
+            note = "stopped in the screen"
+        elif statuses & {"pending", "running"}:
+            note = "not finished"
+        elif len(known) < planned:
+            note = "incomplete"
         described = asdict(stats.summary(known))
         n = described.pop("n")
-        rows.append({"run": run, "arm": name, "role": role, "n": n, "planned": len(tried), **described, "note": note})
+        rows.append({"run": run, "arm": name, "role": role, "n": n, "planned": planned, **described, "note": note})
     return typed(rows, "run arm role n planned mean sd low high note")
 
 
@@ -133,13 +149,16 @@ def contrasts(records: Records, margin: float = MARGIN) -> pd.DataFrame:
 
 
 def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
-    (run,), study, values = records.runs, records.study, confirmed(records)
+    (run,), study, values, trials = records.runs, records.study, confirmed(records), confirmed_trials(records)
     planned = len(study["study"]["confirm"]["seeds"])
     rows: list[dict[str, Any]] = []
     for contrast in study["contrasts"]:
         weights = dict(contrast["weights"])
         missing = [arm for arm in weights if arm not in values]
-        note = f"{missing[0]} has no confirmed trial that ran to its end" if missing else _differing(records, weights)
+        if missing:
+            note = f"{missing[0]} has no confirmed trial that ran to its end"
+        else:
+            note = differing(trials[trials["arm"].isin(weights)])
         paired: list[float] = []
         if not note:
             paired = sum(weight * values[arm] for arm, weight in weights.items()).dropna().tolist()
@@ -152,42 +171,60 @@ def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
     return _with_verdicts(rows, margin, given=_given(teachers))
 
 
-def compare(records: Records, factor: str, treated: Any, against: Any, margin: float = MARGIN) -> pd.DataFrame:
+def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.DataFrame:
     """Two levels of a column of the trials, wherever everything else that was studied is alike: for tables that no
-    study fixed contrasts for. Paired by seed where every seed has both levels, else after Welch; adjusted by Holm
-    over the rows. It was not fixed before the data were seen, so it is exploratory, and has no verdict."""
+    study fixed contrasts for. What does not apply to one of two arms (a temperature, to a control) is no difference.
+    Paired by seed where every seed has both levels, else after Welch; adjusted by Holm over the rows.
+
+    It was not fixed before the data were seen, so it is exploratory, and has no verdict. Raises `Mistake` for a
+    column or a level that is not there.
+    """
     trials = confirmed_trials(records)
     trials = trials[(trials["status"] == "completed") & trials[HEADLINE].notna()]
-    context = [name for name in (*CONTEXT, "method", "temperature", "alpha", "beta", "lr", "weight_decay", *COMPARABLE)
-               if name != factor]  # fmt: skip
+    if factor not in trials:
+        raise Mistake(
+            f"factor is {factor!r}; allowed: a column of the trials, such as {', '.join(CONTEXT[1:])}, method"
+        )
+    levels = trials[factor].dropna().unique().tolist()
+    if unknown := [level for level in (treated, against) if level not in levels]:
+        named = " and ".join(map(repr, unknown))
+        raise Mistake(f"{factor} has no level {named}; allowed: {', '.join(map(str, levels))}")
+    context = [name for name in (*CONTEXT, "method", *APPLIES, "lr", "weight_decay", *COMPARABLE) if name != factor]
+    context = list(dict.fromkeys(context))
+    sides = [list(by_context(trials[trials[factor] == level], context)) for level in (treated, against)]
     rows = []
-    for levels, group in trials.groupby(context, dropna=False, sort=False):
-        one, other = (group[group[factor] == level].set_index("seed")[HEADLINE] for level in (treated, against))
-        if one.empty or other.empty:
+    for (where, one), (there, other) in itertools.product(*sides):
+        if any(where[name] != there[name] and not (name in APPLIES and None in (where[name], there[name]))
+               for name in context):  # fmt: skip
             continue
-        varied = [str(level) for name, level in zip(context, levels, strict=True) if trials[name].nunique() > 1]
-        named = "/".join(each for each in varied if each not in ("<NA>", "nan"))
+        both = {name: there[name] if where[name] is None else where[name] for name in context}
+        named = "/".join(str(both[name]) for name in context if both[name] is not None and trials[name].nunique() > 1)
         row = {"context": named, "contrast": f"{treated} - {against}", "n_treated": len(one), "n_control": len(other)}
-        if set(one.index) == set(other.index) and one.index.is_unique and other.index.is_unique:
-            judged = stats.paired(one.tolist(), other[one.index].tolist())
-            rows.append(row | {"how": "paired"} | asdict(judged))
+        first, second = one.set_index("seed")[HEADLINE], other.set_index("seed")[HEADLINE]
+        if set(first.index) == set(second.index) and first.index.is_unique and second.index.is_unique:
+            rows.append(row | {"how": "paired"} | asdict(stats.paired(first.tolist(), second[first.index].tolist())))
         else:
-            rows.append(row | {"how": "welch"} | asdict(stats.welch(one.tolist(), other.tolist())))
+            rows.append(row | {"how": "welch"} | asdict(stats.welch(first.tolist(), second.tolist())))
     table = typed(rows, "context contrast how n n_treated n_control estimate low high p effect_size")
     table["p_holm"] = holm(table["p"])
     return table
 
 
-def _differing(records: Records, arms: Mapping[str, float]) -> str:
-    """In what the arms of a contrast differ that they should not; empty where in nothing."""
-    trials = confirmed_trials(records)
-    trials = trials[trials["arm"].isin(arms)]
+def by_context(trials: pd.DataFrame, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """Trials that agree in these columns, with what they agree in. Nulls agree with each other, and are None."""
+    for levels, group in trials.groupby(list(columns), dropna=False, sort=False):
+        known: list[Any] = list(levels)
+        yield {name: None if pd.isna(level) else level for name, level in zip(columns, known, strict=True)}, group
+
+
+def differing(trials: pd.DataFrame) -> str:
+    """In what trials differ that are held against each other, and should not; empty where in nothing."""
     said = []
     for name in COMPARABLE:
         levels = trials[name].dropna().unique().tolist()
         if len(levels) > 1:
             said.append(f"{name} is {' and '.join(str(level)[:16] for level in levels)}")
-    return f"not contrasted: {'; '.join(said)}" if said else ""
+    return "; ".join(said)
 
 
 def _judged(paired: list[float], margin: float) -> dict[str, Any]:
@@ -230,10 +267,12 @@ def words(row: Mapping[Any, Any], margin: float, given: str) -> str:
     """The verdict as a sentence for readers who see nothing else of the row."""
     if row["verdict"] == "not judged":
         return f"not judged: {row['note']}"
-    seeds = "1 seed" if row["n"] == 1 else f"{row['n']} seeds"
-    found = f"{100 * row['estimate']:+.2f} points over {seeds}"
-    if not pd.isna(row["low"]):
-        found += f", 95 % interval {100 * row['low']:.2f} to {100 * row['high']:.2f}"
+    seeds = f"{row['n']} seed{'s' if row['n'] > 1 else ''}"
+    if row["n"] < row["planned"]:
+        seeds = f"{row['n']} of {row['planned']} seeds"
+    found = f"{_points(row['estimate'])} points over {seeds}"
+    if not pd.isna(row["low"]) and row["sd"] > stats.NO_SPREAD:
+        found += f", 95 % interval {_points(row['low'])} to {_points(row['high'])}"
     close = f"the difference is less than {100 * margin:g} points"
     if row["verdict"] == "equivalent":
         return f"equivalent: {close} ({found}){given}"
@@ -242,15 +281,20 @@ def words(row: Mapping[Any, Any], margin: float, given: str) -> str:
     return f"inconclusive: {found}; {_power(row)}{given}"
 
 
+def _points(difference: float) -> str:
+    """A difference in points, signed; what rounds to zero has no sign."""
+    return f"{round(100 * difference, 2) + 0.0:+.2f}"
+
+
 def _power(row: Mapping[Any, Any]) -> str:
-    """What more seeds would bring."""
+    """What more seeds would bring. For one test by itself: Holm asks for more."""
     if row["n"] == 1:
         return "one seed shows no spread"
     if row["sd"] <= stats.NO_SPREAD:
         return "without a spread there is nothing to judge it by"
     if pd.isna(row["pairs_needed"]):
         return "so small a difference is not to be found with a million pairs"
-    return f"if that is the difference and its spread, {row['pairs_needed']:,} pairs give 80 % power"
+    return f"if that is the difference and its spread, {row['pairs_needed']:,} pairs give 80 % power before Holm"
 
 
 def _given(teachers: int) -> str:

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,12 +16,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tune_kd.plan import Plan, plan
+from tune_kd.records import RUN_NAME
 from tune_kd.storage import publish
 from tune_kd.studies import from_json
 from tune_kd.study import Mistake, Study
 from tune_kd.trial import digest
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 PACKAGES = ("tune_kd", "torch", "torchvision", "ray", "numpy", "pandas", "pyarrow", "scipy")
 RESERVED = ("teachers",)
 HOLDER = "holder.json"
@@ -57,7 +56,7 @@ def check_new(out: Path, name: str | None, study: Study) -> str:
     if name is None:
         name = f"{study.name}-{study.scale}-{datetime.now():%Y%m%d-%H%M%S}"
     problems = []
-    if not NAME.fullmatch(name) or name in RESERVED:
+    if not RUN_NAME.fullmatch(name) or name in RESERVED:
         problems.append(
             f"--name is {name!r}; allowed: 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit, "
             f"and not {', '.join(RESERVED)}"

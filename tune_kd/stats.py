@@ -30,7 +30,7 @@ class Paired:
     sd: float | None
     low: float | None
     high: float | None
-    p: float | None  # paired t test; null for one pair, and for differences that are all alike
+    p: float | None  # paired t test; null for one pair, and for differences that are all alike and not zero
     p_exact: float | None  # sign-flip test; never below `smallest_exact_p(n)`
     effect_size: float | None  # mean over deviation of the differences (Cohen's d_z); null without a spread
 
@@ -173,16 +173,24 @@ def _paired(treated: Sequence[float], control: Sequence[float]) -> list[float]:
 
 def sign_flip(values: Sequence[float]) -> float:
     """Two-sided p of the mean of differences [n] under random signs (Fisher 1935): exact over all 2**n up to n = 16,
-    above that estimated from 1,999 sign vectors of a fixed seed."""
+    above that estimated from 1,999 sign vectors of a fixed seed.
+
+    Raises `ValueError` for values that are not finite.
+    """
     import numpy as np
     from scipy import stats
 
-    if len(values) < 2:
+    array = np.asarray(values, dtype=float)
+    if not np.isfinite(array).all():
+        raise ValueError(f"values has {int((~np.isfinite(array)).sum())} that are not finite; allowed: finite numbers")
+    if len(array) < 2:
         return 1.0
-    # scipy goes through all of them where that is no more than what it may draw.
-    most = 2**16 if len(values) <= 16 else 1_999
+    # As whole numbers, whose sums are exact: accuracies are counts over counts, so sums tie, and rounding would part
+    # them. scipy goes through all signs where they are no more than what it may draw.
+    whole = np.round(array / NO_SPREAD)
+    most = 2**16 if len(array) <= 16 else 1_999
     signs: dict[str, Any] = {"permutation_type": "samples", "n_resamples": most, "batch": 1024, "rng": 0}
-    return float(stats.permutation_test((np.asarray(values, dtype=float),), np.mean, **signs).pvalue)
+    return float(stats.permutation_test((whole,), np.sum, **signs).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

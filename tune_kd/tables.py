@@ -1,6 +1,7 @@
 """Tables as DataFrames: read from Parquet and held against their schema, from one run, several, or somebody else's."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from tune_kd.foreign import Adapter
-from tune_kd.records import PANDAS, SCHEMAS, TRIALS, Schema
+from tune_kd.records import PANDAS, RUN_NAME, SCHEMAS, TRIALS, Schema
 from tune_kd.study import Mistake
+from tune_kd.trial import digest
 
 EXAMPLES = 3  # rows that an error shows
 TEXT = (
@@ -67,10 +69,12 @@ def load(*runs: Path | str, out: Path | str = "results", adapt: Adapter | None =
     problems: list[str] = []
     for each in runs:
         try:
-            found.append(_load(_place(Path(each), Path(out)), adapt))
+            found.append(_load(place(each, out), adapt))
         except Mistake as mistake:
             problems += mistake.problems
     names = [name for one in found for name in one.runs]
+    problems += [f"RUN holds a run named {name!r}; allowed: letters, digits, '.', '_' and '-', since files are named so"
+                 for name in dict.fromkeys(names) if not RUN_NAME.fullmatch(name)]  # fmt: skip
     problems += [f"RUN {name!r} is given more than once; allowed: runs of different names"
                  for name in sorted({name for name in names if names.count(name) > 1})]  # fmt: skip
     if problems:
@@ -84,29 +88,32 @@ def load(*runs: Path | str, out: Path | str = "results", adapt: Adapter | None =
     return Records(trials, epochs, decisions, {name: of for one in found for name, of in one.studies.items()})
 
 
-def _place(run: Path, out: Path) -> Path:
-    """The folder, or the prefix of files, that a user means."""
+def place(run: Path | str, out: Path | str = "results") -> Path:
+    """The folder, or the prefix of files, that a user means. Raises `Mistake` where there is none."""
+    run, out = Path(run), Path(out)
     if run.name.endswith("trials.parquet"):  # the table itself
         prefix = run.name.removesuffix("trials.parquet").removesuffix("_")
         run = run.with_name(prefix) if prefix else run.parent
-    for place in (run, out / run):
-        if _file(place, "trials").is_file() or (place / "study.json").is_file():
-            return place
+    for found in (run, out / run):
+        if any(_file(found, "trials", whole).is_file() for whole in (True, False)) or (found / "study.json").is_file():
+            return found
     raise Mistake(
         f"RUN is {str(run)!r}; allowed: a run's folder or name under {out} (see `tune_kd list`), a folder with "
         "trials.parquet, or PREFIX where PREFIX_trials.parquet is a file"
     )
 
 
-def _file(place: Path, table: str) -> Path:
-    return place / f"{table}.parquet" if place.is_dir() else place.with_name(f"{place.name}_{table}.parquet")
+def _file(place: Path, table: str, whole: bool) -> Path:
+    """A table's file: in a folder that is a `whole` run, or beside others with a common prefix."""
+    return place / f"{table}.parquet" if whole else place.with_name(f"{place.name}_{table}.parquet")
 
 
 def _load(place: Path, adapt: Adapter | None) -> Records:
     ours = (place / "study.json").is_file()
+    whole = ours or (place / "trials.parquet").is_file()
     tables: dict[str, pd.DataFrame] = {}
     for schema in SCHEMAS:
-        path = _file(place, schema.name)
+        path = _file(place, schema.name, whole)
         again = f"`tune_kd resume {place}` makes the tables again from the ledger" if ours else "restore the file"
         if not path.is_file():
             if ours or schema is TRIALS:
@@ -114,27 +121,60 @@ def _load(place: Path, adapt: Adapter | None) -> Records:
             tables[schema.name] = pd.DataFrame({name: [] for name in schema.columns})
             continue
         try:
-            tables[schema.name] = pd.read_parquet(path)
+            table = pd.read_parquet(path)
         except (OSError, ValueError, TypeError, NotImplementedError) as error:  # of which pyarrow's own are kinds
             raise Mistake(f"{path} cannot be read ({error}); {again}") from error
+        tables[schema.name] = table.reset_index(drop=table.index.names == [None])
     if not ours:
-        tables = (adapt or Adapter()).apply(place.name, tables)
+        try:
+            name = re.sub(r"[^A-Za-z0-9._-]", "-", place.resolve().name).lstrip("._-")[:64] or "tables"
+            tables = (adapt or Adapter()).apply(name, tables)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise Mistake(f"{place}: its columns cannot be adapted ({error})") from error
     typed, problems = {}, []
     for schema in SCHEMAS:
         typed[schema.name], found = check(schema, tables[schema.name], lenient=not ours)
-        problems += [f"{_file(place, schema.name)}: {problem}" for problem in found]
+        problems += [f"{_file(place, schema.name, whole)}: {problem}" for problem in found]
     if not problems:
-        problems = [f"{_file(place, 'epochs')}: {problem}" for problem in _strays(typed["trials"], typed["epochs"])]
+        strays = _strays(typed["trials"], typed["epochs"])
+        problems = [f"{_file(place, 'epochs', whole)}: {problem}" for problem in strays]
+    if not len(typed["trials"]):
+        problems.append(f"{_file(place, 'trials', whole)} has no rows; expected a row a trial")
     if problems:
         raise Mistake(*problems)
     studies = {}
     if ours:
-        try:
-            study = json.loads((place / "study.json").read_text())
-            studies[study["run"]] = study
-        except (ValueError, KeyError, TypeError) as error:
-            raise Mistake(f"{place}/study.json cannot be read ({error}); restore the file") from error
+        study = _study(place / "study.json", typed["trials"])
+        studies[study["run"]] = study
     return Records(**typed, studies=studies)
+
+
+def _study(path: Path, trials: pd.DataFrame) -> dict[str, Any]:
+    """What `study.json` says. Raises `Mistake` where it lacks something, was changed, or is not of these trials."""
+    try:
+        study: dict[str, Any] = json.loads(path.read_text())
+        lacking = [name for name in ("run", "study", "contrasts", "arms", "data") if name not in study]
+        inner = ("name", "question", "scale", "confirm", "teacher_seeds", "deviation")
+        lacking += [f"study.{name}" for name in inner if name not in study.get("study", inner)]
+    except (ValueError, TypeError) as error:
+        raise Mistake(f"{path} cannot be read ({error}); restore the file") from error
+    if lacking:
+        raise Mistake(f"{path} lacks {', '.join(lacking)}; restore the file")
+    problems = [
+        f"{path}: its hash does not fit the {name}, so they were changed after the run began; restore the file"
+        for name in ("study", "contrasts")
+        if study.get(f"{name}_sha256") not in (None, digest(study[name]))
+    ]
+    other = trials.loc[trials["run"] != study["run"], "run"]
+    if len(other):
+        problems.append(f"{path}: {_told('run', other, len(trials), repr(study['run']))}")
+    names = [arm["name"] for arm in study["arms"]]
+    strange = trials.loc[(trials["role"] == "student") & ~trials["arm"].isin(names), "arm"]
+    if len(strange):
+        problems.append(f"{path}: {_told('arm', strange, len(trials), 'one of the arms of the study')}")
+    if problems:
+        raise Mistake(*problems)
+    return study
 
 
 def check(schema: Schema, table: pd.DataFrame, *, lenient: bool = False) -> tuple[pd.DataFrame, list[str]]:
@@ -145,6 +185,10 @@ def check(schema: Schema, table: pd.DataFrame, *, lenient: bool = False) -> tupl
     """
     missing = [name for name in schema.columns if name not in table.columns]
     never_null = (*schema.key, *schema.needed)
+    if not table.columns.is_unique:
+        return table, [
+            f"has columns of the same name: {', '.join(map(str, table.columns[table.columns.duplicated()]))}"
+        ]
     refused = [name for name in missing if name not in schema.optional and (not lenient or name in never_null)]
     if refused:
         return table, [f"lacks the columns {', '.join(refused)}; has {', '.join(map(str, table.columns))}"]
@@ -175,7 +219,7 @@ def _type_problem(name: str, column: "pd.Series[Any]", kind: type) -> str | None
     if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
         return f"{name} is {column.dtype}, such as {_plain(there.iloc[0])!r}; expected {PANDAS[kind].lower()}"
     values = there.to_numpy(dtype="float64")
-    wrong = ~np.isfinite(values) | ((values % 1 != 0) if kind is int else False)
+    wrong = ~np.isfinite(values) | (((values % 1 != 0) | (np.abs(values) >= 2**63)) if kind is int else False)
     if wrong.any():
         return _told(name, there[wrong], len(column), "whole numbers" if kind is int else "finite numbers")
     return None
@@ -206,6 +250,11 @@ def _broken(schema: Schema, table: pd.DataFrame) -> Iterator[str]:
     for name in schema.only_completed:
         if (wrong := table[name].notna() & (table["status"] != "completed")).any():
             yield _told(name, table.loc[wrong, name], len(table), "null unless status is completed")
+    if "epochs_planned" in table:
+        short = (table["status"] == "completed") & (table["epochs_run"] < table["epochs_planned"])
+        if (short := short.fillna(False)).any():
+            expected = "completed only where all planned epochs ran"
+            yield _told("epochs_run", table.loc[short, "epochs_run"], len(table), expected)
     if (twice := table.duplicated(list(schema.key))).any():
         keys = table.loc[twice, list(schema.key)].apply(tuple, axis=1)
         yield _told(", ".join(schema.key), keys, len(table), "each of them once")

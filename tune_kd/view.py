@@ -118,7 +118,7 @@ def progress(run: str, rows: Sequence[Row], elapsed: float | None) -> Group:
         if row["epochs_run"]:
             left = duration((row["epochs_planned"] - row["epochs_run"]) * row["train_seconds"] / row["epochs_run"])
         trials.add_row(
-            f"{row['arm']} seed {row['seed']}",
+            Text(f"{row['arm']} seed {row['seed']}"),
             f"{row['epochs_run']}/{row['epochs_planned']}",
             points(row["val_accuracy"]),
             left,
@@ -134,15 +134,16 @@ def progress(run: str, rows: Sequence[Row], elapsed: float | None) -> Group:
 
 def effects(table: "pd.DataFrame", teachers: int) -> Group:
     """The contrasts in points of test accuracy: effects, then how they change with the moderator."""
+    table = _with_runs(table, "contrast")
     given = ", given one teacher" if teachers == 1 else ""
     parts: list[Table | Text] = []
     for kind, title in (("effect", "Effects"), ("moderation", "How effects change")):
         chosen = table[(table["kind"] == kind) & (table["n"] > 0)]
         if len(chosen):
             parts += [_contrasts(f"{title}, in points of test accuracy{given}", chosen), Text("")]
-    unjudged = table.loc[table["n"] == 0, "contrast"].tolist()
-    if unjudged:
-        parts.append(Text(f"Not judged, since an arm was stopped or failed: {'; '.join(unjudged)}"))
+    unjudged = table[table["n"] == 0]
+    for note, group in unjudged.groupby("note", sort=False):
+        parts.append(Text(f"Not judged, since {note}: {'; '.join(group['contrast'])}"))
     rows = table[table["verdict"] == "inconclusive"].to_dict("records")
     needed = [f"{row['contrast']} {row['pairs_needed']:,}" for row in rows if isinstance(row["pairs_needed"], int)]
     if needed:
@@ -162,7 +163,7 @@ def _contrasts(title: str, table: "pd.DataFrame") -> Table:
         interval = f"{points(row['low'])} to {points(row['high'])}" if row["low"] == row["low"] else ""
         p = f"{row['p_holm']:.3f}" if row["p_holm"] == row["p_holm"] else ""
         shown.add_row(
-            row["contrast"],
+            Text(row["contrast"]),
             f"{100 * row['estimate']:+.2f}",
             interval,
             points(row["sd"]),
@@ -171,6 +172,15 @@ def _contrasts(title: str, table: "pd.DataFrame") -> Table:
             row["verdict"],
         )
     return shown
+
+
+def _with_runs(table: "pd.DataFrame", name: str) -> "pd.DataFrame":
+    """A table whose names say which run they are of, where there are several."""
+    if "run" not in table or table["run"].nunique() < 2:
+        return table
+    named = table.copy()
+    named[name] = table["run"] + ": " + table[name]
+    return named
 
 
 def arms(table: "pd.DataFrame") -> Table:
@@ -185,8 +195,7 @@ def arms(table: "pd.DataFrame") -> Table:
     )
     for title in ("arm", "mean", "sd", "n", "planned", "note"):
         shown.add_column(title, justify="left" if title in ("arm", "note") else "right")
-    for row in table.to_dict("records"):
-        shown.add_row(
-            row["arm"], points(row["mean"]), points(row["sd"]), str(row["n"]), str(row["planned"]), row["note"]
-        )
+    for row in _with_runs(table, "arm").to_dict("records"):
+        counts = str(row["n"]), str(row["planned"])
+        shown.add_row(Text(row["arm"]), points(row["mean"]), points(row["sd"]), *counts, Text(row["note"]))
     return shown

@@ -15,10 +15,10 @@ from tune_kd.tables import Records
 FORMATS = ("html", "md", "csv", "tex", "png", "svg")
 TABLES: dict[str, tuple[str, Callable[[Records], pd.DataFrame]]] = {
     "contrasts": ("Contrasts that the study fixed", results.contrasts),
-    "arms": ("Confirmed test accuracy of each arm", results.arms),
+    "arms": ("Test accuracy of each arm", results.arms),
     "exploratory": ("Exploratory: the screen, and seeds added later", results.exploratory),
     "measures": ("Likeness to the teacher, and calibration", measures.measures),
-    "costs": ("What a trial cost", measures.costs),
+    "costs": ("What a trial cost, without its teacher", measures.costs),
     "temperature": ("Accuracy by temperature", lambda records: measures.response(records, "temperature")),
     "alpha": ("Accuracy by alpha", lambda records: measures.response(records, "alpha")),
     "gaps": ("The teacher's lead and the students' gain", measures.gaps),
@@ -46,6 +46,8 @@ def write(folder: Path, records: Records, formats: Sequence[str] = FORMATS) -> P
     if unknown or not formats:
         named = ", ".join(map(repr, unknown)) or "empty"
         raise Mistake(f"--format is {named}; allowed: {', '.join(FORMATS)}")
+    if folder.exists() and not folder.is_dir():
+        raise Mistake(f"--to is {folder}, which is a file; allowed: a folder, or one that can be made")
     made = tables(records)
     titled = {name: (TABLES[name][0], table) for name, table in made.items()}
     drawn = figures.draw(records) if {"html", "png", "svg"} & set(formats) else []
@@ -62,8 +64,18 @@ def write(folder: Path, records: Records, formats: Sequence[str] = FORMATS) -> P
         files["report.md"] = texts.markdown(records, titled, limits).encode()
     if "html" in formats:
         files["report.html"] = page.html(records, titled, drawn, limits).encode()
+    _forget(folder, formats)
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         publish(folder / name, data)
     first = {"html": "report.html", "md": "report.md", "csv": "tables", "tex": "tables"}
     return folder / next((first[kind] for kind in first if kind in formats), "figures")
+
+
+def _forget(folder: Path, formats: Sequence[str]) -> None:
+    """Remove what an earlier report left in these forms: a table that is not made any more would look like one."""
+    for kind, names in (("tables", [*TABLES, "all"]), ("figures", list(figures.PICTURES))):
+        for form in formats:
+            for path in (folder / kind).glob(f"*.{form}"):
+                if path.stem in names or path.stem.partition("-")[0] in names:
+                    path.unlink()

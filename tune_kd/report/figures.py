@@ -33,6 +33,7 @@ STYLE: dict[Any, Any] = {
     "lines.markersize": 4,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # names are names, whatever signs they have
     "svg.fonttype": "path",
     "svg.hashsalt": "tune_kd",  # the same picture is the same file
 }
@@ -126,12 +127,13 @@ def curves(records: Records) -> Made:
     rows = records.epochs.merge(trials[["run", "trial_id", "arm", "stem", "method"]], on=["run", "trial_id"])
     if rows.empty:
         return None
-    stems = [str(stem) for stem in rows["stem"].dropna().unique()] or [""]
+    rows = rows.assign(stem=rows["stem"].fillna(""))
+    stems = [str(stem) for stem in rows["stem"].unique()]
     figure = Figure(figsize=(WIDTH, 2.1 * len(stems)))
     panels = figure.subplots(len(stems), 1, sharex=True, squeeze=False)[:, 0]
     left_out, order = 0, results.arms(records)["arm"].tolist()
     for axes, stem in zip(panels, stems, strict=True):
-        of_stem = rows[rows["stem"] == stem] if stem else rows
+        of_stem = rows[rows["stem"] == stem]
         names = [name for name in order if (of_stem["arm"] == name).any()]
         left_out += max(0, len(names) - CURVES)
         for name in names[:CURVES]:
@@ -150,7 +152,8 @@ def curves(records: Records) -> Made:
     panels[-1].set_xlabel("epoch")
     more = f" {left_out} more arms are left out." if left_out else ""
     return (
-        f"Learning curves: mean over confirmed seeds, the band is one standard deviation.{more}",
+        "Learning curves: mean over confirmed seeds, the band is one standard deviation; cut below, where arms begin."
+        f"{more}",
         f"Learning curves of {rows['arm'].nunique()} arms: validation accuracy over {int(rows['epoch'].max())} epochs "
         f"for the stem {' and '.join(stems)}.",
         figure,
@@ -161,8 +164,12 @@ def _of_arm(name: str, names: list[str], method: str) -> tuple[str, Any]:
     """Colour and line of an arm among the others of its panel. The arms of a method differ in their dashes."""
     alike = [each for each in names if each.split("/")[:2] == name.split("/")[:2]] or [name]
     place = alike.index(name)
-    colour = COLOURS.get(method, OTHERS[0])
+    colour = _colour(method)
     return colour, (0, (1 + 2 * place, 1)) if len(alike) > 1 else LINES.get(method, ":")
+
+
+def _colour(method: str) -> str:
+    return COLOURS.get(method, OTHERS[0])
 
 
 def _short(arm: str, stem: str) -> str:
@@ -195,11 +202,13 @@ def _response(records: Records, factor: str) -> Made:
         x = group[factor].to_numpy(float)
         mean, low, high = (100 * group[name].to_numpy(float) for name in ("mean", "low", "high"))
         method = str(group["method"].iloc[0])
-        axes.errorbar(x, mean, [mean - low, high - mean], color=COLOURS[method], marker=MARKERS[method], capsize=2)
+        axes.errorbar(
+            x, mean, [mean - low, high - mean], color=_colour(method), marker=MARKERS.get(method, "v"), capsize=2
+        )
         if group["control"].notna().any():
             axes.axhline(100 * float(group["control"].iloc[0]), color="#000000", ls=":", label="control")
             axes.legend(loc="best")
-        if factor == "temperature":
+        if factor == "temperature" and min(levels_shown) > 0:
             axes.set_xscale("log", base=2)
         axes.set_xticks(levels_shown, [f"{level:g}" for level in levels_shown])
         axes.set_title(", ".join(map(str, levels)), loc="left")
@@ -209,7 +218,8 @@ def _response(records: Records, factor: str) -> Made:
         f"{row['stem']} {factor} {row[factor]:g}: {100 * row['mean']:.2f}" for row in table.to_dict("records")
     )
     return (
-        f"Test accuracy by {factor}: mean and 95 % interval over confirmed seeds; the dotted line is the control.",
+        f"Test accuracy by {factor}: mean and 95 % interval over confirmed seeds; the dotted line is the control. "
+        "Levels that the screen stopped are missing, and the line passes over them.",
         f"Response to {factor}: {said}.",
         figure,
     )
@@ -232,6 +242,7 @@ def rungs(records: Records) -> Made:
         for chosen, fill in ((ended[~near], colour), (ended[near], "white")):
             axes.plot(100 * chosen["metric"], 100 * chosen["final"], mark, color=colour, mfc=fill, label=label)
             label = "_"
+        stopped = stopped[stopped["action"] == "stop"]
         axes.plot(100 * stopped["metric"], np.full(len(stopped), floor - 1.0), "x", color=colour)
     axes.set_xlabel("validation accuracy at the rung (%)")
     axes.set_ylabel("at the end (%)")
@@ -264,7 +275,7 @@ def timeline(records: Records) -> Made:
             axes.broken_barh(
                 list(zip(begin, length, strict=True)),
                 (float(slot) - 0.4, 0.8),
-                facecolor=COLOURS.get(str(kind), OTHERS[0]),
+                facecolor=_colour(str(kind)),
                 edgecolor="white",
                 lw=0.4 if len(table) <= MANY else 0.0,
                 hatch=HATCHES.get(str(kind), ""),
@@ -278,8 +289,11 @@ def timeline(records: Records) -> Made:
     figure.legend(loc="outside upper center", ncols=4)
     busy = float((table["end"] - table["begin"]).sum())
     share = busy / (float(table["end"].max()) * (int(slots.max()) + 1))
+    said = f"{100 * share:.0f} % of the time that slots were there, a trial ran on them"
+    if (records.trials["attempts"] > 1).any():  # their seconds are summed over attempts, whatever lay in between
+        said = "trials that were tried again are shown without the time in between"
     return (
-        f"Trials over slots: {100 * share:.0f} % of the time that slots were there, a trial ran on them.",
+        f"Trials over slots: {said}.",
         f"Timeline of {len(table)} trials on {int(slots.max()) + 1} slots over {table['end'].max():.0f} seconds.",
         figure,
     )
@@ -292,14 +306,15 @@ def cost(records: Records) -> Made:
     if costs.empty:
         return None
     trials = results.confirmed_trials(records).drop_duplicates("arm").set_index("arm")
-    stems = [str(stem) for stem in trials["stem"].dropna().unique()] or [""]
+    stems_of = trials["stem"].fillna("").to_dict()
+    stems = list(dict.fromkeys(map(str, stems_of.values())))
     figure = Figure(figsize=(WIDTH, 1.8 * len(stems) + 0.3))
     panels = figure.subplots(len(stems), 1, squeeze=False)[:, 0]
     for axes, stem in zip(panels, stems, strict=True):
         labelled: set[str] = set()
         for row in costs.to_dict("records"):
             arm = row["arm"]
-            if stem and trials.loc[arm, "stem"] != stem:
+            if stems_of[arm] != stem:
                 continue
             method = str(trials.loc[arm, "method"])
             mean, low, high = (100 * float(arms.loc[arm, name]) for name in ("mean", "low", "high"))
@@ -309,7 +324,7 @@ def cost(records: Records) -> Made:
                 mean,
                 error,
                 marker=MARKERS.get(method, "o"),
-                color=COLOURS.get(method, OTHERS[0]),
+                color=_colour(method),
                 ls="",
                 elinewidth=0.7,
                 label="_" if method in labelled else method,
@@ -325,7 +340,7 @@ def cost(records: Records) -> Made:
     rows = costs.to_dict("records")
     said = "; ".join(f"{row['arm']} {100 * row['mean']:.2f} in {row['train_seconds']:.0f} s" for row in rows)
     return (
-        "Test accuracy (mean and 95 % interval) against the training time of a trial.",
+        "Test accuracy (mean and 95 % interval) against the training time of a trial, without what its teacher cost.",
         f"Accuracy against cost: {said}.",
         figure,
     )

@@ -9,7 +9,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined, select_autoescape
 
 from tune_kd.report import figures
-from tune_kd.report.texts import ROWS, Titled, cell, heading, shown
+from tune_kd.report.texts import ROWS, Titled, cell, heading, named, questions, shown
 from tune_kd.tables import Records
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -25,8 +25,9 @@ def html(records: Records, tables: Titled, pictures: Sequence[figures.Picture], 
     rows = tables["contrasts"][1].to_dict("records") if "contrasts" in tables else []
     return template.render(
         title=", ".join(records.runs),
-        questions=[study["study"]["question"] for study in records.studies.values()],
-        verdicts=_verdicts(rows, many=len(records.runs) > 1),
+        questions=questions(records),
+        verdicts=_verdicts(rows, records),
+        fixed=all(study.get("contrasts_sha256") for study in records.studies.values()),
         contrasts=None if not rows else _table(*tables["contrasts"]),
         tables={name: _table(*tables[name]) for name in ORDER if name in tables},
         checks={name: _table(*tables[name]) for name in AT_THE_END if name in tables},
@@ -37,14 +38,13 @@ def html(records: Records, tables: Titled, pictures: Sequence[figures.Picture], 
     )
 
 
-def _verdicts(rows: Sequence[Mapping[Any, Any]], many: bool) -> dict[str, list[dict[str, str]]]:
+def _verdicts(rows: Sequence[Mapping[Any, Any]], records: Records) -> dict[str, list[dict[str, str]]]:
     """The contrasts' names and sentences by verdict, what says most first."""
     found: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         sentence = row["words"].removeprefix(row["verdict"]).lstrip(": ")
-        name = f"{row['run']}: {row['contrast']}" if many else row["contrast"]
-        found.setdefault(row["verdict"], []).append({"contrast": name, "sentence": sentence})
-    return {verdict: found[verdict][:ROWS] for verdict in VERDICTS if verdict in found}
+        found.setdefault(row["verdict"], []).append({"contrast": named(row, records), "sentence": sentence})
+    return {verdict: found[verdict] for verdict in VERDICTS if verdict in found}
 
 
 def _table(title: str, table: pd.DataFrame) -> dict[str, Any]:

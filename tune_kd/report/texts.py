@@ -26,7 +26,8 @@ def cell(name: str, value: Any) -> str:
     if isinstance(value, float):
         if name.removesuffix("_sd") in POINTS:
             signed = name in ("estimate", "gain", "gap")
-            return f"{100 * value:+.2f}" if signed else f"{100 * value:.2f}"
+            points = round(100 * value, 2) + 0.0  # what rounds to zero has no sign
+            return f"{points:+.2f}" if signed else f"{points:.2f}"
         if name.startswith(("p_", "smallest")) or name == "p":
             return "< 0.001" if value < 0.001 else f"{value:.3f}"
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
@@ -45,15 +46,25 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     return table[[name for name in kept if name != "run" or table["run"].nunique() > 1]]
 
 
+def questions(records: Records) -> list[str]:
+    """What the studies ask, each once."""
+    return list(dict.fromkeys(study["study"]["question"] for study in records.studies.values()))
+
+
+def named(row: Mapping[Any, Any], records: Records) -> str:
+    """A contrast's name, with its run where there are several."""
+    return f"{row['run']}: {row['contrast']}" if len(records.runs) > 1 else str(row["contrast"])
+
+
 def markdown(records: Records, tables: Titled, limits: Sequence[str]) -> str:
     """The whole report as Markdown."""
     lines = [f"# {', '.join(records.runs)}", ""]
-    for study in records.studies.values():
-        lines += [study["study"]["question"], ""]
+    for question in questions(records):
+        lines += [question, ""]
     if "contrasts" in tables:
         lines += ["## Verdicts", ""]
         rows = tables["contrasts"][1].to_dict("records")
-        lines += [f"- **{row['contrast']}**: {row['words']}" for row in rows[:ROWS]]
+        lines += [f"- **{named(row, records)}**: {row['words']}" for row in rows[:ROWS]]
         lines += ["", "Paired by seed; p values of t tests, adjusted by Holm over all contrasts.", ""]
     lines += ["## Limits of the evidence", "", *(f"- {sentence}" for sentence in limits), ""]
     for title, table in tables.values():
@@ -65,11 +76,16 @@ def _rows(table: pd.DataFrame) -> list[str]:
     names = [str(name) for name in table.columns]
     lines = ["| " + " | ".join(map(heading, names)) + " |", "|" + " --- |" * len(names)]
     for row in table.head(ROWS).itertuples(index=False):
-        cells = (cell(name, value).replace("|", "\\|") for name, value in zip(names, row, strict=True))
+        cells = (_in_a_row(cell(name, value)) for name, value in zip(names, row, strict=True))
         lines.append("| " + " | ".join(cells) + " |")
     if len(table) > ROWS:
         lines += ["", f"The first {ROWS} of {len(table):,} rows; the others are in tables/."]
     return lines
+
+
+def _in_a_row(text: str) -> str:
+    """Text that neither ends a Markdown table's cell nor is taken for HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def latex(tables: Titled) -> dict[str, str]:
@@ -84,6 +100,7 @@ def latex(tables: Titled) -> dict[str, str]:
         for name, (title, _) in tables.items()
     )
     files["all"] = (
+        "% Where names are not ASCII: lualatex instead of pdflatex.\n"
         "\\documentclass{article}\n\\usepackage[margin=2cm]{geometry}\n\\usepackage{booktabs}\n"
         f"\\usepackage{{graphicx}}\n\\begin{{document}}\n{body}\n\\end{{document}}\n"
     )
@@ -103,5 +120,5 @@ def _tabular(table: pd.DataFrame) -> str:
 def _escaped(text: str) -> str:
     """Text in which nothing is a command of LaTeX."""
     special = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "$<$",
-               ">": "$>$", "|": "$|$"} | {sign: f"\\{sign}" for sign in "&%$#_{}"}  # fmt: skip
+               ">": "$>$", "|": "$|$", "[": "{[}", "\n": " "} | {sign: f"\\{sign}" for sign in "&%$#_{}"}  # fmt: skip
     return "".join(special.get(sign, sign) for sign in text)
