@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import asdict
@@ -270,6 +271,7 @@ def test_a_report_of_two_runs_compares_them_and_says_in_what_they_differ(
     assert call(monkeypatch, "report", str(finished), "other", "--json") == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["runs"] == ["tiny", "other"]
+    assert {"what differs": "study.recipe.lr", "tiny": "0.05", "other": "0.07"} in answer["differences"]
     assert answer["report"] == "report-tiny-other/report.html"
     page = (elsewhere / answer["report"]).read_text()
     assert "study.recipe.lr" in page
@@ -279,6 +281,10 @@ def test_a_report_of_two_runs_compares_them_and_says_in_what_they_differ(
     }
     compared = pd.read_csv(elsewhere / "report-tiny-other" / "tables" / "between_runs.csv")
     assert compared["estimate"].tolist() == [0.0] * len(compared)
+    assert call(monkeypatch, "report", str(finished), "other", "--format", "md") == 0
+    said = capsys.readouterr().out
+    assert "What differs" in said
+    assert re.search(r"study\.recipe\.lr +0\.05 +0\.07", said)
 
 
 def test_a_report_is_written_where_and_in_what_form_one_likes_and_opened(

@@ -341,8 +341,8 @@ def _report(
     records: "Records", folder: Path, console: Console, as_json: bool, formats: Sequence[str] | None = None
 ) -> Path:
     """Write a report and say what is in it; returns the file to read first."""
+    from tune_kd import provenance, results, view
     from tune_kd import report as reports
-    from tune_kd import results, view
 
     try:
         first = reports.write(folder, records, formats or reports.FORMATS)
@@ -353,6 +353,8 @@ def _report(
         answer: dict[str, Any] = {"runs": records.runs, "report": str(first)}
         answer |= {name: json.loads(table.to_json(orient="records")) for name, table in
                    (("arms", arms), ("contrasts", effects), ("exploratory", explored))}  # fmt: skip
+        if len(records.runs) > 1:
+            answer["differences"] = provenance.differences(records).to_dict("records")
         print(json.dumps(answer))
         return first
     console.print()
@@ -361,6 +363,9 @@ def _report(
         console.print()
         teachers = {len(study["study"]["teacher_seeds"]) for study in records.studies.values()}
         console.print(view.effects(effects, max(teachers)))
+    if len(records.runs) > 1:
+        console.print()
+        console.print(view.differences(provenance.differences(records)))
     if not records.studies:
         console.print()
         console.print("No study fixed contrasts for these tables: everything in them is exploratory.", highlight=False)

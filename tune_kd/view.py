@@ -199,3 +199,20 @@ def arms(table: "pd.DataFrame") -> Table:
         counts = str(row["n"]), str(row["planned"])
         shown.add_row(Text(row["arm"]), points(row["mean"]), points(row["sd"]), *counts, Text(row["note"]))
     return shown
+
+
+def differences(table: "pd.DataFrame") -> Table:
+    """In what runs differ: a column a run."""
+    shown = Table(
+        title="What differs between the runs",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        header_style="bold",
+        pad_edge=False,
+    )
+    for name in table.columns:
+        shown.add_column(Text(str(name)), overflow="fold")
+    for row in table.itertuples(index=False):
+        shown.add_row(*(Text(str(value)) for value in row))
+    return shown
