@@ -155,7 +155,7 @@ def effects(table: "pd.DataFrame", teachers: int) -> Group:
 
 
 def _contrasts(title: str, table: "pd.DataFrame") -> Table:
-    shown = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="bold", pad_edge=False)
+    shown = _titled(title)
     for name in ("contrast", "effect", "95 % interval", "sd", "n", "p", "verdict"):
         left = name in ("contrast", "verdict")
         shown.add_column(name, justify="left" if left else "right", no_wrap=name != "contrast")
@@ -164,7 +164,7 @@ def _contrasts(title: str, table: "pd.DataFrame") -> Table:
         p = f"{row['p_holm']:.3f}" if row["p_holm"] == row["p_holm"] else ""
         shown.add_row(
             Text(row["contrast"]),
-            f"{100 * row['estimate']:+.2f}",
+            f"{round(100 * row['estimate'], 2) + 0.0:+.2f}",  # what rounds to zero has no sign
             interval,
             points(row["sd"]),
             str(row["n"]),
@@ -172,6 +172,10 @@ def _contrasts(title: str, table: "pd.DataFrame") -> Table:
             row["verdict"],
         )
     return shown
+
+
+def _titled(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=None, header_style="bold", pad_edge=False)
 
 
 def _with_runs(table: "pd.DataFrame", name: str) -> "pd.DataFrame":
@@ -185,14 +189,7 @@ def _with_runs(table: "pd.DataFrame", name: str) -> "pd.DataFrame":
 
 def arms(table: "pd.DataFrame") -> Table:
     """Each arm's confirmed test accuracy."""
-    shown = Table(
-        title="Test accuracy of confirmed arms (best-validation weights, %)",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        header_style="bold",
-        pad_edge=False,
-    )
+    shown = _titled("Test accuracy of confirmed arms (best-validation weights, %)")
     for title in ("arm", "mean", "sd", "n", "planned", "note"):
         shown.add_column(title, justify="left" if title in ("arm", "note") else "right")
     for row in _with_runs(table, "arm").to_dict("records"):
@@ -203,14 +200,7 @@ def arms(table: "pd.DataFrame") -> Table:
 
 def differences(table: "pd.DataFrame") -> Table:
     """In what runs differ: a column a run."""
-    shown = Table(
-        title="What differs between the runs",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        header_style="bold",
-        pad_edge=False,
-    )
+    shown = _titled("What differs between the runs")
     for name in table.columns:
         shown.add_column(Text(str(name)), overflow="fold")
     for row in table.itertuples(index=False):

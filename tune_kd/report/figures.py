@@ -128,7 +128,8 @@ def curves(records: Records) -> Made:
     if rows.empty:
         return None
     rows = rows.assign(stem=rows["stem"].fillna(""))
-    stems = [str(stem) for stem in rows["stem"].unique()]
+    there = set(rows["stem"])
+    stems = [stem for stem in trials["stem"].fillna("").unique() if stem in there]  # in the study's order
     figure = Figure(figsize=(WIDTH, 2.1 * len(stems)))
     panels = figure.subplots(len(stems), 1, sharex=True, squeeze=False)[:, 0]
     left_out, order = 0, results.arms(records)["arm"].tolist()
@@ -144,8 +145,8 @@ def curves(records: Records) -> Made:
             epochs, mean, std = spread.index.to_numpy(float), 100 * spread["mean"], 100 * spread["std"]
             axes.fill_between(epochs, mean - std, np.minimum(mean + std, 100), color=colour, alpha=0.15, lw=0)
             axes.plot(epochs, mean, color=colour, ls=line, label=_short(name, stem))
-        last = of_stem.groupby("arm")["val_accuracy"].quantile(0.25)
-        axes.set_ylim(bottom=max(0.0, 100 * float(last.min()) - 2))
+        lower = of_stem.groupby("arm")["val_accuracy"].quantile(0.25)
+        axes.set_ylim(bottom=max(0.0, 100 * float(lower.min()) - 2))
         axes.set_title(f"{stem} stem" if stem else "", loc="left")
         axes.set_ylabel("val. accuracy (%)")
         axes.legend(loc="lower right", ncols=2 if len(names) > 4 else 1, handlelength=2.4)
