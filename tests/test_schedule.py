@@ -1,39 +1,41 @@
 """Early stopping: what it may stop, what it must not, and what it says."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tune_kd.schedule import Schedule, rungs, stratum
-from tune_kd.study import Cell, Data, Recipe, Screen
-from tune_kd.trial import Decision, Trial
+from tune_kd.schedule import Schedule, stratum
+from tune_kd.study import Screen
+from tune_kd.trial import Decision
 
 SCREEN = Screen(seed=0, grace=2, reduction=2, margin=0.01, min_peers=2)
-CELLS = {f"cifar/logit/T={level}": Cell(method="logit", temperature=float(level)) for level in (1, 2, 4, 8, 16)}
-CELLS["cifar/none"] = Cell(method="none", temperature=None)
+ARMS = {f"cifar/logit/T={level}": {"stem": "cifar", "method": "logit"} for level in (1, 2, 4, 8, 16)}
+ARMS["cifar/none"] = {"stem": "cifar", "method": "none"}
+EPOCHS = 9
 
 
-def trial(arm: str, epochs: int = 9) -> Trial:
-    return Trial(arm, "screen", CELLS[arm], Recipe(epochs=epochs), 0, Data("digits"), None, "test")
+def made(screen: Screen, immune: Iterable[str]) -> Schedule:
+    return Schedule(screen, EPOCHS, {arm: stratum(screen, levels) for arm, levels in ARMS.items()}, immune)
 
 
 def report(schedule: Schedule, arm: str, epoch: int, metric: float) -> Decision:
-    decision = schedule.report(trial(arm), epoch, metric)
+    decision = schedule.report(f"id of {arm}", arm, epoch, metric)
     assert decision is not None
     return decision
 
 
 @pytest.fixture
 def schedule() -> Schedule:
-    return Schedule(SCREEN, CELLS, immune={"cifar/none", "cifar/logit/T=4"})
+    return made(SCREEN, immune={"cifar/none", "cifar/logit/T=4"})
 
 
 def test_rungs_grow_by_the_reduction_factor_and_end_before_the_budget() -> None:
-    assert rungs(replace(SCREEN, grace=10, reduction=3), 100) == [10, 30, 90]
-    assert rungs(replace(SCREEN, grace=1, reduction=2), 8) == [1, 2, 4]
-    assert rungs(replace(SCREEN, grace=8), 8) == []
+    assert replace(SCREEN, grace=10, reduction=3).rungs(100) == [10, 30, 90]
+    assert replace(SCREEN, grace=1, reduction=2).rungs(8) == [1, 2, 4]
+    assert replace(SCREEN, grace=8).rungs(8) == []
 
 
 def test_an_arm_far_behind_enough_peers_is_stopped(schedule: Schedule) -> None:
@@ -65,7 +67,7 @@ def test_an_immune_arm_is_never_stopped(schedule: Schedule) -> None:
 
 
 def test_the_last_arm_of_a_stratum_goes_on() -> None:
-    schedule = Schedule(SCREEN, CELLS, immune=())
+    schedule = made(SCREEN, immune=())
     for arm in ("cifar/logit/T=1", "cifar/logit/T=2"):
         report(schedule, arm, 2, 0.90)
         schedule.drop(arm)  # failed later
@@ -79,12 +81,12 @@ def test_arms_compete_inside_their_stratum_alone(schedule: Schedule) -> None:
         report(schedule, arm, 2, 0.90)
     control = report(schedule, "cifar/none", 2, 0.10)
     assert (control.stratum, control.peers) == ("cifar/none", 0)
-    assert stratum(replace(SCREEN, strata=None), CELLS["cifar/none"]) == "all"
+    assert stratum(replace(SCREEN, strata=None), ARMS["cifar/none"]) == "all"
 
 
-def test_a_report_between_rungs_or_outside_the_screen_compares_nothing(schedule: Schedule) -> None:
-    assert schedule.report(trial("cifar/none"), 3, 0.5) is None
-    assert schedule.report(replace(trial("cifar/none"), phase="confirm"), 2, 0.5) is None
+def test_a_report_between_rungs_compares_nothing_and_fills_no_rung(schedule: Schedule) -> None:
+    assert schedule.report("id", "cifar/logit/T=1", 3, 0.5) is None
+    assert report(schedule, "cifar/logit/T=2", 2, 0.1).peers == 0
 
 
 def test_a_report_that_comes_again_gets_the_same_decision_and_counts_once(schedule: Schedule) -> None:
@@ -93,7 +95,7 @@ def test_a_report_that_comes_again_gets_the_same_decision_and_counts_once(schedu
     assert report(schedule, "cifar/logit/T=2", 2, 0.90).peers == 1
 
 
-reports = st.permutations([(arm, epoch) for arm in CELLS for epoch in (2, 4, 8)]).flatmap(
+reports = st.permutations([(arm, epoch) for arm in ARMS for epoch in (2, 4, 8)]).flatmap(
     lambda order: st.tuples(st.just(order), st.lists(st.floats(0, 1), min_size=len(order), max_size=len(order)))
 )
 settings = st.builds(
@@ -110,7 +112,7 @@ def play(
     schedule: Schedule, drawn: tuple[list[tuple[str, int]], list[float]], skip: int = 0
 ) -> tuple[list[Decision], list[str]]:
     """Report each arm's rungs in order of epochs, in the drawn order of arms; stopped arms report no more."""
-    reached: dict[str, list[int]] = {arm: [2, 4, 8] for arm in CELLS}
+    reached: dict[str, list[int]] = {arm: [2, 4, 8] for arm in ARMS}
     made, stopped = [], []
     for number, ((arm, _), metric) in enumerate(zip(*drawn, strict=True)):
         if arm in stopped:
@@ -129,19 +131,19 @@ def test_under_every_order_immune_arms_run_on_and_every_stratum_keeps_an_arm(
     screen: Screen, drawn: tuple[list[tuple[str, int]], list[float]]
 ) -> None:
     immune = {"cifar/none", "cifar/logit/T=4"}
-    _, stopped = play(Schedule(screen, CELLS, immune), drawn)
+    _, stopped = play(made(screen, immune), drawn)
     assert not immune & set(stopped)
-    _, stopped = play(Schedule(screen, CELLS, ()), drawn)
-    kept = {stratum(screen, cell) for arm, cell in CELLS.items() if arm not in stopped}
-    assert kept == {stratum(screen, cell) for cell in CELLS.values()}
+    _, stopped = play(made(screen, ()), drawn)
+    kept = {stratum(screen, cell) for arm, cell in ARMS.items() if arm not in stopped}
+    assert kept == {stratum(screen, cell) for cell in ARMS.values()}
 
 
 @given(settings, reports, st.integers(0, 18))
 def test_a_schedule_that_replays_its_first_decisions_makes_the_others_again(
     screen: Screen, drawn: tuple[list[tuple[str, int]], list[float]], cut: int
 ) -> None:
-    whole, _ = play(Schedule(screen, CELLS, ()), drawn)
-    resumed = Schedule(screen, CELLS, ())
+    whole, _ = play(made(screen, ()), drawn)
+    resumed = made(screen, ())
     for decision in whole[:cut]:
         resumed.replay(decision)
     again, _ = play(resumed, drawn)

@@ -2,12 +2,15 @@
 
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tune_kd.price import answering, flop
 from tune_kd.study import APPLIES, CELL_FIELDS, NUMERIC, Cell, Compare, Level, Study
 from tune_kd.trial import Answering, Trial
+
+T = TypeVar("T")
 
 SYMBOLS = {"temperature": "T"}
 TEACHER_FIELDS = ("teacher", "stem", "weights", "width")  # what a teacher has in common with its students
@@ -192,6 +195,12 @@ def _arm_name_or_nothing(study: Study, cell: Cell, among: tuple[str, ...]) -> st
     return _arm_name(study, cell, among) if any(factor.name in among for factor in study.factors) else ""
 
 
+def arrival_order(arms: Sequence[T], seed: int) -> list[T]:
+    """The order in which arms start: random, since the first to arrive at a rung are never stopped, and grids arrive
+    sorted by their levels."""
+    return random.Random(f"order {seed}").sample(arms, len(arms))
+
+
 def _trials(study: Study, arms: tuple[Arm, ...], data_digest: str | None) -> tuple[Trial, ...]:
     data, screen = study.data, study.screen
     teachers: dict[str, Trial] = {}
@@ -218,8 +227,7 @@ def _trials(study: Study, arms: tuple[Arm, ...], data_digest: str | None) -> tup
         teacher_id = teacher_of(arm.cell, replicate)
         return Trial(arm.name, phase, arm.cell, study.recipe, seed, data, data_digest, study.scale, teacher_id)
 
-    # Arms start in a random order: the first to arrive at a rung are never stopped, and grids arrive sorted.
-    order = random.Random(f"order {screen.order_seed}").sample(arms, len(arms))
+    order = arrival_order(arms, screen.order_seed)
     students = [student(arm, "screen", screen.seed, 0) for arm in order]
     for replicate, seed in enumerate(study.confirm.seeds):
         students += [student(arm, "confirm", seed, replicate) for arm in order]

@@ -6,92 +6,82 @@ enough of them were, when it is behind the cutoff by more than the margin, when 
 its stratum keeps another arm.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from tune_kd.study import Cell, Screen
-from tune_kd.trial import Decision, Trial
+from tune_kd.study import Screen
+from tune_kd.trial import Decision
 
 
-def rungs(screen: Screen, epochs: int) -> list[int]:
-    """The epochs at which arms are compared: grace * reduction**k, below the budget."""
-    found = []
-    epoch = screen.grace
-    while epoch < epochs:
-        found.append(epoch)
-        epoch *= screen.reduction
-    return found
-
-
-def stratum(screen: Screen, cell: Cell) -> str:
-    """The name of the group that a cell competes in: its levels, joined; `all` without strata."""
+def stratum(screen: Screen, levels: Mapping[str, object]) -> str:
+    """The name of the group that an arm competes in: its levels, joined; `all` without strata."""
     if screen.strata is None:
         return "all"
-    return "/".join(str(getattr(cell, name)) for name in screen.strata)
+    return "/".join(str(levels[name]) for name in screen.strata)
 
 
 class Schedule:
-    """Decides for the screen. Its whole state is the decisions it made, in order."""
+    """Decides for the trials of one screen, one for each arm. Its whole state is the decisions it made, in order."""
 
-    def __init__(self, screen: Screen, arms: dict[str, Cell], immune: Iterable[str]) -> None:
-        """`arms` are all arms of the screen by name; `immune` names those that are never stopped."""
+    def __init__(self, screen: Screen, epochs: int, strata: Mapping[str, str], immune: Iterable[str]) -> None:
+        """`epochs` is the budget of every trial, `strata` the stratum of each arm by its name, and `immune` names the
+        arms that are never stopped."""
         self._screen = screen
+        self._rungs = {epoch: rung for rung, epoch in enumerate(screen.rungs(epochs))}
         self._immune = frozenset(immune)
-        self._stratum = {arm: stratum(screen, cell) for arm, cell in arms.items()}
-        self._out: set[str] = set()  # arms that were stopped or failed
+        self._stratum = dict(strata)
+        self._left: dict[str, set[str]] = {}  # stratum -> arms that were neither stopped nor failed
+        for arm, group in self._stratum.items():
+            self._left.setdefault(group, set()).add(arm)
         self._scores: dict[tuple[str, int], dict[str, float]] = {}  # (stratum, rung) -> arm -> metric
         self._made: dict[tuple[str, int], Decision] = {}
 
-    def report(self, trial: Trial, epoch: int, metric: float) -> Decision | None:
-        """Decide about a trial of the screen that reached an epoch.
+    def report(self, trial_id: str, arm: str, epoch: int, metric: float) -> Decision | None:
+        """Decide about a trial that reached an epoch with this validation accuracy.
 
-        Returns null where nothing is compared: outside the screen, between rungs. A score belongs to its exact
-        epoch, so a report that comes again gets the same decision again.
+        Returns null between rungs, where nothing is compared. A score belongs to its exact epoch: a trial that goes on
+        after a pause fills no rung that it left behind, and a report that comes again gets the same decision again.
         """
-        if trial.phase != "screen":
+        if epoch not in self._rungs:
             return None
-        milestones = rungs(self._screen, trial.recipe.epochs)
-        if epoch not in milestones:
-            return None
-        rung = milestones.index(epoch)
-        if (trial.trial_id, rung) not in self._made:
-            self.replay(self._decide(trial, epoch, rung, metric))
-        return self._made[trial.trial_id, rung]
+        rung = self._rungs[epoch]
+        if (trial_id, rung) not in self._made:
+            self.replay(self._decide(trial_id, arm, epoch, rung, metric))
+        return self._made[trial_id, rung]
 
     def replay(self, decision: Decision) -> None:
         """Take over a decision that was made: by this schedule, or before a resume."""
         self._made[decision.trial_id, decision.rung] = decision
         self._scores.setdefault((decision.stratum, decision.rung), {})[decision.arm] = decision.metric
         if decision.action == "stop":
-            self._out.add(decision.arm)
+            self.drop(decision.arm)
 
     def drop(self, arm: str) -> None:
-        """Note that an arm failed, so that its stratum does not count on it."""
-        self._out.add(arm)
+        """Note that an arm is out, stopped or failed, so that its stratum does not count on it."""
+        self._left[self._stratum[arm]].discard(arm)
 
-    def _decide(self, trial: Trial, epoch: int, rung: int, metric: float) -> Decision:
-        group = self._stratum[trial.arm]
+    def _decide(self, trial_id: str, arm: str, epoch: int, rung: int, metric: float) -> Decision:
+        group = self._stratum[arm]
         scores = list(self._scores.get((group, rung), {}).values())
         cutoff = float(np.percentile(scores, 100 * (1 - 1 / self._screen.reduction))) if scores else None
-        others = [arm for arm, name in self._stratum.items() if name == group and arm != trial.arm]
         stop = False
         if cutoff is None or len(scores) < self._screen.min_peers:
             reason = "too_few_peers"
         elif metric >= cutoff:
             reason = "ahead"
-        elif metric >= cutoff - self._screen.margin:
+        elif metric >= cutoff - self._screen.margin_at(rung):
             reason = "near_tie"
-        elif trial.arm in self._immune:
+        elif arm in self._immune:
             reason = "immune"
-        elif all(arm in self._out for arm in others):
+        elif not self._left[group] - {arm}:
             reason = "last_of_stratum"
         else:
             reason, stop = "behind", True
         return Decision(
-            trial_id=trial.trial_id,
-            arm=trial.arm,
-            phase=trial.phase,
+            trial_id=trial_id,
+            arm=arm,
+            phase="screen",
             stratum=group,
             epoch=epoch,
             rung=rung,

@@ -4,6 +4,7 @@ A study is a value. Building one checks nothing, so that a search space can refi
 `dataclasses.replace`; `Study.check` reads the whole and names every problem at once.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, fields
 from typing import Self
@@ -16,6 +17,7 @@ STEMS = ("imagenet", "cifar")
 WEIGHTS = ("none", "imagenet")
 DATA_SETS = ("digits", "cifar10")
 PRECISIONS = ("float32", "tf32", "bfloat16")
+MOST_SEEDS = 10_000
 
 APPLIES: dict[str, tuple[str, ...]] = {
     "teacher": ("logit", "feature"),
@@ -94,17 +96,46 @@ class Screen:
     seed: int = 0
     grace: int = 10  # epochs before the first comparison
     reduction: int = 3  # a rung keeps the best 1/reduction; rungs lie at grace * reduction**k
-    margin: float = 0.005  # accuracy by which an arm must lie behind the cutoff to be stopped
+    margin: float | tuple[float, ...] = 0.005  # accuracy behind the cutoff that is noise: one, or one for each rung
     min_peers: int = 2  # arms of the stratum that must have reported at the rung before
     strata: tuple[str, ...] | None = ("stem", "method")  # arms compete inside these; null: all with all
     order_seed: int = 0  # of the order in which arms start
 
+    def rungs(self, epochs: int) -> list[int]:
+        """The epochs at which arms are compared: grace * reduction**k, below the budget."""
+        found = []
+        epoch = self.grace
+        while epoch < epochs:
+            found.append(epoch)
+            epoch *= self.reduction
+        return found
+
+    def margin_at(self, rung: int) -> float:
+        """The margin at a rung (from 0)."""
+        return self.margin[rung] if isinstance(self.margin, tuple) else self.margin
+
 
 @dataclass(frozen=True)
 class Confirm:
-    """What alone makes claims: fresh seeds, run to the end."""
+    """What alone makes claims: fresh seeds, run to the end.
+
+    `looks` are the numbers of seeds at which the study may be judged, fixed before it begins: a run ends at the first,
+    `resume --extend` goes to the next, and the level of 0.05 is spent over all of them. Seeds that are not listed are
+    counted up from the largest that is. Null: one look, at all seeds.
+    """
 
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    looks: tuple[int, ...] | None = None
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """The seeds of every look, in order."""
+        missing = (self.looks[-1] if self.looks else 0) - len(self.seeds)
+        return (*self.seeds, *(max(self.seeds) + number for number in range(1, missing + 1)))
+
+    def seeds_at(self, look: int) -> tuple[int, ...]:
+        """The seeds up to a look (from 0)."""
+        return self.all_seeds[: self.looks[look]] if self.looks else self.seeds
 
 
 @dataclass(frozen=True)
@@ -285,13 +316,15 @@ def _recipe_problems(where: str, recipe: Recipe) -> list[str]:
 def _seed_problems(study: Study) -> list[str]:
     problems = []
     seeds = study.confirm.seeds
-    if study.screen.seed in seeds:
-        problems.append(
-            f"screen.seed is {study.screen.seed} and is among confirm.seeds {list(seeds)}; "
-            "allowed: a seed of its own, or the confirmation would repeat what the screen selected on"
-        )
     if not seeds:
         problems.append("confirm.seeds is empty; allowed: at least one seed")
+    elif study.confirm.looks is not None:
+        problems += _look_problems(seeds, study.confirm.looks)
+    if not problems and study.screen.seed in study.confirm.all_seeds:
+        problems.append(
+            f"screen.seed is {study.screen.seed} and is among confirm.seeds {list(study.confirm.all_seeds)}; "
+            "allowed: a seed of its own, or the confirmation would repeat what the screen selected on"
+        )
     for name, each in (("confirm.seeds", seeds), ("teacher_seeds", study.teacher_seeds)):
         if len(set(each)) < len(each):
             problems.append(f"{name} is {list(each)}; allowed: each seed once")
@@ -300,12 +333,21 @@ def _seed_problems(study: Study) -> list[str]:
     for name, value in (
         ("screen.seed", study.screen.seed),
         ("screen.order_seed", study.screen.order_seed),
-        *(("confirm.seeds", seed) for seed in seeds),
+        *(("confirm.seeds", seed) for seed in (study.confirm.all_seeds if seeds else ())),
         *(("teacher_seeds", seed) for seed in study.teacher_seeds),
     ):
         if not 0 <= value < 2**31:
             problems.append(f"{name} has {value}; allowed: from 0 to {2**31 - 1}")
     return problems
+
+
+def _look_problems(seeds: tuple[int, ...], looks: tuple[int, ...]) -> list[str]:
+    allowed = "counts of seeds that grow, the first 2 or more and the last not below the number of confirm.seeds"
+    grows = len(looks) > 0 and all(one < other for one, other in itertools.pairwise(looks))
+    if grows and looks[0] >= 2 and len(seeds) <= looks[-1] <= MOST_SEEDS:
+        return []
+    return [f"confirm.looks is {list(looks)} with {len(seeds)} confirm.seeds; allowed: null, or {allowed} "
+            f"({MOST_SEEDS} at most)"]  # fmt: skip
 
 
 def _screen_problems(study: Study) -> list[str]:
@@ -320,9 +362,25 @@ def _screen_problems(study: Study) -> list[str]:
         )
     if screen.reduction < 2:
         problems.append(f"screen.reduction is {screen.reduction}; allowed: at least 2")
-    if not 0 <= screen.margin <= 1:
-        problems.append(f"screen.margin is {screen.margin}; allowed: from 0 to 1 (accuracy, 0.005 is 0.5 points)")
+    margins = screen.margin if isinstance(screen.margin, tuple) else (screen.margin,)
+    if not all(0 <= margin <= 1 for margin in margins):
+        said = list(margins) if isinstance(screen.margin, tuple) else screen.margin
+        problems.append(f"screen.margin is {said}; allowed: from 0 to 1 (accuracy, 0.005 is 0.5 points)")
+    if not problems and isinstance(screen.margin, tuple):
+        problems += margin_problems(screen, study.recipe.epochs)
     if screen.min_peers < 1:
         problems.append(f"screen.min_peers is {screen.min_peers}; allowed: at least 1")
     unknown = [name for name in screen.strata or () if name not in CELL_FIELDS]
+    if screen.strata == ():
+        problems.append("screen.strata is empty; allowed: null for all with all, or some of " + ", ".join(CELL_FIELDS))
     return problems + [f"screen.strata names {name!r}; allowed: {', '.join(CELL_FIELDS)}" for name in unknown]
+
+
+def margin_problems(screen: Screen, epochs: int) -> list[str]:
+    """What is wrong with margins that are given rung by rung."""
+    rungs = screen.rungs(epochs)
+    if not isinstance(screen.margin, tuple) or len(screen.margin) == len(rungs):
+        return []
+    named = ", ".join(map(str, rungs)) or "none"
+    return [f"screen.margin is {list(screen.margin)}, {len(screen.margin)} margins; allowed: one number, or one for "
+            f"each rung ({len(rungs)}: {named})"]  # fmt: skip

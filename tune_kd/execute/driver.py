@@ -14,7 +14,7 @@ from tune_kd.checkpoints import Checkpoints
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.plan import Plan
 from tune_kd.records import DECISIONS, EPOCHS, TRIALS, Ledger, Row
-from tune_kd.schedule import Schedule
+from tune_kd.schedule import Schedule, stratum
 from tune_kd.trial import Decision, Epoch, Trial
 
 MAX_ATTEMPTS = 3  # of one trial under one driver
@@ -56,7 +56,9 @@ class Driver:
         self._waiting = list(plan.trials)
         self._screen = {trial.arm: trial.trial_id for trial in plan.trials if trial.phase == "screen"}
         self._immune = {arm.name for arm in plan.arms if arm.immune}
-        self._schedule = Schedule(plan.study.screen, {arm.name: arm.cell for arm in plan.arms}, self._immune)
+        screen = plan.study.screen
+        strata = {arm.name: stratum(screen, asdict(arm.cell)) for arm in plan.arms}
+        self._schedule = Schedule(screen, plan.study.recipe.epochs, strata, self._immune)
         self._admitted: set[str] = set()  # trial ids of tasks that are not over
         self._lost: Counter[str] = Counter()  # attempts of each trial that this driver saw fail
         self._best: dict[str, tuple[float, float]] = {}  # trial id -> best (validation accuracy, -loss)
@@ -121,7 +123,9 @@ class Driver:
                     row["val_accuracy_best"], row["best_epoch"] = epoch.val_accuracy, epoch.epoch
                 row["train_seconds"] = (row["train_seconds"] or 0.0) + epoch.seconds
             row["host"], row["device"] = where.host, where.device
-            decision = self._schedule.report(trial, epoch.epoch, epoch.val_accuracy)
+            decision = None
+            if trial.phase == "screen":
+                decision = self._schedule.report(trial_id, trial.arm, epoch.epoch, epoch.val_accuracy)
             if decision is not None:
                 self._ledger.put(DECISIONS, {"run": self._run, **asdict(decision)})
             if epoch.outcome is not None:
