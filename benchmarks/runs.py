@@ -66,7 +66,7 @@ def empty_run(trials: int, cluster: on_ray.Cluster) -> tuple[float, float]:
             planned = plan(controls(trials, Cell(width=0.125), Recipe(epochs=1)), "0" * 64)
             called = time.time()
             driver = Driver(planned, "empty", folder, ledger, place, cpus=share, gpus=0.0, say=view.say)
-            on_ray.run_on_ray(driver, place, SLOTS, lambda: view.show(list(driver.rows.values())), nothing)
+            on_ray.run_on_ray(driver, place, SLOTS, lambda: view.show(list(driver.rows.values()), []), nothing)
             ended = time.time()
         rows = ledger.rows(TRIALS)
         assert len(rows) == trials and all(row["status"] == "completed" for row in rows)

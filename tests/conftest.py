@@ -64,7 +64,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     declared = replace(tiny(), confirm=Confirm(seeds=(1, 2, 3)))
     digits = data.load("digits", train=60, validation=20, test=20)
     run = Run("tiny", folder, declared, digits.digest, None, {})
-    create(run, Path("tiny.py"))
+    create(run)
     ledger = Ledger(folder / "ledger.sqlite")
     place = Workplace(None, None, run.teachers, run.checkpoints, checkpoint_every=1e9)
     before = torch.get_num_threads()

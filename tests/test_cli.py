@@ -97,7 +97,7 @@ def test_a_run_of_another_version_is_not_resumed(
 ) -> None:
     study = resolve(Path(cli.__file__).parents[1] / "search_spaces" / "ablation.py", "smoke")
     begun = runs.Run("old", elsewhere / "results" / "old", study, "0" * 64, None, {})
-    runs.create(begun, Path("ablation.py"))
+    runs.create(begun)
     path = begun.folder / "study.json"
     record = json.loads(path.read_text())
     record["versions"]["tune_kd"] = "0.0.1"

@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "studies": {"study"},
     "run": {"study", "studies", "plan", "trial", "storage", "records"},
     "report": {"study", "stats", "storage", "tables", "results", "measures", "audit", "provenance"},
-    "view": set(),
+    "view": {"trial"},
     "execute": {
         "study", "trial", "plan", "price", "data", "models", "teachers", "checkpoints", "train", "memory", "kernels",
         "schedule", "records",

@@ -14,7 +14,7 @@ from tune_kd.study import Mistake, Study
 @pytest.fixture
 def made(study: Study, tmp_path: Path) -> Run:
     run = Run("mine", tmp_path / "mine", study, "d" * 64, None, {"cpus_per_trial": 1.0})
-    create(run, Path("search_spaces/tiny.py"))
+    create(run)
     return run
 
 

@@ -103,22 +103,41 @@ def run(
             "max_concurrent": max_concurrent,
             "keep_checkpoints": keep_checkpoints,
         },
+        source=runs.Source(path, chosen, data, tuple(settings or ())),
     )
     launch.fetch_weights(resolved)
-    ended = launch.execute(begun, console, address, prepare=lambda: runs.create(begun, path))
+    ended = launch.execute(begun, console, address, prepare=lambda: runs.create(begun))
     _conclude(begun, ended, console, as_json)
 
 
 @app.command()
-def resume(run: RunName, out: Out = DEFAULT_OUT, address: Address = None, as_json: AsJson = False) -> None:
+def resume(
+    run: RunName,
+    out: Out = DEFAULT_OUT,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Go to the study's next look, or add seeds or levels that it declares now.")
+    ] = False,
+    settings: Settings = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
     """Run what is missing of a run, from where it stood."""
     from tune_kd import launch
     from tune_kd import run as runs
 
     console = _console(as_json)
     reopened = runs.reopen(runs.find(out, run))
+    if settings and not extend:
+        raise Mistake("--set is given; allowed: with --extend only, since a run keeps the study that it began with")
     with runs.held(reopened.folder):
         pass  # whoever else holds it is told of now, and not after data were loaded and Ray started
+    if extend:
+        reopened = runs.extended(reopened, settings or ())
+    elif changes := runs.changes(reopened):
+        raise Mistake(
+            f"RUN is {reopened.name}, whose study was changed since it began: {'; '.join(changes)}. Put the study "
+            "back, start a new run, or, where only seeds or levels were added, resume with --extend"
+        )
     digest = launch.load_data(reopened.study, reopened.data_dir, console).digest
     if digest != reopened.data_digest:
         raise Mistake(
@@ -126,7 +145,12 @@ def resume(run: RunName, out: Out = DEFAULT_OUT, address: Address = None, as_jso
             f"{digest[:16]}: put the same data back at {reopened.data_dir or 'their place'}"
         )
     launch.fetch_weights(reopened.study)
-    _conclude(reopened, launch.execute(reopened, console, address, prepare=lambda: None), console, as_json)
+
+    def prepare() -> None:
+        if extend:
+            runs.record_extension(reopened)
+
+    _conclude(reopened, launch.execute(reopened, console, address, prepare), console, as_json)
 
 
 @app.command()
@@ -183,7 +207,8 @@ def status(
     from collections import Counter
 
     from tune_kd import run as runs
-    from tune_kd.records import TRIALS, Ledger
+    from tune_kd.records import DECISIONS, LEDGER, TRIALS, Ledger
+    from tune_kd.trial import Decision
     from tune_kd.view import PHASES, progress
 
     if run is None:
@@ -193,16 +218,18 @@ def status(
         folder = found[0]
     else:
         folder = runs.find(out, run)
-    if not (folder / "ledger.sqlite").is_file():
+    if not (folder / LEDGER).is_file():
         raise Mistake(f"RUN is {folder}, which has no ledger yet; start it with `python -m tune_kd resume {folder}`")
-    rows = Ledger(folder / "ledger.sqlite", read_only=True).rows(TRIALS)
+    ledger = Ledger(folder / LEDGER, read_only=True)
+    rows, decisions = ledger.rows(TRIALS), ledger.rows(DECISIONS)
     holder = runs.holder(folder)
     if as_json:
         phases = {phase: dict(Counter(row["status"] for row in rows if row["phase"] == phase)) for phase in PHASES}
-        print(json.dumps({"run": folder.name, "held_by": holder, "phases": phases, "trials": rows}))
+        answer = {"run": folder.name, "held_by": holder, "phases": phases, "trials": rows, "decisions": decisions}
+        print(json.dumps(answer))
         return
     console = Console()
-    console.print(progress(folder.name, rows, None))
+    console.print(progress(folder.name, rows, [Decision.of(row) for row in decisions], None))
     if holder is not None:
         console.print(f"run by process {holder['pid']} on {holder['host']} since {holder['since']}", highlight=False)
     elif any(row["status"] in ("pending", "running") for row in rows):
@@ -330,6 +357,14 @@ def _conclude(run: "Run", ended: "Ended", console: Console, as_json: bool) -> No
         console.print(f"interrupted; go on with: python -m tune_kd resume {run.folder}", highlight=False)
         raise SystemExit(128 + ended.signal)
     _report(load(run.folder), run.folder / "report", console, as_json)
+    looks = run.study.confirm.looks or ()
+    if run.look + 1 < len(looks):
+        console.print(
+            f"This was look {run.look + 1} of {len(looks)}; go on to {looks[run.look + 1]} seeds with: "
+            f"python -m tune_kd resume {run.folder} --extend",
+            highlight=False,
+            soft_wrap=True,
+        )
     if ended.failed:
         console.print(
             f"{ended.failed} trials failed or were blocked; `tune_kd status {run.folder}` says why", highlight=False

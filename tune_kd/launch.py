@@ -32,7 +32,7 @@ def execute(run: "Run", console: Console, address: str | None, prepare: Callable
     from tune_kd.execute import on_ray
     from tune_kd.execute.driver import Driver
     from tune_kd.execute.worker import Workplace
-    from tune_kd.records import Ledger
+    from tune_kd.records import LEDGER, Ledger
     from tune_kd.view import View
 
     cluster = on_ray.connect(address)
@@ -53,7 +53,7 @@ def execute(run: "Run", console: Console, address: str | None, prepare: Callable
                     run.plan,
                     run.name,
                     run.folder,
-                    Ledger(run.folder / "ledger.sqlite"),
+                    Ledger(run.folder / LEDGER),
                     place,
                     cpus=run.settings["cpus_per_trial"],
                     gpus=gpus,
@@ -66,7 +66,7 @@ def execute(run: "Run", console: Console, address: str | None, prepare: Callable
                         driver,
                         place,
                         on_ray.slots(cluster, run.settings["cpus_per_trial"], gpus),
-                        beat=lambda: view.show(list(driver.rows.values())),
+                        beat=lambda: view.show(list(driver.rows.values()), driver.decisions),
                     )
                     signal = received()
     finally:

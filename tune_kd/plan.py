@@ -57,8 +57,11 @@ class Plan:
         return tuple(trial for trial in self.trials if trial.role == "teacher")
 
 
-def plan(study: Study, data_digest: str | None = None) -> Plan:
-    """Expand a checked study. Without the data's digest the plan is a preview, and its ids are not the run's."""
+def plan(study: Study, data_digest: str | None = None, look: int = 0) -> Plan:
+    """Expand a checked study, up to one of the looks that it declares (from 0).
+
+    Without the data's digest the plan is a preview, and its ids are not the run's.
+    """
     study.check()
     raw = [_cell(study, levels) for levels in itertools.product(*(factor.levels for factor in study.factors))]
     cells = list(dict.fromkeys(raw))
@@ -78,7 +81,7 @@ def plan(study: Study, data_digest: str | None = None) -> Plan:
         )
         for cell in cells
     )
-    trials = _trials(study, arms, data_digest)
+    trials = _trials(study, arms, data_digest, study.confirm.seeds_at(look))
     return Plan(study, len(raw), arms, contrasts, _longest_path_first(trials), _answering(trials))
 
 
@@ -201,7 +204,7 @@ def arrival_order(arms: Sequence[T], seed: int) -> list[T]:
     return random.Random(f"order {seed}").sample(arms, len(arms))
 
 
-def _trials(study: Study, arms: tuple[Arm, ...], data_digest: str | None) -> tuple[Trial, ...]:
+def _trials(study: Study, arms: tuple[Arm, ...], data_digest: str | None, seeds: tuple[int, ...]) -> tuple[Trial, ...]:
     data, screen = study.data, study.screen
     teachers: dict[str, Trial] = {}
 
@@ -229,7 +232,7 @@ def _trials(study: Study, arms: tuple[Arm, ...], data_digest: str | None) -> tup
 
     order = arrival_order(arms, screen.order_seed)
     students = [student(arm, "screen", screen.seed, 0) for arm in order]
-    for replicate, seed in enumerate(study.confirm.seeds):
+    for replicate, seed in enumerate(seeds):
         students += [student(arm, "confirm", seed, replicate) for arm in order]
     return (*teachers.values(), *students)
 

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from tune_kd import stats
-from tune_kd.results import COMPARABLE, HEADLINE, arms, confirmed_trials, differing, exploratory, holm
+from tune_kd.results import COMPARABLE, HEADLINE, arms, confirmation, confirmed_trials, differing, exploratory, holm
 from tune_kd.stats import MARGIN
 from tune_kd.tables import Records, typed
 
@@ -47,7 +47,8 @@ def limits(records: Records, margin: float = MARGIN) -> list[str]:
             said.append(f"{of}No study came with these tables: nothing shows which comparisons were fixed before the "
                         "data were seen, so nothing here is a claim.")  # fmt: skip
             continue
-        inner, seeds = study["study"], len(study["study"]["confirm"]["seeds"])
+        inner, confirm, look = study["study"], confirmation(study), study.get("look", 0)
+        seeds = len(confirm.seeds_at(look))
         if seeds < 2:
             said.append(f"{of}One seed confirms: no difference can be judged.")
         else:
@@ -60,6 +61,13 @@ def limits(records: Records, margin: float = MARGIN) -> list[str]:
                 f"points), a paired test finds true differences from {least:.2f} points on with 80 % power by itself, "
                 f"and from {hardest:.2f} points on where Holm, over {family} contrasts, is hardest; a difference of "
                 f"differences needs more. The exact sign-flip p cannot fall below {stats.smallest_exact_p(seeds):.4f}."
+            )
+        if confirm.looks:
+            level = stats.spent(confirm.looks)[look]
+            said.append(
+                f"{of}Judged at look {look + 1} of the {len(confirm.looks)} that the study declared ({seeds} of "
+                f"{confirm.looks[-1]} seeds): each look has its share of the level of 0.05, this one {level:g}. "
+                "Adjusted p values and intervals allow for that."
             )
         if len(inner["teacher_seeds"]) == 1:
             said.append(f"{of}All students of a context have one teacher: another one might teach otherwise. Every "
@@ -77,7 +85,12 @@ def limits(records: Records, margin: float = MARGIN) -> list[str]:
         found = exploratory(one)
         added = found.loc[found["what"] == "added seeds", "arm"].tolist()
         if added:
-            said.append(f"{of}Seeds that were not in the plan ({', '.join(added)}) are in no mean and in no contrast.")
+            said.append(f"{of}Seeds that were added without a declared look ({', '.join(added)}) are exploratory: they "
+                        "are in no mean and in no contrast.")  # fmt: skip
+        arms_added = sorted(set(found["arm"]) - {arm["name"] for arm in study["arms"]})
+        if arms_added:
+            said.append(f"{of}Arms that were added later ({', '.join(arms_added)}) are exploratory: no contrast refers "
+                        "to them.")  # fmt: skip
         if (found["what"] == "screen").any():
             said.append(f"{of}The screen tried {int(found['tried'].max())} arms on one seed. Its best is the best of "
                         "them also by luck, so its numbers are exploratory.")  # fmt: skip

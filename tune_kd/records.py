@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Row = dict[str, Any]
+LEDGER = "ledger.sqlite"  # in a run's folder
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # files and folders are named after runs
 
 

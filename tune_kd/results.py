@@ -13,10 +13,11 @@ import pandas as pd
 
 from tune_kd import stats
 from tune_kd.stats import MARGIN
-from tune_kd.study import APPLIES, Mistake
+from tune_kd.study import APPLIES, Confirm, Mistake
 from tune_kd.tables import Records, typed
 
 HEADLINE = "test_accuracy_best"
+ALPHA = 0.05
 COMPARABLE = ("epochs_planned", "dataset", "data_digest", "scale", "recipe_id")  # alike in arms that are contrasted
 CONTEXT = ("run", "student", "teacher", "stem", "weights", "width")  # where arms differ in what is studied alone
 CONTRAST_COLUMNS = (
@@ -26,13 +27,22 @@ CONTRAST_COLUMNS = (
 
 
 def planned_seeds(records: Records, run: str) -> list[int] | None:
-    """The seeds that a run's study fixed for its confirmation; null for tables without a study."""
+    """The seeds that a run's study fixed for its confirmation, up to the look that the run is at; null for tables
+    without a study."""
     study = records.studies.get(run)
-    return None if study is None else list(study["study"]["confirm"]["seeds"])
+    return None if study is None else list(confirmation(study).seeds_at(study.get("look", 0)))
+
+
+def confirmation(study: Mapping[str, Any]) -> Confirm:
+    """What a run's `study.json` fixed of seeds and looks before the first trial."""
+    declared = study["study"]["confirm"]
+    looks = declared.get("looks")
+    return Confirm(tuple(declared["seeds"]), None if looks is None else tuple(looks))
 
 
 def confirmed_trials(records: Records) -> pd.DataFrame:
-    """The students' trials on planned confirmation seeds, whatever became of them, arm by arm in the study's order."""
+    """The students' trials of planned arms on planned confirmation seeds, whatever became of them, arm by arm in the
+    study's order."""
     trials = records.trials[(records.trials["phase"] == "confirm") & (records.trials["role"] == "student")]
     kept = []
     for run, of_run in trials.groupby("run", sort=False):
@@ -41,8 +51,8 @@ def confirmed_trials(records: Records) -> pd.DataFrame:
             kept.append(of_run)
             continue
         places = {arm["name"]: place for place, arm in enumerate(records.studies[str(run)]["arms"])}
-        planned = of_run[of_run["seed"].isin(seeds)]
-        kept.append(planned.iloc[planned["arm"].map(places).fillna(len(places)).argsort(kind="stable")])
+        planned = of_run[of_run["seed"].isin(seeds) & of_run["arm"].isin(places)]
+        kept.append(planned.iloc[planned["arm"].map(places).argsort(kind="stable")])
     return pd.concat(kept) if kept else trials
 
 
@@ -115,12 +125,13 @@ def exploratory(records: Records) -> pd.DataFrame:
     rows = []
     for (run, phase), of_phase in trials.groupby(["run", "phase"], sort=False):
         tried = of_phase["arm"].nunique()
+        fixed = [arm["name"] for arm in records.studies.get(str(run), {}).get("arms", [])]
         for arm, group in of_phase.groupby("arm", sort=False):
             ended = group[group["status"] == "completed"]
             rows.append(
                 {
                     "run": run,
-                    "what": "screen" if phase == "screen" else "added seeds",
+                    "what": _explored(str(phase), arm in fixed),
                     "arm": arm,
                     "tried": tried,
                     "trials": len(group),
@@ -136,6 +147,10 @@ def exploratory(records: Records) -> pd.DataFrame:
     return table.sort_values(["run", "what", "val_accuracy_best"], ascending=[True, False, False], ignore_index=True)
 
 
+def _explored(phase: str, fixed: bool) -> str:
+    return "screen" if phase == "screen" else "added seeds" if fixed else "added arm"
+
+
 def contrasts(records: Records, margin: float = MARGIN) -> pd.DataFrame:
     """A row for each contrast that a study fixed: its estimate over the seeds that have all of its arms, and a verdict.
 
@@ -143,6 +158,10 @@ def contrasts(records: Records, margin: float = MARGIN) -> pd.DataFrame:
     without a p value among them: a family that shrinks with what the data did would make its p values too small.
     `pairs_needed` is for 80 % power at this difference and spread and an unadjusted 0.05. A contrast has no estimate
     where an arm was stopped, or where its arms differ in more than they should (`note` says in what).
+
+    Where the study declared looks, each has its share of 0.05 (`stats.spent`). An adjusted p value is then the smallest
+    over the looks so far, each scaled from its share to 0.05, so that what once stood goes on standing; intervals are
+    so wide that those of all looks together hold with 95 %. Estimates, deviations and `p` are of all seeds so far.
     """
     found = [_contrasts_of(records.of(run), margin) for run in records.runs if run in records.studies]
     return pd.concat(found, ignore_index=True) if found else typed([], CONTRAST_COLUMNS)
@@ -150,8 +169,11 @@ def contrasts(records: Records, margin: float = MARGIN) -> pd.DataFrame:
 
 def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
     (run,), study, values, trials = records.runs, records.study, confirmed(records), confirmed_trials(records)
-    planned = len(study["study"]["confirm"]["seeds"])
-    rows: list[dict[str, Any]] = []
+    confirm, look = confirmation(study), study.get("look", 0)
+    levels = stats.spent(confirm.looks)[: look + 1] if confirm.looks else [ALPHA]
+    differences: list[pd.Series[float]] = []  # of each contrast, by seed
+    notes: list[str] = []
+    seeds = confirm.seeds_at(look)
     for contrast in study["contrasts"]:
         weights = dict(contrast["weights"])
         missing = [arm for arm in weights if arm not in values]
@@ -159,16 +181,35 @@ def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
             note = f"{missing[0]} has no confirmed trial that ran to its end"
         else:
             note = differing(trials[trials["arm"].isin(weights)])
-        paired: list[float] = []
-        if not note:
-            paired = sum(weight * values[arm] for arm, weight in weights.items()).dropna().tolist()
-            note = f"{planned - len(paired)} of {planned} seeds are missing" if len(paired) < planned else ""
-        rows.append(
-            {"run": run, "contrast": contrast["name"], "kind": contrast["kind"], "planned": planned, "note": note}
-            | _judged(paired, margin)
-        )
-    teachers = len(study["study"]["teacher_seeds"])
-    return _with_verdicts(rows, margin, given=_given(teachers))
+        if note:
+            paired = pd.Series(dtype="float64")
+        else:
+            paired = sum(weight * values.loc[run, arm] for arm, weight in weights.items()).dropna()
+            note = f"{len(seeds) - len(paired)} of {len(seeds)} seeds are missing" if len(paired) < len(seeds) else ""
+        differences.append(paired)
+        notes.append(note)
+    rows = [
+        {"run": run, "contrast": contrast["name"], "kind": contrast["kind"], "planned": len(seeds), "note": note}
+        | _judged(paired.tolist(), margin, levels[-1])
+        for contrast, paired, note in zip(study["contrasts"], differences, notes, strict=True)
+    ]
+    table = typed(rows, CONTRAST_COLUMNS)
+    adjusted = [_adjusted(table)]
+    for earlier, level in enumerate(levels[:-1]):
+        then = [paired[paired.index.isin(confirm.seeds_at(earlier))].tolist() for paired in differences]
+        judged = typed([_judged(values, margin, level) for values in then], CONTRAST_COLUMNS)
+        found = _adjusted(judged) * (ALPHA / level)
+        found["p_holm"] = found["p_holm"].mask(judged["estimate"] * table["estimate"] < 0, 1.0)  # it has turned since
+        adjusted.append(found)
+    adjusted[0] *= ALPHA / levels[-1]
+    for name in ("p_holm", "p_equivalence"):
+        table[name] = pd.concat([each[name] for each in adjusted], axis=1).min(axis=1).clip(upper=1.0)
+    return _with_verdicts(table, margin, given=_given(len(study["study"]["teacher_seeds"])))
+
+
+def _adjusted(table: pd.DataFrame) -> pd.DataFrame:
+    """The p values of one look, after Holm over all contrasts."""
+    return pd.DataFrame({"p_holm": holm(table["p"]), "p_equivalence": holm(table["p_equivalence"])})
 
 
 def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.DataFrame:
@@ -227,8 +268,8 @@ def differing(trials: pd.DataFrame) -> str:
     return "; ".join(said)
 
 
-def _judged(paired: list[float], margin: float) -> dict[str, Any]:
-    judged = asdict(stats.differences(paired))
+def _judged(paired: list[float], margin: float, alpha: float) -> dict[str, Any]:
+    judged = asdict(stats.differences(paired, 1 - alpha))
     needed = None
     if judged["sd"] is not None:
         needed = stats.pairs_needed(judged["estimate"], judged["sd"])
@@ -237,10 +278,7 @@ def _judged(paired: list[float], margin: float) -> dict[str, Any]:
     return judged | {"smallest_exact_p": smallest, "p_equivalence": equal.p, "pairs_needed": needed}
 
 
-def _with_verdicts(rows: list[dict[str, Any]], margin: float, given: str) -> pd.DataFrame:
-    table = typed(rows, CONTRAST_COLUMNS)
-    table["p_holm"] = holm(table["p"])
-    table["p_equivalence"] = holm(table["p_equivalence"])
+def _with_verdicts(table: pd.DataFrame, margin: float, given: str) -> pd.DataFrame:
     verdicts = [verdict(row) for row in table.to_dict("records")]
     table["verdict"] = pd.Series(verdicts, index=table.index, dtype="string")
     sentences = [words(row, margin, given) for row in table.to_dict("records")]
@@ -255,12 +293,12 @@ def holm(p_values: "pd.Series[Any]") -> "pd.Series[Any]":
 
 
 def verdict(row: Mapping[Any, Any]) -> str:
-    """better, worse, equivalent, inconclusive, or not judged; at 0.05 after Holm."""
+    """better, worse, equivalent, inconclusive, or not judged; at 0.05 over all contrasts and looks."""
     if row["n"] == 0:
         return "not judged"
-    if row["p_holm"] < 0.05:
+    if row["p_holm"] < ALPHA:
         return "better" if row["estimate"] > 0 else "worse"
-    return "equivalent" if row["p_equivalence"] < 0.05 else "inconclusive"
+    return "equivalent" if row["p_equivalence"] < ALPHA else "inconclusive"
 
 
 def words(row: Mapping[Any, Any], margin: float, given: str) -> str:

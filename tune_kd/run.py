@@ -5,26 +5,42 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 
 from tune_kd.plan import Plan, plan
-from tune_kd.records import RUN_NAME
+from tune_kd.records import LEDGER, RUN_NAME, TRIALS, Ledger, Row
 from tune_kd.storage import publish
-from tune_kd.studies import from_json
+from tune_kd.studies import from_json, resolve
 from tune_kd.study import Mistake, Study
 from tune_kd.trial import digest
 
 PACKAGES = ("tune_kd", "torch", "torchvision", "ray", "numpy", "pandas", "pyarrow", "scipy")
 RESERVED = ("teachers",)
 HOLDER = "holder.json"
+STUDY = "study.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a study came from, so that a change of it is noticed."""
+
+    file: Path
+    scale: str
+    data: str | None = None
+    settings: tuple[str, ...] = ()  # of `--set`
+
+    def read(self) -> Study | None:
+        """The study as its file declares it now; null where the file is gone. Raises `Mistake`."""
+        return resolve(self.file, self.scale, self.data, self.settings) if self.file.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,8 @@ class Run:
     data_digest: str
     data_dir: Path | None
     settings: dict[str, Any]  # shares and options that do not change results
+    source: Source | None = None
+    look: int = 0  # up to which of the looks that its study declares
 
     @property
     def teachers(self) -> Path:
@@ -48,7 +66,7 @@ class Run:
 
     @property
     def plan(self) -> Plan:
-        return plan(self.study, self.data_digest)
+        return plan(self.study, self.data_digest, self.look)
 
 
 def check_new(out: Path, name: str | None, study: Study) -> str:
@@ -71,7 +89,7 @@ def check_new(out: Path, name: str | None, study: Study) -> str:
     return name
 
 
-def create(run: Run, source: Path) -> None:
+def create(run: Run) -> None:
     """Make a run's folder and write its `study.json`: the study, its hash, the contrasts, and what ran where."""
     planned = run.plan
     try:
@@ -84,6 +102,8 @@ def create(run: Run, source: Path) -> None:
         "run": run.name,
         "study": resolved,
         "study_sha256": digest(resolved),
+        "look": run.look,
+        "extended": None,
         "contrasts": contrasts,
         "contrasts_sha256": digest(contrasts),
         "arms": [{"name": arm.name, "role": arm.role, "merged": arm.merged} for arm in planned.arms],
@@ -94,19 +114,106 @@ def create(run: Run, source: Path) -> None:
             "dir": None if run.data_dir is None else str(run.data_dir.absolute()),
         },
         "settings": run.settings,
-        "source": source.name,
+        "source": _source(run),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "git_commit": _git_commit(),
         "machine": {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count()},
     }
-    publish(run.folder / "study.json", json.dumps(record, indent=1).encode())
+    publish(run.folder / STUDY, json.dumps(record, indent=1).encode())
+
+
+def changes(run: Run) -> list[str]:
+    """In what the study's file differs from the study that the run began with, a line a field."""
+    now = None if run.source is None else run.source.read()
+    return [] if now is None else _differences(asdict(run.study), asdict(now))
+
+
+def extended(run: Run, settings: Sequence[str] = ()) -> Run:
+    """The run with what its study allows to be added: the next of its looks, or, where its file or these settings
+    declare them now, seeds after those that it had and levels after those that a factor had.
+
+    Raises `Mistake` where nothing was added, or anything else was changed.
+    """
+    waiting = sum(row["status"] in ("pending", "running") for row in _trials(run))
+    if waiting:
+        raise Mistake(f"RUN is {run.name}, where {waiting} trials are still to run; resume it, and then --extend")
+    if run.source is not None:
+        run = replace(run, source=replace(run.source, settings=(*run.source.settings, *settings)))
+    now = None if run.source is None else run.source.read()
+    if now is None and settings:
+        raise Mistake(f"RUN is {run.name}, whose study {_file(run)} is not there to be --set; put its file back")
+    now = now or run.study
+    before, confirm = asdict(run.study), run.study.confirm
+    if found := _differences(before, asdict(_without_additions(run.study, now))):
+        raise Mistake(
+            f"RUN is {run.name}, and --extend admits only seeds after those of confirm.seeds (where no looks are "
+            f"declared) and levels after those of a factor; its study {_file(run)} differs in: {'; '.join(found)}"
+        )
+    last = len(confirm.looks or (0,)) - 1
+    if now == run.study and run.look == last:
+        more = "its last look is done" if confirm.looks else f"{_file(run)} declares the same seeds and levels"
+        raise Mistake(f"RUN is {run.name}, to which --extend has nothing to add: {more}")
+    return replace(run, study=now, look=min(run.look + 1, last) if now == run.study else run.look)
+
+
+def record_extension(run: Run) -> None:
+    """Write into `study.json` what `extended` added. What the study fixed at first, and its hash, stay beside it."""
+    record = json.loads((run.folder / STUDY).read_text())
+    resolved, planned = asdict(run.study), run.plan
+    record |= {"look": run.look, "trials": [trial.trial_id for trial in planned.trials], "source": _source(run)}
+    if digest(resolved) != record["study_sha256"]:
+        arms = [arm.name for arm in planned.arms]
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        record["extended"] = {"study": resolved, "study_sha256": digest(resolved), "arms": arms, "at": at}
+    publish(run.folder / STUDY, json.dumps(record, indent=1).encode())
+
+
+def _trials(run: Run) -> list[Row]:
+    """The rows of the ledger's trials; those of the plan as pending where there is no ledger yet."""
+    if not (run.folder / LEDGER).is_file():
+        return [{"status": "pending"} for _ in run.plan.trials]
+    return Ledger(run.folder / LEDGER, read_only=True).rows(TRIALS)
+
+
+def _source(run: Run) -> dict[str, Any] | None:
+    return None if run.source is None else asdict(run.source) | {"file": str(run.source.file.absolute())}
+
+
+def _file(run: Run) -> str:
+    return "as recorded" if run.source is None else str(run.source.file)
+
+
+def _without_additions(before: Study, now: Study) -> Study:
+    """What is declared now, less what may be added to what was declared before."""
+    known = {factor.name: factor for factor in before.factors}
+    factors = tuple(
+        known[each.name]
+        if each.name in known and each.levels[: len(known[each.name].levels)] == known[each.name].levels
+        else each
+        for each in now.factors
+    )
+    seeds, had = now.confirm.seeds, before.confirm.seeds
+    confirm = replace(now.confirm, seeds=had) if now.confirm.looks is None and seeds[: len(had)] == had else now.confirm
+    return replace(now, factors=factors, confirm=confirm)
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """A line for each field in which two studies, as plain values, differ."""
+    if name == "factors":
+        before, now = ({each["name"]: each["levels"] for each in one} for one in (before, now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for field in dict.fromkeys((*before, *now)):
+            found += _differences(before.get(field), now.get(field), f"{name}.{field}" if name else field)
+        return found
+    return [] if before == now else [f"{name} was {json.dumps(before)} and is {json.dumps(now)}"]
 
 
 def find(out: Path, name: str) -> Path:
     """The folder of a run that is named under `out` or given as a path. Raises `Mistake` where there is none."""
     for folder in (out / name, Path(name)):
-        if os.path.isfile(folder / "study.json"):
+        if os.path.isfile(folder / STUDY):
             return folder
     names = [folder.name for folder in existing(out)]
     raise Mistake(f"RUN is {name!r}; allowed: a run under {out} ({', '.join(names) or 'there is none'}) or its path")
@@ -114,25 +221,29 @@ def find(out: Path, name: str) -> Path:
 
 def existing(out: Path) -> list[Path]:
     """The folders of all runs under `out`, the newest first."""
-    found = [path.parent for path in out.glob("*/study.json")]
-    return sorted(found, key=lambda folder: (folder / "study.json").stat().st_mtime, reverse=True)
+    found = [path.parent for path in out.glob(f"*/{STUDY}")]
+    return sorted(found, key=lambda folder: (folder / STUDY).stat().st_mtime, reverse=True)
 
 
 def reopen(folder: Path) -> Run:
     """A run as it was begun. Raises `Mistake` where its record does not fit itself or this version."""
     try:
-        record = json.loads((folder / "study.json").read_text())
+        record = json.loads((folder / STUDY).read_text())
         if digest(record["study"]) != record["study_sha256"]:
             raise ValueError("its hash does not fit the study")
+        if record["extended"] and digest(record["extended"]["study"]) != record["extended"]["study_sha256"]:
+            raise ValueError("its hash does not fit what the study was extended to")
         if digest(record["contrasts"]) != record["contrasts_sha256"]:
             raise ValueError("its hash does not fit the contrasts")
         run = Run(
             name=record["run"],
             folder=folder,
-            study=from_json(record["study"]),
+            study=from_json((record["extended"] or record)["study"]),
             data_digest=record["data"]["digest"],
             data_dir=None if record["data"]["dir"] is None else Path(record["data"]["dir"]),
             settings=record["settings"],
+            source=None if record["source"] is None else TypeAdapter(Source).validate_python(record["source"]),
+            look=record["look"],
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:160]

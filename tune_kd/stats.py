@@ -62,6 +62,16 @@ class Equivalence:
     margin: float
 
 
+@dataclass(frozen=True)
+class RankCorrelation:
+    """Spearman's correlation over `n` things, and its 95 % interval. Null: n is too small."""
+
+    n: int
+    rho: float | None
+    low: float | None
+    high: float | None
+
+
 def summary(values: Sequence[float], level: float = 0.95) -> Summary:
     """Describe one arm's values [n]."""
     import numpy as np
@@ -83,11 +93,11 @@ def paired(treated: Sequence[float], control: Sequence[float]) -> Paired:
     return differences(_paired(treated, control))
 
 
-def differences(values: Sequence[float]) -> Paired:
-    """Judge paired differences [n] against zero."""
+def differences(values: Sequence[float], level: float = 0.95) -> Paired:
+    """Judge paired differences [n] against zero; the interval is of this level."""
     from scipy import stats
 
-    described = summary(values)
+    described = summary(values, level)
     p = effect_size = None
     if described.sd is not None and described.mean is not None:
         if described.sd > NO_SPREAD:
@@ -191,6 +201,58 @@ def sign_flip(values: Sequence[float]) -> float:
     most = 2**16 if len(array) <= 16 else 1_999
     signs: dict[str, Any] = {"permutation_type": "samples", "n_resamples": most, "batch": 1024, "rng": 0}
     return float(stats.permutation_test((whole,), np.sum, **signs).pvalue)
+
+
+def spent(looks: Sequence[int], alpha: float = 0.05) -> list[float]:
+    """The level of each of several looks at growing data: to each its share of `alpha` by the values that it adds.
+
+    `looks` [k] are the numbers of values at each, which grow. A test that keeps its own level at every look, whatever
+    it is, then finds something false at any of them with a probability of at most `alpha`, since probabilities of
+    several events add up to no less than that of any of them (Bonferroni); looks at the same data are alike, so it is
+    less. Linear spending, after Lan and DeMets 1983.
+    """
+    return [alpha * (here - before) / looks[-1] for before, here in zip((0, *looks), looks, strict=False)]
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float], level: float = 0.95) -> RankCorrelation:
+    """Spearman's correlation of two measures [n] of the same things, with an interval on Fisher's scale, whose standard
+    error is sqrt((1 + rho^2 / 2) / (n - 3)) (Bonett and Wright 2000).
+
+    Null for fewer than three, and where all are tied; the interval is null for fewer than four. A perfect correlation
+    has no place on that scale; it is put there half a step from the next that n ranks can have, so that few that agree
+    by luck have a wide interval.
+    """
+    import numpy as np
+    from scipy import special
+    from scipy.stats import spearmanr
+
+    n = len(one)
+    if n < 3 or np.ptp(one) == 0 or np.ptp(other) == 0:
+        return RankCorrelation(n, None, None, None)
+    rho = float(spearmanr(one, other).statistic)
+    if n < 4:
+        return RankCorrelation(n, rho, None, None)
+    most = 1 - 6 / (n**3 - n)
+    scaled = math.atanh(max(-most, min(most, rho)))
+    half = float(special.ndtri((1 + level) / 2)) * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    return RankCorrelation(n, rho, min(rho, math.tanh(scaled - half)), max(rho, math.tanh(scaled + half)))
+
+
+def noise_margin(groups: Sequence[Sequence[float]], level: float = 0.95) -> float | None:
+    """By how much one of two equals may seem worse: what their difference stays below with probability `level`, judged
+    from the spread inside of groups [k][n] of equals. Null where no group has two.
+
+    The standard deviation is pooled over groups, a difference has sqrt(2) of it, and the quantile is Student's, since
+    the deviation of few is itself uncertain.
+    """
+    import numpy as np
+    from scipy import special
+
+    free = sum(max(0, len(group) - 1) for group in groups)
+    if free == 0:
+        return None
+    squares = sum(float(np.var(group)) * len(group) for group in groups if len(group) > 1)
+    return float(special.stdtrit(free, level)) * math.sqrt(2 * squares / free)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

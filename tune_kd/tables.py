@@ -168,7 +168,7 @@ def _study(path: Path, trials: pd.DataFrame) -> dict[str, Any]:
     other = trials.loc[trials["run"] != study["run"], "run"]
     if len(other):
         problems.append(f"{path}: {_told('run', other, len(trials), repr(study['run']))}")
-    names = [arm["name"] for arm in study["arms"]]
+    names = [arm["name"] for arm in study["arms"]] + ((study.get("extended") or {}).get("arms") or [])
     strange = trials.loc[(trials["role"] == "student") & ~trials["arm"].isin(names), "arm"]
     if len(strange):
         problems.append(f"{path}: {_told('arm', strange, len(trials), 'one of the arms of the study')}")

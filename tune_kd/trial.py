@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -143,3 +144,20 @@ class Decision:
     peers: int  # arms of the stratum that had reported at this rung before
     action: Literal["continue", "stop"]
     reason: Literal["ahead", "behind", "near_tie", "immune", "too_few_peers", "last_of_stratum"]
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Decision":
+        """The decision that a row of the table records."""
+        return cls(**{name: value for name, value in row.items() if name != "run"})
+
+    @property
+    def words(self) -> str:
+        """The comparison as people read it."""
+        beside = "the first there"
+        if self.cutoff is not None:
+            beside = f"cutoff {100 * self.cutoff:.2f}, rank {self.rank} of {self.peers + 1}"
+        action = "stopped" if self.action == "stop" else "goes on"
+        return (
+            f"{self.arm} at epoch {self.epoch}: {100 * self.metric:.2f} %, {beside} in {self.stratum}; {action}: "
+            f"{self.reason.replace('_', ' ')}"
+        )

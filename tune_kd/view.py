@@ -5,11 +5,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from tune_kd.trial import Decision
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 PHASES = ("teacher", "screen", "confirm")
 SHOWN = 20  # running trials that are shown one by one
+LAST = 5  # comparisons of early stopping that are shown one by one
 PLAIN_EVERY = 30.0  # seconds between lines of progress where there is no terminal
 
 
@@ -55,11 +58,11 @@ class View:
         elapsed = time.monotonic() - self._began
         self._console.print(Text(f"{elapsed:7.1f} s  {sentence}"), soft_wrap=True)
 
-    def show(self, rows: Sequence[Row]) -> None:
+    def show(self, rows: Sequence[Row], decisions: Sequence[Decision]) -> None:
         """Renew the picture; at most twice a second."""
         now = time.monotonic()
         if self._live is not None and now - self._shown >= 0.5:
-            self._live.update(progress(self._run, rows, now - self._began), refresh=True)
+            self._live.update(progress(self._run, rows, decisions, now - self._began), refresh=True)
             self._shown = now
         elif self._live is None and now - self._shown >= PLAIN_EVERY:
             counts = Counter(row["status"] for row in rows)
@@ -89,8 +92,8 @@ def time_left(rows: Sequence[Row]) -> float | None:
     return float(total / max(1, slots))
 
 
-def progress(run: str, rows: Sequence[Row], elapsed: float | None) -> Group:
-    """The picture of a run: a line for each phase, then the trials that run."""
+def progress(run: str, rows: Sequence[Row], decisions: Sequence[Decision], elapsed: float | None) -> Group:
+    """The picture of a run: a line for each phase, what early stopping decided, then the trials that run."""
     phases = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("phase", "done", "running", "stopped", "failed", "waiting"):
         phases.add_column(title, justify="left" if title == "phase" else "right")
@@ -129,7 +132,21 @@ def progress(run: str, rows: Sequence[Row], elapsed: float | None) -> Group:
     line = Text.assemble((run, "bold"), "" if elapsed is None else f"  {duration(elapsed)}")
     if remaining:
         line.append(f", about {duration(remaining)} left")
-    return Group(line, phases, Text(""), trials) if running else Group(line, phases)
+    parts: list[RenderableType] = [line, phases]
+    if decisions:
+        parts += [Text(""), _comparisons(decisions)]
+    if running:
+        parts += [Text(""), trials]
+    return Group(*parts)
+
+
+def _comparisons(decisions: Sequence[Decision]) -> Group:
+    """How often early stopping said what, and the last few times in words."""
+    counts = Counter(decision.reason for decision in decisions)
+    said = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in counts.most_common())
+    stopped = sum(decision.action == "stop" for decision in decisions)
+    title = Text(f"early stopping: {len(decisions)} comparisons, {stopped} arms stopped ({said})", style="bold")
+    return Group(title, *(Text(decision.words) for decision in decisions[-LAST:]))
 
 
 def effects(table: "pd.DataFrame", teachers: int) -> Group:
@@ -150,7 +167,9 @@ def effects(table: "pd.DataFrame", teachers: int) -> Group:
         parts.append(
             Text(f"Pairs that would give the test 80 % power at the difference and spread seen: {'; '.join(needed)}")
         )
-    parts.append(Text("Paired by seed; 95 % t intervals; p adjusted by Holm over all contrasts."))
+    parts.append(
+        Text("Paired by seed; 95 % t intervals; p adjusted by Holm over all contrasts, and for declared looks.")
+    )
     return Group(*parts)
 
 

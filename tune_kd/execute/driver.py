@@ -42,6 +42,7 @@ class Driver:
     ) -> None:
         self.plan = plan
         self.rows: dict[str, Row] = {}
+        self.decisions: list[Decision] = []  # of early stopping, in order
         self.stopping = False  # set from outside: no new trials, the running ones leave at their next epoch
         self._run = run
         self._folder = folder
@@ -126,7 +127,8 @@ class Driver:
             decision = None
             if trial.phase == "screen":
                 decision = self._schedule.report(trial_id, trial.arm, epoch.epoch, epoch.val_accuracy)
-            if decision is not None:
+            if decision is not None and state == "new":
+                self.decisions.append(decision)
                 self._ledger.put(DECISIONS, {"run": self._run, **asdict(decision)})
             if epoch.outcome is not None:
                 row.update({key: value for key, value in asdict(epoch.outcome).items() if key in row})
@@ -249,8 +251,9 @@ class Driver:
                 self.rows[trial.trial_id] = row
                 if row["status"] != known.get(trial.trial_id, {}).get("status"):
                     self._ledger.put(TRIALS, row)
-        for made in self._ledger.rows(DECISIONS):
-            self._schedule.replay(Decision(**{key: value for key, value in made.items() if key != "run"}))
+        self.decisions = [Decision.of(row) for row in self._ledger.rows(DECISIONS)]
+        for decision in self.decisions:
+            self._schedule.replay(decision)
         for arm, trial_id in self._screen.items():
             if self.rows[trial_id]["status"] in ("failed", "blocked"):
                 self._schedule.drop(arm)
@@ -258,18 +261,23 @@ class Driver:
             quality = (row["val_accuracy"], -row["val_loss"])
             self._best[row["trial_id"]] = max(quality, self._best.get(row["trial_id"], quality))
         self._waiting = [trial for trial in self.plan.trials if self.rows[trial.trial_id]["status"] not in ENDED]
+        with self._ledger.transaction():  # what an extension added to what is out already
+            for decision in self.decisions:
+                if decision.action == "stop":
+                    self._cancel_confirmation(decision.arm, decision)
+            for teacher in self.plan.teachers:
+                if self.rows[teacher.trial_id]["status"] == "failed":
+                    self._block_students(teacher)
 
     def _tell(self, trial: Trial, decision: Decision | None) -> None:
         row = self.rows[trial.trial_id]
+        if decision is not None:
+            self._say(decision.words)
         if row["status"] == "running":
-            if decision is not None and decision.reason == "near_tie":
-                self._say(f"{trial.label}: goes on, a near tie at epoch {decision.epoch}")
             return
         text = f"{trial.label} ({trial.phase}) {row['status']}"
         if row["test_accuracy_best"] is not None:
             text += f": test accuracy {100 * row['test_accuracy_best']:.2f} %, {row['train_seconds']:.1f} s"
-        elif decision is not None and decision.cutoff is not None:
-            text += f" at epoch {decision.epoch}: {decision.metric:.4f}, cutoff {decision.cutoff:.4f}"
         elif row["error"]:
             text += f" ({row['stop_reason'] or 'will be tried again'}): {row['error']}"
         self._say(text)

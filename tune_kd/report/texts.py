@@ -65,7 +65,11 @@ def markdown(records: Records, tables: Titled, limits: Sequence[str]) -> str:
         lines += ["## Verdicts", ""]
         rows = tables["contrasts"][1].to_dict("records")
         lines += [f"- **{named(row, records)}**: {row['words']}" for row in rows[:ROWS]]
-        lines += ["", "Paired by seed; p values of t tests, adjusted by Holm over all contrasts.", ""]
+        lines += [
+            "",
+            "Paired by seed; p values of t tests, adjusted by Holm over all contrasts, and for declared looks.",
+            "",
+        ]
     lines += ["## Limits of the evidence", "", *(f"- {sentence}" for sentence in limits), ""]
     for title, table in tables.values():
         lines += [f"## {title}", "", *_rows(shown(table)), ""]
