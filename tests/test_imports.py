@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tables": {"study", "trial", "records", "foreign"},
     "results": {"study", "stats", "tables"},
     "measures": {"stats", "tables", "results"},
-    "audit": {"tables"},
+    "audit": {"study", "studies", "stats", "schedule", "tables"},
+    "simulate": {"study", "trial", "plan", "schedule", "stats", "tables"},
     "provenance": {"stats", "tables", "results"},
     "teachers": {"trial", "data", "models", "answers", "checkpoints", "kernels", "storage"},
     "step": {"trial", "data", "models", "losses", "teachers", "kernels"},
@@ -40,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "studies": {"study"},
     "run": {"study", "studies", "plan", "trial", "storage", "records"},
     "report": {"study", "stats", "storage", "tables", "results", "measures", "audit", "provenance"},
-    "view": {"trial"},
+    "view": {"study", "trial", "simulate"},  # of the last two only types
+    "evidence": {"study", "plan", "schedule", "storage"},
     "execute": {
         "study", "trial", "plan", "price", "data", "models", "teachers", "checkpoints", "train", "memory", "kernels",
         "schedule", "records",

@@ -1,8 +1,15 @@
 """What early stopping did, what came of it, and when which trial ran: for those who want to check."""
 
+from dataclasses import asdict
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
+from tune_kd import stats
+from tune_kd.schedule import stratum
+from tune_kd.studies import from_json
+from tune_kd.study import Mistake, Study
 from tune_kd.tables import Records, typed
 
 TOUCH = 0.05  # seconds by which trials that follow each other on a slot may seem to overlap
@@ -27,17 +34,59 @@ def audit(records: Records) -> pd.DataFrame:
     return records.decisions[columns].assign(final=ended.reindex(wanted).to_numpy(dtype="float64", na_value=np.nan))
 
 
-def rank_correlations(records: Records) -> pd.DataFrame:
-    """Spearman's correlation of the accuracy at a rung with that at the end, over the arms that went on: a row a run
-    and epoch. Null for fewer than three. The stopped ones are missing, so it tells of those that were alike."""
-    from scipy.stats import spearmanr
+def rank_correlations(records: Records, *, everywhere: bool = False) -> pd.DataFrame:
+    """How well a rung foretold the end: a row a run, stratum and rung, with Spearman's correlation of the validation
+    accuracy then with that of the last epoch, and its 95 % interval, over the stratum's trials that ran to their end.
 
-    rows = []
-    for (run, epoch), group in audit(records).dropna(subset=["final"]).groupby(["run", "epoch"]):
-        varied = len(group) >= 3 and group["metric"].nunique() > 1 and group["final"].nunique() > 1
-        rho = float(spearmanr(group["metric"], group["final"]).statistic) if varied else None
-        rows.append({"run": run, "epoch": epoch, "n": len(group), "spearman": rho})
-    return typed(rows, "run epoch n spearman")
+    With `everywhere`, for every epoch, and `rung` is null where the study compared nothing. Trials that were stopped
+    are missing, so it tells of arms that were alike. Null for fewer than three trials, the interval for fewer than
+    four.
+    """
+    rows: list[dict[str, Any]] = []
+    for run, study in records.studies.items():
+        screen, trials = from_json(study["study"]).screen, records.trials
+        ended = trials[(trials["run"] == run) & (trials["role"] == "student") & (trials["status"] == "completed")]
+        levels: list[dict[Any, Any]] = ended.to_dict("records")
+        named = ended.assign(stratum=[stratum(screen, row) for row in levels], budget=ended["epochs_planned"].astype(int))
+        for budget in named["budget"].unique().tolist():
+            curves, rungs = _curves(records.epochs, budget), screen.rungs(budget)
+            for name, group in named[named["budget"] == budget].groupby("stratum", sort=False):
+                table = curves.reindex(pd.MultiIndex.from_frame(group[["run", "trial_id"]])).dropna()
+                for epoch in range(1, budget) if everywhere else rungs:
+                    found = asdict(stats.rank_correlation(table[epoch].tolist(), table[budget].tolist()))
+                    rung = rungs.index(epoch) if epoch in rungs else None
+                    rows.append({"run": run, "stratum": name, "epoch": epoch, "rung": rung} | found)
+    return typed(rows, "run stratum epoch rung n rho low high")
+
+
+def _curves(epochs: pd.DataFrame, budget: int) -> pd.DataFrame:
+    """Validation accuracy by (run, trial) and epoch, up to the budget."""
+    kept = epochs[epochs["epoch"] <= budget]
+    table = kept.pivot(index=["run", "trial_id"], columns="epoch", values="val_accuracy").astype("float64")
+    return table.reindex(columns=range(1, budget + 1))
+
+
+def noise_margins(records: Records, study: Study) -> list[float]:
+    """The margin at each rung of a study below which equals differ, from the spread of an earlier run's controls
+    between seeds at that epoch (`stats.noise_margin`).
+
+    Raises `Mistake` where no control has two seeds of the study's data and budget that ran to their end.
+    """
+    trials, budget, rungs = records.trials, study.recipe.epochs, study.screen.rungs(study.recipe.epochs)
+    controls = trials[(trials["role"] == "student") & (trials["method"] == study.control)
+                      & (trials["status"] == "completed") & (trials["epochs_planned"] == budget)
+                      & (trials["dataset"].isna() | (trials["dataset"] == study.data.name))
+                      & (trials["scale"].isna() | (trials["scale"] == study.scale))]  # fmt: skip
+    curves = _curves(records.epochs, budget)
+    groups = [curves.reindex(pd.MultiIndex.from_frame(of_arm[["run", "trial_id"]])).dropna()
+              for _, of_arm in controls.groupby(["run", "arm"])]  # fmt: skip
+    margins = [stats.noise_margin([group[epoch].tolist() for group in groups]) for epoch in rungs if groups]
+    if not margins or None in margins:
+        raise Mistake(
+            f"--margin-from is {', '.join(records.runs)}, where no control ({study.control}) has two seeds that ran "
+            f"{budget} epochs on {study.data.name} at scale {study.scale} to their end; name a run that has"
+        )
+    return [round(margin, 6) for margin in margins if margin is not None]
 
 
 def timeline(records: Records) -> pd.DataFrame:

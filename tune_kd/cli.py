@@ -43,6 +43,16 @@ Name = Annotated[str | None, typer.Option(help="Name of the run; made from study
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Override a field of the study: recipe.epochs=4. Repeatable.")
 ]
+MarginFrom = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUN", help="Take screen.margin from the spread of an earlier run's controls.", show_default=False
+    ),
+]
+Phases = Annotated[
+    list[str] | None,
+    typer.Option("--phase", help="In tables of others, what a phase is: select=screen. Repeatable."),
+]
 Gpus = Annotated[
     str | None, typer.Option(help="GPU share of a trial, such as 0.25; auto measures one.", show_default=False)
 ]
@@ -64,6 +74,7 @@ def run(
     out: Out = DEFAULT_OUT,
     name: Name = None,
     settings: Settings = None,
+    margin_from: MarginFrom = None,
     gpus_per_trial: Gpus = None,
     cpus_per_trial: Cpus = 1.0,
     max_concurrent: MaxConcurrent = None,
@@ -72,14 +83,16 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Plan a study, train it with Ray Tune, record and report it."""
-    from tune_kd import launch, shares, studies
+    from tune_kd import evidence, launch, shares, studies
     from tune_kd import run as runs
+    from tune_kd.plan import plan as expand
 
     console = _console(as_json)
     data_dir = data_dir and data_dir.expanduser().absolute()
     path = studies.find(study)
     chosen, why = _scale(path, scale, address)
     problems: list[str] = []
+    settings = _collect(problems, lambda: _settings(settings, margin_from, path, chosen, data, out))
     resolved = _collect(problems, lambda: studies.resolve(path, chosen, data, settings or ()))
     if resolved is not None:
         name = _collect(problems, lambda: runs.check_new(out, name, resolved))
@@ -90,6 +103,8 @@ def run(
         raise Mistake(*problems)
     assert resolved is not None and name is not None
     console.print(f"{resolved.name} at scale {chosen}{why}", highlight=False)
+    for warning in evidence.warnings(expand(resolved), out):
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     loaded = launch.load_data(resolved, data_dir, console)
     begun = runs.Run(
         name=name,
@@ -158,20 +173,21 @@ def plan(
     study: StudyName,
     scale: Scale = "auto",
     data: DataName = None,
+    out: Out = DEFAULT_OUT,
     settings: Settings = None,
+    margin_from: MarginFrom = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what would run: arms, merged cells, trials, teachers, the price, and what the seeds can show."""
-    from tune_kd import studies
+    from tune_kd import evidence, studies
     from tune_kd.plan import plan as expand
     from tune_kd.price import price
-    from tune_kd.stats import detectable, smallest_exact_p
 
     path = studies.find(study)
     chosen, why = _scale(path, scale, None)
-    resolved = studies.resolve(path, chosen, data, settings or ())
+    resolved = studies.resolve(path, chosen, data, _settings(settings, margin_from, path, chosen, data, out))
     planned = expand(resolved)
-    cost, seeds = price(planned.trials, planned.answering, resolved.rate), len(resolved.confirm.seeds)
+    cost = price(planned.trials, planned.answering, resolved.rate)
     summary = {
         "study": resolved.name,
         "scale": resolved.scale,
@@ -183,13 +199,9 @@ def plan(
         "trials": [{"arm": each.arm, "phase": each.phase, "seed": each.seed} for each in planned.trials],
         "contrasts": [contrast.name for contrast in planned.contrasts],
         "price": {"flop": cost.flop, "slot_seconds": cost.slot_seconds, "how": cost.how},
-        "seeds": {
-            "confirm": list(resolved.confirm.seeds),
-            "deviation": resolved.deviation,
-            "detectable_difference": detectable(seeds, resolved.deviation),
-            "detectable_after_holm": detectable(seeds, resolved.deviation, alpha=0.05 / max(1, len(planned.contrasts))),
-            "smallest_exact_p": smallest_exact_p(seeds),
-        },
+        "screen": asdict(resolved.screen) | {"rungs": resolved.screen.rungs(resolved.recipe.epochs)},
+        "seeds": _seeds(planned),
+        "warnings": evidence.warnings(planned, out),
     }
     if as_json:
         print(json.dumps(summary))
@@ -251,10 +263,7 @@ def report(
     to: Annotated[
         Path | None, typer.Option(help="Folder to write to; RUN/report by default.", show_default=False)
     ] = None,
-    phases: Annotated[
-        list[str] | None,
-        typer.Option("--phase", help="In tables of others, what a phase is: select=screen. Repeatable."),
-    ] = None,
+    phases: Phases = None,
     open_: Annotated[bool, typer.Option("--open", help="Open the report when it is written.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -275,6 +284,73 @@ def report(
     first = _report(records, to, _console(as_json), as_json, formats.split(","))
     if open_:
         typer.launch(str(first.absolute()))
+
+
+@app.command()
+def simulate(
+    study: StudyName,
+    curves: Annotated[
+        str,
+        typer.Option(help="Recorded curves: a run, a folder with trials.parquet, or PREFIX of PREFIX_trials.parquet."),
+    ],
+    strata: Annotated[
+        str | None,
+        typer.Option(help="Columns that make a stratum: student,teacher; `none` for one. The study's by default."),
+    ] = None,
+    orders: Annotated[int, typer.Option(help="Arrival orders to replay.")] = 1000,
+    scale: Annotated[
+        str, typer.Option(help="auto takes the one of the curves, or paper where they name none.")
+    ] = "auto",
+    out: Out = DEFAULT_OUT,
+    settings: Settings = None,
+    margin_from: MarginFrom = None,
+    phases: Phases = None,
+    as_json: AsJson = False,
+) -> None:
+    """Replay recorded curves through a study's early stopping: what it would have stopped, saved and lost."""
+    from rich.progress import track
+
+    from tune_kd import simulate as simulation
+    from tune_kd import studies, view
+    from tune_kd.foreign import Adapter, parse_phases
+    from tune_kd.tables import load
+
+    problems: list[str] = []
+    path = studies.find(study)
+    if not 1 <= orders <= 1_000_000:
+        problems.append(f"--orders is {orders}; allowed: from 1 to 1,000,000")
+    meaning = _collect(problems, lambda: parse_phases(phases or ()))
+    records = _collect(problems, lambda: load(curves, out=out, adapt=Adapter(phases=meaning or {}, rest="screen")))
+    if records is None or problems:
+        raise Mistake(*(problem.replace("RUN", "--curves", 1) for problem in problems))
+    chosen, why = _scale_of_curves(path, scale, records)
+    resolved = studies.resolve(path, chosen, None, _settings(settings, margin_from, path, chosen, None, out))
+    named = resolved.screen.strata if strata is None else None if strata == "none" else strata.split(",")
+    recorded = simulation.curves(records, resolved, named)
+    simulation.check_screen(resolved.screen, recorded)
+    console = _console(as_json)
+    replays = iter(
+        track(
+            range(orders * len(recorded.grids)),
+            description="replays",
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+    )
+    outcomes = simulation.simulate(resolved.screen, recorded, orders, beat=lambda: next(replays))
+    next(replays, None)
+    if as_json:
+        answer = {"study": resolved.name, "scale": chosen, "screen": asdict(resolved.screen), "curves": curves}
+        answer |= {"orders": orders, "left_out": recorded.left_out}
+        print(json.dumps(answer | {"strata": {name: _outcome(outcome) for name, outcome in outcomes.items()}}))
+        return
+    console.print(
+        f"{resolved.name} at scale {chosen}{why}: early stopping over the curves of {curves}", highlight=False
+    )
+    for sentence in recorded.left_out:
+        console.print(f"left out: {sentence}", highlight=False)
+    console.print(view.simulation(resolved.screen, outcomes, orders))
 
 
 @app.command(name="list")
@@ -349,14 +425,44 @@ def _scale(path: Path, scale: str, address: str | None) -> tuple[str, str]:
     return "laptop", ", since Ray sees no GPU (--scale paper for the whole study)"
 
 
+def _scale_of_curves(path: Path, scale: str, records: "Records") -> tuple[str, str]:
+    """The scale whose settings fit recorded curves, and why."""
+    from tune_kd import studies
+
+    declared = studies.scales(path)
+    if scale != "auto":
+        return scale, ""
+    theirs = records.trials["scale"].dropna().unique().tolist()
+    if len(theirs) == 1 and theirs[0] in declared:
+        return theirs[0], ", which the curves are of"
+    return ("paper", ", since the curves name none") if "paper" in declared else (next(iter(declared)), "")
+
+
+def _outcome(outcome: Any) -> dict[str, Any]:
+    """A stratum's outcome as JSON: early stopping's own numbers at the top, the baselines' beneath."""
+    described = asdict(outcome)
+    stopping, correlation = described.pop("stopping"), described.pop("rank_correlation")
+    baselines = {name: described.pop(name) for name in ("cut", "random")}
+    return {
+        **described,
+        **stopping,
+        "baselines": baselines,
+        "rank_correlation": {epoch: found["rho"] for epoch, found in correlation.items()},
+        "rank_correlation_interval": {epoch: [found["low"], found["high"]] for epoch, found in correlation.items()},
+    }
+
+
 def _conclude(run: "Run", ended: "Ended", console: Console, as_json: bool) -> NoReturn:
     """Report a run that has ended, and exit with what became of it."""
+    from tune_kd import audit, evidence
     from tune_kd.tables import load
 
     if ended.signal is not None:
         console.print(f"interrupted; go on with: python -m tune_kd resume {run.folder}", highlight=False)
         raise SystemExit(128 + ended.signal)
-    _report(load(run.folder), run.folder / "report", console, as_json)
+    records = load(run.folder)
+    evidence.record(run.folder, run.name, run.study, audit.rank_correlations(records, everywhere=True))
+    _report(records, run.folder / "report", console, as_json)
     looks = run.study.confirm.looks or ()
     if run.look + 1 < len(looks):
         console.print(
@@ -409,6 +515,42 @@ def _report(
     return first
 
 
+def _settings(
+    settings: list[str] | None, margin_from: str | None, path: Path, scale: str, data: str | None, out: Path
+) -> list[str]:
+    """What is set of a study, with the margins that an earlier run's controls give; they are on record like any other
+    setting."""
+    given = settings or []
+    if margin_from is None:
+        return given
+    from tune_kd import audit, studies
+    from tune_kd.foreign import Adapter
+    from tune_kd.tables import load
+
+    study = studies.resolve(path, scale, data, given)
+    margins = audit.noise_margins(load(margin_from, out=out, adapt=Adapter(rest="screen")), study)
+    return [*given, f"screen.margin={json.dumps(margins)}"]
+
+
+def _seeds(planned: "Plan") -> dict[str, Any]:
+    """What the seeds of each look can show, at the deviation that the study expects."""
+    from tune_kd.stats import detectable, smallest_exact_p, spent
+
+    confirm, deviation = planned.study.confirm, planned.study.deviation
+    looks = confirm.looks or (len(confirm.seeds),)
+    found = [
+        {
+            "seeds": seeds,
+            "level": level,
+            "detectable_difference": detectable(seeds, deviation, alpha=level),
+            "detectable_after_holm": detectable(seeds, deviation, alpha=level / max(1, len(planned.contrasts))),
+            "smallest_exact_p": smallest_exact_p(seeds),
+        }
+        for seeds, level in zip(looks, spent(looks), strict=True)
+    ]
+    return {"confirm": list(confirm.all_seeds), "deviation": deviation, "looks": found} | found[0]
+
+
 def _answers(planned: "Plan") -> list[dict[str, Any]]:
     """What each teacher with logit students answers: which views, how many, for how many draws."""
     from tune_kd.price import draws, views_answered
@@ -456,13 +598,26 @@ def _print_plan(planned: "Plan", summary: dict[str, Any], why: str) -> None:
         f"Price: {price['flop'] / 1e15:.2g} PFLOP, {duration(price['slot_seconds'])} of one slot ({price['how']}).",
         highlight=False,
     )
-    if seeds["detectable_difference"] is None:
-        console.print("One seed to confirm: no difference can be judged.", highlight=False)
-        return
+    screen = summary["screen"]
+    rungs = ", ".join(map(str, screen["rungs"])) or "none"
+    margins = screen["margin"] if isinstance(screen["margin"], tuple) else [screen["margin"]]
     console.print(
-        f"{len(seeds['confirm'])} seeds, at a seed-to-seed deviation of {points(seeds['deviation'])} points: a paired "
-        f"t test finds true differences from {points(seeds['detectable_difference'])} points on with 80 % power "
-        f"({points(seeds['detectable_after_holm'])} where Holm is hardest); the exact sign-flip p cannot fall below "
-        f"{seeds['smallest_exact_p']:.4f}.",
+        f"Early stopping of the screen: rungs at epoch {rungs}; an arm stops that is more than "
+        f"{', '.join(points(margin) for margin in margins)} points behind the best 1/{screen['reduction']} of at least "
+        f"{screen['min_peers']} peers of the same {' and '.join(screen['strata'] or ['study'])}.",
         highlight=False,
     )
+    for warning in summary["warnings"]:
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+    for look in seeds["looks"]:
+        if look["detectable_difference"] is None:
+            console.print("One seed to confirm: no difference can be judged.", highlight=False)
+            continue
+        level = f" and a level of {look['level']:g}" if len(seeds["looks"]) > 1 else ""
+        console.print(
+            f"{look['seeds']} seeds, at a seed-to-seed deviation of {points(seeds['deviation'])} points{level}: a "
+            f"paired t test finds true differences from {points(look['detectable_difference'])} points on with 80 % "
+            f"power ({points(look['detectable_after_holm'])} where Holm is hardest); the exact sign-flip p cannot fall "
+            f"below {look['smallest_exact_p']:.4f}.",
+            highlight=False,
+        )

@@ -27,6 +27,7 @@ class Adapter:
 
     columns: Mapping[str, str] = field(default_factory=dict)  # their name to ours
     phases: Mapping[str, str] = field(default_factory=dict)  # their phase to teacher, screen or confirm
+    rest: str | None = None  # what every other phase of theirs is; null refuses it
 
     def apply(self, run: str, tables: "dict[str, pd.DataFrame]") -> "dict[str, pd.DataFrame]":
         """The tables in our names, with what could be made."""
@@ -38,8 +39,11 @@ class Adapter:
         trials = named["trials"]
         if "phase" not in trials:
             trials = trials.assign(phase="confirm")
-        elif self.phases:
-            trials = trials.assign(phase=trials["phase"].replace(dict(self.phases)))
+        else:
+            phases = trials["phase"].replace(dict(self.phases))
+            if self.rest is not None:
+                phases = phases.where(phases.isin(PHASES), self.rest)
+            trials = trials.assign(phase=phases)
         if "role" not in trials:
             trials = trials.assign(role=["teacher" if phase == "teacher" else "student" for phase in trials["phase"]])
         if "run" not in trials:

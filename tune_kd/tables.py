@@ -18,10 +18,23 @@ from tune_kd.trial import digest
 EXAMPLES = 3  # rows that an error shows
 TEXT = (
     *("run", "arm", "role", "note", "what", "contrast", "kind", "verdict", "words", "context", "how", "against"),
-    *("value", "host", "phase", "method", "status", "student", "teacher", "stem", "weights"),
+    *("value", "host", "stratum", "phase", "method", "status", "student", "teacher", "stem", "weights"),
 )
 COUNTS = (
-    *("n", "planned", "tried", "trials", "stopped", "n_treated", "n_control", "pairs_needed", "epoch", "slot", "seed"),
+    *(
+        "n",
+        "planned",
+        "tried",
+        "trials",
+        "stopped",
+        "n_treated",
+        "n_control",
+        "pairs_needed",
+        "epoch",
+        "slot",
+        "seed",
+        "rung",
+    ),
 )
 """Names of columns of results that are text, and counts; the others are measures."""
 

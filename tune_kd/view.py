@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -15,6 +15,9 @@ from tune_kd.trial import Decision
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from tune_kd.simulate import Outcome
+    from tune_kd.study import Screen
 
 Row = dict[str, Any]
 PHASES = ("teacher", "screen", "confirm")
@@ -224,4 +227,63 @@ def differences(table: "pd.DataFrame") -> Table:
         shown.add_column(Text(str(name)), overflow="fold")
     for row in table.itertuples(index=False):
         shown.add_row(*(Text(str(value)) for value in row))
+    return shown
+
+
+def simulation(screen: "Screen", outcomes: Mapping[str, "Outcome"], orders: int) -> Group:
+    """What early stopping would have done with recorded curves: a line a stratum, then who would have been stopped."""
+    shown = _titled(f"Early stopping over {orders:,} arrival orders, and baselines that keep as many arms")
+    for title in (
+        "stratum",
+        "arms",
+        "seeds",
+        "epochs saved",
+        "mean regret",
+        "best lost",
+        "cut: regret",
+        "random: regret",
+    ):
+        shown.add_column(title, justify="left" if title == "stratum" else "right")
+    for name, each in outcomes.items():
+        shown.add_row(
+            Text(name),
+            str(each.arms),
+            str(len(each.seeds)),
+            f"{100 * each.stopping.epochs_saved:.1f} %",
+            f"{100 * each.stopping.mean_regret:.3f}",
+            f"{100 * each.stopping.best_lost:.1f} %",
+            f"{100 * each.cut.mean_regret:.3f}",
+            f"{100 * each.random.mean_regret:.3f}",
+        )
+    parts: list[RenderableType] = [shown, Text(
+        "Regret: best final validation accuracy of all arms less that of the kept, in points. The cut keeps the best at "
+        "the first rung, and stops the others there; random trains no others."
+    ), Text(""), _foretold(screen, outcomes)]  # fmt: skip
+    stops = _titled("Stopped, in % of orders")
+    for title in ("stratum", "arm", "final accuracy", "stopped", "at epoch"):
+        stops.add_column(title, justify="left" if title in ("stratum", "arm", "at epoch") else "right")
+    for name, each in outcomes.items():
+        for arm in sorted(each.stopped, key=lambda arm: -each.final[arm]):
+            when = each.stopped[arm]
+            at = ", ".join(f"{epoch}: {100 * share:.1f}" for epoch, share in when.items())
+            never = "never, by its role" if arm in each.immune else ""
+            stops.add_row(
+                Text(name), Text(arm), points(each.final[arm]), f"{100 * sum(when.values()):.1f}", at or never
+            )
+    return Group(*parts, Text(""), stops)
+
+
+def _foretold(screen: "Screen", outcomes: Mapping[str, "Outcome"]) -> Table:
+    """The rank correlations of rungs, and of some epochs near the end, with the end."""
+    shown = _titled("Rank correlation (Spearman) of an epoch's accuracy with the last one's")
+    shown.add_column("stratum")
+    for number, (name, each) in enumerate(outcomes.items()):
+        near = (round(each.epochs * share) for share in (0.5, 0.8, 0.9, 0.95))
+        columns = sorted({epoch for epoch in (*screen.rungs(each.epochs), *near) if 1 <= epoch < each.epochs})
+        if number == 0:
+            first = columns
+            for epoch in columns:
+                shown.add_column(f"epoch {epoch}", justify="right")
+        cells = [each.rank_correlation[epoch].rho if epoch in each.rank_correlation else None for epoch in first]
+        shown.add_row(Text(name), *("" if rho is None else f"{rho:+.2f}" for rho in cells))
     return shown

@@ -248,14 +248,42 @@ def rungs(records: Records) -> Made:
     axes.set_xlabel("validation accuracy at the rung (%)")
     axes.set_ylabel("at the end (%)")
     axes.legend(loc="best")
-    found = audit.rank_correlations(records).dropna(subset=["spearman"]).to_dict("records")
-    known = [f"{row['spearman']:+.2f} at epoch {row['epoch']}" for row in found]
-    rho = f" Rank correlation: {', '.join(known)}." if known else ""
     return (
         "Every comparison of early stopping: accuracy then, and at the end. White markers were near ties; crosses "
-        f"below were stopped, and nobody knows their end.{rho}",
+        "below were stopped, and nobody knows their end.",
         f"Scatter of {int(table['final'].notna().sum())} comparisons whose trials ran to the end, and "
-        f"{int((table['action'] == 'stop').sum())} that stopped a trial.{rho}",
+        f"{int((table['action'] == 'stop').sum())} that stopped a trial.",
+        figure,
+    )
+
+
+def foretelling(records: Records) -> Made:
+    """How well each epoch foretold the end, stratum by stratum."""
+    table = audit.rank_correlations(records, everywhere=True).dropna(subset=["low"])
+    if table.empty:
+        return None
+    names = table["stratum"].unique().tolist()
+    figure = Figure(figsize=(WIDTH, 1.1 * len(names) + 0.5))
+    panels = figure.subplots(len(names), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, name in zip(panels, names, strict=True):
+        group = table[table["stratum"] == name]
+        epochs = group["epoch"].to_numpy(float)
+        colour = next((COLOURS[method] for method in COLOURS if method in name.split("/")), OTHERS[0])
+        axes.axhline(0, color="#666666", lw=0.8)
+        axes.fill_between(epochs, group["low"].to_numpy(), group["high"].to_numpy(), color=colour, alpha=0.15, lw=0)
+        axes.plot(epochs, group["rho"].to_numpy(), color=colour)
+        for epoch in group.loc[group["rung"].notna(), "epoch"]:
+            axes.axvline(float(epoch), color="#666666", ls=":", lw=0.8)
+        axes.set_ylim(-1.05, 1.05)
+        axes.set_title(f"{name} ({int(group['n'].max())} trials)", loc="left")
+    panels[len(panels) // 2].set_ylabel("rank correlation with the end")
+    panels[-1].set_xlabel("epoch")
+    rungs = table[table["rung"].notna()].to_dict("records")
+    said = "; ".join(f"{row['stratum']} {row['rho']:+.2f} at epoch {row['epoch']}" for row in rungs)
+    return (
+        "How well an epoch foretold the end: Spearman's correlation of validation accuracy then with that of the last "
+        "epoch, over the trials that ran to their end, with its 95 % interval. Dotted lines are rungs.",
+        f"Rank correlation by epoch in {len(names)} strata: {said or 'no rungs'}.",
         figure,
     )
 
@@ -354,5 +382,6 @@ PICTURES: dict[str, Callable[[Records], Made]] = {
     "alpha": alpha,
     "cost": cost,
     "rungs": rungs,
+    "foretelling": foretelling,
     "timeline": timeline,
 }
