@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "price": {"trial"},
     "schedule": {"study", "trial"},
     "checkpoints": {"storage"},
-    "records": {"storage"},
+    "records": {"trial", "storage"},
     "foreign": {"study", "plan"},
     "tables": {"study", "trial", "records", "foreign"},
     "results": {"study", "stats", "tables"},
@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": {"study", "studies", "plan", "trial", "storage", "records"},
     "report": {"study", "stats", "storage", "tables", "results", "measures", "audit", "provenance"},
     "view": {"study", "trial", "simulate"},  # of the last two only types
+    "calibrate": {"study", "trial", "plan", "schedule", "records", "stats", "tables", "results", "simulate"},
     "evidence": {"study", "plan", "schedule", "storage"},
     "execute": {
         "study", "trial", "plan", "price", "data", "models", "teachers", "checkpoints", "train", "memory", "kernels",

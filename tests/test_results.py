@@ -9,9 +9,8 @@ import pytest
 from scipy import stats as scipy_stats
 
 from tune_kd import provenance, results
-from tune_kd.execute.driver import first_row
 from tune_kd.plan import plan
-from tune_kd.records import DECISIONS, EPOCHS, TRIALS, frame
+from tune_kd.records import DECISIONS, EPOCHS, TRIALS, first_row, frame
 from tune_kd.study import Confirm, Study
 from tune_kd.tables import Records
 from tune_kd.trial import Trial

@@ -47,7 +47,9 @@ def rank_correlations(records: Records, *, everywhere: bool = False) -> pd.DataF
         screen, trials = from_json(study["study"]).screen, records.trials
         ended = trials[(trials["run"] == run) & (trials["role"] == "student") & (trials["status"] == "completed")]
         levels: list[dict[Any, Any]] = ended.to_dict("records")
-        named = ended.assign(stratum=[stratum(screen, row) for row in levels], budget=ended["epochs_planned"].astype(int))
+        named = ended.assign(
+            stratum=[stratum(screen, row) for row in levels], budget=ended["epochs_planned"].astype(int)
+        )
         for budget in named["budget"].unique().tolist():
             curves, rungs = _curves(records.epochs, budget), screen.rungs(budget)
             for name, group in named[named["budget"] == budget].groupby("stratum", sort=False):

@@ -341,9 +341,10 @@ def simulate(
     outcomes = simulation.simulate(resolved.screen, recorded, orders, beat=lambda: next(replays))
     next(replays, None)
     if as_json:
-        answer = {"study": resolved.name, "scale": chosen, "screen": asdict(resolved.screen), "curves": curves}
-        answer |= {"orders": orders, "left_out": recorded.left_out}
-        print(json.dumps(answer | {"strata": {name: _outcome(outcome) for name, outcome in outcomes.items()}}))
+        answer: dict[str, Any] = {"study": resolved.name, "scale": chosen, "screen": asdict(resolved.screen)}
+        answer |= {"curves": curves, "orders": orders, "left_out": recorded.left_out}
+        answer["strata"] = {name: _outcome(outcome) for name, outcome in outcomes.items()}
+        print(json.dumps(answer))
         return
     console.print(
         f"{resolved.name} at scale {chosen}{why}: early stopping over the curves of {curves}", highlight=False

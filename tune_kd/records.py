@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 from tune_kd.storage import publish
+from tune_kd.trial import Trial
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -236,6 +237,42 @@ class Ledger:
             data = to_parquet(frame(schema, self.rows(schema)))
             publish(path, data)
             self.set_fact(f"sha256 of {path.name}", hashlib.sha256(data).hexdigest())
+
+
+def first_row(run: str, trial: Trial) -> Row:
+    """The row of a trial that has not begun: what it is, and null for what is not known yet."""
+    cell, recipe = trial.cell, trial.recipe
+    student = trial.role == "student"
+    row: Row = dict.fromkeys(TRIALS.columns)
+    row |= {
+        "run": run,
+        "trial_id": trial.trial_id,
+        "arm": trial.arm,
+        "phase": trial.phase,
+        "role": trial.role,
+        "student": cell.student if student else None,
+        "teacher": cell.teacher,
+        "teacher_id": trial.teacher_id if student else trial.trial_id,
+        "stem": cell.stem,
+        "weights": cell.weights,
+        "width": cell.width,
+        "method": cell.method if student else None,
+        "temperature": cell.temperature,
+        "alpha": cell.alpha,
+        "beta": cell.beta,
+        "lr": recipe.lr,
+        "weight_decay": recipe.weight_decay,
+        "seed": trial.seed,
+        "recipe_id": trial.recipe_id,
+        "dataset": trial.data.name,
+        "data_digest": trial.data_digest,
+        "scale": trial.scale,
+        "status": "pending",
+        "epochs_planned": recipe.epochs,
+        "epochs_run": 0,
+        "attempts": 0,
+    }
+    return row
 
 
 def frame(schema: Schema, rows: list[Row]) -> "pd.DataFrame":

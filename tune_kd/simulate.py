@@ -89,15 +89,19 @@ def curves(records: Records, study: Study, strata: Sequence[str] | None) -> Curv
         raise Mistake(f"--strata is {','.join(strata or ())!r}; allowed: none, or columns of the curves ({known})")
     nowhere = trials[list(strata or ())].isna().any(axis=1)
     ended = trials["status"] == "completed"
-    left_out = [
-        f"{count} trials without {' or '.join(strata or ())} belong to no stratum" for count in [nowhere.sum()] if count
-    ] + [f"{count} trials did not run to their end" for count in [(~ended & ~nowhere).sum()] if count]
+    named = " or ".join(strata or ())
+    kinds = (
+        (nowhere.sum(), f"trials without a level of {named} belong to no stratum"),
+        ((~ended & ~nowhere).sum(), "trials did not run to their end"),
+    )
+    left_out = [f"{count} {what}" for count, what in kinds if count]
     trials = trials[ended & ~nowhere]
     accuracy = dict(iter(records.epochs.sort_values("epoch").groupby("trial_id")["val_accuracy"]))
     roles = {arm["name"]: arm["role"] for each in records.studies.values() for arm in each["arms"]}
     grids: dict[tuple[int, int], list[Curve]] = {}
     gaps = 0
-    for row in trials.to_dict("records"):
+    rows: list[dict[Any, Any]] = trials.to_dict("records")
+    for row in rows:
         values = accuracy.get(row["trial_id"], pd.Series(dtype="float64"))
         if values.empty or values.isna().any():
             gaps += 1
@@ -159,7 +163,7 @@ def replay(screen: Screen, grid: Grid, order: Sequence[str]) -> list[Decision]:
 
 
 def simulate(
-    screen: Screen, curves: Curves, orders: int, beat: Callable[[], None] = lambda: None
+    screen: Screen, curves: Curves, orders: int, beat: Callable[[], object] = lambda: None
 ) -> dict[str, Outcome]:
     """Replay each grid under `orders` arrival orders, and say stratum by stratum what came of it. `beat` is called
     after each replay."""
@@ -218,7 +222,7 @@ class _Tally:
     def outcome(self) -> Outcome:
         arms = list(dict.fromkeys(curve.arm for _, curve in self._curves))
         last = {arm: [curve.accuracy[-1] for _, curve in self._curves if curve.arm == arm] for arm in arms}
-        table = np.array([curve.accuracy for _, curve in self._curves])  # [trials, epochs]
+        by_epoch = list(zip(*(curve.accuracy for _, curve in self._curves), strict=True))  # [epochs][trials]
         return Outcome(
             arms=len(arms),
             immune=tuple(dict.fromkeys(curve.arm for _, curve in self._curves if curve.immune)),
@@ -237,7 +241,7 @@ class _Tally:
             },
             final={arm: float(np.mean(values)) for arm, values in last.items()},
             rank_correlation={
-                epoch: stats.rank_correlation(table[:, epoch - 1], table[:, -1]) for epoch in range(1, self._epochs)
+                epoch: stats.rank_correlation(by_epoch[epoch - 1], by_epoch[-1]) for epoch in range(1, self._epochs)
             },
         )
 

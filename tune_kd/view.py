@@ -232,18 +232,10 @@ def differences(table: "pd.DataFrame") -> Table:
 
 def simulation(screen: "Screen", outcomes: Mapping[str, "Outcome"], orders: int) -> Group:
     """What early stopping would have done with recorded curves: a line a stratum, then who would have been stopped."""
-    shown = _titled(f"Early stopping over {orders:,} arrival orders, and baselines that keep as many arms")
-    for title in (
-        "stratum",
-        "arms",
-        "seeds",
-        "epochs saved",
-        "mean regret",
-        "best lost",
-        "cut: regret",
-        "random: regret",
-    ):
-        shown.add_column(title, justify="left" if title == "stratum" else "right")
+    shown = _titled(f"Early stopping over {orders:,} arrival orders")
+    shown.add_column("stratum", no_wrap=True)
+    for title in ("arms", "seeds", "epochs saved", "mean regret", "best lost", "by cut", "by chance"):
+        shown.add_column(title, justify="right")
     for name, each in outcomes.items():
         shown.add_row(
             Text(name),
@@ -255,35 +247,42 @@ def simulation(screen: "Screen", outcomes: Mapping[str, "Outcome"], orders: int)
             f"{100 * each.cut.mean_regret:.3f}",
             f"{100 * each.random.mean_regret:.3f}",
         )
-    parts: list[RenderableType] = [shown, Text(
-        "Regret: best final validation accuracy of all arms less that of the kept, in points. The cut keeps the best at "
-        "the first rung, and stops the others there; random trains no others."
-    ), Text(""), _foretold(screen, outcomes)]  # fmt: skip
-    stops = _titled("Stopped, in % of orders")
-    for title in ("stratum", "arm", "final accuracy", "stopped", "at epoch"):
-        stops.add_column(title, justify="left" if title in ("stratum", "arm", "at epoch") else "right")
+    first = min(screen.grace, *(each.epochs for each in outcomes.values()))
+    note = (
+        "Regret: the best final validation accuracy of all arms less that of the kept, in points. Of baselines that "
+        f"keep as many arms: a cut at epoch {first} that keeps the best then, and a choice by chance."
+    )
+    parts: list[RenderableType] = [shown, Text(note), Text(""), _foretold(screen, outcomes)]
     for name, each in outcomes.items():
-        for arm in sorted(each.stopped, key=lambda arm: -each.final[arm]):
-            when = each.stopped[arm]
-            at = ", ".join(f"{epoch}: {100 * share:.1f}" for epoch, share in when.items())
-            never = "never, by its role" if arm in each.immune else ""
-            stops.add_row(
-                Text(name), Text(arm), points(each.final[arm]), f"{100 * sum(when.values()):.1f}", at or never
-            )
-    return Group(*parts, Text(""), stops)
+        parts += [Text(""), _stops(name, each)]
+    return Group(*parts)
+
+
+def _stops(name: str, outcome: "Outcome") -> Table:
+    """Who would have been stopped in a stratum, when, and in how many of the orders."""
+    table = _titled(f"{name}: stopped, in % of orders")
+    epochs = sorted({epoch for when in outcome.stopped.values() for epoch in when})
+    for title in ("arm", "final accuracy", *(f"epoch {epoch}" for epoch in epochs), "in all", ""):
+        table.add_column(title, justify="left" if title in ("arm", "") else "right")
+    alike = set.intersection(*(set(arm.split("/")) for arm in outcome.stopped)) if len(outcome.stopped) > 1 else set()
+    for arm in sorted(outcome.stopped, key=lambda arm: -outcome.final[arm]):
+        when = outcome.stopped[arm]
+        shares = (f"{100 * when[epoch]:.1f}" if epoch in when else "" for epoch in epochs)
+        short = "/".join(part for part in arm.split("/") if part not in alike) or arm
+        never = "never, by its role" if arm in outcome.immune else ""
+        table.add_row(Text(short), points(outcome.final[arm]), *shares, f"{100 * sum(when.values()):.1f}", never)
+    return table
 
 
 def _foretold(screen: "Screen", outcomes: Mapping[str, "Outcome"]) -> Table:
-    """The rank correlations of rungs, and of some epochs near the end, with the end."""
-    shown = _titled("Rank correlation (Spearman) of an epoch's accuracy with the last one's")
-    shown.add_column("stratum")
-    for number, (name, each) in enumerate(outcomes.items()):
-        near = (round(each.epochs * share) for share in (0.5, 0.8, 0.9, 0.95))
-        columns = sorted({epoch for epoch in (*screen.rungs(each.epochs), *near) if 1 <= epoch < each.epochs})
-        if number == 0:
-            first = columns
-            for epoch in columns:
-                shown.add_column(f"epoch {epoch}", justify="right")
-        cells = [each.rank_correlation[epoch].rho if epoch in each.rank_correlation else None for epoch in first]
-        shown.add_row(Text(name), *("" if rho is None else f"{rho:+.2f}" for rho in cells))
+    """The rank correlations of rungs, and of some epochs up to the end, with the end."""
+    shown = _titled("Rank correlation (Spearman) of an epoch's accuracy with the last one's, over trials")
+    budgets = [each.epochs for each in outcomes.values()]
+    near = {round(epochs * share) for epochs in budgets for share in (0.5, 0.8, 0.9, 0.95)}
+    columns = sorted({epoch for epochs in budgets for epoch in (*screen.rungs(epochs), *near) if 1 <= epoch < epochs})
+    for title in ("stratum", *(f"epoch {epoch}" for epoch in columns)):
+        shown.add_column(title, justify="left" if title == "stratum" else "right")
+    for name, each in outcomes.items():
+        found = (each.rank_correlation[epoch].rho if epoch in each.rank_correlation else None for epoch in columns)
+        shown.add_row(Text(name), *("" if rho is None else f"{rho:+.2f}" for rho in found))
     return shown

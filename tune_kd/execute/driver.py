@@ -13,7 +13,7 @@ from pathlib import Path
 from tune_kd.checkpoints import Checkpoints
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.plan import Plan
-from tune_kd.records import DECISIONS, EPOCHS, TRIALS, Ledger, Row
+from tune_kd.records import DECISIONS, EPOCHS, TRIALS, Ledger, Row, first_row
 from tune_kd.schedule import Schedule, stratum
 from tune_kd.trial import Decision, Epoch, Trial
 
@@ -281,39 +281,3 @@ class Driver:
         elif row["error"]:
             text += f" ({row['stop_reason'] or 'will be tried again'}): {row['error']}"
         self._say(text)
-
-
-def first_row(run: str, trial: Trial) -> Row:
-    """The row of a trial that has not begun: what it is, and null for what is not known yet."""
-    cell, recipe = trial.cell, trial.recipe
-    student = trial.role == "student"
-    row: Row = dict.fromkeys(TRIALS.columns)
-    row |= {
-        "run": run,
-        "trial_id": trial.trial_id,
-        "arm": trial.arm,
-        "phase": trial.phase,
-        "role": trial.role,
-        "student": cell.student if student else None,
-        "teacher": cell.teacher,
-        "teacher_id": trial.teacher_id if student else trial.trial_id,
-        "stem": cell.stem,
-        "weights": cell.weights,
-        "width": cell.width,
-        "method": cell.method if student else None,
-        "temperature": cell.temperature,
-        "alpha": cell.alpha,
-        "beta": cell.beta,
-        "lr": recipe.lr,
-        "weight_decay": recipe.weight_decay,
-        "seed": trial.seed,
-        "recipe_id": trial.recipe_id,
-        "dataset": trial.data.name,
-        "data_digest": trial.data_digest,
-        "scale": trial.scale,
-        "status": "pending",
-        "epochs_planned": recipe.epochs,
-        "epochs_run": 0,
-        "attempts": 0,
-    }
-    return row
