@@ -5,11 +5,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from docs.blocks import put
 from tune_kd import load, report, results
 
 ROOT = Path(__file__).parents[1]
 FIGURE = Path("docs/effects.png")
-BEGIN, END = "<!-- made by `python -m docs.readme` -->\n", "<!-- end -->"
 
 
 def section(run: Path) -> str:
@@ -37,15 +37,12 @@ def section(run: Path) -> str:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
     with tempfile.TemporaryDirectory() as name:
         run = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(name, "laptop")
         if len(sys.argv) == 1:
             command = [sys.executable, "-m", "tune_kd", "run", "ablation", "--scale", "laptop", "--name", "laptop"]
             subprocess.run([*command, "--out", name], check=True)
-        readme.write_text(f"{before}{BEGIN}{section(run)}{END}{after}")
+        put(ROOT / "README.md", "effects", section(run))
 
 
 if __name__ == "__main__":

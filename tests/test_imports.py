@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "studies": {"study"},
     "run": {"study", "studies", "plan", "trial", "storage", "records"},
     "report": {"study", "stats", "storage", "tables", "results", "measures", "audit", "provenance"},
-    "view": {"study", "trial", "simulate"},  # of the last two only types
+    "view": {"study", "trial", "simulate", "calibrate"},  # of all but `trial` only types
     "calibrate": {"study", "trial", "plan", "schedule", "records", "stats", "tables", "results", "simulate"},
     "evidence": {"study", "plan", "schedule", "storage"},
     "execute": {

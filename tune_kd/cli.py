@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -308,8 +308,6 @@ def simulate(
     as_json: AsJson = False,
 ) -> None:
     """Replay recorded curves through a study's early stopping: what it would have stopped, saved and lost."""
-    from rich.progress import track
-
     from tune_kd import simulate as simulation
     from tune_kd import studies, view
     from tune_kd.foreign import Adapter, parse_phases
@@ -329,15 +327,7 @@ def simulate(
     recorded = simulation.curves(records, resolved, named)
     simulation.check_screen(resolved.screen, recorded)
     console = _console(as_json)
-    replays = iter(
-        track(
-            range(orders * len(recorded.grids)),
-            description="replays",
-            console=Console(stderr=True),
-            transient=True,
-            disable=not sys.stderr.isatty(),
-        )
-    )
+    replays = iter(_tracked(orders * len(recorded.grids), "replays"))
     outcomes = simulation.simulate(resolved.screen, recorded, orders, beat=lambda: next(replays))
     next(replays, None)
     if as_json:
@@ -352,6 +342,40 @@ def simulate(
     for sentence in recorded.left_out:
         console.print(f"left out: {sentence}", highlight=False)
     console.print(view.simulation(resolved.screen, outcomes, orders))
+
+
+@app.command()
+def calibrate(
+    study: StudyName,
+    studies: Annotated[int, typer.Option(help="Simulated studies of arms that are all alike.")] = 200,
+    scale: Scale = "auto",
+    data: DataName = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """How often a study finds something where nothing is: simulated from screen to verdict, beside usual practices."""
+    import os
+
+    from tune_kd import calibrate as calibration
+    from tune_kd import studies as spaces
+    from tune_kd import view
+
+    path = spaces.find(study)
+    if not 1 <= studies <= 1_000_000:
+        raise Mistake(f"--studies is {studies}; allowed: from 1 to 1,000,000")
+    chosen, why = _scale(path, scale, None)
+    resolved = spaces.resolve(path, chosen, data, settings or ())
+    replays = iter(_tracked(studies, "studies"))
+    rates = calibration.calibrate(resolved, studies, os.cpu_count() or 1, beat=lambda: next(replays))
+    next(replays, None)
+    if as_json:
+        found = {name: asdict(rate) | {"share": rate.share, "standard_error": rate.standard_error}
+                 for name, rate in rates.items()}  # fmt: skip
+        print(json.dumps({"study": resolved.name, "scale": chosen, "practices": found}))
+        return
+    console = Console()
+    console.print(f"{resolved.name} at scale {chosen}{why}", highlight=False)
+    console.print(view.calibration(calibration.PRACTICES, rates))
 
 
 @app.command(name="list")
@@ -391,6 +415,14 @@ def main() -> None:
 
 def _console(as_json: bool) -> Console:
     return Console(stderr=as_json)
+
+
+def _tracked(count: int, what: str) -> Iterable[int]:
+    """Numbers up to a count, with a bar on standard error where that is a terminal."""
+    from rich.progress import track
+
+    shown = Console(stderr=True)
+    return track(range(count), what, console=shown, transient=True, disable=not shown.is_terminal)
 
 
 def _collect(problems: list[str], check: Callable[[], T]) -> T | None:

@@ -27,35 +27,38 @@ def record(folder: Path, run: str, study: Study, correlations: "pd.DataFrame") -
 
 def warnings(plan: Plan, out: Path) -> list[str]:
     """A sentence for each stratum whose grace period is shorter than the newest run under `out` that is like this plan
-    supports: where at some epoch from the grace period on the ranks then did not foretell those at the end, since the
-    interval of their correlation has zero in it."""
+    supports: at the grace period, or at an epoch after it, the interval of the rank correlation has zero in it."""
     screen, alike = plan.study.screen, _alike(plan.study)
     if not screen.rungs(plan.study.recipe.epochs):
         return []
     said, found = [], [audit for audit in _audits(out) if {name: audit.get(name) for name in alike} == alike]
     for name in _contested(plan):
-        of_stratum = next(((audit["run"], audit["strata"][name]) for audit in found if name in audit["strata"]), None)
-        if of_stratum is None:
+        run, epochs = next(((each["run"], each["strata"][name]) for each in found if name in each["strata"]), ("", {}))
+        doubtful = [epoch for epoch in epochs if int(epoch) >= screen.grace and not _foretells(epochs[epoch])]
+        if not doubtful:
             continue
-        run, epochs = of_stratum
-        at = epochs.get(str(screen.grace))
-        if at is None or at["low"] is None or screen.grace >= (supported := supported_from(epochs)):
-            continue
-        later = f"from epoch {supported} on they did" if str(supported) in epochs else "no epoch before the last did"
+        at, supported = epochs[doubtful[0]], supported_from(epochs)
+        rho = "unknown"
+        if at["low"] is not None:
+            rho = f"{at['rho']:+.2f}, 95 % interval {at['low']:+.2f} to {at['high']:+.2f}"
+        later = f"from epoch {supported} on they did" if str(supported) in epochs else "it supports none"
         said.append(
-            f"screen.grace is {screen.grace}, and in the run {run} the ranks at epoch {screen.grace} did not foretell "
-            f"those at the end in {name}, or those of a later epoch did not (Spearman {at['rho']:+.2f}, 95 % interval "
-            f"{at['low']:+.2f} to {at['high']:+.2f}, {at['n']} trials); {later}"
+            f"screen.grace is {screen.grace}, shorter than the run {run} supports: in {name} the ranks at epoch "
+            f"{doubtful[0]} did not foretell those at the end (Spearman {rho}, {at['n']} trials); {later}"
         )
     return said
+
+
+def _foretells(found: dict[str, Any]) -> bool:
+    """Whether the interval of a rank correlation lies above zero."""
+    return found["low"] is not None and found["low"] > 0
 
 
 def supported_from(epochs: dict[str, Any]) -> int:
     """The first epoch from which on every interval lies above zero; one past the last where none does."""
     first = max(map(int, epochs)) + 1
     for epoch in sorted(map(int, epochs), reverse=True):
-        low = epochs[str(epoch)]["low"]
-        if low is None or low <= 0:
+        if not _foretells(epochs[str(epoch)]):
             break
         first = epoch
     return first

@@ -16,6 +16,7 @@ from tune_kd.trial import Decision
 if TYPE_CHECKING:
     import pandas as pd
 
+    from tune_kd.calibrate import Rate
     from tune_kd.simulate import Outcome
     from tune_kd.study import Screen
 
@@ -286,3 +287,16 @@ def _foretold(screen: "Screen", outcomes: Mapping[str, "Outcome"]) -> Table:
         found = (each.rank_correlation[epoch].rho if epoch in each.rank_correlation else None for epoch in columns)
         shown.add_row(Text(name), *("" if rho is None else f"{rho:+.2f}" for rho in found))
     return shown
+
+
+def calibration(practices: Mapping[str, str], rates: Mapping[str, "Rate"]) -> Group:
+    """How often each practice found something where nothing is."""
+    shown = _titled("Studies of nothing with at least one false finding")
+    for title in ("what is done", "studies", "share", "standard error"):
+        shown.add_column(title, justify="left" if title == "what is done" else "right")
+    for name, words in practices.items():
+        rate = rates[name]
+        shown.add_row(
+            words, f"{rate.found} of {rate.studies}", f"{100 * rate.share:.1f} %", f"{100 * rate.standard_error:.1f} %"
+        )
+    return Group(shown, Text("All arms are alike in them, so whatever is found is false; the level allows 5 %."))

@@ -1,0 +1,13 @@
+"""Parts of documents that commands make: between `<!-- NAME: made by a command -->` and `<!-- end NAME -->`."""
+
+from pathlib import Path
+
+
+def put(document: Path, name: str, text: str) -> None:
+    """Put a text into a document's part of this name. Raises `ValueError` where the document has no such part."""
+    begin, end = f"<!-- {name}: made by a command -->\n", f"<!-- end {name} -->"
+    before, found, rest = document.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"{document} has no part {name!r}")
+    document.write_text(f"{before}{begin}{text}{end}{after}")

@@ -1,0 +1,323 @@
+"""`python -m docs.early_stopping CURVES`: make the tables and figures of docs/early-stopping.md from published curves.
+
+CURVES is the common prefix of two files, `CURVES_trials.parquet` and `CURVES_epochs.parquet`. Takes about fifteen
+minutes on two cores. `--only NAME` makes one block again: pairs, choice, stems, calibration.
+"""
+
+import argparse
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+
+from docs.blocks import put
+from search_spaces.ablation import study
+from tune_kd import calibrate, load
+from tune_kd.audit import noise_margins
+from tune_kd.foreign import Adapter
+from tune_kd.report.figures import OTHERS, STYLE, WIDTH
+from tune_kd.simulate import Curves, Outcome, curves, simulate
+from tune_kd.study import Confirm, Screen
+from tune_kd.tables import Records
+
+ROOT = Path(__file__).parents[1]
+PAGE, README = ROOT / "docs" / "early-stopping.md", ROOT / "README.md"
+BAR = 0.0005  # mean regret, as accuracy
+CHOOSING = ("resnet18/resnet50", "resnet34/resnet101")
+SCORING = ("resnet18/resnet34", "resnet34/resnet50")
+SHOWN = (10, 20, 30, 50, 80, 90, 95)
+CENTRES = (10, 20, 30, 50, 60, 70, 80)
+AROUND = (0.8, 0.9, 1.0, 1.1, 1.2)  # grace periods that are looked at beside the one in question
+MARGINS = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05)
+FEW, MANY = 200, 1000  # arrival orders
+USUAL = Screen(grace=10, reduction=3, margin=0.0, min_peers=1)
+PROCESSES = os.cpu_count() or 1
+
+
+def only(recorded: Curves, strata: Sequence[str]) -> Curves:
+    """The curves of some strata."""
+    grids = {key: tuple(curve for curve in grid if curve.stratum in strata) for key, grid in recorded.grids.items()}
+    return Curves({key: grid for key, grid in grids.items() if grid}, recorded.left_out)
+
+
+def name(pair: str) -> str:
+    """`R50 to R18`."""
+    student, teacher = (part.replace("resnet", "R") for part in pair.split("/"))
+    return f"{teacher} to {student}"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def points(accuracy: float) -> str:
+    return f"{100 * accuracy:.3f}"
+
+
+def pairs(recorded: Curves) -> None:
+    """What the default and the usual settings do on each pair, and what an epoch foretells."""
+    rows = []
+    found: dict[str, Outcome] = {}
+    for called, screen in (("usual", USUAL), ("default", study().screen)):
+        found = simulate(screen, recorded, MANY)
+        rows += [
+            [called, name(pair), f"{100 * each.stopping.epochs_saved:.1f} %", points(each.stopping.mean_regret),
+             f"{100 * each.stopping.best_lost:.1f} %", points(each.cut.mean_regret), points(each.random.mean_regret)]
+            for pair, each in found.items()
+        ]  # fmt: skip
+    heads = [
+        "settings",
+        "pair",
+        "epochs saved",
+        "mean regret (points)",
+        "best arm lost",
+        "regret of a cut",
+        "by chance",
+    ]
+    put(PAGE, "pairs", table(heads, rows))
+    cells = [
+        [name(pair), *(f"{found.rho:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+                       for found in (each.rank_correlation[epoch] for epoch in SHOWN))]
+        for pair, each in found.items()
+    ]  # fmt: skip
+    put(PAGE, "correlations", table(["pair", *(f"epoch {epoch}" for epoch in SHOWN)], cells))
+    draw(partial(_correlations, found), "foretold.png")
+
+
+def _correlations(found: dict[str, Outcome]) -> Figure:
+    figure = Figure(figsize=(2 * WIDTH, 3.6))
+    for axes, (pair, each) in zip(figure.subplots(2, 2, sharex=True, sharey=True).flat, found.items(), strict=True):
+        epochs = list(each.rank_correlation)
+        known = list(each.rank_correlation.values())
+        axes.axhline(0, color="#666666", lw=0.8)
+        low, high = ([getattr(one, side) for one in known] for side in ("low", "high"))
+        axes.fill_between(epochs, low, high, color="#0072B2", alpha=0.15, lw=0)
+        axes.plot(epochs, [one.rho for one in known], color="#0072B2")
+        axes.set_title(f"{name(pair)}, {each.arms} arms", loc="left")
+        axes.set_ylim(-1.05, 1.05)
+    figure.supxlabel("epoch", fontsize=8)
+    figure.supylabel("rank correlation with epoch 100", fontsize=8)
+    return figure
+
+
+def draw(make: Callable[[], Figure], file: str) -> None:
+    with rc_context(STYLE):
+        make().savefig(ROOT / "docs" / file, dpi=150)
+
+
+def _score(recorded: Curves, orders: int, screen: Screen) -> dict[str, tuple[float, float]]:
+    """Epochs saved and mean regret of each stratum."""
+    found = simulate(screen, recorded, orders)
+    return {pair: (each.stopping.epochs_saved, each.stopping.mean_regret) for pair, each in found.items()}
+
+
+def choice(recorded: Curves, records: Records) -> None:
+    """Settings chosen on two pairs and scored on the other two, beside chance and a fixed cut."""
+    choosing, scoring = only(recorded, CHOOSING), only(recorded, SCORING)
+    settings = [
+        Screen(grace=centre, reduction=reduction, margin=margin, min_peers=peers)
+        for centre, reduction, margin, peers in itertools.product(CENTRES, (2, 3, 4), MARGINS, (2, 5))
+    ]
+    near = {screen: [replace(screen, grace=round(screen.grace * by)) for by in AROUND] for screen in settings}
+    every = list(dict.fromkeys(each for around in near.values() for each in around))
+    with ProcessPoolExecutor(PROCESSES) as pool:
+        chosen_on = dict(zip(every, _shown(pool, partial(_score, choosing, FEW), every), strict=True))
+        worst = {screen: max(regret for each in around for _, regret in chosen_on[each].values())
+                 for screen, around in near.items()}  # fmt: skip
+        saved = {screen: float(np.mean([share for each in around for share, _ in chosen_on[each].values()]))
+                 for screen, around in near.items()}  # fmt: skip
+        at_once = [screen for screen in settings if max(regret for _, regret in chosen_on[screen].values()) <= BAR]
+        rules = {
+            "most saved, within the bar at this grace period": max(
+                at_once, key=lambda screen: np.mean([share for share, _ in chosen_on[screen].values()])
+            ),
+            "within the bar at all grace periods around": max(
+                (screen for screen in settings if worst[screen] <= BAR), key=lambda screen: saved[screen]
+            ),
+            "within half of it at all of them": max(
+                (screen for screen in settings if worst[screen] <= BAR / 2), key=lambda screen: saved[screen]
+            ),
+        }
+        rows = []
+        for rule, screen in rules.items():
+            around = list(pool.map(partial(_score, recorded, MANY), near[screen]))
+            here = around[AROUND.index(1.0)]
+            for which, chosen in (("chosen on", CHOOSING), ("scored on", SCORING)):
+                rows.append([
+                    rule if which == "chosen on" else "",
+                    _words(screen) if which == "chosen on" else "",
+                    which,
+                    f"{100 * np.mean([here[pair][0] for pair in chosen]):.1f} %",
+                    " and ".join(points(here[pair][1]) for pair in chosen),
+                    points(max(each[pair][1] for each in around for pair in chosen)),
+                ])  # fmt: skip
+        scored = dict(zip(settings, _shown(pool, partial(_score, scoring, FEW), settings), strict=True))
+    heads = ["rule", "settings", "", "epochs saved", "mean regret of each pair (points)", "worst around"]
+    put(PAGE, "choice", table(heads, rows))
+    default = study().screen
+    assert any(_words(screen) == _words(default) for screen in rules.values()), "the default is not what the rule gives"
+    draw(partial(_trade, {"chosen on": (choosing, chosen_on), "scored on": (scoring, scored)}, settings), "trade.png")
+    margins = noise_margins(records, replace(study(), screen=USUAL))
+    at = zip(USUAL.rungs(100), margins, strict=True)
+    said = ", ".join(f"{100 * margin:.1f} at epoch {epoch}" for epoch, margin in at)
+    put(PAGE, "margins", f"From the published controls it gives, in points: {said}.\n")
+
+
+Scores = dict[str, tuple[float, float]]  # by stratum: epochs saved, mean regret
+
+
+def _shown(pool: ProcessPoolExecutor, work: Callable[[Screen], Scores], todo: list[Screen]) -> list[Scores]:
+    return list(track(pool.map(work, todo, chunksize=4), "settings", len(todo), console=Console(stderr=True)))
+
+
+def _words(screen: Screen) -> str:
+    margin = f"margin {100 * screen.margin_at(0):g} points"
+    return f"grace {screen.grace}, reduction {screen.reduction}, {margin}, {screen.min_peers} peers"
+
+
+def _trade(sides: dict[str, tuple[Curves, dict[Screen, Scores]]], settings: list[Screen]) -> Figure:
+    """Epochs saved against regret: a dot a setting, and what chance and fixed cuts do."""
+    figure = Figure(figsize=(2 * WIDTH, 2.8))
+    for axes, (which, (recorded, scores)) in zip(figure.subplots(1, 2, sharey=True), sides.items(), strict=True):
+        dots = np.array([np.mean(list(scores[screen].values()), axis=0) for screen in settings])
+        axes.plot(100 * dots[:, 0], 100 * dots[:, 1], ".", color="#999999", ms=3, label="settings of early stopping")
+        (default,) = (dots[at] for at, screen in enumerate(settings) if _words(screen) == _words(study().screen))
+        axes.plot(100 * default[0], 100 * default[1], "D", color="#D55E00", ms=6, label="the default", zorder=4)
+        axes.plot(*100 * chance(recorded), "-", color="#000000", label="arms kept by chance")
+        for colour, epoch, line in zip(OTHERS, (30, 60, 90), ("--", "-.", ":"), strict=False):
+            axes.plot(*100 * cuts(recorded, epoch), line, color=colour, label=f"one cut at epoch {epoch}")
+        axes.axhline(100 * BAR, color="#666666", lw=0.6)
+        axes.set_title(f"pairs they were {which}", loc="left")
+        axes.set_xlabel("epochs saved (%)")
+    figure.axes[0].set_ylabel("mean regret (points)")
+    figure.axes[0].set_ylim(-0.005, 0.25)
+    figure.axes[1].legend(loc="upper left", fontsize=6)
+    return figure
+
+
+def _finals(recorded: Curves) -> list[np.ndarray]:
+    """The curves of each stratum [arms, epochs]."""
+    return [
+        np.array([curve.accuracy for curve in grid if curve.stratum == pair])
+        for grid in recorded.grids.values()
+        for pair in recorded.strata
+    ]
+
+
+def chance(recorded: Curves) -> np.ndarray:
+    """Epochs saved and expected regret [2, arms] where some arms are chosen by chance before anything is trained."""
+    found = []
+    for table_ in _finals(recorded):
+        final = np.sort(table_[:, -1])[::-1]
+        arms = len(final)
+        # The best of m drawn without replacement from n is the k-th best with probability C(n-k, m-1) / C(n, m).
+        regrets = []
+        for kept in range(1, arms + 1):
+            ways = np.array([_choose(arms - place, kept - 1) for place in range(1, arms + 1)]) / _choose(arms, kept)
+            regrets.append(final[0] - float(ways @ final))
+        found.append([[1 - kept / arms for kept in range(1, arms + 1)], regrets])
+    return np.mean(found, axis=0)
+
+
+def _choose(n: int, k: int) -> float:
+    from scipy.special import comb
+
+    return float(comb(n, k))
+
+
+def cuts(recorded: Curves, epoch: int) -> np.ndarray:
+    """The same [2, arms] where the best at one epoch go on and the others end there."""
+    found = []
+    for table_ in _finals(recorded):
+        order, final = np.argsort(-table_[:, epoch - 1], kind="stable"), table_[:, -1]
+        arms, budget = table_.shape
+        saved = [(1 - kept / arms) * (1 - epoch / budget) for kept in range(1, arms + 1)]
+        found.append([saved, [final.max() - final[order[:kept]].max() for kept in range(1, arms + 1)]])
+    return np.mean(found, axis=0)
+
+
+def stems(records: Records) -> None:
+    """A grid of both stems that only wants its best student: no strata, and nobody is safe."""
+    trials = records.trials[records.trials["student"] == "resnet18"]
+    wanted = set(trials.loc[(trials["teacher"] == "resnet50") | (trials["stem"] == "imagenet"), "trial_id"])
+    grid = tuple(
+        replace(curve, arm=f"{curve.arm} seed {seed}", stratum="all", immune=False)
+        for (seed, _), each in curves(records, study(), ["student"]).grids.items()
+        for curve in each
+        if curve.trial_id in wanted
+    )
+    recorded = Curves({(0, 100): grid}, ())
+    poor = [curve.arm for curve in grid if "imagenet" in curve.arm]
+    rows = []
+    for margin in (0.0, 0.02, 0.05):
+        screen = Screen(grace=10, reduction=3, margin=margin, min_peers=2, strata=None)
+        (each,) = simulate(screen, recorded, MANY).values()
+        stopped = [sum(each.stopped[arm].values()) for arm in poor]
+        at_first = [each.stopped[arm].get(10, 0.0) for arm in poor]
+        rows.append([
+            f"{100 * margin:g}", f"{100 * each.stopping.epochs_saved:.1f} %", points(each.stopping.mean_regret),
+            f"{100 * each.stopping.best_lost:.1f} %", f"{100 * np.mean(at_first):.1f} %",
+            f"{100 * np.mean(stopped):.1f} %",
+        ])  # fmt: skip
+    heads = ["margin (points)", "epochs saved", "mean regret (points)", "best arm lost",
+             "ImageNet stem stopped at epoch 10", "stopped at all"]  # fmt: skip
+    put(PAGE, "stems", table(heads, rows))
+
+
+def calibration() -> None:
+    """Studies of nothing."""
+    rows, sentences = [], {}
+    for called, confirm, count in (
+        ("five seeds", Confirm(), 1000),
+        ("looks at 5, 10 and 20 seeds", Confirm(looks=(5, 10, 20)), 1000),
+    ):
+        replays = iter(track(range(count), called, console=Console(stderr=True)))
+        found = calibrate.calibrate(replace(study(), confirm=confirm), count, PROCESSES, beat=lambda: next(replays))  # noqa: B023
+        for practice, words in calibrate.PRACTICES.items():
+            rate = found[practice]
+            rows.append([called, words, f"{rate.found} of {rate.studies}",
+                         f"{100 * rate.share:.1f} % ± {100 * rate.standard_error:.1f}"])  # fmt: skip
+        sentences[called] = found
+    heads = ["study", "what is done", "studies with a false finding", "share ± standard error"]
+    put(PAGE, "calibration", table(heads, rows))
+    shares = {practice: f"{100 * rate.share:.1f} % (standard error {100 * rate.standard_error:.1f})"
+              for practice, rate in sentences["looks at 5, 10 and 20 seeds"].items()}  # fmt: skip
+    put(README, "calibration", (
+        f"In {count:,} simulated studies of arms that are all alike, a study with looks at 5, 10 and 20 seeds found a "
+        f"difference that is not there in {shares['designed']}; adding seeds until something is significant did in "
+        f"{shares['until_significant']}, and plain ASHA over seeds, averaging those that finish, in "
+        f"{shares['plain_asha']}.\n"
+    ))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("curves", type=Path)
+    blocks = ("pairs", "choice", "stems", "calibration")
+    parser.add_argument("--only", choices=blocks, action="append")
+    given = parser.parse_args()
+    wanted = given.only or blocks
+    records = load(str(given.curves), adapt=Adapter(rest="screen", phases={"teachers": "teacher"}))
+    recorded = curves(records, study(), ["student", "teacher"])
+    if "pairs" in wanted:
+        pairs(recorded)
+    if "choice" in wanted:
+        choice(recorded, records)
+    if "stems" in wanted:
+        stems(records)
+    if "calibration" in wanted:
+        calibration()
+
+
+if __name__ == "__main__":
+    main()
