@@ -1,5 +1,6 @@
 """The driver: what is ready when, what follows from an end, and going on after a kill. No training here."""
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,8 @@ from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.plan import plan
 from tune_kd.records import DECISIONS, EPOCHS, TRIALS, Ledger
-from tune_kd.study import Study
-from tune_kd.trial import Epoch, Outcome
+from tune_kd.study import Confirm, Factor, Screen, Study
+from tune_kd.trial import Decision, Epoch, Outcome
 
 HERE = Where("host", "cpu")
 
@@ -129,15 +130,27 @@ def test_an_arm_that_can_be_stopped_is_confirmed_only_after_its_screen(bench: Be
     assert bench.start().trial.arm == "cifar/logit/T=2"
 
 
-def test_a_stopped_arm_has_no_final_accuracy_and_is_not_confirmed(study: Study, tmp_path: Path) -> None:
-    def order(seed: int) -> list[str]:
-        planned = plan(replace(study, screen=replace(study.screen, order_seed=seed)))
-        return [trial.arm for trial in planned.trials if trial.phase == "screen"]
+def where_one_stops(study: Study) -> Study:
+    """The study in an order in which T=4 comes before T=2, as the first to come to a rung is never stopped there."""
 
-    # The first to come to a rung is never stopped there: take an order in which that is T=4.
-    seed = next(s for s in range(50) if order(s).index("cifar/logit/T=4") < order(s).index("cifar/logit/T=2"))
-    bench = Bench(replace(study, screen=replace(study.screen, order_seed=seed)), tmp_path)
-    bench.run(lambda task: 0.1 if "T=2" in task.trial.arm else 0.9)
+    def order(screen: Screen) -> list[str]:
+        return [trial.arm for trial in plan(replace(study, screen=screen)).trials if trial.phase == "screen"]
+
+    screens = (replace(study.screen, order_seed=seed) for seed in range(50))
+    found = next(
+        each for each in screens if order(each).index("cifar/logit/T=4") < order(each).index("cifar/logit/T=2")
+    )
+    return replace(study, screen=found)
+
+
+def poor(task: Task) -> float:
+    """An accuracy that is poor at T=2."""
+    return 0.1 if "T=2" in task.trial.arm else 0.9
+
+
+def test_a_stopped_arm_has_no_final_accuracy_and_is_not_confirmed(study: Study, tmp_path: Path) -> None:
+    bench = Bench(where_one_stops(study), tmp_path)
+    bench.run(poor)
     (stopped,) = bench.rows(arm="cifar/logit/T=2", phase="screen")
     assert (stopped["status"], stopped["stop_reason"], stopped["epochs_run"]) == ("stopped", "asha", 1)
     assert stopped["test_accuracy"] is stopped["test_accuracy_best"] is stopped["ece"] is None
@@ -286,3 +299,77 @@ def test_values_of_the_recipe_stand_in_the_rows(study: Study, tmp_path: Path) ->
     bench = Bench(replace(study, recipe=replace(study.recipe, lr=0.07)), tmp_path)
     assert {row["lr"] for row in bench.rows(role="student")} == {0.07}
     assert {row["epochs_planned"] for row in bench.rows()} == {2}
+
+
+def test_a_run_killed_in_the_middle_of_a_rung_decides_as_one_that_went_on(one_stem: Study, tmp_path: Path) -> None:
+    """Whatever is reported when, in one recorded sequence: the arms side by side, epoch by epoch."""
+    levels = Factor("temperature", (1.0, 2.0, 4.0, 8.0, 16.0))
+    study = replace(
+        one_stem,
+        factors=(*one_stem.factors[:2], levels),
+        recipe=replace(one_stem.recipe, epochs=8),
+        screen=Screen(seed=0, grace=2, reduction=2, margin=0.01, min_peers=1),
+    )
+    chance = random.Random("a recorded sequence")
+    sequence = [(chance.random(), arm, number) for arm in range(7) for number in range(1, 9)]
+    metrics = {(arm, number): metric for metric, arm, number in sequence}
+
+    def play(folder: Path, kill_after: int) -> list[dict[str, Any]]:
+        folder.mkdir()
+        bench = Bench(study, folder)
+        reports = 0
+        for teacher in [task for task in iter(bench.driver.next, None) if task.trial.role == "teacher"]:
+            bench.driver.on_start(teacher)
+            bench.finish(teacher)
+        bench.ledger.close()
+        bench = Bench(study, folder)
+        screens = sorted(trial.trial_id for trial in bench.driver.plan.trials if trial.phase == "screen")
+        for number in range(1, 9):
+            for place, trial_id in enumerate(screens):
+                (row,) = bench.rows(trial_id=trial_id)
+                if row["status"] == "stopped":
+                    continue
+                if reports == kill_after:
+                    bench.ledger.close()
+                    bench = Bench(study, folder)
+                while (task := bench.driver.next()) is not None:
+                    bench.driver.on_start(task)
+                reports += 1
+                if not bench.driver.on_epoch(trial_id, epoch(number, metrics[place, number], last=number == 8), HERE):
+                    bench.driver.on_end(trial_id, None)
+        return bench.ledger.rows(DECISIONS)
+
+    whole = play(tmp_path / "whole", -1)
+    assert {row["action"] for row in whole} == {"stop", "continue"}
+    for kill_after in (3, 9, 10, 17, 25):
+        assert play(tmp_path / str(kill_after), kill_after) == whole
+
+
+def test_seeds_that_are_added_to_a_stopped_arm_or_a_failed_teacher_are_not_run(study: Study, tmp_path: Path) -> None:
+    study = where_one_stops(study)
+    bench = Bench(study, tmp_path)
+    teacher = next(task for task in iter(bench.driver.next, None) if task.trial.arm == "imagenet/teacher")
+    bench.driver.on_start(teacher)
+    bench.driver.on_end(teacher.trial.trial_id, Failure("diverged", "NaN"))
+    bench.ledger.close()
+    bench = Bench(study, tmp_path)
+    bench.run(poor)
+    bench.ledger.close()
+    more = Bench(replace(study, confirm=Confirm(seeds=(1, 2, 3))), tmp_path)
+    added = {row["arm"]: (row["status"], row["error"]) for row in more.rows(phase="confirm", seed=3)}
+    assert added.pop("cifar/logit/T=2") == ("stopped", "not run: the screen stopped the arm in epoch 1")
+    for arm in ("imagenet/logit/T=2", "imagenet/logit/T=4", "imagenet/feature"):
+        assert added.pop(arm)[0] == "blocked"
+    assert {status for status, _ in added.values()} == {"pending"}
+
+
+def test_every_comparison_is_said_as_it_is_recorded(study: Study, tmp_path: Path) -> None:
+    bench = Bench(where_one_stops(study), tmp_path)
+    bench.run(poor)
+    decisions = [Decision.of(row) for row in bench.ledger.rows(DECISIONS)]
+    assert bench.driver.decisions == decisions
+    assert [sentence for sentence in bench.said if " at epoch " in sentence] == [each.words for each in decisions]
+    (stop,) = (each for each in decisions if each.arm == "cifar/logit/T=2")
+    assert stop.words == (
+        "cifar/logit/T=2 at epoch 1: 10.00 %, cutoff 90.00, rank 2 of 2 in cifar/logit; stopped: behind"
+    )

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from tune_kd.run import Run, create, reopen
-from tune_kd.study import Mistake, Study
+from tune_kd.records import LEDGER, TRIALS, Ledger, first_row
+from tune_kd.run import Run, Source, changes, create, extended, record_extension, reopen
+from tune_kd.study import Confirm, Mistake, Study
 
 
 @pytest.fixture
@@ -62,3 +63,127 @@ def test_a_run_that_is_not_this_versions_or_was_changed_is_refused(
     path.write_text(json.dumps(record))
     with pytest.raises(Mistake, match=says):
         reopen(made.folder)
+
+
+FILE = """
+from dataclasses import replace
+from conftest import tiny
+from tune_kd.study import Confirm, Factor, Recipe
+
+def study():
+    return {change}
+"""
+AS_IT_WAS = "tiny()"
+
+
+@pytest.fixture
+def of_file(tmp_path: Path) -> Callable[..., Run]:
+    """A run that has ended, of a study in a file."""
+
+    def begun(declared: str = AS_IT_WAS, ended: bool = True) -> Run:
+        declare(tmp_path, declared)
+        source = Source(tmp_path / "mine.py", "test")
+        study = source.read()
+        assert study is not None
+        run = Run("mine", tmp_path / "mine", study, "d" * 64, None, {}, source)
+        create(run)
+        end(run, "completed" if ended else "running")
+        return run
+
+    return begun
+
+
+def declare(folder: Path, change: str) -> None:
+    (folder / "mine.py").write_text(FILE.format(change=change))
+
+
+def end(run: Run, status: str = "completed") -> None:
+    ledger = Ledger(run.folder / LEDGER)
+    for trial in run.plan.trials:
+        ledger.put(TRIALS, first_row(run.name, trial) | {"status": status})
+    ledger.close()
+
+
+def test_a_study_that_was_changed_since_is_noticed_field_by_field(of_file: Callable[..., Run], tmp_path: Path) -> None:
+    run = of_file()
+    assert changes(reopen(run.folder)) == []
+    declare(tmp_path, "replace(tiny(), recipe=Recipe(2, 16, lr=0.07), contrasts=tiny().contrasts[1:])")
+    recipe, contrasts = sorted(changes(reopen(run.folder)), reverse=True)
+    assert recipe == "recipe.lr was 0.05 and is 0.07"
+    assert contrasts.startswith('contrasts was [{"factor": "method"')
+    (tmp_path / "mine.py").unlink()
+    assert changes(reopen(run.folder)) == []
+
+
+def test_seeds_and_levels_may_be_added_and_what_was_fixed_stays_beside_them(
+    of_file: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = of_file()
+    before = json.loads((run.folder / "study.json").read_text())
+    factors = "(*tiny().factors[:2], Factor('temperature', (2.0, 4.0, 8.0)))"
+    declare(tmp_path, f"replace(tiny(), confirm=Confirm((1, 2, 3)), factors={factors})")
+    more = extended(reopen(run.folder))
+    record_extension(more)
+    again, record = reopen(run.folder), json.loads((run.folder / "study.json").read_text())
+    assert again.study == more.study
+    assert again.plan == more.plan
+    assert set(before["trials"]) < set(record["trials"])
+    assert "cifar/logit/T=8" in record["extended"]["arms"]
+    for name in ("study", "study_sha256", "contrasts", "contrasts_sha256", "arms"):
+        assert record[name] == before[name]
+    assert changes(again) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("replace(tiny(), recipe=Recipe(3, 16, 0.05))", "recipe.epochs was 2 and is 3"),
+        ("replace(tiny(), confirm=Confirm((2, 1, 3)))", r"confirm.seeds was \[1, 2\] and is \[2, 1, 3\]"),
+        ("replace(tiny(), confirm=Confirm((1, 2), looks=(2, 4)))", r"confirm.looks was null and is \[2, 4\]"),
+        (
+            "replace(tiny(), factors=(Factor('stem', ('cifar',)), *tiny().factors[1:]), moderator=None)",
+            "factors.stem was",
+        ),
+        ("replace(tiny(), contrasts=())", "contrasts was"),
+        (AS_IT_WAS, "nothing to add: .*mine.py declares the same seeds and levels"),
+    ],
+)
+def test_nothing_else_may_be_added(of_file: Callable[..., Run], tmp_path: Path, change: str, says: str) -> None:
+    run = of_file()
+    before = (run.folder / "study.json").read_text()
+    declare(tmp_path, change)
+    with pytest.raises(Mistake, match=says):
+        extended(reopen(run.folder))
+    assert (run.folder / "study.json").read_text() == before
+
+
+def test_nothing_is_added_to_a_run_that_has_not_ended(of_file: Callable[..., Run], tmp_path: Path) -> None:
+    run = of_file(ended=False)
+    declare(tmp_path, "replace(tiny(), confirm=Confirm((1, 2, 3)))")
+    with pytest.raises(Mistake, match="trials are still to run; resume it, and then --extend"):
+        extended(reopen(run.folder))
+
+
+def test_a_run_goes_from_look_to_look(of_file: Callable[..., Run], tmp_path: Path) -> None:
+    run = of_file("replace(tiny(), confirm=Confirm((1, 2), looks=(2, 3, 5)))")
+    seeds = []
+    for _ in range(2):
+        seeds.append({trial.seed for trial in reopen(run.folder).plan.trials if trial.phase == "confirm"})
+        more = extended(reopen(run.folder))
+        record_extension(more)
+        end(more)
+    seeds.append({trial.seed for trial in reopen(run.folder).plan.trials if trial.phase == "confirm"})
+    assert seeds == [{1, 2}, {1, 2, 3}, {1, 2, 3, 4, 5}]
+    with pytest.raises(Mistake, match="nothing to add: its last look is done"):
+        extended(reopen(run.folder))
+    declare(tmp_path, "replace(tiny(), confirm=Confirm((1, 2, 3, 4, 5, 6), looks=(2, 3, 6)))")
+    with pytest.raises(Mistake, match=r"confirm\.looks was"):
+        extended(reopen(run.folder))
+
+
+def test_what_is_set_of_an_extension_is_on_record(of_file: Callable[..., Run]) -> None:
+    run = of_file()
+    record_extension(extended(reopen(run.folder), ["confirm.seeds=[1,2,5]"]))
+    again = reopen(run.folder)
+    assert again.study.confirm == Confirm((1, 2, 5))
+    assert changes(again) == []

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from tune_kd.schedule import Schedule, stratum
 from tune_kd.study import Screen
@@ -148,3 +149,53 @@ def test_a_schedule_that_replays_its_first_decisions_makes_the_others_again(
         resumed.replay(decision)
     again, _ = play(resumed, drawn)
     assert again == whole
+
+
+def test_a_margin_may_be_given_for_each_rung() -> None:
+    schedule = made(replace(SCREEN, margin=(0.3, 0.1, 0.0)), immune=())
+    arms = ("cifar/logit/T=1", "cifar/logit/T=2", "cifar/logit/T=8")
+    reasons = {}
+    for epoch in (2, 4, 8):
+        for arm, metric in zip(arms, (0.9, 0.9, 0.75), strict=True):
+            reasons[epoch] = report(schedule, arm, epoch, metric).reason
+    assert reasons == {2: "near_tie", 4: "behind", 8: "behind"}
+
+
+class RayTrial:
+    """What Ray's scheduler looks at of a trial."""
+
+    def __init__(self, trial_id: str) -> None:
+        self.trial_id = trial_id
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(2, 4),
+    st.integers(1, 30),
+    st.lists(st.tuples(st.integers(0, 7), st.sampled_from([0.1, 0.2, 0.3, 0.5, 0.7]) | st.floats(0, 1)), max_size=120),
+)
+def test_without_strata_immunity_and_margin_it_decides_as_rays_asha_does(
+    grace: int, reduction: int, budget: int, sequence: list[tuple[int, float]]
+) -> None:
+    budget = max(budget, grace)
+    theirs = ASHAScheduler(
+        metric="accuracy", mode="max", time_attr="epoch", grace_period=grace, reduction_factor=reduction, max_t=budget
+    )
+    trials = {number: RayTrial(str(number)) for number in range(8)}
+    for trial in trials.values():
+        theirs.on_trial_add(None, trial)  # type: ignore[arg-type]
+    screen = Screen(grace=grace, reduction=reduction, margin=0.0, min_peers=1, strata=None)
+    ours = Schedule(screen, budget, dict.fromkeys(map(str, trials), "all"), immune=())
+    reached = dict.fromkeys(trials, 0)
+    for number, metric in sequence:
+        if reached[number] >= budget:
+            continue
+        reached[number] += 1
+        result = {"epoch": reached[number], "accuracy": metric}
+        expected = theirs.on_trial_result(None, trials[number], result)  # type: ignore[arg-type]
+        decision = ours.report(str(number), str(number), reached[number], metric)
+        ends = reached[number] == budget or (decision is not None and decision.action == "stop")
+        assert ends == (expected == TrialScheduler.STOP)
+        if ends:
+            theirs.on_trial_complete(None, trials[number], result)  # type: ignore[arg-type]
+            reached[number] = budget

@@ -51,6 +51,17 @@ def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
         ({"screen": Screen(grace=0)}, ("screen.grace is 0",)),
         ({"screen": Screen(grace=1, reduction=1)}, ("screen.reduction is 1", "at least 2")),
         ({"screen": Screen(grace=1, margin=-0.1)}, ("screen.margin is -0.1",)),
+        (
+            {"screen": Screen(grace=1, reduction=2, margin=(0.1, 0.2))},
+            ("screen.margin is [0.1, 0.2]", "each rung (1: 1)"),
+        ),
+        ({"screen": Screen(grace=1, margin=(2.0,))}, ("screen.margin is [2.0]", "from 0 to 1")),
+        ({"screen": Screen(grace=1, strata=())}, ("screen.strata is empty", "null for all with all")),
+        ({"confirm": Confirm(looks=())}, ("confirm.looks is []", "counts of seeds that grow")),
+        ({"confirm": Confirm(looks=(5, 5))}, ("confirm.looks is [5, 5]",)),
+        ({"confirm": Confirm(looks=(1, 5))}, ("confirm.looks is [1, 5]", "the first 2 or more")),
+        ({"confirm": Confirm(seeds=(1, 2, 3), looks=(2,))}, ("confirm.looks is [2] with 3 confirm.seeds",)),
+        ({"confirm": Confirm(looks=(5, 10)), "screen": Screen(seed=9, grace=1)}, ("screen.seed is 9", "9, 10]")),
         ({"screen": Screen(grace=1, min_peers=0)}, ("screen.min_peers is 0",)),
         ({"screen": Screen(grace=1, strata=("depth",))}, ("'depth'",)),
         ({"screen": Screen(grace=1, strata=None)}, ("screen.strata is null", "contrasts empty")),
@@ -81,3 +92,10 @@ def test_a_scale_that_takes_a_data_set_keeps_its_own_sizes_and_another_takes_it_
     assert resolve(path, "laptop", "cifar10").data.train == 4000
     assert resolve(path, "laptop").data == Data("digits")
     assert resolve(path, "paper", "digits").data == Data("digits")
+
+
+def test_seeds_of_later_looks_are_counted_up_from_the_last_that_is_listed() -> None:
+    confirm = Confirm(seeds=(3, 7), looks=(2, 3, 5))
+    assert confirm.all_seeds == (3, 7, 8, 9, 10)
+    assert [confirm.seeds_at(look) for look in range(3)] == [(3, 7), (3, 7, 8), (3, 7, 8, 9, 10)]
+    assert Confirm(seeds=(3, 7)).seeds_at(0) == (3, 7)
