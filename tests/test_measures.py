@@ -1,20 +1,25 @@
 """What was measured besides accuracy, and what early stopping did: numbers by hand, on small tables."""
 
+from dataclasses import asdict, replace
 from typing import Any
 
 import pandas as pd
 import pytest
+from scipy import stats as scipy_stats
 
-from tune_kd import audit, measures
+from tune_kd import audit, measures, stats
 from tune_kd.records import DECISIONS, EPOCHS, TRIALS, frame
+from tune_kd.study import Data, Mistake, Recipe, Screen, Study
 from tune_kd.tables import Records
 
 
-def records(trials: list[dict[str, Any]], epochs: Any = (), decisions: Any = ()) -> Records:
+def records(
+    trials: list[dict[str, Any]], epochs: Any = (), decisions: Any = (), studies: dict[str, Any] | None = None
+) -> Records:
     def filled(schema: Any, rows: Any) -> pd.DataFrame:
         return frame(schema, [dict.fromkeys(schema.columns) | {"run": "r"} | row for row in rows])
 
-    return Records(filled(TRIALS, trials), filled(EPOCHS, epochs), filled(DECISIONS, decisions), {})
+    return Records(filled(TRIALS, trials), filled(EPOCHS, epochs), filled(DECISIONS, decisions), studies or {})
 
 
 def trial(arm: str, seed: int, accuracy: float | None, **values: Any) -> dict[str, Any]:
@@ -124,6 +129,54 @@ def test_the_audit_pairs_each_comparison_with_the_end_and_knows_none_of_what_was
         ["continue", "ahead", 3, 3],
         ["stop", "behind", 1, 1],
     ]
+
+
+def curves(accuracy: dict[str, list[float]], study: Study, **values: Any) -> Records:
+    """Trials `ARM SEED` of a study that ran to their end with these validation accuracies."""
+    trials = [trial(name.split()[0], int(name.split()[1]), 0.9, trial_id=name, epochs_planned=len(each), **values)
+              for name, each in accuracy.items()]  # fmt: skip
+    epochs = [{"trial_id": name, "epoch": number, "val_accuracy": value}
+              for name, each in accuracy.items() for number, value in enumerate(each, 1)]  # fmt: skip
+    return records(trials, epochs, studies={"r": {"study": asdict(study)}})
+
+
+def test_the_audit_gives_the_rank_correlation_of_each_rung_with_the_end_in_each_stratum(study: Study) -> None:
+    study = replace(study, recipe=Recipe(epochs=4), screen=Screen(grace=1, reduction=2))
+    ends = [0.1, 0.2, 0.3, 0.4, 0.5]
+    logits = {
+        f"cifar/logit/T={2 + 2 * (place % 2)} {place}": [1 - end, 0.5, end, end] for place, end in enumerate(ends)
+    }
+    other = {f"cifar/none {seed}": [0.1 * seed, 0.2, 0.3, 0.1 * seed] for seed in range(3)}
+    some = curves(logits | other, study)
+    table = audit.rank_correlations(some)
+    found = {(row["stratum"], row["epoch"]): row for row in table.to_dict("records")}
+    assert set(found) == {(name, epoch) for name in ("cifar/logit", "cifar/none") for epoch in (1, 2)}
+    assert (found["cifar/logit", 1]["n"], found["cifar/logit", 1]["rho"]) == (5, pytest.approx(-1.0))
+    assert pd.isna(found["cifar/logit", 2]["rho"])  # all tied
+    assert (found["cifar/none", 1]["rho"], found["cifar/none", 1]["n"]) == (pytest.approx(1.0), 3)
+    assert pd.isna(found["cifar/none", 1]["low"])
+    expected = stats.rank_correlation([1 - end for end in ends], ends)
+    assert (found["cifar/logit", 1]["low"], found["cifar/logit", 1]["high"]) == (expected.low, expected.high)
+    everywhere = audit.rank_correlations(some, everywhere=True)
+    assert everywhere.loc[everywhere["stratum"] == "cifar/logit", "epoch"].tolist() == [1, 2, 3]
+    assert everywhere["rung"].isna().sum() == 2
+
+
+def test_margins_come_from_the_spread_of_controls_between_seeds(study: Study) -> None:
+    study = replace(study, recipe=Recipe(epochs=4), screen=Screen(grace=1, reduction=2))
+    some = curves(
+        {"cifar/none 1": [0.5, 0.7, 0.8, 0.9], "cifar/none 2": [0.7, 0.7, 0.8, 0.9], "cifar/logit/T=4 1": [0.1] * 4,
+         "imagenet/none 1": [0.2, 0.3, 0.5, 0.5], "imagenet/none 2": [0.2, 0.5, 0.5, 0.5]},
+        study, dataset="digits", scale="test",
+    )  # fmt: skip
+    # Two groups of two: the pooled deviation is sqrt((0.1^2 + 0.1^2) / 2) at epoch 1, where one group has a spread.
+    deviation = (2 * 0.1**2 / 2) ** 0.5
+    expected = scipy_stats.t.ppf(0.95, 2) * 2**0.5 * deviation
+    assert audit.noise_margins(some, study) == [pytest.approx(expected, abs=1e-6)] * 2
+    with pytest.raises(Mistake, match=r"no control .none. has two seeds that ran 9 epochs on digits at scale test"):
+        audit.noise_margins(some, replace(study, recipe=Recipe(epochs=9)))
+    with pytest.raises(Mistake, match="on cifar10"):
+        audit.noise_margins(some, replace(study, data=Data("cifar10")))
 
 
 def test_a_timeline_puts_trials_on_slots_on_which_they_do_not_overlap() -> None:

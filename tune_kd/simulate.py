@@ -83,6 +83,8 @@ def curves(records: Records, study: Study, strata: Sequence[str] | None) -> Curv
     """
     screen = Screen(strata=None if strata is None else tuple(strata))
     trials = records.trials[records.trials["role"] == "student"]
+    if trials.empty:
+        raise Mistake("--curves has no student's trial; allowed: tables with one, in a phase that is not `teacher`")
     unknown = [name for name in strata or () if name not in CELL_FIELDS or trials[name].isna().all()]
     if unknown:
         known = ", ".join(name for name in CELL_FIELDS if trials[name].notna().any())

@@ -1,0 +1,70 @@
+"""What a run's audit says to the next plan."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tune_kd import audit, evidence, tables
+from tune_kd.plan import plan
+from tune_kd.study import Confirm, Data, Factor, Recipe, Screen, Study
+
+
+@pytest.fixture
+def long(one_stem: Study) -> Study:
+    return replace(
+        one_stem,
+        factors=(*one_stem.factors[:2], Factor("temperature", (1.0, 2.0, 4.0, 8.0))),
+        recipe=Recipe(epochs=6, batch_size=16, lr=0.05),
+        screen=Screen(grace=2, reduction=2),
+        confirm=Confirm((1, 2)),
+    )
+
+
+def left_behind(out: Path, study: Study, lows: dict[str, list[float | None]], run: str = "earlier") -> None:
+    rows = [
+        {"stratum": name, "epoch": epoch, "n": 12, "rho": 0.5, "low": low, "high": 0.9}
+        for name, of in lows.items()
+        for epoch, low in enumerate(of, 1)
+    ]
+    (out / run).mkdir(parents=True)
+    evidence.record(out / run, run, study, pd.DataFrame(rows))
+
+
+def test_a_grace_period_that_is_shorter_than_an_audit_supports_is_warned_of(long: Study, tmp_path: Path) -> None:
+    left_behind(tmp_path, long, {"cifar/logit": [-0.5, -0.4, -0.1, 0.2, 0.3]})
+    (warning,) = evidence.warnings(plan(long), tmp_path)
+    assert warning == (
+        "screen.grace is 2, shorter than the run earlier supports: in cifar/logit the ranks at epoch 2 did not "
+        "foretell those at the end (Spearman +0.50, 95 % interval -0.40 to +0.90, 12 trials); from epoch 4 on they did"
+    )
+    later = replace(long, screen=Screen(grace=4, reduction=2))
+    assert evidence.warnings(plan(later), tmp_path) == []
+
+
+def test_one_good_epoch_before_bad_ones_supports_nothing(long: Study, tmp_path: Path) -> None:
+    left_behind(tmp_path, long, {"cifar/logit": [0.3, 0.3, -0.1, 0.3, None]})
+    (warning,) = evidence.warnings(plan(long), tmp_path)
+    assert "the ranks at epoch 3" in warning
+    assert warning.endswith("it supports none")
+
+
+def test_only_runs_that_are_alike_and_strata_in_which_an_arm_may_stop_count(long: Study, tmp_path: Path) -> None:
+    bad: list[float | None] = [-0.5] * 5
+    left_behind(tmp_path, replace(long, data=Data("cifar10")), {"cifar/logit": bad}, "other-data")
+    left_behind(tmp_path, replace(long, recipe=Recipe(epochs=9)), {"cifar/logit": bad}, "longer")
+    left_behind(tmp_path, long, {"cifar/none": bad, "cifar/feature": bad}, "immune")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "audit.json").write_text('{"strata"')
+    assert evidence.warnings(plan(long), tmp_path) == []
+
+
+def test_what_a_finished_run_leaves_is_its_audit_at_every_epoch(finished: Path, study: Study, tmp_path: Path) -> None:
+    records = tables.load(finished)
+    table = audit.rank_correlations(records, everywhere=True)
+    evidence.record(tmp_path, "tiny", study, table)
+    left = json.loads((tmp_path / "audit.json").read_text())
+    assert (left["run"], left["data"], left["scale"], left["epochs"]) == ("tiny", "digits", "test", 2)
+    assert left["strata"]["cifar/logit"]["1"]["n"] == table.set_index("stratum").loc["cifar/logit", "n"]
