@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,13 @@ from tune_kd import data
 from tune_kd.execute import on_ray
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
-from tune_kd.execute.worker import Workplace
+from tune_kd.execute.worker import Task, Work, Workplace
 from tune_kd.plan import plan
 from tune_kd.records import EPOCHS, TIMING, TRIALS, Ledger
-from tune_kd.study import Study
+from tune_kd.schedule import stratum
+from tune_kd.simulate import Curve, replay
+from tune_kd.study import Factor, Screen, Study
+from tune_kd.trial import Epoch, Outcome
 
 # What may differ between two computations of one trial (RELIABILITY: times, rates, hosts, attempts, memory, shares).
 FREE = ["run", "train_seconds", "wall_seconds", "gpu_fraction", "peak_memory_bytes", "attempts", "error", "host",
@@ -70,8 +75,6 @@ def contiguous(folder: Path) -> None:
 
 def without_stops(study: Study) -> Study:
     """With all arms running on, what runs does not depend on who arrives first."""
-    from dataclasses import replace
-
     return replace(study, screen=replace(study.screen, min_peers=99))
 
 
@@ -87,6 +90,54 @@ def test_with_ray_and_in_this_process_a_study_gives_the_same_records(
     assert {row["status"] for row in ended.rows.values()} == {"completed"}
     assert {row["gpu_fraction"] for row in ended.rows.values()} == {0.5}
     assert not any((tmp_path / "ray" / "checkpoints").glob("*"))
+
+
+def recorded(metrics: dict[tuple[str, int], float]) -> Work:
+    """Work that trains nothing: it reports the validation accuracies of (arm, epoch) that were written down."""
+
+    def work(task: Task, place: Workplace) -> Generator[Epoch]:
+        total = task.trial.recipe.epochs
+        for number in range(1, total + 1):
+            accuracy = metrics.get((task.trial.arm, number), 0.5)
+            outcome = Outcome(number, accuracy, accuracy, accuracy, None, None, None, 0.1, 1, "none", None, None)
+            loss, ended = 1.0, outcome if number == total else None
+            yield Epoch(number, accuracy, loss, loss, accuracy, loss, None, 0.1, 1.0, 1e-3, 1.0, outcome=ended)
+
+    return work
+
+
+def test_one_recorded_sequence_gives_the_same_decisions_three_ways(
+    ray_session: str, study: Study, tmp_path: Path
+) -> None:
+    """Through Ray, in this process, and in the simulator."""
+    levels = Factor("temperature", (1.0, 2.0, 4.0, 8.0, 16.0))
+    study = replace(
+        study,
+        factors=(*study.factors[:2], levels),
+        recipe=replace(study.recipe, epochs=8),
+        screen=Screen(seed=0, grace=2, reduction=2, margin=0.02, min_peers=1),
+    )
+    chance = random.Random("a recorded sequence")
+    arms = [arm.name for arm in plan(study).arms]
+    metrics = {(arm, number): chance.random() for arm in arms for number in range(1, 9)}
+
+    through_ray, place = driver(study, tmp_path / "ray", max_concurrent=1)
+    on_ray.run_on_ray(through_ray, place, slots=1, beat=lambda: None, work=recorded(metrics))
+    here, place = driver(study, tmp_path / "here")
+    run_in_process(here, place, recorded(metrics))
+    assert through_ray.decisions == here.decisions
+    assert {each.action for each in here.decisions} == {"stop", "continue"}
+
+    ids = {trial.arm: trial.trial_id for trial in here.plan.trials if trial.phase == "screen"}
+    grid = tuple(
+        Curve(ids[arm.name], arm.name, stratum(study.screen, vars(arm.cell)), arm.immune,
+              tuple(metrics[arm.name, number] for number in range(1, 9)))
+        for arm in here.plan.arms
+    )  # fmt: skip
+    order = list(dict.fromkeys(each.arm for each in here.decisions))
+    simulated = replay(study.screen, grid, order)
+    by_arm = sorted(here.decisions, key=lambda each: (each.rung, order.index(each.arm)))
+    assert simulated == by_arm
 
 
 def token() -> str:

@@ -1,5 +1,6 @@
 """What may be claimed, and what may not. Numbers by hand."""
 
+import random
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -191,6 +192,79 @@ def test_seeds_that_were_added_to_the_plan_are_exploratory(study: Study) -> None
     assert explored.loc[explored["what"] == "added seeds", ["arm", "n", "mean"]].to_numpy().tolist() == [
         ["cifar/logit/T=4", 1, 1.0]
     ]
+
+
+def test_an_arm_that_was_added_later_is_exploratory_and_in_no_contrast(study: Study) -> None:
+    records = made(study, noisy(0.02))
+    added = records.trials[records.trials["arm"].eq("cifar/logit/T=4")].assign(arm="cifar/logit/T=8")
+    added = added.assign(trial_id=[f"added {number}" for number in range(len(added))])
+    more = replace(records, trials=pd.concat([records.trials, added], ignore_index=True))
+    pd.testing.assert_frame_equal(results.contrasts(more), results.contrasts(records))
+    pd.testing.assert_frame_equal(results.arms(more), results.arms(records))
+    explored = results.exploratory(more)
+    assert explored.loc[explored["what"] == "added arm", ["arm", "n"]].to_numpy().tolist() == [["cifar/logit/T=8", 5]]
+    assert any("Arms that were added later (cifar/logit/T=8) are exploratory" in each
+               for each in provenance.limits(more))  # fmt: skip
+
+
+def looked(study: Study, accuracy: Callable[[Trial], float], look: int) -> Records:
+    """The records of a study with looks at 3, 5 and 10 seeds, at one of them."""
+    declared = replace(study, confirm=Confirm((1, 2, 3), looks=(3, 5, 10)))
+    planned = plan(declared, "0" * 64, look)
+    rows = [first_row("r", trial) | {"status": "completed", "epochs_run": 2, "test_accuracy_best": accuracy(trial)}
+            for trial in planned.trials]  # fmt: skip
+    fixed = {"study": asdict(declared), "look": look, "data": {"name": "digits"}}
+    fixed |= {"contrasts": [asdict(each) for each in planned.contrasts]}
+    fixed |= {"arms": [{"name": arm.name, "role": arm.role} for arm in planned.arms]}
+    return Records(frame(TRIALS, rows), frame(EPOCHS, []), frame(DECISIONS, []), {"r": fixed})
+
+
+def gains(*by_seed: float) -> Callable[[Trial], float]:
+    """Logit at T=4 under the cifar stem gains this, seed by seed from 1; other arms differ by noise."""
+
+    def accuracy(trial: Trial) -> float:
+        noise = random.Random(f"{trial.arm} {trial.seed}").gauss(0, 1e-5)
+        if trial.phase == "confirm" and trial.arm == "cifar/logit/T=4":
+            return 0.9 + by_seed[trial.seed - 1] + noise
+        return 0.9 + noise
+
+    return accuracy
+
+
+NAME = "cifar: logit - none"
+
+
+def test_each_look_has_its_share_of_the_level_and_p_values_are_scaled_to_the_whole(study: Study) -> None:
+    accuracy = gains(0.010, 0.014, 0.011)
+    table = results.contrasts(looked(study, accuracy, 0))
+    values = results.confirmed(looked(study, accuracy, 0))
+    test = scipy_stats.ttest_rel(values["cifar/logit/T=4"], values["cifar/none"])
+    found = row(table, NAME)
+    share = 0.05 * 3 / 10
+    interval = test.confidence_interval(1 - share)
+    assert found["planned"] == found["n"] == 3
+    assert (found["low"], found["high"]) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    holm = dict(zip(table["contrast"], results.holm(table["p"]), strict=True))
+    assert found["p_holm"] == pytest.approx(min(1.0, holm[NAME] * 10 / 3))
+
+
+def test_what_stood_at_a_look_goes_on_standing_unless_it_turns(study: Study) -> None:
+    strong = (0.0100, 0.01001, 0.01002)
+    first = row(results.contrasts(looked(study, gains(*strong), 0)), NAME)
+    assert first["verdict"] == "better"
+    faded = row(results.contrasts(looked(study, gains(*strong, -0.009, 0.012), 1)), NAME)
+    assert (faded["n"], faded["verdict"]) == (5, "better")
+    assert faded["p_holm"] == pytest.approx(first["p_holm"])
+    assert faded["p"] > 0.05
+    turned = row(results.contrasts(looked(study, gains(*strong, -0.1, 0.04), 1)), NAME)
+    assert (turned["estimate"] < 0, turned["verdict"]) == (True, "inconclusive")
+
+
+def test_looks_are_named_among_the_limits(study: Study) -> None:
+    said = provenance.limits(looked(study, gains(*[0.01] * 5), 1))
+    (sentence,) = (each for each in said if each.startswith("Judged at look"))
+    assert sentence.startswith("Judged at look 2 of the 3 that the study declared (5 of 10 seeds)")
+    assert "this one 0.01" in sentence
 
 
 def test_two_trials_of_one_arm_and_seed_are_refused(study: Study) -> None:

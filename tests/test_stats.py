@@ -203,3 +203,67 @@ def test_intervals_cover_at_their_nominal_rate(n: int) -> None:
     alone, paired, unpaired, tost = covered / draws
     assert (alone, paired, tost) == (*[pytest.approx(0.95, abs=0.007)] * 2, pytest.approx(0.90, abs=0.009))
     assert 0.943 < unpaired < 0.957 + 0.02 * (n < 5)  # Welch's is wide where values are few: 96.4 % at three of each
+
+
+def test_looks_spend_the_level_by_the_seeds_that_they_add() -> None:
+    assert stats.spent([5]) == [0.05]
+    assert stats.spent([5, 10, 20]) == pytest.approx([0.0125, 0.0125, 0.025])
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=6).map(lambda steps: list(itertools.accumulate(steps))))
+def test_all_looks_together_spend_the_level_and_no_more(looks: list[int]) -> None:
+    assert sum(stats.spent(looks)) == pytest.approx(0.05)
+    assert min(stats.spent(looks)) > 0
+
+
+def test_a_rank_correlation_is_scipys_with_an_interval_on_fishers_scale() -> None:
+    one, other = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [2.0, 1.0, 4.0, 3.0, 6.0, 5.5]
+    found = stats.rank_correlation(one, other)
+    rho = scipy_stats.spearmanr(one, other).statistic
+    half = scipy_stats.norm.ppf(0.975) * np.sqrt((1 + rho**2 / 2) / 3)  # Bonett and Wright 2000
+    assert found.rho == pytest.approx(rho)
+    assert (found.low, found.high) == (pytest.approx(np.tanh(np.arctanh(rho) - half)),
+                                       pytest.approx(np.tanh(np.arctanh(rho) + half)))  # fmt: skip
+
+
+def test_a_rank_correlation_of_few_or_of_what_is_tied_says_little() -> None:
+    assert stats.rank_correlation([1.0, 2.0], [1.0, 2.0]).rho is None
+    assert stats.rank_correlation([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]).rho is None
+    three = stats.rank_correlation([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    assert (three.rho, three.low) == (pytest.approx(1.0), None)
+    four = stats.rank_correlation([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0])
+    assert four.low is not None and four.low < 0 < four.high == pytest.approx(1.0)  # luck, in one of 24 orders
+    many = stats.rank_correlation(range(30), range(30))
+    assert many.low is not None and many.low > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rho", [0.0, 0.4, 0.8])
+def test_its_interval_covers(rho: float) -> None:
+    """Of normal data with Pearson's correlation r, Spearman's is 6 / pi * asin(r / 2)."""
+    chance, draws, n = np.random.default_rng(5), 4000, 12
+    r = 2 * np.sin(np.pi * rho / 6)
+    covered = 0
+    for _ in range(draws):
+        one, noise = chance.standard_normal((2, n))
+        found = stats.rank_correlation(one, r * one + np.sqrt(1 - r**2) * noise)
+        assert found.low is not None and found.high is not None
+        covered += found.low <= rho <= found.high
+    assert 0.93 <= covered / draws <= 0.98
+
+
+def test_a_noise_margin_is_by_hand_the_quantile_of_a_difference_of_equals() -> None:
+    groups = [[0.9, 0.92, 0.94], [0.5, 0.5]]
+    deviation = np.sqrt((2 * 0.02**2 + 0) / 3)  # pooled over 2 + 1 degrees of freedom
+    assert stats.noise_margin(groups) == pytest.approx(scipy_stats.t.ppf(0.95, 3) * np.sqrt(2) * deviation)
+    assert stats.noise_margin([[0.9], []]) is None
+
+
+@pytest.mark.slow
+def test_equals_seem_worse_by_a_noise_margin_in_one_of_twenty() -> None:
+    chance, draws = np.random.default_rng(3), 20_000
+    behind = sum(
+        float(np.subtract(*chance.normal(0, 0.01, 2))) > (stats.noise_margin(chance.normal(0, 0.01, (2, 3))) or 0)
+        for _ in range(draws)
+    )
+    assert 0.045 <= behind / draws <= 0.055

@@ -1,11 +1,11 @@
 """The second form of execution: one trial after another, here. For tests and debuggers."""
 
 from tune_kd.execute.driver import Driver
-from tune_kd.execute.worker import Failure, Workplace, failure, whereabouts, work
+from tune_kd.execute.worker import Failure, Work, Workplace, failure, whereabouts, work
 
 
-def run_in_process(driver: Driver, place: Workplace) -> None:
-    """Run a plan to its end in this process: same plan, same records as with Ray."""
+def run_in_process(driver: Driver, place: Workplace, work: Work = work) -> None:
+    """Run a plan to its end in this process: same plan, same records as with Ray. `work` is done with each task."""
     while (task := driver.next()) is not None:
         driver.on_start(task)
         problem: Failure | None = None

@@ -38,11 +38,9 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from tune_kd.execute.driver import Driver
-from tune_kd.execute.worker import Failure, Task, Workplace, failure, whereabouts, work
+from tune_kd.execute.worker import Failure, Task, Work, Workplace, failure, whereabouts, work
 from tune_kd.study import Mistake
 from tune_kd.trial import Epoch
-
-Work = Callable[[Task, Workplace], Generator[Epoch]]
 
 
 class TrialRunner(tune.Trainable):

@@ -2,7 +2,7 @@
 
 import platform
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -71,6 +71,9 @@ def failure(error: BaseException) -> Failure:
     if isinstance(error, teachers.TeacherChanged):
         return Failure("teacher_failed", message)
     return Failure("error", message)
+
+
+Work = Callable[[Task, Workplace], Generator[Epoch]]  # what is done with a task: `work`, or a stand-in
 
 
 def work(task: Task, place: Workplace) -> Generator[Epoch]:
