@@ -49,16 +49,38 @@ class Rate:
         return math.sqrt(self.share * (1 - self.share) / self.studies)
 
 
-def calibrate(study: Study, studies: int, processes: int, beat: Callable[[], object] = lambda: None) -> dict[str, Rate]:
-    """The rate of each practice over `studies` replays of a study in which all arms are alike. `beat` is called after
-    each replay. The draws of replay i follow from i alone."""
-    counts = dict.fromkeys(PRACTICES, 0)
+@dataclass(frozen=True)
+class Calibration:
+    """The rate of each practice, and what plain ASHA does to means."""
+
+    rates: dict[str, Rate]
+    finished: float  # fraction of plain ASHA's trials that run to their end
+    bias: float  # how much too high the accuracy of those is on average, in deviations between seeds
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one study of nothing led to."""
+
+    false: dict[str, bool]  # by practice: whether it claims any difference
+    finished: tuple[float, ...]  # plain ASHA: the accuracies of what finishes, less the true one
+    tried: int  # plain ASHA: trials that compete
+
+
+def calibrate(study: Study, studies: int, processes: int, beat: Callable[[], object] = lambda: None) -> Calibration:
+    """How often each practice finds something in `studies` replays of a study in which all arms are alike. `beat` is
+    called after each replay. The draws of replay i follow from i alone."""
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_prepare) as pool:
-        for found in pool.map(partial(false_findings, study), range(studies), chunksize=4):
-            for name, any_ in found.items():
-                counts[name] += any_
+        found = []
+        for one in pool.map(partial(study_of_nothing, study), range(studies), chunksize=4):
+            found.append(one)
             beat()
-    return {name: Rate(count, studies) for name, count in counts.items()}
+    errors = [error for one in found for error in one.finished]
+    return Calibration(
+        {name: Rate(sum(one.false[name] for one in found), studies) for name in PRACTICES},
+        len(errors) / max(1, sum(one.tried for one in found)),
+        float(np.mean(errors)) / study.deviation if errors else 0.0,
+    )
 
 
 def _prepare() -> None:
@@ -69,15 +91,19 @@ def _prepare() -> None:
     gc.freeze()
 
 
-def false_findings(study: Study, number: int) -> dict[str, bool]:
-    """Whether each practice claims a difference in a study of nothing, drawn from generators of this number."""
+def study_of_nothing(study: Study, number: int) -> Found:
+    """What each practice makes of a study of nothing that is drawn from generators of this number."""
     everything = plan(study, "0" * 64, len(study.confirm.looks or (0,)) - 1)
     nature = _Nature(study, number)
-    return {
+    finished, tried = _finishers(everything, nature, number)
+    false = {
         "designed": _designed(study, nature, number),
-        "plain_asha": _plain_asha(everything, nature, number),
+        "plain_asha": _differ(everything, finished),
         "until_significant": _until_significant(everything, nature),
     }
+    controls = {arm.name for arm in everything.arms if arm.role == "control"}
+    competed = [value for arm, values in finished.items() if arm not in controls for value in values]
+    return Found(false, tuple(value - ACCURACY for value in competed), tried)
 
 
 class _Nature:
@@ -142,13 +168,13 @@ def _row(trial: Trial, stopped: bool, nature: _Nature) -> dict[str, object]:
     return row | {"status": "completed", "epochs_run": trial.recipe.epochs, results.HEADLINE: test}
 
 
-def _plain_asha(planned: Plan, nature: _Nature, number: int) -> bool:
-    """Every arm at every seed of the first look competes with all others, and what finishes is averaged. The control
-    runs to its end, as a baseline does."""
+def _finishers(planned: Plan, nature: _Nature, number: int) -> tuple[dict[str, list[float]], int]:
+    """Every arm at every seed competes with all others, as plain ASHA has it: the test accuracies of what finishes, by
+    arm, and how many competed. The control runs to its end, as a baseline does."""
     study = planned.study
     screen = replace(study.screen, strata=None, margin=0.0, min_peers=1)
     controls = {arm.name for arm in planned.arms if arm.role == "control"}
-    trials = {f"{arm.name} {seed}": (arm.name, seed) for arm in planned.arms for seed in study.confirm.seeds_at(0)}
+    trials = {f"{arm.name} {seed}": (arm.name, seed) for arm in planned.arms for seed in study.confirm.all_seeds}
     grid = tuple(
         Curve(name, name, "all", arm in controls, nature.trial(arm, seed)[0]) for name, (arm, seed) in trials.items()
     )
@@ -158,12 +184,13 @@ def _plain_asha(planned: Plan, nature: _Nature, number: int) -> bool:
     for name, (arm, seed) in trials.items():
         if name not in stopped:
             finished[arm].append(nature.trial(arm, seed)[1])
-    p_values = [
-        stats.welch(*(finished[arm] for arm, _ in contrast.weights)).p
-        for contrast in planned.contrasts
-        if contrast.kind == "effect"
-    ]
-    return _significant(p_values)
+    return finished, sum(arm not in controls for arm, _ in trials.values())
+
+
+def _differ(planned: Plan, finished: dict[str, list[float]]) -> bool:
+    """Whether means of what finished are called different, by Welch's test."""
+    effects = [contrast for contrast in planned.contrasts if contrast.kind == "effect"]
+    return _significant([stats.welch(*(finished[arm] for arm, _ in effect.weights)).p for effect in effects])
 
 
 def _until_significant(planned: Plan, nature: _Nature) -> bool:

@@ -366,16 +366,17 @@ def calibrate(
     chosen, why = _scale(path, scale, None)
     resolved = spaces.resolve(path, chosen, data, settings or ())
     replays = iter(_tracked(studies, "studies"))
-    rates = calibration.calibrate(resolved, studies, os.cpu_count() or 1, beat=lambda: next(replays))
+    found = calibration.calibrate(resolved, studies, os.cpu_count() or 1, beat=lambda: next(replays))
     next(replays, None)
     if as_json:
-        found = {name: asdict(rate) | {"share": rate.share, "standard_error": rate.standard_error}
-                 for name, rate in rates.items()}  # fmt: skip
-        print(json.dumps({"study": resolved.name, "scale": chosen, "practices": found}))
+        practices = {name: asdict(rate) | {"share": rate.share, "standard_error": rate.standard_error}
+                     for name, rate in found.rates.items()}  # fmt: skip
+        bias = {"finished": found.finished, "bias_in_deviations": found.bias}
+        print(json.dumps({"study": resolved.name, "scale": chosen, "practices": practices, "plain_asha": bias}))
         return
     console = Console()
     console.print(f"{resolved.name} at scale {chosen}{why}", highlight=False)
-    console.print(view.calibration(calibration.PRACTICES, rates))
+    console.print(view.calibration(calibration.PRACTICES, found))
 
 
 @app.command(name="list")

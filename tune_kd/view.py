@@ -16,7 +16,7 @@ from tune_kd.trial import Decision
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tune_kd.calibrate import Rate
+    from tune_kd.calibrate import Calibration
     from tune_kd.simulate import Outcome
     from tune_kd.study import Screen
 
@@ -289,14 +289,21 @@ def _foretold(screen: "Screen", outcomes: Mapping[str, "Outcome"]) -> Table:
     return shown
 
 
-def calibration(practices: Mapping[str, str], rates: Mapping[str, "Rate"]) -> Group:
+def calibration(practices: Mapping[str, str], found: "Calibration") -> Group:
     """How often each practice found something where nothing is."""
     shown = _titled("Studies of nothing with at least one false finding")
     for title in ("what is done", "studies", "share", "standard error"):
         shown.add_column(title, justify="left" if title == "what is done" else "right")
     for name, words in practices.items():
-        rate = rates[name]
+        rate = found.rates[name]
         shown.add_row(
             words, f"{rate.found} of {rate.studies}", f"{100 * rate.share:.1f} %", f"{100 * rate.standard_error:.1f} %"
         )
-    return Group(shown, Text("All arms are alike in them, so whatever is found is false; the level allows 5 %."))
+    return Group(
+        shown,
+        Text("All arms are alike in them, so whatever is found is false; the level allows 5 %."),
+        Text(
+            f"Of plain ASHA's trials {100 * found.finished:.0f} % finish, and their accuracies are {found.bias:.2f} "
+            "standard deviations between seeds too high on average."
+        ),
+    )
