@@ -1,7 +1,7 @@
 """`python -m docs.early_stopping CURVES`: make the tables and figures of docs/early-stopping.md from published curves.
 
 CURVES is the common prefix of two files, `CURVES_trials.parquet` and `CURVES_epochs.parquet`. Takes about fifteen
-minutes on two cores. `--only NAME` makes one block again: pairs, choice, stems, calibration.
+minutes on two cores. `--only NAME` makes one block again: pairs, choice, margins, stems, calibration.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def _score(recorded: Curves, orders: int, screen: Screen) -> dict[str, tuple[flo
     return {pair: (each.stopping.epochs_saved, each.stopping.mean_regret) for pair, each in found.items()}
 
 
-def choice(recorded: Curves, records: Records) -> None:
+def choice(recorded: Curves) -> None:
     """Settings chosen on two pairs and scored on the other two, beside chance and a fixed cut."""
     choosing, scoring = only(recorded, CHOOSING), only(recorded, SCORING)
     settings = [
@@ -169,10 +169,27 @@ def choice(recorded: Curves, records: Records) -> None:
     default = study().screen
     assert any(_words(screen) == _words(default) for screen in rules.values()), "the default is not what the rule gives"
     draw(partial(_trade, {"chosen on": (choosing, chosen_on), "scored on": (scoring, scored)}, settings), "trade.png")
-    margins = noise_margins(records, replace(study(), screen=USUAL))
-    at = zip(USUAL.rungs(100), margins, strict=True)
-    said = ", ".join(f"{100 * margin:.1f} at epoch {epoch}" for epoch, margin in at)
-    put(PAGE, "margins", f"From the published controls it gives, in points: {said}.\n")
+
+
+def margins(recorded: Curves, records: Records) -> None:
+    """Margins from the published controls, at two grace periods and around them."""
+    rows = []
+    for grace in (10, 30):
+        found = []
+        for by in AROUND:
+            screen = Screen(grace=round(grace * by), reduction=3, min_peers=2)
+            given = tuple(noise_margins(records, replace(study(), screen=screen)))
+            found.append((given, _score(recorded, FEW, replace(screen, margin=given))))
+        given, here = found[AROUND.index(1.0)]
+        at = zip(Screen(grace=grace, reduction=3).rungs(100), given, strict=True)
+        rows.append([
+            ", ".join(f"{100 * margin:.1f} at {epoch}" for epoch, margin in at),
+            f"{100 * np.mean([saved for saved, _ in here.values()]):.1f} %",
+            points(max(regret for _, regret in here.values())),
+            points(max(regret for _, each in found for _, regret in each.values())),
+        ])  # fmt: skip
+    heads = ["margins (points at epoch)", "epochs saved", "worst mean regret of a pair (points)", "worst around"]
+    put(PAGE, "margins", table(heads, rows))
 
 
 Scores = dict[str, tuple[float, float]]  # by stratum: epochs saved, mean regret
@@ -307,7 +324,7 @@ def calibration() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("curves", type=Path)
-    blocks = ("pairs", "choice", "stems", "calibration")
+    blocks = ("pairs", "choice", "margins", "stems", "calibration")
     parser.add_argument("--only", choices=blocks, action="append")
     given = parser.parse_args()
     wanted = given.only or blocks
@@ -316,7 +333,9 @@ def main() -> None:
     if "pairs" in wanted:
         pairs(recorded)
     if "choice" in wanted:
-        choice(recorded, records)
+        choice(recorded)
+    if "margins" in wanted:
+        margins(recorded, records)
     if "stems" in wanted:
         stems(records)
     if "calibration" in wanted:

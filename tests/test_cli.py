@@ -11,11 +11,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tune_kd import cli
+from tune_kd import audit, cli, evidence, tables
 from tune_kd import run as runs
 from tune_kd.plan import plan
+from tune_kd.records import DECISIONS, LEDGER, TRIALS, Ledger, first_row
 from tune_kd.studies import from_json, resolve
-from tune_kd.trial import digest
+from tune_kd.trial import Decision, digest
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +69,10 @@ MISTAKES = [
     (["run", "ablation", "--scale", "smoke", "--cpus-per-trial", "nan"], ["--cpus-per-trial is nan"]),
     (["resume", "nothing"], ["RUN", "'nothing'"]),
     (["report", "nothing"], ["RUN", "'nothing'"]),
+    (["run", "ablation", "--scale", "smoke", "--margin-from", "nowhere"], ["RUN is 'nowhere'"]),
+    (["run", "ablation", "--scale", "smoke", "--set", "screen.margin=[0.1,0.2]"], ["2 margins", "each rung (1: 1)"]),
+    (["plan", "ablation", "--scale", "smoke", "--set", "confirm.looks=[1]"], ["confirm.looks is [1]"]),
+    (["calibrate", "ablation", "--scale", "smoke", "--studies", "0"], ["--studies is 0", "from 1"]),
     (["status"], ["results", "no run"]),
     (["plan", "ablation", "--scale", "huge"], ["'huge'"]),
 ]
@@ -105,6 +110,106 @@ def test_a_run_of_another_version_is_not_resumed(
     assert call(monkeypatch, "resume", "old") == 2
     error = capsys.readouterr().err
     assert "0.0.1" in error and "finish it with the version that began it" in " ".join(error.split())
+
+
+def begun(elsewhere: Path, ended: str = "completed") -> Path:
+    """The folder of a run of a study whose file stands beside it."""
+    source = runs.Source(elsewhere / "mine.py", "smoke", settings=("recipe.epochs=3",))
+    shutil.copy(Path(cli.__file__).parents[1] / "search_spaces" / "ablation.py", source.file)
+    study = source.read()
+    assert study is not None
+    run = runs.Run("mine", elsewhere / "results" / "mine", study, "0" * 64, None, {}, source)
+    runs.create(run)
+    ledger = Ledger(run.folder / LEDGER)
+    for trial in run.plan.trials:
+        ledger.put(TRIALS, first_row("mine", trial) | {"status": ended})
+    ledger.close()
+    return run.folder
+
+
+@pytest.mark.parametrize(
+    ("edit", "arguments", "words"),
+    [
+        (("lr=0.2", "lr=0.3"), [], ["was changed since it began: recipe.lr was 0.2 and is 0.3", "--extend"]),
+        (("lr=0.2", "lr=0.3"), ["--extend"], ["--extend admits only", "recipe.lr was 0.2 and is 0.3"]),
+        (("lr=0.2", "lr=="), [], ["cannot be read", "SyntaxError"]),
+        (("", ""), ["--extend"], ["nothing to add", "mine.py declares the same seeds and levels"]),
+        (("", ""), ["--set", "confirm.seeds=[1,2]"], ["--set is given", "--extend only"]),
+        (("", ""), ["--extend", "--set", "recipe.lr=1"], ["recipe.lr was 0.2 and is 1.0"]),
+        (("", ""), ["--extend", "--set", "confirm.seeds=[0,1]"], ["screen.seed is 0"]),
+    ],
+)
+def test_a_study_that_was_changed_is_not_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path,
+    edit: tuple[str, str], arguments: list[str], words: list[str],
+) -> None:  # fmt: skip
+    folder = begun(elsewhere)
+    before = (folder / "study.json").read_text()
+    file = elsewhere / "mine.py"
+    file.write_text(file.read_text().replace(*edit) if edit[0] else file.read_text())
+    monkeypatch.setattr("ray.init", lambda *_: pytest.fail("Ray was started"))
+    assert call(monkeypatch, "resume", "mine", *arguments) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert (folder / "study.json").read_text() == before
+
+
+def test_a_run_that_has_not_ended_is_not_extended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    begun(elsewhere, "running")
+    assert call(monkeypatch, "resume", "mine", "--extend", "--set", "confirm.seeds=[1,2]") == 2
+    assert "still to run; resume it, and then --extend" in capsys.readouterr().err
+
+
+def test_status_shows_what_early_stopping_decided(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path
+) -> None:
+    rows = Ledger(finished / LEDGER, read_only=True).rows(DECISIONS)
+    assert rows
+    assert call(monkeypatch, "status", str(finished)) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"early stopping: {len(rows)} comparisons" in shown
+    assert Decision.of(rows[-1]).words in shown
+    assert call(monkeypatch, "status", str(finished), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["decisions"] == rows
+
+
+def test_plan_tells_of_rungs_margins_looks_and_short_grace_periods(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path, elsewhere: Path
+) -> None:
+    study = resolve(Path(cli.__file__).parents[1] / "search_spaces" / "ablation.py", "laptop")
+    rows = [{"stratum": "cifar/logit", "epoch": epoch, "n": 9, "rho": 0.1, "low": -0.5, "high": 0.6}
+            for epoch in range(1, 8)]  # fmt: skip
+    (elsewhere / "results" / "before").mkdir(parents=True)
+    evidence.record(elsewhere / "results" / "before", "before", study, pd.DataFrame(rows))
+    arguments = ["plan", "ablation", "--scale", "laptop", "--set", "confirm.looks=[3,6]"]
+    assert call(monkeypatch, *arguments) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "rungs at epoch 6; an arm stops that is more than 6.00 points behind" in shown
+    assert "warning: screen.grace is 6, shorter than the run before supports: in cifar/logit" in shown
+    assert "3 seeds, at a seed-to-seed deviation of 0.50 points and a level of 0.025" in shown
+    assert "6 seeds" in shown
+    assert call(monkeypatch, *arguments, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert len(answer["warnings"]) == 1
+    assert [look["level"] for look in answer["seeds"]["looks"]] == pytest.approx([0.025, 0.025])
+    assert answer["screen"]["rungs"] == [6]
+
+
+def test_margins_of_an_earlier_runs_controls_are_on_record_as_a_setting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path
+) -> None:
+    study = tables.load(finished).study["study"]
+    settings = [f"scale={study['scale']}", "recipe.epochs=2", "screen.grace=1"]
+    given = [part for setting in settings for part in ("--set", setting)]
+    assert (
+        call(monkeypatch, "plan", "ablation", "--scale", "smoke", *given, "--margin-from", str(finished), "--json") == 0
+    )
+    (margin,) = json.loads(capsys.readouterr().out)["screen"]["margin"]
+    declared = resolve(Path(cli.__file__).parents[1] / "search_spaces" / "ablation.py", "smoke", None, settings)
+    assert [margin] == audit.noise_margins(tables.load(finished), declared)
+    assert 0 < margin < 1
 
 
 def test_compiling_without_a_compiler_is_refused_before_anything_starts(
