@@ -51,11 +51,16 @@ def test_one_good_epoch_before_bad_ones_supports_nothing(long: Study, tmp_path: 
     assert warning.endswith("it supports none")
 
 
-def test_only_runs_that_are_alike_and_strata_in_which_an_arm_may_stop_count(long: Study, tmp_path: Path) -> None:
+def test_only_runs_that_are_alike_and_strata_in_which_an_arm_may_stop_count(
+    long: Study, study: Study, tmp_path: Path
+) -> None:
     bad: list[float | None] = [-0.5] * 5
     left_behind(tmp_path, replace(long, data=Data("cifar10")), {"cifar/logit": bad}, "other-data")
     left_behind(tmp_path, replace(long, recipe=Recipe(epochs=9)), {"cifar/logit": bad}, "longer")
     left_behind(tmp_path, long, {"cifar/none": bad, "cifar/feature": bad}, "immune")
+    by_method = replace(study, recipe=long.recipe, screen=Screen(grace=2, reduction=2, min_peers=1, strata=("method",)))
+    left_behind(tmp_path, by_method, {"none": bad}, "two-controls")
+    assert evidence.warnings(plan(by_method), tmp_path) == []
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "audit.json").write_text('{"strata"')
     assert evidence.warnings(plan(long), tmp_path) == []

@@ -153,6 +153,21 @@ def test_baselines_keep_as_many_arms(tmp_path: Path) -> None:
         assert each.cut.epochs_saved == pytest.approx(stops * (1 - 4 / 40))
 
 
+def test_a_cut_keeps_those_that_are_best_at_the_first_rung() -> None:
+    """By hand: of three arms that come in the order a, b, c only c is stopped, at epoch 2, where a is the worst."""
+    curves = {"a": (0.3, 0.1, 0.9), "b": (0.1, 0.8, 0.7), "c": (0.9, 0.4, 0.5)}
+    grid = tuple(Curve(arm, arm, "s", False, values) for arm, values in curves.items())
+    seed = next(seed for seed in range(99) if arrival_order(list(curves), seed) == ["a", "b", "c"])
+    screen = Screen(grace=2, reduction=2, margin=0.0, min_peers=2)
+    tally = simulation._Tally("s", screen, Curves({(0, 3): grid}, ()))
+    stops = {each.arm: each.epoch for each in simulation.replay(screen, grid, arrival_order(list(curves), seed))
+             if each.action == "stop"}  # fmt: skip
+    assert stops == {"c": 2}
+    tally.add(grid, stops, np.random.default_rng(0))
+    assert tally.outcome().stopping == simulation.Result(pytest.approx(1 / 9), 0.0, 0.0)
+    assert tally.outcome().cut == simulation.Result(pytest.approx(1 / 9), pytest.approx(0.2), 1.0)
+
+
 @st.composite
 def grids(draw: st.DrawFn) -> tuple[Curve, ...]:
     epochs, arms = draw(st.integers(1, 12)), draw(st.integers(1, 9))
