@@ -179,7 +179,7 @@ def test_plan_tells_of_rungs_margins_looks_and_short_grace_periods(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path, elsewhere: Path
 ) -> None:
     study = resolve(Path(cli.__file__).parents[1] / "search_spaces" / "ablation.py", "laptop")
-    rows = [{"stratum": "cifar/logit", "epoch": epoch, "n": 9, "rho": 0.1, "low": -0.5, "high": 0.6}
+    rows = [{"stratum": "cifar/logit", "epoch": epoch, "n": 9, "rho": 0.1, "rho_low": -0.5, "rho_high": 0.6}
             for epoch in range(1, 8)]  # fmt: skip
     (elsewhere / "results" / "before").mkdir(parents=True)
     evidence.record(elsewhere / "results" / "before", "before", study, pd.DataFrame(rows))

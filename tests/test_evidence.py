@@ -25,7 +25,7 @@ def long(one_stem: Study) -> Study:
 
 def left_behind(out: Path, study: Study, lows: dict[str, list[float | None]], run: str = "earlier") -> None:
     rows = [
-        {"stratum": name, "epoch": epoch, "n": 12, "rho": 0.5, "low": low, "high": 0.9}
+        {"stratum": name, "epoch": epoch, "n": 12, "rho": 0.5, "rho_low": low, "rho_high": 0.9}
         for name, of in lows.items()
         for epoch, low in enumerate(of, 1)
     ]

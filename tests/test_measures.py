@@ -154,9 +154,9 @@ def test_the_audit_gives_the_rank_correlation_of_each_rung_with_the_end_in_each_
     assert (found["cifar/logit", 1]["n"], found["cifar/logit", 1]["rho"]) == (5, pytest.approx(-1.0))
     assert pd.isna(found["cifar/logit", 2]["rho"])  # all tied
     assert (found["cifar/none", 1]["rho"], found["cifar/none", 1]["n"]) == (pytest.approx(1.0), 3)
-    assert pd.isna(found["cifar/none", 1]["low"])
+    assert pd.isna(found["cifar/none", 1]["rho_low"])
     expected = stats.rank_correlation([1 - end for end in ends], ends)
-    assert (found["cifar/logit", 1]["low"], found["cifar/logit", 1]["high"]) == (expected.low, expected.high)
+    assert (found["cifar/logit", 1]["rho_low"], found["cifar/logit", 1]["rho_high"]) == (expected.low, expected.high)
     everywhere = audit.rank_correlations(some, everywhere=True)
     assert everywhere.loc[everywhere["stratum"] == "cifar/logit", "epoch"].tolist() == [1, 2, 3]
     assert everywhere["rung"].isna().sum() == 2

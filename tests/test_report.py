@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 from rich.console import Console
 
 from tune_kd import report, results, view
-from tune_kd.execute.driver import first_row
 from tune_kd.plan import plan
-from tune_kd.records import TRIALS, Ledger
+from tune_kd.records import TRIALS, Ledger, first_row
 from tune_kd.study import Mistake, Study
 from tune_kd.tables import Records, load
+from tune_kd.trial import Decision
 
 ACCURACY = {"none": 0.90, "logit": 0.92, "feature": 0.89}
 
@@ -151,11 +152,21 @@ def test_effects_are_shown_with_n_spread_and_interval_within_80_columns(records:
 def test_the_live_picture_counts_each_phase_and_names_the_running_trials(records: Records) -> None:
     rows = records.trials.astype(object).where(records.trials.notna(), None).to_dict("records")
     rows[3] |= {"status": "running", "epochs_run": 1, "val_accuracy": 0.5, "train_seconds": 2.0}
-    shown = screen(view.progress("r", rows, 61.0))
+    shown = screen(view.progress("r", rows, [], 61.0))
     assert f"{rows[3]['arm']} seed {rows[3]['seed']}" in shown
     assert "1/2" in shown
     assert "50.00" in shown
     assert "left" in shown
+
+
+def test_the_live_picture_counts_comparisons_by_reason_and_shows_the_last(records: Records) -> None:
+    made = Decision("id", "cifar/logit/T=2", "screen", "cifar/logit", 2, 0, 0.7, 0.8, 3, 2, "stop", "behind")
+    rows = records.trials.astype(object).where(records.trials.notna(), None).to_dict("records")
+    ties = [replace(made, arm=f"arm {number}", action="continue", reason="near_tie") for number in range(6)]
+    shown = screen(view.progress("r", rows, [*ties, made], None))
+    assert "early stopping: 7 comparisons, 1 arms stopped (6 near tie, 1 behind)" in " ".join(shown.split())
+    assert "cifar/logit/T=2 at epoch 2: 70.00 %, cutoff 80.00, rank 3 of 4" in shown
+    assert "arm 5" in shown and "arm 1 " not in shown
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(12, "12 s"), (89, "89 s"), (150, "2.5 min"), (9000, "2.5 h")])

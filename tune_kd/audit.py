@@ -1,6 +1,5 @@
 """What early stopping did, what came of it, and when which trial ran: for those who want to check."""
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -55,10 +54,11 @@ def rank_correlations(records: Records, *, everywhere: bool = False) -> pd.DataF
             for name, group in named[named["budget"] == budget].groupby("stratum", sort=False):
                 table = curves.reindex(pd.MultiIndex.from_frame(group[["run", "trial_id"]])).dropna()
                 for epoch in range(1, budget) if everywhere else rungs:
-                    found = asdict(stats.rank_correlation(table[epoch].tolist(), table[budget].tolist()))
+                    found = stats.rank_correlation(table[epoch].tolist(), table[budget].tolist())
                     rung = rungs.index(epoch) if epoch in rungs else None
-                    rows.append({"run": run, "stratum": name, "epoch": epoch, "rung": rung} | found)
-    return typed(rows, "run stratum epoch rung n rho low high")
+                    row = {"run": run, "stratum": name, "epoch": epoch, "rung": rung, "n": found.n, "rho": found.rho}
+                    rows.append(row | {"rho_low": found.low, "rho_high": found.high})
+    return typed(rows, "run stratum epoch rung n rho rho_low rho_high")
 
 
 def _curves(epochs: pd.DataFrame, budget: int) -> pd.DataFrame:

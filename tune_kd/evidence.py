@@ -20,7 +20,7 @@ def record(folder: Path, run: str, study: Study, correlations: "pd.DataFrame") -
     strata: dict[str, dict[str, Any]] = {}
     for row in json.loads(correlations.to_json(orient="records")):
         strata.setdefault(row["stratum"], {})[str(row["epoch"])] = {
-            name: row[name] for name in ("n", "rho", "low", "high")
+            name: row[name] for name in ("n", "rho", "rho_low", "rho_high")
         }
     publish(folder / AUDIT, json.dumps({"run": run, **_alike(study), "strata": strata}, indent=1).encode())
 
@@ -39,8 +39,8 @@ def warnings(plan: Plan, out: Path) -> list[str]:
             continue
         at, supported = epochs[doubtful[0]], supported_from(epochs)
         rho = "unknown"
-        if at["low"] is not None:
-            rho = f"{at['rho']:+.2f}, 95 % interval {at['low']:+.2f} to {at['high']:+.2f}"
+        if at["rho_low"] is not None:
+            rho = f"{at['rho']:+.2f}, 95 % interval {at['rho_low']:+.2f} to {at['rho_high']:+.2f}"
         later = f"from epoch {supported} on they did" if str(supported) in epochs else "it supports none"
         said.append(
             f"screen.grace is {screen.grace}, shorter than the run {run} supports: in {name} the ranks at epoch "
@@ -51,7 +51,7 @@ def warnings(plan: Plan, out: Path) -> list[str]:
 
 def _foretells(found: dict[str, Any]) -> bool:
     """Whether the interval of a rank correlation lies above zero."""
-    return found["low"] is not None and found["low"] > 0
+    return found["rho_low"] is not None and found["rho_low"] > 0
 
 
 def supported_from(epochs: dict[str, Any]) -> int:

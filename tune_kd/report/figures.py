@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from tune_kd import audit, measures, results
 from tune_kd.stats import MARGIN
@@ -259,7 +260,7 @@ def rungs(records: Records) -> Made:
 
 def foretelling(records: Records) -> Made:
     """How well each epoch foretold the end, stratum by stratum."""
-    table = audit.rank_correlations(records, everywhere=True).dropna(subset=["low"])
+    table = audit.rank_correlations(records, everywhere=True).dropna(subset=["rho_low"])
     if table.empty:
         return None
     names = table["stratum"].unique().tolist()
@@ -270,7 +271,9 @@ def foretelling(records: Records) -> Made:
         epochs = group["epoch"].to_numpy(float)
         colour = next((COLOURS[method] for method in COLOURS if method in name.split("/")), OTHERS[0])
         axes.axhline(0, color="#666666", lw=0.8)
-        axes.fill_between(epochs, group["low"].to_numpy(), group["high"].to_numpy(), color=colour, alpha=0.15, lw=0)
+        axes.fill_between(
+            epochs, group["rho_low"].to_numpy(), group["rho_high"].to_numpy(), color=colour, alpha=0.15, lw=0
+        )
         axes.plot(epochs, group["rho"].to_numpy(), color=colour)
         for epoch in group.loc[group["rung"].notna(), "epoch"]:
             axes.axvline(float(epoch), color="#666666", ls=":", lw=0.8)
@@ -337,7 +340,7 @@ def cost(records: Records) -> Made:
     trials = results.confirmed_trials(records).drop_duplicates("arm").set_index("arm")
     stems_of = trials["stem"].fillna("").to_dict()
     stems = list(dict.fromkeys(map(str, stems_of.values())))
-    figure = Figure(figsize=(WIDTH, 1.8 * len(stems) + 0.3))
+    figure = Figure(figsize=(WIDTH, 1.8 * len(stems) + 0.3), layout=ConstrainedLayoutEngine(w_pad=0.16))  # inches
     panels = figure.subplots(len(stems), 1, squeeze=False)[:, 0]
     for axes, stem in zip(panels, stems, strict=True):
         labelled: set[str] = set()
