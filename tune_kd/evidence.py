@@ -1,8 +1,11 @@
 """What a finished run leaves for the next plan: how well each epoch foretold the end. Light, since `plan` reads it."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter
 
 from tune_kd.plan import Plan
 from tune_kd.schedule import stratum
@@ -15,69 +18,83 @@ if TYPE_CHECKING:
 AUDIT = "audit.json"  # in a run's folder
 
 
+@dataclass(frozen=True)
+class Foretold:
+    """Spearman's correlation of an epoch's ranks with those at the end, over `n` trials, with its 95 % interval."""
+
+    n: int
+    rho: float | None
+    rho_low: float | None
+    rho_high: float | None
+
+    @property
+    def sure(self) -> bool:
+        """Whether the interval lies above zero."""
+        return self.rho_low is not None and self.rho_low > 0
+
+    def __str__(self) -> str:
+        if self.rho is None or self.rho_low is None or self.rho_high is None:
+            return f"Spearman unknown, {self.n} trials"
+        interval = f"{self.rho_low:+.2f} to {self.rho_high:+.2f}"
+        return f"Spearman {self.rho:+.2f}, 95 % interval {interval}, {self.n} trials"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A run's audit, with what has to be alike in a run that relies on it."""
+
+    run: str
+    data: str
+    scale: str
+    epochs: int
+    strata: dict[str, dict[int, Foretold]]  # by epoch
+
+
 def record(folder: Path, run: str, study: Study, correlations: "pd.DataFrame") -> None:
-    """Write a run's `audit.rank_correlations`, of every epoch, with what has to be alike in a run that relies on it."""
-    strata: dict[str, dict[str, Any]] = {}
+    """Write a run's `audit.rank_correlations` of every epoch."""
+    strata: dict[str, dict[int, Foretold]] = {}
     for row in json.loads(correlations.to_json(orient="records")):
-        strata.setdefault(row["stratum"], {})[str(row["epoch"])] = {
-            name: row[name] for name in ("n", "rho", "rho_low", "rho_high")
-        }
-    publish(folder / AUDIT, json.dumps({"run": run, **_alike(study), "strata": strata}, indent=1).encode())
+        found = Foretold(*(row[name] for name in ("n", "rho", "rho_low", "rho_high")))
+        strata.setdefault(row["stratum"], {})[row["epoch"]] = found
+    audit = Audit(run, *_alike(study), strata)
+    publish(folder / AUDIT, TypeAdapter(Audit).dump_json(audit, indent=1))
 
 
 def warnings(plan: Plan, out: Path) -> list[str]:
     """A sentence for each stratum whose grace period is shorter than the newest run under `out` that is like this plan
     supports: at the grace period, or at an epoch after it, the interval of the rank correlation has zero in it."""
-    screen, alike = plan.study.screen, _alike(plan.study)
+    screen = plan.study.screen
     if not screen.rungs(plan.study.recipe.epochs):
         return []
-    said, found = [], [audit for audit in _audits(out) if {name: audit.get(name) for name in alike} == alike]
+    audits = [each for each in _audits(out) if (each.data, each.scale, each.epochs) == _alike(plan.study)]
+    said = []
     for name in _contested(plan):
-        run, epochs = next(((each["run"], each["strata"][name]) for each in found if name in each["strata"]), ("", {}))
-        doubtful = [epoch for epoch in epochs if int(epoch) >= screen.grace and not _foretells(epochs[epoch])]
-        if not doubtful:
+        found = next((each for each in audits if name in each.strata), None)
+        epochs = found.strata[name] if found else {}
+        doubtful = [epoch for epoch in sorted(epochs) if epoch >= screen.grace and not epochs[epoch].sure]
+        if found is None or not doubtful:
             continue
-        at, supported = epochs[doubtful[0]], supported_from(epochs)
-        rho = "unknown"
-        if at["rho_low"] is not None:
-            rho = f"{at['rho']:+.2f}, 95 % interval {at['rho_low']:+.2f} to {at['rho_high']:+.2f}"
-        later = f"from epoch {supported} on they did" if str(supported) in epochs else "it supports none"
+        supported = max(doubtful) + 1
+        later = f"from epoch {supported} on they did" if supported in epochs else "it supports none"
         said.append(
-            f"screen.grace is {screen.grace}, shorter than the run {run} supports: in {name} the ranks at epoch "
-            f"{doubtful[0]} did not foretell those at the end (Spearman {rho}, {at['n']} trials); {later}"
+            f"screen.grace is {screen.grace}, shorter than the run {found.run} supports: in {name} the ranks at epoch "
+            f"{doubtful[0]} did not foretell those at the end ({epochs[doubtful[0]]}); {later}"
         )
     return said
 
 
-def _foretells(found: dict[str, Any]) -> bool:
-    """Whether the interval of a rank correlation lies above zero."""
-    return found["rho_low"] is not None and found["rho_low"] > 0
+def _alike(study: Study) -> tuple[str, str, int]:
+    return study.data.name, study.scale, study.recipe.epochs
 
 
-def supported_from(epochs: dict[str, Any]) -> int:
-    """The first epoch from which on every interval lies above zero; one past the last where none does."""
-    first = max(map(int, epochs)) + 1
-    for epoch in sorted(map(int, epochs), reverse=True):
-        if not _foretells(epochs[str(epoch)]):
-            break
-        first = epoch
-    return first
-
-
-def _alike(study: Study) -> dict[str, Any]:
-    return {"data": study.data.name, "scale": study.scale, "epochs": study.recipe.epochs}
-
-
-def _audits(out: Path) -> list[dict[str, Any]]:
+def _audits(out: Path) -> list[Audit]:
     """What runs under `out` left, the newest first. One that cannot be read is none."""
     found = []
     for path in sorted(out.glob(f"*/{AUDIT}"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            audit = json.loads(path.read_text())
+            found.append(TypeAdapter(Audit).validate_json(path.read_bytes()))
         except (OSError, ValueError):
             continue
-        if isinstance(audit, dict) and isinstance(audit.get("strata"), dict):
-            found.append(audit)
     return found
 
 
