@@ -256,8 +256,60 @@ def test_what_stood_at_a_look_goes_on_standing_unless_it_turns(study: Study) -> 
     assert (faded["n"], faded["verdict"]) == (5, "better")
     assert faded["p_holm"] == pytest.approx(first["p_holm"])
     assert faded["p"] > 0.05
+    assert "as it stood at an earlier look" in faded["words"]
+    assert "earlier" not in first["words"]
     turned = row(results.contrasts(looked(study, gains(*strong, -0.1, 0.04), 1)), NAME)
     assert (turned["estimate"] < 0, turned["verdict"]) == (True, "inconclusive")
+
+
+def unended(records: Records, *, gone: bool = False, **where: Any) -> Records:
+    """The records with some trials waiting, or not there yet."""
+    chosen = pd.Series(True, index=records.trials.index)
+    for name, value in where.items():
+        chosen &= records.trials[name] == value
+    if gone:
+        return replace(records, trials=records.trials[~chosen])
+    changed = records.trials.copy()
+    changed.loc[chosen, "status"] = "pending"
+    changed.loc[chosen, "test_accuracy_best"] = None
+    return replace(records, trials=changed)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_look_that_goes_on_spends_nothing_and_changes_no_contrast(study: Study, gone: bool) -> None:
+    accuracy = gains(0.010, 0.014, 0.011, 0.013, 0.012)
+    whole = looked(study, accuracy, 1)
+    for partial in (unended(whole, gone=gone, seed=5), unended(whole, seed=5, arm="imagenet/none")):
+        pd.testing.assert_frame_equal(results.contrasts(partial), results.contrasts(looked(study, accuracy, 0)))
+        assert any(each.startswith("Judged at look 1 of the 3") for each in provenance.limits(partial))
+        assert "Look 2 goes on: its seeds are in no contrast until they have all ended." in provenance.limits(partial)
+    assert row(results.contrasts(whole), NAME)["n"] == 5
+
+
+def test_a_contrast_whose_trials_go_on_is_not_judged_yet(study: Study) -> None:
+    table = results.contrasts(unended(made(study, noisy(0.02)), arm="cifar/logit/T=4", seed=2))
+    assert (row(table, NAME)["verdict"], row(table, NAME)["note"]) == ("not judged", "1 of its trials wait or run")
+    assert row(table, "imagenet: logit - none")["verdict"] == "better"
+
+
+def test_what_came_to_nothing_is_neither_better_nor_worse(study: Study) -> None:
+    def accuracy(trial: Trial) -> float:
+        gain = {1: 640, 2: 641, 3: 642, 4: -1000, 5: -923}.get(trial.seed, 0)  # in 2**-16, so that the sum is exactly 0
+        return 0.875 + (gain / 2**16 if trial.phase == "confirm" and trial.arm == "cifar/logit/T=4" else 0.0)
+
+    assert row(results.contrasts(looked(study, accuracy, 0)), NAME)["verdict"] == "better"
+    found = row(results.contrasts(looked(study, accuracy, 1)), NAME)
+    assert (found["estimate"], found["verdict"]) == (0.0, "inconclusive")
+
+
+def test_equivalence_of_an_earlier_look_falls_when_the_estimate_leaves_the_margin(study: Study) -> None:
+    alike = (0.00001, -0.00001, 0.00001)
+    assert row(results.contrasts(looked(study, gains(*alike), 0)), NAME)["verdict"] == "equivalent"
+    inside = row(results.contrasts(looked(study, gains(*alike, 0.002, -0.001), 1)), NAME)
+    assert inside["verdict"] == "equivalent"
+    assert "as it stood at an earlier look" in inside["words"]
+    outside = row(results.contrasts(looked(study, gains(*alike, 0.01, 0.012), 1)), NAME)
+    assert (outside["verdict"], outside["p_equivalence"] > 0.05) == ("inconclusive", True)
 
 
 def test_looks_are_named_among_the_limits(study: Study) -> None:

@@ -6,7 +6,17 @@ from typing import Any
 import pandas as pd
 
 from tune_kd import stats
-from tune_kd.results import COMPARABLE, HEADLINE, arms, confirmation, confirmed_trials, differing, exploratory, holm
+from tune_kd.results import (
+    COMPARABLE,
+    HEADLINE,
+    arms,
+    confirmation,
+    confirmed_trials,
+    differing,
+    exploratory,
+    holm,
+    judged_look,
+)
 from tune_kd.stats import MARGIN
 from tune_kd.tables import Records, typed
 
@@ -47,7 +57,7 @@ def limits(records: Records, margin: float = MARGIN) -> list[str]:
             said.append(f"{of}No study came with these tables: nothing shows which comparisons were fixed before the "
                         "data were seen, so nothing here is a claim.")  # fmt: skip
             continue
-        inner, confirm, look = study["study"], confirmation(study), study.get("look", 0)
+        inner, confirm, look = study["study"], confirmation(study), judged_look(one)
         seeds = len(confirm.seeds_at(look))
         if seeds < 2:
             said.append(f"{of}One seed confirms: no difference can be judged.")
@@ -68,6 +78,10 @@ def limits(records: Records, margin: float = MARGIN) -> list[str]:
                 f"{of}Judged at look {look + 1} of the {len(confirm.looks)} that the study declared ({seeds} of "
                 f"{confirm.looks[-1]} seeds): each look has its share of the level of 0.05, this one {level:g}. "
                 "Adjusted p values and intervals allow for that."
+            )
+        if study.get("look", 0) > look:
+            said.append(
+                f"{of}Look {study['look'] + 1} goes on: its seeds are in no contrast until they have all ended."
             )
         if len(inner["teacher_seeds"]) == 1:
             said.append(f"{of}All students of a context have one teacher: another one might teach otherwise. Every "

@@ -18,6 +18,8 @@ from tune_kd.tables import Records, typed
 
 HEADLINE = "test_accuracy_best"
 ALPHA = 0.05
+UNENDED = ("pending", "running")
+EARLIER = "as it stood at an earlier look"
 COMPARABLE = ("epochs_planned", "dataset", "data_digest", "scale", "recipe_id")  # alike in arms that are contrasted
 CONTEXT = ("run", "student", "teacher", "stem", "weights", "width")  # where arms differ in what is studied alone
 CONTRAST_COLUMNS = (
@@ -38,6 +40,15 @@ def confirmation(study: Mapping[str, Any]) -> Confirm:
     declared = study["study"]["confirm"]
     looks = declared.get("looks")
     return Confirm(tuple(declared["seeds"]), None if looks is None else tuple(looks))
+
+
+def judged_look(records: Records) -> int:
+    """The look (from 0) up to which one run can be judged: the last whose planned seeds are all there and have ended.
+    The seeds of one that goes on are in no contrast yet, since every glance at them would be one more look. 0 where the
+    first goes on."""
+    confirm, look, trials = confirmation(records.study), records.study.get("look", 0), confirmed_trials(records)
+    ended = set(trials["seed"]) - set(trials.loc[trials["status"].isin(UNENDED), "seed"])
+    return max((each for each in range(look + 1) if set(confirm.seeds_at(each)) <= ended), default=0)
 
 
 def confirmed_trials(records: Records) -> pd.DataFrame:
@@ -91,7 +102,7 @@ def arms(records: Records) -> pd.DataFrame:
             known = []
         elif statuses == {"stopped"}:
             note = "stopped in the screen"
-        elif statuses & {"pending", "running"}:
+        elif statuses & set(UNENDED):
             note = "not finished"
         elif len(known) < planned:
             note = "incomplete"
@@ -169,15 +180,20 @@ def contrasts(records: Records, margin: float = MARGIN) -> pd.DataFrame:
 
 def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
     (run,), study, values, trials = records.runs, records.study, confirmed(records), confirmed_trials(records)
-    confirm, look = confirmation(study), study.get("look", 0)
+    confirm, look = confirmation(study), judged_look(records)
     levels = stats.spent(confirm.looks)[: look + 1] if confirm.looks else [ALPHA]
     differences: list[pd.Series[float]] = []  # of each contrast, by seed
     notes: list[str] = []
     seeds = confirm.seeds_at(look)
+    trials = trials[trials["seed"].isin(seeds)]
+    values = values[values.index.isin(seeds, level="seed")]
+    unended = trials[trials["status"].isin(UNENDED)]
     for contrast in study["contrasts"]:
         weights = dict(contrast["weights"])
         missing = [arm for arm in weights if arm not in values]
-        if missing:
+        if waiting := int(unended["arm"].isin(weights).sum()):
+            note = f"{waiting} of its trials wait or run"
+        elif missing:
             note = f"{missing[0]} has no confirmed trial that ran to its end"
         else:
             note = differing(trials[trials["arm"].isin(weights)])
@@ -199,11 +215,16 @@ def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
         then = [paired[paired.index.isin(confirm.seeds_at(earlier))].tolist() for paired in differences]
         judged = typed([_judged(values, margin, level) for values in then], CONTRAST_COLUMNS)
         found = _adjusted(judged) * (ALPHA / level)
-        found["p_holm"] = found["p_holm"].mask(judged["estimate"] * table["estimate"] < 0, 1.0)  # it has turned since
+        # What has turned or come to nothing since, or has left the margin, stands no longer.
+        found["p_holm"] = found["p_holm"].mask(judged["estimate"] * table["estimate"] <= 0, 1.0)
+        found["p_equivalence"] = found["p_equivalence"].mask(table["estimate"].abs() >= margin, 1.0)
         adjusted.append(found)
     adjusted[0] *= ALPHA / levels[-1]
     for name in ("p_holm", "p_equivalence"):
         table[name] = pd.concat([each[name] for each in adjusted], axis=1).min(axis=1).clip(upper=1.0)
+    now = (adjusted[0] < ALPHA).any(axis=1)
+    before = (table[["p_holm", "p_equivalence"]] < ALPHA).any(axis=1) & ~now
+    table["note"] = table["note"].mask(before, (table["note"] + "; ").where(table["note"] != "", "") + EARLIER)
     return _with_verdicts(table, margin, given=_given(len(study["study"]["teacher_seeds"])))
 
 
@@ -311,6 +332,8 @@ def words(row: Mapping[Any, Any], margin: float, given: str) -> str:
     found = f"{_points(row['estimate'])} points over {seeds}"
     if not pd.isna(row["low"]) and row["sd"] > stats.NO_SPREAD:
         found += f", 95 % interval {_points(row['low'])} to {_points(row['high'])}"
+    if EARLIER in row["note"]:
+        found += f", {EARLIER}"
     close = f"the difference is less than {100 * margin:g} points"
     if row["verdict"] == "equivalent":
         return f"equivalent: {close} ({found}){given}"
