@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -69,7 +70,9 @@ MISTAKES = [
     (["run", "ablation", "--scale", "smoke", "--cpus-per-trial", "nan"], ["--cpus-per-trial is nan"]),
     (["resume", "nothing"], ["RUN", "'nothing'"]),
     (["report", "nothing"], ["RUN", "'nothing'"]),
-    (["run", "ablation", "--scale", "smoke", "--margin-from", "nowhere"], ["RUN is 'nowhere'"]),
+    (["run", "ablation", "--scale", "smoke", "--margin-from", "nowhere"], ["--margin-from is 'nowhere'"]),
+    (["plan", "ablation", "--scale", "smoke", "--margin-from", "x", "--set", "screen.margin=0.1"], ["one of them"]),
+    (["report", ""], ["RUN is '.'"]),
     (["run", "ablation", "--scale", "smoke", "--set", "screen.margin=[0.1,0.2]"], ["2 margins", "each rung (1: 1)"]),
     (["plan", "ablation", "--scale", "smoke", "--set", "confirm.looks=[1]"], ["confirm.looks is [1]"]),
     (["calibrate", "ablation", "--scale", "smoke", "--studies", "0"], ["--studies is 0", "from 1"]),
@@ -160,6 +163,39 @@ def test_a_run_that_has_not_ended_is_not_extended(
     begun(elsewhere, "running")
     assert call(monkeypatch, "resume", "mine", "--extend", "--set", "confirm.seeds=[1,2]") == 2
     assert "still to run; resume it, and then --extend" in capsys.readouterr().err
+
+
+def test_an_extension_changes_nothing_while_another_process_holds_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    folder = begun(elsewhere)
+    before = (folder / "study.json").read_text()
+    with runs.held(folder):
+        assert call(monkeypatch, "resume", "mine", "--extend", "--set", "confirm.seeds=[1,2]") == 2
+    assert "which process" in capsys.readouterr().err
+    assert (folder / "study.json").read_text() == before
+
+
+def test_a_run_is_held_while_its_extension_is_recorded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    folder, held = begun(elsewhere), []
+
+    def recorded(run: runs.Run) -> None:
+        held.append(runs.holder(folder))
+        raise KeyboardInterrupt
+
+    digest = json.loads((folder / "study.json").read_text())["data"]["digest"]
+    monkeypatch.setattr("tune_kd.launch.load_data", lambda *_: SimpleNamespace(digest=digest))
+    monkeypatch.setattr("tune_kd.execute.on_ray.connect", lambda _: SimpleNamespace(cpus=2.0, gpus=0.0, ours=False))
+    monkeypatch.setattr("tune_kd.shares.check_cluster", lambda *_: None)
+    monkeypatch.setattr("tune_kd.shares.gpu_share", lambda *_: 0.0)
+    monkeypatch.setattr(runs, "record_extension", recorded)
+    record = json.loads((folder / "study.json").read_text())
+    record["settings"] = {"gpus_per_trial": None, "cpus_per_trial": 1.0}
+    (folder / "study.json").write_text(json.dumps(record))
+    assert call(monkeypatch, "resume", "mine", "--extend", "--set", "confirm.seeds=[1,2]") == 130
+    assert held[0]["pid"] == os.getpid()
 
 
 def test_status_shows_what_early_stopping_decided(

@@ -62,7 +62,13 @@ def test_only_runs_that_are_alike_and_strata_in_which_an_arm_may_stop_count(
     left_behind(tmp_path, by_method, {"none": bad}, "two-controls")
     assert evidence.warnings(plan(by_method), tmp_path) == []
     (tmp_path / "broken").mkdir()
-    for damaged in ('{"strata"', "[]", '{"strata": {"cifar/logit": 3}}', '{"run": "x", "strata": {"a": {"b": {}}}}'):
+    for damaged in (
+        '{"strata"',
+        "[]",
+        '{"strata": {"cifar/logit": 3}}',
+        '{"run": "x", "strata": {"a": {"b": {}}}}',
+        "[" * 10**5,
+    ):
         (tmp_path / "broken" / "audit.json").write_text(damaged)
         assert evidence.warnings(plan(long), tmp_path) == []
     assert evidence.warnings(plan(long), tmp_path) == []

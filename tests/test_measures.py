@@ -175,6 +175,8 @@ def test_margins_come_from_the_spread_of_controls_between_seeds(study: Study) ->
     assert audit.noise_margins(some, study) == [pytest.approx(expected, abs=1e-6)] * 2
     with pytest.raises(Mistake, match=r"no control .none. has two seeds that ran 9 epochs on digits at scale test"):
         audit.noise_margins(some, replace(study, recipe=Recipe(epochs=9)))
+    with pytest.raises(Mistake, match=r"screen.grace 4 of 4 epochs leaves no rung"):
+        audit.noise_margins(some, replace(study, screen=Screen(grace=4)))
     with pytest.raises(Mistake, match="on cifar10"):
         audit.noise_margins(some, replace(study, data=Data("cifar10")))
 

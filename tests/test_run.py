@@ -128,7 +128,7 @@ def test_seeds_and_levels_may_be_added_and_what_was_fixed_stays_beside_them(
     assert again.study == more.study
     assert again.plan == more.plan
     assert set(before["trials"]) < set(record["trials"])
-    assert "cifar/logit/T=8" in record["extended"]["arms"]
+    assert {"name": "cifar/logit/T=8", "role": "compared"} in record["extended"]["arms"]
     for name in ("study", "study_sha256", "contrasts", "contrasts_sha256", "arms"):
         assert record[name] == before[name]
     assert changes(again) == []

@@ -289,7 +289,12 @@ def test_on_a_terminal_it_says_what_would_be_stopped_when(tmp_path: Path) -> Non
         (["--scale", "huge"], ("--scale is 'huge'",)),
         (["--phase", "select=later"], ("--phase is 'select=later'",)),
         (["--phase", "select=teacher"], ("no student's trial",)),
-        (["--margin-from", "nowhere"], ("'nowhere'",)),
+        (["--margin-from", "nowhere"], ("--margin-from is 'nowhere'",)),
+        (["--margin-from", ""], ("--margin-from is '.'",)),
+        (["--curves", ""], ("--curves is '.'",)),
+        (["--curves", "/"], ("--curves is '/'",)),
+        (["--phase", "scren=teacher"], ("no trial has the phase 'scren'", "'select'")),
+        (["--strata", "stem,stem"], ("--strata is 'stem,stem'", "each column once")),
     ],
 )
 def test_wrong_input_is_one_message(tmp_path: Path, arguments: list[str], words: tuple[str, ...]) -> None:
@@ -311,6 +316,24 @@ def test_a_runs_own_curves_are_replayed_with_its_roles_and_scale(finished: Path)
     there = {curve.arm for grid in recorded.grids.values() for curve in grid}
     assert immune == {arm for arm in there if roles[arm] != "compared"} > {"cifar/none", "imagenet/none"}
     assert _scale_of_curves(find("ablation"), "auto", records)[0] == "paper"  # "test" is no scale of it
+
+
+def test_curves_say_of_which_data_they_are_and_a_grace_period_that_compares_nothing_is_said(tmp_path: Path) -> None:
+    path = some(tmp_path, epochs=6)
+    trials = pd.read_parquet(f"{path}_trials.parquet").assign(scale="laptop", dataset="cifar10")
+    trials.to_parquet(f"{path}_trials.parquet")
+    arguments = ("ablation", "--curves", str(path), "--strata", "student,teacher", "--orders", "5")
+    done = call(*arguments, "--json")
+    assert json.loads(done.stdout)["screen"]["grace"] == 4  # of CIFAR-10; the digits' would be 6
+    done = call(*arguments, "--set", "screen.grace=6")
+    assert "warning: screen.grace is 6, so in curves of 6 epochs nothing is compared" in done.stdout
+
+
+def test_the_roles_of_a_run_that_was_extended_are_those_of_the_extension(finished: Path) -> None:
+    records = tables.load(finished)
+    records.study["extended"] = {"arms": [arm | {"role": "compared"} for arm in records.study["arms"]]}
+    recorded = simulation.curves(records, ablation(), ["stem", "method"])
+    assert {curve.immune for grid in recorded.grids.values() for curve in grid} == {False}
 
 
 def decisions(records: Records) -> Iterator[tuple[Any, ...]]:

@@ -82,6 +82,11 @@ def noise_margins(records: Records, study: Study) -> list[float]:
     curves = _curves(records.epochs, budget)
     groups = [curves.reindex(pd.MultiIndex.from_frame(of_arm[["run", "trial_id"]])).dropna()
               for _, of_arm in controls.groupby(["run", "arm"])]  # fmt: skip
+    if not rungs:
+        raise Mistake(
+            f"--margin-from is given, and screen.grace {study.screen.grace} of {budget} epochs leaves no rung to have a "
+            "margin; allowed: a shorter grace period"
+        )
     margins = [stats.noise_margin([group[epoch].tolist() for group in groups]) for epoch in rungs if groups]
     if not margins or None in margins:
         raise Mistake(

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tune_kd.records import FAILURES
-from tune_kd.study import Mistake
+from tune_kd.study import DATA_SETS, Mistake
 
 if TYPE_CHECKING:
     from tune_kd.launch import Ended
@@ -121,7 +122,14 @@ def run(
         source=runs.Source(path, chosen, data, tuple(settings or ())),
     )
     launch.fetch_weights(resolved)
-    ended = launch.execute(begun, console, address, prepare=lambda: runs.create(begun))
+
+    @contextmanager
+    def opened() -> Iterator[None]:
+        runs.create(begun)
+        with runs.held(begun.folder):
+            yield
+
+    ended = launch.execute(begun, console, address, opened)
     _conclude(begun, ended, console, as_json)
 
 
@@ -144,28 +152,31 @@ def resume(
     reopened = runs.reopen(runs.find(out, run))
     if settings and not extend:
         raise Mistake("--set is given; allowed: with --extend only, since a run keeps the study that it began with")
-    with runs.held(reopened.folder):
-        pass  # whoever else holds it is told of now, and not after data were loaded and Ray started
-    if extend:
-        reopened = runs.extended(reopened, settings or ())
-    elif changes := runs.changes(reopened):
-        raise Mistake(
-            f"RUN is {reopened.name}, whose study was changed since it began: {'; '.join(changes)}. Put the study "
-            "back, start a new run, or, where only seeds or levels were added, resume with --extend"
-        )
-    digest = launch.load_data(reopened.study, reopened.data_dir, console).digest
-    if digest != reopened.data_digest:
-        raise Mistake(
-            f"RUN is {reopened.name}, begun on data with the digest {reopened.data_digest[:16]}; the data now have "
-            f"{digest[:16]}: put the same data back at {reopened.data_dir or 'their place'}"
-        )
-    launch.fetch_weights(reopened.study)
-
-    def prepare() -> None:
+    with runs.held(reopened.folder):  # whoever else holds it is told of before anything is read or changed
+        reopened = runs.reopen(reopened.folder)
         if extend:
-            runs.record_extension(reopened)
+            reopened = runs.extended(reopened, settings or ())
+        elif changes := runs.changes(reopened):
+            raise Mistake(
+                f"RUN is {reopened.name}, whose study was changed since it began: {'; '.join(changes)}. Put the study "
+                "back, start a new run, or, where only seeds or levels were added, resume with --extend"
+            )
+        digest = launch.load_data(reopened.study, reopened.data_dir, console).digest
+        if digest != reopened.data_digest:
+            raise Mistake(
+                f"RUN is {reopened.name}, begun on data with the digest {reopened.data_digest[:16]}; the data now have "
+                f"{digest[:16]}: put the same data back at {reopened.data_dir or 'their place'}"
+            )
+        launch.fetch_weights(reopened.study)
 
-    _conclude(reopened, launch.execute(reopened, console, address, prepare), console, as_json)
+        @contextmanager
+        def opened() -> Iterator[None]:
+            if extend:
+                runs.record_extension(reopened)
+            yield
+
+        ended = launch.execute(reopened, console, address, opened)
+    _conclude(reopened, ended, console, as_json)
 
 
 @app.command()
@@ -318,15 +329,23 @@ def simulate(
     if not 1 <= orders <= 1_000_000:
         problems.append(f"--orders is {orders}; allowed: from 1 to 1,000,000")
     meaning = _collect(problems, lambda: parse_phases(phases or ()))
-    records = _collect(problems, lambda: load(curves, out=out, adapt=Adapter(phases=meaning or {}, rest="screen")))
+    adapt = Adapter(phases=meaning or {}, rest="screen")
+    records = _collect(problems, lambda: _named("--curves", lambda: load(curves, out=out, adapt=adapt)))
+    if records is not None and meaning and records.studies:
+        problems.append("--phase is given, and --curves is a run of tune_kd's; allowed: with tables of others only")
     if records is None or problems:
-        raise Mistake(*(problem.replace("RUN", "--curves", 1) for problem in problems))
+        raise Mistake(*problems)
     chosen, why = _scale_of_curves(path, scale, records)
-    resolved = studies.resolve(path, chosen, None, _settings(settings, margin_from, path, chosen, None, out))
+    theirs = [name for name in records.trials["dataset"].dropna().unique() if name in DATA_SETS]
+    data = theirs[0] if len(theirs) == 1 else None  # a scale may have other settings for another data set
+    resolved = studies.resolve(path, chosen, data, _settings(settings, margin_from, path, chosen, data, out))
     named = resolved.screen.strata if strata is None else None if strata == "none" else strata.split(",")
     recorded = simulation.curves(records, resolved, named)
     simulation.check_screen(resolved.screen, recorded)
     console = _console(as_json)
+    for epochs in sorted({epochs for _, epochs in recorded.grids if not resolved.screen.rungs(epochs)}):
+        console.print(f"warning: screen.grace is {resolved.screen.grace}, so in curves of {epochs} epochs nothing is "
+                      "compared", highlight=False)  # fmt: skip
     replays = iter(_tracked(orders * len(recorded.grids), "replays"))
     outcomes = simulation.simulate(resolved.screen, recorded, orders, beat=lambda: next(replays))
     next(replays, None)
@@ -557,13 +576,24 @@ def _settings(
     given = settings or []
     if margin_from is None:
         return given
+    if any(setting.partition("=")[0] == "screen.margin" for setting in given):
+        raise Mistake("--margin-from is given beside --set screen.margin; allowed: one of them")
     from tune_kd import audit, studies
     from tune_kd.foreign import Adapter
     from tune_kd.tables import load
 
     study = studies.resolve(path, scale, data, given)
-    margins = audit.noise_margins(load(margin_from, out=out, adapt=Adapter(rest="screen")), study)
+    earlier = _named("--margin-from", lambda: load(margin_from, out=out, adapt=Adapter(rest="screen")))
+    margins = audit.noise_margins(earlier, study)
     return [*given, f"screen.margin={json.dumps(margins)}"]
+
+
+def _named(option: str, read: Callable[[], T]) -> T:
+    """What is read; a mistake in it names the option, and not the argument RUN that it would be elsewhere."""
+    try:
+        return read()
+    except Mistake as mistake:
+        raise Mistake(*(problem.replace("RUN", option, 1) for problem in mistake.problems)) from mistake
 
 
 def _seeds(planned: "Plan") -> dict[str, Any]:

@@ -40,6 +40,9 @@ class Adapter:
         if "phase" not in trials:
             trials = trials.assign(phase="confirm")
         else:
+            if unknown := sorted(set(self.phases) - set(trials["phase"])):
+                there = ", ".join(map(repr, trials["phase"].dropna().unique()))
+                raise ValueError(f"no trial has the phase {', '.join(map(repr, unknown))}; there are {there}")
             phases = trials["phase"].replace(dict(self.phases))
             if self.rest is not None:
                 phases = phases.where(phases.isin(PHASES), self.rest)

@@ -4,6 +4,7 @@ that a mistake is answered at once."""
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,11 @@ class Ended:
     failed: int  # trials that failed or were blocked
 
 
-def execute(run: "Run", console: Console, address: str | None, prepare: Callable[[], None]) -> Ended:
-    """Connect to Ray and run the plan. `prepare` is called when Ray is there and the shares fit into it."""
-    from tune_kd import run as runs
+def execute(
+    run: "Run", console: Console, address: str | None, opened: Callable[[], AbstractContextManager[None]]
+) -> Ended:
+    """Connect to Ray and run the plan. `opened` is entered when Ray is there and the shares fit into it; inside it the
+    run's folder is there, and held by this process."""
     from tune_kd import shares
     from tune_kd.execute import on_ray
     from tune_kd.execute.driver import Driver
@@ -39,8 +42,7 @@ def execute(run: "Run", console: Console, address: str | None, prepare: Callable
     try:
         gpus = shares.gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
         shares.check_cluster(run.settings["cpus_per_trial"], gpus, cluster.cpus, cluster.gpus)
-        prepare()
-        with runs.held(run.folder):
+        with opened():
             _print_start(run, console, cluster)
             place = Workplace(
                 data_dir=None if run.data_dir is None else run.data_dir.absolute(),

@@ -163,7 +163,7 @@ def record_extension(run: Run) -> None:
     resolved, planned = asdict(run.study), run.plan
     record |= {"look": run.look, "trials": [trial.trial_id for trial in planned.trials], "source": _source(run)}
     if digest(resolved) != record["study_sha256"]:
-        arms = [arm.name for arm in planned.arms]
+        arms = [{"name": arm.name, "role": arm.role} for arm in planned.arms]
         at = datetime.now(UTC).isoformat(timespec="seconds")
         record["extended"] = {"study": resolved, "study_sha256": digest(resolved), "arms": arms, "at": at}
     publish(run.folder / STUDY, json.dumps(record, indent=1).encode())

@@ -28,7 +28,7 @@ class Curve:
     trial_id: str
     arm: str
     stratum: str
-    immune: bool  # a control, or an arm that contrasts refer to
+    immune: bool  # a control, or an arm that others are compared with
     accuracy: tuple[float, ...]  # on validation images, a value an epoch
 
 
@@ -89,6 +89,8 @@ def curves(records: Records, study: Study, strata: Sequence[str] | None) -> Curv
     if unknown:
         known = ", ".join(name for name in CELL_FIELDS if trials[name].notna().any())
         raise Mistake(f"--strata is {','.join(strata or ())!r}; allowed: none, or columns of the curves ({known})")
+    if len(set(strata or ())) < len(strata or ()):
+        raise Mistake(f"--strata is {','.join(strata or ())!r}; allowed: each column once")
     nowhere = trials[list(strata or ())].isna().any(axis=1)
     ended = trials["status"] == "completed"
     named = " or ".join(strata or ())
@@ -99,7 +101,8 @@ def curves(records: Records, study: Study, strata: Sequence[str] | None) -> Curv
     left_out = [f"{count} {what}" for count, what in kinds if count]
     trials = trials[ended & ~nowhere]
     accuracy = dict(iter(records.epochs.sort_values("epoch").groupby("trial_id")["val_accuracy"]))
-    roles = {arm["name"]: arm["role"] for each in records.studies.values() for arm in each["arms"]}
+    studies = records.studies.values()
+    roles = {arm["name"]: arm["role"] for each in studies for arm in (each.get("extended") or each)["arms"]}
     grids: dict[tuple[int, int], list[Curve]] = {}
     gaps = 0
     rows: list[dict[Any, Any]] = trials.to_dict("records")

@@ -118,7 +118,7 @@ def place(run: Path | str, out: Path | str = "results") -> Path:
 
 def _file(place: Path, table: str, whole: bool) -> Path:
     """A table's file: in a folder that is a `whole` run, or beside others with a common prefix."""
-    return place / f"{table}.parquet" if whole else place.with_name(f"{place.name}_{table}.parquet")
+    return place / f"{table}.parquet" if whole else place.parent / f"{place.name}_{table}.parquet"
 
 
 def _load(place: Path, adapt: Adapter | None) -> Records:
@@ -181,7 +181,7 @@ def _study(path: Path, trials: pd.DataFrame) -> dict[str, Any]:
     other = trials.loc[trials["run"] != study["run"], "run"]
     if len(other):
         problems.append(f"{path}: {_told('run', other, len(trials), repr(study['run']))}")
-    names = [arm["name"] for arm in study["arms"]] + ((study.get("extended") or {}).get("arms") or [])
+    names = [arm["name"] for arm in (study.get("extended") or study)["arms"]]
     strange = trials.loc[(trials["role"] == "student") & ~trials["arm"].isin(names), "arm"]
     if len(strange):
         problems.append(f"{path}: {_told('arm', strange, len(trials), 'one of the arms of the study')}")

@@ -172,7 +172,7 @@ def effects(table: "pd.DataFrame", teachers: int) -> Group:
             Text(f"Pairs that would give the test 80 % power at the difference and spread seen: {'; '.join(needed)}")
         )
     parts.append(
-        Text("Paired by seed; 95 % t intervals; p adjusted by Holm over all contrasts, and for declared looks.")
+        Text("Paired by seed; 95 % t intervals; p adjusted by Holm over all contrasts; both allow for declared looks.")
     )
     return Group(*parts)
 

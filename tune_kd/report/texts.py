@@ -67,7 +67,7 @@ def markdown(records: Records, tables: Titled, limits: Sequence[str]) -> str:
         lines += [f"- **{named(row, records)}**: {row['words']}" for row in rows[:ROWS]]
         lines += [
             "",
-            "Paired by seed; p values of t tests, adjusted by Holm over all contrasts, and for declared looks.",
+            "Paired by seed; 95 % t intervals; p adjusted by Holm over all contrasts; both allow for declared looks.",
             "",
         ]
     lines += ["## Limits of the evidence", "", *(f"- {sentence}" for sentence in limits), ""]
