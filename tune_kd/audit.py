@@ -84,7 +84,7 @@ def noise_margins(records: Records, study: Study) -> list[float]:
               for _, of_arm in controls.groupby(["run", "arm"])]  # fmt: skip
     if not rungs:
         raise Mistake(
-            f"--margin-from is given, and screen.grace {study.screen.grace} of {budget} epochs leaves no rung to have a "
+            f"--margin-from is given, and screen.grace {study.screen.grace} of {budget} epochs leaves no rung for a "
             "margin; allowed: a shorter grace period"
         )
     margins = [stats.noise_margin([group[epoch].tolist() for group in groups]) for epoch in rungs if groups]
