@@ -51,6 +51,16 @@ def tiny() -> Study:
     )
 
 
+def contested(study: Study) -> Study:
+    """The study with five temperatures and early stopping at epochs 2 and 4 of 8, so that arms are stopped."""
+    return replace(
+        study,
+        factors=(*study.factors[:2], Factor("temperature", (1.0, 2.0, 4.0, 8.0, 16.0))),
+        recipe=replace(study.recipe, epochs=8),
+        screen=Screen(seed=0, grace=2, reduction=2, margin=0.02, min_peers=1),
+    )
+
+
 @pytest.fixture
 def study() -> Study:
     """The tiny study: see `tiny`."""

@@ -9,11 +9,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from conftest import contested
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.plan import plan
 from tune_kd.records import DECISIONS, EPOCHS, TRIALS, Ledger
-from tune_kd.study import Confirm, Factor, Screen, Study
+from tune_kd.study import Confirm, Screen, Study
 from tune_kd.trial import Decision, Epoch, Outcome
 
 HERE = Where("host", "cpu")
@@ -303,13 +304,7 @@ def test_values_of_the_recipe_stand_in_the_rows(study: Study, tmp_path: Path) ->
 
 def test_a_run_killed_in_the_middle_of_a_rung_decides_as_one_that_went_on(one_stem: Study, tmp_path: Path) -> None:
     """Whatever is reported when, in one recorded sequence: the arms side by side, epoch by epoch."""
-    levels = Factor("temperature", (1.0, 2.0, 4.0, 8.0, 16.0))
-    study = replace(
-        one_stem,
-        factors=(*one_stem.factors[:2], levels),
-        recipe=replace(one_stem.recipe, epochs=8),
-        screen=Screen(seed=0, grace=2, reduction=2, margin=0.01, min_peers=1),
-    )
+    study = contested(one_stem)
     chance = random.Random("a recorded sequence")
     sequence = [(chance.random(), arm, number) for arm in range(7) for number in range(1, 9)]
     metrics = {(arm, number): metric for metric, arm, number in sequence}

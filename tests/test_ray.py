@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from conftest import contested
 from tune_kd import data
 from tune_kd.execute import on_ray
 from tune_kd.execute.driver import Driver
@@ -27,7 +28,7 @@ from tune_kd.plan import plan
 from tune_kd.records import EPOCHS, TIMING, TRIALS, Ledger
 from tune_kd.schedule import stratum
 from tune_kd.simulate import Curve, replay
-from tune_kd.study import Factor, Screen, Study
+from tune_kd.study import Study
 from tune_kd.trial import Epoch, Outcome
 
 # What may differ between two computations of one trial (RELIABILITY: times, rates, hosts, attempts, memory, shares).
@@ -110,13 +111,7 @@ def test_one_recorded_sequence_gives_the_same_decisions_three_ways(
     ray_session: str, study: Study, tmp_path: Path
 ) -> None:
     """Through Ray, in this process, and in the simulator."""
-    levels = Factor("temperature", (1.0, 2.0, 4.0, 8.0, 16.0))
-    study = replace(
-        study,
-        factors=(*study.factors[:2], levels),
-        recipe=replace(study.recipe, epochs=8),
-        screen=Screen(seed=0, grace=2, reduction=2, margin=0.02, min_peers=1),
-    )
+    study = contested(study)
     chance = random.Random("a recorded sequence")
     arms = [arm.name for arm in plan(study).arms]
     metrics = {(arm, number): chance.random() for arm in arms for number in range(1, 9)}

@@ -216,7 +216,8 @@ def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
         judged = typed([_judged(values, margin, level) for values in then], CONTRAST_COLUMNS)
         found = _adjusted(judged) * (ALPHA / level)
         # What has turned or come to nothing since, or has left the margin, stands no longer.
-        found["p_holm"] = found["p_holm"].mask(judged["estimate"] * table["estimate"] <= 0, 1.0)
+        turned = (judged["estimate"] * table["estimate"] <= 0) | (table["estimate"].abs() <= stats.NO_SPREAD)
+        found["p_holm"] = found["p_holm"].mask(turned, 1.0)
         found["p_equivalence"] = found["p_equivalence"].mask(table["estimate"].abs() >= margin, 1.0)
         adjusted.append(found)
     adjusted[0] *= ALPHA / levels[-1]
