@@ -10,7 +10,6 @@ lie where the table says and not where somebody began to ask, so what is compute
 """
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,9 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
+
+from tune_kd.faults import point
+from tune_kd.storage import patiently, write_at
 
 CHUNK = 4096  # rows that one process answers under one lock: what a kill costs at most
 _DIGEST = hashlib.sha256().digest_size
@@ -76,8 +78,9 @@ class Answers:
         span = self._span(chunk)
         logits = self._compute(span).numpy().astype("<f4").tobytes()
         # Written, not stored through the map: a full disk is then an error and not a signal that kills.
-        _write(self._folder / "logits.f32", span.start * self._logits.strides[0], logits)
-        _write(self._folder / "digests.sha256", chunk * _DIGEST, hashlib.sha256(logits).digest())
+        write_at(self._folder / "logits.f32", span.start * self._logits.strides[0], logits)
+        point("answers.written")
+        write_at(self._folder / "digests.sha256", chunk * _DIGEST, hashlib.sha256(logits).digest())
         self._verified.add(chunk)
         return len(span)
 
@@ -87,14 +90,10 @@ class Answers:
 
 def _file_of_size(path: Path, size: int) -> Path:
     """A file of this size, with zeros where nothing was written. Who comes second finds it as the first left it."""
-    with path.open("ab") as file:
-        file.truncate(size)
-    return path
 
+    def grow() -> Path:
+        with path.open("ab") as file:
+            file.truncate(size)
+        return path
 
-def _write(path: Path, offset: int, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    return patiently(grow)

@@ -15,7 +15,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from tune_kd.storage import publish
+from tune_kd.faults import point
+from tune_kd.storage import publish, read
 
 KEPT = 2  # generations
 _NOTES = "notes"
@@ -45,17 +46,23 @@ class Checkpoints:
         digest = hashlib.sha256(data).hexdigest()
         self._folder.mkdir(parents=True, exist_ok=True)
         publish(self._folder / f"{epoch:06d}-{digest}.safetensors", data)
+        point("checkpoint.published")
         for old in self._published()[KEPT:]:
-            old.unlink()
+            old.unlink(missing_ok=True)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest state that is whole, or null where there is none."""
         for path in self._published():
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() == path.stem.partition("-")[2]:
+            data = read(path)
+            if _is_whole(path, data):
                 return unpack(data)
             path.rename(path.with_suffix(".damaged"))
         return None
+
+    def damaged(self) -> list[Path]:
+        """Files of states that are not what was written, also those that were set aside. Changes nothing."""
+        altered = [path for path in self._published() if not _is_whole(path, read(path))]
+        return [*altered, *sorted(self._folder.glob("*.damaged"))]
 
     def remove(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -63,3 +70,7 @@ class Checkpoints:
     def _published(self) -> list[Path]:
         """Whole names, newest first. The epoch decides, not the clock."""
         return sorted(self._folder.glob("[0-9]*.safetensors"), reverse=True)
+
+
+def _is_whole(path: Path, data: bytes) -> bool:
+    return hashlib.sha256(data).hexdigest() == path.stem.partition("-")[2]

@@ -2,8 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -122,14 +121,8 @@ def run(
         source=runs.Source(path, chosen, data, tuple(settings or ())),
     )
     launch.fetch_weights(resolved)
-
-    @contextmanager
-    def opened() -> Iterator[None]:
-        runs.create(begun)
-        with runs.held(begun.folder):
-            yield
-
-    ended = launch.execute(begun, console, address, opened)
+    with runs.begun(begun):
+        ended = launch.execute(begun, console, address)
     _conclude(begun, ended, console, as_json)
 
 
@@ -168,14 +161,8 @@ def resume(
                 f"{digest[:16]}: put the same data back at {reopened.data_dir or 'their place'}"
             )
         launch.fetch_weights(reopened.study)
-
-        @contextmanager
-        def opened() -> Iterator[None]:
-            if extend:
-                runs.record_extension(reopened)
-            yield
-
-        ended = launch.execute(reopened, console, address, opened)
+        extension = (lambda: runs.record_extension(reopened)) if extend else (lambda: None)
+        ended = launch.execute(reopened, console, address, extension)
     _conclude(reopened, ended, console, as_json)
 
 

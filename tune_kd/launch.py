@@ -4,7 +4,6 @@ that a mistake is answered at once."""
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,51 +25,50 @@ class Ended:
     failed: int  # trials that failed or were blocked
 
 
-def execute(
-    run: "Run", console: Console, address: str | None, opened: Callable[[], AbstractContextManager[None]]
-) -> Ended:
-    """Connect to Ray and run the plan. `opened` is entered when Ray is there and the shares fit into it; inside it the
-    run's folder is there, and held by this process."""
-    from tune_kd import shares
+def execute(run: "Run", console: Console, address: str | None, connected: Callable[[], None] = lambda: None) -> Ended:
+    """Connect to Ray and run the plan of a run that this process holds.
+
+    `connected` is called when Ray is there and the shares fit into it.
+    """
+    from tune_kd import rebuild, shares
     from tune_kd.execute import on_ray
     from tune_kd.execute.driver import Driver
     from tune_kd.execute.worker import Workplace
-    from tune_kd.records import LEDGER, Ledger
     from tune_kd.view import View
 
     cluster = on_ray.connect(address)
     try:
         gpus = shares.gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
         shares.check_cluster(run.settings["cpus_per_trial"], gpus, cluster.cpus, cluster.gpus)
-        with opened():
-            _print_start(run, console, cluster)
-            place = Workplace(
-                data_dir=None if run.data_dir is None else run.data_dir.absolute(),
-                cache=None,
-                teachers=run.teachers.absolute(),
-                checkpoints=run.checkpoints.absolute(),
+        connected()
+        _print_start(run, console, cluster)
+        place = Workplace(
+            data_dir=None if run.data_dir is None else run.data_dir.absolute(),
+            cache=None,
+            teachers=run.teachers.absolute(),
+            checkpoints=run.checkpoints.absolute(),
+        )
+        with View(console, run.name) as view:
+            driver = Driver(
+                run.plan,
+                run.name,
+                run.folder,
+                rebuild.opened(run, lambda sentence: _say(console, sentence)),
+                place,
+                cpus=run.settings["cpus_per_trial"],
+                gpus=gpus,
+                max_concurrent=run.settings["max_concurrent"],
+                keep_checkpoints=run.settings["keep_checkpoints"],
+                say=view.say,
             )
-            with View(console, run.name) as view:
-                driver = Driver(
-                    run.plan,
-                    run.name,
-                    run.folder,
-                    Ledger(run.folder / LEDGER),
+            with on_ray.drained_by_signals(driver) as received:
+                on_ray.run_on_ray(
+                    driver,
                     place,
-                    cpus=run.settings["cpus_per_trial"],
-                    gpus=gpus,
-                    max_concurrent=run.settings["max_concurrent"],
-                    keep_checkpoints=run.settings["keep_checkpoints"],
-                    say=view.say,
+                    on_ray.slots(cluster, run.settings["cpus_per_trial"], gpus),
+                    beat=lambda: view.show(list(driver.rows.values()), driver.decisions),
                 )
-                with on_ray.drained_by_signals(driver) as received:
-                    on_ray.run_on_ray(
-                        driver,
-                        place,
-                        on_ray.slots(cluster, run.settings["cpus_per_trial"], gpus),
-                        beat=lambda: view.show(list(driver.rows.values()), driver.decisions),
-                    )
-                    signal = received()
+                signal = received()
     finally:
         on_ray.disconnect(cluster)
     return Ended(signal, sum(row["status"] in ("failed", "blocked") for row in driver.rows.values()))
@@ -85,16 +83,18 @@ def _print_start(run: "Run", console: Console, cluster: Any) -> None:
     if cluster.dashboard:
         lines.append(f"Ray dashboard: {cluster.dashboard} (it asks for the token that `ray get-auth-token` prints)")
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        _say(console, line)
+
+
+def _say(console: Console, sentence: str) -> None:
+    console.print(sentence, highlight=False, soft_wrap=True)
 
 
 def load_data(study: Study, folder: Path | None, console: Console) -> "DataSet":
     """Load the data once, before Ray starts: what is wrong with them is told now."""
     from tune_kd.data import load_declared
 
-    return load_declared(
-        study.data, folder, say=lambda sentence: console.print(sentence, highlight=False, soft_wrap=True)
-    )
+    return load_declared(study.data, folder, say=lambda sentence: _say(console, sentence))
 
 
 def check_compiler(study: Study | None) -> None:
@@ -113,13 +113,10 @@ def measured_share(study: Study, data: "DataSet", console: Console) -> float:
     from tune_kd.execute.probe import probe
     from tune_kd.plan import plan
 
-    def say(sentence: str) -> None:
-        console.print(sentence, highlight=False, soft_wrap=True)
-
     if not torch.cuda.is_available():
-        say("--gpus-per-trial auto: there is no GPU here, so trials run on CPUs")
+        _say(console, "--gpus-per-trial auto: there is no GPU here, so trials run on CPUs")
         return 0.0
-    return probe(plan(study, data.digest), data, torch.device("cuda"), say)
+    return probe(plan(study, data.digest), data, torch.device("cuda"), lambda sentence: _say(console, sentence))
 
 
 def fetch_weights(study: Study) -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
-from tune_kd.storage import publish
+from tune_kd.faults import point
+from tune_kd.storage import Damaged, patiently, publish, read, sealed, unsealed, write_at
 from tune_kd.trial import Trial
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 LEDGER = "ledger.sqlite"  # in a run's folder
+COMMITS = "ledger.commits"  # beside it: how many transactions it holds at least
+DIGESTS = "tables.json"  # beside them: the SHA-256 of each table, and of the one before, which a kill may leave
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # files and folders are named after runs
 
 
@@ -125,10 +128,6 @@ PANDAS = {str: "string", int: "Int64", float: "float64"}
 _SQL = {str: "TEXT", int: "INTEGER", float: "REAL"}
 
 
-class Damaged(RuntimeError):
-    """A record does not carry the bytes that were written."""
-
-
 FAILURES = (Damaged, OSError, sqlite3.Error)
 """What the machine can do to records: damage, a full disk, a lock that is not given."""
 
@@ -152,10 +151,16 @@ def _crc(row: Row) -> int:
 
 
 class Ledger:
-    """One SQLite file a run. A row counts once the transaction that holds it is committed."""
+    """One SQLite file a run. A row counts once the transaction that holds it is committed.
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    Each row carries a check sum, and a file beside the ledger how many transactions were committed, so that neither
+    an altered row nor a lost end of the write-ahead log goes unseen.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False, after: int = 0) -> None:
+        """`after`: how many transactions were committed to the ledger that this one takes the place of."""
         self.path = path
+        self._writes: list[tuple[str, list[Any]]] | None = None  # of the transaction that is open
         if read_only:
             self._connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)
             return
@@ -170,27 +175,57 @@ class Ledger:
                 f"(number INTEGER PRIMARY KEY AUTOINCREMENT, {columns}, crc INTEGER NOT NULL, UNIQUE ({key}))"
             )
         self._connection.execute("CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
+        self._commits = max(after, int(self.fact("commits") or 0))
 
     def close(self) -> None:
         self._connection.close()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Everything inside is on disk together, or not at all."""
-        self._connection.execute("BEGIN IMMEDIATE")
+        """Everything that is put inside is on disk together, or not at all. It cannot be read before the end.
+
+        Raises `sqlite3.Error` where a disk refuses it several times.
+        """
+        assert self._writes is None, "a transaction is open"
+        writes: list[tuple[str, list[Any]]] = []
+        self._writes = writes
         try:
             yield
+        finally:
+            self._writes = None
+        if writes:
+            patiently(lambda: self._commit(writes), (sqlite3.OperationalError,))
+            write_at(self.path.with_name(COMMITS), 0, _counted(self._commits))
+
+    def _commit(self, writes: list[tuple[str, list[Any]]]) -> None:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            point("ledger.begun")
+            for statement, values in writes:
+                self._connection.execute(statement, values)
+            self._connection.execute(_SET_FACT, ["commits", str(self._commits + 1)])
+            point("ledger.written")
+            self._connection.execute("COMMIT")
         except BaseException:
-            self._connection.execute("ROLLBACK")
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
             raise
-        self._connection.execute("COMMIT")
+        self._commits += 1
+        point("ledger.committed")
+
+    def _write(self, statement: str, values: list[Any]) -> None:
+        if self._writes is not None:
+            self._writes.append((statement, values))
+            return
+        with self.transaction():
+            self._write(statement, values)
 
     def put(self, schema: Schema, row: Mapping[str, Any]) -> None:
         """Write a row, in the place of the one with its key."""
         cleaned = clean(schema, row)
         names = [*cleaned, "crc"]
         updates = ", ".join(f'"{name}" = excluded."{name}"' for name in names)
-        self._connection.execute(
+        self._write(
             f"INSERT INTO {schema.name} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))}) "
             f"ON CONFLICT ({', '.join(schema.key)}) DO UPDATE SET {updates}",
             [*cleaned.values(), _crc(cleaned)],
@@ -217,26 +252,77 @@ class Ledger:
         rows = []
         for *cells, crc in cursor:
             row = dict(zip(schema.columns, cells, strict=True))
-            if _crc(row) != crc:
-                key = ", ".join(f"{name}={row[name]}" for name in schema.key)
+            if any(isinstance(cell, bytes) for cell in cells) or _crc(row) != crc:
+                key = ", ".join(f"{name}={row[name]!r}" for name in schema.key)
                 raise Damaged(f"{self.path}: the row {key} of {schema.name} was altered since it was written")
             rows.append(row)
         return rows
 
     def set_fact(self, name: str, value: str) -> None:
-        self._connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [name, value])
+        self._write(_SET_FACT, [name, value])
 
     def fact(self, name: str) -> str | None:
         found = self._connection.execute("SELECT value FROM facts WHERE name = ?", [name]).fetchone()
         return None if found is None else str(found[0])
 
+    def check(self) -> None:
+        """Read everything. Raises `Damaged`, or what `damage` makes of an error, where not all is as it was written."""
+        counted = commits(self.path.parent)  # before the ledger, which may grow meanwhile
+        found = [text for (text,) in self._connection.execute("PRAGMA integrity_check(3)")]
+        if found != ["ok"]:
+            raise Damaged(f"{self.path} is damaged ({'; '.join(found)})")
+        for schema in SCHEMAS:
+            self.rows(schema)
+        held = int(self.fact("commits") or 0)
+        if counted is not None and held < counted:
+            raise Damaged(f"{self.path} holds {held} transactions, and {counted} were committed: its end was lost")
+
     def write_tables(self, folder: Path) -> None:
         """Make the three Parquet tables, each complete or as it was before."""
+        known = digests(folder) or {}
         for schema in SCHEMAS:
             path = folder / f"{schema.name}.parquet"
             data = to_parquet(frame(schema, self.rows(schema)))
+            here = hashlib.sha256(read(path)).hexdigest() if path.is_file() else None
+            kept = [each for each in known.get(path.name, []) if each == here]  # what stays there after a kill
+            known[path.name] = [hashlib.sha256(data).hexdigest(), *kept[:1]]
+            publish(folder / DIGESTS, sealed(known))
+            point("tables.announced")
             publish(path, data)
-            self.set_fact(f"sha256 of {path.name}", hashlib.sha256(data).hexdigest())
+            point("tables.published")
+
+
+_SET_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
+
+
+def damage(error: Exception) -> bool:
+    """Whether an error says that a record is damaged, and not that the disk is full, slow or locked."""
+    if not isinstance(error, sqlite3.Error):
+        return isinstance(error, Damaged)
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # none: text that is no text
+    return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
+
+
+def commits(folder: Path) -> int | None:
+    """How many transactions the ledger in a folder holds at least; null where nothing whole says so."""
+    path = folder / COMMITS
+    count, _, crc = (read(path) if path.is_file() else b"").rstrip(b"\n").partition(b" ")
+    return int(count) if count.isdigit() and crc == b"%08x" % zlib.crc32(count) else None
+
+
+def _counted(count: int) -> bytes:
+    """Of one length, so that it is written over in one piece."""
+    text = b"%012d" % count
+    return b"%b %08x\n" % (text, zlib.crc32(text))
+
+
+def digests(folder: Path) -> dict[str, list[str]] | None:
+    """The SHA-256 that each table of a run may have, by file name. Null where no whole record says so."""
+    path = folder / DIGESTS
+    try:
+        return unsealed(read(path), path) if path.is_file() else None
+    except Damaged:
+        return None
 
 
 def first_row(run: str, trial: Trial) -> Row:

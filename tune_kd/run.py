@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -16,9 +17,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
+from tune_kd.faults import point
 from tune_kd.plan import Plan, plan
 from tune_kd.records import LEDGER, RUN_NAME, TRIALS, Ledger, Row
-from tune_kd.storage import publish
+from tune_kd.storage import Damaged, publish, read, sealed, unsealed
 from tune_kd.studies import from_json, resolve
 from tune_kd.study import Mistake, Study
 from tune_kd.trial import digest
@@ -89,13 +91,27 @@ def check_new(out: Path, name: str | None, study: Study) -> str:
     return name
 
 
-def create(run: Run) -> None:
-    """Make a run's folder and write its `study.json`: the study, its hash, the contrasts, and what ran where."""
-    planned = run.plan
+@contextmanager
+def begun(run: Run) -> Iterator[None]:
+    """A new run on disk, held by this process. Where a `Mistake` ends it before a row is written, nothing stays."""
     try:
         run.folder.mkdir(parents=True)
     except OSError as error:
         raise Mistake(f"--out: {run.folder} cannot be made ({error.strerror}); choose another folder") from error
+    try:
+        with held(run.folder):
+            create(run)
+            yield
+    except Mistake:
+        if not (run.folder / LEDGER).exists():
+            shutil.rmtree(run.folder)
+        raise
+
+
+def create(run: Run) -> None:
+    """Write `study.json` into a run's folder: the study, its hash, the contrasts, and what runs where."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    planned = run.plan
     contrasts = [asdict(contrast) for contrast in planned.contrasts]
     resolved = asdict(run.study)
     record = {
@@ -120,7 +136,8 @@ def create(run: Run) -> None:
         "git_commit": _git_commit(),
         "machine": {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count()},
     }
-    publish(run.folder / STUDY, json.dumps(record, indent=1).encode())
+    publish(run.folder / STUDY, sealed(record))
+    point("study.published")
 
 
 def changes(run: Run) -> list[str]:
@@ -159,14 +176,15 @@ def extended(run: Run, settings: Sequence[str] = ()) -> Run:
 
 def record_extension(run: Run) -> None:
     """Write into `study.json` what `extended` added. What the study fixed at first, and its hash, stay beside it."""
-    record = json.loads((run.folder / STUDY).read_text())
+    record = unsealed(read(run.folder / STUDY), run.folder / STUDY)
     resolved, planned = asdict(run.study), run.plan
     record |= {"look": run.look, "trials": [trial.trial_id for trial in planned.trials], "source": _source(run)}
     if digest(resolved) != record["study_sha256"]:
         arms = [{"name": arm.name, "role": arm.role} for arm in planned.arms]
         at = datetime.now(UTC).isoformat(timespec="seconds")
         record["extended"] = {"study": resolved, "study_sha256": digest(resolved), "arms": arms, "at": at}
-    publish(run.folder / STUDY, json.dumps(record, indent=1).encode())
+    publish(run.folder / STUDY, sealed(record))
+    point("extension.recorded")
 
 
 def _trials(run: Run) -> list[Row]:
@@ -228,7 +246,7 @@ def existing(out: Path) -> list[Path]:
 def reopen(folder: Path) -> Run:
     """A run as it was begun. Raises `Mistake` where its record does not fit itself or this version."""
     try:
-        record = json.loads((folder / STUDY).read_text())
+        record = unsealed(read(folder / STUDY), folder / STUDY)
         if digest(record["study"]) != record["study_sha256"]:
             raise ValueError("its hash does not fit the study")
         if record["extended"] and digest(record["extended"]["study"]) != record["extended"]["study_sha256"]:
@@ -245,7 +263,7 @@ def reopen(folder: Path) -> Run:
             source=None if record["source"] is None else TypeAdapter(Source).validate_python(record["source"]),
             look=record["look"],
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, Damaged) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise Mistake(
             f"{folder}/study.json was changed after the run began, or is another version's ({what}); "

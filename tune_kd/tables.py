@@ -1,6 +1,7 @@
 """Tables as DataFrames: read from Parquet and held against their schema, from one run, several, or somebody else's."""
 
-import json
+import hashlib
+import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ import numpy as np
 import pandas as pd
 
 from tune_kd.foreign import Adapter
-from tune_kd.records import PANDAS, RUN_NAME, SCHEMAS, TRIALS, Schema
+from tune_kd.records import PANDAS, RUN_NAME, SCHEMAS, TRIALS, Schema, digests
+from tune_kd.storage import Damaged, unsealed
 from tune_kd.study import Mistake
 from tune_kd.trial import digest
 
 EXAMPLES = 3  # rows that an error shows
+READS = 5  # of a table and its digest, until they fit together
 TEXT = (
     *("run", "arm", "role", "note", "what", "contrast", "kind", "verdict", "words", "context", "how", "against"),
     *("value", "host", "stratum", "phase", "method", "status", "student", "teacher", "stem", "weights"),
@@ -134,7 +137,9 @@ def _load(place: Path, adapt: Adapter | None) -> Records:
             tables[schema.name] = pd.DataFrame({name: [] for name in schema.columns})
             continue
         try:
-            table = pd.read_parquet(path)
+            table = pd.read_parquet(io.BytesIO(_whole(path, ours)), page_checksum_verification=True)
+        except Damaged as error:
+            raise Mistake(f"{error}; {again}") from error
         except (OSError, ValueError, TypeError, NotImplementedError) as error:  # of which pyarrow's own are kinds
             raise Mistake(f"{path} cannot be read ({error}); {again}") from error
         tables[schema.name] = table.reset_index(drop=table.index.names == [None])
@@ -162,15 +167,28 @@ def _load(place: Path, adapt: Adapter | None) -> Records:
     return Records(**typed, studies=studies)
 
 
+def _whole(path: Path, ours: bool) -> bytes:
+    """A table's bytes. Raises `Damaged` where a run's file is not one that was written: the checksums inside it do not
+    cover its footer."""
+    for _ in range(READS):  # another may come while the digests are read
+        data = path.read_bytes()
+        known = digests(path.parent) if ours else None
+        if known is None or hashlib.sha256(data).hexdigest() in known.get(path.name, []):
+            break
+    else:
+        raise Damaged(f"{path} was altered since it was written: its digest is not on record")
+    return data
+
+
 def _study(path: Path, trials: pd.DataFrame) -> dict[str, Any]:
     """What `study.json` says. Raises `Mistake` where it lacks something, was changed, or is not of these trials."""
     try:
-        study: dict[str, Any] = json.loads(path.read_text())
+        study = unsealed(path.read_bytes(), path)
         lacking = [name for name in ("run", "study", "contrasts", "arms", "data") if name not in study]
         inner = ("name", "question", "scale", "confirm", "teacher_seeds", "deviation")
         lacking += [f"study.{name}" for name in inner if name not in study.get("study", inner)]
-    except (ValueError, TypeError) as error:
-        raise Mistake(f"{path} cannot be read ({error}); restore the file") from error
+    except (Damaged, TypeError) as error:
+        raise Mistake(f"{error}; restore the file") from error
     if lacking:
         raise Mistake(f"{path} lacks {', '.join(lacking)}; restore the file")
     problems = [

@@ -8,7 +8,6 @@ TEACHERS/ID/answers/KEY/          logits by weights and preprocessing: of views,
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,8 +24,9 @@ from tune_kd import models
 from tune_kd.answers import Answers
 from tune_kd.checkpoints import pack, unpack
 from tune_kd.data import DataSet, Views, draw_views, numbered_views, prepare, show, view_numbers
+from tune_kd.faults import point
 from tune_kd.kernels import autocast, float32_as
-from tune_kd.storage import publish
+from tune_kd.storage import Damaged, publish, read, sealed, unsealed
 from tune_kd.trial import Answering, Epoch, Trial
 
 if TYPE_CHECKING:  # importing torchvision takes seconds, which the driver of a run can do without
@@ -45,13 +45,14 @@ def publish_teacher(folder: Path, trial: Trial, weights: dict[str, Tensor], epoc
     home.mkdir(parents=True, exist_ok=True)
     data = pack(weights, {"teacher_id": trial.trial_id})
     publish(home / "weights.safetensors", data)
+    point("teacher.weights")
     card = {
         "teacher_id": trial.trial_id,
         "weights_sha256": hashlib.sha256(data).hexdigest(),
         "trial": asdict(trial),
         "epochs": [asdict(epoch) for epoch in epochs],
     }
-    publish(home / "card.json", json.dumps(card, indent=1).encode())
+    publish(home / "card.json", sealed(card))
 
 
 def published_epochs(folder: Path, teacher_id: str) -> list[Epoch] | None:
@@ -70,12 +71,16 @@ def writing(folder: Path, teacher_id: str) -> FileLock:
 
 
 def _card(folder: Path, teacher_id: str) -> dict[str, Any] | None:
+    """What a teacher's card says. Null where there is none, or it was altered."""
     path = folder / teacher_id / "card.json"
-    return json.loads(path.read_bytes()) if path.is_file() else None
+    try:
+        return unsealed(read(path), path) if path.is_file() else None
+    except Damaged:
+        return None
 
 
 def _digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return hashlib.sha256(read(path)).hexdigest() if path.is_file() else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,12 +184,14 @@ def load_teacher(
     home = folder / teacher_id
     card = _card(folder, teacher_id)
     if card is None:
-        raise TeacherChanged(f"teacher {teacher_id} has no card in {home}; start a new run to have it trained again")
+        raise TeacherChanged(
+            f"teacher {teacher_id} has no whole card in {home}; start a new run to have it trained again"
+        )
     taught = TypeAdapter(Trial).validate_python(card["trial"])
     path, expected = home / "weights.safetensors", card["weights_sha256"]
 
-    def read() -> bytes:
-        found = path.read_bytes()
+    def verified() -> bytes:
+        found = read(path)
         digest = hashlib.sha256(found).hexdigest()
         if digest != expected:
             raise TeacherChanged(
@@ -196,9 +203,9 @@ def load_teacher(
     def build() -> ResNet:
         cell = taught.cell
         net = models.build(taught.architecture, stem=cell.stem, classes=len(data.classes), width=cell.width, seed=0)
-        net.load_state_dict(unpack(read())[0])
+        net.load_state_dict(unpack(verified())[0])
         models.to_device(net, device)
         return net.eval().requires_grad_(False)
 
-    read()
+    verified()
     return Teacher(teacher_id, expected, home, data, device, taught.recipe.precision, answering, build)

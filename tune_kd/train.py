@@ -7,8 +7,9 @@ the seed alone, so arms at one seed differ in their loss and in nothing else.
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,9 @@ from tune_kd.data import DataSet, Split, draw_views, prepare
 from tune_kd.kernels import autocast, float32_as
 from tune_kd.memory import peak_memory, start_measuring
 from tune_kd.step import Step, part, stepping
+from tune_kd.storage import Damaged
 from tune_kd.study import Recipe
-from tune_kd.teachers import Teacher
+from tune_kd.teachers import Teacher, TeacherChanged
 from tune_kd.trial import Epoch, Outcome, Trial
 
 EVALUATION_BATCH = 512
@@ -62,19 +64,23 @@ def train(
     checkpoints: Checkpoints,
     checkpoint_every: float = 30.0,
     acknowledged: int = 0,
+    leaving: Callable[[], bool] = lambda: False,
 ) -> Iterator[Epoch]:
     """Train a trial from its checkpoint, or from the start, and yield its epochs; the last has the outcome.
 
     A checkpoint is written before an epoch is yielded, when `checkpoint_every` seconds have passed since the last
-    one, and at the end. Epochs that the checkpoint holds are yielded again if they come after `acknowledged`.
-    Raises `Diverged` when the loss of an epoch is not finite.
+    one, when the trial is `leaving`, and at the end. Epochs that the checkpoint holds are yielded again if they come
+    after `acknowledged`. Raises `Diverged` when the loss of an epoch is not finite, and `TeacherChanged` where the
+    checkpoint was trained with another teacher.
     """
     assert (teacher is not None) == (trial.teacher_id is not None)
+    whose = {"trial_id": trial.trial_id, "teacher_digest": None if teacher is None else teacher.digest}
     with stepping(trial, data, teacher, device) as step:
         start_measuring(device)
         progress = _Progress()
         saved = checkpoints.load()
         if saved is not None:
+            _check_whose(saved[1], whose)
             step.restore(saved[0])
             progress = _Progress(_best(saved[0]), TypeAdapter(list[Epoch]).validate_python(saved[1]["rows"]))
         yield from (row for row in progress.rows if row.epoch > acknowledged)
@@ -90,18 +96,30 @@ def train(
                 if last:
                     outcome = _outcome(trial, progress, teacher, step, device)
                     progress.rows[-1] = row = replace(row, outcome=outcome)
-            if last or time.monotonic() - saved_at >= checkpoint_every:
+            if last or leaving() or time.monotonic() - saved_at >= checkpoint_every:
                 rows = [asdict(each) for each in progress.rows]
-                checkpoints.save(epoch, step.tensors() | progress.tensors(), {"rows": rows})
+                checkpoints.save(epoch, step.tensors() | progress.tensors(), {**whose, "rows": rows})
                 saved_at = time.monotonic()
             yield row
 
 
 def best_weights(checkpoints: Checkpoints) -> dict[str, Tensor]:
-    """The best-validation weights in a trial's newest checkpoint."""
+    """The best-validation weights of an ended trial. Raises `Damaged` where its last checkpoint is not whole."""
     saved = checkpoints.load()
-    assert saved is not None
+    if saved is None or saved[1]["rows"][-1]["outcome"] is None:  # the one before has other weights
+        raise Damaged("the last checkpoint is not what was written")
     return _best(saved[0])
+
+
+def _check_whose(notes: dict[str, Any], whose: dict[str, Any]) -> None:
+    """Nothing goes on from a state of another trial, or that another teacher had a part in."""
+    if notes["trial_id"] != whose["trial_id"]:
+        raise Damaged(f"the checkpoint is of the trial {notes['trial_id']}; remove it")
+    if notes["teacher_digest"] != whose["teacher_digest"]:
+        raise TeacherChanged(
+            f"the checkpoint was trained with a teacher of the digest {str(notes['teacher_digest'])[:16]}, and the "
+            f"teacher now has {str(whose['teacher_digest'])[:16]}: restore the teacher, or start a new run"
+        )
 
 
 def _best(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

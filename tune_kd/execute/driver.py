@@ -7,17 +7,19 @@ Everything that happens to a trial passes through here, one call at a time, whoe
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from tune_kd.checkpoints import Checkpoints
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
+from tune_kd.faults import point
 from tune_kd.plan import Plan
 from tune_kd.records import DECISIONS, EPOCHS, TRIALS, Ledger, Row, first_row
 from tune_kd.schedule import Schedule, stratum
 from tune_kd.trial import Decision, Epoch, Trial
 
-MAX_ATTEMPTS = 3  # of one trial under one driver
+MAX_ATTEMPTS = 3  # of one trial under one driver without a new epoch in between
 TABLES_AFTER_END = 5.0  # seconds: tables are made at most this often when trials end
 TABLES_EVERY = 30.0  # seconds: tables are made at least this often
 ENDED = ("completed", "stopped", "failed", "blocked")
@@ -43,7 +45,8 @@ class Driver:
         self.plan = plan
         self.rows: dict[str, Row] = {}
         self.decisions: list[Decision] = []  # of early stopping, in order
-        self.stopping = False  # set from outside: no new trials, the running ones leave at their next epoch
+        self.stopping = False  # no new trials, the running ones leave at their next epoch
+        self.broken: str | None = None  # what the disk did, where that ended the run
         self._run = run
         self._folder = folder
         self._ledger = ledger
@@ -66,6 +69,8 @@ class Driver:
         self._began: dict[str, float] = {}  # trial id -> monotonic time at which its attempt began
         self._tables_at = 0.0
         self._tables_due = True
+        with suppress(OSError):
+            place.drain.unlink()  # of a driver that was asked to leave
         self._take_over()
         self.tick()
 
@@ -93,7 +98,16 @@ class Driver:
         row["started"] = row["started"] or time.time()
         row["gpu_fraction"], row["threads"] = task.gpus, task.threads
         self._ledger.put(TRIALS, row)
+        point("trial.started")
         self._began[task.trial.trial_id] = time.monotonic()
+
+    def drain(self) -> None:
+        """Have the running trials write a checkpoint and leave at the end of their epoch. Nothing else starts."""
+        self.stopping = True
+        with suppress(OSError):  # a full disk must not keep anybody from leaving
+            self._place.drain.parent.mkdir(parents=True, exist_ok=True)
+            self._place.drain.touch()
+        point("drain.begun")
 
     @property
     def running(self) -> int:
@@ -116,6 +130,7 @@ class Driver:
             if state == "different":
                 self._note(row, f"epoch {epoch.epoch} computed again differs from its record")
             if state == "new":
+                self._lost.pop(trial_id, None)  # what gets on may lose its worker again
                 row["epochs_run"] = epoch.epoch
                 row["val_accuracy"] = epoch.val_accuracy
                 quality = (epoch.val_accuracy, -epoch.val_loss)
@@ -138,6 +153,8 @@ class Driver:
                 self._cancel_confirmation(trial.arm, decision)
             else:
                 self._ledger.put(TRIALS, row)
+        point("epoch.committed")
+        self._clear(trial)
         self._tell(trial, decision)
         self.tick()
         return row["status"] == "running" and not self.stopping
@@ -156,8 +173,12 @@ class Driver:
             return
         assert failure is not None, f"{trial.label} ended without its last epoch"
         self._note(row, failure.message)
+        again = self._try_again(trial, failure)
+        if failure.reason == "storage" and not again:
+            self.broken = failure.message
+            self.drain()
         with self._ledger.transaction():
-            if self._try_again(trial, failure):
+            if again or self.broken is not None:  # a trial is not to blame for a disk
                 row["status"] = "pending"
                 self._waiting.insert(0, trial)
                 self._ledger.put(TRIALS, row)
@@ -167,6 +188,7 @@ class Driver:
                     self._schedule.drop(trial.arm)
                 if trial.role == "teacher":
                     self._block_students(trial)
+        self._clear(trial)
         self._tell(trial, None)
         self.tick()
 
@@ -176,6 +198,12 @@ class Driver:
         wait = TABLES_AFTER_END if self._tables_due else TABLES_EVERY
         if now - self._tables_at >= wait:
             self.write_tables()
+
+    def conclude(self) -> None:
+        """Make the tables for the last time. Raises `OSError` where a disk ended the run before it was through."""
+        self.write_tables()
+        if self.broken is not None:
+            raise OSError(f"{self.broken}; the disk refused it {MAX_ATTEMPTS} times, so the run was ended")
 
     def write_tables(self) -> None:
         self._ledger.write_tables(self._folder)
@@ -200,21 +228,26 @@ class Driver:
         if failure.reason == "out_of_memory" and 0 < row["gpu_fraction"] < 1:
             row["gpu_fraction"] = min(1.0, 2 * row["gpu_fraction"])
             return True
-        return failure.reason == "lost"
+        return failure.reason in ("lost", "storage")
 
     def _note(self, row: Row, what: str) -> None:
         """Add to what a row says of its attempts; nothing said before is lost."""
         row["error"] = "; ".join(filter(None, [row["error"], f"attempt {row['attempts']}: {what}"]))
 
     def _end(self, trial: Trial, status: str, reason: str | None = None) -> None:
-        """Commit how a trial ended; its checkpoints are of no more use."""
+        """Commit how a trial ended."""
         row = self.rows[trial.trial_id]
         row["status"], row["stop_reason"] = status, reason
         self._count_time(trial.trial_id)
         self._ledger.put(TRIALS, row)
-        if not self._keep_checkpoints:
-            Checkpoints(self._place.checkpoints / trial.trial_id).remove()
         self._tables_due = True
+
+    def _clear(self, trial: Trial) -> None:
+        """Remove the checkpoints of a trial whose end is committed: they are of no more use."""
+        if self.rows[trial.trial_id]["status"] in ENDED:
+            point("trial.ended")
+            if not self._keep_checkpoints:
+                Checkpoints(self._place.checkpoints / trial.trial_id).remove()
 
     def _count_time(self, trial_id: str) -> None:
         began = self._began.pop(trial_id, None)
@@ -261,6 +294,8 @@ class Driver:
             quality = (row["val_accuracy"], -row["val_loss"])
             self._best[row["trial_id"]] = max(quality, self._best.get(row["trial_id"], quality))
         self._waiting = [trial for trial in self.plan.trials if self.rows[trial.trial_id]["status"] not in ENDED]
+        for trial in self.plan.trials:  # which a kill may have left there
+            self._clear(trial)
         with self._ledger.transaction():  # what an extension added to what is out already
             for decision in self.decisions:
                 if decision.action == "stop":

@@ -16,4 +16,4 @@ def run_in_process(driver: Driver, place: Workplace, work: Work = work) -> None:
         except Exception as error:  # whatever a trial raises is a row, not the end of the run
             problem = failure(error)
         driver.on_end(task.trial.trial_id, problem)
-    driver.write_tables()
+    driver.conclude()

@@ -304,7 +304,7 @@ def run_on_ray(driver: Driver, place: Workplace, slots: int, beat: Callable[[], 
             ).fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    driver.write_tables()
+    driver.conclude()
 
 
 @contextmanager
@@ -329,9 +329,9 @@ def drained_by_signals(driver: Driver) -> Iterator[Callable[[], int | None]]:
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        driver.stopping = True
         if len(received) > 1:
             os._exit(128 + received[0])
+        driver.drain()
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None

@@ -13,6 +13,7 @@ import torch
 from tune_kd import data, teachers
 from tune_kd.checkpoints import Checkpoints
 from tune_kd.memory import keep_freed_blocks
+from tune_kd.storage import Damaged
 from tune_kd.study import Data
 from tune_kd.train import Diverged, best_weights, train
 from tune_kd.trial import Answering, Epoch, Trial
@@ -27,6 +28,11 @@ class Workplace:
     teachers: Path
     checkpoints: Path
     checkpoint_every: float = 30.0  # seconds between the checkpoints of a trial
+
+    @property
+    def drain(self) -> Path:
+        """A file that is there while trials are to leave: each then writes a checkpoint at the end of its epoch."""
+        return self.checkpoints / "drain"
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,9 @@ class Where:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended early. `lost` is the worker's death, which says nothing about the trial."""
+    """Why an attempt ended early. `lost` is the worker's death, `storage` a disk's: they say nothing of the trial."""
 
-    reason: Literal["diverged", "out_of_memory", "teacher_failed", "error", "lost"]
+    reason: Literal["diverged", "out_of_memory", "teacher_failed", "error", "lost", "storage"]
     message: str
 
 
@@ -70,6 +76,8 @@ def failure(error: BaseException) -> Failure:
         return Failure("out_of_memory", message)
     if isinstance(error, teachers.TeacherChanged):
         return Failure("teacher_failed", message)
+    if isinstance(error, OSError | Damaged):
+        return Failure("storage", message)
     return Failure("error", message)
 
 
@@ -103,6 +111,7 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
         checkpoints=checkpoints,
         checkpoint_every=place.checkpoint_every,
         acknowledged=task.acknowledged,
+        leaving=place.drain.exists,
     )
 
 
@@ -121,7 +130,13 @@ def _teach(
             return
         trained: list[Epoch] = []
         for epoch in train(
-            trial, dataset, None, device=device, checkpoints=checkpoints, checkpoint_every=place.checkpoint_every
+            trial,
+            dataset,
+            None,
+            device=device,
+            checkpoints=checkpoints,
+            checkpoint_every=place.checkpoint_every,
+            leaving=place.drain.exists,
         ):
             trained.append(epoch)
             if epoch.outcome is not None:

@@ -1,0 +1,141 @@
+"""A damaged ledger is set aside and made again from the tables, where those are whole.
+
+What came after the tables is missing then: it is in the checkpoints of the trials that were under way, which report
+it again, or it is computed again, which on one thread of a CPU gives the same.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from tune_kd.faults import point
+from tune_kd.records import COMMITS, DECISIONS, EPOCHS, LEDGER, SCHEMAS, TRIALS, Ledger, Row, commits, damage, first_row
+from tune_kd.run import Run
+from tune_kd.storage import Damaged, sync
+from tune_kd.study import Mistake
+from tune_kd.tables import Records, load
+
+REBUILT = ".rebuilt"  # a folder in a run's, for the time that it takes
+
+
+def opened(run: Run, say: Callable[[str], None]) -> Ledger:
+    """A run's ledger to write to. One that is damaged, or gone, is rebuilt first, and that is said.
+
+    Raises `Damaged` where the tables are damaged, too.
+    """
+    wrong = wrong_with(run.folder)
+    if wrong is not None:
+        say(f"warning: {wrong}")
+        say(rebuild(run))
+    elif (run.folder / LEDGER).is_file() and commits(run.folder) is None:
+        say(f"warning: {run.folder / COMMITS} is damaged, which tells whether the ledger is whole; it is made again")
+    return Ledger(run.folder / LEDGER)
+
+
+def wrong_with(folder: Path) -> str | None:
+    """What is wrong with the ledger in a folder; null where it is whole, or where none was begun."""
+    path = folder / LEDGER
+    if not path.is_file():
+        return (
+            f"{path} is missing, and {commits(folder)} transactions were committed to it" if commits(folder) else None
+        )
+    try:
+        ledger = Ledger(path, read_only=True)
+        try:
+            ledger.check()
+        finally:
+            ledger.close()
+    except Exception as error:
+        if damage(error):
+            return str(error) if isinstance(error, Damaged) else f"{path} is damaged ({error})"
+        raise
+    return None
+
+
+def rebuild(run: Run) -> str:
+    """Make the ledger again from the tables, set the old one aside, and tell what the new one holds."""
+    try:
+        records = load(run.folder)
+    except Mistake as mistake:
+        raise Damaged(
+            f"{run.folder / LEDGER} is damaged, and the tables it could be made from are not whole "
+            f"({'; '.join(mistake.problems)}); restore one of them from a copy, or start a new run, which takes over "
+            "the teachers"
+        ) from mistake
+    rows = _consistent(run, records)
+    _make(run, rows)
+    number = 1 + max((int(path.name.rpartition("-")[2]) for path in set_aside(run.folder)), default=0)
+    for old in (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm"):
+        if (run.folder / old).exists():
+            (run.folder / old).rename(run.folder / f"{old}.damaged-{number}")
+    point("rebuild.set_aside")
+    (run.folder / REBUILT / LEDGER).rename(run.folder / LEDGER)
+    sync(run.folder)
+    shutil.rmtree(run.folder / REBUILT)
+    ended = sum(row["status"] == "completed" for row in rows[TRIALS.name])
+    return (
+        f"The ledger was made again from the tables: {len(rows[EPOCHS.name])} epochs of {len(rows[TRIALS.name])} "
+        f"trials, of which {ended} are completed; what is missing runs again. The old one is {LEDGER}.damaged-{number}."
+    )
+
+
+def set_aside(folder: Path) -> list[Path]:
+    """Damaged ledgers that were set aside."""
+    return sorted(folder.glob(f"{LEDGER}.damaged-*"))
+
+
+def _make(run: Run, rows: dict[str, list[Row]]) -> None:
+    """A new ledger of these rows, whole and synced, in a folder of its own."""
+    aside = run.folder / REBUILT
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    ledger = Ledger(aside / LEDGER, after=commits(run.folder) or 0)
+    try:
+        with ledger.transaction():
+            for schema in SCHEMAS:
+                for row in rows[schema.name]:
+                    ledger.put(schema, row)
+    finally:
+        ledger.close()  # which also ends its write-ahead log
+
+
+def _consistent(run: Run, records: Records) -> dict[str, list[Row]]:
+    """The rows of tables that a kill may have left of different ages, so that they fit together and the plan."""
+    trials, epochs, decisions = (_rows(table) for table in (records.trials, records.epochs, records.decisions))
+    planned = {trial.trial_id: trial for trial in run.plan.trials}
+    if strange := {row["trial_id"] for row in trials} - set(planned):
+        raise Damaged(f"{run.folder}: the tables hold trials that are not in the plan: {', '.join(sorted(strange))}")
+    of_trial: dict[str, list[Row]] = {}
+    for row in epochs:
+        of_trial.setdefault(row["trial_id"], []).append(row)
+    for place, row in enumerate(trials):
+        theirs = sorted(of_trial.get(row["trial_id"], []), key=lambda each: int(each["epoch"]))
+        if row["epochs_run"] != len(theirs):
+            trials[place] = _as_of(first_row(run.name, planned[row["trial_id"]]), row, theirs)
+    known = {(row["trial_id"], row["epoch"]) for row in epochs}
+    kept = [row for row in decisions if (row["trial_id"], row["epoch"]) in known]
+    return {TRIALS.name: trials, EPOCHS.name: epochs, DECISIONS.name: kept}
+
+
+def _as_of(first: Row, row: Row, epochs: list[Row]) -> Row:
+    """A trial's row as it was when it had these epochs: to be run on."""
+    best = max(epochs, key=lambda each: (each["val_accuracy"], -each["val_loss"]), default=None)
+    kept = {name: row[name] for name in ("attempts", "error", "started", "host", "device", "threads", "gpu_fraction")}
+    return (
+        first
+        | kept
+        | {
+            "epochs_run": len(epochs),
+            "val_accuracy": epochs[-1]["val_accuracy"] if epochs else None,
+            "val_accuracy_best": None if best is None else best["val_accuracy"],
+            "best_epoch": None if best is None else best["epoch"],
+            "train_seconds": sum(each["seconds"] for each in epochs) if epochs else None,
+        }
+    )
+
+
+def _rows(table: pd.DataFrame) -> list[Row]:
+    return [{name: None if pd.isna(value) else value for name, value in row.items()}
+            for row in table.to_dict("records")]  # fmt: skip

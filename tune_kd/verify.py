@@ -1,0 +1,110 @@
+"""Is everything in a run's folder what was written? From the plan down to the answers of its teachers; nothing is
+changed."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tune_kd import answers, rebuild, run, teachers
+from tune_kd.checkpoints import Checkpoints
+from tune_kd.price import IMAGES
+from tune_kd.records import COMMITS, EPOCHS, LEDGER, SCHEMAS, TRIALS, Ledger, Row, commits
+from tune_kd.study import Mistake
+from tune_kd.tables import load
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something in a run's folder that is not as it was written."""
+
+    part: str  # plan, ledger, tables, checkpoints, teachers or answers
+    what: str
+    remedy: str
+
+
+def verify(folder: Path) -> list[Finding]:
+    """What is wrong with a run, from top to bottom. Empty where all is whole."""
+    try:
+        opened = run.reopen(folder)
+    except Mistake as mistake:
+        return [Finding("plan", problem, "nothing else can be judged before") for problem in mistake.problems]
+    found = [*_ledger(opened), *_tables(opened)]
+    rows = _rows(opened) if not any(each.part == "ledger" for each in found) else []
+    return [*found, *_checkpoints(opened, rows), *_teachers(opened, rows)]
+
+
+def _rows(opened: run.Run) -> list[Row]:
+    path = opened.folder / LEDGER
+    return Ledger(path, read_only=True).rows(TRIALS) if path.is_file() else []
+
+
+def _ledger(opened: run.Run) -> Iterator[Finding]:
+    folder = opened.folder
+    path = folder / LEDGER
+    wrong = rebuild.wrong_with(folder)
+    if wrong is not None:
+        try:
+            load(folder)
+            remedy = f"`tune_kd resume {folder}` makes it again from the tables, which are whole"
+        except Mistake:
+            remedy = "the tables are not whole either: put one of them back from a copy, or start a new run"
+        yield Finding("ledger", wrong, remedy)
+        return
+    if not path.is_file():
+        return
+    if commits(folder) is None:
+        yield Finding("ledger", f"{folder / COMMITS} is missing or damaged, so that a loss of the last rows would not "
+                      "be seen", f"`tune_kd resume {folder}` makes it again")  # fmt: skip
+    ledger = Ledger(path, read_only=True)
+    rows, epochs = ledger.rows(TRIALS), ledger.rows(EPOCHS)
+    planned, held = {trial.trial_id for trial in opened.plan.trials}, {row["trial_id"] for row in rows}
+    for words, ids in (("lacks", planned - held), ("holds, beside the plan,", held - planned)):
+        if ids and not (words == "lacks" and not rows):
+            yield Finding("ledger", f"it {words} the trials {', '.join(sorted(ids))}", "put it back from a copy")
+    counts = Counter(row["trial_id"] for row in epochs)
+    last: dict[str, int] = {}
+    for row in epochs:
+        last[row["trial_id"]] = max(row["epoch"], last.get(row["trial_id"], 0))
+    for row in rows:
+        if not row["epochs_run"] == counts[row["trial_id"]] == last.get(row["trial_id"], 0):
+            what = f"{row['arm']} seed {row['seed']} says {row['epochs_run']} epochs and has {counts[row['trial_id']]}"
+            yield Finding("ledger", what, "put the ledger back from a copy")
+
+
+def _tables(opened: run.Run) -> Iterator[Finding]:
+    folder = opened.folder
+    if not commits(folder) and not any((folder / f"{schema.name}.parquet").is_file() for schema in SCHEMAS):
+        return  # not begun
+    again = "it is made again from the ledger" if rebuild.wrong_with(folder) is None else "put it back from a copy"
+    try:
+        load(folder)
+    except Mistake as mistake:
+        for problem in mistake.problems:
+            yield Finding("tables", problem.partition("; `tune_kd resume")[0], f"`tune_kd resume {folder}`: {again}")
+
+
+def _checkpoints(opened: run.Run, rows: list[Row]) -> Iterator[Finding]:
+    for folder in sorted(each for each in opened.checkpoints.glob("*") if each.is_dir()):
+        for path in Checkpoints(folder).damaged():
+            yield Finding("checkpoints", f"{path} was altered since it was written",
+                          "the one before is used; where there is none, the trial starts again")  # fmt: skip
+
+
+def _teachers(opened: run.Run, rows: list[Row]) -> Iterator[Finding]:
+    home, classes = opened.teachers, IMAGES[opened.study.data.name].classes
+    for teacher in opened.plan.teachers:
+        wrong = teachers.wrong_with(home, teacher.trial_id)
+        if wrong is not None:
+            yield Finding("teachers", wrong, "put it back from a copy, or remove its folder and start a new run")
+        theirs = teachers.weights_digest(home, teacher.trial_id)
+        others = [row for row in rows if row["teacher_id"] == teacher.trial_id and row["role"] == "student"
+                  and row["teacher_digest"] not in (None, theirs)]  # fmt: skip
+        if others and theirs is not None:
+            yield Finding("teachers", f"{len(others)} students learned from another {teacher.label} than the one of "
+                          f"the digest {theirs[:16]}", "put the one back that they learned from")  # fmt: skip
+        for table in sorted(path.parent for path in (home / teacher.trial_id).glob("answers/*/*/digests.sha256")):
+            chunks = answers.damaged(table, classes)
+            if chunks:
+                what = f"{len(chunks)} chunks of {table} are not what {teacher.label} answered"
+                yield Finding("answers", what, "they are computed again where they are needed")
