@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from tune_kd.faults import point
-from tune_kd.storage import patiently, write_at
+from tune_kd.storage import patiently, read, write_at
 
 CHUNK = 4096  # rows that one process answers under one lock: what a kill costs at most
 _DIGEST = hashlib.sha256().digest_size
@@ -86,6 +86,17 @@ class Answers:
 
     def _span(self, chunk: int) -> range:
         return range(chunk * CHUNK, min(self._rows, (chunk + 1) * CHUNK))
+
+
+def damaged(folder: Path, classes: int) -> list[int]:
+    """Chunks of a table that are not what was answered. Whoever reads them computes them again."""
+    logits, digests = (read(folder / name) for name in ("logits.f32", "digests.sha256"))
+    size, found = CHUNK * classes * 4, []
+    for chunk in range(len(digests) // _DIGEST):
+        answered = digests[chunk * _DIGEST : (chunk + 1) * _DIGEST]
+        if any(answered) and hashlib.sha256(logits[chunk * size : (chunk + 1) * size]).digest() != answered:
+            found.append(chunk)
+    return found
 
 
 def _file_of_size(path: Path, size: int) -> Path:

@@ -211,6 +211,9 @@ def plan(
 def status(
     run: Annotated[str | None, typer.Argument(help="A name under --out or a path; the newest by default.")] = None,
     out: Out = DEFAULT_OUT,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every file of the run, and say what can be made again.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show where a run stands, from its records, also while it goes on."""
@@ -228,6 +231,8 @@ def status(
         folder = found[0]
     else:
         folder = runs.find(out, run)
+    if verify:
+        _verify(folder, as_json)
     if not (folder / LEDGER).is_file():
         raise Mistake(f"RUN is {folder}, which has no ledger yet; start it with `python -m tune_kd resume {folder}`")
     ledger = Ledger(folder / LEDGER, read_only=True)
@@ -247,6 +252,24 @@ def status(
     for row in rows:
         if row["status"] in ("failed", "blocked"):
             console.print(f"{row['arm']} seed {row['seed']} {row['status']}: {row['error']}", highlight=False)
+
+
+def _verify(folder: Path, as_json: bool) -> NoReturn:
+    """Say what is wrong with a run, and exit with 3 where anything is."""
+    from tune_kd.verify import verify
+
+    found = verify(folder)
+    if as_json:
+        print(json.dumps({"run": folder.name, "findings": [asdict(finding) for finding in found]}))
+    else:
+        console = Console()
+        for finding in found:
+            console.print(f"{finding.part}: {finding.what}; {finding.remedy}", highlight=False, soft_wrap=True)
+        if not found:
+            console.print(
+                f"{folder} is whole: plan, ledger, tables, checkpoints, teachers and answers", highlight=False
+            )
+    raise SystemExit(3 if found else 0)
 
 
 @app.command()
@@ -417,7 +440,18 @@ def main() -> None:
         sys.exit(130)
     except FAILURES as error:  # of the machine, not of the caller
         print(f"tune_kd: {type(error).__name__}: {error}", file=sys.stderr)
+        if advice := _advice(error):
+            print(f"tune_kd: {advice}", file=sys.stderr)
         sys.exit(3)
+
+
+def _advice(error: Exception) -> str:
+    """What to do about a failure of the machine. Whatever it was, what is on record stays."""
+    from tune_kd.records import damage
+
+    if damage(error):
+        return "`tune_kd status RUN --verify` says what is damaged; `tune_kd resume RUN` makes again what can be"
+    return "what is on record is whole; see that the disk has room and can be written to, then `tune_kd resume RUN`"
 
 
 def _console(as_json: bool) -> Console:

@@ -30,13 +30,21 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
 
     `connected` is called when Ray is there and the shares fit into it.
     """
-    from tune_kd import rebuild, shares
+    from tune_kd import preflight, rebuild, shares
     from tune_kd.execute import on_ray
     from tune_kd.execute.driver import Driver
     from tune_kd.execute.worker import Workplace
+    from tune_kd.records import TRIALS
     from tune_kd.view import View
 
+    def say(sentence: str) -> None:
+        _say(console, sentence)
+
+    ledger = rebuild.opened(run, say)
+    preflight.check(run, ledger.rows(TRIALS), run.settings["max_concurrent"] or os.cpu_count() or 1)
     cluster = on_ray.connect(address)
+    if address is None:
+        on_ray.keep_token_private(say)
     try:
         gpus = shares.gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
         shares.check_cluster(run.settings["cpus_per_trial"], gpus, cluster.cpus, cluster.gpus)
@@ -53,7 +61,7 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
                 run.plan,
                 run.name,
                 run.folder,
-                rebuild.opened(run, lambda sentence: _say(console, sentence)),
+                ledger,
                 place,
                 cpus=run.settings["cpus_per_trial"],
                 gpus=gpus,
@@ -70,6 +78,7 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
                 )
                 signal = received()
     finally:
+        ledger.close()
         on_ray.disconnect(cluster)
     return Ended(signal, sum(row["status"] in ("failed", "blocked") for row in driver.rows.values()))
 

@@ -1,6 +1,6 @@
 """What trials cost, counted without torch: multiplications of the networks times the images they see."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from tune_kd.trial import Answering, Trial
@@ -30,6 +30,7 @@ IMAGES = {
     "digits": Images(size=16, classes=10, train=1079, validation=359, test=359, views=9),
     "cifar10": Images(size=32, classes=10, train=45_000, validation=5_000, test=10_000, views=162),
 }
+ROW_BYTES = 1500  # of an epoch in the ledger with its log and index, and in a table that is written beside the old one
 WORTH = 1.05  # all views ahead may cost this much more than the drawn ones: later seeds and studies find them there
 
 
@@ -42,15 +43,24 @@ class Price:
     how: str
 
 
-def macs(architecture: str, *, stem: str, width: float, size: int, classes: int) -> int:
-    """Multiply-accumulates of one image's forward pass: convolutions and classifier (He et al. 2016)."""
+@dataclass(frozen=True)
+class Layer:
+    """A convolution, or the classifier: its weights, at how many positions of an image, and its outputs' channels."""
+
+    weights: int
+    positions: int
+    out: int
+
+
+def layers(architecture: str, *, stem: str, width: float, size: int, classes: int) -> Iterator[Layer]:
+    """What multiplies in a ResNet, for images of `size` pixels (He et al. 2016)."""
     expansion = 4 if architecture in BOTTLENECK else 1
     channels = [max(1, round(planes * width)) for planes in (64, 128, 256, 512)]
     if stem == "cifar":
-        total = 9 * 3 * channels[0] * size * size
+        yield Layer(9 * 3 * channels[0], size * size, channels[0])
     else:
         size = -(-size // 2)
-        total = 49 * 3 * channels[0] * size * size
+        yield Layer(49 * 3 * channels[0], size * size, channels[0])
         size = -(-size // 2)
     into = channels[0]
     for stage, (blocks, inner) in enumerate(zip(BLOCKS[architecture], channels, strict=True)):
@@ -60,13 +70,46 @@ def macs(architecture: str, *, stem: str, width: float, size: int, classes: int)
                 size = -(-size // 2)
             out = inner * expansion
             if architecture in BOTTLENECK:
-                total += into * inner * before * before + (9 * inner * inner + inner * out) * size * size
+                yield Layer(into * inner, before * before, inner)
+                yield Layer(9 * inner * inner, size * size, inner)
+                yield Layer(inner * out, size * size, out)
             else:
-                total += (9 * into * inner + 9 * inner * inner) * size * size
+                yield Layer(9 * into * inner, size * size, inner)
+                yield Layer(9 * inner * inner, size * size, inner)
             if size != before or into != out:
-                total += into * out * size * size
+                yield Layer(into * out, size * size, out)
             into = out
-    return total + into * classes
+    yield Layer(into * classes, 1, classes)
+
+
+def macs(architecture: str, *, stem: str, width: float, size: int, classes: int) -> int:
+    """Multiply-accumulates of one image's forward pass: convolutions and classifier."""
+    found = layers(architecture, stem=stem, width=width, size=size, classes=classes)
+    return sum(layer.weights * layer.positions for layer in found)
+
+
+def state_bytes(trial: Trial) -> int:
+    """Bytes of a network's float32 weights with its normalisations' four values a channel, running ones included."""
+    cell, images = trial.cell, _images(trial)
+    found = layers(trial.architecture, stem=cell.stem, width=cell.width, size=images.size, classes=images.classes)
+    return sum(4 * (layer.weights + 4 * layer.out) for layer in found)
+
+
+def disk_bytes(trials: Iterable[Trial], answering: Mapping[str, Answering], slots: int, keep: bool) -> int:
+    """What a plan writes at most at a time: checkpoints of as many trials as run (of all with `keep`), teachers, their
+    answers, a ledger and tables.
+
+    A checkpoint has weights, momentum and the best weights; there are two, and a third while it is written.
+    """
+    trials = tuple(trials)
+    states = sorted((state_bytes(trial) for trial in trials), reverse=True)
+    checkpoints = 3 * 3 * sum(states[:slots]) + (3 * sum(states) if keep else 0)
+    teachers = sum(state_bytes(trial) for trial in trials if trial.role == "teacher")
+    students = {trial.teacher_id: trial for trial in trials if trial.teacher_id in answering}
+    answers = sum(4 * _images(each).classes * views_answered(answering[str(teacher)], each)
+                  for teacher, each in students.items())  # fmt: skip
+    rows = len(trials) + sum(trial.recipe.epochs for trial in trials)
+    return int(checkpoints + teachers + answers + ROW_BYTES * rows)
 
 
 def price(trials: Iterable[Trial], answering: Mapping[str, Answering], rate: float) -> Price:

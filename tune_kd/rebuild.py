@@ -137,5 +137,5 @@ def _as_of(first: Row, row: Row, epochs: list[Row]) -> Row:
 
 
 def _rows(table: pd.DataFrame) -> list[Row]:
-    return [{name: None if pd.isna(value) else value for name, value in row.items()}
-            for row in table.to_dict("records")]  # fmt: skip
+    plain = table.astype(object).where(table.notna(), None)
+    return [dict(zip(plain.columns, values, strict=True)) for values in plain.itertuples(index=False, name=None)]

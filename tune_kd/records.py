@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Row = dict[str, Any]
+LAYOUT = 2  # of a run's folder: from 2 on there are digests of its tables
 LEDGER = "ledger.sqlite"  # in a run's folder
 COMMITS = "ledger.commits"  # beside it: how many transactions it holds at least
 DIGESTS = "tables.json"  # beside them: the SHA-256 of each table, and of the one before, which a kill may leave

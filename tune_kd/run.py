@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 from tune_kd.faults import point
 from tune_kd.plan import Plan, plan
-from tune_kd.records import LEDGER, RUN_NAME, TRIALS, Ledger, Row
+from tune_kd.records import LAYOUT, LEDGER, RUN_NAME, TRIALS, Ledger, Row
 from tune_kd.storage import Damaged, publish, read, sealed, unsealed
 from tune_kd.studies import from_json, resolve
 from tune_kd.study import Mistake, Study
@@ -103,7 +103,7 @@ def begun(run: Run) -> Iterator[None]:
             create(run)
             yield
     except Mistake:
-        if not (run.folder / LEDGER).exists():
+        if not (run.folder / "trials.parquet").exists():  # the first thing that a driver writes
             shutil.rmtree(run.folder)
         raise
 
@@ -116,6 +116,7 @@ def create(run: Run) -> None:
     resolved = asdict(run.study)
     record = {
         "run": run.name,
+        "layout": LAYOUT,
         "study": resolved,
         "study_sha256": digest(resolved),
         "look": run.look,

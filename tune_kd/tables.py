@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from tune_kd.foreign import Adapter
-from tune_kd.records import PANDAS, RUN_NAME, SCHEMAS, TRIALS, Schema, digests
+from tune_kd.records import DIGESTS, LAYOUT, PANDAS, RUN_NAME, SCHEMAS, TRIALS, Schema, digests
 from tune_kd.storage import Damaged, unsealed
 from tune_kd.study import Mistake
 from tune_kd.trial import digest
@@ -127,6 +127,7 @@ def _file(place: Path, table: str, whole: bool) -> Path:
 def _load(place: Path, adapt: Adapter | None) -> Records:
     ours = (place / "study.json").is_file()
     whole = ours or (place / "trials.parquet").is_file()
+    digested = ours and _digested(place / "study.json")
     tables: dict[str, pd.DataFrame] = {}
     for schema in SCHEMAS:
         path = _file(place, schema.name, whole)
@@ -137,7 +138,7 @@ def _load(place: Path, adapt: Adapter | None) -> Records:
             tables[schema.name] = pd.DataFrame({name: [] for name in schema.columns})
             continue
         try:
-            table = pd.read_parquet(io.BytesIO(_whole(path, ours)), page_checksum_verification=True)
+            table = pd.read_parquet(io.BytesIO(_whole(path, digested)), page_checksum_verification=True)
         except Damaged as error:
             raise Mistake(f"{error}; {again}") from error
         except (OSError, ValueError, TypeError, NotImplementedError) as error:  # of which pyarrow's own are kinds
@@ -167,17 +168,24 @@ def _load(place: Path, adapt: Adapter | None) -> Records:
     return Records(**typed, studies=studies)
 
 
-def _whole(path: Path, ours: bool) -> bytes:
-    """A table's bytes. Raises `Damaged` where a run's file is not one that was written: the checksums inside it do not
-    cover its footer."""
-    for _ in range(READS):  # another may come while the digests are read
+def _whole(path: Path, digested: bool) -> bytes:
+    """A table's bytes. Raises `Damaged` where those of a run are not what was written: the checksums inside a Parquet
+    file do not cover its footer."""
+    for _ in range(READS):  # another table may come while the digests are read
         data = path.read_bytes()
-        known = digests(path.parent) if ours else None
-        if known is None or hashlib.sha256(data).hexdigest() in known.get(path.name, []):
-            break
-    else:
-        raise Damaged(f"{path} was altered since it was written: its digest is not on record")
-    return data
+        if not digested or hashlib.sha256(data).hexdigest() in (digests(path.parent) or {}).get(path.name, []):
+            return data
+    if digests(path.parent) is None:
+        raise Damaged(f"{path.parent / DIGESTS}, which has the tables' digests, is missing or damaged")
+    raise Damaged(f"{path} was altered since it was written: its digest is not on record")
+
+
+def _digested(study: Path) -> bool:
+    """Whether the run of a `study.json` has digests of its tables, as all have since they were introduced."""
+    try:
+        return int(unsealed(study.read_bytes(), study).get("layout", 1)) >= LAYOUT
+    except (Damaged, TypeError, ValueError):
+        return True
 
 
 def _study(path: Path, trials: pd.DataFrame) -> dict[str, Any]:

@@ -63,6 +63,25 @@ def published_epochs(folder: Path, teacher_id: str) -> list[Epoch] | None:
     return TypeAdapter(list[Epoch]).validate_python(card["epochs"])
 
 
+def wrong_with(folder: Path, teacher_id: str, *, missing: bool = False) -> str | None:
+    """What is wrong with a published teacher; null where it is whole. That there is none is wrong only if `missing`."""
+    home = folder / teacher_id
+    if not (home / "card.json").is_file():
+        return f"{home / 'card.json'} is missing" if missing else None
+    card = _card(folder, teacher_id)
+    if card is None:
+        return f"{home / 'card.json'} was altered since it was written"
+    if _digest(home / "weights.safetensors") != card["weights_sha256"]:
+        return f"{home / 'weights.safetensors'} is not what its card says"
+    return None
+
+
+def weights_digest(folder: Path, teacher_id: str) -> str | None:
+    """The digest that a teacher's card names; null where there is no whole card."""
+    card = _card(folder, teacher_id)
+    return None if card is None else str(card["weights_sha256"])
+
+
 def writing(folder: Path, teacher_id: str) -> FileLock:
     """The lock of the one who may train and publish a teacher. The system frees it with its process."""
     (folder / teacher_id).mkdir(parents=True, exist_ok=True)

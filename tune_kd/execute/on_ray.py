@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import signal
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -254,6 +255,22 @@ def connect(address: str | None) -> Cluster:
         dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None,
         ours=ours,
     )
+
+
+def keep_token_private(say: Callable[[str], None]) -> None:
+    """Let nobody else read the token that Ray asks for: Ray writes it with the modes that the user's umask leaves."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    if not path.is_file() or not path.stat().st_mode & 0o077:
+        return
+    before = stat.S_IMODE(path.stat().st_mode)
+    try:
+        path.chmod(0o600)
+    except OSError as error:
+        raise Mistake(
+            f"{path}, Ray's token, has the mode {before:04o}, so that others can read it, and cannot be changed "
+            f"({error.strerror}); allowed: 0600"
+        ) from error
+    say(f"{path}, Ray's token, had the mode {before:04o} and has 0600 now, so that nobody else can read it.")
 
 
 def slots(cluster: Cluster, cpus: float, gpus: float) -> int:

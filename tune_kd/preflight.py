@@ -1,0 +1,87 @@
+"""What has to be there before anything trains. Each thing that is not is a sentence with its remedy, all at once."""
+
+import fcntl
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+from packaging.version import Version
+
+from tune_kd import teachers
+from tune_kd.price import disk_bytes
+from tune_kd.records import Row
+from tune_kd.run import Run
+from tune_kd.storage import publish, read
+from tune_kd.study import Mistake
+
+FLOORS = {"torch": "2.10", "ray": "2.54"}
+SPARE = 1.2  # so many times the estimated bytes have to be free
+
+
+def check(run: Run, rows: list[Row], slots: int) -> None:
+    """Raises `Mistake` where a run that this process holds cannot go on here.
+
+    `rows` are the ledger's of trials; `slots` is about how many trials run at a time.
+    """
+    problems = [*_versions(), *_folder(run.folder), *_room(run, rows, slots), *_teachers(run, rows)]
+    if problems:
+        raise Mistake(*problems)
+
+
+def _versions() -> list[str]:
+    return [
+        f"{name} is {version(name)} here; allowed: {floor} and later; `pip install '{name}>={floor}'` installs it"
+        for name, floor in FLOORS.items()
+        if Version(version(name)) < Version(floor)
+    ]
+
+
+def _folder(folder: Path) -> list[str]:
+    """Whether files can be written, synced, renamed and locked there, as the records need it."""
+    probe = folder / ".probe"
+    try:
+        publish(probe, b"probe")
+        with probe.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        same = read(probe) == b"probe"
+        probe.unlink()
+    except OSError as error:
+        return [
+            f"--out: files in {folder} cannot be written, synced and locked ({error.strerror}); make room or make it "
+            "writable, or choose a folder on another disk"
+        ]
+    return [] if same else [f"--out: {folder} does not keep what is written to it; choose a folder on another disk"]
+
+
+def _room(run: Run, rows: list[Row], slots: int) -> list[str]:
+    left = {row["trial_id"] for row in rows if row["status"] in ("completed", "stopped", "failed", "blocked")}
+    planned = run.plan
+    waiting = [trial for trial in planned.trials if trial.trial_id not in left]
+    needed = disk_bytes(waiting, planned.answering, slots, bool(run.settings.get("keep_checkpoints")))
+    free = shutil.disk_usage(run.folder).free
+    if free >= SPARE * needed:
+        return []
+    return [
+        f"--out: {free / 1e9:.3f} GB are free at {run.folder}, and what is left of the study writes up to about "
+        f"{needed / 1e9:.3f} GB, of which a fifth more should be there; make room, or choose a folder on another disk"
+    ]
+
+
+def _teachers(run: Run, rows: list[Row]) -> list[str]:
+    """Students that are still to run learn from the teacher that the others learned from, or not at all."""
+    problems = []
+    for teacher in run.plan.teachers:
+        theirs = [row for row in rows if row["teacher_id"] == teacher.trial_id]
+        if not any(row["role"] == "teacher" and row["status"] == "completed" for row in theirs):
+            continue  # one that is trained yet, or adopted
+        if not any(row["status"] in ("pending", "running") for row in theirs):
+            continue
+        wrong = teachers.wrong_with(run.teachers, teacher.trial_id, missing=True)
+        learned = {row["teacher_digest"] for row in theirs if row["role"] == "student"} - {None}
+        if wrong is None and learned - {teachers.weights_digest(run.teachers, teacher.trial_id)}:
+            wrong = (
+                f"{run.teachers / teacher.trial_id} is not the {teacher.label} that students of this run learned from"
+            )
+        if wrong is not None:
+            problems.append(f"{wrong}; put it back from a copy, or start a new run, which trains it again")
+    return problems
