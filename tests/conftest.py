@@ -1,12 +1,14 @@
 """What tests share: a tiny study, a tiny data set, and one Ray for the whole session."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from trials import CPU, as_teacher, trial
 from tune_kd import data
@@ -17,10 +19,14 @@ from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace
 from tune_kd.records import Ledger
 from tune_kd.run import Run, create
+from tune_kd.storage import sealed, unsealed
 from tune_kd.study import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
 from tune_kd.teachers import Teacher, load_teacher, publish_teacher
 from tune_kd.train import best_weights, train
 from tune_kd.trial import Answering
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes says how busy a machine is
+settings.load_profile("untimed")
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -59,6 +65,14 @@ def contested(study: Study) -> Study:
         recipe=replace(study.recipe, epochs=8),
         screen=Screen(seed=0, grace=2, reduction=2, margin=0.02, min_peers=1),
     )
+
+
+def altered(path: Path, change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """Change a sealed record as nobody but its writer could, so that what is inside it is judged; returns it."""
+    record = unsealed(path.read_bytes(), path)
+    change(record)
+    path.write_bytes(sealed(record))
+    return record
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ def test_a_full_disk_is_an_error_and_the_chunk_is_computed_again_afterwards(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(answers, "_write", full)
+        patched.setattr(answers, "write_at", full)
         with pytest.raises(OSError, match="No space left"):
             Answers(tmp_path, ROWS, CLASSES, logits).take(torch.arange(ROWS))
     assert Answers(tmp_path, ROWS, CLASSES, logits).take(torch.arange(ROWS))[1] == ROWS

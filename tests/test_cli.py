@@ -8,10 +8,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
 
+from conftest import altered
 from tune_kd import audit, cli, evidence, tables
 from tune_kd import run as runs
 from tune_kd.plan import plan
@@ -106,10 +108,7 @@ def test_a_run_of_another_version_is_not_resumed(
     study = resolve(Path(cli.__file__).parents[1] / "search_spaces" / "ablation.py", "smoke")
     begun = runs.Run("old", elsewhere / "results" / "old", study, "0" * 64, None, {})
     runs.create(begun)
-    path = begun.folder / "study.json"
-    record = json.loads(path.read_text())
-    record["versions"]["tune_kd"] = "0.0.1"
-    path.write_text(json.dumps(record))
+    altered(begun.folder / "study.json", lambda record: record["versions"].update(tune_kd="0.0.1"))
     assert call(monkeypatch, "resume", "old") == 2
     error = capsys.readouterr().err
     assert "0.0.1" in error and "finish it with the version that began it" in " ".join(error.split())
@@ -191,9 +190,8 @@ def test_a_run_is_held_while_its_extension_is_recorded(
     monkeypatch.setattr("tune_kd.shares.check_cluster", lambda *_: None)
     monkeypatch.setattr("tune_kd.shares.gpu_share", lambda *_: 0.0)
     monkeypatch.setattr(runs, "record_extension", recorded)
-    record = json.loads((folder / "study.json").read_text())
-    record["settings"] = {"gpus_per_trial": None, "cpus_per_trial": 1.0}
-    (folder / "study.json").write_text(json.dumps(record))
+    shares = {"gpus_per_trial": None, "cpus_per_trial": 1.0, "max_concurrent": None}
+    altered(folder / "study.json", lambda record: record.update(settings=shares))
     assert call(monkeypatch, "resume", "mine", "--extend", "--set", "confirm.seeds=[1,2]") == 130
     assert held[0]["pid"] == os.getpid()
 
@@ -402,10 +400,13 @@ def test_a_report_of_two_runs_compares_them_and_says_in_what_they_differ(
 ) -> None:
     other = elsewhere / "results" / "other"
     shutil.copytree(finished, other, ignore=shutil.ignore_patterns("checkpoints", "ledger*"))
-    record = json.loads((other / "study.json").read_text())
-    record["run"], record["study"]["recipe"]["lr"] = "other", 0.07
-    record["study_sha256"] = digest(record["study"])
-    (other / "study.json").write_text(json.dumps(record))
+
+    def another(record: dict[str, Any]) -> None:
+        record["run"], record["study"]["recipe"]["lr"] = "other", 0.07
+        record["study_sha256"] = digest(record["study"])
+        record["layout"] = 1  # as one that was made before tables had digests
+
+    altered(other / "study.json", another)
     for name in ("trials", "epochs", "decisions"):
         table = pd.read_parquet(other / f"{name}.parquet")
         table.assign(run=pd.Series("other", index=table.index, dtype="string")).to_parquet(other / f"{name}.parquet")

@@ -134,7 +134,7 @@ def test_a_row_that_was_altered_is_noticed(ledger: Ledger) -> None:
     other = sqlite3.connect(ledger.path)
     other.execute("UPDATE epochs SET val_accuracy = 0.9")
     other.commit()
-    with pytest.raises(Damaged, match=r"trial_id=t, epoch=1"):
+    with pytest.raises(Damaged, match=r"trial_id='t', epoch=1"):
         ledger.rows(EPOCHS)
 
 

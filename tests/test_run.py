@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from conftest import altered
 from tune_kd.records import LEDGER, TRIALS, Ledger, first_row
 from tune_kd.run import Run, Source, changes, create, extended, record_extension, reopen
 from tune_kd.study import Confirm, Mistake, Study
@@ -57,10 +58,7 @@ def no_data(record: dict[str, Any]) -> None:
 def test_a_run_that_is_not_this_versions_or_was_changed_is_refused(
     made: Run, change: Callable[[dict[str, Any]], None], says: str
 ) -> None:
-    path = made.folder / "study.json"
-    record = json.loads(path.read_text())
-    change(record)
-    path.write_text(json.dumps(record))
+    altered(made.folder / "study.json", change)
     with pytest.raises(Mistake, match=says):
         reopen(made.folder)
 

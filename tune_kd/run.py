@@ -264,7 +264,9 @@ def reopen(folder: Path) -> Run:
             source=None if record["source"] is None else TypeAdapter(Source).validate_python(record["source"]),
             look=record["look"],
         )
-    except (ValueError, KeyError, TypeError, AttributeError, Damaged) as error:
+    except Damaged as error:
+        raise Mistake(f"{error}; restore the file, or start a new run") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise Mistake(
             f"{folder}/study.json was changed after the run began, or is another version's ({what}); "
