@@ -296,6 +296,16 @@ class Ledger:
 _SET_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[Ledger]:
+    """A ledger to look into, also while its driver writes."""
+    ledger = Ledger(path, read_only=True)
+    try:
+        yield ledger
+    finally:
+        ledger.close()
+
+
 def damage(error: Exception) -> bool:
     """Whether an error says that a record is damaged, and not that the disk is full, slow or locked."""
     if not isinstance(error, sqlite3.Error):

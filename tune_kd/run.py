@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 from tune_kd.faults import point
 from tune_kd.plan import Plan, plan
-from tune_kd.records import LAYOUT, LEDGER, RUN_NAME, TRIALS, Ledger, Row
+from tune_kd.records import LAYOUT, LEDGER, RUN_NAME, TRIALS, Row, reading
 from tune_kd.storage import Damaged, publish, read, sealed, unsealed
 from tune_kd.studies import from_json, resolve
 from tune_kd.study import Mistake, Study
@@ -29,6 +29,7 @@ PACKAGES = ("tune_kd", "torch", "torchvision", "ray", "numpy", "pandas", "pyarro
 RESERVED = ("teachers",)
 HOLDER = "holder.json"
 STUDY = "study.json"
+PATIENCE = 2.0  # seconds for which another driver may hold a run before this one gives up
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,8 @@ def _trials(run: Run) -> list[Row]:
     """The rows of the ledger's trials; those of the plan as pending where there is no ledger yet."""
     if not (run.folder / LEDGER).is_file():
         return [{"status": "pending"} for _ in run.plan.trials]
-    return Ledger(run.folder / LEDGER, read_only=True).rows(TRIALS)
+    with reading(run.folder / LEDGER) as ledger:
+        return ledger.rows(TRIALS)
 
 
 def _source(run: Run) -> dict[str, Any] | None:
@@ -289,7 +291,7 @@ def reopen(folder: Path) -> Run:
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keep other drivers out while this one runs. The system frees the lock with its process."""
-    lock = FileLock(folder / ".lock", timeout=2)
+    lock = FileLock(folder / ".lock", timeout=PATIENCE)
     try:
         lock.acquire()
     except Timeout:

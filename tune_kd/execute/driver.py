@@ -72,7 +72,7 @@ class Driver:
         with suppress(OSError):
             place.drain.unlink()  # of a driver that was asked to leave
         self._take_over()
-        self.tick()
+        self.write_tables()
 
     # What runs trials calls these.
 

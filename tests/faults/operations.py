@@ -1,0 +1,167 @@
+"""Every storage operation of a run fails in turn: the first, the second, ... until a run passes without one.
+
+In this process, with real training. `once` is a disk with a hiccup, `onwards` one that is gone until the run is over.
+What then goes on is a new driver, on a disk that works again.
+"""
+
+import builtins
+import errno
+import io
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from tune_kd import rebuild, records
+from tune_kd.data import load_declared
+from tune_kd.execute.driver import Driver
+from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.worker import Where, Workplace
+from tune_kd.records import FAILURES
+from tune_kd.run import Run, begun, find, held, reopen
+from tune_kd.study import Cell, Compare, Confirm, Data, Factor, Mistake, Recipe, Screen, Study
+from tune_kd.trial import Epoch
+
+CALLS = ("open", "pwrite", "fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "scandir")
+HERE = "1 thread, this process"
+
+
+def smallest() -> Study:
+    """A teacher, a control and a logit arm, a screen and a seed to confirm: five trials of two epochs."""
+    return Study(
+        name="smallest",
+        question="Is anything lost?",
+        factors=(Factor("stem", ("cifar",)), Factor("method", ("none", "logit")), Factor("temperature", (4.0,))),
+        contrasts=(Compare("method", "logit", "none"),),
+        cell=Cell(width=0.0625),
+        scale="test",
+        data=Data("digits", train=40, validation=20, test=20),
+        recipe=Recipe(epochs=2, batch_size=20, lr=0.05),
+        teacher_recipe=Recipe(epochs=2, batch_size=20, lr=0.05),
+        screen=Screen(seed=0, grace=1, reduction=2, margin=0.0, min_peers=99),
+        confirm=Confirm(seeds=(1,)),
+    )
+
+
+@dataclass
+class Disk:
+    """Counts the operations on files under a folder, and fails the one of number `at`, or all from it on."""
+
+    folder: Path
+    at: int | None = None
+    onwards: bool = False
+    count: int = 0
+    said: str = ""  # which operation failed first
+    _files: set[int] = field(default_factory=set)  # descriptors of files in the folder
+
+    def _pass(self, what: str) -> None:
+        self.count += 1
+        if self.at is not None and (self.count == self.at or (self.onwards and self.count > self.at)):
+            self.said = self.said or what
+            raise OSError(errno.EIO, "Input/output error", what)
+
+    def _ours(self, target: Any) -> bool:
+        if isinstance(target, int):
+            return target in self._files
+        return isinstance(target, str | os.PathLike) and str(target).startswith(str(self.folder))
+
+    def _wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(target: Any, *arguments: Any, **options: Any) -> Any:
+            if not self._ours(target):
+                return real(target, *arguments, **options)
+            self._pass(f"{name} {target}")
+            result = real(target, *arguments, **options)
+            if name == "open" and isinstance(result, int):
+                self._files.add(result)
+            return result
+
+        return call
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """All of this process's operations on the folder pass through here: of `os`, of files, and of SQLite."""
+        real_connect, disk = sqlite3.connect, self
+
+        class Connection(sqlite3.Connection):
+            def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+                try:
+                    disk._pass(f"SQL {statement[:40]}")
+                except OSError as error:
+                    raise sqlite3.OperationalError("disk I/O error") from error
+                return super().execute(statement, *values)
+
+        def connect(*arguments: Any, **options: Any) -> sqlite3.Connection:
+            return real_connect(*arguments, **options, factory=Connection)
+
+        close = os.close
+
+        def closed(descriptor: int) -> None:
+            self._files.discard(descriptor)
+            close(descriptor)
+
+        patches = [patch.object(os, name, self._wrapped(name, getattr(os, name))) for name in CALLS]
+        patches += [patch.object(os, "close", closed), patch.object(records.sqlite3, "connect", connect)]
+        patches += [patch.object(module, "open", self._wrapped("file", io.open)) for module in (io, builtins)]
+        for each in patches:
+            each.start()
+        try:
+            yield
+        finally:
+            for each in patches:
+                each.stop()
+
+
+@dataclass
+class Witness:
+    """What a driver acknowledged, kept by nobody that it knows."""
+
+    epochs: list[tuple[str, Epoch]] = field(default_factory=list)
+
+    def watch(self, driver: Driver) -> None:
+        on_epoch = driver.on_epoch
+
+        def watched(trial_id: str, epoch: Epoch, where: Where) -> bool:
+            go_on = on_epoch(trial_id, epoch, where)
+            self.epochs.append((trial_id, epoch))
+            return go_on
+
+        driver.on_epoch = watched  # type: ignore[method-assign]
+
+
+def start(out: Path, witness: Witness) -> int:
+    """What `run` does, in this process; its exit status."""
+    study = smallest()
+    digest = load_declared(study.data, None, say=lambda _: None, progress=False).digest
+    run = Run("r", out / "r", study, digest, None, {})
+    return _status(lambda: _through(run, witness, new=True))
+
+
+def resume(out: Path, witness: Witness) -> int:
+    """What `resume` does, in this process; its exit status."""
+    return _status(lambda: _through(reopen(find(out, "r")), witness, new=False))
+
+
+def _through(run: Run, witness: Witness, *, new: bool) -> int:
+    with begun(run) if new else held(run.folder):
+        place = Workplace(None, run.folder.parent / "cache", run.teachers, run.checkpoints, checkpoint_every=0.0)
+        ledger = rebuild.opened(run, lambda _: None)
+        try:
+            driver = Driver(run.plan, run.name, run.folder, ledger, place, cpus=1.0, gpus=0.0)
+            witness.watch(driver)
+            run_in_process(driver, place)
+        finally:
+            ledger.close()
+    return int(any(row["status"] in ("failed", "blocked") for row in driver.rows.values()))
+
+
+def _status(command: Callable[[], int]) -> int:
+    try:
+        return command()
+    except Mistake:
+        return 2
+    except FAILURES:
+        return 3
