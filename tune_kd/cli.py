@@ -220,7 +220,7 @@ def status(
     from collections import Counter
 
     from tune_kd import run as runs
-    from tune_kd.records import DECISIONS, LEDGER, TRIALS, Ledger
+    from tune_kd.records import DECISIONS, LEDGER, TRIALS, reading
     from tune_kd.trial import Decision
     from tune_kd.view import PHASES, progress
 
@@ -235,8 +235,8 @@ def status(
         _verify(folder, as_json)
     if not (folder / LEDGER).is_file():
         raise Mistake(f"RUN is {folder}, which has no ledger yet; start it with `python -m tune_kd resume {folder}`")
-    ledger = Ledger(folder / LEDGER, read_only=True)
-    rows, decisions = ledger.rows(TRIALS), ledger.rows(DECISIONS)
+    with reading(folder / LEDGER) as ledger:
+        rows, decisions = ledger.rows(TRIALS), ledger.rows(DECISIONS)
     holder = runs.holder(folder)
     if as_json:
         phases = {phase: dict(Counter(row["status"] for row in rows if row["phase"] == phase)) for phase in PHASES}

@@ -11,7 +11,20 @@ from pathlib import Path
 import pandas as pd
 
 from tune_kd.faults import point
-from tune_kd.records import COMMITS, DECISIONS, EPOCHS, LEDGER, SCHEMAS, TRIALS, Ledger, Row, commits, damage, first_row
+from tune_kd.records import (
+    COMMITS,
+    DECISIONS,
+    EPOCHS,
+    LEDGER,
+    SCHEMAS,
+    TRIALS,
+    Ledger,
+    Row,
+    commits,
+    damage,
+    first_row,
+    reading,
+)
 from tune_kd.run import Run
 from tune_kd.storage import Damaged, sync
 from tune_kd.study import Mistake
@@ -42,11 +55,8 @@ def wrong_with(folder: Path) -> str | None:
             f"{path} is missing, and {commits(folder)} transactions were committed to it" if commits(folder) else None
         )
     try:
-        ledger = Ledger(path, read_only=True)
-        try:
+        with reading(path) as ledger:
             ledger.check()
-        finally:
-            ledger.close()
     except Exception as error:
         if damage(error):
             return str(error) if isinstance(error, Damaged) else f"{path} is damaged ({error})"

@@ -9,7 +9,7 @@ from pathlib import Path
 from tune_kd import answers, rebuild, run, teachers
 from tune_kd.checkpoints import Checkpoints
 from tune_kd.price import IMAGES
-from tune_kd.records import COMMITS, EPOCHS, LEDGER, SCHEMAS, TRIALS, Ledger, Row, commits
+from tune_kd.records import COMMITS, EPOCHS, LEDGER, SCHEMAS, TRIALS, Row, commits, reading
 from tune_kd.study import Mistake
 from tune_kd.tables import load
 
@@ -36,7 +36,10 @@ def verify(folder: Path) -> list[Finding]:
 
 def _rows(opened: run.Run) -> list[Row]:
     path = opened.folder / LEDGER
-    return Ledger(path, read_only=True).rows(TRIALS) if path.is_file() else []
+    if not path.is_file():
+        return []
+    with reading(path) as ledger:
+        return ledger.rows(TRIALS)
 
 
 def _ledger(opened: run.Run) -> Iterator[Finding]:
@@ -56,8 +59,8 @@ def _ledger(opened: run.Run) -> Iterator[Finding]:
     if commits(folder) is None:
         yield Finding("ledger", f"{folder / COMMITS} is missing or damaged, so that a loss of the last rows would not "
                       "be seen", f"`tune_kd resume {folder}` makes it again")  # fmt: skip
-    ledger = Ledger(path, read_only=True)
-    rows, epochs = ledger.rows(TRIALS), ledger.rows(EPOCHS)
+    with reading(path) as ledger:
+        rows, epochs = ledger.rows(TRIALS), ledger.rows(EPOCHS)
     planned, held = {trial.trial_id for trial in opened.plan.trials}, {row["trial_id"] for row in rows}
     for words, ids in (("lacks", planned - held), ("holds, beside the plan,", held - planned)):
         if ids and not (words == "lacks" and not rows):
