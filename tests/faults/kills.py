@@ -1,0 +1,2 @@
+def kills() -> None:
+    pass

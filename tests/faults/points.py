@@ -1,0 +1,2 @@
+def points() -> None:
+    pass
