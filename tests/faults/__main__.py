@@ -1,5 +1,6 @@
 """`python tests/faults COMMAND`: kills at random, crashes at named points, or hours of both."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -15,4 +16,5 @@ app.command(name="points")(points.points)
 app.command(name="soak")(soak.soak)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started is ended, too
     app()

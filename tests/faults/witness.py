@@ -4,8 +4,10 @@ Whatever the driver has acknowledged, an epoch a line, is in LOG, which shares n
 line is written after `Driver.on_epoch` has returned: from then on the row must never be lost.
 """
 
+import faulthandler
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -51,6 +53,7 @@ def main(
     """Run tune_kd with these arguments, and write to LOG what it has acknowledged."""
     from tune_kd.cli import main as tune_kd
 
+    faulthandler.register(signal.SIGUSR1)  # where a driver hangs
     watch(log)
     checkpoint_every(every)
     sys.argv = ["tune_kd", *arguments]
