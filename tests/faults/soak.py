@@ -123,9 +123,7 @@ def soak(
     fault_every: Annotated[float, typer.Option(help="Seconds between faults.")] = 60.0,
     seed: Annotated[int, typer.Option(help="Of the victims.")] = 0,
     keep: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
-    seeds: Annotated[
-        int | None, typer.Option(help="Confirmation seeds; enough by default.", show_default=False)
-    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Of the study; enough by default.", show_default=False)] = None,
     epochs: Annotated[int, typer.Option(help="Epochs of each trial.")] = 20,
     patience: Annotated[float, typer.Option(help="Seconds without an epoch after which a driver hangs.")] = 90.0,
 ) -> None:
