@@ -28,7 +28,7 @@ from faults.processes import ROOT, shared_memory, tagged
 
 Row = dict[str, Any]
 TABLES = ("trials", "epochs", "decisions")
-MAX_ATTEMPTS = 3  # of a trial under one driver, as promised
+MAX_ATTEMPTS = 3  # of a trial under one driver without a new epoch in between, as promised
 ENDED = {"completed", "stopped", "failed", "blocked"}
 
 # What may differ between two computations of one trial: times, rates, hosts, attempts, memory, shares, notes.
@@ -253,7 +253,7 @@ class Reader:
     writing."""
 
     run: Path
-    every: float = 0.1  # seconds
+    every: float = 0.3  # seconds
     reads: int = 0
     errors: list[str] = field(default_factory=list)
 
@@ -351,7 +351,7 @@ def _attempts(trials: list[Row], drivers: int) -> Iterator[str]:
     """Attempts are bounded; each after the first has a lost worker on record, or another driver before it."""
     for row in trials:
         explained = len(set(re.findall(r"attempt (\d+): ", row["error"] or "")))
-        if row["attempts"] > MAX_ATTEMPTS * drivers:
+        if row["attempts"] > MAX_ATTEMPTS * (drivers + row["epochs_run"]):
             yield f"I7: {row['trial_id']} was tried {row['attempts']} times by {drivers} drivers"
         if row["attempts"] > explained + drivers:
             yield f"I7: {row['trial_id']} was tried {row['attempts']} times, of which its row explains {explained}"
