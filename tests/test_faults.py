@@ -169,9 +169,15 @@ def test_an_exit_status_that_does_not_fit_the_ledger_breaks_the_seventh_invarian
 def test_a_trial_that_is_not_what_the_exit_status_says_breaks_the_seventh_invariant(
     run: Path, status: str, exit_status: int
 ) -> None:
-    last = "(SELECT max(number) FROM trials)"
-    execute(run, f"UPDATE trials SET status = '{status}' WHERE number = {last}")
-    assert broken(run, exit_status=exit_status) == {"I7"}
+    with closing(Ledger(run / "ledger.sqlite")) as ledger:
+        ledger.put(TRIALS, {**ledger.rows(TRIALS)[-1], "status": status})
+    assert any(each.startswith(f"I7: exit status {exit_status}") for each in violations(run, exit_status=exit_status))
+
+
+def test_a_status_that_cannot_be_told_breaks_the_seventh_invariant(run: Path) -> None:
+    execute(run, "UPDATE trials SET host = 'elsewhere'")  # without their check sums
+    (found,) = violations(run)
+    assert found.startswith("I7: status fails")
 
 
 def test_attempts_that_nothing_explains_break_the_seventh_invariant(run: Path, tmp_path: Path) -> None:

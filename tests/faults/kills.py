@@ -92,7 +92,8 @@ class Killer:
             victim = self.chance.choice(VICTIMS if workers < MAX_ATTEMPTS - 1 else VICTIMS[1:])
             if self._kill(victim, driver):
                 workers += victim == "worker"
-                cause = "" if victim == "worker" else victim
+                if victim != "worker":
+                    cause, self.life.killed_at = victim, time.monotonic()
                 moment = time.monotonic() + self.chance.uniform(0, 3)
         return cause
 

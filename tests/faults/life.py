@@ -26,6 +26,7 @@ class Life:
     checkpoint_every: float = 30.0
     name: str = "run"
     logs: list[Path] = field(default_factory=list)  # of the witnesses, one a driver
+    killed_at: float = float("-inf")  # monotonic time of the last kill of a driver or a raylet
     unbegun: int = 0  # folders that were left without a `study.json`, which neither `run` nor `resume` takes
 
     def __enter__(self) -> "Life":
@@ -77,11 +78,13 @@ class Life:
 
     def check_ended(self, exit_status: int | None, reference: Path | None, patience: float = 20.0) -> list[str]:
         """The violations after the last driver has ended, once its processes have had time to leave."""
-        processes.gone(self.tag, patience)
-        return violations(
+        lingering = processes.AGENTS if time.monotonic() - self.killed_at < processes.LINGER else ()
+        processes.gone(self.tag, patience, lingering)
+        found = violations(
             self.run, witness=self.logs, reference=reference, exit_status=exit_status, tag=self.tag,
             shm_before=self.shm_before,
         )  # fmt: skip
+        return [each for each in found if not any(agent in each for agent in lingering)]
 
     def last_words(self) -> str:
         return " / ".join(self.said.read_text(errors="replace").splitlines()[-3:])[-300:] if self.said.exists() else ""

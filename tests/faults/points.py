@@ -43,6 +43,8 @@ def crash(life: Life, point: str, n: int, reference: Path, patience: float) -> t
     status, more = _driver(life, {VARIABLE: f"{point}:{n}"}, patience, drained=point == "drain.begun")
     found += more
     lost = _lost(life.run)
+    if status == -signal.SIGKILL:
+        life.killed_at = time.monotonic()
     died = "driver" if status == -signal.SIGKILL else "worker" if lost else "nothing"
     if died != "nothing" and status != 0:
         if died == "worker" and status != 143:

@@ -13,7 +13,9 @@ import psutil
 ROOT = str(Path(__file__).parents[2])
 TAG = "TUNE_KD_FAULTS_TAG"
 WITNESS = Path(__file__).with_name("witness.py")
-NOT_TRIALS = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+NOT_TRIALS = ("ray::IDLE", *AGENTS)
+LINGER = 75.0  # seconds: Ray's agents wait a minute for a head that was killed, and leave then
 
 
 def environment(tag: str, home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -61,14 +63,14 @@ def raylets(tag: str) -> list[psutil.Process]:
     return [each for each in tagged(tag) if Path(_title(each)).name == "raylet"]
 
 
-def gone(tag: str, seconds: float) -> float | None:
-    """Seconds until no process with the mark was left; null where some are still there after `seconds`."""
-    began = time.monotonic()
-    while tagged(tag):
-        if time.monotonic() - began > seconds:
-            return None
+def gone(tag: str, seconds: float, besides: Sequence[str] = ()) -> bool:
+    """Wait until no process with the mark is left, but those that are named so. False where some still are there."""
+    end = time.monotonic() + seconds
+    while any(_title(each) not in besides for each in tagged(tag)):
+        if time.monotonic() > end:
+            return False
         time.sleep(0.2)
-    return time.monotonic() - began
+    return True
 
 
 def clean_up(tag: str) -> None:
