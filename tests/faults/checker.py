@@ -117,9 +117,9 @@ def contiguous(records: Records) -> Iterator[str]:
             yield from (f"I1: {source.name}: {trial} lacks epoch {epoch}" for epoch in sorted(gaps))
         if strangers := {row["run"] for row in source.epochs or ()} - {records.study["run"]}:
             yield f"I1: {source.name}: epochs of other runs: {sorted(strangers)}"
-    epochs = _epochs_by_trial(records.ledger)
+    known = _epochs_by_trial(records.ledger)
     for row in records.ledger.trials or ():
-        count = len(epochs.get(row["trial_id"], ()))
+        count = len(known.get(row["trial_id"], ()))
         if row["epochs_run"] != count:
             yield f"I1: ledger: {row['trial_id']} has {count} epochs, its row says {row['epochs_run']}"
 

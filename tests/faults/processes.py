@@ -88,5 +88,5 @@ def shared_memory() -> set[str]:
 
 def _title(process: psutil.Process) -> str:
     with suppress(psutil.Error):
-        return (process.cmdline() or [""])[0].strip()
+        return str((process.cmdline() or [""])[0]).strip()
     return ""

@@ -42,7 +42,7 @@ def checkpoint_every(seconds: float) -> None:
     """No command sets it, and the trials of these runs would end before they are 30 s old."""
     from tune_kd.execute.worker import Workplace
 
-    Workplace.__init__.__defaults__ = (seconds,)  # type: ignore[misc]
+    Workplace.__init__.__defaults__ = (seconds,)
 
 
 def main(
