@@ -41,7 +41,7 @@ def crash(life: Life, point: str, n: int, reference: Path, patience: float) -> t
     found: list[str] = []
     if point == "rebuild.set_aside":
         found += _ended_and_damaged(life, patience)
-    status, more = _driver(life, {VARIABLE: f"{point}:{n}"}, patience, drained=point == "drain.begun")
+    status, more = _driver(life, {VARIABLE: f"{point}:{n}"}, patience, drain=point == "drain.begun")
     found += more
     lost = _lost(life.run)
     if status == -signal.SIGKILL:
@@ -59,26 +59,31 @@ def crash(life: Life, point: str, n: int, reference: Path, patience: float) -> t
     return died, [*found, *life.check_ended(status, reference)]
 
 
-def _driver(
-    life: Life, extra: Mapping[str, str], patience: float, drained: bool = False
-) -> tuple[int | None, list[str]]:
-    """Start a driver and wait for its end. Returns its status, null where it hung, and what was found."""
+def _driver(life: Life, extra: Mapping[str, str], patience: float, drain: bool = False) -> tuple[int | None, list[str]]:
+    """Start a driver and wait for its end. Returns its status, null where it hung, and what was found.
+
+    Where it is to crash (`extra`), SIGTERM ends it after enough dead workers; `drain` sends it after the first epoch.
+    """
+
+    def leave() -> bool:
+        return bool(extra) and (_lost(life.run) >= ENOUGH or (drain and bool(life.epochs[-1])))
+
     driver = life.go_on(extra)
     with Reader(life.run) as reader:
-        status = _wait(driver, life, Progress(life, patience), drained)
+        status = _wait(driver, Progress(life, patience), leave)
     hung = [f"I7: the driver hung: no epoch in {patience:.0f} s"] if status is None else []
     return status, [*reader.errors, *hung]
 
 
-def _wait(driver: "subprocess.Popen[bytes]", life: Life, progress: Progress, drained: bool) -> int | None:
-    """The driver's status. SIGTERM goes to it once it is to drain, or once enough workers have died."""
+def _wait(driver: "subprocess.Popen[bytes]", progress: Progress, leave: Callable[[], bool]) -> int | None:
+    """The driver's status, null where it hung. SIGTERM goes to it once it is to leave."""
     asked = False
     while driver.poll() is None:
         if progress.stuck:
             driver.kill()
             driver.wait()
             return None
-        if not asked and ((drained and life.epochs[-1]) or _lost(life.run) >= ENOUGH):
+        if not asked and leave():
             driver.send_signal(signal.SIGTERM)
             asked = True
         time.sleep(0.3)
