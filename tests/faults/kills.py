@@ -1,0 +1,200 @@
+"""Random kills: workers, drivers and raylets of real runs, and what was lost by it."""
+
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+
+from faults import processes, study
+from faults.checker import MAX_ATTEMPTS, Reader
+from faults.life import Life, Progress, place
+
+VICTIMS = ("worker", "driver", "raylet")
+DRIVERS = 30  # that a run may need, at the most
+
+
+@dataclass
+class Score:
+    """What happened in all runs so far."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    deaths: Counter[str] = field(default_factory=Counter)  # what became of drivers whose raylet was killed
+    runs: int = 0
+    unbegun: int = 0
+    acknowledged: int = 0
+    again: int = 0  # epochs that one driver has acknowledged twice: work that a dead worker took with it
+    reads: int = 0
+    read_errors: int = 0
+    first_epoch: list[float] = field(default_factory=list)  # seconds, from `resume` on
+    found: list[str] = field(default_factory=list)
+
+    def table(self) -> str:
+        told = {
+            "kills": ", ".join(f"{self.kills[victim]} {victim}s" for victim in VICTIMS),
+            "drivers after their raylet's death": ", ".join(f"{n} {what}" for what, n in self.deaths.items()) or "-",
+            "runs": f"{self.runs} ({self.unbegun} killed before `study.json` was there)",
+            "epochs acknowledged": self.acknowledged,
+            "rows lost / doubled / changed": " / ".join(self._count(each) for each in ("lost", "doubled", "changed")),
+            "trials missing / phantom": " / ".join(self._count(each) for each in ("missing", "phantom")),
+            "reads of tables": f"{self.reads}, {self.read_errors} errors",
+            "epochs computed again a worker kill": f"{self.again / max(1, self.kills['worker']):.2f}",
+            "seconds from resume to the first epoch": self._seconds(),
+            "orphans": self._count("I8: process"),
+            "violations": len(self.found),
+        }
+        return "\n".join(f"{name:<40} {value}" for name, value in told.items())
+
+    def _count(self, word: str) -> str:
+        return str(sum(word in each for each in self.found))
+
+    def _seconds(self) -> str:
+        if not self.first_epoch:
+            return "-"
+        return f"{statistics.median(self.first_epoch):.1f} median, {max(self.first_epoch):.1f} max"
+
+
+@dataclass
+class Killer:
+    """Kills in one run, at random moments, as often as it was told."""
+
+    life: Life
+    score: Score
+    chance: random.Random
+    left: int
+    patience: float
+
+    def accompany(self, driver: "subprocess.Popen[bytes]") -> str:
+        """Kill, until the driver has ended. Returns why: `driver`, `raylet`, `hung`, or nothing of ours."""
+        cause, workers, moment = "", 0, self._first_moment()
+        progress = Progress(self.life, self.patience)
+        while driver.poll() is None:
+            time.sleep(0.02)
+            if progress.stuck:
+                self._report_hung(driver, cause)
+                return "hung"
+            if moment is None:
+                moment = self._moment_of_first_epoch()
+            if moment is None or time.monotonic() < moment or not self.left or cause:
+                continue
+            # A trial whose worker dies a third time has failed, and so it should.
+            victim = self.chance.choice(VICTIMS if workers < MAX_ATTEMPTS - 1 else VICTIMS[1:])
+            if self._kill(victim, driver):
+                workers += victim == "worker"
+                if victim != "worker":
+                    cause, self.life.killed_at = victim, time.monotonic()
+                moment = time.monotonic() + self.chance.uniform(0, 3)
+        return cause
+
+    def _first_moment(self) -> float | None:
+        """One time in four while the run is still starting; null for after its first epoch."""
+        return time.monotonic() + self.chance.uniform(0, 10) if self.chance.random() < 0.25 else None
+
+    def _moment_of_first_epoch(self) -> float | None:
+        log = self.life.logs[-1]
+        began = log.is_file() and log.stat().st_size > 0
+        return time.monotonic() + self.chance.uniform(0, 4) if began else None
+
+    def _kill(self, victim: str, driver: "subprocess.Popen[bytes]") -> bool:
+        """Whether there was one to be killed."""
+        if victim == "driver":
+            driver.kill()
+        else:
+            found = (processes.workers if victim == "worker" else processes.raylets)(self.life.tag)
+            if not found:
+                return False
+            with suppress(psutil.NoSuchProcess):
+                self.chance.choice(found).kill()
+        self.score.kills[victim] += 1
+        self.left -= 1
+        return True
+
+    def _report_hung(self, driver: "subprocess.Popen[bytes]", cause: str) -> None:
+        after = f" after its {cause} was killed" if cause else ""
+        self.score.found.append(f"I7: the driver hung{after}: no epoch in {self.patience:.0f} s")
+        driver.send_signal(signal.SIGUSR1)  # it says where
+        time.sleep(1)
+        driver.kill()
+        driver.wait()
+
+
+def live(life: Life, score: Score, chance: random.Random, kills: int, reference: Path, patience: float) -> None:
+    """One run from its beginning to its end, through so many kills."""
+    killer, found = Killer(life, score, chance, kills, patience), list[str]()
+    before = len(score.found)
+    for _ in range(DRIVERS):
+        driver = life.go_on()
+        resumed = len(life.logs) > 1
+        with Reader(life.run) as reader:
+            cause = killer.accompany(driver)
+        score.reads, score.read_errors = score.reads + reader.reads, score.read_errors + len(reader.errors)
+        score.first_epoch += [s for s in [life.first_epoch_after()] if resumed and s is not None]
+        found += reader.errors
+        if cause == "raylet":
+            score.deaths["completed" if driver.returncode == 0 else f"ended with {driver.returncode}"] += 1
+        if driver.returncode == 0:
+            break
+        if not cause:
+            found.append(f"I7: a driver of which only workers were killed ended with {driver.returncode}: "
+                         f"{life.last_words()}")  # fmt: skip
+        found += life.check_between()
+    else:
+        found.append(f"I7: {DRIVERS} drivers have not completed the run")
+    found += life.check_ended(driver.returncode, reference)
+    score.runs, score.unbegun = score.runs + 1, score.unbegun + life.unbegun
+    for epochs in life.epochs:
+        score.acknowledged += len(epochs)
+        score.again += len(epochs) - len({(line["trial_id"], line["epoch"]["epoch"]) for line in epochs})
+    score.found[before:] = dict.fromkeys([*score.found[before:], *found])  # each once, however often it was seen
+
+
+def rounds(
+    folder: Path, number: int, seed: int, settings: tuple[str, ...], patience: float, say: Callable[[str], None]
+) -> Score:
+    """Runs, until so many kills have been made; the folders of those without a finding are removed."""
+    chance, score = random.Random(seed), Score()
+    path = study.write(folder)
+    say("a reference run, without faults")
+    reference = study.reference(path, folder / "whole", settings)
+    while (left := number - score.kills.total()) > 0:
+        before, found = score.kills.copy(), len(score.found)
+        every = chance.choice((0.0, 30.0))  # from a checkpoint an epoch, or from none
+        with Life(folder / f"run-{score.runs}", path, settings, every) as life:
+            live(life, score, chance, min(left, chance.randint(4, 12)), reference, patience)
+        new = score.kills - before
+        say(f"run {score.runs}: killed {dict(new)}; {len(life.logs)} drivers; in all {score.kills.total()} kills, "
+            f"{len(score.found)} violations")  # fmt: skip
+        for violation in score.found[found:]:
+            say(f"  {violation}")
+        if len(score.found) == found:
+            shutil.rmtree(life.folder, ignore_errors=True)
+    return score
+
+
+def kills(
+    number: Annotated[int, typer.Option(help="Kills in all.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of victims and moments.")] = 0,
+    keep: Annotated[Path | None, typer.Option(help="Folder for runs with findings.", show_default=False)] = None,
+    seeds: Annotated[int, typer.Option(help="Confirmation seeds of the study.")] = 3,
+    epochs: Annotated[int, typer.Option(help="Epochs of each trial.")] = 8,
+    patience: Annotated[float, typer.Option(help="Seconds without an epoch after which a driver hangs.")] = 60.0,
+) -> None:
+    """Kill workers, drivers and raylets of real runs at random moments, resume, and check."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the reference, too, is to be computed on the CPU
+    with place(keep) as folder:
+        score = rounds(folder, number, seed, study.settings(seeds, epochs), patience, typer.echo)
+        typer.echo(score.table())
+        if score.found:
+            typer.echo(f"the runs are in {folder}")
+            raise typer.Exit(1)

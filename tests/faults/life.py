@@ -1,0 +1,121 @@
+"""A run that has several drivers, one after another, because the ones before were killed."""
+
+import shutil
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from faults import processes, study
+from faults.checker import lines, violations
+
+
+@dataclass
+class Life:
+    """One run of the tiny study, below `folder`. As a context: nothing that it started is left."""
+
+    folder: Path
+    path: Path  # of the study's file
+    settings: Sequence[str]
+    checkpoint_every: float = 30.0
+    name: str = "run"
+    logs: list[Path] = field(default_factory=list)  # of the witnesses, one a driver
+    killed_at: float = float("-inf")  # monotonic time of the last kill of a driver or a raylet
+    unbegun: int = 0  # folders that were left without a `study.json`, which neither `run` nor `resume` takes
+
+    def __enter__(self) -> "Life":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.home = Path(tempfile.mkdtemp(prefix="faults-"))  # short: Ray's sockets are in it
+        self.tag = uuid.uuid4().hex
+        self.shm_before = processes.shared_memory()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        processes.clean_up(self.tag)
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "results" / self.name
+
+    @property
+    def said(self) -> Path:
+        """What its drivers have said."""
+        return self.folder / "said.txt"
+
+    def go_on(self, extra: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """Start a driver: `resume` where the run has begun, else `run`. `extra` is added to its environment."""
+        begun = (self.run / "study.json").is_file()
+        if not begun and self.run.exists():
+            self.unbegun += 1
+            self.name += "-again"
+        begin = study.arguments(self.path, self.folder / "results", self.name, self.settings)
+        self.logs.append(self.folder / f"witness-{len(self.logs)}.jsonl")
+        self.began = time.time()
+        env = processes.environment(self.tag, self.home, extra)
+        command = ["resume", str(self.run)] if begun else begin
+        return processes.start(self.logs[-1], command, env, self.said, self.checkpoint_every)
+
+    @property
+    def epochs(self) -> list[list[dict[str, Any]]]:
+        """What each driver has acknowledged."""
+        return [lines(log) for log in self.logs]
+
+    def first_epoch_after(self) -> float | None:
+        """Seconds from the start of the newest driver to its first acknowledged epoch; null where there was none."""
+        acknowledged = lines(self.logs[-1])
+        return acknowledged[0]["at"] - self.began if acknowledged else None
+
+    def check_between(self) -> list[str]:
+        """The violations after a driver's death, before the next is started."""
+        return violations(self.run, witness=self.logs) if (self.run / "study.json").is_file() else []
+
+    def check_ended(self, exit_status: int | None, reference: Path | None, patience: float = 20.0) -> list[str]:
+        """The violations after the last driver has ended, once its processes have had time to leave."""
+        lingering = processes.AGENTS if time.monotonic() - self.killed_at < processes.LINGER else ()
+        processes.gone(self.tag, patience, lingering)
+        found = violations(
+            self.run, witness=self.logs, reference=reference, exit_status=exit_status, tag=self.tag,
+            shm_before=self.shm_before,
+        )  # fmt: skip
+        return [each for each in found if not any(agent in each for agent in lingering)]
+
+    def last_words(self) -> str:
+        return " / ".join(self.said.read_text(errors="replace").splitlines()[-3:])[-300:] if self.said.exists() else ""
+
+
+@dataclass
+class Progress:
+    """Whether a driver still does something: its witness's log grows. A start and a report take no 60 s."""
+
+    life: Life
+    patience: float
+
+    def __post_init__(self) -> None:
+        self._size, self._since = -1, time.monotonic()
+
+    @property
+    def stuck(self) -> bool:
+        log = self.life.logs[-1]
+        size = log.stat().st_size if log.is_file() else 0
+        if size != self._size:
+            self._size, self._since = size, time.monotonic()
+        return time.monotonic() - self._since > self.patience
+
+
+@contextmanager
+def place(keep: Path | None) -> Iterator[Path]:
+    """A folder for runs: `keep`, or a temporary one that is removed when nothing went wrong in it."""
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep.absolute()
+        return
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    yield folder  # an exception leaves it, to be looked at
+    shutil.rmtree(folder, ignore_errors=True)

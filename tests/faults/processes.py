@@ -1,0 +1,92 @@
+"""Processes of a run under fault: started in a session of their own, found by a mark in their environment."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+ROOT = str(Path(__file__).parents[2])
+TAG = "TUNE_KD_FAULTS_TAG"
+WITNESS = Path(__file__).with_name("witness.py")
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+NOT_TRIALS = ("ray::IDLE", *AGENTS)
+LINGER = 75.0  # seconds: Ray's agents wait a minute for a head that was killed, and leave then
+
+
+def environment(tag: str, home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What a run's processes see: this checkout, the mark, and folders below `home` for all that they leave."""
+    return {
+        **os.environ,
+        "PYTHONPATH": ROOT,
+        TAG: tag,
+        "SPT_NOENV": "1",  # or Ray's workers would write their titles over the mark
+        "TMPDIR": str(home),
+        "RAY_TMPDIR": str(home),
+        "XDG_CACHE_HOME": str(home / "cache"),
+        **(extra or {}),
+    }
+
+
+def start(
+    log: Path, arguments: Sequence[str], env: Mapping[str, str], said: Path, checkpoint_every: float = 30.0
+) -> subprocess.Popen[bytes]:
+    """A witnessed `tune_kd` command. What it says goes to the file `said`: a pipe that nobody empties would stop it."""
+    every = ["--checkpoint-every", str(checkpoint_every)]
+    command = [sys.executable, str(WITNESS), *every, str(log), "--", *arguments]
+    with said.open("ab") as sink:
+        return subprocess.Popen(
+            command, env=dict(env), cwd=log.parent, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def tagged(tag: str) -> list[psutil.Process]:
+    """All living processes with this mark, whoever their parents are by now."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.environ().get(TAG) == tag and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def workers(tag: str) -> list[psutil.Process]:
+    """The processes that train trials, which name themselves after them."""
+    return [each for each in tagged(tag) if (title := _title(each)).startswith("ray::") and title not in NOT_TRIALS]
+
+
+def raylets(tag: str) -> list[psutil.Process]:
+    return [each for each in tagged(tag) if Path(_title(each)).name == "raylet"]
+
+
+def gone(tag: str, seconds: float, besides: Sequence[str] = ()) -> bool:
+    """Wait until no process with the mark is left, but those that are named so. False where some still are there."""
+    end = time.monotonic() + seconds
+    while any(_title(each) not in besides for each in tagged(tag)):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def clean_up(tag: str) -> None:
+    """Kill what is left of a run, by process id."""
+    for process in tagged(tag):
+        with suppress(psutil.Error):
+            process.kill()
+    gone(tag, 10)
+
+
+def shared_memory() -> set[str]:
+    """What lies in /dev/shm."""
+    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+
+
+def _title(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return str((process.cmdline() or [""])[0]).strip()
+    return ""

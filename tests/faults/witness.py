@@ -1,0 +1,65 @@
+"""`python tests/faults/witness.py LOG -- ARGUMENTS`: tune_kd with an independent witness.
+
+Whatever the driver has acknowledged, an epoch a line, is in LOG, which shares no code and no file with the ledger. A
+line is written after `Driver.on_epoch` has returned: from then on the row must never be lost.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def watch(log: Path) -> None:
+    """Wrap the driver, so that each acknowledged epoch is in the log, and synced, before the next comes."""
+    from tune_kd.execute.driver import Driver
+    from tune_kd.execute.worker import Where
+    from tune_kd.trial import Epoch
+
+    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    on_epoch = Driver.on_epoch
+
+    def witnessed(self: Driver, trial_id: str, epoch: Epoch, where: Where) -> bool:
+        counts = self.rows[trial_id]["status"] == "running"  # a late report is not recorded, nor acknowledged
+        goes_on = on_epoch(self, trial_id, epoch, where)
+        if counts:
+            line: dict[str, Any] = {"at": time.time(), "trial_id": trial_id, "epoch": asdict(epoch)}
+            os.write(sink, json.dumps(line).encode() + b"\n")
+            os.fsync(sink)
+        return goes_on
+
+    Driver.on_epoch = witnessed  # type: ignore[method-assign]
+
+
+def checkpoint_every(seconds: float) -> None:
+    """No command sets it, and the trials of these runs would end before they are 30 s old."""
+    from tune_kd.execute.worker import Workplace
+
+    Workplace.__init__.__defaults__ = (seconds,)
+
+
+def main(
+    log: Path,
+    arguments: list[str],
+    every: Annotated[float, typer.Option("--checkpoint-every", help="Seconds between a trial's checkpoints.")] = 30.0,
+) -> None:
+    """Run tune_kd with these arguments, and write to LOG what it has acknowledged."""
+    from tune_kd.cli import main as tune_kd
+
+    faulthandler.register(signal.SIGUSR1)  # where a driver hangs
+    watch(log)
+    checkpoint_every(every)
+    sys.argv = ["tune_kd", *arguments]
+    tune_kd()
+
+
+if __name__ == "__main__":
+    sys.dont_write_bytecode = False  # as in `tune_kd.__main__`
+    typer.run(main)

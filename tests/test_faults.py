@@ -1,0 +1,241 @@
+"""The checker of a run's invariants detects what it is for, and a run survives random kills. `python tests/faults` has
+the long forms."""
+
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from faults import kills, processes, study
+from faults.checker import Reader, lines, read, violations
+from faults.life import Life
+from tune_kd.records import TRIALS, Ledger
+
+TAG = "a mark of these tests"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run, beside a copy of its teachers, to be broken."""
+    shutil.copytree(finished.parent, tmp_path / "results")
+    return tmp_path / "results" / finished.name
+
+
+def broken(run: Path, **what: Any) -> set[str]:
+    """The names of the invariants that a run breaks."""
+    return {each.partition(":")[0] for each in violations(run, **what)}
+
+
+def execute(run: Path, *statements: str) -> None:
+    """Change a ledger behind everybody's back."""
+    with closing(sqlite3.connect(run / "ledger.sqlite", isolation_level=None)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def witnessed(run: Path, log: Path) -> Path:
+    """The log that a witness would have written of a run's epochs."""
+    free = ("number", "crc", "run", "trial_id")
+    with log.open("w") as sink:
+        for row in read(run).ledger.epochs or ():
+            epoch = {name: value for name, value in row.items() if name not in free} | {"outcome": None}
+            sink.write(json.dumps({"at": 0.0, "trial_id": row["trial_id"], "epoch": epoch}) + "\n")
+    return log
+
+
+def test_a_whole_run_breaks_nothing(run: Path, finished: Path, tmp_path: Path) -> None:
+    log = witnessed(run, tmp_path / "log")
+    shm = processes.shared_memory()
+    whole = {"witness": [log], "reference": finished, "exit_status": 0, "tag": TAG, "shm_before": shm}
+    assert violations(run, **whole) == []
+
+
+FIRST = "(SELECT min(number) FROM epochs)"
+DOUBLED = (  # a table of which no rule keeps a row from being there twice
+    "CREATE TABLE copied AS SELECT * FROM epochs",
+    f"INSERT INTO copied SELECT * FROM epochs WHERE number = {FIRST}",
+    "DROP TABLE epochs",
+    "ALTER TABLE copied RENAME TO epochs",
+)
+
+
+@pytest.mark.parametrize("statements", [(f"DELETE FROM epochs WHERE number = {FIRST}",), DOUBLED])
+def test_an_epoch_that_is_missing_or_doubled_breaks_the_first_invariant(run: Path, statements: tuple[str, ...]) -> None:
+    execute(run, *statements)
+    assert broken(run) == {"I1"}
+
+
+def test_an_epoch_that_is_doubled_in_a_table_breaks_the_first_invariant(run: Path) -> None:
+    table = pd.read_parquet(run / "epochs.parquet")
+    pd.concat([table, table.head(1)]).to_parquet(run / "epochs.parquet")
+    assert broken(run) == {"I1"}
+
+
+def test_what_was_acknowledged_and_is_lost_breaks_the_second_invariant(run: Path, tmp_path: Path) -> None:
+    log = witnessed(run, tmp_path / "log")
+    trial = lines(log)[0]["trial_id"]
+    execute(
+        run,
+        f"DELETE FROM epochs WHERE trial_id = '{trial}' AND epoch = 2",
+        f"UPDATE trials SET epochs_run = 1 WHERE trial_id = '{trial}'",
+    )
+    found = violations(run, witness=[log])
+    assert f"I2: {trial} epoch 2 was acknowledged and is lost" in found
+
+
+def test_a_value_that_was_changed_breaks_the_second_and_the_third_invariant(
+    run: Path, finished: Path, tmp_path: Path
+) -> None:
+    log = witnessed(run, tmp_path / "log")
+    execute(run, f"UPDATE epochs SET val_loss = val_loss + 1e-12 WHERE number = {FIRST}")
+    assert broken(run, witness=[log]) == {"I2"}
+    assert broken(run, reference=finished) == {"I3"}
+
+
+def test_an_outcome_that_was_acknowledged_and_is_not_there_breaks_the_second_invariant(
+    run: Path, tmp_path: Path
+) -> None:
+    log = witnessed(run, tmp_path / "log")
+    line = lines(log)[-1]
+    line["epoch"]["outcome"] = {"test_accuracy": 2.0}
+    log.write_text(json.dumps(line) + "\n")
+    assert broken(run, witness=[log]) == {"I2"}
+
+
+def test_a_line_that_a_dying_witness_cut_short_says_nothing(run: Path, tmp_path: Path) -> None:
+    log = witnessed(run, tmp_path / "log")
+    log.write_text(log.read_text() + '{"at": 0, "trial_id": "lost", "epo')
+    assert broken(run, witness=[log]) == set()
+
+
+def test_a_determinism_that_the_driver_saw_broken_breaks_the_third_invariant(run: Path) -> None:
+    with closing(Ledger(run / "ledger.sqlite")) as ledger:
+        row = ledger.rows(TRIALS)[0]
+        ledger.put(TRIALS, {**row, "error": "attempt 1: epoch 2 computed again differs from its record"})
+    assert broken(run) == {"I3"}
+
+
+def test_a_phantom_and_a_missing_trial_break_the_fourth_invariant(run: Path) -> None:
+    with closing(Ledger(run / "ledger.sqlite")) as ledger:
+        ledger.put(TRIALS, {**ledger.rows(TRIALS)[-1], "trial_id": "phantom", "epochs_run": 0, "status": "stopped"})
+    assert violations(run) == ["I4: ledger: trial phantom is a phantom"]
+    table = pd.read_parquet(run / "trials.parquet")
+    table[table["trial_id"] != table["trial_id"].iloc[-1]].to_parquet(run / "trials.parquet")
+    assert f"I4: tables: trial {table['trial_id'].iloc[-1]} is missing" in violations(run)
+
+
+def test_other_weights_of_a_teacher_break_the_fifth_invariant(run: Path) -> None:
+    weights = next((run.parent / "teachers").glob("*/weights.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert broken(run) == {"I5"}
+
+
+def test_a_student_that_began_before_its_teacher_had_ended_breaks_the_fifth_invariant(run: Path) -> None:
+    first = "(SELECT min(number) FROM epochs WHERE trial_id IN (SELECT trial_id FROM trials WHERE teacher = 'resnet50' "
+    execute(run, f"UPDATE epochs SET number = -1 WHERE number = {first} AND role = 'student'))")
+    assert broken(run) == {"I5"}
+
+
+@pytest.mark.parametrize("name", ["trials", "epochs", "decisions"])
+def test_a_table_that_is_cut_breaks_the_sixth_invariant(run: Path, name: str) -> None:
+    path = run / f"{name}.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert broken(run) == {"I6"}
+
+
+def test_a_reader_counts_what_it_could_read_and_what_not(run: Path) -> None:
+    with Reader(run, every=0.01) as reader:
+        time.sleep(0.3)
+        (run / "epochs.parquet").unlink()
+        time.sleep(0.3)
+    assert reader.reads
+    assert reader.errors and all("epochs.parquet" in error for error in reader.errors)
+
+
+@pytest.mark.parametrize("status", [1, 2, 3])
+def test_an_exit_status_that_does_not_fit_the_ledger_breaks_the_seventh_invariant(run: Path, status: int) -> None:
+    assert broken(run, exit_status=status) == {"I7"}
+
+
+@pytest.mark.parametrize(("status", "exit_status"), [("pending", 0), ("failed", 0), ("running", 143)])
+def test_a_trial_that_is_not_what_the_exit_status_says_breaks_the_seventh_invariant(
+    run: Path, status: str, exit_status: int
+) -> None:
+    with closing(Ledger(run / "ledger.sqlite")) as ledger:
+        ledger.put(TRIALS, {**ledger.rows(TRIALS)[-1], "status": status})
+    assert any(each.startswith(f"I7: exit status {exit_status}") for each in violations(run, exit_status=exit_status))
+
+
+def test_a_status_that_cannot_be_told_breaks_the_seventh_invariant(run: Path) -> None:
+    execute(run, "UPDATE trials SET host = 'elsewhere'")  # without their check sums
+    (found,) = violations(run)
+    assert found.startswith("I7: status fails")
+
+
+def test_attempts_that_nothing_explains_break_the_seventh_invariant(run: Path, tmp_path: Path) -> None:
+    with closing(Ledger(run / "ledger.sqlite")) as ledger:
+        row = ledger.rows(TRIALS)[-1]
+        ledger.put(TRIALS, {**row, "attempts": 3, "error": "attempt 1: its worker died"})
+    logs = [tmp_path / "first", tmp_path / "second"]
+    assert broken(run, witness=logs) == set()  # one lost worker, one lost driver
+    assert broken(run, witness=logs[:1]) == {"I7"}
+
+
+def test_a_process_that_is_left_breaks_the_eighth_invariant(run: Path, tmp_path: Path) -> None:
+    code = "import time; time.sleep(60)"
+    orphan = subprocess.Popen([sys.executable, "-c", code], env=processes.environment(TAG, tmp_path))
+    try:
+        assert broken(run, tag=TAG) == {"I8"}
+    finally:
+        orphan.kill()
+        orphan.wait()
+    assert broken(run, tag=TAG) == set()
+
+
+def test_shared_memory_that_is_left_breaks_the_eighth_invariant(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("faults.checker.shared_memory", lambda: {"before", "after"})
+    assert broken(run, shm_before={"before"}) == {"I8"}
+
+
+def test_a_run_without_a_study_or_with_a_ledger_that_is_none_is_not_taken_for_whole(run: Path) -> None:
+    (run / "ledger.sqlite").write_bytes(b"no database" * 100)
+    assert broken(run) == {"I2"}
+    (run / "study.json").unlink()
+    assert broken(run) == {"I2"}
+
+
+def test_a_study_to_be_broken_stops_nothing_and_begins_as_it_ends(tmp_path: Path) -> None:
+    whole = study.reference(study.write(tmp_path), tmp_path, study.settings(seeds=1, epochs=2))
+    assert violations(whole) == []
+    assert {row["status"] for row in read(whole).ledger.trials or ()} == {"completed"}
+
+
+def test_a_run_survives_kills_of_its_workers_and_its_drivers_at_random_moments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The long form also kills raylets, after which a driver may wait for a minute until it is given up."""
+    monkeypatch.setattr(kills, "VICTIMS", ("worker", "driver"))
+    said: list[str] = []
+    score = kills.rounds(tmp_path, 5, 0, study.settings(seeds=1, epochs=4), 60.0, said.append)
+    assert score.found == [], "\n".join(said)
+    assert score.kills.total() == 5
+    assert score.acknowledged >= 36
+    assert score.reads
+
+
+def test_a_life_leaves_no_process_of_its_own(tmp_path: Path) -> None:
+    with Life(tmp_path, tmp_path, ()) as life:
+        env = processes.environment(life.tag, life.home)
+        left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=env)
+        while not processes.tagged(life.tag):
+            time.sleep(0.01)
+    assert left.wait(5) == -9
+    assert not life.home.exists()
