@@ -7,16 +7,23 @@ What then goes on is a new driver, on a disk that works again.
 import builtins
 import errno
 import io
+import json
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
 from unittest.mock import patch
 
-from tune_kd import rebuild, records
+import torch
+import typer
+
+from faults import checker
+from tune_kd import rebuild, records, storage
 from tune_kd.data import load_declared
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
@@ -25,9 +32,9 @@ from tune_kd.records import FAILURES
 from tune_kd.run import Run, begun, find, held, reopen
 from tune_kd.study import Cell, Compare, Confirm, Data, Factor, Mistake, Recipe, Screen, Study
 from tune_kd.trial import Epoch
+from tune_kd.verify import verify
 
 CALLS = ("open", "pwrite", "fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "scandir")
-HERE = "1 thread, this process"
 
 
 def smallest() -> Study:
@@ -117,16 +124,19 @@ class Disk:
 
 @dataclass
 class Witness:
-    """What a driver acknowledged, kept by nobody that it knows."""
+    """What a driver acknowledged, in a log of the form of `witness.py`, in a place that has no faults."""
 
-    epochs: list[tuple[str, Epoch]] = field(default_factory=list)
+    log: Path
 
     def watch(self, driver: Driver) -> None:
         on_epoch = driver.on_epoch
 
         def watched(trial_id: str, epoch: Epoch, where: Where) -> bool:
+            counts = driver.rows[trial_id]["status"] == "running"
             go_on = on_epoch(trial_id, epoch, where)
-            self.epochs.append((trial_id, epoch))
+            if counts:
+                with self.log.open("a") as file:
+                    file.write(json.dumps({"trial_id": trial_id, "epoch": asdict(epoch)}) + "\n")
             return go_on
 
         driver.on_epoch = watched  # type: ignore[method-assign]
@@ -165,3 +175,92 @@ def _status(command: Callable[[], int]) -> int:
         return 2
     except FAILURES:
         return 3
+
+
+def violations(out: Path, witness: Witness, reference: Path) -> list[str]:
+    """I1 to I7 of a run that has come to its end."""
+    found = checker.read(out / "r")
+    return [
+        *checker.contiguous(found),
+        *checker.acknowledged(found, [witness.log]),
+        *checker.same(found, checker.read(reference)),
+        *checker.computed_alike(found),
+        *checker.as_planned(found, 0),
+        *checker.taught(found),
+        *checker.readable(found),
+        *(f"I7: {finding.part}: {finding.what}" for finding in verify(out / "r")),
+    ]
+
+
+@dataclass
+class Score:
+    """What became of so many runs, each with another operation that failed."""
+
+    passes: int = 0
+    unharmed: int = 0  # runs that completed all the same
+    resumed: int = 0  # that another driver completed
+    begun_anew: int = 0  # that had not come so far that there was a run
+    found: list[str] = field(default_factory=list)
+
+
+def fail_each(root: Path, every: int, onwards: bool, say: Callable[[str], None]) -> Score:
+    """Fail the first operation, the one `every` further on, ... until a run passes without one that failed."""
+    score = Score()
+    reference = root / "reference"
+    assert start(reference, Witness(root / "reference.log")) == 0
+    number = 1
+    while True:
+        out = root / str(number)
+        witness, disk = Witness(root / f"{number}.log"), Disk(out, number, onwards)
+        with disk.in_use():
+            status = start(out, witness)
+        if not disk.said:
+            say(f"{score.passes} runs; the last one passed {disk.count} operations, of which none failed")
+            return score
+        score.passes += 1
+        found = _after(out, witness, reference / "r", status, score)
+        score.found += [f"operation {number} ({disk.said}): {each}" for each in found]
+        for each in found:
+            say(f"operation {number} ({disk.said}): {each}")
+        shutil.rmtree(out, ignore_errors=True)
+        number += every
+
+
+def _after(out: Path, witness: Witness, reference: Path, status: int, score: Score) -> list[str]:
+    """What is wrong after a run that ended with `status`, and after another driver has completed it."""
+    if status == 0:
+        score.unharmed += 1
+        return violations(out, witness, reference)
+    if not (out / "r" / "study.json").is_file():
+        score.begun_anew += 1
+        if witness.log.exists():
+            return ["I2: epochs were acknowledged, and there is no run"]
+        shutil.rmtree(out, ignore_errors=True)
+        return [] if start(out, witness) == 0 else ["I7: a new run does not complete"]
+    score.resumed += 1
+    if status == 1:
+        return ["I7: a disk made trials fail"]
+    again = resume(out, witness)
+    if again != 0:
+        return [f"I7: resume ends with {again}"]
+    return violations(out, witness, reference)
+
+
+def operations(
+    every: Annotated[int, typer.Option(help="Fail each n-th operation only.")] = 1,
+) -> None:
+    """Fail every storage operation of a run in turn, once and from then on, and print the score."""
+    torch.set_num_threads(1)
+    bad = 0
+    with TemporaryDirectory(prefix="tune_kd-faults-") as folder, patch.object(storage, "PAUSES", (0.0, 0.0)):
+        for mode in ("once", "onwards"):
+            root = Path(folder, mode)
+            root.mkdir()
+            score = fail_each(root, every, mode == "onwards", typer.echo)
+            bad += len(score.found)
+            typer.echo(
+                f"{mode}: {score.passes} operations failed in turn; {score.unharmed} runs completed all the same, "
+                f"{score.resumed} were completed by `resume`, {score.begun_anew} had not begun; "
+                f"violations: {len(score.found)}"
+            )
+    raise SystemExit(1 if bad else 0)
