@@ -1,6 +1,7 @@
 """Networks: their sizes, where their initial weights come from, and the features that KD compares."""
 
 import hashlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -211,15 +212,36 @@ def torch_home(tmp_path, monkeypatch) -> Path:
     """A place of its own for weights, and no network: nothing listens on port 1."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setattr(models, "imagenet_url", lambda name: f"http://127.0.0.1:1/{name}-0123abcd.pth")
+    monkeypatch.setitem(NAMED, "hash", "0123abcd")
+    monkeypatch.setattr(models, "imagenet_url", lambda name: f"http://127.0.0.1:1/{name}-{NAMED['hash']}.pth")
     return tmp_path
 
 
+NAMED = {"hash": ""}  # the digest that the published file's name carries
+
+
 def save(state) -> Path:
+    content = io.BytesIO()
+    torch.save(state, content)
+    return put(content.getvalue())
+
+
+def put(content: bytes) -> Path:
+    """A file as if it had been published so."""
+    NAMED["hash"] = hashlib.sha256(content).hexdigest()[:8]
     file = models.imagenet_file("resnet18")
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, file)
+    file.write_bytes(content)
     return file
+
+
+def test_weights_that_are_not_those_of_their_name_are_refused(torch_home, published):
+    file = save(published)
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(Mistake, match="has a SHA-256 of .* is published; remove it to have it fetched"):
+        models.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
 
 
 @pytest.fixture(scope="session")
@@ -326,9 +348,8 @@ def test_a_file_of_another_form_is_named_with_what_is_wrong(torch_home, publishe
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 a damaged archive"])
-def test_an_unreadable_file_is_named(torch_home, published, content):
-    file = save(published)
-    file.write_bytes(content)
+def test_an_unreadable_file_is_named(torch_home, content):
+    file = put(content)
     with pytest.raises(Mistake, match="cannot be read as weights") as caught:
         models.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
     assert str(file) in str(caught.value)

@@ -211,6 +211,11 @@ def _stream(name: str, seed: int) -> Iterator[None]:
 def _imagenet_state(architecture: str) -> dict[str, Tensor]:
     """torchvision's ImageNet weights by name, checked against the network that they are for."""
     file = fetch_imagenet(architecture)
+    expected = file.stem.rpartition("-")[2]
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if not found.startswith(expected):
+        raise Mistake(f"{file} has a SHA-256 of {found[:8]}, and {expected} is published; remove it to have it fetched")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as it has layers of encoding
@@ -218,16 +223,16 @@ def _imagenet_state(architecture: str) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise Mistake(f"{file} holds a {type(state).__name__}; expected a dict of tensors by name")
     net = _blueprint(architecture, stem="imagenet", classes=1000, width=1.0)
-    expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     got = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
-    needed = {name for name in expected if not name.endswith("num_batches_tracked")}
+    needed = {name for name in shapes if not name.endswith("num_batches_tracked")}
     findings = {
         f"lacks weights of {architecture}": sorted(needed - got.keys()),
-        f"holds weights that {architecture} does not have": sorted(map(str, got.keys() - expected.keys())),
+        f"holds weights that {architecture} does not have": sorted(map(str, got.keys() - shapes.keys())),
         f"holds weights of another shape than {architecture}'s": [
-            f"{name} (got {got[name]}, expected {expected[name]})"
-            for name in expected
-            if name in got and got[name] != expected[name]
+            f"{name} (got {got[name]}, expected {shapes[name]})"
+            for name in shapes
+            if name in got and got[name] != shapes[name]
         ],
     }
     problems = [

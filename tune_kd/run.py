@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -29,6 +30,11 @@ PACKAGES = ("tune_kd", "torch", "torchvision", "ray", "numpy", "pandas", "pyarro
 RESERVED = ("teachers",)
 HOLDER = "holder.json"
 STUDY = "study.json"
+SECRET = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s:@]*:[^/\s@]+@"  # an address with a password in it
+    r"|\b(?:gh[opsu]_|github_pat_|glpat-|hf_|sk-|xox[abps]-|AKIA|AIza)[A-Za-z0-9_]{16,}"  # as services begin theirs
+    r"|\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\."  # a JSON web token (RFC 7519)
+)
 PATIENCE = 2.0  # seconds for which another driver may hold a run before this one gives up
 
 
@@ -138,8 +144,25 @@ def create(run: Run) -> None:
         "git_commit": _git_commit(),
         "machine": {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count()},
     }
+    if problems := list(_secrets(record)):
+        raise Mistake(*problems)
     publish(run.folder / STUDY, sealed(record))
     point("study.published")
+
+
+def _secrets(value: Any, name: str = "") -> Iterator[str]:
+    """A sentence for each text that looks as if it let somebody in, which no record may hold. It is not repeated."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from _secrets(each, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for number, each in enumerate(value):
+            yield from _secrets(each, f"{name}[{number}]")
+    elif isinstance(value, str) and (found := SECRET.search(value)):
+        yield (
+            f"{name} holds what looks like a password or a token ({found[0][:4]}..., {len(found[0])} characters); "
+            "allowed: text without one, since it is recorded and reported"
+        )
 
 
 def changes(run: Run) -> list[str]:
