@@ -240,7 +240,7 @@ def test_weights_that_are_not_those_of_their_name_are_refused(torch_home, publis
     content = bytearray(file.read_bytes())
     content[-1000] ^= 1
     file.write_bytes(content)
-    with pytest.raises(Mistake, match="has a SHA-256 of .* is published; remove it to have it fetched"):
+    with pytest.raises(Mistake, match=r"has a SHA-256 of .* is published; remove it to have it fetched"):
         models.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
 
 
