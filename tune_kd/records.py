@@ -125,6 +125,7 @@ TIMING = (
     "views_answered",
 )  # an epoch that is computed again may differ in these
 
+Write = tuple[str, list[Any]]  # an SQL statement and its values
 PANDAS = {str: "string", int: "Int64", float: "float64"}
 _SQL = {str: "TEXT", int: "INTEGER", float: "REAL"}
 
@@ -161,21 +162,14 @@ class Ledger:
     def __init__(self, path: Path, *, read_only: bool = False, after: int = 0) -> None:
         """`after`: how many transactions were committed to the ledger that this one takes the place of."""
         self.path = path
-        self._writes: list[tuple[str, list[Any]]] | None = None  # of the transaction that is open
+        self._writes: list[Write] | None = None  # of the transaction that is open
         if read_only:
             self._connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)
             return
         self._connection = sqlite3.connect(path, isolation_level=None)
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
-        for schema in SCHEMAS:
-            columns = ", ".join(f'"{name}" {_SQL[kind]}' for name, kind in schema.columns.items())
-            key = ", ".join(schema.key)
-            self._connection.execute(
-                f"CREATE TABLE IF NOT EXISTS {schema.name} "
-                f"(number INTEGER PRIMARY KEY AUTOINCREMENT, {columns}, crc INTEGER NOT NULL, UNIQUE ({key}))"
-            )
-        self._connection.execute("CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
+        self._in_one([(statement, []) for statement in _CREATE])
         self._commits = max(after, int(self.fact("commits") or 0))
 
     def close(self) -> None:
@@ -188,7 +182,7 @@ class Ledger:
         Raises `sqlite3.Error` where a disk refuses it several times.
         """
         assert self._writes is None, "a transaction is open"
-        writes: list[tuple[str, list[Any]]] = []
+        writes: list[Write] = []
         self._writes = writes
         try:
             yield
@@ -198,21 +192,24 @@ class Ledger:
             patiently(lambda: self._commit(writes), (sqlite3.OperationalError,))
             write_at(self.path.with_name(COMMITS), 0, _counted(self._commits))
 
-    def _commit(self, writes: list[tuple[str, list[Any]]]) -> None:
+    def _commit(self, writes: list[Write]) -> None:
+        self._in_one([*writes, (_SET_FACT, ["commits", str(self._commits + 1)])])
+        self._commits += 1
+        point("ledger.committed")
+
+    def _in_one(self, writes: list[Write]) -> None:
+        """All of these statements, or none."""
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             point("ledger.begun")
             for statement, values in writes:
                 self._connection.execute(statement, values)
-            self._connection.execute(_SET_FACT, ["commits", str(self._commits + 1)])
             point("ledger.written")
             self._connection.execute("COMMIT")
         except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
-        self._commits += 1
-        point("ledger.committed")
 
     def _write(self, statement: str, values: list[Any]) -> None:
         if self._writes is not None:
@@ -272,6 +269,8 @@ class Ledger:
         found = [text for (text,) in self._connection.execute("PRAGMA integrity_check(3)")]
         if found != ["ok"]:
             raise Damaged(f"{self.path} is damaged ({'; '.join(found)})")
+        if not counted and not self._connection.execute("SELECT * FROM sqlite_master").fetchall():
+            return  # its driver was killed before it wrote anything
         for schema in SCHEMAS:
             self.rows(schema)
         held = int(self.fact("commits") or 0)
@@ -293,6 +292,12 @@ class Ledger:
             point("tables.published")
 
 
+_CREATE = [
+    f"CREATE TABLE IF NOT EXISTS {schema.name} (number INTEGER PRIMARY KEY AUTOINCREMENT, "
+    + "".join(f'"{name}" {_SQL[kind]}, ' for name, kind in schema.columns.items())
+    + f"crc INTEGER NOT NULL, UNIQUE ({', '.join(schema.key)}))"
+    for schema in SCHEMAS
+] + ["CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)"]
 _SET_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
 
 
