@@ -84,7 +84,8 @@ def clean_up(tag: str) -> None:
 
 def shared_memory() -> set[str]:
     """What lies in /dev/shm, and no living process has open or mapped: not what others are using meanwhile."""
-    names = set(os.listdir(SHARED)) if os.path.isdir(SHARED) else set()
+    there = os.path.isdir(SHARED)
+    names = {each.name for each in os.scandir(SHARED) if not each.is_dir()} if there else set[str]()
     return names - _in_use() if names else names
 
 
