@@ -15,6 +15,7 @@ TAG = "TUNE_KD_FAULTS_TAG"
 WITNESS = Path(__file__).with_name("witness.py")
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 NOT_TRIALS = ("ray::IDLE", *AGENTS)
+SHARED = "/dev/shm"
 LINGER = 75.0  # seconds: Ray's agents wait a minute for a head that was killed, and leave then
 
 
@@ -82,8 +83,19 @@ def clean_up(tag: str) -> None:
 
 
 def shared_memory() -> set[str]:
-    """What lies in /dev/shm."""
-    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    """What lies in /dev/shm, and no living process has open or mapped: not what others are using meanwhile."""
+    there = os.path.isdir(SHARED)
+    names = {each.name for each in os.scandir(SHARED) if not each.is_dir()} if there else set[str]()
+    return names - _in_use() if names else names
+
+
+def _in_use() -> set[str]:
+    found: set[str] = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            paths = [*(each.path for each in process.memory_maps()), *(each.path for each in process.open_files())]
+            found |= {Path(path).name for path in paths if path.startswith(SHARED)}
+    return found
 
 
 def _title(process: psutil.Process) -> str:
