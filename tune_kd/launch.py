@@ -4,7 +4,7 @@ that a mistake is answered at once."""
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,10 @@ def execute(
     from tune_kd.view import View
 
     cluster = on_ray.connect(address)
-    try:
+    with ExitStack() as around:
+        # The watch comes first, so that it ends last: to leave a Ray that died may hang.
+        check_ray = around.enter_context(on_ray.watched(f"go on with: python -m tune_kd resume {run.folder}"))
+        around.callback(on_ray.disconnect, cluster)
         gpus = shares.gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
         shares.check_cluster(run.settings["cpus_per_trial"], gpus, cluster.cpus, cluster.gpus)
         with opened():
@@ -63,16 +66,19 @@ def execute(
                     keep_checkpoints=run.settings["keep_checkpoints"],
                     say=view.say,
                 )
+
+                def beat() -> None:
+                    check_ray()
+                    view.show(list(driver.rows.values()), driver.decisions)
+
                 with on_ray.drained_by_signals(driver) as received:
                     on_ray.run_on_ray(
                         driver,
                         place,
                         on_ray.slots(cluster, run.settings["cpus_per_trial"], gpus),
-                        beat=lambda: view.show(list(driver.rows.values()), driver.decisions),
+                        beat=beat,
                     )
                     signal = received()
-    finally:
-        on_ray.disconnect(cluster)
     return Ended(signal, sum(row["status"] in ("failed", "blocked") for row in driver.rows.values()))
 
 

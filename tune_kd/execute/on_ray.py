@@ -9,15 +9,18 @@ import logging
 import os
 import shutil
 import signal
+import socket
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 # Before Ray is imported: it reads these once. Workers are started from this environment as it is, not through
 # a second `uv run`; nothing is sent anywhere; Tune writes no logs of its own beside our records.
@@ -267,6 +270,71 @@ def slots(cluster: Cluster, cpus: float, gpus: float) -> int:
 def disconnect(cluster: Cluster) -> None:
     if cluster.ours:
         ray.shutdown()
+
+
+class RayDied(OSError):
+    """Ray is gone under a run; what its ledger holds is whole."""
+
+
+RAYLET_DEAF_FOR = 5.0  # seconds without an answer after which a node's raylet counts as dead: none ever comes back
+STORE_DEAF_FOR = 20.0  # the same of the control store, which a cluster may start again
+LEAVE_WITHIN = 20.0  # seconds that an orderly end may take then
+
+
+@contextmanager
+def watched(advice: str) -> Iterator[Callable[[], None]]:
+    """Notice that the connected Ray died. Without its raylet, Tune waits for ever; without its control store, Ray ends
+    this process after a minute with status 1, which here means failed trials.
+
+    Yields a function that raises `RayDied` in the thread that calls it. Where nobody calls it any more, or the end
+    that follows hangs, the process is ended from here, with that error's status.
+    """
+    context = ray.get_runtime_context()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    here = next(node for node in nodes if node["NodeID"] == context.get_node_id())
+    host, _, port = context.gcs_address.rpartition(":")
+    parts = [
+        ("raylet", here["NodeManagerAddress"], here["NodeManagerPort"], RAYLET_DEAF_FOR),
+        ("control store", host.strip("[]"), int(port), STORE_DEAF_FOR),
+    ]
+    died: list[str] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        heard = {name: time.monotonic() for name, *_ in parts}
+        while not died and not over.wait(1.0):
+            for name, host, port, patience in parts:
+                if _listens(host, port):
+                    heard[name] = time.monotonic()
+                elif time.monotonic() - heard[name] > patience:
+                    died.append(f"Ray died: its {name} does not answer; {advice}")
+        if died and not over.wait(LEAVE_WITHIN):
+            leave(3, died[0])
+
+    def check() -> None:
+        if died:
+            raise RayDied(died[0])
+
+    threading.Thread(target=watch, name="tune_kd-watch", daemon=True).start()
+    try:
+        yield check
+    finally:
+        over.set()
+
+
+def leave(status: int, sentence: str) -> NoReturn:
+    """End this process at once, whatever its threads wait for. Ray's processes notice, and end too."""
+    cursor = "\033[?25h" if sys.stderr.isatty() else ""  # the live view hides it
+    os.write(2, f"{cursor}tune_kd: {sentence}\n".encode())
+    os._exit(status)
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=3.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def run_on_ray(driver: Driver, place: Workplace, slots: int, beat: Callable[[], None], work: Work = work) -> None:
