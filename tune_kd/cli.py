@@ -1,11 +1,13 @@
 """The command line: wiring and words. What takes long to import is imported by the command that needs it."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
@@ -129,8 +131,8 @@ def run(
         with runs.held(begun.folder):
             yield
 
-    ended = launch.execute(begun, console, address, opened)
-    _conclude(begun, ended, console, as_json)
+    with _resumable(begun.folder, console):
+        _conclude(begun, launch.execute(begun, console, address, opened), console, as_json)
 
 
 @app.command()
@@ -175,8 +177,10 @@ def resume(
                 runs.record_extension(reopened)
             yield
 
-        ended = launch.execute(reopened, console, address, opened)
-    _conclude(reopened, ended, console, as_json)
+        with _resumable(reopened.folder, console):
+            ended = launch.execute(reopened, console, address, opened)
+    with _resumable(reopened.folder, console):
+        _conclude(reopened, ended, console, as_json)
 
 
 @app.command()
@@ -421,16 +425,50 @@ def list_(out: Out = DEFAULT_OUT, as_json: AsJson = False) -> None:
 def main() -> None:
     """The entry point: a mistake of the caller's is one message and exit status 2."""
     try:
-        app()
+        with _left_by_signals():
+            app()
     except Mistake as mistake:
         for problem in mistake.problems:
             print(f"tune_kd: {problem}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except FAILURES as error:  # of the machine, not of the caller
         print(f"tune_kd: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(3)
+
+
+INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+@contextmanager
+def _left_by_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM end the command with 130 and 143, whatever it is at, except while trials run."""
+    received: list[int] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if received:  # Python drops what is raised while it frees an object, so it is told again
+            raise SystemExit(128 + received[0])
+
+
+@contextmanager
+def _resumable(folder: Path, console: Console) -> Iterator[None]:
+    """Say how to go on where a signal ends what is done here, if there is something to go on with."""
+    from tune_kd.run import STUDY
+
+    try:
+        yield
+    except SystemExit as left:
+        if left.code in INTERRUPTED and (folder / STUDY).is_file():
+            console.print(f"interrupted; go on with: python -m tune_kd resume {folder}", highlight=False)
+        raise
 
 
 def _console(as_json: bool) -> Console:
@@ -511,7 +549,6 @@ def _conclude(run: "Run", ended: "Ended", console: Console, as_json: bool) -> No
     from tune_kd.tables import load
 
     if ended.signal is not None:
-        console.print(f"interrupted; go on with: python -m tune_kd resume {run.folder}", highlight=False)
         raise SystemExit(128 + ended.signal)
     records = load(run.folder)
     evidence.record(run.folder, run.name, run.study, audit.rank_correlations(records, everywhere=True))

@@ -38,10 +38,11 @@ def execute(
     from tune_kd.records import LEDGER, Ledger
     from tune_kd.view import View
 
+    advice = f"go on with: python -m tune_kd resume {run.folder}"
     cluster = on_ray.connect(address)
     with ExitStack() as around:
         # The watch comes first, so that it ends last: to leave a Ray that died may hang.
-        check_ray = around.enter_context(on_ray.watched(f"go on with: python -m tune_kd resume {run.folder}"))
+        check_ray = around.enter_context(on_ray.watched(cluster, advice))
         around.callback(on_ray.disconnect, cluster)
         gpus = shares.gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
         shares.check_cluster(run.settings["cpus_per_trial"], gpus, cluster.cpus, cluster.gpus)
@@ -67,11 +68,16 @@ def execute(
                     say=view.say,
                 )
 
+                told: list[bool] = []
+
                 def beat() -> None:
                     check_ray()
+                    if driver.stopping and not told:
+                        view.say("interrupted: running trials end their epoch; interrupt again to leave at once")
+                        told.append(True)
                     view.show(list(driver.rows.values()), driver.decisions)
 
-                with on_ray.drained_by_signals(driver) as received:
+                with on_ray.drained_by_signals(driver, advice) as received:
                     on_ray.run_on_ray(
                         driver,
                         place,

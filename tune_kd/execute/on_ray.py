@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -227,6 +227,16 @@ class _Bridge:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A process of Ray without which a run cannot go on, and how long it may not answer."""
+
+    name: str
+    host: str
+    port: int
+    patience: float  # seconds
+
+
+@dataclass(frozen=True)
 class Cluster:
     """What Ray has to offer, and where its dashboard is."""
 
@@ -234,6 +244,7 @@ class Cluster:
     gpus: float
     dashboard: str | None
     ours: bool  # started by us, so that we stop it
+    parts: tuple[Part, ...]  # to be watched
 
 
 def connect(address: str | None) -> Cluster:
@@ -243,10 +254,16 @@ def connect(address: str | None) -> Cluster:
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address is None:
             settings["dashboard_host"] = "127.0.0.1"
+            guard_token()
         try:
-            context = ray.init(address=address or "local", **settings)
+            with _own_sigterm():
+                context = ray.init(address=address or "local", **settings)
+        except SystemExit as left:  # Ray's own handler of SIGTERM leaves with the bare number
+            raise SystemExit(128 + signal.SIGTERM) from left
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"the cluster at {address}" if address else "Ray on this machine"
+            if address and "RAY_AUTH_MODE" not in os.environ:
+                where += " (where it asks for a token, set RAY_AUTH_MODE=token)"
             raise Mistake(f"--address is {address}: {where} cannot be reached or started ({error})") from error
     else:
         context = ray.init(ignore_reinit_error=True)
@@ -256,7 +273,29 @@ def connect(address: str | None) -> Cluster:
         gpus=resources.get("GPU", 0.0),
         dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None,
         ours=ours,
+        parts=_parts(),
     )
+
+
+def _parts() -> tuple[Part, ...]:
+    """This node's raylet, which never comes back, and the control store, which a cluster may start again."""
+    context = ray.get_runtime_context()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    here = next(node for node in nodes if node["NodeID"] == context.get_node_id())
+    host, _, port = context.gcs_address.rpartition(":")
+    return (
+        Part("raylet", here["NodeManagerAddress"], here["NodeManagerPort"], patience=5.0),
+        Part("control store", host.strip("[]"), int(port), patience=20.0),
+    )
+
+
+def guard_token() -> None:
+    """Whoever reads Ray's token can run code as this user, and Ray writes it for all to read: keep it from others."""
+    token = Path.home() / ".ray" / "auth_token"
+    with suppress(OSError):  # a home that cannot be written to holds none, or one that is not ours
+        token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        token.touch(mode=0o600)  # Ray fills it
+        token.chmod(0o600)
 
 
 def slots(cluster: Cluster, cpus: float, gpus: float) -> int:
@@ -269,45 +308,47 @@ def slots(cluster: Cluster, cpus: float, gpus: float) -> int:
 
 def disconnect(cluster: Cluster) -> None:
     if cluster.ours:
-        ray.shutdown()
+        with _own_sigterm():
+            ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Put the handler of SIGTERM back that was there before Ray set its own, or the system's."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 class RayDied(OSError):
     """Ray is gone under a run; what its ledger holds is whole."""
 
 
-RAYLET_DEAF_FOR = 5.0  # seconds without an answer after which a node's raylet counts as dead: none ever comes back
-STORE_DEAF_FOR = 20.0  # the same of the control store, which a cluster may start again
 LEAVE_WITHIN = 20.0  # seconds that an orderly end may take then
 
 
 @contextmanager
-def watched(advice: str) -> Iterator[Callable[[], None]]:
+def watched(cluster: Cluster, advice: str) -> Iterator[Callable[[], None]]:
     """Notice that the connected Ray died. Without its raylet, Tune waits for ever; without its control store, Ray ends
     this process after a minute with status 1, which here means failed trials.
 
     Yields a function that raises `RayDied` in the thread that calls it. Where nobody calls it any more, or the end
     that follows hangs, the process is ended from here, with that error's status.
     """
-    context = ray.get_runtime_context()
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    here = next(node for node in nodes if node["NodeID"] == context.get_node_id())
-    host, _, port = context.gcs_address.rpartition(":")
-    parts = [
-        ("raylet", here["NodeManagerAddress"], here["NodeManagerPort"], RAYLET_DEAF_FOR),
-        ("control store", host.strip("[]"), int(port), STORE_DEAF_FOR),
-    ]
     died: list[str] = []
     over = threading.Event()
 
     def watch() -> None:
-        heard = {name: time.monotonic() for name, *_ in parts}
+        heard = {part.name: time.monotonic() for part in cluster.parts}
         while not died and not over.wait(1.0):
-            for name, host, port, patience in parts:
-                if _listens(host, port):
-                    heard[name] = time.monotonic()
-                elif time.monotonic() - heard[name] > patience:
-                    died.append(f"Ray died: its {name} does not answer; {advice}")
+            for part in cluster.parts:
+                if _listens(part):
+                    heard[part.name] = time.monotonic()
+                elif time.monotonic() - heard[part.name] > part.patience:
+                    died.append(f"Ray died: its {part.name} does not answer; {advice}")
         if died and not over.wait(LEAVE_WITHIN):
             leave(3, died[0])
 
@@ -329,9 +370,9 @@ def leave(status: int, sentence: str) -> NoReturn:
     os._exit(status)
 
 
-def _listens(host: str, port: int) -> bool:
+def _listens(part: Part) -> bool:
     try:
-        socket.create_connection((host, port), timeout=3.0).close()
+        socket.create_connection((part.host, part.port), timeout=3.0).close()
     except OSError:
         return False
     return True
@@ -388,7 +429,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def drained_by_signals(driver: Driver) -> Iterator[Callable[[], int | None]]:
+def drained_by_signals(driver: Driver, advice: str) -> Iterator[Callable[[], int | None]]:
     """The first SIGINT or SIGTERM lets running trials end their epoch; a second one leaves at once.
 
     Yields a function that returns the signal that came, or null. Set after `ray.init`, which takes SIGTERM.
@@ -399,7 +440,7 @@ def drained_by_signals(driver: Driver) -> Iterator[Callable[[], int | None]]:
         received.append(number)
         driver.stopping = True
         if len(received) > 1:
-            os._exit(128 + received[0])
+            leave(128 + received[0], f"interrupted; {advice}")
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
