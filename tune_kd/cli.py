@@ -1,10 +1,12 @@
 """The command line: wiring and words. What takes long to import is imported by the command that needs it."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
@@ -121,9 +123,10 @@ def run(
         source=runs.Source(path, chosen, data, tuple(settings or ())),
     )
     launch.fetch_weights(resolved)
-    with runs.begun(begun):
-        ended = launch.execute(begun, console, address)
-    _conclude(begun, ended, console, as_json)
+    with _resumable(begun.folder, console):
+        with runs.begun(begun):
+            ended = launch.execute(begun, console, address)
+        _conclude(begun, ended, console, as_json)
 
 
 @app.command()
@@ -162,8 +165,10 @@ def resume(
             )
         launch.fetch_weights(reopened.study)
         extension = (lambda: runs.record_extension(reopened)) if extend else (lambda: None)
-        ended = launch.execute(reopened, console, address, extension)
-    _conclude(reopened, ended, console, as_json)
+        with _resumable(reopened.folder, console):
+            ended = launch.execute(reopened, console, address, extension)
+    with _resumable(reopened.folder, console):
+        _conclude(reopened, ended, console, as_json)
 
 
 @app.command()
@@ -431,13 +436,12 @@ def list_(out: Out = DEFAULT_OUT, as_json: AsJson = False) -> None:
 def main() -> None:
     """The entry point: a mistake of the caller's is one message and exit status 2."""
     try:
-        app()
+        with _left_by_signals():
+            app()
     except Mistake as mistake:
         for problem in mistake.problems:
             print(f"tune_kd: {problem}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except FAILURES as error:  # of the machine, not of the caller
         print(f"tune_kd: {type(error).__name__}: {error}", file=sys.stderr)
         if advice := _advice(error):
@@ -452,6 +456,41 @@ def _advice(error: Exception) -> str:
     if damage(error):
         return "`tune_kd status RUN --verify` says what is damaged; `tune_kd resume RUN` makes again what can be"
     return "what is on record is whole; see that the disk has room and can be written to, then `tune_kd resume RUN`"
+
+
+INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+@contextmanager
+def _left_by_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM end the command with 130 and 143, whatever it is at, except while trials run."""
+    received: list[int] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if received:  # Python drops what is raised while it frees an object, so it is told again
+            raise SystemExit(128 + received[0])
+
+
+@contextmanager
+def _resumable(folder: Path, console: Console) -> Iterator[None]:
+    """Say how to go on where a signal ends what is done here, if there is something to go on with."""
+    from tune_kd.run import STUDY
+
+    try:
+        yield
+    except SystemExit as left:
+        if left.code in INTERRUPTED and (folder / STUDY).is_file():
+            console.print(f"interrupted; go on with: python -m tune_kd resume {folder}", highlight=False)
+        raise
 
 
 def _console(as_json: bool) -> Console:
@@ -532,7 +571,6 @@ def _conclude(run: "Run", ended: "Ended", console: Console, as_json: bool) -> No
     from tune_kd.tables import load
 
     if ended.signal is not None:
-        console.print(f"interrupted; go on with: python -m tune_kd resume {run.folder}", highlight=False)
         raise SystemExit(128 + ended.signal)
     records = load(run.folder)
     evidence.record(run.folder, run.name, run.study, audit.rank_correlations(records, everywhere=True))

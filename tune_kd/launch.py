@@ -4,6 +4,7 @@ that a mistake is answered at once."""
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,15 +38,15 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
     from tune_kd.records import TRIALS
     from tune_kd.view import View
 
-    def say(sentence: str) -> None:
-        _say(console, sentence)
-
-    ledger = rebuild.opened(run, say)
-    preflight.check(run, ledger.rows(TRIALS), run.settings["max_concurrent"] or os.cpu_count() or 1)
-    cluster = on_ray.connect(address)
-    if address is None:
-        on_ray.keep_token_private(say)
-    try:
+    advice = f"go on with: python -m tune_kd resume {run.folder}"
+    with ExitStack() as around:
+        ledger = rebuild.opened(run, lambda sentence: _say(console, sentence))
+        around.callback(ledger.close)
+        preflight.check(run, ledger.rows(TRIALS), run.settings["max_concurrent"] or os.cpu_count() or 1)
+        cluster = on_ray.connect(address)
+        # The watch comes first, so that it ends last: to leave a Ray that died may hang.
+        check_ray = around.enter_context(on_ray.watched(cluster, advice))
+        around.callback(on_ray.disconnect, cluster)
         gpus = shares.gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
         shares.check_cluster(run.settings["cpus_per_trial"], gpus, cluster.cpus, cluster.gpus)
         connected()
@@ -56,30 +57,33 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
             teachers=run.teachers.absolute(),
             checkpoints=run.checkpoints.absolute(),
         )
-        with View(console, run.name) as view:
-            driver = Driver(
-                run.plan,
-                run.name,
-                run.folder,
-                ledger,
-                place,
-                cpus=run.settings["cpus_per_trial"],
-                gpus=gpus,
-                max_concurrent=run.settings["max_concurrent"],
-                keep_checkpoints=run.settings["keep_checkpoints"],
-                say=view.say,
-            )
-            with on_ray.drained_by_signals(driver) as received:
-                on_ray.run_on_ray(
-                    driver,
-                    place,
-                    on_ray.slots(cluster, run.settings["cpus_per_trial"], gpus),
-                    beat=lambda: view.show(list(driver.rows.values()), driver.decisions),
-                )
-                signal = received()
-    finally:
-        ledger.close()
-        on_ray.disconnect(cluster)
+        view = around.enter_context(View(console, run.name))
+        driver = Driver(
+            run.plan,
+            run.name,
+            run.folder,
+            ledger,
+            place,
+            cpus=run.settings["cpus_per_trial"],
+            gpus=gpus,
+            max_concurrent=run.settings["max_concurrent"],
+            keep_checkpoints=run.settings["keep_checkpoints"],
+            say=view.say,
+        )
+        told: list[bool] = []
+
+        def beat() -> None:
+            check_ray()
+            if driver.stopping and not told:
+                why = driver.broken or "interrupted"
+                view.say(f"{why}: running trials end their epoch; interrupt again to leave at once")
+                told.append(True)
+            view.show(list(driver.rows.values()), driver.decisions)
+
+        slots = on_ray.slots(cluster, run.settings["cpus_per_trial"], gpus)
+        with on_ray.drained_by_signals(driver, advice) as received:
+            on_ray.run_on_ray(driver, place, slots, beat)
+            signal = received()
     return Ended(signal, sum(row["status"] in ("failed", "blocked") for row in driver.rows.values()))
 
 
