@@ -3,7 +3,8 @@
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -455,6 +456,8 @@ def _advice(error: Exception) -> str:
 
     if damage(error):
         return "`tune_kd status RUN --verify` says what is damaged; `tune_kd resume RUN` makes again what can be"
+    if isinstance(error, OSError) and error.errno is None:  # ours, whose words say it
+        return ""
     return "what is on record is whole; see that the disk has room and can be written to, then `tune_kd resume RUN`"
 
 

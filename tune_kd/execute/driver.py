@@ -203,7 +203,11 @@ class Driver:
         """Make the tables for the last time. Raises `OSError` where a disk ended the run before it was through."""
         self.write_tables()
         if self.broken is not None:
-            raise OSError(f"{self.broken}; the disk refused it {MAX_ATTEMPTS} times, so the run was ended")
+            raise OSError(
+                f"{self.broken}: the disk refused it {MAX_ATTEMPTS} times, so the run was ended. What is on record is "
+                f"whole; see that {self._folder} has room and can be written to, then go on with: python -m tune_kd "
+                f"resume {self._folder}"
+            )
 
     def write_tables(self) -> None:
         self._ledger.write_tables(self._folder)
