@@ -176,10 +176,22 @@ class Ledger:
                 f"(number INTEGER PRIMARY KEY AUTOINCREMENT, {columns}, crc INTEGER NOT NULL, UNIQUE ({key}))"
             )
         self._connection.execute("CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
-        self._commits = max(after, int(self.fact("commits") or 0))
+        self._commits = max(after, self._held())
 
     def close(self) -> None:
         self._connection.close()
+
+    def count_again(self) -> None:
+        """Make the file again that says how many transactions were committed. Raises OSError."""
+        publish(self.path.with_name(COMMITS), _counted(self._commits))
+
+    def _held(self) -> int:
+        """How many transactions the ledger says it holds. Raises `Damaged` where that was altered."""
+        held = self.fact("commits")
+        count = 0 if held is None else _count(held.encode())
+        if count is None:
+            raise Damaged(f"{self.path}: its count of transactions was altered since it was written")
+        return count
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -204,7 +216,7 @@ class Ledger:
             point("ledger.begun")
             for statement, values in writes:
                 self._connection.execute(statement, values)
-            self._connection.execute(_SET_FACT, ["commits", str(self._commits + 1)])
+            self._connection.execute(_SET_FACT, ["commits", _counted(self._commits + 1).decode()])
             point("ledger.written")
             self._connection.execute("COMMIT")
         except BaseException:
@@ -274,7 +286,7 @@ class Ledger:
             raise Damaged(f"{self.path} is damaged ({'; '.join(found)})")
         for schema in SCHEMAS:
             self.rows(schema)
-        held = int(self.fact("commits") or 0)
+        held = self._held()
         if counted is not None and held < counted:
             raise Damaged(f"{self.path} holds {held} transactions, and {counted} were committed: its end was lost")
 
@@ -307,12 +319,17 @@ def damage(error: Exception) -> bool:
 def commits(folder: Path) -> int | None:
     """How many transactions the ledger in a folder holds at least; null where nothing whole says so."""
     path = folder / COMMITS
-    count, _, crc = (read(path) if path.is_file() else b"").rstrip(b"\n").partition(b" ")
+    return _count(read(path)) if path.is_file() else None
+
+
+def _count(text: bytes) -> int | None:
+    """The inverse of `_counted`; null where the text was altered."""
+    count, _, crc = text.rstrip(b"\n").partition(b" ")
     return int(count) if count.isdigit() and crc == b"%08x" % zlib.crc32(count) else None
 
 
 def _counted(count: int) -> bytes:
-    """Of one length, so that it is written over in one piece."""
+    """A count with its check sum. Of one length, so that it is written over in one piece."""
     text = b"%012d" % count
     return b"%b %08x\n" % (text, zlib.crc32(text))
 
