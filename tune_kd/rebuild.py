@@ -42,9 +42,12 @@ def opened(run: Run, say: Callable[[str], None]) -> Ledger:
     if wrong is not None:
         say(f"warning: {wrong}")
         say(rebuild(run))
-    elif (run.folder / LEDGER).is_file() and commits(run.folder) is None:
+    uncounted = (run.folder / LEDGER).is_file() and commits(run.folder) is None
+    ledger = Ledger(run.folder / LEDGER)
+    if uncounted:
         say(f"warning: {run.folder / COMMITS} is damaged, which tells whether the ledger is whole; it is made again")
-    return Ledger(run.folder / LEDGER)
+        ledger.count_again()
+    return ledger
 
 
 def wrong_with(folder: Path) -> str | None:

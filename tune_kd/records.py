@@ -170,10 +170,22 @@ class Ledger:
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
         self._in_one([(statement, []) for statement in _CREATE])
-        self._commits = max(after, int(self.fact("commits") or 0))
+        self._commits = max(after, self._held())
 
     def close(self) -> None:
         self._connection.close()
+
+    def count_again(self) -> None:
+        """Make the file again that says how many transactions were committed. Raises OSError."""
+        publish(self.path.with_name(COMMITS), _counted(self._commits))
+
+    def _held(self) -> int:
+        """How many transactions the ledger says it holds. Raises `Damaged` where that was altered."""
+        held = self.fact("commits")
+        count = 0 if held is None else _count(held.encode())
+        if count is None:
+            raise Damaged(f"{self.path}: its count of transactions was altered since it was written")
+        return count
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -193,7 +205,7 @@ class Ledger:
             write_at(self.path.with_name(COMMITS), 0, _counted(self._commits))
 
     def _commit(self, writes: list[Write]) -> None:
-        self._in_one([*writes, (_SET_FACT, ["commits", str(self._commits + 1)])])
+        self._in_one([*writes, (_SET_FACT, ["commits", _counted(self._commits + 1).decode()])])
         self._commits += 1
         point("ledger.committed")
 
@@ -246,15 +258,23 @@ class Ledger:
 
     def _select(self, schema: Schema, where: str, values: list[Any]) -> list[Row]:
         names = ", ".join(f'"{name}"' for name in schema.columns)
-        cursor = self._connection.execute(f"SELECT {names}, crc FROM {schema.name} {where} ORDER BY number", values)
+        query = f"SELECT {names}, crc FROM {schema.name} {where} ORDER BY number"
         rows = []
-        for *cells, crc in cursor:
+        for *cells, crc in patiently(lambda: self._ask(query, values), (sqlite3.OperationalError,)):
             row = dict(zip(schema.columns, cells, strict=True))
             if any(isinstance(cell, bytes) for cell in cells) or _crc(row) != crc:
                 key = ", ".join(f"{name}={row[name]!r}" for name in schema.key)
                 raise Damaged(f"{self.path}: the row {key} of {schema.name} was altered since it was written")
             rows.append(row)
         return rows
+
+    def _ask(self, query: str, values: list[Any]) -> list[tuple[Any, ...]]:
+        try:
+            return self._connection.execute(query, values).fetchall()
+        except sqlite3.OperationalError as error:
+            if damage(error):  # to ask again would not help
+                raise Damaged(f"{self.path} is damaged ({error})") from error
+            raise
 
     def set_fact(self, name: str, value: str) -> None:
         self._write(_SET_FACT, [name, value])
@@ -273,7 +293,7 @@ class Ledger:
             return  # its driver was killed before it wrote anything
         for schema in SCHEMAS:
             self.rows(schema)
-        held = int(self.fact("commits") or 0)
+        held = self._held()
         if counted is not None and held < counted:
             raise Damaged(f"{self.path} holds {held} transactions, and {counted} were committed: its end was lost")
 
@@ -322,12 +342,17 @@ def damage(error: Exception) -> bool:
 def commits(folder: Path) -> int | None:
     """How many transactions the ledger in a folder holds at least; null where nothing whole says so."""
     path = folder / COMMITS
-    count, _, crc = (read(path) if path.is_file() else b"").rstrip(b"\n").partition(b" ")
+    return _count(read(path)) if path.is_file() else None
+
+
+def _count(text: bytes) -> int | None:
+    """The inverse of `_counted`; null where the text was altered."""
+    count, _, crc = text.rstrip(b"\n").partition(b" ")
     return int(count) if count.isdigit() and crc == b"%08x" % zlib.crc32(count) else None
 
 
 def _counted(count: int) -> bytes:
-    """Of one length, so that it is written over in one piece."""
+    """A count with its check sum. Of one length, so that it is written over in one piece."""
     text = b"%012d" % count
     return b"%b %08x\n" % (text, zlib.crc32(text))
 

@@ -87,13 +87,14 @@ def sealed(record: Mapping[str, Any]) -> bytes:
 
 
 def unsealed(data: bytes, name: Path) -> dict[str, Any]:
-    """The record in JSON bytes, without its digest, which those of earlier versions lack. Raises `Damaged`."""
+    """The record in JSON bytes, without its digest, which those of the first layout lack. Raises `Damaged`."""
     try:
         record = json.loads(data)
         seal = record.pop("sha256", None)
+        lost = seal is None and record.get("layout", 1) > 1  # the name of the digest was what changed
     except (ValueError, AttributeError, TypeError) as error:
         raise Damaged(f"{name} cannot be read ({error})") from error
-    if seal not in (None, _seal(record)):
+    if lost or seal not in (None, _seal(record)):
         raise Damaged(f"{name} was altered since it was written: its digest does not fit")
     return dict(record)
 

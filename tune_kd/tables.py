@@ -129,7 +129,8 @@ def _load(place: Path, adapt: Adapter | None) -> Records:
     whole = ours or (place / "trials.parquet").is_file()
     digested = ours and _digested(place / "study.json")
     tables: dict[str, pd.DataFrame] = {}
-    for schema in SCHEMAS:
+    # Against the order in which they are made: should they be made again meanwhile, no epoch lacks its trial.
+    for schema in reversed(SCHEMAS):
         path = _file(place, schema.name, whole)
         again = f"`tune_kd resume {place}` makes the tables again from the ledger" if ours else "restore the file"
         if not path.is_file():

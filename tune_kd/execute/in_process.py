@@ -9,11 +9,15 @@ def run_in_process(driver: Driver, place: Workplace, work: Work = work) -> None:
     while (task := driver.next()) is not None:
         driver.on_start(task)
         problem: Failure | None = None
-        try:
-            for epoch in work(task, place):
-                if not driver.on_epoch(task.trial.trial_id, epoch, whereabouts(task)):
-                    break
-        except Exception as error:  # whatever a trial raises is a row, not the end of the run
-            problem = failure(error)
+        epochs = work(task, place)
+        while True:
+            try:
+                epoch = next(epochs)
+            except Exception as error:  # whatever a trial raises is a row, not the end of the run
+                problem = failure(error)
+                break
+            if not driver.on_epoch(task.trial.trial_id, epoch, whereabouts(task)):
+                break
+        epochs.close()
         driver.on_end(task.trial.trial_id, problem)
     driver.conclude()

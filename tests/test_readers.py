@@ -1,0 +1,118 @@
+"""Tables can be read at every instant of a run, by pandas and by `load`, while they are made again and again."""
+
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from conftest import tiny
+from tune_kd import tables
+from tune_kd.records import EPOCHS, LEDGER, SCHEMAS, TRIALS, Ledger, first_row
+from tune_kd.run import Run, create
+
+MANY = 200  # trials, from which on the tables only change
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    made = Run("r", tmp_path / "r", tiny(), "d" * 64, None, {})
+    create(made)
+    return made
+
+
+def grow(run: Run, ledger: Ledger, number: int) -> None:
+    """The `number`-th change of the tables: a trial more, and its first epoch; then an epoch more of one there is."""
+    trial = replace(run.plan.trials[-1], seed=number % MANY)
+    epoch = 1 + number // MANY
+    row = first_row(run.name, trial) | {"status": "running", "epochs_run": epoch, "attempts": 1}
+    with ledger.transaction():
+        ledger.put(TRIALS, row)
+        ledger.put(EPOCHS, {"run": run.name, "trial_id": trial.trial_id, "epoch": epoch, "attempt": 1})
+    ledger.write_tables(run.folder)
+
+
+def keep_growing(run: Run) -> None:
+    """The writer's process, which ends when it is killed."""
+    ledger = Ledger(run.folder / LEDGER)
+    for number in range(1, sys.maxsize):
+        grow(run, ledger, number)
+
+
+@contextmanager
+def growing(run: Run) -> Iterator[None]:
+    ledger = Ledger(run.folder / LEDGER)
+    grow(run, ledger, 0)
+    ledger.close()
+    writer = get_context("spawn").Process(target=keep_growing, args=(run,))
+    writer.start()
+    try:
+        yield
+        assert writer.is_alive(), "the writer failed"
+    finally:
+        writer.kill()
+        writer.join()
+
+
+def changed(path: Path, before: int) -> bool:
+    return path.stat().st_ino != before
+
+
+@pytest.mark.parametrize("reads", [500, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_no_reader_fails_while_the_tables_are_replaced(run: Run, reads: int) -> None:
+    with growing(run):
+        first = (run.folder / "trials.parquet").stat().st_ino
+        end = time.monotonic() + 120
+        while not changed(run.folder / "trials.parquet", first):
+            assert time.monotonic() < end, "nothing is written"
+            time.sleep(0.05)
+        versions: set[int] = set()
+
+        def read(number: int) -> None:
+            path = run.folder / f"{SCHEMAS[number % 3].name}.parquet"
+            versions.add(path.stat().st_ino)
+            pd.read_parquet(path)
+            if number % 10 == 0:
+                records = tables.load(run.folder)
+                assert set(records.epochs["trial_id"]) <= set(records.trials["trial_id"])
+
+        with ThreadPoolExecutor(2) as readers:
+            assert len(list(readers.map(read, range(reads)))) == reads
+    assert len(versions) > 10, "the tables were hardly replaced"
+
+
+def test_tables_that_are_made_again_between_two_reads_fit_together(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load` reads three files, and each may be of another age than the one before."""
+    ledger = Ledger(run.folder / LEDGER)
+    grow(run, ledger, 0)
+    numbers, whole = iter(range(1, MANY)), tables._whole
+
+    def then_made_again(path: Path, digested: bool) -> bytes:
+        data = whole(path, digested)
+        grow(run, ledger, next(numbers))
+        return data
+
+    monkeypatch.setattr(tables, "_whole", then_made_again)
+    assert len(tables.load(run.folder).trials) >= 1
+
+
+def test_a_table_that_is_replaced_while_its_digest_is_read_is_read_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger(run.folder / LEDGER)
+    grow(run, ledger, 0)
+    digests, numbers = tables.digests, iter((1, 2))
+
+    def twice_replaced(folder: Path) -> dict[str, list[str]] | None:
+        for number in numbers:  # so that the digest of what was read is on record no more
+            grow(run, ledger, number)
+        return digests(folder)
+
+    monkeypatch.setattr(tables, "digests", twice_replaced)
+    assert len(tables.load(run.folder).trials) == 3
