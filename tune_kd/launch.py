@@ -3,8 +3,10 @@ that a mistake is answered at once."""
 
 import os
 import shutil
+import sys
+import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,9 @@ from tune_kd.study import Mistake, Study
 if TYPE_CHECKING:
     from tune_kd.data import DataSet
     from tune_kd.run import Run
+
+
+IDLE = 60.0  # seconds in which nothing runs, after which that is said
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
 
     advice = f"go on with: python -m tune_kd resume {run.folder}"
     with ExitStack() as around:
+        if console.stderr:  # standard output is for the answer alone, and Ray tells there of nodes that were lost
+            around.enter_context(redirect_stdout(sys.stderr))
         ledger = rebuild.opened(run, lambda sentence: _say(console, sentence))
         around.callback(ledger.close)
         preflight.check(run, ledger.rows(TRIALS), run.settings["max_concurrent"] or os.cpu_count() or 1)
@@ -70,14 +77,25 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
             keep_checkpoints=run.settings["keep_checkpoints"],
             say=view.say,
         )
-        told: list[bool] = []
+        told: list[str] = []
+        busy_at = time.monotonic()
+
+        def once(sentence: str) -> None:
+            if sentence not in told:
+                told.append(sentence)
+                view.say(sentence)
 
         def beat() -> None:
+            nonlocal busy_at
             check_ray()
-            if driver.stopping and not told:
+            if driver.running:
+                busy_at = time.monotonic()
+            elif time.monotonic() - busy_at > IDLE and not driver.finished:
+                share = f"{run.settings['cpus_per_trial']:g} CPU and {gpus:g} GPU"
+                once(f"nothing has run for {IDLE:.0f} s: a trial needs {share}, and Ray waits for a node with them")
+            if driver.stopping:
                 why = driver.broken or "interrupted"
-                view.say(f"{why}: running trials end their epoch; interrupt again to leave at once")
-                told.append(True)
+                once(f"{why}: running trials end their epoch; interrupt again to leave at once")
             view.show(list(driver.rows.values()), driver.decisions)
 
         slots = on_ray.slots(cluster, run.settings["cpus_per_trial"], gpus)

@@ -172,6 +172,8 @@ class Driver:
             self._ledger.put(TRIALS, row)
             return
         assert failure is not None, f"{trial.label} ended without its last epoch"
+        if row["status"] == "pending":  # its worker died before it began
+            row["attempts"] += 1
         self._note(row, failure.message)
         again = self._try_again(trial, failure)
         if failure.reason == "storage" and not again:

@@ -26,12 +26,18 @@ from typing import Any, NoReturn
 # a second `uv run`; nothing is sent anywhere; Tune writes no logs of its own beside our records.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+# What is right only so is not the user's to set: an epoch is on record before its trial goes on, signals are ours,
+# nothing of Tune's is written, and a worker that does not end is not waited for.
+os.environ["TUNE_RESULT_BUFFER_LENGTH"] = "1"
+os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"
+os.environ["TUNE_FORCE_TRIAL_CLEANUP_S"] = "10"
+os.environ.pop("RAY_TUNE_CALLBACKS", None)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # why: see `tune_kd.__main__`
 
+import psutil
 import ray
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
@@ -369,9 +375,12 @@ def watched(cluster: Cluster, advice: str) -> Iterator[Callable[[], None]]:
 
 
 def leave(status: int, sentence: str) -> NoReturn:
-    """End this process at once, whatever its threads wait for. Ray's processes notice, and end too."""
+    """End this process and those that it started, at once, whatever its threads wait for."""
     cursor = "\033[?25h" if sys.stderr.isatty() else ""  # the live view hides it
     os.write(2, f"{cursor}tune_kd: {sentence}\n".encode())
+    for process in psutil.Process().children(recursive=True):  # Ray's agents would stay for a minute
+        with suppress(psutil.Error):
+            process.kill()
     os._exit(status)
 
 
@@ -412,7 +421,7 @@ def run_on_ray(driver: Driver, place: Workplace, slots: int, beat: Callable[[], 
                     verbose=0,
                     stop=_Drain(bridge),
                     callbacks=[_Events(bridge)],
-                    failure_config=FailureConfig(max_failures=0),
+                    failure_config=FailureConfig(max_failures=0, fail_fast=False),
                     checkpoint_config=CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
                 ),
             ).fit()
