@@ -100,7 +100,8 @@ def check_new(out: Path, name: str | None, study: Study) -> str:
 
 @contextmanager
 def begun(run: Run) -> Iterator[None]:
-    """A new run on disk, held by this process. Where a `Mistake` ends it before a row is written, nothing stays."""
+    """A new run on disk, held by this process. Nothing stays where its plan cannot be written, or where a `Mistake` ends
+    it before a row is written."""
     try:
         run.folder.mkdir(parents=True)
     except OSError as error:
@@ -109,8 +110,9 @@ def begun(run: Run) -> Iterator[None]:
         with held(run.folder):
             create(run)
             yield
-    except Mistake:
-        if not (run.folder / "trials.parquet").exists():  # the first thing that a driver writes
+    except (Mistake, OSError) as error:
+        early = isinstance(error, Mistake) and not (run.folder / "trials.parquet").exists()  # a driver's first file
+        if early or not (run.folder / STUDY).exists():
             shutil.rmtree(run.folder)
         raise
 
