@@ -211,6 +211,55 @@ def test_a_worker_that_never_starts_is_not_waited_for_for_ever(bench: Bench) -> 
     assert bench.rows(trial_id=first)[0]["status"] == "failed"
 
 
+def test_a_trial_that_gets_on_between_the_deaths_of_its_workers_is_not_given_up(bench: Bench) -> None:
+    """On nodes that come and go a long trial loses more workers than one that is at fault would be allowed."""
+    for number, deaths in ((1, 2), (2, 1)):
+        for _ in range(deaths):
+            task = bench.start()
+            bench.driver.on_end(task.trial.trial_id, Failure("lost", "its worker died"))
+        task = bench.start()
+        bench.driver.on_epoch(task.trial.trial_id, epoch(number, last=number == 2), HERE)
+        if number == 1:
+            bench.driver.on_end(task.trial.trial_id, Failure("lost", "its worker died"))
+    (row,) = bench.rows(trial_id=task.trial.trial_id)
+    assert row["status"] == "completed"
+    assert row["attempts"] == 5 == 1 + row["error"].count("its worker died")
+
+
+def test_a_disk_that_fails_a_trial_again_and_again_ends_the_run_and_not_the_trial(bench: Bench) -> None:
+    other = bench.start()
+    for attempt in (1, 2, 3):
+        task = bench.start()
+        assert task.attempt == attempt
+        bench.driver.on_end(task.trial.trial_id, Failure("storage", "OSError: [Errno 28] No space left on device"))
+    assert bench.driver.next() is None  # a disk is everybody's
+    assert not bench.driver.on_epoch(other.trial.trial_id, epoch(1), HERE)
+    bench.driver.on_end(other.trial.trial_id, None)
+    with pytest.raises(OSError, match=r"No space left on device.*the disk refused it 3 times.*resume"):
+        bench.driver.conclude()
+    assert {row["status"] for row in bench.rows()} == {"pending"}
+    assert Bench(bench.driver.plan.study, bench.folder).start().trial.trial_id
+
+
+def test_trials_that_are_asked_to_leave_find_it_said_where_they_work(bench: Bench, tmp_path: Path) -> None:
+    """A file, since a worker may be on another machine; the next driver removes it."""
+    drain = Workplace(None, None, tmp_path, tmp_path / "checkpoints").drain
+    assert not drain.exists()
+    bench.driver.drain()
+    assert drain.exists()
+    Bench(bench.driver.plan.study, bench.folder)
+    assert not drain.exists()
+
+
+def test_checkpoints_that_a_kill_left_of_an_ended_trial_are_removed(bench: Bench, tmp_path: Path) -> None:
+    task = bench.start()
+    bench.finish(task)
+    left = tmp_path / "checkpoints" / task.trial.trial_id
+    left.mkdir(parents=True)
+    Bench(bench.driver.plan.study, bench.folder)
+    assert not left.exists()
+
+
 def test_memory_that_runs_out_is_tried_again_with_a_larger_share(study: Study, tmp_path: Path) -> None:
     bench = Bench(study, tmp_path, gpus=0.25)
     task = bench.start()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from conftest import altered
 from tune_kd.records import LEDGER, TRIALS, Ledger, first_row
-from tune_kd.run import Run, Source, changes, create, extended, record_extension, reopen
+from tune_kd.run import Run, Source, begun, changes, create, extended, record_extension, reopen
 from tune_kd.study import Confirm, Mistake, Study
 
 
@@ -63,6 +64,55 @@ def test_a_run_that_is_not_this_versions_or_was_changed_is_refused(
         reopen(made.folder)
 
 
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "ghp_abcdefghijklmnopqrstuvwxyz0123456789",
+        "see https://me:hunter2@example.org/data",
+        "hf_abcdefghijklmnopqrstuvwx",
+        "AKIAABCDEFGHIJKLMNOP12",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.c2ln",
+    ],
+)
+def test_what_looks_like_a_secret_is_refused_and_neither_recorded_nor_repeated(
+    secret: str, study: Study, tmp_path: Path
+) -> None:
+    run = Run("r", tmp_path / "r", replace(study, question=f"Is it {secret}?"), "0" * 64, None, {})
+    with (
+        pytest.raises(Mistake, match=r"study\.question holds what looks like a password or a token") as caught,
+        begun(run),
+    ):
+        raise AssertionError("it was begun")
+    assert secret.split("://")[-1] not in str(caught.value)
+    assert not run.folder.exists()
+
+
+def test_questions_paths_and_digests_are_no_secrets(study: Study, tmp_path: Path) -> None:
+    question = "Does sk-learn's T=4 beat eyJ at https://example.org:8080/a@b? " + "f" * 64
+    create(Run("r", tmp_path / "r", replace(study, question=question), "0" * 64, tmp_path / "sk-data-of-mine", {}))
+    assert reopen(tmp_path / "r").study.question == question
+
+
+def test_a_new_run_that_a_mistake_ends_before_it_began_leaves_nothing(study: Study, tmp_path: Path) -> None:
+    run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
+    seen: list[bool] = []
+    with pytest.raises(Mistake, match="no room"), begun(run):
+        raise Mistake("no room", str(seen.append((run.folder / "study.json").is_file())))
+    assert seen == [True] and not run.folder.exists()
+    with pytest.raises(OSError, match="disk"), begun(run):
+        raise OSError("disk")
+    assert reopen(run.folder).study == study  # to be gone on with
+
+
+def test_any_change_of_a_plan_on_disk_is_noticed(study: Study, tmp_path: Path) -> None:
+    run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
+    create(run)
+    text = (run.folder / "study.json").read_text()
+    (run.folder / "study.json").write_text(text.replace('"look": 0', '"look": 1'))
+    with pytest.raises(Mistake, match=r"was altered since it was written.*restore the file"):
+        reopen(run.folder)
+
+
 FILE = """
 from dataclasses import replace
 from conftest import tiny
@@ -78,7 +128,7 @@ AS_IT_WAS = "tiny()"
 def of_file(tmp_path: Path) -> Callable[..., Run]:
     """A run that has ended, of a study in a file."""
 
-    def begun(declared: str = AS_IT_WAS, ended: bool = True) -> Run:
+    def made(declared: str = AS_IT_WAS, ended: bool = True) -> Run:
         declare(tmp_path, declared)
         source = Source(tmp_path / "mine.py", "test")
         study = source.read()
@@ -88,7 +138,7 @@ def of_file(tmp_path: Path) -> Callable[..., Run]:
         end(run, "completed" if ended else "running")
         return run
 
-    return begun
+    return made
 
 
 def declare(folder: Path, change: str) -> None:

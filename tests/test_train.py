@@ -15,8 +15,9 @@ from tune_kd import train as training
 from tune_kd.checkpoints import Checkpoints
 from tune_kd.data import DataSet, prepare
 from tune_kd.kernels import autocast
+from tune_kd.storage import Damaged
 from tune_kd.study import Recipe
-from tune_kd.teachers import Teacher, load_teacher, publish_teacher
+from tune_kd.teachers import Teacher, TeacherChanged, load_teacher, publish_teacher
 from tune_kd.train import Diverged, batches, best_weights, learning_rate, train
 from tune_kd.trial import Answering
 
@@ -44,6 +45,51 @@ def test_a_resumed_trial_equals_an_uninterrupted_one_bit_for_bit(
     assert [exact(epoch) for epoch in before[:-1] + after] == [exact(epoch) for epoch in whole]
     assert whole[-1].outcome is not None
     assert whole[-1].outcome.weights_digest == after[-1].outcome.weights_digest  # type: ignore[union-attr]
+
+
+def test_a_trial_that_is_to_leave_writes_its_state_first(pixels: DataSet, tmp_path: Path) -> None:
+    def begin(leaving: bool) -> None:
+        begun = train(
+            trial("none"), pixels, None, device=CPU, checkpoints=Checkpoints(tmp_path), leaving=lambda: leaving
+        )
+        next(begun)
+        begun.close()
+
+    begin(leaving=False)
+    assert Checkpoints(tmp_path).load() is None
+    begin(leaving=True)
+    saved = Checkpoints(tmp_path).load()
+    assert saved is not None and [row["epoch"] for row in saved[1]["rows"]] == [1]
+
+
+@pytest.mark.parametrize(
+    ("note", "error", "says"),
+    [
+        ("teacher_digest", TeacherChanged, "was trained with a teacher of the digest 0{16}"),
+        ("trial_id", Damaged, "the checkpoint is of the trial 0{64}"),
+    ],
+)
+def test_nothing_goes_on_from_a_state_that_another_teacher_or_trial_had_a_part_in(
+    note: str, error: type[Exception], says: str, pixels: DataSet, teacher: Teacher, tmp_path: Path
+) -> None:
+    one, checkpoints = distilling("logit", teacher), Checkpoints(tmp_path / "cut")
+    begun = train(one, pixels, teacher, device=CPU, checkpoints=checkpoints, checkpoint_every=0.0)
+    next(begun)
+    begun.close()
+    saved = checkpoints.load()
+    assert saved is not None
+    checkpoints.save(2, saved[0], {**saved[1], note: "0" * 64})
+    with pytest.raises(error, match=says):
+        next(train(one, pixels, teacher, device=CPU, checkpoints=checkpoints))
+
+
+def test_a_teacher_is_not_published_from_a_state_before_its_last(pixels: DataSet, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    run(as_teacher(trial("none"), 3), pixels, None, tmp_path)
+    newest = max(tmp_path.glob("*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    with pytest.raises(Damaged, match="is not what was written"):
+        best_weights(checkpoints)
 
 
 def test_a_trial_without_a_checkpoint_starts_again_and_gives_the_same_rows(pixels: DataSet, tmp_path: Path) -> None:

@@ -272,9 +272,7 @@ def _verify(folder: Path, as_json: bool) -> NoReturn:
         for finding in found:
             console.print(f"{finding.part}: {finding.what}; {finding.remedy}", highlight=False, soft_wrap=True)
         if not found:
-            console.print(
-                f"{folder} is whole: plan, ledger, tables, checkpoints, teachers and answers", highlight=False
-            )
+            console.print(f"{folder} is whole, from its plan to its teachers' answers", highlight=False, soft_wrap=True)
     raise SystemExit(3 if found else 0)
 
 

@@ -79,9 +79,7 @@ def _teachers(run: Run, rows: list[Row]) -> list[str]:
         wrong = teachers.wrong_with(run.teachers, teacher.trial_id, missing=True)
         learned = {row["teacher_digest"] for row in theirs if row["role"] == "student"} - {None}
         if wrong is None and learned - {teachers.weights_digest(run.teachers, teacher.trial_id)}:
-            wrong = (
-                f"{run.teachers / teacher.trial_id} is not the {teacher.label} that students of this run learned from"
-            )
+            wrong = f"{run.teachers / teacher.trial_id} is not the teacher that students of this run learned from"
         if wrong is not None:
             problems.append(f"{wrong}; put it back from a copy, or start a new run, which trains it again")
     return problems

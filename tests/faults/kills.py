@@ -18,10 +18,11 @@ import psutil
 import typer
 
 from faults import processes, study
-from faults.checker import MAX_ATTEMPTS, Reader
+from faults.checker import Reader
 from faults.life import Life, Progress, place
 
-VICTIMS = ("worker", "driver", "raylet")
+VICTIMS = {"worker": 12, "driver": 3, "raylet": 1}  # and how often each is chosen
+STARTED = 10.0  # seconds after which a worker has most likely reported an epoch
 DRIVERS = 30  # that a run may need, at the most
 
 
@@ -74,10 +75,11 @@ class Killer:
     chance: random.Random
     left: int
     patience: float
+    young: bool = False  # whether the worker that was killed last had hardly started
 
     def accompany(self, driver: "subprocess.Popen[bytes]") -> str:
         """Kill, until the driver has ended. Returns why: `driver`, `raylet`, `hung`, or nothing of ours."""
-        cause, workers, moment = "", 0, self._first_moment()
+        cause, moment = "", self._first_moment()
         progress = Progress(self.life, self.patience)
         while driver.poll() is None:
             time.sleep(0.02)
@@ -88,10 +90,8 @@ class Killer:
                 moment = self._moment_of_first_epoch()
             if moment is None or time.monotonic() < moment or not self.left or cause:
                 continue
-            # A trial whose worker dies a third time has failed, and so it should.
-            victim = self.chance.choice(VICTIMS if workers < MAX_ATTEMPTS - 1 else VICTIMS[1:])
+            (victim,) = self.chance.choices([*VICTIMS], [*VICTIMS.values()])
             if self._kill(victim, driver):
-                workers += victim == "worker"
                 if victim != "worker":
                     cause, self.life.killed_at = victim, time.monotonic()
                 moment = time.monotonic() + self.chance.uniform(0, 3)
@@ -111,7 +111,7 @@ class Killer:
         if victim == "driver":
             driver.kill()
         else:
-            found = (processes.workers if victim == "worker" else processes.raylets)(self.life.tag)
+            found = self._workers() if victim == "worker" else processes.raylets(self.life.tag)
             if not found:
                 return False
             with suppress(psutil.NoSuchProcess):
@@ -119,6 +119,16 @@ class Killer:
         self.score.kills[victim] += 1
         self.left -= 1
         return True
+
+    def _workers(self) -> list[psutil.Process]:
+        """Those that may be killed: of two in a row one has to have started. A trial that loses three workers without
+        an epoch in between has failed, and so it should."""
+        found = processes.workers(self.life.tag)
+        with suppress(psutil.Error):
+            old = [each for each in found if time.time() - each.create_time() > STARTED]
+            found = old if self.young else found
+            self.young = len(old) < len(found)
+        return found
 
     def _report_hung(self, driver: "subprocess.Popen[bytes]", cause: str) -> None:
         after = f" after its {cause} was killed" if cause else ""
@@ -171,7 +181,7 @@ def rounds(
         before, found = score.kills.copy(), len(score.found)
         every = chance.choice((0.0, 30.0))  # from a checkpoint an epoch, or from none
         with Life(folder / f"run-{score.runs}", path, settings, every) as life:
-            live(life, score, chance, min(left, chance.randint(4, 12)), reference, patience)
+            live(life, score, chance, min(left, chance.randint(6, 20)), reference, patience)
         new = score.kills - before
         say(f"run {score.runs}: killed {dict(new)}; {len(life.logs)} drivers; in all {score.kills.total()} kills, "
             f"{len(score.found)} violations")  # fmt: skip

@@ -1,0 +1,116 @@
+"""Files are written whole or not at all, hiccups are outlived, and named places let a test kill who passes them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tune_kd import faults, storage
+from tune_kd.storage import Damaged, patiently, publish, sealed, unsealed, write_at
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+
+
+class Disk:
+    """Refuses so many times what is asked of it."""
+
+    def __init__(self, refusals: int, error: type[OSError] = OSError) -> None:
+        self.refusals, self.error, self.asked = refusals, error, 0
+
+    def __call__(self) -> str:
+        self.asked += 1
+        if self.asked <= self.refusals:
+            raise self.error(5, "Input/output error")
+        return "done"
+
+
+def test_a_hiccup_is_outlived_and_what_lasts_is_an_error() -> None:
+    assert patiently(Disk(2)) == "done"
+    lasting = Disk(3)
+    with pytest.raises(OSError, match="Input/output"):
+        patiently(lasting)
+    assert lasting.asked == 3
+
+
+def test_a_missing_file_is_not_waited_for() -> None:
+    disk = Disk(1, FileNotFoundError)
+    with pytest.raises(FileNotFoundError):
+        patiently(disk)
+    assert disk.asked == 1
+
+
+@pytest.mark.parametrize("call", ["open", "pwrite", "fsync", "replace"])
+def test_a_file_whose_writing_fails_is_what_it_was(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    publish(path, b"old")
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, refuse)
+        with pytest.raises(OSError, match="No space left"):
+            publish(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_writes_a_part_at_a_time_writes_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: whole(file, bytes(data)[:3], offset))
+    write_at(tmp_path / "file", 4, b"0123456789")
+    assert (tmp_path / "file").read_bytes() == bytes(4) + b"0123456789"
+
+
+def test_a_file_is_synced_before_it_is_in_its_place_and_its_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(file: int) -> None:
+        order.append("folder" if os.path.isdir(f"/proc/self/fd/{file}") else "file")
+        sync(file)
+
+    def replaced(one: Path, other: Path) -> None:
+        order.append("rename")
+        replace(one, other)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    publish(tmp_path / "file", b"data")
+    assert order == ["file", "rename", "folder"]
+
+
+def test_a_sealed_record_is_read_as_it_was_and_a_changed_one_is_not(tmp_path: Path) -> None:
+    record = {"a": [1, 2.5, None], "b": {"c": "d"}}
+    assert unsealed(sealed(record), tmp_path) == record
+    for data in (sealed(record).replace(b"2.5", b"2.6"), sealed(record)[:-1], b"[]", b"\xff"):
+        with pytest.raises(Damaged):
+            unsealed(data, tmp_path)
+
+
+def test_a_named_place_kills_at_the_pass_that_was_asked_for_and_costs_nothing_else() -> None:
+    code = "from tune_kd.faults import point\nfor n in range(5):\n    print(n, flush=True)\n    point('trial.started')"
+
+    def passes(crash: str | None) -> tuple[int, int]:
+        environment = {name: value for name, value in os.environ.items() if name != "TUNE_KD_CRASH"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                              env=environment | ({} if crash is None else {"TUNE_KD_CRASH": crash}))  # fmt: skip
+        return done.returncode, len(done.stdout.split())
+
+    assert passes(None) == (0, 5)
+    assert passes("trial.started") == (-9, 1)
+    assert passes("trial.started:3") == (-9, 3)
+    assert passes("trial.ended") == (0, 5)
+    assert passes("nowhere")[0] == 1
+
+
+def test_every_named_place_is_passed_somewhere() -> None:
+    source = "".join(path.read_text() for path in (Path(faults.__file__).parent).rglob("*.py"))
+    assert all(source.count(f'point("{name}")') == 1 for name in faults.POINTS)

@@ -1,0 +1,177 @@
+"""`status --verify` and what is looked at before anything trains: each says what is wrong, and what to do."""
+
+import json
+import shutil
+from collections import namedtuple
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tune_kd import cli, preflight, rebuild, storage
+from tune_kd.records import COMMITS, EPOCHS, LEDGER, TRIALS, Ledger, reading
+from tune_kd.run import reopen
+from tune_kd.study import Mistake
+from tune_kd.verify import verify
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of a run that was really trained, with its teachers."""
+    shutil.copytree(finished.parent, tmp_path / "results")
+    return tmp_path / "results" / finished.name
+
+
+def flip(path: Path, place: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_whole_run_has_nothing_to_say(run: Path) -> None:
+    assert verify(run) == []
+
+
+@pytest.mark.parametrize(
+    ("damaged", "part", "remedy"),
+    [
+        ("study.json", "plan", "nothing else can be judged"),
+        ("trials.parquet", "tables", "made again from the ledger"),
+        ("tables.json", "tables", "made again from the ledger"),
+        (COMMITS, "ledger", "makes it again"),
+        ("../teachers/*/weights.safetensors", "teachers", "put it back from a copy"),
+        ("../teachers/*/card.json", "teachers", "put it back from a copy"),
+        ("../teachers/*/answers/*/views*/logits.f32", "answers", "computed again where they are needed"),
+    ],
+)
+def test_what_is_damaged_is_named_with_its_remedy(run: Path, damaged: str, part: str, remedy: str) -> None:
+    path = next(run.parent.glob(damaged.removeprefix("../") if damaged.startswith("..") else f"{run.name}/{damaged}"))
+    flip(path, 0.1 if part == "answers" else 0.5)
+    (finding,) = verify(run)
+    assert finding.part == part
+    assert remedy in finding.remedy
+    assert str(path.parent if part == "answers" else path) in finding.what
+
+
+def test_a_damaged_ledger_is_made_again_from_the_tables_and_kept_aside(run: Path) -> None:
+    with reading(run / LEDGER) as ledger:
+        trials, epochs = ledger.rows(TRIALS), ledger.rows(EPOCHS)
+    flip(run / LEDGER, 0.6)
+    (finding,) = verify(run)
+    assert finding.part == "ledger" and "makes it again from the tables" in finding.remedy
+    said: list[str] = []
+    with closing(rebuild.opened(reopen(run), said.append)) as ledger:
+        assert (ledger.rows(TRIALS), ledger.rows(EPOCHS)) == (trials, epochs)
+    assert "The ledger was made again from the tables" in said[-1]
+    assert [path.name for path in rebuild.set_aside(run)] == [f"{LEDGER}.damaged-1"]
+    assert verify(run) == []
+
+
+def test_a_ledger_that_lost_its_end_is_noticed_although_it_is_a_whole_database(run: Path) -> None:
+    """As one is that was copied without its write-ahead log."""
+    shutil.copy(run / LEDGER, run / "earlier")
+    with closing(Ledger(run / LEDGER)) as ledger:
+        ledger.put(TRIALS, ledger.rows(TRIALS)[0] | {"attempts": 2})
+    (run / "earlier").rename(run / LEDGER)
+    (finding,) = verify(run)
+    assert "transactions, and" in finding.what and "its end was lost" in finding.what
+    (run / LEDGER).unlink()
+    (finding,) = verify(run)
+    assert "is missing, and" in finding.what
+
+
+def test_nothing_is_made_from_tables_that_are_damaged_too(run: Path) -> None:
+    flip(run / LEDGER, 0.6)
+    flip(run / "epochs.parquet")
+    ledger, tables = verify(run)
+    assert "the tables are not whole either" in ledger.remedy and tables.part == "tables"
+    before = (run / LEDGER).read_bytes()
+    with pytest.raises(storage.Damaged, match="the tables it could be made from are not whole"):
+        rebuild.opened(reopen(run), lambda _: None)
+    assert (run / LEDGER).read_bytes() == before
+
+
+def test_epochs_that_came_after_the_tables_run_again(run: Path) -> None:
+    """A trial whose end is in one table and whose epochs are not in the other is to be run on."""
+    opened = reopen(run)
+    with reading(run / LEDGER) as ledger:
+        trial = next(row["trial_id"] for row in ledger.rows(TRIALS) if row["role"] == "student")
+    earlier = run.parent / "earlier"
+    earlier.mkdir()
+    with closing(Ledger(earlier / LEDGER)) as ledger, reading(run / LEDGER) as whole:
+        with ledger.transaction():
+            for row in whole.rows(TRIALS):
+                ledger.put(TRIALS, row)
+            for row in whole.rows(EPOCHS):
+                if row["trial_id"] != trial or row["epoch"] == 1:
+                    ledger.put(EPOCHS, row)
+        ledger.write_tables(run)
+    flip(run / LEDGER, 0.6)
+    with closing(rebuild.opened(opened, lambda _: None)) as ledger:
+        (row,) = [row for row in ledger.rows(TRIALS) if row["trial_id"] == trial]
+        (epoch,) = [row for row in ledger.rows(EPOCHS) if row["trial_id"] == trial]
+    assert (row["status"], row["epochs_run"], row["test_accuracy_best"]) == ("pending", 1, None)
+    assert (row["val_accuracy"], row["best_epoch"]) == (epoch["val_accuracy"], 1)
+
+
+def test_the_command_says_it_and_its_status_too(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["tune_kd", "status", str(run), "--verify", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return int(str(left.value.code))
+
+    assert call() == 0
+    assert "is whole" in capsys.readouterr().out
+    flip(run / "trials.parquet")
+    assert call() == 3
+    assert "trials.parquet was altered since it was written" in capsys.readouterr().out
+    assert call("--json") == 3
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert finding["part"] == "tables"
+
+
+def test_a_folder_without_room_an_old_package_and_a_changed_teacher_are_told_at_once(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = reopen(run)
+    with reading(run / LEDGER) as ledger:
+        rows = ledger.rows(TRIALS)
+    preflight.check(opened, rows, 2)
+    waiting = [row | {"status": "pending"} if row["phase"] == "confirm" else row for row in rows]
+    preflight.check(opened, waiting, 2)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr(preflight, "version", lambda name: "2.9.1" if name == "torch" else "2.60.0")
+    flip(next((run.parent / "teachers").glob("*/weights.safetensors")))
+    with pytest.raises(Mistake) as caught:
+        preflight.check(opened, waiting, 2)
+    torch, room, teacher = caught.value.problems
+    assert torch.startswith("torch is 2.9.1 here; allowed: 2.10 and later")
+    assert "0.000 GB are free" in room and "make room, or choose a folder on another disk" in room
+    assert "weights.safetensors is not what its card says; put it back from a copy" in teacher
+
+
+def test_a_folder_that_cannot_be_synced_is_refused_before_anything_trains(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr("os.fsync", refuse)
+    with pytest.raises(Mistake, match=r"cannot be written, synced and locked \(Read-only file system\)"):
+        preflight.check(reopen(run), [], 2)
+
+
+def test_students_do_not_go_on_with_another_teacher_than_the_others_had(run: Path) -> None:
+    opened = reopen(run)
+    with reading(run / LEDGER) as ledger:
+        rows = ledger.rows(TRIALS)
+    student = next(row for row in rows if row["teacher_digest"])
+    mixed = [row | {"teacher_digest": "0" * 64} if row is student else row | {"status": "pending"}
+             if row["role"] == "student" else row for row in rows]  # fmt: skip
+    with pytest.raises(Mistake, match="is not the teacher that students of this run learned from"):
+        preflight.check(opened, mixed, 2)
