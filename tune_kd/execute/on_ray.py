@@ -175,6 +175,11 @@ class _Events(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         self._bridge.started(trial.trial_id)
 
+    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        """Let go of Tune's own statistics of the trial, which nobody reads: the driver would grow by them for ever."""
+        trial.run_metadata.metric_analysis.clear()
+        trial.run_metadata.metric_n_steps.clear()
+
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         self._bridge.beat()
 
