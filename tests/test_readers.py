@@ -1,5 +1,6 @@
 """Tables can be read at every instant of a run, by pandas and by `load`, while they are made again and again."""
 
+import random
 import sys
 import time
 from collections.abc import Iterator
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from pyarrow import dataset
+from pyarrow.fs import LocalFileSystem
 
 from conftest import tiny
 from tune_kd import tables
-from tune_kd.records import EPOCHS, LEDGER, SCHEMAS, TRIALS, Ledger, first_row
+from tune_kd.records import EPOCHS, LEDGER, SCHEMAS, TRIALS, Ledger, first_row, frame, to_parquet
 from tune_kd.run import Run, create
 
 MANY = 200  # trials, from which on the tables only change
@@ -100,6 +103,25 @@ def test_tables_that_are_made_again_between_two_reads_fit_together(run: Run, mon
 
     monkeypatch.setattr(tables, "_whole", then_made_again)
     assert len(tables.load(run.folder).trials) >= 1
+
+
+def test_what_pyarrow_reads_by_the_footer_of_the_table_before_is_the_table_before(run: Run) -> None:
+    """It opens a file once for the footer and once for the pages. So it must be, however tables grow and shrink."""
+    ledger, path = Ledger(run.folder / LEDGER), run.folder / "epochs.parquet"
+    grow(run, ledger, 0)
+    chance, sizes = random.Random(0), []
+    for _ in range(15):
+        before = pd.read_parquet(path)
+        opened = dataset.ParquetFileFormat().make_fragment(str(path), LocalFileSystem())
+        assert opened.physical_schema  # which reads the footer
+        for number in chance.sample(range(MANY), chance.choice((1, 5, 40))):
+            row = {"run": run.name, "trial_id": str(number), "epoch": 1, "attempt": 1, "val_loss": chance.random()}
+            ledger.put(EPOCHS, row)
+        ledger.write_tables(run.folder)
+        pd.testing.assert_frame_equal(opened.to_table().to_pandas(), before, check_dtype=False)
+        assert len(pd.read_parquet(path)) >= len(before)
+        sizes.append(path.stat().st_size / len(to_parquet(frame(EPOCHS, ledger.rows(EPOCHS)))))
+    assert max(sizes) < 4
 
 
 def test_a_table_that_is_replaced_while_its_digest_is_read_is_read_again(

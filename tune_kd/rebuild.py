@@ -34,7 +34,8 @@ REBUILT = ".rebuilt"  # a folder in a run's, for the time that it takes
 
 
 def opened(run: Run, say: Callable[[str], None]) -> Ledger:
-    """A run's ledger to write to. One that is damaged, or gone, is rebuilt first, and that is said.
+    """A run's ledger to write to. One that is damaged, or gone, is rebuilt first, and that is said. A new one is made
+    aside, so that none is ever there by half.
 
     Raises `Damaged` where the tables are damaged, too.
     """
@@ -42,6 +43,9 @@ def opened(run: Run, say: Callable[[str], None]) -> Ledger:
     if wrong is not None:
         say(f"warning: {wrong}")
         say(rebuild(run))
+    elif not (run.folder / LEDGER).is_file():
+        _make(run, {schema.name: [] for schema in SCHEMAS})
+        _put(run)
     uncounted = (run.folder / LEDGER).is_file() and commits(run.folder) is None
     ledger = Ledger(run.folder / LEDGER)
     if uncounted:
@@ -84,9 +88,7 @@ def rebuild(run: Run) -> str:
         if (run.folder / old).exists():
             (run.folder / old).rename(run.folder / f"{old}.damaged-{number}")
     point("rebuild.set_aside")
-    (run.folder / REBUILT / LEDGER).rename(run.folder / LEDGER)
-    sync(run.folder)
-    shutil.rmtree(run.folder / REBUILT)
+    _put(run)
     ended = sum(row["status"] == "completed" for row in rows[TRIALS.name])
     return (
         f"The ledger was made again from the tables: {len(rows[EPOCHS.name])} epochs of {len(rows[TRIALS.name])} "
@@ -110,8 +112,17 @@ def _make(run: Run, rows: dict[str, list[Row]]) -> None:
             for schema in SCHEMAS:
                 for row in rows[schema.name]:
                     ledger.put(schema, row)
+        ledger.count_again()
     finally:
         ledger.close()  # which also ends its write-ahead log
+
+
+def _put(run: Run) -> None:
+    """Have the ledger that was made in its place, after its count: a count alone says that a ledger is missing."""
+    for name in (COMMITS, LEDGER):
+        (run.folder / REBUILT / name).rename(run.folder / name)
+    sync(run.folder)
+    shutil.rmtree(run.folder / REBUILT)
 
 
 def _consistent(run: Run, records: Records) -> dict[str, list[Row]]:

@@ -302,9 +302,10 @@ class Ledger:
         known = digests(folder) or {}
         for schema in SCHEMAS:
             path = folder / f"{schema.name}.parquet"
-            data = to_parquet(frame(schema, self.rows(schema)))
-            here = hashlib.sha256(read(path)).hexdigest() if path.is_file() else None
+            before = read(path) if path.is_file() else None
+            here = None if before is None else hashlib.sha256(before).hexdigest()
             kept = [each for each in known.get(path.name, []) if each == here]  # what stays there after a kill
+            data = to_parquet(frame(schema, self.rows(schema)), before if kept else None)
             known[path.name] = [hashlib.sha256(data).hexdigest(), *kept[:1]]
             publish(folder / DIGESTS, sealed(known))
             point("tables.announced")
@@ -410,13 +411,45 @@ def frame(schema: Schema, rows: list[Row]) -> "pd.DataFrame":
     return pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype=PANDAS[kind]) for name, kind in columns})
 
 
-def to_parquet(table: "pd.DataFrame") -> bytes:
-    """A DataFrame of a schema's types as the bytes of a Parquet file with page checksums."""
+def to_parquet(table: "pd.DataFrame", before: bytes | None = None) -> bytes:
+    """A DataFrame of a schema's types as the bytes of a Parquet file with page checksums.
+
+    The pages of the file that this one replaces, `before`, stay where they were, though no footer tells of them any
+    more. For pyarrow, and so pandas, opens a file that it is given by name twice, and where it is replaced in between
+    reads its pages by the footer of the one before. The new pages lie in front of those where there is room, else
+    behind them: a file is at most about three times as large as its table.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     kinds = {"string": pa.string(), "Int64": pa.int64(), "float64": pa.float64()}
     schema = pa.schema([pa.field(str(name), kinds[str(kind)]) for name, kind in table.dtypes.items()])
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pandas(table, schema=schema, preserve_index=False), sink, write_page_checksum=True)
-    return sink.getvalue()
+    plain = pa.Table.from_pandas(table, schema=schema, preserve_index=False)
+    start, kept = (0, b"") if before is None else _pages(before)
+    for behind in (False, True):
+        sink = pa.BufferOutputStream()
+        with pq.ParquetWriter(sink, plain.schema, write_page_checksum=True) as writer:
+            if behind:
+                sink.write(bytes(start - sink.tell()) + kept)
+            writer.write_table(plain)
+            if kept and not behind:
+                if sink.tell() > start:
+                    continue
+                sink.write(bytes(start - sink.tell()) + kept)
+        break
+    return bytes(sink.getvalue())
+
+
+def _pages(data: bytes) -> tuple[int, bytes]:
+    """Where the pages begin that the footer of a Parquet file tells of, and the bytes from there to their end."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found = pq.read_metadata(pa.BufferReader(data))
+    groups = [found.row_group(number) for number in range(found.num_row_groups)]
+    chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+    # A chunk without rows has an empty dictionary and no page of data, of which it says that it is at 0.
+    starts = [min(filter(None, (chunk.data_page_offset, chunk.dictionary_page_offset))) for chunk in chunks]
+    start = min(starts, default=0)
+    end = max((at + chunk.total_compressed_size for at, chunk in zip(starts, chunks, strict=True)), default=0)
+    return start, data[start:end]

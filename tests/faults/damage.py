@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -354,8 +354,11 @@ def main() -> None:
         jobs = [job for job in jobs if given.only in f"{job[1]}: {job[2]}"]
         with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:  # which tells of a process that crashed
             futures = [pool.submit(_job, *job, given.truncations, each) for job in jobs]
-            scores = [future.result() for future in futures]
-    print(told(scores))
+            scores = []
+            for future in as_completed(futures):
+                scores.append(future.result())
+                print(f"{scores[-1].target}: {dict(scores[-1].counts)}", file=sys.stderr, flush=True)
+    print(told(sorted(scores, key=lambda score: score.target)))
     for example in [example for score in scores for example in score.examples][:40]:
         print(example)
     sys.exit(1 if any(score.broken for score in scores) else 0)

@@ -1,0 +1,118 @@
+"""A full disk ends a run with one clear message, leaves what is on record whole, and `resume` goes on from there."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from conftest import tiny
+from test_ray import EPOCH_FREE, FREE, table
+from tune_kd import cli, data, preflight, rebuild
+from tune_kd.execute.driver import Driver
+from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.worker import Workplace
+from tune_kd.records import EPOCHS, LEDGER, TRIALS, Ledger
+from tune_kd.run import Run, begun, create, held, reopen
+from tune_kd.study import Confirm, Factor, Study
+from tune_kd.verify import verify
+
+LIMITS = (0, 30, 120, 500, 4_000, 20_000, 100_000, 150_000, 200_000, 400_000)  # bytes that a file may have
+
+
+def study() -> Study:
+    """A teacher and three arms on two seeds."""
+    factors = (Factor("stem", ("cifar",)), tiny().factors[1])
+    return replace(tiny(), factors=factors, moderator=None, contrasts=tiny().contrasts[:2], confirm=Confirm(seeds=(1,)))
+
+
+def planned(folder: Path) -> Run:
+    digest = data.load("digits", train=60, validation=20, test=20).digest
+    return Run("r", folder / "r", study(), digest, None, {"max_concurrent": None, "keep_checkpoints": False})
+
+
+def go_on(run: Run) -> None:
+    """What `launch.execute` does, with this process in the place of Ray."""
+    ledger = rebuild.opened(run, lambda _: None)
+    before = torch.get_num_threads()
+    try:
+        preflight.check(run, ledger.rows(TRIALS), 1)
+        place = Workplace(None, None, run.teachers, run.checkpoints, checkpoint_every=0.0)
+        run_in_process(Driver(run.plan, run.name, run.folder, ledger, place, cpus=1.0, gpus=0.0), place)
+    finally:
+        torch.set_num_threads(before)
+        ledger.close()
+
+
+def start(folder: Path, limit: int | None) -> None:
+    """A process of its own: begin the run there, under the command line's handling of what goes wrong."""
+
+    def command() -> None:
+        run = planned(folder)
+        if limit is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit is then an error, as on a full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        with begun(run):
+            go_on(run)
+
+    cli.app = command  # type: ignore[assignment]
+    cli.main()
+
+
+def started(folder: Path, limit: int | None) -> "subprocess.CompletedProcess[str]":
+    code = f"from pathlib import Path; from test_disk_full import start; start(Path({str(folder)!r}), {limit})"
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, text=True, capture_output=True, timeout=200, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = planned(tmp_path_factory.mktemp("undisturbed"))
+    create(run)
+    go_on(run)
+    return run.folder
+
+
+def judge(full: Path, ended: "subprocess.CompletedProcess[str]", undisturbed: Path) -> None:
+    """Clear words, whole records; and as if nothing had happened once there is room."""
+    said = ended.stderr.strip().splitlines()
+    assert ended.returncode in (2, 3), ended.stderr
+    assert said and all(line.startswith("tune_kd: ") for line in said), ended.stderr
+    assert len(said) <= 2, ended.stderr
+    if not (full / "r" / "study.json").is_file():
+        assert not (full / "r").exists(), "a folder that can be neither resumed nor begun again"
+        return
+    run = reopen(full / "r")
+    parts = {finding.part for finding in verify(run.folder)}
+    assert parts <= {"tables"}, verify(run.folder)  # which are younger than the disk let them be
+    acknowledged = []
+    if (run.folder / LEDGER).is_file() and (run.folder / LEDGER).stat().st_size:
+        acknowledged = Ledger(run.folder / LEDGER, read_only=True).rows(EPOCHS)
+    for path in run.folder.glob("*.parquet"):
+        pd.read_parquet(path)
+    with held(run.folder):
+        go_on(run)
+    kept = Ledger(run.folder / LEDGER, read_only=True).rows(EPOCHS)
+    assert kept[: len(acknowledged)] == acknowledged
+    assert verify(run.folder) == []
+    for name, free in (("trials", FREE), ("epochs", EPOCH_FREE)):
+        pd.testing.assert_frame_equal(table(run.folder, name, free), table(undisturbed, name, free), check_exact=True)
+
+
+@pytest.mark.parametrize(
+    "limit", [each if each in (500, 100_000, 150_000) else pytest.param(each, marks=pytest.mark.slow) for each in LIMITS]
+)
+def test_a_full_disk_ends_a_run_clearly_and_costs_nothing_but_time(
+    limit: int, tmp_path: Path, undisturbed: Path
+) -> None:
+    judge(tmp_path, started(tmp_path, limit), undisturbed)
