@@ -5,7 +5,6 @@ The ledger (SQLite, written by the driver alone) is the truth; tables are made f
 """
 
 import hashlib
-import io
 import json
 import math
 import re

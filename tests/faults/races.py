@@ -1,6 +1,6 @@
 """Two processes want the same thing at once: one run, one name, or one teacher.
 
-    python tests/faults/races.py          100 races for a lock, 20 for a teacher, 3 of the whole command `resume`
+python tests/faults/races.py          100 races for a lock, 20 for a teacher, 3 of the whole command `resume`
 """
 
 import argparse
