@@ -17,7 +17,7 @@ def test_a_disk_that_fails_costs_nothing_but_time(tmp_path: Path, onwards: bool)
         score = operations.fail_each(tmp_path, 40, onwards, lambda _: None)
     assert score.found == []
     assert score.passes >= 10
-    assert (score.resumed if onwards else score.unharmed) >= score.passes - 2
+    assert (score.resumed if onwards else score.unharmed) >= score.passes // 2
 
 
 @pytest.mark.usefixtures("one_thread")
