@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tune_kd import records
 from tune_kd.records import (
     DECISIONS,
     EPOCHS,
@@ -156,3 +157,14 @@ def test_tables_are_replaced_whole_and_leave_nothing_beside_them(ledger: Ledger,
         ledger.write_tables(tmp_path)
         assert len(pd.read_parquet(tmp_path / "epochs.parquet")) == number
     assert {path.name for path in tmp_path.glob("*epochs*")} == {"epochs.parquet"}
+
+
+def test_a_table_is_the_same_however_many_rows_are_read_at_a_time(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(1, 8):
+        ledger.add_epoch(epoch(number))
+    whole = frame(EPOCHS, ledger.rows(EPOCHS))
+    for part in (1, 3, 7, 100):
+        monkeypatch.setattr(records, "PART", part)
+        pd.testing.assert_frame_equal(ledger.table(EPOCHS), whole)
