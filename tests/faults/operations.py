@@ -248,18 +248,19 @@ def _after(out: Path, witness: Witness, reference: Path, status: int, score: Sco
 
 def operations(
     every: Annotated[int, typer.Option(help="Fail each n-th operation only.")] = 1,
+    mode: Annotated[list[str] | None, typer.Option(help="once, onwards; both by default. Repeatable.")] = None,
 ) -> None:
     """Fail every storage operation of a run in turn, once and from then on, and print the score."""
     torch.set_num_threads(1)
     bad = 0
     with TemporaryDirectory(prefix="tune_kd-faults-") as folder, patch.object(storage, "PAUSES", (0.0, 0.0)):
-        for mode in ("once", "onwards"):
-            root = Path(folder, mode)
+        for each in mode or ("once", "onwards"):
+            root = Path(folder, each)
             root.mkdir()
-            score = fail_each(root, every, mode == "onwards", typer.echo)
+            score = fail_each(root, every, each == "onwards", typer.echo)
             bad += len(score.found)
             typer.echo(
-                f"{mode}: {score.passes} operations failed in turn; {score.unharmed} runs completed all the same, "
+                f"{each}: {score.passes} operations failed in turn; {score.unharmed} runs completed all the same, "
                 f"{score.resumed} were completed by `resume`, {score.begun_anew} had not begun; "
                 f"violations: {len(score.found)}"
             )
