@@ -5,7 +5,6 @@ The ledger (SQLite, written by the driver alone) is the truth; tables are made f
 """
 
 import hashlib
-import io
 import json
 import math
 import re
@@ -261,9 +260,8 @@ class Ledger:
 
     def _select(self, schema: Schema, where: str, values: list[Any]) -> list[Row]:
         names = ", ".join(f'"{name}"' for name in schema.columns)
-        cursor = self._connection.execute(f"SELECT {names}, crc FROM {schema.name} {where} ORDER BY number", values)
         rows = []
-        for *cells, crc in cursor:
+        for *cells, crc in self._read(f"SELECT {names}, crc FROM {schema.name} {where} ORDER BY number", values):
             row = dict(zip(schema.columns, cells, strict=True))
             if any(isinstance(cell, bytes) for cell in cells) or _crc(row) != crc:
                 key = ", ".join(f"{name}={row[name]!r}" for name in schema.key)
@@ -275,13 +273,20 @@ class Ledger:
         self._write(_SET_FACT, [name, value])
 
     def fact(self, name: str) -> str | None:
-        found = self._connection.execute("SELECT value FROM facts WHERE name = ?", [name]).fetchone()
-        return None if found is None else str(found[0])
+        found = self._read("SELECT value FROM facts WHERE name = ?", [name])
+        return str(found[0][0]) if found else None
+
+    def _read(self, statement: str, values: list[Any]) -> list[tuple[Any, ...]]:
+        """What a statement finds. Raises `Damaged` where SQLite's own words on a damage are no text any more."""
+        try:
+            return self._connection.execute(statement, values).fetchall()
+        except UnicodeError as error:
+            raise Damaged(f"{self.path} is damaged ({error})") from error
 
     def check(self) -> None:
         """Read everything. Raises `Damaged`, or what `damage` makes of an error, where not all is as it was written."""
         counted = commits(self.path.parent)  # before the ledger, which may grow meanwhile
-        found = [text for (text,) in self._connection.execute("PRAGMA integrity_check(3)")]
+        found = [text for (text,) in self._read("PRAGMA integrity_check(3)", [])]
         if found != ["ok"]:
             raise Damaged(f"{self.path} is damaged ({'; '.join(found)})")
         for schema in SCHEMAS:
