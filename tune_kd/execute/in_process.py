@@ -9,11 +9,13 @@ def run_in_process(driver: Driver, place: Workplace, work: Work = work) -> None:
     while (task := driver.next()) is not None:
         driver.on_start(task)
         problem: Failure | None = None
-        try:
-            for epoch in work(task, place):
-                if not driver.on_epoch(task.trial.trial_id, epoch, whereabouts(task)):
-                    break
-        except Exception as error:  # whatever a trial raises is a row, not the end of the run
-            problem = failure(error)
+        epochs, goes_on = work(task, place), True
+        while goes_on:
+            try:
+                epoch = next(epochs, None)
+            except Exception as error:  # whatever a trial raises is a row, not the end of the run; what a ledger
+                problem = failure(error)  # raises is no trial's fault
+                break
+            goes_on = epoch is not None and driver.on_epoch(task.trial.trial_id, epoch, whereabouts(task))
         driver.on_end(task.trial.trial_id, problem)
     driver.conclude()
