@@ -5,7 +5,6 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +56,9 @@ def start(folder: Path, limit: int | None) -> None:
     def command() -> None:
         run = planned(folder)
         if limit is not None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit is then an error, as on a full disk
+            signal.signal(
+                signal.SIGXFSZ, signal.SIG_IGN
+            )  # a write beyond the limit is then an error, as on a full disk
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         with begun(run):
             go_on(run)
@@ -110,7 +111,8 @@ def judge(full: Path, ended: "subprocess.CompletedProcess[str]", undisturbed: Pa
 
 
 @pytest.mark.parametrize(
-    "limit", [each if each in (500, 100_000, 150_000) else pytest.param(each, marks=pytest.mark.slow) for each in LIMITS]
+    "limit",
+    [each if each in (500, 100_000, 150_000) else pytest.param(each, marks=pytest.mark.slow) for each in LIMITS],
 )
 def test_a_full_disk_ends_a_run_clearly_and_costs_nothing_but_time(
     limit: int, tmp_path: Path, undisturbed: Path

@@ -13,7 +13,9 @@ def test_of_two_drivers_of_one_run_one_wins_and_the_other_is_told_who_holds_it(c
 
 
 def test_a_race_that_both_win_is_seen(tmp_path: Path) -> None:
-    broken = RESUME.replace("run.held(folder)", "contextlib.nullcontext()").replace("import sys", "import contextlib, sys")
+    broken = RESUME.replace("run.held(folder)", "contextlib.nullcontext()").replace(
+        "import sys", "import contextlib, sys"
+    )
     broken = broken.replace("sys.stdin.read()", "pass")
     assert for_a_run(tmp_path, broken) is not None
 

@@ -93,8 +93,8 @@ def check_new(out: Path, name: str | None, study: Study) -> str:
 
 @contextmanager
 def begun(run: Run) -> Iterator[None]:
-    """A new run on disk, held by this process. Nothing stays where its plan cannot be written, or where a `Mistake` ends
-    it before a row is written."""
+    """A new run on disk, held by this process. Nothing stays where its plan cannot be written, or where a `Mistake`
+    ends it before a row is written."""
     try:
         run.folder.mkdir(parents=True)
     except OSError as error:
