@@ -16,7 +16,7 @@ from pyarrow import dataset
 from pyarrow.fs import LocalFileSystem
 
 from conftest import tiny
-from tune_kd import tables
+from tune_kd import records, tables
 from tune_kd.records import EPOCHS, LEDGER, SCHEMAS, TRIALS, Ledger, first_row, frame, to_parquet
 from tune_kd.run import Run, create
 
@@ -77,16 +77,16 @@ def test_no_reader_fails_while_the_tables_are_replaced(run: Run, reads: int) -> 
             time.sleep(0.05)
         versions: set[int] = set()
 
-        def read(number: int) -> None:
+        def read_one(number: int) -> None:
             path = run.folder / f"{SCHEMAS[number % 3].name}.parquet"
             versions.add(path.stat().st_ino)
             pd.read_parquet(path)
             if number % 10 == 0:
-                records = tables.load(run.folder)
-                assert set(records.epochs["trial_id"]) <= set(records.trials["trial_id"])
+                read = tables.load(run.folder)
+                assert set(read.epochs["trial_id"]) <= set(read.trials["trial_id"])
 
         with ThreadPoolExecutor(2) as readers:
-            assert len(list(readers.map(read, range(reads)))) == reads
+            assert len(list(readers.map(read_one, range(reads)))) == reads
     assert len(versions) > 10, "the tables were hardly replaced"
 
 
@@ -129,7 +129,7 @@ def test_a_table_that_is_replaced_while_its_digest_is_read_is_read_again(
 ) -> None:
     ledger = Ledger(run.folder / LEDGER)
     grow(run, ledger, 0)
-    digests, numbers = tables.digests, iter((1, 2))
+    digests, numbers = records.digests, iter((1, 2))
 
     def twice_replaced(folder: Path) -> dict[str, list[str]] | None:
         for number in numbers:  # so that the digest of what was read is on record no more

@@ -267,9 +267,8 @@ class Ledger:
 
     def _select(self, schema: Schema, which: str, values: list[Any]) -> list[Row]:
         names = ", ".join(f'"{name}"' for name in schema.columns)
-        query = f"SELECT {names}, crc FROM {schema.name} {which}"
         rows = []
-        for *cells, crc in patiently(lambda: self._ask(query, values), (sqlite3.OperationalError,)):
+        for *cells, crc in self._read(f"SELECT {names}, crc FROM {schema.name} {which}", values):
             row = dict(zip(schema.columns, cells, strict=True))
             if any(isinstance(cell, bytes) for cell in cells) or _crc(row) != crc:
                 key = ", ".join(f"{name}={row[name]!r}" for name in schema.key)
@@ -277,25 +276,30 @@ class Ledger:
             rows.append(row)
         return rows
 
-    def _ask(self, query: str, values: list[Any]) -> list[tuple[Any, ...]]:
-        try:
-            return self._connection.execute(query, values).fetchall()
-        except sqlite3.OperationalError as error:
-            if damage(error):  # to ask again would not help
-                raise Damaged(f"{self.path} is damaged ({error})") from error
-            raise
-
     def set_fact(self, name: str, value: str) -> None:
         self._write(_SET_FACT, [name, value])
 
     def fact(self, name: str) -> str | None:
-        found = self._connection.execute("SELECT value FROM facts WHERE name = ?", [name]).fetchone()
-        return None if found is None else str(found[0])
+        found = self._read("SELECT value FROM facts WHERE name = ?", [name])
+        return str(found[0][0]) if found else None
+
+    def _read(self, statement: str, values: list[Any]) -> list[tuple[Any, ...]]:
+        """What a statement finds, where need be at a later try. Raises `Damaged` where to ask again would not help."""
+
+        def ask() -> list[tuple[Any, ...]]:
+            try:
+                return self._connection.execute(statement, values).fetchall()
+            except (sqlite3.Error, UnicodeError) as error:  # SQLite's own words on a damage may be no text any more
+                if isinstance(error, UnicodeError) or damage(error):
+                    raise Damaged(f"{self.path} is damaged ({error})") from error
+                raise
+
+        return patiently(ask, (sqlite3.OperationalError,))
 
     def check(self) -> None:
         """Read everything. Raises `Damaged`, or what `damage` makes of an error, where not all is as it was written."""
         counted = commits(self.path.parent)  # before the ledger, which may grow meanwhile
-        found = [text for (text,) in self._connection.execute("PRAGMA integrity_check(3)")]
+        found = [text for (text,) in self._read("PRAGMA integrity_check(3)", [])]
         if found != ["ok"]:
             raise Damaged(f"{self.path} is damaged ({'; '.join(found)})")
         if not counted and not self._connection.execute("SELECT * FROM sqlite_master").fetchall():

@@ -44,7 +44,6 @@ from tune_kd.trial import Answering, Epoch
 from tune_kd.verify import verify
 
 ALLOWED = (Mistake, teachers.TeacherChanged, *FAILURES)
-PIXELS = {"train": 60, "validation": 20, "test": 20}
 VARIANTS = ("finished", "cut")
 
 
@@ -63,7 +62,7 @@ def study() -> Study:
 
 def make(results: Path, variant: str) -> Path:
     """The folder of a run that was trained to its end, or whose driver was killed in the middle of a student."""
-    digits = data.load("digits", **PIXELS)
+    digits = data.load("digits", train=60, validation=20, test=20)
     run = Run("r", results / "r", study(), digits.digest, None, {"max_concurrent": None, "keep_checkpoints": False})
     create(run)
     place = Workplace(None, None, run.teachers, run.checkpoints, checkpoint_every=0.0)
@@ -77,7 +76,7 @@ def make(results: Path, variant: str) -> Path:
                 if epoch.epoch == 2:
                     driver.write_tables()  # the tables are older than the ledger, and fit together
                     with closing(sqlite3.connect(ledger.path)) as other:  # rows in both of its files
-                        other.execute("PRAGMA wal_checkpoint")
+                        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 if epoch.epoch == 4:
                     raise Cut
             yield epoch
@@ -199,7 +198,7 @@ def read_teacher(scratch: Scratch) -> Reading:
     run = reopen(scratch.folder)
     trial = run.plan.teachers[0]
     epochs = teachers.published_epochs(run.teachers, trial.trial_id)
-    digits = data.load("digits", **PIXELS)
+    digits = data.load("digits", train=60, validation=20, test=20)
     loaded = teachers.load_teacher(run.teachers, trial.trial_id, digits, torch.device("cpu"), Answering(False, ()))
     state = dict(loaded.net.state_dict())
     return (epochs, loaded.digest, loaded.precision, state), False
@@ -279,9 +278,11 @@ def damages(content: bytes, truncations: int, flips: int, chance: random.Random)
         yield f"byte {place} ^ {change}", bytes(flipped)
 
 
-def judge(scratch: Scratch, target: str, truncations: int, flips: int, seed: int = 0) -> Score:
-    """Damage one file again and again, and see what its readers make of it."""
-    path, used = scratch.targets()[target], readers(target)
+def judge(
+    scratch: Scratch, target: str, truncations: int, flips: int, used: list[Callable[[Scratch], Reading]] | None = None
+) -> Score:
+    """Damage one file again and again, and see what its readers make of it: all, or those that are to be used."""
+    path, used = scratch.targets()[target], used or readers(target)
     content = scratch.bytes_of(path)
     before = []
     for reader in used:
@@ -290,7 +291,7 @@ def judge(scratch: Scratch, target: str, truncations: int, flips: int, seed: int
         before.append(returned)
     scratch.restore()
     score = Score(target, len(content))
-    for words, altered in damages(content, truncations, flips, random.Random(f"{target} {seed}")):
+    for words, altered in damages(content, truncations, flips, random.Random(target)):
         path.write_bytes(altered)
         score.counts["truncations" if words.startswith("cut") else "flips"] += 1
         verdicts = set()

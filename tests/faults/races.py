@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +86,11 @@ def for_a_run(folder: Path, code: str = RESUME) -> str | None:
     return None
 
 
+def for_a_name(out: Path) -> str | None:
+    """The same with two new runs of one name."""
+    return for_a_run(out, BEGIN)
+
+
 TEACH = """
 import sys
 from pathlib import Path
@@ -110,7 +116,8 @@ def train(out: Path, name: str) -> None:
     factors = (Factor("stem", ("cifar",)), Factor("method", ("none", "logit")), Factor("temperature", (4.0,)))
     study = replace(tiny(), factors=factors, moderator=None, contrasts=tiny().contrasts[:1], confirm=Confirm((1,)))
     digest = data.load("digits", train=60, validation=20, test=20).digest
-    run = Run(name, out / name, study, digest, None, {})
+    shares = {"gpus_per_trial": 0.0, "cpus_per_trial": 1.0, "max_concurrent": None, "keep_checkpoints": False}
+    run = Run(name, out / name, study, digest, None, shares)
     create(run)
     place = Workplace(None, None, run.teachers, run.checkpoints, checkpoint_every=0.0)
     ledger = Ledger(run.folder / LEDGER)
@@ -152,11 +159,8 @@ def for_a_teacher(out: Path) -> str | None:
 
 
 def for_a_run_by_command(out: Path) -> str | None:
-    """The same with the real command, twice `resume` of one run that was begun and trained nothing yet."""
-    from tune_kd.run import create, find, reopen
-
-    folder = find(out, "one")
-    create(reopen(folder))
+    """The same with the real command: twice `resume` of a run in which nothing is left to do."""
+    folder = out / "one"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tune_kd", "resume", str(folder)]
     both = [subprocess.Popen(command, cwd=out, env=environment, text=True, stdout=subprocess.PIPE,
@@ -182,9 +186,9 @@ def main() -> None:
     given = options.parse_args()
     lost = 0
     with tempfile.TemporaryDirectory() as folder:
-        races = {
-            "one run": [lambda out: for_a_run(out)] * given.locks,
-            "one name": [lambda out: for_a_run(out, BEGIN)] * given.names,
+        races: dict[str, list[Callable[[Path], str | None]]] = {
+            "one run": [for_a_run] * given.locks,
+            "one name": [for_a_name] * given.names,
             "one teacher": [for_a_teacher] * given.teachers,
         }
         for what, each in races.items():
