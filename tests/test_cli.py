@@ -272,8 +272,26 @@ def test_a_run_that_exists_is_not_begun_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
     (elsewhere / "results" / "mine").mkdir(parents=True)
+    (elsewhere / "results" / "mine" / "study.json").touch()
     assert call(monkeypatch, "run", "ablation", "--scale", "smoke", "--name", "mine") == 2
     assert "resume" in capsys.readouterr().err
+
+
+def test_what_is_refused_is_told_without_the_secret_in_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    secret = "ghp_abcdefghijklmnopqrstuvwxyz0123456789"
+    assert call(monkeypatch, "run", "ablation", "--scale", "smoke", "--set", f"recipe.lr={secret}") == 2
+    said = capsys.readouterr().err
+    assert "recipe.lr" in said and "ghp_***" in said and secret not in said
+
+
+def test_an_error_of_ours_is_not_taken_for_failed_trials(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "app", lambda: 1 / 0)
+    assert call(monkeypatch) == 3
+    assert "ZeroDivisionError" in (said := capsys.readouterr().err) and "this is an error in tune_kd" in said
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -241,6 +241,43 @@ def test_a_disk_that_fails_a_trial_again_and_again_ends_the_run_and_not_the_tria
     assert Bench(bench.driver.plan.study, bench.folder).start().trial.trial_id
 
 
+def test_deaths_of_workers_and_of_disks_are_counted_apart(bench: Bench) -> None:
+    for reason in ("storage", "lost", "storage", "lost"):
+        task = bench.start()
+        bench.driver.on_end(task.trial.trial_id, Failure(reason, reason))
+    assert bench.start().trial == task.trial
+    bench.driver.on_end(task.trial.trial_id, Failure("storage", "a disk"))
+    assert bench.rows(trial_id=task.trial.trial_id)[0]["status"] == "pending"
+    assert bench.driver.broken == "a disk"
+
+
+def test_a_student_whose_teacher_was_changed_is_blocked_until_it_is_back(bench: Bench) -> None:
+    while (task := bench.start()).trial.phase != "teacher":
+        bench.finish(task)
+    bench.finish(task)
+    while not (task := bench.start()).trial.teacher_id:
+        bench.finish(task)
+    bench.driver.on_end(task.trial.trial_id, Failure("teacher_failed", "its digest differs"))
+    (row,) = bench.rows(trial_id=task.trial.trial_id)
+    assert (row["status"], row["stop_reason"]) == ("blocked", "teacher_failed")
+    again = Bench(bench.driver.plan.study, bench.folder)
+    assert again.driver.rows[task.trial.trial_id]["status"] == "pending"
+
+
+def test_a_run_that_goes_on_without_a_gpu_asks_for_none(study: Study, tmp_path: Path) -> None:
+    bench = Bench(study, tmp_path, gpus=0.25)
+    bench.start()
+    assert Bench(study, tmp_path, gpus=0.0).start().gpus == 0.0
+    assert Bench(study, tmp_path, gpus=0.5).start().gpus == 0.5
+
+
+def test_what_a_trial_says_is_recorded_without_the_secret_in_it(bench: Bench) -> None:
+    task = bench.start()
+    bench.driver.on_end(task.trial.trial_id, Failure("error", "cannot open https://me:hunter2@example.org/x"))
+    (row,) = bench.rows(trial_id=task.trial.trial_id)
+    assert "hunter2" not in row["error"] and "example.org" in row["error"]
+
+
 def test_trials_that_are_asked_to_leave_find_it_said_where_they_work(bench: Bench, tmp_path: Path) -> None:
     """A file, since a worker may be on another machine; the next driver removes it."""
     drain = Workplace(None, None, tmp_path, tmp_path / "checkpoints").drain

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT: dict[str, set[str]] = {
     "study": set(),
     "faults": set(),
+    "privacy": set(),
     "storage": {"faults"},
     "memory": set(),
     "losses": set(),
@@ -42,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "study", "trial", "data", "models", "losses", "teachers", "checkpoints", "kernels", "memory", "step", "storage",
     },
     "studies": {"study"},
-    "run": {"faults", "study", "studies", "plan", "trial", "storage", "records"},
+    "run": {"faults", "privacy", "study", "studies", "plan", "trial", "storage", "records"},
     "rebuild": {"faults", "study", "run", "storage", "records", "tables"},
     "verify": {"study", "price", "run", "checkpoints", "teachers", "answers", "records", "rebuild", "tables"},
     "preflight": {"study", "price", "run", "teachers", "storage", "records"},
@@ -52,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evidence": {"study", "plan", "schedule", "storage"},
     "execute": {
         "study", "trial", "plan", "price", "data", "models", "teachers", "checkpoints", "train", "memory", "kernels",
-        "schedule", "records", "faults", "storage",
+        "schedule", "records", "faults", "storage", "privacy",
     },
 }  # fmt: skip
 ONLY = {"ray": "execute", "sqlite3": "records", "pyarrow": "records"}

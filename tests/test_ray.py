@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -200,6 +201,21 @@ def test_a_killed_worker_costs_nothing_but_time(ray_session: str, one_stem: Stud
     contiguous(tmp_path / "killed")
     attempts = pd.read_parquet(tmp_path / "killed" / "trials.parquet")["attempts"]
     assert attempts.max() == 2
+
+
+@pytest.mark.parametrize("moment", ["add_epoch", "put"])
+def test_a_disk_that_refuses_the_ledger_ends_the_run_as_a_disk_does(
+    ray_session: str, one_stem: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Tune would make an error of its own of it, and the command's status would be that of failed trials."""
+    made, place = driver(one_stem, tmp_path)
+
+    def full(*_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(Ledger, moment, full)
+    with pytest.raises(sqlite3.OperationalError, match="disk is full"):
+        on_ray.run_on_ray(made, place, slots=2, beat=lambda: None)
 
 
 STUDY = """

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import altered
 from tune_kd.records import LEDGER, TRIALS, Ledger, first_row
-from tune_kd.run import Run, Source, begun, changes, create, extended, record_extension, reopen
+from tune_kd.run import Run, Source, begun, changes, check_new, create, extended, held, holder, record_extension, reopen
 from tune_kd.study import Confirm, Mistake, Study
 
 
@@ -102,6 +102,53 @@ def test_a_new_run_that_a_mistake_ends_before_it_began_leaves_nothing(study: Stu
     with pytest.raises(OSError, match="disk"), begun(run):
         raise OSError("disk")
     assert reopen(run.folder).study == study  # to be gone on with
+
+
+def test_a_folder_that_a_kill_left_before_the_plan_was_there_is_begun_again(study: Study, tmp_path: Path) -> None:
+    run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
+    run.folder.mkdir()
+    (run.folder / ".lock").touch()
+    (run.folder / "holder.json").write_text("{}")
+    (run.folder / ".study.json.123").write_text("{")
+    assert check_new(tmp_path, "r", study) == "r"
+    with begun(run):
+        assert reopen(run.folder).study == study
+    with pytest.raises(Mistake, match="exists; resume that run"):
+        check_new(tmp_path, "r", study)
+    with pytest.raises(Mistake, match="cannot be made"), begun(run):
+        raise AssertionError("it was begun twice")
+
+
+def test_a_signal_before_the_plan_is_there_leaves_no_folder(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def left(_: Run) -> None:
+        raise SystemExit(143)
+
+    monkeypatch.setattr("tune_kd.run.create", left)
+    run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
+    with pytest.raises(SystemExit), begun(run):
+        raise AssertionError("it was begun")
+    assert not run.folder.exists()
+
+
+def test_an_extension_that_has_not_run_is_not_extended_again(study: Study, tmp_path: Path) -> None:
+    """It was killed after it was recorded: the next look is that one, and not the one after."""
+    run = Run("r", tmp_path / "r", replace(study, confirm=Confirm((1, 2), looks=(2, 3, 4))), "0" * 64, None, {})
+    create(run)
+    end(run)
+    record_extension(extended(reopen(run.folder)))
+    with pytest.raises(Mistake, match="trials are still to run; resume it"):
+        extended(reopen(run.folder))
+    assert reopen(run.folder).look == 1
+
+
+def test_a_holder_that_just_left_or_is_not_readable_is_nobody(tmp_path: Path) -> None:
+    with held(tmp_path):
+        assert holder(tmp_path) is not None
+        (tmp_path / "holder.json").write_text("{")
+        assert holder(tmp_path) is None
+    assert holder(tmp_path) is None
 
 
 def test_any_change_of_a_plan_on_disk_is_noticed(study: Study, tmp_path: Path) -> None:

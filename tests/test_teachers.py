@@ -13,7 +13,7 @@ from tune_kd.data import DataSet, Views, draw_views, prepare, show, view_numbers
 from tune_kd.models import build
 from tune_kd.study import Cell, Data, Recipe
 from tune_kd.teachers import Teacher, TeacherChanged, load_teacher, publish_teacher, published_epochs
-from tune_kd.trial import Answering, Epoch, Trial
+from tune_kd.trial import Answering, Epoch, Outcome, Trial
 
 CPU = torch.device("cpu")
 TAUGHT = Trial(
@@ -67,6 +67,15 @@ def test_a_teacher_whose_file_was_changed_is_refused_with_both_digests(home: Pat
     weights.write_bytes(weights.read_bytes() + b"x")
     with pytest.raises(TeacherChanged, match="changed after it was published"):
         load_teacher(home, TAUGHT.trial_id, pixels, CPU)
+
+
+def test_a_teacher_that_was_trained_again_is_not_the_one_that_a_run_had(home: Path, pixels: DataSet) -> None:
+    outcome = Outcome(1, 0.5, 0.5, 0.5, None, None, None, 0.1, 1, "its weights", None, None)
+    net = build("resnet18", stem="cifar", classes=2, width=0.0625, seed=3)
+    publish_teacher(home, TAUGHT, net.state_dict(), [replace(EPOCH, outcome=outcome)])
+    load_teacher(home, TAUGHT.trial_id, pixels, CPU, taught="its weights")
+    with pytest.raises(TeacherChanged, match="was trained again, with other weights"):
+        load_teacher(home, TAUGHT.trial_id, pixels, CPU, taught="others")
 
 
 def loaded(home: Path, pixels: DataSet, answering: Answering) -> Teacher:

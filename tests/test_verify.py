@@ -80,6 +80,31 @@ def test_a_ledger_that_lost_its_end_is_noticed_although_it_is_a_whole_database(r
     assert "is missing, and" in finding.what
 
 
+def test_a_ledger_that_is_gone_with_its_count_is_made_again_and_never_begun_anew(run: Path) -> None:
+    """As in a copy of the tables alone: an empty ledger would make them empty, too."""
+    with reading(run / LEDGER) as ledger:
+        epochs = ledger.rows(EPOCHS)
+    for path in run.glob("ledger*"):
+        path.unlink()
+    (finding,) = verify(run)
+    assert "is missing, and rows were committed to it" in finding.what
+    with closing(rebuild.opened(reopen(run), lambda _: None)) as ledger:
+        assert ledger.rows(EPOCHS) == epochs
+
+
+def test_what_a_screen_that_runs_again_had_stopped_is_decided_again(run: Path) -> None:
+    opened = reopen(run)
+    with closing(Ledger(run / LEDGER)) as ledger:
+        waiting = ledger.rows(TRIALS)[-1]
+        ledger.put(TRIALS, waiting | {"status": "stopped", "epochs_run": 0, "test_accuracy": None,
+                                      "test_accuracy_best": None})  # fmt: skip
+        ledger._connection.execute("DELETE FROM epochs WHERE trial_id = ?", [waiting["trial_id"]])
+        ledger.write_tables(run)
+    flip(run / LEDGER, 0.6)
+    with closing(rebuild.opened(opened, lambda _: None)) as ledger:
+        assert ledger.rows(TRIALS)[-1]["status"] == "pending"
+
+
 def test_nothing_is_made_from_tables_that_are_damaged_too(run: Path) -> None:
     flip(run / LEDGER, 0.6)
     flip(run / "epochs.parquet")
@@ -170,8 +195,11 @@ def test_students_do_not_go_on_with_another_teacher_than_the_others_had(run: Pat
     opened = reopen(run)
     with reading(run / LEDGER) as ledger:
         rows = ledger.rows(TRIALS)
-    student = next(row for row in rows if row["teacher_digest"])
-    mixed = [row | {"teacher_digest": "0" * 64} if row is student else row | {"status": "pending"}
-             if row["role"] == "student" else row for row in rows]  # fmt: skip
+    waiting = [row | {"status": "pending"} if row["role"] == "student" else row for row in rows]
+    preflight.check(opened, waiting, 2)
+    another = [row | {"weights_digest": "0" * 64} if row["role"] == "teacher" else row for row in waiting]
+    with pytest.raises(Mistake, match="was trained again, and is not the teacher that this run had"):
+        preflight.check(opened, another, 2)
+    learned = [row | {"teacher_digest": "0" * 64} if row["teacher_digest"] else row for row in waiting]
     with pytest.raises(Mistake, match="is not the teacher that students of this run learned from"):
-        preflight.check(opened, mixed, 2)
+        preflight.check(opened, learned, 2)

@@ -90,7 +90,7 @@ class Answers:
 
 def damaged(folder: Path, classes: int) -> list[int]:
     """Chunks of a table that are not what was answered. Whoever reads them computes them again."""
-    logits, digests = (read(folder / name) for name in ("logits.f32", "digests.sha256"))
+    digests, logits = (read(folder / name) for name in ("digests.sha256", "logits.f32"))  # as nobody writes them
     size, found = CHUNK * classes * 4, []
     for chunk in range(len(digests) // _DIGEST):
         answered = digests[chunk * _DIGEST : (chunk + 1) * _DIGEST]

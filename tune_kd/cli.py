@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tune_kd.privacy import masked
 from tune_kd.records import FAILURES
 from tune_kd.study import DATA_SETS, Mistake
 
@@ -439,12 +441,16 @@ def main() -> None:
             app()
     except Mistake as mistake:
         for problem in mistake.problems:
-            print(f"tune_kd: {problem}", file=sys.stderr)
+            print(f"tune_kd: {masked(problem)}", file=sys.stderr)
         sys.exit(2)
     except FAILURES as error:  # of the machine, not of the caller
         print(f"tune_kd: {type(error).__name__}: {error}", file=sys.stderr)
         if advice := _advice(error):
             print(f"tune_kd: {advice}", file=sys.stderr)
+        sys.exit(3)
+    except Exception:  # ours: 1 would say that trials failed
+        traceback.print_exc()
+        print("tune_kd: this is an error in tune_kd; what is on record is whole, please report it", file=sys.stderr)
         sys.exit(3)
 
 

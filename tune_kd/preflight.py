@@ -54,10 +54,12 @@ def _folder(folder: Path) -> list[str]:
 
 
 def _room(run: Run, rows: list[Row], slots: int) -> list[str]:
-    left = {row["trial_id"] for row in rows if row["status"] in ("completed", "stopped", "failed", "blocked")}
+    ended = {row["trial_id"] for row in rows if row["status"] in ("completed", "stopped", "failed", "blocked")}
     planned = run.plan
-    waiting = [trial for trial in planned.trials if trial.trial_id not in left]
+    waiting = [trial for trial in planned.trials if trial.trial_id not in ended]
     needed = disk_bytes(waiting, planned.answering, slots, bool(run.settings.get("keep_checkpoints")))
+    homes = [run.teachers / teacher.trial_id for teacher in planned.teachers]
+    needed -= sum(512 * path.stat().st_blocks for home in homes for path in home.rglob("*"))  # it is there already
     free = shutil.disk_usage(run.folder).free
     if free >= SPARE * needed:
         return []
@@ -72,14 +74,10 @@ def _teachers(run: Run, rows: list[Row]) -> list[str]:
     problems = []
     for teacher in run.plan.teachers:
         theirs = [row for row in rows if row["teacher_id"] == teacher.trial_id]
-        if not any(row["role"] == "teacher" and row["status"] == "completed" for row in theirs):
-            continue  # one that is trained yet, or adopted
-        if not any(row["status"] in ("pending", "running") for row in theirs):
-            continue
-        wrong = teachers.wrong_with(run.teachers, teacher.trial_id, missing=True)
-        learned = {row["teacher_digest"] for row in theirs if row["role"] == "student"} - {None}
-        if wrong is None and learned - {teachers.weights_digest(run.teachers, teacher.trial_id)}:
-            wrong = f"{run.teachers / teacher.trial_id} is not the teacher that students of this run learned from"
+        taught = next((row["weights_digest"] for row in theirs if row["role"] == "teacher"), None)
+        if taught is None or not any(row["status"] in ("pending", "running") for row in theirs):
+            continue  # it is trained yet, or adopted; or nobody needs it any more
+        wrong = teachers.wrong_with(run.teachers, teacher.trial_id, taught)
         if wrong is not None:
             problems.append(f"{wrong}; put it back from a copy, or start a new run, which trains it again")
     return problems

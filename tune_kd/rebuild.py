@@ -6,6 +6,7 @@ it again, or it is computed again, which on one thread of a CPU gives the same.
 
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pandas as pd
@@ -58,9 +59,8 @@ def wrong_with(folder: Path) -> str | None:
     """What is wrong with the ledger in a folder; null where it is whole, or where none was begun."""
     path = folder / LEDGER
     if not path.is_file():
-        return (
-            f"{path} is missing, and {commits(folder)} transactions were committed to it" if commits(folder) else None
-        )
+        tables = any((folder / f"{schema.name}.parquet").is_file() for schema in SCHEMAS)  # which come after it
+        return f"{path} is missing, and rows were committed to it" if tables or commits(folder) else None
     try:
         with reading(path) as ledger:
             ledger.check()
@@ -83,7 +83,8 @@ def rebuild(run: Run) -> str:
         ) from mistake
     rows = _consistent(run, records)
     _make(run, rows)
-    number = 1 + max((int(path.name.rpartition("-")[2]) for path in set_aside(run.folder)), default=0)
+    taken = {path.name for path in set_aside(run.folder)}
+    number = next(n for n in count(1) if f"{LEDGER}.damaged-{n}" not in taken)
     for old in (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm"):
         if (run.folder / old).exists():
             (run.folder / old).rename(run.folder / f"{old}.damaged-{number}")
@@ -136,7 +137,8 @@ def _consistent(run: Run, records: Records) -> dict[str, list[Row]]:
         of_trial.setdefault(row["trial_id"], []).append(row)
     for place, row in enumerate(trials):
         theirs = sorted(of_trial.get(row["trial_id"], []), key=lambda each: int(each["epoch"]))
-        if row["epochs_run"] != len(theirs):
+        underived = row["status"] in ("stopped", "blocked") and not theirs  # a driver finds out again
+        if underived or row["epochs_run"] != len(theirs):
             trials[place] = _as_of(first_row(run.name, planned[row["trial_id"]]), row, theirs)
     known = {(row["trial_id"], row["epoch"]) for row in epochs}
     kept = [row for row in decisions if (row["trial_id"], row["epoch"]) in known]

@@ -164,7 +164,8 @@ class Ledger:
         self.path = path
         self._writes: list[Write] | None = None  # of the transaction that is open
         if read_only:
-            self._connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)
+            self._connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, isolation_level=None)
+            self._connection.execute("BEGIN")  # all that is read is of one moment
             return
         self._connection = sqlite3.connect(path, isolation_level=None)
         self._connection.execute("PRAGMA journal_mode=WAL")
@@ -275,9 +276,6 @@ class Ledger:
                 raise Damaged(f"{self.path}: the row {key} of {schema.name} was altered since it was written")
             rows.append(row)
         return rows
-
-    def set_fact(self, name: str, value: str) -> None:
-        self._write(_SET_FACT, [name, value])
 
     def fact(self, name: str) -> str | None:
         found = self._read("SELECT value FROM facts WHERE name = ?", [name])

@@ -3,12 +3,11 @@
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from pydantic import TypeAdapter
 
 from tune_kd.faults import point
 from tune_kd.plan import Plan, plan
+from tune_kd.privacy import secrets
 from tune_kd.records import LAYOUT, LEDGER, RUN_NAME, TRIALS, Row, reading
 from tune_kd.storage import Damaged, publish, read, sealed, unsealed
 from tune_kd.studies import from_json, resolve
@@ -30,11 +30,6 @@ PACKAGES = ("tune_kd", "torch", "torchvision", "ray", "numpy", "pandas", "pyarro
 RESERVED = ("teachers",)
 HOLDER = "holder.json"
 STUDY = "study.json"
-SECRET = re.compile(
-    r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s:@]*:[^/\s@]+@"  # an address with a password in it
-    r"|\b(?:gh[opsu]_|github_pat_|glpat-|hf_|sk-|xox[abps]-|AKIA|AIza)[A-Za-z0-9_]{16,}"  # as services begin theirs
-    r"|\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\."  # a JSON web token (RFC 7519)
-)
 PATIENCE = 2.0  # seconds for which another driver may hold a run before this one gives up
 
 
@@ -88,7 +83,7 @@ def check_new(out: Path, name: str | None, study: Study) -> str:
             f"--name is {name!r}; allowed: 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit, "
             f"and not {', '.join(RESERVED)}"
         )
-    elif os.path.exists(out / name):
+    elif os.path.exists(out / name) and not _unbegun(out / name):
         problems.append(f"--name is {name!r}, and {out / name} exists; resume that run or choose another name")
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if os.path.exists(folder))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -103,18 +98,25 @@ def begun(run: Run) -> Iterator[None]:
     """A new run on disk, held by this process. Nothing stays of one whose plan cannot be written, or that a `Mistake`
     ends before a row is written."""
     try:
-        run.folder.mkdir(parents=True)
+        run.folder.mkdir(parents=True, exist_ok=_unbegun(run.folder))
     except OSError as error:
         raise Mistake(f"--out: {run.folder} cannot be made ({error.strerror}); choose another folder") from error
-    try:
-        with held(run.folder):
+    with held(run.folder):
+        if not _unbegun(run.folder):
+            raise Mistake(f"--name is {run.name!r}, and {run.folder} was begun meanwhile; choose another name")
+        try:
             create(run)
             yield
-    except (Mistake, OSError) as error:
-        early = isinstance(error, Mistake) and not (run.folder / "trials.parquet").exists()  # a driver's first file
-        if early or not (run.folder / STUDY).exists():
-            shutil.rmtree(run.folder)
-        raise
+        except BaseException as error:
+            early = isinstance(error, Mistake) and not (run.folder / "trials.parquet").exists()  # a driver's first file
+            if early or not (run.folder / STUDY).exists():
+                shutil.rmtree(run.folder)
+            raise
+
+
+def _unbegun(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a kill leaves before the plan is there."""
+    return folder.is_dir() and all(path.name.startswith(".") or path.name == HOLDER for path in folder.iterdir())
 
 
 def create(run: Run) -> None:
@@ -146,25 +148,10 @@ def create(run: Run) -> None:
         "git_commit": _git_commit(),
         "machine": {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count()},
     }
-    if problems := list(_secrets(record)):
+    if problems := list(secrets(record)):
         raise Mistake(*problems)
     publish(run.folder / STUDY, sealed(record))
     point("study.published")
-
-
-def _secrets(value: Any, name: str = "") -> Iterator[str]:
-    """A sentence for each text that looks as if it let somebody in, which no record may hold. It is not repeated."""
-    if isinstance(value, dict):
-        for key, each in value.items():
-            yield from _secrets(each, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list | tuple):
-        for number, each in enumerate(value):
-            yield from _secrets(each, f"{name}[{number}]")
-    elif isinstance(value, str) and (found := SECRET.search(value)):
-        yield (
-            f"{name} holds what looks like a password or a token ({found[0][:4]}..., {len(found[0])} characters); "
-            "allowed: text without one, since it is recorded and reported"
-        )
 
 
 def changes(run: Run) -> list[str]:
@@ -219,7 +206,9 @@ def _trials(run: Run) -> list[Row]:
     if not (run.folder / LEDGER).is_file():
         return [{"status": "pending"} for _ in run.plan.trials]
     with reading(run.folder / LEDGER) as ledger:
-        return ledger.rows(TRIALS)
+        rows = ledger.rows(TRIALS)
+    known = {row["trial_id"] for row in rows}  # those of an extension come when a driver takes it over
+    return rows + [{"status": "pending"} for trial in run.plan.trials if trial.trial_id not in known]
 
 
 def _source(run: Run) -> dict[str, Any] | None:
@@ -346,8 +335,10 @@ def holder(folder: Path) -> dict[str, Any] | None:
         with lock:
             return None
     except Timeout:
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        with suppress(OSError, ValueError):  # it is being written, or just went
+            found: dict[str, Any] = json.loads(path.read_text())
+            return found
+        return None
 
 
 def _git_commit() -> str | None:

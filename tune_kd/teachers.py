@@ -63,17 +63,28 @@ def published_epochs(folder: Path, teacher_id: str) -> list[Epoch] | None:
     return TypeAdapter(list[Epoch]).validate_python(card["epochs"])
 
 
-def wrong_with(folder: Path, teacher_id: str, *, missing: bool = False) -> str | None:
-    """What is wrong with a published teacher; null where it is whole. That there is none is wrong only if `missing`."""
+def wrong_with(folder: Path, teacher_id: str, taught: str | None = None) -> str | None:
+    """What is wrong with a published teacher; null where it is whole.
+
+    That there is none, or that it is another, is wrong only where a run had one, of the weights `taught`.
+    """
     home = folder / teacher_id
     if not (home / "card.json").is_file():
-        return f"{home / 'card.json'} is missing" if missing else None
+        return f"{home / 'card.json'} is missing" if taught is not None else None
     card = _card(folder, teacher_id)
     if card is None:
         return f"{home / 'card.json'} was altered since it was written"
     if _digest(home / "weights.safetensors") != card["weights_sha256"]:
         return f"{home / 'weights.safetensors'} is not what its card says"
+    if taught is not None and taught != _outcome_digest(card):
+        return f"{home} was trained again, and is not the teacher that this run had"
     return None
+
+
+def _outcome_digest(card: dict[str, Any]) -> str | None:
+    """The digest of last and best weights that the teacher's row has, too; null for one without an outcome."""
+    outcome = card["epochs"][-1]["outcome"] if card["epochs"] else None
+    return None if outcome is None else str(outcome["weights_digest"])
 
 
 def weights_digest(folder: Path, teacher_id: str) -> str | None:
@@ -197,16 +208,26 @@ def drawn_numbers(draws: tuple[tuple[int, int], ...], data: DataSet) -> Tensor:
 
 
 def load_teacher(
-    folder: Path, teacher_id: str, data: DataSet, device: torch.device, answering: Answering | None = None
+    folder: Path,
+    teacher_id: str,
+    data: DataSet,
+    device: torch.device,
+    answering: Answering | None = None,
+    taught: str | None = None,
 ) -> Teacher:
-    """A published teacher, in eval mode and frozen. Raises `TeacherChanged` where its file was altered."""
+    """A published teacher, in eval mode and frozen.
+
+    Raises `TeacherChanged` where its file was altered, or it is not the one whose outcome had the weights `taught`.
+    """
     home = folder / teacher_id
     card = _card(folder, teacher_id)
     if card is None:
         raise TeacherChanged(
             f"teacher {teacher_id} has no whole card in {home}; start a new run to have it trained again"
         )
-    taught = TypeAdapter(Trial).validate_python(card["trial"])
+    if taught is not None and taught != _outcome_digest(card):
+        raise TeacherChanged(f"{home} was trained again, with other weights than this run's teacher had; put it back")
+    trial = TypeAdapter(Trial).validate_python(card["trial"])
     path, expected = home / "weights.safetensors", card["weights_sha256"]
 
     def verified() -> bytes:
@@ -220,11 +241,11 @@ def load_teacher(
         return found
 
     def build() -> ResNet:
-        cell = taught.cell
-        net = models.build(taught.architecture, stem=cell.stem, classes=len(data.classes), width=cell.width, seed=0)
+        cell = trial.cell
+        net = models.build(trial.architecture, stem=cell.stem, classes=len(data.classes), width=cell.width, seed=0)
         net.load_state_dict(unpack(verified())[0])
         models.to_device(net, device)
         return net.eval().requires_grad_(False)
 
     verified()
-    return Teacher(teacher_id, expected, home, data, device, taught.recipe.precision, answering, build)
+    return Teacher(teacher_id, expected, home, data, device, trial.recipe.precision, answering, build)

@@ -15,6 +15,7 @@ from tune_kd.checkpoints import Checkpoints
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.faults import point
 from tune_kd.plan import Plan
+from tune_kd.privacy import masked
 from tune_kd.records import DECISIONS, EPOCHS, TRIALS, Ledger, Row, first_row
 from tune_kd.schedule import Schedule, stratum
 from tune_kd.trial import Decision, Epoch, Trial
@@ -64,7 +65,7 @@ class Driver:
         strata = {arm.name: stratum(screen, asdict(arm.cell)) for arm in plan.arms}
         self._schedule = Schedule(screen, plan.study.recipe.epochs, strata, self._immune)
         self._admitted: set[str] = set()  # trial ids of tasks that are not over
-        self._lost: Counter[str] = Counter()  # attempts of each trial that this driver saw fail
+        self._lost: dict[str, Counter[str]] = {}  # by trial: attempts that failed since it got on, by their reason
         self._best: dict[str, tuple[float, float]] = {}  # trial id -> best (validation accuracy, -loss)
         self._began: dict[str, float] = {}  # trial id -> monotonic time at which its attempt began
         self._tables_at = 0.0
@@ -85,9 +86,11 @@ class Driver:
                 self._waiting.remove(trial)
                 self._admitted.add(trial.trial_id)
                 row = self.rows[trial.trial_id]
-                gpus = self._gpus if row["gpu_fraction"] is None else row["gpu_fraction"]
+                # More, where less was not enough; a machine without GPUs has none whatever was asked for before.
+                gpus = max(self._gpus, row["gpu_fraction"] or 0.0) if self._gpus else 0.0
                 answering = self.plan.answering.get(trial.teacher_id or "")
-                return Task(trial, row["attempts"] + 1, row["epochs_run"], self._cpus, gpus, answering)
+                taught = self.rows[trial.teacher_id]["weights_digest"] if trial.teacher_id else None
+                return Task(trial, row["attempts"] + 1, row["epochs_run"], self._cpus, gpus, answering, taught)
         return None
 
     def on_start(self, task: Task) -> None:
@@ -185,7 +188,10 @@ class Driver:
                 self._waiting.insert(0, trial)
                 self._ledger.put(TRIALS, row)
             else:
-                self._end(trial, "failed", "error" if failure.reason == "lost" else failure.reason)
+                blocked = failure.reason == "teacher_failed" and trial.role == "student"
+                self._end(
+                    trial, "blocked" if blocked else "failed", "error" if failure.reason == "lost" else failure.reason
+                )
                 if trial.phase == "screen":
                     self._schedule.drop(trial.arm)
                 if trial.role == "teacher":
@@ -228,8 +234,9 @@ class Driver:
     def _try_again(self, trial: Trial, failure: Failure) -> bool:
         """Whether a failure says little about the trial: lost workers, and memory that a larger share has."""
         row = self.rows[trial.trial_id]
-        self._lost[trial.trial_id] += 1
-        if self._lost[trial.trial_id] >= MAX_ATTEMPTS:
+        lost = self._lost.setdefault(trial.trial_id, Counter())
+        lost[failure.reason] += 1
+        if lost[failure.reason] >= MAX_ATTEMPTS:
             return False
         if failure.reason == "out_of_memory" and 0 < row["gpu_fraction"] < 1:
             row["gpu_fraction"] = min(1.0, 2 * row["gpu_fraction"])
@@ -238,7 +245,7 @@ class Driver:
 
     def _note(self, row: Row, what: str) -> None:
         """Add to what a row says of its attempts; nothing said before is lost."""
-        row["error"] = "; ".join(filter(None, [row["error"], f"attempt {row['attempts']}: {what}"]))
+        row["error"] = "; ".join(filter(None, [row["error"], masked(f"attempt {row['attempts']}: {what}")]))
 
     def _end(self, trial: Trial, status: str, reason: str | None = None) -> None:
         """Commit how a trial ended."""
@@ -287,6 +294,8 @@ class Driver:
                 row = known.get(trial.trial_id) or first_row(self._run, trial)
                 if row["status"] == "running":
                     row["status"] = "pending"  # its driver died
+                elif row["status"] == "blocked" and row["attempts"]:
+                    row |= {"status": "pending", "stop_reason": None}  # its teacher may be back
                 self.rows[trial.trial_id] = row
                 if row["status"] != known.get(trial.trial_id, {}).get("status"):
                     self._ledger.put(TRIALS, row)

@@ -18,9 +18,10 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 # Before Ray is imported: it reads these once. Workers are started from this environment as it is, not through
 # a second `uv run`; nothing is sent anywhere; Tune writes no logs of its own beside our records.
@@ -50,6 +51,9 @@ from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Failure, Task, Work, Workplace, failure, whereabouts, work
 from tune_kd.study import Mistake
 from tune_kd.trial import Epoch
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class TrialRunner(tune.Trainable):
@@ -184,6 +188,20 @@ class _Events(tune.Callback):
         self._bridge.beat()
 
 
+def _kept(call: Callable[Concatenate["_Bridge", P], T]) -> Callable[Concatenate["_Bridge", P], T]:
+    """Keep what the driver raises: a disk that is full has to end the run as one, and not as an error of Tune's."""
+
+    @wraps(call)
+    def keeping(bridge: "_Bridge", /, *arguments: P.args, **options: P.kwargs) -> T:
+        try:
+            return call(bridge, *arguments, **options)
+        except Exception as error:
+            bridge.error = error
+            raise
+
+    return keeping
+
+
 class _Bridge:
     """Between Tune's names of trials and the driver's."""
 
@@ -194,6 +212,7 @@ class _Bridge:
         self._beat = beat
         self._tasks: dict[str, Task] = {}  # by Tune's trial id
         self._over: set[str] = set()  # Tune's ids of trials whose last result was seen
+        self.error: Exception | None = None  # the driver's own, which Tune would wrap in one of its
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune writes what it was given to a file of its own, which is never read."""
@@ -203,10 +222,12 @@ class _Bridge:
     def drained(self) -> bool:
         return self._driver.stopping and not self._driver.running
 
+    @_kept
     def beat(self) -> None:
         self._driver.tick()
         self._beat()
 
+    @_kept
     def admit(self, tune_id: str) -> dict[str, Any] | str | None:
         task = self._driver.next()
         if task is None:
@@ -215,9 +236,11 @@ class _Bridge:
         self._tasks[tune_id] = task
         return {"task": task, "place": self._place, "work": self._work}
 
+    @_kept
     def started(self, tune_id: str) -> None:
         self._driver.on_start(self._tasks[tune_id])
 
+    @_kept
     def reported(self, tune_id: str, result: dict[str, Any]) -> bool:
         trial_id = self._tasks[tune_id].trial.trial_id
         problem: Failure | None = result.get("failure")
@@ -229,6 +252,7 @@ class _Bridge:
         self._driver.on_end(trial_id, problem)
         return False
 
+    @_kept
     def ended(self, tune_id: str, lost: bool) -> None:
         """Tune is through with a trial. One that did not report its end lost its worker."""
         if tune_id in self._tasks and tune_id not in self._over:
@@ -430,6 +454,10 @@ def run_on_ray(driver: Driver, place: Workplace, slots: int, beat: Callable[[], 
                     checkpoint_config=CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
                 ),
             ).fit()
+    except Exception:
+        if bridge.error is not None:
+            raise bridge.error from None
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     driver.conclude()

@@ -3,12 +3,14 @@
 import platform
 import traceback
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import torch
+from filelock import FileLock, Timeout
 
 from tune_kd import data, teachers
 from tune_kd.checkpoints import Checkpoints
@@ -45,6 +47,7 @@ class Task:
     cpus: float
     gpus: float
     answering: Answering | None = None  # of this student's teacher
+    taught: str | None = None  # digest of its teacher's weights, as the teacher's row has it
 
     @property
     def threads(self) -> int:
@@ -102,7 +105,11 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
     if trial.role == "teacher":
         yield from _teach(task, place, dataset, device, checkpoints)
         return
-    teacher = _teacher(place.teachers, trial.teacher_id, dataset, device, task.answering) if trial.teacher_id else None
+    teacher = (
+        _teacher(place.teachers, trial.teacher_id, dataset, device, task.answering, task.taught)
+        if trial.teacher_id
+        else None
+    )
     yield from train(
         trial,
         dataset,
@@ -123,10 +130,10 @@ def _teach(
     One process at a time: another run that wants the same teacher waits here, and then adopts it.
     """
     trial = task.trial
-    with teachers.writing(place.teachers, trial.trial_id):
+    with _patiently(teachers.writing(place.teachers, trial.trial_id), place):
         published = teachers.published_epochs(place.teachers, trial.trial_id)
         if published is not None:
-            yield from (epoch for epoch in published if epoch.epoch > task.acknowledged)
+            yield from published  # also what is on record: the driver sees whether it is the same
             return
         trained: list[Epoch] = []
         for epoch in train(
@@ -142,6 +149,22 @@ def _teach(
             if epoch.outcome is not None:
                 teachers.publish_teacher(place.teachers, trial, best_weights(checkpoints), trained)
             yield epoch
+
+
+@contextmanager
+def _patiently(lock: FileLock, place: Workplace) -> Iterator[None]:
+    """Hold a lock that another run may have for hours, unless this one is asked to leave meanwhile."""
+    while True:
+        try:
+            lock.acquire(timeout=1.0)
+            break
+        except Timeout:
+            if place.drain.exists():
+                raise RuntimeError("it waited for a teacher that another run trains, and was asked to leave") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @lru_cache(maxsize=1)
