@@ -40,6 +40,7 @@ from ray.tune.stopper import Stopper
 
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Failure, Task, Work, Workplace, failure, whereabouts, work
+from tune_kd.records import FAILURES
 from tune_kd.study import Mistake
 from tune_kd.trial import Epoch
 
@@ -181,6 +182,7 @@ class _Bridge:
         self._beat = beat
         self._tasks: dict[str, Task] = {}  # by Tune's trial id
         self._over: set[str] = set()  # Tune's ids of trials whose last result was seen
+        self.broken: Exception | None = None  # what the records raised: Tune makes an error of its own of it
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune writes what it was given to a file of its own, which is never read."""
@@ -190,8 +192,17 @@ class _Bridge:
     def drained(self) -> bool:
         return self._driver.stopping and not self._driver.running
 
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        try:
+            yield
+        except FAILURES as error:
+            self.broken = error
+            raise
+
     def beat(self) -> None:
-        self._driver.tick()
+        with self._recording():
+            self._driver.tick()
         self._beat()
 
     def admit(self, tune_id: str) -> dict[str, Any] | str | None:
@@ -203,17 +214,17 @@ class _Bridge:
         return {"task": task, "place": self._place, "work": self._work}
 
     def started(self, tune_id: str) -> None:
-        self._driver.on_start(self._tasks[tune_id])
+        with self._recording():
+            self._driver.on_start(self._tasks[tune_id])
 
     def reported(self, tune_id: str, result: dict[str, Any]) -> bool:
         trial_id = self._tasks[tune_id].trial.trial_id
         problem: Failure | None = result.get("failure")
-        if problem is None:
-            go_on = self._driver.on_epoch(trial_id, result["epoch"], result["where"])
-            if go_on:
+        with self._recording():
+            if problem is None and self._driver.on_epoch(trial_id, result["epoch"], result["where"]):
                 return True
-        self._over.add(tune_id)
-        self._driver.on_end(trial_id, problem)
+            self._over.add(tune_id)
+            self._driver.on_end(trial_id, problem)
         return False
 
     def ended(self, tune_id: str, lost: bool) -> None:
@@ -221,7 +232,8 @@ class _Bridge:
         if tune_id in self._tasks and tune_id not in self._over:
             self._over.add(tune_id)
             message = "its worker died" if lost else "Tune ended it"
-            self._driver.on_end(self._tasks[tune_id].trial.trial_id, Failure("lost", message))
+            with self._recording():
+                self._driver.on_end(self._tasks[tune_id].trial.trial_id, Failure("lost", message))
 
 
 @dataclass(frozen=True)
@@ -289,7 +301,7 @@ def disconnect(cluster: Cluster) -> None:
 def run_on_ray(driver: Driver, place: Workplace, slots: int, beat: Callable[[], None], work: Work = work) -> None:
     """Run a plan to its end on the connected Ray. `beat` is called about once a second, in this thread.
 
-    `slots` is how many trials fit at a time; `work` is what a worker does with a task.
+    `slots` is how many trials fit at a time; `work` is what a worker does with a task. Raises what the records raise.
     """
     bridge = _Bridge(driver, place, beat, work)
     # All slots' actors are to start together. One by one, the next would still be starting when the first has ended
@@ -319,8 +331,12 @@ def run_on_ray(driver: Driver, place: Workplace, slots: int, beat: Callable[[], 
                     checkpoint_config=CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
                 ),
             ).fit()
+    except Exception as error:
+        raise bridge.broken or error from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    if bridge.broken is not None:
+        raise bridge.broken
     driver.conclude()
 
 
