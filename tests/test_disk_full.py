@@ -2,9 +2,11 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from conftest import tiny
-from test_ray import EPOCH_FREE, FREE, table
+from test_ray import EPOCH_FREE, FREE, STUDY, command, epochs_on_record, table, wait_for
 from tune_kd import cli, data, preflight, rebuild
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
@@ -118,3 +120,54 @@ def test_a_full_disk_ends_a_run_clearly_and_costs_nothing_but_time(
     limit: int, tmp_path: Path, undisturbed: Path
 ) -> None:
     judge(tmp_path, started(tmp_path, limit), undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 16 MB, in memory; for root, where it may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no disk can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def filled(disk: Path, left: int) -> Path:
+    """A file that takes up a disk but for some bytes."""
+    ballast = disk / "ballast"
+    ballast.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - left)))
+    return ballast
+
+
+def test_a_disk_without_room_for_the_study_is_told_of_before_anything_trains(
+    small_disk: Path, undisturbed: Path
+) -> None:
+    ballast = filled(small_disk, 200_000)
+    ended = started(small_disk, None)
+    assert ended.returncode == 2 and "make room" in ended.stderr
+    ballast.unlink()
+    judge(small_disk, ended, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [0, 300_000])
+def test_a_disk_that_fills_up_under_the_command_ends_it_with_3_and_it_goes_on_when_there_is_room(
+    small_disk: Path, left: int
+) -> None:
+    (small_disk / "own.py").write_text(STUDY)
+    run = small_disk / "results" / "full"
+    begun = command(small_disk, "run", "own.py", "--scale", "own", "--name", "full")
+    wait_for(lambda: epochs_on_record(run) >= 5)
+    ballast = filled(small_disk, left)
+    _, errors = begun.communicate(timeout=250)
+    said = [line for line in errors.splitlines() if line.startswith("tune_kd: ")]
+    assert begun.returncode == 3 and said and "Traceback" not in errors, errors
+    before = Ledger(run / LEDGER, read_only=True).rows(EPOCHS)
+    ballast.unlink()
+    resumed = command(small_disk, "resume", "full")
+    _, errors = resumed.communicate(timeout=250)
+    assert resumed.returncode == 0, errors
+    assert Ledger(run / LEDGER, read_only=True).rows(EPOCHS)[: len(before)] == before
+    assert verify(run) == []

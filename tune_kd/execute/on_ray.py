@@ -18,10 +18,9 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn
 
 # Before Ray is imported: it reads these once. Workers are started from this environment as it is, not through
 # a second `uv run`; nothing is sent anywhere; Tune writes no logs of its own beside our records.
@@ -49,11 +48,9 @@ from ray.tune.stopper import Stopper
 
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Failure, Task, Work, Workplace, failure, whereabouts, work
+from tune_kd.records import FAILURES
 from tune_kd.study import Mistake
 from tune_kd.trial import Epoch
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class TrialRunner(tune.Trainable):
@@ -188,20 +185,6 @@ class _Events(tune.Callback):
         self._bridge.beat()
 
 
-def _kept(call: Callable[Concatenate["_Bridge", P], T]) -> Callable[Concatenate["_Bridge", P], T]:
-    """Keep what the driver raises: a disk that is full has to end the run as one, and not as an error of Tune's."""
-
-    @wraps(call)
-    def keeping(bridge: "_Bridge", /, *arguments: P.args, **options: P.kwargs) -> T:
-        try:
-            return call(bridge, *arguments, **options)
-        except Exception as error:
-            bridge.error = error
-            raise
-
-    return keeping
-
-
 class _Bridge:
     """Between Tune's names of trials and the driver's."""
 
@@ -212,7 +195,7 @@ class _Bridge:
         self._beat = beat
         self._tasks: dict[str, Task] = {}  # by Tune's trial id
         self._over: set[str] = set()  # Tune's ids of trials whose last result was seen
-        self.error: Exception | None = None  # the driver's own, which Tune would wrap in one of its
+        self.broken: Exception | None = None  # what the records raised: Tune makes an error of its own of it
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune writes what it was given to a file of its own, which is never read."""
@@ -222,12 +205,19 @@ class _Bridge:
     def drained(self) -> bool:
         return self._driver.stopping and not self._driver.running
 
-    @_kept
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        try:
+            yield
+        except FAILURES as error:
+            self.broken = error
+            raise
+
     def beat(self) -> None:
-        self._driver.tick()
+        with self._recording():
+            self._driver.tick()
         self._beat()
 
-    @_kept
     def admit(self, tune_id: str) -> dict[str, Any] | str | None:
         task = self._driver.next()
         if task is None:
@@ -236,29 +226,27 @@ class _Bridge:
         self._tasks[tune_id] = task
         return {"task": task, "place": self._place, "work": self._work}
 
-    @_kept
     def started(self, tune_id: str) -> None:
-        self._driver.on_start(self._tasks[tune_id])
+        with self._recording():
+            self._driver.on_start(self._tasks[tune_id])
 
-    @_kept
     def reported(self, tune_id: str, result: dict[str, Any]) -> bool:
         trial_id = self._tasks[tune_id].trial.trial_id
         problem: Failure | None = result.get("failure")
-        if problem is None:
-            go_on = self._driver.on_epoch(trial_id, result["epoch"], result["where"])
-            if go_on:
+        with self._recording():
+            if problem is None and self._driver.on_epoch(trial_id, result["epoch"], result["where"]):
                 return True
-        self._over.add(tune_id)
-        self._driver.on_end(trial_id, problem)
+            self._over.add(tune_id)
+            self._driver.on_end(trial_id, problem)
         return False
 
-    @_kept
     def ended(self, tune_id: str, lost: bool) -> None:
         """Tune is through with a trial. One that did not report its end lost its worker."""
         if tune_id in self._tasks and tune_id not in self._over:
             self._over.add(tune_id)
             message = "its worker died" if lost else "Tune ended it"
-            self._driver.on_end(self._tasks[tune_id].trial.trial_id, Failure("lost", message))
+            with self._recording():
+                self._driver.on_end(self._tasks[tune_id].trial.trial_id, Failure("lost", message))
 
 
 @dataclass(frozen=True)
@@ -424,7 +412,7 @@ def _listens(part: Part) -> bool:
 def run_on_ray(driver: Driver, place: Workplace, slots: int, beat: Callable[[], None], work: Work = work) -> None:
     """Run a plan to its end on the connected Ray. `beat` is called about once a second, in this thread.
 
-    `slots` is how many trials fit at a time; `work` is what a worker does with a task.
+    `slots` is how many trials fit at a time; `work` is what a worker does with a task. Raises what the records raise.
     """
     bridge = _Bridge(driver, place, beat, work)
     # All slots' actors are to start together. One by one, the next would still be starting when the first has ended
@@ -454,12 +442,12 @@ def run_on_ray(driver: Driver, place: Workplace, slots: int, beat: Callable[[], 
                     checkpoint_config=CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
                 ),
             ).fit()
-    except Exception:
-        if bridge.error is not None:
-            raise bridge.error from None
-        raise
+    except Exception as error:
+        raise bridge.broken or error from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    if bridge.broken is not None:
+        raise bridge.broken
     driver.conclude()
 
 
