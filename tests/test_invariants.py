@@ -33,7 +33,7 @@ from tune_kd import run as runs
 from tune_kd.execute import driver as driving
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Failure, Workplace
-from tune_kd.records import FAILURES, LEDGER, Ledger, digests
+from tune_kd.records import ENDED, FAILURES, LEDGER, Ledger, digests
 from tune_kd.study import Cell, Compare, Confirm, Data, Factor, Mistake, Recipe, Screen, Study
 from tune_kd.trial import Decision
 
@@ -170,7 +170,7 @@ class Records(RuleBasedStateMachine):
             for trial_id in sorted(self.at):
                 self._report(trial_id)
         if not self.driver.stopping:
-            assert {row["status"] for row in self.driver.rows.values()} <= set(driving.ENDED)
+            assert {row["status"] for row in self.driver.rows.values()} <= set(ENDED)
 
     @precondition(lambda self: self.driver is not None)
     @rule()

@@ -88,8 +88,10 @@ def test_a_ledger_that_is_gone_with_its_count_is_made_again_and_never_begun_anew
         path.unlink()
     (finding,) = verify(run)
     assert "is missing, and rows were committed to it" in finding.what
-    with closing(rebuild.opened(reopen(run), lambda _: None)) as ledger:
+    said: list[str] = []
+    with closing(rebuild.opened(reopen(run), said.append)) as ledger:
         assert ledger.rows(EPOCHS) == epochs
+    assert "The ledger was made again" in said[-1] and "The old one" not in said[-1]
 
 
 def test_what_a_screen_that_runs_again_had_stopped_is_decided_again(run: Path) -> None:

@@ -9,7 +9,7 @@ from packaging.version import Version
 
 from tune_kd import teachers
 from tune_kd.price import disk_bytes
-from tune_kd.records import Row
+from tune_kd.records import ENDED, Row
 from tune_kd.run import Run
 from tune_kd.storage import publish, read
 from tune_kd.study import Mistake
@@ -54,12 +54,12 @@ def _folder(folder: Path) -> list[str]:
 
 
 def _room(run: Run, rows: list[Row], slots: int) -> list[str]:
-    ended = {row["trial_id"] for row in rows if row["status"] in ("completed", "stopped", "failed", "blocked")}
+    ended = {row["trial_id"] for row in rows if row["status"] in ENDED}
     planned = run.plan
     waiting = [trial for trial in planned.trials if trial.trial_id not in ended]
     needed = disk_bytes(waiting, planned.answering, slots, bool(run.settings.get("keep_checkpoints")))
-    homes = [run.teachers / teacher.trial_id for teacher in planned.teachers]
-    needed -= sum(512 * path.stat().st_blocks for home in homes for path in home.rglob("*"))  # it is there already
+    answers = [path for each in planned.teachers for path in (run.teachers / each.trial_id).glob("answers/*/*/*.f32")]
+    needed -= sum(512 * path.stat().st_blocks for path in answers)  # as far as they are there already
     free = shutil.disk_usage(run.folder).free
     if free >= SPARE * needed:
         return []

@@ -85,15 +85,16 @@ def rebuild(run: Run) -> str:
     _make(run, rows)
     taken = {path.name for path in set_aside(run.folder)}
     number = next(n for n in count(1) if f"{LEDGER}.damaged-{n}" not in taken)
-    for old in (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm"):
-        if (run.folder / old).exists():
-            (run.folder / old).rename(run.folder / f"{old}.damaged-{number}")
+    there = [path for path in (run.folder / f"{LEDGER}{end}" for end in ("", "-wal", "-shm")) if path.exists()]
+    for old in there:
+        old.rename(old.with_name(f"{old.name}.damaged-{number}"))
     point("rebuild.set_aside")
     _put(run)
     ended = sum(row["status"] == "completed" for row in rows[TRIALS.name])
     return (
         f"The ledger was made again from the tables: {len(rows[EPOCHS.name])} epochs of {len(rows[TRIALS.name])} "
-        f"trials, of which {ended} are completed; what is missing runs again. The old one is {LEDGER}.damaged-{number}."
+        f"trials, of which {ended} are completed; what is missing runs again."
+        + (f" The old one is {LEDGER}.damaged-{number}." if there else "")
     )
 
 

@@ -130,6 +130,7 @@ PANDAS = {str: "string", int: "Int64", float: "float64"}
 _SQL = {str: "TEXT", int: "INTEGER", float: "REAL"}
 
 
+ENDED = ("completed", "stopped", "failed", "blocked")  # statuses of trials that will not run again by themselves
 FAILURES = (Damaged, OSError, sqlite3.Error)
 """What the machine can do to records: damage, a full disk, a lock that is not given."""
 

@@ -29,23 +29,22 @@ def verify(folder: Path) -> list[Finding]:
         opened = run.reopen(folder)
     except Mistake as mistake:
         return [Finding("plan", problem, "nothing else can be judged before") for problem in mistake.problems]
-    found = [*_ledger(opened), *_tables(opened)]
-    rows = _rows(opened) if not any(each.part == "ledger" for each in found) else []
-    return [*found, *_checkpoints(opened, rows), *_teachers(opened, rows)]
-
-
-def _rows(opened: run.Run) -> list[Row]:
-    path = opened.folder / LEDGER
-    if not path.is_file():
-        return []
-    with reading(path) as ledger:
-        return ledger.rows(TRIALS)
-
-
-def _ledger(opened: run.Run) -> Iterator[Finding]:
-    folder = opened.folder
-    path = folder / LEDGER
     wrong = rebuild.wrong_with(folder)
+    rows: list[Row] = []
+    epochs: list[Row] = []
+    if wrong is None and (folder / LEDGER).is_file():
+        with reading(folder / LEDGER) as ledger:
+            rows, epochs = ledger.rows(TRIALS), ledger.rows(EPOCHS)
+    return [
+        *_ledger(opened, wrong, rows, epochs),
+        *_tables(folder, wrong),
+        *_checkpoints(opened),
+        *_teachers(opened, rows),
+    ]
+
+
+def _ledger(opened: run.Run, wrong: str | None, rows: list[Row], epochs: list[Row]) -> Iterator[Finding]:
+    folder = opened.folder
     if wrong is not None:
         try:
             load(folder)
@@ -54,13 +53,9 @@ def _ledger(opened: run.Run) -> Iterator[Finding]:
             remedy = "the tables are not whole either: put one of them back from a copy, or start a new run"
         yield Finding("ledger", wrong, remedy)
         return
-    if not path.is_file():
-        return
-    if commits(folder) is None:
+    if (folder / LEDGER).is_file() and commits(folder) is None:
         yield Finding("ledger", f"{folder / COMMITS} is missing or damaged, so that a loss of the last rows would not "
                       "be seen", f"`tune_kd resume {folder}` makes it again")  # fmt: skip
-    with reading(path) as ledger:
-        rows, epochs = ledger.rows(TRIALS), ledger.rows(EPOCHS)
     strange = {row["trial_id"] for row in rows} - {trial.trial_id for trial in opened.plan.trials}
     if strange:  # those that it lacks come when a driver takes over
         what = f"it holds trials that are not in the plan: {', '.join(sorted(strange))}"
@@ -75,11 +70,10 @@ def _ledger(opened: run.Run) -> Iterator[Finding]:
             yield Finding("ledger", what, "put the ledger back from a copy")
 
 
-def _tables(opened: run.Run) -> Iterator[Finding]:
-    folder = opened.folder
+def _tables(folder: Path, wrong: str | None) -> Iterator[Finding]:
     if not commits(folder) and not any((folder / f"{schema.name}.parquet").is_file() for schema in SCHEMAS):
         return  # not begun
-    again = "it is made again from the ledger" if rebuild.wrong_with(folder) is None else "put it back from a copy"
+    again = "it is made again from the ledger" if wrong is None else "put it back from a copy"
     try:
         load(folder)
     except Mistake as mistake:
@@ -87,7 +81,7 @@ def _tables(opened: run.Run) -> Iterator[Finding]:
             yield Finding("tables", problem.partition("; `tune_kd resume")[0], f"`tune_kd resume {folder}`: {again}")
 
 
-def _checkpoints(opened: run.Run, rows: list[Row]) -> Iterator[Finding]:
+def _checkpoints(opened: run.Run) -> Iterator[Finding]:
     for folder in sorted(each for each in opened.checkpoints.glob("*") if each.is_dir()):
         for path in Checkpoints(folder).damaged():
             yield Finding("checkpoints", f"{path} was altered since it was written",

@@ -16,14 +16,13 @@ from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.faults import point
 from tune_kd.plan import Plan
 from tune_kd.privacy import masked
-from tune_kd.records import DECISIONS, EPOCHS, TRIALS, Ledger, Row, first_row
+from tune_kd.records import DECISIONS, ENDED, EPOCHS, TRIALS, Ledger, Row, first_row
 from tune_kd.schedule import Schedule, stratum
 from tune_kd.trial import Decision, Epoch, Trial
 
 MAX_ATTEMPTS = 3  # of one trial under one driver without a new epoch in between
 TABLES_AFTER_END = 5.0  # seconds: tables are made at most this often when trials end
 TABLES_EVERY = 30.0  # seconds: tables are made at least this often
-ENDED = ("completed", "stopped", "failed", "blocked")
 
 
 class Driver:
