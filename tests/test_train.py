@@ -85,7 +85,7 @@ def test_nothing_goes_on_from_a_state_that_another_teacher_or_trial_had_a_part_i
 
 def test_a_teacher_is_not_published_from_a_state_before_its_last(pixels: DataSet, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    run(as_teacher(trial("none"), 3), pixels, None, tmp_path)
+    list(train(as_teacher(trial("none"), 3), pixels, None, device=CPU, checkpoints=checkpoints, checkpoint_every=0.0))
     newest = max(tmp_path.glob("*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-1])
     with pytest.raises(Damaged, match="is not what was written"):
