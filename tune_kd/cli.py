@@ -459,7 +459,7 @@ def _advice(error: Exception) -> str:
     from tune_kd.records import damage
 
     if damage(error):
-        return "`tune_kd status RUN --verify` says what is damaged; `tune_kd resume RUN` makes again what can be"
+        return "`tune_kd status RUN --verify` says what is damaged, and what `tune_kd resume RUN` can make again"
     if isinstance(error, OSError) and error.errno is None:  # ours, whose words say it
         return ""
     return "what is on record is whole; see that the disk has room and can be written to, then `tune_kd resume RUN`"

@@ -77,9 +77,9 @@ def rebuild(run: Run) -> str:
         records = load(run.folder)
     except Mistake as mistake:
         raise Damaged(
-            f"{run.folder / LEDGER} is damaged, and the tables it could be made from are not whole "
-            f"({'; '.join(mistake.problems)}); restore one of them from a copy, or start a new run, which takes over "
-            "the teachers"
+            f"{run.folder / LEDGER} cannot be used, and the tables it could be made from are not whole "
+            f"({'; '.join(problem.partition('; `tune_kd resume')[0] for problem in mistake.problems)}); restore the "
+            "ledger or the tables from a copy, or start a new run, which takes over the teachers"
         ) from mistake
     rows = _consistent(run, records)
     _make(run, rows)
