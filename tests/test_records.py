@@ -22,7 +22,9 @@ from tune_kd.records import (
     Ledger,
     Schema,
     clean,
+    damage,
     frame,
+    reading,
     to_parquet,
 )
 
@@ -137,6 +139,35 @@ def test_a_row_that_was_altered_is_noticed(ledger: Ledger) -> None:
     other.commit()
     with pytest.raises(Damaged, match=r"trial_id='t', epoch=1"):
         ledger.rows(EPOCHS)
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x20])
+def test_a_ledger_that_passes_its_check_can_be_written_to(ledger: Ledger, tmp_path: Path, mask: int) -> None:
+    """Whichever byte of SQLite's header changes, or of the rest, which is mostly the definitions of the tables."""
+    ledger.put(TRIALS, {"run": "r", "trial_id": "t"})
+    ledger.close()  # nothing stays in the log
+    content = ledger.path.read_bytes()
+    passed = set()
+    for place in [*range(100), *range(100, len(content), 53)]:
+        other = tmp_path / f"{place}" / ledger.path.name
+        other.parent.mkdir()
+        other.write_bytes(content[:place] + bytes([content[place] ^ mask]) + content[place + 1 :])
+        try:
+            with reading(other) as one:
+                one.check()
+        except Exception as error:
+            assert damage(error)
+            continue
+        passed.add(place)
+        written = Ledger(other)
+        for number in range(1, 4):
+            assert written.add_epoch(epoch(number)) == "new"
+        written.put(DECISIONS, {"run": "r", "trial_id": "t", "epoch": 1})
+        assert [row["trial_id"] for row in written.rows(TRIALS)] == ["t"]
+        assert len(written.rows(EPOCHS)) == 3 and written.rows(DECISIONS)
+        written.check()
+        written.close()
+    assert {18, 19}.isdisjoint(passed)
 
 
 def test_a_flipped_byte_in_a_table_is_noticed_when_pages_are_verified(ledger: Ledger, tmp_path: Path) -> None:

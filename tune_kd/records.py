@@ -298,11 +298,16 @@ class Ledger:
     def check(self) -> None:
         """Read everything. Raises `Damaged`, or what `damage` makes of an error, where not all is as it was written."""
         counted = commits(self.path.parent)  # before the ledger, which may grow meanwhile
+        if _versions(self.path) not in (_VERSIONS, b""):  # empty: its driver was killed
+            raise Damaged(f"{self.path} is damaged (its header); SQLite would read it, and not write to it")
         found = [text for (text,) in self._read("PRAGMA integrity_check(3)", [])]
         if found != ["ok"]:
             raise Damaged(f"{self.path} is damaged ({'; '.join(found)})")
-        if not counted and not self._connection.execute("SELECT * FROM sqlite_master").fetchall():
+        tables = [sql for (sql,) in self._read("SELECT sql FROM sqlite_master WHERE name NOT LIKE 'sqlite%'", [])]
+        if not counted and not tables:
             return  # its driver was killed before it wrote anything
+        if set(tables) != {statement.replace(" IF NOT EXISTS", "") for statement in _CREATE}:
+            raise Damaged(f"{self.path} is damaged: its tables are not those that were made")
         for schema in SCHEMAS:
             self.rows(schema)
         held = self._held()
@@ -332,6 +337,13 @@ _CREATE = [
     for schema in SCHEMAS
 ] + ["CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)"]
 _SET_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
+_VERSIONS = b"\x02\x02"  # what a file with a write-ahead log has there, from its making on
+
+
+def _versions(path: Path) -> bytes:
+    """The versions of SQLite's format for writing and reading: bytes 18 and 19 (https://sqlite.org/fileformat.html)."""
+    with path.open("rb") as file:
+        return file.read(20)[18:]
 
 
 @contextmanager
