@@ -32,7 +32,7 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ["TUNE_RESULT_BUFFER_LENGTH"] = "1"
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"
+os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**9)  # 50 kB of the driver's memory a trial, and never read
 os.environ["TUNE_FORCE_TRIAL_CLEANUP_S"] = "10"
 os.environ.pop("RAY_TUNE_CALLBACKS", None)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # why: see `tune_kd.__main__`
@@ -177,9 +177,12 @@ class _Events(tune.Callback):
         self._bridge.started(trial.trial_id)
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        """Let go of Tune's own statistics of the trial, which nobody reads: the driver would grow by them for ever."""
-        trial.run_metadata.metric_analysis.clear()
-        trial.run_metadata.metric_n_steps.clear()
+        """Let go of what Tune keeps of each trial, which nobody reads: a driver would grow by it as long as it runs."""
+        kept = trial.run_metadata
+        kept.metric_analysis.clear()
+        kept.metric_n_steps.clear()
+        kept.last_result = {"done": True}  # an empty one would be asked of the worker again
+        trial._default_result_or_future = None  # a reference, for which Ray keeps the task that answered it
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         self._bridge.beat()
