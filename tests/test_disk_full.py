@@ -12,15 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 
 from conftest import tiny
+from faults.here import go_on
 from test_ray import EPOCH_FREE, FREE, STUDY, command, epochs_on_record, table, wait_for
-from tune_kd import cli, data, preflight, rebuild
-from tune_kd.execute.driver import Driver
-from tune_kd.execute.in_process import run_in_process
-from tune_kd.execute.worker import Workplace
-from tune_kd.records import EPOCHS, LEDGER, TRIALS, Ledger
+from tune_kd import cli, data
+from tune_kd.records import EPOCHS, LEDGER, Ledger
 from tune_kd.run import Run, begun, create, held, reopen
 from tune_kd.study import Confirm, Factor, Study
 from tune_kd.verify import verify
@@ -37,19 +34,6 @@ def study() -> Study:
 def planned(folder: Path) -> Run:
     digest = data.load("digits", train=60, validation=20, test=20).digest
     return Run("r", folder / "r", study(), digest, None, {"max_concurrent": None, "keep_checkpoints": False})
-
-
-def go_on(run: Run) -> None:
-    """What `launch.execute` does, with this process in the place of Ray."""
-    ledger = rebuild.opened(run, lambda _: None)
-    before = torch.get_num_threads()
-    try:
-        preflight.check(run, ledger.rows(TRIALS), 1)
-        place = Workplace(None, None, run.teachers, run.checkpoints, checkpoint_every=0.0)
-        run_in_process(Driver(run.plan, run.name, run.folder, ledger, place, cpus=1.0, gpus=0.0), place)
-    finally:
-        torch.set_num_threads(before)
-        ledger.close()
 
 
 def start(folder: Path, limit: int | None) -> None:

@@ -23,11 +23,11 @@ import torch
 import typer
 
 from faults import checker
-from tune_kd import rebuild, records, storage
+from faults.here import go_on
+from tune_kd import records, storage
 from tune_kd.data import load_declared
 from tune_kd.execute.driver import Driver
-from tune_kd.execute.in_process import run_in_process
-from tune_kd.execute.worker import Where, Workplace
+from tune_kd.execute.worker import Where
 from tune_kd.records import FAILURES
 from tune_kd.run import Run, begun, find, held, reopen
 from tune_kd.study import Cell, Compare, Confirm, Data, Factor, Mistake, Recipe, Screen, Study
@@ -157,14 +157,7 @@ def resume(out: Path, witness: Witness) -> int:
 
 def _through(run: Run, witness: Witness, *, new: bool) -> int:
     with begun(run) if new else held(run.folder):
-        place = Workplace(None, run.folder.parent / "cache", run.teachers, run.checkpoints, checkpoint_every=0.0)
-        ledger = rebuild.opened(run, lambda _: None)
-        try:
-            driver = Driver(run.plan, run.name, run.folder, ledger, place, cpus=1.0, gpus=0.0)
-            witness.watch(driver)
-            run_in_process(driver, place)
-        finally:
-            ledger.close()
+        driver = go_on(run, witness.watch)
     return int(any(row["status"] in ("failed", "blocked") for row in driver.rows.values()))
 
 

@@ -104,13 +104,15 @@ def train(out: Path, name: str) -> None:
     import torch
 
     from conftest import tiny
+    from faults.here import go_on
     from tune_kd import data
     from tune_kd.execute.driver import Driver
-    from tune_kd.execute.in_process import run_in_process
-    from tune_kd.execute.worker import Workplace
-    from tune_kd.records import LEDGER, Ledger
-    from tune_kd.run import Run, create
+    from tune_kd.run import Run, begun
     from tune_kd.study import Confirm, Factor
+
+    def wait(_: Driver) -> None:
+        print("ready", flush=True)
+        sys.stdin.readline()
 
     torch.set_num_threads(1)
     factors = (Factor("stem", ("cifar",)), Factor("method", ("none", "logit")), Factor("temperature", (4.0,)))
@@ -118,14 +120,8 @@ def train(out: Path, name: str) -> None:
     digest = data.load("digits", train=60, validation=20, test=20).digest
     shares = {"gpus_per_trial": 0.0, "cpus_per_trial": 1.0, "max_concurrent": None, "keep_checkpoints": False}
     run = Run(name, out / name, study, digest, None, shares)
-    create(run)
-    place = Workplace(None, None, run.teachers, run.checkpoints, checkpoint_every=0.0)
-    ledger = Ledger(run.folder / LEDGER)
-    driver = Driver(run.plan, name, run.folder, ledger, place, cpus=1.0, gpus=0.0)
-    print("ready", flush=True)
-    sys.stdin.readline()
-    run_in_process(driver, place)
-    ledger.close()
+    with begun(run):
+        go_on(run, wait)
 
 
 def for_a_teacher(out: Path) -> str | None:

@@ -47,25 +47,13 @@ def arguments(path: Path, out: Path, name: str, settings: Sequence[str]) -> list
 
 def reference(path: Path, folder: Path, settings: Sequence[str]) -> Path:
     """The folder of the study, run in this process and never interrupted."""
-    import torch
-
+    from faults.here import go_on
     from tune_kd import data, studies
-    from tune_kd.execute.driver import Driver
-    from tune_kd.execute.in_process import run_in_process
-    from tune_kd.execute.worker import Workplace
-    from tune_kd.records import Ledger
-    from tune_kd.run import Run, create
+    from tune_kd.run import Run, begun
 
     declared = studies.resolve(path, "faults", None, settings)
     digest = data.load_declared(declared.data, None, say=lambda _: None, progress=False).digest
     run = Run("reference", folder / "reference", declared, digest, None, {})
-    create(run)
-    ledger = Ledger(run.folder / "ledger.sqlite")
-    place = Workplace(None, None, run.teachers, run.checkpoints)
-    threads = torch.get_num_threads()
-    try:
-        run_in_process(Driver(run.plan, run.name, run.folder, ledger, place, cpus=1.0, gpus=0.0), place)
-    finally:
-        torch.set_num_threads(threads)
-        ledger.close()
+    with begun(run):
+        go_on(run)
     return run.folder

@@ -1,0 +1,28 @@
+"""A run in this process, for what Ray would only make slower."""
+
+from collections.abc import Callable
+
+import torch
+
+from tune_kd import preflight, rebuild
+from tune_kd.execute.driver import Driver
+from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.worker import Workplace
+from tune_kd.records import TRIALS
+from tune_kd.run import Run
+
+
+def go_on(run: Run, meet: Callable[[Driver], None] = lambda _: None) -> Driver:
+    """What `launch.execute` does, with this process in the place of Ray. `meet` sees the driver before it begins."""
+    threads = torch.get_num_threads()
+    ledger = rebuild.opened(run, lambda _: None)
+    try:
+        preflight.check(run, ledger.rows(TRIALS), 1)
+        place = Workplace(None, run.folder.parent / "cache", run.teachers, run.checkpoints, checkpoint_every=0.0)
+        driver = Driver(run.plan, run.name, run.folder, ledger, place, cpus=1.0, gpus=0.0)
+        meet(driver)
+        run_in_process(driver, place)
+        return driver
+    finally:
+        torch.set_num_threads(threads)
+        ledger.close()
