@@ -5,15 +5,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
 
 from conftest import contested
+from tune_kd import faults, rebuild
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.plan import plan
 from tune_kd.records import DECISIONS, EPOCHS, TRIALS, Ledger
+from tune_kd.run import Run, create
 from tune_kd.study import Confirm, Screen, Study
 from tune_kd.trial import Decision, Epoch, Outcome
 
@@ -424,6 +427,36 @@ def test_a_run_killed_in_the_middle_of_a_rung_decides_as_one_that_went_on(one_st
     assert {row["action"] for row in whole} == {"stop", "continue"}
     for kill_after in (3, 9, 10, 17, 25):
         assert play(tmp_path / str(kill_after), kill_after) == whole
+
+
+@pytest.mark.parametrize("published", [1, 2, 3])
+def test_tables_of_two_ages_keep_no_epoch_whose_comparison_they_lack(
+    one_stem: Study, tmp_path: Path, published: int
+) -> None:
+    """A kill between two of the tables, then damage to the ledger: what is made of them fits together."""
+    run = Run("r", tmp_path, contested(one_stem), "0" * 64, None, {})
+    create(run)
+    bench = Bench(run.study, tmp_path)
+    teacher = bench.start()
+    bench.finish(teacher)
+    control, arm = (bench.start().trial for _ in range(2))
+    for number in range(1, run.study.screen.grace):
+        for trial in (control, arm):
+            bench.driver.on_epoch(trial.trial_id, epoch(number), HERE)
+    bench.driver.write_tables()
+    for trial in (control, arm):
+        assert bench.driver.on_epoch(trial.trial_id, epoch(run.study.screen.grace), HERE)
+    assert len(bench.driver.decisions) == 2
+    at = patch.multiple(faults, _name="tables.published", _left=published)
+    with at, patch("os.kill", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        bench.driver.write_tables()
+    bench.ledger.close()
+    bench.ledger.path.write_bytes(b"")
+    ledger = rebuild.opened(run, lambda _: None)
+    there = {row["trial_id"] for row in ledger.rows(EPOCHS) if row["epoch"] == run.study.screen.grace}
+    compared = {row["trial_id"] for row in ledger.rows(DECISIONS)}
+    assert compared == there - {teacher.trial.trial_id}
+    assert len(compared) == (2 if published == 3 else 0)
 
 
 def test_seeds_that_are_added_to_a_stopped_arm_or_a_failed_teacher_are_not_run(study: Study, tmp_path: Path) -> None:
