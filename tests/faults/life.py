@@ -27,7 +27,7 @@ class Life:
     name: str = "run"
     logs: list[Path] = field(default_factory=list)  # of the witnesses, one a driver
     killed_at: float = float("-inf")  # monotonic time of the last kill of a driver or a raylet
-    unbegun: int = 0  # folders that were left without a `study.json`, which neither `run` nor `resume` takes
+    unbegun: int = 0  # times that there was a folder without a `study.json`, which `run` has to take over
 
     def __enter__(self) -> "Life":
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -49,17 +49,16 @@ class Life:
         """What its drivers have said."""
         return self.folder / "said.txt"
 
-    def go_on(self, extra: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-        """Start a driver: `resume` where the run has begun, else `run`. `extra` is added to its environment."""
+    def go_on(self, extra: Mapping[str, str] | None = None, options: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+        """Start a driver: `resume` with these options where the run has begun, else `run`. `extra` is added to its
+        environment."""
         begun = (self.run / "study.json").is_file()
-        if not begun and self.run.exists():
-            self.unbegun += 1
-            self.name += "-again"
+        self.unbegun += not begun and self.run.exists()
         begin = study.arguments(self.path, self.folder / "results", self.name, self.settings)
         self.logs.append(self.folder / f"witness-{len(self.logs)}.jsonl")
         self.began = time.time()
         env = processes.environment(self.tag, self.home, extra)
-        command = ["resume", str(self.run)] if begun else begin
+        command = ["resume", str(self.run), *options] if begun else begin
         return processes.start(self.logs[-1], command, env, self.said, self.checkpoint_every)
 
     @property

@@ -14,7 +14,7 @@ import sqlite3
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,8 +26,7 @@ from faults.life import Life, Progress, place
 
 VARIABLE = "TUNE_KD_CRASH"
 ENOUGH = 2  # dead workers; a trial that loses three in a row has failed
-ONCE = ("study.published", "drain.begun", "rebuild.set_aside")  # a driver passes these a single time
-LEFT_OUT = ("extension.recorded",)  # needs another study; its tests are with the extension's
+ONCE = ("study.published", "drain.begun", "rebuild.set_aside", "extension.recorded")  # passed a single time
 
 
 def named() -> Mapping[str, str]:
@@ -39,9 +38,14 @@ def named() -> Mapping[str, str]:
 def crash(life: Life, point: str, n: int, reference: Path, patience: float) -> tuple[str, list[str]]:
     """Run, die at a point, go on without it. Returns what died, and the violations."""
     found: list[str] = []
+    options: Sequence[str] = ()
     if point == "rebuild.set_aside":
         found += _ended_and_damaged(life, patience)
-    status, more = _driver(life, {VARIABLE: f"{point}:{n}"}, patience, drain=point == "drain.begun")
+    if point == "extension.recorded":
+        found += _driver(life, {}, patience)[1]
+        options = ("--extend",)
+    crashing = {VARIABLE: f"{point}:{n}"}
+    status, more = _driver(life, crashing, patience, options, drain=point == "drain.begun")
     found += more
     lost = _lost(life.run)
     if status == -signal.SIGKILL:
@@ -51,7 +55,8 @@ def crash(life: Life, point: str, n: int, reference: Path, patience: float) -> t
         if died == "worker" and status != 143:
             found.append(f"I7: SIGTERM ended the driver with {status}, not 143: {life.last_words()}")
         if point != "rebuild.set_aside":  # there is no ledger now; the next driver makes it
-            found += life.check_between()
+            coming = "I4" if point == "extension.recorded" else "-"  # trials that the next driver will add
+            found += [each for each in life.check_between() if not each.startswith(coming)]
         status, more = _driver(life, {}, patience)
         found += more
     if status != 0:
@@ -59,7 +64,9 @@ def crash(life: Life, point: str, n: int, reference: Path, patience: float) -> t
     return died, [*found, *life.check_ended(status, reference)]
 
 
-def _driver(life: Life, extra: Mapping[str, str], patience: float, drain: bool = False) -> tuple[int | None, list[str]]:
+def _driver(
+    life: Life, extra: Mapping[str, str], patience: float, options: Sequence[str] = (), drain: bool = False
+) -> tuple[int | None, list[str]]:
     """Start a driver and wait for its end. Returns its status, null where it hung, and what was found.
 
     Where it is to crash (`extra`), SIGTERM ends it after enough dead workers; `drain` sends it after the first epoch.
@@ -68,7 +75,7 @@ def _driver(life: Life, extra: Mapping[str, str], patience: float, drain: bool =
     def leave() -> bool:
         return bool(extra) and (_lost(life.run) >= ENOUGH or (drain and bool(life.epochs[-1])))
 
-    driver = life.go_on(extra)
+    driver = life.go_on(extra, options)
     with Reader(life.run) as reader:
         status = _wait(driver, Progress(life, patience), leave)
     hung = [f"I7: the driver hung: no epoch in {patience:.0f} s"] if status is None else []
@@ -108,15 +115,18 @@ def _ended_and_damaged(life: Life, patience: float) -> list[str]:
 
 
 def rounds(
-    folder: Path, times: int, settings: tuple[str, ...], only: list[str], patience: float, say: Callable[[str], None]
+    folder: Path, times: int, seeds: int, epochs: int, only: list[str], patience: float, say: Callable[[str], None]
 ) -> list[str]:
     """Every point so many times; returns all violations."""
+    settings = study.settings(seeds, epochs)
+    in_two_looks = (*settings, f"confirm.looks=[{seeds - 1}, {seeds}]")
     path, all_found, died = study.write(folder), list[str](), Counter[str]()
     reference = study.reference(path, folder / "whole", settings)
-    for point in only or [name for name in named() if name not in LEFT_OUT]:
+    for point in only or named():
         for time_ in range(1, times + 1):
             n = 1 if point in ONCE else time_
-            with Life(folder / f"{point}-{time_}", path, settings, checkpoint_every=0.0) as life:
+            chosen = in_two_looks if point == "extension.recorded" else settings
+            with Life(folder / f"{point}-{time_}", path, chosen, checkpoint_every=0.0) as life:
                 what, found = crash(life, point, n, reference, patience)
             if what == "nothing":
                 found.append(f"harness: nobody passed {point} {n} times")
@@ -135,7 +145,7 @@ def points(
     times: Annotated[int, typer.Option(help="Die at the first, second, ... passing of each point.")] = 3,
     only: Annotated[list[str] | None, typer.Option("--point", help="This point. Repeatable; all by default.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Folder for runs with findings.", show_default=False)] = None,
-    seeds: Annotated[int, typer.Option(help="Confirmation seeds of the study.")] = 1,
+    seeds: Annotated[int, typer.Option(help="Confirmation seeds of the study.", min=3)] = 3,
     epochs: Annotated[int, typer.Option(help="Epochs of each trial.")] = 4,
     patience: Annotated[float, typer.Option(help="Seconds without an epoch after which a driver hangs.")] = 60.0,
 ) -> None:
@@ -144,7 +154,7 @@ def points(
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}; allowed: {', '.join(named())}")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the reference, too, is to be computed on the CPU
     with place(keep) as folder:
-        found = rounds(folder, times, study.settings(seeds, epochs), list(only or ()), patience, typer.echo)
+        found = rounds(folder, times, seeds, epochs, list(only or ()), patience, typer.echo)
         typer.echo(f"{len(found)} violations")
         if found:
             typer.echo(f"the runs are in {folder}")
