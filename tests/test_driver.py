@@ -312,6 +312,17 @@ def test_memory_that_runs_out_is_tried_again_with_a_larger_share(study: Study, t
     assert "CUDA out of memory" in row["error"]
 
 
+def test_a_task_without_a_place_is_known_with_the_share_that_it_needs(study: Study, tmp_path: Path) -> None:
+    bench = Bench(study, tmp_path, gpus=0.25)
+    task = bench.start()
+    assert bench.driver.placeless is None
+    bench.driver.on_end(task.trial.trial_id, Failure("out_of_memory", "too large"))
+    again = bench.driver.next()
+    assert again is bench.driver.placeless and again is not None and again.gpus == 0.5
+    bench.driver.on_start(again)
+    assert bench.driver.placeless is None
+
+
 def test_not_more_trials_run_than_asked_for(study: Study, tmp_path: Path) -> None:
     bench = Bench(study, tmp_path, max_concurrent=1)
     task = bench.start()

@@ -108,7 +108,7 @@ def test_a_named_place_kills_at_the_pass_that_was_asked_for_and_costs_nothing_el
     assert passes("trial.started") == (-9, 1)
     assert passes("trial.started:3") == (-9, 3)
     assert passes("trial.ended") == (0, 5)
-    assert passes("nowhere")[0] == 1
+    assert passes("nowhere")[0] == passes("trial.ended:x")[0] == 2
 
 
 def test_every_named_place_is_passed_somewhere() -> None:

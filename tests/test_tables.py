@@ -51,7 +51,8 @@ def test_a_run_is_read_with_its_types_by_path_and_by_name(tmp_path: Path) -> Non
     folder = write(tmp_path / "runs" / "r")
     for records in (tune_kd.load(folder), load("r", out=tmp_path / "runs"), load(folder / "trials.parquet")):
         assert records.runs == ["r"]
-        for schema, table in zip(SCHEMAS, (records.trials, records.epochs, records.decisions), strict=True):
+        for schema in SCHEMAS:
+            table = getattr(records, schema.name)
             assert list(table.columns) == list(schema.columns)
             assert [str(each) for each in table.dtypes] == [PANDAS[kind] for kind in schema.columns.values()]
     assert records.study["run"] == "r"

@@ -6,6 +6,7 @@ comparison. Ray's workers inherit the variable.
 
 import os
 import signal
+import sys
 
 POINTS = {
     "study.published": "the plan is on disk; Ray has not been started",
@@ -27,9 +28,13 @@ POINTS = {
 }
 
 _name, _, _count = os.environ.get("TUNE_KD_CRASH", "").partition(":")
-_left = int(_count or 1) if _name else 0
-if _name and _name not in POINTS:
-    raise ValueError(f"TUNE_KD_CRASH is {_name!r}; allowed: {', '.join(POINTS)}, with `:N` for the N-th pass")
+if _name and (_name not in POINTS or not (_count or "1").isdecimal()):
+    sys.stderr.write(
+        f"tune_kd: TUNE_KD_CRASH is {os.environ['TUNE_KD_CRASH']!r}; allowed: {', '.join(POINTS)}, with `:N` for the "
+        "N-th pass\n"
+    )
+    raise SystemExit(2)
+_left = int(_count or 1)
 
 
 def point(name: str) -> None:

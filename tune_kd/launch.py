@@ -90,8 +90,8 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
             check_ray()
             if driver.running:
                 busy_at = time.monotonic()
-            elif time.monotonic() - busy_at > IDLE and not driver.finished:
-                share = f"{run.settings['cpus_per_trial']:g} CPU and {gpus:g} GPU"
+            elif time.monotonic() - busy_at > IDLE and (task := driver.placeless) is not None:
+                share = f"{task.cpus:g} CPU and {task.gpus:g} GPU"
                 once(f"nothing has run for {IDLE:.0f} s: a trial needs {share}, and Ray waits for a node with them")
             if driver.stopping:
                 why = driver.broken or "interrupted"

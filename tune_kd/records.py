@@ -115,7 +115,9 @@ DECISIONS = Schema(
     fractions=("metric",),
 )
 
-SCHEMAS = (TRIALS, EPOCHS, DECISIONS)
+SCHEMAS = (TRIALS, DECISIONS, EPOCHS)
+"""In the order in which the tables are made, against which they are read: of tables of two ages, as a kill or a reader
+in between finds them, no epoch is there without its trial and its comparison."""
 TIMING = (
     "attempt",
     "seconds",
@@ -317,8 +319,7 @@ class Ledger:
     def write_tables(self, folder: Path) -> None:
         """Make the three Parquet tables, each complete or as it was before."""
         known = digests(folder) or {}
-        # Epochs come last: of tables of two ages, between which a kill came, none is there without its comparison.
-        for schema in (TRIALS, DECISIONS, EPOCHS):
+        for schema in SCHEMAS:
             path = folder / f"{schema.name}.parquet"
             before = read(path) if path.is_file() else None
             here = None if before is None else hashlib.sha256(before).hexdigest()

@@ -98,10 +98,10 @@ def load(*runs: Path | str, out: Path | str = "results", adapt: Adapter | None =
     if len(found) == 1:
         return found[0]
     # The schema gave all of them the same columns and types, so nothing is dropped.
-    trials, epochs, decisions = (
-        pd.concat([getattr(one, schema.name) for one in found], ignore_index=True) for schema in SCHEMAS
-    )
-    return Records(trials, epochs, decisions, {name: of for one in found for name, of in one.studies.items()})
+    joined = {
+        schema.name: pd.concat([getattr(one, schema.name) for one in found], ignore_index=True) for schema in SCHEMAS
+    }
+    return Records(**joined, studies={name: of for one in found for name, of in one.studies.items()})
 
 
 def place(run: Path | str, out: Path | str = "results") -> Path:
@@ -129,7 +129,6 @@ def _load(place: Path, adapt: Adapter | None) -> Records:
     whole = ours or (place / "trials.parquet").is_file()
     digested = ours and _digested(place / "study.json")
     tables: dict[str, pd.DataFrame] = {}
-    # Against the order in which they are made: should they be made again meanwhile, no epoch lacks its trial.
     for schema in reversed(SCHEMAS):
         path = _file(place, schema.name, whole)
         again = f"`tune_kd resume {place}` makes the tables again from the ledger" if ours else "restore the file"

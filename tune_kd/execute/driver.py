@@ -63,7 +63,7 @@ class Driver:
         screen = plan.study.screen
         strata = {arm.name: stratum(screen, asdict(arm.cell)) for arm in plan.arms}
         self._schedule = Schedule(screen, plan.study.recipe.epochs, strata, self._immune)
-        self._admitted: set[str] = set()  # trial ids of tasks that are not over
+        self._admitted: dict[str, Task] = {}  # by trial id, until they are over
         self._lost: dict[str, Counter[str]] = {}  # by trial: attempts that failed since it got on, by their reason
         self._best: dict[str, tuple[float, float]] = {}  # trial id -> best (validation accuracy, -loss)
         self._began: dict[str, float] = {}  # trial id -> monotonic time at which its attempt began
@@ -83,13 +83,14 @@ class Driver:
         for trial in self._waiting:
             if self._ready(trial):
                 self._waiting.remove(trial)
-                self._admitted.add(trial.trial_id)
                 row = self.rows[trial.trial_id]
                 # More, where less was not enough; a machine without GPUs has none whatever was asked for before.
                 gpus = max(self._gpus, row["gpu_fraction"] or 0.0) if self._gpus else 0.0
                 answering = self.plan.answering.get(trial.teacher_id or "")
                 taught = self.rows[trial.teacher_id]["weights_digest"] if trial.teacher_id else None
-                return Task(trial, row["attempts"] + 1, row["epochs_run"], self._cpus, gpus, answering, taught)
+                task = Task(trial, row["attempts"] + 1, row["epochs_run"], self._cpus, gpus, answering, taught)
+                self._admitted[trial.trial_id] = task
+                return task
         return None
 
     def on_start(self, task: Task) -> None:
@@ -115,6 +116,11 @@ class Driver:
     def running(self) -> int:
         """How many trials run now."""
         return len(self._began)
+
+    @property
+    def placeless(self) -> Task | None:
+        """A task that was admitted and has not begun; null where there is none."""
+        return next((task for trial_id, task in self._admitted.items() if trial_id not in self._began), None)
 
     @property
     def finished(self) -> bool:
@@ -164,7 +170,7 @@ class Driver:
     def on_end(self, trial_id: str, failure: Failure | None) -> None:
         """Note that an attempt is over. Without a failure it ended because `on_epoch` said so."""
         trial, row = self._trials[trial_id], self.rows[trial_id]
-        self._admitted.discard(trial_id)
+        self._admitted.pop(trial_id, None)
         if row["status"] in ENDED:
             return
         self._count_time(trial_id)
