@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import ray
 
 from conftest import contested
 from tune_kd import data
@@ -134,6 +135,27 @@ def test_one_recorded_sequence_gives_the_same_decisions_three_ways(
     simulated = replay(study.screen, grid, order)
     by_arm = sorted(here.decisions, key=lambda each: (each.rung, order.index(each.arm)))
     assert simulated == by_arm
+
+
+def test_a_trial_that_has_ended_weighs_little_in_the_driver(
+    ray_session: str, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune keeps all its trials, and by default with their last report, statistics and a task of Ray's."""
+    ended: list[Any] = []
+    on_trial_complete = on_ray._Events.on_trial_complete
+
+    def seen(self: Any, trial: Any, **info: Any) -> None:
+        assert {"epoch", "config"} <= set(trial.run_metadata.last_result) and trial.run_metadata.metric_analysis
+        on_trial_complete(self, trial=trial, **info)
+        ended.append(trial)
+
+    monkeypatch.setattr(on_ray._Events, "on_trial_complete", seen)
+    made, place = driver(study, tmp_path)
+    on_ray.run_on_ray(made, place, slots=2, beat=lambda: None, work=recorded({}))
+    assert len(ended) == sum(row["attempts"] for row in made.rows.values())
+    for trial in ended:
+        assert len(json.dumps(trial.run_metadata.get_json_state())) < 3000
+        assert not any(isinstance(each, ray.ObjectRef) for each in vars(trial).values())
 
 
 def token() -> str:
