@@ -105,7 +105,7 @@ def test_a_mistake_gets_one_clear_message_exit_2_and_starts_nothing(
 def test_a_run_of_another_version_is_not_resumed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
-    study = resolve(Path(cli.__file__).parents[1] / "search_spaces" / "ablation.py", "smoke")
+    study = resolve(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", "smoke")
     begun = runs.Run("old", elsewhere / "results" / "old", study, "0" * 64, None, {})
     runs.create(begun)
     altered(begun.folder / "study.json", lambda record: record["versions"].update(tune_kd="0.0.1"))
@@ -117,7 +117,7 @@ def test_a_run_of_another_version_is_not_resumed(
 def begun(elsewhere: Path, ended: str = "completed") -> Path:
     """The folder of a run of a study whose file stands beside it."""
     source = runs.Source(elsewhere / "mine.py", "smoke", settings=("recipe.epochs=3",))
-    shutil.copy(Path(cli.__file__).parents[1] / "search_spaces" / "ablation.py", source.file)
+    shutil.copy(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", source.file)
     study = source.read()
     assert study is not None
     run = runs.Run("mine", elsewhere / "results" / "mine", study, "0" * 64, None, {}, source)
@@ -214,7 +214,7 @@ def test_status_shows_what_early_stopping_decided(
 def test_plan_tells_of_rungs_margins_looks_and_short_grace_periods(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path, elsewhere: Path
 ) -> None:
-    study = resolve(Path(cli.__file__).parents[1] / "search_spaces" / "ablation.py", "laptop")
+    study = resolve(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", "laptop")
     rows = [{"stratum": "cifar/logit", "epoch": epoch, "n": 9, "rho": 0.1, "rho_low": -0.5, "rho_high": 0.6}
             for epoch in range(1, 8)]  # fmt: skip
     (elsewhere / "results" / "before").mkdir(parents=True)
@@ -243,7 +243,7 @@ def test_margins_of_an_earlier_runs_controls_are_on_record_as_a_setting(
         call(monkeypatch, "plan", "ablation", "--scale", "smoke", *given, "--margin-from", str(finished), "--json") == 0
     )
     (margin,) = json.loads(capsys.readouterr().out)["screen"]["margin"]
-    declared = resolve(Path(cli.__file__).parents[1] / "search_spaces" / "ablation.py", "smoke", None, settings)
+    declared = resolve(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", "smoke", None, settings)
     assert [margin] == audit.noise_margins(tables.load(finished), declared)
     assert 0 < margin < 1
 

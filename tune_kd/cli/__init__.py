@@ -1,0 +1,84 @@
+"""The command line: wiring and words. What takes long to import is imported by the command that needs it."""
+
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import typer
+
+from tune_kd.cli import planning, reading, running
+from tune_kd.privacy import masked
+from tune_kd.records import FAILURES
+from tune_kd.study import Mistake
+
+app = typer.Typer(
+    help="Controlled ablation studies of knowledge distillation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (
+    running.run,
+    running.resume,
+    planning.plan,
+    reading.status,
+    reading.report,
+    planning.simulate,
+    planning.calibrate,
+):
+    app.command()(command)
+app.command("list")(reading.list_)
+
+
+def main() -> None:
+    """The entry point: a mistake of the caller's is one message and exit status 2."""
+    try:
+        with _left_by_signals():
+            app()
+    except Mistake as mistake:
+        for problem in mistake.problems:
+            print(f"tune_kd: {masked(problem)}", file=sys.stderr)
+        sys.exit(2)
+    except FAILURES as error:  # of the machine, not of the caller
+        print(f"tune_kd: {type(error).__name__}: {error}", file=sys.stderr)
+        if advice := _advice(error):
+            print(f"tune_kd: {advice}", file=sys.stderr)
+        sys.exit(3)
+    except Exception:  # ours: 1 would say that trials failed
+        traceback.print_exc()
+        print("tune_kd: this is an error in tune_kd; what is on record is whole, please report it", file=sys.stderr)
+        sys.exit(3)
+
+
+def _advice(error: Exception) -> str:
+    """What to do about a failure of the machine. Whatever it was, what is on record stays."""
+    from tune_kd.records import damage
+
+    if damage(error):
+        return "`tune_kd status RUN --verify` says what is damaged, and what `tune_kd resume RUN` can make again"
+    if isinstance(error, OSError) and error.errno is None:  # ours, whose words say it
+        return ""
+    return "what is on record is whole; see that the disk has room and can be written to, then `tune_kd resume RUN`"
+
+
+@contextmanager
+def _left_by_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM end the command with 130 and 143, whatever it is at, except while trials run."""
+    received: list[int] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if received:  # Python drops what is raised while it frees an object, so it is told again
+            raise SystemExit(128 + received[0])

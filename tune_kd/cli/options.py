@@ -1,0 +1,120 @@
+"""What several commands share: their options, and how these are read."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from rich.console import Console
+
+from tune_kd.study import Mistake
+
+T = TypeVar("T")
+
+StudyName = Annotated[str, typer.Argument(help="A name in search_spaces/ or the path of a file.", metavar="STUDY")]
+RunName = Annotated[str, typer.Argument(help="A name under --out or a path.", metavar="RUN")]
+Scale = Annotated[str, typer.Option(help="auto, or a scale that the study declares (paper, laptop, smoke).")]
+DataName = Annotated[str | None, typer.Option("--data", help="Data set: digits or cifar10.", show_default=False)]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(help="CIFAR-10: torchvision's files, an image folder, or a tar of one.", show_default=False),
+]
+Out = Annotated[Path, typer.Option(help="Folder of all runs and of the teachers they share.")]
+Name = Annotated[str | None, typer.Option(help="Name of the run; made from study and time by default.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a field of the study: recipe.epochs=4. Repeatable.")
+]
+MarginFrom = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUN", help="Take screen.margin from the spread of an earlier run's controls.", show_default=False
+    ),
+]
+Phases = Annotated[
+    list[str] | None,
+    typer.Option("--phase", help="In tables of others, what a phase is: select=screen. Repeatable."),
+]
+Gpus = Annotated[
+    str | None, typer.Option(help="GPU share of a trial, such as 0.25; auto measures one.", show_default=False)
+]
+Cpus = Annotated[float, typer.Option(help="CPU share of a trial; its whole part is its threads, at least one.")]
+MaxConcurrent = Annotated[int | None, typer.Option(help="Most trials at a time.", show_default=False)]
+Address = Annotated[str | None, typer.Option(help="Address of a running Ray cluster.", show_default=False)]
+Keep = Annotated[bool, typer.Option("--keep-checkpoints", help="Keep the final checkpoint of each trial.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
+
+DEFAULT_OUT = Path("results")
+
+
+def console_for(as_json: bool) -> Console:
+    return Console(stderr=as_json)
+
+
+def tracked(count: int, what: str) -> Iterable[int]:
+    """Numbers up to a count, with a bar on standard error where that is a terminal."""
+    from rich.progress import track
+
+    shown = Console(stderr=True)
+    return track(range(count), what, console=shown, transient=True, disable=not shown.is_terminal)
+
+
+def collect(problems: list[str], check: Callable[[], T]) -> T | None:
+    """What a check returns; its problems are added to the others, so that all are told at once."""
+    try:
+        return check()
+    except Mistake as mistake:
+        problems += mistake.problems
+        return None
+
+
+def naming(option: str, read: Callable[[], T]) -> T:
+    """What is read; a mistake in it names the option, and not the argument RUN that it would be elsewhere."""
+    try:
+        return read()
+    except Mistake as mistake:
+        raise Mistake(*(problem.replace("RUN", option, 1) for problem in mistake.problems)) from mistake
+
+
+def scale_of(path: Path, scale: str, address: str | None) -> tuple[str, str]:
+    """The scale that `auto` means here, and why."""
+    from tune_kd import studies
+
+    if scale != "auto":
+        return scale, ""
+    declared = studies.scales(path)
+    if len(declared) == 1:
+        return next(iter(declared)), ", its only one"
+    if not {"paper", "laptop"} <= set(declared):
+        raise Mistake(f"--scale is auto, which means paper or laptop; {path} declares: {', '.join(declared)}")
+    if address is not None:
+        from tune_kd.execute.on_ray import connect
+
+        seen = connect(address).gpus > 0
+    else:
+        import torch
+
+        seen = torch.cuda.is_available()
+    if seen:
+        return "paper", ", since Ray sees a GPU (--scale laptop for a small one)"
+    return "laptop", ", since Ray sees no GPU (--scale paper for the whole study)"
+
+
+def settings_with(
+    settings: list[str] | None, margin_from: str | None, path: Path, scale: str, data: str | None, out: Path
+) -> list[str]:
+    """What is set of a study, with the margins that an earlier run's controls give; they are on record like any other
+    setting."""
+    given = settings or []
+    if margin_from is None:
+        return given
+    if any(setting.partition("=")[0] == "screen.margin" for setting in given):
+        raise Mistake("--margin-from is given beside --set screen.margin; allowed: one of them")
+    from tune_kd import audit, studies
+    from tune_kd.foreign import Adapter
+    from tune_kd.tables import load
+
+    study = studies.resolve(path, scale, data, given)
+    earlier = naming("--margin-from", lambda: load(margin_from, out=out, adapt=Adapter(rest="screen")))
+    margins = audit.noise_margins(earlier, study)
+    return [*given, f"screen.margin={json.dumps(margins)}"]

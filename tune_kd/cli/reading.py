@@ -1,0 +1,168 @@
+"""Commands that read what runs have recorded: `status`, `report` and `list`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from tune_kd.cli.options import DEFAULT_OUT, AsJson, Out, Phases, collect, console_for
+from tune_kd.study import Mistake
+
+if TYPE_CHECKING:
+    from tune_kd.tables import Records
+
+
+def status(
+    run: Annotated[str | None, typer.Argument(help="A name under --out or a path; the newest by default.")] = None,
+    out: Out = DEFAULT_OUT,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every file of the run, and say what can be made again.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a run stands, from its records, also while it goes on."""
+    from collections import Counter
+
+    from tune_kd import run as runs
+    from tune_kd.records import DECISIONS, LEDGER, TRIALS, reading
+    from tune_kd.trial import Decision
+    from tune_kd.view import PHASES, progress
+
+    if run is None:
+        found = runs.existing(out)
+        if not found:
+            raise Mistake(f"--out is {out}, where there is no run; start one with `python -m tune_kd run ablation`")
+        folder = found[0]
+    else:
+        folder = runs.find(out, run)
+    if verify:
+        _verify(folder, as_json)
+    if not (folder / LEDGER).is_file():
+        raise Mistake(f"RUN is {folder}, which has no ledger yet; start it with `python -m tune_kd resume {folder}`")
+    with reading(folder / LEDGER) as ledger:
+        rows, decisions = ledger.rows(TRIALS), ledger.rows(DECISIONS)
+    holder = runs.holder(folder)
+    if as_json:
+        phases = {phase: dict(Counter(row["status"] for row in rows if row["phase"] == phase)) for phase in PHASES}
+        answer = {"run": folder.name, "held_by": holder, "phases": phases, "trials": rows, "decisions": decisions}
+        print(json.dumps(answer))
+        return
+    console = Console()
+    console.print(progress(folder.name, rows, [Decision.of(row) for row in decisions], None))
+    if holder is not None:
+        console.print(f"run by process {holder['pid']} on {holder['host']} since {holder['since']}", highlight=False)
+    elif any(row["status"] in ("pending", "running") for row in rows):
+        console.print(f"nobody runs it; go on with: python -m tune_kd resume {folder}", highlight=False)
+    for row in rows:
+        if row["status"] in ("failed", "blocked"):
+            console.print(f"{row['arm']} seed {row['seed']} {row['status']}: {row['error']}", highlight=False)
+
+
+def _verify(folder: Path, as_json: bool) -> NoReturn:
+    """Say what is wrong with a run, and exit with 3 where anything is."""
+    from tune_kd.verify import verify
+
+    found = verify(folder)
+    if as_json:
+        print(json.dumps({"run": folder.name, "findings": [asdict(finding) for finding in found]}))
+    else:
+        console = Console()
+        for finding in found:
+            console.print(f"{finding.part}: {finding.what}; {finding.remedy}", highlight=False, soft_wrap=True)
+        if not found:
+            console.print(f"{folder} is whole, from its plan to its teachers' answers", highlight=False, soft_wrap=True)
+    raise SystemExit(3 if found else 0)
+
+
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(help="Names under --out or paths; several are compared.", metavar="RUN...")
+    ],
+    out: Out = DEFAULT_OUT,
+    formats: Annotated[
+        str, typer.Option("--format", help="What to write: html,md,csv,tex,png,svg, or some of them.")
+    ] = "html,md,csv,tex,png,svg",
+    to: Annotated[
+        Path | None, typer.Option(help="Folder to write to; RUN/report by default.", show_default=False)
+    ] = None,
+    phases: Phases = None,
+    open_: Annotated[bool, typer.Option("--open", help="Open the report when it is written.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make the tables, figures and page of runs, and print their effects."""
+    from tune_kd.foreign import Adapter, parse_phases
+    from tune_kd.tables import load, place
+
+    problems: list[str] = []
+    meaning = collect(problems, lambda: parse_phases(phases or ()))
+    records = collect(problems, lambda: load(*runs, out=out, adapt=Adapter(phases=meaning or {})))
+    if records is not None and meaning and len(records.studies) == len(records.runs):
+        problems.append("--phase is given, and RUN is a run of tune_kd's; allowed: with tables of others only")
+    if records is None or problems:
+        raise Mistake(*problems)
+    if to is None:
+        own = place(runs[0], out)
+        to = own / "report" if len(runs) == 1 and own.is_dir() else Path(f"report-{'-'.join(records.runs)}"[:200])
+    first = print_report(records, to, console_for(as_json), as_json, formats.split(","))
+    if open_:
+        typer.launch(str(first.absolute()))
+
+
+def list_(out: Out = DEFAULT_OUT, as_json: AsJson = False) -> None:
+    """List studies and runs."""
+    from tune_kd import run as runs
+    from tune_kd import studies
+
+    names = {name: str(path) for name, path in studies.available().items()}
+    folders = [str(folder) for folder in runs.existing(out)]
+    if as_json:
+        print(json.dumps({"studies": names, "runs": folders}))
+        return
+    console = Console()
+    for name, path in names.items():
+        console.print(f"study  {name}  {path}", highlight=False, soft_wrap=True)
+    for folder in folders:
+        console.print(f"run    {Path(folder).name}  {folder}", highlight=False, soft_wrap=True)
+    if not folders:
+        console.print(f"no runs under {out}", highlight=False)
+
+
+def print_report(
+    records: "Records", folder: Path, console: Console, as_json: bool, formats: Sequence[str] | None = None
+) -> Path:
+    """Write a report and say what is in it; returns the file to read first."""
+    from tune_kd import provenance, results, view
+    from tune_kd import report as reports
+
+    try:
+        first = reports.write(folder, records, formats or reports.FORMATS)
+    except ValueError as error:  # tables of others, of which some statement has no sense
+        raise error if isinstance(error, Mistake) else Mistake(str(error)) from error
+    effects, arms, explored = results.contrasts(records), results.arms(records), results.exploratory(records)
+    if as_json:
+        answer: dict[str, Any] = {"runs": records.runs, "report": str(first)}
+        answer |= {name: json.loads(table.to_json(orient="records")) for name, table in
+                   (("arms", arms), ("contrasts", effects), ("exploratory", explored))}  # fmt: skip
+        if len(records.runs) > 1:
+            answer["differences"] = provenance.differences(records).to_dict("records")
+        print(json.dumps(answer))
+        return first
+    console.print()
+    console.print(view.arms(arms))
+    if len(effects):
+        console.print()
+        teachers = {len(study["study"]["teacher_seeds"]) for study in records.studies.values()}
+        console.print(view.effects(effects, max(teachers)))
+    if len(records.runs) > 1:
+        console.print()
+        console.print(view.differences(provenance.differences(records)))
+    if not records.studies:
+        console.print()
+        console.print("No study fixed contrasts for these tables: everything in them is exploratory.", highlight=False)
+    console.print()
+    console.print(f"report: {first}", highlight=False, soft_wrap=True)
+    return first

@@ -1,0 +1,181 @@
+"""Commands that train: `run` and `resume`."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from tune_kd.cli.options import (
+    DEFAULT_OUT,
+    Address,
+    AsJson,
+    Cpus,
+    DataDir,
+    DataName,
+    Gpus,
+    Keep,
+    MarginFrom,
+    MaxConcurrent,
+    Name,
+    Out,
+    RunName,
+    Scale,
+    Settings,
+    StudyName,
+    collect,
+    console_for,
+    scale_of,
+    settings_with,
+)
+from tune_kd.cli.reading import print_report
+from tune_kd.study import Mistake
+
+if TYPE_CHECKING:
+    from tune_kd.launch import Ended
+    from tune_kd.run import Run
+
+INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+def run(
+    study: StudyName,
+    scale: Scale = "auto",
+    data: DataName = None,
+    data_dir: DataDir = None,
+    out: Out = DEFAULT_OUT,
+    name: Name = None,
+    settings: Settings = None,
+    margin_from: MarginFrom = None,
+    gpus_per_trial: Gpus = None,
+    cpus_per_trial: Cpus = 1.0,
+    max_concurrent: MaxConcurrent = None,
+    address: Address = None,
+    keep_checkpoints: Keep = False,
+    as_json: AsJson = False,
+) -> None:
+    """Plan a study, train it with Ray Tune, record and report it."""
+    from tune_kd import evidence, launch, shares, studies
+    from tune_kd import run as runs
+    from tune_kd.plan import plan as expand
+
+    console = console_for(as_json)
+    data_dir = data_dir and data_dir.expanduser().absolute()
+    path = studies.find(study)
+    chosen, why = scale_of(path, scale, address)
+    problems: list[str] = []
+    settings = collect(problems, lambda: settings_with(settings, margin_from, path, chosen, data, out))
+    resolved = collect(problems, lambda: studies.resolve(path, chosen, data, settings or ()))
+    if resolved is not None:
+        name = collect(problems, lambda: runs.check_new(out, name, resolved))
+    collect(problems, lambda: launch.check_compiler(resolved))
+    gpus = collect(problems, lambda: shares.parse_gpus(gpus_per_trial))
+    collect(problems, lambda: shares.check(cpus_per_trial, gpus, max_concurrent, address))
+    if problems:
+        raise Mistake(*problems)
+    assert resolved is not None and name is not None
+    console.print(f"{resolved.name} at scale {chosen}{why}", highlight=False)
+    for warning in evidence.warnings(expand(resolved), out):
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+    loaded = launch.load_data(resolved, data_dir, console)
+    begun = runs.Run(
+        name=name,
+        folder=out / name,
+        study=resolved,
+        data_digest=loaded.digest,
+        data_dir=data_dir,
+        settings={
+            "gpus_per_trial": launch.measured_share(resolved, loaded, console) if gpus == "auto" else gpus,
+            "cpus_per_trial": cpus_per_trial,
+            "max_concurrent": max_concurrent,
+            "keep_checkpoints": keep_checkpoints,
+        },
+        source=runs.Source(path, chosen, data, tuple(settings or ())),
+    )
+    launch.fetch_weights(resolved)
+    with _resumable(begun.folder, console):
+        with runs.begun(begun):
+            ended = launch.execute(begun, console, address)
+        _conclude(begun, ended, console, as_json)
+
+
+def resume(
+    run: RunName,
+    out: Out = DEFAULT_OUT,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Go to the study's next look, or add seeds or levels that it declares now.")
+    ] = False,
+    settings: Settings = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run what is missing of a run, from where it stood."""
+    from tune_kd import launch
+    from tune_kd import run as runs
+
+    console = console_for(as_json)
+    reopened = runs.reopen(runs.find(out, run))
+    if settings and not extend:
+        raise Mistake("--set is given; allowed: with --extend only, since a run keeps the study that it began with")
+    with runs.held(reopened.folder):  # whoever else holds it is told of before anything is read or changed
+        reopened = runs.reopen(reopened.folder)
+        if extend:
+            reopened = runs.extended(reopened, settings or ())
+        elif changes := runs.changes(reopened):
+            raise Mistake(
+                f"RUN is {reopened.name}, whose study was changed since it began: {'; '.join(changes)}. Put the study "
+                "back, start a new run, or, where only seeds or levels were added, resume with --extend"
+            )
+        digest = launch.load_data(reopened.study, reopened.data_dir, console).digest
+        if digest != reopened.data_digest:
+            raise Mistake(
+                f"RUN is {reopened.name}, begun on data with the digest {reopened.data_digest[:16]}; the data now have "
+                f"{digest[:16]}: put the same data back at {reopened.data_dir or 'their place'}"
+            )
+        launch.fetch_weights(reopened.study)
+        extension = (lambda: runs.record_extension(reopened)) if extend else (lambda: None)
+        with _resumable(reopened.folder, console):
+            ended = launch.execute(reopened, console, address, extension)
+    with _resumable(reopened.folder, console):
+        _conclude(reopened, ended, console, as_json)
+
+
+@contextmanager
+def _resumable(folder: Path, console: Console) -> Iterator[None]:
+    """Say how to go on where a signal ends what is done here, if there is something to go on with."""
+    from tune_kd.run import STUDY
+
+    try:
+        yield
+    except SystemExit as left:
+        if left.code in INTERRUPTED and (folder / STUDY).is_file():
+            console.print(f"interrupted; go on with: python -m tune_kd resume {folder}", highlight=False)
+        raise
+
+
+def _conclude(run: "Run", ended: "Ended", console: Console, as_json: bool) -> NoReturn:
+    """Report a run that has ended, and exit with what became of it."""
+    from tune_kd import audit, evidence
+    from tune_kd.tables import load
+
+    if ended.signal is not None:
+        raise SystemExit(128 + ended.signal)
+    records = load(run.folder)
+    evidence.record(run.folder, run.name, run.study, audit.rank_correlations(records, everywhere=True))
+    print_report(records, run.folder / "report", console, as_json)
+    looks = run.study.confirm.looks or ()
+    if run.look + 1 < len(looks):
+        console.print(
+            f"This was look {run.look + 1} of {len(looks)}; go on to {looks[run.look + 1]} seeds with: "
+            f"python -m tune_kd resume {run.folder} --extend",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if ended.failed:
+        console.print(
+            f"{ended.failed} trials failed or were blocked; `tune_kd status {run.folder}` says why", highlight=False
+        )
+    raise SystemExit(1 if ended.failed else 0)
