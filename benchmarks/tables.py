@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from benchmarks.measure import Result, result
 from search_spaces.ablation import study
 from tune_kd.plan import plan
-from tune_kd.records import DECISIONS, EPOCHS, TRIALS, frame, to_parquet
+from tune_kd.records import DECISIONS, EPOCHS, TRIALS, arrow, frame, to_parquet
 
 TRIALS_COUNT, EPOCHS_EACH = 10_000, 100
 
@@ -56,9 +57,9 @@ def write_large(folder: Path) -> None:
     large = pd.DataFrame({name: column.reset_index(drop=True) for name, column in columns.items()})[
         list(epochs.columns)
     ]
-    tables = {"trials": frame(TRIALS, rows), "epochs": large, "decisions": frame(DECISIONS, [])}
-    for name, table in tables.items():
-        (folder / f"{name}.parquet").write_bytes(to_parquet(table))
+    wide = pa.Table.from_pandas(large, schema=arrow(EPOCHS, []).schema, preserve_index=False)
+    for schema, table in ((TRIALS, arrow(TRIALS, rows)), (EPOCHS, wide), (DECISIONS, arrow(DECISIONS, []))):
+        (folder / f"{schema.name}.parquet").write_bytes(to_parquet(table))
     resolved = asdict(study()) | {"confirm": {"seeds": list(range(1, seeds + 1))}}
     record = {
         "run": "large", "study": resolved, "data": {"name": "noise"},

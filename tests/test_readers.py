@@ -17,7 +17,7 @@ from pyarrow.fs import LocalFileSystem
 
 from conftest import tiny
 from tune_kd import records, tables
-from tune_kd.records import EPOCHS, LEDGER, SCHEMAS, TRIALS, Ledger, first_row, frame, to_parquet
+from tune_kd.records import EPOCHS, LEDGER, SCHEMAS, TRIALS, Ledger, arrow, first_row, to_parquet
 from tune_kd.run import Run, create
 
 MANY = 200  # trials, from which on the tables only change
@@ -120,7 +120,7 @@ def test_what_pyarrow_reads_by_the_footer_of_the_table_before_is_the_table_befor
         ledger.write_tables(run.folder)
         pd.testing.assert_frame_equal(opened.to_table().to_pandas(), before, check_dtype=False)
         assert len(pd.read_parquet(path)) >= len(before)
-        sizes.append(path.stat().st_size / len(to_parquet(frame(EPOCHS, ledger.rows(EPOCHS)))))
+        sizes.append(path.stat().st_size / len(to_parquet(arrow(EPOCHS, ledger.rows(EPOCHS)))))
     assert max(sizes) < 4
 
 

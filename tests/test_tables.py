@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tune_kd
-from tune_kd.records import DECISIONS, EPOCHS, PANDAS, SCHEMAS, TRIALS, Schema, frame, to_parquet
+from tune_kd.records import DECISIONS, EPOCHS, PANDAS, SCHEMAS, TRIALS, Schema, arrow, frame, to_parquet
 from tune_kd.study import Mistake
 from tune_kd.tables import check, load
 
@@ -61,7 +61,7 @@ def test_a_run_is_read_with_its_types_by_path_and_by_name(tmp_path: Path) -> Non
 def test_what_a_ledger_writes_is_read_as_it_was(tmp_path: Path) -> None:
     folder = write(tmp_path / "r")
     rows = [trial(1, temperature=4.0, alpha=0.5, val_accuracy=0.25), trial(2, peak_memory_bytes=2**40)]
-    (folder / "trials.parquet").write_bytes(to_parquet(frame(TRIALS, rows)))
+    (folder / "trials.parquet").write_bytes(to_parquet(arrow(TRIALS, rows)))
     pd.testing.assert_frame_equal(load(folder).trials, frame(TRIALS, rows))
 
 

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
@@ -23,6 +24,7 @@ from tune_kd.trial import Trial
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 Row = dict[str, Any]
 LAYOUT = 2  # of a run's folder: from 2 on there are digests of its tables
@@ -260,14 +262,14 @@ class Ledger:
         """All rows in the order in which they were first written. Raises `Damaged` where one was altered."""
         return self._select(schema, "ORDER BY number", [])
 
-    def table(self, schema: Schema) -> "pd.DataFrame":
-        """All rows as a DataFrame, made of a part at a time: as Python's objects they take ten times as much memory."""
-        import pandas as pd
+    def table(self, schema: Schema) -> "pa.Table":
+        """All rows, made into a table a part at a time: as Python's objects they take ten times as much memory."""
+        import pyarrow as pa
 
-        parts = [frame(schema, [])]
+        parts = [arrow(schema, [])]
         while rows := self._select(schema, "ORDER BY number LIMIT ? OFFSET ?", [PART, PART * (len(parts) - 1)]):
-            parts.append(frame(schema, rows))
-        return pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
+            parts.append(arrow(schema, rows))
+        return pa.concat_tables(parts).combine_chunks()
 
     def _select(self, schema: Schema, which: str, values: list[Any]) -> list[Row]:
         names = ", ".join(f'"{name}"' for name in schema.columns)
@@ -437,8 +439,25 @@ def frame(schema: Schema, rows: list[Row]) -> "pd.DataFrame":
     return pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype=PANDAS[kind]) for name, kind in columns})
 
 
-def to_parquet(table: "pd.DataFrame", before: bytes | None = None) -> bytes:
-    """A DataFrame of a schema's types as the bytes of a Parquet file with page checksums.
+def arrow(schema: Schema, rows: list[Row]) -> "pa.Table":
+    """Rows as a table of Arrow's, which pandas reads with the types of `frame`."""
+    import pyarrow as pa
+
+    return pa.Table.from_pylist(rows, schema=_arrow_schema(schema.name))
+
+
+@cache
+def _arrow_schema(name: str) -> "pa.Schema":
+    import pyarrow as pa
+
+    schema = next(schema for schema in SCHEMAS if schema.name == name)
+    kinds = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+    types = pa.schema([pa.field(column, kinds[kind]) for column, kind in schema.columns.items()])
+    return pa.Table.from_pandas(frame(schema, []), schema=types, preserve_index=False).schema
+
+
+def to_parquet(table: "pa.Table", before: bytes | None = None) -> bytes:
+    """A table as the bytes of a Parquet file with page checksums.
 
     The pages of the file that this one replaces, `before`, stay where they were, though no footer tells of them any
     more. For pyarrow, and so pandas, opens a file that it is given by name twice, and where it is replaced in between
@@ -448,16 +467,13 @@ def to_parquet(table: "pd.DataFrame", before: bytes | None = None) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = {"string": pa.string(), "Int64": pa.int64(), "float64": pa.float64()}
-    schema = pa.schema([pa.field(str(name), kinds[str(kind)]) for name, kind in table.dtypes.items()])
-    plain = pa.Table.from_pandas(table, schema=schema, preserve_index=False)
     start, kept = (0, b"") if before is None else _pages(before)
     for behind in (False, True):
         sink = pa.BufferOutputStream()
-        with pq.ParquetWriter(sink, plain.schema, write_page_checksum=True) as writer:
+        with pq.ParquetWriter(sink, table.schema, write_page_checksum=True) as writer:
             if behind:
                 sink.write(bytes(start - sink.tell()) + kept)
-            writer.write_table(plain)
+            writer.write_table(table)
             if kept and not behind:
                 if sink.tell() > start:
                     continue
