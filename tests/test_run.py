@@ -1,7 +1,8 @@
 """A run's folder: what is written when it is made, and when it may be opened again."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,23 @@ def test_a_signal_before_the_plan_is_there_leaves_no_folder(
     with pytest.raises(SystemExit), begun(run):
         raise AssertionError("it was begun")
     assert not run.folder.exists()
+
+
+def test_a_run_that_was_begun_and_ended_before_the_lock_was_given_is_left_as_it_is(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
+
+    @contextmanager
+    def after_another(folder: Path) -> Iterator[None]:
+        create(run)
+        with held(folder):
+            yield
+
+    monkeypatch.setattr("tune_kd.run.held", after_another)
+    with pytest.raises(Mistake, match="was begun meanwhile"), begun(run):
+        raise AssertionError("it was begun twice")
+    assert reopen(run.folder).study == study
 
 
 def test_an_extension_that_has_not_run_is_not_extended_again(study: Study, tmp_path: Path) -> None:
