@@ -245,7 +245,13 @@ class Records(RuleBasedStateMachine):
             trials = pd.read_parquet(self.folder / "trials.parquet").set_index("trial_id")
             complete = {key for key, status in self.ended.items() if trials["status"].get(key) == status
                         and trials["epochs_run"][key] == sum(of == key for of, _ in here)}  # fmt: skip
-            self.ended = {key: value for key, value in self.ended.items() if key in complete}
+            # What never ran was stopped with the screen of its arm, and is decided again with it.
+            screens = trials[trials["phase"] == "screen"]
+            of_arm = dict(zip(screens["arm"], screens.index, strict=True))
+            self.ended = {
+                key: value for key, value in self.ended.items() if key in complete
+                and (value != "stopped" or trials["epochs_run"][key] or of_arm[trials["arm"][key]] in complete)
+            }  # fmt: skip
 
     @precondition(lambda self: (self.folder / "trials.parquet").exists())
     @rule(data=st.data(), name=st.sampled_from(["trials", "epochs", "decisions"]))
