@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 import psutil
@@ -18,6 +19,7 @@ from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace
 from tune_kd.records import LEDGER, TRIALS, Ledger
 from tune_kd.run import Run, create, reopen
+from tune_kd.study import Mistake
 
 # A cluster of a head without CPUs and two nodes. A line on its standard input removes one of them as if its power
 # had gone; the end of its input ends it.
@@ -117,14 +119,39 @@ def test_a_sigterm_while_ray_starts_ends_with_143(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
-def test_no_one_else_can_read_the_token_that_ray_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_leaves_its_token_to_its_user_alone_and_signals_to_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     script = (
+        "import signal\n"
         "from tune_kd.execute import on_ray\n"
         "from pathlib import Path\n"
-        "on_ray.disconnect(on_ray.connect(None))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "ours = signal.getsignal(signal.SIGTERM)\n"
+        "cluster = on_ray.connect(None)\n"
+        "print(signal.getsignal(signal.SIGTERM) is ours)\n"
+        "on_ray.disconnect(cluster)\n"
+        "print(signal.getsignal(signal.SIGTERM) is ours)\n"
         "token = Path.home() / '.ray' / 'auth_token'\n"
         "print(oct(token.stat().st_mode & 0o777), len(token.read_text()))"
     )
     made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    assert made.stdout.split() == ["0o600", "64"], made.stderr
+    assert made.stdout.split() == ["True", "True", "0o600", "64"], made.stderr
+
+
+def test_a_token_that_others_can_read_is_closed_to_them_or_ray_is_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = tmp_path / "token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    token.write_text("0" * 64)
+    token.chmod(0o644)
+    on_ray.guard_token()
+    assert token.stat().st_mode & 0o777 == 0o600
+    token.chmod(0o640)
+    with (
+        patch.object(Path, "chmod", side_effect=PermissionError),
+        pytest.raises(Mistake, match="has the mode 0640, so that others can read it; allowed: 0600"),
+    ):
+        on_ray.guard_token()
