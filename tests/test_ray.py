@@ -304,7 +304,8 @@ def test_a_run_that_was_killed_is_completed_by_resume_as_if_nothing_had_happened
     same_records(run, tmp_path / "other" / "whole")
 
 
-def test_an_interrupted_run_ends_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_an_interrupted_run_ends_with_its_signal_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "own.py").write_text(STUDY)
     run = tmp_path / "results" / "cut"
     # So long that it still runs when the second driver comes, on however fast a machine.
@@ -314,9 +315,9 @@ def test_an_interrupted_run_ends_with_130_and_says_how_to_go_on(tmp_path: Path) 
     _, refused = second.communicate(timeout=60)
     assert second.returncode == 2
     assert f"process {begun.pid}" in refused
-    begun.send_signal(signal.SIGINT)
+    begun.send_signal(number)
     said, errors = begun.communicate(timeout=60)
-    assert begun.returncode == 130, errors
+    assert begun.returncode == 128 + number, errors
     assert "resume results/cut" in said
     rows = Ledger(run / "ledger.sqlite", read_only=True).rows(TRIALS)
     assert any(row["status"] == "pending" for row in rows)

@@ -3,6 +3,7 @@ that a mistake is answered at once."""
 
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from tune_kd.run import Run
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""What asks a command to leave; the last is what a cluster's scheduler may send before it takes a machine away."""
 IDLE = 60.0  # seconds in which nothing runs, after which that is said
 
 
@@ -99,10 +102,10 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
             view.show(list(driver.rows.values()), driver.decisions)
 
         slots = on_ray.slots(cluster, run.settings["cpus_per_trial"], gpus)
-        with on_ray.drained_by_signals(driver, advice) as received:
+        with on_ray.drained_by_signals(driver, SIGNALS, advice) as received:
             on_ray.run_on_ray(driver, place, slots, beat)
-            signal = received()
-    return Ended(signal, sum(row["status"] in ("failed", "blocked") for row in driver.rows.values()))
+            interrupted = received()
+    return Ended(interrupted, sum(row["status"] in ("failed", "blocked") for row in driver.rows.values()))
 
 
 def _print_start(run: "Run", console: Console, cluster: Any) -> None:

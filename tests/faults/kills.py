@@ -133,7 +133,7 @@ class Killer:
     def _report_hung(self, driver: "subprocess.Popen[bytes]", cause: str) -> None:
         after = f" after its {cause} was killed" if cause else ""
         self.score.found.append(f"I7: the driver hung{after}: no epoch in {self.patience:.0f} s")
-        driver.send_signal(signal.SIGUSR1)  # it says where
+        driver.send_signal(signal.SIGUSR2)  # it says where
         time.sleep(1)
         driver.kill()
         driver.wait()

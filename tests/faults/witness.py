@@ -53,7 +53,7 @@ def main(
     """Run tune_kd with these arguments, and write to LOG what it has acknowledged."""
     from tune_kd.cli import main as tune_kd
 
-    faulthandler.register(signal.SIGUSR1)  # where a driver hangs
+    faulthandler.register(signal.SIGUSR2)  # where a driver hangs
     watch(log)
     checkpoint_every(every)
     sys.argv = ["tune_kd", *arguments]

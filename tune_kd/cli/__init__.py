@@ -10,6 +10,7 @@ from types import FrameType
 import typer
 
 from tune_kd.cli import planning, reading, running
+from tune_kd.launch import SIGNALS
 from tune_kd.privacy import masked
 from tune_kd.records import FAILURES
 from tune_kd.study import Mistake
@@ -67,14 +68,14 @@ def _advice(error: Exception) -> str:
 
 @contextmanager
 def _left_by_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM end the command with 130 and 143, whatever it is at, except while trials run."""
+    """A signal ends the command with 128 and its number, whatever it is at, except while trials run."""
     received: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         received.append(number)
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, on_signal) for number in SIGNALS}
     try:
         yield
     finally:

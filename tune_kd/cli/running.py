@@ -1,6 +1,5 @@
 """Commands that train: `run` and `resume`."""
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,13 +31,12 @@ from tune_kd.cli.options import (
     settings_with,
 )
 from tune_kd.cli.reading import print_report
+from tune_kd.launch import SIGNALS
 from tune_kd.study import Mistake
 
 if TYPE_CHECKING:
     from tune_kd.launch import Ended
     from tune_kd.run import Run
-
-INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 def run(
@@ -151,7 +149,7 @@ def _resumable(folder: Path, console: Console) -> Iterator[None]:
     try:
         yield
     except SystemExit as left:
-        if left.code in INTERRUPTED and (folder / STUDY).is_file():
+        if left.code in [128 + number for number in SIGNALS] and (folder / STUDY).is_file():
             console.print(f"interrupted; go on with: python -m tune_kd resume {folder}", highlight=False)
         raise
 

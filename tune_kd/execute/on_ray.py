@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -173,6 +173,11 @@ class _Events(tune.Callback):
     def __init__(self, bridge: "_Bridge") -> None:
         self._bridge = bridge
 
+    def setup(self, *arguments: Any, **info: Any) -> None:
+        """Take SIGUSR1 back, at which Tune would end by itself and leave the running trials."""
+        if threading.current_thread() is threading.main_thread() and self._bridge.on_sigusr1 is not None:
+            signal.signal(signal.SIGUSR1, self._bridge.on_sigusr1)
+
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         self._bridge.started(trial.trial_id)
 
@@ -198,6 +203,7 @@ class _Bridge:
         self._beat = beat
         self._tasks: dict[str, Task] = {}  # by Tune's trial id
         self._over: set[str] = set()  # Tune's ids of trials whose last result was seen
+        self.on_sigusr1 = signal.getsignal(signal.SIGUSR1)
         self.broken: Exception | None = None  # what the records raised: Tune makes an error of its own of it
 
     def __getstate__(self) -> dict[str, Any]:
@@ -467,8 +473,10 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def drained_by_signals(driver: Driver, advice: str) -> Iterator[Callable[[], int | None]]:
-    """The first SIGINT or SIGTERM lets running trials end their epoch; a second one leaves at once.
+def drained_by_signals(
+    driver: Driver, signals: Sequence[signal.Signals], advice: str
+) -> Iterator[Callable[[], int | None]]:
+    """The first of these signals lets running trials end their epoch; a second one leaves at once.
 
     Yields a function that returns the signal that came, or null. Set after `ray.init`, which takes SIGTERM.
     """
@@ -483,7 +491,7 @@ def drained_by_signals(driver: Driver, advice: str) -> Iterator[Callable[[], int
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, on_signal) for number in signals}
     try:
         yield lambda: received[0] if received else None
     finally:
