@@ -198,7 +198,7 @@ def kills(
     keep: Annotated[Path | None, typer.Option(help="Folder for runs with findings.", show_default=False)] = None,
     seeds: Annotated[int, typer.Option(help="Confirmation seeds of the study.")] = 3,
     epochs: Annotated[int, typer.Option(help="Epochs of each trial.")] = 8,
-    patience: Annotated[float, typer.Option(help="Seconds without an epoch after which a driver hangs.")] = 60.0,
+    patience: Annotated[float, typer.Option(help="Seconds without an epoch after which a driver hangs.")] = 120.0,
 ) -> None:
     """Kill workers, drivers and raylets of real runs at random moments, resume, and check."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the reference, too, is to be computed on the CPU

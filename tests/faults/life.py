@@ -91,7 +91,7 @@ class Life:
 
 @dataclass
 class Progress:
-    """Whether a driver still does something: its witness's log grows. A start and a report take no 60 s."""
+    """Whether a driver still does something: its witness's log grows. A start and a report take no minute."""
 
     life: Life
     patience: float

@@ -147,7 +147,7 @@ def points(
     keep: Annotated[Path | None, typer.Option(help="Folder for runs with findings.", show_default=False)] = None,
     seeds: Annotated[int, typer.Option(help="Confirmation seeds of the study.", min=3)] = 3,
     epochs: Annotated[int, typer.Option(help="Epochs of each trial.")] = 4,
-    patience: Annotated[float, typer.Option(help="Seconds without an epoch after which a driver hangs.")] = 60.0,
+    patience: Annotated[float, typer.Option(help="Seconds without an epoch after which a driver hangs.")] = 120.0,
 ) -> None:
     """Die at every named point, resume, and check."""
     if unknown := set(only or ()) - set(named()):
