@@ -306,7 +306,7 @@ def test_wrong_input_is_one_message(tmp_path: Path, arguments: list[str], words:
 
 
 def test_a_runs_own_curves_are_replayed_with_its_roles_and_scale(finished: Path) -> None:
-    from tune_kd.cli import _scale_of_curves
+    from tune_kd.cli.planning import _scale_of_curves
     from tune_kd.studies import find
 
     records = tables.load(finished)
