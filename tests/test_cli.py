@@ -4,8 +4,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -211,6 +212,28 @@ def test_status_shows_what_early_stopping_decided(
     assert json.loads(capsys.readouterr().out)["decisions"] == rows
 
 
+def test_status_prints_what_a_trial_said_as_it_said_it_to_whoever_still_reads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path, elsewhere: Path
+) -> None:
+    run = elsewhere / "results" / "[laptop]"
+    shutil.copytree(finished, run)
+    said = "RuntimeError: [/pytorch/gloo/pair.cc:534] closed [enforce fail at alloc.cpp:114] " + 3 * "and so on, "
+    ledger = Ledger(run / LEDGER)
+    for row in ledger.rows(TRIALS)[:2]:
+        ledger.put(TRIALS, row | {"status": "failed", "error": said})
+    ledger.put(TRIALS, ledger.rows(TRIALS)[2] | {"status": "pending"})
+    ledger.close()
+    assert call(monkeypatch, "status", "[laptop]") == 0
+    shown = capsys.readouterr().out
+    assert shown.count(f" failed: {said}") == 2
+    assert "go on with: python -m tune_kd resume results/[laptop]\n" in shown
+    left = subprocess.Popen([sys.executable, "-m", "tune_kd", "status", "[laptop]"], stdout=subprocess.PIPE, stderr=-1)
+    assert left.stdout is not None and left.stderr is not None
+    left.stdout.close()
+    assert (left.stderr.read(), left.wait(60)) == (b"", 0)
+    left.stderr.close()
+
+
 def test_plan_tells_of_rungs_margins_looks_and_short_grace_periods(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path, elsewhere: Path
 ) -> None:
@@ -256,6 +279,11 @@ def test_compiling_without_a_compiler_is_refused_before_anything_starts(
     assert call(monkeypatch, "run", "ablation", "--scale", "smoke", "--set", "recipe.compile=true") == 2
     assert "C++ compiler" in capsys.readouterr().err
     assert not (elsewhere / "results").exists()
+    study = resolve(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", "smoke")
+    compiled = replace(study, recipe=replace(study.recipe, compile=True))
+    runs.create(runs.Run("here", Path("results/here"), compiled, "0" * 64, None, {}))  # on a machine that had one
+    assert call(monkeypatch, "resume", "here") == 2
+    assert "C++ compiler" in capsys.readouterr().err
 
 
 def test_all_mistakes_of_a_call_are_told_at_once(

@@ -1,6 +1,7 @@
 """The ledger and the tables: what is written is read, and nothing else."""
 
 import math
+import os
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,20 @@ def test_a_row_that_was_altered_is_noticed(ledger: Ledger) -> None:
     other.commit()
     with pytest.raises(Damaged, match=r"trial_id='t', epoch=1"):
         ledger.rows(EPOCHS)
+
+
+@pytest.mark.parametrize("name", ["a?b#c%20d", os.fsdecode(b"no text \xff")])
+def test_a_ledger_is_read_whatever_its_folder_is_called(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    ledger = Ledger(tmp_path / name / "ledger.sqlite")
+    ledger.put(TRIALS, {"run": "r", "trial_id": "t", "error": f"{name} is not there"})
+    for path in (ledger.path, Path(f"/{ledger.path}")):  # two slashes, as of $ROOT/results where ROOT is /
+        with reading(path) as one:
+            one.check()
+            (row,) = one.rows(TRIALS)
+    assert row["error"] == f"{name} is not there".replace("\udcff", "\\udcff")
+    ledger.write_tables(tmp_path)
+    assert pd.read_parquet(tmp_path / "trials.parquet")["error"].tolist() == [row["error"]]
 
 
 @pytest.mark.parametrize("mask", [0x01, 0x20])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from conftest import altered
+from tune_kd.privacy import masked
 from tune_kd.records import LEDGER, TRIALS, Ledger, first_row
 from tune_kd.run import Run, Source, begun, changes, check_new, create, extended, held, holder, record_extension, reopen
 from tune_kd.study import Confirm, Mistake, Study
@@ -71,6 +72,12 @@ def test_a_run_that_is_not_this_versions_or_was_changed_is_refused(
         "ghp_abcdefghijklmnopqrstuvwxyz0123456789",
         "see https://me:hunter2@example.org/data",
         "hf_abcdefghijklmnopqrstuvwx",
+        "see https://abcdefghijklmnop0123@example.org/data",
+        "sk-proj-AbCdEfGhIjKlMnOp-QrSt_123",
+        "sk-ant-api03-AbCdEfGhIjKlMnOpQr-st",
+        "xoxb-123456789012-123456789012-AbCdEfGhIjKlMnOp",
+        "glpat-Ab-CdEfGhIjKlMnOpQr",
+        "AIzaSy-AbCdEfGhIjKlMnOpQrStUvWxYz012",
         "AKIAABCDEFGHIJKLMNOP12",
         "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.c2ln",
     ],
@@ -85,11 +92,14 @@ def test_what_looks_like_a_secret_is_refused_and_neither_recorded_nor_repeated(
     ):
         raise AssertionError("it was begun")
     assert secret.split("://")[-1] not in str(caught.value)
+    assert masked(secret).endswith(("***", "***example.org/data"))
     assert not run.folder.exists()
 
 
 def test_questions_paths_and_digests_are_no_secrets(study: Study, tmp_path: Path) -> None:
-    question = "Does sk-learn's T=4 beat eyJ at https://example.org:8080/a@b? " + "f" * 64
+    question = (
+        "Does sk-learn's T=4 beat sk-learn-baseline-of-the-last-study, eyJ at https://example.org:8080/a@b? " + "f" * 64
+    )
     create(Run("r", tmp_path / "r", replace(study, question=question), "0" * 64, tmp_path / "sk-data-of-mine", {}))
     assert reopen(tmp_path / "r").study.question == question
 
@@ -148,6 +158,16 @@ def test_a_run_that_was_begun_and_ended_before_the_lock_was_given_is_left_as_it_
     with pytest.raises(Mistake, match="was begun meanwhile"), begun(run):
         raise AssertionError("it was begun twice")
     assert reopen(run.folder).study == study
+
+
+def test_a_secret_in_what_an_extension_sets_is_not_recorded(study: Study, tmp_path: Path) -> None:
+    run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
+    create(run)
+    source = Source(tmp_path / "x.py", "test", None, ("question=ghp_abcdefghijklmnopqrstuvwxyz0123456789",))
+    before = (run.folder / "study.json").read_bytes()
+    with pytest.raises(Mistake, match=r"source\.settings\[0\] holds what looks like"):
+        record_extension(replace(run, source=source))
+    assert (run.folder / "study.json").read_bytes() == before
 
 
 def test_an_extension_that_has_not_run_is_not_extended_again(study: Study, tmp_path: Path) -> None:

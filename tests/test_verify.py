@@ -94,17 +94,40 @@ def test_a_ledger_that_is_gone_with_its_count_is_made_again_and_never_begun_anew
     assert "The ledger was made again" in said[-1] and "The old one" not in said[-1]
 
 
+def test_an_empty_ledger_is_no_ledger(run: Path) -> None:
+    """As a copy onto a full disk leaves it: it would make whole tables empty, too."""
+    with reading(run / LEDGER) as ledger:
+        epochs = ledger.rows(EPOCHS)
+    (run / LEDGER).write_bytes(b"")
+    (run / COMMITS).unlink()
+    (finding,) = verify(run)
+    assert finding.part == "ledger" and "makes it again from the tables" in finding.remedy
+    with closing(rebuild.opened(reopen(run), lambda _: None)) as ledger:
+        assert ledger.rows(EPOCHS) == epochs
+    assert verify(run) == []
+
+
+def test_a_ledger_of_another_plan_is_not_gone_on_with(run: Path) -> None:
+    """As after an older study.json was put back: the ledger has what an extension added."""
+    with closing(Ledger(run / LEDGER)) as ledger:
+        ledger.put(TRIALS, ledger.rows(TRIALS)[0] | {"trial_id": "f" * 16, "epochs_run": 0})
+    with pytest.raises(Mistake, match=r"not in the plan of .*study\.json: f{16}; put the study\.json or the ledger"):
+        rebuild.opened(reopen(run), lambda _: None)
+    finding = verify(run)[0]
+    assert finding.part == "ledger" and "put the study.json or the ledger back" in finding.remedy
+
+
 def test_what_a_screen_that_runs_again_had_stopped_is_decided_again(run: Path) -> None:
     opened = reopen(run)
     with closing(Ledger(run / LEDGER)) as ledger:
         waiting = ledger.rows(TRIALS)[-1]
-        ledger.put(TRIALS, waiting | {"status": "stopped", "epochs_run": 0, "test_accuracy": None,
-                                      "test_accuracy_best": None})  # fmt: skip
+        ledger.put(TRIALS, waiting | {"status": "stopped", "epochs_run": 0, "attempts": 0, "test_accuracy": None,
+                                      "test_accuracy_best": None, "error": "not run: stopped"})  # fmt: skip
         ledger._connection.execute("DELETE FROM epochs WHERE trial_id = ?", [waiting["trial_id"]])
         ledger.write_tables(run)
     flip(run / LEDGER, 0.6)
     with closing(rebuild.opened(opened, lambda _: None)) as ledger:
-        assert ledger.rows(TRIALS)[-1]["status"] == "pending"
+        assert [ledger.rows(TRIALS)[-1][name] for name in ("status", "error")] == ["pending", None]
 
 
 def test_nothing_is_made_from_tables_that_are_damaged_too(run: Path) -> None:

@@ -121,7 +121,7 @@ def _print_start(run: "Run", console: Console, cluster: Any) -> None:
 
 
 def _say(console: Console, sentence: str) -> None:
-    console.print(sentence, highlight=False, soft_wrap=True)
+    console.print(sentence, soft_wrap=True)
 
 
 def load_data(study: Study, folder: Path | None, console: Console) -> "DataSet":

@@ -6,7 +6,9 @@ from typing import Any
 
 SECRET = re.compile(
     r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s:@]*:[^/\s@]+@"  # an address with a password in it
-    r"|\b(?:gh[opsu]_|github_pat_|glpat-|hf_|sk-|xox[abps]-|AKIA|AIza)[A-Za-z0-9_]{16,}"  # as services begin theirs
+    r"|[A-Za-z][A-Za-z0-9+.-]*://[^/\s:@]{16,}@"  # or with a token for a user
+    r"|\b(?:gh[oprsu]_|github_pat_|hf_|AKIA|(?:sk|xox[abeprs])-(?:[a-z0-9]+-)*)[A-Za-z0-9_]{16,}[A-Za-z0-9_-]*"
+    r"|\b(?:glpat-|AIza)[A-Za-z0-9_-]{16,}"  # as services begin theirs
     r"|\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*"  # a JSON web token (RFC 7519)
 )
 

@@ -38,7 +38,7 @@ def opened(run: Run, say: Callable[[str], None]) -> Ledger:
     """A run's ledger to write to. One that is damaged, or gone, is rebuilt first, and that is said. A new one is made
     aside, so that none is ever there by half.
 
-    Raises `Damaged` where the tables are damaged, too.
+    Raises `Damaged` where the tables are damaged, too, and `Mistake` where the ledger is not this plan's.
     """
     wrong = wrong_with(run.folder)
     if wrong is not None:
@@ -47,7 +47,14 @@ def opened(run: Run, say: Callable[[str], None]) -> Ledger:
     elif not (run.folder / LEDGER).is_file():
         _make(run, {schema.name: [] for schema in SCHEMAS})
         _put(run)
-    uncounted = (run.folder / LEDGER).is_file() and commits(run.folder) is None
+    with reading(run.folder / LEDGER) as whole:
+        strange = {row["trial_id"] for row in whole.rows(TRIALS)} - {trial.trial_id for trial in run.plan.trials}
+    if strange:
+        raise Mistake(
+            f"RUN is {run.name}, whose ledger holds trials that are not in the plan of {run.folder}/study.json: "
+            f"{', '.join(sorted(strange))}; put the study.json or the ledger back that belongs to the other"
+        )
+    uncounted = commits(run.folder) is None
     ledger = Ledger(run.folder / LEDGER)
     if uncounted:
         say(f"warning: {run.folder / COMMITS} is damaged, which tells whether the ledger is whole; it is made again")
@@ -149,7 +156,8 @@ def _consistent(run: Run, records: Records) -> dict[str, list[Row]]:
 def _as_of(first: Row, row: Row, epochs: list[Row]) -> Row:
     """A trial's row as it was when it had these epochs: to be run on."""
     best = max(epochs, key=lambda each: (each["val_accuracy"], -each["val_loss"]), default=None)
-    kept = {name: row[name] for name in ("attempts", "error", "started", "host", "device", "threads", "gpu_fraction")}
+    names = ("attempts", "started", "host", "device", "threads", "gpu_fraction")
+    kept = {name: row[name] for name in (*names, *(["error"] if row["attempts"] else []))}  # else: why it did not run
     return (
         first
         | kept

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote
 
 from tune_kd.faults import point
 from tune_kd.storage import Damaged, patiently, publish, read, sealed, unsealed, write_at
@@ -150,6 +149,8 @@ def clean(schema: Schema, row: Mapping[str, Any]) -> Row:
             cleaned[name] = None
         else:  # SQLite keeps no sign of zero, and a row's check sum must not depend on it
             cleaned[name] = float(value) + 0.0 if kind is float else kind(value)
+            if kind is str:  # a path may hold bytes that are no text, which neither SQLite nor Parquet takes
+                cleaned[name] = cleaned[name].encode(errors="backslashreplace").decode()
     return cleaned
 
 
@@ -169,7 +170,7 @@ class Ledger:
         self.path = path
         self._writes: list[Write] | None = None  # of the transaction that is open
         if read_only:
-            self._connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, isolation_level=None)
+            self._connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
             self._connection.execute("BEGIN")  # all that is read is of one moment
             return
         self._connection = sqlite3.connect(path, isolation_level=None)
@@ -269,7 +270,7 @@ class Ledger:
         parts = [arrow(schema, [])]
         while rows := self._select(schema, "ORDER BY number LIMIT ? OFFSET ?", [PART, PART * (len(parts) - 1)]):
             parts.append(arrow(schema, rows))
-        return pa.concat_tables(parts).combine_chunks()
+        return pa.concat_tables(parts)
 
     def _select(self, schema: Schema, which: str, values: list[Any]) -> list[Row]:
         names = ", ".join(f'"{name}"' for name in schema.columns)
@@ -302,14 +303,12 @@ class Ledger:
     def check(self) -> None:
         """Read everything. Raises `Damaged`, or what `damage` makes of an error, where not all is as it was written."""
         counted = commits(self.path.parent)  # before the ledger, which may grow meanwhile
-        if _versions(self.path) not in (_VERSIONS, b""):  # empty: its driver was killed
+        if _versions(self.path) != _VERSIONS:
             raise Damaged(f"{self.path} is damaged (its header); SQLite would read it, and not write to it")
         found = [text for (text,) in self._read("PRAGMA integrity_check(3)", [])]
         if found != ["ok"]:
             raise Damaged(f"{self.path} is damaged ({'; '.join(found)})")
         tables = [sql for (sql,) in self._read("SELECT sql FROM sqlite_master WHERE name NOT LIKE 'sqlite%'", [])]
-        if not counted and not tables:
-            return  # its driver was killed before it wrote anything
         if set(tables) != {statement.replace(" IF NOT EXISTS", "") for statement in _CREATE}:
             raise Damaged(f"{self.path} is damaged: its tables are not those that were made")
         for schema in SCHEMAS:

@@ -197,6 +197,8 @@ def record_extension(run: Run) -> None:
         arms = [{"name": arm.name, "role": arm.role} for arm in planned.arms]
         at = datetime.now(UTC).isoformat(timespec="seconds")
         record["extended"] = {"study": resolved, "study_sha256": digest(resolved), "arms": arms, "at": at}
+    if problems := list(secrets(record)):
+        raise Mistake(*problems)
     publish(run.folder / STUDY, sealed(record))
     point("extension.recorded")
 

@@ -59,7 +59,7 @@ def _ledger(opened: run.Run, wrong: str | None, rows: list[Row], epochs: list[Ro
     strange = {row["trial_id"] for row in rows} - {trial.trial_id for trial in opened.plan.trials}
     if strange:  # those that it lacks come when a driver takes over
         what = f"it holds trials that are not in the plan: {', '.join(sorted(strange))}"
-        yield Finding("ledger", what, "put it back from a copy")
+        yield Finding("ledger", what, "put the study.json or the ledger back that belongs to the other")
     counts = Counter(row["trial_id"] for row in epochs)
     last: dict[str, int] = {}
     for row in epochs:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -47,15 +48,23 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing el
 DEFAULT_OUT = Path("results")
 
 
-def console_for(as_json: bool) -> Console:
-    return Console(stderr=as_json)
+class Terminal(Console):
+    """What is printed are data and sentences, never markup. Whoever reads them may leave, as `head` does."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """Print no more, and go on."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()
 
 
 def tracked(count: int, what: str) -> Iterable[int]:
     """Numbers up to a count, with a bar on standard error where that is a terminal."""
     from rich.progress import track
 
-    shown = Console(stderr=True)
+    shown = Terminal(stderr=True)
     return track(range(count), what, console=shown, transient=True, disable=not shown.is_terminal)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from tune_kd.cli.options import (
@@ -19,8 +18,8 @@ from tune_kd.cli.options import (
     Scale,
     Settings,
     StudyName,
+    Terminal,
     collect,
-    console_for,
     naming,
     scale_of,
     settings_with,
@@ -117,10 +116,10 @@ def simulate(
     named = resolved.screen.strata if strata is None else None if strata == "none" else strata.split(",")
     recorded = simulation.curves(records, resolved, named)
     simulation.check_screen(resolved.screen, recorded)
-    console = console_for(as_json)
+    console = Terminal(stderr=as_json)
     for epochs in sorted({epochs for _, epochs in recorded.grids if not resolved.screen.rungs(epochs)}):
         console.print(f"warning: screen.grace is {resolved.screen.grace}, so in curves of {epochs} epochs nothing is "
-                      "compared", highlight=False)  # fmt: skip
+                      "compared")  # fmt: skip
     replays = iter(tracked(orders * len(recorded.grids), "replays"))
     outcomes = simulation.simulate(resolved.screen, recorded, orders, beat=lambda: next(replays))
     next(replays, None)
@@ -130,11 +129,9 @@ def simulate(
         answer["strata"] = {name: _outcome(outcome) for name, outcome in outcomes.items()}
         print(json.dumps(answer))
         return
-    console.print(
-        f"{resolved.name} at scale {chosen}{why}: early stopping over the curves of {curves}", highlight=False
-    )
+    console.print(f"{resolved.name} at scale {chosen}{why}: early stopping over the curves of {curves}")
     for sentence in recorded.left_out:
-        console.print(f"left out: {sentence}", highlight=False)
+        console.print(f"left out: {sentence}")
     console.print(view.simulation(resolved.screen, outcomes, orders))
 
 
@@ -167,8 +164,8 @@ def calibrate(
         bias = {"finished": found.finished, "bias_in_deviations": found.bias}
         print(json.dumps({"study": resolved.name, "scale": chosen, "practices": practices, "plain_asha": bias}))
         return
-    console = Console()
-    console.print(f"{resolved.name} at scale {chosen}{why}", highlight=False)
+    console = Terminal()
+    console.print(f"{resolved.name} at scale {chosen}{why}")
     console.print(view.calibration(calibration.PRACTICES, found))
 
 
@@ -213,13 +210,12 @@ def _answers(planned: "Plan") -> list[dict[str, Any]]:
 def _print_plan(planned: "Plan", summary: dict[str, Any], why: str) -> None:
     from tune_kd.view import duration, points
 
-    console = Console()
+    console = Terminal()
     seeds, price = summary["seeds"], summary["price"]
-    console.print(f"{summary['study']} at scale {summary['scale']}{why}", highlight=False, style="bold")
+    console.print(f"{summary['study']} at scale {summary['scale']}{why}", style="bold")
     console.print(
         f"{planned.raw_cells} raw cells are {len(planned.arms)} arms; {len(planned.trials)} trials, of which "
         f"{len(planned.teachers)} are teachers; {len(planned.contrasts)} contrasts",
-        highlight=False,
     )
     table = Table(box=None, header_style="bold")
     for title in ("arm", "role", "merged cells"):
@@ -231,12 +227,9 @@ def _print_plan(planned: "Plan", summary: dict[str, Any], why: str) -> None:
         which = (
             f"all {each['count']:,} views ahead" if each["views"] == "all" else f"about {each['count']:,} drawn views"
         )
-        console.print(
-            f"{each['teacher']} answers {which}, for {each['draws']:,} draws of its students.", highlight=False
-        )
+        console.print(f"{each['teacher']} answers {which}, for {each['draws']:,} draws of its students.")
     console.print(
         f"Price: {price['flop'] / 1e15:.2g} PFLOP, {duration(price['slot_seconds'])} of one slot ({price['how']}).",
-        highlight=False,
     )
     screen = summary["screen"]
     rungs = ", ".join(map(str, screen["rungs"])) or "none"
@@ -245,13 +238,12 @@ def _print_plan(planned: "Plan", summary: dict[str, Any], why: str) -> None:
         f"Early stopping of the screen: rungs at epoch {rungs}; an arm stops that is more than "
         f"{', '.join(points(margin) for margin in margins)} points behind the best 1/{screen['reduction']} of at least "
         f"{screen['min_peers']} peers of the same {' and '.join(screen['strata'] or ['study'])}.",
-        highlight=False,
     )
     for warning in summary["warnings"]:
-        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+        console.print(f"warning: {warning}", soft_wrap=True)
     for look in seeds["looks"]:
         if look["detectable_difference"] is None:
-            console.print("One seed to confirm: no difference can be judged.", highlight=False)
+            console.print("One seed to confirm: no difference can be judged.")
             continue
         level = f" and a level of {look['level']:g}" if len(seeds["looks"]) > 1 else ""
         console.print(
@@ -259,7 +251,6 @@ def _print_plan(planned: "Plan", summary: dict[str, Any], why: str) -> None:
             f"paired t test finds true differences from {points(look['detectable_difference'])} points on with 80 % "
             f"power ({points(look['detectable_after_holm'])} where Holm is hardest); the exact sign-flip p cannot fall "
             f"below {look['smallest_exact_p']:.4f}.",
-            highlight=False,
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from tune_kd.cli.options import DEFAULT_OUT, AsJson, Out, Phases, collect, console_for
+from tune_kd.cli.options import DEFAULT_OUT, AsJson, Out, Phases, Terminal, collect
 from tune_kd.study import Mistake
 
 if TYPE_CHECKING:
@@ -51,15 +51,15 @@ def status(
         answer = {"run": folder.name, "held_by": holder, "phases": phases, "trials": rows, "decisions": decisions}
         print(json.dumps(answer))
         return
-    console = Console()
+    console = Terminal()
     console.print(progress(folder.name, rows, [Decision.of(row) for row in decisions], None))
     if holder is not None:
-        console.print(f"run by process {holder['pid']} on {holder['host']} since {holder['since']}", highlight=False)
+        console.print(f"run by process {holder['pid']} on {holder['host']} since {holder['since']}", soft_wrap=True)
     elif any(row["status"] in ("pending", "running") for row in rows):
-        console.print(f"nobody runs it; go on with: python -m tune_kd resume {folder}", highlight=False)
+        console.print(f"nobody runs it; go on with: python -m tune_kd resume {folder}", soft_wrap=True)
     for row in rows:
         if row["status"] in ("failed", "blocked"):
-            console.print(f"{row['arm']} seed {row['seed']} {row['status']}: {row['error']}", highlight=False)
+            console.print(f"{row['arm']} seed {row['seed']} {row['status']}: {row['error']}", soft_wrap=True)
 
 
 def _verify(folder: Path, as_json: bool) -> NoReturn:
@@ -70,11 +70,11 @@ def _verify(folder: Path, as_json: bool) -> NoReturn:
     if as_json:
         print(json.dumps({"run": folder.name, "findings": [asdict(finding) for finding in found]}))
     else:
-        console = Console()
+        console = Terminal()
         for finding in found:
-            console.print(f"{finding.part}: {finding.what}; {finding.remedy}", highlight=False, soft_wrap=True)
+            console.print(f"{finding.part}: {finding.what}; {finding.remedy}", soft_wrap=True)
         if not found:
-            console.print(f"{folder} is whole, from its plan to its teachers' answers", highlight=False, soft_wrap=True)
+            console.print(f"{folder} is whole, from its plan to its teachers' answers", soft_wrap=True)
     raise SystemExit(3 if found else 0)
 
 
@@ -107,7 +107,7 @@ def report(
     if to is None:
         own = place(runs[0], out)
         to = own / "report" if len(runs) == 1 and own.is_dir() else Path(f"report-{'-'.join(records.runs)}"[:200])
-    first = print_report(records, to, console_for(as_json), as_json, formats.split(","))
+    first = print_report(records, to, Terminal(stderr=as_json), as_json, formats.split(","))
     if open_:
         typer.launch(str(first.absolute()))
 
@@ -122,13 +122,13 @@ def list_(out: Out = DEFAULT_OUT, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps({"studies": names, "runs": folders}))
         return
-    console = Console()
+    console = Terminal()
     for name, path in names.items():
-        console.print(f"study  {name}  {path}", highlight=False, soft_wrap=True)
+        console.print(f"study  {name}  {path}", soft_wrap=True)
     for folder in folders:
-        console.print(f"run    {Path(folder).name}  {folder}", highlight=False, soft_wrap=True)
+        console.print(f"run    {Path(folder).name}  {folder}", soft_wrap=True)
     if not folders:
-        console.print(f"no runs under {out}", highlight=False)
+        console.print(f"no runs under {out}", soft_wrap=True)
 
 
 def print_report(
@@ -162,7 +162,7 @@ def print_report(
         console.print(view.differences(provenance.differences(records)))
     if not records.studies:
         console.print()
-        console.print("No study fixed contrasts for these tables: everything in them is exploratory.", highlight=False)
+        console.print("No study fixed contrasts for these tables: everything in them is exploratory.")
     console.print()
-    console.print(f"report: {first}", highlight=False, soft_wrap=True)
+    console.print(f"report: {first}", soft_wrap=True)
     return first

@@ -25,8 +25,8 @@ from tune_kd.cli.options import (
     Scale,
     Settings,
     StudyName,
+    Terminal,
     collect,
-    console_for,
     scale_of,
     settings_with,
 )
@@ -60,7 +60,7 @@ def run(
     from tune_kd import run as runs
     from tune_kd.plan import plan as expand
 
-    console = console_for(as_json)
+    console = Terminal(stderr=as_json)
     data_dir = data_dir and data_dir.expanduser().absolute()
     path = studies.find(study)
     chosen, why = scale_of(path, scale, address)
@@ -75,9 +75,9 @@ def run(
     if problems:
         raise Mistake(*problems)
     assert resolved is not None and name is not None
-    console.print(f"{resolved.name} at scale {chosen}{why}", highlight=False)
+    console.print(f"{resolved.name} at scale {chosen}{why}")
     for warning in evidence.warnings(expand(resolved), out):
-        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+        console.print(f"warning: {warning}", soft_wrap=True)
     loaded = launch.load_data(resolved, data_dir, console)
     begun = runs.Run(
         name=name,
@@ -114,10 +114,11 @@ def resume(
     from tune_kd import launch
     from tune_kd import run as runs
 
-    console = console_for(as_json)
+    console = Terminal(stderr=as_json)
     reopened = runs.reopen(runs.find(out, run))
     if settings and not extend:
         raise Mistake("--set is given; allowed: with --extend only, since a run keeps the study that it began with")
+    launch.check_compiler(reopened.study)
     with runs.held(reopened.folder):  # whoever else holds it is told of before anything is read or changed
         reopened = runs.reopen(reopened.folder)
         if extend:
@@ -150,7 +151,7 @@ def _resumable(folder: Path, console: Console) -> Iterator[None]:
         yield
     except SystemExit as left:
         if left.code in [128 + number for number in SIGNALS] and (folder / STUDY).is_file():
-            console.print(f"interrupted; go on with: python -m tune_kd resume {folder}", highlight=False)
+            console.print(f"interrupted; go on with: python -m tune_kd resume {folder}", soft_wrap=True)
         raise
 
 
@@ -169,11 +170,9 @@ def _conclude(run: "Run", ended: "Ended", console: Console, as_json: bool) -> No
         console.print(
             f"This was look {run.look + 1} of {len(looks)}; go on to {looks[run.look + 1]} seeds with: "
             f"python -m tune_kd resume {run.folder} --extend",
-            highlight=False,
             soft_wrap=True,
         )
     if ended.failed:
-        console.print(
-            f"{ended.failed} trials failed or were blocked; `tune_kd status {run.folder}` says why", highlight=False
-        )
+        sentence = f"{ended.failed} trials failed or were blocked; `tune_kd status {run.folder}` says why"
+        console.print(sentence, soft_wrap=True)
     raise SystemExit(1 if ended.failed else 0)
