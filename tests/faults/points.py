@@ -55,7 +55,7 @@ def crash(life: Life, point: str, n: int, reference: Path, patience: float) -> t
         if died == "worker" and status != 143:
             found.append(f"I7: SIGTERM ended the driver with {status}, not 143: {life.last_words()}")
         if point != "rebuild.set_aside":  # there is no ledger now; the next driver makes it
-            coming = "I4" if point == "extension.recorded" else "-"  # trials that the next driver will add
+            coming = ("I4",) if point == "extension.recorded" else ()  # trials that the next driver will add
             found += [each for each in life.check_between() if not each.startswith(coming)]
         status, more = _driver(life, {}, patience)
         found += more
