@@ -19,7 +19,7 @@ from benchmarks.measure import Result, result
 from tune_kd import data
 from tune_kd.answers import CHUNK
 from tune_kd.checkpoints import Checkpoints
-from tune_kd.execute import on_ray
+from tune_kd.execute import connection, on_ray
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace
@@ -54,7 +54,7 @@ def nothing(task: Task, place: Workplace) -> Generator[Epoch]:
     yield Epoch(1, 0.5, 1.0, 1.0, 0.5, 1.0, None, 0.1, 1.0, 1e-3, 1.0, outcome=outcome)
 
 
-def empty_run(trials: int, cluster: on_ray.Cluster) -> tuple[float, float]:
+def empty_run(trials: int, cluster: connection.Cluster) -> tuple[float, float]:
     """A run of empty trials on two slots with all records: seconds of all of it, and of those the ones before the
     first trial, in which Ray's workers start."""
     with tempfile.TemporaryDirectory() as name:
@@ -78,11 +78,11 @@ def empty_run(trials: int, cluster: on_ray.Cluster) -> tuple[float, float]:
 def empty_trials(count: int) -> list[Result]:
     """300 and 3,000 empty trials in turn, in the same Ray, whose own start is not part of either."""
     few, many = 300, 3000
-    cluster = on_ray.connect(None)
+    cluster = connection.connect(None)
     try:
         runs = [(empty_run(few, cluster), empty_run(many, cluster)) for _ in range(count)]
     finally:
-        on_ray.disconnect(cluster)
+        connection.disconnect(cluster)
     starts = result("", [start for (_, start), _ in runs]).figure
     longer = result("", [seconds / many for _, (seconds, _) in runs]).figure
     return [

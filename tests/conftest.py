@@ -151,11 +151,11 @@ def teacher(pixels: DataSet, tmp_path: Path) -> Teacher:
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[str]:
     """One Ray with its dashboard and two logical GPUs for all tests that need one; gives the dashboard's URL."""
-    from tune_kd.execute import on_ray
+    import tune_kd.execute
 
-    import ray  # isort: skip  # after on_ray, which sets what Ray reads when it is imported
+    import ray  # isort: skip  # after that, which sets what Ray reads when it is imported
 
     context = ray.init(num_cpus=2, num_gpus=2, include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=False)
-    assert on_ray
+    assert tune_kd.execute
     yield f"http://{context.dashboard_url}"
     ray.shutdown()

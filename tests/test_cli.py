@@ -115,13 +115,16 @@ def test_a_run_of_another_version_is_not_resumed(
     assert "0.0.1" in error and "finish it with the version that began it" in " ".join(error.split())
 
 
+SHARES = {"gpus_per_trial": None, "cpus_per_trial": 1.0, "max_concurrent": None, "keep_checkpoints": False}
+
+
 def begun(elsewhere: Path, ended: str = "completed") -> Path:
     """The folder of a run of a study whose file stands beside it."""
     source = runs.Source(elsewhere / "mine.py", "smoke", settings=("recipe.epochs=3",))
     shutil.copy(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", source.file)
     study = source.read()
     assert study is not None
-    run = runs.Run("mine", elsewhere / "results" / "mine", study, "0" * 64, None, {}, source)
+    run = runs.Run("mine", elsewhere / "results" / "mine", study, "0" * 64, None, SHARES, source)
     runs.create(run)
     ledger = Ledger(run.folder / LEDGER)
     for trial in run.plan.trials:
@@ -138,6 +141,8 @@ def begun(elsewhere: Path, ended: str = "completed") -> Path:
         (("lr=0.2", "lr=="), [], ["cannot be read", "SyntaxError"]),
         (("", ""), ["--extend"], ["nothing to add", "mine.py declares the same seeds and levels"]),
         (("", ""), ["--set", "confirm.seeds=[1,2]"], ["--set is given", "--extend only"]),
+        (("", ""), ["--set", "x=1", "--cpus-per-trial", "999"], ["--set is given", "--cpus-per-trial is 999"]),
+        (("", ""), ["--gpus-per-trial", "7", "--max-concurrent", "0"], ["per-trial is 7", "--max-concurrent is 0"]),
         (("", ""), ["--extend", "--set", "recipe.lr=1"], ["recipe.lr was 0.2 and is 1.0"]),
         (("", ""), ["--extend", "--set", "confirm.seeds=[0,1]"], ["screen.seed is 0"]),
     ],
@@ -188,15 +193,48 @@ def test_a_run_is_held_while_its_extension_is_recorded(
     digest = json.loads((folder / "study.json").read_text())["data"]["digest"]
     monkeypatch.setattr("tune_kd.launch.load_data", lambda *_: SimpleNamespace(digest=digest))
     monkeypatch.setattr(
-        "tune_kd.execute.on_ray.connect", lambda _: SimpleNamespace(cpus=2.0, gpus=0.0, ours=False, parts=())
+        "tune_kd.execute.connection.connect", lambda _: SimpleNamespace(cpus=2.0, gpus=0.0, ours=False, parts=())
     )
     monkeypatch.setattr("tune_kd.shares.check_cluster", lambda *_: None)
     monkeypatch.setattr("tune_kd.shares.gpu_share", lambda *_: 0.0)
     monkeypatch.setattr(runs, "record_extension", recorded)
-    shares = {"gpus_per_trial": None, "cpus_per_trial": 1.0, "max_concurrent": None}
-    altered(folder / "study.json", lambda record: record.update(settings=shares))
     assert call(monkeypatch, "resume", "mine", "--extend", "--set", "confirm.seeds=[1,2]") == 130
     assert held[0]["pid"] == os.getpid()
+
+
+def test_a_run_goes_on_with_its_shares_or_with_those_that_are_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    folder, used = begun(elsewhere), []
+    recorded = (folder / "study.json").read_bytes()
+
+    def executed(run: runs.Run, *_: object) -> None:
+        used.append(run.settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tune_kd.launch.load_data", lambda *_: SimpleNamespace(digest="0" * 64))
+    monkeypatch.setattr("tune_kd.launch.execute", executed)
+    assert call(monkeypatch, "resume", "mine") == 130
+    given = ("--cpus-per-trial", "0.5", "--gpus-per-trial", "0", "--max-concurrent", "3")
+    assert call(monkeypatch, "resume", "mine", *given) == 130
+    assert used == [SHARES, SHARES | {"cpus_per_trial": 0.5, "gpus_per_trial": 0.0, "max_concurrent": 3}]
+    assert (folder / "study.json").read_bytes() == recorded
+
+
+def test_status_shows_trials_that_were_added_and_that_no_driver_took_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    folder = begun(elsewhere)
+    assert call(monkeypatch, "status", "mine") == 0
+    assert "nobody runs it" not in capsys.readouterr().out
+    more = runs.extended(runs.reopen(folder), ["confirm.seeds=[1,2]"])
+    runs.record_extension(more)
+    assert call(monkeypatch, "status", "mine") == 0
+    assert "nobody runs it; go on with: python -m tune_kd resume results/mine" in capsys.readouterr().out
+    assert call(monkeypatch, "status", "mine", "--json") == 0
+    trials = json.loads(capsys.readouterr().out)["trials"]
+    assert {row["trial_id"] for row in trials} == {trial.trial_id for trial in more.plan.trials}
+    assert {row["seed"] for row in trials if row["status"] == "pending"} == {2}
 
 
 def test_status_shows_what_early_stopping_decided(
@@ -227,11 +265,12 @@ def test_status_prints_what_a_trial_said_as_it_said_it_to_whoever_still_reads(
     shown = capsys.readouterr().out
     assert shown.count(f" failed: {said}") == 2
     assert "go on with: python -m tune_kd resume results/[laptop]\n" in shown
-    left = subprocess.Popen([sys.executable, "-m", "tune_kd", "status", "[laptop]"], stdout=subprocess.PIPE, stderr=-1)
-    assert left.stdout is not None and left.stderr is not None
-    left.stdout.close()
-    assert (left.stderr.read(), left.wait(60)) == (b"", 0)
-    left.stderr.close()
+    for form in ([], ["--json"]):
+        command = [sys.executable, "-m", "tune_kd", "status", "[laptop]", *form]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as left:
+            assert left.stdout is not None and left.stderr is not None
+            left.stdout.close()
+            assert (left.stderr.read(), left.wait(60)) == (b"", 0)
 
 
 def test_plan_tells_of_rungs_margins_looks_and_short_grace_periods(
@@ -281,7 +320,7 @@ def test_compiling_without_a_compiler_is_refused_before_anything_starts(
     assert not (elsewhere / "results").exists()
     study = resolve(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", "smoke")
     compiled = replace(study, recipe=replace(study.recipe, compile=True))
-    runs.create(runs.Run("here", Path("results/here"), compiled, "0" * 64, None, {}))  # on a machine that had one
+    runs.create(runs.Run("here", Path("results/here"), compiled, "0" * 64, None, SHARES))  # on a machine that had one
     assert call(monkeypatch, "resume", "here") == 2
     assert "C++ compiler" in capsys.readouterr().err
 
@@ -514,4 +553,4 @@ def test_a_report_cannot_go_into_a_file(
 ) -> None:
     (elsewhere / "mine").write_text("")
     assert call(monkeypatch, "report", str(finished), "--to", "mine") == 2
-    assert "--to is mine, which is a file; allowed: a folder" in capsys.readouterr().err
+    assert "mine cannot be written to; allowed: a folder that can be made" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from test_ray import STUDY, command, contiguous, epochs_on_record, same_records, wait_for
-from tune_kd.execute import on_ray
+from tune_kd.execute import connection
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace
@@ -59,7 +59,7 @@ def test_a_lost_node_costs_nothing_but_time_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")  # Ray joins with it on, or not at all, a cluster that asks for one
-    on_ray.guard_token()
+    connection.guard_token()
     (tmp_path / "own.py").write_text(STUDY)
     run = tmp_path / "results" / "moved"
     with cluster() as (nodes, address):
@@ -125,13 +125,13 @@ def test_ray_leaves_its_token_to_its_user_alone_and_signals_to_us(
     monkeypatch.setenv("HOME", str(tmp_path))
     script = (
         "import signal\n"
-        "from tune_kd.execute import on_ray\n"
+        "from tune_kd.execute import connection\n"
         "from pathlib import Path\n"
         "signal.signal(signal.SIGTERM, lambda *_: None)\n"
         "ours = signal.getsignal(signal.SIGTERM)\n"
-        "cluster = on_ray.connect(None)\n"
+        "cluster = connection.connect(None)\n"
         "print(signal.getsignal(signal.SIGTERM) is ours)\n"
-        "on_ray.disconnect(cluster)\n"
+        "connection.disconnect(cluster)\n"
         "print(signal.getsignal(signal.SIGTERM) is ours)\n"
         "token = Path.home() / '.ray' / 'auth_token'\n"
         "print(oct(token.stat().st_mode & 0o777), len(token.read_text()))"
@@ -147,11 +147,11 @@ def test_a_token_that_others_can_read_is_closed_to_them_or_ray_is_not_started(
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     token.write_text("0" * 64)
     token.chmod(0o644)
-    on_ray.guard_token()
+    connection.guard_token()
     assert token.stat().st_mode & 0o777 == 0o600
     token.chmod(0o640)
     with (
         patch.object(Path, "chmod", side_effect=PermissionError),
         pytest.raises(Mistake, match="has the mode 0640, so that others can read it; allowed: 0600"),
     ):
-        on_ray.guard_token()
+        connection.guard_token()

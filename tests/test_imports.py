@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": {"faults", "privacy", "study", "studies", "plan", "trial", "storage", "records"},
     "rebuild": {"faults", "study", "run", "storage", "records", "tables"},
     "verify": {"study", "price", "run", "checkpoints", "teachers", "answers", "records", "rebuild", "tables"},
-    "preflight": {"study", "price", "run", "teachers", "storage", "records"},
+    "preflight": {"study", "trial", "price", "run", "teachers", "storage", "records"},
     "report": {"study", "stats", "storage", "tables", "results", "measures", "audit", "provenance"},
     "view": {"study", "trial", "simulate", "calibrate"},  # of all but `trial` only types
     "calibrate": {"study", "trial", "plan", "schedule", "records", "stats", "tables", "results", "simulate"},

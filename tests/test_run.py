@@ -189,6 +189,15 @@ def test_a_holder_that_just_left_or_is_not_readable_is_nobody(tmp_path: Path) ->
     assert holder(tmp_path) is None
 
 
+def test_what_a_killed_writer_left_goes_when_the_run_is_held_again(made: Run) -> None:
+    left = made.folder / ".epochs.parquet.4711"
+    left.write_bytes(b"half a table")
+    kept = {path.name for path in made.folder.iterdir()} - {left.name}
+    with held(made.folder):
+        assert not left.exists()
+    assert {path.name for path in made.folder.iterdir()} == kept | {".lock"}
+
+
 def test_any_change_of_a_plan_on_disk_is_noticed(study: Study, tmp_path: Path) -> None:
     run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
     create(run)

@@ -1,16 +1,18 @@
 """`status --verify` and what is looked at before anything trains: each says what is wrong, and what to do."""
 
 import json
+import os
 import shutil
+import tempfile
 from collections import namedtuple
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 from tune_kd import cli, preflight, rebuild, storage
 from tune_kd.records import COMMITS, EPOCHS, LEDGER, TRIALS, Ledger, reading
-from tune_kd.run import reopen
+from tune_kd.run import held, holder, reopen
 from tune_kd.study import Mistake
 from tune_kd.verify import verify
 
@@ -202,6 +204,40 @@ def test_a_folder_without_room_an_old_package_and_a_changed_teacher_are_told_at_
     assert torch.startswith("torch is 2.9.1 here; allowed: 2.10 and later")
     assert "0.000 GB are free" in room and "make room, or choose a folder on another disk" in room
     assert "weights.safetensors is not what its card says; put it back from a copy" in teacher
+
+
+def test_the_teachers_of_students_that_were_added_or_blocked_are_looked_at(run: Path) -> None:
+    opened = reopen(run)
+    with reading(run / LEDGER) as ledger:
+        rows = ledger.rows(TRIALS)
+    flip(next((run.parent / "teachers").glob("*/weights.safetensors")))
+    preflight.check(opened, rows, 2)  # nobody needs it
+    student = next(row for row in rows if row["role"] == "student" and row["teacher_id"])
+    others = [row for row in rows if row is not student]
+    for waiting in (others, [*others, student | {"status": "blocked", "attempts": 1}]):
+        with pytest.raises(Mistake, match=r"weights\.safetensors is not what its card says"):
+            preflight.check(opened, waiting, 2)
+    preflight.check(opened, [*others, student | {"status": "blocked", "attempts": 0}], 2)  # its teacher failed
+
+
+def test_a_ledger_is_read_by_those_who_may_not_write_beside_it(finished: Path) -> None:
+    """In a process without the right to, as a fork: root's is to write everywhere."""
+    with tempfile.TemporaryDirectory() as place, held(Path(place)):  # a folder that others can get into
+        ledger = shutil.copy(finished / LEDGER, place)
+        Path(place).chmod(0o555)
+        child = os.fork()
+        if child == 0:
+            try:
+                with suppress(PermissionError):
+                    os.setuid(65534)
+                with reading(Path(ledger)) as opened:
+                    there = len(opened.rows(EPOCHS))
+                who = holder(Path(place)) or {}
+                os._exit(0 if there and who.get("pid") == os.getppid() and not os.access(place, os.W_OK) else 1)
+            finally:
+                os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
+        Path(place).chmod(0o755)
 
 
 def test_a_folder_that_cannot_be_synced_is_refused_before_anything_trains(

@@ -40,7 +40,7 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
     `connected` is called when Ray is there and the shares fit into it.
     """
     from tune_kd import preflight, rebuild, shares
-    from tune_kd.execute import on_ray
+    from tune_kd.execute import connection, on_ray
     from tune_kd.execute.driver import Driver
     from tune_kd.execute.worker import Workplace
     from tune_kd.records import TRIALS
@@ -53,10 +53,10 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
         ledger = rebuild.opened(run, lambda sentence: _say(console, sentence))
         around.callback(ledger.close)
         preflight.check(run, ledger.rows(TRIALS), run.settings["max_concurrent"] or os.cpu_count() or 1)
-        cluster = on_ray.connect(address)
+        cluster = connection.connect(address)
         # The watch comes first, so that it ends last: to leave a Ray that died may hang.
-        check_ray = around.enter_context(on_ray.watched(cluster, advice))
-        around.callback(on_ray.disconnect, cluster)
+        check_ray = around.enter_context(connection.watched(cluster, advice))
+        around.callback(connection.disconnect, cluster)
         gpus = shares.gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
         shares.check_cluster(run.settings["cpus_per_trial"], gpus, cluster.cpus, cluster.gpus)
         connected()
@@ -101,7 +101,7 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
                 once(f"{why}: running trials end their epoch; interrupt again to leave at once")
             view.show(list(driver.rows.values()), driver.decisions)
 
-        slots = on_ray.slots(cluster, run.settings["cpus_per_trial"], gpus)
+        slots = connection.slots(cluster, run.settings["cpus_per_trial"], gpus)
         with on_ray.drained_by_signals(driver, SIGNALS, advice) as received:
             on_ray.run_on_ray(driver, place, slots, beat)
             interrupted = received()

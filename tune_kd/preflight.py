@@ -13,6 +13,7 @@ from tune_kd.records import ENDED, Row
 from tune_kd.run import Run
 from tune_kd.storage import publish, read
 from tune_kd.study import Mistake
+from tune_kd.trial import Trial
 
 FLOORS = {"torch": "2.10", "ray": "2.54"}
 SPARE = 1.2  # so many times the estimated bytes have to be free
@@ -23,9 +24,16 @@ def check(run: Run, rows: list[Row], slots: int) -> None:
 
     `rows` are the ledger's of trials; `slots` is about how many trials run at a time.
     """
-    problems = [*_versions(), *_folder(run.folder), *_room(run, rows, slots), *_teachers(run, rows)]
+    known = {row["trial_id"]: row for row in rows}
+    waiting = [trial for trial in run.plan.trials if _is_to_run(known.get(trial.trial_id))]
+    problems = [*_versions(), *_folder(run.folder), *_room(run, waiting, slots), *_teachers(run, waiting, known)]
     if problems:
         raise Mistake(*problems)
+
+
+def _is_to_run(row: Row | None) -> bool:
+    """Whether a trial of this row will run: also one that has none yet, or whose teacher was not there."""
+    return row is None or row["status"] not in ENDED or (row["status"] == "blocked" and row["attempts"] > 0)
 
 
 def _versions() -> list[str]:
@@ -53,10 +61,8 @@ def _folder(folder: Path) -> list[str]:
     return [] if same else [f"--out: {folder} does not keep what is written to it; choose a folder on another disk"]
 
 
-def _room(run: Run, rows: list[Row], slots: int) -> list[str]:
-    ended = {row["trial_id"] for row in rows if row["status"] in ENDED}
+def _room(run: Run, waiting: list[Trial], slots: int) -> list[str]:
     planned = run.plan
-    waiting = [trial for trial in planned.trials if trial.trial_id not in ended]
     needed = disk_bytes(waiting, planned.answering, slots, bool(run.settings.get("keep_checkpoints")))
     answers = [path for each in planned.teachers for path in (run.teachers / each.trial_id).glob("answers/*/*/*.f32")]
     needed -= sum(512 * path.stat().st_blocks for path in answers)  # as far as they are there already
@@ -69,14 +75,14 @@ def _room(run: Run, rows: list[Row], slots: int) -> list[str]:
     ]
 
 
-def _teachers(run: Run, rows: list[Row]) -> list[str]:
+def _teachers(run: Run, waiting: list[Trial], known: dict[str, Row]) -> list[str]:
     """Students that are still to run learn from the teacher that the others learned from, or not at all."""
     problems = []
+    needed = {trial.teacher_id for trial in waiting}
     for teacher in run.plan.teachers:
-        theirs = [row for row in rows if row["teacher_id"] == teacher.trial_id]
-        taught = next((row["weights_digest"] for row in theirs if row["role"] == "teacher"), None)
-        if taught is None or not any(row["status"] in ("pending", "running") for row in theirs):
-            continue  # it is trained yet, or adopted; or nobody needs it any more
+        taught = known.get(teacher.trial_id, {}).get("weights_digest")
+        if taught is None or teacher.trial_id not in needed:
+            continue  # it is to be trained or adopted; or nobody needs it any more
         wrong = teachers.wrong_with(run.teachers, teacher.trial_id, taught)
         if wrong is not None:
             problems.append(f"{wrong}; put it back from a copy, or start a new run, which trains it again")

@@ -29,7 +29,7 @@ from tune_kd.records import (
 from tune_kd.run import Run
 from tune_kd.storage import Damaged, sync
 from tune_kd.study import Mistake
-from tune_kd.tables import Records, load
+from tune_kd.tables import Records, load, without_advice
 
 REBUILT = ".rebuilt"  # a folder in a run's, for the time that it takes
 
@@ -85,7 +85,7 @@ def rebuild(run: Run) -> str:
     except Mistake as mistake:
         raise Damaged(
             f"{run.folder / LEDGER} cannot be used, and the tables it could be made from are not whole "
-            f"({'; '.join(problem.partition('; `tune_kd resume')[0] for problem in mistake.problems)}); restore the "
+            f"({'; '.join(map(without_advice, mistake.problems))}); restore the "
             "ledger or the tables from a copy, or start a new run, which takes over the teachers"
         ) from mistake
     rows = _consistent(run, records)

@@ -7,6 +7,7 @@ The ledger (SQLite, written by the driver alone) is the truth; tables are made f
 import hashlib
 import json
 import math
+import os
 import re
 import sqlite3
 import zlib
@@ -170,7 +171,12 @@ class Ledger:
         self.path = path
         self._writes: list[Write] | None = None  # of the transaction that is open
         if read_only:
-            self._connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+            # SQLite writes beside a ledger in order to read it. Whoever may not do so reads it as it stands, which is
+            # right while no driver has its write-ahead log there.
+            log = path.with_name(f"{path.name}-wal")
+            still = "" if log.exists() or os.access(path.parent, os.W_OK) else "&immutable=1"
+            uri = f"{path.absolute().as_uri()}?mode=ro{still}"
+            self._connection = sqlite3.connect(uri, uri=True, isolation_level=None)
             self._connection.execute("BEGIN")  # all that is read is of one moment
             return
         self._connection = sqlite3.connect(path, isolation_level=None)

@@ -1,5 +1,6 @@
 """A run's folder: where it is, who holds it, and the `study.json` that everything else follows from."""
 
+import fcntl
 import json
 import os
 import platform
@@ -20,8 +21,8 @@ from pydantic import TypeAdapter
 from tune_kd.faults import point
 from tune_kd.plan import Plan, plan
 from tune_kd.privacy import secrets
-from tune_kd.records import LAYOUT, LEDGER, RUN_NAME, TRIALS, Row, reading
-from tune_kd.storage import Damaged, publish, read, sealed, unsealed
+from tune_kd.records import LAYOUT, LEDGER, RUN_NAME, TRIALS, Row, first_row, reading
+from tune_kd.storage import Damaged, obstacle, publish, read, sealed, unsealed
 from tune_kd.studies import from_json, resolve
 from tune_kd.study import Mistake, Study
 from tune_kd.trial import digest
@@ -85,9 +86,8 @@ def check_new(out: Path, name: str | None, study: Study) -> str:
         )
     elif os.path.exists(out / name) and not _unbegun(out / name):
         problems.append(f"--name is {name!r}, and {out / name} exists; resume that run or choose another name")
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if os.path.exists(folder))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        problems.append(f"--out is {out}, and {existing} cannot be written to; allowed: a folder that can be made")
+    if (there := obstacle(out)) is not None:
+        problems.append(f"--out is {out}, and {there} cannot be written to; allowed: a folder that can be made")
     if problems:
         raise Mistake(*problems)
     return name
@@ -166,7 +166,7 @@ def extended(run: Run, settings: Sequence[str] = ()) -> Run:
 
     Raises `Mistake` where nothing was added, or anything else was changed.
     """
-    waiting = sum(row["status"] in ("pending", "running") for row in _trials(run))
+    waiting = sum(row["status"] in ("pending", "running") for row in trials(run))
     if waiting:
         raise Mistake(f"RUN is {run.name}, where {waiting} trials are still to run; resume it, and then --extend")
     if run.source is not None:
@@ -203,14 +203,14 @@ def record_extension(run: Run) -> None:
     point("extension.recorded")
 
 
-def _trials(run: Run) -> list[Row]:
-    """The rows of the ledger's trials; those of the plan as pending where there is no ledger yet."""
-    if not (run.folder / LEDGER).is_file():
-        return [{"status": "pending"} for _ in run.plan.trials]
-    with reading(run.folder / LEDGER) as ledger:
-        rows = ledger.rows(TRIALS)
-    known = {row["trial_id"] for row in rows}  # those of an extension come when a driver takes it over
-    return rows + [{"status": "pending"} for trial in run.plan.trials if trial.trial_id not in known]
+def trials(run: Run) -> list[Row]:
+    """The rows of the ledger's trials, and of those that come into it when a driver takes the plan over."""
+    rows: list[Row] = []
+    if (run.folder / LEDGER).is_file():
+        with reading(run.folder / LEDGER) as ledger:
+            rows = ledger.rows(TRIALS)
+    known = {row["trial_id"] for row in rows}
+    return rows + [first_row(run.name, trial) for trial in run.plan.trials if trial.trial_id not in known]
 
 
 def _source(run: Run) -> dict[str, Any] | None:
@@ -319,6 +319,8 @@ def held(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise Mistake(f"RUN is {folder}, which cannot be written to ({error.strerror}); make it writable") from error
     try:
+        for aside in folder.glob(".*.[0-9]*"):  # of writers that were killed: nobody else writes here now
+            aside.unlink(missing_ok=True)
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         publish(folder / HOLDER, json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since}).encode())
         yield
@@ -329,18 +331,14 @@ def held(folder: Path) -> Iterator[None]:
 
 def holder(folder: Path) -> dict[str, Any] | None:
     """Who runs a run now: `pid`, `host`, `since`. Null where nobody does, also after a kill."""
-    path = folder / HOLDER
-    if not path.is_file():
-        return None
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        with lock:
-            return None
-    except Timeout:
-        with suppress(OSError, ValueError):  # it is being written, or just went
-            found: dict[str, Any] = json.loads(path.read_text())
-            return found
-        return None
+    with suppress(OSError, ValueError):  # there is none, it is being written, or just went
+        found: dict[str, Any] = json.loads((folder / HOLDER).read_text())
+        with (folder / ".lock").open() as lock:  # to be read only: whoever looks may have no right to write
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return found
+    return None
 
 
 def _git_commit() -> str | None:

@@ -67,6 +67,12 @@ def _write(path: Path, flags: int, offset: int, data: bytes) -> None:
         os.close(file)
 
 
+def obstacle(folder: Path) -> Path | None:
+    """What keeps files from being written into a folder, which may still have to be made; null where nothing does."""
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.exists(each))
+    return None if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else there
+
+
 def sync(folder: Path) -> None:
     """Have the names in a folder on disk. Raises OSError."""
     handle = os.open(folder, os.O_RDONLY)

@@ -18,6 +18,7 @@ from tune_kd.study import Mistake
 from tune_kd.trial import digest
 
 EXAMPLES = 3  # rows that an error shows
+RESUME = "`tune_kd resume"  # with which the advice begins that a run's tables come with
 READS = 5  # of a table and its digest, until they fit together
 TEXT = (
     *("run", "arm", "role", "note", "what", "contrast", "kind", "verdict", "words", "context", "how", "against"),
@@ -119,6 +120,11 @@ def place(run: Path | str, out: Path | str = "results") -> Path:
     )
 
 
+def without_advice(problem: str) -> str:
+    """What is wrong with a run's table, for those who know better what to do about it."""
+    return problem.partition(f"; {RESUME}")[0]
+
+
 def _file(place: Path, table: str, whole: bool) -> Path:
     """A table's file: in a folder that is a `whole` run, or beside others with a common prefix."""
     return place / f"{table}.parquet" if whole else place.parent / f"{place.name}_{table}.parquet"
@@ -131,7 +137,7 @@ def _load(place: Path, adapt: Adapter | None) -> Records:
     tables: dict[str, pd.DataFrame] = {}
     for schema in reversed(SCHEMAS):
         path = _file(place, schema.name, whole)
-        again = f"`tune_kd resume {place}` makes the tables again from the ledger" if ours else "restore the file"
+        again = f"{RESUME} {place}` makes the tables again from the ledger" if ours else "restore the file"
         if not path.is_file():
             if ours or schema is TRIALS:
                 raise Mistake(f"{path} is missing; {again}")

@@ -11,7 +11,7 @@ from tune_kd.checkpoints import Checkpoints
 from tune_kd.price import IMAGES
 from tune_kd.records import COMMITS, EPOCHS, LEDGER, SCHEMAS, TRIALS, Row, commits, reading
 from tune_kd.study import Mistake
-from tune_kd.tables import load
+from tune_kd.tables import load, without_advice
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _tables(folder: Path, wrong: str | None) -> Iterator[Finding]:
         load(folder)
     except Mistake as mistake:
         for problem in mistake.problems:
-            yield Finding("tables", problem.partition("; `tune_kd resume")[0], f"`tune_kd resume {folder}`: {again}")
+            yield Finding("tables", without_advice(problem), f"`tune_kd resume {folder}`: {again}")
 
 
 def _checkpoints(opened: run.Run) -> Iterator[Finding]:

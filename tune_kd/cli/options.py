@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -39,7 +39,9 @@ Phases = Annotated[
 Gpus = Annotated[
     str | None, typer.Option(help="GPU share of a trial, such as 0.25; auto measures one.", show_default=False)
 ]
-Cpus = Annotated[float, typer.Option(help="CPU share of a trial; its whole part is its threads, at least one.")]
+CPUS = "CPU share of a trial; its whole part is its threads, at least one."
+Cpus = Annotated[float, typer.Option(help=CPUS)]
+CpusNow = Annotated[float | None, typer.Option(help=CPUS, show_default="as the run began")]
 MaxConcurrent = Annotated[int | None, typer.Option(help="Most trials at a time.", show_default=False)]
 Address = Annotated[str | None, typer.Option(help="Address of a running Ray cluster.", show_default=False)]
 Keep = Annotated[bool, typer.Option("--keep-checkpoints", help="Keep the final checkpoint of each trial.")]
@@ -58,6 +60,14 @@ class Terminal(Console):
         """Print no more, and go on."""
         with suppress(SystemExit):
             super().on_broken_pipe()
+
+
+def print_json(answer: dict[str, Any]) -> None:
+    """An answer on standard output, for as long as somebody reads it."""
+    try:
+        print(json.dumps(answer), flush=True)
+    except BrokenPipeError:
+        Terminal().on_broken_pipe()
 
 
 def tracked(count: int, what: str) -> Iterable[int]:
@@ -97,7 +107,7 @@ def scale_of(path: Path, scale: str, address: str | None) -> tuple[str, str]:
     if not {"paper", "laptop"} <= set(declared):
         raise Mistake(f"--scale is auto, which means paper or laptop; {path} declares: {', '.join(declared)}")
     if address is not None:
-        from tune_kd.execute.on_ray import connect
+        from tune_kd.execute.connection import connect
 
         seen = connect(address).gpus > 0
     else:

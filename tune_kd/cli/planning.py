@@ -1,6 +1,5 @@
 """Commands that foretell: `plan`, `simulate` and `calibrate`."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +20,7 @@ from tune_kd.cli.options import (
     Terminal,
     collect,
     naming,
+    print_json,
     scale_of,
     settings_with,
     tracked,
@@ -67,7 +67,7 @@ def plan(
         "warnings": evidence.warnings(planned, out),
     }
     if as_json:
-        print(json.dumps(summary))
+        print_json(summary)
     else:
         _print_plan(planned, summary, why)
 
@@ -127,7 +127,7 @@ def simulate(
         answer: dict[str, Any] = {"study": resolved.name, "scale": chosen, "screen": asdict(resolved.screen)}
         answer |= {"curves": curves, "orders": orders, "left_out": recorded.left_out}
         answer["strata"] = {name: _outcome(outcome) for name, outcome in outcomes.items()}
-        print(json.dumps(answer))
+        print_json(answer)
         return
     console.print(f"{resolved.name} at scale {chosen}{why}: early stopping over the curves of {curves}")
     for sentence in recorded.left_out:
@@ -162,7 +162,7 @@ def calibrate(
         practices = {name: asdict(rate) | {"share": rate.share, "standard_error": rate.standard_error}
                      for name, rate in found.rates.items()}  # fmt: skip
         bias = {"finished": found.finished, "bias_in_deviations": found.bias}
-        print(json.dumps({"study": resolved.name, "scale": chosen, "practices": practices, "plain_asha": bias}))
+        print_json({"study": resolved.name, "scale": chosen, "practices": practices, "plain_asha": bias})
         return
     console = Terminal()
     console.print(f"{resolved.name} at scale {chosen}{why}")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from tune_kd.cli.options import DEFAULT_OUT, AsJson, Out, Phases, Terminal, collect
+from tune_kd.cli.options import DEFAULT_OUT, AsJson, Out, Phases, Terminal, collect, print_json
 from tune_kd.study import Mistake
 
 if TYPE_CHECKING:
@@ -45,11 +46,13 @@ def status(
         raise Mistake(f"RUN is {folder}, which has no ledger yet; start it with `python -m tune_kd resume {folder}`")
     with reading(folder / LEDGER) as ledger:
         rows, decisions = ledger.rows(TRIALS), ledger.rows(DECISIONS)
+    with suppress(Mistake):  # where the plan cannot be read, those that a driver never took over are not known
+        rows = runs.trials(runs.reopen(folder))
     holder = runs.holder(folder)
     if as_json:
         phases = {phase: dict(Counter(row["status"] for row in rows if row["phase"] == phase)) for phase in PHASES}
         answer = {"run": folder.name, "held_by": holder, "phases": phases, "trials": rows, "decisions": decisions}
-        print(json.dumps(answer))
+        print_json(answer)
         return
     console = Terminal()
     console.print(progress(folder.name, rows, [Decision.of(row) for row in decisions], None))
@@ -68,7 +71,7 @@ def _verify(folder: Path, as_json: bool) -> NoReturn:
 
     found = verify(folder)
     if as_json:
-        print(json.dumps({"run": folder.name, "findings": [asdict(finding) for finding in found]}))
+        print_json({"run": folder.name, "findings": [asdict(finding) for finding in found]})
     else:
         console = Terminal()
         for finding in found:
@@ -120,7 +123,7 @@ def list_(out: Out = DEFAULT_OUT, as_json: AsJson = False) -> None:
     names = {name: str(path) for name, path in studies.available().items()}
     folders = [str(folder) for folder in runs.existing(out)]
     if as_json:
-        print(json.dumps({"studies": names, "runs": folders}))
+        print_json({"studies": names, "runs": folders})
         return
     console = Terminal()
     for name, path in names.items():
@@ -149,7 +152,7 @@ def print_report(
                    (("arms", arms), ("contrasts", effects), ("exploratory", explored))}  # fmt: skip
         if len(records.runs) > 1:
             answer["differences"] = provenance.differences(records).to_dict("records")
-        print(json.dumps(answer))
+        print_json(answer)
         return first
     console.print()
     console.print(view.arms(arms))

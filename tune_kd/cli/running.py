@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -13,6 +14,7 @@ from tune_kd.cli.options import (
     Address,
     AsJson,
     Cpus,
+    CpusNow,
     DataDir,
     DataName,
     Gpus,
@@ -107,18 +109,31 @@ def resume(
         bool, typer.Option("--extend", help="Go to the study's next look, or add seeds or levels that it declares now.")
     ] = False,
     settings: Settings = None,
+    gpus_per_trial: Gpus = None,
+    cpus_per_trial: CpusNow = None,
+    max_concurrent: MaxConcurrent = None,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run what is missing of a run, from where it stood."""
-    from tune_kd import launch
+    """Run what is missing of a run, from where it stood. Shares are as it began, unless they are given."""
+    from tune_kd import launch, shares
     from tune_kd import run as runs
 
     console = Terminal(stderr=as_json)
     reopened = runs.reopen(runs.find(out, run))
+    problems: list[str] = []
     if settings and not extend:
-        raise Mistake("--set is given; allowed: with --extend only, since a run keeps the study that it began with")
-    launch.check_compiler(reopened.study)
+        problems.append("--set is given; allowed: with --extend only, since a run keeps the study that it began with")
+    collect(problems, lambda: launch.check_compiler(reopened.study))
+    asked = collect(problems, lambda: shares.parse_gpus(gpus_per_trial))
+    given = {"gpus_per_trial": asked, "cpus_per_trial": cpus_per_trial, "max_concurrent": max_concurrent}
+    share = reopened.settings | {name: value for name, value in given.items() if value is not None}
+    collect(
+        problems,
+        lambda: shares.check(share["cpus_per_trial"], share["gpus_per_trial"], share["max_concurrent"], address),
+    )
+    if problems:
+        raise Mistake(*problems)
     with runs.held(reopened.folder):  # whoever else holds it is told of before anything is read or changed
         reopened = runs.reopen(reopened.folder)
         if extend:
@@ -128,12 +143,15 @@ def resume(
                 f"RUN is {reopened.name}, whose study was changed since it began: {'; '.join(changes)}. Put the study "
                 "back, start a new run, or, where only seeds or levels were added, resume with --extend"
             )
-        digest = launch.load_data(reopened.study, reopened.data_dir, console).digest
-        if digest != reopened.data_digest:
+        loaded = launch.load_data(reopened.study, reopened.data_dir, console)
+        if loaded.digest != reopened.data_digest:
             raise Mistake(
                 f"RUN is {reopened.name}, begun on data with the digest {reopened.data_digest[:16]}; the data now have "
-                f"{digest[:16]}: put the same data back at {reopened.data_dir or 'their place'}"
+                f"{loaded.digest[:16]}: put the same data back at {reopened.data_dir or 'their place'}"
             )
+        if share["gpus_per_trial"] == "auto":
+            share["gpus_per_trial"] = launch.measured_share(reopened.study, loaded, console)
+        reopened = replace(reopened, settings=share)
         launch.fetch_weights(reopened.study)
         extension = (lambda: runs.record_extension(reopened)) if extend else (lambda: None)
         with _resumable(reopened.folder, console):

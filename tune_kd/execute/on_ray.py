@@ -9,35 +9,15 @@ import logging
 import os
 import shutil
 import signal
-import socket
-import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
-# Before Ray is imported: it reads these once. Workers are started from this environment as it is, not through
-# a second `uv run`; nothing is sent anywhere; Tune writes no logs of its own beside our records.
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-# What is right only so is not the user's to set: an epoch is on record before its trial goes on, signals are ours,
-# nothing of Tune's is written, and a worker that does not end is not waited for.
-os.environ["TUNE_RESULT_BUFFER_LENGTH"] = "1"
-os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**9)  # 50 kB of the driver's memory a trial, and never read
-os.environ["TUNE_FORCE_TRIAL_CLEANUP_S"] = "10"
-os.environ.pop("RAY_TUNE_CALLBACKS", None)
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # why: see `tune_kd.__main__`
-
-import psutil
 import ray
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
@@ -46,10 +26,10 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
+from tune_kd.execute.connection import leave
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Failure, Task, Work, Workplace, failure, whereabouts, work
 from tune_kd.records import FAILURES
-from tune_kd.study import Mistake
 from tune_kd.trial import Epoch
 
 
@@ -256,166 +236,6 @@ class _Bridge:
             message = "its worker died" if lost else "Tune ended it"
             with self._recording():
                 self._driver.on_end(self._tasks[tune_id].trial.trial_id, Failure("lost", message))
-
-
-@dataclass(frozen=True)
-class Part:
-    """A process of Ray without which a run cannot go on, and how long it may not answer."""
-
-    name: str
-    host: str
-    port: int
-    patience: float  # seconds
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What Ray has to offer, and where its dashboard is."""
-
-    cpus: float
-    gpus: float
-    dashboard: str | None
-    ours: bool  # started by us, so that we stop it
-    parts: tuple[Part, ...]  # to be watched
-
-
-def connect(address: str | None) -> Cluster:
-    """Start Ray on this machine, or join the cluster at `address`. Raises `Mistake` where that cannot be done."""
-    ours = not ray.is_initialized()
-    if ours:
-        settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if address is None:
-            settings["dashboard_host"] = "127.0.0.1"
-            guard_token()
-        try:
-            with _own_sigterm():
-                context = ray.init(address=address or "local", **settings)
-        except SystemExit as left:  # Ray's own handler of SIGTERM leaves with the bare number
-            raise SystemExit(128 + signal.SIGTERM) from left
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            where = f"the cluster at {address}" if address else "Ray on this machine"
-            if address and "RAY_AUTH_MODE" not in os.environ:
-                where += " (where it asks for a token, set RAY_AUTH_MODE=token)"
-            raise Mistake(f"--address is {address}: {where} cannot be reached or started ({error})") from error
-    else:
-        context = ray.init(ignore_reinit_error=True)
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return Cluster(
-        cpus=resources.get("CPU", 0.0),
-        gpus=resources.get("GPU", 0.0),
-        dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None,
-        ours=ours,
-        parts=_parts(),
-    )
-
-
-def _parts() -> tuple[Part, ...]:
-    """This node's raylet, which never comes back, and the control store, which a cluster may start again."""
-    context = ray.get_runtime_context()
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    here = next(node for node in nodes if node["NodeID"] == context.get_node_id())
-    host, _, port = context.gcs_address.rpartition(":")
-    return (
-        Part("raylet", here["NodeManagerAddress"], here["NodeManagerPort"], patience=5.0),
-        Part("control store", host.strip("[]"), int(port), patience=20.0),
-    )
-
-
-def guard_token() -> None:
-    """Whoever reads Ray's token can run code as this user, and Ray writes it for all to read: keep it from others.
-
-    Raises `Mistake` where that cannot be done.
-    """
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    with suppress(OSError):  # a home that cannot be written to holds none, or one that is not ours
-        token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        token.touch(mode=0o600)  # Ray fills it
-        token.chmod(0o600)
-    if token.is_file() and (mode := token.stat().st_mode & 0o777) & 0o077:
-        raise Mistake(f"{token}, Ray's token, has the mode {mode:04o}, so that others can read it; allowed: 0600")
-
-
-def slots(cluster: Cluster, cpus: float, gpus: float) -> int:
-    """How many trials of these shares fit on a cluster at a time."""
-    fits = [cluster.cpus / cpus]
-    if gpus:
-        fits.append(cluster.gpus / gpus)
-    return max(1, int(min(fits) + 1e-9))
-
-
-def disconnect(cluster: Cluster) -> None:
-    if cluster.ours:
-        with _own_sigterm():
-            ray.shutdown()
-
-
-@contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Put the handler of SIGTERM back that was there before Ray set its own, or the system's."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-
-
-class RayDied(OSError):
-    """Ray is gone under a run; what its ledger holds is whole."""
-
-
-LEAVE_WITHIN = 20.0  # seconds that an orderly end may take then
-
-
-@contextmanager
-def watched(cluster: Cluster, advice: str) -> Iterator[Callable[[], None]]:
-    """Notice that the connected Ray died. Without its raylet, Tune waits for ever; without its control store, Ray ends
-    this process after a minute with status 1, which here means failed trials.
-
-    Yields a function that raises `RayDied` in the thread that calls it. Where nobody calls it any more, or the end
-    that follows hangs, the process is ended from here, with that error's status.
-    """
-    died: list[str] = []
-    over = threading.Event()
-
-    def watch() -> None:
-        heard = {part.name: time.monotonic() for part in cluster.parts}
-        while not died and not over.wait(1.0):
-            for part in cluster.parts:
-                if _listens(part):
-                    heard[part.name] = time.monotonic()
-                elif time.monotonic() - heard[part.name] > part.patience:
-                    died.append(f"Ray died: its {part.name} does not answer; {advice}")
-        if died and not over.wait(LEAVE_WITHIN):
-            leave(3, died[0])
-
-    def check() -> None:
-        if died:
-            raise RayDied(died[0])
-
-    threading.Thread(target=watch, name="tune_kd-watch", daemon=True).start()
-    try:
-        yield check
-    finally:
-        over.set()
-
-
-def leave(status: int, sentence: str) -> NoReturn:
-    """End this process and those that it started, at once, whatever its threads wait for."""
-    cursor = "\033[?25h" if sys.stderr.isatty() else ""  # the live view hides it
-    os.write(2, f"{cursor}tune_kd: {sentence}\n".encode())
-    for process in psutil.Process().children(recursive=True):  # Ray's agents would stay for a minute
-        with suppress(psutil.Error):
-            process.kill()
-    os._exit(status)
-
-
-def _listens(part: Part) -> bool:
-    try:
-        socket.create_connection((part.host, part.port), timeout=3.0).close()
-    except OSError:
-        return False
-    return True
 
 
 def run_on_ray(driver: Driver, place: Workplace, slots: int, beat: Callable[[], None], work: Work = work) -> None:

@@ -8,7 +8,7 @@ import pandas as pd
 from tune_kd import audit, measures, provenance, results
 from tune_kd.report import figures, page, texts
 from tune_kd.stats import MARGIN
-from tune_kd.storage import publish
+from tune_kd.storage import obstacle, publish
 from tune_kd.study import Mistake
 from tune_kd.tables import Records
 
@@ -46,8 +46,8 @@ def write(folder: Path, records: Records, formats: Sequence[str] = FORMATS) -> P
     if unknown or not formats:
         named = ", ".join(map(repr, unknown)) or "empty"
         raise Mistake(f"--format is {named}; allowed: {', '.join(FORMATS)}")
-    if folder.exists() and not folder.is_dir():
-        raise Mistake(f"--to is {folder}, which is a file; allowed: a folder, or one that can be made")
+    if (there := obstacle(folder)) is not None:
+        raise Mistake(f"--to is {folder}, and {there} cannot be written to; allowed: a folder that can be made")
     made = tables(records)
     titled = {name: (TABLES[name][0], table) for name, table in made.items()}
     drawn = figures.draw(records) if {"html", "png", "svg"} & set(formats) else []
