@@ -116,6 +116,24 @@ def test_an_epoch_computed_again_is_compared_with_its_record(ledger: Ledger) -> 
     assert [row["val_accuracy"] for row in ledger.rows(EPOCHS)] == [0.5]
 
 
+def test_a_ledger_that_cannot_be_opened_keeps_nothing_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where somebody keeps the error, and with it the frame in which the connection is."""
+
+    class Gone(sqlite3.Connection):
+        def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+            if statement.startswith(("CREATE", "ROLLBACK")):
+                raise sqlite3.OperationalError("disk I/O error")
+            return super().execute(statement, *values)
+
+    real = sqlite3.connect
+    with monkeypatch.context() as broken:
+        broken.setattr(sqlite3, "connect", lambda *arguments, **options: real(*arguments, **options, factory=Gone))
+        with pytest.raises(sqlite3.OperationalError, match="disk I/O error") as kept:
+            Ledger(tmp_path / "ledger.sqlite")
+    Ledger(tmp_path / "ledger.sqlite").close()
+    assert kept.traceback
+
+
 def test_what_fails_inside_a_transaction_leaves_nothing(ledger: Ledger) -> None:
     def fail() -> None:
         with ledger.transaction():

@@ -180,10 +180,14 @@ class Ledger:
             self._connection.execute("BEGIN")  # all that is read is of one moment
             return
         self._connection = sqlite3.connect(path, isolation_level=None)
-        self._connection.execute("PRAGMA journal_mode=WAL")
-        self._connection.execute("PRAGMA synchronous=FULL")
-        self._in_one([(statement, []) for statement in _CREATE])
-        self._commits = max(after, self._held())
+        try:
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=FULL")
+            self._in_one([(statement, []) for statement in _CREATE])
+            self._commits = max(after, self._held())
+        except BaseException:
+            self._connection.close()  # with what it holds locked
+            raise
 
     def close(self) -> None:
         self._connection.close()

@@ -358,7 +358,8 @@ def _attempts(trials: list[Row], drivers: int) -> Iterator[str]:
 
 
 def _status_agrees(records: Records, held: bool) -> Iterator[str]:
-    """What `status` prints is what the ledger holds. `held`: a driver may be at work."""
+    """What `status` prints is what the ledger holds, and trials to come of an extension that no driver took over.
+    `held`: a driver may be at work."""
     command = [sys.executable, "-m", "tune_kd", "status", str(records.run.absolute()), "--json"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True, timeout=120)
     if done.returncode:
@@ -367,9 +368,13 @@ def _status_agrees(records: Records, held: bool) -> Iterator[str]:
     told = json.loads(done.stdout)
     ledger = [{name: value for name, value in row.items() if name not in ("number", "crc")}
               for row in records.ledger.trials or ()]  # fmt: skip
-    if told["trials"] != ledger:
-        yield "I7: status tells of other trials than the ledger"
-    counted = Counter((row["phase"], row["status"]) for row in ledger)
+    coming = set(records.study["trials"]) - {row["trial_id"] for row in ledger}
+    added = [row for row in told["trials"] if row["trial_id"] in coming]
+    if told["trials"] != [*ledger, *added] or len(added) != len(coming):
+        yield "I7: status tells of other trials than the ledger and the plan"
+    if {row["status"] for row in added} - {"pending"}:
+        yield "I7: status tells of trials that ran, and the ledger has none of them"
+    counted = Counter((row["phase"], row["status"]) for row in (*ledger, *added))
     if {(phase, status): n for phase, each in told["phases"].items() for status, n in each.items()} != counted:
         yield f"I7: status counts {told['phases']}, and the ledger has {dict(counted)}"
     if len(told["decisions"]) != len(records.decisions):
