@@ -143,6 +143,19 @@ def test_a_signal_before_the_plan_is_there_leaves_no_folder(
     assert not run.folder.exists()
 
 
+def test_a_disk_that_does_not_even_take_who_holds_a_new_run_keeps_no_folder_of_it(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("tune_kd.run.publish", full)
+    run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
+    with pytest.raises(OSError, match="no space left"), begun(run):
+        raise AssertionError("it was begun")
+    assert not run.folder.exists()
+
+
 def test_a_run_that_was_begun_and_ended_before_the_lock_was_given_is_left_as_it_is(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,17 +101,22 @@ def begun(run: Run) -> Iterator[None]:
         run.folder.mkdir(parents=True, exist_ok=_unbegun(run.folder))
     except OSError as error:
         raise Mistake(f"--out: {run.folder} cannot be made ({error.strerror}); choose another folder") from error
-    with held(run.folder):
-        if not _unbegun(run.folder):
-            raise Mistake(f"--name is {run.name!r}, and {run.folder} was begun meanwhile; choose another name")
-        try:
-            create(run)
-            yield
-        except BaseException as error:
-            early = isinstance(error, Mistake) and not (run.folder / "trials.parquet").exists()  # a driver's first file
-            if early or not (run.folder / STUDY).exists():
-                shutil.rmtree(run.folder)
-            raise
+    try:
+        with held(run.folder):
+            if not _unbegun(run.folder):
+                raise Mistake(f"--name is {run.name!r}, and {run.folder} was begun meanwhile; choose another name")
+            try:
+                create(run)
+                yield
+            except BaseException as error:
+                first = run.folder / "trials.parquet"  # of a driver's files
+                if not (run.folder / STUDY).exists() or (isinstance(error, Mistake) and not first.exists()):
+                    shutil.rmtree(run.folder)
+                raise
+    except OSError:
+        if _unbegun(run.folder):  # the disk has not even taken who holds it
+            shutil.rmtree(run.folder)
+        raise
 
 
 def _unbegun(folder: Path) -> bool:
