@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,9 +120,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def filled(disk: Path, left: int) -> Path:
-    """A file that takes up a disk but for some bytes."""
+    """A file that takes up a disk but for some bytes, also where a run writes to it meanwhile."""
     ballast = disk / "ballast"
-    ballast.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - left)))
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while shutil.disk_usage(disk).free > left:
+            file.write(bytes(4096))
     return ballast
 
 
