@@ -2,7 +2,7 @@
 
 Question: ResNet-50 to ResNet-18, stem x method x temperature; two arms that are compared differ in one factor.
 Source: Hinton et al. 2015 (logit); FitNets-like stage features with a cosine term (feature).
-Command: python -m tune_kd run ablation [--scale paper|laptop|smoke] [--data cifar10]
+Command: python -m tune_kd run ablation [--scale paper|laptop|smoke] [--data cifar10|cifar100]
 Cost: paper is a study for GPUs; laptop takes minutes on two cores; smoke shows every stage in under one.
 """
 
@@ -46,7 +46,7 @@ def study() -> Study:
 def laptop(data: str = "digits") -> Study:
     """Every stage in minutes on two cores: networks of 1/8 width, three seeds, scikit-learn's digits.
 
-    On CIFAR-10, a fixed subset of 4,000 training images.
+    On CIFAR-10 or CIFAR-100, a fixed subset of 4,000 training images.
     """
     paper = study()
     small = replace(
@@ -60,10 +60,10 @@ def laptop(data: str = "digits") -> Study:
         deviation=0.005,
         rate=2e10,
     )
-    if data == "cifar10":
+    if data != "digits":
         return replace(
             small,
-            data=Data("cifar10", train=4000, validation=1000, test=2000),
+            data=Data(data, train=4000, validation=1000, test=2000),
             recipe=Recipe(epochs=6, batch_size=128, lr=0.1),
             teacher_recipe=Recipe(epochs=12, batch_size=64, lr=0.1),
             screen=replace(small.screen, grace=4),

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tune_kd import batches, cifar, pictures
 from tune_kd import data as rooms
-from tune_kd.batches import ARCHIVE, FOLDER, Origin
+from tune_kd.batches import CIFAR10, CIFAR100, Origin
 from tune_kd.cifar import default_cache, load_pixels
 from tune_kd.data import load
 from tune_kd.pictures import Pixels
@@ -26,7 +26,7 @@ NOWHERE = Origin("http://127.0.0.1:1/", "0" * 32, (("data_batch_1", "0"),), (("t
 @pytest.fixture(autouse=True)
 def small_ones_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins for CIFAR-10 may be small here; that real ones may not is tested with the data room."""
-    monkeypatch.setattr(rooms, "check_complete", lambda _: None)
+    monkeypatch.setattr(rooms, "check_complete", lambda *_: None)
 
 
 def picture_folder(folder: Path, shade: int = 0) -> Path:
@@ -209,7 +209,7 @@ def test_the_default_cache_is_under_xdg_cache_home(tmp_path: Path, monkeypatch: 
 
 
 def published_files(folder: Path) -> Origin:
-    """Two tiny batches in the published form, packed at folder/ARCHIVE, and their origin."""
+    """Two tiny batches in the published form, packed at its archive's place, and their origin."""
     import hashlib
     import pickle
 
@@ -222,13 +222,13 @@ def published_files(folder: Path) -> Origin:
         for name, shade in shades.items()
     }
     folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(folder / ARCHIVE, "w:gz") as packed:
+    with tarfile.open(folder / CIFAR10.archive, "w:gz") as packed:
         for name, content in files.items():
-            member = tarfile.TarInfo(f"{FOLDER}/{name}")
+            member = tarfile.TarInfo(f"{CIFAR10.folder}/{name}")
             member.size = len(content)
             packed.addfile(member, io.BytesIO(content))
     train, test = ((name, md5(content)) for name, content in files.items())
-    return Origin("http://127.0.0.1:1/", md5((folder / ARCHIVE).read_bytes()), (train,), (test,), 0.5)
+    return Origin("http://127.0.0.1:1/", md5((folder / CIFAR10.archive).read_bytes()), (train,), (test,), 0.5)
 
 
 @pytest.mark.parametrize("form", ["archive", "folder of the archive", "unpacked", "folder of the unpacked"])
@@ -236,14 +236,38 @@ def test_torchvisions_files_are_found_in_each_place(tmp_path: Path, form: str) -
     data = tmp_path / "data"
     origin = published_files(data)
     if "unpacked" in form:
-        with tarfile.open(data / ARCHIVE) as packed:
+        with tarfile.open(data / CIFAR10.archive) as packed:
             packed.extractall(data, filter="data")
-        (data / ARCHIVE).unlink()
-    where = {"archive": data / ARCHIVE, "unpacked": data / FOLDER}.get(form, data)
+        (data / CIFAR10.archive).unlink()
+    where = {"archive": data / CIFAR10.archive, "unpacked": data / CIFAR10.folder}.get(form, data)
     for _ in range(2):
         pixels = load_pixels(where, cache=tmp_path / "cache", say=pytest.fail, progress=False, origin=origin)
         assert set(pixels.train_images.flatten().tolist()) == {7}
         assert set(pixels.test_images.flatten().tolist()) == {9}
+
+
+@pytest.mark.parametrize("where", ["folder", "archive"])
+def test_the_other_of_the_two_is_told_apart(tmp_path: Path, where: str) -> None:
+    published_files(tmp_path)
+    path = tmp_path / (CIFAR10.folder if where == "folder" else CIFAR10.archive)
+    path.mkdir(exist_ok=True) if where == "folder" else None
+    with pytest.raises(Mistake, match="this is CIFAR-10, and CIFAR-100 is asked for; name its place, or change --data"):
+        load_pixels(path, form=CIFAR100, cache=tmp_path / "cache", say=pytest.fail, progress=False)
+
+
+def test_both_may_lie_in_one_folder_and_neither_is_taken_for_the_other(tmp_path: Path) -> None:
+    """As torchvision puts them there."""
+    origin = published_files(tmp_path)
+    (tmp_path / CIFAR100.folder).mkdir()
+    nowhere = Origin("http://127.0.0.1:1/", "", (("train", ""),), (("test", ""),), 0.5, CIFAR100)
+    cache = tmp_path / "cache"
+    load_pixels(tmp_path, cache=cache, say=pytest.fail, progress=False, origin=origin)
+    with pytest.raises(Mistake, match="train, test missing; complete the folder, or remove it to have CIFAR-100"):
+        load_pixels(tmp_path, form=CIFAR100, cache=cache, say=pytest.fail, progress=False, origin=nowhere)
+    pictures_of = picture_folder(tmp_path / "pictures")
+    for form in (CIFAR10, CIFAR100):
+        load_pixels(pictures_of, form=form, cache=cache, say=pytest.fail, progress=False)
+    assert len(list(cache.glob("cifar100-*.safetensors"))) == 1 and len(list(cache.glob("cifar10-*.safetensors"))) == 2
 
 
 def test_an_absent_archive_is_downloaded_once_even_by_two_at_once(
@@ -255,10 +279,10 @@ def test_an_absent_archive_is_downloaded_once_even_by_two_at_once(
     def download(known: Origin, path: Path, say: object, *, progress: bool) -> None:
         calls.append(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes((tmp_path / "origin" / ARCHIVE).read_bytes())
+        path.write_bytes((tmp_path / "origin" / CIFAR10.archive).read_bytes())
 
     monkeypatch.setattr(batches, "download", download)
-    monkeypatch.setattr(batches, "published", lambda: origin)
+    monkeypatch.setattr(batches, "published", lambda _: origin)
     cache, where = tmp_path / "cache", tmp_path / "data"
     where.mkdir()
 
@@ -270,12 +294,12 @@ def test_an_absent_archive_is_downloaded_once_even_by_two_at_once(
         thread.start()
     for thread in threads:
         thread.join()
-    assert calls == [where / ARCHIVE]
+    assert calls == [where / CIFAR10.archive]
 
 
 def test_without_a_folder_the_cache_folder_holds_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     origin = published_files(tmp_path / "cache")
-    monkeypatch.setattr(batches, "published", lambda: origin)
+    monkeypatch.setattr(batches, "published", lambda _: origin)
     data = load("cifar10", cache=tmp_path / "cache", say=lambda _: None, progress=False)
     assert [len(part.labels) for part in (data.train, data.validation, data.test)] == [10, 10, 20]
 
@@ -318,9 +342,9 @@ def test_a_folder_that_does_not_exist_is_not_made(tmp_path: Path) -> None:
 
 
 def test_incomplete_batches_name_what_is_missing(tmp_path: Path) -> None:
-    (tmp_path / "data" / FOLDER).mkdir(parents=True)
-    (tmp_path / "data" / FOLDER / "data_batch_1").write_bytes(b"x")
-    assert "test_batch missing" in refused(tmp_path / "data" / FOLDER, tmp_path)
+    (tmp_path / "data" / CIFAR10.folder).mkdir(parents=True)
+    (tmp_path / "data" / CIFAR10.folder / "data_batch_1").write_bytes(b"x")
+    assert "test_batch missing" in refused(tmp_path / "data" / CIFAR10.folder, tmp_path)
 
 
 def test_a_refused_source_is_not_cached(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tune_kd import data as rooms
+from tune_kd.batches import CIFAR100
 from tune_kd.data import (
     DataSet,
     Split,
@@ -28,6 +29,7 @@ from tune_kd.data import (
     view_numbers,
 )
 from tune_kd.pictures import Pixels
+from tune_kd.price import IMAGES
 from tune_kd.study import Mistake
 
 REAL_ARCHIVE = Path(__file__).parents[2] / "shared" / "data" / "cifar10-images.tar.xz"
@@ -57,7 +59,7 @@ def numbers(split: Split) -> list[int]:
 @pytest.fixture(autouse=True)
 def small_ones_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins for CIFAR-10 may be small here; that real ones may not has a test of its own."""
-    monkeypatch.setattr(rooms, "check_complete", lambda _: None)
+    monkeypatch.setattr(rooms, "check_complete", lambda *_: None)
 
 
 @pytest.fixture
@@ -126,6 +128,20 @@ def test_cifar10_is_split_45000_5000_10000_and_evenly(whole_cifar10: Pixels) -> 
     assert data.std == (0.2470, 0.2435, 0.2616)
 
 
+def test_cifar100_is_split_as_evenly_over_its_hundred_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    pixels = numbered(50_000, 10_000, classes=100)
+    monkeypatch.setattr(rooms, "load_pixels", lambda folder, **options: asked.append(options["form"]) or pixels)
+    data = load("cifar100", say=pytest.fail)
+    for part, a_class in ((data.train, 450), (data.validation, 50), (data.test, 100)):
+        assert part.labels.bincount().tolist() == [a_class] * 100
+    assert (data.name, data.pad, data.flip, len(data.classes)) == ("cifar100", 4, True, 100)
+    assert data.mean == (0.5071, 0.4865, 0.4409)
+    assert data.std == (0.2673, 0.2564, 0.2762)
+    assert asked == [CIFAR100]
+    assert {name: images.views for name, images in IMAGES.items()}["cifar100"] == data.views_per_image
+
+
 def test_no_image_is_in_two_parts_and_none_is_lost(whole_cifar10: Pixels) -> None:
     data = load("cifar10")
     everything = [number for part in parts(data).values() for number in numbers(part)]
@@ -176,15 +192,18 @@ def test_a_smaller_part_is_balanced_and_contained_in_every_larger_one(choose: st
 
 def test_an_incomplete_cifar10_is_refused_with_both_counts() -> None:
     with pytest.raises(Mistake, match=r"49999 training and 10000 test .* 50000 and 10000"):
-        check_complete(numbered(49_999, 10_000))
-    check_complete(numbered(50_000, 10_000))
+        check_complete(numbered(49_999, 10_000), "cifar10")
+    check_complete(numbered(50_000, 10_000), "cifar10")
+    check_complete(numbered(50_000, 10_000, classes=100), "cifar100")
+    with pytest.raises(Mistake, match=r"of 10 classes, and CIFAR-100 has 50000 and 10000 of 100"):
+        check_complete(numbered(50_000, 10_000), "cifar100")
 
 
 # Mistakes
 
 
 def test_an_unknown_name_lists_the_names_that_exist() -> None:
-    with pytest.raises(Mistake, match=r"'mnist'.*digits, cifar10"):
+    with pytest.raises(Mistake, match=r"'mnist'.*digits, cifar10, cifar100"):
         load("mnist")
 
 

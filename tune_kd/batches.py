@@ -1,4 +1,4 @@
-"""CIFAR-10 as it was published: download, digests, and the batches, which are pickles.
+"""CIFAR-10 and CIFAR-100 as they were published: download, digests, and the batches, which are pickles.
 
 Only bytes with the published digest are loaded, and those through an unpickler that knows arrays of bytes
 and builtin containers and nothing else.
@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,35 +25,59 @@ import torch
 from tune_kd.pictures import Pixels, bar
 from tune_kd.study import Mistake
 
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-FOLDER = "cifar-10-batches-py"
-ARCHIVE = "cifar-10-python.tar.gz"
-MOST_BYTES = 2**29  # the real archive has 170,498,071
+T = TypeVar("T")
+MOST_BYTES = 2**29  # the real archives have 170,498,071 and 169,001,437
 LEAST_BYTES_PER_SECOND = 1024  # slower than this for `stall_seconds` is a stall
 
 
 @dataclass(frozen=True)
+class Form:
+    """The names in one of the two."""
+
+    title: str
+    folder: str  # of the unpacked archive
+    archive: str
+    labels: str  # the key of the labels in a batch
+    classes: tuple[str, ...] = ()  # empty where a file of the archive names them
+    source: str = "CIFAR10"  # torchvision's class
+
+
+CIFAR10 = Form(
+    "CIFAR-10",
+    "cifar-10-batches-py",
+    "cifar-10-python.tar.gz",
+    "labels",
+    ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+)
+CIFAR100 = Form("CIFAR-100", "cifar-100-python", "cifar-100-python.tar.gz", "fine_labels", source="CIFAR100")
+FORMS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+
+
+@dataclass(frozen=True)
 class Origin:
-    """Where the published archive lies, and what it must contain."""
+    """Where a published archive lies, and what it must contain."""
 
     url: str
     archive_md5: str
-    train: tuple[tuple[str, str], ...]  # file name in FOLDER and its MD5
+    train: tuple[tuple[str, str], ...]  # file name in the archive's folder and its MD5
     test: tuple[tuple[str, str], ...]
     stall_seconds: float = 30.0
+    form: Form = CIFAR10
+    meta: tuple[str, str, str] | None = None  # of the file that names the classes: file name, MD5, key
 
     @property
     def files(self) -> tuple[str, ...]:
-        return tuple(name for name, _ in self.train + self.test)
+        return tuple(name for name, *_ in (*self.train, *self.test, *([self.meta] if self.meta else ())))
 
 
-def published() -> Origin:
+def published(form: Form = CIFAR10) -> Origin:
     """torchvision's address and digests. MD5 is all that was published; the connection is TLS."""
-    from torchvision.datasets import CIFAR10  # here: it takes a second
+    from torchvision import datasets  # here: it takes a second
 
-    train = tuple((name, md5) for name, md5 in CIFAR10.train_list)
-    test = tuple((name, md5) for name, md5 in CIFAR10.test_list)
-    return Origin(CIFAR10.url, CIFAR10.tgz_md5, train, test)
+    source = getattr(datasets, form.source)
+    train, test = (tuple((name, md5) for name, md5 in each) for each in (source.train_list, source.test_list))
+    meta = None if form.classes else (source.meta["filename"], source.meta["md5"], source.meta["key"])
+    return Origin(source.url, source.tgz_md5, train, test, form=form, meta=meta)
 
 
 def download(origin: Origin, archive: Path, say: Callable[[str], None], *, progress: bool) -> None:
@@ -61,11 +85,11 @@ def download(origin: Origin, archive: Path, say: Callable[[str], None], *, progr
 
     Raises `Mistake`, and leaves no file, where it cannot be fetched whole or stalls.
     """
-    say(f"Downloading CIFAR-10 from {origin.url} to {archive}.")
+    say(f"Downloading {origin.form.title} from {origin.url} to {archive}.")
     part = None
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
-        number, part = tempfile.mkstemp(prefix=f".{ARCHIVE}.", dir=archive.parent)
+        number, part = tempfile.mkstemp(prefix=f".{origin.form.archive}.", dir=archive.parent)
         with open(number, "wb") as file:
             _fetch(origin, file.write, progress)
             file.flush()
@@ -81,7 +105,7 @@ def download(origin: Origin, archive: Path, say: Callable[[str], None], *, progr
         if isinstance(why, TimeoutError):
             why = f"nothing came for {origin.stall_seconds:g} s"
         raise Mistake(
-            f"{archive}: there is no CIFAR-10 here, and its download from {origin.url} failed ({why}); "
+            f"{archive}: there is no {origin.form.title} here, and its download from {origin.url} failed ({why}); "
             "put the file there by hand, or give --data-dir PATH with data that you have"
         ) from error
     finally:
@@ -98,7 +122,7 @@ def _fetch(origin: Origin, write: Callable[[bytes], object], progress: bool) -> 
     digest, count = hashlib.md5(usedforsecurity=False), 0
     with urllib.request.urlopen(origin.url, timeout=origin.stall_seconds) as response:
         total = int(response.headers.get("Content-Length") or 0)
-        with bar("Downloading CIFAR-10", total or None, progress, in_bytes=True) as move:
+        with bar(f"Downloading {origin.form.title}", total or None, progress, in_bytes=True) as move:
             # A socket's timeout sees silence only. A trickle is judged over windows of the same length.
             window, before = time.monotonic(), 0
             while chunk := response.read1(2**16):
@@ -129,44 +153,56 @@ def read_archive(archive: Path, origin: Origin) -> Pixels:
     with open(archive, "rb") as file:
         found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if found != origin.archive_md5:
-            raise Mistake(_damaged(archive, "it", found, origin.archive_md5))
+            raise Mistake(_damaged(archive, "it", found, origin.archive_md5, origin.form))
         file.seek(0)
         contents: dict[str, bytes] = {}
         with tarfile.open(fileobj=file, mode="r|gz") as members:
             for member in members:
                 folder, _, name = member.name.rpartition("/")
-                if folder == FOLDER and name in origin.files:
+                if folder == origin.form.folder and name in origin.files:
                     content = members.extractfile(member)
                     contents[name] = content.read() if content else b""
     return _pixels(contents, archive, origin)
 
 
-def _damaged(where: Path, what: str, found: str, expected: str) -> str:
+def _damaged(where: Path, what: str, found: str, expected: str, form: Form) -> str:
     return (
         f"--data-dir {where}: {what} is cut or damaged (MD5 {found}, expected {expected}); "
-        f"remove {where} to have CIFAR-10 downloaded again"
+        f"remove {where} to have {form.title} downloaded again"
     )
 
 
 def _pixels(contents: dict[str, bytes], where: Path, origin: Origin) -> Pixels:
-    """Images and labels, after each batch has been compared with its digest."""
+    """Images and labels, after each file has been compared with its digest."""
+
+    def load(name: str, expected: str, read: Callable[[Any], T]) -> T:
+        content = contents.get(name, b"")
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if found != expected:
+            raise Mistake(_damaged(where, name, found, expected, origin.form))
+        try:
+            return read(_BatchUnpickler(io.BytesIO(content), encoding="latin1").load())
+        except Exception as error:  # a pickle can fail in any way
+            raise Mistake(f"--data-dir {where}: {name} is not a {origin.form.title} batch ({error})") from error
+
+    def batch(found: Any) -> tuple[np.ndarray[Any, Any], list[int]]:
+        labels = found[origin.form.labels]
+        return found["data"].reshape(len(labels), 3, 32, 32), labels
+
     tensors = []
     for files in (origin.train, origin.test):
         images: list[np.ndarray[Any, Any]] = []
         labels: list[int] = []
         for name, expected in files:
-            content = contents.get(name, b"")
-            found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-            if found != expected:
-                raise Mistake(_damaged(where, name, found, expected))
-            try:
-                batch = _BatchUnpickler(io.BytesIO(content), encoding="latin1").load()
-                images.append(batch["data"].reshape(len(batch["labels"]), 3, 32, 32))
-                labels.extend(batch["labels"])
-            except Exception as error:  # a pickle can fail in any way
-                raise Mistake(f"--data-dir {where}: {name} is not a CIFAR-10 batch ({error})") from error
+            of_file, its_labels = load(name, expected, batch)
+            images.append(of_file)
+            labels.extend(its_labels)
         tensors += [torch.from_numpy(np.concatenate(images)), torch.tensor(labels, dtype=torch.int64)]
-    return Pixels(CLASSES, *tensors)
+    classes = origin.form.classes
+    if origin.meta is not None:
+        name, expected, key = origin.meta
+        classes = load(name, expected, lambda found: tuple(map(str, found[key])))
+    return Pixels(classes, *tensors)
 
 
 class _BatchUnpickler(pickle.Unpickler):

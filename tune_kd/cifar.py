@@ -1,4 +1,4 @@
-"""Which of CIFAR-10's forms lies where the user says, and a cache so that each is decoded once."""
+"""In which form CIFAR-10 or CIFAR-100 lies where the user says, and a cache so that each is decoded once."""
 
 import hashlib
 import json
@@ -27,28 +27,34 @@ def default_cache() -> Path:
 def load_pixels(
     folder: Path | None,
     *,
+    form: batches.Form = batches.CIFAR10,
     cache: Path | None = None,
     say: Say,
     progress: bool,
     origin: batches.Origin | None = None,
 ) -> Pixels:
-    """All of CIFAR-10 from `folder`, decoded, or from the cache if the same source was decoded before.
+    """All images of a form from `folder`, decoded, or from the cache if the same source was decoded before.
 
-    `folder` exists and is one of: a folder with torchvision's files (`cifar-10-batches-py` or
-    `cifar-10-python.tar.gz`), downloaded to it from `origin` if it holds neither; a folder of pictures, or a .tar,
-    .tar.gz or .tar.xz of one (see `tune_kd.pictures`); None for the cache folder. `cache` is by default
-    `default_cache()`. A source is the same while path, sizes and modification times are.
+    `folder` exists and is one of: a folder with torchvision's files (the form's folder or its archive), downloaded to
+    it from `origin` if it holds neither; a folder of pictures, or a .tar, .tar.gz or .tar.xz of one (see
+    `tune_kd.pictures`); None for the cache folder. `cache` is by default `default_cache()`. A source is the same while
+    path, sizes and modification times are.
 
     Raises `Mistake` for data that are missing, incomplete, damaged or hostile, and for a failed download.
     """
     cache = default_cache() if cache is None else cache
     where = Path(os.path.abspath((cache if folder is None else folder).expanduser()))
     if folder is not None and not where.exists() and not pictures.is_archive(where):
-        raise Mistake(f"--data-dir {where}: it does not exist; make the folder to have CIFAR-10 downloaded to it")
-    stored = cache / f"cifar10-{hashlib.sha256(str(where).encode()).hexdigest()[:16]}.safetensors"
+        raise Mistake(f"--data-dir {where}: it does not exist; make the folder to have {form.title} downloaded to it")
+    for other in batches.FORMS.values():
+        if other is not form and where.name in (other.folder, other.archive):
+            raise Mistake(f"--data-dir {where}: this is {other.title}, and {form.title} is asked for; name its place, "
+                          "or change --data")  # fmt: skip
+    name = form.title.lower().replace("-", "")
+    stored = cache / f"{name}-{hashlib.sha256(str(where).encode()).hexdigest()[:16]}.safetensors"
     try:
         with _alone(stored.with_suffix(".lock"), say) as writable:
-            identity, read = _source(where, origin, say, progress)
+            identity, read = _source(where, form, origin, say, progress)
             pixels = _cached(stored, identity, say)
             if pixels is None:
                 pixels = read()
@@ -83,9 +89,11 @@ def _alone(lock: Path, say: Say) -> Iterator[bool]:
         held.release()
 
 
-def _source(where: Path, origin: batches.Origin | None, say: Say, progress: bool) -> tuple[str, Read]:
+def _source(
+    where: Path, form: batches.Form, origin: batches.Origin | None, say: Say, progress: bool
+) -> tuple[str, Read]:
     """What lies at `where`: a text that changes when its content does, and a function that decodes it."""
-    if where.name != batches.ARCHIVE and pictures.is_archive(where):
+    if where.name != form.archive and pictures.is_archive(where):
         if not where.is_file():
             raise Mistake(f"--data-dir {where}: there is no such archive; give the path of one that exists")
         return _stamp(where), lambda: pictures.read_archive(where, progress=progress)
@@ -93,24 +101,24 @@ def _source(where: Path, origin: batches.Origin | None, say: Say, progress: bool
         files = pictures.listing(where)
         identity = f"{where} {hashlib.sha256(json.dumps(files).encode()).hexdigest()}"
         return identity, lambda: pictures.read_folder(where, files, progress=progress)
-    if where.is_file() and where.name != batches.ARCHIVE:
+    if where.is_file() and where.name != form.archive:
         raise Mistake(
             f"--data-dir {where}: this is neither a folder nor a .tar, .tar.gz or .tar.xz archive; "
             f"give one with {pictures.LAYOUT}"
         )
 
-    known = origin or batches.published()
-    folder = where if (where / known.files[0]).is_file() else where / batches.FOLDER
+    known = origin or batches.published(form)
+    folder = where if (where / known.files[0]).is_file() else where / form.folder
     if folder.is_dir():
         missing = [name for name in known.files if not (folder / name).is_file()]
         if missing:
             raise Mistake(
                 f"--data-dir {folder}: {', '.join(missing)} missing; "
-                "complete the folder, or remove it to have CIFAR-10 downloaded"
+                f"complete the folder, or remove it to have {form.title} downloaded"
             )
         identity = " ".join(_stamp(folder / name) for name in known.files)
         return identity, lambda: batches.read_folder(folder, known)
-    archive = where if where.name == batches.ARCHIVE else where / batches.ARCHIVE
+    archive = where if where.name == form.archive else where / form.archive
     if not archive.is_file():
         batches.download(known, archive, say, progress=progress)
     return _stamp(archive), lambda: batches.read_archive(archive, known)

@@ -20,15 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tune_kd.batches import FORMS
 from tune_kd.cifar import load_pixels
 from tune_kd.pictures import Pixels
 from tune_kd.study import DATA_SETS, Data, Mistake
 
-# Of the 50,000 training images, in [0, 1]. The deviations are those over all pixels; the 0.2023, 0.1994,
-# 0.2010 that also circulate are means of per-image deviations.
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR10_STD = (0.2470, 0.2435, 0.2616)
-CIFAR10_SIZES = (50_000, 10_000)
+# Mean and deviation by channel of the 50,000 training images, in [0, 1]. The deviations are those over all pixels; the
+# 0.2023, 0.1994, 0.2010 that also circulate for CIFAR-10 are means of per-image deviations.
+CIFAR_STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
+CIFAR_SIZES = (50_000, 10_000)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +101,8 @@ def load(
 
     `train`, `validation` and `test` are sizes in images; None keeps the whole part. A smaller part is
     balanced over the classes, fixed by `split_seed`, and contained in every larger one. `folder` is where
-    CIFAR-10 is or shall be (see `tune_kd.cifar.load_pixels`); digits ship with scikit-learn. `cache` is the
-    folder for decoded images. `say` receives sentences for the user; `progress` shows bars on a terminal.
+    CIFAR-10 or CIFAR-100 is or shall be (see `tune_kd.cifar.load_pixels`); digits ship with scikit-learn. `cache` is
+    the folder for decoded images. `say` receives sentences for the user; `progress` shows bars on a terminal.
 
     Raises `Mistake` for an unknown name, impossible sizes, and data that are missing, cut or damaged.
     """
@@ -113,9 +117,9 @@ def load(
         if folder is not None:
             say(f"The digits come with scikit-learn: {folder} is not read.")
         return _digits(wanted, split_seed)
-    pixels = load_pixels(folder, cache=cache, say=say, progress=progress)
-    check_complete(pixels)
-    return _cifar10(pixels, wanted, split_seed)
+    pixels = load_pixels(folder, form=FORMS[name], cache=cache, say=say, progress=progress)
+    check_complete(pixels, name)
+    return _cifar(name, pixels, wanted, split_seed)
 
 
 def load_declared(spec: Data, folder: Path | None, **options: Any) -> DataSet:
@@ -154,10 +158,10 @@ def _digits(wanted: dict[str, int | None], split_seed: int) -> DataSet:
     return _finished("digits", classes, parts, mean, std, pad=1, flip=False, upsample=2)
 
 
-def _cifar10(pixels: Pixels, wanted: dict[str, int | None], split_seed: int) -> DataSet:
+def _cifar(name: str, pixels: Pixels, wanted: dict[str, int | None], split_seed: int) -> DataSet:
     images, labels = pixels.train_images, pixels.train_labels
     ranks = _ranks("split", labels, split_seed)
-    tenths = ((labels.bincount() + 5) // 10).clamp(min=1)[labels]  # 500 of 5,000 a class: 45,000 and 5,000
+    tenths = ((labels.bincount() + 5) // 10).clamp(min=1)[labels]  # a tenth of each class: 45,000 and 5,000
     test_ranks = _ranks("test", pixels.test_labels, split_seed)
     parts = _sized(
         {
@@ -167,16 +171,18 @@ def _cifar10(pixels: Pixels, wanted: dict[str, int | None], split_seed: int) -> 
         },
         wanted,
     )
-    return _finished("cifar10", pixels.classes, parts, CIFAR10_MEAN, CIFAR10_STD, pad=4, flip=True, upsample=1)
+    mean, std = CIFAR_STATISTICS[name]
+    return _finished(name, pixels.classes, parts, mean, std, pad=4, flip=True, upsample=1)
 
 
-def check_complete(pixels: Pixels) -> None:
-    """Raise `Mistake` for less, or more, than all of CIFAR-10: results on a part would pass for results on it."""
-    found = (len(pixels.train_labels), len(pixels.test_labels))
-    if found != CIFAR10_SIZES or len(pixels.classes) != 10:
+def check_complete(pixels: Pixels, name: str) -> None:
+    """Raise `Mistake` for less, or more, than all of the data set: results on a part would pass for results on it."""
+    found, classes = (len(pixels.train_labels), len(pixels.test_labels)), CIFAR_CLASSES[name]
+    if found != CIFAR_SIZES or len(pixels.classes) != classes:
         raise Mistake(
             f"--data-dir: these are {found[0]} training and {found[1]} test images of {len(pixels.classes)} classes, "
-            f"and CIFAR-10 has {CIFAR10_SIZES[0]} and {CIFAR10_SIZES[1]} of 10; complete them, or name another place"
+            f"and {FORMS[name].title} has {CIFAR_SIZES[0]} and {CIFAR_SIZES[1]} of {classes}; complete them, or name "
+            "another place"
         )
 
 

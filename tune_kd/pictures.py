@@ -1,4 +1,4 @@
-"""CIFAR-10 as picture files, `train/CLASS/NAME.png` (or jpg, jpeg) and `test/CLASS/NAME`, as one tensor each.
+"""CIFAR as picture files, `train/CLASS/NAME.png` (or jpg, jpeg) and `test/CLASS/NAME`, as one tensor each.
 
 They lie in a folder, or in a tar archive of one, which is read as a stream: nothing is unpacked on disk, so
 a hostile archive has nowhere to write. Order is that of the sorted names, however the files lie.
@@ -171,7 +171,7 @@ class _Metered:
         if self.count > MOST_ARCHIVE_BYTES:
             raise Mistake(
                 f"--data-dir {self.path}: the archive unpacks to more than {MOST_ARCHIVE_BYTES} bytes, "
-                "which is too much for CIFAR-10"
+                "which is too much for 60,000 small images"
             )
         return self.last
 

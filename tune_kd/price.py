@@ -29,6 +29,7 @@ class Images:
 IMAGES = {
     "digits": Images(size=16, classes=10, train=1079, validation=359, test=359, views=9),
     "cifar10": Images(size=32, classes=10, train=45_000, validation=5_000, test=10_000, views=162),
+    "cifar100": Images(size=32, classes=100, train=45_000, validation=5_000, test=10_000, views=162),
 }
 ROW_BYTES = 1500  # of an epoch in the ledger with its log and index, and in a table that is written beside the old one
 WORTH = 1.05  # all views ahead may cost this much more than the drawn ones: later seeds and studies find them there

@@ -16,10 +16,10 @@ T = TypeVar("T")
 StudyName = Annotated[str, typer.Argument(help="A name in search_spaces/ or the path of a file.", metavar="STUDY")]
 RunName = Annotated[str, typer.Argument(help="A name under --out or a path.", metavar="RUN")]
 Scale = Annotated[str, typer.Option(help="auto, or a scale that the study declares (paper, laptop, smoke).")]
-DataName = Annotated[str | None, typer.Option("--data", help="Data set: digits or cifar10.", show_default=False)]
+DataName = Annotated[str | None, typer.Option("--data", help="digits, cifar10 or cifar100.", show_default=False)]
 DataDir = Annotated[
     Path | None,
-    typer.Option(help="CIFAR-10: torchvision's files, an image folder, or a tar of one.", show_default=False),
+    typer.Option(help="CIFAR: torchvision's files, an image folder, or a tar of one.", show_default=False),
 ]
 Out = Annotated[Path, typer.Option(help="Folder of all runs and of the teachers they share.")]
 Name = Annotated[str | None, typer.Option(help="Name of the run; made from study and time by default.")]
