@@ -24,6 +24,7 @@ from tune_kd.study import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, 
 from tune_kd.teachers import Teacher, load_teacher, publish_teacher
 from tune_kd.train import best_weights, train
 from tune_kd.trial import Answering
+from tune_kd.tuning import LogUniform, Range, Tuning, Uniform
 
 settings.register_profile("untimed", deadline=None)  # how long an example takes says how busy a machine is
 settings.load_profile("untimed")
@@ -81,13 +82,23 @@ def study() -> Study:
     return tiny()
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny run that was really trained, in this process."""
-    folder = tmp_path_factory.mktemp("results") / "tiny"
-    declared = replace(tiny(), confirm=Confirm(seeds=(1, 2, 3)))
+def tunable(tuning: Tuning) -> Study:
+    """The tiny study with one stem, tuned."""
+    base = tiny()
+    return replace(
+        base,
+        factors=(Factor("method", ("none", "logit", "feature")),),
+        contrasts=(Compare("method", "logit", "none"), Compare("method", "feature", "none")),
+        moderator=None,
+        recipe=replace(base.recipe, epochs=4),
+        tuning=tuning,
+    )
+
+
+def trained(study: Study, folder: Path) -> Path:
+    """The folder of a run that was really trained, in this process."""
     digits = data.load("digits", train=60, validation=20, test=20)
-    run = Run("tiny", folder, declared, digits.digest, None, {})
+    run = Run(folder.name, folder, study, digits.digest, None, {})
     create(run)
     ledger = Ledger(folder / "ledger.sqlite")
     place = Workplace(None, None, run.teachers, run.checkpoints, checkpoint_every=1e9)
@@ -98,6 +109,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.set_num_threads(before)
         ledger.close()
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run that was really trained."""
+    return trained(replace(tiny(), confirm=Confirm(seeds=(1, 2, 3))), tmp_path_factory.mktemp("results") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def fair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run that was really tuned and confirmed."""
+    ranges = (Range("lr", LogUniform(0.01, 0.5)), Range("alpha", Uniform(0.1, 0.9)))
+    study = tunable(Tuning(ranges, budget=5, startup=3))
+    return trained(study, tmp_path_factory.mktemp("results") / "fair")
 
 
 @pytest.fixture

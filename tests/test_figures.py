@@ -32,7 +32,7 @@ def pictures(records: Records) -> dict[str, figures.Picture]:
 def test_a_real_run_has_every_picture_but_that_of_a_factor_it_does_not_vary(
     pictures: dict[str, figures.Picture],
 ) -> None:
-    assert set(pictures) == set(figures.PICTURES) - {"alpha"}
+    assert set(pictures) == set(figures.PICTURES) - {"alpha", "tuning"}
 
 
 def test_every_picture_says_what_it_shows(pictures: dict[str, figures.Picture]) -> None:

@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT: dict[str, set[str]] = {
-    "study": set(),
+    "tuning": set(),
+    "study": {"tuning"},
+    "search": {"tuning"},
+    "growth": {"study", "trial", "plan", "tuning"},
     "faults": set(),
     "privacy": set(),
     "storage": {"faults"},
@@ -21,11 +24,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "batches": {"study", "pictures"},
     "pictures": {"study"},
     "cifar": {"study", "storage", "batches", "pictures"},
-    "data": {"study", "cifar", "pictures"},
+    "data": {"study", "batches", "cifar", "pictures"},
     "answers": {"faults", "storage"},
     "shares": {"study"},
     "kernels": set(),
-    "plan": {"study", "trial", "price"},
+    "plan": {"study", "trial", "price", "tuning"},
     "price": {"trial"},
     "schedule": {"study", "trial"},
     "checkpoints": {"faults", "storage"},
@@ -43,20 +46,24 @@ MAY_IMPORT: dict[str, set[str]] = {
         "study", "trial", "data", "models", "losses", "teachers", "checkpoints", "kernels", "memory", "step", "storage",
     },
     "studies": {"study"},
-    "run": {"faults", "privacy", "study", "studies", "plan", "trial", "storage", "records"},
-    "rebuild": {"faults", "study", "run", "storage", "records", "tables"},
-    "verify": {"study", "price", "run", "checkpoints", "teachers", "answers", "records", "rebuild", "tables"},
-    "preflight": {"study", "trial", "price", "run", "teachers", "storage", "records"},
-    "report": {"study", "stats", "storage", "tables", "results", "measures", "audit", "provenance"},
+    "run": {"faults", "privacy", "study", "studies", "plan", "growth", "trial", "storage", "records"},
+    "rebuild": {"faults", "study", "run", "growth", "storage", "records", "tables"},
+    "verify": {"study", "price", "run", "growth", "checkpoints", "teachers", "answers", "records", "rebuild", "tables"},
+    "preflight": {"study", "trial", "growth", "price", "run", "teachers", "storage", "records"},
+    "tuned": {"study", "studies", "plan", "growth", "search", "tables"},
+    "report": {
+        "study", "plan", "growth", "tuning", "tuned", "stats", "storage", "tables", "results", "measures", "audit",
+        "provenance",
+    },
     "view": {"study", "trial", "simulate", "calibrate"},  # of all but `trial` only types
-    "calibrate": {"study", "trial", "plan", "schedule", "records", "stats", "tables", "results", "simulate"},
+    "calibrate": {"study", "growth", "trial", "plan", "schedule", "records", "stats", "tables", "results", "simulate"},
     "evidence": {"study", "plan", "schedule", "storage"},
     "execute": {
         "study", "trial", "plan", "price", "data", "models", "teachers", "checkpoints", "train", "memory", "kernels",
-        "schedule", "records", "faults", "storage", "privacy",
+        "schedule", "records", "faults", "storage", "privacy", "growth", "search",
     },
 }  # fmt: skip
-ONLY = {"ray": "execute", "sqlite3": "records", "pyarrow": "records"}
+ONLY = {"ray": "execute", "sqlite3": "records", "pyarrow": "records", "optuna": "search"}
 
 
 def rooms() -> list[Path]:
@@ -96,7 +103,10 @@ def test_one_room_alone_knows_ray_and_one_alone_knows_sqlite_and_pyarrow(path: P
 
 @pytest.mark.parametrize("path", sorted((ROOT / "search_spaces").glob("*.py")), ids=lambda path: path.name)
 def test_a_search_space_imports_the_study_room_alone(path: Path) -> None:
-    assert {name.rsplit(".", 1)[0] for name in imports(path) if name.startswith("tune_kd")} <= {"tune_kd.study"}
+    assert {name.rsplit(".", 1)[0] for name in imports(path) if name.startswith("tune_kd")} <= {
+        "tune_kd.study",
+        "tune_kd.tuning",
+    }
 
 
 @pytest.mark.parametrize("arguments", ["['--help']", "['plan', 'ablation', '--scale', 'paper', '--json']", "['list']"])

@@ -30,6 +30,7 @@ from tune_kd.plan import plan
 from tune_kd.records import EPOCHS, TIMING, TRIALS, Ledger
 from tune_kd.schedule import stratum
 from tune_kd.simulate import Curve, replay
+from tune_kd.studies import find, resolve
 from tune_kd.study import Study
 from tune_kd.trial import Epoch, Outcome
 
@@ -300,8 +301,26 @@ def test_a_run_that_was_killed_is_completed_by_resume_as_if_nothing_had_happened
     whole = command(tmp_path, "run", "own.py", "--scale", "own", "--name", "whole", "--out", "other", "--json")
     answer, errors = whole.communicate(timeout=200)
     assert whole.returncode == 0, errors
-    assert set(json.loads(answer)) == {"runs", "report", "arms", "contrasts", "exploratory"}
+    assert set(json.loads(answer)) == {"runs", "report", "arms", "contrasts", "exploratory", "settings", "budgets"}
     same_records(run, tmp_path / "other" / "whole")
+
+
+def test_a_tuned_run_that_was_killed_draws_what_it_would_have_drawn(tmp_path: Path) -> None:
+    run, changed = tmp_path / "results" / "cut", ("recipe.epochs=4", "screen.grace=2", "tuning.budget=5")
+    settings = [part for setting in changed for part in ("--set", setting)]
+    killed = command(tmp_path, "run", "tuned", "--scale", "smoke", "--name", "cut", *settings)
+    wait_for(lambda: epochs_on_record(run) >= 20)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert sum(row["phase"] == "screen" for row in Ledger(run / "ledger.sqlite", read_only=True).rows(TRIALS)) < 15
+    resumed = command(tmp_path, "resume", "cut", "--json")
+    answer, errors = resumed.communicate(timeout=200)
+    assert resumed.returncode == 0, errors
+    assert {arm["draws"] for arm in json.loads(answer)["budgets"]} == {5}
+    made, place = driver(resolve(find("tuned"), "smoke", None, changed), tmp_path / "here")
+    run_in_process(made, place)
+    same_records(run, tmp_path / "here")
+    contiguous(run)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])

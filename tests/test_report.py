@@ -164,7 +164,7 @@ def test_the_live_picture_counts_comparisons_by_reason_and_shows_the_last(record
     rows = records.trials.astype(object).where(records.trials.notna(), None).to_dict("records")
     ties = [replace(made, arm=f"arm {number}", action="continue", reason="near_tie") for number in range(6)]
     shown = screen(view.progress("r", rows, [*ties, made], None))
-    assert "early stopping: 7 comparisons, 1 arms stopped (6 near tie, 1 behind)" in " ".join(shown.split())
+    assert "early stopping: 7 comparisons, 1 stopped (6 near tie, 1 behind)" in " ".join(shown.split())
     assert "cifar/logit/T=2 at epoch 2: 70.00 %, cutoff 80.00, rank 3 of 3" in shown
     assert "arm 5" in shown and "arm 1 " not in shown
 

@@ -19,7 +19,10 @@ EPOCHS = 9
 
 
 def made(screen: Screen, immune: Iterable[str]) -> Schedule:
-    return Schedule(screen, EPOCHS, {arm: stratum(screen, levels) for arm, levels in ARMS.items()}, immune)
+    schedule, kept = Schedule(screen, EPOCHS), set(immune)
+    for arm, levels in ARMS.items():
+        schedule.enter(f"id of {arm}", stratum(screen, levels), arm in kept)
+    return schedule
 
 
 def report(schedule: Schedule, arm: str, epoch: int, metric: float) -> Decision:
@@ -71,7 +74,7 @@ def test_the_last_arm_of_a_stratum_goes_on() -> None:
     schedule = made(SCREEN, immune=())
     for arm in ("cifar/logit/T=1", "cifar/logit/T=2"):
         report(schedule, arm, 2, 0.90)
-        schedule.drop(arm)  # failed later
+        schedule.drop(f"id of {arm}")  # failed later
     assert report(schedule, "cifar/logit/T=4", 2, 0.10).action == "stop"
     assert report(schedule, "cifar/logit/T=8", 2, 0.10).action == "stop"
     assert report(schedule, "cifar/logit/T=16", 2, 0.05).reason == "last_of_stratum"
@@ -185,7 +188,9 @@ def test_without_strata_immunity_and_margin_it_decides_as_rays_asha_does(
     for trial in trials.values():
         theirs.on_trial_add(None, trial)  # type: ignore[arg-type]
     screen = Screen(grace=grace, reduction=reduction, margin=0.0, min_peers=1, strata=None)
-    ours = Schedule(screen, budget, dict.fromkeys(map(str, trials), "all"), immune=())
+    ours = Schedule(screen, budget)
+    for number in trials:
+        ours.enter(str(number), "all")
     reached = dict.fromkeys(trials, 0)
     for number, metric in sequence:
         if reached[number] >= budget:

@@ -65,7 +65,7 @@ def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
         ({"screen": Screen(grace=1, min_peers=0)}, ("screen.min_peers is 0",)),
         ({"screen": Screen(grace=1, strata=("depth",))}, ("'depth'",)),
         ({"screen": Screen(grace=1, strata=None)}, ("screen.strata is null", "contrasts empty")),
-        ({"data": Data("mnist")}, ("data.name is 'mnist'", "digits, cifar10")),
+        ({"data": Data("mnist")}, ("data.name is 'mnist'", "digits, cifar10, cifar100")),
         ({"data": Data("digits", train=0)}, ("data.train is 0",)),
         ({"cell": Cell(weights="imagenet", width=0.5)}, ("weights is 'imagenet'", "width is not 1")),
         ({"cell": Cell(teacher=None)}, ("teacher is null", "'logit'")),

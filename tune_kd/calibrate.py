@@ -15,6 +15,7 @@ from multiprocessing import get_context
 import numpy as np
 
 from tune_kd import results, stats
+from tune_kd.growth import to_come
 from tune_kd.plan import Contrast, Plan, arrival_order, plan
 from tune_kd.records import DECISIONS, EPOCHS, TRIALS, first_row, frame
 from tune_kd.schedule import stratum
@@ -149,7 +150,8 @@ def _designed(study: Study, nature: _Nature, number: int) -> bool:
 
 def _claims(planned: Plan, look: int, stopped: set[str], nature: _Nature) -> bool:
     """Whether a report on the confirmed trials of a look calls any contrast better or worse."""
-    rows = [_row(trial, trial.arm in stopped, nature) for trial in planned.trials if trial.phase == "confirm"]
+    trials = (*planned.trials, *to_come(planned))  # of a study that is tuned, as if the best were as good as any
+    rows = [_row(trial, trial.arm in stopped, nature) for trial in trials if trial.phase == "confirm"]
     record = {
         "study": asdict(planned.study),
         "look": look,

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from tune_kd.growth import to_come
+from tune_kd.records import Row, first_row
 from tune_kd.study import Mistake, Study
 
 if TYPE_CHECKING:
     from tune_kd.data import DataSet
+    from tune_kd.plan import Plan
     from tune_kd.run import Run
 
 
@@ -99,7 +102,7 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
             if driver.stopping:
                 why = driver.broken or "interrupted"
                 once(f"{why}: running trials end their epoch; interrupt again to leave at once")
-            view.show(list(driver.rows.values()), driver.decisions)
+            view.show(with_those_to_come(driver.plan, run.name, list(driver.rows.values())), driver.decisions)
 
         slots = connection.slots(cluster, run.settings["cpus_per_trial"], gpus)
         with on_ray.drained_by_signals(driver, SIGNALS, advice) as received:
@@ -108,10 +111,16 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
     return Ended(interrupted, sum(row["status"] in ("failed", "blocked") for row in driver.rows.values()))
 
 
+def with_those_to_come(plan: "Plan", run: str, rows: list[Row]) -> list[Row]:
+    """Rows of trials, and of those that a study that is tuned has still to draw: what people are to see of a run."""
+    return rows + [first_row(run, trial) for trial in to_come(plan, rows)]
+
+
 def _print_start(run: "Run", console: Console, cluster: Any) -> None:
     planned = run.plan
+    trials = len(planned.trials) + len(to_come(planned))
     lines = [
-        f"{len(planned.arms)} arms, {len(planned.trials)} trials, {len(planned.teachers)} teachers on "
+        f"{len(planned.arms)} arms, {trials} trials, {len(planned.teachers)} teachers on "
         f"{run.study.data.name}; records in {run.folder}",
     ]
     if cluster.dashboard:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 from tune_kd.price import answering, flop
 from tune_kd.study import APPLIES, CELL_FIELDS, NUMERIC, Cell, Compare, Level, Study
 from tune_kd.trial import Answering, Trial
+from tune_kd.tuning import Range
 
 T = TypeVar("T")
 
@@ -42,8 +43,28 @@ class Contrast:
 
 
 @dataclass(frozen=True)
+class Search:
+    """An arm that is tuned. Its draws have its name; what comes of them is confirmed as two arms, `tuned` and
+    `default`."""
+
+    name: str
+    ranges: tuple[Range, ...]
+
+    @property
+    def tuned(self) -> str:
+        return f"{self.name}/tuned"
+
+    @property
+    def default(self) -> str:
+        return f"{self.name}/default"
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All that a study will do. Trials stand in the order in which they start once they are ready."""
+    """All that a study will do. Trials stand in the order in which they start once they are ready.
+
+    Of a study that is tuned, the trials are those that are known before anything is drawn (see `tune_kd.growth`).
+    """
 
     study: Study
     raw_cells: int
@@ -51,6 +72,7 @@ class Plan:
     contrasts: tuple[Contrast, ...]
     trials: tuple[Trial, ...]
     answering: dict[str, Answering]  # by teacher, for those with logit students
+    searches: tuple[Search, ...] = ()  # of a study that is tuned
 
     @property
     def teachers(self) -> tuple[Trial, ...]:
@@ -63,7 +85,8 @@ def plan(study: Study, data_digest: str | None = None, look: int = 0) -> Plan:
     Without the data's digest the plan is a preview, and its ids are not the run's.
     """
     study.check()
-    raw = [_cell(study, levels) for levels in itertools.product(*(factor.levels for factor in study.factors))]
+    crossed = (_cell(study, levels) for levels in itertools.product(*(factor.levels for factor in study.factors)))
+    raw = [cell for cell in crossed if _departures(study, cell) <= 1]
     cells = list(dict.fromkeys(raw))
     contrasts = _contrasts(study, cells)
     referred = {
@@ -81,8 +104,23 @@ def plan(study: Study, data_digest: str | None = None, look: int = 0) -> Plan:
         )
         for cell in cells
     )
-    trials = _trials(study, arms, data_digest, study.confirm.seeds_at(look))
-    return Plan(study, len(raw), arms, contrasts, _longest_path_first(trials), _answering(trials))
+    searches: tuple[Search, ...] = ()
+    screened = arms
+    if study.tuning is not None:
+        searches = tuple(Search(arm.name, study.ranges(arm.cell.method)) for arm in arms)
+        contrasts = _of_tuned(searches, contrasts)
+        roles = ["control" if arm.role == "control" else "reference" for arm in arms]
+        arms = tuple(
+            replace(arm, name=name, role=role)  # type: ignore[arg-type]
+            for arm, role, search in zip(arms, roles, searches, strict=True)
+            for name in (search.default, search.tuned)
+        )
+        screened = arms[::2]
+    trials = _trials(study, screened, data_digest, study.confirm.seeds_at(look))
+    answering = _answering(trials)
+    if searches:  # a screen is of what is drawn
+        trials = tuple(trial for trial in trials if trial.phase != "screen")
+    return Plan(study, len(raw), arms, contrasts, _longest_path_first(trials), answering, searches)
 
 
 def _cell(study: Study, levels: tuple[Level, ...]) -> Cell:
@@ -93,6 +131,24 @@ def _cell(study: Study, levels: tuple[Level, ...]) -> Cell:
     cell = replace(study.cell, **chosen)
     inert: dict[str, Any] = dict.fromkeys(name for name, where in APPLIES.items() if cell.method not in where)
     return replace(cell, **inert)
+
+
+def _departures(study: Study, cell: Cell) -> int:
+    """In how many of the swept factors a cell departs from the reference."""
+    return sum(getattr(cell, name) not in (None, level) for name, level in study.reference if name in study.swept)
+
+
+def _of_tuned(searches: tuple[Search, ...], contrasts: tuple[Contrast, ...]) -> tuple[Contrast, ...]:
+    """What is declared is held of the tuned arms, and each of them against its default."""
+    gains = [
+        Contrast(f"{each.name}: tuned - default", "effect", "tuning", ((each.tuned, 1.0), (each.default, -1.0)))
+        for each in searches
+    ]
+    tuned = {each.name: each.tuned for each in searches}
+    return *(
+        replace(each, name=f"{each.name}, tuned", weights=tuple((tuned[arm], sign) for arm, sign in each.weights))
+        for each in contrasts
+    ), *gains
 
 
 def _role(study: Study, cell: Cell, referred: set[str]) -> Literal["control", "reference", "compared"]:
@@ -190,7 +246,8 @@ def _comparable(treated: Cell, against: Cell, compare: Compare, fixed: dict[str,
 def _context_name(study: Study, treated: Cell, factor: str) -> str:
     """Where a contrast holds: the treated arm's levels outside the compared factor and the reference."""
     fixed = {name for name, _ in study.reference}
-    skip = {factor, *fixed} | ({"method"} if factor in APPLIES else set())
+    alone = len(set(APPLIES.get(factor, ())) & set(study.levels("method"))) == 1  # the factor names the method then
+    skip = {factor, *fixed} | ({"method"} if alone else set())
     return _arm_name_or_nothing(study, treated, tuple(name for name in CELL_FIELDS if name not in skip))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from packaging.version import Version
 
 from tune_kd import teachers
+from tune_kd.growth import grown, to_come
 from tune_kd.price import disk_bytes
 from tune_kd.records import ENDED, Row
 from tune_kd.run import Run
@@ -25,8 +26,9 @@ def check(run: Run, rows: list[Row], slots: int) -> None:
     `rows` are the ledger's of trials; `slots` is about how many trials run at a time.
     """
     known = {row["trial_id"]: row for row in rows}
-    waiting = [trial for trial in run.plan.trials if _is_to_run(known.get(trial.trial_id))]
-    problems = [*_versions(), *_folder(run.folder), *_room(run, waiting, slots), *_teachers(run, waiting, known)]
+    waiting = [trial for trial in grown(run.plan, rows).trials if _is_to_run(known.get(trial.trial_id))]
+    growing = [*waiting, *to_come(run.plan, rows)]
+    problems = [*_versions(), *_folder(run.folder), *_room(run, growing, slots), *_teachers(run, waiting, known)]
     if problems:
         raise Mistake(*problems)
 

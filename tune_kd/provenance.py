@@ -87,8 +87,14 @@ def limits(records: Records, margin: float = MARGIN) -> list[str]:
             said.append(f"{of}All students of a context have one teacher: another one might teach otherwise. Every "
                         "verdict holds given that teacher.")  # fmt: skip
         where = f"scale {inner['scale']} on {study['data'].get('name')}"
-        said.append(f"{of}What was measured is {where}, with one recipe for all arms: a method that needs another one "
-                    "is judged by this one.")  # fmt: skip
+        tuned = inner.get("tuning")
+        if tuned is None:
+            said.append(f"{of}What was measured is {where}, with one recipe for all arms: a method that needs another "
+                        "one is judged by this one.")  # fmt: skip
+        else:
+            said.append(f"{of}What was measured is {where}. Each arm was tuned with {tuned['budget']} "
+                        f"{tuned['budget_unit']} inside the study's ranges, on one seed: a method that needs more, or "
+                        "lies outside, is judged by what was found.")  # fmt: skip
         table = arms(one)
         for note, meaning in (("stopped in the screen", "no final accuracy and no verdict"),
                               ("incomplete", "fewer seeds than planned"),
@@ -101,13 +107,16 @@ def limits(records: Records, margin: float = MARGIN) -> list[str]:
         if added:
             said.append(f"{of}Seeds that were added without a declared look ({', '.join(added)}) are exploratory: they "
                         "are in no mean and in no contrast.")  # fmt: skip
-        arms_added = sorted(set(found["arm"]) - {arm["name"] for arm in study["arms"]})
+        arms_added = sorted(set(found.loc[found["what"] != "draws", "arm"]) - {arm["name"] for arm in study["arms"]})
         if arms_added:
             said.append(f"{of}Arms that were added later ({', '.join(arms_added)}) are exploratory: no contrast refers "
                         "to them.")  # fmt: skip
         if (found["what"] == "screen").any():
             said.append(f"{of}The screen tried {int(found['tried'].max())} arms on one seed. Its best is the best of "
                         "them also by luck, so its numbers are exploratory.")  # fmt: skip
+        if (found["what"] == "draws").any():
+            said.append(f"{of}The best of an arm's draws is the best also by luck: what it reached on the seed that it "
+                        "was tuned on is exploratory, and fresh seeds say what it is worth.")  # fmt: skip
     if any(run in records.studies for run in records.runs):
         said.append(f"Equivalent means a difference of less than {100 * margin:g} points of accuracy; whether that "
                     "matters is not for statistics to say.")  # fmt: skip

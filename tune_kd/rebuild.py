@@ -9,9 +9,8 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-import pandas as pd
-
 from tune_kd.faults import point
+from tune_kd.growth import grown
 from tune_kd.records import (
     COMMITS,
     DECISIONS,
@@ -29,7 +28,7 @@ from tune_kd.records import (
 from tune_kd.run import Run
 from tune_kd.storage import Damaged, sync
 from tune_kd.study import Mistake
-from tune_kd.tables import Records, load, without_advice
+from tune_kd.tables import Records, load, rows, without_advice
 
 REBUILT = ".rebuilt"  # a folder in a run's, for the time that it takes
 
@@ -48,7 +47,8 @@ def opened(run: Run, say: Callable[[str], None]) -> Ledger:
         _make(run, {schema.name: [] for schema in SCHEMAS})
         _put(run)
     with reading(run.folder / LEDGER) as whole:
-        strange = {row["trial_id"] for row in whole.rows(TRIALS)} - {trial.trial_id for trial in run.plan.trials}
+        rows = whole.rows(TRIALS)
+    strange = {row["trial_id"] for row in rows} - {trial.trial_id for trial in grown(run.plan, rows).trials}
     if strange:
         raise Mistake(
             f"RUN is {run.name}, whose ledger holds trials that are not in the plan of {run.folder}/study.json: "
@@ -136,8 +136,8 @@ def _put(run: Run) -> None:
 
 def _consistent(run: Run, records: Records) -> dict[str, list[Row]]:
     """The rows of tables that a kill may have left of different ages, so that they fit together and the plan."""
-    trials, epochs, decisions = (_rows(table) for table in (records.trials, records.epochs, records.decisions))
-    planned = {trial.trial_id: trial for trial in run.plan.trials}
+    trials, epochs, decisions = (rows(table) for table in (records.trials, records.epochs, records.decisions))
+    planned = {trial.trial_id: trial for trial in grown(run.plan, trials).trials}
     if strange := {row["trial_id"] for row in trials} - set(planned):
         raise Damaged(f"{run.folder}: the tables hold trials that are not in the plan: {', '.join(sorted(strange))}")
     of_trial: dict[str, list[Row]] = {}
@@ -148,6 +148,10 @@ def _consistent(run: Run, records: Records) -> dict[str, list[Row]]:
         underived = row["status"] in ("stopped", "blocked") and not theirs  # a driver finds out again
         if underived or row["epochs_run"] != len(theirs):
             trials[place] = _as_of(first_row(run.name, planned[row["trial_id"]]), row, theirs)
+    # Where a draw runs again, what follows from all of them is not known yet.
+    known_trials = {trial.trial_id for trial in grown(run.plan, trials).trials}
+    trials = [row for row in trials if row["trial_id"] in known_trials]
+    epochs = [row for row in epochs if row["trial_id"] in known_trials]
     known = {(row["trial_id"], row["epoch"]) for row in epochs}
     kept = [row for row in decisions if (row["trial_id"], row["epoch"]) in known]
     return {TRIALS.name: trials, EPOCHS.name: epochs, DECISIONS.name: kept}
@@ -169,8 +173,3 @@ def _as_of(first: Row, row: Row, epochs: list[Row]) -> Row:
             "train_seconds": sum(each["seconds"] for each in epochs) if epochs else None,
         }
     )
-
-
-def _rows(table: pd.DataFrame) -> list[Row]:
-    plain = table.astype(object).where(table.notna(), None)
-    return [dict(zip(plain.columns, values, strict=True)) for values in plain.itertuples(index=False, name=None)]

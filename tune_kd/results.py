@@ -127,24 +127,26 @@ def _arms(records: Records, trials: pd.DataFrame) -> list[tuple[str, str, str, p
 
 
 def exploratory(records: Records) -> pd.DataFrame:
-    """A row an arm and phase of what claims nothing: the screen, and seeds that were added to the plan.
+    """A row an arm and phase of what claims nothing: the screen, what was drawn, and seeds that were added to the plan.
 
-    `tried` is how many arms the best of them was the best of: the maximum of many is too good (selection).
+    `tried` is how many arms, or draws, the best of them was the best of: the maximum of many is too good (selection).
     """
     trials = records.trials[records.trials["role"] == "student"]
     trials = trials[~trials.index.isin(confirmed_trials(records).index)]
     rows = []
     for (run, phase), of_phase in trials.groupby(["run", "phase"], sort=False):
         tried = of_phase["arm"].nunique()
-        fixed = [arm["name"] for arm in records.studies.get(str(run), {}).get("arms", [])]
+        study = records.studies.get(str(run), {})
+        fixed = [arm["name"] for arm in study.get("arms", [])]
+        tuned = bool(study.get("searches"))
         for arm, group in of_phase.groupby("arm", sort=False):
             ended = group[group["status"] == "completed"]
             rows.append(
                 {
                     "run": run,
-                    "what": _explored(str(phase), arm in fixed),
+                    "what": "draws" if tuned and phase == "screen" else _explored(str(phase), arm in fixed),
                     "arm": arm,
-                    "tried": tried,
+                    "tried": len(group) if tuned and phase == "screen" else tried,
                     "trials": len(group),
                     "n": len(ended),
                     "stopped": int((group["status"] == "stopped").sum()),
@@ -196,7 +198,8 @@ def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
         elif missing:
             note = f"{missing[0]} has no confirmed trial that ran to its end"
         else:
-            note = differing(trials[trials["arm"].isin(weights)])
+            tuned = study["study"].get("tuning") is not None  # so that recipes differ by what was drawn
+            note = differing(trials[trials["arm"].isin(weights)], COMPARABLE[:-1] if tuned else COMPARABLE)
         if note:
             paired = pd.Series(dtype="float64")
         else:
@@ -280,10 +283,10 @@ def by_context(trials: pd.DataFrame, columns: Sequence[str]) -> Iterator[tuple[d
         yield {name: None if pd.isna(level) else level for name, level in zip(columns, known, strict=True)}, group
 
 
-def differing(trials: pd.DataFrame) -> str:
+def differing(trials: pd.DataFrame, columns: Sequence[str] = COMPARABLE) -> str:
     """In what trials differ that are held against each other, and should not; empty where in nothing."""
     said = []
-    for name in COMPARABLE:
+    for name in columns:
         levels = trials[name].dropna().unique().tolist()
         if len(levels) > 1:
             said.append(f"{name} is {' and '.join(str(level)[:16] for level in levels)}")

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
 from tune_kd.faults import point
+from tune_kd.growth import grown
 from tune_kd.plan import Plan, plan
 from tune_kd.privacy import secrets
 from tune_kd.records import LAYOUT, LEDGER, RUN_NAME, TRIALS, Row, first_row, reading
@@ -140,6 +141,7 @@ def create(run: Run) -> None:
         "contrasts": contrasts,
         "contrasts_sha256": digest(contrasts),
         "arms": [{"name": arm.name, "role": arm.role, "merged": arm.merged} for arm in planned.arms],
+        "searches": [asdict(search) for search in planned.searches],
         "trials": [trial.trial_id for trial in planned.trials],
         "data": {
             "name": run.study.data.name,
@@ -201,7 +203,10 @@ def record_extension(run: Run) -> None:
     if digest(resolved) != record["study_sha256"]:
         arms = [{"name": arm.name, "role": arm.role} for arm in planned.arms]
         at = datetime.now(UTC).isoformat(timespec="seconds")
-        record["extended"] = {"study": resolved, "study_sha256": digest(resolved), "arms": arms, "at": at}
+        searches = [asdict(search) for search in planned.searches]
+        record["extended"] = {
+            "study": resolved, "study_sha256": digest(resolved), "arms": arms, "searches": searches, "at": at
+        }  # fmt: skip
     if problems := list(secrets(record)):
         raise Mistake(*problems)
     publish(run.folder / STUDY, sealed(record))
@@ -215,7 +220,7 @@ def trials(run: Run) -> list[Row]:
         with reading(run.folder / LEDGER) as ledger:
             rows = ledger.rows(TRIALS)
     known = {row["trial_id"] for row in rows}
-    return rows + [first_row(run.name, trial) for trial in run.plan.trials if trial.trial_id not in known]
+    return rows + [first_row(run.name, trial) for trial in grown(run.plan, rows).trials if trial.trial_id not in known]
 
 
 def _source(run: Run) -> dict[str, Any] | None:

@@ -1,12 +1,12 @@
 """Early stopping as a pure state machine: a trial reports, a decision comes back.
 
 Asynchronous successive halving (Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning")
-inside strata. An arm is compared at a rung with the arms that were there before it. It is stopped only when
-enough of them were, when it is behind the cutoff by more than the margin, when it is not immune, and when
-its stratum keeps another arm.
+inside strata. A trial, which stands for its arm or for a draw, is compared at a rung with those that were there before
+it. It is stopped only when enough of them were, when it is behind the cutoff by more than the margin, when it is not
+immune, and when its stratum keeps another one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -22,20 +22,25 @@ def stratum(screen: Screen, levels: Mapping[str, object]) -> str:
 
 
 class Schedule:
-    """Decides for the trials of one screen, one for each arm. Its whole state is the decisions it made, in order."""
+    """Decides for the trials of one screen, each of which has entered a stratum. Its whole state is that, and the
+    decisions it made, in order."""
 
-    def __init__(self, screen: Screen, epochs: int, strata: Mapping[str, str], immune: Iterable[str]) -> None:
-        """`epochs` is the budget of every trial, `strata` the stratum of each arm by its name, and `immune` names the
-        arms that are never stopped."""
+    def __init__(self, screen: Screen, epochs: int) -> None:
+        """`epochs` is the budget of every trial."""
         self._screen = screen
         self._rungs = {epoch: rung for rung, epoch in enumerate(screen.rungs(epochs))}
-        self._immune = frozenset(immune)
-        self._stratum = dict(strata)
-        self._left: dict[str, set[str]] = {}  # stratum -> arms that were neither stopped nor failed
-        for arm, group in self._stratum.items():
-            self._left.setdefault(group, set()).add(arm)
-        self._scores: dict[tuple[str, int], dict[str, float]] = {}  # (stratum, rung) -> arm -> metric
+        self._immune: set[str] = set()
+        self._stratum: dict[str, str] = {}  # by trial id
+        self._left: dict[str, set[str]] = {}  # stratum -> trials that were neither stopped nor failed
+        self._scores: dict[tuple[str, int], dict[str, float]] = {}  # (stratum, rung) -> trial id -> metric
         self._made: dict[tuple[str, int], Decision] = {}
+
+    def enter(self, trial_id: str, stratum: str, immune: bool = False) -> None:
+        """Have a trial compete in a stratum. An immune one is never stopped."""
+        self._stratum[trial_id] = stratum
+        self._left.setdefault(stratum, set()).add(trial_id)
+        if immune:
+            self._immune.add(trial_id)
 
     def report(self, trial_id: str, arm: str, epoch: int, metric: float) -> Decision | None:
         """Decide about a trial that reached an epoch with this validation accuracy.
@@ -53,16 +58,16 @@ class Schedule:
     def replay(self, decision: Decision) -> None:
         """Take over a decision that was made: by this schedule, or before a resume."""
         self._made[decision.trial_id, decision.rung] = decision
-        self._scores.setdefault((decision.stratum, decision.rung), {})[decision.arm] = decision.metric
+        self._scores.setdefault((decision.stratum, decision.rung), {})[decision.trial_id] = decision.metric
         if decision.action == "stop":
-            self.drop(decision.arm)
+            self.drop(decision.trial_id)
 
-    def drop(self, arm: str) -> None:
-        """Note that an arm is out, stopped or failed, so that its stratum does not count on it."""
-        self._left[self._stratum[arm]].discard(arm)
+    def drop(self, trial_id: str) -> None:
+        """Note that a trial is out, stopped or failed, so that its stratum does not count on it."""
+        self._left[self._stratum[trial_id]].discard(trial_id)
 
     def _decide(self, trial_id: str, arm: str, epoch: int, rung: int, metric: float) -> Decision:
-        group = self._stratum[arm]
+        group = self._stratum[trial_id]
         scores = list(self._scores.get((group, rung), {}).values())
         cutoff = float(np.percentile(scores, 100 * (1 - 1 / self._screen.reduction))) if scores else None
         stop = False
@@ -72,9 +77,9 @@ class Schedule:
             reason = "ahead"
         elif metric >= cutoff - self._screen.margin_at(rung):
             reason = "near_tie"
-        elif arm in self._immune:
+        elif trial_id in self._immune:
             reason = "immune"
-        elif not self._left[group] - {arm}:
+        elif not self._left[group] - {trial_id}:
             reason = "last_of_stratum"
         else:
             reason, stop = "behind", True

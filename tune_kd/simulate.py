@@ -81,6 +81,8 @@ def curves(records: Records, study: Study, strata: Sequence[str] | None) -> Curv
     Arms that may not be stopped are those that the run's own study said so of; in tables without a study those whose
     method is `study.control`. Raises `Mistake` where nothing can be replayed.
     """
+    if any(study.get("searches") for study in records.studies.values()):
+        raise Mistake("--curves is a run that was tuned, whose draws are no grid of arms; allowed: a run that was not")
     screen = Screen(strata=None if strata is None else tuple(strata))
     trials = records.trials[records.trials["role"] == "student"]
     if trials.empty:
@@ -154,8 +156,9 @@ def replay(screen: Screen, grid: Grid, order: Sequence[str]) -> list[Decision]:
     """The comparisons that the schedule makes when the arms of a grid start in this order, each as fast as the others:
     at a rung they report in it."""
     epochs, going = len(grid[0].accuracy), {curve.arm: curve for curve in grid}
-    strata, immune = {curve.arm: curve.stratum for curve in grid}, [curve.arm for curve in grid if curve.immune]
-    schedule = Schedule(screen, epochs, strata, immune)
+    schedule = Schedule(screen, epochs)
+    for curve in grid:
+        schedule.enter(curve.trial_id, curve.stratum, curve.immune)
     made: list[Decision] = []
     for epoch in screen.rungs(epochs):
         for arm in [arm for arm in order if arm in going]:

@@ -6,8 +6,11 @@ A study is a value. Building one checks nothing, so that a search space can refi
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Self
+
+from tune_kd.tuning import Choice, Range, Tuning
 
 Level = str | int | float
 
@@ -15,7 +18,7 @@ METHODS = ("none", "logit", "feature")
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
 STEMS = ("imagenet", "cifar")
 WEIGHTS = ("none", "imagenet")
-DATA_SETS = ("digits", "cifar10")
+DATA_SETS = ("digits", "cifar10", "cifar100")
 PRECISIONS = ("float32", "tf32", "bfloat16")
 MOST_SEEDS = 10_000
 
@@ -26,6 +29,9 @@ APPLIES: dict[str, tuple[str, ...]] = {
     "beta": ("feature",),
 }
 """The methods that a factor has a meaning for. A factor that is not named here applies to all."""
+
+
+TUNABLE = ("temperature", "alpha", "beta", "lr", "weight_decay")  # of a cell and of the recipe
 
 
 class Mistake(ValueError):
@@ -159,6 +165,7 @@ class Study:
     cell: Cell = Cell()
     control: str | None = "none"  # the method that the others are measured against; null: no claims
     reference: tuple[tuple[str, Level], ...] = (("temperature", 4.0),)  # where a contrast fixes a factor
+    swept: tuple[str, ...] = ()  # factors varied one at a time: no arm departs from the reference in two of them
     scale: str = "paper"
     data: Data = Data()
     recipe: Recipe = Recipe()
@@ -166,6 +173,7 @@ class Study:
     teacher_seeds: tuple[int, ...] = (1000,)
     screen: Screen = Screen()
     confirm: Confirm = Confirm()
+    tuning: Tuning | None = None
     deviation: float = 0.0015  # expected seed-to-seed standard deviation of accuracy, for the plan
     rate: float = 2e13  # floating-point operations a second that one slot is assumed to sustain, for the price
 
@@ -177,6 +185,19 @@ class Study:
         value = getattr(self.cell, factor)
         return () if value is None else (value,)
 
+    def ranges(self, method: str) -> tuple[Range, ...]:
+        """What is tuned of an arm of this method."""
+        return tuple(
+            each
+            for each in (self.tuning.ranges if self.tuning else ())
+            if method in APPLIES.get(each.name, METHODS) and method in (each.methods or METHODS)
+        )
+
+    def default(self, name: str) -> float | None:
+        """What is published of a setting that can be tuned."""
+        value: float | None = getattr(self.cell if name in CELL_FIELDS else self.recipe, name)
+        return value
+
     def check(self) -> Self:
         """Return the study itself; raise `Mistake` with every problem that it has."""
         problems = [
@@ -187,6 +208,7 @@ class Study:
             *_recipe_problems("teacher_recipe", self.teacher_recipe),
             *_seed_problems(self),
             *_screen_problems(self),
+            *(_tuning_problems(self, self.tuning) if self.tuning else ()),
         ]
         for part in ("train", "validation", "test"):
             size = getattr(self.data, part)
@@ -291,6 +313,12 @@ def _contrast_problems(study: Study) -> list[str]:
         elif study.levels(name) and level not in study.levels(name):
             allowed = ", ".join(str(each) for each in study.levels(name))
             problems.append(f"reference {name} is {level!r}; allowed: {allowed}")
+    fixed = {name for name, _ in study.reference} & {factor.name for factor in study.factors}
+    problems += [
+        f"swept names {name!r}; allowed: factors that have a reference ({', '.join(sorted(fixed)) or 'there is none'})"
+        for name in study.swept
+        if name not in fixed
+    ]
     if study.moderator is not None and study.moderator not in [factor.name for factor in study.factors]:
         varied = ", ".join(factor.name for factor in study.factors)
         problems.append(f"moderator is {study.moderator!r}; allowed: null or a factor of the study ({varied})")
@@ -384,3 +412,70 @@ def margin_problems(screen: Screen, epochs: int) -> list[str]:
     named = ", ".join(map(str, rungs)) or "none"
     return [f"screen.margin is {list(screen.margin)}, {len(screen.margin)} margins; allowed: one number, or one for "
             f"each rung ({len(rungs)}: {named})"]  # fmt: skip
+
+
+def _tuning_problems(study: Study, tuning: Tuning) -> list[str]:
+    problems = [problem for each in tuning.ranges for problem in _range_problems(study, each)]
+    for method in map(str, study.levels("method")):
+        names = [each.name for each in study.ranges(method)]
+        problems += [f"tuning.ranges has {name} more than once for the method {method}; allowed: once"
+                     for name in dict.fromkeys(names) if names.count(name) > 1]  # fmt: skip
+        if not names and not problems:
+            problems.append(f"tuning.ranges has nothing for the method {method}; allowed: a range for every method, "
+                            "such as lr, since each arm gets the same budget")  # fmt: skip
+    allowed = {"budget_unit": ("trials", "epochs"), "sampler": ("tpe", "random", "quasi-random")}
+    problems += [
+        f"tuning.{name} is {getattr(tuning, name)!r}; allowed: {', '.join(levels)}"
+        for name, levels in allowed.items()
+        if getattr(tuning, name) not in levels
+    ]
+    for name, least in (("startup", 1), ("parallel", 1), ("seed", 0)):
+        if getattr(tuning, name) < least:
+            problems.append(f"tuning.{name} is {getattr(tuning, name)}; allowed: at least {least}")
+    return problems or list(_budget_problems(study, tuning))
+
+
+def _range_problems(study: Study, each: Range) -> list[str]:
+    """What is wrong with one range."""
+    where, over = f"tuning.ranges has {each.name}", each.over
+    if each.name not in TUNABLE:
+        return [f"tuning.ranges names {each.name!r}; allowed: {', '.join(TUNABLE)}"]
+    if each.name in [factor.name for factor in study.factors]:
+        return [f"{where}, which is a factor too; allowed: one of both"]
+    users = [method for method in study.levels("method") if each in study.ranges(str(method))]
+    if not users:
+        there = ", ".join(method for method in APPLIES.get(each.name, METHODS) if method in study.levels("method"))
+        return [f"{where} for {', '.join(each.methods or ('every method',))}, and no method of the study uses it; "
+                f"allowed: a range for one that does ({there or 'there is none'})"]  # fmt: skip
+    if over.problem is not None:
+        return [f"{where} over {over!r}, which is no range; allowed: {over.problem}"]
+    ends = over.levels if isinstance(over, Choice) else (over.low, over.high)
+    lowest = study.recipe.lr_min if each.name == "lr" else 0.0
+    if each.name in CELL_FIELDS:
+        problems = [problem for end in ends if (problem := _level_problem(each.name, end))]
+    else:
+        problems = [f"{each.name} is {end}; allowed: {lowest:g} or more" for end in ends if end < lowest]
+        problems += [f"lr is {end}; allowed: above 0" for end in ends if each.name == "lr" and end == 0 == lowest]
+    default = study.default(each.name)
+    if not problems and (default is None or not over.holds(default)):
+        problems = [f"its default {default} lies outside of {over}; allowed: a range with the default in it, which is "
+                    "confirmed beside what is tuned"]  # fmt: skip
+    return [f"{where}: {problem}" for problem in problems]
+
+
+def _budget_problems(study: Study, tuning: Tuning) -> Iterator[str]:
+    """Too little for the sampler to begin with, or more than there is to draw."""
+    draws, unit = tuning.budget, ""
+    if tuning.budget_unit == "epochs":
+        draws, unit = tuning.budget // study.recipe.epochs, f" (of {study.recipe.epochs} epochs a trial)"
+    least = tuning.startup + 1 if tuning.sampler == "tpe" else 1
+    if draws < least:
+        why = f", since TPE begins after tuning.startup = {tuning.startup} draws" if tuning.sampler == "tpe" else ""
+        yield f"tuning.budget is {tuning.budget} {tuning.budget_unit}; allowed: at least {least} trials{unit}{why}"
+    for method in map(str, study.levels("method")):
+        values = [each.configurations for each in study.ranges(method)]
+        count = math.prod(len(each) for each in values if each is not None) - 1  # the default is confirmed anyway
+        if None not in values and (draws > count or tuning.budget_unit == "epochs"):
+            yield (f"tuning.ranges has {count} configurations for the method {method} besides the default; allowed: a "
+                   f"budget of at most as many trials ({tuning.budget} {tuning.budget_unit} are asked for), or a range "
+                   "that cannot be counted")  # fmt: skip

@@ -22,10 +22,15 @@ RESUME = "`tune_kd resume"  # with which the advice begins that a run's tables c
 READS = 5  # of a table and its digest, until they fit together
 TEXT = (
     *("run", "arm", "role", "note", "what", "contrast", "kind", "verdict", "words", "context", "how", "against"),
-    *("value", "host", "stratum", "phase", "method", "status", "student", "teacher", "stem", "weights"),
+    *("setting", "value", "host", "stratum", "phase", "method", "status", "student", "teacher", "stem", "weights"),
 )
 COUNTS = (
     *(
+        "draws",
+        "completed",
+        "failed",
+        "epochs",
+        "best_draw",
         "n",
         "planned",
         "tried",
@@ -213,7 +218,8 @@ def _study(path: Path, trials: pd.DataFrame) -> dict[str, Any]:
     other = trials.loc[trials["run"] != study["run"], "run"]
     if len(other):
         problems.append(f"{path}: {_told('run', other, len(trials), repr(study['run']))}")
-    names = [arm["name"] for arm in (study.get("extended") or study)["arms"]]
+    declared = study.get("extended") or study
+    names = [arm["name"] for arm in (*declared["arms"], *declared.get("searches", ()))]
     strange = trials.loc[(trials["role"] == "student") & ~trials["arm"].isin(names), "arm"]
     if len(strange):
         problems.append(f"{path}: {_told('arm', strange, len(trials), 'one of the arms of the study')}")
@@ -320,6 +326,12 @@ def _strays(trials: pd.DataFrame, epochs: pd.DataFrame) -> Iterator[str]:
         first = spans[gaps].head(EXAMPLES).reset_index().to_dict("records")
         examples = ", ".join(f"{row['trial_id']} has {row['size']} from {row['min']} to {row['max']}" for row in first)
         yield f"epoch: {int(gaps.sum()):,} of {len(spans):,} trials do not count up from 1; {examples}"
+
+
+def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table's rows as the ledger gives them: plain values, and None for null."""
+    plain = table.astype(object).where(table.notna(), None)
+    return [dict(zip(plain.columns, values, strict=True)) for values in plain.itertuples(index=False, name=None)]
 
 
 def typed(rows: Sequence[Mapping[str, Any]], names: str) -> pd.DataFrame:

@@ -31,6 +31,7 @@ class Trial:
     data_digest: str | None  # of the pixels, labels and split; null while only planning
     scale: str
     teacher_id: str | None = None  # the trial that trains this student's teacher; null without one
+    drawn: tuple[tuple[str, float], ...] = ()  # what was drawn for it, by name; its cell and recipe have it
 
     @property
     def role(self) -> Literal["teacher", "student"]:
@@ -45,8 +46,9 @@ class Trial:
 
     @property
     def label(self) -> str:
-        """What people see: `cifar/logit/T=4 seed 1`."""
-        return f"{self.arm} seed {self.seed}"
+        """What people see: `cifar/logit/T=4 seed 1`, or `cifar/logit (temperature=3.1, lr=0.08) seed 0`."""
+        drawn = ", ".join(f"{name}={value:g}" for name, value in self.drawn)
+        return f"{self.arm}{f' ({drawn})' if drawn else ''} seed {self.seed}"
 
     @property
     def recipe_id(self) -> str:

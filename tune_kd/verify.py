@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tune_kd import answers, rebuild, run, teachers
 from tune_kd.checkpoints import Checkpoints
+from tune_kd.growth import grown
 from tune_kd.price import IMAGES
 from tune_kd.records import COMMITS, EPOCHS, LEDGER, SCHEMAS, TRIALS, Row, commits, reading
 from tune_kd.study import Mistake
@@ -56,7 +57,7 @@ def _ledger(opened: run.Run, wrong: str | None, rows: list[Row], epochs: list[Ro
     if (folder / LEDGER).is_file() and commits(folder) is None:
         yield Finding("ledger", f"{folder / COMMITS} is missing or damaged, so that a loss of the last rows would not "
                       "be seen", f"`tune_kd resume {folder}` makes it again")  # fmt: skip
-    strange = {row["trial_id"] for row in rows} - {trial.trial_id for trial in opened.plan.trials}
+    strange = {row["trial_id"] for row in rows} - {trial.trial_id for trial in grown(opened.plan, rows).trials}
     if strange:  # those that it lacks come when a driver takes over
         what = f"it holds trials that are not in the plan: {', '.join(sorted(strange))}"
         yield Finding("ledger", what, "put the study.json or the ledger back that belongs to the other")

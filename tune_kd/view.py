@@ -149,7 +149,7 @@ def _comparisons(decisions: Sequence[Decision]) -> Group:
     counts = Counter(decision.reason for decision in decisions)
     said = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in counts.most_common())
     stopped = sum(decision.action == "stop" for decision in decisions)
-    title = Text(f"early stopping: {len(decisions)} comparisons, {stopped} arms stopped ({said})", style="bold")
+    title = Text(f"early stopping: {len(decisions)} comparisons, {stopped} stopped ({said})", style="bold")
     return Group(title, *(Text(decision.words) for decision in decisions[-LAST:]))
 
 
@@ -219,6 +219,28 @@ def arms(table: "pd.DataFrame") -> Table:
         counts = str(row["n"]), str(row["planned"])
         shown.add_row(Text(row["arm"]), points(row["mean"]), points(row["sd"]), *counts, Text(row["note"]))
     return shown
+
+
+def settings(table: "pd.DataFrame", budgets: "pd.DataFrame") -> Group:
+    """What was found of each setting, beside its default, and with which budget."""
+    shown = _titled("What was tuned (share: of the variance of validation accuracy over the draws)")
+    for title in ("arm", "setting", "default", "tuned", "range", "share"):
+        shown.add_column(title, justify="left" if title in ("arm", "setting") else "right")
+    for row in _with_runs(table, "arm").to_dict("records"):
+        low, high, tuned, share = (row[name] for name in ("least", "most", "tuned", "importance"))
+        shown.add_row(
+            Text(row["arm"]),
+            row["setting"],
+            f"{row['default']:g}",
+            f"{tuned:.4g}" if tuned == tuned else "",
+            f"{low:g} to {high:g}",
+            f"{100 * share:.0f} %" if share == share else "",
+        )
+    spent = "; ".join(
+        f"{row['arm']} {row['draws']} draws, {row['stopped']} stopped, {row['failed']} failed, {row['epochs']} epochs"
+        for row in _with_runs(budgets, "arm").to_dict("records")
+    )
+    return Group(shown, Text(f"Budgets: {spent}"))
 
 
 def differences(table: "pd.DataFrame") -> Table:

@@ -166,21 +166,25 @@ def computed_alike(records: Records) -> Iterator[str]:
 
 
 def as_planned(records: Records, exit_status: int | None) -> Iterator[str]:
-    """I4: the trials of ledger and tables are those of `study.json`, which are those that the study plans."""
+    """I4: the trials of ledger and tables are those of `study.json`, which are those that the study plans, and what of
+    them was drawn or follows from it."""
+    from tune_kd.growth import grown
     from tune_kd.plan import plan
     from tune_kd.studies import from_json
 
     study = (records.study["extended"] or records.study)["study"]
-    planned = [trial.trial_id for trial in plan(from_json(study), records.study["data"]["digest"],
-                                                records.study["look"]).trials]  # fmt: skip
-    found = [("study.json", records.study["trials"])]
+    fixed = plan(from_json(study), records.study["data"]["digest"], records.study["look"])
+    found = [("study.json", fixed, records.study["trials"])]
     if records.begun or exit_status is not None:
         for source in (records.ledger, records.tables):
             if source.trials is not None:
-                found.append((source.name, [row["trial_id"] for row in source.trials]))
+                expected = grown(fixed, source.trials)
+                found.append((source.name, expected, [row["trial_id"] for row in source.trials]))
                 epochs = dict.fromkeys(row["trial_id"] for row in source.epochs or ())
-                found.append((f"epochs of {source.name}", [*epochs, *(set(planned) - set(epochs))]))
-    for name, trials in found:
+                unbegun = {trial.trial_id for trial in expected.trials} - set(epochs)
+                found.append((f"epochs of {source.name}", expected, [*epochs, *unbegun]))
+    for name, expected, trials in found:
+        planned = [trial.trial_id for trial in expected.trials]
         missing, surplus = Counter(planned) - Counter(trials), Counter(trials) - Counter(planned)
         yield from (f"I4: {name}: trial {trial} is missing" for trial in missing)
         yield from (f"I4: {name}: trial {trial} is a phantom" for trial in surplus)

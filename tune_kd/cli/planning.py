@@ -43,6 +43,7 @@ def plan(
 ) -> None:
     """Show what would run: arms, merged cells, trials, teachers, the price, and what the seeds can show."""
     from tune_kd import evidence, studies
+    from tune_kd.growth import to_come
     from tune_kd.plan import plan as expand
     from tune_kd.price import price
 
@@ -50,7 +51,8 @@ def plan(
     chosen, why = scale_of(path, scale, None)
     resolved = studies.resolve(path, chosen, data, settings_with(settings, margin_from, path, chosen, data, out))
     planned = expand(resolved)
-    cost = price(planned.trials, planned.answering, resolved.rate)
+    trials = (*planned.trials, *to_come(planned))
+    cost = price(trials, planned.answering, resolved.rate)
     summary = {
         "study": resolved.name,
         "scale": resolved.scale,
@@ -59,7 +61,8 @@ def plan(
         "arms": [{"name": arm.name, "role": arm.role, "merged_cells": arm.merged} for arm in planned.arms],
         "teachers": [{"arm": each.arm, "seed": each.seed, "epochs": each.recipe.epochs} for each in planned.teachers],
         "answers": _answers(planned),
-        "trials": [{"arm": each.arm, "phase": each.phase, "seed": each.seed} for each in planned.trials],
+        "trials": [{"arm": each.arm, "phase": each.phase, "seed": each.seed} for each in trials],
+        "tuning": None if resolved.tuning is None else asdict(resolved.tuning),
         "contrasts": [contrast.name for contrast in planned.contrasts],
         "price": {"flop": cost.flop, "slot_seconds": cost.slot_seconds, "how": cost.how},
         "screen": asdict(resolved.screen) | {"rungs": resolved.screen.rungs(resolved.recipe.epochs)},
@@ -214,7 +217,7 @@ def _print_plan(planned: "Plan", summary: dict[str, Any], why: str) -> None:
     seeds, price = summary["seeds"], summary["price"]
     console.print(f"{summary['study']} at scale {summary['scale']}{why}", style="bold")
     console.print(
-        f"{planned.raw_cells} raw cells are {len(planned.arms)} arms; {len(planned.trials)} trials, of which "
+        f"{planned.raw_cells} raw cells are {len(planned.arms)} arms; {len(summary['trials'])} trials, of which "
         f"{len(planned.teachers)} are teachers; {len(planned.contrasts)} contrasts",
     )
     table = Table(box=None, header_style="bold")
@@ -231,13 +234,22 @@ def _print_plan(planned: "Plan", summary: dict[str, Any], why: str) -> None:
     console.print(
         f"Price: {price['flop'] / 1e15:.2g} PFLOP, {duration(price['slot_seconds'])} of one slot ({price['how']}).",
     )
+    tuning = planned.study.tuning
+    if tuning is not None:
+        console.print(
+            f"Each arm is tuned with {tuning.budget} {tuning.budget_unit} ({tuning.sampler}), by validation accuracy "
+            f"at seed {planned.study.screen.seed}; its best and its default are confirmed."
+        )
+        for search in planned.searches:
+            console.print(f"  {search.name}: {', '.join(f'{each.name} {each.over}' for each in search.ranges)}")
     screen = summary["screen"]
     rungs = ", ".join(map(str, screen["rungs"])) or "none"
     margins = screen["margin"] if isinstance(screen["margin"], tuple) else [screen["margin"]]
+    what, peers = ("an arm", " and ".join(screen["strata"] or ["study"])) if tuning is None else ("a draw", "arm")
     console.print(
-        f"Early stopping of the screen: rungs at epoch {rungs}; an arm stops that is more than "
+        f"Early stopping of the screen: rungs at epoch {rungs}; {what} stops that is more than "
         f"{', '.join(points(margin) for margin in margins)} points behind the best 1/{screen['reduction']} of at least "
-        f"{screen['min_peers']} peers of the same {' and '.join(screen['strata'] or ['study'])}.",
+        f"{screen['min_peers']} peers of the same {peers}.",
     )
     for warning in summary["warnings"]:
         console.print(f"warning: {warning}", soft_wrap=True)

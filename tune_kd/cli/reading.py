@@ -29,6 +29,7 @@ def status(
     from collections import Counter
 
     from tune_kd import run as runs
+    from tune_kd.launch import with_those_to_come
     from tune_kd.records import DECISIONS, LEDGER, TRIALS, reading
     from tune_kd.trial import Decision
     from tune_kd.view import PHASES, progress
@@ -46,8 +47,11 @@ def status(
         raise Mistake(f"RUN is {folder}, which has no ledger yet; start it with `python -m tune_kd resume {folder}`")
     with reading(folder / LEDGER) as ledger:
         rows, decisions = ledger.rows(TRIALS), ledger.rows(DECISIONS)
+    shown = rows
     with suppress(Mistake):  # where the plan cannot be read, those that a driver never took over are not known
-        rows = runs.trials(runs.reopen(folder))
+        opened = runs.reopen(folder)
+        rows = runs.trials(opened)
+        shown = with_those_to_come(opened.plan, opened.name, rows)
     holder = runs.holder(folder)
     if as_json:
         phases = {phase: dict(Counter(row["status"] for row in rows if row["phase"] == phase)) for phase in PHASES}
@@ -55,7 +59,7 @@ def status(
         print_json(answer)
         return
     console = Terminal()
-    console.print(progress(folder.name, rows, [Decision.of(row) for row in decisions], None))
+    console.print(progress(folder.name, shown, [Decision.of(row) for row in decisions], None))
     if holder is not None:
         console.print(f"run by process {holder['pid']} on {holder['host']} since {holder['since']}", soft_wrap=True)
     elif any(row["status"] in ("pending", "running") for row in rows):
@@ -138,7 +142,7 @@ def print_report(
     records: "Records", folder: Path, console: Console, as_json: bool, formats: Sequence[str] | None = None
 ) -> Path:
     """Write a report and say what is in it; returns the file to read first."""
-    from tune_kd import provenance, results, view
+    from tune_kd import provenance, results, tuned, view
     from tune_kd import report as reports
 
     try:
@@ -149,7 +153,8 @@ def print_report(
     if as_json:
         answer: dict[str, Any] = {"runs": records.runs, "report": str(first)}
         answer |= {name: json.loads(table.to_json(orient="records")) for name, table in
-                   (("arms", arms), ("contrasts", effects), ("exploratory", explored))}  # fmt: skip
+                   (("arms", arms), ("contrasts", effects), ("exploratory", explored),
+                    ("settings", tuned.settings(records)), ("budgets", tuned.budgets(records)))}  # fmt: skip
         if len(records.runs) > 1:
             answer["differences"] = provenance.differences(records).to_dict("records")
         print_json(answer)
@@ -160,6 +165,9 @@ def print_report(
         console.print()
         teachers = {len(study["study"]["teacher_seeds"]) for study in records.studies.values()}
         console.print(view.effects(effects, max(teachers)))
+    if len(found := tuned.settings(records)):
+        console.print()
+        console.print(view.settings(found, tuned.budgets(records)))
     if len(records.runs) > 1:
         console.print()
         console.print(view.differences(provenance.differences(records)))

@@ -7,10 +7,11 @@ Everything that happens to a trial passes through here, one call at a time, whoe
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from tune_kd import growth, search
 from tune_kd.checkpoints import Checkpoints
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.faults import point
@@ -42,7 +43,8 @@ class Driver:
         keep_checkpoints: bool = False,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.plan = plan
+        recorded = ledger.rows(TRIALS)
+        self.plan = growth.grown(plan, recorded)
         self.rows: dict[str, Row] = {}
         self.decisions: list[Decision] = []  # of early stopping, in order
         self.stopping = False  # no new trials, the running ones leave at their next epoch
@@ -56,13 +58,15 @@ class Driver:
         self._max_concurrent = max_concurrent
         self._keep_checkpoints = keep_checkpoints
         self._say = say
-        self._trials = {trial.trial_id: trial for trial in plan.trials}
-        self._waiting = list(plan.trials)
-        self._screen = {trial.arm: trial.trial_id for trial in plan.trials if trial.phase == "screen"}
+        self._searches = {search.name: search for search in plan.searches}
+        self._storage: search.Storage | None = None  # of what was drawn, for others to look at
+        self._trials = {trial.trial_id: trial for trial in self.plan.trials}
+        self._waiting = list(self.plan.trials)
+        self._screen = {trial.arm: trial.trial_id for trial in self.plan.trials if trial.phase == "screen"}
         self._immune = {arm.name for arm in plan.arms if arm.immune}
-        screen = plan.study.screen
-        strata = {arm.name: stratum(screen, asdict(arm.cell)) for arm in plan.arms}
-        self._schedule = Schedule(screen, plan.study.recipe.epochs, strata, self._immune)
+        self._schedule = Schedule(plan.study.screen, plan.study.recipe.epochs)
+        for trial in self.plan.trials:
+            self._enter(trial)
         self._admitted: dict[str, Task] = {}  # by trial id, until they are over
         self._lost: dict[str, Counter[str]] = {}  # by trial: attempts that failed since it got on, by their reason
         self._best: dict[str, tuple[float, float]] = {}  # trial id -> best (validation accuracy, -loss)
@@ -71,7 +75,10 @@ class Driver:
         self._tables_due = True
         with suppress(OSError):
             place.drain.unlink()  # of a driver that was asked to leave
-        self._take_over()
+        if self._searches:
+            with self._if_it_can():
+                self._storage = search.Storage(folder / search.STORAGE, run)
+        self._take_over(recorded)
         self.write_tables()
 
     # What runs trials calls these.
@@ -197,8 +204,6 @@ class Driver:
                 self._end(
                     trial, "blocked" if blocked else "failed", "error" if failure.reason == "lost" else failure.reason
                 )
-                if trial.phase == "screen":
-                    self._schedule.drop(trial.arm)
                 if trial.role == "teacher":
                     self._block_students(trial)
         self._clear(trial)
@@ -215,6 +220,8 @@ class Driver:
     def conclude(self) -> None:
         """Make the tables for the last time. Raises `OSError` where a disk ended the run before it was through."""
         self.write_tables()
+        if self._storage is not None:
+            self._storage.close()
         if self.broken is not None:
             raise OSError(
                 f"{self.broken}: the disk refused it {MAX_ATTEMPTS} times, so the run was ended. What is on record is "
@@ -259,6 +266,41 @@ class Driver:
         self._count_time(trial.trial_id)
         self._ledger.put(TRIALS, row)
         self._tables_due = True
+        if trial.phase == "screen":
+            if status in ("failed", "blocked"):
+                self._schedule.drop(trial.trial_id)
+            self._search_on(trial.arm)
+
+    def _search_on(self, arm: str) -> None:
+        """Draw what an arm tries next, or plan the confirmation of its best. In the transaction in which a draw ends:
+        what is drawn follows from the order in which they end, and not from when anybody asks."""
+        if arm not in self._searches:
+            return
+        here, study = self._searches[arm], self.plan.study
+        assert study.tuning is not None
+        default = {each.name: study.default(each.name) or 0.0 for each in here.ranges}
+        while growth.is_due(study.tuning, theirs := growth.draws(here, self.rows.values())):
+            self._grow(growth.drawn(self.plan, here, search.draw(study.tuning, arm, here.ranges, default, theirs)))
+        if (best := growth.best(study.tuning, theirs)) is not None:
+            for trial in growth.confirmed(self.plan, here, best):
+                self._grow(trial)
+
+    def _grow(self, trial: Trial) -> None:
+        """Plan a trial, if it is not planned yet."""
+        if trial.trial_id in self._trials:
+            return
+        self._trials[trial.trial_id] = trial
+        self.rows[trial.trial_id] = first_row(self._run, trial)
+        self._ledger.put(TRIALS, self.rows[trial.trial_id])
+        self._waiting.insert(0, trial)  # others wait for it
+        self._enter(trial)
+
+    def _enter(self, trial: Trial) -> None:
+        """Have a trial of the screen compete: a draw with those of its arm, an arm with those of its stratum."""
+        if trial.phase == "screen":
+            tuned, levels = trial.arm in self._searches, asdict(trial.cell)
+            group = trial.arm if tuned else stratum(self.plan.study.screen, levels)
+            self._schedule.enter(trial.trial_id, group, trial.arm in self._immune)
 
     def _clear(self, trial: Trial) -> None:
         """Remove the checkpoints of a trial whose end is committed: they are of no more use."""
@@ -266,6 +308,18 @@ class Driver:
             point("trial.ended")
             if not self._keep_checkpoints:
                 Checkpoints(self._place.checkpoints / trial.trial_id).remove()
+            if self._storage is not None and trial.phase == "screen":
+                with self._if_it_can():
+                    self._storage.add(trial.arm, self._searches[trial.arm].ranges, self.rows[trial.trial_id])
+
+    @contextmanager
+    def _if_it_can(self) -> Iterator[None]:
+        """Go on without Optuna's storage, which is made from the ledger, where it cannot be written to."""
+        try:
+            yield
+        except OSError as error:
+            self._storage = None
+            self._say(f"warning: {error}; the run goes on without it, and `resume` makes it again")
 
     def _count_time(self, trial_id: str) -> None:
         began = self._began.pop(trial_id, None)
@@ -282,17 +336,15 @@ class Driver:
         for trial in self._take_waiting(lambda each: each.teacher_id == teacher.trial_id):
             self.rows[trial.trial_id]["error"] = f"not run: its teacher {teacher.label} failed"
             self._end(trial, "blocked", "teacher_failed")
-            if trial.phase == "screen":
-                self._schedule.drop(trial.arm)
 
     def _take_waiting(self, wanted: Callable[[Trial], bool]) -> Iterator[Trial]:
         taken = [trial for trial in self._waiting if wanted(trial)]
         self._waiting = [trial for trial in self._waiting if not wanted(trial)]
         yield from taken
 
-    def _take_over(self) -> None:
+    def _take_over(self, recorded: list[Row]) -> None:
         """Start from what the ledger holds: new rows for what it lacks, and the schedule as it was."""
-        known = {row["trial_id"]: row for row in self._ledger.rows(TRIALS)}
+        known = {row["trial_id"]: row for row in recorded}
         assert set(known) <= set(self._trials), "the ledger holds trials that are not in the plan"
         with self._ledger.transaction():
             for trial in self.plan.trials:
@@ -307,9 +359,9 @@ class Driver:
         self.decisions = [Decision.of(row) for row in self._ledger.rows(DECISIONS)]
         for decision in self.decisions:
             self._schedule.replay(decision)
-        for arm, trial_id in self._screen.items():
-            if self.rows[trial_id]["status"] in ("failed", "blocked"):
-                self._schedule.drop(arm)
+        for trial in self.plan.trials:
+            if trial.phase == "screen" and self.rows[trial.trial_id]["status"] in ("failed", "blocked"):
+                self._schedule.drop(trial.trial_id)
         for row in self._ledger.rows(EPOCHS):
             quality = (row["val_accuracy"], -row["val_loss"])
             self._best[row["trial_id"]] = max(quality, self._best.get(row["trial_id"], quality))
@@ -323,6 +375,8 @@ class Driver:
             for teacher in self.plan.teachers:
                 if self.rows[teacher.trial_id]["status"] == "failed":
                     self._block_students(teacher)
+            for arm in self._searches:
+                self._search_on(arm)
 
     def _tell(self, trial: Trial, decision: Decision | None) -> None:
         row = self.rows[trial.trial_id]

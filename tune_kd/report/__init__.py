@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from tune_kd import audit, measures, provenance, results
+from tune_kd import audit, measures, provenance, results, tuned
 from tune_kd.report import figures, page, texts
 from tune_kd.stats import MARGIN
 from tune_kd.storage import obstacle, publish
@@ -16,7 +16,9 @@ FORMATS = ("html", "md", "csv", "tex", "png", "svg")
 TABLES: dict[str, tuple[str, Callable[[Records], pd.DataFrame]]] = {
     "contrasts": ("Contrasts that the study fixed", results.contrasts),
     "arms": ("Test accuracy of each arm", results.arms),
-    "exploratory": ("Exploratory: the screen, and seeds added later", results.exploratory),
+    "settings": ("What was tuned, and what mattered", tuned.settings),
+    "budgets": ("What each arm was tuned with", tuned.budgets),
+    "exploratory": ("Exploratory: the screen, draws, and seeds added later", results.exploratory),
     "measures": ("Likeness to the teacher, and calibration", measures.measures),
     "costs": ("What a trial cost, without its teacher", measures.costs),
     "temperature": ("Accuracy by temperature", lambda records: measures.response(records, "temperature")),

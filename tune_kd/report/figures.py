@@ -14,10 +14,13 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from tune_kd import audit, measures, results
+from tune_kd import audit, growth, measures, results, tuned
+from tune_kd.plan import SYMBOLS
 from tune_kd.stats import MARGIN
 from tune_kd.tables import Records
+from tune_kd.tuning import LogUniform
 
 WIDTH = 3.4  # inches: a column of a paper
 STYLE: dict[Any, Any] = {
@@ -100,7 +103,8 @@ def forest(records: Records) -> Made:
     axes.axvline(0, color="#666666", lw=0.8)
     for place, row in enumerate(table.to_dict("records")):
         sure = row["verdict"] in ("better", "worse")
-        method = next((name for name in ("logit", "feature") if name in row["contrast"].split(" - ")[0]), "logit")
+        treated = row["contrast"].split(" - ")[0]
+        method = next((name for name in ("logit", "feature", "none") if name in treated), "logit")
         colour = COLOURS[method] if row["kind"] == "effect" else "#000000"
         if row["low"] == row["low"]:
             axes.plot([100 * row["low"], 100 * row["high"]], [place, place], color=colour, solid_capstyle="butt")
@@ -141,8 +145,7 @@ def curves(records: Records) -> Made:
         for name in names[:CURVES]:
             of_arm = of_stem[of_stem["arm"] == name]
             spread = of_arm.groupby("epoch")["val_accuracy"].agg(["mean", "std"]).astype("float64").fillna(0.0)
-            method = str(of_arm["method"].iloc[0])
-            colour, line = _of_arm(name, names, method)
+            colour, line = _of_arm(name, dict(zip(of_stem["arm"], of_stem["method"], strict=True)), names)
             epochs, mean, std = spread.index.to_numpy(float), 100 * spread["mean"], 100 * spread["std"]
             axes.fill_between(epochs, mean - std, np.minimum(mean + std, 100), color=colour, alpha=0.15, lw=0)
             axes.plot(epochs, mean, color=colour, ls=line, label=_short(name, stem))
@@ -162,12 +165,11 @@ def curves(records: Records) -> Made:
     )
 
 
-def _of_arm(name: str, names: list[str], method: str) -> tuple[str, Any]:
+def _of_arm(name: str, methods: dict[str, str], names: list[str]) -> tuple[str, Any]:
     """Colour and line of an arm among the others of its panel. The arms of a method differ in their dashes."""
-    alike = [each for each in names if each.split("/")[:2] == name.split("/")[:2]] or [name]
-    place = alike.index(name)
-    colour = _colour(method)
-    return colour, (0, (1 + 2 * place, 1)) if len(alike) > 1 else LINES.get(method, ":")
+    alike = [each for each in names if methods[each] == methods[name]]
+    dashes = (0, (1 + 2 * alike.index(name), 1))
+    return _colour(methods[name]), dashes if len(alike) > 1 else LINES.get(methods[name], ":")
 
 
 def _colour(method: str) -> str:
@@ -378,11 +380,58 @@ def cost(records: Records) -> Made:
     )
 
 
+def tuning(records: Records) -> Made:
+    """Validation accuracy of what was drawn, over each setting: where an arm is at its best, and how sharply."""
+    found = list(tuned.searches(records))
+    settings = list(dict.fromkeys(each.name for _, _, search, _ in found for each in search.ranges))
+    ended = [100 * row["val_accuracy_best"] for *_, theirs in found for row in theirs if row["status"] == "completed"]
+    if not ended:
+        return None
+    floor = max(ended) - 4 * max(0.25, max(ended) - float(np.median(ended)))  # what lies below is drawn at its edge
+    figure = Figure(figsize=(WIDTH, 1.3 * len(settings) + 0.5))
+    panels = figure.subplots(len(settings), 1, squeeze=False)[:, 0]
+    colours = {search.name: OTHERS[place % len(OTHERS)] for place, (_, _, search, _) in enumerate(found)}
+    for axes, setting in zip(panels, settings, strict=True):
+        for _, study, search, theirs in found:
+            over = next((each.over for each in search.ranges if each.name == setting), None)
+            if over is None:
+                continue
+            assert study.tuning is not None
+            best, method = growth.best(study.tuning, theirs), str(theirs[0]["method"])
+            alone = sum(str(other[0]["method"]) == method for *_, other in found) == 1
+            look = {"color": COLOURS[method] if alone else colours[search.name], "marker": MARKERS[method], "ls": ""}
+            done = [row for row in theirs if row["status"] == "completed"]
+            height = [max(floor, 100 * row["val_accuracy_best"]) for row in done]
+            axes.plot([row[setting] for row in done], height, mfc="white", label=search.name, **look)
+            if best is not None:
+                axes.plot(best[setting], max(floor, 100 * best["val_accuracy_best"]), zorder=3, **look)
+            axes.axvline(study.default(setting) or 0.0, color="#666666", lw=0.8, ls=":")
+            if isinstance(over, LogUniform):
+                axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_ylim(bottom=floor - 0.05 * (max(ended) - floor))
+        axes.set_xlabel(SYMBOLS.get(setting, setting))
+    figure.supylabel("validation accuracy (%)", size=STYLE["axes.labelsize"])
+    marks = {label: mark for axes in panels for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(marks.values()), list(marks), loc="outside upper center", ncols=3)
+    said = "; ".join(f"{row['arm']} {row['setting']} {row['tuned']:.3g} (default {row['default']:.3g})"
+                     for row in tuned.settings(records).dropna(subset=["tuned"]).to_dict("records"))  # fmt: skip
+    return (
+        "What was drawn for each arm and ran to its end, over each setting. Full markers are the best, dotted lines "
+        "the defaults; what is far below stands at the lower edge.",
+        f"Validation accuracy of draws over {len(settings)} settings. Tuned: {said}.",
+        figure,
+    )
+
+
 PICTURES: dict[str, Callable[[Records], Made]] = {
     "effects": forest,
     "curves": curves,
     "temperature": temperature,
     "alpha": alpha,
+    "tuning": tuning,
     "cost": cost,
     "rungs": rungs,
     "foretelling": foretelling,

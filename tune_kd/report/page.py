@@ -13,7 +13,19 @@ from tune_kd.report.texts import ROWS, Titled, cell, heading, named, questions, 
 from tune_kd.tables import Records
 
 TEMPLATE = Path(__file__).with_name("page.html")
-ORDER = ("arms", "exploratory", "measures", "costs", "temperature", "alpha", "gaps", "between_runs", "differences")
+ORDER = (
+    "arms",
+    "settings",
+    "budgets",
+    "exploratory",
+    "measures",
+    "costs",
+    "temperature",
+    "alpha",
+    "gaps",
+    "between_runs",
+    "differences",
+)
 VERDICTS = ("better", "worse", "equivalent", "inconclusive", "not judged")
 AT_THE_END = ("decisions", "rungs", "provenance")  # of the page, for those who check
 
