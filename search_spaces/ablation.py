@@ -80,11 +80,11 @@ def laptop(data: str = "digits") -> Study:
 
 def smoke(data: str = "digits") -> Study:
     """Every stage in seconds, to see that an installation works. Its numbers mean nothing."""
-    base = laptop()
+    base, few = laptop(), 100 if data == "cifar100" else 50  # at least one a class
     return replace(
         base,
         scale="smoke",
-        data=Data(data, train=200, validation=50, test=50),
+        data=Data(data, train=200, validation=few, test=few),
         factors=(base.factors[0], base.factors[1], Factor("temperature", (2.0, 4.0))),
         contrasts=(*base.contrasts[:3], Compare("temperature", 2.0, 4.0)),
         cell=replace(base.cell, width=0.0625),

@@ -137,6 +137,15 @@ def test_cifar100_has_its_fine_labels_and_their_names_from_folder_and_archive(tm
         assert np.array_equal(pixels.test_images.numpy(), images_of(1).reshape(-1, 3, 32, 32))
 
 
+def test_images_that_were_pickled_column_by_column_are_as_others(tmp_path: Path) -> None:
+    files = hundred_files()
+    batch = {"data": np.asfortranarray(images_of(0)), "fine_labels": list(range(20))}
+    files["train"] = pickle.dumps(batch, 4)
+    pixels = read_folder(unpacked(tmp_path / CIFAR100.folder, files), hundred_origin(files))
+    assert pixels.train_images.is_contiguous()
+    assert np.array_equal(pixels.train_images.numpy(), images_of(0).reshape(-1, 3, 32, 32))
+
+
 def test_names_of_classes_that_are_not_those_published_are_refused(tmp_path: Path) -> None:
     files = hundred_files()
     folder = unpacked(tmp_path / CIFAR100.folder, files)

@@ -8,6 +8,7 @@ import pytest
 from docs import tuning as samplers
 from tune_kd import cli, studies
 from tune_kd.plan import plan
+from tune_kd.price import IMAGES
 from tune_kd.study import DATA_SETS
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +53,8 @@ def test_every_study_has_all_scales_on_every_data_set_and_says_what_it_costs(pat
             assert (study.name, study.scale) == (path.stem, scale)
             assert study.data.name == (data or ("cifar10" if scale == "paper" else "digits"))
             assert plan(study).contrasts
+            sizes = (study.data.train, study.data.validation, study.data.test)
+            assert all(size is None or size >= IMAGES[study.data.name].classes for size in sizes)
             whole = scale == "paper" or study.data.name == "digits"
             assert (study.data.train or 45_000) <= (45_000 if whole else 4000)
     text = path.read_text()

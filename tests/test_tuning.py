@@ -207,6 +207,19 @@ def test_what_fails_is_part_of_the_budget_and_what_diverged_teaches(study: Study
         assert {row["lr"] <= 0.1 for row in bench.rows(arm=f"{arm}/tuned")} <= {True}
 
 
+def test_draws_that_fail_in_their_first_epoch_come_to_an_end_too(tmp_path: Path) -> None:
+    bench = Bench(tunable(Tuning(RANGES, 12, "epochs", "random")), tmp_path)
+    while (task := bench.driver.next()) is not None:
+        bench.driver.on_start(task)
+        if task.trial.phase == "screen":
+            bench.driver.on_end(task.trial.trial_id, Failure("error", "ValueError"))
+        else:
+            bench.finish(task)
+    for arm in ("none", "logit", "feature"):
+        assert [row["status"] for row in bench.rows(arm=arm)] == ["failed"] * 12
+        assert not bench.rows(arm=f"{arm}/tuned")
+
+
 def test_an_arm_whose_teacher_failed_draws_no_more_and_the_control_goes_on(study: Study, tmp_path: Path) -> None:
     bench = Bench(study, tmp_path)
     while (task := bench.driver.next()) is not None:

@@ -197,7 +197,10 @@ def _pixels(contents: dict[str, bytes], where: Path, origin: Origin) -> Pixels:
             of_file, its_labels = load(name, expected, batch)
             images.append(of_file)
             labels.extend(its_labels)
-        tensors += [torch.from_numpy(np.concatenate(images)), torch.tensor(labels, dtype=torch.int64)]
+        tensors += [
+            torch.from_numpy(np.ascontiguousarray(np.concatenate(images))),
+            torch.tensor(labels, dtype=torch.int64),
+        ]
     classes = origin.form.classes
     if origin.meta is not None:
         name, expected, key = origin.meta

@@ -47,8 +47,12 @@ def left(tuning: Tuning, theirs: Sequence[Row]) -> int:
         return 0
     if tuning.budget_unit == "trials":
         return tuning.budget - len(theirs)
-    promised = [row["epochs_planned" if row["status"] in UNENDED else "epochs_run"] for row in theirs]
-    return tuning.budget - sum(map(int, promised))
+    return tuning.budget - sum(map(_epochs, theirs))
+
+
+def _epochs(row: Row) -> int:
+    """What a draw takes of a budget of epochs: all of its own until it has ended; the one in which it failed, too."""
+    return int(row["epochs_planned"] if row["status"] in UNENDED else row["epochs_run"] + (row["status"] == "failed"))
 
 
 def best(tuning: Tuning, theirs: Sequence[Row]) -> Row | None:
