@@ -2,7 +2,8 @@
 
 import random
 import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
 from math import log10, prod
@@ -37,6 +38,14 @@ RANGES = (
     Range("alpha", Uniform(0.0, 1.0)),
     Range("beta", Uniform(0.0, 2.0), methods=("feature",)),
 )
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory, where there is such a folder: what is tested here is not the disk."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture
