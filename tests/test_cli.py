@@ -460,8 +460,8 @@ def test_a_study_file_that_does_not_work_is_named_with_its_error(
 def test_the_studys_only_scale_is_what_auto_means_and_ints_and_floats_are_one_value(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    block = next(part for part in readme.split("```python\n") if part.startswith("from tune_kd.study")).split("```")[0]
+    page = (Path(__file__).parents[1] / "docs" / "search-spaces.md").read_text()
+    block = page.split("```python\n")[1].split("```")[0]
     (elsewhere / "mine.py").write_text(block)
     assert call(monkeypatch, "plan", "mine.py", "--json") == 0
     planned = json.loads(capsys.readouterr().out)
