@@ -288,6 +288,7 @@ def test_the_same_seed_draws_the_same_however_many_run_at_a_time_and_another_see
         found.append(drawn(bench.rows()))
     assert found[0] == found[1]
     assert all(found[0][arm] != found[2][arm] for arm in found[0])
+    assert len({draws[0][0] for draws in found[0].values()}) == 3  # each arm has a sampler of its own
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
