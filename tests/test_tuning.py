@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from conftest import tiny, tunable
 from test_driver import HERE, Bench, epoch
-from tune_kd import growth, provenance, rebuild, report, results, search, tables, tuned
+from tune_kd import growth, preflight, provenance, rebuild, report, results, search, tables, tuned
 from tune_kd.execute.worker import Failure, Task
 from tune_kd.launch import with_those_to_come
 from tune_kd.plan import plan
@@ -483,6 +483,15 @@ def test_a_draw_whose_values_are_not_those_that_ran_is_not_this_plans(fair: Path
     ledger.close()
     with pytest.raises(Mistake, match=f"trials that are not in the plan.*{row['trial_id']}"):
         rebuild.opened(reopen(folder), lambda _: None)
+
+
+def test_room_is_looked_for_what_is_still_to_be_drawn(fair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(preflight, "disk_bytes", lambda trials, *_: counted.append(len(trials)) or 0)
+    run = reopen(fair)
+    preflight.check(run, [], 2)
+    preflight.check(run, trials(run), 2)
+    assert counted == [1 + 3 * (5 + 2 + 2), 0]
 
 
 def test_what_was_drawn_is_no_grid_to_replay(fair: Path) -> None:
