@@ -3,13 +3,18 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import binom, binomtest
 
+from conftest import tunable
 from search_spaces.ablation import study as ablation
 from tune_kd import calibrate as calibration
-from tune_kd.calibrate import Rate, calibrate
+from tune_kd import results
+from tune_kd.calibrate import Rate, calibrate, study_of_nothing
 from tune_kd.study import Confirm
+from tune_kd.tables import Records
+from tune_kd.tuning import LogUniform, Range, Tuning
 
 LOOKS = replace(ablation(), confirm=Confirm(looks=(5, 10, 20)))
 
@@ -70,3 +75,16 @@ def test_in_a_thousand_studies_of_nothing_the_level_is_kept(confirm: Confirm) ->
     rate = calibrate(replace(ablation(), confirm=confirm), 1000, 2).rates["designed"]
     assert rate.share <= 0.05 + 2 * (0.05 * 0.95 / 1000) ** 0.5
     assert binomtest(rate.found, rate.studies, 0.05, alternative="greater").pvalue > 0.01
+
+
+def test_a_study_that_is_tuned_is_judged_on_its_tuned_arms(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged, contrasts = [], results.contrasts
+
+    def watched(records: Records) -> pd.DataFrame:
+        judged.append(contrasts(records))
+        return judged[-1]
+
+    monkeypatch.setattr(results, "contrasts", watched)
+    study_of_nothing(tunable(Tuning((Range("lr", LogUniform(0.01, 0.5)),), budget=12)), 1)
+    assert len(judged) == 1 and set(judged[0]["n"]) == {2}
+    assert "logit - none, tuned" in judged[0]["contrast"].tolist()
