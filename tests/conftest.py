@@ -180,7 +180,14 @@ def ray_session() -> Iterator[str]:
 
     import ray  # isort: skip  # after that, which sets what Ray reads when it is imported
 
-    context = ray.init(num_cpus=2, num_gpus=2, include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=False)
+    context = ray.init(
+        num_cpus=2,
+        num_gpus=2,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        log_to_driver=False,
+        _system_config={"metrics_report_interval_ms": 1000},
+    )
     assert tune_kd.execute
     yield f"http://{context.dashboard_url}"
     ray.shutdown()

@@ -12,7 +12,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tuning": set(),
     "study": {"tuning"},
     "search": {"tuning"},
-    "growth": {"study", "trial", "plan", "tuning"},
+    "growth": {"study", "trial", "plan", "tuning", "records"},
+    "clock": set(),
+    "pace": set(),
+    "monitoring": {"study", "storage"},
     "faults": set(),
     "privacy": set(),
     "storage": {"faults"},
@@ -31,8 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"study", "trial", "price", "tuning"},
     "price": {"trial"},
     "schedule": {"study", "trial"},
-    "checkpoints": {"faults", "storage"},
-    "records": {"faults", "trial", "storage"},
+    "checkpoints": {"clock", "faults", "storage"},
+    "records": {"clock", "faults", "trial", "storage"},
     "foreign": {"study", "plan"},
     "tables": {"study", "trial", "storage", "records", "foreign"},
     "results": {"study", "stats", "tables"},
@@ -50,17 +53,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rebuild": {"faults", "study", "run", "growth", "storage", "records", "tables"},
     "verify": {"study", "price", "run", "growth", "checkpoints", "teachers", "answers", "records", "rebuild", "tables"},
     "preflight": {"study", "trial", "growth", "price", "run", "teachers", "storage", "records"},
-    "tuned": {"study", "studies", "plan", "growth", "search", "tables"},
+    "tuned": {"study", "studies", "plan", "growth", "search", "records", "tables"},
     "report": {
         "study", "plan", "growth", "tuning", "tuned", "stats", "storage", "tables", "results", "measures", "audit",
         "provenance",
     },
-    "view": {"study", "trial", "simulate", "calibrate"},  # of all but `trial` only types
+    "view": {"study", "trial", "pace", "simulate", "calibrate"},  # of all but `trial` only types
     "calibrate": {"study", "growth", "trial", "plan", "schedule", "records", "stats", "tables", "results", "simulate"},
     "evidence": {"study", "plan", "schedule", "storage"},
     "execute": {
         "study", "trial", "plan", "price", "data", "models", "teachers", "checkpoints", "train", "memory", "kernels",
-        "schedule", "records", "faults", "storage", "privacy", "growth", "search",
+        "schedule", "records", "faults", "storage", "privacy", "growth", "search", "clock", "pace",
+        "monitoring",
     },
 }  # fmt: skip
 ONLY = {"ray": "execute", "sqlite3": "records", "pyarrow": "records", "optuna": "search"}

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from tune_kd import report, results, view
+from tune_kd.pace import time_left
 from tune_kd.plan import plan
 from tune_kd.records import TRIALS, Ledger, first_row
 from tune_kd.study import Mistake, Study
@@ -179,5 +180,5 @@ def test_time_left_is_at_the_pace_of_comparable_trials_over_the_slots_in_use() -
     done = base | {"status": "completed", "epochs_run": 4, "train_seconds": 8.0}
     waiting = base | {"status": "pending", "epochs_run": 0, "train_seconds": None}
     running = base | {"status": "running", "epochs_run": 2, "train_seconds": 4.0}
-    assert view.time_left([done, waiting, running, running]) == pytest.approx((4 + 2 + 2) * 2 / 2)
-    assert view.time_left([waiting]) is None
+    assert time_left([done, waiting, running, running]) == pytest.approx((4 + 2 + 2) * 2 / 2)
+    assert time_left([waiting]) is None

@@ -16,6 +16,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from tune_kd.clock import spending
 from tune_kd.faults import point
 from tune_kd.storage import publish, read
 
@@ -43,21 +44,23 @@ class Checkpoints:
 
     def save(self, epoch: int, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
         """Publish a state; it survives a kill at any moment."""
-        data = pack(tensors, notes)
-        digest = hashlib.sha256(data).hexdigest()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        publish(self._folder / f"{epoch:06d}-{digest}.safetensors", data)
-        point("checkpoint.published")
-        for old in self._published()[KEPT:]:
-            old.unlink(missing_ok=True)
+        with spending("checkpoint"):
+            data = pack(tensors, notes)
+            digest = hashlib.sha256(data).hexdigest()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            publish(self._folder / f"{epoch:06d}-{digest}.safetensors", data)
+            point("checkpoint.published")
+            for old in self._published()[KEPT:]:
+                old.unlink(missing_ok=True)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest state that is whole, or null where there is none."""
-        for path in self._published():
-            data = read(path)
-            if _is_whole(path, data):
-                return unpack(data)
-            path.rename(path.with_suffix(".damaged"))
+        with spending("checkpoint"):
+            for path in self._published():
+                data = read(path)
+                if _is_whole(path, data):
+                    return unpack(data)
+                path.rename(path.with_suffix(".damaged"))
         return None
 
     def damaged(self) -> list[Path]:

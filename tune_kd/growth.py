@@ -5,11 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 from tune_kd.plan import Plan, Search
+from tune_kd.records import Row, first_row
 from tune_kd.study import CELL_FIELDS
 from tune_kd.trial import Trial
 from tune_kd.tuning import Tuning
 
-Row = Mapping[str, Any]  # of the trials' table
 UNENDED = ("pending", "running")
 
 
@@ -90,6 +90,11 @@ def to_come(planned: Plan, rows: Sequence[Row] = ()) -> list[Trial]:
         if goes_on:
             found += [replace(each, arm=search.tuned) for each in planned.trials if each.arm == search.default]
     return found
+
+
+def with_those_to_come(planned: Plan, run: str, rows: list[Row]) -> list[Row]:
+    """Rows of trials, and of those that a study that is tuned has still to draw: what people are to see of a run."""
+    return rows + [first_row(run, trial) for trial in to_come(planned, rows)]
 
 
 def _with(trial: Trial, values: Mapping[str, float]) -> Trial:

@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tune_kd.growth import to_come
-from tune_kd.records import Row, first_row
+from tune_kd.growth import to_come, with_those_to_come
 from tune_kd.study import Mistake, Study
 
 if TYPE_CHECKING:
     from tune_kd.data import DataSet
-    from tune_kd.plan import Plan
     from tune_kd.run import Run
 
 
@@ -43,6 +41,7 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
     `connected` is called when Ray is there and the shares fit into it.
     """
     from tune_kd import preflight, rebuild, shares
+    from tune_kd import run as runs
     from tune_kd.execute import connection, on_ray
     from tune_kd.execute.driver import Driver
     from tune_kd.execute.worker import Workplace
@@ -56,13 +55,15 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
         ledger = rebuild.opened(run, lambda sentence: _say(console, sentence))
         around.callback(ledger.close)
         preflight.check(run, ledger.rows(TRIALS), run.settings["max_concurrent"] or os.cpu_count() or 1)
-        cluster = connection.connect(address)
+        metadata = {"run": run.name, "study": run.study.name, "scale": run.study.scale}
+        cluster = connection.connect(address, metadata)
         # The watch comes first, so that it ends last: to leave a Ray that died may hang.
         check_ray = around.enter_context(connection.watched(cluster, advice))
         around.callback(connection.disconnect, cluster)
         gpus = shares.gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
         shares.check_cluster(run.settings["cpus_per_trial"], gpus, cluster.cpus, cluster.gpus)
         connected()
+        runs.tell_dashboard(run.folder, cluster.dashboard)
         _print_start(run, console, cluster)
         place = Workplace(
             data_dir=None if run.data_dir is None else run.data_dir.absolute(),
@@ -70,7 +71,7 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
             teachers=run.teachers.absolute(),
             checkpoints=run.checkpoints.absolute(),
         )
-        view = around.enter_context(View(console, run.name))
+        view = around.enter_context(View(console, run.name, cluster.logs / f"tune_kd-{run.name}.log"))
         driver = Driver(
             run.plan,
             run.name,
@@ -109,11 +110,6 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
             on_ray.run_on_ray(driver, place, slots, beat)
             interrupted = received()
     return Ended(interrupted, sum(row["status"] in ("failed", "blocked") for row in driver.rows.values()))
-
-
-def with_those_to_come(plan: "Plan", run: str, rows: list[Row]) -> list[Row]:
-    """Rows of trials, and of those that a study that is tuned has still to draw: what people are to see of a run."""
-    return rows + [first_row(run, trial) for trial in to_come(plan, rows)]
 
 
 def _print_start(run: "Run", console: Console, cluster: Any) -> None:

@@ -91,7 +91,7 @@ def macs(architecture: str, *, stem: str, width: float, size: int, classes: int)
 
 def state_bytes(trial: Trial) -> int:
     """Bytes of a network's float32 weights with its normalisations' four values a channel, running ones included."""
-    cell, images = trial.cell, _images(trial)
+    cell, images = trial.cell, images_of(trial)
     found = layers(trial.architecture, stem=cell.stem, width=cell.width, size=images.size, classes=images.classes)
     return sum(4 * (layer.weights + 4 * layer.out) for layer in found)
 
@@ -107,7 +107,7 @@ def disk_bytes(trials: Iterable[Trial], answering: Mapping[str, Answering], slot
     checkpoints = 3 * 3 * sum(states[:slots]) + (3 * sum(states) if keep else 0)
     teachers = sum(state_bytes(trial) for trial in trials if trial.role == "teacher")
     students = {trial.teacher_id: trial for trial in trials if trial.teacher_id in answering}
-    answers = sum(4 * _images(each).classes * views_answered(answering[str(teacher)], each)
+    answers = sum(4 * images_of(each).classes * views_answered(answering[str(teacher)], each)
                   for teacher, each in students.items())  # fmt: skip
     rows = len(trials) + sum(trial.recipe.epochs for trial in trials)
     return int(checkpoints + teachers + answers + ROW_BYTES * rows)
@@ -133,7 +133,7 @@ def price(trials: Iterable[Trial], answering: Mapping[str, Answering], rate: flo
 
 def flop(trial: Trial) -> float:
     """Floating-point operations of a trial: training, evaluation, and the teacher where it runs beside it."""
-    images, epochs = _images(trial), trial.recipe.epochs
+    images, epochs = images_of(trial), trial.recipe.epochs
     total = _forward(trial, trial.architecture) * (epochs * (3 * images.train + images.validation) + 2 * images.test)
     if trial.cell.method == "feature":
         total += _forward(trial, _teacher(trial)) * epochs * images.train
@@ -153,7 +153,7 @@ def views_answered(answering: Answering, student: Trial) -> float:
 
     A view stays undrawn by `epochs` uniform draws with a probability of (1 - 1/views)^epochs.
     """
-    images = _images(student)
+    images = images_of(student)
     epochs = sum(epochs for _, epochs in answering.draws)
     undrawn = 0.0 if answering.ahead else (1 - 1 / images.views) ** epochs
     return images.train * images.views * (1 - undrawn)
@@ -161,7 +161,7 @@ def views_answered(answering: Answering, student: Trial) -> float:
 
 def draws(answering: Answering, student: Trial) -> int:
     """How many views the students look at, the same ones counted again."""
-    return _images(student).train * sum(epochs for _, epochs in answering.draws)
+    return images_of(student).train * sum(epochs for _, epochs in answering.draws)
 
 
 def _teacher(student: Trial) -> str:
@@ -169,7 +169,8 @@ def _teacher(student: Trial) -> str:
     return student.cell.teacher
 
 
-def _images(trial: Trial) -> Images:
+def images_of(trial: Trial) -> Images:
+    """The data set as this trial sees it: as many images of each part as it declares."""
     whole, data = IMAGES[trial.data.name], trial.data
     return Images(
         size=whole.size,
@@ -182,5 +183,5 @@ def _images(trial: Trial) -> Images:
 
 
 def _forward(trial: Trial, architecture: str) -> int:
-    images, cell = _images(trial), trial.cell
+    images, cell = images_of(trial), trial.cell
     return 2 * macs(architecture, stem=cell.stem, width=cell.width, size=images.size, classes=images.classes)

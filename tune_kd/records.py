@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tune_kd.clock import spending
 from tune_kd.faults import point
 from tune_kd.storage import Damaged, patiently, publish, read, sealed, unsealed, write_at
 from tune_kd.trial import Trial
@@ -218,8 +219,9 @@ class Ledger:
         finally:
             self._writes = None
         if writes:
-            patiently(lambda: self._commit(writes), (sqlite3.OperationalError,))
-            write_at(self.path.with_name(COMMITS), 0, _counted(self._commits))
+            with spending("ledger"):
+                patiently(lambda: self._commit(writes), (sqlite3.OperationalError,))
+                write_at(self.path.with_name(COMMITS), 0, _counted(self._commits))
 
     def _commit(self, writes: list[Write]) -> None:
         self._in_one([*writes, (_SET_FACT, ["commits", _counted(self._commits + 1).decode()])])
@@ -329,6 +331,10 @@ class Ledger:
 
     def write_tables(self, folder: Path) -> None:
         """Make the three Parquet tables, each complete or as it was before."""
+        with spending("ledger"):
+            self._write_tables(folder)
+
+    def _write_tables(self, folder: Path) -> None:
         known = digests(folder) or {}
         for schema in SCHEMAS:
             path = folder / f"{schema.name}.parquet"

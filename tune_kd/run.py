@@ -332,15 +332,25 @@ def held(folder: Path) -> Iterator[None]:
         for aside in folder.glob(".*.[0-9]*"):  # of writers that were killed: nobody else writes here now
             aside.unlink(missing_ok=True)
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        publish(folder / HOLDER, json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since}).encode())
+        _put_holder(folder, {"pid": os.getpid(), "host": platform.node(), "since": since, "dashboard": None})
         yield
     finally:
         (folder / HOLDER).unlink(missing_ok=True)
         lock.release()
 
 
+def tell_dashboard(folder: Path, url: str | None) -> None:
+    """Have whoever looks at a run that this process holds know where Ray's dashboard is."""
+    _put_holder(folder, (holder(folder) or {}) | {"dashboard": url})
+
+
+def _put_holder(folder: Path, who: dict[str, Any]) -> None:
+    publish(folder / HOLDER, json.dumps(who).encode())
+
+
 def holder(folder: Path) -> dict[str, Any] | None:
-    """Who runs a run now: `pid`, `host`, `since`. Null where nobody does, also after a kill."""
+    """Who runs a run now: `pid`, `host`, `since`, and the `dashboard` of its Ray, once that is there. Null where nobody
+    does, also after a kill."""
     with suppress(OSError, ValueError):  # there is none, it is being written, or just went
         found: dict[str, Any] = json.loads((folder / HOLDER).read_text())
         with (folder / ".lock").open() as lock:  # to be read only: whoever looks may have no right to write

@@ -6,8 +6,8 @@ import pandas as pd
 from pydantic import TypeAdapter
 
 from tune_kd import growth
-from tune_kd.growth import Row
 from tune_kd.plan import Search
+from tune_kd.records import Row
 from tune_kd.studies import from_json
 from tune_kd.study import Study
 from tune_kd.tables import Records, rows, typed

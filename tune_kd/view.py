@@ -3,7 +3,9 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -11,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tune_kd.pace import Row, time_left
 from tune_kd.trial import Decision
 
 if TYPE_CHECKING:
@@ -20,7 +23,6 @@ if TYPE_CHECKING:
     from tune_kd.simulate import Outcome
     from tune_kd.study import Screen
 
-Row = dict[str, Any]
 PHASES = ("teacher", "screen", "confirm")
 SHOWN = 20  # running trials that are shown one by one
 LAST = 5  # comparisons of early stopping that are shown one by one
@@ -43,8 +45,10 @@ def points(accuracy: float | None, digits: int = 2) -> str:
 class View:
     """Shows a run while it goes on: a table that renews itself on a terminal, lines elsewhere."""
 
-    def __init__(self, console: Console, run: str) -> None:
+    def __init__(self, console: Console, run: str, log: Path | None = None) -> None:
+        """What is said also goes to the end of the file `log`, as far as that can be written to."""
         self._console = console
+        self._log = log
         self._run = run
         self._began = self._shown = time.monotonic()
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
@@ -60,7 +64,11 @@ class View:
 
     def say(self, sentence: str) -> None:
         elapsed = time.monotonic() - self._began
-        self._console.print(Text(f"{elapsed:7.1f} s  {sentence}"), soft_wrap=True)
+        line = f"{elapsed:7.1f} s  {sentence}"
+        self._console.print(Text(line), soft_wrap=True)
+        if self._log is not None:
+            with suppress(OSError), self._log.open("a") as log:
+                log.write(f"{line}\n")
 
     def show(self, rows: Sequence[Row], decisions: Sequence[Decision]) -> None:
         """Renew the picture; at most twice a second."""
@@ -75,25 +83,6 @@ class View:
             after = f", about {duration(left)} left" if left is not None else ""
             self.say(f"{ended} of {len(rows)} trials ended, {counts['running']} running{after}")
             self._shown = now
-
-
-def time_left(rows: Sequence[Row]) -> float | None:
-    """Seconds that the rest will take at the pace of comparable trials; null before the first has ended."""
-    paces: dict[Any, list[float]] = {}
-    for row in rows:
-        if row["epochs_run"] and row["train_seconds"]:
-            pace = row["train_seconds"] / row["epochs_run"]
-            for kind in ((row["role"], row["stem"], row["method"]), None):
-                paces.setdefault(kind, []).append(pace)
-    if None not in paces or not any(row["status"] == "completed" for row in rows):
-        return None  # also where all that ended so far was adopted, or took no time at all
-    total: float = 0.0
-    for row in rows:
-        if row["status"] in ("pending", "running"):
-            known = paces.get((row["role"], row["stem"], row["method"])) or paces[None]
-            total += (row["epochs_planned"] - row["epochs_run"]) * sum(known) / len(known)
-    slots = sum(row["status"] == "running" for row in rows)
-    return float(total / max(1, slots))
 
 
 def progress(run: str, rows: Sequence[Row], decisions: Sequence[Decision], elapsed: float | None) -> Group:

@@ -9,7 +9,7 @@ from types import FrameType
 
 import typer
 
-from tune_kd.cli import planning, reading, running
+from tune_kd.cli import planning, reading, running, watching
 from tune_kd.launch import SIGNALS
 from tune_kd.privacy import masked
 from tune_kd.records import FAILURES
@@ -30,6 +30,7 @@ for command in (
     reading.report,
     planning.simulate,
     planning.calibrate,
+    watching.dashboard,
 ):
     app.command()(command)
 app.command("list")(reading.list_)

@@ -107,9 +107,11 @@ def scale_of(path: Path, scale: str, address: str | None) -> tuple[str, str]:
     if not {"paper", "laptop"} <= set(declared):
         raise Mistake(f"--scale is auto, which means paper or laptop; {path} declares: {', '.join(declared)}")
     if address is not None:
-        from tune_kd.execute.connection import connect
+        from tune_kd.execute import connection
 
-        seen = connect(address).gpus > 0
+        cluster = connection.connect(address)
+        seen = cluster.gpus > 0
+        connection.disconnect(cluster)  # to join it again under the run's name
     else:
         import torch
 

@@ -29,7 +29,7 @@ def status(
     from collections import Counter
 
     from tune_kd import run as runs
-    from tune_kd.launch import with_those_to_come
+    from tune_kd.growth import with_those_to_come
     from tune_kd.records import DECISIONS, LEDGER, TRIALS, reading
     from tune_kd.trial import Decision
     from tune_kd.view import PHASES, progress

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,9 @@ from typing import Any, NoReturn
 
 import psutil
 import ray
+from ray.job_config import JobConfig
 
+from tune_kd.monitoring import token_file
 from tune_kd.study import Mistake
 
 
@@ -37,14 +39,18 @@ class Cluster:
     gpus: float
     dashboard: str | None
     ours: bool  # started by us, so that we stop it
+    logs: Path  # of this node, which the dashboard shows
     parts: tuple[Part, ...]  # to be watched
 
 
-def connect(address: str | None) -> Cluster:
-    """Start Ray on this machine, or join the cluster at `address`. Raises `Mistake` where that cannot be done."""
+def connect(address: str | None, metadata: Mapping[str, str] | None = None) -> Cluster:
+    """Start Ray on this machine, or join the cluster at `address`; `metadata` is shown of this process, which is a job
+    there. Raises `Mistake` where that cannot be done."""
+    context: Any
     ours = not ray.is_initialized()
     if ours:
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        settings["job_config"] = JobConfig(metadata=dict(metadata or {}))
         if address is None:
             settings["dashboard_host"] = "127.0.0.1"
             guard_token()
@@ -66,6 +72,7 @@ def connect(address: str | None) -> Cluster:
         gpus=resources.get("GPU", 0.0),
         dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None,
         ours=ours,
+        logs=Path(context.address_info["session_dir"], "logs"),
         parts=_parts(),
     )
 
@@ -87,7 +94,7 @@ def guard_token() -> None:
 
     Raises `Mistake` where that cannot be done.
     """
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    token = token_file()
     with suppress(OSError):  # a home that cannot be written to holds none, or one that is not ours
         token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         token.touch(mode=0o600)  # Ray fills it

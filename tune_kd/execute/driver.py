@@ -49,12 +49,12 @@ class Driver:
         self.decisions: list[Decision] = []  # of early stopping, in order
         self.stopping = False  # no new trials, the running ones leave at their next epoch
         self.broken: str | None = None  # what the disk did, where that ended the run
-        self._run = run
+        self.run = run
         self._folder = folder
         self._ledger = ledger
         self._place = place
         self._cpus = cpus
-        self._gpus = gpus
+        self.gpus = gpus
         self._max_concurrent = max_concurrent
         self._keep_checkpoints = keep_checkpoints
         self._say = say
@@ -92,7 +92,7 @@ class Driver:
                 self._waiting.remove(trial)
                 row = self.rows[trial.trial_id]
                 # More, where less was not enough; a machine without GPUs has none whatever was asked for before.
-                gpus = max(self._gpus, row["gpu_fraction"] or 0.0) if self._gpus else 0.0
+                gpus = max(self.gpus, row["gpu_fraction"] or 0.0) if self.gpus else 0.0
                 answering = self.plan.answering.get(trial.teacher_id or "")
                 taught = self.rows[trial.teacher_id]["weights_digest"] if trial.teacher_id else None
                 task = Task(trial, row["attempts"] + 1, row["epochs_run"], self._cpus, gpus, answering, taught)
@@ -141,7 +141,7 @@ class Driver:
             return False  # a report that was under way when the trial was ended
         with self._ledger.transaction():
             kept = {key: value for key, value in asdict(epoch).items() if key != "outcome"}
-            state = self._ledger.add_epoch({"run": self._run, "trial_id": trial_id, "attempt": row["attempts"], **kept})
+            state = self._ledger.add_epoch({"run": self.run, "trial_id": trial_id, "attempt": row["attempts"], **kept})
             if state == "different":
                 self._note(row, f"epoch {epoch.epoch} computed again differs from its record")
             if state == "new":
@@ -159,7 +159,7 @@ class Driver:
                 decision = self._schedule.report(trial_id, trial.arm, epoch.epoch, epoch.val_accuracy)
             if decision is not None and state == "new":
                 self.decisions.append(decision)
-                self._ledger.put(DECISIONS, {"run": self._run, **asdict(decision)})
+                self._ledger.put(DECISIONS, {"run": self.run, **asdict(decision)})
             if epoch.outcome is not None:
                 row.update({key: value for key, value in asdict(epoch.outcome).items() if key in row})
                 self._end(trial, "completed")
@@ -174,18 +174,19 @@ class Driver:
         self.tick()
         return row["status"] == "running" and not self.stopping
 
-    def on_end(self, trial_id: str, failure: Failure | None) -> None:
-        """Note that an attempt is over. Without a failure it ended because `on_epoch` said so."""
+    def on_end(self, trial_id: str, failure: Failure | None) -> bool:
+        """Note that an attempt is over. Without a failure it ended because `on_epoch` said so. Returns whether the
+        trial is tried again."""
         trial, row = self._trials[trial_id], self.rows[trial_id]
         self._admitted.pop(trial_id, None)
         if row["status"] in ENDED:
-            return
+            return False
         self._count_time(trial_id)
         if self.stopping:  # to be resumed, whatever the haste did to it
             row["status"] = "pending"
             self._waiting.append(trial)
             self._ledger.put(TRIALS, row)
-            return
+            return False
         assert failure is not None, f"{trial.label} ended without its last epoch"
         if row["status"] == "pending":  # its worker died before it began
             row["attempts"] += 1
@@ -209,6 +210,7 @@ class Driver:
         self._clear(trial)
         self._tell(trial, None)
         self.tick()
+        return again
 
     def tick(self) -> None:
         """Make the tables when they are due."""
@@ -290,7 +292,7 @@ class Driver:
         if trial.trial_id in self._trials:
             return
         self._trials[trial.trial_id] = trial
-        self.rows[trial.trial_id] = first_row(self._run, trial)
+        self.rows[trial.trial_id] = first_row(self.run, trial)
         self._ledger.put(TRIALS, self.rows[trial.trial_id])
         self._waiting.insert(0, trial)  # others wait for it
         self._enter(trial)
@@ -348,7 +350,7 @@ class Driver:
         assert set(known) <= set(self._trials), "the ledger holds trials that are not in the plan"
         with self._ledger.transaction():
             for trial in self.plan.trials:
-                row = known.get(trial.trial_id) or first_row(self._run, trial)
+                row = known.get(trial.trial_id) or first_row(self.run, trial)
                 if row["status"] == "running":
                     row["status"] = "pending"  # its driver died
                 elif row["status"] == "blocked" and row["attempts"]:

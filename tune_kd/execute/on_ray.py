@@ -26,8 +26,10 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
+from tune_kd import clock
 from tune_kd.execute.connection import leave
 from tune_kd.execute.driver import Driver
+from tune_kd.execute.metrics import Metrics
 from tune_kd.execute.worker import Failure, Task, Work, Workplace, failure, whereabouts, work
 from tune_kd.records import FAILURES
 from tune_kd.trial import Epoch
@@ -68,13 +70,15 @@ class TrialRunner(tune.Trainable):
         return await asyncio.get_running_loop().run_in_executor(self._thread, super().train)
 
     def step(self) -> dict[str, Any]:
+        before = clock.spent["checkpoint"]
         try:
             epoch = next(self._epochs)
         except Exception as error:  # data for the driver, which decides whether to try again
             return {"failure": failure(error)}
         if epoch.outcome is not None:
             self._epochs.close()  # frees its memory, and a teacher's lock, before the next trial comes
-        return {"epoch": epoch, "where": whereabouts(self._task)}
+        checkpoint_seconds = clock.spent["checkpoint"] - before
+        return {"epoch": epoch, "where": whereabouts(self._task), "checkpoint_seconds": checkpoint_seconds}
 
     def cleanup(self) -> None:
         if self._ended is not None:
@@ -181,6 +185,7 @@ class _Bridge:
         self._place = place
         self._work = work
         self._beat = beat
+        self._metrics = Metrics(driver)
         self._tasks: dict[str, Task] = {}  # by Tune's trial id
         self._over: set[str] = set()  # Tune's ids of trials whose last result was seen
         self.on_sigusr1 = signal.getsignal(signal.SIGUSR1)
@@ -205,6 +210,7 @@ class _Bridge:
     def beat(self) -> None:
         with self._recording():
             self._driver.tick()
+        self._metrics.renew()
         self._beat()
 
     def admit(self, tune_id: str) -> dict[str, Any] | str | None:
@@ -220,22 +226,28 @@ class _Bridge:
             self._driver.on_start(self._tasks[tune_id])
 
     def reported(self, tune_id: str, result: dict[str, Any]) -> bool:
-        trial_id = self._tasks[tune_id].trial.trial_id
+        trial = self._tasks[tune_id].trial
         problem: Failure | None = result.get("failure")
         with self._recording():
-            if problem is None and self._driver.on_epoch(trial_id, result["epoch"], result["where"]):
-                return True
-            self._over.add(tune_id)
-            self._driver.on_end(trial_id, problem)
+            if problem is None:
+                self._metrics.reported(trial, result["checkpoint_seconds"])
+                if self._driver.on_epoch(trial.trial_id, result["epoch"], result["where"]):
+                    return True
+            self._end(tune_id, problem)
         return False
 
     def ended(self, tune_id: str, lost: bool) -> None:
         """Tune is through with a trial. One that did not report its end lost its worker."""
         if tune_id in self._tasks and tune_id not in self._over:
-            self._over.add(tune_id)
             message = "its worker died" if lost else "Tune ended it"
             with self._recording():
-                self._driver.on_end(self._tasks[tune_id].trial.trial_id, Failure("lost", message))
+                self._end(tune_id, Failure("lost", message))
+
+    def _end(self, tune_id: str, problem: Failure | None) -> None:
+        self._over.add(tune_id)
+        trial_id = self._tasks[tune_id].trial.trial_id
+        if self._driver.on_end(trial_id, problem) and problem is not None:
+            self._metrics.retried(problem.reason)
 
 
 def run_on_ray(driver: Driver, place: Workplace, slots: int, beat: Callable[[], None], work: Work = work) -> None:

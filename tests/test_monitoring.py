@@ -1,0 +1,210 @@
+"""What people see of a run from elsewhere: Ray's metrics in a real Prometheus, the board's queries, Ray's dashboard in
+a real browser."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+from test_ray import command, epochs_on_record, kill_a_worker, wait_for
+from tune_kd import monitoring
+from tune_kd.execute.metrics import METRICS, samples
+from tune_kd.plan import plan
+from tune_kd.records import Row, first_row
+from tune_kd.study import Mistake, Study
+
+PROMETHEUS = shutil.which("prometheus")
+ROOT = Path(__file__).parents[1]
+BOARD = json.loads(monitoring.BOARD.read_text())
+
+
+def ended(row: Row, **values: Any) -> Row:
+    return row | {"status": "completed", "epochs_run": row["epochs_planned"]} | values
+
+
+def test_the_gauges_of_a_run_follow_from_its_rows(one_stem: Study) -> None:
+    planned = plan(one_stem)  # a teacher; none, logit at T = 2 and 4, feature; a screen and two seeds each
+    rows = [first_row("r", trial) for trial in planned.trials]
+    before = {(each.name, each.labels): each.value for each in samples(planned, rows, [], 0.5)}
+    assert before["tune_kd_trials", (("phase", "confirm"), ("status", "pending"))] == 8
+    assert before["tune_kd_trials", (("phase", "teacher"), ("status", "failed"))] == 0
+    assert before["tune_kd_confirm_pairs", ()] == 0
+    assert before["tune_kd_confirm_pairs_planned", ()] == 3 * 2  # three effects, two seeds
+    assert not any(name.endswith("seconds_planned") for name, _ in before)  # nothing ran to judge by
+    assert not any(name == "tune_kd_val_accuracy" for name, _ in before)
+
+    by_arm = {(row["arm"], row["phase"], row["seed"]): place for place, row in enumerate(rows)}
+    control, feature = by_arm["cifar/none", "confirm", 1], by_arm["cifar/feature", "confirm", 1]
+    rows[control] = ended(rows[control], train_seconds=6.0, wall_seconds=10.0, gpu_fraction=0.25)
+    rows[feature] |= {"status": "running", "epochs_run": 1, "val_accuracy": 0.5, "train_seconds": 4.0,
+                      "gpu_fraction": 0.5}  # fmt: skip
+    other = by_arm["cifar/feature", "confirm", 2]
+    rows[other] |= {"status": "running", "epochs_run": 1, "val_accuracy": 0.7, "train_seconds": 4.0,
+                    "gpu_fraction": 0.5}  # fmt: skip
+    now = {(each.name, each.labels): each.value for each in samples(planned, rows, ["a", "b", "a"], 0.5)}
+    assert now["tune_kd_arms_stopped", ()] == 2
+    assert now["tune_kd_val_accuracy", (("arm", "cifar/feature"),)] == pytest.approx(0.6)
+    assert now["tune_kd_confirm_pairs", ()] == 0
+    assert now["tune_kd_trial_seconds", ()] == 18
+    assert now["tune_kd_gpu_seconds", ()] == 10 * 0.25 + 2 * 4 * 0.5
+    # Two epochs a trial: controls take 3 s an epoch, features 4, and the rest the mean of the three, 11 / 3.
+    rest = len(rows) - 3 - 3  # but for three controls and three features
+    planned_seconds = 10 + 2 * 6 + 3 * 8 + rest * 2 * 11 / 3
+    assert now["tune_kd_trial_seconds_planned", ()] == pytest.approx(planned_seconds)
+    assert now["tune_kd_gpu_seconds_planned", ()] == pytest.approx((planned_seconds - 10) * 0.5 + 10 * 0.25)
+    rows[feature] = ended(rows[feature])
+    after = {(each.name, each.labels): each.value for each in samples(planned, rows, [], 0.5)}
+    assert after["tune_kd_confirm_pairs", ()] == 1
+    assert after["tune_kd_val_accuracy", (("arm", "cifar/feature"),)] == pytest.approx(0.7)
+
+
+def test_the_table_of_metrics_in_the_documents_is_the_list_of_metrics() -> None:
+    text = (ROOT / "docs" / "monitoring.md").read_text()
+    shown = re.findall(r"^\| `(ray_tune_kd_\w+)` \| (\w+) \| ([\w ]+) \| ([\w, `]*) \| (.+) \|$", text, re.MULTILINE)
+    labels = (", ".join(f"`{label}`" for label in ("run", *each.labels)) for each in METRICS)
+    listed = [
+        (each.exported, each.kind, each.unit, names, each.what) for each, names in zip(METRICS, labels, strict=True)
+    ]
+    assert shown == listed
+    assert not any(":" in each.name for each in METRICS)
+
+
+def test_the_board_asks_for_every_metric_and_for_none_that_is_not_there() -> None:
+    asked = set(re.findall(r"ray_tune_kd_\w+", " ".join(queries("$run"))))
+    assert asked == {each.exported for each in METRICS}
+
+
+def test_what_is_written_for_prometheus_and_grafana_is_what_they_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    settings, board = monitoring.write(tmp_path / "new" / "folder", "http://head:8265/")
+    (job,) = yaml.safe_load(settings.read_text())["scrape_configs"]
+    (discovery,) = job["http_sd_configs"]
+    assert discovery["url"] == "http://head:8265/api/prometheus/sd"
+    assert discovery["authorization"] == {"type": "Bearer", "credentials_file": str(tmp_path / "token")}
+    assert json.loads(board.read_text()) == BOARD
+    with pytest.raises(Mistake, match="--address is head:8265; allowed: the URL of Ray's dashboard"):
+        monitoring.write(tmp_path, "head:8265")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Mistake, match=r"--write is .*file, which cannot be written to"):
+        monitoring.write(tmp_path / "file", monitoring.DASHBOARD)
+
+
+def queries(run: str) -> list[str]:
+    """What the board asks of Prometheus, for one run."""
+    return [
+        target["expr"].replace("$__rate_interval", "10s").replace("$run", run)
+        for panel in BOARD["panels"]
+        for target in panel["targets"]
+    ]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+class Prometheus:
+    """A real one, set up by `tune_kd dashboard --write`; it asks ten times as often, since the run is short."""
+
+    def __init__(self, folder: Path, dashboard: str) -> None:
+        written = command(folder, "dashboard", "--write", str(folder / "watch"), "--address", dashboard)
+        answer, errors = written.communicate(timeout=60)
+        assert written.returncode == 0 and "prometheus --config.file=" in answer, errors
+        settings = folder / "watch" / "prometheus.yml"
+        settings.write_text(settings.read_text().replace("10s", "1s"))
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self._process = subprocess.Popen(
+            [str(PROMETHEUS), f"--config.file={settings}", f"--storage.tsdb.path={folder / 'tsdb'}",
+             f"--web.listen-address={self.url.removeprefix('http://')}"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def ask(self, path: str, **query: Any) -> Any:
+        with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(query)}", timeout=10) as answer:
+            return json.loads(answer.read())["data"]
+
+    def values(self, query: str, since: float) -> list[float]:
+        """All values of a query since a time, of all its series."""
+        found = self.ask("query_range", query=query, start=since, end=time.time(), step=1)["result"]
+        values = [float(value) for series in found for _, value in series["values"]]
+        return [value for value in values if value == value]
+
+    def targets(self) -> int:
+        try:
+            return len(self.ask("targets")["activeTargets"])
+        except OSError:
+            return 0
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def watched(ray_session: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Prometheus, float]]:
+    """A smoke run on a cluster that Prometheus watches, with a worker that was killed: its folder, who watched it, and
+    when it began."""
+    if PROMETHEUS is None:
+        pytest.skip("needs Debian's package prometheus")
+    folder = tmp_path_factory.mktemp("watched")
+    run = folder / "results" / "watched"
+    prometheus = Prometheus(folder, ray_session)
+    try:
+        wait_for(lambda: prometheus.targets() > 0)
+        since = time.time()
+        address = ray.get_runtime_context().gcs_address
+        os.environ["RAY_AUTH_MODE"] = "token"
+        begun = command(folder, "run", "ablation", "--scale", "smoke", "--name", "watched", "--address", address)
+        wait_for(lambda: begun.poll() is not None or epochs_on_record(run) >= 4)
+        assert begun.poll() is None, begun.communicate()[1]
+        kill_a_worker()
+        _, errors = begun.communicate(timeout=200)
+        assert begun.returncode == 0, errors
+        yield run, prometheus, since
+    finally:
+        prometheus.stop()
+
+
+def test_prometheus_has_every_metric_and_an_answer_to_every_query_of_the_board(
+    watched: tuple[Path, Prometheus, float],
+) -> None:
+    _, prometheus, since = watched
+    seen = {name for name in prometheus.ask("label/__name__/values") if name.startswith("ray_tune_kd")}
+    assert seen == {each.exported for each in METRICS}
+    for metric in METRICS:
+        series = prometheus.ask("series", **{"match[]": metric.exported, "start": since})
+        assert all(each["run"] == "watched" and set(metric.labels) <= set(each) for each in series)
+        unit = max(prometheus.values(metric.exported, since))
+        assert unit <= 1 if metric.unit == "fraction" else unit >= 0
+    empty = [query for query in queries("watched") if not prometheus.values(query, since)]
+    assert empty == []
+
+
+def test_prometheus_tells_what_the_records_tell(watched: tuple[Path, Prometheus, float]) -> None:
+    import pandas as pd
+
+    run, prometheus, since = watched
+    trials, epochs = (pd.read_parquet(run / f"{name}.parquet") for name in ("trials", "epochs"))
+    assert max(prometheus.values("sum(ray_tune_kd_trials)", since)) == len(trials)
+    lost = trials["error"].dropna().tolist()
+    assert lost == ["attempt 1: its worker died"]
+    assert max(prometheus.values('ray_tune_kd_retries_total{reason="lost"}', since)) == 1
+    # What a worker reported again after its death is counted again; the last seconds are not told any more.
+    counted = max(prometheus.values("ray_tune_kd_epochs_total", since))
+    assert 0.5 * len(epochs) <= counted <= len(epochs) + 20
+    assert max(prometheus.values("ray_tune_kd_checkpoint_seconds_total", since)) > 0

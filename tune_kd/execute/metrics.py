@@ -1,0 +1,164 @@
+"""What a run tells Prometheus, through Ray's metrics. `METRICS` is the list of it; docs/monitoring.md explains it.
+
+Ray puts `ray_` before each name and `_total` behind that of a counter, and drops a gauge that is not set any more: so
+what trials that run have ends with them.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ray.util.metrics import Counter as RayCounter
+from ray.util.metrics import Gauge
+
+from tune_kd import clock
+from tune_kd.execute.driver import Driver
+from tune_kd.growth import with_those_to_come
+from tune_kd.pace import pace
+from tune_kd.plan import Plan
+from tune_kd.price import images_of
+from tune_kd.records import TRIALS, Row
+from tune_kd.trial import Trial
+
+EVERY = 2.0  # seconds between two settings of the gauges; Ray drops those that were not set for 2 to 20 seconds
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that goes to Prometheus, with labels besides `run`. A gauge is a state; a counter grows from the start
+    of the driver on."""
+
+    name: str
+    kind: Literal["gauge", "counter"]
+    unit: str
+    labels: tuple[str, ...]
+    what: str
+
+    @property
+    def exported(self) -> str:
+        """Its name in Prometheus."""
+        return f"ray_{self.name}{'_total' if self.kind == 'counter' else ''}"
+
+
+METRICS = (
+    Metric("tune_kd_trials", "gauge", "trials", ("phase", "status"), "trials by phase and status"),
+    Metric("tune_kd_epochs", "counter", "epochs", (), "epochs that were reported"),
+    Metric("tune_kd_images", "counter", "images", (), "training images that were seen"),
+    Metric("tune_kd_val_accuracy", "gauge", "fraction", ("arm",), "mean validation accuracy of running trials"),
+    Metric("tune_kd_arms_stopped", "gauge", "arms", (), "arms whose screen was stopped early"),
+    Metric("tune_kd_confirm_pairs", "gauge", "pairs", (), "pairs of a seed that are completed, over the effects"),
+    Metric("tune_kd_confirm_pairs_planned", "gauge", "pairs", (), "pairs of a seed that the study plans"),
+    Metric("tune_kd_trial_seconds", "gauge", "seconds", (), "seconds in which trials had their place, added up"),
+    Metric("tune_kd_trial_seconds_planned", "gauge", "seconds", (), "the same if every trial ran to its end"),
+    Metric("tune_kd_gpu_seconds", "gauge", "GPU seconds", (), "those seconds times each trial's share of a GPU"),
+    Metric("tune_kd_gpu_seconds_planned", "gauge", "GPU seconds", (), "the same if every trial ran to its end"),
+    Metric("tune_kd_retries", "counter", "attempts", ("reason",), "attempts that failed and are made again"),
+    Metric("tune_kd_ledger_seconds", "counter", "seconds", (), "driver's time in commits and tables"),
+    Metric("tune_kd_checkpoint_seconds", "counter", "seconds", (), "workers' time in writing and reading checkpoints"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The value of a gauge under its labels."""
+
+    name: str
+    value: float
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+def samples(plan: Plan, rows: Sequence[Row], stopped: Iterable[str], gpus: float) -> Iterator[Sample]:
+    """The gauges of a run: its rows of trials, also of those still to be drawn, the arms that early stopping `stopped`
+    and the GPU share of a trial that has not begun."""
+    counts = Counter((row["phase"], row["status"]) for row in rows)
+    for phase in TRIALS.levels["phase"]:
+        for status in TRIALS.levels["status"]:
+            yield Sample("tune_kd_trials", counts[phase, status], (("phase", phase), ("status", status)))
+    running: dict[str, list[float]] = {}
+    for row in rows:
+        if row["status"] == "running" and row["val_accuracy"] is not None:
+            running.setdefault(row["arm"], []).append(row["val_accuracy"])
+    for arm, accuracies in running.items():
+        yield Sample("tune_kd_val_accuracy", sum(accuracies) / len(accuracies), (("arm", arm),))
+    yield Sample("tune_kd_arms_stopped", len(set(stopped)))
+    done, planned = _pairs(plan, rows)
+    yield Sample("tune_kd_confirm_pairs", done)
+    yield Sample("tune_kd_confirm_pairs_planned", planned)
+    yield from _seconds(rows, gpus)
+
+
+def _pairs(plan: Plan, rows: Sequence[Row]) -> tuple[int, int]:
+    """Pairs of trials with one seed, over the study's effects: how many are completed, and how many are planned."""
+    confirm = [row for row in rows if row["phase"] == "confirm"]
+    confirmed = {(row["arm"], row["seed"]) for row in confirm}
+    completed = {(row["arm"], row["seed"]) for row in confirm if row["status"] == "completed"}
+    seeds = {seed for _, seed in confirmed}
+    pairs = [
+        {(arm, seed) for arm, _ in contrast.weights}
+        for contrast in plan.contrasts
+        if contrast.kind == "effect"
+        for seed in seeds
+    ]
+    return sum(pair <= completed for pair in pairs), sum(pair <= confirmed for pair in pairs)
+
+
+def _seconds(rows: Sequence[Row], gpus: float) -> Iterator[Sample]:
+    """What trials took; as soon as one has run an epoch, also what the whole plan would take at this run's pace."""
+    spent = [max(row["wall_seconds"] or 0.0, row["train_seconds"] or 0.0) for row in rows]
+    shares = [gpus if row["gpu_fraction"] is None else row["gpu_fraction"] for row in rows]
+    yield Sample("tune_kd_trial_seconds", sum(spent))
+    yield Sample("tune_kd_gpu_seconds", sum(map(_product, spent, shares)))
+    if (seconds := pace(rows)) is not None:
+        # What a trial took besides its epochs is in what it took.
+        planned = [max(took, row["epochs_planned"] * seconds(row)) for took, row in zip(spent, rows, strict=True)]
+        yield Sample("tune_kd_trial_seconds_planned", sum(planned))
+        yield Sample("tune_kd_gpu_seconds_planned", sum(map(_product, planned, shares)))
+
+
+def _product(one: float, other: float) -> float:
+    return one * other
+
+
+class Metrics:
+    """The metrics of the run that a driver runs, in the process that Ray knows as its driver."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        run = {"run": driver.run}
+        kinds = {"gauge": Gauge, "counter": RayCounter}
+        self._ray = {
+            metric.name: kinds[metric.kind](metric.name, metric.what, ("run", *metric.labels)).set_default_tags(run)
+            for metric in METRICS
+        }
+        self._ledger_seconds = clock.spent["ledger"]
+        self._set_at = 0.0
+
+    def reported(self, trial: Trial, checkpoint_seconds: float) -> None:
+        """A worker reported an epoch of a trial, and has spent that much on its checkpoints since the one before."""
+        self._count("tune_kd_epochs", 1)
+        self._count("tune_kd_images", images_of(trial).train)
+        self._count("tune_kd_checkpoint_seconds", checkpoint_seconds)
+
+    def retried(self, reason: str) -> None:
+        """An attempt failed, and is made again."""
+        self._count("tune_kd_retries", 1, reason=reason)
+
+    def renew(self) -> None:
+        """Renew the gauges, if it is time."""
+        now = time.monotonic()
+        if now - self._set_at < EVERY:
+            return
+        self._set_at = now
+        driver = self._driver
+        rows = with_those_to_come(driver.plan, driver.run, list(driver.rows.values()))
+        stopped = (decision.arm for decision in driver.decisions if decision.action == "stop")
+        for sample in samples(driver.plan, rows, stopped, driver.gpus):
+            self._ray[sample.name].set(sample.value, dict(sample.labels))
+        self._count("tune_kd_ledger_seconds", clock.spent["ledger"] - self._ledger_seconds)
+        self._ledger_seconds = clock.spent["ledger"]
+
+    def _count(self, name: str, amount: float, **labels: str) -> None:
+        if amount > 0:  # Ray refuses to add nothing
+            self._ray[name].inc(amount, labels)
