@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "execute": {
         "study", "trial", "plan", "price", "data", "models", "teachers", "checkpoints", "train", "memory", "kernels",
         "schedule", "records", "faults", "storage", "privacy", "growth", "search", "clock", "pace",
-        "monitoring",
+        "monitoring", "studies",
     },
 }  # fmt: skip
 ONLY = {"ray": "execute", "sqlite3": "records", "pyarrow": "records", "optuna": "search"}

@@ -55,13 +55,14 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
         ledger = rebuild.opened(run, lambda sentence: _say(console, sentence))
         around.callback(ledger.close)
         preflight.check(run, ledger.rows(TRIALS), run.settings["max_concurrent"] or os.cpu_count() or 1)
-        metadata = {"run": run.name, "study": run.study.name, "scale": run.study.scale}
+        metadata = {"job_name": run.name, "study": run.study.name, "scale": run.study.scale}
         cluster = connection.connect(address, metadata)
         # The watch comes first, so that it ends last: to leave a Ray that died may hang.
         check_ray = around.enter_context(connection.watched(cluster, advice))
         around.callback(connection.disconnect, cluster)
         gpus = shares.gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
         shares.check_cluster(run.settings["cpus_per_trial"], gpus, cluster.cpus, cluster.gpus)
+        connection.check_nodes()
         connected()
         runs.tell_dashboard(run.folder, cluster.dashboard)
         _print_start(run, console, cluster)

@@ -13,6 +13,12 @@ BOARD = Path(__file__).parent / "grafana" / "ablation.json"
 DASHBOARD = "http://127.0.0.1:8265"  # where Ray's is, unless that port is taken
 
 
+def is_url(address: str | None) -> bool:
+    """Whether an address is that of a dashboard, to which one sends commands, and not of a cluster, which one joins."""
+    parts = urlsplit(address or "")
+    return parts.scheme in ("http", "https") and bool(parts.netloc)
+
+
 def token_file() -> Path:
     """Where Ray has its token, which its dashboard asks for."""
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
@@ -34,7 +40,7 @@ def scrape_settings(dashboard: str, token: Path) -> str:
 
 def write(folder: Path, dashboard: str) -> list[Path]:
     """Write `prometheus.yml` and the board `ablation.json` into a folder; returns them. Raises `Mistake`."""
-    if urlsplit(dashboard).scheme not in ("http", "https") or not urlsplit(dashboard).netloc:
+    if not is_url(dashboard):
         raise Mistake(f"--address is {dashboard}; allowed: the URL of Ray's dashboard, such as {DASHBOARD}")
     found = {"prometheus.yml": scrape_settings(dashboard, token_file()).encode(), BOARD.name: BOARD.read_bytes()}
     try:

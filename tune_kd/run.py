@@ -79,19 +79,24 @@ def check_new(out: Path, name: str | None, study: Study) -> str:
     """The name of a new run, given or made from the study and the time. Raises `Mistake`; creates nothing."""
     if name is None:
         name = f"{study.name}-{study.scale}-{datetime.now():%Y%m%d-%H%M%S}"
-    problems = []
-    if not RUN_NAME.fullmatch(name) or name in RESERVED:
-        problems.append(
-            f"--name is {name!r}; allowed: 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit, "
-            f"and not {', '.join(RESERVED)}"
-        )
-    elif os.path.exists(out / name) and not _unbegun(out / name):
+    problems = problems_with_name(name)
+    if not problems and os.path.exists(out / name) and not _unbegun(out / name):
         problems.append(f"--name is {name!r}, and {out / name} exists; resume that run or choose another name")
     if (there := obstacle(out)) is not None:
         problems.append(f"--out is {out}, and {there} cannot be written to; allowed: a folder that can be made")
     if problems:
         raise Mistake(*problems)
     return name
+
+
+def problems_with_name(name: str) -> list[str]:
+    """What keeps a run from having this name, as sentences."""
+    if RUN_NAME.fullmatch(name) and name not in RESERVED:
+        return []
+    return [
+        f"--name is {name!r}; allowed: 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit, "
+        f"and not {', '.join(RESERVED)}"
+    ]
 
 
 @contextmanager

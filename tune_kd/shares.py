@@ -28,7 +28,8 @@ def check(cpus: float, gpus: Asked, most: int | None, address: str | None) -> No
     problems = []
     here = os.cpu_count() or 1
     if not 0 < cpus < math.inf or (address is None and cpus > here):
-        problems.append(f"--cpus-per-trial is {cpus:g}; allowed: above 0, at most {here} (the cores of this machine)")
+        most_cpus = f", at most {here} (the cores of this machine)" if address is None else ""
+        problems.append(f"--cpus-per-trial is {cpus:g}; allowed: above 0{most_cpus}")
     if gpus == "auto" and address is not None:
         problems.append(f"--gpus-per-trial is auto, and --address is {address}; allowed: a number, since auto measures "
                         "the GPU of this machine")  # fmt: skip

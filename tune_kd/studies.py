@@ -20,14 +20,18 @@ FOLDER = "search_spaces"
 
 def available() -> dict[str, Path]:
     """Studies by name: those of the working directory, then those that were installed with tune_kd."""
-    import search_spaces
-
-    installed = Path(search_spaces.__file__).parent
     found: dict[str, Path] = {}
-    for folder in (Path.cwd() / FOLDER, installed):
+    for folder in (Path.cwd() / FOLDER, installed()):
         for path in sorted(folder.glob("[!_]*.py")):
             found.setdefault(path.stem, path)
     return found
+
+
+def installed() -> Path:
+    """The folder of the studies that came with tune_kd."""
+    import search_spaces
+
+    return Path(search_spaces.__file__).parent
 
 
 def find(study: str) -> Path:

@@ -9,7 +9,7 @@ from types import FrameType
 
 import typer
 
-from tune_kd.cli import planning, reading, running, watching
+from tune_kd.cli import elsewhere, planning, reading, running, watching
 from tune_kd.launch import SIGNALS
 from tune_kd.privacy import masked
 from tune_kd.records import FAILURES
@@ -31,6 +31,7 @@ for command in (
     planning.simulate,
     planning.calibrate,
     watching.dashboard,
+    elsewhere.submit,
 ):
     app.command()(command)
 app.command("list")(reading.list_)

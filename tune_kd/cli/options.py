@@ -43,7 +43,14 @@ CPUS = "CPU share of a trial; its whole part is its threads, at least one."
 Cpus = Annotated[float, typer.Option(help=CPUS)]
 CpusNow = Annotated[float | None, typer.Option(help=CPUS, show_default="as the run began")]
 MaxConcurrent = Annotated[int | None, typer.Option(help="Most trials at a time.", show_default=False)]
-Address = Annotated[str | None, typer.Option(help="Address of a running Ray cluster.", show_default=False)]
+Address = Annotated[
+    str | None,
+    typer.Option(help="HOST:PORT of a Ray cluster that this machine is part of.", show_default=False),
+]
+Elsewhere = Annotated[
+    str | None,
+    typer.Option(help="URL of the dashboard of the cluster that it was submitted to.", show_default=False),
+]
 Keep = Annotated[bool, typer.Option("--keep-checkpoints", help="Keep the final checkpoint of each trial.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 
@@ -93,6 +100,15 @@ def naming(option: str, read: Callable[[], T]) -> T:
         return read()
     except Mistake as mistake:
         raise Mistake(*(problem.replace("RUN", option, 1) for problem in mistake.problems)) from mistake
+
+
+def check_address(address: str | None) -> None:
+    """Raise `Mistake` for an address that cannot be joined."""
+    if "://" in (address or ""):
+        raise Mistake(
+            f"--address is {address}; allowed: auto, or HOST:PORT of a cluster that this machine is part of; `tune_kd "
+            "submit` sends a study to the http:// URL of another's dashboard"
+        )
 
 
 def scale_of(path: Path, scale: str, address: str | None) -> tuple[str, str]:

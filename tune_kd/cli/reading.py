@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from tune_kd.cli.options import DEFAULT_OUT, AsJson, Out, Phases, Terminal, collect, print_json
+from tune_kd.cli.elsewhere import elsewhere
+from tune_kd.cli.options import DEFAULT_OUT, AsJson, Elsewhere, Out, Phases, Terminal, collect, print_json
 from tune_kd.study import Mistake
 
 if TYPE_CHECKING:
@@ -23,9 +24,12 @@ def status(
     verify: Annotated[
         bool, typer.Option("--verify", help="Check every file of the run, and say what can be made again.")
     ] = False,
+    address: Elsewhere = None,
     as_json: AsJson = False,
 ) -> None:
     """Show where a run stands, from its records, also while it goes on."""
+    if address is not None:
+        elsewhere("status", run, address, {"--verify": verify, "--json": as_json})
     from collections import Counter
 
     from tune_kd import run as runs

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
+from tune_kd.cli.elsewhere import elsewhere
 from tune_kd.cli.options import (
     DEFAULT_OUT,
     Address,
@@ -28,6 +29,7 @@ from tune_kd.cli.options import (
     Settings,
     StudyName,
     Terminal,
+    check_address,
     collect,
     scale_of,
     settings_with,
@@ -64,6 +66,7 @@ def run(
 
     console = Terminal(stderr=as_json)
     data_dir = data_dir and data_dir.expanduser().absolute()
+    check_address(address)
     path = studies.find(study)
     chosen, why = scale_of(path, scale, address)
     problems: list[str] = []
@@ -112,13 +115,27 @@ def resume(
     gpus_per_trial: Gpus = None,
     cpus_per_trial: CpusNow = None,
     max_concurrent: MaxConcurrent = None,
-    address: Address = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="As of `run`; or, of a run that was submitted, its URL.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run what is missing of a run, from where it stood. Shares are as it began, unless they are given."""
     from tune_kd import launch, shares
     from tune_kd import run as runs
+    from tune_kd.monitoring import is_url
 
+    if address is not None and is_url(address):
+        flags: dict[str, Any] = {
+            "--extend": extend,
+            "--set": settings,
+            "--gpus-per-trial": gpus_per_trial,
+            "--json": as_json,
+        }
+        flags |= {"--cpus-per-trial": cpus_per_trial, "--max-concurrent": max_concurrent}
+        elsewhere("resume", run, address, {**flags, "--address": "auto"})
+    check_address(address)
     console = Terminal(stderr=as_json)
     reopened = runs.reopen(runs.find(out, run))
     problems: list[str] = []

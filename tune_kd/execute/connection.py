@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import psutil
 import ray
 from ray.job_config import JobConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_kd.monitoring import token_file
 from tune_kd.study import Mistake
@@ -87,6 +88,49 @@ def _parts() -> tuple[Part, ...]:
         Part("raylet", here["NodeManagerAddress"], here["NodeManagerPort"], patience=5.0),
         Part("control store", host.strip("[]"), int(port), patience=20.0),
     )
+
+
+ALIKE = ("python", "ray", "tune_kd", "torch", "torchvision", "numpy")  # what results, or Ray itself, depend on
+
+
+def check_nodes(patience: float = 120.0) -> None:
+    """Raise `Mistake` where another node of the connected Ray has other versions than this process, or none."""
+    names = tuple(name for name in ALIKE if name != "python")
+
+    def versions() -> dict[str, str]:  # local, so that it is sent as it is: the other node may lack this package
+        import platform
+        from importlib.metadata import PackageNotFoundError, version
+
+        found = {"python": platform.python_version()}
+        for name in names:
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                found[name] = "missing"
+        return found
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    here, own = ray.get_runtime_context().get_node_id(), versions()
+    asked = {}
+    for node in nodes:
+        if node["Alive"] and node["NodeID"] != here:
+            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ask: Any = ray.remote(versions)
+            asked[ask.options(num_cpus=0, scheduling_strategy=strategy).remote()] = (
+                f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
+            )
+    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=patience) if asked else ([], [])
+    problems = [
+        f"--address: the node {asked[each]} does not run a task within {patience:.0f} s; allowed: nodes that do"
+        for each in silent
+    ]
+    for each in answered:
+        for name, there in ray.get(each).items():
+            if there != own[name]:
+                problems.append(f"--address: the node {asked[each]} has {name} {there}, and the driver {own[name]}; "
+                                "allowed: the same on all nodes, since results depend on it")  # fmt: skip
+    if problems:
+        raise Mistake(*problems)
 
 
 def guard_token() -> None:

@@ -1,0 +1,151 @@
+"""Commands on a cluster that is elsewhere: `submit`, and what `status` and `resume` do with the address of one."""
+
+import os
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Annotated, Any, NoReturn
+from urllib.parse import urlsplit
+
+import typer
+
+from tune_kd.cli.options import (
+    DEFAULT_OUT,
+    Cpus,
+    DataName,
+    Gpus,
+    Keep,
+    MarginFrom,
+    MaxConcurrent,
+    Name,
+    Scale,
+    Settings,
+    StudyName,
+    Terminal,
+    collect,
+)
+from tune_kd.monitoring import is_url
+from tune_kd.study import Mistake
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+Install = Annotated[
+    bool, typer.Option("--install", help="Have Ray install this project's dependencies there first, as they are here.")
+]
+ClusterOut = Annotated[str, typer.Option(help="Folder of all runs on the cluster, or s3://BUCKET/PATH.")]
+Detach = Annotated[bool, typer.Option("--detach", help="Leave when the job is there, and do not follow its log.")]
+
+
+def submit(
+    study: StudyName,
+    address: Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's dashboard.")],
+    scale: Scale = "auto",
+    data: DataName = None,
+    data_dir: Annotated[str | None, typer.Option(help="Where CIFAR is on the cluster.", show_default=False)] = None,
+    out: ClusterOut = str(DEFAULT_OUT),
+    name: Name = None,
+    settings: Settings = None,
+    margin_from: MarginFrom = None,
+    gpus_per_trial: Gpus = None,
+    cpus_per_trial: Cpus = 1.0,
+    max_concurrent: MaxConcurrent = None,
+    keep_checkpoints: Keep = False,
+    install: Install = False,
+    detach: Detach = False,
+) -> None:
+    """Run a study on a cluster that is elsewhere, as a job of Ray's, and follow it."""
+    from tune_kd import run as runs
+    from tune_kd import shares, studies
+    from tune_kd.execute import jobs
+
+    path = studies.find(study)
+    own = studies.installed().resolve() not in path.resolve().parents
+    problems: list[str] = []
+    if scale != "auto":
+        collect(problems, lambda: studies.resolve(path, scale, data, settings or ()))
+    name = name or f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    problems += runs.problems_with_name(name)
+    gpus = collect(problems, lambda: shares.parse_gpus(gpus_per_trial))
+    collect(problems, lambda: shares.check(cpus_per_trial, gpus, max_concurrent, address))
+    place = collect(problems, lambda: _place(out, address))
+    cluster = collect(problems, lambda: jobs.client(address))
+    if problems:
+        raise Mistake(*problems)
+    assert cluster is not None and place is not None
+    arguments = ["run", f"studies/{path.name}" if own else study, "--address", "auto"]
+    arguments += _flags(
+        {
+            "--scale": scale,
+            "--data": data,
+            "--data-dir": data_dir,
+            "--out": place,
+            "--name": name,
+            "--set": settings,
+            "--margin-from": margin_from,
+            "--gpus-per-trial": gpus_per_trial,
+            "--cpus-per-trial": cpus_per_trial,
+            "--max-concurrent": max_concurrent,
+            "--keep-checkpoints": keep_checkpoints,
+        }
+    )
+    metadata = {"job_name": name, "run": name, "study": path.stem, "scale": scale, "out": place}
+    job = jobs.submit(cluster, arguments, metadata, study=path if own else None, install=install)
+    _follow(cluster, job, name, address, detach)
+
+
+def elsewhere(command: str, run: str | None, address: str, flags: Mapping[str, Any]) -> NoReturn:
+    """Have a command about a run that was submitted done where it runs."""
+    from tune_kd.execute import jobs
+
+    if flags.get("--json"):
+        raise Mistake("--json is given beside --address; allowed: one of them, since a job's log is no JSON")
+    if run is None:
+        raise Mistake("--address is given without RUN; allowed: the name of a run that was submitted there")
+    cluster = jobs.client(address)
+    found = jobs.find(cluster, run)
+    arguments = [command, run, "--out", found["out"], *_flags(flags)]
+    job = jobs.submit(cluster, arguments, {**found, "job_name": f"{command} {run}"})
+    if command == "status":
+        raise SystemExit(jobs.follow(cluster, job, _show))
+    _follow(cluster, job, run, address)
+
+
+def _follow(cluster: Any, job: str, run: str, address: str, detach: bool = False) -> NoReturn:
+    from tune_kd.execute import jobs
+
+    console, at = Terminal(stderr=True), f"--address {address}"
+    for line in (
+        f"{run} is job {job} at {address}, and goes on whatever becomes of this terminal",
+        f"  look at it:  python -m tune_kd status {run} {at}",
+        f"  stop it:     ray job stop {at} {job}",
+        f"  go on then:  python -m tune_kd resume {run} {at}",
+    ):
+        console.print(line, soft_wrap=True)
+    raise SystemExit(0 if detach else jobs.follow(cluster, job, _show))
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _place(out: str, address: str) -> str:
+    """Where runs are on the cluster: a relative folder means one of this machine, so the cluster has to be here."""
+    if "://" in out or os.path.isabs(out) or not is_url(address):
+        return out
+    if urlsplit(address).hostname not in LOOPBACK:
+        raise Mistake(f"--out is {out}; allowed: an absolute path on the cluster, or s3://BUCKET/PATH, since {address} "
+                      "is another machine")  # fmt: skip
+    return os.path.abspath(out)
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command line; those that were not given are left out."""
+    words: list[str] = []
+    for name, value in options.items():
+        if value is True:
+            words.append(name)
+        elif isinstance(value, list):
+            words += [word for each in value for word in (name, str(each))]
+        elif value is not None and value is not False:
+            words += [name, str(value)]
+    return words

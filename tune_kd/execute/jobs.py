@@ -1,0 +1,142 @@
+"""Commands on a cluster that is elsewhere, as jobs of Ray's: sent with this project as their working directory,
+followed, and found again. What a command does there, and says, is what it does and says here."""
+
+import asyncio
+import logging
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import distribution, requires, version
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from tune_kd.monitoring import is_url, token_file
+from tune_kd.studies import installed
+from tune_kd.study import Mistake
+
+CHATTY = (
+    "ray.dashboard.modules.job.sdk",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray._private.runtime_env.packaging",
+)
+UNREACHABLE = (ConnectionError, RuntimeError, ValueError, OSError)  # what Ray makes of an address
+
+
+def client(address: str) -> JobSubmissionClient:
+    """Ray's client of the cluster whose dashboard is at `address`. Raises `Mistake` where nobody answers, or not us."""
+    if not is_url(address):
+        raise Mistake(f"--address is {address}; allowed: the URL of the cluster's dashboard, such as http://HEAD:8265")
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    token = os.environ.get("RAY_AUTH_TOKEN")
+    with suppress(OSError):
+        token = token or token_file().read_text().strip()
+    try:
+        found = JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else {})
+        found.list_jobs()
+    except AuthenticationError as error:
+        raise Mistake(
+            f"--address is {address}, which {'refuses this token' if token else 'asks for a token'}; allowed: the one "
+            f"that `ray get-auth-token` prints on its head node, in RAY_AUTH_TOKEN or in {token_file()}"
+        ) from error
+    except UNREACHABLE as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Mistake(f"--address is {address}, where no dashboard of Ray answers ({why})") from error
+    return found
+
+
+def submit(
+    cluster: JobSubmissionClient,
+    arguments: Sequence[str],
+    metadata: Mapping[str, str],
+    *,
+    study: Path | None = None,
+    install: bool = False,
+) -> str:
+    """Have a cluster run `python -m tune_kd` with these arguments; returns the job's id.
+
+    The job works in a copy of this project, in which a `study` of the user's is `studies/NAME`. With `install`, Ray
+    installs this project's dependencies there first, in the versions that are here. Raises `Mistake` where the
+    cluster does not take it.
+    """
+    with _copy(study) as folder:
+        environment: dict[str, Any] = {"working_dir": str(folder)}
+        if install:
+            environment["pip"] = {"packages": dependencies(), "pip_check": False}
+        # The interpreter of this place, where images are alike, or the one that the cluster was started with.
+        python = f'P={shlex.quote(sys.executable)}; [ -x "$P" ] || P=python'
+        command = f'{python}; exec "$P" -m tune_kd {shlex.join(arguments)}'
+        try:
+            return cluster.submit_job(entrypoint=command, runtime_env=environment, metadata=dict(metadata))
+        except UNREACHABLE as error:
+            raise Mistake(f"--address: the cluster does not take the job ({error})") from error
+
+
+@contextmanager
+def _copy(study: Path | None) -> Iterator[Path]:
+    """A folder with this project as a cluster is to have it, with its version, and a study."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for source in (Path(__file__).parents[1], installed()):
+            shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+        home = folder / f"tune_kd-{version('tune_kd')}.dist-info"
+        home.mkdir()
+        (home / "METADATA").write_text(distribution("tune_kd").read_text("METADATA") or "")
+        if study is not None:
+            (folder / "studies").mkdir()
+            shutil.copy(study, folder / "studies" / study.name)
+        yield folder
+
+
+def dependencies() -> list[str]:
+    """What this project needs, but for Ray, which a cluster has, in the versions that are installed here."""
+    names = (Requirement(each) for each in requires("tune_kd") or ())
+    return [f"{each.name}=={version(each.name)}" for each in names if each.name != "ray" and each.marker is None]
+
+
+def follow(cluster: JobSubmissionClient, job: str, show: Callable[[str], None]) -> int:
+    """Show a job's log as it grows; returns its command's exit status. Raises `Mistake` where it never began."""
+    shown = 0
+
+    async def tail() -> None:
+        nonlocal shown
+        passed = 0
+        async for text in cluster.tail_job_logs(job):
+            new = text[max(0, shown - passed) :]  # after a lost connection, it comes again from its start
+            passed += len(text)
+            shown = max(shown, passed)
+            if new:
+                show(new)
+
+    while not (info := cluster.get_job_info(job)).status.is_terminal():
+        with suppress(*UNREACHABLE):
+            asyncio.run(tail())
+        time.sleep(0.2)
+    if info.driver_exit_code is not None:
+        return int(info.driver_exit_code)
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    if info.status == JobStatus.STOPPED:
+        return 143
+    lines = [line.strip() for line in (info.message or "").splitlines() if line.strip()]
+    raise Mistake(f"--address: the cluster could not start the job: {lines[-1] if lines else info.status}")
+
+
+def find(cluster: JobSubmissionClient, run: str) -> dict[str, str]:
+    """What `submit` was told of the newest job of a run. Raises `Mistake` where there is none."""
+    jobs = [(each.start_time or 0, each.metadata or {}) for each in cluster.list_jobs() if each.submission_id]
+    ours = {at: told for at, told in jobs if {"run", "out"} <= set(told)}
+    theirs = [at for at, told in ours.items() if told["run"] == run]
+    if not theirs:
+        names = ", ".join(sorted({told["run"] for told in ours.values()}))
+        raise Mistake(f"RUN is {run!r}; allowed: a run that was submitted to this cluster ({names or 'there is none'})")
+    return ours[max(theirs)]
