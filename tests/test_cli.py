@@ -210,8 +210,9 @@ def test_a_run_is_held_while_its_extension_is_recorded(
     digest = json.loads((folder / "study.json").read_text())["data"]["digest"]
     monkeypatch.setattr("tune_kd.launch.load_data", lambda *_: SimpleNamespace(digest=digest))
     monkeypatch.setattr(
-        "tune_kd.execute.connection.connect", lambda _: SimpleNamespace(cpus=2.0, gpus=0.0, ours=False, parts=())
+        "tune_kd.execute.connection.connect", lambda *_: SimpleNamespace(cpus=2.0, gpus=0.0, ours=False, parts=())
     )
+    monkeypatch.setattr("tune_kd.execute.connection.check_nodes", lambda: None)
     monkeypatch.setattr("tune_kd.shares.check_cluster", lambda *_: None)
     monkeypatch.setattr("tune_kd.shares.gpu_share", lambda *_: 0.0)
     monkeypatch.setattr(runs, "record_extension", recorded)
