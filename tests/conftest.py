@@ -26,6 +26,16 @@ from tune_kd.train import best_weights, train
 from tune_kd.trial import Answering
 from tune_kd.tuning import LogUniform, Range, Tuning, Uniform
 
+RAY = ("test_ray", "test_cluster", "test_monitoring", "test_submit", "test_faults")  # share a Ray, or start their own
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes (`-n 2 --dist loadgroup`), tests of a file stay together, and those of Ray in one."""
+    for item in items:
+        file = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("ray" if file in RAY else file))
+
+
 settings.register_profile("untimed", deadline=None)  # how long an example takes says how busy a machine is
 settings.load_profile("untimed")
 
