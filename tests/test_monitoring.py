@@ -172,7 +172,7 @@ def watched(ray_session: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
         begun = command(folder, "run", "ablation", "--scale", "smoke", "--name", "watched", "--address", address)
         wait_for(lambda: begun.poll() is not None or epochs_on_record(run) >= 4)
         assert begun.poll() is None, begun.communicate()[1]
-        kill_a_worker()
+        wait_for(lambda: kill_a_worker() is not None)
         _, errors = begun.communicate(timeout=200)
         assert begun.returncode == 0, errors
         yield run, prometheus, since

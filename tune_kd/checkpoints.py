@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tune_kd.clock import spending
 from tune_kd.faults import point
+from tune_kd.mirror import Mirror
 from tune_kd.storage import publish, read
 
 KEPT = 2  # generations
@@ -37,10 +38,11 @@ def unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 class Checkpoints:
-    """The checkpoints of one trial, in a folder of its own."""
+    """The checkpoints of one trial, in a folder of its own; of one that is mirrored, in its store, too."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._mirror = Mirror.of(folder)
 
     def save(self, epoch: int, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
         """Publish a state; it survives a kill at any moment."""
@@ -48,14 +50,18 @@ class Checkpoints:
             data = pack(tensors, notes)
             digest = hashlib.sha256(data).hexdigest()
             self._folder.mkdir(parents=True, exist_ok=True)
-            publish(self._folder / f"{epoch:06d}-{digest}.safetensors", data)
+            path = self._folder / f"{epoch:06d}-{digest}.safetensors"
+            publish(path, data)
+            self._mirror.send(path, data)
             point("checkpoint.published")
             for old in self._published()[KEPT:]:
                 old.unlink(missing_ok=True)
+                self._mirror.forget(old)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest state that is whole, or null where there is none."""
         with spending("checkpoint"):
+            self._fetch()
             for path in self._published():
                 data = read(path)
                 if _is_whole(path, data):
@@ -73,7 +79,17 @@ class Checkpoints:
         return [*altered, *sorted(self._folder.glob("*.damaged"))]
 
     def remove(self) -> None:
+        """Remove them as far as that can be done: what is left of a trial that has ended is of no use and no harm."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):
+            self._mirror.forget(self._folder)
+
+    def _fetch(self) -> None:
+        """Have the states here that the store has: the trial may have been elsewhere."""
+        here = {path.name for path in self._folder.glob("*")}  # also what was set aside
+        for name in self._mirror.names(self._folder):
+            if name not in here and Path(name).with_suffix(".damaged").name not in here:
+                self._mirror.fetch(self._folder / name)
 
     def _published(self) -> list[Path]:
         """Whole names, newest first. The epoch decides, not the clock."""

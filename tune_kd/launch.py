@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from tune_kd.growth import to_come, with_those_to_come
+from tune_kd.mirror import Mirror
 from tune_kd.study import Mistake, Study
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
 
     `connected` is called when Ray is there and the shares fit into it.
     """
-    from tune_kd import preflight, rebuild, shares
+    from tune_kd import preflight, rebuild, shares, teachers
     from tune_kd import run as runs
     from tune_kd.execute import connection, on_ray
     from tune_kd.execute.driver import Driver
@@ -54,6 +55,8 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
             around.enter_context(redirect_stdout(sys.stderr))
         ledger = rebuild.opened(run, lambda sentence: _say(console, sentence))
         around.callback(ledger.close)
+        for teacher in run.plan.teachers:
+            teachers.fetch_teacher(run.teachers, teacher.trial_id)
         preflight.check(run, ledger.rows(TRIALS), run.settings["max_concurrent"] or os.cpu_count() or 1)
         metadata = {"job_name": run.name, "study": run.study.name, "scale": run.study.scale}
         cluster = connection.connect(address, metadata)
@@ -71,6 +74,7 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
             cache=None,
             teachers=run.teachers.absolute(),
             checkpoints=run.checkpoints.absolute(),
+            url=Mirror.of(run.folder).url,
         )
         view = around.enter_context(View(console, run.name, cluster.logs / f"tune_kd-{run.name}.log"))
         driver = Driver(
@@ -118,7 +122,7 @@ def _print_start(run: "Run", console: Console, cluster: Any) -> None:
     trials = len(planned.trials) + len(to_come(planned))
     lines = [
         f"{len(planned.arms)} arms, {trials} trials, {len(planned.teachers)} teachers on "
-        f"{run.study.data.name}; records in {run.folder}",
+        f"{run.study.data.name}; records in {Mirror.of(run.folder).place(run.folder)}",
     ]
     if cluster.dashboard:
         lines.append(f"Ray dashboard: {cluster.dashboard} (it asks for the token that `ray get-auth-token` prints)")

@@ -12,7 +12,7 @@ import re
 import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -185,7 +185,7 @@ class Ledger:
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
             self._in_one([(statement, []) for statement in _CREATE])
-            self._commits = max(after, self._held())
+            self._commits = max(after, self.held())
         except BaseException:
             self._connection.close()  # with what it holds locked
             raise
@@ -195,12 +195,12 @@ class Ledger:
 
     def count_again(self) -> None:
         """Make the file again that says how many transactions were committed. Raises OSError."""
-        publish(self.path.with_name(COMMITS), _counted(self._commits))
+        publish(self.path.with_name(COMMITS), counted(self._commits))
 
-    def _held(self) -> int:
+    def held(self) -> int:
         """How many transactions the ledger says it holds. Raises `Damaged` where that was altered."""
         held = self.fact("commits")
-        count = 0 if held is None else _count(held.encode())
+        count = 0 if held is None else count_of(held.encode())
         if count is None:
             raise Damaged(f"{self.path}: its count of transactions was altered since it was written")
         return count
@@ -221,10 +221,10 @@ class Ledger:
         if writes:
             with spending("ledger"):
                 patiently(lambda: self._commit(writes), (sqlite3.OperationalError,))
-                write_at(self.path.with_name(COMMITS), 0, _counted(self._commits))
+                write_at(self.path.with_name(COMMITS), 0, counted(self._commits))
 
     def _commit(self, writes: list[Write]) -> None:
-        self._in_one([*writes, (_SET_FACT, ["commits", _counted(self._commits + 1).decode()])])
+        self._in_one([*writes, (_SET_FACT, ["commits", counted(self._commits + 1).decode()])])
         self._commits += 1
         point("ledger.committed")
 
@@ -314,7 +314,7 @@ class Ledger:
 
     def check(self) -> None:
         """Read everything. Raises `Damaged`, or what `damage` makes of an error, where not all is as it was written."""
-        counted = commits(self.path.parent)  # before the ledger, which may grow meanwhile
+        at_least = commits(self.path.parent)  # before the ledger, which may grow meanwhile
         if _versions(self.path) != _VERSIONS:
             raise Damaged(f"{self.path} is damaged (its header); SQLite would read it, and not write to it")
         found = [text for (text,) in self._read("PRAGMA integrity_check(3)", [])]
@@ -325,9 +325,9 @@ class Ledger:
             raise Damaged(f"{self.path} is damaged: its tables are not those that were made")
         for schema in SCHEMAS:
             self.rows(schema)
-        held = self._held()
-        if counted is not None and held < counted:
-            raise Damaged(f"{self.path} holds {held} transactions, and {counted} were committed: its end was lost")
+        held = self.held()
+        if at_least is not None and held < at_least:
+            raise Damaged(f"{self.path} holds {held} transactions, and {at_least} were committed: its end was lost")
 
     def write_tables(self, folder: Path) -> None:
         """Make the three Parquet tables, each complete or as it was before."""
@@ -365,6 +365,15 @@ def _versions(path: Path) -> bytes:
         return file.read(20)[18:]
 
 
+def snapshot(path: Path, to: Path) -> int:
+    """Copy a ledger as it is at this moment, also while its driver writes; returns how many transactions it holds."""
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    with closing(sqlite3.connect(uri, uri=True)) as source, closing(sqlite3.connect(to)) as target:
+        source.backup(target)
+    with reading(to) as copy:
+        return copy.held()
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[Ledger]:
     """A ledger to look into, also while its driver writes."""
@@ -386,16 +395,16 @@ def damage(error: Exception) -> bool:
 def commits(folder: Path) -> int | None:
     """How many transactions the ledger in a folder holds at least; null where nothing whole says so."""
     path = folder / COMMITS
-    return _count(read(path)) if path.is_file() else None
+    return count_of(read(path)) if path.is_file() else None
 
 
-def _count(text: bytes) -> int | None:
-    """The inverse of `_counted`; null where the text was altered."""
+def count_of(text: bytes) -> int | None:
+    """The inverse of `counted`; null where the text was altered."""
     count, _, crc = text.rstrip(b"\n").partition(b" ")
     return int(count) if count.isdigit() and crc == b"%08x" % zlib.crc32(count) else None
 
 
-def _counted(count: int) -> bytes:
+def counted(count: int) -> bytes:
     """A count with its check sum. Of one length, so that it is written over in one piece."""
     text = b"%012d" % count
     return b"%b %08x\n" % (text, zlib.crc32(text))

@@ -20,9 +20,12 @@ from pydantic import TypeAdapter
 
 from tune_kd.faults import point
 from tune_kd.growth import grown
+from tune_kd.mirror import Mirror, path_of
 from tune_kd.plan import Plan, plan
 from tune_kd.privacy import secrets
 from tune_kd.records import LAYOUT, LEDGER, RUN_NAME, TRIALS, Row, first_row, reading
+from tune_kd.sharing import HOLDER, STUDY, pull, stamped
+from tune_kd.sharing import runs as in_store
 from tune_kd.storage import Damaged, obstacle, publish, read, sealed, unsealed
 from tune_kd.studies import from_json, resolve
 from tune_kd.study import Mistake, Study
@@ -30,8 +33,7 @@ from tune_kd.trial import digest
 
 PACKAGES = ("tune_kd", "torch", "torchvision", "ray", "numpy", "pandas", "pyarrow", "scipy")
 RESERVED = ("teachers",)
-HOLDER = "holder.json"
-STUDY = "study.json"
+UNSEEN = 150.0  # seconds after which a driver elsewhere, which sends every 30, is taken for dead
 PATIENCE = 2.0  # seconds for which another driver may hold a run before this one gives up
 
 
@@ -84,9 +86,30 @@ def check_new(out: Path, name: str | None, study: Study) -> str:
         problems.append(f"--name is {name!r}, and {out / name} exists; resume that run or choose another name")
     if (there := obstacle(out)) is not None:
         problems.append(f"--out is {out}, and {there} cannot be written to; allowed: a folder that can be made")
+    problems += _in_the_way(out, name)
     if problems:
         raise Mistake(*problems)
     return name
+
+
+def _in_the_way(out: Path, name: str) -> list[str]:
+    """What keeps a new run from being begun in a store, as sentences."""
+    mirror, probe = Mirror.of(out), out / f".probe-{os.getpid()}"
+    if mirror.url is None:
+        return []
+    try:
+        if name in mirror.names(out):
+            return [
+                f"--name is {name!r}, and {mirror.place(out / name)} exists; resume that run or choose another name"
+            ]
+        mirror.send(probe, b"probe")
+        mirror.forget(probe)
+    except (OSError, ValueError) as error:
+        return [
+            f"--out is {mirror.url}, which cannot be written to ({error}); allowed: a bucket that is there, with "
+            "keys for it where the store's own tools have theirs"
+        ]
+    return []
 
 
 def problems_with_name(name: str) -> list[str]:
@@ -163,6 +186,7 @@ def create(run: Run) -> None:
     if problems := list(secrets(record)):
         raise Mistake(*problems)
     publish(run.folder / STUDY, sealed(record))
+    Mirror.of(run.folder).send(run.folder / STUDY)
     point("study.published")
 
 
@@ -215,6 +239,7 @@ def record_extension(run: Run) -> None:
     if problems := list(secrets(record)):
         raise Mistake(*problems)
     publish(run.folder / STUDY, sealed(record))
+    Mirror.of(run.folder).send(run.folder / STUDY)
     point("extension.recorded")
 
 
@@ -263,8 +288,10 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
 
 
 def find(out: Path, name: str) -> Path:
-    """The folder of a run that is named under `out` or given as a path. Raises `Mistake` where there is none."""
-    for folder in (out / name, Path(name)):
+    """The folder of a run that is named under `out` or given as a path or URL. Raises `Mistake` where there is none."""
+    for folder in (out / name, path_of(name)):
+        if Mirror.of(folder).url is not None:
+            pull(folder)
         if os.path.isfile(folder / STUDY):
             return folder
     names = [folder.name for folder in existing(out)]
@@ -273,6 +300,9 @@ def find(out: Path, name: str) -> Path:
 
 def existing(out: Path) -> list[Path]:
     """The folders of all runs under `out`, the newest first."""
+    for name in in_store(out):
+        if RUN_NAME.fullmatch(name) and name not in RESERVED:
+            pull(out / name)
     found = [path.parent for path in out.glob(f"*/{STUDY}")]
     return sorted(found, key=lambda folder: (folder / STUDY).stat().st_mtime, reverse=True)
 
@@ -333,7 +363,9 @@ def held(folder: Path) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise Mistake(f"RUN is {folder}, which cannot be written to ({error.strerror}); make it writable") from error
+    mirror = Mirror.of(folder)
     try:
+        _check_unheld(mirror, folder)
         for aside in folder.glob(".*.[0-9]*"):  # of writers that were killed: nobody else writes here now
             aside.unlink(missing_ok=True)
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
@@ -341,7 +373,25 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         (folder / HOLDER).unlink(missing_ok=True)
+        with suppress(OSError):  # else it is seen to be old
+            mirror.forget(folder / HOLDER)
         lock.release()
+
+
+def _check_unheld(mirror: Mirror, folder: Path) -> None:
+    """Raise `Mistake` where a driver on another machine has this run in a store. It says so again with each sending; a
+    store has no lock that dies with its holder."""
+    there = mirror.read(folder / HOLDER)
+    try:
+        who = {} if there is None else json.loads(there)
+        age = time.time() - float(who.get("seen", 0))
+    except (ValueError, AttributeError, TypeError):
+        return
+    if who.get("host", platform.node()) != platform.node() and age < UNSEEN:
+        raise Mistake(
+            f"RUN is {folder.name}, which process {who['pid']} on {who['host']} holds since {who['since']}, seen "
+            f"{age:.0f} s ago; wait for it or stop it; one not seen for {UNSEEN:.0f} s is taken for dead"
+        )
 
 
 def tell_dashboard(folder: Path, url: str | None) -> None:
@@ -351,6 +401,7 @@ def tell_dashboard(folder: Path, url: str | None) -> None:
 
 def _put_holder(folder: Path, who: dict[str, Any]) -> None:
     publish(folder / HOLDER, json.dumps(who).encode())
+    Mirror.of(folder).send(folder / HOLDER, stamped(json.dumps(who).encode()))
 
 
 def holder(folder: Path) -> dict[str, Any] | None:

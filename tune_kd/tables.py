@@ -12,7 +12,9 @@ import numpy as np
 import pandas as pd
 
 from tune_kd.foreign import Adapter
+from tune_kd.mirror import path_of
 from tune_kd.records import DIGESTS, LAYOUT, PANDAS, RUN_NAME, SCHEMAS, TRIALS, Schema, digests
+from tune_kd.sharing import pull
 from tune_kd.storage import Damaged, unsealed
 from tune_kd.study import Mistake
 from tune_kd.trial import digest
@@ -112,11 +114,14 @@ def load(*runs: Path | str, out: Path | str = "results", adapt: Adapter | None =
 
 def place(run: Path | str, out: Path | str = "results") -> Path:
     """The folder, or the prefix of files, that a user means. Raises `Mistake` where there is none."""
+    if "://" in str(run):
+        run = path_of(str(run))
     run, out = Path(run), Path(out)
     if run.name.endswith("trials.parquet"):  # the table itself
         prefix = run.name.removesuffix("trials.parquet").removesuffix("_")
         run = run.with_name(prefix) if prefix else run.parent
     for found in (run, out / run):
+        pull(found)
         if any(_file(found, "trials", whole).is_file() for whole in (True, False)) or (found / "study.json").is_file():
             return found
     raise Mistake(

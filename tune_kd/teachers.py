@@ -26,6 +26,7 @@ from tune_kd.checkpoints import pack, unpack
 from tune_kd.data import DataSet, Views, draw_views, numbered_views, prepare, show, view_numbers
 from tune_kd.faults import point
 from tune_kd.kernels import autocast, float32_as
+from tune_kd.mirror import Mirror
 from tune_kd.storage import Damaged, publish, read, sealed, unsealed
 from tune_kd.trial import Answering, Epoch, Trial
 
@@ -44,7 +45,9 @@ def publish_teacher(folder: Path, trial: Trial, weights: dict[str, Tensor], epoc
     home = folder / trial.trial_id
     home.mkdir(parents=True, exist_ok=True)
     data = pack(weights, {"teacher_id": trial.trial_id})
+    mirror = Mirror.of(folder)
     publish(home / "weights.safetensors", data)
+    mirror.send(home / "weights.safetensors", data)
     point("teacher.weights")
     card = {
         "teacher_id": trial.trial_id,
@@ -53,6 +56,21 @@ def publish_teacher(folder: Path, trial: Trial, weights: dict[str, Tensor], epoc
         "epochs": [asdict(epoch) for epoch in epochs],
     }
     publish(home / "card.json", sealed(card))
+    mirror.send(home / "card.json")
+
+
+def fetch_teacher(folder: Path, teacher_id: str) -> None:
+    """Have a teacher here whose folder is mirrored, once a machine: the first process that asks fetches it. Raises
+    OSError."""
+    home, mirror = folder / teacher_id, Mirror.of(folder)
+    if mirror.url is None:
+        return
+    with writing(folder, teacher_id):
+        there = mirror.read(home / "card.json")
+        if there is None or ((home / "card.json").is_file() and read(home / "card.json") == there):
+            return
+        mirror.fetch(home / "weights.safetensors")
+        publish(home / "card.json", there)
 
 
 def published_epochs(folder: Path, teacher_id: str) -> list[Epoch] | None:

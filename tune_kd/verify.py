@@ -92,6 +92,7 @@ def _checkpoints(opened: run.Run) -> Iterator[Finding]:
 def _teachers(opened: run.Run, rows: list[Row]) -> Iterator[Finding]:
     home, classes = opened.teachers, IMAGES[opened.study.data.name].classes
     for teacher in opened.plan.teachers:
+        teachers.fetch_teacher(home, teacher.trial_id)
         taught = next((row["weights_digest"] for row in rows if row["trial_id"] == teacher.trial_id), None)
         wrong = teachers.wrong_with(home, teacher.trial_id, taught)
         if wrong is not None:

@@ -10,6 +10,7 @@ from types import FrameType
 import typer
 
 from tune_kd.cli import elsewhere, planning, reading, running, watching
+from tune_kd.cli.options import Unread
 from tune_kd.launch import SIGNALS
 from tune_kd.privacy import masked
 from tune_kd.records import FAILURES
@@ -42,7 +43,7 @@ def main() -> None:
     try:
         with _left_by_signals():
             app()
-    except Mistake as mistake:
+    except (Mistake, Unread) as mistake:
         for problem in mistake.problems:
             print(f"tune_kd: {masked(problem)}", file=sys.stderr)
         sys.exit(2)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
+from tune_kd.mirror import local
 from tune_kd.study import Mistake
 
 T = TypeVar("T")
@@ -21,7 +22,30 @@ DataDir = Annotated[
     Path | None,
     typer.Option(help="CIFAR: torchvision's files, an image folder, or a tar of one.", show_default=False),
 ]
-Out = Annotated[Path, typer.Option(help="Folder of all runs and of the teachers they share.")]
+
+
+class Unread(Exception):
+    """A mistake in an option's text. Not a `Mistake`, which the parser of arguments would take for one of its own."""
+
+    def __init__(self, mistake: Mistake) -> None:
+        self.problems = mistake.problems
+        super().__init__(str(mistake))
+
+
+def _place(text: str) -> Path:
+    """A folder, or for the URL of one in a store the folder on this disk that stands for it."""
+    try:
+        return local(str(text))
+    except Mistake as mistake:
+        raise Unread(mistake) from mistake
+
+
+Out = Annotated[
+    Path,
+    typer.Option(
+        help="Folder of all runs and of the teachers they share; or s3://BUCKET/PATH.", parser=_place, metavar="PLACE"
+    ),
+]
 Name = Annotated[str | None, typer.Option(help="Name of the run; made from study and time by default.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Override a field of the study: recipe.epochs=4. Repeatable.")

@@ -146,11 +146,13 @@ def print_report(
     records: "Records", folder: Path, console: Console, as_json: bool, formats: Sequence[str] | None = None
 ) -> Path:
     """Write a report and say what is in it; returns the file to read first."""
-    from tune_kd import provenance, results, tuned, view
+    from tune_kd import provenance, results, sharing, tuned, view
     from tune_kd import report as reports
+    from tune_kd.mirror import Mirror
 
     try:
         first = reports.write(folder, records, formats or reports.FORMATS)
+        sharing.send(folder.parent, folder.name)
     except ValueError as error:  # tables of others, of which some statement has no sense
         raise error if isinstance(error, Mistake) else Mistake(str(error)) from error
     effects, arms, explored = results.contrasts(records), results.arms(records), results.exploratory(records)
@@ -180,4 +182,6 @@ def print_report(
         console.print("No study fixed contrasts for these tables: everything in them is exploratory.")
     console.print()
     console.print(f"report: {first}", soft_wrap=True)
+    if (mirror := Mirror.of(first)).url is not None:
+        console.print(f"also at {mirror.place(first)}", soft_wrap=True)
     return first

@@ -180,7 +180,7 @@ def resume(
 @contextmanager
 def _resumable(folder: Path, console: Console) -> Iterator[None]:
     """Say how to go on where a signal ends what is done here, if there is something to go on with."""
-    from tune_kd.run import STUDY
+    from tune_kd.sharing import STUDY
 
     try:
         yield
@@ -192,13 +192,14 @@ def _resumable(folder: Path, console: Console) -> Iterator[None]:
 
 def _conclude(run: "Run", ended: "Ended", console: Console, as_json: bool) -> NoReturn:
     """Report a run that has ended, and exit with what became of it."""
-    from tune_kd import audit, evidence
+    from tune_kd import audit, evidence, sharing
     from tune_kd.tables import load
 
     if ended.signal is not None:
         raise SystemExit(128 + ended.signal)
     records = load(run.folder)
     evidence.record(run.folder, run.name, run.study, audit.rank_correlations(records, everywhere=True))
+    sharing.send(run.folder, evidence.AUDIT)
     print_report(records, run.folder / "report", console, as_json)
     looks = run.study.confirm.looks or ()
     if run.look + 1 < len(looks):

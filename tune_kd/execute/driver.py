@@ -15,10 +15,12 @@ from tune_kd import growth, search
 from tune_kd.checkpoints import Checkpoints
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.faults import point
+from tune_kd.mirror import Mirror
 from tune_kd.plan import Plan
 from tune_kd.privacy import masked
 from tune_kd.records import DECISIONS, ENDED, EPOCHS, TRIALS, Ledger, Row, first_row
 from tune_kd.schedule import Schedule, stratum
+from tune_kd.sharing import Sender
 from tune_kd.trial import Decision, Epoch, Trial
 
 MAX_ATTEMPTS = 3  # of one trial under one driver without a new epoch in between
@@ -58,6 +60,7 @@ class Driver:
         self._max_concurrent = max_concurrent
         self._keep_checkpoints = keep_checkpoints
         self._say = say
+        self._sender = Sender(folder, say)
         self._searches = {search.name: search for search in plan.searches}
         self._storage: search.Storage | None = None  # of what was drawn, for others to look at
         self._trials = {trial.trial_id: trial for trial in self.plan.trials}
@@ -73,8 +76,9 @@ class Driver:
         self._began: dict[str, float] = {}  # trial id -> monotonic time at which its attempt began
         self._tables_at = 0.0
         self._tables_due = True
-        with suppress(OSError):
-            place.drain.unlink()  # of a driver that was asked to leave
+        with suppress(OSError):  # of a driver that was asked to leave
+            Mirror.of(place.drain).forget(place.drain)
+            place.drain.unlink()
         if self._searches:
             with self._if_it_can():
                 self._storage = search.Storage(folder / search.STORAGE, run)
@@ -117,6 +121,7 @@ class Driver:
         with suppress(OSError):  # a full disk must not keep anybody from leaving
             self._place.drain.parent.mkdir(parents=True, exist_ok=True)
             self._place.drain.touch()
+            Mirror.of(self._place.drain).send(self._place.drain)
         point("drain.begun")
 
     @property
@@ -224,6 +229,7 @@ class Driver:
         self.write_tables()
         if self._storage is not None:
             self._storage.close()
+        self._sender.finish()
         if self.broken is not None:
             raise OSError(
                 f"{self.broken}: the disk refused it {MAX_ATTEMPTS} times, so the run was ended. What is on record is "
@@ -233,6 +239,7 @@ class Driver:
 
     def write_tables(self) -> None:
         self._ledger.write_tables(self._folder)
+        self._sender.offer()
         self._tables_at, self._tables_due = time.monotonic(), False
 
     # What follows from a state.

@@ -23,6 +23,8 @@ from tune_kd.monitoring import is_url, token_file
 from tune_kd.studies import installed
 from tune_kd.study import Mistake
 
+START = "tune_kd.sh"  # with which a job begins
+STARTING = 60.0  # seconds that a cluster may take until its dashboard's agents are there
 CHATTY = (
     "ray.dashboard.modules.job.sdk",
     "ray.dashboard.modules.dashboard_sdk",
@@ -72,13 +74,15 @@ def submit(
         environment: dict[str, Any] = {"working_dir": str(folder)}
         if install:
             environment["pip"] = {"packages": dependencies(), "pip_check": False}
-        # The interpreter of this place, where images are alike, or the one that the cluster was started with.
-        python = f'P={shlex.quote(sys.executable)}; [ -x "$P" ] || P=python'
-        command = f'{python}; exec "$P" -m tune_kd {shlex.join(arguments)}'
-        try:
-            return cluster.submit_job(entrypoint=command, runtime_env=environment, metadata=dict(metadata))
-        except UNREACHABLE as error:
-            raise Mistake(f"--address: the cluster does not take the job ({error})") from error
+        command = f"sh {START} {shlex.join(arguments)}"
+        last = time.monotonic() + STARTING
+        while True:
+            try:
+                return cluster.submit_job(entrypoint=command, runtime_env=environment, metadata=dict(metadata))
+            except UNREACHABLE as error:
+                if "No available agent" not in str(error) or time.monotonic() > last:
+                    raise Mistake(f"--address: the cluster does not take the job ({error})") from error
+            time.sleep(1.0)
 
 
 @contextmanager
@@ -91,6 +95,9 @@ def _copy(study: Path | None) -> Iterator[Path]:
         home = folder / f"tune_kd-{version('tune_kd')}.dist-info"
         home.mkdir()
         (home / "METADATA").write_text(distribution("tune_kd").read_text("METADATA") or "")
+        # The interpreter of this place, where images are alike, or the one that the cluster was started with.
+        python = f'P={shlex.quote(sys.executable)}; [ -x "$P" ] || P=python'
+        (folder / START).write_text(f'{python}; exec "$P" -m tune_kd "$@"\n')
         if study is not None:
             (folder / "studies").mkdir()
             shutil.copy(study, folder / "studies" / study.name)

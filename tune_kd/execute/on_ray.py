@@ -43,6 +43,12 @@ class TrialRunner(tune.Trainable):
     asynchronous one, and trains in a thread of its own.
     """
 
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
+        """Each trial's own share."""
+        task: Task = config["task"]
+        return PlacementGroupFactory([{"CPU": task.cpus, "GPU": task.gpus} if task.gpus else {"CPU": task.cpus}])
+
     def setup(self, config: dict[str, Any]) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._begin(config)
@@ -260,16 +266,12 @@ def run_on_ray(driver: Driver, place: Workplace, slots: int, beat: Callable[[], 
     # its short trial, and Tune would give up the new actor for the free one, again and again.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
 
-    def share(config: dict[str, Any]) -> PlacementGroupFactory:
-        task: Task = config["task"]
-        return PlacementGroupFactory([{"CPU": task.cpus, "GPU": task.gpus} if task.gpus else {"CPU": task.cpus}])
-
     # Tune insists on a folder of its own. Nothing in it is ever read.
     scratch = Path(tempfile.mkdtemp(prefix="tune_kd-"))
     try:
         with _quiet():
             Tuner(
-                tune.with_resources(TrialRunner, share),
+                TrialRunner,
                 tune_config=TuneConfig(
                     num_samples=-1, search_alg=_Admission(bridge), scheduler=_Decisions(bridge), reuse_actors=True
                 ),

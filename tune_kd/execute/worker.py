@@ -1,10 +1,12 @@
 """What happens where a trial runs: find data and teacher, train, publish. Knows neither Ray nor the ledger."""
 
+import math
 import platform
+import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -15,26 +17,51 @@ from filelock import FileLock, Timeout
 from tune_kd import data, teachers
 from tune_kd.checkpoints import Checkpoints
 from tune_kd.memory import keep_freed_blocks
+from tune_kd.mirror import Mirror, local
 from tune_kd.storage import Damaged
 from tune_kd.study import Data
 from tune_kd.train import Diverged, best_weights, train
 from tune_kd.trial import Answering, Epoch, Trial
 
+ASK_EVERY = 2.0  # seconds between questions to a store whether a trial is to leave
+
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where the trials of a run find things and leave things, and how often."""
+    """Where the trials of a run find things and leave things, and how often. With a `url`, the folders of teachers and
+    checkpoints are mirrors of what is there, on each machine in a place of its own."""
 
     data_dir: Path | None
     cache: Path | None
     teachers: Path
     checkpoints: Path
     checkpoint_every: float = 30.0  # seconds between the checkpoints of a trial
+    url: str | None = None  # of the folder of all runs
 
     @property
     def drain(self) -> Path:
         """A file that is there while trials are to leave: each then writes a checkpoint at the end of its epoch."""
         return self.checkpoints / "drain"
+
+    def here(self) -> "Workplace":
+        """The same on the machine that asks."""
+        if self.url is None:
+            return self
+        root, run = local(self.url), self.checkpoints.parent.name
+        return replace(self, teachers=root / self.teachers.name, checkpoints=root / run / self.checkpoints.name)
+
+    def leaving(self) -> Callable[[], bool]:
+        """Whether trials are to leave, for one of them to ask after each epoch."""
+        mirror, asked = Mirror.of(self.drain.parent), -math.inf
+
+        def asked_to_leave() -> bool:
+            nonlocal asked
+            if self.drain.exists() or mirror.url is None or time.monotonic() - asked < ASK_EVERY:
+                return self.drain.exists()
+            asked = time.monotonic()
+            return self.drain.name in mirror.names(self.drain.parent)
+
+        return asked_to_leave
 
 
 @dataclass(frozen=True)
@@ -90,6 +117,7 @@ Work = Callable[[Task, Workplace], Generator[Epoch]]  # what is done with a task
 def work(task: Task, place: Workplace) -> Generator[Epoch]:
     """Run one attempt at a trial and yield its epochs. Raises what training raises; see `failure`."""
     trial = task.trial
+    place = place.here()
     device = _device(task)
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, task.gpus))  # Ray's fractions alone bind nobody
@@ -105,6 +133,8 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
     if trial.role == "teacher":
         yield from _teach(task, place, dataset, device, checkpoints)
         return
+    if trial.teacher_id:
+        teachers.fetch_teacher(place.teachers, trial.teacher_id)
     teacher = (
         _teacher(place.teachers, trial.teacher_id, dataset, device, task.answering, task.taught)
         if trial.teacher_id
@@ -118,7 +148,7 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
         checkpoints=checkpoints,
         checkpoint_every=place.checkpoint_every,
         acknowledged=task.acknowledged,
-        leaving=place.drain.exists,
+        leaving=place.leaving(),
     )
 
 
@@ -130,6 +160,7 @@ def _teach(
     One process at a time: another run that wants the same teacher waits here, and then adopts it.
     """
     trial = task.trial
+    teachers.fetch_teacher(place.teachers, trial.trial_id)
     with _patiently(teachers.writing(place.teachers, trial.trial_id), place):
         published = teachers.published_epochs(place.teachers, trial.trial_id)
         if published is not None:
@@ -143,7 +174,7 @@ def _teach(
             device=device,
             checkpoints=checkpoints,
             checkpoint_every=place.checkpoint_every,
-            leaving=place.drain.exists,
+            leaving=place.leaving(),
         ):
             trained.append(epoch)
             if epoch.outcome is not None:

@@ -1,0 +1,341 @@
+"""Results folders in an object store: a real S3 server on loopback, also while requests to it fail, dawdle or break
+off, and while disks and drivers are lost."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stores import KEYS, Store, store
+from test_ray import contiguous, same_records, without_stops
+from tune_kd import data, mirror, rebuild, run, sharing
+from tune_kd.cli import main
+from tune_kd.execute.driver import Driver
+from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.worker import Task, Workplace, work
+from tune_kd.mirror import Mirror
+from tune_kd.records import EPOCHS, TRIALS, reading
+from tune_kd.run import Run
+from tune_kd.study import Mistake, Study
+from tune_kd.tables import load
+from tune_kd.trial import Epoch
+from tune_kd.verify import verify
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Store]:
+    """A store, and a home for its mirrors."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    with store() as found:
+        yield found
+
+
+@pytest.fixture
+def calm(one_stem: Study) -> Study:
+    return without_stops(one_stem)
+
+
+def begin(study: Study, url: str, name: str = "kept") -> Run:
+    """A new run in a store."""
+    spec = study.data
+    digest = data.load(spec.name, train=spec.train, validation=spec.validation, test=spec.test).digest
+    out = mirror.local(url)
+    begun = Run(name, out / name, study, digest, None, {})
+    run.create(begun)
+    return begun
+
+
+def go_on(begun: Run, doing: Any = work) -> Driver:
+    """Run what is missing of a run, in this process; returns its driver."""
+    ledger = rebuild.opened(begun, lambda _: None)
+    try:
+        out = Mirror.of(begun.folder)
+        place = Workplace(None, None, begun.teachers, begun.checkpoints, checkpoint_every=0.0, url=out.url)
+        driver = Driver(begun.plan, begun.name, begun.folder, ledger, place, cpus=1.0, gpus=0.0)
+        run_in_process(driver, place, doing)
+        return driver
+    finally:
+        ledger.close()
+
+
+class PowerCut(BaseException):
+    """Nothing that a driver may catch."""
+
+
+def cut_after(epochs: int) -> Any:
+    left = epochs
+
+    def cut(task: Task, place: Workplace) -> Generator[Epoch]:
+        nonlocal left
+        for epoch in work(task, place):
+            yield epoch
+            left -= 1
+            if left == 0:
+                raise PowerCut
+
+    return cut
+
+
+@pytest.fixture
+def undisturbed(calm: Study, tmp_path: Path) -> Path:
+    """The same study on this disk alone."""
+    spec = calm.data
+    digest = data.load(spec.name, train=spec.train, validation=spec.validation, test=spec.test).digest
+    begun = Run("here", tmp_path / "alone" / "here", calm, digest, None, {})
+    run.create(begun)
+    go_on(begun)
+    return begun.folder
+
+
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """On another machine, from here on: what is on this disk is not there."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / name))
+
+
+READER = """
+import sys
+from pathlib import Path
+from tune_kd.study import Mistake
+from tune_kd.tables import load
+
+while not Path(sys.argv[2]).exists():
+    try:
+        print(len(load(sys.argv[1]).epochs), flush=True)
+    except Mistake as mistake:
+        early = ("trials.parquet is missing", "allowed: a run's folder or name")  # nothing was sent yet
+        assert any(words in str(mistake) for words in early), mistake
+"""
+
+
+def slowly(task: Task, place: Workplace) -> Generator[Epoch]:
+    for epoch in work(task, place):
+        yield epoch
+        time.sleep(0.5)
+
+
+def test_what_others_read_from_the_store_is_whole_at_every_moment_and_in_the_end_what_is_here(
+    s3: Store, calm: Study, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_kd.execute.driver.TABLES_AFTER_END", 0.0)
+    monkeypatch.setattr("tune_kd.execute.driver.TABLES_EVERY", 0.0)
+    begun = begin(calm, s3.url("kd"))
+    stop = tmp_path / "stop"
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READER, s3.url("kd/kept"), str(stop)],
+        text=True, stdout=subprocess.PIPE, env={**os.environ, "XDG_DATA_HOME": str(tmp_path / "reader")},
+    )  # fmt: skip
+    try:
+        go_on(begun, slowly)
+    finally:
+        stop.touch()
+        seen, _ = reader.communicate(timeout=60)
+    assert reader.returncode == 0
+    assert len(set(seen.split())) > 3  # it was read while it grew
+    same_records(begun.folder, undisturbed)
+    elsewhere(monkeypatch, tmp_path, "other")
+    there = run.find(mirror.local(s3.url("kd")), "kept")
+    same_records(there, undisturbed)
+    assert there != begun.folder and verify(there) == []
+    assert run.existing(mirror.local(s3.url("kd"))) == [there]
+    assert len(load(s3.url("kd/kept")).trials) == len(load(there).trials)
+    assert Mirror.of(there).names(there / "checkpoints") == []
+
+
+@pytest.mark.parametrize("kind", ["error", "cut", "slow"])
+def test_a_store_that_hiccups_costs_nothing_but_time(s3: Store, calm: Study, undisturbed: Path, kind: str) -> None:
+    every = {"error": 5, "cut": 41, "slow": 11}[kind]
+    s3.fault = lambda number: kind if number % every == 0 else None
+    begun = begin(calm, s3.url("kd"))
+    go_on(begun)
+    s3.fault = lambda number: None
+    assert len(s3.asked) > 3 * every
+    same_records(begun.folder, undisturbed)
+    sent = Mirror.of(begun.folder)
+    for name in ("trials.parquet", "epochs.parquet", "tables.json", "study.json", "ledger.commits"):
+        assert sent.read(begun.folder / name) == (begun.folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("epochs", [1, 4, 9, 12])
+def test_a_driver_whose_disk_is_lost_is_followed_by_one_elsewhere(
+    s3: Store, calm: Study, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, epochs: int
+) -> None:
+    begun = begin(calm, s3.url("kd"))
+    with pytest.raises(PowerCut):
+        go_on(begun, cut_after(epochs))
+    elsewhere(monkeypatch, tmp_path, "second")
+    again = run.reopen(run.find(mirror.local(s3.url("kd")), "kept"))
+    assert again.folder != begun.folder
+    went = go_on(again)
+    same_records(again.folder, undisturbed)
+    contiguous(again.folder)
+    assert {row["status"] for row in went.rows.values()} == {"completed"}
+
+    # The first machine comes back with an older ledger, and takes over what the store has.
+    elsewhere(monkeypatch, tmp_path, "home")
+    back = run.find(mirror.local(s3.url("kd")), "kept")
+    assert back == begun.folder
+    same_records(back, undisturbed)
+    assert verify(back) == []
+
+
+def test_a_store_that_is_gone_ends_the_run_whole_and_gets_the_rest_later(
+    s3: Store, calm: Study, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_kd.storage.PAUSES", (0.0,))
+    begun = begin(calm, s3.url("kd"))
+
+    def gone(number: int) -> str | None:
+        with reading(begun.folder / "ledger.sqlite") as ledger:
+            ended = {row["status"] for row in ledger.rows(TRIALS)} == {"completed"}
+        return "error" if ended else None
+
+    s3.fault = gone
+    with pytest.raises(
+        OSError, match=r"does not take the records .*; what is on record is whole in .*`tune_kd resume`"
+    ):
+        go_on(begun)
+    same_records(begun.folder, undisturbed)
+    s3.fault = lambda number: None
+    go_on(begun)
+    sent = Mirror.of(begun.folder).read(begun.folder / "trials.parquet")
+    assert sent == (begun.folder / "trials.parquet").read_bytes()
+
+
+def test_a_teacher_is_fetched_once_a_machine(
+    s3: Store, calm: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = begin(calm, s3.url("kd"))
+    with pytest.raises(PowerCut):
+        go_on(begun, cut_after(3))  # the teacher's two epochs, and one of a student
+    elsewhere(monkeypatch, tmp_path, "second")
+    s3.asked.clear()
+    again = run.reopen(run.find(mirror.local(s3.url("kd")), "kept"))
+    go_on(again)
+    distilled = sum(trial.teacher_id is not None for trial in again.plan.trials)
+    assert distilled > 4
+    # A download of more than one part is more than one request, all for one fetch.
+    (teacher,) = again.plan.teachers
+    parts = s3.gets(f"{teacher.trial_id}/weights.safetensors")
+    assert 1 <= parts <= 2
+    size = (again.teachers / teacher.trial_id / "weights.safetensors").stat().st_size
+    assert size > 0
+
+
+def test_a_run_that_a_driver_elsewhere_holds_is_left_to_it_until_that_is_not_seen_any_more(
+    s3: Store, calm: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = begin(calm, s3.url("kd"))
+    there = {"pid": 7, "host": "another", "since": "today", "dashboard": None}
+    holder = begun.folder / "holder.json"
+    Mirror.of(holder).send(holder, json.dumps({**there, "seen": time.time() - 20}).encode())
+    with (
+        pytest.raises(Mistake, match=r"process 7 on another holds since today, seen 2\d s ago; wait for it"),
+        run.held(begun.folder),
+    ):
+        raise AssertionError
+    Mirror.of(holder).send(holder, json.dumps({**there, "seen": time.time() - 200}).encode())
+    with run.held(begun.folder):
+        told = json.loads(Mirror.of(holder).read(holder) or b"")
+        assert told["pid"] == os.getpid() and told["seen"] == pytest.approx(time.time(), abs=60)
+    assert Mirror.of(holder).read(holder) is None
+
+
+def test_a_trial_leaves_when_the_driver_says_so_through_the_store(
+    s3: Store, calm: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_kd.execute.worker.ASK_EVERY", 0.0)
+    begun = begin(calm, s3.url("kd"))
+    place = Workplace(None, None, begun.teachers, begun.checkpoints, url=s3.url("kd"))
+    elsewhere(monkeypatch, tmp_path, "worker")
+    there = place.here()
+    assert there.checkpoints != place.checkpoints and there.teachers != place.teachers
+    asked = there.leaving()
+    assert not asked()
+    Mirror.of(place.drain).send(place.drain, b"")
+    assert asked()
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("ftp://bucket/kd", ["--out is ftp://bucket/kd", "s3://BUCKET/PATH or gs://BUCKET/PATH"]),
+        ("s3:///kd", ["--out is s3:///kd", "allowed"]),
+        ("s3://key:hush@bucket/kd", ["with a secret in it", "AWS_ACCESS_KEY_ID"]),
+        ("s3://bucket/kd?secret_key=hush", ["with a secret in it"]),
+        ("s3://bucket/kd?nonsense=1", ["--out is s3://bucket/kd?nonsense=1", "nonsense"]),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str, words: list[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tune_kd", "run", "ablation", "--scale", "smoke", "--out", place])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    told = capsys.readouterr().err
+    assert all(word in told for word in words) and "hush" not in told and told.startswith("tune_kd: ")
+
+
+def test_a_bucket_that_is_not_there_and_a_name_that_is_are_told_before_anything_starts(
+    s3: Store, calm: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    begin(calm, s3.url("kd"))
+    elsewhere(monkeypatch, tmp_path, "second")
+    for place, words in ((s3.url("kd"), "--name is 'kept', and s3://bucket/kd/kept?"),
+                         (s3.url("kd").replace("bucket", "nowhere"), "NO_SUCH_BUCKET")):  # fmt: skip
+        monkeypatch.setattr("sys.argv", ["tune_kd", "run", "ablation", "--scale", "smoke", "--name", "kept",
+                                         "--out", place, "--cpus-per-trial", "0"])  # fmt: skip
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 2
+        told = capsys.readouterr().err
+        assert words in told and "--cpus-per-trial is 0" in told
+
+
+def test_a_run_in_a_store_is_a_command_like_any_other(s3: Store, tmp_path: Path) -> None:
+    """Through the command and Ray: run, look at it from elsewhere, report from there."""
+
+    def tune_kd(home: str, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "tune_kd", *arguments, "--out", s3.url("kd")],
+            cwd=tmp_path, env={**os.environ, "XDG_DATA_HOME": str(tmp_path / home)},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    told = tune_kd("home", "run", "ablation", "--scale", "smoke", "--name", "far")
+    assert "records in s3://bucket/kd/far?" in told and "also at s3://bucket/kd/far/report/report.html?" in told
+    assert "far" in tune_kd("other", "list")
+    assert "is whole, from its plan to its teachers' answers" in tune_kd("other", "status", "far", "--verify")
+    assert "Effects" in tune_kd("third", "report", "far")
+    here, there = (tmp_path / home / "tune_kd" / "s3" / f"bucket@127.0.0.1:{s3.port}" / "kd" / "far"
+                   for home in ("home", "other"))  # fmt: skip
+    assert (here / "trials.parquet").read_bytes() == (there / "trials.parquet").read_bytes()
+    assert sharing.STUDY in Mirror.of(here).names(here)
+    with reading(there / "ledger.sqlite") as ledger, reading(here / "ledger.sqlite") as original:
+        assert ledger.rows(EPOCHS) == original.rows(EPOCHS)
+
+
+def test_the_tables_of_a_run_whose_study_was_extended_elsewhere_are_taken_over(
+    s3: Store, calm: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = begin(calm, s3.url("kd"))
+    go_on(begun)
+    elsewhere(monkeypatch, tmp_path, "second")
+    again = run.reopen(run.find(mirror.local(s3.url("kd")), "kept"))
+    more = replace(again, study=replace(calm, confirm=replace(calm.confirm, seeds=(1, 2, 3))))
+    run.record_extension(more)
+    go_on(more)
+    elsewhere(monkeypatch, tmp_path, "home")
+    assert run.reopen(run.find(mirror.local(s3.url("kd")), "kept")).study.confirm.seeds == (1, 2, 3)
+    assert len(load(begun.folder).trials) == len(more.plan.trials)

@@ -1,0 +1,183 @@
+"""A results folder in an object store (s3://, gs://): a folder on this disk stands for it, everything works on that,
+and what others need of it is sent to the store, and fetched from there.
+
+An object is there whole or not at all. The store has no locks, no appending and no renaming: what needs these stays on
+the disk of the machine that needs it.
+"""
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from tune_kd.storage import patiently, publish, read
+from tune_kd.study import Mistake
+
+SCHEMES = ("s3", "gs")
+MARK = ".mirror.json"  # in a folder that stands for one in a store: its URL
+READS = 5  # of an object, until it did not change meanwhile
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A folder and the URL that it stands for. Without a URL the folder is all there is, and nothing is sent.
+
+    Everything raises OSError where the store does not answer, after some tries.
+    """
+
+    root: Path
+    url: str | None = None
+
+    @classmethod
+    def of(cls, path: Path) -> "Mirror":
+        """The mirror that a path is in."""
+        here = path.absolute()
+        for folder in (here, *here.parents):
+            if (mark := folder / MARK).is_file():
+                return cls(folder, json.loads(read(mark))["url"])
+        return cls(here)
+
+    def place(self, path: Path) -> str:
+        """What people are to see of a path."""
+        if self.url is None:
+            return str(path)
+        base, _, query = self.url.partition("?")
+        return f"{base.rstrip('/')}/{self._under(path)}{'?' if query else ''}{query}"
+
+    def send(self, path: Path, data: bytes | None = None) -> None:
+        """Have the store hold a file as it is here now, or with these bytes."""
+        if self.url is not None:
+            data = read(path) if data is None else data
+            patiently(lambda: self._put(path, data))
+
+    def fetch(self, path: Path) -> bool:
+        """Have a file here as the store holds it. Returns whether it is here then."""
+        if self.url is None:
+            return path.is_file()
+        data = self.read(path)
+        if data is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            publish(path, data)
+        return data is not None
+
+    def read(self, path: Path) -> bytes | None:
+        """What the store holds of a file; null where it has none, or there is no store."""
+        return None if self.url is None else patiently(lambda: self._get(path))
+
+    def names(self, folder: Path) -> list[str]:
+        """The names of files and folders that the store has in a folder, sorted."""
+        if self.url is None:
+            return []
+        from pyarrow.fs import FileSelector
+
+        store, key = _store(self.url), self._key(folder)
+        found = patiently(lambda: store.get_file_info(FileSelector(key, allow_not_found=True)))
+        return sorted(each.base_name for each in found)
+
+    def forget(self, path: Path) -> None:
+        """Remove a file or a folder from the store, if it is there."""
+        if self.url is None:
+            return
+        from pyarrow.fs import FileType
+
+        store, key = _store(self.url), self._key(path)
+        kind = patiently(lambda: store.get_file_info(key)).type
+        with suppress(FileNotFoundError):  # it went meanwhile
+            if kind == FileType.File:
+                patiently(lambda: store.delete_file(key))
+            elif kind == FileType.Directory:
+                patiently(lambda: store.delete_dir(key))
+
+    def _under(self, path: Path) -> str:
+        return path.absolute().relative_to(self.root).as_posix()
+
+    def _key(self, path: Path) -> str:
+        assert self.url is not None
+        return f"{_base(self.url)}/{self._under(path)}".removesuffix("/.")
+
+    def _put(self, path: Path, data: bytes) -> None:
+        assert self.url is not None
+        # Not in a `with`, which would end an object that is there by half as if it were whole.
+        stream = _store(self.url).open_output_stream(self._key(path))
+        stream.write(data)
+        stream.close()
+
+    def _get(self, path: Path) -> bytes | None:
+        from pyarrow.fs import FileType
+
+        assert self.url is not None
+        store, key = _store(self.url), self._key(path)
+        before = store.get_file_info(key)
+        for _ in range(READS):
+            if before.type != FileType.File:
+                return None
+            with store.open_input_stream(key) as stream:
+                data: bytes = stream.read()
+            after = store.get_file_info(key)
+            if (after.size, after.mtime_ns) == (before.size, before.mtime_ns) and len(data) == after.size:
+                return data  # it is read in parts, between which another may have come
+            before = after
+        raise OSError(f"{self.place(path)} changes all the time")
+
+
+def local(place: str) -> Path:
+    """The folder on this disk for a place of results: that place itself, or the mirror of a URL. Raises `Mistake`."""
+    if "://" not in place:
+        return Path(place)
+    parts = urlsplit(place)
+    base, _, query = place.partition("?")
+    if parts.scheme not in SCHEMES or not parts.netloc:
+        urls = " or ".join(f"{each}://BUCKET/PATH" for each in SCHEMES)
+        raise Mistake(f"--out is {base}; allowed: a folder, or {urls}")
+    if "@" in parts.netloc or "secret" in query.lower():
+        raise Mistake(
+            f"--out is {parts.scheme}://..., with a secret in it; allowed: without, since it goes on record; the "
+            "store's own environment variables (AWS_ACCESS_KEY_ID, ...) or files hold it"
+        )
+    try:
+        _store(place)
+    except (OSError, ValueError) as error:
+        raise Mistake(f"--out is {place}, which cannot be reached ({_first(error)})") from error
+    home = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()
+    endpoint = "".join(f"@{each}" for each in parse_qs(query).get("endpoint_override", []))
+    root = home / "tune_kd" / parts.scheme / f"{parts.netloc}{endpoint}" / parts.path.strip("/")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        publish(root / MARK, json.dumps({"url": place}).encode())
+    except OSError as error:
+        raise Mistake(f"--out is {place}, of which {root} is to hold a copy, and cannot be written to "
+                      f"({error.strerror}); set XDG_DATA_HOME to a folder that can") from error  # fmt: skip
+    return root
+
+
+def path_of(place: str) -> Path:
+    """The path on this disk of something that is in a folder of results: a path, or a URL. Raises `Mistake`."""
+    if "://" not in place:
+        return Path(place)
+    base, mark, query = place.partition("?")
+    above, _, last = base.rstrip("/").rpartition("/")
+    return local(f"{above}{mark}{query}") / last
+
+
+def _first(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+@lru_cache(maxsize=4)
+def _store(url: str) -> Any:
+    from pyarrow.fs import FileSystem
+
+    if url.startswith("s3"):  # a small object is then one request, and not three
+        url = f"{url}{'&' if '?' in url else '?'}allow_delayed_open=true"
+    return FileSystem.from_uri(url)[0]
+
+
+@lru_cache(maxsize=4)
+def _base(url: str) -> str:
+    from pyarrow.fs import FileSystem
+
+    return str(FileSystem.from_uri(url)[1]).rstrip("/")
