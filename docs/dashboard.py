@@ -86,7 +86,7 @@ def pictures(browser: Any) -> None:
     picture("log", 1350)
     for fold in (
         "(//*[contains(text(),'Ray Core Overview')]/following::*[name()='svg'][@height='1em'])[1]",
-        "//*[contains(text(),'TrialRunner (')]/preceding::*[name()='svg'][1]",
+        "//*[contains(text(),'TrialRunner')]/preceding::*[name()='svg'][1]",
     ):
         until(lambda fold=fold: bool(browser.find_elements(By.XPATH, fold)))
         ActionChains(browser).click(browser.find_element(By.XPATH, fold)).perform()
