@@ -51,46 +51,63 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(1.0)
 
 
-def refreshed(browser: Any) -> bool:
-    """The page anew: it reads a log once."""
-    browser.refresh()
-    time.sleep(3.0)
-    return True
+class Page:
+    """Ray's dashboard in a browser."""
+
+    def __init__(self, browser: Any, url: str) -> None:
+        self.browser, self.url = browser, url
+
+    def sign_in(self, token: str) -> None:
+        """As people do, on the page of jobs."""
+        self.browser.get(f"{self.url}/#/jobs")
+        until(lambda: self.says("Authentication Token Required"))
+        self.browser.find_element("css selector", "input[type=password]").send_keys(token)
+        self.press("//button[contains(., 'Submit')]")
+        until(lambda: not self.says("Authentication Token Required"))
+
+    def says(self, *words: str) -> bool:
+        text = self.browser.find_element("tag name", "body").text
+        return all(each in text for each in words)
+
+    def press(self, what: str) -> None:
+        """Press what an XPath names, once it is there."""
+
+        def pressed() -> bool:
+            found = self.browser.find_elements("xpath", what)
+            click = "arguments[0].dispatchEvent(new MouseEvent('click', {bubbles: true}))"
+            return bool(found) and self.browser.execute_script(click, found[0]) is None
+
+        until(pressed)
+
+    def show_trials(self) -> None:
+        """On the page of a job: its tasks by their names."""
+        self.press("(//*[contains(text(),'Ray Core Overview')]/following::*[name()='svg'][@height='1em'])[1]")
+        self.press("//td[contains(text(),'TrialRunner')]/*[name()='svg'][1]")
+        self.press("(//*[self::a or self::button][contains(., 'TrialRunner')]/preceding::*[name()='svg'][1])[1]")
+        until(lambda: bool(self.browser.find_elements("xpath", "//td[contains(., ' seed ')]")))
+
+    def refreshed(self) -> bool:
+        """The page anew: it reads a log once."""
+        self.browser.refresh()
+        time.sleep(3.0)
+        return True
 
 
 def pictures(browser: Any) -> None:
-    """Sign in as people do, and take the pictures."""
-    from selenium.webdriver import ActionChains
-    from selenium.webdriver.common.by import By
-
-    def said(text: str) -> bool:
-        return text in browser.find_element(By.TAG_NAME, "body").text
-
-    def click(tag: str, text: str) -> None:
-        until(lambda: said(text))
-        next(each for each in browser.find_elements(By.TAG_NAME, tag) if text in each.text).click()
-
     def picture(name: str, height: int) -> None:
         browser.set_window_size(1400, height)
         time.sleep(2.0)
         browser.save_screenshot(str(DOCS / f"dashboard-{name}.png"))
 
-    browser.get(f"{URL}/#/jobs")
-    until(lambda: said("Authentication Token Required"))
-    browser.find_element(By.CSS_SELECTOR, "input[type=password]").send_keys(token_file().read_text().strip())
-    click("button", "SUBMIT")
-    until(lambda: said(RUN) and said("02000000"))
+    page = Page(browser, URL)
+    page.sign_in(token_file().read_text().strip())
+    until(lambda: page.says(RUN, "02000000"))
     picture("jobs", 700)
-    browser.find_element(By.CSS_SELECTOR, "a[href*='#/jobs/']").click()
-    until(lambda: refreshed(browser) and said("seed 0 (screen) completed"))
+    page.press("//a[contains(@href, '#/jobs/')]")
+    until(lambda: page.refreshed() and page.says("seed 0 (screen) completed"))
     picture("log", 1350)
-    for fold in (
-        "(//*[contains(text(),'Ray Core Overview')]/following::*[name()='svg'][@height='1em'])[1]",
-        "//*[contains(text(),'TrialRunner')]/preceding::*[name()='svg'][1]",
-    ):
-        until(lambda fold=fold: bool(browser.find_elements(By.XPATH, fold)))
-        ActionChains(browser).click(browser.find_element(By.XPATH, fold)).perform()
-    picture("tasks", 1350)
+    page.show_trials()
+    picture("tasks", 1000)
 
 
 def main() -> None:

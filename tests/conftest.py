@@ -1,6 +1,7 @@
 """What tests share: a tiny study, a tiny data set, and one Ray for the whole session."""
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -191,6 +192,7 @@ def ray_session() -> Iterator[str]:
     import ray  # isort: skip  # after that, which sets what Ray reads when it is imported
 
     context = ray.init(
+        "local",
         num_cpus=2,
         num_gpus=2,
         include_dashboard=True,
@@ -201,3 +203,24 @@ def ray_session() -> Iterator[str]:
     assert tune_kd.execute
     yield f"http://{context.dashboard_url}"
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real browser."""
+    from selenium import webdriver
+
+    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not chromedriver:
+        pytest.skip("needs Debian's packages chromium and chromium-driver")
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
+    profile = f"--user-data-dir={tmp_path_factory.mktemp('profile')}"
+    for argument in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", *quiet, profile):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    yield driver
+    driver.quit()

@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import ray
 import yaml
 
-from test_ray import command, epochs_on_record, kill_a_worker, wait_for
+from docs.dashboard import Page, until
+from test_ray import command, epochs_on_record, kill_a_worker, token, wait_for
 from tune_kd import monitoring
 from tune_kd.execute.metrics import METRICS, samples
 from tune_kd.plan import plan
@@ -167,9 +169,9 @@ def watched(ray_session: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     try:
         wait_for(lambda: prometheus.targets() > 0)
         since = time.time()
-        address = ray.get_runtime_context().gcs_address
         os.environ["RAY_AUTH_MODE"] = "token"
-        begun = command(folder, "run", "ablation", "--scale", "smoke", "--name", "watched", "--address", address)
+        watch = ("--set", "recipe.epochs=16", "--address", ray.get_runtime_context().gcs_address)
+        begun = command(folder, "run", "ablation", "--scale", "smoke", "--name", "watched", *watch)
         wait_for(lambda: begun.poll() is not None or epochs_on_record(run) >= 4)
         assert begun.poll() is None, begun.communicate()[1]
         wait_for(lambda: kill_a_worker() is not None)
@@ -196,8 +198,6 @@ def test_prometheus_has_every_metric_and_an_answer_to_every_query_of_the_board(
 
 
 def test_prometheus_tells_what_the_records_tell(watched: tuple[Path, Prometheus, float]) -> None:
-    import pandas as pd
-
     run, prometheus, since = watched
     trials, epochs = (pd.read_parquet(run / f"{name}.parquet") for name in ("trials", "epochs"))
     assert max(prometheus.values("sum(ray_tune_kd_trials)", since)) == len(trials)
@@ -208,3 +208,30 @@ def test_prometheus_tells_what_the_records_tell(watched: tuple[Path, Prometheus,
     counted = max(prometheus.values("ray_tune_kd_epochs_total", since))
     assert 0.5 * len(epochs) <= counted <= len(epochs) + 20
     assert max(prometheus.values("ray_tune_kd_checkpoint_seconds_total", since)) > 0
+
+
+def test_a_run_is_a_job_with_its_trials_and_its_log_in_rays_dashboard(
+    ray_session: str, watched: tuple[Path, Prometheus, float], browser: Any
+) -> None:
+    run, _, _ = watched
+    page = Page(browser, ray_session)
+    browser.get(f"{ray_session}/#/jobs")
+    until(lambda: page.says("Authentication Token Required"))
+    assert not page.says("watched")  # nothing is shown without the token
+    page.sign_in(token())
+    until(lambda: page.says("watched", "SUCCEEDED"))
+    asked = urllib.request.Request(f"{ray_session}/api/jobs/", headers={"Authorization": f"Bearer {token()}"})
+    with urllib.request.urlopen(asked, timeout=10) as answer:
+        (job,) = (each for each in json.loads(answer.read()) if each["metadata"].get("job_name") == "watched")
+    assert job["metadata"] == {"job_name": "watched", "study": "ablation", "scale": "smoke"}
+
+    browser.get(f"{ray_session}/#/jobs/{job['job_id']}")
+    page.show_trials()
+    shown = set(re.findall(r"\S+ seed \d+", browser.find_element("tag name", "body").text))
+    rows = pd.read_parquet(run / "trials.parquet").to_dict("records")
+    assert shown and shown <= {f"{row['arm']} seed {row['seed']}" for row in rows}
+
+    browser.get(f"{ray_session}/#/logs")
+    page.press("//a[contains(., 'Node ID')]")
+    page.press("//a[contains(., 'tune_kd-watched.log')]")
+    until(lambda: page.says("completed: test accuracy"))

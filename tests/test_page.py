@@ -1,8 +1,6 @@
 """The page in a real browser: it asks nobody for anything, sorts, fits narrow and wide windows, and has words for
 every picture."""
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +9,10 @@ import pytest
 from tune_kd import report
 from tune_kd.tables import load
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not BROWSER or not DRIVER, reason="needs Debian's packages chromium and chromium-driver"
-)
-
 
 @pytest.fixture(scope="module")
 def page(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return report.write(tmp_path_factory.mktemp("report"), load(finished), ["html"])
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
-    profile = f"--user-data-dir={tmp_path_factory.mktemp('profile')}"
-    for argument in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", *quiet, profile):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
-    yield driver
-    driver.quit()
 
 
 def show(browser: Any, page: Path, width: int = 1440, scheme: str = "light") -> None:

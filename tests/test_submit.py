@@ -43,6 +43,7 @@ def head(folder: Path) -> Iterator[str]:
         for each in (process, *everything):  # asked to leave, it would take half a minute
             each.kill()
         process.wait(timeout=60)
+        Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)  # with which `auto` would find it
 
 
 def answers(url: str) -> bool:
