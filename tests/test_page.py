@@ -24,6 +24,7 @@ def show(browser: Any, page: Path, width: int = 1440, scheme: str = "light") -> 
 
 
 def test_nothing_is_said_on_the_console_and_nothing_is_asked_for(browser: Any, page: Path) -> None:
+    browser.get_log("browser")  # of pages before this one
     show(browser, page)
     assert browser.get_log("browser") == []
     asked = browser.execute_script("return performance.getEntriesByType('resource').map((each) => each.name)")
