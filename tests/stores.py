@@ -58,8 +58,9 @@ def store() -> Iterator[Store]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        made = urllib.request.Request(f"http://127.0.0.1:{found.port}/bucket", method="PUT")
-        urllib.request.urlopen(made, timeout=30).close()
+        for path, method in (("moto-api/reset", "POST"), ("bucket", "PUT")):  # all stores of a process are one
+            asked = urllib.request.Request(f"http://127.0.0.1:{found.port}/{path}", method=method)
+            urllib.request.urlopen(asked, timeout=30).close()
         found.asked.clear()
         yield found
     finally:

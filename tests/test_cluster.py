@@ -1,5 +1,6 @@
 """What a run does when parts of Ray are lost under it: a node, Ray itself; and who may read Ray's token."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pandas as pd
 import psutil
 import pytest
 
+from stores import KEYS, store
 from test_ray import STUDY, command, contiguous, epochs_on_record, same_records, wait_for
 from tune_kd.execute import connection
 from tune_kd.execute.driver import Driver
@@ -21,32 +23,46 @@ from tune_kd.records import LEDGER, TRIALS, Ledger
 from tune_kd.run import Run, create, reopen
 from tune_kd.study import Mistake
 
-# A cluster of a head without CPUs and two nodes. A line on its standard input removes one of them as if its power
-# had gone; the end of its input ends it.
+# A cluster of a head without CPUs and two nodes, each with a home of its own. A line on its standard input removes one
+# of them as if its power had gone; the end of its input ends it, and it tells how many bytes each node got from others.
 CLUSTER = """
-import sys
+import json, sys, time, urllib.request
+import ray
 from ray.cluster_utils import Cluster
 
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+options = {"num_cpus": 0, "include_dashboard": False, "_system_config": {"metrics_report_interval_ms": 1000}}
+cluster = Cluster(initialize_head=True, head_node_args=options)
+nodes = [cluster.add_node(num_cpus=1, env_vars={"XDG_DATA_HOME": f"{sys.argv[1]}/{number}"}) for number in range(2)]
 print(cluster.address, flush=True)
 for _ in sys.stdin:
     cluster.remove_node(nodes.pop(), allow_graceful=False)
+ray.init(cluster.address, log_to_driver=False)
+time.sleep(2.5)
+got = []
+for node in ray.nodes():
+    if node["Alive"] and node["Resources"].get("CPU"):
+        port = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        lines = urllib.request.urlopen(port, timeout=10).read().decode().splitlines()
+        got += [float(line.rsplit(" ", 1)[1]) for line in lines
+                if line.startswith("ray_object_manager_bytes") and 'Type="Received"' in line]
+print(json.dumps(got), flush=True)
+ray.shutdown()
 cluster.shutdown()
 """
 
 
 @contextmanager
-def cluster() -> Iterator[tuple[subprocess.Popen[str], str]]:
+def cluster(homes: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A cluster in a process of its own; gives the process and the address."""
     process = subprocess.Popen(
-        [sys.executable, "-c", CLUSTER], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", CLUSTER, str(homes)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdin is not None and process.stdout is not None
     try:
         yield process, process.stdout.readline().strip()
     finally:
-        process.communicate(timeout=60)
+        if process.poll() is None:
+            process.communicate(timeout=60)
 
 
 def raylets(of: int) -> list[psutil.Process]:
@@ -62,7 +78,7 @@ def test_a_lost_node_costs_nothing_but_time_and_leaves_nothing_behind(
     connection.guard_token()
     (tmp_path / "own.py").write_text(STUDY)
     run = tmp_path / "results" / "moved"
-    with cluster() as (nodes, address):
+    with cluster(tmp_path) as (nodes, address):
         begun = command(
             tmp_path, "run", "own.py", "--scale", "own", "--name", "moved", "--address", address,
             "--set", "recipe.epochs=12",
@@ -85,13 +101,57 @@ def test_a_lost_node_costs_nothing_but_time_and_leaves_nothing_behind(
     assert sorted(rows["attempts"])[-2:] == [1, 2]
     assert rows["error"].dropna().tolist() == ["attempt 1: its worker died"]
 
+    same_records(run, on_one_node(run, tmp_path))
+
+
+def on_one_node(run: Path, folder: Path) -> Path:
+    """The same study in this process; returns its run's folder."""
     planned = reopen(run)
-    here = Run("here", tmp_path / "here", planned.study, planned.data_digest, None, planned.settings)
+    here = Run("here", folder / "here", planned.study, planned.data_digest, None, planned.settings)
     create(here)
     place = Workplace(None, None, here.teachers / "apart", here.checkpoints)
     ledger = Ledger(here.folder / LEDGER)
     run_in_process(Driver(here.plan, "here", here.folder, ledger, place, cpus=1.0, gpus=0.0), place)
-    same_records(run, here.folder)
+    return here.folder
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["whole", "a node is lost"])
+def test_two_nodes_that_share_a_store_alone_give_the_tables_of_one_and_get_data_and_teachers_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    connection.guard_token()
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "driver"))
+    (tmp_path / "own.py").write_text(STUDY)
+    with store() as s3, cluster(tmp_path / "nodes") as (nodes, address):
+        run = tmp_path / "driver" / "tune_kd" / "s3" / f"bucket@127.0.0.1:{s3.port}" / "kd" / "moved"
+        begun = command(
+            tmp_path, "run", "own.py", "--scale", "own", "--name", "moved", "--address", address,
+            "--out", s3.url("kd"), "--set", f"recipe.epochs={12 if lost else 4}",
+        )  # fmt: skip
+        if lost:
+            wait_for(lambda: begun.poll() is not None or epochs_on_record(run) >= 20)
+            assert begun.poll() is None and nodes.stdin is not None, begun.communicate()[1]
+            nodes.stdin.write("remove\n")
+            nodes.stdin.flush()
+        _, errors = begun.communicate(timeout=250)
+        assert begun.returncode == 0, errors
+        told, _ = nodes.communicate(timeout=60)
+        trials = pd.read_parquet(run / "trials.parquet")
+        (teacher,) = trials.loc[trials["role"] == "teacher", "trial_id"]
+        fetched = s3.gets(f"{teacher}/weights.safetensors")
+    homes = [home for home in (tmp_path / "nodes").glob("*") if list(home.rglob("weights.safetensors"))]
+    assert len(homes) == 2  # where students learned from it: each in its own
+    assert fetched <= 2  # an object of more than a few pages comes in two requests; the other node trained it
+    images = sum(trials["dataset"] == "digits")
+    assert images > 8
+    size = 192 * (100 + 50 + 50)  # bytes of the images, each 3 x 8 x 8
+    for got in json.loads(told):
+        assert size < got < 2 * size, "the data came to this node once, whatever ran on it"
+    same_records(run, on_one_node(run, tmp_path))
+    contiguous(run)
 
 
 def test_a_run_whose_ray_died_ends_with_3_and_says_how_to_go_on(tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ import hashlib
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,6 +43,16 @@ class Split:
 
     images: Tensor  # uint8 [N, 3, H, W], raw pixels
     labels: Tensor  # int64 [N], positions in DataSet.classes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as arrays, which Ray keeps once a machine and shows to all its processes without a copy."""
+        return _split_of, (self.images.cpu().numpy(), self.labels.cpu().numpy())
+
+
+def _split_of(images: "np.ndarray[Any, Any]", labels: "np.ndarray[Any, Any]") -> Split:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that shared arrays cannot be written to: nobody does
+        return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,7 +36,13 @@ class Ended:
     failed: int  # trials that failed or were blocked
 
 
-def execute(run: "Run", console: Console, address: str | None, connected: Callable[[], None] = lambda: None) -> Ended:
+def execute(
+    run: "Run",
+    data: "DataSet",
+    console: Console,
+    address: str | None,
+    connected: Callable[[], None] = lambda: None,
+) -> Ended:
     """Connect to Ray and run the plan of a run that this process holds.
 
     `connected` is called when Ray is there and the shares fit into it.
@@ -112,7 +118,7 @@ def execute(run: "Run", console: Console, address: str | None, connected: Callab
 
         slots = connection.slots(cluster, run.settings["cpus_per_trial"], gpus)
         with on_ray.drained_by_signals(driver, SIGNALS, advice) as received:
-            on_ray.run_on_ray(driver, place, slots, beat)
+            on_ray.run_on_ray(driver, place, slots, beat, data=data)
             interrupted = received()
     return Ended(interrupted, sum(row["status"] in ("failed", "blocked") for row in driver.rows.values()))
 

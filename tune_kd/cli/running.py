@@ -101,7 +101,7 @@ def run(
     launch.fetch_weights(resolved)
     with _resumable(begun.folder, console):
         with runs.begun(begun):
-            ended = launch.execute(begun, console, address)
+            ended = launch.execute(begun, loaded, console, address)
         _conclude(begun, ended, console, as_json)
 
 
@@ -172,7 +172,7 @@ def resume(
         launch.fetch_weights(reopened.study)
         extension = (lambda: runs.record_extension(reopened)) if extend else (lambda: None)
         with _resumable(reopened.folder, console):
-            ended = launch.execute(reopened, console, address, extension)
+            ended = launch.execute(reopened, loaded, console, address, extension)
     with _resumable(reopened.folder, console):
         _conclude(reopened, ended, console, as_json)
 

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,6 +28,7 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from tune_kd import clock
+from tune_kd.data import DataSet
 from tune_kd.execute.connection import leave
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.metrics import Metrics
@@ -49,7 +51,8 @@ class TrialRunner(tune.Trainable):
         task: Task = config["task"]
         return PlacementGroupFactory([{"CPU": task.cpus, "GPU": task.gpus} if task.gpus else {"CPU": task.cpus}])
 
-    def setup(self, config: dict[str, Any]) -> None:
+    def setup(self, config: dict[str, Any], data: DataSet | None = None) -> None:
+        self._data = data
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._begin(config)
 
@@ -60,7 +63,8 @@ class TrialRunner(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._task: Task = config["task"]
-        self._epochs: Generator[Epoch] = config["work"](self._task, config["place"])
+        place = replace(config["place"], data=self._data)
+        self._epochs: Generator[Epoch] = config["work"](self._task, place)
         self._ended: asyncio.Event | None = None
 
     async def show(self, trial_id: str) -> None:
@@ -256,10 +260,18 @@ class _Bridge:
             self._metrics.retried(problem.reason)
 
 
-def run_on_ray(driver: Driver, place: Workplace, slots: int, beat: Callable[[], None], work: Work = work) -> None:
+def run_on_ray(
+    driver: Driver,
+    place: Workplace,
+    slots: int,
+    beat: Callable[[], None],
+    work: Work = work,
+    data: DataSet | None = None,
+) -> None:
     """Run a plan to its end on the connected Ray. `beat` is called about once a second, in this thread.
 
-    `slots` is how many trials fit at a time; `work` is what a worker does with a task. Raises what the records raise.
+    `slots` is how many trials fit at a time; `work` is what a worker does with a task; `data` go to each node once,
+    through Ray's object store. Raises what the records raise.
     """
     bridge = _Bridge(driver, place, beat, work)
     # All slots' actors are to start together. One by one, the next would still be starting when the first has ended
@@ -271,7 +283,7 @@ def run_on_ray(driver: Driver, place: Workplace, slots: int, beat: Callable[[], 
     try:
         with _quiet():
             Tuner(
-                TrialRunner,
+                tune.with_parameters(TrialRunner, data=data),
                 tune_config=TuneConfig(
                     num_samples=-1, search_alg=_Admission(bridge), scheduler=_Decisions(bridge), reuse_actors=True
                 ),

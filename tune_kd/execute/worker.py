@@ -14,8 +14,9 @@ from typing import Literal
 import torch
 from filelock import FileLock, Timeout
 
-from tune_kd import data, teachers
+from tune_kd import teachers
 from tune_kd.checkpoints import Checkpoints
+from tune_kd.data import DataSet, load_declared
 from tune_kd.memory import keep_freed_blocks
 from tune_kd.mirror import Mirror, local
 from tune_kd.storage import Damaged
@@ -37,6 +38,7 @@ class Workplace:
     checkpoints: Path
     checkpoint_every: float = 30.0  # seconds between the checkpoints of a trial
     url: str | None = None  # of the folder of all runs
+    data: DataSet | None = None  # where it came along; else each process loads it from `data_dir`
 
     @property
     def drain(self) -> Path:
@@ -123,7 +125,7 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, task.gpus))  # Ray's fractions alone bind nobody
     torch.set_num_threads(task.threads)
     keep_freed_blocks()
-    dataset = _dataset(trial.data, place.data_dir, place.cache)
+    dataset = place.data or _dataset(trial.data, place.data_dir, place.cache)
     if trial.data_digest != dataset.digest:
         raise RuntimeError(
             f"the data have the digest {dataset.digest[:16]}, the plan says {str(trial.data_digest)[:16]}: "
@@ -153,7 +155,7 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
 
 
 def _teach(
-    task: Task, place: Workplace, dataset: data.DataSet, device: torch.device, checkpoints: Checkpoints
+    task: Task, place: Workplace, dataset: DataSet, device: torch.device, checkpoints: Checkpoints
 ) -> Iterator[Epoch]:
     """Adopt a teacher that was published before, or train it and publish it before its last epoch is reported.
 
@@ -199,9 +201,9 @@ def _patiently(lock: FileLock, place: Workplace) -> Iterator[None]:
 
 
 @lru_cache(maxsize=1)
-def _dataset(spec: Data, folder: Path | None, cache: Path | None) -> data.DataSet:
+def _dataset(spec: Data, folder: Path | None, cache: Path | None) -> DataSet:
     """The data set, once a process."""
-    return data.load_declared(spec, folder, cache=cache, say=lambda _: None, progress=False)
+    return load_declared(spec, folder, cache=cache, say=lambda _: None, progress=False)
 
 
 # The last two teachers of a process, checked once: their networks and answers stay for the trials that follow.
