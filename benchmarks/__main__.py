@@ -38,6 +38,13 @@ def runs(count: int) -> Iterable[Result]:
     yield from runs.laptop_ablation(count)
 
 
+def large(count: int) -> Iterable[Result]:
+    """Plan, run, look at and report 10,000 empty trials."""
+    from benchmarks import runs
+
+    yield from runs.large_study(count)
+
+
 def report(count: int) -> Iterable[Result]:
     """Reading and reporting a study of a million epochs."""
     from benchmarks import tables
@@ -59,7 +66,7 @@ def gpu(count: int) -> Iterable[Result]:
 
 
 BENCHMARKS: dict[str, Callable[[int], Iterable[Result]]] = {
-    each.__name__: each for each in (step, answers, runs, report, gpu)
+    each.__name__: each for each in (step, answers, runs, large, report, gpu)
 }
 
 

@@ -1,16 +1,19 @@
 """Whole runs: what is lost between trials, and what records and checkpoints cost."""
 
 import io
+import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from rich.console import Console
@@ -25,6 +28,7 @@ from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace
 from tune_kd.plan import plan
 from tune_kd.records import TRIALS, Ledger
+from tune_kd.run import Run, create
 from tune_kd.study import Cell, Confirm, Data, Factor, Recipe, Screen, Study
 from tune_kd.tables import load
 from tune_kd.trial import Epoch, Outcome
@@ -100,6 +104,78 @@ def empty_trials(count: int) -> list[Result]:
             detail=f"{longer:.4f} s a trial",
         ),
     ]
+
+
+@dataclass(frozen=True)
+class Large:
+    """What a run of many empty trials cost, from its plan to its report."""
+
+    a_trial: float  # seconds, without the start of Ray's workers
+    memory: int  # bytes of its driver at most, with Ray's library in it
+    disk: int  # bytes of its folder
+    plan: float  # seconds
+    status: float  # seconds of the command
+    report: float  # seconds of the command
+    lines: int  # that `status` prints
+
+
+def large_run(trials: int) -> Large:
+    """In this process: plan and run on a terminal nobody looks at, then the commands on what is there."""
+    with tempfile.TemporaryDirectory() as name:
+        study = controls(trials, Cell(width=0.125), Recipe(epochs=1))
+        run = Run("large", Path(name) / "large", study, "0" * 64, None, {})
+        called = time.perf_counter()
+        planned = run.plan
+        plan_seconds = time.perf_counter() - called
+        create(run)
+        cluster = connection.connect(None)
+        try:
+            place = Workplace(None, None, run.teachers, run.checkpoints)
+            ledger = Ledger(run.folder / "ledger.sqlite")
+            with Path(os.devnull).open("w") as nowhere, View(_terminal(nowhere), run.name) as view:
+                called = time.time()
+                share = cluster.cpus / SLOTS
+                driver = Driver(planned, run.name, run.folder, ledger, place, cpus=share, gpus=0.0, say=view.say)
+                beat = lambda: view.show(list(driver.rows.values()), driver.decisions)  # noqa: E731
+                on_ray.run_on_ray(driver, place, SLOTS, beat, nothing)
+                ended = time.time()
+            began = min(row["started"] for row in ledger.rows(TRIALS))
+            ledger.close()
+        finally:
+            connection.disconnect(cluster)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        disk = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
+        seconds, told = [], ""
+        for command in ("status", "report"):
+            called = time.perf_counter()
+            words = [sys.executable, "-m", "tune_kd", command, str(run.folder)]
+            done = subprocess.run(words, check=True, capture_output=True, text=True)
+            seconds.append(time.perf_counter() - called)
+            told = told or done.stdout
+    return Large((ended - began) / trials, memory, disk, plan_seconds, *seconds, len(told.splitlines()))
+
+
+def _terminal(file: TextIO) -> Console:
+    return Console(file=file, force_terminal=True, width=120, height=50)
+
+
+def large_study(count: int, many: int = 10_000, few: int = 300) -> list[Result]:
+    """Empty trials, many and few, each in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as processes:
+        pairs = [(processes.submit(large_run, few).result(), processes.submit(large_run, many).result())
+                 for _ in range(count)]  # fmt: skip
+    large = [each for _, each in pairs]
+    return [
+        result(f"seconds a trial, {many:,} empty trials / {few}", [all_.a_trial / some.a_trial for some, all_ in pairs],
+               bar="<= 1.5", detail=f"{large[0].a_trial:.4f} s a trial, with a terminal"),
+        result(f"memory of the driver, {many:,} trials", [each.memory / 1e9 for each in large], unit="GB", bar="<= 2",
+               detail=f"{pairs[0][0].memory / 1e9:.2f} GB at {few}"),
+        result(f"size on disk, {many:,} trials", [each.disk / 1e6 for each in large], unit="MB"),
+        result(f"plan of {many:,} trials", [each.plan for each in large], unit="s"),
+        result(f"`status` of {many:,} trials", [each.status for each in large], unit="s",
+               detail=f"{large[0].lines} lines"),
+        result(f"`report` of {many:,} trials", [each.report for each in large], unit="s"),
+    ]  # fmt: skip
 
 
 def share_of_records(count: int, epochs: int = 20) -> Result:

@@ -27,7 +27,14 @@ from tune_kd.train import best_weights, train
 from tune_kd.trial import Answering
 from tune_kd.tuning import LogUniform, Range, Tuning, Uniform
 
-RAY = ("test_ray", "test_cluster", "test_monitoring", "test_submit", "test_faults")  # share a Ray, or start their own
+RAY = (
+    "test_ray",
+    "test_cluster",
+    "test_monitoring",
+    "test_submit",
+    "test_trackers",
+    "test_faults",
+)  # share a Ray, or start their own
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

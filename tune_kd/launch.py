@@ -49,7 +49,7 @@ def execute(
     """
     from tune_kd import preflight, rebuild, shares, teachers
     from tune_kd import run as runs
-    from tune_kd.execute import connection, on_ray
+    from tune_kd.execute import connection, on_ray, trackers
     from tune_kd.execute.driver import Driver
     from tune_kd.execute.worker import Workplace
     from tune_kd.records import TRIALS
@@ -72,6 +72,7 @@ def execute(
         gpus = shares.gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
         shares.check_cluster(run.settings["cpus_per_trial"], gpus, cluster.cpus, cluster.gpus)
         connection.check_nodes()
+        tracked = run.settings.get("track") or []
         connected()
         runs.tell_dashboard(run.folder, cluster.dashboard)
         _print_start(run, console, cluster)
@@ -95,6 +96,7 @@ def execute(
             keep_checkpoints=run.settings["keep_checkpoints"],
             say=view.say,
         )
+        shown = trackers.made(tracked, run.study.name, run.name, run.folder, view.say)
         told: list[str] = []
         busy_at = time.monotonic()
 
@@ -118,7 +120,7 @@ def execute(
 
         slots = connection.slots(cluster, run.settings["cpus_per_trial"], gpus)
         with on_ray.drained_by_signals(driver, SIGNALS, advice) as received:
-            on_ray.run_on_ray(driver, place, slots, beat, data=data)
+            on_ray.run_on_ray(driver, place, slots, beat, data=data, trackers=shown)
             interrupted = received()
     return Ended(interrupted, sum(row["status"] in ("failed", "blocked") for row in driver.rows.values()))
 
@@ -145,6 +147,14 @@ def load_data(study: Study, folder: Path | None, console: Console) -> "DataSet":
     from tune_kd.data import load_declared
 
     return load_declared(study.data, folder, say=lambda sentence: _say(console, sentence))
+
+
+def check_trackers(names: list[str] | None) -> None:
+    """Raise `Mistake` for trackers that this machine has not."""
+    if names:
+        from tune_kd.execute import trackers
+
+        trackers.check(names)
 
 
 def check_compiler(study: Study | None) -> None:

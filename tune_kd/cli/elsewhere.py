@@ -22,6 +22,7 @@ from tune_kd.cli.options import (
     Settings,
     StudyName,
     Terminal,
+    Track,
     collect,
 )
 from tune_kd.monitoring import is_url
@@ -49,6 +50,7 @@ def submit(
     cpus_per_trial: Cpus = 1.0,
     max_concurrent: MaxConcurrent = None,
     keep_checkpoints: Keep = False,
+    track: Track = None,
     install: Install = False,
     detach: Detach = False,
 ) -> None:
@@ -85,6 +87,7 @@ def submit(
             "--cpus-per-trial": cpus_per_trial,
             "--max-concurrent": max_concurrent,
             "--keep-checkpoints": keep_checkpoints,
+            "--track": track,
         }
     )
     metadata = {"job_name": name, "run": name, "study": path.stem, "scale": scale, "out": place}

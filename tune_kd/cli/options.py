@@ -75,6 +75,10 @@ Elsewhere = Annotated[
     str | None,
     typer.Option(help="URL of the dashboard of the cluster that it was submitted to.", show_default=False),
 ]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(help="Show the run in a tracker, too: tensorboard, mlflow or wandb. Repeatable.", show_default=False),
+]
 Keep = Annotated[bool, typer.Option("--keep-checkpoints", help="Keep the final checkpoint of each trial.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 

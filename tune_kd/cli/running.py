@@ -29,6 +29,7 @@ from tune_kd.cli.options import (
     Settings,
     StudyName,
     Terminal,
+    Track,
     check_address,
     collect,
     scale_of,
@@ -57,6 +58,7 @@ def run(
     max_concurrent: MaxConcurrent = None,
     address: Address = None,
     keep_checkpoints: Keep = False,
+    track: Track = None,
     as_json: AsJson = False,
 ) -> None:
     """Plan a study, train it with Ray Tune, record and report it."""
@@ -77,6 +79,7 @@ def run(
     collect(problems, lambda: launch.check_compiler(resolved))
     gpus = collect(problems, lambda: shares.parse_gpus(gpus_per_trial))
     collect(problems, lambda: shares.check(cpus_per_trial, gpus, max_concurrent, address))
+    collect(problems, lambda: launch.check_trackers(track))
     if problems:
         raise Mistake(*problems)
     assert resolved is not None and name is not None
@@ -95,6 +98,7 @@ def run(
             "cpus_per_trial": cpus_per_trial,
             "max_concurrent": max_concurrent,
             "keep_checkpoints": keep_checkpoints,
+            "track": track or [],
         },
         source=runs.Source(path, chosen, data, tuple(settings or ())),
     )
@@ -115,6 +119,7 @@ def resume(
     gpus_per_trial: Gpus = None,
     cpus_per_trial: CpusNow = None,
     max_concurrent: MaxConcurrent = None,
+    track: Track = None,
     address: Annotated[
         str | None,
         typer.Option(help="As of `run`; or, of a run that was submitted, its URL.", show_default=False),
@@ -133,7 +138,7 @@ def resume(
             "--gpus-per-trial": gpus_per_trial,
             "--json": as_json,
         }
-        flags |= {"--cpus-per-trial": cpus_per_trial, "--max-concurrent": max_concurrent}
+        flags |= {"--cpus-per-trial": cpus_per_trial, "--max-concurrent": max_concurrent, "--track": track}
         elsewhere("resume", run, address, {**flags, "--address": "auto"})
     check_address(address)
     console = Terminal(stderr=as_json)
@@ -143,7 +148,13 @@ def resume(
         problems.append("--set is given; allowed: with --extend only, since a run keeps the study that it began with")
     collect(problems, lambda: launch.check_compiler(reopened.study))
     asked = collect(problems, lambda: shares.parse_gpus(gpus_per_trial))
-    given = {"gpus_per_trial": asked, "cpus_per_trial": cpus_per_trial, "max_concurrent": max_concurrent}
+    collect(problems, lambda: launch.check_trackers(track))
+    given = {
+        "gpus_per_trial": asked,
+        "cpus_per_trial": cpus_per_trial,
+        "max_concurrent": max_concurrent,
+        "track": track,
+    }
     share = reopened.settings | {name: value for name, value in given.items() if value is not None}
     collect(
         problems,

@@ -267,11 +267,12 @@ def run_on_ray(
     beat: Callable[[], None],
     work: Work = work,
     data: DataSet | None = None,
+    trackers: Sequence[tune.Callback] = (),
 ) -> None:
     """Run a plan to its end on the connected Ray. `beat` is called about once a second, in this thread.
 
     `slots` is how many trials fit at a time; `work` is what a worker does with a task; `data` go to each node once,
-    through Ray's object store. Raises what the records raise.
+    through Ray's object store; `trackers` see every trial. Raises what the records raise.
     """
     bridge = _Bridge(driver, place, beat, work)
     # All slots' actors are to start together. One by one, the next would still be starting when the first has ended
@@ -292,7 +293,7 @@ def run_on_ray(
                     storage_path=str(scratch),
                     verbose=0,
                     stop=_Drain(bridge),
-                    callbacks=[_Events(bridge)],
+                    callbacks=[*trackers, _Events(bridge)],
                     failure_config=FailureConfig(max_failures=0, fail_fast=False),
                     checkpoint_config=CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
                 ),

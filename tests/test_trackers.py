@@ -1,0 +1,131 @@
+"""Trackers that people already use, fed by Ray's own callbacks and read with the trackers' own readers."""
+
+import math
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from ray.tune.logger import LoggerCallback
+
+from test_ray import driver, without_stops
+from tune_kd.execute import on_ray, trackers
+from tune_kd.execute.driver import Driver
+from tune_kd.study import Mistake, Study
+
+
+@pytest.fixture(scope="module")
+def tracked(ray_session: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Driver]:
+    """A run with TensorBoard and MLflow, and a tracker that fails at its third result."""
+    from conftest import tiny
+
+    folder = tmp_path_factory.mktemp("tracked") / "shown"
+    study = without_stops(tiny())
+    study = replace(study, factors=(replace(study.factors[0], levels=("cifar",)), *study.factors[1:]), moderator=None)
+    said: list[str] = []
+    made, place = driver(study, folder, gpus=0.0)
+    callbacks = trackers.made(["tensorboard", "mlflow"], "tiny", "shown", folder, said.append)
+    failing = trackers._Shown("brittle", Brittle(), folder, said.append)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of MLflow's own dependencies
+        on_ray.run_on_ray(made, place, slots=2, beat=lambda: None, trackers=[*callbacks, failing])
+    assert [each for each in said if each.startswith("warning: ")] == [
+        "warning: brittle does not take this run any more (the server is gone); the run goes on without it"
+    ]
+    return folder, made
+
+
+class Brittle(LoggerCallback):
+    left = 3
+
+    def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
+        self.left -= 1
+        if not self.left:
+            raise ConnectionError("the server is gone")
+        assert self.left > 0, "it was asked again"
+
+
+def on_record(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    trials = pd.read_parquet(folder / "trials.parquet").set_index("trial_id")
+    return trials, pd.read_parquet(folder / "epochs.parquet")
+
+
+def names(made: Driver) -> dict[str, str]:
+    """Trials by the name that trackers show."""
+    return {
+        f"{each.label} (screen)" if each.phase == "screen" else each.label: each.trial_id for each in made.plan.trials
+    }
+
+
+def test_tensorboard_shows_every_trial_under_its_name_with_what_is_on_record(tracked: tuple[Path, Driver]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, made = tracked
+    trials, epochs = on_record(folder)
+    home = folder / trackers.FOLDER
+    found = {str(path.parent.relative_to(home)): path.parent for path in home.rglob("events.out.tfevents*")}
+    assert found.keys() == names(made).keys()
+    for name, trial_id in names(made).items():
+        events = EventAccumulator(str(found[name]))
+        events.Reload()
+        theirs = epochs[epochs["trial_id"] == trial_id].sort_values("epoch")
+        for measure in ("val_accuracy", "train_loss"):
+            scalars = events.Scalars(f"ray/tune/{measure}")
+            assert [each.step for each in scalars] == list(theirs["epoch"])
+            assert [each.value for each in scalars] == pytest.approx(list(theirs[measure]), rel=1e-6)
+        (last,) = events.Scalars("ray/tune/test_accuracy_best")
+        assert last.value == pytest.approx(trials.loc[trial_id, "test_accuracy_best"], rel=1e-6)
+
+
+def test_mlflow_has_every_trial_with_its_settings_and_measures(tracked: tuple[Path, Driver]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mlflow.tracking import MlflowClient
+
+        folder, made = tracked
+        trials, epochs = on_record(folder)
+        client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+        (experiment,) = (each for each in client.search_experiments() if each.name == "shown")
+        runs = {each.info.run_name: each for each in client.search_runs([experiment.experiment_id])}
+        assert runs.keys() == names(made).keys()
+        for name, trial_id in names(made).items():
+            run, row = runs[name], trials.loc[trial_id]
+            assert run.info.status == "FINISHED" and run.data.tags["study"] == "tiny"
+            assert (run.data.params["arm"], run.data.params["seed"]) == (row["arm"], str(row["seed"]))
+            assert float(run.data.params["lr"]) == row["lr"]
+            assert ("temperature" in run.data.params) == (not pd.isna(row["temperature"]))
+            assert not any(word in run.data.params for word in ("task", "place", "work"))
+            assert run.data.metrics["test_accuracy_best"] == row["test_accuracy_best"]
+            history = client.get_metric_history(run.info.run_id, "val_accuracy")
+            theirs = epochs[epochs["trial_id"] == trial_id].sort_values("epoch")
+            assert [(each.step, each.value) for each in sorted(history, key=lambda each: each.step)] == list(
+                zip(theirs["epoch"], theirs["val_accuracy"], strict=True)
+            )
+
+
+def test_a_tracker_changes_nothing_on_record(tracked: tuple[Path, Driver]) -> None:
+    _, made = tracked
+    assert {row["status"] for row in made.rows.values()} == {"completed"}
+    assert all(math.isfinite(row["test_accuracy_best"]) for row in made.rows.values())
+
+
+def test_a_tracker_that_is_not_there_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    trackers.check(["tensorboard", "mlflow"])
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(Mistake) as refused:
+        trackers.check(["tensorbord", "wandb"])
+    assert refused.value.problems == (
+        "--track is tensorbord; allowed: tensorboard, mlflow, wandb",
+        "--track is wandb, whose package is not installed; `pip install 'tune_kd[wandb]'` does that",
+    )
+
+
+def test_an_attempt_that_is_made_again_is_shown_beside_the_first(study: Study, tmp_path: Path) -> None:
+    made, _ = driver(study, tmp_path)
+    task = made.next()
+    assert task is not None
+    first, second = (trackers.shown(replace(task, attempt=attempt), "x", tmp_path) for attempt in (1, 2))
+    assert second.name == f"{first.name} attempt 2" and second.local_path != first.local_path
+    made.conclude()

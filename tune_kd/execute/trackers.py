@@ -1,0 +1,151 @@
+"""Runs in trackers that people already use: Ray Tune's own callbacks, shown each trial as its users know it.
+
+A tracker is for looking. What ran is what the ledger says, so one that fails is told of and left, and the run goes on.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.logger import LoggerCallback
+
+from tune_kd.execute.worker import Task
+from tune_kd.study import Mistake
+from tune_kd.trial import Epoch
+
+PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}  # that Ray's callbacks import
+FOLDER = "tensorboard"  # in a run's folder, with a folder a trial
+
+
+def check(names: list[str]) -> None:
+    """Raise `Mistake` for trackers that there are not, or whose package is not installed."""
+    problems = []
+    for name in names:
+        if name not in PACKAGES:
+            problems.append(f"--track is {name}; allowed: {', '.join(PACKAGES)}")
+        elif find_spec(PACKAGES[name]) is None:
+            problems.append(
+                f"--track is {name}, whose package is not installed; `pip install 'tune_kd[{name}]'` does that"
+            )
+    if problems:
+        raise Mistake(*problems)
+
+
+def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[str], None]) -> list[tune.Callback]:
+    """Tune's callbacks for these trackers. TensorBoard's files and, where no server is named (`MLFLOW_TRACKING_URI`),
+    MLflow's go into the run's folder; Weights & Biases has its own settings."""
+
+    def tensorboard() -> LoggerCallback:
+        from ray.tune.logger import TBXLoggerCallback
+
+        return TBXLoggerCallback()  # type: ignore[no-untyped-call]
+
+    def mlflow() -> LoggerCallback:
+        from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+        place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute() / 'mlflow.db'}"
+        return MLflowLoggerCallback(tracking_uri=place, experiment_name=run, tags={"study": study})
+
+    def wandb() -> LoggerCallback:
+        from ray.air.integrations.wandb import WandbLoggerCallback
+
+        return WandbLoggerCallback(project=os.environ.get("WANDB_PROJECT") or f"tune_kd-{study}", group=run)
+
+    makers = {"tensorboard": tensorboard, "mlflow": mlflow, "wandb": wandb}
+    return [_Shown(name, makers[name](), folder, say) for name in dict.fromkeys(names)]
+
+
+@dataclass(eq=False)
+class Trial:
+    """A trial as trackers see it: with its readable name, its settings as plain values, and a folder of its own."""
+
+    trial_id: str
+    name: str
+    config: dict[str, Any]
+    local_path: str
+    experiment_dir_name: str
+    evaluated_params: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.evaluated_params = self.config
+
+    def __str__(self) -> str:
+        return self.name
+
+    def init_local_path(self) -> None:
+        Path(self.local_path).mkdir(parents=True, exist_ok=True)
+
+
+def shown(task: Task, tune_id: str, folder: Path) -> Trial:
+    """What a tracker is shown of one attempt at a trial."""
+    trial, cell = task.trial, {name: value for name, value in asdict(task.trial.cell).items() if value is not None}
+    settings = {"arm": trial.arm, "phase": trial.phase, "seed": trial.seed, "attempt": task.attempt, **cell}
+    recipe = {name: getattr(trial.recipe, name) for name in ("epochs", "batch_size", "lr", "weight_decay")}
+    again = f" attempt {task.attempt}" if task.attempt > 1 else ""
+    name = f"{trial.label}{f' ({trial.phase})' if trial.phase == 'screen' else ''}{again}"
+    return Trial(tune_id, name, {**settings, **recipe}, str(folder / FOLDER / name), folder.name)
+
+
+def numbers(epoch: Epoch) -> dict[str, float]:
+    """The measures of an epoch, and of the last one also those of its outcome."""
+    measures: Mapping[str, Any] = {**asdict(epoch), **(asdict(epoch.outcome) if epoch.outcome is not None else {})}
+    found = {name: float(value) for name, value in measures.items() if isinstance(value, int | float)}
+    return {**found, "training_iteration": epoch.epoch}
+
+
+class _Shown(tune.Callback):
+    """One of Ray's callbacks, behind which trials look as their users know them."""
+
+    def __init__(self, name: str, inner: LoggerCallback, folder: Path, say: Callable[[str], None]) -> None:
+        self._name = name
+        self._inner: LoggerCallback | None = inner
+        self._folder = folder
+        self._say = say
+        self._trials: dict[str, Trial] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune writes what it was given to a file of its own, which is never read."""
+        return {}
+
+    def _tell(self, what: Callable[[Any], None]) -> None:
+        if self._inner is None:
+            return
+        try:
+            what(self._inner)
+        except Exception as error:  # of a tracker, which is not the run's business
+            self._inner = None
+            why = " ".join(str(error).split())[:200]
+            self._say(f"warning: {self._name} does not take this run any more ({why}); the run goes on without it")
+
+    def setup(self, *arguments: Any, **info: Any) -> None:
+        self._tell(lambda inner: inner.setup(*arguments, **info))
+
+    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        this = self._trials[trial.trial_id] = shown(trial.config["task"], trial.trial_id, self._folder)
+        self._tell(lambda inner: inner.log_trial_start(this))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
+    ) -> None:
+        this = self._trials.get(trial.trial_id)
+        if this is not None and "epoch" in result:
+            self._tell(lambda inner: inner.log_trial_result(iteration, this, numbers(result["epoch"])))
+
+    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        self._end(trial, failed=False)
+
+    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        self._end(trial, failed=True)
+
+    def _end(self, trial: TuneTrial, failed: bool) -> None:
+        this = self._trials.pop(trial.trial_id, None)
+        if this is not None:
+            self._tell(lambda inner: inner.log_trial_end(this, failed=failed))
+
+    def on_experiment_end(self, trials: list[TuneTrial], **info: Any) -> None:
+        self._tell(lambda inner: inner.on_experiment_end(trials, **info))
