@@ -8,11 +8,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+from selenium.common.exceptions import StaleElementReferenceException
 
 from tune_kd.monitoring import token_file
 
@@ -26,7 +27,8 @@ RUN = "stem-study"
 def cluster(folder: Path) -> Iterator[None]:
     """A cluster of two CPUs with a study submitted to it."""
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
-    options = f"--head --block --num-cpus=2 --port=0 --dashboard-host=127.0.0.1 --dashboard-port={PORT}"
+    ports = f"--port=0 --dashboard-port={PORT} --dashboard-agent-listen-port={PORT + 1}"
+    options = f"--head --block --num-cpus=2 --dashboard-host=127.0.0.1 {ports}"
     head = psutil.Popen(
         [str(Path(sys.executable).with_name("ray")), "start", *options.split()],
         env=environment,
@@ -45,10 +47,12 @@ def cluster(folder: Path) -> Iterator[None]:
 
 def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError("it did not happen in time")
+    while time.monotonic() < end:
+        with suppress(StaleElementReferenceException):  # a page that renewed itself meanwhile
+            if condition():
+                return
         time.sleep(1.0)
+    raise TimeoutError("it did not happen in time")
 
 
 class Page:
@@ -69,7 +73,7 @@ class Page:
         text = self.browser.find_element("tag name", "body").text
         return all(each in text for each in words)
 
-    def press(self, what: str) -> None:
+    def press(self, what: str, seconds: float = 60) -> None:
         """Press what an XPath names, once it is there."""
 
         def pressed() -> bool:
@@ -77,14 +81,26 @@ class Page:
             click = "arguments[0].dispatchEvent(new MouseEvent('click', {bubbles: true}))"
             return bool(found) and self.browser.execute_script(click, found[0]) is None
 
-        until(pressed)
+        until(pressed, seconds)
 
     def show_trials(self) -> None:
-        """On the page of a job: its tasks by their names."""
-        self.press("(//*[contains(text(),'Ray Core Overview')]/following::*[name()='svg'][@height='1em'])[1]")
-        self.press("//td[contains(text(),'TrialRunner')]/*[name()='svg'][1]")
-        self.press("(//*[self::a or self::button][contains(., 'TrialRunner')]/preceding::*[name()='svg'][1])[1]")
-        until(lambda: bool(self.browser.find_elements("xpath", "//td[contains(., ' seed ')]")))
+        """On the page of a job: its tasks by their names. The page renews itself meanwhile, and may fold them again."""
+
+        def shown() -> bool:
+            self.refreshed()
+            with suppress(TimeoutError):
+                self.press(
+                    "(//*[contains(text(),'Ray Core Overview')]/following::*[name()='svg'][@height='1em'])[1]", 10
+                )
+                self.press("//td[contains(text(),'TrialRunner')]/*[name()='svg'][1]", 10)
+                self.press(
+                    "(//*[self::a or self::button][contains(., 'TrialRunner')]/preceding::*[name()='svg'][1])[1]", 10
+                )
+                until(lambda: bool(self.browser.find_elements("xpath", "//td[contains(., ' seed ')]")), 10)
+                return True
+            return False
+
+        until(shown, 150)
 
     def refreshed(self) -> bool:
         """The page anew: it reads a log once."""

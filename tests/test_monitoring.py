@@ -189,9 +189,10 @@ def test_prometheus_has_every_metric_and_an_answer_to_every_query_of_the_board(
     seen = {name for name in prometheus.ask("label/__name__/values") if name.startswith("ray_tune_kd")}
     assert seen == {each.exported for each in METRICS}
     for metric in METRICS:
-        series = prometheus.ask("series", **{"match[]": metric.exported, "start": since})
-        assert all(each["run"] == "watched" and set(metric.labels) <= set(each) for each in series)
-        unit = max(prometheus.values(metric.exported, since))
+        name = f'{metric.exported}{{run="watched"}}'
+        series = prometheus.ask("series", **{"match[]": name, "start": since})
+        assert series and all(set(metric.labels) <= set(each) for each in series)
+        unit = max(prometheus.values(name, since))
         assert unit <= 1 if metric.unit == "fraction" else unit >= 0
     empty = [query for query in queries("watched") if not prometheus.values(query, since)]
     assert empty == []
@@ -200,14 +201,14 @@ def test_prometheus_has_every_metric_and_an_answer_to_every_query_of_the_board(
 def test_prometheus_tells_what_the_records_tell(watched: tuple[Path, Prometheus, float]) -> None:
     run, prometheus, since = watched
     trials, epochs = (pd.read_parquet(run / f"{name}.parquet") for name in ("trials", "epochs"))
-    assert max(prometheus.values("sum(ray_tune_kd_trials)", since)) == len(trials)
+    assert max(prometheus.values('sum(ray_tune_kd_trials{run="watched"})', since)) == len(trials)
     lost = trials["error"].dropna().tolist()
     assert lost == ["attempt 1: its worker died"]
-    assert max(prometheus.values('ray_tune_kd_retries_total{reason="lost"}', since)) == 1
+    assert max(prometheus.values('ray_tune_kd_retries_total{run="watched", reason="lost"}', since)) == 1
     # What a worker reported again after its death is counted again; the last seconds are not told any more.
-    counted = max(prometheus.values("ray_tune_kd_epochs_total", since))
+    counted = max(prometheus.values('ray_tune_kd_epochs_total{run="watched"}', since))
     assert 0.5 * len(epochs) <= counted <= len(epochs) + 20
-    assert max(prometheus.values("ray_tune_kd_checkpoint_seconds_total", since)) > 0
+    assert max(prometheus.values('ray_tune_kd_checkpoint_seconds_total{run="watched"}', since)) > 0
 
 
 def test_a_run_is_a_job_with_its_trials_and_its_log_in_rays_dashboard(

@@ -29,7 +29,9 @@ def head(folder: Path) -> Iterator[str]:
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
                    "RAY_USAGE_STATS_ENABLED": "0"}  # fmt: skip
     ray = Path(sys.executable).with_name("ray")
-    options = f"--head --block --num-cpus=2 --port=0 --dashboard-host=127.0.0.1 --dashboard-port={port}"
+    # The agent takes jobs; that of another Ray on this machine may have its usual port.
+    ports = f"--port=0 --dashboard-port={port} --dashboard-agent-listen-port={free_port()}"
+    options = f"--head --block --num-cpus=2 --dashboard-host=127.0.0.1 {ports}"
     with (folder / "head.txt").open("w") as log:
         process = subprocess.Popen([str(ray), "start", *options.split()], env=environment, cwd=folder,
                                    stdout=log, stderr=log)  # fmt: skip

@@ -42,7 +42,8 @@ def checkpoint_every(seconds: float) -> None:
     """No command sets it, and the trials of these runs would end before they are 30 s old."""
     from tune_kd.execute.worker import Workplace
 
-    Workplace.__init__.__defaults__ = (seconds,)
+    _, *others = Workplace.__init__.__defaults__ or ()
+    Workplace.__init__.__defaults__ = (seconds, *others)
 
 
 def main(
