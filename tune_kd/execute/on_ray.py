@@ -51,8 +51,8 @@ class TrialRunner(tune.Trainable):
         task: Task = config["task"]
         return PlacementGroupFactory([{"CPU": task.cpus, "GPU": task.gpus} if task.gpus else {"CPU": task.cpus}])
 
-    def setup(self, config: dict[str, Any], data: DataSet | None = None) -> None:
-        self._data = data
+    def setup(self, config: dict[str, Any]) -> None:
+        self._data: DataSet | None = None
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._begin(config)
 
@@ -63,8 +63,10 @@ class TrialRunner(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._task: Task = config["task"]
-        place = replace(config["place"], data=self._data)
-        self._epochs: Generator[Epoch] = config["work"](self._task, place)
+        self._place: Workplace = config["place"]
+        self._shared: ray.ObjectRef[DataSet] | None = config["data"]
+        self._work: Work = config["work"]
+        self._epochs: Generator[Epoch] | None = None
         self._ended: asyncio.Event | None = None
 
     async def show(self, trial_id: str) -> None:
@@ -81,7 +83,11 @@ class TrialRunner(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         before = clock.spent["checkpoint"]
+        if self._shared is not None and self._data is None:
+            self._data = ray.get(self._shared)
         try:
+            if self._epochs is None:
+                self._epochs = self._work(self._task, replace(self._place, data=self._data))
             epoch = next(self._epochs)
         except Exception as error:  # data for the driver, which decides whether to try again
             return {"failure": failure(error)}
@@ -190,8 +196,11 @@ class _Events(tune.Callback):
 class _Bridge:
     """Between Tune's names of trials and the driver's."""
 
-    def __init__(self, driver: Driver, place: Workplace, beat: Callable[[], None], work: Work) -> None:
+    def __init__(
+        self, driver: Driver, place: Workplace, beat: Callable[[], None], work: Work, data: DataSet | None
+    ) -> None:
         self._driver = driver
+        self._data = None if data is None else ray.put(data)
         self._place = place
         self._work = work
         self._beat = beat
@@ -229,7 +238,7 @@ class _Bridge:
             # A trial that runs may fail and be tried again, so nothing is finished before all have ended.
             return Searcher.FINISHED if self._driver.finished and len(self._over) == len(self._tasks) else None
         self._tasks[tune_id] = task
-        return {"task": task, "place": self._place, "work": self._work}
+        return {"task": task, "place": self._place, "work": self._work, "data": self._data}
 
     def started(self, tune_id: str) -> None:
         with self._recording():
@@ -274,7 +283,7 @@ def run_on_ray(
     `slots` is how many trials fit at a time; `work` is what a worker does with a task; `data` go to each node once,
     through Ray's object store; `trackers` see every trial. Raises what the records raise.
     """
-    bridge = _Bridge(driver, place, beat, work)
+    bridge = _Bridge(driver, place, beat, work, data)
     # All slots' actors are to start together. One by one, the next would still be starting when the first has ended
     # its short trial, and Tune would give up the new actor for the free one, again and again.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
@@ -284,7 +293,7 @@ def run_on_ray(
     try:
         with _quiet():
             Tuner(
-                tune.with_parameters(TrialRunner, data=data),
+                TrialRunner,
                 tune_config=TuneConfig(
                     num_samples=-1, search_alg=_Admission(bridge), scheduler=_Decisions(bridge), reuse_actors=True
                 ),
