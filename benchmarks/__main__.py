@@ -45,6 +45,13 @@ def large(count: int) -> Iterable[Result]:
     yield from runs.large_study(count)
 
 
+def watching(count: int) -> Iterable[Result]:
+    """The laptop ablation with metrics and trackers, and without."""
+    from benchmarks import runs
+
+    yield from runs.watching(count)
+
+
 def report(count: int) -> Iterable[Result]:
     """Reading and reporting a study of a million epochs."""
     from benchmarks import tables
@@ -66,7 +73,7 @@ def gpu(count: int) -> Iterable[Result]:
 
 
 BENCHMARKS: dict[str, Callable[[int], Iterable[Result]]] = {
-    each.__name__: each for each in (step, answers, runs, large, report, gpu)
+    each.__name__: each for each in (step, answers, runs, large, watching, report, gpu)
 }
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -244,16 +244,19 @@ class LaptopRun:
     computed: int  # views that teachers were asked for
     distinct: int  # views that stand in their tables
     accuracies: str
+    watching: float  # seconds of the driver's in metrics and trackers, where they were measured
 
 
-def laptop_run() -> LaptopRun:
+def laptop_run(python: Sequence[str] = ("-m", "tune_kd"), *options: str) -> LaptopRun:
     """Run it as a user does, in a folder of its own."""
     with tempfile.TemporaryDirectory() as name:
-        command = [sys.executable, "-m", "tune_kd", "run", "ablation", "--scale", "laptop", "--name", "run"]
+        command = [sys.executable, *python, "run", "ablation", "--scale", "laptop", "--name", "run", *options]
         started = time.time()
         subprocess.run([*command, "--out", name], check=True, stdout=subprocess.DEVNULL)
         minutes = (time.time() - started) / 60
         records = load(Path(name, "run"))
+        spent = Path(name, "spent")
+        watching = float(spent.read_text()) if spent.is_file() else 0.0
         distinct = sum(_answered(table) for table in Path(name, "teachers").glob("*/answers/*/views-*"))
     trials = records.trials[records.trials.epochs_run > 0]
     first, last = trials.started.min(), (trials.started + trials.wall_seconds).max()
@@ -267,6 +270,7 @@ def laptop_run() -> LaptopRun:
         trials=len(trials),
         computed=int(records.epochs.views_answered.sum()),
         distinct=distinct,
+        watching=watching,
         accuracies=", ".join(f"{stem} {100 * teachers[stem]:.2f} / {100 * means[stem]:.2f} %" for stem in means.index),
     )
 
@@ -283,6 +287,41 @@ def laptop_ablation(count: int) -> list[Result]:
                "imports, data, Ray and its workers"),
         result("run ablation --scale laptop, all in all", [each.minutes for each in runs], unit="min", bar="<= 4",
                detail=f"{one.trials} trials; test accuracy of teacher / control: {one.accuracies}"),
+    ]  # fmt: skip
+
+
+UNWATCHED = """
+from tune_kd.cli import main
+from tune_kd.execute.metrics import Metrics
+
+Metrics.renew = Metrics.reported = Metrics.retried = lambda *_: None
+main()
+"""
+WATCHED = """
+import atexit, sys, time
+from benchmarks.runs import clocked
+from tune_kd.cli import main
+from tune_kd.execute import trackers
+from tune_kd.execute.metrics import Metrics
+
+what = [(Metrics, "renew"), (Metrics, "reported"), (Metrics, "retried"), (trackers._Shown, "_tell")]
+with clocked(*what) as spent:
+    try:
+        main()
+    finally:
+        open(sys.argv[sys.argv.index("--out") + 1] + "/spent", "w").write(str(sum(spent)))
+"""
+
+
+def watching(count: int) -> list[Result]:
+    """The laptop ablation with metrics, TensorBoard and MLflow against the same without, in turn."""
+    pairs = [(laptop_run(("-c", WATCHED), "--track", "tensorboard", "--track", "mlflow"), laptop_run(("-c", UNWATCHED)))
+             for _ in range(count)]  # fmt: skip
+    return [
+        result("span with metrics and trackers / without, laptop ablation", [one.span / no.span for one, no in pairs],
+               detail="from the first trial's start to the last one's end"),
+        result("driver's time in metrics and trackers / span", [one.watching / one.span for one, _ in pairs],
+               bar="<= 0.01", detail=f"{pairs[0][0].watching:.2f} of {pairs[0][0].span:.0f} s"),
     ]  # fmt: skip
 
 

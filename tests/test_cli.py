@@ -212,7 +212,7 @@ def test_a_run_is_held_while_its_extension_is_recorded(
     monkeypatch.setattr(
         "tune_kd.execute.connection.connect", lambda *_: SimpleNamespace(cpus=2.0, gpus=0.0, ours=False, parts=())
     )
-    monkeypatch.setattr("tune_kd.execute.connection.check_nodes", lambda: None)
+    monkeypatch.setattr("tune_kd.execute.connection.check_nodes", lambda _: None)
     monkeypatch.setattr("tune_kd.shares.check_cluster", lambda *_: None)
     monkeypatch.setattr("tune_kd.shares.gpu_share", lambda *_: 0.0)
     monkeypatch.setattr(runs, "record_extension", recorded)
@@ -282,6 +282,10 @@ def test_status_prints_what_a_trial_said_as_it_said_it_to_whoever_still_reads(
     assert call(monkeypatch, "status", "[laptop]") == 0
     shown = capsys.readouterr().out
     assert shown.count(f" failed: {said}") == 2
+    monkeypatch.setattr("tune_kd.view.SHOWN", 1)  # of thousands, some and their number
+    assert call(monkeypatch, "status", "[laptop]") == 0
+    few = capsys.readouterr().out
+    assert few.count(f" failed: {said}") == 1 and "and 1 more; `--json` names all of them" in few
     assert "go on with: python -m tune_kd resume results/[laptop]\n" in shown
     for form in ([], ["--json"]):
         command = [sys.executable, "-m", "tune_kd", "status", "[laptop]", *form]

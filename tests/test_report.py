@@ -182,3 +182,25 @@ def test_time_left_is_at_the_pace_of_comparable_trials_over_the_slots_in_use() -
     running = base | {"status": "running", "epochs_run": 2, "train_seconds": 4.0}
     assert time_left([done, waiting, running, running]) == pytest.approx((4 + 2 + 2) * 2 / 2)
     assert time_left([waiting]) is None
+
+
+@pytest.mark.parametrize(("took", "pictures"), [(0.001, 19), (0.1, 2)])
+def test_a_picture_that_takes_long_is_renewed_less_often(
+    monkeypatch: pytest.MonkeyPatch, took: float, pictures: int
+) -> None:
+    """Of ten seconds: twice a second, or after fifty times what it took."""
+    now, drawn = 0.0, 0
+
+    def picture(*_: object) -> str:
+        nonlocal now, drawn
+        drawn += 1
+        now += took
+        return ""
+
+    monkeypatch.setattr(view.time, "monotonic", lambda: now)
+    monkeypatch.setattr(view, "progress", picture)
+    live = view.View(Console(file=io.StringIO(), force_terminal=True), "r")
+    while now < 9.99:
+        now += 0.01
+        live.show([], [])
+    assert drawn == pictures

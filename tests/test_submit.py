@@ -175,23 +175,27 @@ cluster.shutdown()
 """
 
 
-def test_a_node_with_another_version_is_refused_with_both_named(
+def test_a_node_with_another_version_or_without_the_folder_is_refused_with_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     other = tmp_path / "other" / "torch-1.13.1.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.13.1\n")
+    (other.parent / "sitecustomize.py").write_text(  # its results folder is not mounted
+        "import os\nisdir = os.path.isdir\nos.path.isdir = lambda path: 'results' not in str(path) and isdir(path)\n"
+    )
     nodes = subprocess.Popen(
         [sys.executable, "-c", NODES, str(other.parent)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert nodes.stdin is not None and nodes.stdout is not None
     try:
         address = nodes.stdout.readline().strip()
-        code, answer, errors = ended(command(tmp_path, "run", "ablation", *CALM, "--address", address))
+        code, answer, errors = ended(command(tmp_path, "run", "ablation", *CALM, "--name", "far", "--address", address))
     finally:
         nodes.communicate(timeout=60)
     assert (code, answer) == (2, "ablation at scale smoke\n"), errors
     assert "has torch 1.13.1, and the driver " in errors and "allowed: the same on all nodes" in errors
-    assert errors.count("tune_kd: ") == 1
+    assert f" does not see {tmp_path / 'results' / 'far'}; allowed: a folder on storage that all nodes" in errors
+    assert errors.count("tune_kd: ") == 2
     assert not list(tmp_path.glob("results/*"))

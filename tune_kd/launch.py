@@ -71,7 +71,7 @@ def execute(
         around.callback(connection.disconnect, cluster)
         gpus = shares.gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
         shares.check_cluster(run.settings["cpus_per_trial"], gpus, cluster.cpus, cluster.gpus)
-        connection.check_nodes()
+        connection.check_nodes(run.folder if Mirror.of(run.folder).url is None else None)
         tracked = run.settings.get("track") or []
         connected()
         runs.tell_dashboard(run.folder, cluster.dashboard)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PHASES = ("teacher", "screen", "confirm")
 SHOWN = 20  # running trials that are shown one by one
 LAST = 5  # comparisons of early stopping that are shown one by one
+WORTH = 50.0  # times what a picture takes have to pass before the next one
 PLAIN_EVERY = 30.0  # seconds between lines of progress where there is no terminal
 
 
@@ -51,6 +52,7 @@ class View:
         self._log = log
         self._run = run
         self._began = self._shown = time.monotonic()
+        self._took = 0.0  # seconds that the last picture took
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> "View":
@@ -71,11 +73,12 @@ class View:
                 log.write(f"{line}\n")
 
     def show(self, rows: Sequence[Row], decisions: Sequence[Decision]) -> None:
-        """Renew the picture; at most twice a second."""
+        """Renew the picture; at most twice a second, and less often where many trials make it take long."""
         now = time.monotonic()
-        if self._live is not None and now - self._shown >= 0.5:
+        if self._live is not None and now - self._shown >= max(0.5, WORTH * self._took):
             self._live.update(progress(self._run, rows, decisions, now - self._began), refresh=True)
-            self._shown = now
+            self._shown = time.monotonic()
+            self._took = self._shown - now
         elif self._live is None and now - self._shown >= PLAIN_EVERY:
             counts = Counter(row["status"] for row in rows)
             ended = sum(counts[status] for status in ("completed", "stopped", "failed", "blocked"))

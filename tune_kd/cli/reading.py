@@ -36,7 +36,7 @@ def status(
     from tune_kd.growth import with_those_to_come
     from tune_kd.records import DECISIONS, LEDGER, TRIALS, reading
     from tune_kd.trial import Decision
-    from tune_kd.view import PHASES, progress
+    from tune_kd.view import PHASES, SHOWN, progress
 
     if run is None:
         found = runs.existing(out)
@@ -68,9 +68,11 @@ def status(
         console.print(f"run by process {holder['pid']} on {holder['host']} since {holder['since']}", soft_wrap=True)
     elif any(row["status"] in ("pending", "running") for row in rows):
         console.print(f"nobody runs it; go on with: python -m tune_kd resume {folder}", soft_wrap=True)
-    for row in rows:
-        if row["status"] in ("failed", "blocked"):
-            console.print(f"{row['arm']} seed {row['seed']} {row['status']}: {row['error']}", soft_wrap=True)
+    failed = [row for row in rows if row["status"] in ("failed", "blocked")]
+    for row in failed[:SHOWN]:
+        console.print(f"{row['arm']} seed {row['seed']} {row['status']}: {row['error']}", soft_wrap=True)
+    if len(failed) > SHOWN:
+        console.print(f"and {len(failed) - SHOWN} more; `--json` names all of them")
 
 
 def _verify(folder: Path, as_json: bool) -> NoReturn:

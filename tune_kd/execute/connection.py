@@ -93,11 +93,14 @@ def _parts() -> tuple[Part, ...]:
 ALIKE = ("python", "ray", "tune_kd", "torch", "torchvision", "numpy")  # what results, or Ray itself, depend on
 
 
-def check_nodes(patience: float = 120.0) -> None:
-    """Raise `Mistake` where another node of the connected Ray has other versions than this process, or none."""
+def check_nodes(folder: Path | None, patience: float = 120.0) -> None:
+    """Raise `Mistake` where another node of the connected Ray has other versions than this process, or none, or does
+    not see the folder that all share; null where they share a store."""
     names = tuple(name for name in ALIKE if name != "python")
+    shared = None if folder is None else str(folder.absolute())
 
     def versions() -> dict[str, str]:  # local, so that it is sent as it is: the other node may lack this package
+        import os
         import platform
         from importlib.metadata import PackageNotFoundError, version
 
@@ -107,6 +110,8 @@ def check_nodes(patience: float = 120.0) -> None:
                 found[name] = version(name)
             except PackageNotFoundError:
                 found[name] = "missing"
+        if shared is not None and not os.path.isdir(shared):
+            found["lacks"] = shared
         return found
 
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
@@ -125,7 +130,13 @@ def check_nodes(patience: float = 120.0) -> None:
         for each in silent
     ]
     for each in answered:
-        for name, there in ray.get(each).items():
+        found = ray.get(each)
+        if found.pop("lacks", None) is not None:
+            problems.append(
+                f"--out: the node {asked[each]} does not see {shared}; allowed: a folder on storage that all nodes "
+                "have mounted there, or s3://BUCKET/PATH"
+            )
+        for name, there in found.items():
             if there != own[name]:
                 problems.append(f"--address: the node {asked[each]} has {name} {there}, and the driver {own[name]}; "
                                 "allowed: the same on all nodes, since results depend on it")  # fmt: skip
