@@ -37,6 +37,7 @@ RAY = (
 )  # share a Ray, or start their own
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes (`-n 2 --dist loadgroup`), tests of a file stay together, and those of Ray in one."""
     for item in items:
