@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 from trials import CPU, as_teacher, trial
 from tune_kd import data
@@ -37,12 +38,16 @@ RAY = (
 )  # share a Ray, or start their own
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes (`-n 2 --dist loadgroup`), tests of a file stay together, and those of Ray in one."""
-    for item in items:
-        file = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("ray" if file in RAY else file))
+class InTwo(LoadFileScheduling):
+    """With several processes (`-n 2 --dist loadfile`), tests of a file stay together, and those of Ray in one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = Path(super()._split_scope(nodeid)).stem
+        return "ray" if file in RAY else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> InTwo:
+    return InTwo(config, log)
 
 
 settings.register_profile("untimed", deadline=None)  # how long an example takes says how busy a machine is
