@@ -1,5 +1,6 @@
 """The studies that come with the project, and the examples of docs/search-spaces.md, as `plan` sees them."""
 
+import os
 import re
 from pathlib import Path
 
@@ -106,3 +107,15 @@ def test_tpe_comes_near_a_known_optimum_where_chance_does_not() -> None:
     near = samplers.BEST * (1 - samplers.NEAR)
     assert sum(samplers.reached("tpe", seed) >= near for seed in range(100)) >= 90
     assert sum(samplers.reached("random", seed) >= near for seed in range(20)) < 18
+
+
+def test_a_file_that_was_edited_within_its_second_is_read_as_it_is_now(tmp_path: Path) -> None:
+    """Python compares a compiled file's age and size with its source's, the age in whole seconds."""
+    file = tmp_path / "mine.py"
+    for epochs in ("3", "5"):
+        file.write_text(
+            "from dataclasses import replace\nfrom search_spaces.ablation import smoke as base\n"
+            f"def smoke():\n    return replace(base(), recipe=replace(base().recipe, epochs={epochs}))\n"
+        )
+        os.utime(file, (1_700_000_000, 1_700_000_000))
+        assert studies.resolve(file, "smoke").recipe.epochs == int(epochs)
