@@ -109,13 +109,16 @@ def test_tpe_comes_near_a_known_optimum_where_chance_does_not() -> None:
     assert sum(samplers.reached("random", seed) >= near for seed in range(20)) < 18
 
 
-def test_a_file_that_was_edited_within_its_second_is_read_as_it_is_now(tmp_path: Path) -> None:
+def test_a_file_that_was_edited_within_its_second_is_read_as_it_is_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Python compares a compiled file's age and size with its source's, the age in whole seconds."""
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
     file = tmp_path / "mine.py"
     for epochs in ("3", "5"):
         file.write_text(
             "from dataclasses import replace\nfrom search_spaces.ablation import smoke as base\n"
-            f"def smoke():\n    return replace(base(), recipe=replace(base().recipe, epochs={epochs}))\n"
+            f"def study():\n    return replace(base(), recipe=replace(base().recipe, epochs={epochs}))\n"
         )
         os.utime(file, (1_700_000_000, 1_700_000_000))
         assert studies.resolve(file, "smoke").recipe.epochs == int(epochs)
