@@ -12,6 +12,8 @@ from typing import Any
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
+from conftest import free_port
+
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
@@ -67,3 +69,18 @@ def store() -> Iterator[Store]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def google() -> Iterator[str]:
+    """A store as Google's, with a bucket named `bucket`; gives the URL of a folder in it."""
+    from gcp_storage_emulator.server import create_server
+
+    port = free_port()
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    try:
+        yield f"gs://anonymous@bucket/kd?scheme=http&endpoint_override=127.0.0.1:{port}"
+    finally:
+        server.stop()

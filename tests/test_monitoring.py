@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import time
 import urllib.parse
@@ -20,6 +19,7 @@ import ray
 import yaml
 
 from docs.dashboard import Page, until
+from conftest import free_port
 from test_ray import command, epochs_on_record, kill_a_worker, token, wait_for
 from tune_kd import monitoring
 from tune_kd.execute.metrics import METRICS, samples
@@ -112,12 +112,6 @@ def queries(run: str) -> list[str]:
         for panel in BOARD["panels"]
         for target in panel["targets"]
     ]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 class Prometheus:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from stores import KEYS, Store, store
+from stores import KEYS, Store, google, store
 from test_ray import contiguous, same_records, without_stops
 from tune_kd import data, mirror, rebuild, run, sharing
 from tune_kd.cli import main
@@ -187,6 +187,25 @@ def test_a_driver_whose_disk_is_lost_is_followed_by_one_elsewhere(
     assert verify(back) == []
 
 
+def test_a_run_in_googles_store_goes_on_elsewhere(
+    calm: Study, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere(monkeypatch, tmp_path, "home")
+    with google() as url:
+        begun = begin(calm, url)
+        with pytest.raises(PowerCut):
+            go_on(begun, cut_after(4))
+        elsewhere(monkeypatch, tmp_path, "second")
+        again = run.reopen(run.find(mirror.local(url), "kept"))
+        assert again.folder != begun.folder
+        go_on(again)
+        same_records(again.folder, undisturbed)
+        elsewhere(monkeypatch, tmp_path, "third")
+        there = run.find(mirror.local(url), "kept")
+        same_records(there, undisturbed)
+        assert verify(there) == [] and Mirror.of(there).names(there / "checkpoints") == []
+
+
 def test_a_store_that_is_gone_ends_the_run_whole_and_gets_the_rest_later(
     s3: Store, calm: Study, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +290,7 @@ def test_a_trial_leaves_when_the_driver_says_so_through_the_store(
         ("s3:///kd", ["--out is s3:///kd", "allowed"]),
         ("s3://key:hush@bucket/kd", ["with a secret in it", "AWS_ACCESS_KEY_ID"]),
         ("s3://bucket/kd?secret_key=hush", ["with a secret in it"]),
+        ("gs://hush@bucket/kd", ["with a secret in it"]),
         ("s3://bucket/kd?nonsense=1", ["--out is s3://bucket/kd?nonsense=1", "nonsense"]),
     ],
 )
@@ -313,7 +333,8 @@ def test_a_run_in_a_store_is_a_command_like_any_other(s3: Store, tmp_path: Path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    told = tune_kd("home", "run", "ablation", "--scale", "smoke", "--name", "far")
+    trackers = ("--track", "tensorboard", "--track", "mlflow")
+    told = tune_kd("home", "run", "ablation", "--scale", "smoke", "--name", "far", *trackers)
     assert "records in s3://bucket/kd/far?" in told and "also at s3://bucket/kd/far/report/report.html?" in told
     assert "far" in tune_kd("other", "list")
     assert "is whole, from its plan to its teachers' answers" in tune_kd("other", "status", "far", "--verify")
@@ -321,7 +342,7 @@ def test_a_run_in_a_store_is_a_command_like_any_other(s3: Store, tmp_path: Path)
     here, there = (tmp_path / home / "tune_kd" / "s3" / f"bucket@127.0.0.1:{s3.port}" / "kd" / "far"
                    for home in ("home", "other"))  # fmt: skip
     assert (here / "trials.parquet").read_bytes() == (there / "trials.parquet").read_bytes()
-    assert sharing.STUDY in Mirror.of(here).names(here)
+    assert {sharing.STUDY, "tensorboard", "mlflow.db"} <= set(Mirror.of(here).names(here))
     with reading(there / "ledger.sqlite") as ledger, reading(here / "ledger.sqlite") as original:
         assert ledger.rows(EPOCHS) == original.rows(EPOCHS)
 

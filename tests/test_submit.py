@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from test_monitoring import free_port
+from conftest import free_port
 from test_ray import STUDY, command, contiguous, epochs_on_record, token, wait_for
 from tune_kd.execute.jobs import dependencies
 from tune_kd.records import TRIALS, Ledger

@@ -47,7 +47,7 @@ def execute(
 
     `connected` is called when Ray is there and the shares fit into it.
     """
-    from tune_kd import preflight, rebuild, shares, teachers
+    from tune_kd import preflight, rebuild, shares, sharing, teachers
     from tune_kd import run as runs
     from tune_kd.execute import connection, on_ray, trackers
     from tune_kd.execute.driver import Driver
@@ -96,6 +96,8 @@ def execute(
             keep_checkpoints=run.settings["keep_checkpoints"],
             say=view.say,
         )
+        if "mlflow" in tracked and not (run.folder / trackers.DATABASE).exists():
+            Mirror.of(run.folder).fetch(run.folder / trackers.DATABASE)
         shown = trackers.made(tracked, run.study.name, run.name, run.folder, view.say)
         told: list[str] = []
         busy_at = time.monotonic()
@@ -122,6 +124,11 @@ def execute(
         with on_ray.drained_by_signals(driver, SIGNALS, advice) as received:
             on_ray.run_on_ray(driver, place, slots, beat, data=data, trackers=shown)
             interrupted = received()
+        if tracked:
+            try:
+                sharing.send(run.folder, trackers.FOLDER, trackers.DATABASE)
+            except OSError as error:
+                view.say(f"warning: the store does not take what trackers wrote ({error}); it is in {run.folder}")
     return Ended(interrupted, sum(row["status"] in ("failed", "blocked") for row in driver.rows.values()))
 
 

@@ -19,6 +19,7 @@ from tune_kd.study import Mistake
 
 SCHEMES = ("s3", "gs")
 MARK = ".mirror.json"  # in a folder that stands for one in a store: its URL
+PATIENCE = 15  # seconds that one request may take with all its repetitions
 READS = 5  # of an object, until it did not change meanwhile
 
 
@@ -133,7 +134,8 @@ def local(place: str) -> Path:
     if parts.scheme not in SCHEMES or not parts.netloc:
         urls = " or ".join(f"{each}://BUCKET/PATH" for each in SCHEMES)
         raise Mistake(f"--out is {base}; allowed: a folder, or {urls}")
-    if "@" in parts.netloc or "secret" in query.lower():
+    who = parts.netloc.rpartition("@")[0]
+    if who not in ("", "anonymous") or "secret" in query.lower():
         raise Mistake(
             f"--out is {parts.scheme}://..., with a secret in it; allowed: without, since it goes on record; the "
             "store's own environment variables (AWS_ACCESS_KEY_ID, ...) or files hold it"
@@ -171,8 +173,10 @@ def _first(error: Exception) -> str:
 def _store(url: str) -> Any:
     from pyarrow.fs import FileSystem
 
-    if url.startswith("s3"):  # a small object is then one request, and not three
-        url = f"{url}{'&' if '?' in url else '?'}allow_delayed_open=true"
+    # A small object is then one request, and not three; and Google's client would try for a quarter of an hour.
+    option = {"s3": "allow_delayed_open=true", "gs": f"retry_limit_seconds={PATIENCE}"}[url.partition(":")[0]]
+    if option.partition("=")[0] not in url:
+        url = f"{url}{'&' if '?' in url else '?'}{option}"
     return FileSystem.from_uri(url)[0]
 
 

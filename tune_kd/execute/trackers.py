@@ -20,6 +20,7 @@ from tune_kd.trial import Epoch
 
 PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}  # that Ray's callbacks import
 FOLDER = "tensorboard"  # in a run's folder, with a folder a trial
+DATABASE = "mlflow.db"  # beside it
 
 
 def check(names: list[str]) -> None:
@@ -48,7 +49,7 @@ def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[st
     def mlflow() -> LoggerCallback:
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-        place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute() / 'mlflow.db'}"
+        place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute() / DATABASE}"
         return MLflowLoggerCallback(tracking_uri=place, experiment_name=run, tags={"study": study})
 
     def wandb() -> LoggerCallback:
