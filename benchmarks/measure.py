@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -73,7 +73,8 @@ def pairs(name: str, above: Side, below: Side, count: int, *, unit: str, bar: st
         for number in range(count + 1):
             for side in (0, 1) if number % 2 else (1, 0):
                 process, place = asked[side]
-                process.send(place)
+                with suppress(BrokenPipeError):  # it failed before it was asked; its answer says why
+                    process.send(place)
                 values[side].append(_answer(process))
     ours, theirs = (each[1:] for each in values)
     ratios = [one / other for one, other in zip(ours, theirs, strict=True)]

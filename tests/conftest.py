@@ -47,6 +47,10 @@ class InTwo(LoadFileScheduling):
         return "ray" if file in RAY else file
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in RAY)  # the longest part first
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> InTwo:
     return InTwo(config, log)
 

@@ -23,7 +23,7 @@ class Store:
 
     port: int = 0
     asked: list[tuple[str, str]] = field(default_factory=list)  # method and path
-    fault: Callable[[int], str | None] = lambda number: None  # "error", "cut" or "slow"
+    fault: Callable[[int], str | None] = lambda number: None  # "error", "denied", "cut" or "slow"
 
     def url(self, path: str) -> str:
         return f"s3://bucket/{path}?endpoint_override=127.0.0.1:{self.port}&scheme=http"
@@ -49,6 +49,9 @@ def store() -> Iterator[Store]:
             time.sleep(0.3)
         elif fault == "error" or (fault == "cut" and environ["REQUEST_METHOD"] not in ("GET", "PUT")):
             start("503 Slow Down", [("Content-Length", "0"), ("Connection", "close")])
+            return []
+        elif fault == "denied":
+            start("403 Forbidden", [("Content-Length", "0"), ("Connection", "close")])
             return []
         elif fault == "cut":
             start("200 OK", [("Content-Length", "1000"), ("Connection", "close")])

@@ -18,8 +18,8 @@ import pytest
 import ray
 import yaml
 
-from docs.dashboard import Page, until
 from conftest import free_port
+from docs.dashboard import Page, until
 from test_ray import command, epochs_on_record, kill_a_worker, token, wait_for
 from tune_kd import monitoring
 from tune_kd.execute.metrics import METRICS, samples

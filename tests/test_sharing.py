@@ -107,12 +107,14 @@ from pathlib import Path
 from tune_kd.study import Mistake
 from tune_kd.tables import load
 
+found = None
 while not Path(sys.argv[2]).exists():
     try:
-        print(len(load(sys.argv[1]).epochs), flush=True)
+        found = len(load(sys.argv[1]).epochs)
+        print(found, flush=True)
     except Mistake as mistake:
-        early = ("trials.parquet is missing", "allowed: a run's folder or name")  # nothing was sent yet
-        assert any(words in str(mistake) for words in early), mistake
+        early = (".parquet is missing", "allowed: a run's folder or name")  # the first tables were not sent yet
+        assert found is None and any(words in str(mistake) for words in early), mistake
 """
 
 
@@ -150,21 +152,20 @@ def test_what_others_read_from_the_store_is_whole_at_every_moment_and_in_the_end
     assert Mirror.of(there).names(there / "checkpoints") == []
 
 
-@pytest.mark.parametrize("kind", ["error", "cut", "slow"])
-def test_a_store_that_hiccups_costs_nothing_but_time(s3: Store, calm: Study, undisturbed: Path, kind: str) -> None:
-    every = {"error": 5, "cut": 41, "slow": 11}[kind]
-    s3.fault = lambda number: kind if number % every == 0 else None
+def test_a_store_that_hiccups_costs_nothing_but_time(s3: Store, calm: Study, undisturbed: Path) -> None:
+    every = {"error": 11, "cut": 41, "slow": 13}
+    s3.fault = lambda number: next((kind for kind, each in every.items() if number % each == 0), None)
     begun = begin(calm, s3.url("kd"))
     go_on(begun)
     s3.fault = lambda number: None
-    assert len(s3.asked) > 3 * every
+    assert len(s3.asked) > 3 * 41
     same_records(begun.folder, undisturbed)
     sent = Mirror.of(begun.folder)
     for name in ("trials.parquet", "epochs.parquet", "tables.json", "study.json", "ledger.commits"):
         assert sent.read(begun.folder / name) == (begun.folder / name).read_bytes()
 
 
-@pytest.mark.parametrize("epochs", [1, 4, 9, 12])
+@pytest.mark.parametrize("epochs", [1, 9])
 def test_a_driver_whose_disk_is_lost_is_followed_by_one_elsewhere(
     s3: Store, calm: Study, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, epochs: int
 ) -> None:
@@ -215,7 +216,7 @@ def test_a_store_that_is_gone_ends_the_run_whole_and_gets_the_rest_later(
     def gone(number: int) -> str | None:
         with reading(begun.folder / "ledger.sqlite") as ledger:
             ended = {row["status"] for row in ledger.rows(TRIALS)} == {"completed"}
-        return "error" if ended else None
+        return "denied" if ended else None
 
     s3.fault = gone
     with pytest.raises(
