@@ -13,6 +13,7 @@ from ray.tune.logger import LoggerCallback
 from test_ray import driver, without_stops
 from tune_kd.execute import on_ray, trackers
 from tune_kd.execute.driver import Driver
+from tune_kd.execute.worker import Task
 from tune_kd.study import Mistake, Study
 
 
@@ -129,3 +130,47 @@ def test_an_attempt_that_is_made_again_is_shown_beside_the_first(study: Study, t
     first, second = (trackers.shown(replace(task, attempt=attempt), "x", tmp_path) for attempt in (1, 2))
     assert second.name == f"{first.name} attempt 2" and second.local_path != first.local_path
     made.conclude()
+
+
+@pytest.mark.parametrize(("every", "seen"), [(10.0, 0), (-1.0, 5)])
+def test_mlflow_gets_a_trials_measures_together_and_a_long_trials_meanwhile(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch, every: float, seen: int
+) -> None:
+    monkeypatch.setattr(trackers, "BATCH", 7)
+    monkeypatch.setattr(trackers, "BATCH_EVERY", every)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # which MLflow itself sets
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mlflow.tracking import MlflowClient
+
+        (shown,) = trackers.made(["mlflow"], "tiny", "long", tmp_path, lambda said: pytest.fail(said))
+        assert isinstance(shown, trackers._Shown) and shown._inner is not None
+        inner, (task, other) = shown._inner, tasks(study, tmp_path)
+        inner.setup()
+        trials = [trackers.shown(each, each.trial.trial_id, tmp_path) for each in (task, other)]
+        for trial in trials:
+            inner.log_trial_start(trial)
+        for epoch in range(1, 6):
+            for trial in trials:
+                inner.log_trial_result(
+                    epoch, trial, {"training_iteration": epoch, "val_accuracy": 0.1 * epoch, "lr": 1}
+                )
+        client = MlflowClient(f"sqlite:///{tmp_path / trackers.DATABASE}")
+        (experiment,) = (each for each in client.search_experiments() if each.name == "long")
+
+        def known() -> list[int]:
+            runs = client.search_runs([experiment.experiment_id])
+            return [len(client.get_metric_history(each.info.run_id, "val_accuracy")) for each in runs]
+
+        assert known() == [seen, seen]
+        for trial in trials:
+            inner.log_trial_end(trial)
+        assert known() == [5, 5]
+
+
+def tasks(study: Study, folder: Path) -> list[Task]:
+    """The first two trials of a study."""
+    made, _ = driver(study, folder)
+    found = [made.next(), made.next()]
+    made.conclude()
+    return [each for each in found if each is not None]
