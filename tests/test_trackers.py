@@ -1,9 +1,12 @@
 """Trackers that people already use, fed by Ray's own callbacks and read with the trackers' own readers."""
 
 import math
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -166,6 +169,36 @@ def test_mlflow_gets_a_trials_measures_together_and_a_long_trials_meanwhile(
         for trial in trials:
             inner.log_trial_end(trial)
         assert known() == [5, 5]
+
+
+class Hanging(LoggerCallback):
+    def __init__(self) -> None:
+        self.leave = Event()
+
+    def log_trial_start(self, trial: Any) -> None:
+        self.leave.wait(60)
+        raise ConnectionError("the server was away")
+
+
+def test_a_tracker_that_hangs_holds_up_nothing_and_is_left_in_the_end(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "PATIENCE", 0.2)
+    said: list[str] = []
+    shown = trackers._Shown("stuck", hanging := Hanging(), tmp_path, said.append)
+    shown.setup()
+    began = time.monotonic()
+    for task in tasks(study, tmp_path):
+        shown.on_trial_start(0, [], SimpleNamespace(trial_id=task.trial.trial_id, config={"task": task}))
+    shown.on_experiment_end([])
+    assert time.monotonic() - began < 30
+    assert said == ["warning: stuck has not taken all of this run in 0 s; it is left"]
+    hanging.leave.set()
+    shown._thread.join(10)
+    shown.on_experiment_end([])
+    assert said[1:] == [
+        "warning: stuck does not take this run any more (the server was away); the run goes on without it"
+    ]
 
 
 def tasks(study: Study, folder: Path) -> list[Task]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 from ray import tune
@@ -22,6 +24,7 @@ from tune_kd.trial import Epoch
 PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}  # that Ray's callbacks import
 FOLDER = "tensorboard"  # in a run's folder, with a folder a trial
 DATABASE = "mlflow.db"  # beside it
+PATIENCE = 60.0  # seconds that the end of a run waits for a tracker
 BATCH = 1000  # measures that MLflow takes at once
 BATCH_EVERY = 10.0  # seconds between batches of a trial
 
@@ -68,7 +71,7 @@ def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[st
 
 def _batching(kind: type[Any]) -> Any:
     """What Ray's callback writes to MLflow with, but for many numbers at once. Each by itself is a transaction or a
-    request, for which the driver waits: at 13 measures, 50 ms an epoch even in a file."""
+    request: at 13 measures, 50 ms an epoch even in a file."""
     from mlflow.entities import Metric, Param
 
     class Batching(kind):  # type: ignore[misc]
@@ -89,7 +92,7 @@ def _batching(kind: type[Any]) -> Any:
 
         def end_run(self, status: str, run_id: str) -> None:
             self._send(run_id)
-            super().end_run(status, run_id)
+            self._get_client().set_terminated(run_id, status)
 
         def _send(self, run_id: str) -> None:
             self._sent[run_id] = time.time()
@@ -139,31 +142,45 @@ def numbers(epoch: Epoch) -> dict[str, float]:
 
 
 class _Shown(tune.Callback):
-    """One of Ray's callbacks, behind which trials look as their users know them."""
+    """One of Ray's callbacks, behind which trials look as their users know them. It works in a thread of its own: a
+    server that is slow, or hangs, holds up no trial."""
 
     def __init__(self, name: str, inner: LoggerCallback, folder: Path, say: Callable[[str], None]) -> None:
         self._name = name
-        self._inner: LoggerCallback | None = inner
+        self._inner = inner
         self._folder = folder
         self._say = say
         self._trials: dict[str, Trial] = {}
+        self._calls: SimpleQueue[Callable[[LoggerCallback], None] | None] = SimpleQueue()
+        self._failed: Exception | None = None
+        self._told = False
+        self._thread = Thread(target=self._work, name=f"tune_kd-{name}", daemon=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune writes what it was given to a file of its own, which is never read."""
         return {}
 
-    def _tell(self, what: Callable[[Any], None]) -> None:
-        if self._inner is None:
-            return
-        try:
-            what(self._inner)
-        except Exception as error:  # of a tracker, which is not the run's business
-            self._inner = None
-            why = " ".join(str(error).split())[:200]
+    def _work(self) -> None:
+        while self._failed is None and (call := self._calls.get()) is not None:
+            try:
+                self._call(call)
+            except Exception as error:  # of a tracker, which is not the run's business
+                self._failed = error
+
+    def _call(self, call: Callable[[LoggerCallback], None]) -> None:
+        call(self._inner)
+
+    def _tell(self, call: Callable[[Any], None]) -> None:
+        if self._failed is None:
+            self._calls.put(call)
+        elif not self._told:
+            self._told = True
+            why = " ".join(str(self._failed).split())[:200]
             self._say(f"warning: {self._name} does not take this run any more ({why}); the run goes on without it")
 
     def setup(self, *arguments: Any, **info: Any) -> None:
         self._tell(lambda inner: inner.setup(*arguments, **info))
+        self._thread.start()
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         this = self._trials[trial.trial_id] = shown(trial.config["task"], trial.trial_id, self._folder)
@@ -189,3 +206,8 @@ class _Shown(tune.Callback):
 
     def on_experiment_end(self, trials: list[TuneTrial], **info: Any) -> None:
         self._tell(lambda inner: inner.on_experiment_end(trials, **info))
+        self._calls.put(None)
+        self._thread.join(PATIENCE)
+        if self._thread.is_alive():
+            self._say(f"warning: {self._name} has not taken all of this run in {PATIENCE:.0f} s; it is left")
+        self._tell(lambda inner: None)  # how it failed, if it did
