@@ -1,6 +1,7 @@
 """Whole runs: what is lost between trials, and what records and checkpoints cost."""
 
 import io
+import json
 import multiprocessing
 import os
 import resource
@@ -244,7 +245,7 @@ class LaptopRun:
     computed: int  # views that teachers were asked for
     distinct: int  # views that stand in their tables
     accuracies: str
-    watching: float  # the driver's processor's seconds in metrics and trackers, where they were measured
+    watching: dict[str, float]  # seconds of the driver's processor in metrics and trackers, where they were measured
 
 
 def laptop_run(python: Sequence[str] = ("-m", "tune_kd"), *options: str) -> LaptopRun:
@@ -256,7 +257,7 @@ def laptop_run(python: Sequence[str] = ("-m", "tune_kd"), *options: str) -> Lapt
         minutes = (time.time() - started) / 60
         records = load(Path(name, "run"))
         spent = Path(name, "spent")
-        watching = float(spent.read_text()) if spent.is_file() else 0.0
+        watching = json.loads(spent.read_text()) if spent.is_file() else {}
         distinct = sum(_answered(table) for table in Path(name, "teachers").glob("*/answers/*/views-*"))
     trials = records.trials[records.trials.epochs_run > 0]
     first, last = trials.started.min(), (trials.started + trials.wall_seconds).max()
@@ -298,18 +299,26 @@ Metrics.renew = Metrics.reported = Metrics.retried = lambda *_: None
 main()
 """
 WATCHED = """
-import sys, time
+import json, sys, time
+from contextlib import ExitStack
+from ray.air.integrations.mlflow import MLflowLoggerCallback
+from ray.tune.logger import TBXLoggerCallback
 from benchmarks.runs import clocked
 from tune_kd.cli import main
-from tune_kd.execute import trackers
 from tune_kd.execute.metrics import Metrics
 
-what = [(Metrics, "renew"), (Metrics, "reported"), (Metrics, "retried"), (trackers._Shown, "_call")]
-with clocked(*what, clock=time.thread_time) as spent:
+calls = [f"log_trial_{what}" for what in ("start", "result", "end")]
+what = {"metrics": [(Metrics, name) for name in ("renew", "reported", "retried")],
+        "tensorboard": [(TBXLoggerCallback, name) for name in calls],
+        "mlflow": [(MLflowLoggerCallback, name) for name in calls],
+        "mlflow's database": [(MLflowLoggerCallback, "setup")]}
+with ExitStack() as stack:
+    spent = {name: stack.enter_context(clocked(*methods, clock=time.thread_time)) for name, methods in what.items()}
     try:
         main()
     finally:
-        open(sys.argv[sys.argv.index("--out") + 1] + "/spent", "w").write(str(sum(spent)))
+        with open(sys.argv[sys.argv.index("--out") + 1] + "/spent", "w") as file:
+            json.dump({name: sum(seconds) for name, seconds in spent.items()}, file)
 """
 
 
@@ -320,15 +329,22 @@ def watching(count: int) -> list[Result]:
     for number in range(count):
         for side in (1, 0) if number % 2 else (0, 1):
             found[side].append(laptop_run(*sides[side]))
-    pairs = list(zip(*found, strict=True))
-    cores = os.cpu_count() or 1
+    watched, unwatched = found
+    pairs = list(zip(watched, unwatched, strict=True))
+
+    def share(*parts: str) -> list[float]:
+        """Of the time of all cores from the first trial on."""
+        return [sum(each.watching[part] for part in parts) / ((os.cpu_count() or 1) * each.span) for each in watched]
+
+    seconds = ", ".join(f"{name} {value:.2f} s" for name, value in watched[0].watching.items())
     return [
-        result("run with metrics and trackers / without, laptop ablation", [one.span / no.span for one, no in pairs],
+        result("run with metrics, TensorBoard and MLflow / without, laptop ablation",
+               [one.span / no.span for one, no in pairs],
                detail="from the first trial's start to the last one's end"),
         result("the same, whole commands", [one.minutes / no.minutes for one, no in pairs]),
-        result("processor's time in metrics and trackers / of all cores in the run",
-               [one.watching / (cores * one.span) for one, _ in pairs],
-               bar="<= 0.01", detail=f"{pairs[0][0].watching:.2f} of {cores} x {pairs[0][0].span:.0f} s"),
+        result("processor's time in metrics / of all cores", share("metrics"), bar="<= 0.01", detail=seconds),
+        result("the same in metrics and TensorBoard", share("metrics", "tensorboard"), bar="<= 0.01"),
+        result("the same in metrics, TensorBoard and MLflow", share("metrics", "tensorboard", "mlflow"), bar="<= 0.01"),
     ]  # fmt: skip
 
 

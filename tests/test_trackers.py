@@ -31,7 +31,7 @@ def tracked(ray_session: str, tmp_path_factory: pytest.TempPathFactory) -> tuple
     said: list[str] = []
     made, place = driver(study, folder, gpus=0.0)
     callbacks = trackers.made(["tensorboard", "mlflow"], "tiny", "shown", folder, said.append)
-    failing = trackers._Shown("brittle", Brittle(), folder, said.append)
+    failing = trackers._Shown("brittle", Brittle, folder, said.append)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of MLflow's own dependencies
         on_ray.run_on_ray(made, place, slots=2, beat=lambda: None, trackers=[*callbacks, failing])
@@ -147,8 +147,8 @@ def test_mlflow_gets_a_trials_measures_together_and_a_long_trials_meanwhile(
         from mlflow.tracking import MlflowClient
 
         (shown,) = trackers.made(["mlflow"], "tiny", "long", tmp_path, lambda said: pytest.fail(said))
-        assert isinstance(shown, trackers._Shown) and shown._inner is not None
-        inner, (task, other) = shown._inner, tasks(study, tmp_path)
+        assert isinstance(shown, trackers._Shown)
+        inner, (task, other) = shown._make(), tasks(study, tmp_path)
         inner.setup()
         trials = [trackers.shown(each, each.trial.trial_id, tmp_path) for each in (task, other)]
         for trial in trials:
@@ -185,7 +185,8 @@ def test_a_tracker_that_hangs_holds_up_nothing_and_is_left_in_the_end(
 ) -> None:
     monkeypatch.setattr(trackers, "PATIENCE", 0.2)
     said: list[str] = []
-    shown = trackers._Shown("stuck", hanging := Hanging(), tmp_path, said.append)
+    hanging = Hanging()
+    shown = trackers._Shown("stuck", lambda: hanging, tmp_path, said.append)
     shown.setup()
     began = time.monotonic()
     for task in tasks(study, tmp_path):

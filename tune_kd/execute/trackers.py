@@ -24,6 +24,7 @@ from tune_kd.trial import Epoch
 PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}  # that Ray's callbacks import
 FOLDER = "tensorboard"  # in a run's folder, with a folder a trial
 DATABASE = "mlflow.db"  # beside it
+ACCOUNTS = ("epoch", "seconds", "answer_seconds", "views_answered")  # of the records alone
 PATIENCE = 60.0  # seconds that the end of a run waits for a tracker
 BATCH = 1000  # measures that MLflow takes at once
 BATCH_EVERY = 10.0  # seconds between batches of a trial
@@ -66,7 +67,7 @@ def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[st
         return WandbLoggerCallback(project=os.environ.get("WANDB_PROJECT") or f"tune_kd-{study}", group=run)
 
     makers = {"tensorboard": tensorboard, "mlflow": mlflow, "wandb": wandb}
-    return [_Shown(name, makers[name](), folder, say) for name in dict.fromkeys(names)]
+    return [_Shown(name, makers[name], folder, say) for name in dict.fromkeys(names)]
 
 
 def _batching(kind: type[Any]) -> Any:
@@ -135,19 +136,19 @@ def shown(task: Task, tune_id: str, folder: Path) -> Trial:
 
 
 def numbers(epoch: Epoch) -> dict[str, float]:
-    """The measures of an epoch, and of the last one also those of its outcome."""
+    """The measures of an epoch that tell of learning and of speed, and of the last one also those of its outcome."""
     measures: Mapping[str, Any] = {**asdict(epoch), **(asdict(epoch.outcome) if epoch.outcome is not None else {})}
     found = {name: float(value) for name, value in measures.items() if isinstance(value, int | float)}
-    return {**found, "training_iteration": epoch.epoch}
+    return {**{name: value for name, value in found.items() if name not in ACCOUNTS}, "training_iteration": epoch.epoch}
 
 
 class _Shown(tune.Callback):
     """One of Ray's callbacks, behind which trials look as their users know them. It works in a thread of its own: a
     server that is slow, or hangs, holds up no trial."""
 
-    def __init__(self, name: str, inner: LoggerCallback, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, name: str, make: Callable[[], LoggerCallback], folder: Path, say: Callable[[str], None]) -> None:
         self._name = name
-        self._inner = inner
+        self._make = make
         self._folder = folder
         self._say = say
         self._trials: dict[str, Trial] = {}
@@ -161,14 +162,12 @@ class _Shown(tune.Callback):
         return {}
 
     def _work(self) -> None:
-        while self._failed is None and (call := self._calls.get()) is not None:
-            try:
-                self._call(call)
-            except Exception as error:  # of a tracker, which is not the run's business
-                self._failed = error
-
-    def _call(self, call: Callable[[LoggerCallback], None]) -> None:
-        call(self._inner)
+        try:
+            inner = self._make()  # imports take a second, too
+            while (call := self._calls.get()) is not None:
+                call(inner)
+        except Exception as error:  # of a tracker, which is not the run's business
+            self._failed = error
 
     def _tell(self, call: Callable[[Any], None]) -> None:
         if self._failed is None:
