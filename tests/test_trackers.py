@@ -14,6 +14,7 @@ import pytest
 from ray.tune.logger import LoggerCallback
 
 from test_ray import driver, without_stops
+from test_teachers import EPOCH
 from tune_kd.execute import on_ray, trackers
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Task
@@ -68,7 +69,7 @@ def test_tensorboard_shows_every_trial_under_its_name_with_what_is_on_record(tra
 
     folder, made = tracked
     trials, epochs = on_record(folder)
-    home = folder / trackers.FOLDER
+    home = folder / "tensorboard"
     found = {str(path.parent.relative_to(home)): path.parent for path in home.rglob("events.out.tfevents*")}
     assert found.keys() == names(made).keys()
     for name, trial_id in names(made).items():
@@ -130,7 +131,7 @@ def test_an_attempt_that_is_made_again_is_shown_beside_the_first(study: Study, t
     made, _ = driver(study, tmp_path)
     task = made.next()
     assert task is not None
-    first, second = (trackers.shown(replace(task, attempt=attempt), "x", tmp_path) for attempt in (1, 2))
+    first, second = (trackers.shown(replace(task, attempt=attempt), "x", tmp_path, "y") for attempt in (1, 2))
     assert second.name == f"{first.name} attempt 2" and second.local_path != first.local_path
     made.conclude()
 
@@ -150,7 +151,7 @@ def test_mlflow_gets_a_trials_measures_together_and_a_long_trials_meanwhile(
         assert isinstance(shown, trackers._Shown)
         inner, (task, other) = shown._make(), tasks(study, tmp_path)
         inner.setup()
-        trials = [trackers.shown(each, each.trial.trial_id, tmp_path) for each in (task, other)]
+        trials = [trackers.shown(each, each.trial.trial_id, tmp_path, "mlflow") for each in (task, other)]
         for trial in trials:
             inner.log_trial_start(trial)
         for epoch in range(1, 6):
@@ -208,3 +209,22 @@ def tasks(study: Study, folder: Path) -> list[Task]:
     found = [made.next(), made.next()]
     made.conclude()
     return [each for each in found if each is not None]
+
+
+def test_weights_and_biases_has_a_trial_in_its_folder_where_there_is_no_network(
+    ray_session: str, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (shown,) = trackers.made(["wandb"], "tiny", "far", tmp_path, lambda said: pytest.fail(said))
+    task = tasks(study, tmp_path)[0]
+    trial: Any = SimpleNamespace(trial_id=task.trial.trial_id, config={"task": task})
+    shown.setup()
+    shown.on_trial_start(0, [], trial)
+    for number in (1, 2):
+        shown.on_trial_result(number, [], trial, {"epoch": replace(EPOCH, epoch=number)})
+    shown.on_trial_complete(3, [], trial)
+    shown.on_experiment_end([])
+    (file,) = (tmp_path / "wandb" / f"{task.trial.label}").glob("wandb/offline-run-*/*.wandb")
+    written = file.read_bytes()
+    for each in (b"val_accuracy", b"tune_kd-tiny", b"far", task.trial.arm.encode()):
+        assert each in written

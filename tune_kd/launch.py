@@ -126,7 +126,7 @@ def execute(
             interrupted = received()
         if tracked:
             try:
-                sharing.send(run.folder, trackers.FOLDER, trackers.DATABASE)
+                sharing.send(run.folder, *trackers.FILES)
             except OSError as error:
                 view.say(f"warning: the store does not take what trackers wrote ({error}); it is in {run.folder}")
     return Ended(interrupted, sum(row["status"] in ("failed", "blocked") for row in driver.rows.values()))

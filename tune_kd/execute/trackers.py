@@ -22,8 +22,8 @@ from tune_kd.study import Mistake
 from tune_kd.trial import Epoch
 
 PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}  # that Ray's callbacks import
-FOLDER = "tensorboard"  # in a run's folder, with a folder a trial
-DATABASE = "mlflow.db"  # beside it
+DATABASE = "mlflow.db"  # in a run's folder
+FILES = ("tensorboard", "wandb", DATABASE)  # what trackers write there, with a folder a trial
 ACCOUNTS = ("epoch", "seconds", "answer_seconds", "views_answered")  # of the records alone
 PATIENCE = 60.0  # seconds that the end of a run waits for a tracker
 BATCH = 900  # measures that go to MLflow at once; with settings, it takes 1000
@@ -64,7 +64,13 @@ def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[st
     def wandb() -> LoggerCallback:
         from ray.air.integrations.wandb import WandbLoggerCallback
 
-        return WandbLoggerCallback(project=os.environ.get("WANDB_PROJECT") or f"tune_kd-{study}", group=run)
+        class InItsFolder(WandbLoggerCallback):
+            def log_trial_start(self, trial: Any) -> None:
+                trial.init_local_path()  # where Ray's expects to work
+                super().log_trial_start(trial)
+
+        project = os.environ.get("WANDB_PROJECT") or f"tune_kd-{study}"
+        return InItsFolder(project=project, group=run, mode=os.environ.get("WANDB_MODE"))  # the worker's may be others
 
     makers = {"tensorboard": tensorboard, "mlflow": mlflow, "wandb": wandb}
     return [_Shown(name, makers[name], folder, say) for name in dict.fromkeys(names)]
@@ -129,14 +135,14 @@ class Trial:
         Path(self.local_path).mkdir(parents=True, exist_ok=True)
 
 
-def shown(task: Task, tune_id: str, folder: Path) -> Trial:
-    """What a tracker is shown of one attempt at a trial."""
+def shown(task: Task, tune_id: str, folder: Path, tracker: str) -> Trial:
+    """What a tracker is shown of one attempt at a trial, in a run's folder."""
     trial, cell = task.trial, {name: value for name, value in asdict(task.trial.cell).items() if value is not None}
     settings = {"arm": trial.arm, "phase": trial.phase, "seed": trial.seed, "attempt": task.attempt, **cell}
     recipe = {name: getattr(trial.recipe, name) for name in ("epochs", "batch_size", "lr", "weight_decay")}
     again = f" attempt {task.attempt}" if task.attempt > 1 else ""
     name = f"{trial.label}{f' ({trial.phase})' if trial.phase == 'screen' else ''}{again}"
-    return Trial(tune_id, name, {**settings, **recipe}, str(folder / FOLDER / name), folder.name)
+    return Trial(tune_id, name, {**settings, **recipe}, str(folder / tracker / name), folder.name)
 
 
 def numbers(epoch: Epoch) -> dict[str, float]:
@@ -186,7 +192,7 @@ class _Shown(tune.Callback):
         self._thread.start()
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        this = self._trials[trial.trial_id] = shown(trial.config["task"], trial.trial_id, self._folder)
+        this = self._trials[trial.trial_id] = shown(trial.config["task"], trial.trial_id, self._folder, self._name)
         self._tell(lambda inner: inner.log_trial_start(this))
 
     def on_trial_result(
