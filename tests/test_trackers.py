@@ -5,7 +5,7 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from threading import Event
+from threading import Event, Timer
 from types import SimpleNamespace
 from typing import Any
 
@@ -196,10 +196,17 @@ def test_a_tracker_that_hangs_holds_up_nothing_and_is_left_in_the_end(
     assert time.monotonic() - began < 30
     assert said == ["warning: stuck has not taken all of this run in 0 s; it is left"]
     hanging.leave.set()
-    shown._thread.join(10)
+
+    monkeypatch.setattr(trackers, "PATIENCE", 30.0)  # one that fails at the very end
+    hanging = Hanging()
+    shown = trackers._Shown("late", lambda: hanging, tmp_path, said.append)
+    shown.setup()
+    for task in tasks(study, tmp_path / "again"):
+        shown.on_trial_start(0, [], SimpleNamespace(trial_id=task.trial.trial_id, config={"task": task}))
+    Timer(0.5, hanging.leave.set).start()
     shown.on_experiment_end([])
     assert said[1:] == [
-        "warning: stuck does not take this run any more (the server was away); the run goes on without it"
+        "warning: late does not take this run any more (the server was away); the run goes on without it"
     ]
 
 
