@@ -24,6 +24,7 @@ class Store:
     port: int = 0
     asked: list[tuple[str, str]] = field(default_factory=list)  # method and path
     fault: Callable[[int], str | None] = lambda number: None  # "error", "denied", "cut" or "slow"
+    before: Callable[[str, str], object] = lambda method, path: None  # is called before a request is done
 
     def url(self, path: str) -> str:
         return f"s3://bucket/{path}?endpoint_override=127.0.0.1:{self.port}&scheme=http"
@@ -45,6 +46,7 @@ def store() -> Iterator[Store]:
         with lock:
             found.asked.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
             fault = found.fault(len(found.asked))
+        found.before(environ["REQUEST_METHOD"], environ["PATH_INFO"])
         if fault == "slow":
             time.sleep(0.3)
         elif fault == "error" or (fault == "cut" and environ["REQUEST_METHOD"] not in ("GET", "PUT")):

@@ -156,6 +156,23 @@ def test_what_others_read_from_the_store_is_whole_at_every_moment_and_in_the_end
     assert Mirror.of(there).names(there / "checkpoints") == []
 
 
+@pytest.mark.parametrize("size", [3, 5, 7])
+def test_what_is_replaced_while_it_is_read_is_read_again(s3: Store, size: int) -> None:
+    """The size is asked for first: the bytes that come then may be a part of another object."""
+    file = mirror.local(s3.url("kd")) / "each"
+    held = Mirror.of(file)
+    held.send(file, b"older")
+    newer = b"newer" + b"!" * (size - 5) if size >= 5 else b"new"
+
+    def replaced(method: str, path: str) -> None:
+        if method == "GET" and path.endswith("/each"):
+            s3.before = lambda *_: None
+            held.send(file, newer)
+
+    s3.before = replaced
+    assert held.read(file) == newer
+
+
 def test_a_store_that_hiccups_costs_nothing_but_time(s3: Store, calm: Study, undisturbed: Path) -> None:
     every = {"error": 11, "denied": 23, "cut": 41, "slow": 13}
     s3.fault = lambda number: next((kind for kind, each in every.items() if number % each == 0), None)
