@@ -202,6 +202,8 @@ def test_prometheus_tells_what_the_records_tell(watched: tuple[Path, Prometheus,
     # What a worker reported again after its death is counted again; the last seconds are not told any more.
     counted = max(prometheus.values('ray_tune_kd_epochs_total{run="watched"}', since))
     assert 0.5 * len(epochs) <= counted <= len(epochs) + 20
+    images = max(prometheus.values('ray_tune_kd_images_total{run="watched"}', since))
+    assert images == pytest.approx(200 * counted, abs=400)  # 200 an epoch; both are told at about the same time
     assert max(prometheus.values('ray_tune_kd_checkpoint_seconds_total{run="watched"}', since)) > 0
 
 
