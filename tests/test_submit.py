@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -16,7 +17,7 @@ import pytest
 
 from conftest import free_port
 from test_ray import STUDY, command, contiguous, epochs_on_record, token, wait_for
-from tune_kd.execute.jobs import dependencies
+from tune_kd.execute.jobs import client, dependencies, find, follow
 from tune_kd.records import TRIALS, Ledger
 
 CALM = (*("--scale", "smoke"), *("--set", "screen.min_peers=99"))
@@ -105,6 +106,9 @@ def test_a_study_of_ones_own_goes_on_after_it_was_stopped_there(cluster: str, tm
     )
     urllib.request.urlopen(stop, timeout=30).close()
     wait_for(lambda: next(each for each in jobs(cluster) if each == each | {"job_id": job["job_id"]})["end_time"])
+    shown: list[str] = []
+    assert follow(client(cluster), job["submission_id"], shown.append) == 143  # as of one that SIGTERM ended
+    assert "records in" in "".join(shown)
     assert any(
         row["status"] in ("pending", "running") for row in Ledger(run / "ledger.sqlite", read_only=True).rows(TRIALS)
     )
@@ -153,6 +157,15 @@ def test_a_wrong_token_or_address_or_too_large_a_share_is_one_message(
     code, answer, errors = ended(command(tmp_path, "run", "ablation", *CALM, "--address", cluster))
     assert (code, answer, len(errors.splitlines())) == (2, "", 1)
     assert "allowed: auto, or HOST:PORT of a cluster that this machine is part of; `tune_kd submit` sends" in errors
+
+
+def test_of_the_jobs_of_a_run_the_newest_says_where_it_is() -> None:
+    def job(start: int, **told: str) -> SimpleNamespace:
+        return SimpleNamespace(submission_id="x", start_time=start, metadata=told)
+
+    jobs = [job(1, run="a", out="old"), job(3, run="a", out="new"), job(2, run="a", out="older"),
+            job(4, run="b", out="other"), job(5, run="a"), job(6)]  # fmt: skip
+    assert find(SimpleNamespace(list_jobs=lambda: jobs), "a") == {"run": "a", "out": "new"}
 
 
 def test_what_a_cluster_would_install_is_what_is_here() -> None:

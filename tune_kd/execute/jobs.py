@@ -128,6 +128,8 @@ def follow(cluster: JobSubmissionClient, job: str, show: Callable[[str], None]) 
         with suppress(*UNREACHABLE):
             asyncio.run(tail())
         time.sleep(0.2)
+    if rest := cluster.get_job_logs(job)[shown:]:  # of a job that ended meanwhile
+        show(rest)
     if info.driver_exit_code is not None:
         return int(info.driver_exit_code)
     if info.status == JobStatus.SUCCEEDED:
