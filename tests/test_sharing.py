@@ -177,9 +177,10 @@ def test_a_store_that_hiccups_costs_nothing_but_time(s3: Store, calm: Study, und
     every = {"denied": 7, "error": 11, "cut": 41, "slow": 13}
     s3.fault = lambda number: next((kind for kind, each in every.items() if number % each == 0), None)
     begun = begin(calm, s3.url("kd"))
-    go_on(begun)
+    went = go_on(begun)
     s3.fault = lambda number: None
     assert len(s3.asked) > 3 * 41
+    assert {row["attempts"] for row in went.rows.values()} == {1}
     same_records(begun.folder, undisturbed)
     sent = Mirror.of(begun.folder)
     for name in ("trials.parquet", "epochs.parquet", "tables.json", "study.json", "ledger.commits"):
