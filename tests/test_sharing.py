@@ -174,7 +174,7 @@ def test_what_is_replaced_while_it_is_read_is_read_again(s3: Store, size: int) -
 
 
 def test_a_store_that_hiccups_costs_nothing_but_time(s3: Store, calm: Study, undisturbed: Path) -> None:
-    every = {"denied": 7, "error": 11, "cut": 41, "slow": 13}
+    every = {"denied": 29, "error": 11, "cut": 41, "slow": 13}
     s3.fault = lambda number: next((kind for kind, each in every.items() if number % each == 0), None)
     begun = begin(calm, s3.url("kd"))
     went = go_on(begun)
