@@ -3,6 +3,7 @@
 A tracker is for looking. What ran is what the ledger says, so one that fails is told of and left, and the run goes on.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -57,6 +58,7 @@ def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[st
     def mlflow() -> LoggerCallback:
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it makes, into the picture
         place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute() / DATABASE}"
         callback = MLflowLoggerCallback(tracking_uri=place, experiment_name=run, tags={"study": study})
         callback.mlflow_util = _batching(type(callback.mlflow_util))
