@@ -40,7 +40,8 @@ RAY = (
 
 
 class InTwo(LoadFileScheduling):
-    """With several processes (`-n 2 --dist loadfile`), tests of a file stay together, and those of Ray in one."""
+    """With several processes (`-n 2`), tests of a file stay together, and those of Ray in one: two at a time would
+    join one another's. (Groups of pytest-xdist 3.8 do nothing under pytest 9.2.)"""
 
     def _split_scope(self, nodeid: str) -> str:
         file = Path(super()._split_scope(nodeid)).stem

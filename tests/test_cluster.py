@@ -143,7 +143,7 @@ def test_two_nodes_that_share_a_store_alone_give_the_tables_of_one_and_get_data_
         (teacher,) = trials.loc[trials["role"] == "teacher", "trial_id"]
         fetched = s3.gets(f"{teacher}/weights.safetensors")
     homes = [home for home in (tmp_path / "nodes").glob("*") if list(home.rglob("weights.safetensors"))]
-    assert len(homes) == 2 or lost  # where students learned from it: each in its own
+    assert len(homes) in ((1, 2) if lost else (2,))  # where students learned from it: each in its own
     assert fetched <= 2  # an object of more than a few pages comes in two requests; the other node trained it
     images = sum(trials["dataset"] == "digits")
     assert images > 8

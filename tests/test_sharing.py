@@ -187,7 +187,7 @@ def test_a_store_that_hiccups_costs_nothing_but_time(s3: Store, calm: Study, und
         assert sent.read(begun.folder / name) == (begun.folder / name).read_bytes()
 
 
-@pytest.mark.parametrize("epochs", [1, 9])
+@pytest.mark.parametrize("epochs", [1, 4, 9, 12])
 def test_a_driver_whose_disk_is_lost_is_followed_by_one_elsewhere(
     s3: Store, calm: Study, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, epochs: int
 ) -> None:

@@ -71,7 +71,8 @@ def execute(
         around.callback(connection.disconnect, cluster)
         gpus = shares.gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
         shares.check_cluster(run.settings["cpus_per_trial"], gpus, cluster.cpus, cluster.gpus)
-        connection.check_nodes(run.folder if Mirror.of(run.folder).url is None else None)
+        url = Mirror.of(run.folder).url
+        connection.check_nodes(run.folder if url is None else None)
         tracked = run.settings.get("track") or []
         connected()
         runs.tell_dashboard(run.folder, cluster.dashboard)
@@ -81,7 +82,7 @@ def execute(
             cache=None,
             teachers=run.teachers.absolute(),
             checkpoints=run.checkpoints.absolute(),
-            url=Mirror.of(run.folder).url,
+            url=url,
         )
         view = around.enter_context(View(console, run.name, cluster.logs / f"tune_kd-{run.name}.log"))
         driver = Driver(
@@ -96,8 +97,6 @@ def execute(
             keep_checkpoints=run.settings["keep_checkpoints"],
             say=view.say,
         )
-        if "mlflow" in tracked and not (run.folder / trackers.DATABASE).exists():
-            Mirror.of(run.folder).fetch(run.folder / trackers.DATABASE)
         shown = trackers.made(tracked, run.study.name, run.name, run.folder, view.say)
         told: list[str] = []
         busy_at = time.monotonic()

@@ -19,6 +19,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.logger import LoggerCallback
 
 from tune_kd.execute.worker import Task
+from tune_kd.mirror import Mirror
 from tune_kd.study import Mistake
 from tune_kd.trial import Epoch
 
@@ -59,9 +60,12 @@ def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[st
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it makes, into the picture
+        if not (folder / DATABASE).exists():  # the run may have begun elsewhere
+            Mirror.of(folder).fetch(folder / DATABASE)
         place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute() / DATABASE}"
         callback = MLflowLoggerCallback(tracking_uri=place, experiment_name=run, tags={"study": study})
-        callback.mlflow_util = _batching(type(callback.mlflow_util))
+        in_batches: Any = _InBatches(callback.mlflow_util)
+        callback.mlflow_util = in_batches
         return callback
 
     def wandb() -> LoggerCallback:
@@ -79,44 +83,47 @@ def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[st
     return [_Shown(name, makers[name], folder, say) for name in dict.fromkeys(names)]
 
 
-def _batching(kind: type[Any]) -> Any:
+class _InBatches:
     """What Ray's callback writes to MLflow with, but for many numbers at once. Each by itself is a transaction or a
-    request: at 13 measures, 50 ms an epoch even in a file."""
-    from mlflow.entities import Metric, Param
+    request: 55 ms an epoch even in a file."""
 
-    class Batching(kind):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self._params: dict[str, list[Param]] = {}
-            self._metrics: dict[str, list[Metric]] = {}
-            self._sent: dict[str, float] = {}
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self._params: dict[str, list[Any]] = {}
+        self._metrics: dict[str, list[Any]] = {}
+        self._sent: dict[str, float] = {}
 
-        def log_params(self, params_to_log: Mapping[str, Any], run_id: str) -> None:
-            self._params[run_id] = [Param(*each) for each in params_to_log.items()]
-            self._sent[run_id] = time.time()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
-        def log_metrics(self, step: int, metrics_to_log: Mapping[str, float], run_id: str) -> None:
-            now = time.time()
-            waiting = self._metrics.setdefault(run_id, [])
-            for name, value in metrics_to_log.items():
-                if name != "training_iteration":  # that is the step
-                    waiting.append(Metric(name, value, int(1000 * now), step))
-            if now - self._sent[run_id] > BATCH_EVERY:
-                self._send(run_id)
-                self._sent[run_id] = now
+    def log_params(self, params_to_log: Mapping[str, Any], run_id: str) -> None:
+        from mlflow.entities import Param
 
-        def end_run(self, status: str, run_id: str) -> None:
+        self._params[run_id] = [Param(*each) for each in params_to_log.items()]
+        self._sent[run_id] = time.time()
+
+    def log_metrics(self, step: int, metrics_to_log: Mapping[str, float], run_id: str) -> None:
+        from mlflow.entities import Metric
+
+        now = time.time()
+        waiting = self._metrics.setdefault(run_id, [])
+        for name, value in metrics_to_log.items():
+            if name != "training_iteration":  # that is the step
+                waiting.append(Metric(name, value, int(1000 * now), step))
+        if now - self._sent[run_id] > BATCH_EVERY:
             self._send(run_id)
-            self._get_client().set_terminated(run_id, status)
-            del self._sent[run_id]
+            self._sent[run_id] = now
 
-        def _send(self, run_id: str) -> None:
-            metrics = self._metrics.pop(run_id, [])
-            self._get_client().log_batch(run_id, metrics[:BATCH], self._params.pop(run_id, []))
-            for start in range(BATCH, len(metrics), BATCH):
-                self._get_client().log_batch(run_id, metrics[start : start + BATCH])
+    def end_run(self, status: str, run_id: str) -> None:
+        self._send(run_id)
+        self._get_client().set_terminated(run_id, status)
+        del self._sent[run_id]
 
-    return Batching()
+    def _send(self, run_id: str) -> None:
+        metrics = self._metrics.pop(run_id, [])
+        self._get_client().log_batch(run_id, metrics[:BATCH], self._params.pop(run_id, []))
+        for start in range(BATCH, len(metrics), BATCH):
+            self._get_client().log_batch(run_id, metrics[start : start + BATCH])
 
 
 @dataclass(eq=False)
@@ -153,8 +160,8 @@ def shown(task: Task, tune_id: str, folder: Path, tracker: str) -> Trial:
 def numbers(epoch: Epoch) -> dict[str, float]:
     """The measures of an epoch that tell of learning and of speed, and of the last one also those of its outcome."""
     measures: Mapping[str, Any] = {**asdict(epoch), **(asdict(epoch.outcome) if epoch.outcome is not None else {})}
-    found = {name: float(value) for name, value in measures.items() if isinstance(value, int | float)}
-    return {**{name: value for name, value in found.items() if name not in ACCOUNTS}, "training_iteration": epoch.epoch}
+    told = {name: value for name, value in measures.items() if name not in ACCOUNTS and isinstance(value, int | float)}
+    return {**told, "training_iteration": epoch.epoch}
 
 
 class _Shown(tune.Callback):
