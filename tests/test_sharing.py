@@ -17,6 +17,7 @@ from stores import KEYS, Store, google, store
 from test_ray import contiguous, same_records, without_stops
 from tune_kd import data, mirror, rebuild, run, sharing
 from tune_kd.cli import main
+from tune_kd.execute import trackers
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace, work
@@ -229,6 +230,20 @@ def test_a_run_in_googles_store_goes_on_elsewhere(
         assert verify(there) == [] and Mirror.of(there).names(there / "checkpoints") == []
 
 
+def test_mlflows_database_comes_along_where_a_run_goes_on(
+    s3: Store, calm: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = begin(calm, s3.url("kd"))
+    (begun.folder / trackers.DATABASE).write_bytes(b"of before")
+    sharing.send(begun.folder, *trackers.FILES)
+    elsewhere(monkeypatch, tmp_path, "second")
+    there = run.find(mirror.local(s3.url("kd")), "kept")
+    (shown,) = trackers.made(["mlflow"], "tiny", "kept", there, lambda said: pytest.fail(said))
+    assert isinstance(shown, trackers._Shown)
+    shown._make()
+    assert (there / trackers.DATABASE).read_bytes() == b"of before"
+
+
 def test_a_store_that_is_gone_ends_the_run_whole_and_gets_the_rest_later(
     s3: Store, calm: Study, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,8 +371,8 @@ def test_a_run_in_a_store_is_a_command_like_any_other(s3: Store, tmp_path: Path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    trackers = ("--track", "tensorboard", "--track", "mlflow")
-    told = tune_kd("home", "run", "ablation", "--scale", "smoke", "--name", "far", *trackers)
+    track = ("--track", "tensorboard", "--track", "mlflow")
+    told = tune_kd("home", "run", "ablation", "--scale", "smoke", "--name", "far", *track)
     assert "records in s3://bucket/kd/far?" in told and "also at s3://bucket/kd/far/report/report.html?" in told
     assert "far" in tune_kd("other", "list")
     assert "is whole, from its plan to its teachers' answers" in tune_kd("other", "status", "far", "--verify")

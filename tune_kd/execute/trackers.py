@@ -48,8 +48,8 @@ def check(names: list[str]) -> None:
 
 
 def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[str], None]) -> list[tune.Callback]:
-    """Tune's callbacks for these trackers. TensorBoard's files and, where no server is named (`MLFLOW_TRACKING_URI`),
-    MLflow's go into the run's folder; Weights & Biases has its own settings."""
+    """Tune's callbacks for these trackers. What they write goes into the run's folder: MLflow's where no server is
+    named (`MLFLOW_TRACKING_URI`), and that of Weights & Biases also to its servers, unless `WANDB_MODE` forbids it."""
 
     def tensorboard() -> LoggerCallback:
         from ray.tune.logger import TBXLoggerCallback
