@@ -3,13 +3,13 @@
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import Result, machine
+from benchmarks.measure import Result, attempted, machine
 
 
 def step(count: int) -> Iterable[Result]:
@@ -68,8 +68,7 @@ def gpu(count: int) -> Iterable[Result]:
     if not torch.cuda.is_available():
         Console(stderr=True).print("gpu: no GPU here; on a machine with one: python -m benchmarks gpu", highlight=False)
         return
-    yield from gpu.epochs(count)
-    yield from gpu.packed()
+    yield from attempted(gpu.rows(count))
 
 
 BENCHMARKS: dict[str, Callable[[int], Iterable[Result]]] = {
@@ -96,13 +95,24 @@ def main(
         for result in BENCHMARKS[name](pairs):
             results.append(result)
             if as_json:
-                typer.echo(json.dumps(asdict(result) | {"met": result.met, "machine": machine()}))
+                typer.echo(json.dumps(as_plain(result) | {"met": result.met, "machine": machine()}))
             console.print(line(result), highlight=False, soft_wrap=True)
     console.print(table(results))
+    if failed := [result for result in results if result.error]:
+        console.print(f"{len(failed)} of {len(results)} rows failed:", highlight=False)
+        for result in failed:
+            console.print(f"  {result.name}: {result.error}", highlight=False, soft_wrap=True)
     raise typer.Exit(0 if all(result.met is not False for result in results) else 1)
 
 
+def as_plain(result: Result) -> dict[str, Any]:
+    """For JSON, which has no NaN."""
+    return {name: None if value != value else value for name, value in asdict(result).items()}
+
+
 def line(result: Result) -> str:
+    if result.error:
+        return f"{result.name}: failed ({result.error})"
     return f"{result.name}: {result.figure:.3g} ({result.low:.3g} to {result.high:.3g}, n {result.n}); {result.detail}"
 
 
@@ -112,6 +122,9 @@ def table(results: list[Result]) -> Table:
     for title in ("measure", "median", "lowest", "highest", "n", "bar", ""):
         shown.add_column(title, justify="left" if title in ("measure", "bar", "") else "right")
     for each in results:
+        if each.error:
+            shown.add_row(each.name, "", "", "", "0", each.bar, "failed")
+            continue
         verdict = {True: "met", False: "not met", None: ""}[each.met]
         figures = (f"{value:.3g}{' ' + each.unit if each.unit else ''}" for value in (each.figure, each.low, each.high))
         shown.add_row(each.name, *figures, str(each.n), each.bar, verdict)

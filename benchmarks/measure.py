@@ -5,11 +5,13 @@ Two processes can differ by some per cent for as long as they live, by where the
 a process do.
 """
 
+import math
 import multiprocessing
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -43,10 +45,13 @@ class Result:
     unit: str
     bar: str  # ">= 1.7", "<= 1.05", or empty
     detail: str
+    error: str = ""  # why there is no figure
 
     @property
     def met(self) -> bool | None:
-        """Whether the figure meets its bar; null without one."""
+        """Whether the figure meets its bar; null without one. What failed meets none."""
+        if self.error:
+            return False
         if not self.bar:
             return None
         sign, limit = self.bar.split()
@@ -55,6 +60,21 @@ class Result:
 
 def result(name: str, values: list[float], *, unit: str = "", bar: str = "", detail: str = "") -> Result:
     return Result(name, statistics.median(values), min(values), max(values), len(values), unit, bar, detail)
+
+
+Row = tuple[str, Callable[[], Result]]  # a name, and what measures it
+
+
+def attempted(rows: Iterable[Row]) -> Iterator[Result]:
+    """Measure row by row; one that fails is a row that says why, and the next one is measured."""
+    for name, measure in rows:
+        try:
+            found = measure()
+        except Exception as error:  # whatever it is, the other rows have nothing to do with it
+            traceback.print_exc()
+            why = str(error).strip().partition("\n")[0]
+            found = Result(name, math.nan, math.nan, math.nan, 0, "", "", "", f"{type(error).__name__}: {why}")
+        yield found
 
 
 def pairs(name: str, above: Side, below: Side, count: int, *, unit: str, bar: str, together: bool = False) -> Result:

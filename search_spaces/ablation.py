@@ -2,8 +2,9 @@
 
 Question: ResNet-50 to ResNet-18, stem x method x temperature; two arms that are compared differ in one factor.
 Source: Hinton et al. 2015 (logit); FitNets-like stage features with a cosine term (feature).
-Command: python -m tune_kd run ablation [--scale paper|laptop|smoke] [--data cifar10|cifar100]
-Cost: paper is a study for GPUs; laptop takes minutes on two cores; smoke shows every stage in under one.
+Command: python -m tune_kd run ablation [--scale paper|brief|laptop|smoke] [--data cifar10|cifar100]
+Cost: by the rates of an H100 (docs/performance.md), paper takes about 4.5 hours of one and brief about 16 minutes;
+laptop takes minutes on two cores; smoke shows every stage in under one.
 """
 
 from dataclasses import replace
@@ -40,6 +41,24 @@ def study() -> Study:
         # Chosen on published curves (docs/early-stopping.md): stops what is worse by more than noise, and little else.
         screen=Screen(seed=0, grace=30, reduction=3, margin=0.03),
         confirm=Confirm(seeds=(1, 2, 3, 4, 5)),
+        rate=5.4e13,
+    )
+
+
+def brief() -> Study:
+    """The same questions in minutes on one GPU: full networks and all of CIFAR-10, three temperatures, short training
+    in bfloat16, three fresh seeds."""
+    paper = study()
+    return replace(
+        paper,
+        scale="brief",
+        factors=(*paper.factors[:2], Factor("temperature", (1.0, 4.0, 16.0))),
+        contrasts=(*paper.contrasts[:3], Compare("temperature", 1.0, 4.0), Compare("temperature", 16.0, 4.0)),
+        recipe=replace(paper.recipe, epochs=15, precision="bfloat16"),
+        teacher_recipe=replace(paper.teacher_recipe, epochs=30, precision="bfloat16"),
+        screen=replace(paper.screen, grace=10),
+        confirm=Confirm(seeds=(1, 2, 3)),
+        rate=7.9e13,
     )
 
 
@@ -95,4 +114,4 @@ def smoke(data: str = "digits") -> Study:
     )
 
 
-SCALES = {"paper": study, "laptop": laptop, "smoke": smoke}
+SCALES = {"paper": study, "brief": brief, "laptop": laptop, "smoke": smoke}

@@ -36,6 +36,7 @@ RAY = (
     "test_submit",
     "test_trackers",
     "test_faults",
+    "test_gpu",
 )  # share a Ray, or start their own
 
 
@@ -49,6 +50,10 @@ class InTwo(LoadFileScheduling):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU; test_placement.py plays one"))
     items.sort(key=lambda item: item.path.stem not in RAY)  # the longest part first
 
 
@@ -167,8 +172,7 @@ def one_stem(study: Study) -> Study:
     return replace(study, factors=(Factor("stem", ("cifar",)), *study.factors[1:]), moderator=None)
 
 
-@pytest.fixture
-def pixels() -> DataSet:
+def noise() -> DataSet:
     """Noise whose brightness tells its class: 40 training images of 8 x 8 pixels in two classes."""
 
     def split(count: int, seed: int) -> Split:
@@ -193,6 +197,12 @@ def pixels() -> DataSet:
 
 
 @pytest.fixture
+def pixels() -> DataSet:
+    """The tiny data set: see `noise`."""
+    return noise()
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -211,7 +221,8 @@ def teacher(pixels: DataSet, tmp_path: Path) -> Teacher:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[str]:
-    """One Ray with its dashboard and two logical GPUs for all tests that need one; gives the dashboard's URL."""
+    """One Ray with its dashboard for all tests that need one, with two logical GPUs where there is no real one; gives
+    the dashboard's URL."""
     import tune_kd.execute
 
     import ray  # isort: skip  # after that, which sets what Ray reads when it is imported
@@ -219,7 +230,7 @@ def ray_session() -> Iterator[str]:
     context = ray.init(
         "local",
         num_cpus=2,
-        num_gpus=2,
+        num_gpus=torch.cuda.device_count() or 2,
         include_dashboard=True,
         dashboard_host="127.0.0.1",
         log_to_driver=False,

@@ -1,15 +1,21 @@
 """The benchmarks measure what they say: a fair yardstick, honest pairs, real work on both sides."""
 
+import json
 import os
 import time
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
+from benchmarks import __main__ as command
+from benchmarks import gpu
 from benchmarks.gpu import floor
-from benchmarks.measure import Measure, Side, pairs, result
+from benchmarks.measure import Measure, Result, Side, attempted, pairs, result
 from benchmarks.plain import train_plain
 from benchmarks.runs import clocked
 from benchmarks.steps import cell, digits_as_cifar, ours
@@ -125,3 +131,36 @@ def test_the_floor_of_a_control_is_150_tflop_an_epoch() -> None:
     assert floor("feature", "cifar", 1e12) - floor("none", "cifar", 1e12) == pytest.approx(
         2 * 1.3e9 * 45e3 / 1e12, rel=0.01
     )
+
+
+def test_a_row_that_fails_is_a_row_and_the_next_one_is_measured() -> None:
+    def broken() -> Result:
+        raise ValueError("no kernel image\nis available")
+
+    one, other, third = attempted([("a", broken), ("b", lambda: result("b", [1.0])), ("c", broken)])
+    assert (one.error, one.met, one.name) == ("ValueError: no kernel image", False, "a")
+    assert (other.figure, other.error, third.name) == (1.0, "", "c")
+
+
+def test_rows_that_failed_are_named_at_the_end_and_in_the_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Result:
+        raise RuntimeError("out of luck")
+
+    rows = [("first", broken), ("second", lambda: result("second", [2.0], unit="s"))]
+    monkeypatch.setitem(command.BENCHMARKS, "gpu", lambda count: attempted(rows))
+    app = typer.Typer()
+    app.command()(command.main)
+    ended = CliRunner().invoke(app, ["gpu", "--json"])
+    assert ended.exit_code == 1
+    first, second = map(json.loads, ended.stdout.splitlines())
+    assert (first["figure"], first["error"], second["figure"]) == (None, "RuntimeError: out of luck", 2.0)
+    assert ended.stderr.rstrip().endswith("1 of 2 rows failed:\n  first: RuntimeError: out of luck")
+
+
+def test_a_trial_that_dies_beside_others_is_an_error_and_no_endless_wait() -> None:
+    with pytest.raises(RuntimeError, match="one of 2 trials at a time died"):
+        gpu._together(2, 0, _dies)
+
+
+def _dies(share: float, epochs: int, connection: Connection) -> None:
+    """Without a word."""

@@ -363,15 +363,6 @@ def test_crops_equal_torchvision_for_images_that_are_not_square(choose: st.DataO
         assert torch.equal(ours[i], reference.hflip(theirs) if views.flip[i] else theirs)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_crops_and_prepares_as_the_cpu_does(digits: DataSet) -> None:
-    images, views = digits.train.images[:200], draw_views(0, 1, 200, pad=1, flip=True)
-    here = crop(images, views.top, views.left, views.flip, 1)
-    there = crop(images.cuda(), views.top, views.left, views.flip, 1)
-    assert there.is_cuda and torch.equal(there.cpu(), here)
-    torch.testing.assert_close(prepare(there, digits).cpu(), prepare(here, digits))
-
-
 # What reaches the network
 
 

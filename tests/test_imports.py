@@ -32,7 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"study", "batches", "cifar", "pictures"},
     "answers": {"faults", "storage"},
     "shares": {"study"},
-    "kernels": set(),
+    "mps": set(),
+    "signals": set(),
+    "notices": set(),
+    "kernels": {"notices"},
     "plan": {"study", "trial", "price", "tuning"},
     "price": {"trial"},
     "schedule": {"study", "trial"},
@@ -68,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "execute": {
         "study", "trial", "plan", "price", "data", "models", "teachers", "checkpoints", "train", "memory", "kernels",
         "schedule", "records", "faults", "storage", "privacy", "growth", "search", "clock", "pace",
-        "monitoring", "studies", "mirror", "sharing",
+        "monitoring", "studies", "mirror", "sharing", "mps", "notices", "signals",
     },
 }  # fmt: skip
 ONLY = {"ray": {"execute"}, "sqlite3": {"records"}, "pyarrow": {"records", "mirror"}, "optuna": {"search"}}

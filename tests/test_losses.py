@@ -287,7 +287,7 @@ def test_fewer_than_one_bin_is_refused():
 
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 
 

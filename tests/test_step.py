@@ -15,9 +15,9 @@ from tune_kd.checkpoints import Checkpoints
 from tune_kd.data import DataSet
 from tune_kd.step import Step
 from tune_kd.study import Recipe
-from tune_kd.teachers import Teacher, load_teacher
+from tune_kd.teachers import Teacher
 from tune_kd.train import Diverged, train
-from tune_kd.trial import Answering, Trial
+from tune_kd.trial import Trial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -145,45 +145,3 @@ def test_a_compiled_trial_gives_the_same_to_rounding_and_its_first_epoch_pays(pi
     assert fast[0].seconds > 10 * plain[0].seconds
     again = run(replace(compiled, seed=2), pixels, None, tmp_path / "c")
     assert again[0].seconds < 0.1 * fast[0].seconds  # it took the compiled step over
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("method", ["none", "logit", "feature"])
-def test_a_captured_step_trains_like_one_that_is_launched_kernel_by_kernel(
-    method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """40 images in batches of 16: two captured steps and a last one of another shape, in each of four epochs."""
-    gpu = torch.device("cuda")
-    one = trial("none") if method == "none" else distilling(method, teacher)
-    on_gpu = load_teacher(teacher.home.parent, teacher.teacher_id, pixels, gpu, Answering(True, ()))
-
-    def losses(name: str) -> list[float]:
-        rows = train(
-            one, pixels, None if method == "none" else on_gpu, device=gpu, checkpoints=Checkpoints(tmp_path / name)
-        )
-        return [row.train_loss for row in rows]
-
-    captured = losses("captured")
-    assert losses("replayed by the next trial") == pytest.approx(captured, rel=1e-3)
-    monkeypatch.setattr(stepping, "Captured", lambda step, device: step)
-    stepping._idle.clear()
-    assert captured == pytest.approx(losses("launched"), rel=1e-3)
-    cpu = run(one, pixels, None if method == "none" else teacher, tmp_path / "cpu")
-    assert captured == pytest.approx([row.train_loss for row in cpu], rel=1e-2)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_no_step_waits_for_the_gpu(pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Step.__call__
-
-    def watched(self: Any, *arguments: Any) -> None:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step(self, *arguments)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    monkeypatch.setattr(Step, "__call__", watched)
-    monkeypatch.setattr(stepping, "Captured", lambda step, device: step)
-    epochs = train(trial("none"), pixels, None, device=torch.device("cuda"), checkpoints=Checkpoints(tmp_path))
-    assert len(list(epochs)) == 4

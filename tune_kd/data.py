@@ -12,7 +12,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,16 @@ class Views:
 
     def to(self, device: torch.device) -> "Views":
         return Views(*(each.to(device) for each in (self.order, self.top, self.left, self.flip)))
+
+
+@lru_cache(maxsize=1)
+def on_device(data: DataSet, device: torch.device) -> DataSet:
+    """The data set with its images and labels on a device: one copy a process, which steps and teachers share."""
+
+    def move(split: Split) -> Split:
+        return Split(split.images.to(device), split.labels.to(device))
+
+    return replace(data, train=move(data.train), validation=move(data.validation), test=move(data.test))
 
 
 def _to_stderr(sentence: str) -> None:
@@ -329,23 +339,24 @@ def numbered_views(numbers: Tensor, data: DataSet) -> Views:
 
 
 def show(views: Views, data: DataSet) -> Tensor:
-    """The training images as `views` show them: uint8 [N, 3, H, W] on the data's device."""
-    images = data.train.images
-    return crop(images.index_select(0, views.order.to(images.device)), views.top, views.left, views.flip, data.pad)
+    """The training images as `views` show them: uint8 [N, 3, H, W]. Images and views are on one device, so that a step
+    does not move any."""
+    shown = data.train.images.index_select(0, views.order)
+    return crop(shown, views.top, views.left, views.flip, data.pad)
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int) -> Tensor:
     """Pad with `pad` zero pixels, cut to the old size at (top, left), and mirror where `flip` says so.
 
-    `images` uint8 [B, 3, H, W] on any device; `top`, `left` int64 [B] in 0 to 2 * pad and `flip` bool [B],
-    moved to that device. Returns uint8 [B, 3, H, W]. Equal to torchvision's pad, crop and hflip.
+    `images` uint8 [B, 3, H, W]; `top`, `left` int64 [B] in 0 to 2 * pad and `flip` bool [B]; all on one device.
+    Returns uint8 [B, 3, H, W] there. Equal to torchvision's pad, crop and hflip.
     """
     device = images.device
     batch, channels, height, width = images.shape
     padded = F.pad(images, [pad] * 4)
-    rows = top.to(device)[:, None] + torch.arange(height, device=device)
-    columns = left.to(device)[:, None] + torch.arange(width, device=device)
-    columns = torch.where(flip.to(device)[:, None], columns.flip(1), columns)
+    rows = top[:, None] + torch.arange(height, device=device)
+    columns = left[:, None] + torch.arange(width, device=device)
+    columns = torch.where(flip[:, None], columns.flip(1), columns)
     # One gather over flattened pixels: several times faster on CPU than indexing rows and columns apart.
     where = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).view(batch, 1, height * width)
     chosen = padded.view(batch, channels, -1).gather(2, where.expand(-1, channels, -1))

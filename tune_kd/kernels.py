@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from tune_kd.notices import tell
+
 WARM_UP = 3  # steps before the capture: libraries choose their kernels, the optimizer makes its momentum
 
 
@@ -41,34 +43,67 @@ class Captured:
 
     The step takes tensors, returns nothing, and leaves its results in tensors that live as long as it does. Inputs of
     another shape than the first (an epoch's last batch) run as they are. The steps before the capture are real ones,
-    so capturing costs no training.
+    so capturing costs no training. A step that cannot be captured is launched kernel by kernel, and that is told once;
+    one that runs out of memory raises, since a larger share may have what it needs.
     """
 
     def __init__(self, step: Callable[..., None], device: torch.device) -> None:
         self._step = step
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
         self._seen = 0
+        self._given_up = False
 
     def __call__(self, *inputs: Tensor) -> None:
-        if not self._inputs:
-            self._inputs = [each.clone() for each in inputs]
-        if [each.shape for each in inputs] != [each.shape for each in self._inputs]:
+        if not self._inputs and not self._given_up:
+            self._begin(inputs)
+        if self._given_up or [each.shape for each in inputs] != [each.shape for each in self._inputs]:
             self._step(*inputs)
             return
         for mine, each in zip(self._inputs, inputs, strict=True):
             mine.copy_(each)
         if self._graph is None and self._seen < WARM_UP:
-            self._seen += 1
-            # On another stream, as a capture is: autograd remembers the stream on which a weight was first used.
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                self._step(*self._inputs)
-            torch.cuda.current_stream().wait_stream(self._stream)
+            self._warm_up()
             return
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=self._stream):
+            self._capture()
+        if self._graph is None:
+            self._step(*inputs)
+        else:
+            self._graph.replay()
+
+    def _begin(self, inputs: tuple[Tensor, ...]) -> None:
+        with self._or_give_up():
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._inputs = [each.clone() for each in inputs]
+
+    def _warm_up(self) -> None:
+        self._seen += 1
+        assert self._stream is not None
+        # On another stream, as a capture is: autograd remembers the stream on which a weight was first used.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._step(*self._inputs)
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _capture(self) -> None:
+        """Nothing is computed meanwhile, so that a capture that fails has trained nothing."""
+        with self._or_give_up():
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream):
                 self._step(*self._inputs)
-        self._graph.replay()
+            self._graph = graph
+
+    @contextmanager
+    def _or_give_up(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+            self._given_up, self._inputs, self._stream = True, [], None
+            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            tell(f"a training step cannot be captured as a CUDA graph here ({why}); it is launched kernel by kernel, "
+                 "which gives the same results more slowly")  # fmt: skip

@@ -3,7 +3,6 @@ that a mistake is answered at once."""
 
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from tune_kd import signals
 from tune_kd.growth import to_come, with_those_to_come
 from tune_kd.mirror import Mirror
 from tune_kd.study import Mistake, Study
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from tune_kd.run import Run
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""What asks a command to leave; the last is what a cluster's scheduler may send before it takes a machine away."""
 IDLE = 60.0  # seconds in which nothing runs, after which that is said
 
 
@@ -69,14 +67,15 @@ def execute(
         # The watch comes first, so that it ends last: to leave a Ray that died may hang.
         check_ray = around.enter_context(connection.watched(cluster, advice))
         around.callback(connection.disconnect, cluster)
-        gpus = shares.gpu_share(run.settings["gpus_per_trial"], cluster.gpus)
-        shares.check_cluster(run.settings["cpus_per_trial"], gpus, cluster.cpus, cluster.gpus)
+        asked = run.settings["gpus_per_trial"]
+        shares.check_cluster(run.settings["cpus_per_trial"], asked or 0.0, cluster.cpus, cluster.gpus)
         url = Mirror.of(run.folder).url
         connection.check_nodes(run.folder if url is None else None)
+        share = shares.gpu_share(asked, cluster.gpus, connection.served_by_mps)
         tracked = run.settings.get("track") or []
         connected()
         runs.tell_dashboard(run.folder, cluster.dashboard)
-        _print_start(run, console, cluster)
+        _print_start(run, console, cluster, share.words)
         place = Workplace(
             data_dir=None if run.data_dir is None else run.data_dir.absolute(),
             cache=None,
@@ -92,7 +91,7 @@ def execute(
             ledger,
             place,
             cpus=run.settings["cpus_per_trial"],
-            gpus=gpus,
+            gpus=share.gpus,
             max_concurrent=run.settings["max_concurrent"],
             keep_checkpoints=run.settings["keep_checkpoints"],
             say=view.say,
@@ -112,32 +111,33 @@ def execute(
             if driver.running:
                 busy_at = time.monotonic()
             elif time.monotonic() - busy_at > IDLE and (task := driver.placeless) is not None:
-                share = f"{task.cpus:g} CPU and {task.gpus:g} GPU"
-                once(f"nothing has run for {IDLE:.0f} s: a trial needs {share}, and Ray waits for a node with them")
+                needed = f"{task.cpus:g} CPU and {task.gpus:g} GPU"
+                once(f"nothing has run for {IDLE:.0f} s: a trial needs {needed}, and Ray waits for a node with them")
             if driver.stopping:
                 why = driver.broken or "interrupted"
                 once(f"{why}: running trials end their epoch; interrupt again to leave at once")
             view.show(with_those_to_come(driver.plan, run.name, list(driver.rows.values())), driver.decisions)
 
-        slots = connection.slots(cluster, run.settings["cpus_per_trial"], gpus)
-        with on_ray.drained_by_signals(driver, SIGNALS, advice) as received:
+        slots = connection.slots(cluster, run.settings["cpus_per_trial"], share.gpus)
+        with signals.handled(lambda _: driver.drain()):
             on_ray.run_on_ray(driver, place, slots, beat, data=data, trackers=shown)
-            interrupted = received()
         if tracked:
             try:
                 sharing.send(run.folder, *trackers.FILES)
             except OSError as error:
                 view.say(f"warning: the store does not take what trackers wrote ({error}); it is in {run.folder}")
-    return Ended(interrupted, sum(row["status"] in ("failed", "blocked") for row in driver.rows.values()))
+    return Ended(signals.asked(), sum(row["status"] in ("failed", "blocked") for row in driver.rows.values()))
 
 
-def _print_start(run: "Run", console: Console, cluster: Any) -> None:
+def _print_start(run: "Run", console: Console, cluster: Any, share: str) -> None:
     planned = run.plan
     trials = len(planned.trials) + len(to_come(planned))
     lines = [
         f"{len(planned.arms)} arms, {trials} trials, {len(planned.teachers)} teachers on "
         f"{run.study.data.name}; records in {Mirror.of(run.folder).place(run.folder)}",
     ]
+    if cluster.gpus:
+        lines.append(share)
     if cluster.dashboard:
         lines.append(f"Ray dashboard: {cluster.dashboard} (it asks for the token that `ray get-auth-token` prints)")
     for line in lines:

@@ -277,6 +277,8 @@ def _without_additions(before: Study, now: Study) -> Study:
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:
     """A line for each field in which two studies, as plain values, differ."""
+    if name == "rate":  # which prices are made with, and no result
+        return []
     if name == "factors":
         before, now = ({each["name"]: each["levels"] for each in one} for one in (before, now))
     if isinstance(before, dict) and isinstance(now, dict):

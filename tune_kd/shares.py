@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from tune_kd.study import Mistake
@@ -52,11 +54,34 @@ def check_cluster(cpus: float, gpus: float, have_cpus: float, have_gpus: float) 
         raise Mistake(*problems)
 
 
-def gpu_share(asked: float | None, available: float) -> float:
-    """A quarter of a GPU by default where there is one: four students train beside each other."""
+@dataclass(frozen=True)
+class Share:
+    """A trial's share of a GPU, and why it is that."""
+
+    gpus: float
+    why: str
+
+    @property
+    def words(self) -> str:
+        """As the user reads it."""
+        sizes = {0.0: "no GPU", 1.0: "a whole GPU"}
+        size = sizes.get(self.gpus, f"{self.gpus:g} {'GPUs' if self.gpus > 1 else 'of a GPU'}")
+        return f"Each trial gets {size}, {self.why}."
+
+
+def gpu_share(asked: float | None, available: float, served: Callable[[], bool]) -> Share:
+    """What was asked for; else a whole GPU, or a quarter where MPS has the GPUs `served`.
+
+    Without MPS processes take turns on a GPU: four trials at a time took 1.1 times as long as one after another on an
+    H100, and with it 0.72 times (docs/performance.md).
+    """
     if asked is not None:
-        return asked
-    return 0.25 if available else 0.0
+        return Share(asked, "as --gpus-per-trial says")
+    if not available:
+        return Share(0.0, "since Ray sees none")
+    if served():
+        return Share(0.25, "since MPS serves the GPUs, on which four then train at the same time")
+    return Share(1.0, "since MPS does not serve the GPUs, and without it trials on one GPU would take turns")
 
 
 def _gpus_here() -> int:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tune_kd import losses, models
-from tune_kd.data import DataSet, Split, Views, prepare, show
+from tune_kd.data import DataSet, Views, on_device, prepare, show
 from tune_kd.kernels import Captured, autocast
 from tune_kd.teachers import Teacher
 from tune_kd.trial import Trial
@@ -48,7 +48,7 @@ class Step:
     """One step of training on a batch of views. Nothing in it waits for the device: sums over images stay there."""
 
     def __init__(self, trial: Trial, data: DataSet, teacher: Teacher | None, device: torch.device) -> None:
-        self.data = _to_device(data, device)
+        self.data = on_device(data, device)
         self.sums = torch.zeros(5, device=device, dtype=torch.float64)  # loss, ce, kd, right; gradient norms
         self.student, self.projections = _networks(trial, data, teacher)  # no projections unless `feature`
         for network in (self.student, self.projections):
@@ -174,10 +174,3 @@ def _networks(trial: Trial, data: DataSet, teacher: Teacher | None) -> tuple[nn.
         return student, nn.ModuleList()
     channels = models.feature_channels(student), models.feature_channels(teacher.net)
     return student, models.projections(*channels, seed=trial.seed)
-
-
-def _to_device(data: DataSet, device: torch.device) -> DataSet:
-    def move(split: Split) -> Split:
-        return Split(split.images.to(device), split.labels.to(device))
-
-    return replace(data, train=move(data.train), validation=move(data.validation), test=move(data.test))

@@ -175,7 +175,7 @@ class Study:
     confirm: Confirm = Confirm()
     tuning: Tuning | None = None
     deviation: float = 0.0015  # expected seed-to-seed standard deviation of accuracy, for the plan
-    rate: float = 2e13  # floating-point operations a second that one slot is assumed to sustain, for the price
+    rate: float = 5e13  # floating-point operations a second that one slot is assumed to sustain, for the price
 
     def levels(self, factor: str) -> tuple[Level, ...]:
         """The levels of a factor; of a field that no factor varies, its one value."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from tune_kd import models
 from tune_kd.answers import Answers
 from tune_kd.checkpoints import pack, unpack
-from tune_kd.data import DataSet, Views, draw_views, numbered_views, prepare, show, view_numbers
+from tune_kd.data import DataSet, Views, draw_views, numbered_views, on_device, prepare, show, view_numbers
 from tune_kd.faults import point
 from tune_kd.kernels import autocast, float32_as
 from tune_kd.mirror import Mirror
@@ -138,7 +138,7 @@ class Teacher:
     teacher_id: str
     digest: str  # SHA-256 of the weight file
     home: Path
-    data: DataSet
+    data: DataSet  # on its device, where images are cropped
     device: torch.device
     precision: str  # of its recipe, in which it answers too
     answering: Answering | None  # null where no student needs logits
@@ -194,7 +194,7 @@ class Teacher:
 
         def images(rows: range) -> Tensor:
             numbers = torch.arange(rows.start, rows.stop) if drawn is None else drawn[rows.start : rows.stop]
-            return show(numbered_views(numbers, data), data)
+            return show(numbered_views(numbers, data).to(self.device), data)
 
         name = "all" if drawn is None else hashlib.sha256(drawn.numpy().tobytes()).hexdigest()[:16]
         return self._answers(f"views-{name}", count, images)
@@ -266,4 +266,5 @@ def load_teacher(
         return net.eval().requires_grad_(False)
 
     verified()
-    return Teacher(teacher_id, expected, home, data, device, trial.recipe.precision, answering, build)
+    shown = on_device(data, device)
+    return Teacher(teacher_id, expected, home, shown, device, trial.recipe.precision, answering, build)

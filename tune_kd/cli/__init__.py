@@ -1,17 +1,13 @@
 """The command line: wiring and words. What takes long to import is imported by the command that needs it."""
 
-import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 
 import typer
 
+from tune_kd import signals
 from tune_kd.cli import elsewhere, planning, reading, running, watching
 from tune_kd.cli.options import Unread
-from tune_kd.launch import SIGNALS
 from tune_kd.privacy import masked
 from tune_kd.records import FAILURES
 from tune_kd.study import Mistake
@@ -40,9 +36,13 @@ app.command("list")(reading.list_)
 
 def main() -> None:
     """The entry point: a mistake of the caller's is one message and exit status 2."""
+    with signals.left_by_signals():  # whose status stands, whatever else goes wrong on the way out
+        _command()
+
+
+def _command() -> None:
     try:
-        with _left_by_signals():
-            app()
+        app()
     except (Mistake, Unread) as mistake:
         for problem in mistake.problems:
             print(f"tune_kd: {masked(problem)}", file=sys.stderr)
@@ -67,22 +67,3 @@ def _advice(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is None:  # ours, whose words say it
         return ""
     return "what is on record is whole; see that the disk has room and can be written to, then `tune_kd resume RUN`"
-
-
-@contextmanager
-def _left_by_signals() -> Iterator[None]:
-    """A signal ends the command with 128 and its number, whatever it is at, except while trials run."""
-    received: list[int] = []
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, on_signal) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if received:  # Python drops what is raised while it frees an object, so it is told again
-            raise SystemExit(128 + received[0])

@@ -1,7 +1,7 @@
 """What several commands share: their options, and how these are read."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 StudyName = Annotated[str, typer.Argument(help="A name in search_spaces/ or the path of a file.", metavar="STUDY")]
 RunName = Annotated[str, typer.Argument(help="A name under --out or a path.", metavar="RUN")]
-Scale = Annotated[str, typer.Option(help="auto, or a scale that the study declares (paper, laptop, smoke).")]
+Scale = Annotated[str, typer.Option(help="auto, or a scale that the study declares (paper, brief, laptop, smoke).")]
 DataName = Annotated[str | None, typer.Option("--data", help="digits, cifar10 or cifar100.", show_default=False)]
 DataDir = Annotated[
     Path | None,
@@ -139,8 +139,10 @@ def check_address(address: str | None) -> None:
         )
 
 
-def scale_of(path: Path, scale: str, address: str | None) -> tuple[str, str]:
-    """The scale that `auto` means here, and why."""
+def scale_of(
+    path: Path, scale: str, address: str | None, data: str | None = None, settings: Sequence[str] = ()
+) -> tuple[str, str]:
+    """The scale that `auto` means here, and why: where there is a GPU, with the time that it may take there."""
     from tune_kd import studies
 
     if scale != "auto":
@@ -154,15 +156,36 @@ def scale_of(path: Path, scale: str, address: str | None) -> tuple[str, str]:
         from tune_kd.execute import connection
 
         cluster = connection.connect(address)
-        seen = cluster.gpus > 0
+        gpus = cluster.gpus
         connection.disconnect(cluster)  # to join it again under the run's name
     else:
         import torch
 
-        seen = torch.cuda.is_available()
-    if seen:
-        return "paper", ", since Ray sees a GPU (--scale laptop for a small one)"
-    return "laptop", ", since Ray sees no GPU (--scale paper for the whole study)"
+        gpus = float(torch.cuda.device_count())
+    if not gpus:
+        return "laptop", ", since Ray sees no GPU (--scale paper for the whole study)"
+    times = {each: _time(path, each, data, settings, gpus) for each in ("paper", "brief") if each in declared}
+    on = "one GPU" if gpus == 1 else f"{gpus:g} GPUs"
+    why = f", since Ray sees a GPU: {times['paper']} on {on} as fast as an H100"
+    others = [f"--scale {each}: {time}" for each, time in times.items() if each != "paper"]
+    return "paper", f"{why} ({'; '.join([*others, '--scale laptop for a small one'])})"
+
+
+def _time(path: Path, scale: str, data: str | None, settings: Sequence[str], gpus: float) -> str:
+    """About how long a scale takes on so many GPUs, each a slot."""
+    from tune_kd import studies
+    from tune_kd.growth import to_come
+    from tune_kd.plan import plan
+    from tune_kd.price import price
+    from tune_kd.view import duration
+
+    try:
+        study = studies.resolve(path, scale, data, settings)
+    except Mistake:  # which is told when the scale is chosen
+        return "an unknown time"
+    planned = plan(study)
+    cost = price((*planned.trials, *to_come(planned)), planned.answering, study.rate)
+    return f"about {duration(cost.slot_seconds / gpus)}"
 
 
 def settings_with(

@@ -48,7 +48,7 @@ def plan(
     from tune_kd.price import price
 
     path = studies.find(study)
-    chosen, why = scale_of(path, scale, None)
+    chosen, why = scale_of(path, scale, None, data, settings or ())
     resolved = studies.resolve(path, chosen, data, settings_with(settings, margin_from, path, chosen, data, out))
     planned = expand(resolved)
     trials = (*planned.trials, *to_come(planned))
@@ -156,7 +156,7 @@ def calibrate(
     path = spaces.find(study)
     if not 1 <= studies <= 1_000_000:
         raise Mistake(f"--studies is {studies}; allowed: from 1 to 1,000,000")
-    chosen, why = scale_of(path, scale, None)
+    chosen, why = scale_of(path, scale, None, data, settings or ())
     resolved = spaces.resolve(path, chosen, data, settings or ())
     replays = iter(tracked(studies, "studies"))
     found = calibration.calibrate(resolved, studies, os.cpu_count() or 1, beat=lambda: next(replays))

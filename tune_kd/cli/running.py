@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from tune_kd import signals
 from tune_kd.cli.elsewhere import elsewhere
 from tune_kd.cli.options import (
     DEFAULT_OUT,
@@ -36,7 +37,6 @@ from tune_kd.cli.options import (
     settings_with,
 )
 from tune_kd.cli.reading import print_report
-from tune_kd.launch import SIGNALS
 from tune_kd.study import Mistake
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def run(
     data_dir = data_dir and data_dir.expanduser().absolute()
     check_address(address)
     path = studies.find(study)
-    chosen, why = scale_of(path, scale, address)
+    chosen, why = scale_of(path, scale, address, data, settings or ())
     problems: list[str] = []
     settings = collect(problems, lambda: settings_with(settings, margin_from, path, chosen, data, out))
     resolved = collect(problems, lambda: studies.resolve(path, chosen, data, settings or ()))
@@ -193,12 +193,13 @@ def _resumable(folder: Path, console: Console) -> Iterator[None]:
     """Say how to go on where a signal ends what is done here, if there is something to go on with."""
     from tune_kd.sharing import STUDY
 
-    try:
-        yield
-    except SystemExit as left:
-        if left.code in [128 + number for number in SIGNALS] and (folder / STUDY).is_file():
-            console.print(f"interrupted; go on with: python -m tune_kd resume {folder}", soft_wrap=True)
-        raise
+    advice = f"go on with: python -m tune_kd resume {folder}"
+    with signals.advising(advice):
+        try:
+            yield
+        finally:
+            if signals.asked() is not None and (folder / STUDY).is_file():
+                console.print(f"interrupted; {advice}", soft_wrap=True)
 
 
 def _conclude(run: "Run", ended: "Ended", console: Console, as_json: bool) -> NoReturn:

@@ -4,22 +4,24 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
-import psutil
 import ray
+from ray.exceptions import RayError
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_kd.monitoring import token_file
+from tune_kd.signals import held_back, leave
 from tune_kd.study import Mistake
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def connect(address: str | None, metadata: Mapping[str, str] | None = None) -> C
             settings["dashboard_host"] = "127.0.0.1"
             guard_token()
         try:
-            with _own_sigterm():
+            with held_back() if address is None else nullcontext(), _own_sigterm():
                 context = ray.init(address=address or "local", **settings)
         except SystemExit as left:  # Ray's own handler of SIGTERM leaves with the bare number
             raise SystemExit(128 + signal.SIGTERM) from left
@@ -74,19 +76,18 @@ def connect(address: str | None, metadata: Mapping[str, str] | None = None) -> C
         dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None,
         ours=ours,
         logs=Path(context.address_info["session_dir"], "logs"),
-        parts=_parts(),
+        parts=_parts(restarts=address is not None),
     )
 
 
-def _parts() -> tuple[Part, ...]:
+def _parts(restarts: bool) -> tuple[Part, ...]:
     """This node's raylet, which never comes back, and the control store, which a cluster may start again."""
     context = ray.get_runtime_context()
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    here = next(node for node in nodes if node["NodeID"] == context.get_node_id())
+    here = next(node for node in _alive() if node["NodeID"] == context.get_node_id())
     host, _, port = context.gcs_address.rpartition(":")
     return (
         Part("raylet", here["NodeManagerAddress"], here["NodeManagerPort"], patience=5.0),
-        Part("control store", host.strip("[]"), int(port), patience=20.0),
+        Part("control store", host.strip("[]"), int(port), patience=20.0 if restarts else 5.0),
     )
 
 
@@ -114,34 +115,65 @@ def check_nodes(folder: Path | None, patience: float = 120.0) -> None:
             found["lacks"] = shared
         return found
 
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    here, own = ray.get_runtime_context().get_node_id(), versions()
-    asked = {}
-    for node in nodes:
-        if node["Alive"] and node["NodeID"] != here:
-            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ask: Any = ray.remote(versions)
-            asked[ask.options(num_cpus=0, scheduling_strategy=strategy).remote()] = (
-                f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
-            )
-    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=patience) if asked else ([], [])
-    problems = [
-        f"--address: the node {asked[each]} does not run a task within {patience:.0f} s; allowed: nodes that do"
-        for each in silent
-    ]
-    for each in answered:
-        found = ray.get(each)
-        if found.pop("lacks", None) is not None:
+    own = versions()
+    here = ray.get_runtime_context().get_node_id()
+    found, silent = _asked(versions, [node for node in _alive() if node["NodeID"] != here], patience)
+    problems = [f"--address: the node {node} {why}; allowed: nodes that run tasks" for node, why in silent.items()]
+    for node, has in found.items():
+        if has.pop("lacks", None) is not None:
             problems.append(
-                f"--out: the node {asked[each]} does not see {shared}; allowed: a folder on storage that all nodes "
+                f"--out: the node {node} does not see {shared}; allowed: a folder on storage that all nodes "
                 "have mounted there, or s3://BUCKET/PATH"
             )
-        for name, there in found.items():
+        for name, there in has.items():
             if there != own[name]:
-                problems.append(f"--address: the node {asked[each]} has {name} {there}, and the driver {own[name]}; "
+                problems.append(f"--address: the node {node} has {name} {there}, and the driver {own[name]}; "
                                 "allowed: the same on all nodes, since results depend on it")  # fmt: skip
     if problems:
         raise Mistake(*problems)
+
+
+def served_by_mps(patience: float = 60.0) -> bool:
+    """Whether NVIDIA's MPS serves all GPUs of the connected Ray: those of a node that does not say so are not."""
+
+    def serves() -> bool:  # in a process of its own, since Ray hides the GPUs of a task that asks for none
+        import os
+
+        from tune_kd import mps
+
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        return mps.serves()
+
+    nodes = [node for node in _alive() if node["Resources"].get("GPU")]
+    found, silent = _asked(serves, nodes, patience)
+    return bool(nodes) and not silent and all(found.values())
+
+
+def _alive() -> list[dict[str, Any]]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node for node in nodes if node["Alive"]]
+
+
+def _asked(
+    question: Callable[[], T], nodes: Sequence[Mapping[str, Any]], patience: float
+) -> tuple[dict[str, T], dict[str, str]]:
+    """What a function returns on each of these nodes, in a process that ends with it; and what is wrong with those
+    that did not answer within `patience` seconds."""
+    asked = {}
+    for node in nodes:
+        ask: Any = ray.remote(max_calls=1)(question)
+        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        asked[ask.options(num_cpus=0, scheduling_strategy=strategy).remote()] = (
+            f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
+        )
+    answered, late = ray.wait(list(asked), num_returns=len(asked), timeout=patience) if asked else ([], [])
+    found, silent = {}, {asked[each]: f"does not run a task within {patience:.0f} s" for each in late}
+    for each in answered:
+        try:
+            found[asked[each]] = ray.get(each)
+        except RayError as error:  # the node or its memory was lost, or it cannot read the question
+            silent[asked[each]] = f"cannot run a task ({str(error).strip().splitlines()[-1]})"
+    return found, silent
 
 
 def guard_token() -> None:
@@ -168,7 +200,7 @@ def slots(cluster: Cluster, cpus: float, gpus: float) -> int:
 
 def disconnect(cluster: Cluster) -> None:
     if cluster.ours:
-        with _own_sigterm():
+        with held_back(), _own_sigterm():
             ray.shutdown()
 
 
@@ -187,7 +219,7 @@ class RayDied(OSError):
     """Ray is gone under a run; what its ledger holds is whole."""
 
 
-LEAVE_WITHIN = 20.0  # seconds that an orderly end may take then
+LEAVE_WITHIN = 10.0  # seconds that an orderly end may take then
 
 
 @contextmanager
@@ -221,16 +253,6 @@ def watched(cluster: Cluster, advice: str) -> Iterator[Callable[[], None]]:
         yield check
     finally:
         over.set()
-
-
-def leave(status: int, sentence: str) -> NoReturn:
-    """End this process and those that it started, at once, whatever its threads wait for."""
-    cursor = "\033[?25h" if sys.stderr.isatty() else ""  # the live view hides it
-    os.write(2, f"{cursor}tune_kd: {sentence}\n".encode())
-    for process in psutil.Process().children(recursive=True):  # Ray's agents would stay for a minute
-        with suppress(psutil.Error):
-            process.kill()
-    os._exit(status)
 
 
 def _listens(part: Part) -> bool:

@@ -6,7 +6,7 @@ Everything that happens to a trial passes through here, one call at a time, whoe
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -72,6 +72,7 @@ class Driver:
             self._enter(trial)
         self._admitted: dict[str, Task] = {}  # by trial id, until they are over
         self._lost: dict[str, Counter[str]] = {}  # by trial: attempts that failed since it got on, by their reason
+        self._heard: set[str] = set()
         self._best: dict[str, tuple[float, float]] = {}  # trial id -> best (validation accuracy, -loss)
         self._began: dict[str, float] = {}  # trial id -> monotonic time at which its attempt began
         self._tables_at = 0.0
@@ -114,6 +115,13 @@ class Driver:
         self._ledger.put(TRIALS, row)
         point("trial.started")
         self._began[task.trial.trial_id] = time.monotonic()
+
+    def hear(self, sentences: Iterable[str]) -> None:
+        """Say what workers have to tell, each thing once a run."""
+        for sentence in sentences:
+            if sentence not in self._heard:
+                self._heard.add(sentence)
+                self._say(f"warning: {sentence}")
 
     def drain(self) -> None:
         """Have the running trials write a checkpoint and leave at the end of their epoch. Nothing else starts."""

@@ -1,5 +1,6 @@
 """The second form of execution: one trial after another, here. For tests and debuggers."""
 
+from tune_kd import notices
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Failure, Work, Workplace, failure, whereabouts, work
 
@@ -16,6 +17,7 @@ def run_in_process(driver: Driver, place: Workplace, work: Work = work) -> None:
             except Exception as error:  # whatever a trial raises is a row, not the end of the run
                 problem = failure(error)
                 break
+            driver.hear(notices.take())
             if not driver.on_epoch(task.trial.trial_id, epoch, whereabouts(task)):
                 break
         epochs.close()

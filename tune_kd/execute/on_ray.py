@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
@@ -27,9 +26,8 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
-from tune_kd import clock
+from tune_kd import clock, notices
 from tune_kd.data import DataSet
-from tune_kd.execute.connection import leave
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.metrics import Metrics
 from tune_kd.execute.worker import Failure, Task, Work, Workplace, failure, whereabouts, work
@@ -94,7 +92,8 @@ class TrialRunner(tune.Trainable):
         if epoch.outcome is not None:
             self._epochs.close()  # frees its memory, and a teacher's lock, before the next trial comes
         checkpoint_seconds = clock.spent["checkpoint"] - before
-        return {"epoch": epoch, "where": whereabouts(self._task), "checkpoint_seconds": checkpoint_seconds}
+        told = {"checkpoint_seconds": checkpoint_seconds, "notices": notices.take()}
+        return {"epoch": epoch, "where": whereabouts(self._task), **told}
 
     def cleanup(self) -> None:
         if self._ended is not None:
@@ -249,6 +248,7 @@ class _Bridge:
         problem: Failure | None = result.get("failure")
         with self._recording():
             if problem is None:
+                self._driver.hear(result["notices"])
                 self._metrics.reported(trial, result["checkpoint_seconds"])
                 if self._driver.on_epoch(trial.trial_id, result["epoch"], result["where"]):
                     return True
@@ -326,30 +326,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-@contextmanager
-def drained_by_signals(
-    driver: Driver, signals: Sequence[signal.Signals], advice: str
-) -> Iterator[Callable[[], int | None]]:
-    """The first of these signals lets running trials end their epoch; a second one leaves at once.
-
-    Yields a function that returns the signal that came, or null. Set after `ray.init`, which takes SIGTERM.
-    """
-    received: list[int] = []
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) > 1:
-            leave(128 + received[0], f"interrupted; {advice}")
-        driver.drain()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    before = {number: signal.signal(number, on_signal) for number in signals}
-    try:
-        yield lambda: received[0] if received else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,0 +1,105 @@
+"""What a GPU does in a study, from a teacher's training to a student's last figures, on any device.
+
+Shared by the tests that play a GPU, those that have one, and those that take single moves to the device out.
+"""
+
+import math
+import pickle
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import gpu as benchmark
+from trials import as_teacher, trial
+from tune_kd.checkpoints import Checkpoints
+from tune_kd.data import DataSet, on_device
+from tune_kd.execute.probe import _train as probed
+from tune_kd.step import stepping
+from tune_kd.teachers import Teacher, load_teacher, publish_teacher
+from tune_kd.train import best_weights, train
+from tune_kd.trial import Answering, Epoch, Trial
+
+METHODS = ("none", "logit", "feature")
+RATES = partial(benchmark.matrix_rate, size=8, repeats=1), partial(benchmark.bandwidth, size=64, repeats=1)
+WIDTH = 0.0625
+
+
+def taught_on(device: torch.device, data: DataSet, stem: str, folder: Path, width: float = WIDTH) -> Teacher:
+    """A teacher that was trained, published and loaded there."""
+    taught, checkpoints = as_teacher(trial("none", width=width)), Checkpoints(folder / "teacher")
+    taught = replace(taught, cell=replace(taught.cell, stem=stem))
+    epochs = list(train(taught, data, None, device=device, checkpoints=checkpoints))
+    publish_teacher(folder / "teachers", taught, best_weights(checkpoints), epochs)
+    return load_teacher(folder / "teachers", taught.trial_id, data, device, Answering(True, ()))
+
+
+def pupil(method: str, stem: str, teacher: Teacher | None, width: float = WIDTH, **recipe: Any) -> Trial:
+    """A student of a teacher, or a control."""
+    one = trial(method, teacher_id=teacher.teacher_id if teacher else None, stem=stem, width=width)
+    return replace(one, recipe=replace(one.recipe, epochs=2, **recipe))
+
+
+def distil(
+    device: torch.device, data: DataSet, method: str, stem: str, folder: Path, width: float = WIDTH, **recipe: Any
+) -> tuple[list[Epoch], list[Epoch]]:
+    """A student's epochs, without a break and with one after the first: it learns, is evaluated and compared."""
+    teacher = taught_on(device, data, stem, folder, width) if method != "none" else None
+    student = pupil(method, stem, teacher, width, **recipe)
+    whole = list(train(student, data, teacher, device=device, checkpoints=Checkpoints(folder / "whole")))
+    begun = train(student, data, teacher, device=device, checkpoints=Checkpoints(folder / "cut"), checkpoint_every=0.0)
+    before = list(islice(begun, 1))
+    begun.close()
+    after = train(student, data, teacher, device=device, checkpoints=Checkpoints(folder / "cut"), acknowledged=1)
+    return whole, before + list(after)
+
+
+class Answers:
+    """The end of a pipe that a probing process has, for one that probes here."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+
+    def send(self, answer: Any) -> None:
+        self.sent.append(answer if not isinstance(answer, Exception) else pickle.loads(pickle.dumps(answer)))
+
+    def recv(self) -> str:
+        return "go"
+
+
+def probe_one(device: torch.device, data: DataSet, student: Trial, teacher: Trial | None) -> tuple[float, int]:
+    """Images a second and bytes that a probe of one trial measures, without a process of its own."""
+    pipe = Answers()
+    threads = torch.get_num_threads()
+    try:
+        probed(student, teacher, data, device, 1, pipe)  # type: ignore[arg-type]
+    finally:
+        torch.set_num_threads(threads)
+    assert pipe.sent[0] == "ready", pipe.sent[0]
+    speed, peak = pipe.sent[1]
+    assert math.isfinite(speed)
+    return speed, peak
+
+
+def benchmarked(device: torch.device, method: str, stem: str) -> list[float]:
+    """What the GPU's benchmark measures, of small networks and few images."""
+    dataset = benchmark.noise(train=130, validation=20)
+    mine = benchmark.our_epochs(method, stem, 1, device, dataset, WIDTH)
+    plain = benchmark.plain_epochs(method, stem, 1, device, dataset, WIDTH, workers=0)
+    return [seconds for seconds, _ in mine] + plain
+
+
+def carried(device: torch.device, data: DataSet) -> DataSet:
+    """Data that were on a device, as another process has them."""
+    there: DataSet = pickle.loads(pickle.dumps(on_device(data, device)))
+    return there
+
+
+def numbers_of_a_step(device: torch.device, data: DataSet) -> list[Any]:
+    """What a step reads anew each time: temperature, alpha, beta, and the learning rate."""
+    with stepping(pupil("none", "cifar", None), data, None, device) as step:
+        rates = [group["lr"] for group in step._optimizer.param_groups]
+        return [step._temperature, step._alpha, step._beta, *rates]

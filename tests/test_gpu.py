@@ -1,0 +1,215 @@
+"""What only a GPU can show: `pytest -m gpu`. Without one, `test_placement.py` plays it.
+
+All of it takes under two minutes: Ray starts once, and trials are of the scale `smoke`.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from placement import METHODS, distil, pupil
+from trials import run
+from tune_kd import data, notices
+from tune_kd import step as stepping
+from tune_kd.checkpoints import Checkpoints
+from tune_kd.data import DataSet, crop, draw_views, on_device, prepare
+from tune_kd.execute.driver import Driver
+from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.worker import Task, Workplace, work
+from tune_kd.plan import plan
+from tune_kd.records import Ledger
+from tune_kd.step import Step
+from tune_kd.studies import find, resolve
+from tune_kd.study import PRECISIONS, STEMS, Study
+from tune_kd.teachers import Teacher, load_teacher
+from tune_kd.train import train
+from tune_kd.trial import Answering, Epoch, Trial
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_thread")]
+
+GPU = torch.device("cuda")
+CALM = 0.005  # a learning rate at which a last bit stays one: at 0.05 it grows to some per cent in four epochs
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Iterator[None]:
+    """No step, data or notice of another test, and the whole memory."""
+    stepping._idle.clear()
+    on_device.cache_clear()
+    notices.take()
+    yield
+    stepping._idle.clear()
+    on_device.cache_clear()
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+
+
+def losses(rows: list[Epoch]) -> list[float]:
+    return [row.train_loss for row in rows]
+
+
+def trained(each: Trial, pixels: DataSet, teacher: Teacher | None, folder: Path, **options: Any) -> list[Epoch]:
+    return list(train(each, pixels, teacher, device=GPU, checkpoints=Checkpoints(folder), **options))
+
+
+@pytest.fixture
+def taught(teacher: Teacher, pixels: DataSet) -> Teacher:
+    """A teacher that the CPU trained, on the GPU."""
+    return load_teacher(teacher.home.parent, teacher.teacher_id, pixels, GPU, Answering(True, ()))
+
+
+def calm(method: str, teacher: Teacher | None) -> Trial:
+    """Four epochs of a student."""
+    one = pupil(method, "cifar", teacher, lr=CALM)
+    return replace(one, recipe=replace(one.recipe, epochs=4))
+
+
+def test_a_gpu_crops_and_prepares_as_the_cpu_does(pixels: DataSet) -> None:
+    images, views = pixels.train.images, draw_views(0, 1, 40, pad=1, flip=True)
+    there = views.to(GPU)
+    here = crop(images, views.top, views.left, views.flip, 1)
+    cropped = crop(images.to(GPU), there.top, there.left, there.flip, 1)
+    assert cropped.is_cuda and torch.equal(cropped.cpu(), here)
+    torch.testing.assert_close(prepare(cropped, pixels).cpu(), prepare(here, pixels))
+
+
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_student_of_each_method_and_stem_trains_resumes_and_is_judged_there(
+    method: str, stem: str, pixels: DataSet, tmp_path: Path
+) -> None:
+    """Resumed after its first epoch, which a captured step computes to rounding."""
+    whole, resumed = distil(GPU, pixels, method, stem, tmp_path, lr=CALM)
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-3)
+    outcome = whole[-1].outcome
+    assert outcome is not None and outcome.peak_memory_bytes
+    assert (outcome.agreement is None) == (method == "none")
+    assert notices.take() == [], "the step was captured"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_captured_step_trains_like_one_that_is_launched_kernel_by_kernel(
+    method: str, pixels: DataSet, teacher: Teacher, taught: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 images in batches of 16: two captured steps and a last one of another shape, in each of four epochs. The
+    next trial of the process takes the step over."""
+    one = calm(method, taught if method != "none" else None)
+    there, here = (None, None) if method == "none" else (taught, teacher)
+    made: list[Step] = []
+    begin = Step.__init__
+
+    def watched(self: Step, *arguments: Any) -> None:
+        made.append(self)
+        begin(self, *arguments)
+
+    monkeypatch.setattr(Step, "__init__", watched)
+    captured = losses(trained(one, pixels, there, tmp_path / "captured"))
+    assert losses(trained(one, pixels, there, tmp_path / "replayed")) == pytest.approx(captured, rel=1e-3)
+    assert len(made) == 1 and made[0]._run._graph is not None  # type: ignore[attr-defined]
+    monkeypatch.setattr(stepping, "Captured", lambda step, device: step)
+    stepping._idle.clear()
+    assert captured == pytest.approx(losses(trained(one, pixels, there, tmp_path / "launched")), rel=1e-3)
+    on_cpu = run(one, pixels, here, tmp_path / "cpu")
+    assert captured == pytest.approx(losses(on_cpu), rel=1e-2)
+
+
+def test_a_trial_that_is_resumed_in_a_process_with_another_step_goes_on_as_it_was(
+    pixels: DataSet, taught: Teacher, tmp_path: Path
+) -> None:
+    one = calm("logit", taught)
+    whole = trained(one, pixels, taught, tmp_path / "whole")
+    begun = train(one, pixels, taught, device=GPU, checkpoints=Checkpoints(tmp_path / "cut"), checkpoint_every=0.0)
+    before = list(islice(begun, 2))
+    begun.close()
+    trained(pupil("none", "cifar", None), pixels, None, tmp_path / "other")  # takes the process meanwhile
+    after = trained(one, pixels, taught, tmp_path / "cut", acknowledged=2)
+    assert losses(before + after) == pytest.approx(losses(whole), rel=1e-3)
+
+
+def test_no_step_waits_for_the_gpu(
+    pixels: DataSet, taught: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launched, since a capture that waited would fail: then each step would raise."""
+    step = Step.__call__
+
+    def watched(self: Any, *arguments: Any) -> None:
+        debug("error")
+        try:
+            step(self, *arguments)
+        finally:
+            debug("default")
+
+    monkeypatch.setattr(stepping, "Captured", lambda step, device: step)
+    trained(pupil("none", "cifar", None), pixels, None, tmp_path / "first")  # makes what a process makes once
+    monkeypatch.setattr(Step, "__call__", watched)
+    for method in METHODS:
+        teacher = None if method == "none" else taught
+        assert len(trained(pupil(method, "cifar", teacher), pixels, teacher, tmp_path / method)) == 2
+    assert torch.cuda.get_sync_debug_mode() == 0
+
+
+def debug(mode: str) -> None:
+    """What happens where the host waits for the GPU. Setting it warns that it is a beta, and here a warning is an
+    error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def smoke(precision: str) -> Study:
+    settings = [f"{recipe}.precision={precision}" for recipe in ("recipe", "teacher_recipe")]
+    return resolve(find("ablation"), "smoke", None, settings)
+
+
+def driver(study: Study, folder: Path, gpus: float) -> tuple[Driver, Workplace, DataSet]:
+    spec = study.data
+    images = data.load(spec.name, train=spec.train, validation=spec.validation, test=spec.test)
+    place = Workplace(None, None, folder / "teachers", folder / "checkpoints")
+    ledger = Ledger(folder / "ledger.sqlite")
+    return Driver(plan(study, images.digest), "r", folder, ledger, place, cpus=0.5, gpus=gpus), place, images
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_trial_of_the_smoke_ablation_completes_through_ray(
+    precision: str, share: float, ray_session: str, tmp_path: Path
+) -> None:
+    from tune_kd.execute import on_ray
+
+    made, place, images = driver(smoke(precision), tmp_path, share)  # half a CPU each: four find room on two
+    on_ray.run_on_ray(made, place, slots=round(1 / share), beat=lambda: None, data=images)
+    rows = list(made.rows.values())
+    assert [row["error"] for row in rows if row["status"] != "completed"] == []
+    assert {row["device"] for row in rows} == {torch.cuda.get_device_name(GPU)}
+    assert {row["gpu_fraction"] for row in rows} == {share}
+
+
+def test_a_trial_that_needs_more_than_its_share_is_tried_again_with_twice_the_share(tmp_path: Path) -> None:
+    """One that reserves 60 % of the memory does not fit into half of it, and does into all."""
+    made, place, _ = driver(smoke("tf32"), tmp_path, 0.5)
+    shares: list[float] = []
+    total = torch.cuda.get_device_properties(GPU).total_memory
+
+    def greedy(task: Task, place: Workplace) -> Iterator[Epoch]:
+        shares.append(task.gpus)
+        with closing(work(task, place)) as epochs:
+            yield next(epochs)  # sets the cap
+            if len(shares) <= 2:
+                torch.empty(int(0.6 * total), dtype=torch.uint8, device=GPU)
+                torch.cuda.empty_cache()
+            yield from epochs
+
+    run_in_process(made, place, greedy)  # type: ignore[arg-type]
+    assert shares[:3] == [0.5, 1.0, 0.5]
+    rows = [row for row in made.rows.values() if row["error"]]
+    assert len(rows) == 1 and "OutOfMemoryError" in rows[0]["error"]
+    assert rows[0]["gpu_fraction"] == 1.0
+    assert {row["status"] for row in made.rows.values()} == {"completed"}
