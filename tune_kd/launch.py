@@ -62,11 +62,13 @@ def execute(
         for teacher in run.plan.teachers:
             teachers.fetch_teacher(run.teachers, teacher.trial_id)
         preflight.check(run, ledger.rows(TRIALS), run.settings["max_concurrent"] or os.cpu_count() or 1)
+        signals.check()
         metadata = {"job_name": run.name, "study": run.study.name, "scale": run.study.scale}
         cluster = connection.connect(address, metadata)
         # The watch comes first, so that it ends last: to leave a Ray that died may hang.
         check_ray = around.enter_context(connection.watched(cluster, advice))
         around.callback(connection.disconnect, cluster)
+        signals.check()
         asked = run.settings["gpus_per_trial"]
         shares.check_cluster(run.settings["cpus_per_trial"], asked or 0.0, cluster.cpus, cluster.gpus)
         url = Mirror.of(run.folder).url
@@ -120,6 +122,7 @@ def execute(
 
         slots = connection.slots(cluster, run.settings["cpus_per_trial"], share.gpus)
         with signals.handled(lambda _: driver.drain()):
+            signals.check()
             on_ray.run_on_ray(driver, place, slots, beat, data=data, trackers=shown)
         if tracked:
             try:

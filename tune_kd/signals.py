@@ -26,6 +26,13 @@ def asked() -> int | None:
     return _asked[0] if _asked else None
 
 
+def check() -> None:
+    """Leave where this command was asked to, and has not done so: what a handler raises is lost where it interrupts
+    what catches everything, such as an import of a library that tries what is installed."""
+    if _asked:
+        raise SystemExit(128 + _asked[0])
+
+
 @contextmanager
 def advising(sentence: str) -> Iterator[None]:
     """Have a command that is ended at once say how to go on."""
@@ -71,8 +78,7 @@ def left_by_signals() -> Iterator[None]:
             with handled(leave_in_order):
                 yield
         finally:
-            if _asked:  # Python drops what is raised while it frees an object, so it is told again
-                raise SystemExit(128 + _asked[0])
+            check()
 
 
 @contextmanager

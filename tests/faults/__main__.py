@@ -8,10 +8,11 @@ import typer
 
 sys.path[0] = str(Path(__file__).parents[1])  # so that this folder is the package `faults`, as in the tests
 
-from faults import kills, operations, points, soak  # noqa: E402
+from faults import kills, leaving, operations, points, soak  # noqa: E402
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command(name="kills")(kills.kills)
+app.command(name="leaving")(leaving.leaving)
 app.command(name="operations")(operations.operations)
 app.command(name="points")(points.points)
 app.command(name="soak")(soak.soak)
