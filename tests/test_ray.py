@@ -14,12 +14,14 @@ import urllib.request
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import psutil
 import pytest
 import ray
+from ray.air.execution._internal import RayActorManager
 
 from conftest import contested
 from tune_kd import data
@@ -226,6 +228,75 @@ def test_a_killed_worker_costs_nothing_but_time(ray_session: str, one_stem: Stud
     contiguous(tmp_path / "killed")
     attempts = pd.read_parquet(tmp_path / "killed" / "trials.parquet")["attempts"]
     assert attempts.max() == 2
+
+
+def errors_of_ray() -> list[type[ray.exceptions.RayError]]:
+    """All kinds, but what a trial itself raised."""
+    kinds = [kind for kind in vars(ray.exceptions).values() if isinstance(kind, type)]
+    return [kind for kind in kinds if issubclass(kind, ray.exceptions.RayError)
+            and not issubclass(kind, ray.exceptions.RayTaskError)]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", errors_of_ray(), ids=lambda kind: kind.__name__)
+def test_whatever_of_ray_befalls_a_worker_is_the_loss_of_it_to_tune(
+    kind: type[ray.exceptions.RayError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[Exception] = []
+    monkeypatch.setattr(RayActorManager, "_actor_task_failed", lambda *_, exception, **__: passed.append(exception))
+    monkeypatch.setattr(kind, "__str__", lambda self: "of a test\nand more")
+    bridge = SimpleNamespace(why="")
+    error, own = kind.__new__(kind), ray.exceptions.RayTaskError.__new__(ray.exceptions.RayTaskError)
+    with on_ray._lost_workers(bridge):  # type: ignore[arg-type]
+        for each in (error, own):
+            RayActorManager._actor_task_failed(SimpleNamespace(), tracked_actor_task=None, exception=each)
+            silent = each is own or isinstance(each, ray.exceptions.RayActorError)
+            assert bridge.why == ("" if silent else f" ({kind.__name__}: of a test)")
+    assert isinstance(passed[0], ray.exceptions.RayActorError) and passed[1] is own
+
+
+def test_a_worker_that_the_memory_monitor_kills_costs_one_attempt(
+    ray_session: str, one_stem: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error comes in place of one report, as the actor's manager of Tune gets it."""
+    struck: list[str] = []
+    resolved = RayActorManager._actor_task_resolved
+
+    def strike(self: Any, tracked_actor_task: Any, result: Any) -> None:
+        if struck or not (isinstance(result, dict) and "epoch" in result):
+            resolved(self, tracked_actor_task, result)
+            return
+        struck.append(result["config"]["task"].trial.trial_id)
+        error = ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory.\nMemory on ...")
+        self._actor_task_failed(tracked_actor_task=tracked_actor_task, exception=error)
+
+    monkeypatch.setattr(RayActorManager, "_actor_task_resolved", strike)
+    made, place = driver(without_stops(one_stem), tmp_path)
+    on_ray.run_on_ray(made, place, slots=2, beat=lambda: None, work=recorded({}))
+    assert {row["status"] for row in made.rows.values()} == {"completed"}
+    assert [(row["trial_id"], row["attempts"], row["error"]) for row in made.rows.values() if row["attempts"] > 1] == [
+        (struck[0], 2, "attempt 1: its worker died (OutOfMemoryError: Task was killed due to the node running low on "
+         "memory.)")
+    ]  # fmt: skip
+
+
+def test_an_error_of_ray_inside_a_worker_costs_one_attempt(ray_session: str, one_stem: Study, tmp_path: Path) -> None:
+    """As where the data are lost with the node that had them."""
+
+    others = recorded({})
+
+    def failing_once(task: Task, place: Workplace) -> Generator[Epoch]:
+        if task.attempt == 1 and task.trial.phase == "screen":
+            raise ray.exceptions.OutOfMemoryError("the node runs low on memory")
+        yield from others(task, place)
+
+    made, place = driver(without_stops(one_stem), tmp_path)
+    on_ray.run_on_ray(made, place, slots=2, beat=lambda: None, work=failing_once)
+    rows = list(made.rows.values())
+    assert [row["error"] for row in rows if row["status"] != "completed"] == []
+    assert {(row["phase"] == "screen", row["attempts"]) for row in rows} == {(True, 2), (False, 1)}
+    assert {row["error"] for row in rows if row["error"]} == {
+        "attempt 1: Ray failed it: OutOfMemoryError: the node runs low on memory"
+    }
 
 
 @pytest.mark.parametrize("moment", ["add_epoch", "put"])

@@ -68,6 +68,7 @@ def execute(
         # The watch comes first, so that it ends last: to leave a Ray that died may hang.
         check_ray = around.enter_context(connection.watched(cluster, advice))
         around.callback(connection.disconnect, cluster)
+        around.enter_context(connection.told(advice))
         signals.check()
         asked = run.settings["gpus_per_trial"]
         shares.check_cluster(run.settings["cpus_per_trial"], asked or 0.0, cluster.cpus, cluster.gpus)

@@ -26,6 +26,12 @@ def asked() -> int | None:
     return _asked[0] if _asked else None
 
 
+def note(number: int) -> None:
+    """Say that a signal came, where another's handler took it."""
+    if not _asked:
+        _asked.append(number)
+
+
 def check() -> None:
     """Leave where this command was asked to, and has not done so: what a handler raises is lost where it interrupts
     what catches everything, such as an import of a library that tries what is installed."""
@@ -50,7 +56,7 @@ def handled(handler: Callable[[int], None]) -> Iterator[None]:
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if not _asked:
-            _asked.append(number)
+            note(number)
             handler(number)
 
     if threading.current_thread() is not threading.main_thread():

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_kd.monitoring import token_file
-from tune_kd.signals import held_back, leave
+from tune_kd.signals import held_back, leave, note
 from tune_kd.study import Mistake
 
 T = TypeVar("T")
@@ -61,6 +61,7 @@ def connect(address: str | None, metadata: Mapping[str, str] | None = None) -> C
             with held_back() if address is None else nullcontext(), _own_sigterm():
                 context = ray.init(address=address or "local", **settings)
         except SystemExit as left:  # Ray's own handler of SIGTERM leaves with the bare number
+            note(signal.SIGTERM)
             raise SystemExit(128 + signal.SIGTERM) from left
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"the cluster at {address}" if address else "Ray on this machine"
@@ -172,7 +173,7 @@ def _asked(
         try:
             found[asked[each]] = ray.get(each)
         except RayError as error:  # the node or its memory was lost, or it cannot read the question
-            silent[asked[each]] = f"cannot run a task ({str(error).strip().splitlines()[-1]})"
+            silent[asked[each]] = f"cannot run a task ({words(error)})"
     return found, silent
 
 
@@ -253,6 +254,22 @@ def watched(cluster: Cluster, advice: str) -> Iterator[Callable[[], None]]:
         yield check
     finally:
         over.set()
+
+
+@contextmanager
+def told(advice: str) -> Iterator[None]:
+    """Have what Ray raises end the run as the death of Ray does: what is on record is whole."""
+    try:
+        yield
+    except RayError as error:
+        raise RayDied(f"Ray failed: {words(error)}; {advice}") from error
+
+
+def words(error: RayError) -> str:
+    """An error of Ray's in a line. What a task of ours raised stands in the last line, what befell one in the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = lines[-1 if isinstance(error, RayTaskError) else 0] if lines else ""
+    return f"{type(error).__name__}: {told}" if told else type(error).__name__
 
 
 def _listens(part: Part) -> bool:

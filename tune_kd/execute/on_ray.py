@@ -17,9 +17,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import ray
 from ray import tune
+from ray.air.execution._internal import RayActorManager
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ray.tune import CheckpointConfig, FailureConfig, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import TrialScheduler
@@ -28,6 +31,7 @@ from ray.tune.stopper import Stopper
 
 from tune_kd import clock, notices
 from tune_kd.data import DataSet
+from tune_kd.execute.connection import words
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.metrics import Metrics
 from tune_kd.execute.worker import Failure, Task, Work, Workplace, failure, whereabouts, work
@@ -87,6 +91,8 @@ class TrialRunner(tune.Trainable):
             if self._epochs is None:
                 self._epochs = self._work(self._task, replace(self._place, data=self._data))
             epoch = next(self._epochs)
+        except RayError as error:  # of a node or the object store, and none of the trial's
+            return {"failure": Failure("lost", f"Ray failed it: {words(error)}")}
         except Exception as error:  # data for the driver, which decides whether to try again
             return {"failure": failure(error)}
         if epoch.outcome is not None:
@@ -206,6 +212,7 @@ class _Bridge:
         self._metrics = Metrics(driver)
         self._tasks: dict[str, Task] = {}  # by Tune's trial id
         self._over: set[str] = set()  # Tune's ids of trials whose last result was seen
+        self.why = ""  # a worker is lost, where its death alone does not say it
         self.on_sigusr1 = signal.getsignal(signal.SIGUSR1)
         self.broken: Exception | None = None  # what the records raised: Tune makes an error of its own of it
 
@@ -258,7 +265,7 @@ class _Bridge:
     def ended(self, tune_id: str, lost: bool) -> None:
         """Tune is through with a trial. One that did not report its end lost its worker."""
         if tune_id in self._tasks and tune_id not in self._over:
-            message = "its worker died" if lost else "Tune ended it"
+            message = f"its worker died{self.why}" if lost else "Tune ended it"
             with self._recording():
                 self._end(tune_id, Failure("lost", message))
 
@@ -281,7 +288,7 @@ def run_on_ray(
     """Run a plan to its end on the connected Ray. `beat` is called about once a second, in this thread.
 
     `slots` is how many trials fit at a time; `work` is what a worker does with a task; `data` go to each node once,
-    through Ray's object store; `trackers` see every trial. Raises what the records raise.
+    through Ray's object store; `trackers` see every trial. Raises what the records raise, and `RayError`.
     """
     bridge = _Bridge(driver, place, beat, work, data)
     # All slots' actors are to start together. One by one, the next would still be starting when the first has ended
@@ -291,7 +298,7 @@ def run_on_ray(
     # Tune insists on a folder of its own. Nothing in it is ever read.
     scratch = Path(tempfile.mkdtemp(prefix="tune_kd-"))
     try:
-        with _quiet():
+        with _quiet(), _lost_workers(bridge):
             Tuner(
                 TrialRunner,
                 tune_config=TuneConfig(
@@ -308,12 +315,42 @@ def run_on_ray(
                 ),
             ).fit()
     except Exception as error:
-        raise bridge.broken or error from None
+        raise bridge.broken or _of_ray(error) or error from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if bridge.broken is not None:
         raise bridge.broken
     driver.conclude()
+
+
+@contextmanager
+def _lost_workers(bridge: _Bridge) -> Iterator[None]:
+    """Have Tune take whatever Ray says befell a worker for its loss, which costs an attempt.
+
+    Tune knows a lost worker by `RayActorError` alone, and ends the run at any other error of Ray's. But a worker that
+    Ray's memory monitor kills raises `OutOfMemoryError`, and there are a dozen more, for nodes and objects that are
+    lost and for actors that cannot be placed. What a trial itself raised is a `RayTaskError`, and stays one.
+    """
+    failed = RayActorManager._actor_task_failed
+
+    def as_lost(manager: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
+        bridge.why = ""
+        if isinstance(exception, RayError) and not isinstance(exception, RayTaskError):
+            if not isinstance(exception, RayActorError):
+                bridge.why = f" ({words(exception)})"
+            exception = ActorDiedError()
+        failed(manager, tracked_actor_task=tracked_actor_task, exception=exception)
+
+    with patch.object(RayActorManager, "_actor_task_failed", as_lost):
+        yield
+
+
+def _of_ray(error: BaseException) -> RayError | None:
+    """The error of Ray's that Tune made another one of, or null."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, RayError):
+        found = found.__cause__ or found.__context__
+    return found
 
 
 @contextmanager
