@@ -23,7 +23,7 @@ from faults.life import Life, place
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 TARGETS = ("driver", "group", "descendants")
 MOMENTS = ("importing", "starting", "connected", "training", "confirming", "ending")
-PARTS = {"agent": "dashboard/agent.py", "control store": "gcs_server", "raylet": "raylet/raylet"}  # by command line
+PARTS = {"agent": "ray::DashboardAgent", "control store": "gcs_server", "raylet": "raylet/raylet"}  # by command line
 WITHIN = 20.0  # seconds from a signal to the end
 START = 60.0  # seconds in which a moment has to come
 
@@ -96,19 +96,22 @@ def leave(life: Life, number: signal.Signals, target: str, moment: str, epochs: 
 
 
 def kill(life: Life, part: str) -> Left:
-    """Run, kill a process of Ray's, and wait for the end, which has status 3 and says what died."""
-    driver = life.go_on()
+    """Run, kill a process of Ray's, and wait for the end, which has status 3 and says what died.
+
+    Where that can be had, the driver's parent is process 1, as in a container: Ray's core then takes its chance to end
+    the driver by itself.
+    """
+    driver = life.go_on(within=processes.CONTAINED if processes.containable() else ())
     while not come(life, "training", 0):
         if driver.poll() is not None:
             return Left(0.0, None, [f"harness: it ended before: {life.last_words()}"])
         time.sleep(0.05)
     sent = time.monotonic()
-    for each in psutil.Process(driver.pid).children(recursive=True):
-        with suppress(psutil.Error):
-            if any(PARTS[part] in word for word in each.cmdline()[:3]):
-                each.kill()
+    victims = [each for each in processes.tagged(life.tag) if any(PARTS[part] in word for word in each.cmdline()[:3])]
+    for each in victims:
+        each.kill()
     driver.wait(120)
-    seconds, found = time.monotonic() - sent, []
+    seconds, found = time.monotonic() - sent, [] if victims else [f"harness: there is no {part}"]
     if driver.returncode != 3 or "Ray died: its" not in life.said.read_text():
         found.append(f"it ended with {driver.returncode}: {life.last_words()}")
     if not processes.gone(life.tag, 3.0):

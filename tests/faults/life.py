@@ -49,9 +49,11 @@ class Life:
         """What its drivers have said."""
         return self.folder / "said.txt"
 
-    def go_on(self, extra: Mapping[str, str] | None = None, options: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    def go_on(
+        self, extra: Mapping[str, str] | None = None, options: Sequence[str] = (), within: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
         """Start a driver: `resume` with these options where the run has begun, else `run`. `extra` is added to its
-        environment."""
+        environment; `within` is the command that starts it."""
         begun = (self.run / "study.json").is_file()
         self.unbegun += not begun and self.run.exists()
         begin = study.arguments(self.path, self.folder / "results", self.name, self.settings)
@@ -59,7 +61,7 @@ class Life:
         self.began = time.time()
         env = processes.environment(self.tag, self.home, extra)
         command = ["resume", str(self.run), *options] if begun else begin
-        return processes.start(self.logs[-1], command, env, self.said, self.checkpoint_every)
+        return processes.start(self.logs[-1], command, env, self.said, self.checkpoint_every, within)
 
     @property
     def epochs(self) -> list[list[dict[str, Any]]]:

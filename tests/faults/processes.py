@@ -1,6 +1,7 @@
 """Processes of a run under fault: started in a session of their own, found by a mark in their environment."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -33,12 +34,26 @@ def environment(tag: str, home: Path, extra: Mapping[str, str] | None = None) ->
     }
 
 
+# As in a container: processes of their own, of which the first is the driver's parent.
+CONTAINED = ("unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", '"$@"; exit $?', "sh")
+
+
+def containable() -> bool:
+    """Whether this user may start processes as in a container."""
+    return (
+        shutil.which("unshare") is not None
+        and subprocess.run([*CONTAINED, "true"], stderr=subprocess.DEVNULL).returncode == 0
+    )
+
+
 def start(
-    log: Path, arguments: Sequence[str], env: Mapping[str, str], said: Path, checkpoint_every: float = 30.0
-) -> subprocess.Popen[bytes]:
-    """A witnessed `tune_kd` command. What it says goes to the file `said`: a pipe that nobody empties would stop it."""
+    log: Path, arguments: Sequence[str], env: Mapping[str, str], said: Path, checkpoint_every: float = 30.0,
+    within: Sequence[str] = (),
+) -> subprocess.Popen[bytes]:  # fmt: skip
+    """A witnessed `tune_kd` command, `within` another. What it says goes to the file `said`: a pipe that nobody empties
+    would stop it."""
     every = ["--checkpoint-every", str(checkpoint_every)]
-    command = [sys.executable, str(WITNESS), *every, str(log), "--", *arguments]
+    command = [*within, sys.executable, str(WITNESS), *every, str(log), "--", *arguments]
     with said.open("ab") as sink:
         return subprocess.Popen(
             command, env=dict(env), cwd=log.parent, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
