@@ -44,7 +44,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 MISTAKES = [
     (["run", "ablatoin"], ["STUDY", "'ablatoin'", "ablation"]),
     (["run", "nowhere/study.py"], ["STUDY", "nowhere/study.py"]),
-    (["run", "ablation", "--scale", "huge"], ["--scale", "'huge'", "paper, laptop, smoke"]),
+    (["run", "ablation", "--scale", "huge"], ["--scale", "'huge'", "paper, brief, laptop, smoke"]),
     (["run", "ablation", "--scale", "smoke", "--data", "mnist"], ["--data", "'mnist'", "digits, cifar10, cifar100"]),
     (["run", "ablation", "--scale", "smoke", "--name", "../x"], ["--name", "'../x'"]),
     (["run", "ablation", "--scale", "smoke", "--name", "teachers"], ["--name", "'teachers'"]),
@@ -214,7 +214,6 @@ def test_a_run_is_held_while_its_extension_is_recorded(
     )
     monkeypatch.setattr("tune_kd.execute.connection.check_nodes", lambda _: None)
     monkeypatch.setattr("tune_kd.shares.check_cluster", lambda *_: None)
-    monkeypatch.setattr("tune_kd.shares.gpu_share", lambda *_: 0.0)
     monkeypatch.setattr(runs, "record_extension", recorded)
     assert call(monkeypatch, "resume", "mine", "--extend", "--set", "confirm.seeds=[1,2]") == 130
     assert held[0]["pid"] == os.getpid()
@@ -576,3 +575,39 @@ def test_a_report_cannot_go_into_a_file(
     (elsewhere / "mine").write_text("")
     assert call(monkeypatch, "report", str(finished), "--to", "mine") == 2
     assert "mine cannot be written to; allowed: a folder that can be made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("study", "gpus", "says"),
+    [
+        (
+            "ablation", 1,
+            "paper, since Ray sees a GPU: about 4.5 h on one GPU as fast as an H100 (--scale brief: about 16.0 min; "
+            "--scale laptop for a small one)",
+        ),
+        (
+            "ablation", 8,
+            "paper, since Ray sees a GPU: about 33.6 min on 8 GPUs as fast as an H100 (--scale brief: about 2.0 min; "
+            "--scale laptop for a small one)",
+        ),
+        (
+            "tuned", 1,
+            "paper, since Ray sees a GPU: about 15.5 h on one GPU as fast as an H100 (--scale laptop for a small one)",
+        ),
+        ("ablation", 0, "laptop, since Ray sees no GPU (--scale paper for the whole study)"),
+    ],
+)  # fmt: skip
+def test_auto_says_how_long_the_scales_for_a_gpu_take(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], study: str, gpus: int, says: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert call(monkeypatch, "plan", study) == 0
+    assert " ".join(capsys.readouterr().out.split()).startswith(f"{study} at scale {says}")
+
+
+def test_what_is_set_wrongly_is_told_and_not_lost_in_an_estimate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert call(monkeypatch, "plan", "ablation", "--set", "recipe.epochs=0") == 2
+    assert "recipe.epochs is 0; allowed: at least 1" in capsys.readouterr().err

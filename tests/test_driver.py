@@ -498,3 +498,10 @@ def test_every_comparison_is_said_as_it_is_recorded(study: Study, tmp_path: Path
     assert stop.words == (
         "cifar/logit/T=2 at epoch 1: 10.00 %, cutoff 90.00, rank 2 of 2 in cifar/logit; stopped: behind"
     )
+
+
+def test_what_several_workers_have_to_tell_is_said_once(bench: Bench) -> None:
+    for _ in range(2):
+        bench.driver.hear(["a step cannot be captured here"])
+    bench.driver.hear([])
+    assert bench.said == ["warning: a step cannot be captured here"]

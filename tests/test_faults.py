@@ -3,6 +3,7 @@ the long forms."""
 
 import json
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from faults import kills, processes, study
+from faults import kills, leaving, processes, study
 from faults.checker import Reader, lines, read, violations
 from faults.life import Life
 from tune_kd.records import TRIALS, Ledger
@@ -239,3 +240,25 @@ def test_a_life_leaves_no_process_of_its_own(tmp_path: Path) -> None:
             time.sleep(0.01)
     assert left.wait(5) == -9
     assert not life.home.exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "target", "moment"),
+    [(signal.SIGTERM, "descendants", "training"), (signal.SIGINT, "group", "starting")],
+)
+def test_a_signal_to_a_whole_job_drains_its_trials_and_resume_completes_the_run(
+    number: signal.Signals, target: str, moment: str, tmp_path: Path
+) -> None:
+    """Of 54 cases (`python tests/faults leaving`), two."""
+    said: list[str] = []
+    case = leaving.signalled(number, target, moment, 36)
+    found = leaving.rounds(tmp_path, [case], study.settings(seeds=1, epochs=4), said.append)
+    assert found == [], "\n".join(said)
+    assert ("drained" if moment == "training" else "nothing to drain") in said[0]
+
+
+def test_a_run_whose_agent_of_ray_was_killed_ends_with_3_and_its_sentence(tmp_path: Path) -> None:
+    """In a process namespace, where that can be had: there Ray's core would end the driver with 1, without a word."""
+    said: list[str] = []
+    cases = [("the agent", lambda life: leaving.kill(life, "agent"))]
+    assert leaving.rounds(tmp_path, cases, study.settings(seeds=1, epochs=4), said.append) == [], "\n".join(said)

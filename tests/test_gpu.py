@@ -3,6 +3,10 @@
 All of it takes under two minutes: Ray starts once, and trials are of the scale `smoke`.
 """
 
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import closing
@@ -213,3 +217,26 @@ def test_a_trial_that_needs_more_than_its_share_is_tried_again_with_twice_the_sh
     assert len(rows) == 1 and "OutOfMemoryError" in rows[0]["error"]
     assert rows[0]["gpu_fraction"] == 1.0
     assert {row["status"] for row in made.rows.values()} == {"completed"}
+
+
+MPS = "nvidia-cuda-mps-control"
+SERVED = "from tune_kd import mps; print(mps.serves())"
+
+
+@pytest.mark.skipif(shutil.which(MPS) is None, reason=f"needs {MPS}")
+def test_mps_is_seen_where_it_serves_and_not_where_it_does_not(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Each asked in a process of its own, as the nodes of a cluster are."""
+    folder = tmp_path_factory.mktemp("mps")
+    environment = {**os.environ, "CUDA_MPS_PIPE_DIRECTORY": str(folder / "pipe"), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
+    (folder / "pipe").mkdir()
+
+    def served() -> str:
+        asked = [sys.executable, "-c", SERVED]
+        return subprocess.run(asked, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    assert served() == "False\n"
+    subprocess.run([MPS, "-d"], env=environment, check=True, timeout=30)
+    try:
+        assert served() == "True\n"
+    finally:
+        subprocess.run([MPS], input="quit\n", env=environment, text=True, timeout=30, check=False)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,8 +14,13 @@ from second_device import busy, is_there, played
 from trials import CPU, as_teacher, exact, trial
 from tune_kd import notices
 from tune_kd import step as stepping
-from tune_kd.data import DataSet, draw_views, on_device, show
-from tune_kd.study import STEMS
+from tune_kd.data import DataSet, draw_views, load, on_device, show
+from tune_kd.execute.driver import Driver
+from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.worker import Workplace
+from tune_kd.plan import plan
+from tune_kd.records import Ledger
+from tune_kd.study import STEMS, Study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,7 +73,7 @@ def test_views_are_cropped_where_the_images_are_and_no_copy_of_them_is_made_for_
 ) -> None:
     teacher = taught_on(gpu, pixels, "cifar", tmp_path)
     views = draw_views(1, 1, len(pixels.train.labels), pad=pixels.pad, flip=pixels.flip)
-    assert is_there(show(views, teacher.data))
+    assert is_there(show(views.to(gpu), teacher.data))
     assert not is_there(show(views, pixels))
     with stepping.stepping(pupil("logit", "cifar", teacher), pixels, teacher, gpu) as step:
         assert step.data.train.images is teacher.data.train.images
@@ -117,3 +123,21 @@ def test_what_a_step_reads_anew_is_on_the_device_where_a_captured_step_finds_it(
 def test_data_that_were_on_a_device_come_to_another_process_without_it(gpu: torch.device, pixels: DataSet) -> None:
     there = carried(gpu, pixels)
     assert torch.equal(there.test.images, pixels.test.images) and torch.equal(there.test.labels, pixels.test.labels)
+
+
+def test_a_study_runs_to_its_end_on_a_share_of_the_device_and_says_once_what_it_lacks(
+    gpu: torch.device, one_stem: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notices, "_told", set())
+    notices.take()
+    said: list[str] = []
+    spec = one_stem.data
+    digits = load(spec.name, train=spec.train, validation=spec.validation, test=spec.test)
+    place = Workplace(None, None, tmp_path / "teachers", tmp_path / "checkpoints")
+    with closing(Ledger(tmp_path / "ledger.sqlite")) as ledger:
+        made = Driver(plan(one_stem, digits.digest), "r", tmp_path, ledger, place, cpus=1.0, gpus=0.25, say=said.append)
+        run_in_process(made, place)
+    rows = made.rows.values()
+    assert [row["error"] for row in rows if row["status"] not in ("completed", "stopped")] == []
+    assert {(row["device"], row["gpu_fraction"]) for row in rows if row["attempts"]} == {("played device", 0.25)}
+    assert len([sentence for sentence in said if sentence.startswith("warning: a training step cannot be")]) == 1

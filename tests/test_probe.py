@@ -25,6 +25,8 @@ GIB = 2**30
         ((100.0, 180.0, 300.0, 400.0), 80, 0.125),
         ((100.0, 101.0), 80, 1.0),
         ((100.0, 180.0, 300.0, 400.0), 9, 0.25),  # eight would need 16 GiB
+        ((100.0, 100 / 1.07, 100 / 1.1), 80, 1.0),  # an H100 without MPS (docs/performance.md)
+        ((100.0, 100 / 0.79, 100 / 0.72), 80, 0.25),  # and with it
     ],
 )
 def test_the_fewest_at_a_time_that_reach_nearly_the_best_speed(

@@ -10,7 +10,7 @@ from docs import tuning as samplers
 from tune_kd import cli, studies
 from tune_kd.plan import plan
 from tune_kd.price import IMAGES
-from tune_kd.study import DATA_SETS
+from tune_kd.study import DATA_SETS, Data
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "search-spaces.md").read_text()
@@ -47,7 +47,7 @@ def test_every_kind_of_thing_that_the_documents_explain_has_its_example() -> Non
 
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
 def test_every_study_has_all_scales_on_every_data_set_and_says_what_it_costs(path: Path) -> None:
-    assert set(studies.scales(path)) == {"paper", "laptop", "smoke"}
+    assert set(studies.scales(path)) - {"brief"} == {"paper", "laptop", "smoke"}
     for scale in ("paper", "laptop", "smoke"):
         for data in (None, *DATA_SETS):
             study = studies.resolve(path, scale, data)
@@ -122,3 +122,15 @@ def test_a_file_that_was_edited_within_its_second_is_read_as_it_is_now(
         )
         os.utime(file, (1_700_000_000, 1_700_000_000))
         assert studies.resolve(file, "smoke").recipe.epochs == int(epochs)
+
+
+def test_the_brief_ablation_has_ten_arms_and_42_trials_of_full_networks_on_all_of_cifar() -> None:
+    study = studies.resolve(ROOT / "search_spaces" / "ablation.py", "brief", "cifar10")
+    found = plan(study)
+    assert (len(found.arms), len(found.trials), len(found.teachers)) == (10, 42, 2)
+    assert {each.name for each in found.arms if each.name.startswith("cifar")} == {
+        "cifar/none", "cifar/feature", "cifar/logit/T=1", "cifar/logit/T=4", "cifar/logit/T=16",
+    }  # fmt: skip
+    assert (study.recipe.epochs, study.teacher_recipe.epochs, study.recipe.precision) == (15, 30, "bfloat16")
+    assert study.teacher_recipe.precision == "bfloat16" and study.cell.width == 1.0
+    assert study.data == Data("cifar10") and study.confirm.seeds == (1, 2, 3)
