@@ -5,6 +5,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ RAY = (
     "test_faults",
     "test_gpu",
 )  # share a Ray, or start their own
+
+
+NEEDS = {"moto": ("test_sharing.py", "test_cluster.py"), "selenium": ("test_monitoring.py",)}
+"""Files whose imports need more than the project does: a machine without it runs the others, and says so."""
+collect_ignore = [file for package, files in NEEDS.items() if find_spec(package) is None for file in files]
+
+
+def pytest_report_header() -> list[str]:
+    return [f"not installed, so left out: {', '.join(collect_ignore)}"] if collect_ignore else []
 
 
 class InTwo(LoadFileScheduling):
