@@ -600,6 +600,7 @@ def test_a_report_cannot_go_into_a_file(
 def test_auto_says_how_long_the_scales_for_a_gpu_take(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], study: str, gpus: int, says: str
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     assert call(monkeypatch, "plan", study) == 0
     assert " ".join(capsys.readouterr().out.split()).startswith(f"{study} at scale {says}")
@@ -608,6 +609,7 @@ def test_auto_says_how_long_the_scales_for_a_gpu_take(
 def test_what_is_set_wrongly_is_told_and_not_lost_in_an_estimate(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert call(monkeypatch, "plan", "ablation", "--set", "recipe.epochs=0") == 2
     assert "recipe.epochs is 0; allowed: at least 1" in capsys.readouterr().err

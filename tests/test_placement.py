@@ -1,6 +1,8 @@
 """Everything that a GPU computes with is on it: played on a CPU, where this fails as it would on a GPU."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict
@@ -141,3 +143,11 @@ def test_a_study_runs_to_its_end_on_a_share_of_the_device_and_says_once_what_it_
     assert [row["error"] for row in rows if row["status"] not in ("completed", "stopped")] == []
     assert {(row["device"], row["gpu_fraction"]) for row in rows if row["attempts"]} == {("played device", 0.25)}
     assert len([sentence for sentence in said if sentence.startswith("warning: a training step cannot be")]) == 1
+
+
+@pytest.mark.slow
+def test_each_move_to_the_device_is_missed_when_it_is_taken_out() -> None:
+    """About 32 of them, each in a process of its own: four minutes."""
+    done = subprocess.run([sys.executable, str(Path(__file__).with_name("moves.py"))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("\nnoticed  ") >= 30

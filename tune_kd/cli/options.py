@@ -161,7 +161,7 @@ def scale_of(
     else:
         import torch
 
-        gpus = float(torch.cuda.device_count())
+        gpus = float(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     if not gpus:
         return "laptop", ", since Ray sees no GPU (--scale paper for the whole study)"
     times = {each: _time(path, each, data, settings, gpus) for each in ("paper", "brief") if each in declared}
