@@ -169,8 +169,9 @@ def debug(mode: str) -> None:
 
 
 def smoke(precision: str) -> Study:
+    """The smoke ablation in a precision. Nothing is stopped early, so all trials have to complete."""
     settings = [f"{recipe}.precision={precision}" for recipe in ("recipe", "teacher_recipe")]
-    return resolve(find("ablation"), "smoke", None, settings)
+    return resolve(find("ablation"), "smoke", None, [*settings, "screen.min_peers=99"])
 
 
 def driver(study: Study, folder: Path, gpus: float) -> tuple[Driver, Workplace, DataSet]:
