@@ -27,6 +27,7 @@ from tune_kd.data import DataSet, crop, draw_views, on_device, prepare
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace, work
+from tune_kd.kernels import Captured
 from tune_kd.plan import plan
 from tune_kd.records import Ledger
 from tune_kd.step import Step
@@ -138,6 +139,30 @@ def test_a_trial_that_is_resumed_in_a_process_with_another_step_goes_on_as_it_wa
     assert losses(before + after) == pytest.approx(losses(whole), rel=1e-3)
 
 
+def test_a_step_that_cannot_be_captured_is_launched_and_the_process_goes_on(
+    pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks the GPU for a number in every step, which a capture does not allow."""
+    monkeypatch.setattr(Captured, "given_up", False)
+    monkeypatch.setattr(notices, "_told", set())
+    one, train_step = calm("none", None), Step._train
+    launched = losses(trained(one, pixels, None, tmp_path / "launched"))
+
+    def asking(self: Step, *arguments: Any) -> None:
+        train_step(self, *arguments)
+        float(self.sums[0])
+
+    stepping._idle.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(Step, "_train", asking)
+        assert losses(trained(one, pixels, None, tmp_path / "asking")) == pytest.approx(launched, rel=1e-3)
+    (told,) = notices.take()
+    assert "cannot be captured" in told
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    stepping._idle.clear()
+    assert losses(trained(one, pixels, None, tmp_path / "next")) == pytest.approx(launched, rel=1e-3)
+
+
 def test_no_step_waits_for_the_gpu(
     pixels: DataSet, taught: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,7 +261,8 @@ def test_mps_is_seen_where_it_serves_and_not_where_it_does_not(tmp_path_factory:
         return subprocess.run(asked, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
 
     assert served() == "False\n"
-    subprocess.run([MPS, "-d"], env=environment, check=True, timeout=30)
+    if subprocess.run([MPS, "-d"], env=environment, timeout=30, check=False).returncode:
+        pytest.skip("MPS may not be started here")
     try:
         assert served() == "True\n"
     finally:

@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shares": {"study"},
     "mps": set(),
     "signals": set(),
+    "guard": {"signals"},
     "notices": set(),
     "kernels": {"notices"},
     "plan": {"study", "trial", "price", "tuning"},
@@ -56,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "studies": {"study"},
     "run": {
         "faults", "privacy", "mirror", "sharing", "study", "studies", "plan", "growth", "trial", "storage", "records",
+        "signals",
     },
     "rebuild": {"faults", "study", "run", "growth", "storage", "records", "tables"},
     "verify": {"study", "price", "run", "growth", "checkpoints", "teachers", "answers", "records", "rebuild", "tables"},

@@ -1,4 +1,5 @@
-"""Signals that ask a command to leave. The whole thing, with Ray, is `python tests/faults leaving`."""
+"""Signals that ask a command to leave, and the process around it that owns its exit status. The whole thing, with Ray,
+is `python tests/faults leaving`."""
 
 import os
 import re
@@ -15,18 +16,28 @@ import pytest
 from tune_kd.signals import SIGNALS
 
 COMMAND = """
-import subprocess, sys, time
-from tune_kd import signals
+import os, subprocess, sys, time
+from tune_kd import guard, signals
 
-signals.WITHIN, signals.ONE = {within}, 0.5
+guard.WITHIN = {within}
+
 
 def sleeper():
     nowhere = subprocess.DEVNULL
     return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=nowhere, stderr=nowhere)
 
-with signals.left_by_signals(), signals.advising("go on with: this"):
-    child = sleeper()
+
+def command():
+    with signals.left_by_signals(), signals.advising("go on with: this"):
+        child = sleeper()
+        work(child)
+
+
+def work(child):
 {body}
+
+
+guard.guarded(command)
 """
 SLEEPS = """
     print(child.pid, flush=True)
@@ -71,6 +82,12 @@ def gone(child: int) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+def driver_of(command: "subprocess.Popen[str]") -> psutil.Process:
+    """The process in which the command itself runs."""
+    (driver,) = psutil.Process(command.pid).children()
+    return driver
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -122,12 +139,16 @@ def test_a_command_that_does_not_come_to_its_end_is_ended_in_time(tmp_path: Path
 
 
 HELD = """
-    with signals.held_back():
-        print(child.pid, flush=True)
-        shielded = sleeper()
-        print(shielded.pid, flush=True)
-        time.sleep(2)
-    print("never", flush=True)
+    try:
+        with signals.held_back():
+            print(child.pid, flush=True)
+            shielded = sleeper()
+            print(shielded.pid, flush=True)
+            time.sleep(2)
+        print("never", flush=True)
+    finally:
+        time.sleep(1)
+        print("cleaned up", flush=True)
 """
 
 
@@ -144,7 +165,7 @@ def test_what_is_started_while_signals_are_held_back_outlives_them_and_they_are_
     os.killpg(command.pid, signal.SIGTERM)
     said, errors = command.communicate(timeout=10)
     assert time.monotonic() - started > 1
-    assert (command.returncode, said, errors) == (143, "", "")
+    assert (command.returncode, said, errors) == (143, "cleaned up\n", "")
     assert gone(child), "which was started before"
     assert psutil.Process(shielded).status() != psutil.STATUS_ZOMBIE
     os.kill(shielded, signal.SIGKILL)
@@ -156,4 +177,68 @@ def test_a_start_that_hangs_is_ended_in_time_too(tmp_path: Path) -> None:
     _, errors = command.communicate(timeout=10)
     assert command.returncode == 143
     assert re.fullmatch(r"tune_kd: interrupted, and not everything ended within 1 s; go on with: this\n", errors)
+    assert gone(child)
+
+
+ENDS = """
+    print(child.pid, flush=True)
+    child.kill()
+    {end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [("return", 0), ("sys.exit(0)", 0), ("sys.exit(1)", 1), ("sys.exit(2)", 2), ("sys.exit()", 0), ("sys.exit('')", 1)],
+)
+def test_the_status_of_a_command_is_that_of_the_process_around_it(end: str, status: int, tmp_path: Path) -> None:
+    command, _ = begun(tmp_path, ENDS.format(end=end))
+    command.communicate(timeout=10)
+    assert command.returncode == status
+
+
+@pytest.mark.parametrize(
+    ("end", "how"), [("os._exit(1)", "with 1"), ("os._exit(0)", "with 0"), ("os.abort()", "by signal 6")]
+)
+def test_a_driver_that_ray_ends_without_a_word_is_the_machines_failure_and_nothing_of_it_is_left(
+    end: str, how: str, tmp_path: Path
+) -> None:
+    """Ray's core calls `_exit`: no `finally` and no handler of Python's is there any more."""
+    command, child = begun(tmp_path, f"\n    print(child.pid, flush=True)\n    {end}\n")
+    _, errors = command.communicate(timeout=10)
+    assert command.returncode == 3
+    assert f"tune_kd: Ray died: its core ended the driver {how}; go on with: this\n" in errors
+    assert gone(child)
+
+
+def test_a_driver_that_ray_ends_while_it_drains_leaves_with_the_signal(tmp_path: Path) -> None:
+    body = DRAINS.format(seconds=0.2).replace('print("drained", drained, flush=True)', "os._exit(1)")
+    command, child = begun(tmp_path, body)
+    command.send_signal(signal.SIGTERM)
+    _, errors = command.communicate(timeout=10)
+    assert (command.returncode, errors) == (143, "tune_kd: interrupted; go on with: this\n")
+    assert gone(child)
+
+
+def test_a_signal_to_the_driver_alone_is_as_one_to_its_command(tmp_path: Path) -> None:
+    command, child = begun(tmp_path, STUCK, within=1.0)
+    driver_of(command).send_signal(signal.SIGTERM)
+    _, errors = command.communicate(timeout=10)
+    assert command.returncode == 143
+    assert errors == "tune_kd: interrupted, and not everything ended within 1 s; go on with: this\n"
+    assert gone(child)
+
+
+def test_neither_outlives_the_other_when_it_is_killed(tmp_path: Path) -> None:
+    command, child = begun(tmp_path, SLEEPS)
+    driver = driver_of(command)
+    command.kill()
+    command.communicate(timeout=10)
+    assert gone(driver.pid)
+    os.kill(child, signal.SIGKILL)  # Ray's processes notice by themselves
+
+    command, child = begun(tmp_path, SLEEPS)
+    driver_of(command).kill()
+    command.communicate(timeout=10)
+    assert command.returncode == -signal.SIGKILL, "as if it had been killed itself"
     assert gone(child)

@@ -6,7 +6,24 @@ import sys
 # them from source again: ten seconds a process, and a plan that does not answer at once.
 sys.dont_write_bytecode = False
 
-from tune_kd.cli import main  # noqa: E402
+GUARDED = ("run", "resume")  # the commands that train
+
+
+def main() -> None:
+    """The entry point."""
+    if sys.argv[1:2] and sys.argv[1] in GUARDED:
+        from tune_kd.guard import guarded
+
+        guarded(_command)
+    else:
+        _command()
+
+
+def _command() -> None:
+    from tune_kd.cli import main  # here: the process around a driver needs none of it
+
+    main()
+
 
 if __name__ == "__main__":
     main()

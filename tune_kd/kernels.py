@@ -43,9 +43,11 @@ class Captured:
 
     The step takes tensors, returns nothing, and leaves its results in tensors that live as long as it does. Inputs of
     another shape than the first (an epoch's last batch) run as they are. The steps before the capture are real ones,
-    so capturing costs no training. A step that cannot be captured is launched kernel by kernel, and that is told once;
-    one that runs out of memory raises, since a larger share may have what it needs.
+    so capturing costs no training. A step that cannot be captured is launched kernel by kernel, and so are all others
+    of the process, which is told once; one that runs out of memory raises, since a larger share may have what it needs.
     """
+
+    given_up = False  # whether a capture has failed in this process
 
     def __init__(self, step: Callable[..., None], device: torch.device) -> None:
         self._step = step
@@ -54,12 +56,11 @@ class Captured:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
         self._seen = 0
-        self._given_up = False
 
     def __call__(self, *inputs: Tensor) -> None:
-        if not self._inputs and not self._given_up:
+        if not self._inputs and not self.given_up:
             self._begin(inputs)
-        if self._given_up or [each.shape for each in inputs] != [each.shape for each in self._inputs]:
+        if self.given_up or [each.shape for each in inputs] != [each.shape for each in self._inputs]:
             self._step(*inputs)
             return
         for mine, each in zip(self._inputs, inputs, strict=True):
@@ -90,20 +91,33 @@ class Captured:
 
     def _capture(self) -> None:
         """Nothing is computed meanwhile, so that a capture that fails has trained nothing."""
+        before = torch.cuda.current_stream()
         with self._or_give_up():
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._stream):
-                self._step(*self._inputs)
+            try:
+                with torch.cuda.graph(graph, stream=self._stream):
+                    self._step(*self._inputs)
+            finally:
+                torch.cuda.set_stream(before)  # which an older torch does not where the capture fails
             self._graph = graph
 
     @contextmanager
     def _or_give_up(self) -> Iterator[None]:
         try:
             yield
-        except torch.cuda.OutOfMemoryError:
-            raise
         except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
-            self._given_up, self._inputs, self._stream = True, [], None
+            if (full := _out_of_memory(error)) is not None:
+                raise full from error
+            self._graph, self._stream, self._inputs = None, None, []
+            Captured.given_up = True
             why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             tell(f"a training step cannot be captured as a CUDA graph here ({why}); it is launched kernel by kernel, "
                  "which gives the same results more slowly")  # fmt: skip
+
+
+def _out_of_memory(error: BaseException) -> torch.cuda.OutOfMemoryError | None:
+    """The want of memory behind an error, since the end of a capture raises one of its own; null without one."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, torch.cuda.OutOfMemoryError):
+        found = found.__cause__ or found.__context__
+    return found

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from tune_kd import signals
 from tune_kd.growth import to_come, with_those_to_come
+from tune_kd.guard import WITHIN
 from tune_kd.mirror import Mirror
 from tune_kd.study import Mistake, Study
 
@@ -117,7 +118,7 @@ def execute(
                 needed = f"{task.cpus:g} CPU and {task.gpus:g} GPU"
                 once(f"nothing has run for {IDLE:.0f} s: a trial needs {needed}, and Ray waits for a node with them")
             if driver.stopping:
-                why = driver.broken or f"interrupted, to leave within {signals.WITHIN:.0f} s"
+                why = driver.broken or f"interrupted, to leave within {WITHIN:.0f} s"
                 once(f"{why}: running trials end their epoch; interrupt again to leave at once")
             view.show(with_those_to_come(driver.plan, run.name, list(driver.rows.values())), driver.decisions)
 

@@ -1,6 +1,7 @@
 """Memory of a process that serves many trials: freed blocks are kept, and the most that one trial held is told."""
 
 import ctypes
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ def keep_freed_blocks() -> None:
 def start_measuring(device: torch.device) -> None:
     """Forget the peaks of earlier trials."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # of an older torch, which a capture that failed leaves as if it went on
+            torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:

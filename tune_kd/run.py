@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
+from tune_kd import signals
 from tune_kd.faults import point
 from tune_kd.growth import grown
 from tune_kd.mirror import Mirror, path_of
@@ -371,7 +372,7 @@ def held(folder: Path) -> Iterator[None]:
         for aside in folder.glob(".*.[0-9]*"):  # of writers that were killed: nobody else writes here now
             aside.unlink(missing_ok=True)
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        _put_holder(folder, {"pid": os.getpid(), "host": platform.node(), "since": since, "dashboard": None})
+        _put_holder(folder, {"pid": signals.process_id(), "host": platform.node(), "since": since, "dashboard": None})
         yield
     finally:
         (folder / HOLDER).unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-import signal
 import statistics
 import subprocess
 import time
@@ -133,7 +132,7 @@ class Killer:
     def _report_hung(self, driver: "subprocess.Popen[bytes]", cause: str) -> None:
         after = f" after its {cause} was killed" if cause else ""
         self.score.found.append(f"I7: the driver hung{after}: no epoch in {self.patience:.0f} s")
-        driver.send_signal(signal.SIGUSR2)  # it says where
+        processes.say_where(driver)
         time.sleep(1)
         driver.kill()
         driver.wait()

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -58,6 +59,12 @@ def start(
         return subprocess.Popen(
             command, env=dict(env), cwd=log.parent, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
         )
+
+
+def say_where(driver: "subprocess.Popen[bytes]") -> None:
+    """Have a driver that hangs say where: it is the first child of the process around it."""
+    with suppress(psutil.Error, IndexError):
+        psutil.Process(driver.pid).children()[0].send_signal(signal.SIGUSR2)
 
 
 def tagged(tag: str) -> list[psutil.Process]:

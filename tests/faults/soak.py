@@ -63,7 +63,7 @@ class Soak:
         progress = Progress(self.life, self.patience)
         while driver.poll() is None and (now := time.monotonic()) - began < seconds:
             if progress.stuck:
-                driver.send_signal(signal.SIGUSR2)  # it says where
+                processes.say_where(driver)
                 return [f"I7: the driver hung: no epoch in {self.patience:.0f} s"]
             if now >= sample_at:
                 self._sample(driver.pid, now - began)

@@ -52,13 +52,18 @@ def main(
     every: Annotated[float, typer.Option("--checkpoint-every", help="Seconds between a trial's checkpoints.")] = 30.0,
 ) -> None:
     """Run tune_kd with these arguments, and write to LOG what it has acknowledged."""
-    from tune_kd.cli import main as tune_kd
+    from tune_kd.guard import guarded
 
-    faulthandler.register(signal.SIGUSR2)  # where a driver hangs
-    watch(log)
-    checkpoint_every(every)
-    sys.argv = ["tune_kd", *arguments]
-    tune_kd()
+    def tune_kd() -> None:
+        from tune_kd.cli import main
+
+        faulthandler.register(signal.SIGUSR2)  # where a driver hangs
+        watch(log)
+        checkpoint_every(every)
+        sys.argv = ["tune_kd", *arguments]
+        main()
+
+    guarded(tune_kd)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Running a plan: the driver decides and records, workers train; with Ray Tune, or in this process."""
 
 import os
-import sys
 
 # Ray, which only rooms of this package import, reads these once. Workers are started from this environment as it is,
 # not through a second `uv run`; nothing is sent anywhere; Tune writes no logs of its own beside our records.
@@ -11,14 +10,8 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 # What is right only so is not the user's to set: an epoch is on record before its trial goes on, signals are ours,
 # nothing of Tune's is written, and a worker that does not end is not waited for.
 os.environ["TUNE_RESULT_BUFFER_LENGTH"] = "1"
-os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
 os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**9)  # 50 kB of the driver's memory a trial, and never read
 os.environ["TUNE_FORCE_TRIAL_CLEANUP_S"] = "10"
 os.environ.pop("RAY_TUNE_CALLBACKS", None)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # why: see `tune_kd.__main__`
-if "ray" not in sys.modules:  # in a driver: a worker of Ray's has imported it
-    # Where its raylet does not answer, Ray's core looks whether the process of this number lives, and else ends ours
-    # with 1, which here means failed trials. A driver has none, and its parent is looked at instead: where that is
-    # process 1, as under `nohup` or in a container, our end would come before `connection.watched` can tell of it.
-    os.environ["RAY_RAYLET_PID"] = str(os.getpid())

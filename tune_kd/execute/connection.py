@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_kd.monitoring import token_file
-from tune_kd.signals import held_back, leave, note
+from tune_kd.signals import check, held_back, leave, note
 from tune_kd.study import Mistake
 
 T = TypeVar("T")
@@ -58,11 +58,13 @@ def connect(address: str | None, metadata: Mapping[str, str] | None = None) -> C
             settings["dashboard_host"] = "127.0.0.1"
             guard_token()
         try:
-            with held_back() if address is None else nullcontext(), _own_sigterm():
+            with held_back(), _own_sigterm():
                 context = ray.init(address=address or "local", **settings)
-        except SystemExit as left:  # Ray's own handler of SIGTERM leaves with the bare number
-            note(signal.SIGTERM)
-            raise SystemExit(128 + signal.SIGTERM) from left
+        except SystemExit as left:
+            if left.code == signal.SIGTERM:  # Ray's own handler leaves with the bare number
+                note(signal.SIGTERM)
+            check()
+            raise
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"the cluster at {address}" if address else "Ray on this machine"
             if address and "RAY_AUTH_MODE" not in os.environ:

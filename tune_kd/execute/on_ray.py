@@ -8,12 +8,12 @@ import asyncio
 import logging
 import os
 import shutil
-import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,9 @@ class TrialRunner(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         before = clock.spent["checkpoint"]
-        if self._shared is not None and self._data is None:
-            self._data = ray.get(self._shared)
         try:
+            if self._shared is not None and self._data is None:
+                self._data = ray.get(self._shared)
             if self._epochs is None:
                 self._epochs = self._work(self._task, replace(self._place, data=self._data))
             epoch = next(self._epochs)
@@ -178,11 +178,6 @@ class _Events(tune.Callback):
     def __init__(self, bridge: "_Bridge") -> None:
         self._bridge = bridge
 
-    def setup(self, *arguments: Any, **info: Any) -> None:
-        """Take SIGUSR1 back, at which Tune would end by itself and leave the running trials."""
-        if threading.current_thread() is threading.main_thread() and self._bridge.on_sigusr1 is not None:
-            signal.signal(signal.SIGUSR1, self._bridge.on_sigusr1)
-
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         self._bridge.started(trial.trial_id)
 
@@ -213,7 +208,6 @@ class _Bridge:
         self._tasks: dict[str, Task] = {}  # by Tune's trial id
         self._over: set[str] = set()  # Tune's ids of trials whose last result was seen
         self.why = ""  # a worker is lost, where its death alone does not say it
-        self.on_sigusr1 = signal.getsignal(signal.SIGUSR1)
         self.broken: Exception | None = None  # what the records raised: Tune makes an error of its own of it
 
     def __getstate__(self) -> dict[str, Any]:
@@ -266,6 +260,7 @@ class _Bridge:
         """Tune is through with a trial. One that did not report its end lost its worker."""
         if tune_id in self._tasks and tune_id not in self._over:
             message = f"its worker died{self.why}" if lost else "Tune ended it"
+            self.why = ""
             with self._recording():
                 self._end(tune_id, Failure("lost", message))
 
@@ -298,7 +293,7 @@ def run_on_ray(
     # Tune insists on a folder of its own. Nothing in it is ever read.
     scratch = Path(tempfile.mkdtemp(prefix="tune_kd-"))
     try:
-        with _quiet(), _lost_workers(bridge):
+        with _quiet(), _signals_left_alone(), _lost_workers(bridge):
             Tuner(
                 TrialRunner,
                 tune_config=TuneConfig(
@@ -343,6 +338,11 @@ def _lost_workers(bridge: _Bridge) -> Iterator[None]:
 
     with patch.object(RayActorManager, "_actor_task_failed", as_lost):
         yield
+
+
+def _signals_left_alone() -> AbstractContextManager[object]:
+    """Keep Tune from taking SIGINT and SIGUSR1, at which it would end by itself and leave the running trials."""
+    return patch.object(sys.modules["ray.tune.tune"], "_setup_signal_catching", threading.Event)
 
 
 def _of_ray(error: BaseException) -> RayError | None:
