@@ -20,6 +20,7 @@ from tune_kd.data import DataSet, draw_views, load, on_device, show
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace
+from tune_kd.kernels import Captured
 from tune_kd.plan import plan
 from tune_kd.records import Ledger
 from tune_kd.study import STEMS, Study
@@ -28,8 +29,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def gpu() -> Iterator[torch.device]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """A played GPU, and nothing kept of it."""
+    monkeypatch.setattr(Captured, "given_up", False)
     on_device.cache_clear()
     stepping._idle.clear()
     with played() as device:
