@@ -38,6 +38,7 @@ RAY = (
     "test_trackers",
     "test_faults",
     "test_gpu",
+    "test_shares",
 )  # share a Ray, or start their own
 
 
