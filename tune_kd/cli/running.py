@@ -197,9 +197,10 @@ def _resumable(folder: Path, console: Console) -> Iterator[None]:
     with signals.advising(advice):
         try:
             yield
-        finally:
+        except SystemExit:
             if signals.asked() is not None and (folder / STUDY).is_file():
                 console.print(f"interrupted; {advice}", soft_wrap=True)
+            raise
 
 
 def _conclude(run: "Run", ended: "Ended", console: Console, as_json: bool) -> NoReturn:
