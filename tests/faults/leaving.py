@@ -159,7 +159,7 @@ def signalled(number: signal.Signals, target: str, moment: str, epochs: int) -> 
 
 def leaving(
     seeds: Annotated[int, typer.Option(help="Confirmation seeds of the study.")] = 2,
-    epochs: Annotated[int, typer.Option(help="Epochs of each trial.")] = 6,
+    epochs: Annotated[int, typer.Option(help="Epochs of each trial; so many that a run does not end without Ray.")] = 8,
     times: Annotated[int, typer.Option(help="Kills of each part of Ray.")] = 3,
     keep: Annotated[Path | None, typer.Option(help="Folder for runs with findings.", show_default=False)] = None,
     only: Annotated[str, typer.Option(help="Cases whose name has these words.")] = "",
