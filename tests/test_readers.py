@@ -42,12 +42,10 @@ def grow(run: Run, ledger: Ledger, number: int) -> None:
 
 
 def keep_growing(run: Run) -> None:
-    """The writer's process, which ends when it is killed. A run makes tables every five seconds at most; here it is
-    twenty times a second, so that no reader sleeps through two of them on a busy machine: one alone is promised."""
+    """The writer's process, which ends when it is killed."""
     ledger = Ledger(run.folder / LEDGER)
     for number in range(1, sys.maxsize):
         grow(run, ledger, number)
-        time.sleep(0.05)
 
 
 @contextmanager

@@ -242,3 +242,12 @@ def test_neither_outlives_the_other_when_it_is_killed(tmp_path: Path) -> None:
     command.communicate(timeout=10)
     assert command.returncode == -signal.SIGKILL, "as if it had been killed itself"
     assert gone(child)
+
+
+def test_signals_within_half_a_second_are_one(tmp_path: Path) -> None:
+    command, _ = begun(tmp_path, DRAINS.format(seconds=0.6))
+    for _ in range(3):
+        command.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    said, errors = command.communicate(timeout=10)
+    assert (command.returncode, said, errors) == (143, "drained [15]\n", "")

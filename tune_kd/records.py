@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sqlite3
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -160,6 +161,9 @@ def _crc(row: Row) -> int:
     return zlib.crc32(json.dumps(list(row.values())).encode())
 
 
+TABLES_APART = 0.05  # seconds at least between two makings of the tables
+
+
 class Ledger:
     """One SQLite file a run. A row counts once the transaction that holds it is committed.
 
@@ -170,6 +174,7 @@ class Ledger:
     def __init__(self, path: Path, *, read_only: bool = False, after: int = 0) -> None:
         """`after`: how many transactions were committed to the ledger that this one takes the place of."""
         self.path = path
+        self._tables_at = -math.inf  # when this made the tables, by the monotonic clock
         self._writes: list[Write] | None = None  # of the transaction that is open
         if read_only:
             # SQLite writes beside a ledger in order to read it. Whoever may not do so reads it as it stands, which is
@@ -330,9 +335,15 @@ class Ledger:
             raise Damaged(f"{self.path} holds {held} transactions, and {at_least} were committed: its end was lost")
 
     def write_tables(self, folder: Path) -> None:
-        """Make the three Parquet tables, each complete or as it was before."""
+        """Make the three Parquet tables, each complete or as it was before.
+
+        Not at once after this did so before: a table keeps the pages of one that it replaces (see `to_parquet`), and a
+        reader on a busy machine must not sleep through two.
+        """
         with spending("ledger"):
+            time.sleep(max(0.0, self._tables_at + TABLES_APART - time.monotonic()))
             self._write_tables(folder)
+            self._tables_at = time.monotonic()
 
     def _write_tables(self, folder: Path) -> None:
         known = digests(folder) or {}
