@@ -161,7 +161,7 @@ def _crc(row: Row) -> int:
     return zlib.crc32(json.dumps(list(row.values())).encode())
 
 
-TABLES_APART = 0.05  # seconds at least between two makings of the tables
+TABLES_APART = 0.5  # seconds at least between two makings of the tables
 
 
 class Ledger:
