@@ -15,7 +15,7 @@ from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
 from trials import CPU, as_teacher, trial
-from tune_kd import data
+from tune_kd import data, records
 from tune_kd.checkpoints import Checkpoints
 from tune_kd.data import DataSet, Split
 from tune_kd.execute.driver import Driver
@@ -84,6 +84,12 @@ def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     again."""
     if "gpu" not in request.keywords:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(autouse=True)
+def _tables_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pause between two makings of tables is for readers; where no other process reads, it only takes time."""
+    monkeypatch.setattr(records, "TABLES_APART", 0.0)
 
 
 def free_port() -> int:

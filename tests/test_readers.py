@@ -90,6 +90,15 @@ def test_no_reader_fails_while_the_tables_are_replaced(run: Run, reads: int) -> 
     assert len(versions) > 10, "the tables were hardly replaced"
 
 
+def test_between_two_makings_of_the_tables_is_time_for_readers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "TABLES_APART", 0.2)
+    ledger, path = Ledger(run.folder / LEDGER), run.folder / "trials.parquet"
+    grow(run, ledger, 0)
+    made = path.stat().st_mtime
+    grow(run, ledger, 1)
+    assert path.stat().st_mtime - made >= 0.2
+
+
 def test_tables_that_are_made_again_between_two_reads_fit_together(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """`load` reads three files, and each may be of another age than the one before."""
     ledger = Ledger(run.folder / LEDGER)
