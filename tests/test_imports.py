@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": set(),
     "losses": set(),
     "stats": set(),
-    "trial": {"study"},
+    "trial": {"study", "tuning"},
     "models": {"study"},
     "batches": {"study", "pictures"},
     "pictures": {"study"},
@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {
         "study", "trial", "data", "models", "losses", "teachers", "checkpoints", "kernels", "memory", "step", "storage",
     },
-    "studies": {"study"},
+    "studies": {"signals", "study", "plan"},
     "run": {
         "faults", "privacy", "mirror", "sharing", "study", "studies", "plan", "growth", "trial", "storage", "records",
         "signals",
@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "study", "plan", "growth", "tuning", "tuned", "stats", "storage", "tables", "results", "measures", "audit",
         "provenance",
     },
-    "view": {"study", "trial", "pace", "simulate", "calibrate"},  # of all but `trial` only types
+    "view": {"study", "trial", "tuning", "pace", "simulate", "calibrate"},  # of most only types
     "calibrate": {"study", "growth", "trial", "plan", "schedule", "records", "stats", "tables", "results", "simulate"},
     "evidence": {"study", "plan", "schedule", "storage"},
     "execute": {

@@ -1,5 +1,6 @@
 """From a study to arms, contrasts and trials."""
 
+import itertools
 import json
 import random
 from dataclasses import asdict, replace
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from search_spaces.ablation import SCALES
 from tune_kd.plan import plan
-from tune_kd.study import APPLIES, Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
+from tune_kd.study import APPLIES, Cell, Compare, Confirm, Data, Factor, Mistake, Recipe, Screen, Study
 from tune_kd.trial import Trial, digest
 
 ARMS = [
@@ -65,6 +66,101 @@ def test_contrasts_are_every_comparison_in_every_stem_and_how_it_changes_with_th
         "imagenet/logit/T=4": -1,
         "imagenet/feature": 1,
     }
+
+
+BETA = Factor("beta", (0.0, 1.0))
+PAIR = Factor("method", ("none", "logit"))
+THREE = Factor("temperature", (1.0, 2.0, 4.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"factors": (PAIR, BETA), "contrasts": (Compare("beta", 1.0, 0.0),), "moderator": None},
+            "a contrast compares beta 1.0 with 0.0, and no arm has beta 1.0: beta applies to feature, and method has "
+            "none, logit;",
+        ),
+        (
+            {
+                "factors": (Factor("method", ("logit", "feature")), BETA),
+                "control": "logit",
+                "reference": (("method", "logit"),),
+                "contrasts": (Compare("beta", 1.0, 0.0),),
+                "moderator": None,
+            },
+            "a contrast compares beta 1.0 with 0.0, and no two arms with method 'logit', at which reference holds it, "
+            "differ in beta alone;",
+        ),
+        (
+            {"moderator": "temperature"},
+            "moderator is 'temperature', and reference holds every contrast at temperature 4.0; allowed: null, or",
+        ),
+        (
+            {"contrasts": (Compare("stem", "cifar", "imagenet"),)},
+            "moderator is 'stem', and no contrast compares another factor;",
+        ),
+        (
+            {"moderator": "method", "contrasts": (Compare("temperature", 2.0, 4.0),)},
+            "moderator is 'method', and no contrast is held at two levels of method;",
+        ),
+        ({"contrasts": ()}, "moderator is 'stem', and no contrast compares another factor;"),
+    ],
+)
+def test_what_is_declared_and_comes_to_nothing_is_refused_with_the_reason(
+    study: Study, change: dict[str, object], words: str
+) -> None:
+    with pytest.raises(Mistake) as refused:
+        plan(replace(study, **change))  # type: ignore[arg-type]
+    assert [problem for problem in refused.value.problems if problem.startswith(words)], refused.value.problems
+
+
+def test_a_contrast_says_the_level_that_only_one_of_its_arms_has(one_stem: Study) -> None:
+    declared = replace(one_stem, factors=(PAIR, THREE), reference=(), contrasts=(Compare("method", "none", "logit"),))
+    assert [(each.name, dict(each.weights)) for each in plan(replace(declared, moderator=None)).contrasts] == [
+        (f"T={level}: none - logit", {"none": 1, f"logit/T={level}": -1}) for level in (1, 2, 4)
+    ]
+
+
+def test_a_moderation_says_where_it_holds_and_counts_an_arm_of_both_sides_once(study: Study) -> None:
+    compared = replace(study, factors=(*study.factors[:2], THREE), reference=(), moderator="temperature",
+                       contrasts=(Compare("method", "logit", "none"),))  # fmt: skip
+    found = {each.name: dict(each.weights) for each in plan(compared).contrasts if each.kind == "moderation"}
+    assert found == {
+        f"{stem}: (logit - none): T={level} - T=1": {f"{stem}/logit/T={level}": 1, f"{stem}/logit/T=1": -1}
+        for stem in ("imagenet", "cifar")
+        for level in (2, 4)
+    }
+
+
+def test_levels_that_two_factors_share_are_compared_with_their_factors_name(one_stem: Study) -> None:
+    networks = tuple(Factor(name, ("resnet18", "resnet34")) for name in ("student", "teacher"))
+    compared = tuple(Compare(each.name, "resnet34", "resnet18") for each in networks)
+    declared = replace(one_stem, factors=networks, cell=Cell(method="logit"), control="logit", contrasts=compared)
+    assert [each.name for each in plan(replace(declared, moderator=None)).contrasts] == [
+        "resnet18: student resnet34 - resnet18",
+        "resnet34: student resnet34 - resnet18",
+        "resnet18: teacher resnet34 - resnet18",
+        "resnet34: teacher resnet34 - resnet18",
+    ]
+
+
+def test_levels_that_agree_to_six_digits_have_names_of_their_own(study: Study) -> None:
+    close = Factor("temperature", (4.0, 4.0000001))
+    compared = (Compare("temperature", 4.0000001, 4.0),)
+    planned = plan(replace(study, factors=(*study.factors[:2], close), contrasts=compared))
+    assert [arm.name for arm in planned.arms if "logit" in arm.name] == [
+        f"{stem}/logit/T={level}" for stem in ("imagenet", "cifar") for level in ("4", "4.0000001")
+    ]
+    assert [each.name for each in planned.contrasts][0] == "imagenet: T=4.0000001 - T=4"
+
+
+def test_two_arms_of_one_name_are_refused(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever gave them one: here, names with fewer digits than levels have."""
+    monkeypatch.setattr("tune_kd.plan.number", lambda value: f"{value:g}")
+    close = Factor("temperature", (4.0, 4.0000001))
+    with pytest.raises(Mistake, match="2 arms have the name 'cifar/logit/T=4'; allowed: "):
+        plan(replace(study, factors=(*study.factors[:2], close), contrasts=study.contrasts[:2]))
 
 
 def test_alpha_is_in_the_arms_name_only_where_it_varies(study: Study) -> None:
@@ -180,6 +276,43 @@ levels = st.fixed_dictionaries(
         "alpha": st.lists(st.sampled_from([0.3, 0.5, 0.7]), min_size=1, unique=True),
     }
 )
+
+
+@given(levels, st.randoms(), st.data())
+def test_a_plan_has_all_that_is_declared_under_names_of_its_own_or_is_refused(
+    drawn: dict[str, list[str | float]], chance: random.Random, data: st.DataObject
+) -> None:
+    factors = [Factor(name, tuple(some)) for name, some in drawn.items()]
+    chance.shuffle(factors)
+    pairs = [Compare(each.name, *two) for each in factors for two in itertools.permutations(each.levels, 2)]
+    contrasts = data.draw(st.lists(st.sampled_from(pairs), max_size=4)) if pairs else []
+    fixed = data.draw(st.lists(st.sampled_from(["temperature", "alpha", "stem"]), unique=True))
+    study = Study(
+        "drawn",
+        "?",
+        tuple(factors),
+        tuple(contrasts),
+        moderator=data.draw(st.none() | st.sampled_from([each.name for each in factors])),
+        reference=tuple((name, drawn[name][0]) for name in fixed),
+        swept=tuple(data.draw(st.lists(st.sampled_from(fixed), unique=True))) if fixed else (),
+        screen=Screen(grace=1),
+    )
+    try:
+        planned = plan(study)
+    except Mistake as refused:
+        assert refused.problems
+        return
+    for compare in contrasts:
+        theirs = [dict(each.weights) for each in planned.contrasts if each.factor == compare.factor]
+        cells = {arm.name: arm.cell for arm in planned.arms}
+        assert any(
+            {getattr(cells[arm], compare.factor): sign for arm, sign in weights.items()}
+            == {compare.treated: 1, compare.against: -1}
+            for weights in theirs
+        )
+    assert len({each.name for each in planned.contrasts}) == len(planned.contrasts)
+    assert len({arm.name for arm in planned.arms}) == len(planned.arms)
+    assert study.moderator is None or "moderation" in {each.kind for each in planned.contrasts}
 
 
 @given(levels, st.randoms())

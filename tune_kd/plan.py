@@ -7,13 +7,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
 from tune_kd.price import answering, flop
-from tune_kd.study import APPLIES, CELL_FIELDS, NUMERIC, Cell, Compare, Level, Study
+from tune_kd.study import APPLIES, CELL_FIELDS, NUMERIC, Cell, Compare, Level, Mistake, Study
 from tune_kd.trial import Answering, Trial
-from tune_kd.tuning import Range
+from tune_kd.tuning import Range, number
 
 T = TypeVar("T")
 
 SYMBOLS = {"temperature": "T"}
+Pairs = dict[Compare, list[tuple[Cell, Cell]]]
+"""The treated and the compared-with arm of each contrast, by the comparison that is declared."""
 TEACHER_FIELDS = ("teacher", "stem", "weights", "width")  # what a teacher has in common with its students
 
 
@@ -82,13 +84,11 @@ class Plan:
 def plan(study: Study, data_digest: str | None = None, look: int = 0) -> Plan:
     """Expand a checked study, up to one of the looks that it declares (from 0).
 
-    Without the data's digest the plan is a preview, and its ids are not the run's.
+    Without the data's digest the plan is a preview, and its ids are not the run's. Raises `Mistake`, also for what only
+    the expansion shows: a comparison that is none, and two things of one name.
     """
-    study.check()
-    crossed = (_cell(study, levels) for levels in itertools.product(*(factor.levels for factor in study.factors)))
-    raw = [cell for cell in crossed if _departures(study, cell) <= 1]
+    raw, contrasts = _compared(study)
     cells = list(dict.fromkeys(raw))
-    contrasts = _contrasts(study, cells)
     referred = {
         arm
         for contrast in contrasts
@@ -121,6 +121,25 @@ def plan(study: Study, data_digest: str | None = None, look: int = 0) -> Plan:
     if searches:  # a screen is of what is drawn
         trials = tuple(trial for trial in trials if trial.phase != "screen")
     return Plan(study, len(raw), arms, contrasts, _longest_path_first(trials), answering, searches)
+
+
+def checked(study: Study) -> Study:
+    """The study itself, whose trials are not made for it. Raises `Mistake` as `plan` does."""
+    _compared(study)
+    return study
+
+
+def _compared(study: Study) -> tuple[list[Cell], tuple[Contrast, ...]]:
+    """Every combination of levels that the study has, those that come to the same included, and what is compared."""
+    study.check()
+    crossed = (_cell(study, levels) for levels in itertools.product(*(factor.levels for factor in study.factors)))
+    raw = [cell for cell in crossed if _departures(study, cell) <= 1]
+    cells = list(dict.fromkeys(raw))
+    pairs = {compare: _pairs(study, cells, compare) for compare in study.contrasts}
+    contrasts = _contrasts(study, pairs)
+    if problems := [*_vanished(study, cells, pairs, contrasts), *_namesakes(study, cells, contrasts)]:
+        raise Mistake(*problems)
+    return raw, contrasts
 
 
 def _cell(study: Study, levels: tuple[Level, ...]) -> Cell:
@@ -160,7 +179,7 @@ def _role(study: Study, cell: Cell, referred: set[str]) -> Literal["control", "r
 
 def level_name(factor: str, level: Level) -> str:
     """How a level is written in the name of an arm: `cifar`, `T=4`."""
-    return str(level) if isinstance(level, str) else f"{SYMBOLS.get(factor, factor)}={level:g}"
+    return level if isinstance(level, str) else f"{SYMBOLS.get(factor, factor)}={number(level)}"
 
 
 def _arm_name(study: Study, cell: Cell, among: tuple[str, ...] = CELL_FIELDS) -> str:
@@ -170,26 +189,33 @@ def _arm_name(study: Study, cell: Cell, among: tuple[str, ...] = CELL_FIELDS) ->
     return "/".join(parts) or cell.method
 
 
-def _contrasts(study: Study, cells: list[Cell]) -> tuple[Contrast, ...]:
+def _contrasts(study: Study, pairs: Pairs) -> tuple[Contrast, ...]:
     """Each declared comparison in each context, then how it changes with the moderator."""
     effects: list[Contrast] = []
     moderations: list[Contrast] = []
-    for compare in study.contrasts:
-        found = list(_pairs(study, cells, compare))
-        names = [_arm_name(study, treated) for treated, _ in found]
-        what = f"{level_name(compare.factor, compare.treated)} - {level_name(compare.factor, compare.against)}"
-        for (treated, against), name in zip(found, names, strict=True):
-            context = _context_name(study, treated, compare.factor)
+    for compare, found in pairs.items():
+        what = _difference(study, compare)
+        for treated, against in found:
+            context = _context_name(study, treated, against, compare.factor)
             effects.append(
                 Contrast(
                     name=f"{context}: {what}" if context else what,
                     kind="effect",
                     factor=compare.factor,
-                    weights=((name, 1.0), (_arm_name(study, against), -1.0)),
+                    weights=((_arm_name(study, treated), 1.0), (_arm_name(study, against), -1.0)),
                 )
             )
         moderations += _moderations(study, compare.factor, what, found)
     return (*effects, *moderations)
+
+
+def _difference(study: Study, compare: Compare) -> str:
+    """What is compared: `logit - none`, or `teacher resnet50 - resnet34` where students have such levels, too."""
+    levels = (compare.treated, compare.against)
+    others = [each for each in study.factors if each.name != compare.factor and set(levels) <= set(each.levels)]
+    says_its_factor = not isinstance(compare.treated, str)
+    which = f"{compare.factor} " if others and not says_its_factor else ""
+    return which + " - ".join(level_name(compare.factor, level) for level in levels)
 
 
 def _moderations(study: Study, factor: str, what: str, pairs: list[tuple[Cell, Cell]]) -> list[Contrast]:
@@ -205,15 +231,64 @@ def _moderations(study: Study, factor: str, what: str, pairs: list[tuple[Cell, C
             if getattr(treated, by) == first or replace(treated, **at_first) != other_treated:
                 continue
             signs = ((treated, 1.0), (against, -1.0), (other_treated, -1.0), (other_against, 1.0))
+            weights: dict[str, float] = {}
+            for cell, sign in signs:  # an arm to which the moderator does not apply stands on both sides
+                weights[_arm_name(study, cell)] = weights.get(_arm_name(study, cell), 0.0) + sign
+            context = _context_name(study, treated, against, factor, by)
             found.append(
                 Contrast(
-                    name=f"({what}): {level_name(by, getattr(treated, by))} - {level_name(by, first)}",
+                    name=f"{f'{context}: ' if context else ''}({what}): "
+                    f"{level_name(by, getattr(treated, by))} - {level_name(by, first)}",
                     kind="moderation",
                     factor=factor,
-                    weights=tuple((_arm_name(study, cell), sign) for cell, sign in signs),
+                    weights=tuple((name, weight) for name, weight in weights.items() if weight),
                 )
             )
     return found
+
+
+def _vanished(study: Study, cells: list[Cell], pairs: Pairs, contrasts: tuple[Contrast, ...]) -> list[str]:
+    """A sentence for each comparison, and for the moderator, of which the expansion leaves nothing."""
+    problems = []
+    for compare, found in pairs.items():
+        if not found:
+            problems.append(f"a contrast compares {compare.factor} {compare.treated!r} with {compare.against!r}, and "
+                            f"{_why_none(study, cells, compare)}; allowed: comparisons of arms that the study "
+                            "has")  # fmt: skip
+    by = study.moderator
+    if by is None or problems or any(contrast.kind == "moderation" for contrast in contrasts):
+        return problems
+    others = [compare for compare in study.contrasts if compare.factor != by]
+    if by in dict(study.reference):
+        why = f"reference holds every contrast at {by} {dict(study.reference)[by]!r}"
+    elif not others:
+        why = "no contrast compares another factor"
+    else:
+        why = f"no contrast is held at two levels of {by}"
+    return [f"moderator is {by!r}, and {why}; allowed: null, or a factor with whose levels a contrast can change"]
+
+
+def _why_none(study: Study, cells: list[Cell], compare: Compare) -> str:
+    """Why no two arms can be compared in this way."""
+    for level in (compare.treated, compare.against):
+        if not any(getattr(cell, compare.factor) == level for cell in cells):
+            where = APPLIES.get(compare.factor, ())
+            methods = ", ".join(map(str, study.levels("method")))
+            because = f": {compare.factor} applies to {', '.join(where)}, and method has {methods}" if where else ""
+            return f"no arm has {compare.factor} {level!r}{because}"
+    fixed = ", ".join(f"{name} {level!r}" for name, level in study.reference if name != compare.factor)
+    at = f" with {fixed}, at which reference holds it," if fixed else ""
+    return f"no two arms{at} differ in {compare.factor} alone"
+
+
+def _namesakes(study: Study, cells: list[Cell], contrasts: tuple[Contrast, ...]) -> list[str]:
+    """A sentence for each name that two arms or two contrasts would have."""
+    names = {"arms": [_arm_name(study, cell) for cell in cells], "contrasts": [each.name for each in contrasts]}
+    return [
+        f"{found.count(name)} {kind} have the name {name!r}; allowed: levels and comparisons whose names differ"
+        for kind, found in names.items()
+        for name in dict.fromkeys(each for each in found if found.count(each) > 1)
+    ] if any(len(set(found)) < len(found) for found in names.values()) else []
 
 
 def _pairs(study: Study, cells: list[Cell], compare: Compare) -> list[tuple[Cell, Cell]]:
@@ -243,12 +318,15 @@ def _comparable(treated: Cell, against: Cell, compare: Compare, fixed: dict[str,
     return True
 
 
-def _context_name(study: Study, treated: Cell, factor: str) -> str:
-    """Where a contrast holds: the treated arm's levels outside the compared factor and the reference."""
-    fixed = {name for name, _ in study.reference}
-    alone = len(set(APPLIES.get(factor, ())) & set(study.levels("method"))) == 1  # the factor names the method then
-    skip = {factor, *fixed} | ({"method"} if alone else set())
-    return _arm_name_or_nothing(study, treated, tuple(name for name in CELL_FIELDS if name not in skip))
+def _context_name(study: Study, treated: Cell, against: Cell, *compared: str) -> str:
+    """Where a contrast holds: the levels of its arms outside of what is compared and of the reference. Of a factor that
+    applies to one of the two alone, it is that one's level."""
+    skip = {*compared, *(name for name, _ in study.reference)}
+    if len(set(APPLIES.get(compared[0], ())) & set(study.levels("method"))) == 1:
+        skip.add("method")  # which the factor names
+    there = {name: getattr(treated, name) for name in CELL_FIELDS}
+    both: dict[str, Any] = {name: getattr(against, name) if level is None else level for name, level in there.items()}
+    return _arm_name_or_nothing(study, Cell(**both), tuple(name for name in CELL_FIELDS if name not in skip))
 
 
 def _arm_name_or_nothing(study: Study, cell: Cell, among: tuple[str, ...]) -> str:

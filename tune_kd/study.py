@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Self
 
-from tune_kd.tuning import Choice, Range, Tuning
+from tune_kd.tuning import Choice, Range, Tuning, number
 
 Level = str | int | float
 
@@ -296,7 +296,12 @@ def _control_problems(study: Study) -> list[str]:
 
 def _contrast_problems(study: Study) -> list[str]:
     problems = []
-    for contrast in study.contrasts:
+    for position, contrast in enumerate(study.contrasts):
+        other_way = Compare(contrast.factor, contrast.against, contrast.treated)
+        if contrast in study.contrasts[:position] or other_way in study.contrasts[:position]:
+            problems.append(f"contrasts compares {contrast.factor} {contrast.treated!r} with {contrast.against!r} more "
+                            "than once; allowed: once, in one of both directions, since each counts as a "
+                            "test")  # fmt: skip
         if contrast.factor not in [factor.name for factor in study.factors]:
             varied = ", ".join(factor.name for factor in study.factors)
             problems.append(f"a contrast compares {contrast.factor!r}; allowed: a factor of the study ({varied})")
@@ -306,7 +311,11 @@ def _contrast_problems(study: Study) -> list[str]:
         unknown = [level for level in (contrast.treated, contrast.against) if level not in levels]
         problems += [f"a contrast names {contrast.factor} {level!r}; allowed: {allowed}" for level in unknown]
         if contrast.treated == contrast.against:
-            problems.append(f"a contrast compares {contrast.factor} {contrast.treated!r} with itself")
+            problems.append(f"a contrast compares {contrast.factor} {contrast.treated!r} with itself; allowed: two "
+                            "levels")  # fmt: skip
+    named = [name for name, _ in study.reference]
+    problems += [f"reference names {name!r} more than once; allowed: once each"
+                 for name in dict.fromkeys(named) if named.count(name) > 1]  # fmt: skip
     for name, level in study.reference:
         if name not in CELL_FIELDS:
             problems.append(f"reference names {name!r}; allowed: {', '.join(CELL_FIELDS)}")
@@ -330,7 +339,7 @@ def _recipe_problems(where: str, recipe: Recipe) -> list[str]:
         ("epochs", recipe.epochs >= 1, "at least 1"),
         ("batch_size", recipe.batch_size >= 2, "at least 2"),
         ("lr", 0 < recipe.lr < math.inf, "above 0"),
-        ("lr_min", 0 <= recipe.lr_min <= recipe.lr, f"from 0 to lr ({recipe.lr:g})"),
+        ("lr_min", 0 <= recipe.lr_min <= recipe.lr, f"from 0 to lr ({number(recipe.lr)})"),
         ("momentum", 0 < recipe.momentum < 1, "between 0 and 1, both excluded (Nesterov)"),
         ("weight_decay", 0 <= recipe.weight_decay < math.inf, "0 or more"),
         ("clip", 0 < recipe.clip < math.inf, "above 0"),
@@ -454,7 +463,7 @@ def _range_problems(study: Study, each: Range) -> list[str]:
     if each.name in CELL_FIELDS:
         problems = [problem for end in ends if (problem := _level_problem(each.name, end))]
     else:
-        problems = [f"{each.name} is {end}; allowed: {lowest:g} or more" for end in ends if end < lowest]
+        problems = [f"{each.name} is {end}; allowed: {number(lowest)} or more" for end in ends if end < lowest]
         problems += [f"lr is {end}; allowed: above 0" for end in ends if each.name == "lr" and end == 0 == lowest]
     default = study.default(each.name)
     if not problems and (default is None or not over.holds(default)):

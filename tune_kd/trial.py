@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from tune_kd.study import Cell, Data, Recipe
+from tune_kd.tuning import number
 
 Phase = Literal["teacher", "screen", "confirm"]
 
@@ -47,7 +48,7 @@ class Trial:
     @property
     def label(self) -> str:
         """What people see: `cifar/logit/T=4 seed 1`, or `cifar/logit (temperature=3.1, lr=0.08) seed 0`."""
-        drawn = ", ".join(f"{name}={value:g}" for name, value in self.drawn)
+        drawn = ", ".join(f"{name}={number(value)}" for name, value in self.drawn)
         return f"{self.arm}{f' ({drawn})' if drawn else ''} seed {self.seed}"
 
     @property

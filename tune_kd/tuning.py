@@ -5,6 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+def number(value: float) -> str:
+    """The shortest text that is this number and no other: `4`, `0.5`, `4.0000001`."""
+    return repr(float(value)).removesuffix(".0")
+
+
 @dataclass(frozen=True)
 class Uniform:
     """Every number from `low` to `high` alike."""
@@ -14,7 +19,7 @@ class Uniform:
     kind: Literal["uniform"] = "uniform"
 
     def __str__(self) -> str:
-        return f"{self.low:g} to {self.high:g}"
+        return f"{number(self.low)} to {number(self.high)}"
 
     @property
     def problem(self) -> str | None:
@@ -33,7 +38,7 @@ class LogUniform:
     kind: Literal["log_uniform"] = "log_uniform"
 
     def __str__(self) -> str:
-        return f"{self.low:g} to {self.high:g} (log)"
+        return f"{number(self.low)} to {number(self.high)} (log)"
 
     @property
     def problem(self) -> str | None:
@@ -70,7 +75,7 @@ class Choice:
     kind: Literal["choice"] = "choice"
 
     def __str__(self) -> str:
-        return " or ".join(f"{level:g}" for level in self.levels)
+        return " or ".join(map(number, self.levels))
 
     @property
     def problem(self) -> str | None:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from tune_kd.pace import Row, time_left
 from tune_kd.trial import Decision
+from tune_kd.tuning import number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -223,9 +224,9 @@ def settings(table: "pd.DataFrame", budgets: "pd.DataFrame") -> Group:
         shown.add_row(
             Text(row["arm"]),
             row["setting"],
-            f"{row['default']:g}",
+            number(row["default"]),
             f"{tuned:.4g}" if tuned == tuned else "",
-            f"{low:g} to {high:g}",
+            f"{number(low)} to {number(high)}",
             f"{100 * share:.0f} %" if share == share else "",
         )
     spent = "; ".join(

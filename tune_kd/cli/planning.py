@@ -226,6 +226,13 @@ def _print_plan(planned: "Plan", summary: dict[str, Any], why: str) -> None:
     for arm in planned.arms:
         table.add_row(arm.name, arm.role, str(arm.merged) if arm.merged > 1 else "")
     console.print(table)
+    if planned.contrasts:
+        contrasts = Table(box=None, header_style="bold")
+        for title in ("contrast", "kind"):
+            contrasts.add_column(title, overflow="fold")
+        for contrast in planned.contrasts:
+            contrasts.add_row(contrast.name, contrast.kind)
+        console.print(contrasts)
     for each in summary["answers"]:
         which = (
             f"all {each['count']:,} views ahead" if each["views"] == "all" else f"about {each['count']:,} drawn views"

@@ -20,7 +20,7 @@ from tune_kd import audit, growth, measures, results, tuned
 from tune_kd.plan import SYMBOLS
 from tune_kd.stats import MARGIN
 from tune_kd.tables import Records
-from tune_kd.tuning import LogUniform
+from tune_kd.tuning import LogUniform, number
 
 WIDTH = 3.4  # inches: a column of a paper
 STYLE: dict[Any, Any] = {
@@ -214,12 +214,12 @@ def _response(records: Records, factor: str) -> Made:
             axes.legend(loc="best")
         if factor == "temperature" and min(levels_shown) > 0:
             axes.set_xscale("log", base=2)
-        axes.set_xticks(levels_shown, [f"{level:g}" for level in levels_shown])
+        axes.set_xticks(levels_shown, list(map(number, levels_shown)))
         axes.set_title(", ".join(map(str, levels)), loc="left")
         axes.set_ylabel("test acc. (%)")
     panels[-1].set_xlabel(factor)
     said = "; ".join(
-        f"{row['stem']} {factor} {row[factor]:g}: {100 * row['mean']:.2f}" for row in table.to_dict("records")
+        f"{row['stem']} {factor} {number(row[factor])}: {100 * row['mean']:.2f}" for row in table.to_dict("records")
     )
     return (
         f"Test accuracy by {factor}: mean and 95 % interval over confirmed seeds; the dotted line is the control. "
