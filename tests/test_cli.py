@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tune_kd import audit, cli, evidence, tables
 from tune_kd import run as runs
 from tune_kd.plan import plan
 from tune_kd.records import DECISIONS, LEDGER, TRIALS, Ledger, first_row
-from tune_kd.studies import from_json, resolve
+from tune_kd.studies import find, from_json, resolve
 from tune_kd.trial import Decision, digest
 
 
@@ -419,6 +420,46 @@ def test_the_plan_tells_people_what_was_merged_what_it_costs_and_what_seeds_can_
     said = " ".join(capsys.readouterr().out.split())
     for words in ("30 raw cells are 14 arms", "58 trials", "2 are teachers", "assumes", "80 % power", "0.2500"):
         assert words in said
+    for contrast in plan(resolve(find("ablation"), "laptop")).contrasts:
+        assert f"{contrast.name} {contrast.kind}" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("factors.temperature=4", "factors.temperature is 4; allowed: a list, such as 'factors.temperature=[4]'"),
+        ("factors.method=none,logit", "factors.method is 'none,logit'; allowed: a list, such as "
+         "'factors.method=[\"none\", \"logit\"]'"),
+        ("confirm.seeds=1, 2", "confirm.seeds is '1, 2'; allowed: a list, such as 'confirm.seeds=[1, 2]'"),
+        ("confirm.seeds=[1,\"x\"]", "confirm.seeds[1] is 'x'; allowed: a whole number"),
+        ("screen.margin=little", "screen.margin is 'little'; allowed: a number or a list, such as "
+         "'screen.margin=[\"little\"]'"),
+        ("screen.strata=stem", "screen.strata is 'stem'; allowed: a list or null, such as 'screen.strata=[\"stem\"]'"),
+        ("recipe.epochs=4.5", "recipe.epochs is 4.5; allowed: a whole number"),
+        ("recipe.compile=often", "recipe.compile is 'often'; allowed: true or false"),
+        ("recipe=4", "recipe is 4; allowed: its fields, one by one, such as recipe.epochs=100"),
+        ("question=4", "question is 4; allowed: text, such as 'question=\"4\"'"),
+        ("contrasts=[{\"factor\": \"stem\", \"treated\": null, \"against\": 1}]",
+         "contrasts[0].treated is None; allowed: text or a whole number or a number"),
+        ("recipe={\"epoch\": 4}", "names 'recipe'; allowed here: epochs, batch_size"),
+        ("tuning={\"budget\": 4}", "tuning is {'budget': 4}; allowed: its fields, one by one or null"),
+    ],
+)  # fmt: skip
+def test_a_setting_of_the_wrong_type_is_answered_with_what_to_type(
+    given: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", "ablation", "--scale", "smoke", "--set", "screen.grace=1", "--set", given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"tune_kd: --set {said}"), error
+    if "such as" in said and "little" not in said:
+        (right,) = shlex.split(said.rpartition("such as ")[2])
+        call(monkeypatch, "plan", "ablation", "--scale", "smoke", "--set", right)
+        assert f"--set {given.partition('=')[0]}" not in capsys.readouterr().err
+
+
+def test_fields_that_are_set_as_one_object_are_set_one_by_one() -> None:
+    study = resolve(find("ablation"), "smoke", None, ['recipe={"epochs": 3, "lr": 0.25}'])
+    assert (study.recipe.epochs, study.recipe.lr, study.recipe.batch_size) == (3, 0.25, 64)
 
 
 def test_a_study_of_ones_own_is_found_by_path_and_by_name(

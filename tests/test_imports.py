@@ -54,7 +54,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {
         "study", "trial", "data", "models", "losses", "teachers", "checkpoints", "kernels", "memory", "step", "storage",
     },
-    "studies": {"signals", "study", "plan"},
+    "study_file": {"signals", "study"},
+    "studies": {"study", "study_file", "plan"},
     "run": {
         "faults", "privacy", "mirror", "sharing", "study", "studies", "plan", "growth", "trial", "storage", "records",
         "signals",
@@ -73,7 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "execute": {
         "study", "trial", "plan", "price", "data", "models", "teachers", "checkpoints", "train", "memory", "kernels",
         "schedule", "records", "faults", "storage", "privacy", "growth", "search", "clock", "pace",
-        "monitoring", "studies", "mirror", "sharing", "mps", "notices", "signals",
+        "monitoring", "study_file", "mirror", "sharing", "mps", "notices", "signals",
     },
 }  # fmt: skip
 ONLY = {"ray": {"execute"}, "sqlite3": {"records"}, "pyarrow": {"records", "mirror"}, "optuna": {"search"}}

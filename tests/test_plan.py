@@ -152,7 +152,7 @@ def test_levels_that_agree_to_six_digits_have_names_of_their_own(study: Study) -
     assert [arm.name for arm in planned.arms if "logit" in arm.name] == [
         f"{stem}/logit/T={level}" for stem in ("imagenet", "cifar") for level in ("4", "4.0000001")
     ]
-    assert [each.name for each in planned.contrasts][0] == "imagenet: T=4.0000001 - T=4"
+    assert planned.contrasts[0].name == "imagenet: T=4.0000001 - T=4"
 
 
 def test_two_arms_of_one_name_are_refused(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

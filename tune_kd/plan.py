@@ -284,11 +284,15 @@ def _why_none(study: Study, cells: list[Cell], compare: Compare) -> str:
 def _namesakes(study: Study, cells: list[Cell], contrasts: tuple[Contrast, ...]) -> list[str]:
     """A sentence for each name that two arms or two contrasts would have."""
     names = {"arms": [_arm_name(study, cell) for cell in cells], "contrasts": [each.name for each in contrasts]}
-    return [
-        f"{found.count(name)} {kind} have the name {name!r}; allowed: levels and comparisons whose names differ"
-        for kind, found in names.items()
-        for name in dict.fromkeys(each for each in found if found.count(each) > 1)
-    ] if any(len(set(found)) < len(found) for found in names.values()) else []
+    return (
+        [
+            f"{found.count(name)} {kind} have the name {name!r}; allowed: levels and comparisons whose names differ"
+            for kind, found in names.items()
+            for name in dict.fromkeys(each for each in found if found.count(each) > 1)
+        ]
+        if any(len(set(found)) < len(found) for found in names.values())
+        else []
+    )
 
 
 def _pairs(study: Study, cells: list[Cell], compare: Compare) -> list[tuple[Cell, Cell]]:

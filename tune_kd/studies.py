@@ -1,38 +1,30 @@
 """Finding studies: a name in `search_spaces/` or a path, its scales, and single fields that a command sets."""
 
-import importlib.util
 import inspect
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import partial
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import CodeType, ModuleType
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from tune_kd.study import DATA_SETS, Data, Mistake, Study
-
-FOLDER = "search_spaces"
+from tune_kd.plan import checked
+from tune_kd.study import DATA_SETS, Data, Factor, Mistake, Study
+from tune_kd.study_file import StudyFile, executed, folders
 
 
 def available() -> dict[str, Path]:
     """Studies by name: those of the working directory, then those that were installed with tune_kd."""
     found: dict[str, Path] = {}
-    for folder in (Path.cwd() / FOLDER, installed()):
+    for folder in folders():
         for path in sorted(folder.glob("[!_]*.py")):
             found.setdefault(path.stem, path)
     return found
-
-
-def installed() -> Path:
-    """The folder of the studies that came with tune_kd."""
-    import search_spaces
-
-    return Path(search_spaces.__file__).parent
 
 
 def find(study: str) -> Path:
@@ -46,15 +38,20 @@ def find(study: str) -> Path:
 
 def scales(path: Path) -> dict[str, Callable[..., Study]]:
     """The scales that a study's file declares: its `SCALES`, or `study` alone under its own scale's name."""
-    module = _load(path)
-    declared = getattr(module, "SCALES", None)
-    if declared is not None:
-        if not isinstance(declared, Mapping) or not all(map(callable, declared.values())):
-            raise Mistake(f"STUDY is {path}, whose SCALES is {declared!r:.60}; allowed: names with functions")
-        return dict(declared)
-    if not callable(getattr(module, "study", None)):
-        raise Mistake(f"STUDY is {path}, which has no function study(); allowed: a file with `study() -> Study`")
-    return {_call(path, module.study).scale: module.study}
+    return _scales(executed(path))
+
+
+def _scales(file: StudyFile) -> dict[str, Callable[..., Study]]:
+    with file.running("whose SCALES cannot be read"):
+        declared = getattr(file.module, "SCALES", None)
+        if declared is not None:
+            if not isinstance(declared, Mapping) or not all(map(callable, declared.values())):
+                raise Mistake(f"STUDY is {file.path}, whose SCALES is {declared!r:.60}; allowed: names with functions")
+            return dict(declared)
+        make = getattr(file.module, "study", None)
+    if not callable(make):
+        raise Mistake(f"STUDY is {file.path}, which has no function study(); allowed: a file with `study() -> Study`")
+    return {_made(file, make, None).scale: make}
 
 
 def resolve(path: Path, scale: str, data: str | None = None, settings: Sequence[str] = ()) -> Study:
@@ -63,54 +60,34 @@ def resolve(path: Path, scale: str, data: str | None = None, settings: Sequence[
     A scale whose function takes the name of the data set says itself what it does on another one; with any other
     scale, `data` is taken whole.
     """
-    declared = scales(path)
+    file = executed(path)
+    declared = _scales(file)
     if scale not in declared:
         raise Mistake(f"--scale is {scale!r}; allowed: auto, {', '.join(declared)}")
     if data is not None and data not in DATA_SETS:
         raise Mistake(f"--data is {data!r}; allowed: {', '.join(DATA_SETS)}")
-    make = declared[scale]
-    if data is not None and "data" in inspect.signature(make).parameters:
-        make = partial(make, data=data)
-    study = _call(path, make)
+    study = _made(file, declared[scale], data)
     if data is not None and data != study.data.name:
         study = replace(study, data=Data(data))
-    return _with_settings(path, study, settings).check()
+    with file.running("whose study cannot be read"):
+        return checked(_with_settings(file.path, study, settings))
+
+
+def _made(file: StudyFile, make: Callable[..., Study], data: str | None) -> Study:
+    """The study that a function of the file makes, of a data set where it takes one."""
+    name = getattr(make, "__name__", "study")
+    with file.running(f"where {name}() fails"):
+        if data is not None and "data" in inspect.signature(make).parameters:
+            make = partial(make, data=data)
+        study = make()
+    if not isinstance(study, Study):
+        raise Mistake(f"STUDY is {file.path}, where {name}() returns {type(study).__name__}; allowed: a Study")
+    return study
 
 
 def from_json(value: Any) -> Study:
     """The inverse of `dataclasses.asdict`, for `study.json`."""
     return TypeAdapter(Study).validate_python(value)
-
-
-class _AsItIsNow(SourceFileLoader):
-    """Python takes a file's compiled form of before for its present one where size and second of both are the same."""
-
-    def get_code(self, fullname: str) -> CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
-
-
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path, loader=_AsItIsNow(path.stem, str(path)))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises
-        raise Mistake(f"STUDY is {path}, which cannot be read: {type(error).__name__}: {error}") from error
-    return module
-
-
-def _call(path: Path, make: Callable[..., Study]) -> Study:
-    name = getattr(getattr(make, "func", make), "__name__", "study")
-    try:
-        study = make()
-    except Mistake:
-        raise
-    except Exception as error:  # whatever the user's file raises
-        raise Mistake(f"STUDY is {path}, where {name}() fails: {type(error).__name__}: {error}") from error
-    if not isinstance(study, Study):
-        raise Mistake(f"STUDY is {path}, where {name}() returns {type(study).__name__}; allowed: a Study")
-    return study
 
 
 def _with_settings(path: Path, study: Study, settings: Sequence[str]) -> Study:
@@ -126,24 +103,89 @@ def _with_settings(path: Path, study: Study, settings: Sequence[str]) -> Study:
         if not equals:
             problems.append(f"--set is {setting!r}; allowed: field=value, such as recipe.epochs=4")
             continue
-        try:
-            parsed = json.loads(text)
-        except ValueError:
-            parsed = text
-        problem = _assign(value, field.split("."), parsed, field)
+        problem = _assign(value, field.split("."), _parsed(text), field)
         problems += [problem] if problem else []
     if problems:
         raise Mistake(*problems)
     try:
         return from_json(value)
     except ValidationError as error:
-        source = "--set" if settings else f"STUDY is {path}:"
-        raise Mistake(
-            *(
-                f"{source} {'.'.join(str(part) for part in each['loc'])} is {each['input']!r}; {each['msg']}"
-                for each in error.errors()
-            )
-        ) from error
+        raise Mistake(*_type_problems(path, value, settings, error)) from error
+
+
+def _type_problems(path: Path, value: dict[str, Any], settings: Sequence[str], error: ValidationError) -> list[str]:
+    """A sentence for each field whose value is of another type: what may stand there, and of `--set` what to type."""
+    given = tuple(setting.partition("=")[0] for setting in settings)
+    found = {name: (kind, got) for name, kind, got in (_field(each["loc"], value) for each in error.errors())}
+    problems = []
+    for name, (kind, got) in found.items():
+        allowed = " or ".join(dict.fromkeys(_words(each) for each in _members(kind)))
+        typed = any(f"{name}.".startswith((f"{each}.", f"{each}[")) for each in given)
+        source, example = ("--set", _example(name, kind, got)) if typed else (f"STUDY is {path}:", "")
+        problems.append(f"{source} {name} is {got!r}; allowed: {allowed}{example}")
+    return problems
+
+
+def _field(loc: Sequence[int | str], value: Any) -> tuple[str, Any, Any]:
+    """The name, as `--set` takes it, the type and the value of the field that an error of pydantic's is in."""
+    name, kind = "", Study  # type: str, Any
+    for step in loc:
+        inner = _inner(kind, step)
+        if inner is None or not (step in value if isinstance(value, dict) else isinstance(step, int)):
+            break  # pydantic goes on with the members of a union
+        kind, value = inner, value[step]
+        if kind is Factor:
+            name = f"{name}.{value['name']}"
+        elif step != "levels":
+            name += f"[{step}]" if isinstance(step, int) else f".{step}"
+    return name.removeprefix("."), kind, value
+
+
+def _inner(kind: Any, step: int | str) -> Any:
+    """The type of a field of a dataclass, or of an item of a list; null where a type has no such thing."""
+    for each in _members(kind):
+        if is_dataclass(each) and step in (hints := get_type_hints(each)):
+            return hints[str(step)]
+        if get_origin(each) is tuple and isinstance(step, int):
+            items = get_args(each)
+            return items[0] if items[-1] is ... else items[step]
+    return None
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _words(kind: Any) -> str:
+    """What may stand where a type is declared."""
+    if get_origin(kind) is Literal:
+        return ", ".join(map(str, get_args(kind)))
+    known = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+    return known.get(kind, "a list" if get_origin(kind) is tuple else "its fields, one by one")
+
+
+def _example(name: str, kind: Any, got: Any) -> str:
+    """What to type where a list, text or an object is expected and something else was given."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        first = fields(kind)[0]
+        return f", such as {name}.{first.name}={first.default}"
+    if isinstance(got, dict | list | NoneType):
+        return ""
+    if any(get_origin(each) is tuple for each in _members(kind)):
+        right: Any = [_parsed(text.strip()) for text in str(got).split(",")]
+    elif str in _members(kind):
+        right = json.dumps(got)
+    else:
+        return ""
+    return f", such as {shlex.quote(f'{name}={json.dumps(right)}')}"
+
+
+def _parsed(text: str) -> Any:
+    """JSON, or what is none as text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _assign(value: dict[str, Any], path: list[str], new: Any, whole: str) -> str | None:
@@ -152,6 +194,8 @@ def _assign(value: dict[str, Any], path: list[str], new: Any, whole: str) -> str
     if head not in value:
         return f"--set names {whole!r}; allowed here: {', '.join(value)}"
     if not rest:
+        if isinstance(new, dict) and isinstance(value[head], dict):  # fields that are none would pass unseen
+            return next((found for name in new if (found := _assign(value[head], [name], new[name], whole))), None)
         value[head] = new
         return None
     if head == "factors":

@@ -58,11 +58,14 @@ def submit(
     from tune_kd import run as runs
     from tune_kd import shares, studies
     from tune_kd.execute import jobs
+    from tune_kd.study_file import INSTALLED, executed
 
     path = studies.find(study)
-    own = studies.installed().resolve() not in path.resolve().parents
+    own = INSTALLED.resolve() not in path.resolve().parents
     problems: list[str] = []
-    if scale != "auto":
+    if scale == "auto":  # which is for the cluster to say
+        collect(problems, lambda: studies.scales(path))
+    else:
         collect(problems, lambda: studies.resolve(path, scale, data, settings or ()))
     name = name or f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     problems += runs.problems_with_name(name)
@@ -91,7 +94,7 @@ def submit(
         }
     )
     metadata = {"job_name": name, "run": name, "study": path.stem, "scale": scale, "out": place}
-    job = jobs.submit(cluster, arguments, metadata, study=path if own else None, install=install)
+    job = jobs.submit(cluster, arguments, metadata, study=executed(path).files if own else (), install=install)
     _follow(cluster, job, name, address, detach)
 
 

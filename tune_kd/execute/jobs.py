@@ -20,8 +20,8 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from tune_kd.monitoring import is_url, token_file
-from tune_kd.studies import installed
 from tune_kd.study import Mistake
+from tune_kd.study_file import INSTALLED
 
 START = "tune_kd.sh"  # with which a job begins
 STARTING = 60.0  # seconds that a cluster may take until its dashboard's agents are there
@@ -61,12 +61,13 @@ def submit(
     arguments: Sequence[str],
     metadata: Mapping[str, str],
     *,
-    study: Path | None = None,
+    study: Sequence[Path] = (),
     install: bool = False,
 ) -> str:
     """Have a cluster run `python -m tune_kd` with these arguments; returns the job's id.
 
-    The job works in a copy of this project, in which a `study` of the user's is `studies/NAME`. With `install`, Ray
+    The job works in a copy of this project, in which a `study` of the user's is `studies/NAME`, beside the other files
+    that are given with it. With `install`, Ray
     installs this project's dependencies there first, in the versions that are here. Raises `Mistake` where the
     cluster does not take it.
     """
@@ -86,11 +87,11 @@ def submit(
 
 
 @contextmanager
-def _copy(study: Path | None) -> Iterator[Path]:
+def _copy(study: Sequence[Path]) -> Iterator[Path]:
     """A folder with this project as a cluster is to have it, with its version, and a study."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for source in (Path(__file__).parents[1], installed()):
+        for source in (Path(__file__).parents[1], INSTALLED):
             shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
         home = folder / f"tune_kd-{version('tune_kd')}.dist-info"
         home.mkdir()
@@ -98,9 +99,10 @@ def _copy(study: Path | None) -> Iterator[Path]:
         # The interpreter of this place, where images are alike, or the one that the cluster was started with.
         python = f'P={shlex.quote(sys.executable)}; [ -x "$P" ] || P=python'
         (folder / START).write_text(f'{python}; exec "$P" -m tune_kd "$@"\n')
-        if study is not None:
-            (folder / "studies").mkdir()
-            shutil.copy(study, folder / "studies" / study.name)
+        for file in study:
+            there = folder / "studies" / file.relative_to(study[0].parent)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, there)
         yield folder
 
 
