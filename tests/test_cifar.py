@@ -26,7 +26,7 @@ NOWHERE = Origin("http://127.0.0.1:1/", "0" * 32, (("data_batch_1", "0"),), (("t
 @pytest.fixture(autouse=True)
 def small_ones_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins for CIFAR-10 may be small here; that real ones may not is tested with the data room."""
-    monkeypatch.setattr(rooms, "check_complete", lambda *_: None)
+    monkeypatch.setattr(rooms, "recognised", lambda pixels, _: pixels)
 
 
 def picture_folder(folder: Path, shade: int = 0) -> Path:

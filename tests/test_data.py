@@ -17,14 +17,15 @@ from torch import Tensor
 from tune_kd import data as rooms
 from tune_kd.batches import CIFAR100
 from tune_kd.data import (
+    CIFAR_CLASSES,
     DataSet,
     Split,
-    check_complete,
     crop,
     draw_views,
     load,
     numbered_views,
     prepare,
+    recognised,
     show,
     view_numbers,
 )
@@ -59,7 +60,7 @@ def numbers(split: Split) -> list[int]:
 @pytest.fixture(autouse=True)
 def small_ones_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins for CIFAR-10 may be small here; that real ones may not has a test of its own."""
-    monkeypatch.setattr(rooms, "check_complete", lambda *_: None)
+    monkeypatch.setattr(rooms, "recognised", lambda pixels, _: pixels)
 
 
 @pytest.fixture
@@ -192,11 +193,55 @@ def test_a_smaller_part_is_balanced_and_contained_in_every_larger_one(choose: st
 
 def test_an_incomplete_cifar10_is_refused_with_both_counts() -> None:
     with pytest.raises(Mistake, match=r"49999 training and 10000 test .* 50000 and 10000"):
-        check_complete(numbered(49_999, 10_000), "cifar10")
-    check_complete(numbered(50_000, 10_000), "cifar10")
-    check_complete(numbered(50_000, 10_000, classes=100), "cifar100")
+        recognised(numbered(49_999, 10_000), "cifar10")
     with pytest.raises(Mistake, match=r"of 10 classes, and CIFAR-100 has 50000 and 10000 of 100"):
-        check_complete(numbered(50_000, 10_000), "cifar100")
+        recognised(numbered(50_000, 10_000), "cifar100")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_is_what_has_its_classes(name: str) -> None:
+    published = CIFAR_CLASSES[name]
+    assert list(published) == sorted(set(published))
+    whole = replace(numbered(50_000, 10_000, classes=len(published)), classes=published)
+    assert torch.equal(recognised(whole, name).train_labels, whole.train_labels)
+    other = ("acorn", *published[1:-1], "zebra")
+    with pytest.raises(Mistake) as refused:
+        recognised(replace(whole, classes=other), name)
+    for words in ("has no class acorn, zebra,", f"its class {published[0]}, {published[-1]} is missing"):
+        assert words in str(refused.value)
+    with pytest.raises(Mistake, match=r"has no class class0, class1, class2, class3, class4 \.\.\.,"):
+        recognised(numbered(50_000, 10_000, classes=len(published)), name)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        ("Aeroplane", "AUTO", "Bird", "Cat", "Deer", "Dog", "Frog", "Horse", "Ship", "Truck"),
+        tuple(f"{number:02d}_{name}" for number, name in enumerate(CIFAR_CLASSES["cifar10"])),
+    ],
+)
+def test_classes_that_are_spelled_in_another_way_are_the_same_data(classes: tuple[str, ...]) -> None:
+    """Folders are read by name, so a car comes after a bird; in the published order an automobile comes before."""
+    published = replace(numbered(50_000, 10_000), classes=CIFAR_CLASSES["cifar10"])
+    by_name = sorted(range(10), key=lambda label: classes[label])
+    position = torch.tensor(by_name).argsort()
+    read = replace(
+        published,
+        classes=tuple(classes[label] for label in by_name),
+        train_labels=position[published.train_labels],
+        test_labels=position[published.test_labels],
+    )
+    found = recognised(read, "cifar10")
+    assert found.classes == published.classes
+    assert torch.equal(found.train_labels, published.train_labels)
+    assert torch.equal(found.test_labels, published.test_labels)
+
+
+def test_two_folders_of_one_class_are_no_cifar10() -> None:
+    doubled = ("airplane", "automobile", "bird", "car", "cat", "deer", "dog", "frog", "horse", "ship")
+    with pytest.raises(Mistake, match="has no class automobile, car, and its class truck is missing"):
+        recognised(replace(numbered(50_000, 10_000), classes=doubled), "cifar10")
 
 
 # Mistakes

@@ -9,9 +9,10 @@ Axes: B or N images, 3 channels, H rows, W columns.
 import hashlib
 import json
 import math
+import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tune_kd.batches import FORMS
+from tune_kd.batches import CIFAR10, FORMS
 from tune_kd.cifar import load_pixels
 from tune_kd.pictures import Pixels
 from tune_kd.study import DATA_SETS, Data, Mistake
@@ -33,7 +34,32 @@ CIFAR_STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
-CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
+_CIFAR100 = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm
+"""
+CIFAR_CLASSES = {
+    "cifar10": CIFAR10.classes,
+    "cifar100": tuple(_CIFAR100.split()),
+}
+"""As the published archives, and torchvision, name and number them."""
+SPELLINGS = {
+    "plane": "airplane",
+    "aeroplane": "airplane",
+    "car": "automobile",
+    "auto": "automobile",
+    "computer_keyboard": "keyboard",
+    "lawnmower": "lawn_mower",
+    "pick_up_truck": "pickup_truck",
+    "racoon": "raccoon",
+    **{tree: f"{tree}_tree" for tree in ("maple", "oak", "palm", "pine", "willow")},
+}
+"""How else the classes are called where they are folders of images."""
 CIFAR_SIZES = (50_000, 10_000)
 
 
@@ -140,8 +166,7 @@ def load(
             say(f"The digits come with scikit-learn: {folder} is not read.")
         return _digits(wanted, split_seed)
     pixels = load_pixels(folder, form=FORMS[name], cache=cache, say=say, progress=progress)
-    check_complete(pixels, name)
-    return _cifar(name, pixels, wanted, split_seed)
+    return _cifar(name, recognised(pixels, name), wanted, split_seed)
 
 
 def load_declared(spec: Data, folder: Path | None, **options: Any) -> DataSet:
@@ -197,15 +222,43 @@ def _cifar(name: str, pixels: Pixels, wanted: dict[str, int | None], split_seed:
     return _finished(name, pixels.classes, parts, mean, std, pad=4, flip=True, upsample=1)
 
 
-def check_complete(pixels: Pixels, name: str) -> None:
-    """Raise `Mistake` for less, or more, than all of the data set: results on a part would pass for results on it."""
-    found, classes = (len(pixels.train_labels), len(pixels.test_labels)), CIFAR_CLASSES[name]
-    if found != CIFAR_SIZES or len(pixels.classes) != classes:
+def recognised(pixels: Pixels, name: str) -> Pixels:
+    """The data set with its classes named and numbered as published, however their folders spell them.
+
+    Raises `Mistake` for less, or more, than all of it, since results on a part would pass for results on it, and for
+    other classes, since any pictures of this size would be normalised with its statistics.
+    """
+    found, known = (len(pixels.train_labels), len(pixels.test_labels)), CIFAR_CLASSES[name]
+    if found != CIFAR_SIZES or len(pixels.classes) != len(known):
         raise Mistake(
-            f"--data-dir: these are {found[0]} training and {found[1]} test images of {len(pixels.classes)} classes, "
-            f"and {FORMS[name].title} has {CIFAR_SIZES[0]} and {CIFAR_SIZES[1]} of {classes}; complete them, or name "
+            f"--data-dir: these are {found[0]} training and {found[1]} test images of {len(pixels.classes)} classes, and "
+            f"{FORMS[name].title} has {CIFAR_SIZES[0]} and {CIFAR_SIZES[1]} of {len(known)}; complete them, or name "
             "another place"
         )
+    spelled = {each: _spelling(each) for each in pixels.classes}
+    if lacking := [each for each in known if each not in spelled.values()]:
+        strange = [
+            each for each, meant in spelled.items() if meant not in known or list(spelled.values()).count(meant) > 1
+        ]
+        raise Mistake(
+            f"--data-dir: these are not the images of {FORMS[name].title}, though as many: it has no class "
+            f"{_first(strange)}, and its class {_first(lacking)} is missing; name each folder after its class, or name "
+            "another place"
+        )
+    number = torch.tensor([known.index(spelled[each]) for each in pixels.classes])
+    return replace(
+        pixels, classes=known, train_labels=number[pixels.train_labels], test_labels=number[pixels.test_labels]
+    )
+
+
+def _spelling(name: str) -> str:
+    """The published name of a class that is called so, with a number before it or not; else its own in lower case."""
+    plain = re.sub(r"[\W_]+", "_", re.sub(r"^\d+[\W_]+", "", name.strip())).lower()
+    return SPELLINGS.get(plain, plain)
+
+
+def _first(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(f"{name:.60}" for name in names[:most]) + (" ..." if len(names) > most else "")
 
 
 def _ranks(stream: str, labels: Tensor, seed: int) -> Tensor:
