@@ -146,7 +146,7 @@ def begun(elsewhere: Path, ended: str = "completed") -> Path:
     runs.create(run)
     ledger = Ledger(run.folder / LEDGER)
     for trial in run.plan.trials:
-        ledger.put(TRIALS, first_row("mine", trial) | {"status": ended})
+        ledger.put(TRIALS, first_row("mine", trial) | {"status": ended, "epochs_run": trial.recipe.epochs})
     ledger.close()
     return run.folder
 
@@ -275,9 +275,10 @@ def test_status_prints_what_a_trial_said_as_it_said_it_to_whoever_still_reads(
     shutil.copytree(finished, run)
     said = "RuntimeError: [/pytorch/gloo/pair.cc:534] closed [enforce fail at alloc.cpp:114] " + 3 * "and so on, "
     ledger = Ledger(run / LEDGER)
+    unmeasured = {"test_accuracy": None, "test_accuracy_best": None}
     for row in ledger.rows(TRIALS)[:2]:
-        ledger.put(TRIALS, row | {"status": "failed", "error": said})
-    ledger.put(TRIALS, ledger.rows(TRIALS)[2] | {"status": "pending"})
+        ledger.put(TRIALS, row | unmeasured | {"status": "failed", "error": said})
+    ledger.put(TRIALS, ledger.rows(TRIALS)[2] | unmeasured | {"status": "pending"})
     ledger.close()
     assert call(monkeypatch, "status", "[laptop]") == 0
     shown = capsys.readouterr().out

@@ -18,6 +18,7 @@ from tune_kd.plan import plan
 from tune_kd.records import DECISIONS, EPOCHS, TRIALS, Ledger
 from tune_kd.run import Run, create
 from tune_kd.study import Confirm, Screen, Study
+from tune_kd.tables import check
 from tune_kd.trial import Decision, Epoch, Outcome
 
 HERE = Where("host", "cpu")
@@ -252,6 +253,29 @@ def test_deaths_of_workers_and_of_disks_are_counted_apart(bench: Bench) -> None:
     bench.driver.on_end(task.trial.trial_id, Failure("storage", "a disk"))
     assert bench.rows(trial_id=task.trial.trial_id)[0]["status"] == "pending"
     assert bench.driver.broken == "a disk"
+
+
+@pytest.mark.parametrize(
+    ("reported", "words"),
+    [
+        (epoch(1, last=True), "trials.status is completed after 1 of 2 epochs; allowed: after all"),
+        (epoch(1, 1.5), "epochs.val_accuracy is 1.5; allowed: null, or from 0 to 1"),
+    ],
+)
+def test_a_trial_that_reports_what_no_reader_takes_fails_at_once_and_the_run_can_be_reported(
+    bench: Bench, reported: Epoch, words: str
+) -> None:
+    teacher = bench.start()
+    assert teacher.trial.role == "teacher"
+    assert not bench.driver.on_epoch(teacher.trial.trial_id, reported, HERE)
+    assert not bench.driver.on_end(teacher.trial.trial_id, None)
+    (row,) = bench.rows(trial_id=teacher.trial.trial_id)
+    assert (row["status"], row["stop_reason"], row["error"]) == ("failed", "error", f"attempt 1: {words}")
+    bench.run()
+    assert {row["status"] for row in bench.rows(teacher_id=teacher.trial.trial_id, role="student")} == {"blocked"}
+    bench.driver.conclude()
+    for schema in (TRIALS, EPOCHS):
+        assert check(schema, pd.read_parquet(bench.folder / f"{schema.name}.parquet"))[1] == []
 
 
 def test_a_student_whose_teacher_was_changed_is_blocked_until_it_is_back(bench: Bench) -> None:

@@ -23,12 +23,14 @@ from tune_kd.records import (
     Ledger,
     Schema,
     arrow,
+    broken,
     clean,
     damage,
     frame,
     reading,
     to_parquet,
 )
+from tune_kd.tables import check
 
 # The contract, written out: other programs rely on these names and on this order.
 CONTRACT = {
@@ -70,6 +72,12 @@ def test_tables_begin_with_the_columns_of_the_contract_in_their_types(schema: Sc
         assert (field.type, field.nullable) == (kind, True), field.name
 
 
+def pending(trial_id: str, **values: Any) -> dict[str, Any]:
+    """A row that readers take."""
+    least = {"run": "r", "arm": "a", "phase": "confirm", "role": "student", "seed": 1, "status": "pending"}
+    return {"trial_id": trial_id, **least, **values}
+
+
 def cells(kind: type) -> st.SearchStrategy[Any]:
     some = {
         str: st.text(st.characters(exclude_categories=["Cs"])),
@@ -88,9 +96,48 @@ def test_rows_come_back_from_parquet_as_they_were(rows: list[dict[str, Any]]) ->
 @given(row=st.fixed_dictionaries({name: cells(kind) for name, kind in TRIALS.columns.items()}))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_rows_come_back_from_the_ledger_as_they_were(ledger: Ledger, row: dict[str, Any]) -> None:
-    row |= {"run": "r", "trial_id": "t"}
+    row |= pending("t", stop_reason=None, **dict.fromkeys((*TRIALS.fractions, *TRIALS.only_completed), 0.5))
+    row["status"], row["epochs_planned"] = "completed", None
     ledger.put(TRIALS, row)
     assert ledger.rows(TRIALS) == [row]
+
+
+def near_the_rules(schema: Schema) -> st.SearchStrategy[dict[str, Any]]:
+    """Rows that break rules of a schema, or just do not."""
+    some: dict[str, st.SearchStrategy[Any]] = {}
+    for name, kind in schema.columns.items():
+        if name in schema.levels:
+            some[name] = st.sampled_from([*schema.levels[name], "else"])
+        else:
+            some[name] = {str: st.just("x"), int: st.integers(0, 3), float: st.sampled_from([-0.1, 0.0, 0.5, 1.0])}[
+                kind
+            ]
+        if name not in ("run", "trial_id"):
+            some[name] |= st.none()
+    return st.fixed_dictionaries(some)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.name)
+@given(data=st.data())
+def test_a_row_is_refused_when_written_if_and_only_if_readers_would_refuse_it(
+    schema: Schema, data: st.DataObject
+) -> None:
+    row = data.draw(near_the_rules(schema))
+    if data.draw(st.booleans()):  # else hardly any is good
+        good = {"status": "completed", "epochs_planned": row.get("epochs_run"), "phase": "screen", "role": "student"}
+        good |= {"action": "stop", "stop_reason": None, **dict.fromkeys(schema.fractions, 1.0)}
+        good |= {name: row[name] or {str: "x", int: 1, float: 1.0}[schema.columns[name]] for name in
+                 (*schema.key, *schema.needed) if name not in good}  # fmt: skip
+        row |= {name: value for name, value in good.items() if name in row}
+        row |= data.draw(st.fixed_dictionaries({}, optional={"epochs_planned": st.just(2)})) if "status" in row else {}
+    _, problems = check(schema, frame(schema, [row]))
+    assert (broken(schema, row) is None) == (problems == []), (broken(schema, row), problems)
+
+
+def test_a_row_that_no_reader_would_take_is_not_written(ledger: Ledger) -> None:
+    with pytest.raises(ValueError, match=r"trials\.status is completed after 1 of 7 epochs; allowed: after all"):
+        ledger.put(TRIALS, pending("t", status="completed", epochs_run=1, epochs_planned=7))
+    assert ledger.rows(TRIALS) == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -99,14 +146,14 @@ def test_a_number_that_is_not_finite_is_null(value: float) -> None:
 
 
 def test_pandas_reads_counts_as_integers_although_some_are_null(ledger: Ledger, tmp_path: Path) -> None:
-    ledger.put(TRIALS, {"run": "r", "trial_id": "a", "best_epoch": 3, "test_accuracy": None, "status": "completed"})
-    ledger.put(TRIALS, {"run": "r", "trial_id": "b"})
+    ledger.put(TRIALS, pending("a", best_epoch=3, test_accuracy=None, stop_reason="asha"))
+    ledger.put(TRIALS, pending("b"))
     ledger.write_tables(tmp_path)
     trials = pd.read_parquet(tmp_path / "trials.parquet")
     assert trials["best_epoch"].tolist() == [3, pd.NA]
     assert trials["best_epoch"].dtype == "Int64"
     assert trials["test_accuracy"].dtype == "float64"
-    assert trials["status"].isna().tolist() == [False, True]
+    assert trials["stop_reason"].isna().tolist() == [False, True]
 
 
 def test_an_epoch_computed_again_is_compared_with_its_record(ledger: Ledger) -> None:
@@ -165,7 +212,7 @@ def test_a_row_that_was_altered_is_noticed(ledger: Ledger) -> None:
 def test_a_ledger_is_read_whatever_its_folder_is_called(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     ledger = Ledger(tmp_path / name / "ledger.sqlite")
-    ledger.put(TRIALS, {"run": "r", "trial_id": "t", "error": f"{name} is not there"})
+    ledger.put(TRIALS, pending("t", error=f"{name} is not there"))
     for path in (ledger.path, Path(f"/{ledger.path}")):  # two slashes, as of $ROOT/results where ROOT is /
         with reading(path) as one:
             one.check()
@@ -178,7 +225,7 @@ def test_a_ledger_is_read_whatever_its_folder_is_called(tmp_path: Path, name: st
 @pytest.mark.parametrize("mask", [0x01, 0x20])
 def test_a_ledger_that_passes_its_check_can_be_written_to(ledger: Ledger, tmp_path: Path, mask: int) -> None:
     """Whichever byte of SQLite's header changes, or of the rest, which is mostly the definitions of the tables."""
-    ledger.put(TRIALS, {"run": "r", "trial_id": "t"})
+    ledger.put(TRIALS, pending("t"))
     ledger.close()  # nothing stays in the log
     content = ledger.path.read_bytes()
     passed = set()
@@ -196,7 +243,8 @@ def test_a_ledger_that_passes_its_check_can_be_written_to(ledger: Ledger, tmp_pa
         written = Ledger(other)
         for number in range(1, 4):
             assert written.add_epoch(epoch(number)) == "new"
-        written.put(DECISIONS, {"run": "r", "trial_id": "t", "epoch": 1})
+        decided = {"arm": "a", "phase": "screen", "action": "stop", "reason": "behind"}
+        written.put(DECISIONS, {"run": "r", "trial_id": "t", "epoch": 1, **decided})
         assert [row["trial_id"] for row in written.rows(TRIALS)] == ["t"]
         assert len(written.rows(EPOCHS)) == 3 and written.rows(DECISIONS)
         written.check()

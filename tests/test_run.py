@@ -255,7 +255,7 @@ def declare(folder: Path, change: str) -> None:
 def end(run: Run, status: str = "completed") -> None:
     ledger = Ledger(run.folder / LEDGER)
     for trial in run.plan.trials:
-        ledger.put(TRIALS, first_row(run.name, trial) | {"status": status})
+        ledger.put(TRIALS, first_row(run.name, trial) | {"status": status, "epochs_run": trial.recipe.epochs})
     ledger.close()
 
 
@@ -299,7 +299,7 @@ def test_seeds_and_levels_may_be_added_and_what_was_fixed_stays_beside_them(
             "replace(tiny(), factors=(Factor('stem', ('cifar',)), *tiny().factors[1:]), moderator=None)",
             "factors.stem was",
         ),
-        ("replace(tiny(), contrasts=())", "contrasts was"),
+        ("replace(tiny(), contrasts=(), moderator=None)", "contrasts was"),
         (AS_IT_WAS, "nothing to add: .*mine.py declares the same seeds and levels"),
     ],
 )

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import altered
 from tune_kd import answers
 from tune_kd.data import DataSet, Views, draw_views, prepare, show, view_numbers
 from tune_kd.models import build
 from tune_kd.study import Cell, Data, Recipe
-from tune_kd.teachers import Teacher, TeacherChanged, load_teacher, publish_teacher, published_epochs
+from tune_kd.teachers import Teacher, TeacherChanged, load_teacher, publish_teacher, published_epochs, unfit
 from tune_kd.trial import Answering, Epoch, Outcome, Trial
 
 CPU = torch.device("cpu")
@@ -26,7 +27,8 @@ TAUGHT = Trial(
     data_digest=None,
     scale="test",
 )
-EPOCH = Epoch(1, 0.5, 1.0, 1.0, 0.5, 1.0, None, 0.1, 1.0, 1.0, 1.0)
+OUTCOME = Outcome(1, 0.5, 0.5, 0.5, None, None, None, 0.1, 1, "its weights", None, None)
+EPOCH = Epoch(1, 0.5, 1.0, 1.0, 0.5, 1.0, None, 0.1, 1.0, 1.0, 1.0, outcome=OUTCOME)
 DRAWS = ((1, 3), (2, 3))  # two seeds of three epochs
 
 
@@ -52,6 +54,37 @@ def test_a_published_teacher_is_adopted_with_its_epochs(home: Path) -> None:
     assert published_epochs(home, "0" * 16) is None
 
 
+@pytest.mark.parametrize(
+    ("epochs", "words"),
+    [
+        ([EPOCH], "has 1 epochs, and the teacher of this study 2;"),
+        ([EPOCH, EPOCH], "has 2 epochs, and the teacher of this study 2;"),
+        ([EPOCH, replace(EPOCH, epoch=2, outcome=None)], "without an outcome, so without test accuracies;"),
+        ([], "has 0 epochs,"),
+        ([EPOCH, replace(EPOCH, epoch=2)], None),
+    ],
+)
+def test_a_card_of_other_epochs_than_the_trials_keeps_a_teacher_from_being_adopted(
+    tmp_path: Path, epochs: list[Epoch], words: str | None
+) -> None:
+    longer = replace(TAUGHT, recipe=Recipe(epochs=2))
+    assert unfit(tmp_path, longer) is None
+    publish_teacher(
+        tmp_path, longer, build("resnet18", stem="cifar", classes=2, width=0.0625, seed=3).state_dict(), epochs
+    )
+    found = unfit(tmp_path, longer)
+    assert (found is None) == (words is None)
+    assert words is None or (words in str(found) and f"remove {tmp_path / longer.trial_id} to have" in str(found))
+
+
+def test_a_card_of_another_trial_or_without_epochs_keeps_a_teacher_from_being_adopted(home: Path) -> None:
+    card = home / TAUGHT.trial_id / "card.json"
+    altered(card, lambda record: record["trial"].update(seed=10))
+    assert "is of trial" in str(unfit(home, TAUGHT))
+    altered(card, lambda record: record.pop("epochs"))
+    assert "lacks epochs" in str(unfit(home, TAUGHT))
+
+
 def test_a_teacher_without_its_card_or_with_other_weights_is_not_adopted(home: Path) -> None:
     weights = home / TAUGHT.trial_id / "weights.safetensors"
     data = weights.read_bytes()
@@ -70,9 +103,8 @@ def test_a_teacher_whose_file_was_changed_is_refused_with_both_digests(home: Pat
 
 
 def test_a_teacher_that_was_trained_again_is_not_the_one_that_a_run_had(home: Path, pixels: DataSet) -> None:
-    outcome = Outcome(1, 0.5, 0.5, 0.5, None, None, None, 0.1, 1, "its weights", None, None)
     net = build("resnet18", stem="cifar", classes=2, width=0.0625, seed=3)
-    publish_teacher(home, TAUGHT, net.state_dict(), [replace(EPOCH, outcome=outcome)])
+    publish_teacher(home, TAUGHT, net.state_dict(), [EPOCH])
     load_teacher(home, TAUGHT.trial_id, pixels, CPU, taught="its weights")
     with pytest.raises(TeacherChanged, match="was trained again, with other weights"):
         load_teacher(home, TAUGHT.trial_id, pixels, CPU, taught="others")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import altered
 from tune_kd import cli, preflight, rebuild, storage
 from tune_kd.records import COMMITS, EPOCHS, LEDGER, TRIALS, Ledger, reading
 from tune_kd.run import held, holder, reopen
@@ -112,7 +113,7 @@ def test_an_empty_ledger_is_no_ledger(run: Path) -> None:
 def test_a_ledger_of_another_plan_is_not_gone_on_with(run: Path) -> None:
     """As after an older study.json was put back: the ledger has what an extension added."""
     with closing(Ledger(run / LEDGER)) as ledger:
-        ledger.put(TRIALS, ledger.rows(TRIALS)[0] | {"trial_id": "f" * 16, "epochs_run": 0})
+        ledger.put(TRIALS, ledger.rows(TRIALS)[0] | {"trial_id": "f" * 16})
     with pytest.raises(Mistake, match=r"not in the plan of .*study\.json: f{16}; put the study\.json or the ledger"):
         rebuild.opened(reopen(run), lambda _: None)
     finding = verify(run)[0]
@@ -261,3 +262,13 @@ def test_students_do_not_go_on_with_another_teacher_than_the_others_had(run: Pat
     another = [row | {"weights_digest": "0" * 64} if row["role"] == "teacher" else row for row in waiting]
     with pytest.raises(Mistake, match="was trained again, and is not the teacher that this run had"):
         preflight.check(opened, another, 2)
+
+
+def test_a_teacher_that_was_put_there_with_too_few_epochs_is_refused_before_anything_trains(run: Path) -> None:
+    opened = reopen(run)
+    teacher = opened.plan.teachers[0]
+    home = opened.teachers / teacher.trial_id
+    preflight.check(opened, [], 2)
+    altered(home / "card.json", lambda card: card["epochs"].pop(0))
+    with pytest.raises(Mistake, match=f"has 1 epochs, and the teacher of this study 2; remove {home} to have"):
+        preflight.check(opened, [], 2)

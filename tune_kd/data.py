@@ -231,7 +231,7 @@ def recognised(pixels: Pixels, name: str) -> Pixels:
     found, known = (len(pixels.train_labels), len(pixels.test_labels)), CIFAR_CLASSES[name]
     if found != CIFAR_SIZES or len(pixels.classes) != len(known):
         raise Mistake(
-            f"--data-dir: these are {found[0]} training and {found[1]} test images of {len(pixels.classes)} classes, and "
+            f"--data-dir: these are {found[0]} training and {found[1]} test images of {len(pixels.classes)} classes; "
             f"{FORMS[name].title} has {CIFAR_SIZES[0]} and {CIFAR_SIZES[1]} of {len(known)}; complete them, or name "
             "another place"
         )

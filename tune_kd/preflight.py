@@ -79,12 +79,15 @@ def _room(run: Run, waiting: list[Trial], slots: int) -> list[str]:
 
 def _teachers(run: Run, waiting: list[Trial], known: dict[str, Row]) -> list[str]:
     """Students that are still to run learn from the teacher that the others learned from, or not at all."""
-    problems = []
+    problems: list[str] = []
     needed = {trial.teacher_id for trial in waiting}
     for teacher in run.plan.teachers:
         taught = known.get(teacher.trial_id, {}).get("weights_digest")
-        if taught is None or teacher.trial_id not in needed:
-            continue  # it is to be trained or adopted; or nobody needs it any more
+        if teacher.trial_id not in needed:
+            continue  # nobody needs it any more
+        if taught is None:  # it is to be trained, or adopted
+            problems += filter(None, [teachers.unfit(run.teachers, teacher)])
+            continue
         wrong = teachers.wrong_with(run.teachers, teacher.trial_id, taught)
         if wrong is not None:
             problems.append(f"{wrong}; put it back from a copy, or start a new run, which trains it again")

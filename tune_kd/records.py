@@ -157,6 +157,27 @@ def clean(schema: Schema, row: Mapping[str, Any]) -> Row:
     return cleaned
 
 
+def broken(schema: Schema, row: Row) -> str | None:
+    """Which rule of its schema a whole row breaks, as a sentence; null where it breaks none. `tables.check` holds whole
+    tables to the same rules."""
+    for name in (*schema.key, *schema.needed):
+        if row[name] is None:
+            return f"{schema.name}.{name} is null; allowed: a value"
+    for name, levels in schema.levels.items():
+        if row[name] is not None and row[name] not in levels:
+            return f"{schema.name}.{name} is {row[name]!r}; allowed: null, {', '.join(levels)}"
+    for name in schema.fractions:
+        if row[name] is not None and not 0 <= row[name] <= 1:
+            return f"{schema.name}.{name} is {row[name]}; allowed: null, or from 0 to 1"
+    for name in schema.only_completed:
+        if row[name] is not None and row["status"] != "completed":
+            return f"{schema.name}.{name} is {row[name]} while status is {row['status']}; allowed: null"
+    ran, planned = row.get("epochs_run"), row.get("epochs_planned")
+    if ran is not None and planned is not None and row["status"] == "completed" and ran < planned:
+        return f"{schema.name}.status is completed after {ran} of {planned} epochs; allowed: after all"
+    return None
+
+
 def _crc(row: Row) -> int:
     return zlib.crc32(json.dumps(list(row.values())).encode())
 
@@ -255,8 +276,10 @@ class Ledger:
             self._write(statement, values)
 
     def put(self, schema: Schema, row: Mapping[str, Any]) -> None:
-        """Write a row, in the place of the one with its key."""
+        """Write a row, in the place of the one with its key. Raises `ValueError` for one that no reader would take."""
         cleaned = clean(schema, row)
+        if (problem := broken(schema, cleaned)) is not None:
+            raise ValueError(f"{problem} (a row of trial {cleaned['trial_id']})")
         names = [*cleaned, "crc"]
         updates = ", ".join(f'"{name}" = excluded."{name}"' for name in names)
         self._write(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from filelock import FileLock
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from tune_kd import models
@@ -96,6 +96,28 @@ def wrong_with(folder: Path, teacher_id: str, taught: str | None = None) -> str 
         return f"{home / 'weights.safetensors'} is not what its card says"
     if taught is not None and taught != _outcome_digest(card):
         return f"{home} was trained again, and is not the teacher that this run had"
+    return None
+
+
+def unfit(folder: Path, trial: Trial) -> str | None:
+    """What keeps a teacher that is published under a trial's id from being adopted as this trial: its record, which may
+    have been put there by hand, is not the trial's. Null where nothing does, or there is none."""
+    card, home = _card(folder, trial.trial_id), folder / trial.trial_id
+    if card is None:
+        return None
+    remedy = f"remove {home} to have this teacher trained, or put a whole one there"
+    try:
+        epochs = TypeAdapter(list[Epoch]).validate_python(card["epochs"])
+        theirs = TypeAdapter(Trial).validate_python(card["trial"])
+    except (KeyError, ValidationError) as error:
+        return f"{home / 'card.json'} lacks epochs or a trial that can be read ({type(error).__name__}); {remedy}"
+    planned = trial.recipe.epochs
+    if theirs.trial_id != trial.trial_id:
+        return f"{home / 'card.json'} is of trial {theirs.trial_id}; {remedy}"
+    if [each.epoch for each in epochs] != list(range(1, planned + 1)):
+        return f"{home / 'card.json'} has {len(epochs)} epochs, and the teacher of this study {planned}; {remedy}"
+    if epochs[-1].outcome is None:
+        return f"{home / 'card.json'} has epochs without an outcome, so without test accuracies; {remedy}"
     return None
 
 

@@ -18,7 +18,7 @@ from tune_kd.faults import point
 from tune_kd.mirror import Mirror
 from tune_kd.plan import Plan
 from tune_kd.privacy import masked
-from tune_kd.records import DECISIONS, ENDED, EPOCHS, TRIALS, Ledger, Row, first_row
+from tune_kd.records import DECISIONS, ENDED, EPOCHS, TRIALS, Ledger, Row, broken, clean, first_row
 from tune_kd.schedule import Schedule, stratum
 from tune_kd.sharing import Sender
 from tune_kd.trial import Decision, Epoch, Trial
@@ -152,9 +152,15 @@ class Driver:
         trial, row = self._trials[trial_id], self.rows[trial_id]
         if row["status"] != "running":
             return False  # a report that was under way when the trial was ended
+        kept = {key: value for key, value in asdict(epoch).items() if key != "outcome"}
+        reported = {"run": self.run, "trial_id": trial_id, "attempt": row["attempts"], **kept}
+        measured = {} if epoch.outcome is None else asdict(epoch.outcome)
+        outcome = {name: value for name, value in measured.items() if name in row}
+        if (problem := _unreadable(row, reported, outcome)) is not None:
+            self._refuse(trial, problem)
+            return False
         with self._ledger.transaction():
-            kept = {key: value for key, value in asdict(epoch).items() if key != "outcome"}
-            state = self._ledger.add_epoch({"run": self.run, "trial_id": trial_id, "attempt": row["attempts"], **kept})
+            state = self._ledger.add_epoch(reported)
             if state == "different":
                 self._note(row, f"epoch {epoch.epoch} computed again differs from its record")
             if state == "new":
@@ -174,7 +180,7 @@ class Driver:
                 self.decisions.append(decision)
                 self._ledger.put(DECISIONS, {"run": self.run, **asdict(decision)})
             if epoch.outcome is not None:
-                row.update({key: value for key, value in asdict(epoch.outcome).items() if key in row})
+                row.update(outcome)
                 self._end(trial, "completed")
             elif decision is not None and decision.action == "stop":
                 self._end(trial, "stopped", "asha")
@@ -186,6 +192,18 @@ class Driver:
         self._tell(trial, decision)
         self.tick()
         return row["status"] == "running" and not self.stopping
+
+    def _refuse(self, trial: Trial, problem: str) -> None:
+        """End a trial that reports what no reader of the tables would take, such as a teacher whose card was made by
+        hand: now, and not when the run is done and cannot be reported."""
+        self._note(self.rows[trial.trial_id], problem)
+        with self._ledger.transaction():
+            self._end(trial, "failed", "error")
+            if trial.role == "teacher":
+                self._block_students(trial)
+        self._clear(trial)
+        self._tell(trial, None)
+        self.tick()
 
     def on_end(self, trial_id: str, failure: Failure | None) -> bool:
         """Note that an attempt is over. Without a failure it ended because `on_epoch` said so. Returns whether the
@@ -407,3 +425,11 @@ class Driver:
         elif row["error"]:
             text += f" ({row['stop_reason'] or 'will be tried again'}): {row['error']}"
         self._say(text)
+
+
+def _unreadable(row: Row, epoch: Row, outcome: Row) -> str | None:
+    """Which rule of the tables an epoch would break, or what becomes of its trial's row by it; null where none."""
+    after = row | outcome | {"epochs_run": max(row["epochs_run"], epoch["epoch"])}
+    if outcome:
+        after["status"] = "completed"
+    return broken(EPOCHS, clean(EPOCHS, epoch)) or broken(TRIALS, clean(TRIALS, after))
