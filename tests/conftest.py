@@ -39,6 +39,7 @@ RAY = (
     "test_faults",
     "test_gpu",
     "test_shares",
+    "test_streams",
 )  # share a Ray, or start their own
 
 

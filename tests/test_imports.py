@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shares": {"study"},
     "mps": set(),
     "signals": set(),
+    "streams": set(),
     "guard": {"signals"},
     "notices": set(),
     "kernels": {"notices"},

@@ -77,6 +77,8 @@ def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
         ({"cell": Cell(teacher=None)}, ("teacher is null", "'logit'")),
         ({"cell": Cell(student="vgg")}, ("cell.student is 'vgg'", "resnet18")),
         ({"deviation": 0.0}, ("deviation is 0.0",)),
+        ({"question": "Does it \ud83d?"}, (r"question is 'Does it \ud83d?'", "encoded as UTF-8")),
+        ({"name": "\udce9"}, (r"name is '\udce9'", "encoded as UTF-8")),
     ],
 )
 def test_a_bad_study_is_refused_with_field_value_and_what_is_allowed(

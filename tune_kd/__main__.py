@@ -2,6 +2,8 @@
 
 import sys
 
+from tune_kd.streams import made_safe
+
 # A run starts a dozen processes that import torch and Ray. Where the environment forbids bytecode, each would compile
 # them from source again: ten seconds a process, and a plan that does not answer at once.
 sys.dont_write_bytecode = False
@@ -11,6 +13,7 @@ GUARDED = ("run", "resume")  # the commands that train
 
 def main() -> None:
     """The entry point."""
+    made_safe()
     if sys.argv[1:2] and sys.argv[1] in GUARDED:
         from tune_kd.guard import guarded
 

@@ -216,6 +216,10 @@ class Study:
                 problems.append(f"data.{part} is {size}; allowed: at least 1, or null for all")
         if self.data.name not in DATA_SETS:
             problems.append(f"data.name is {self.data.name!r}; allowed: {', '.join(DATA_SETS)}")
+        for name in ("name", "question", "scale"):
+            text = getattr(self, name)
+            if any("\ud800" <= character <= "\udfff" for character in text):  # which no file and no terminal takes
+                problems.append(f"{name} is {text!r}; allowed: text that can be encoded as UTF-8")
         for name, value in (("deviation", self.deviation), ("rate", self.rate)):
             if not 0 < value < math.inf:
                 problems.append(f"{name} is {value}; allowed: above 0")

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -86,23 +85,15 @@ DEFAULT_OUT = Path("results")
 
 
 class Terminal(Console):
-    """What is printed are data and sentences, never markup. Whoever reads them may leave, as `head` does."""
+    """What is printed are data and sentences, never markup."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, highlight=False)
 
-    def on_broken_pipe(self) -> None:
-        """Print no more, and go on."""
-        with suppress(SystemExit):
-            super().on_broken_pipe()
-
 
 def print_json(answer: dict[str, Any]) -> None:
-    """An answer on standard output, for as long as somebody reads it."""
-    try:
-        print(json.dumps(answer), flush=True)
-    except BrokenPipeError:
-        Terminal().on_broken_pipe()
+    """An answer on standard output."""
+    print(json.dumps(answer), flush=True)
 
 
 def tracked(count: int, what: str) -> Iterable[int]:
