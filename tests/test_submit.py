@@ -94,7 +94,8 @@ def test_a_study_is_submitted_followed_to_its_end_and_looked_at(cluster: str, tm
 
 
 def test_a_study_of_ones_own_goes_on_after_it_was_stopped_there(cluster: str, tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(STUDY)
+    (tmp_path / "peers.py").write_text("PEERS = 99\n")  # which is sent along
+    (tmp_path / "own.py").write_text(f"from peers import PEERS\n{STUDY.replace('min_peers=99', 'min_peers=PEERS')}")
     run, at = tmp_path / "results" / "cut", ("--address", cluster)
     long = ("--set", "recipe.epochs=40")
     code, answer, errors = ended(command(tmp_path, "submit", "own.py", "--name", "cut", *long, *at, "--detach"))
