@@ -133,6 +133,18 @@ def test_a_moderation_says_where_it_holds_and_counts_an_arm_of_both_sides_once(s
     }
 
 
+def test_a_moderator_that_applies_to_the_other_arm_alone_moderates_as_well(study: Study) -> None:
+    """The comparison in the other direction has the other signs, and as many differences of differences."""
+    two = replace(study, factors=(*study.factors[:2], THREE), reference=(), moderator="temperature")
+    one, other = (
+        {each.name: dict(each.weights) for each in plan(replace(two, contrasts=(compare,))).contrasts}
+        for compare in (Compare("method", "logit", "none"), Compare("method", "none", "logit"))
+    )
+    turned = {name.replace("none - logit", "logit - none"): weights for name, weights in other.items()}
+    assert turned == {name: {arm: -sign for arm, sign in weights.items()} for name, weights in one.items()}
+    assert len(one) == 2 * 3 + 2 * 2
+
+
 def test_levels_that_two_factors_share_are_compared_with_their_factors_name(one_stem: Study) -> None:
     networks = tuple(Factor(name, ("resnet18", "resnet34")) for name in ("student", "teacher"))
     compared = tuple(Compare(each.name, "resnet34", "resnet18") for each in networks)

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
@@ -196,7 +197,7 @@ def _contrasts(study: Study, pairs: Pairs) -> tuple[Contrast, ...]:
     for compare, found in pairs.items():
         what = _difference(study, compare)
         for treated, against in found:
-            context = _context_name(study, treated, against, compare.factor)
+            context = _context_name(study, _both(treated, against), compare.factor)
             effects.append(
                 Contrast(
                     name=f"{context}: {what}" if context else what,
@@ -210,12 +211,18 @@ def _contrasts(study: Study, pairs: Pairs) -> tuple[Contrast, ...]:
 
 
 def _difference(study: Study, compare: Compare) -> str:
-    """What is compared: `logit - none`, or `teacher resnet50 - resnet34` where students have such levels, too."""
+    """What is compared: `logit - none`, `T=2 - T=4`, or `teacher resnet50 - resnet34` where students have such levels,
+    too."""
     levels = (compare.treated, compare.against)
-    others = [each for each in study.factors if each.name != compare.factor and set(levels) <= set(each.levels)]
-    says_its_factor = not isinstance(compare.treated, str)
-    which = f"{compare.factor} " if others and not says_its_factor else ""
-    return which + " - ".join(level_name(compare.factor, level) for level in levels)
+    what = " - ".join(level_name(compare.factor, level) for level in levels)
+    shared = any(set(levels) <= set(each.levels) for each in study.factors if each.name != compare.factor)
+    return f"{compare.factor} {what}" if shared and isinstance(compare.treated, str) else what
+
+
+def _both(treated: Cell, against: Cell) -> Cell:
+    """Where a contrast stands: the levels of the treated arm, and those that only the other one has."""
+    inert = {field.name: getattr(against, field.name) for field in fields(Cell) if getattr(treated, field.name) is None}
+    return replace(treated, **inert)
 
 
 def _moderations(study: Study, factor: str, what: str, pairs: list[tuple[Cell, Cell]]) -> list[Contrast]:
@@ -225,25 +232,26 @@ def _moderations(study: Study, factor: str, what: str, pairs: list[tuple[Cell, C
         return []
     first = study.levels(by)[0]
     at_first: dict[str, Any] = {by: first}
+    standing = {_both(*pair): pair for pair in pairs}
     found = []
-    for treated, against in pairs:
-        for other_treated, other_against in pairs:
-            if getattr(treated, by) == first or replace(treated, **at_first) != other_treated:
-                continue
-            signs = ((treated, 1.0), (against, -1.0), (other_treated, -1.0), (other_against, 1.0))
-            weights: dict[str, float] = {}
-            for cell, sign in signs:  # an arm to which the moderator does not apply stands on both sides
-                weights[_arm_name(study, cell)] = weights.get(_arm_name(study, cell), 0.0) + sign
-            context = _context_name(study, treated, against, factor, by)
-            found.append(
-                Contrast(
-                    name=f"{f'{context}: ' if context else ''}({what}): "
-                    f"{level_name(by, getattr(treated, by))} - {level_name(by, first)}",
-                    kind="moderation",
-                    factor=factor,
-                    weights=tuple((name, weight) for name, weight in weights.items() if weight),
-                )
+    for both, (treated, against) in standing.items():
+        level, other = getattr(both, by), standing.get(replace(both, **at_first))
+        if level in (None, first) or other is None:
+            continue
+        weights: Counter[str] = Counter()
+        for cell, sign in ((treated, 1), (against, -1), (other[0], -1), (other[1], 1)):
+            weights[_arm_name(study, cell)] += sign
+        context = _context_name(study, both, factor, by)
+        change = f"({what}): {level_name(by, level)} - {level_name(by, first)}"
+        found.append(
+            Contrast(
+                name=f"{context}: {change}" if context else change,
+                kind="moderation",
+                factor=factor,
+                # An arm that stands on both sides, since the moderator does not apply to it, cancels out.
+                weights=tuple((name, float(weight)) for name, weight in weights.items() if weight),
             )
+        )
     return found
 
 
@@ -284,15 +292,12 @@ def _why_none(study: Study, cells: list[Cell], compare: Compare) -> str:
 def _namesakes(study: Study, cells: list[Cell], contrasts: tuple[Contrast, ...]) -> list[str]:
     """A sentence for each name that two arms or two contrasts would have."""
     names = {"arms": [_arm_name(study, cell) for cell in cells], "contrasts": [each.name for each in contrasts]}
-    return (
-        [
-            f"{found.count(name)} {kind} have the name {name!r}; allowed: levels and comparisons whose names differ"
-            for kind, found in names.items()
-            for name in dict.fromkeys(each for each in found if found.count(each) > 1)
-        ]
-        if any(len(set(found)) < len(found) for found in names.values())
-        else []
-    )
+    return [
+        f"{count} {kind} have the name {name!r}; allowed: levels and comparisons whose names differ"
+        for kind, found in names.items()
+        for name, count in Counter(found).items()
+        if count > 1
+    ]
 
 
 def _pairs(study: Study, cells: list[Cell], compare: Compare) -> list[tuple[Cell, Cell]]:
@@ -322,15 +327,12 @@ def _comparable(treated: Cell, against: Cell, compare: Compare, fixed: dict[str,
     return True
 
 
-def _context_name(study: Study, treated: Cell, against: Cell, *compared: str) -> str:
-    """Where a contrast holds: the levels of its arms outside of what is compared and of the reference. Of a factor that
-    applies to one of the two alone, it is that one's level."""
+def _context_name(study: Study, both: Cell, *compared: str) -> str:
+    """Where a contrast holds: the levels of its arms outside of what is compared and of the reference."""
     skip = {*compared, *(name for name, _ in study.reference)}
     if len(set(APPLIES.get(compared[0], ())) & set(study.levels("method"))) == 1:
         skip.add("method")  # which the factor names
-    there = {name: getattr(treated, name) for name in CELL_FIELDS}
-    both: dict[str, Any] = {name: getattr(against, name) if level is None else level for name, level in there.items()}
-    return _arm_name_or_nothing(study, Cell(**both), tuple(name for name in CELL_FIELDS if name not in skip))
+    return _arm_name_or_nothing(study, both, tuple(name for name in CELL_FIELDS if name not in skip))
 
 
 def _arm_name_or_nothing(study: Study, cell: Cell, among: tuple[str, ...]) -> str:
