@@ -43,7 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoints": {"clock", "faults", "mirror", "storage"},
     "records": {"clock", "faults", "trial", "storage"},
     "foreign": {"study", "plan"},
-    "tables": {"study", "trial", "storage", "mirror", "sharing", "records", "foreign"},
+    "parquet": set(),
+    "tables": {"study", "trial", "storage", "mirror", "sharing", "records", "parquet", "foreign"},
     "results": {"study", "stats", "tables"},
     "measures": {"stats", "tables", "results"},
     "audit": {"study", "studies", "stats", "schedule", "tables"},
@@ -79,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "monitoring", "studies", "mirror", "sharing", "mps", "notices", "signals",
     },
 }  # fmt: skip
-ONLY = {"ray": {"execute"}, "sqlite3": {"records"}, "pyarrow": {"records", "mirror"}, "optuna": {"search"}}
+ONLY = {"ray": {"execute"}, "sqlite3": {"records"}, "pyarrow": {"records", "parquet", "mirror"}, "optuna": {"search"}}
 
 
 def rooms() -> list[Path]:

@@ -47,7 +47,7 @@ COMMITS = "ledger.commits"  # beside it: how many transactions it holds at least
 DIGESTS = "tables.json"  # beside them: the SHA-256 of each table, and of the one before, which a kill may leave
 ASIDE = ("", "-wal", "-shm", "-journal")  # ends of the names of SQLite's files
 MOST_LEDGER_BYTES = 2**36  # a hundred times that of 10,000 trials with 100 epochs each
-MOST_TABLE_BYTES = 2**32  # likewise, of a Parquet table; it is read as a whole
+MOST_TABLE_BYTES = 2**32  # of a Parquet table, which is read whole: twenty times the epochs of those trials
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # files and folders are named after runs
 
 

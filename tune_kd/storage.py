@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from tune_kd.faults import point
 
 T = TypeVar("T")
-MOST_RECORD_BYTES = 2**26  # of JSON: the `study.json` of 10,000 trials has 1 MB
+MOST_RECORD_BYTES = 2**26  # of JSON: the `study.json` of 10,000 trials has less than 1 MB
 KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",

@@ -1,7 +1,6 @@
 """Tables as DataFrames: read from Parquet and held against their schema, from one run, several, or somebody else's."""
 
 import hashlib
-import io
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tune_kd import parquet
 from tune_kd.foreign import Adapter
 from tune_kd.mirror import path_of
 from tune_kd.records import DIGESTS, LAYOUT, MOST_TABLE_BYTES, PANDAS, RUN_NAME, SCHEMAS, TRIALS, Schema, digests
@@ -156,12 +156,11 @@ def _load(place: Path, adapt: Adapter | None) -> Records:
             tables[schema.name] = pd.DataFrame({name: [] for name in schema.columns})
             continue
         try:
-            table = pd.read_parquet(io.BytesIO(_whole(path, digested)), page_checksum_verification=True)
+            tables[schema.name] = parquet.table(_whole(path, digested))
         except Damaged as error:
             raise Mistake(f"{error}; {again}") from error
         except (OSError, ValueError, TypeError, NotImplementedError) as error:  # of which pyarrow's own are kinds
             raise Mistake(f"{path} cannot be read ({error}); {again}") from error
-        tables[schema.name] = table.reset_index(drop=table.index.names == [None])
     if not ours:
         try:
             name = re.sub(r"[^A-Za-z0-9._-]", "-", place.resolve().name).lstrip("._-")[:64] or "tables"
@@ -276,8 +275,11 @@ def _type_problem(name: str, column: "pd.Series[Any]", kind: type) -> str | None
         return None
     if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
         return f"{name} is {column.dtype}, such as {_plain(there.iloc[0])!r}; expected {PANDAS[kind].lower()}"
-    values = there.to_numpy(dtype="float64")
-    wrong = ~np.isfinite(values) | (((values % 1 != 0) | (np.abs(values) >= 2**63)) if kind is int else False)
+    if pd.api.types.is_integer_dtype(column):  # as float64, numbers from 2**53 on would become others
+        wrong = (there >= 2**63).to_numpy(dtype="bool")
+    else:
+        values = there.to_numpy(dtype="float64")
+        wrong = ~np.isfinite(values) | (((values % 1 != 0) | (np.abs(values) >= 2**63)) if kind is int else False)
     if wrong.any():
         return _told(name, there[wrong], len(column), "whole numbers" if kind is int else "finite numbers")
     return None
