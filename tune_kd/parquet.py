@@ -17,6 +17,7 @@ PLAIN = {
     pa.uint64(): pd.UInt64Dtype(),
     pa.bool_(): pd.BooleanDtype(),
 }
+BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
 
 Column = Any  # a pyarrow.ChunkedArray
 
@@ -71,5 +72,5 @@ def _casts(kind: Any) -> Iterator[Callable[[Column], Column]]:
     elif is_a.is_decimal(kind):
         yield lambda column: column.cast(pa.int64())
         yield lambda column: column.cast(pa.string()).cast(pa.float64())  # the nearest there is
-    elif is_a.is_string_view(kind) or is_a.is_binary(kind) or is_a.is_large_binary(kind) or is_a.is_binary_view(kind):
+    elif is_a.is_string_view(kind) or any(is_bytes(kind) for is_bytes in BYTES):
         yield lambda column: column.cast(pa.large_string())
