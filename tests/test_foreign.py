@@ -305,7 +305,7 @@ def test_a_file_gives_the_same_columns_and_plain_types_whoever_wrote_it(name: st
     for column, values in TRIALS.items():
         assert table[column].astype(object).where(table[column].notna(), None).tolist() == values
         kinds = ["string"] if column in TEXT else ["Int64"] if column in WHOLE else ["float64", "Int64"]  # decimals
-        assert table[column].dtype in kinds
+        assert str(table[column].dtype) in kinds
 
 
 def test_text_of_a_fixed_number_of_bytes_is_text(tmp_path: Path) -> None:
