@@ -6,12 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import ANY
 
-import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from faults import damage
 from faults.damage import VARIANTS, Scratch, judge, make
-from tune_kd import answers, checkpoints, rebuild, records, storage, tables, teachers, verify
+from tune_kd import answers, checkpoints, parquet, rebuild, records, storage, tables, teachers, verify
 from tune_kd.records import LEDGER
 
 
@@ -33,12 +33,10 @@ def test_no_damage_is_believed(whole: dict[str, Scratch], variant: str) -> None:
 
 
 def checksums_of_pages_off(patch: pytest.MonkeyPatch) -> None:
-    read = pd.read_parquet
+    def without(data: Any, page_checksum_verification: bool) -> pq.ParquetFile:
+        return pq.ParquetFile(data)
 
-    def without(*arguments: Any, page_checksum_verification: bool) -> pd.DataFrame:
-        return read(*arguments)
-
-    patch.setattr(pd, "read_parquet", without)
+    patch.setattr(parquet, "pq", SimpleNamespace(ParquetFile=without))
     patch.setattr(tables, "_whole", lambda path, digested: path.read_bytes())
 
 

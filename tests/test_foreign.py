@@ -1,12 +1,20 @@
 """Somebody else's tables: the published study, and small ones."""
 
+from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import duckdb
+import fastparquet
 import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from conftest import SHARED
-from tune_kd import results
+from tune_kd import parquet, results
 from tune_kd.cli import main
 from tune_kd.foreign import Adapter, parse_phases
 from tune_kd.study import Mistake
@@ -158,3 +166,250 @@ def test_phases_are_given_as_theirs_and_ours() -> None:
         "--phase is 'select'",
         "--phase is 'x=later'",
     ]
+
+
+BIG = 2**53  # as float64, the number after it is the same
+TRIALS: dict[str, list[Any]] = {
+    "trial_id": ["a", "b", "c", "d"],
+    "seed": [BIG, BIG + 1, BIG, BIG + 1],
+    "phase": ["final", "final", "final", None],
+    "method": ["none", "none", "logit", "logit"],
+    "teacher": [None, None, "resnet50", "resnet50"],
+    "temperature": [None, None, 4.0, 4.0],
+    "test_accuracy_best": [0.5, 0.625, 0.75, 0.875],
+    "best_epoch": [1, None, 2, 2],
+    "params": [BIG + 1, None, BIG + 1, BIG + 1],
+}
+EPOCHS: dict[str, list[Any]] = {"trial_id": ["a", "b"], "epoch": [1, 1], "val_accuracy": [0.25, 0.5]}
+WHOLE = ("seed", "best_epoch", "params", "epoch")
+TEXT = ("trial_id", "phase", "method", "teacher")
+Columns = dict[str, list[Any]]
+Writer = Callable[[Columns, Path], object]
+WRITERS: dict[str, Writer] = {}
+
+
+def frame(columns: Columns) -> pd.DataFrame:
+    """Whole numbers that are sometimes null as pandas can have them: by itself it makes them float64."""
+    return pd.DataFrame({name: pd.Series(values, dtype="Int64" if name in WHOLE and None in values else None)
+                         for name, values in columns.items()})  # fmt: skip
+
+
+def writer(name: str) -> Callable[[Writer], Writer]:
+    def add(write: Writer) -> Writer:
+        WRITERS[name] = write
+        return write
+
+    return add
+
+
+def of_pandas(name: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    WRITERS[f"pandas, {name}"] = lambda columns, path: change(frame(columns)).to_parquet(path)
+
+
+def changed(types: dict[str, Any]) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    return lambda table: table.astype({name: kind for name, kind in types.items() if name in table})
+
+
+of_pandas("as it is", lambda table: table)
+of_pandas("indexed", lambda table: table.set_index(list(table)[1], drop=False))
+of_pandas("with a named index", lambda table: table.set_index(list(table)[1]))
+of_pandas("with two named indexes", lambda table: table.set_index(list(table)[:2]))
+of_pandas("with an index that has no name", lambda table: table.set_axis([7, 3, 5, 4][: len(table)]))
+of_pandas("with its own types", pd.DataFrame.convert_dtypes)
+of_pandas("categorical", changed(dict.fromkeys((*TEXT, "seed", "temperature"), "category")))
+of_pandas("narrow", changed({"epoch": "int8", "val_accuracy": "float16", "test_accuracy_best": "float32",
+                             "temperature": "float16", "best_epoch": "UInt8"}))  # fmt: skip
+of_pandas("object", changed(dict.fromkeys(TEXT, object)))
+of_pandas("pyarrow's types", lambda table: table.convert_dtypes(dtype_backend="pyarrow"))
+
+
+@writer("fastparquet")
+def _(columns: Columns, path: Path) -> None:
+    fastparquet.write(str(path), changed(dict.fromkeys(TEXT, object))(frame(columns)))
+
+
+@writer("fastparquet, bytes and an index")
+def _(columns: Columns, path: Path) -> None:
+    encoded = {name: [value if value is None else value.encode() for value in values] if name in TEXT else values
+               for name, values in columns.items()}  # fmt: skip
+    table = changed(dict.fromkeys(TEXT, object))(frame(encoded))
+    table.index = [7, 3, 5, 4][: len(table)]
+    fastparquet.write(str(path), table, object_encoding={name: "bytes" for name in TEXT if name in columns})
+
+
+@writer("fastparquet, categorical")
+def _(columns: Columns, path: Path) -> None:
+    fastparquet.write(str(path), changed(dict.fromkeys(TEXT, "category"))(frame(columns)))
+
+
+@writer("polars")
+def _(columns: Columns, path: Path) -> None:
+    pl.DataFrame(columns).write_parquet(path)
+
+
+@writer("polars, categorical, narrow and decimal")
+def _(columns: Columns, path: Path) -> None:
+    kinds = {"phase": pl.Categorical, "method": pl.Enum(["none", "logit"]), "temperature": pl.Decimal(10, 2)}
+    kinds |= {"best_epoch": pl.Int16, "epoch": pl.UInt64, "test_accuracy_best": pl.Float32, "params": pl.Decimal(38, 0)}
+    pl.DataFrame(columns).cast({name: kind for name, kind in kinds.items() if name in columns}).write_parquet(path)
+
+
+@writer("DuckDB")
+def _(columns: Columns, path: Path) -> None:
+    duckdb.from_arrow(pl.DataFrame(columns).to_arrow()).write_parquet(str(path))
+
+
+@writer("DuckDB, enum and decimal")
+def _(columns: Columns, path: Path) -> None:
+    kinds = {"seed": "decimal(38, 0)", "temperature": "decimal(9, 4)", "test_accuracy_best": "decimal(18, 6)"}
+    kinds |= {"method": "enum('none', 'logit')", "params": "ubigint", "val_accuracy": "real", "epoch": "utinyint"}
+    named = ", ".join(f"{name}::{kinds[name]} as {name}" if name in kinds else name for name in columns)
+    duckdb.from_arrow(pl.DataFrame(columns).to_arrow()).project(named).write_parquet(str(path))
+
+
+@writer("PyArrow, dictionaries, bytes and views")
+def _(columns: Columns, path: Path) -> None:
+    kinds = {"trial_id": pa.large_binary(), "method": pa.string_view(), "teacher": pa.binary_view()}
+    kinds |= {"val_accuracy": pa.float16()}
+    arrays = {name: pa.array(values) for name, values in columns.items()}
+    arrays |= {name: array.cast(kinds[name]) for name, array in arrays.items() if name in kinds}
+    encoded = {name: array.dictionary_encode() for name, array in arrays.items() if name in ("phase", "params", "seed")}
+    pq.write_table(pa.table(arrays | encoded), path)
+
+
+def written(write: Writer, folder: Path) -> Records:
+    for name, columns in (("trials", TRIALS), ("epochs", EPOCHS)):
+        write(columns, folder / f"t_{name}.parquet")
+    return load(folder / "t", adapt=Adapter(phases={"final": "confirm"}, rest="screen"))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_table_is_read_alike_whoever_wrote_it(name: str, tmp_path: Path) -> None:
+    """A written table is not only like others: it is what was to be written."""
+    records = written(WRITERS[name], tmp_path)
+    plain = written(lambda columns, path: pq.write_table(pa.table(columns), path), tmp_path)
+    pd.testing.assert_frame_equal(records.trials, plain.trials, check_exact=True)
+    pd.testing.assert_frame_equal(records.epochs, plain.epochs, check_exact=True)
+    assert records.trials["seed"].tolist() == [BIG, BIG + 1, BIG, BIG + 1]
+    assert records.trials["params"].tolist() == [BIG + 1, pd.NA, BIG + 1, BIG + 1]
+    assert records.trials["phase"].tolist() == ["confirm", "confirm", "confirm", "screen"]
+    assert records.trials["arm"].tolist() == ["none", "none", "resnet50/logit/T=4", "resnet50/logit/T=4"]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_gives_the_same_columns_and_plain_types_whoever_wrote_it(name: str, tmp_path: Path) -> None:
+    WRITERS[name](TRIALS, tmp_path / "file")
+    table = parquet.table((tmp_path / "file").read_bytes())
+    assert set(table) - set(TRIALS) <= ({"index"} if name.startswith("fastparquet") else set())  # which has a name then
+    assert table.index.tolist() == [0, 1, 2, 3]
+    for column, values in TRIALS.items():
+        assert table[column].astype(object).where(table[column].notna(), None).tolist() == values
+        kinds = ["string"] if column in TEXT else ["Int64"] if column in WHOLE else ["float64", "Int64"]  # decimals
+        assert str(table[column].dtype) in kinds
+
+
+def test_text_of_a_fixed_number_of_bytes_is_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"trial_id": pa.array([b"ab", b"cd"], pa.binary(2))}), tmp_path / "file")
+    assert parquet.table((tmp_path / "file").read_bytes())["trial_id"].tolist() == ["ab", "cd"]
+
+
+def test_seeds_that_float64_cannot_tell_apart_are_paired_each_with_its_own(tmp_path: Path) -> None:
+    whole = {**TRIALS, "phase": ["final"] * 4}
+    for order in ([0, 1, 2, 3], [0, 1, 3, 2]):
+        pl.DataFrame(whole)[order].write_parquet(tmp_path / "t_trials.parquet")
+        records = load(tmp_path / "t", adapt=Adapter(phases={"final": "confirm"}))
+        (found,) = results.compare(records, "method", "logit", "none").to_dict("records")
+        assert (found["how"], found["n"], found["estimate"]) == ("paired", 2, 0.25)
+
+
+def test_an_index_of_numbers_that_follow_one_another_is_a_column_where_it_has_a_name(tmp_path: Path) -> None:
+    """pandas writes such an index into its notes, and no column."""
+    table = pd.DataFrame({"trial_id": ["a", "b"]}, index=pd.RangeIndex(3, 9, 3, name="seed"))
+    table.to_parquet(tmp_path / "t_trials.parquet")
+    assert pq.read_schema(tmp_path / "t_trials.parquet").names == ["trial_id"]
+    assert load(tmp_path / "t").trials["seed"].tolist() == [3, 6]
+    table.assign(seed=[1, 2]).to_parquet(tmp_path / "t_trials.parquet")
+    assert load(tmp_path / "t").trials["seed"].tolist() == [1, 2]
+
+
+def noted(notes: bytes, path: Path) -> None:
+    table = pa.table({"trial_id": ["a"], "seed": [1]})
+    pq.write_table(table.replace_schema_metadata({b"pandas": notes}), path)
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        b"{", b"5", b'"x"', b'{"index_columns": 5}', b'{"index_columns": [{}]}', b'{"index_columns": [{"name": "x"}]}',
+        b'{"index_columns": [{"name": "x", "start": 1e999, "step": 1}]}',
+        b'{"index_columns": [{"name": "x", "start": 99999999999999999999999999, "step": 1}]}',
+        b'{"index_columns": [{"name": "x", "start": "a", "step": []}]}',
+    ],
+)  # fmt: skip
+def test_notes_of_pandas_that_are_damaged_are_passed_over_or_told(notes: bytes, tmp_path: Path) -> None:
+    noted(notes, tmp_path / "t_trials.parquet")
+    try:
+        assert load(tmp_path / "t").trials["seed"].tolist() == [1]
+    except Mistake as mistake:
+        assert "t_trials.parquet cannot be read" in str(mistake)
+
+
+def test_columns_of_one_name_are_named(tmp_path: Path) -> None:
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array([1]), pa.array([2])], names=["trial_id", "seed", "seed"])
+    pq.write_table(twice, tmp_path / "t_trials.parquet")
+    with pytest.raises(Mistake, match="trials has more than one column seed"):
+        load(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    ("seeds", "says"),
+    [
+        (pa.array([1, 2**64 - 1], pa.uint64()), "seed: 1 of 2 rows break a rule; got 18446744073709551615 in row 1"),
+        (pa.array([None, 2**64 - 1], pa.uint64()), "got 18446744073709551615 in row 1; expected whole numbers"),
+        (pa.array([1, Decimal("2.5")]), "seed: 1 of 2 rows break a rule; got 2.5 in row 1; expected whole numbers"),
+        (pa.array([b"1", b"2"]), "seed is string, such as '1'; expected int64"),
+        (pa.array([True, None]), "seed is boolean, such as True; expected int64"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(seeds: pa.Array, says: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"trial_id": ["a", "b"], "seed": seeds}), tmp_path / "t_trials.parquet")
+    with pytest.raises(Mistake) as caught:
+        load(tmp_path / "t")
+    assert says in str(caught.value)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"trial_id": [b"a", b"\xff"], "seed": [1, 2]}), tmp_path / "t_trials.parquet")
+    with pytest.raises(Mistake, match=r"trial_id is object, such as b'a'; expected text"):
+        load(tmp_path / "t")
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, -(2**63), BIG + 1])
+def test_every_whole_number_of_64_bits_is_read_as_it_is(seed: int, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"trial_id": ["a"], "seed": [seed]}), tmp_path / "t_trials.parquet")
+    assert load(tmp_path / "t").trials["seed"].tolist() == [seed]
+
+
+@pytest.mark.parametrize("text", ["0.1", "0.123456789012345678", "0.3333333333333333333"])
+def test_a_decimal_is_the_nearest_number_there_is(text: str, tmp_path: Path) -> None:
+    table = pa.table({"trial_id": ["a"], "seed": [1], "test_accuracy_best": [Decimal(text)]})
+    pq.write_table(table, tmp_path / "t_trials.parquet")
+    assert load(tmp_path / "t").trials["test_accuracy_best"].tolist() == [float(text)]
+
+
+def test_a_phase_that_is_null_is_told_of_by_its_row(tmp_path: Path) -> None:
+    table = pd.DataFrame({"trial_id": ["a", "b"], "seed": [1, 2], "phase": pd.array(["confirm", None], "string")})
+    table.to_parquet(tmp_path / "t_trials.parquet")
+    with pytest.raises(Mistake, match=r"phase: 1 of 2 rows break a rule; .* in row 1; expected a value in every row"):
+        load(tmp_path / "t")
+
+
+def test_a_report_takes_the_phases_of_categories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = frame(TRIALS).head(3).astype({"phase": "category"}).set_index("seed", drop=False)
+    table.to_parquet(tmp_path / "t_trials.parquet")
+    command = ["tune_kd", "report", str(tmp_path / "t"), "--to", str(tmp_path / "r"), "--phase", "final=confirm"]
+    monkeypatch.setattr("sys.argv", [*command, "--format", "md"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    assert "logit/T=4" in (tmp_path / "r" / "report.md").read_text()

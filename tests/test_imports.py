@@ -25,9 +25,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": set(),
     "stats": set(),
     "trial": {"study", "tuning"},
-    "models": {"study"},
-    "batches": {"study", "pictures"},
-    "pictures": {"study"},
+    "models": {"study", "storage"},
+    "batches": {"study", "storage", "pictures"},
+    "pictures": {"study", "storage"},
     "cifar": {"study", "storage", "batches", "pictures"},
     "data": {"study", "batches", "cifar", "pictures"},
     "answers": {"faults", "storage"},
@@ -44,7 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoints": {"clock", "faults", "mirror", "storage"},
     "records": {"clock", "faults", "trial", "storage"},
     "foreign": {"study", "plan"},
-    "tables": {"study", "trial", "storage", "mirror", "sharing", "records", "foreign"},
+    "parquet": set(),
+    "tables": {"study", "trial", "storage", "mirror", "sharing", "records", "parquet", "foreign"},
     "results": {"study", "stats", "tables"},
     "measures": {"stats", "tables", "results"},
     "audit": {"study", "studies", "stats", "schedule", "tables"},
@@ -62,7 +63,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "signals",
     },
     "rebuild": {"faults", "study", "run", "growth", "storage", "records", "tables"},
-    "verify": {"study", "price", "run", "growth", "checkpoints", "teachers", "answers", "records", "rebuild", "tables"},
+    "verify": {
+        "study", "price", "run", "growth", "checkpoints", "teachers", "answers", "records", "rebuild", "storage",
+        "tables",
+    },
     "preflight": {"study", "trial", "growth", "price", "run", "teachers", "storage", "records"},
     "tuned": {"study", "studies", "plan", "growth", "search", "records", "tables"},
     "report": {
@@ -78,7 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "monitoring", "study_file", "mirror", "sharing", "mps", "notices", "signals",
     },
 }  # fmt: skip
-ONLY = {"ray": {"execute"}, "sqlite3": {"records"}, "pyarrow": {"records", "mirror"}, "optuna": {"search"}}
+ONLY = {"ray": {"execute"}, "sqlite3": {"records"}, "pyarrow": {"records", "parquet", "mirror"}, "optuna": {"search"}}
 
 
 def rooms() -> list[Path]:

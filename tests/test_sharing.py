@@ -22,8 +22,9 @@ from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace, work
 from tune_kd.mirror import Mirror
-from tune_kd.records import EPOCHS, TRIALS, reading
+from tune_kd.records import EPOCHS, MOST_TABLE_BYTES, TRIALS, reading
 from tune_kd.run import Run
+from tune_kd.storage import MOST_RECORD_BYTES, Unexpected
 from tune_kd.study import Mistake, Study
 from tune_kd.tables import load
 from tune_kd.trial import Epoch
@@ -171,7 +172,17 @@ def test_what_is_replaced_while_it_is_read_is_read_again(s3: Store, size: int) -
             held.send(file, newer)
 
     s3.before = replaced
-    assert held.read(file) == newer
+    assert held.read(file, 100) == newer
+
+
+def test_an_object_that_is_larger_than_its_kind_is_refused_before_it_is_fetched(s3: Store) -> None:
+    file = mirror.local(s3.url("kd")) / "each"
+    held = Mirror.of(file)
+    held.send(file, b"0123456789")
+    assert held.read(file, 10) == b"0123456789"
+    with pytest.raises(Unexpected, match=r"/each\?.* has 10 bytes; expected at most 9"):
+        held.fetch(file, 9)
+    assert not file.exists()
 
 
 def test_a_store_that_hiccups_costs_nothing_but_time(s3: Store, calm: Study, undisturbed: Path) -> None:
@@ -185,7 +196,7 @@ def test_a_store_that_hiccups_costs_nothing_but_time(s3: Store, calm: Study, und
     same_records(begun.folder, undisturbed)
     sent = Mirror.of(begun.folder)
     for name in ("trials.parquet", "epochs.parquet", "tables.json", "study.json", "ledger.commits"):
-        assert sent.read(begun.folder / name) == (begun.folder / name).read_bytes()
+        assert sent.read(begun.folder / name, MOST_TABLE_BYTES) == (begun.folder / name).read_bytes()
 
 
 @pytest.mark.parametrize("epochs", [1, 4, 9, 12])
@@ -263,7 +274,7 @@ def test_a_store_that_is_gone_ends_the_run_whole_and_gets_the_rest_later(
     same_records(begun.folder, undisturbed)
     s3.fault = lambda number: None
     go_on(begun)
-    sent = Mirror.of(begun.folder).read(begun.folder / "trials.parquet")
+    sent = Mirror.of(begun.folder).read(begun.folder / "trials.parquet", MOST_TABLE_BYTES)
     assert sent == (begun.folder / "trials.parquet").read_bytes()
 
 
@@ -301,9 +312,9 @@ def test_a_run_that_a_driver_elsewhere_holds_is_left_to_it_until_that_is_not_see
         raise AssertionError
     Mirror.of(holder).send(holder, json.dumps({**there, "seen": time.time() - 200}).encode())
     with run.held(begun.folder):
-        told = json.loads(Mirror.of(holder).read(holder) or b"")
+        told = json.loads(Mirror.of(holder).read(holder, MOST_RECORD_BYTES) or b"")
         assert told["pid"] == os.getpid() and told["seen"] == pytest.approx(time.time(), abs=60)
-    assert Mirror.of(holder).read(holder) is None
+    assert Mirror.of(holder).read(holder, MOST_RECORD_BYTES) is None
 
 
 def test_a_trial_leaves_when_the_driver_says_so_through_the_store(

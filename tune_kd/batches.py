@@ -23,10 +23,11 @@ import numpy as np
 import torch
 
 from tune_kd.pictures import Pixels, bar
+from tune_kd.storage import opened, read
 from tune_kd.study import Mistake
 
 T = TypeVar("T")
-MOST_BYTES = 2**29  # the real archives have 170,498,071 and 169,001,437
+MOST_BYTES = 2**29  # the real archives have 170,498,071 and 169,001,437, and their files less
 LEAST_BYTES_PER_SECOND = 1024  # slower than this for `stall_seconds` is a stall
 
 
@@ -145,12 +146,12 @@ def _fetch(origin: Origin, write: Callable[[bytes], object], progress: bool) -> 
 
 def read_folder(folder: Path, origin: Origin) -> Pixels:
     """Images of the unpacked archive. Raises `Mistake` for a batch that is not the published one."""
-    return _pixels({name: (folder / name).read_bytes() for name in origin.files}, folder, origin)
+    return _pixels({name: read(folder / name, MOST_BYTES) for name in origin.files}, folder, origin)
 
 
 def read_archive(archive: Path, origin: Origin) -> Pixels:
     """Images of the archive, without unpacking it. Raises `Mistake` if it is not the published one."""
-    with open(archive, "rb") as file:
+    with opened(archive, MOST_BYTES) as file:
         found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if found != origin.archive_md5:
             raise Mistake(_damaged(archive, "it", found, origin.archive_md5, origin.form))

@@ -19,9 +19,10 @@ from torch import Tensor
 from tune_kd.clock import spending
 from tune_kd.faults import point
 from tune_kd.mirror import Mirror
-from tune_kd.storage import publish, read
+from tune_kd.storage import Unexpected, publish, read
 
 KEPT = 2  # generations
+MOST_STATE_BYTES = 2**34  # of weights or a state, which is read whole: a hundred times torchvision's largest ResNet
 _NOTES = "notes"
 
 
@@ -63,8 +64,8 @@ class Checkpoints:
         with spending("checkpoint"):
             self._fetch()
             for path in self._published():
-                data = read(path)
-                if _is_whole(path, data):
+                data = _whole(path)
+                if data is not None:
                     return unpack(data)
                 path.rename(path.with_suffix(".damaged"))
         return None
@@ -74,7 +75,7 @@ class Checkpoints:
         altered = []
         for path in self._published():
             with suppress(FileNotFoundError):  # a trial goes on
-                if not _is_whole(path, read(path)):
+                if _whole(path) is None:
                     altered.append(path)
         return [*altered, *sorted(self._folder.glob("*.damaged"))]
 
@@ -89,11 +90,20 @@ class Checkpoints:
         here = {path.name for path in self._folder.glob("*")}  # also what was set aside
         for name in self._mirror.names(self._folder):
             if name not in here and Path(name).with_suffix(".damaged").name not in here:
-                self._mirror.fetch(self._folder / name)
+                self._mirror.fetch(self._folder / name, MOST_STATE_BYTES)
 
     def _published(self) -> list[Path]:
         """Whole names, newest first. The epoch decides, not the clock."""
         return sorted(self._folder.glob("[0-9]*.safetensors"), reverse=True)
+
+
+def _whole(path: Path) -> bytes | None:
+    """The bytes of a state; null where they are not what was written."""
+    try:
+        data = read(path, MOST_STATE_BYTES)
+    except Unexpected:
+        return None
+    return data if _is_whole(path, data) else None
 
 
 def _is_whole(path: Path, data: bytes) -> bool:

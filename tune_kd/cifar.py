@@ -10,9 +10,11 @@ from pathlib import Path
 
 from tune_kd import batches, pictures
 from tune_kd.pictures import Pixels
+from tune_kd.storage import check_regular
 from tune_kd.study import Mistake
 
 LOCK_SECONDS = 600.0
+MOST_CACHE_BYTES = 2**34  # of decoded images: five million
 
 Say = Callable[[str], None]
 Read = Callable[[], Pixels]
@@ -94,23 +96,23 @@ def _source(
 ) -> tuple[str, Read]:
     """What lies at `where`: a text that changes when its content does, and a function that decodes it."""
     if where.name != form.archive and pictures.is_archive(where):
-        if not where.is_file():
+        if not where.exists() or where.is_dir():
             raise Mistake(f"--data-dir {where}: there is no such archive; give the path of one that exists")
         return _stamp(where), lambda: pictures.read_archive(where, progress=progress)
     if any((where / part).is_dir() for part in pictures.PARTS):
         files = pictures.listing(where)
         identity = f"{where} {hashlib.sha256(json.dumps(files).encode()).hexdigest()}"
         return identity, lambda: pictures.read_folder(where, files, progress=progress)
-    if where.is_file() and where.name != form.archive:
+    if where.exists() and not where.is_dir() and where.name != form.archive:
         raise Mistake(
             f"--data-dir {where}: this is neither a folder nor a .tar, .tar.gz or .tar.xz archive; "
             f"give one with {pictures.LAYOUT}"
         )
 
     known = origin or batches.published(form)
-    folder = where if (where / known.files[0]).is_file() else where / form.folder
+    folder = where if (where / known.files[0]).exists() else where / form.folder
     if folder.is_dir():
-        missing = [name for name in known.files if not (folder / name).is_file()]
+        missing = [name for name in known.files if not (folder / name).exists()]
         if missing:
             raise Mistake(
                 f"--data-dir {folder}: {', '.join(missing)} missing; "
@@ -119,7 +121,7 @@ def _source(
         identity = " ".join(_stamp(folder / name) for name in known.files)
         return identity, lambda: batches.read_folder(folder, known)
     archive = where if where.name == form.archive else where / form.archive
-    if not archive.is_file():
+    if not archive.exists():
         batches.download(known, archive, say, progress=progress)
     return _stamp(archive), lambda: batches.read_archive(archive, known)
 
@@ -145,6 +147,7 @@ def _cached(stored: Path, identity: str, say: Say) -> Pixels | None:
     if not stored.is_file():
         return None
     try:
+        check_regular(stored, MOST_CACHE_BYTES)
         with safe_open(stored, framework="pt") as file:
             about = file.metadata()
             if about["identity"] != identity:

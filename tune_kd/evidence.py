@@ -1,6 +1,7 @@
 """What a finished run leaves for the next plan: how well each epoch foretold the end. Light, since `plan` reads it."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from pydantic import TypeAdapter
 
 from tune_kd.plan import Plan
 from tune_kd.schedule import stratum
-from tune_kd.storage import publish
+from tune_kd.storage import MOST_RECORD_BYTES, publish, read
 from tune_kd.study import Study
 
 if TYPE_CHECKING:
@@ -90,9 +91,10 @@ def _alike(study: Study) -> tuple[str, str, int]:
 def _audits(out: Path) -> list[Audit]:
     """What runs under `out` left, the newest first. One that cannot be read is none."""
     found = []
-    for path in sorted(out.glob(f"*/{AUDIT}"), key=lambda path: path.stat().st_mtime, reverse=True):
+    there = [path for path in out.glob(f"*/{AUDIT}") if os.path.isfile(path)]
+    for path in sorted(there, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            found.append(TypeAdapter(Audit).validate_json(path.read_bytes()))
+            found.append(TypeAdapter(Audit).validate_json(read(path, MOST_RECORD_BYTES)))
         except (OSError, ValueError):
             continue
     return found

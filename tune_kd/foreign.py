@@ -48,7 +48,8 @@ class Adapter:
                 phases = phases.where(phases.isin(PHASES), self.rest)
             trials = trials.assign(phase=phases)
         if "role" not in trials:
-            trials = trials.assign(role=["teacher" if phase == "teacher" else "student" for phase in trials["phase"]])
+            taught = trials["phase"].isin(["teacher"])
+            trials = trials.assign(role=["teacher" if each else "student" for each in taught])
         if "run" not in trials:
             trials = trials.assign(run=run)
         if "epochs_planned" not in trials and "epochs_run" in trials:
@@ -90,6 +91,8 @@ def _with_status(trials: "pd.DataFrame") -> "pd.DataFrame":
 
 def _arms(trials: "pd.DataFrame") -> list[str]:
     """The levels that apply to each trial, of the columns that are not alike in all students: `cifar/logit/T=4`."""
+    import pandas as pd
+
     students = trials[trials["role"] == "student"]
     named = [name for name in LEVELS if name in trials and students[name].nunique(dropna=False) > 1]
     for name in CONDITIONS:
@@ -98,6 +101,6 @@ def _arms(trials: "pd.DataFrame") -> list[str]:
             named.append(name)
     arms = []
     for row in trials[named].to_dict("records"):
-        levels = [level_name(str(name), level) for name, level in row.items() if level is not None and level == level]
+        levels = [level_name(str(name), level) for name, level in row.items() if pd.notna(level)]
         arms.append("/".join(levels) or "all")
     return arms

@@ -5,6 +5,7 @@ An object is there whole or not at all. The store has no locks, no appending and
 the disk of the machine that needs it.
 """
 
+import errno
 import json
 import os
 from contextlib import suppress
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from tune_kd.storage import patiently, publish, read
+from tune_kd.storage import MOST_RECORD_BYTES, Unexpected, patiently, publish, read
 from tune_kd.study import Mistake
 
 SCHEMES = ("s3", "gs")
 MARK = ".mirror.json"  # in a folder that stands for one in a store: its URL
 PATIENCE = 15  # seconds that one request may take with all its repetitions
+MOST_SENT_BYTES = 2**34  # of a file, which is read whole: more than any network and its state has
 READS = 5  # of an object, until it did not change meanwhile
 
 
@@ -39,7 +41,7 @@ class Mirror:
         here = path.absolute()
         for folder in (here, *here.parents):
             if (mark := folder / MARK).is_file():
-                return cls(folder, json.loads(read(mark))["url"])
+                return cls(folder, json.loads(read(mark, MOST_RECORD_BYTES))["url"])
         return cls(here)
 
     def place(self, path: Path) -> str:
@@ -52,22 +54,23 @@ class Mirror:
     def send(self, path: Path, data: bytes | None = None) -> None:
         """Have the store hold a file as it is here now, or with these bytes."""
         if self.url is not None:
-            data = read(path) if data is None else data
+            data = read(path, MOST_SENT_BYTES) if data is None else data
             patiently(lambda: self._put(path, data))
 
-    def fetch(self, path: Path) -> bool:
-        """Have a file here as the store holds it. Returns whether it is here then."""
+    def fetch(self, path: Path, most: int) -> bool:
+        """Have a file of at most so many bytes here as the store holds it. Returns whether it is here then."""
         if self.url is None:
             return path.is_file()
-        data = self.read(path)
+        data = self.read(path, most)
         if data is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             publish(path, data)
         return data is not None
 
-    def read(self, path: Path) -> bytes | None:
-        """What the store holds of a file; null where it has none, or there is no store."""
-        return None if self.url is None else patiently(lambda: self._get(path))
+    def read(self, path: Path, most: int) -> bytes | None:
+        """What the store holds of a file; null where it has none, or there is no store. Raises `Unexpected` for one of
+        more bytes than that."""
+        return None if self.url is None else patiently(lambda: self._get(path, most))
 
     def names(self, folder: Path) -> list[str]:
         """The names of files and folders that the store has in a folder, sorted."""
@@ -107,7 +110,7 @@ class Mirror:
         stream.write(data)
         stream.close()
 
-    def _get(self, path: Path) -> bytes | None:
+    def _get(self, path: Path, most: int) -> bytes | None:
         from pyarrow.fs import FileType
 
         assert self.url is not None
@@ -116,6 +119,9 @@ class Mirror:
         for _ in range(READS):
             if before.type != FileType.File:
                 return None
+            if before.size > most:
+                what = f"has {before.size:,} bytes; expected at most {most:,}"
+                raise Unexpected(errno.EFBIG, what, self.place(path))
             with store.open_input_stream(key) as stream:
                 data: bytes = stream.read()
             after = store.get_file_info(key)

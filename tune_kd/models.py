@@ -6,6 +6,7 @@ Axes in tensor names: B batch, K classes, C channels, H height, W width.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from tune_kd.storage import Unexpected, check_regular, read
 from tune_kd.study import ARCHITECTURES, STEMS, WEIGHTS, Mistake
+
+MOST_WEIGHTS_BYTES = 2**30  # of torchvision's ResNets, the largest has 242 MB
 
 if TYPE_CHECKING:  # importing torchvision takes seconds, and reading results needs none of it
     from torchvision.models import ResNet
@@ -130,6 +134,10 @@ def fetch_imagenet(architecture: str) -> Path:
     """
     file, url = imagenet_file(architecture), imagenet_url(architecture)
     if file.exists():
+        try:
+            check_regular(file, MOST_WEIGHTS_BYTES)
+        except Unexpected as error:
+            raise Mistake(f"{error}; remove it to have it fetched") from error
         return file
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -212,12 +220,12 @@ def _imagenet_state(architecture: str) -> dict[str, Tensor]:
     """torchvision's ImageNet weights by name, checked against the network that they are for."""
     file = fetch_imagenet(architecture)
     expected = file.stem.rpartition("-")[2]
-    with file.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
+    content = read(file, MOST_WEIGHTS_BYTES)
+    found = hashlib.sha256(content).hexdigest()
     if not found.startswith(expected):
         raise Mistake(f"{file} has a SHA-256 of {found[:8]}, and {expected} is published; remove it to have it fetched")
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as it has layers of encoding
         raise Mistake(f"{file} cannot be read as weights ({type(error).__name__})") from error
     if not isinstance(state, dict):

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tune_kd.storage import opened, read
 from tune_kd.study import Mistake
 
 PARTS = ("train", "test")
@@ -33,6 +34,7 @@ LAYOUT = "train/CLASS/*.png (or jpg, jpeg) and test/CLASS/*"
 MOST_MEMBERS = 200_000
 MOST_MEMBER_BYTES = 2**20
 MOST_ARCHIVE_BYTES = 2**29
+MOST_FILE_BYTES = 2 * MOST_ARCHIVE_BYTES  # of an archive as a file: none is twice as large as what it unpacks to
 
 # What tarfile and the decompressors raise, down to what forged headers provoke.
 BROKEN = (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error, ValueError, RecursionError)
@@ -94,7 +96,7 @@ def read_folder(folder: Path, files: Listing, *, progress: bool) -> Pixels:
             file = folder.joinpath(*named)
             if size > MOST_MEMBER_BYTES:
                 raise Mistake(f"--data-dir {folder}: {file} has {size} bytes, too many for a 32x32 image")
-            decoded[named] = _decode(file.read_bytes(), folder, "/".join(named))
+            decoded[named] = _decode(read(file, MOST_MEMBER_BYTES), folder, "/".join(named))
             if len(decoded) % 256 == 0:
                 move(len(decoded))
     return _assembled(decoded, folder)
@@ -108,7 +110,7 @@ def read_archive(path: Path, *, progress: bool) -> Pixels:
     """
     decoded: dict[Named, np.ndarray[Any, Any]] = {}
     outer: tuple[str, ...] | None = None
-    with open(path, "rb") as raw, bar("Decoding images", path.stat().st_size, progress) as move:
+    with opened(path, MOST_FILE_BYTES) as raw, bar("Decoding images", path.stat().st_size, progress) as move:
         for name, content in _pictures(path, raw):
             *prefix, part, directory, file = ("", "", "", *PurePosixPath(name).parts)
             if part not in PARTS or directory.startswith("."):

@@ -12,7 +12,7 @@ from tune_kd.growth import grown, to_come
 from tune_kd.price import disk_bytes
 from tune_kd.records import ENDED, Row
 from tune_kd.run import Run
-from tune_kd.storage import publish, read
+from tune_kd.storage import MOST_RECORD_BYTES, opened, publish, read
 from tune_kd.study import Mistake
 from tune_kd.trial import Trial
 
@@ -51,9 +51,9 @@ def _folder(folder: Path) -> list[str]:
     probe = folder / ".probe"
     try:
         publish(probe, b"probe")
-        with probe.open() as file:
+        with opened(probe, MOST_RECORD_BYTES) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        same = read(probe) == b"probe"
+        same = read(probe, MOST_RECORD_BYTES) == b"probe"
         probe.unlink()
     except OSError as error:
         return [

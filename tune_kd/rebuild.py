@@ -4,6 +4,7 @@ What came after the tables is missing then: it is in the checkpoints of the tria
 it again, or it is computed again, which on one thread of a CPU gives the same.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from itertools import count
@@ -12,6 +13,7 @@ from pathlib import Path
 from tune_kd.faults import point
 from tune_kd.growth import grown
 from tune_kd.records import (
+    ASIDE,
     COMMITS,
     DECISIONS,
     EPOCHS,
@@ -65,7 +67,7 @@ def opened(run: Run, say: Callable[[str], None]) -> Ledger:
 def wrong_with(folder: Path) -> str | None:
     """What is wrong with the ledger in a folder; null where it is whole, or where none was begun."""
     path = folder / LEDGER
-    if not path.is_file():
+    if not os.path.exists(path):
         tables = any((folder / f"{schema.name}.parquet").is_file() for schema in SCHEMAS)  # which come after it
         return f"{path} is missing, and rows were committed to it" if tables or commits(folder) else None
     try:
@@ -92,7 +94,7 @@ def rebuild(run: Run) -> str:
     _make(run, rows)
     taken = {path.name for path in set_aside(run.folder)}
     number = next(n for n in count(1) if f"{LEDGER}.damaged-{n}" not in taken)
-    there = [path for path in (run.folder / f"{LEDGER}{end}" for end in ("", "-wal", "-shm")) if path.exists()]
+    there = [path for path in (run.folder / f"{LEDGER}{end}" for end in ASIDE) if path.exists()]
     for old in there:
         old.rename(old.with_name(f"{old.name}.damaged-{number}"))
     point("rebuild.set_aside")

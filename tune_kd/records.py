@@ -21,7 +21,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tune_kd.clock import spending
 from tune_kd.faults import point
-from tune_kd.storage import Damaged, patiently, publish, read, sealed, unsealed, write_at
+from tune_kd.storage import (
+    MOST_RECORD_BYTES,
+    Damaged,
+    Unexpected,
+    check_regular,
+    opened,
+    patiently,
+    publish,
+    read,
+    sealed,
+    unsealed,
+    write_at,
+)
 from tune_kd.trial import Trial
 
 if TYPE_CHECKING:
@@ -33,6 +45,9 @@ LAYOUT = 2  # of a run's folder: from 2 on there are digests of its tables
 LEDGER = "ledger.sqlite"  # in a run's folder
 COMMITS = "ledger.commits"  # beside it: how many transactions it holds at least
 DIGESTS = "tables.json"  # beside them: the SHA-256 of each table, and of the one before, which a kill may leave
+ASIDE = ("", "-wal", "-shm", "-journal")  # ends of the names of SQLite's files
+MOST_LEDGER_BYTES = 2**36  # a hundred times that of 10,000 trials with 100 epochs each
+MOST_TABLE_BYTES = 2**32  # of a Parquet table, which is read whole: twenty times the epochs of those trials
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # files and folders are named after runs
 
 
@@ -197,6 +212,8 @@ class Ledger:
         self.path = path
         self._tables_at = -math.inf  # when this made the tables, by the monotonic clock
         self._writes: list[Write] | None = None  # of the transaction that is open
+        for end in ASIDE:
+            check_regular(path.with_name(f"{path.name}{end}"), MOST_LEDGER_BYTES)
         if read_only:
             # SQLite writes beside a ledger in order to read it. Whoever may not do so reads it as it stands, which is
             # right while no driver has its write-ahead log there.
@@ -372,7 +389,7 @@ class Ledger:
         known = digests(folder) or {}
         for schema in SCHEMAS:
             path = folder / f"{schema.name}.parquet"
-            before = read(path) if path.is_file() else None
+            before = _before(path)
             here = None if before is None else hashlib.sha256(before).hexdigest()
             kept = [each for each in known.get(path.name, []) if each == here]  # what stays there after a kill
             data = to_parquet(self.table(schema), before if kept else None)
@@ -381,6 +398,14 @@ class Ledger:
             point("tables.announced")
             publish(path, data)
             point("tables.published")
+
+
+def _before(path: Path) -> bytes | None:
+    """The table that another one is to replace; null where none is there."""
+    try:
+        return read(path, MOST_TABLE_BYTES) if path.is_file() else None
+    except Unexpected:  # nobody reads that
+        return None
 
 
 _CREATE = [
@@ -395,12 +420,13 @@ _VERSIONS = b"\x02\x02"  # what a file with a write-ahead log has there, from it
 
 def _versions(path: Path) -> bytes:
     """The versions of SQLite's format for writing and reading: bytes 18 and 19 (https://sqlite.org/fileformat.html)."""
-    with path.open("rb") as file:
+    with opened(path, MOST_LEDGER_BYTES) as file:
         return file.read(20)[18:]
 
 
 def snapshot(path: Path, to: Path) -> int:
     """Copy a ledger as it is at this moment, also while its driver writes; returns how many transactions it holds."""
+    check_regular(path, MOST_LEDGER_BYTES)
     uri = f"{path.absolute().as_uri()}?mode=ro"
     with closing(sqlite3.connect(uri, uri=True)) as source, closing(sqlite3.connect(to)) as target:
         source.backup(target)
@@ -429,7 +455,10 @@ def damage(error: Exception) -> bool:
 def commits(folder: Path) -> int | None:
     """How many transactions the ledger in a folder holds at least; null where nothing whole says so."""
     path = folder / COMMITS
-    return count_of(read(path)) if path.is_file() else None
+    try:
+        return count_of(read(path, MOST_RECORD_BYTES)) if path.is_file() else None
+    except Unexpected:
+        return None
 
 
 def count_of(text: bytes) -> int | None:
@@ -448,7 +477,7 @@ def digests(folder: Path) -> dict[str, list[str]] | None:
     """The SHA-256 that each table of a run may have, by file name. Null where no whole record says so."""
     path = folder / DIGESTS
     try:
-        return unsealed(read(path), path) if path.is_file() else None
+        return unsealed(read(path, MOST_RECORD_BYTES), path) if path.is_file() else None
     except Damaged:
         return None
 

@@ -27,7 +27,7 @@ from tune_kd.privacy import secrets
 from tune_kd.records import LAYOUT, LEDGER, RUN_NAME, TRIALS, Row, first_row, reading
 from tune_kd.sharing import HOLDER, STUDY, pull, stamped
 from tune_kd.sharing import runs as in_store
-from tune_kd.storage import Damaged, obstacle, publish, read, sealed, unsealed
+from tune_kd.storage import MOST_RECORD_BYTES, Damaged, obstacle, opened, publish, read, sealed, unsealed
 from tune_kd.studies import from_json, resolve
 from tune_kd.study import Mistake, Study
 from tune_kd.trial import digest
@@ -227,7 +227,7 @@ def extended(run: Run, settings: Sequence[str] = ()) -> Run:
 
 def record_extension(run: Run) -> None:
     """Write into `study.json` what `extended` added. What the study fixed at first, and its hash, stay beside it."""
-    record = unsealed(read(run.folder / STUDY), run.folder / STUDY)
+    record = unsealed(read(run.folder / STUDY, MOST_RECORD_BYTES), run.folder / STUDY)
     resolved, planned = asdict(run.study), run.plan
     record |= {"look": run.look, "trials": [trial.trial_id for trial in planned.trials], "source": _source(run)}
     if digest(resolved) != record["study_sha256"]:
@@ -247,7 +247,7 @@ def record_extension(run: Run) -> None:
 def trials(run: Run) -> list[Row]:
     """The rows of the ledger's trials, and of those that come into it when a driver takes the plan over."""
     rows: list[Row] = []
-    if (run.folder / LEDGER).is_file():
+    if os.path.exists(run.folder / LEDGER):
         with reading(run.folder / LEDGER) as ledger:
             rows = ledger.rows(TRIALS)
     known = {row["trial_id"] for row in rows}
@@ -295,7 +295,7 @@ def find(out: Path, name: str) -> Path:
     for folder in (out / name, path_of(name)):
         if Mirror.of(folder).url is not None:
             pull(folder)
-        if os.path.isfile(folder / STUDY):
+        if os.path.exists(folder / STUDY):  # what it is, its reader says
             return folder
     names = [folder.name for folder in existing(out)]
     raise Mistake(f"RUN is {name!r}; allowed: a run under {out} ({', '.join(names) or 'there is none'}) or its path")
@@ -306,14 +306,14 @@ def existing(out: Path) -> list[Path]:
     for name in in_store(out):
         if RUN_NAME.fullmatch(name) and name not in RESERVED:
             pull(out / name)
-    found = [path.parent for path in out.glob(f"*/{STUDY}")]
+    found = [path.parent for path in out.glob(f"*/{STUDY}") if os.path.exists(path)]
     return sorted(found, key=lambda folder: (folder / STUDY).stat().st_mtime, reverse=True)
 
 
 def reopen(folder: Path) -> Run:
     """A run as it was begun. Raises `Mistake` where its record does not fit itself or this version."""
     try:
-        record = unsealed(read(folder / STUDY), folder / STUDY)
+        record = unsealed(read(folder / STUDY, MOST_RECORD_BYTES), folder / STUDY)
         if digest(record["study"]) != record["study_sha256"]:
             raise ValueError("its hash does not fit the study")
         if record["extended"] and digest(record["extended"]["study"]) != record["extended"]["study_sha256"]:
@@ -384,7 +384,7 @@ def held(folder: Path) -> Iterator[None]:
 def _check_unheld(mirror: Mirror, folder: Path) -> None:
     """Raise `Mistake` where a driver on another machine has this run in a store. It says so again with each sending; a
     store has no lock that dies with its holder."""
-    there = mirror.read(folder / HOLDER)
+    there = mirror.read(folder / HOLDER, MOST_RECORD_BYTES)
     try:
         who = {} if there is None else json.loads(there)
         age = time.time() - float(who.get("seen", 0))
@@ -411,8 +411,9 @@ def holder(folder: Path) -> dict[str, Any] | None:
     """Who runs a run now: `pid`, `host`, `since`, and the `dashboard` of its Ray, once that is there. Null where nobody
     does, also after a kill."""
     with suppress(OSError, ValueError):  # there is none, it is being written, or just went
-        found: dict[str, Any] = json.loads((folder / HOLDER).read_text())
-        with (folder / ".lock").open() as lock:  # to be read only: whoever looks may have no right to write
+        found: dict[str, Any] = json.loads(read(folder / HOLDER, MOST_RECORD_BYTES))
+        # To be read only: whoever looks may have no right to write.
+        with opened(folder / ".lock", MOST_RECORD_BYTES) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -16,8 +16,19 @@ from pathlib import Path
 from filelock import FileLock
 
 from tune_kd.mirror import READS, Mirror
-from tune_kd.records import COMMITS, DIGESTS, LEDGER, SCHEMAS, commits, count_of, counted, snapshot
-from tune_kd.storage import Damaged, publish, read, unsealed
+from tune_kd.records import (
+    COMMITS,
+    DIGESTS,
+    LEDGER,
+    MOST_LEDGER_BYTES,
+    MOST_TABLE_BYTES,
+    SCHEMAS,
+    commits,
+    count_of,
+    counted,
+    snapshot,
+)
+from tune_kd.storage import MOST_RECORD_BYTES, Damaged, publish, read, unsealed
 
 STUDY = "study.json"  # in a run's folder
 HOLDER = "holder.json"  # beside it: who runs it now
@@ -55,17 +66,17 @@ class Sender:
 
     def _tables(self) -> list[tuple[str, bytes]]:
         """The tables as they are now, so that they fit together in the store, too."""
-        return [(name, read(self._folder / name)) for name in (STUDY, *TABLES)]
+        return [(name, read(self._folder / name, MOST_TABLE_BYTES)) for name in (STUDY, *TABLES)]
 
     def _send(self, tables: list[tuple[str, bytes]]) -> None:
         for name, data in tables:
             self._mirror.send(self._folder / name, data)
         with tempfile.TemporaryDirectory() as aside:
             held = snapshot(self._folder / LEDGER, copy := Path(aside, LEDGER))
-            self._mirror.send(self._folder / LEDGER, read(copy))
+            self._mirror.send(self._folder / LEDGER, read(copy, MOST_LEDGER_BYTES))
         self._mirror.send(self._folder / COMMITS, counted(held))
         if (self._folder / HOLDER).is_file():
-            self._mirror.send(self._folder / HOLDER, stamped(read(self._folder / HOLDER)))
+            self._mirror.send(self._folder / HOLDER, stamped(read(self._folder / HOLDER, MOST_RECORD_BYTES)))
 
 
 def stamped(holder: bytes) -> bytes:
@@ -89,11 +100,11 @@ def pull(folder: Path) -> None:
     mirror = Mirror.of(folder)
     if mirror.url is None:
         return
-    there = mirror.read(folder / COMMITS)
+    there = mirror.read(folder / COMMITS, MOST_RECORD_BYTES)
     ahead = there is not None and (count_of(there) or 0) > (commits(folder) or 0)
     if (folder / STUDY).is_file() and not ahead:
         return
-    if (study := mirror.read(folder / STUDY)) is None:
+    if (study := mirror.read(folder / STUDY, MOST_RECORD_BYTES)) is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".pulling"):
@@ -108,8 +119,9 @@ def pull(folder: Path) -> None:
 
 def _of_one_age(mirror: Mirror, folder: Path) -> dict[str, bytes]:
     """The tables and the ledger of a run that its driver may be sending: read again until they fit their digests."""
+    bounds = {**dict.fromkeys(TABLES, MOST_TABLE_BYTES), LEDGER: MOST_LEDGER_BYTES}
     for _ in range(READS):
-        found = {name: mirror.read(folder / name) for name in (*TABLES, LEDGER)}
+        found = {name: mirror.read(folder / name, most) for name, most in bounds.items()}
         whole = {name: data for name, data in found.items() if data is not None}
         try:
             known = unsealed(whole[DIGESTS], folder / DIGESTS)

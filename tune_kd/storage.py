@@ -1,19 +1,31 @@
 """Everything that is written to a results folder outside the ledger: whole, or as it was before, whatever happens.
 
+What comes from others is opened here, too: regular files alone, of a size that is expected of their kind.
 A disk that fails once, as those of networks do, is asked again, a bounded number of times.
 """
 
+import errno
 import hashlib
 import json
 import os
+import stat
 import time
 from collections.abc import Callable, Mapping
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tune_kd.faults import point
 
 T = TypeVar("T")
+MOST_RECORD_BYTES = 2**26  # of JSON: the `study.json` of 10,000 trials has less than 1 MB
+KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 PAUSES = (0.2, 1.0)  # seconds before what failed is tried again; after that many times it has failed
 
 
@@ -21,12 +33,20 @@ class Damaged(RuntimeError):
     """A file does not carry the bytes that were written."""
 
 
+class Unexpected(OSError, Damaged):
+    """What is at a path is no regular file, or a larger one than files of its kind are."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} {self.strerror}"
+
+
 def patiently(do: Callable[[], T], hiccups: tuple[type[Exception], ...] = (OSError,)) -> T:
-    """What `do` returns, where need be at a later try. Raises its last error; a missing file is no hiccup."""
+    """What `do` returns, where need be at a later try. Raises its last error; a missing file is no hiccup, nor is
+    something else in its place."""
     for pause in PAUSES:
         try:
             return do()
-        except FileNotFoundError:
+        except (FileNotFoundError, Unexpected):
             raise
         except hiccups:
             time.sleep(pause)
@@ -56,7 +76,7 @@ def write_at(path: Path, offset: int, data: bytes) -> None:
 
 
 def _write(path: Path, flags: int, offset: int, data: bytes) -> None:
-    file = os.open(path, flags, 0o644)
+    file = _open(path, flags)
     try:
         rest = memoryview(data)
         while rest:  # one call may write a part only
@@ -82,9 +102,63 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
-def read(path: Path) -> bytes:
-    """A file's bytes. Raises OSError."""
-    return patiently(path.read_bytes)
+def opened(path: Path, most: int) -> BufferedReader:
+    """A regular file of at most so many bytes, open to be read. Raises OSError, which for anything else there is
+    `Unexpected`: a FIFO would be waited for, and a device has no end."""
+    return os.fdopen(_open(path, os.O_RDONLY, most), "rb")
+
+
+def appended(path: Path) -> BufferedWriter:
+    """A regular file, made where there is none, open to be written to at its end. Raises OSError."""
+    return os.fdopen(_open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
+
+
+def _open(path: Path, flags: int, most: int | None = None) -> int:
+    try:
+        # Neither flag changes anything for a regular file.
+        file = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.EISDIR):  # a socket, a FIFO that nobody reads; a folder, to be written to
+            raise _unexpected(path, os.stat(path), most) from error
+        raise
+    found = os.fstat(file)
+    if not stat.S_ISREG(found.st_mode) or (most is not None and found.st_size > most):
+        os.close(file)
+        raise _unexpected(path, found, most)
+    return file
+
+
+def check_regular(path: Path, most: int) -> None:
+    """Raise `Unexpected` where something else than a regular file of at most so many bytes is at a path that a library
+    is to open. Not by opening it: to close one of SQLite's would free the locks that this process has on it."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+        raise _unexpected(path, found, most)
+
+
+def _unexpected(path: Path, found: os.stat_result, most: int | None) -> Unexpected:
+    kind = KINDS.get(stat.S_IFMT(found.st_mode))
+    at_most = "" if most is None else f" of at most {most:,} bytes"
+    what = f"has {found.st_size:,} bytes" if kind is None else f"is {kind}"
+    return Unexpected(errno.EINVAL, f"{what}; expected a regular file{at_most}", str(path))
+
+
+def read(path: Path, most: int) -> bytes:
+    """A file's bytes, of which there may be so many. Raises OSError, which is `Unexpected` where `opened` says so."""
+    return patiently(lambda: _read(path, most))
+
+
+def _read(path: Path, most: int) -> bytes:
+    with opened(path, most) as file:
+        parts = [file.read(os.fstat(file.fileno()).st_size)]
+        while part := file.read(2**16):  # it grows, or says less of itself than it has
+            parts.append(part)
+            if sum(map(len, parts)) > most:
+                raise _unexpected(path, os.fstat(file.fileno()), most)
+        return b"".join(parts)
 
 
 def sealed(record: Mapping[str, Any]) -> bytes:

@@ -1,7 +1,7 @@
 """Tables as DataFrames: read from Parquet and held against their schema, from one run, several, or somebody else's."""
 
 import hashlib
-import io
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tune_kd import parquet
 from tune_kd.foreign import Adapter
 from tune_kd.mirror import path_of
-from tune_kd.records import DIGESTS, LAYOUT, PANDAS, RUN_NAME, SCHEMAS, TRIALS, Schema, digests
+from tune_kd.records import DIGESTS, LAYOUT, MOST_TABLE_BYTES, PANDAS, RUN_NAME, SCHEMAS, TRIALS, Schema, digests
 from tune_kd.sharing import pull
-from tune_kd.storage import Damaged, unsealed
+from tune_kd.storage import MOST_RECORD_BYTES, Damaged, read, unsealed
 from tune_kd.study import Mistake
 from tune_kd.trial import digest
 
@@ -122,7 +123,8 @@ def place(run: Path | str, out: Path | str = "results") -> Path:
         run = run.with_name(prefix) if prefix else run.parent
     for found in (run, out / run):
         pull(found)
-        if any(_file(found, "trials", whole).is_file() for whole in (True, False)) or (found / "study.json").is_file():
+        tables = (_file(found, "trials", whole) for whole in (True, False))
+        if any(map(os.path.exists, tables)) or os.path.lexists(found / "study.json"):
             return found
     raise Mistake(
         f"RUN is {str(run)!r}; allowed: a run's folder or name under {out} (see `tune_kd list`), a folder with "
@@ -141,25 +143,24 @@ def _file(place: Path, table: str, whole: bool) -> Path:
 
 
 def _load(place: Path, adapt: Adapter | None) -> Records:
-    ours = (place / "study.json").is_file()
-    whole = ours or (place / "trials.parquet").is_file()
+    ours = os.path.lexists(place / "study.json")  # also where that is no file: they are not somebody else's
+    whole = ours or os.path.exists(place / "trials.parquet")
     digested = ours and _digested(place / "study.json")
     tables: dict[str, pd.DataFrame] = {}
     for schema in reversed(SCHEMAS):
         path = _file(place, schema.name, whole)
         again = f"{RESUME} {place}` makes the tables again from the ledger" if ours else "restore the file"
-        if not path.is_file():
+        if not os.path.exists(path):
             if ours or schema is TRIALS:
                 raise Mistake(f"{path} is missing; {again}")
             tables[schema.name] = pd.DataFrame({name: [] for name in schema.columns})
             continue
         try:
-            table = pd.read_parquet(io.BytesIO(_whole(path, digested)), page_checksum_verification=True)
+            tables[schema.name] = parquet.table(_whole(path, digested))
         except Damaged as error:
             raise Mistake(f"{error}; {again}") from error
         except (OSError, ValueError, TypeError, NotImplementedError) as error:  # of which pyarrow's own are kinds
             raise Mistake(f"{path} cannot be read ({error}); {again}") from error
-        tables[schema.name] = table.reset_index(drop=table.index.names == [None])
     if not ours:
         try:
             name = re.sub(r"[^A-Za-z0-9._-]", "-", place.resolve().name).lstrip("._-")[:64] or "tables"
@@ -188,7 +189,7 @@ def _whole(path: Path, digested: bool) -> bytes:
     """A table's bytes. Raises `Damaged` where those of a run are not what was written: the checksums inside a Parquet
     file do not cover its footer."""
     for _ in range(READS):  # another table may come while the digests are read
-        data = path.read_bytes()
+        data = read(path, MOST_TABLE_BYTES)
         if not digested or hashlib.sha256(data).hexdigest() in (digests(path.parent) or {}).get(path.name, []):
             return data
     if digests(path.parent) is None:
@@ -199,19 +200,19 @@ def _whole(path: Path, digested: bool) -> bytes:
 def _digested(study: Path) -> bool:
     """Whether the run of a `study.json` has digests of its tables, as all have since they were introduced."""
     try:
-        return int(unsealed(study.read_bytes(), study).get("layout", 1)) >= LAYOUT
-    except (Damaged, TypeError, ValueError):
+        return int(unsealed(read(study, MOST_RECORD_BYTES), study).get("layout", 1)) >= LAYOUT
+    except (Damaged, OSError, TypeError, ValueError):
         return True
 
 
 def _study(path: Path, trials: pd.DataFrame) -> dict[str, Any]:
     """What `study.json` says. Raises `Mistake` where it lacks something, was changed, or is not of these trials."""
     try:
-        study = unsealed(path.read_bytes(), path)
+        study = unsealed(read(path, MOST_RECORD_BYTES), path)
         lacking = [name for name in ("run", "study", "contrasts", "arms", "data") if name not in study]
         inner = ("name", "question", "scale", "confirm", "teacher_seeds", "deviation")
         lacking += [f"study.{name}" for name in inner if name not in study.get("study", inner)]
-    except (Damaged, TypeError) as error:
+    except (Damaged, OSError, TypeError) as error:
         raise Mistake(f"{error}; restore the file") from error
     if lacking:
         raise Mistake(f"{path} lacks {', '.join(lacking)}; restore the file")
@@ -274,8 +275,11 @@ def _type_problem(name: str, column: "pd.Series[Any]", kind: type) -> str | None
         return None
     if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
         return f"{name} is {column.dtype}, such as {_plain(there.iloc[0])!r}; expected {PANDAS[kind].lower()}"
-    values = there.to_numpy(dtype="float64")
-    wrong = ~np.isfinite(values) | (((values % 1 != 0) | (np.abs(values) >= 2**63)) if kind is int else False)
+    if pd.api.types.is_integer_dtype(column):  # as float64, numbers from 2**53 on would become others
+        wrong = (there >= 2**63).to_numpy(dtype="bool")
+    else:
+        values = there.to_numpy(dtype="float64")
+        wrong = ~np.isfinite(values) | (((values % 1 != 0) | (np.abs(values) >= 2**63)) if kind is int else False)
     if wrong.any():
         return _told(name, there[wrong], len(column), "whole numbers" if kind is int else "finite numbers")
     return None

@@ -8,6 +8,7 @@ TEACHERS/ID/answers/KEY/          logits by weights and preprocessing: of views,
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,12 +23,12 @@ from torch import Tensor
 
 from tune_kd import models
 from tune_kd.answers import Answers
-from tune_kd.checkpoints import pack, unpack
+from tune_kd.checkpoints import MOST_STATE_BYTES, pack, unpack
 from tune_kd.data import DataSet, Views, draw_views, numbered_views, on_device, prepare, show, view_numbers
 from tune_kd.faults import point
 from tune_kd.kernels import autocast, float32_as
 from tune_kd.mirror import Mirror
-from tune_kd.storage import Damaged, publish, read, sealed, unsealed
+from tune_kd.storage import MOST_RECORD_BYTES, Damaged, Unexpected, publish, read, sealed, unsealed
 from tune_kd.trial import Answering, Epoch, Trial
 
 if TYPE_CHECKING:  # importing torchvision takes seconds, which the driver of a run can do without
@@ -66,11 +67,12 @@ def fetch_teacher(folder: Path, teacher_id: str) -> None:
     if mirror.url is None:
         return
     with writing(folder, teacher_id):
-        there = mirror.read(home / "card.json")
-        if there is None or ((home / "card.json").is_file() and read(home / "card.json") == there):
+        card = home / "card.json"
+        there = mirror.read(card, MOST_RECORD_BYTES)
+        if there is None or (card.is_file() and read(card, MOST_RECORD_BYTES) == there):
             return
-        mirror.fetch(home / "weights.safetensors")
-        publish(home / "card.json", there)
+        mirror.fetch(home / "weights.safetensors", MOST_STATE_BYTES)
+        publish(card, there)
 
 
 def published_epochs(folder: Path, teacher_id: str) -> list[Epoch] | None:
@@ -87,7 +89,7 @@ def wrong_with(folder: Path, teacher_id: str, taught: str | None = None) -> str 
     That there is none, or that it is another, is wrong only where a run had one, of the weights `taught`.
     """
     home = folder / teacher_id
-    if not (home / "card.json").is_file():
+    if not os.path.exists(home / "card.json"):
         return f"{home / 'card.json'} is missing" if taught is not None else None
     card = _card(folder, teacher_id)
     if card is None:
@@ -144,13 +146,17 @@ def _card(folder: Path, teacher_id: str) -> dict[str, Any] | None:
     """What a teacher's card says. Null where there is none, or it was altered."""
     path = folder / teacher_id / "card.json"
     try:
-        return unsealed(read(path), path) if path.is_file() else None
+        return unsealed(read(path, MOST_RECORD_BYTES), path) if path.is_file() else None
     except Damaged:
         return None
 
 
 def _digest(path: Path) -> str | None:
-    return hashlib.sha256(read(path)).hexdigest() if path.is_file() else None
+    """Of a file of weights; null where there is none."""
+    try:
+        return hashlib.sha256(read(path, MOST_STATE_BYTES)).hexdigest() if path.is_file() else None
+    except Unexpected:
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,7 +277,7 @@ def load_teacher(
     path, expected = home / "weights.safetensors", card["weights_sha256"]
 
     def verified() -> bytes:
-        found = read(path)
+        found = read(path, MOST_STATE_BYTES)
         digest = hashlib.sha256(found).hexdigest()
         if digest != expected:
             raise TeacherChanged(

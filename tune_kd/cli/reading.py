@@ -1,6 +1,7 @@
 """Commands that read what runs have recorded: `status`, `report` and `list`."""
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -47,7 +48,7 @@ def status(
         folder = runs.find(out, run)
     if verify:
         _verify(folder, as_json)
-    if not (folder / LEDGER).is_file():
+    if not os.path.exists(folder / LEDGER):
         raise Mistake(f"RUN is {folder}, which has no ledger yet; start it with `python -m tune_kd resume {folder}`")
     with reading(folder / LEDGER) as ledger:
         rows, decisions = ledger.rows(TRIALS), ledger.rows(DECISIONS)

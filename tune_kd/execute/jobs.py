@@ -20,6 +20,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from tune_kd.monitoring import is_url, token_file
+from tune_kd.storage import MOST_RECORD_BYTES, read
 from tune_kd.study import Mistake
 from tune_kd.study_file import INSTALLED
 
@@ -41,7 +42,7 @@ def client(address: str) -> JobSubmissionClient:
         logging.getLogger(name).setLevel(logging.WARNING)
     token = os.environ.get("RAY_AUTH_TOKEN")
     with suppress(OSError):
-        token = token or token_file().read_text().strip()
+        token = token or read(token_file(), MOST_RECORD_BYTES).decode().strip()
     try:
         found = JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else {})
         found.list_jobs()

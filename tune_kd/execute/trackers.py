@@ -19,7 +19,9 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.logger import LoggerCallback
 
 from tune_kd.execute.worker import Task
-from tune_kd.mirror import Mirror
+from tune_kd.mirror import MOST_SENT_BYTES, Mirror
+from tune_kd.records import ASIDE
+from tune_kd.storage import check_regular
 from tune_kd.study import Mistake
 from tune_kd.trial import Epoch
 
@@ -61,7 +63,9 @@ def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[st
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it makes, into the picture
         if not (folder / DATABASE).exists():  # the run may have begun elsewhere
-            Mirror.of(folder).fetch(folder / DATABASE)
+            Mirror.of(folder).fetch(folder / DATABASE, MOST_SENT_BYTES)
+        for end in ASIDE:
+            check_regular(folder / f"{DATABASE}{end}", MOST_SENT_BYTES)
         place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute() / DATABASE}"
         callback = MLflowLoggerCallback(tracking_uri=place, experiment_name=run, tags={"study": study})
         in_batches: Any = _InBatches(callback.mlflow_util)
