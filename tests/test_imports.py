@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {
         "study", "trial", "data", "models", "losses", "teachers", "checkpoints", "kernels", "memory", "step", "storage",
     },
-    "study_file": {"signals", "study"},
+    "study_file": {"signals", "storage", "study"},
     "studies": {"study", "study_file", "plan"},
     "run": {
         "faults", "privacy", "mirror", "sharing", "study", "studies", "plan", "growth", "trial", "storage", "records",

@@ -231,9 +231,9 @@ def recognised(pixels: Pixels, name: str) -> Pixels:
     found, known = (len(pixels.train_labels), len(pixels.test_labels)), CIFAR_CLASSES[name]
     if found != CIFAR_SIZES or len(pixels.classes) != len(known):
         raise Mistake(
-            f"--data-dir: these are {found[0]} training and {found[1]} test images of {len(pixels.classes)} classes; "
-            f"{FORMS[name].title} has {CIFAR_SIZES[0]} and {CIFAR_SIZES[1]} of {len(known)}; complete them, or name "
-            "another place"
+            f"--data-dir: these are {found[0]} training and {found[1]} test images of {len(pixels.classes)} classes, "
+            f"and {FORMS[name].title} has {CIFAR_SIZES[0]} and {CIFAR_SIZES[1]} of {len(known)}; complete them, or "
+            "name another place"
         )
     spelled = {each: _spelling(each) for each in pixels.classes}
     if lacking := [each for each in known if each not in spelled.values()]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 
 from tune_kd import signals
+from tune_kd.storage import MOST_RECORD_BYTES, read
 from tune_kd.study import Mistake
 
 FOLDER = "search_spaces"
@@ -39,7 +40,7 @@ class StudyFile:
         self._finder = _SearchSpaces()
         self._texts: dict[Path, bytes] = {}  # of it, and of what it imported so
         with self.running("which cannot be read"):
-            self._texts[path] = path.read_bytes()
+            self._texts[path] = read(path, MOST_RECORD_BYTES)
             self.module = self._executed()
 
     @property
@@ -51,7 +52,7 @@ class StudyFile:
     def is_as_executed(self) -> bool:
         """Whether it, and what it imported from its folder, holds what it did then."""
         with suppress(OSError):
-            return all(path.read_bytes() == text for path, text in self._texts.items())
+            return all(read(path, MOST_RECORD_BYTES) == text for path, text in self._texts.items())
         return False
 
     @contextmanager
@@ -98,7 +99,7 @@ class StudyFile:
         for name in [name for name in sys.modules if _top(name) in own]:
             self._beside[name] = sys.modules.pop(name)
             if source := getattr(self._beside[name], "__file__", None):
-                self._texts.setdefault(Path(source), Path(source).read_bytes())
+                self._texts.setdefault(Path(source), read(Path(source), MOST_RECORD_BYTES))
         sys.modules.update({name: module for name, module in before.items() if _top(name) in own})
 
     def _holds(self, module: ModuleType) -> bool:
@@ -136,7 +137,7 @@ class _AsItIsNow(SourceFileLoader):
     """Python takes a file's compiled form of before for its present one where size and second of both are the same."""
 
     def get_code(self, fullname: str) -> CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
+        return self.source_to_code(read(Path(self.path), MOST_RECORD_BYTES), self.path)
 
 
 class _SearchSpaces(MetaPathFinder):
