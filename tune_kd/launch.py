@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -54,7 +55,7 @@ def execute(
     from tune_kd.records import TRIALS
     from tune_kd.view import View
 
-    advice = f"go on with: python -m tune_kd resume {run.folder}"
+    advice = f"go on with: python -m tune_kd resume {quote(str(run.folder))}"
     with ExitStack() as around:
         if console.stderr:  # standard output is for the answer alone, and Ray tells there of nodes that were lost
             around.enter_context(redirect_stdout(sys.stderr))

@@ -21,7 +21,7 @@ _guard: list[int] = []  # the pipe to the process around this one, where there i
 
 
 def guarded_through(pipe: int) -> None:
-    """Have the process around this one told, line by line, what it cannot see."""
+    """Have the process around this one told, sentence by sentence, what it cannot see."""
     _guard[:] = [pipe]
 
 
@@ -29,7 +29,7 @@ def tell_guard(line: str) -> None:
     """Tell the process around this one something, where there is one."""
     for pipe in _guard:
         with suppress(OSError):
-            os.write(pipe, f"{line}\n".encode())
+            os.write(pipe, f"{line}\0".encode())
 
 
 def process_id() -> int:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -147,7 +148,7 @@ def _load(place: Path, adapt: Adapter | None) -> Records:
     tables: dict[str, pd.DataFrame] = {}
     for schema in reversed(SCHEMAS):
         path = _file(place, schema.name, whole)
-        again = f"{RESUME} {place}` makes the tables again from the ledger" if ours else "restore the file"
+        again = f"{RESUME} {quote(str(place))}` makes the tables again from the ledger" if ours else "restore the file"
         if not path.is_file():
             if ours or schema is TRIALS:
                 raise Mistake(f"{path} is missing; {again}")

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -193,7 +194,7 @@ def _resumable(folder: Path, console: Console) -> Iterator[None]:
     """Say how to go on where a signal ends what is done here, if there is something to go on with."""
     from tune_kd.sharing import STUDY
 
-    advice = f"go on with: python -m tune_kd resume {folder}"
+    advice = f"go on with: python -m tune_kd resume {quote(str(folder))}"
     with signals.advising(advice):
         try:
             yield
@@ -218,10 +219,10 @@ def _conclude(run: "Run", ended: "Ended", console: Console, as_json: bool) -> No
     if run.look + 1 < len(looks):
         console.print(
             f"This was look {run.look + 1} of {len(looks)}; go on to {looks[run.look + 1]} seeds with: "
-            f"python -m tune_kd resume {run.folder} --extend",
+            f"python -m tune_kd resume {quote(str(run.folder))} --extend",
             soft_wrap=True,
         )
     if ended.failed:
-        sentence = f"{ended.failed} trials failed or were blocked; `tune_kd status {run.folder}` says why"
+        sentence = f"{ended.failed} trials failed or were blocked; `tune_kd status {quote(str(run.folder))}` says why"
         console.print(sentence, soft_wrap=True)
     raise SystemExit(1 if ended.failed else 0)

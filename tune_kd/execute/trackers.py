@@ -20,6 +20,7 @@ from ray.tune.logger import LoggerCallback
 
 from tune_kd.execute.worker import Task
 from tune_kd.mirror import Mirror
+from tune_kd.search import url
 from tune_kd.study import Mistake
 from tune_kd.trial import Epoch
 
@@ -62,7 +63,7 @@ def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[st
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it makes, into the picture
         if not (folder / DATABASE).exists():  # the run may have begun elsewhere
             Mirror.of(folder).fetch(folder / DATABASE)
-        place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute() / DATABASE}"
+        place = os.environ.get("MLFLOW_TRACKING_URI") or url(folder / DATABASE)
         callback = MLflowLoggerCallback(tracking_uri=place, experiment_name=run, tags={"study": study})
         in_batches: Any = _InBatches(callback.mlflow_util)
         callback.mlflow_util = in_batches
