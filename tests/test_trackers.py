@@ -2,6 +2,7 @@
 
 import math
 import sqlite3
+import sys
 import time
 import warnings
 from contextlib import closing
@@ -197,6 +198,14 @@ def test_mlflows_database_is_in_the_runs_folder_whatever_that_is_called(
         assert stored.execute("SELECT name, status FROM runs").fetchall() == [(trial.name, "FINISHED")]
         assert stored.execute("SELECT key, value FROM metrics").fetchall() == [("val_accuracy", 0.5)]
     assert [path.name for path in folder.iterdir()] == [trackers.DATABASE]
+
+
+def test_a_tracker_that_wants_to_end_the_process_ends_only_itself(tmp_path: Path) -> None:
+    said: list[str] = []
+    shown = trackers._Shown("gone", lambda: sys.exit("no account"), tmp_path, said.append)
+    shown.setup()
+    shown.on_experiment_end([])
+    assert said == ["warning: gone does not take this run any more (no account); the run goes on without it"]
 
 
 class Hanging(LoggerCallback):

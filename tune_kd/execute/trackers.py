@@ -177,7 +177,7 @@ class _Shown(tune.Callback):
         self._trials: dict[str, Trial] = {}
         self._calls: SimpleQueue[Callable[[LoggerCallback], None] | None] = SimpleQueue()
         self._ended = Event()
-        self._failed: Exception | None = None
+        self._failed: BaseException | None = None
         self._told = False
         self._thread = Thread(target=self._work, name=f"tune_kd-{name}", daemon=True)
 
@@ -192,7 +192,7 @@ class _Shown(tune.Callback):
                 call(inner)
                 if self._calls.empty():
                     self._ended.wait(PAUSE)
-        except Exception as error:  # of a tracker, which is not the run's business
+        except BaseException as error:  # of a tracker, which is not the run's business, as that it calls sys.exit
             self._failed = error
 
     def _tell(self, call: Callable[[Any], None]) -> None:
