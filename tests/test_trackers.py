@@ -198,6 +198,7 @@ def test_mlflows_database_is_in_the_runs_folder_whatever_that_is_called(
         assert stored.execute("SELECT name, status FROM runs").fetchall() == [(trial.name, "FINISHED")]
         assert stored.execute("SELECT key, value FROM metrics").fetchall() == [("val_accuracy", 0.5)]
     assert [path.name for path in folder.iterdir()] == [trackers.DATABASE]
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {name}
 
 
 def test_a_tracker_that_wants_to_end_the_process_ends_only_itself(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tune_kd import signals
+from tune_kd import environment, signals
 from tune_kd.growth import to_come, with_those_to_come
 from tune_kd.guard import WITHIN
 from tune_kd.mirror import Mirror
@@ -164,6 +164,7 @@ def load_data(study: Study, folder: Path | None, console: Console) -> "DataSet":
 def check_trackers(names: list[str] | None) -> None:
     """Raise `Mistake` for trackers that this machine has not."""
     if names:
+        environment.home()  # which Ray's own parts need to be imported
         from tune_kd.execute import trackers
 
         trackers.check(names)

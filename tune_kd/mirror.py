@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
+from tune_kd import environment
 from tune_kd.storage import patiently, publish, read
 from tune_kd.study import Mistake
 
@@ -146,7 +147,7 @@ def local(place: str) -> Path:
         _store(place)
     except (OSError, ValueError) as error:
         raise Mistake(f"--out is {place}, which cannot be reached ({_first(error)})") from error
-    home = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()
+    home = Path(os.environ.get("XDG_DATA_HOME") or environment.home() / ".local" / "share")
     endpoint = "".join(f"@{quote(each, safe=':')}" for each in parse_qs(query).get("endpoint_override", []))
     root = home / "tune_kd" / parts.scheme / f"{parts.netloc}{endpoint}" / parts.path.strip("/")
     try:

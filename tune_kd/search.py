@@ -91,8 +91,10 @@ class Storage:
 
 
 def url(path: Path) -> str:
-    """The URL by which SQLAlchemy, and so Optuna and MLflow, opens a file of SQLite's, whatever its name holds."""
-    return URL.create("sqlite", database=str(path.absolute())).render_as_string()
+    """The URL by which SQLAlchemy, and so Optuna and MLflow, opens a file of SQLite's, whatever its name holds.
+
+    It names the driver, too: of a URL that begins with sqlite:///, MLflow makes the folder under its quoted name."""
+    return URL.create("sqlite+pysqlite", database=str(path.absolute())).render_as_string()
 
 
 def _study(ranges: Ranges, theirs: Sequence[Row]) -> optuna.Study:

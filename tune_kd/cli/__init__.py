@@ -1,11 +1,12 @@
 """The command line: wiring and words. What takes long to import is imported by the command that needs it."""
 
+import io
 import sys
 import traceback
 
 import typer
 
-from tune_kd import signals
+from tune_kd import environment, signals
 from tune_kd.cli import elsewhere, planning, reading, running, watching
 from tune_kd.cli.options import Unread
 from tune_kd.privacy import masked
@@ -41,7 +42,11 @@ def main() -> None:
 
 
 def _command() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is shown by its number
+            stream.reconfigure(errors="backslashreplace")
     try:
+        environment.check_text(sys.argv[1:])
         app()
     except (Mistake, Unread) as mistake:
         for problem in mistake.problems:

@@ -1,5 +1,6 @@
 """Commands that train: `run` and `resume`."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from tune_kd import signals
+from tune_kd import environment, signals
 from tune_kd.cli.elsewhere import elsewhere
 from tune_kd.cli.options import (
     DEFAULT_OUT,
@@ -68,7 +69,7 @@ def run(
     from tune_kd.plan import plan as expand
 
     console = Terminal(stderr=as_json)
-    data_dir = data_dir and data_dir.expanduser().absolute()
+    data_dir = data_dir and Path(os.path.expanduser(data_dir)).absolute()
     check_address(address)
     path = studies.find(study)
     chosen, why = scale_of(path, scale, address, data, settings or ())
@@ -81,8 +82,9 @@ def run(
     gpus = collect(problems, lambda: shares.parse_gpus(gpus_per_trial))
     collect(problems, lambda: shares.check(cpus_per_trial, gpus, max_concurrent, address))
     collect(problems, lambda: launch.check_trackers(track))
+    collect(problems, lambda: environment.check_places(address))
     if problems:
-        raise Mistake(*problems)
+        raise Mistake(*dict.fromkeys(problems))
     assert resolved is not None and name is not None
     console.print(f"{resolved.name} at scale {chosen}{why}")
     for warning in evidence.warnings(expand(resolved), out):
@@ -161,8 +163,9 @@ def resume(
         problems,
         lambda: shares.check(share["cpus_per_trial"], share["gpus_per_trial"], share["max_concurrent"], address),
     )
+    collect(problems, lambda: environment.check_places(address))
     if problems:
-        raise Mistake(*problems)
+        raise Mistake(*dict.fromkeys(problems))
     with runs.held(reopened.folder):  # whoever else holds it is told of before anything is read or changed
         reopened = runs.reopen(reopened.folder)
         if extend:
