@@ -200,6 +200,23 @@ def test_ray_leaves_its_token_to_its_user_alone_and_signals_to_us(
     assert made.stdout.split() == ["True", "True", "0o600", "64"], made.stderr
 
 
+def test_ray_takes_the_token_from_where_it_was_moved_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that was not there: Ray itself would make it in the home, which here nobody can write to."""
+    (tmp_path / "home").write_text("in the way")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    script = (
+        "from tune_kd.execute import connection\n"
+        "cluster = connection.connect(None)\n"
+        "print(int(cluster.cpus) > 0)\n"
+        "connection.disconnect(cluster)"
+    )
+    made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert made.stdout.split() == ["True"], made.stderr
+    assert len((tmp_path / "token").read_text()) == 64
+
+
 def test_a_token_that_others_can_read_is_closed_to_them_or_ray_is_not_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

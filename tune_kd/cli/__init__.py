@@ -1,5 +1,6 @@
 """The command line: wiring and words. What takes long to import is imported by the command that needs it."""
 
+import errno
 import io
 import sys
 import traceback
@@ -11,6 +12,7 @@ from tune_kd.cli import elsewhere, planning, reading, running, watching
 from tune_kd.cli.options import Unread
 from tune_kd.privacy import masked
 from tune_kd.records import FAILURES
+from tune_kd.storage import NAME_BYTES
 from tune_kd.study import Mistake
 
 app = typer.Typer(
@@ -53,6 +55,9 @@ def _command() -> None:
             print(f"tune_kd: {masked(problem)}", file=sys.stderr)
         sys.exit(2)
     except FAILURES as error:  # of the machine, not of the caller
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # which is the caller's
+            print(f"tune_kd: {error.filename} has too long a name; allowed: {NAME_BYTES} bytes", file=sys.stderr)
+            sys.exit(2)
         print(f"tune_kd: {type(error).__name__}: {error}", file=sys.stderr)
         if advice := _advice(error):
             print(f"tune_kd: {advice}", file=sys.stderr)

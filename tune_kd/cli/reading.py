@@ -43,9 +43,8 @@ def status(
         found = runs.existing(out)
         if not found:
             raise Mistake(f"--out is {out}, where there is no run; start one with `python -m tune_kd run ablation`")
-        folder = found[0]
-    else:
-        folder = runs.find(out, run)
+        run = found[0].name
+    folder = runs.find(out, run)
     if verify:
         _verify(folder, as_json)
     if not (folder / LEDGER).is_file():
