@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -165,6 +166,11 @@ def test_a_token_is_made_once_and_for_its_user_alone(here: Path, monkeypatch: py
         environment.guard_token()
         return token.read_text()
 
+    def slowly(size: int) -> str:
+        time.sleep(0.05)
+        return os.urandom(size).hex()
+
+    monkeypatch.setattr("secrets.token_hex", slowly)  # so that all begin before one has ended
     with ThreadPoolExecutor(8) as pool:
         (found,) = set(pool.map(made, range(32)))
     assert len(bytes.fromhex(found)) == 32 and stat.S_IMODE(token.stat().st_mode) == 0o600
