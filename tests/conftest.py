@@ -93,6 +93,21 @@ def _tables_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "TABLES_APART", 0.0)
 
 
+ODD_NAMES = (
+    "a%2Fb",
+    "100 %",
+    "what?mode=ro#1",
+    "R&D; é",
+    "\"x\" 'y'",
+    "back\\slash",
+    "two\nlines",
+    "{x}",
+    "..a",
+    ":memory:",
+)
+"""Of folders, as people and machines make them: each would mean something else where it is pasted into a URL."""
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

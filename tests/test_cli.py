@@ -5,8 +5,10 @@ import os
 import re
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ from conftest import altered
 from tune_kd import audit, cli, evidence, tables
 from tune_kd import run as runs
 from tune_kd.plan import plan
-from tune_kd.records import DECISIONS, LEDGER, TRIALS, Ledger, first_row
+from tune_kd.records import DECISIONS, LEDGER, SQLITE_BYTES, TRIALS, Ledger, first_row, reading, too_long
 from tune_kd.studies import find, from_json, resolve
 from tune_kd.trial import Decision, digest
 
@@ -287,7 +289,7 @@ def test_status_prints_what_a_trial_said_as_it_said_it_to_whoever_still_reads(
     assert call(monkeypatch, "status", "[laptop]") == 0
     few = capsys.readouterr().out
     assert few.count(f" failed: {said}") == 1 and "and 1 more; `--json` names all of them" in few
-    assert "go on with: python -m tune_kd resume results/[laptop]\n" in shown
+    assert "go on with: python -m tune_kd resume 'results/[laptop]'\n" in shown
     for form in ([], ["--json"]):
         command = [sys.executable, "-m", "tune_kd", "status", "[laptop]", *form]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as left:
@@ -586,7 +588,7 @@ def test_a_report_is_written_where_and_in_what_form_one_likes_and_opened(
     monkeypatch.setattr("typer.launch", opened.append)
     arguments = ["report", str(finished), "--to", "mine", "--format", "md,csv", "--open"]
     assert call(monkeypatch, *arguments) == 0
-    assert opened == [str(elsewhere / "mine" / "report.md")]
+    assert opened == [(elsewhere / "mine" / "report.md").as_uri()]
     assert {path.name for path in (elsewhere / "mine").iterdir()} == {"report.md", "tables"}
 
 
@@ -655,3 +657,66 @@ def test_what_is_set_wrongly_is_told_and_not_lost_in_an_estimate(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert call(monkeypatch, "plan", "ablation", "--set", "recipe.epochs=0") == 2
     assert "recipe.epochs is 0; allowed: at least 1" in capsys.readouterr().err
+
+
+LONG = 300 * "y"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("status", LONG),
+        ("report", LONG),
+        ("resume", LONG),
+        ("list", "--out", LONG),
+        ("plan", "ablation", "--scale", "smoke", "--out", LONG),
+        ("run", "ablation", "--scale", "smoke", "--out", f"above/{LONG}"),
+        ("run", "ablation", "--scale", "smoke", "--data", "cifar10", "--data-dir", LONG),
+        ("run", "ablation", "--scale", "smoke", "--margin-from", LONG),
+        ("simulate", "ablation", "--curves", LONG),
+    ],
+    ids=lambda arguments: " ".join(arguments).replace(LONG, "LONG"),
+)
+def test_a_name_that_no_disk_takes_is_refused_and_nothing_made(
+    arguments: tuple[str, ...], elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *arguments) == 2
+    told = capsys.readouterr().err
+    assert LONG in told and told.endswith("has too long a name; allowed: 255 bytes\n")
+    assert [path.name for path in elsewhere.iterdir()] in ([], ["cache"])
+
+
+def test_a_reports_folder_with_too_long_a_name_is_refused_and_those_above_it_not_made(
+    finished: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "report", str(finished), "--to", f"above/{LONG}") == 2
+    assert "has too long a name" in capsys.readouterr().err and not (elsewhere / "above").exists()
+
+
+def test_a_path_that_sqlite_does_not_open_is_refused_and_nothing_made(
+    finished: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = elsewhere / Path(*(95 * each for each in "abcde"))
+    named = ("--name", "x", "--out")
+    assert call(monkeypatch, "run", "ablation", "--scale", "smoke", *named, str(out)) == 2
+    length = len(str(out / "x" / LEDGER))
+    why = f"the path of its ledger has {length} bytes, and SQLite opens those of at most 504"
+    assert f"--out is {out}, where {why}; choose a folder with a shorter path" in capsys.readouterr().err
+    assert not (elsewhere / ("a" * 95)).exists()
+
+    shutil.copytree(finished, out / "x")  # as whoever moves a run does
+    (elsewhere / "short").symlink_to(out)  # SQLite follows it
+    for arguments in (("status", str(out / "x")), ("status", "--out", str(out)), ("resume", "short/x")):
+        assert call(monkeypatch, *arguments) == 2
+        assert "bytes, and SQLite opens those of at most 504; move it to a folder" in capsys.readouterr().err
+
+
+def test_the_longest_path_that_a_run_is_begun_in_is_one_that_sqlite_opens(tmp_path: Path) -> None:
+    folder = tmp_path / Path(*(95 * each for each in "abcd"))
+    folder /= "e" * (SQLITE_BYTES - len(str(folder / LEDGER)) - 1)
+    folder.mkdir(parents=True)
+    assert too_long(folder / LEDGER) is None and too_long(folder / f"{LEDGER}x") is not None
+    with closing(Ledger(folder / LEDGER)), reading(folder / LEDGER) as ledger:
+        assert ledger.rows(TRIALS) == []
+    with pytest.raises(sqlite3.OperationalError):
+        sqlite3.connect(folder / f"{LEDGER}x")

@@ -15,7 +15,7 @@ import pytest
 
 from stores import KEYS, store
 from test_ray import STUDY, command, contiguous, epochs_on_record, same_records, wait_for
-from tune_kd.execute import connection
+from tune_kd import environment
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace
@@ -75,7 +75,7 @@ def test_a_lost_node_costs_nothing_but_time_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")  # Ray joins with it on, or not at all, a cluster that asks for one
-    connection.guard_token()
+    environment.guard_token()
     (tmp_path / "own.py").write_text(STUDY)
     run = tmp_path / "results" / "moved"
     with cluster(tmp_path) as (nodes, address):
@@ -120,7 +120,7 @@ def test_two_nodes_that_share_a_store_alone_give_the_tables_of_one_and_get_data_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    connection.guard_token()
+    environment.guard_token()
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "driver"))
@@ -200,6 +200,23 @@ def test_ray_leaves_its_token_to_its_user_alone_and_signals_to_us(
     assert made.stdout.split() == ["True", "True", "0o600", "64"], made.stderr
 
 
+def test_ray_takes_the_token_from_where_it_was_moved_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that was not there: Ray itself would make it in the home, which here nobody can write to."""
+    (tmp_path / "home").write_text("in the way")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    script = (
+        "from tune_kd.execute import connection\n"
+        "cluster = connection.connect(None)\n"
+        "print(int(cluster.cpus) > 0)\n"
+        "connection.disconnect(cluster)"
+    )
+    made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert made.stdout.split() == ["True"], made.stderr
+    assert len((tmp_path / "token").read_text()) == 64
+
+
 def test_a_token_that_others_can_read_is_closed_to_them_or_ray_is_not_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,11 +224,11 @@ def test_a_token_that_others_can_read_is_closed_to_them_or_ray_is_not_started(
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     token.write_text("0" * 64)
     token.chmod(0o644)
-    connection.guard_token()
+    environment.guard_token()
     assert token.stat().st_mode & 0o777 == 0o600
     token.chmod(0o640)
     with (
         patch.object(Path, "chmod", side_effect=PermissionError),
         pytest.raises(Mistake, match="has the mode 0640, so that others can read it; allowed: 0600"),
     ):
-        connection.guard_token()
+        environment.guard_token()

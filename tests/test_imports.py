@@ -10,16 +10,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT: dict[str, set[str]] = {
     "tuning": set(),
+    "environment": {"study"},
     "study": {"tuning"},
     "search": {"tuning"},
     "growth": {"study", "trial", "plan", "tuning", "records"},
     "clock": set(),
     "pace": set(),
-    "monitoring": {"study", "storage"},
+    "monitoring": {"study", "storage", "environment"},
     "faults": set(),
     "privacy": set(),
     "storage": {"faults"},
-    "mirror": {"study", "storage"},
+    "mirror": {"study", "storage", "environment"},
     "sharing": {"mirror", "records", "storage"},
     "memory": set(),
     "losses": set(),
@@ -28,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"study", "storage"},
     "batches": {"study", "storage", "pictures"},
     "pictures": {"study", "storage"},
-    "cifar": {"study", "storage", "batches", "pictures"},
+    "cifar": {"study", "storage", "batches", "pictures", "environment"},
     "data": {"study", "batches", "cifar", "pictures"},
     "answers": {"faults", "storage"},
     "shares": {"study"},
@@ -79,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "execute": {
         "study", "trial", "plan", "price", "data", "models", "teachers", "checkpoints", "train", "memory", "kernels",
         "schedule", "records", "faults", "storage", "privacy", "growth", "search", "clock", "pace",
-        "monitoring", "study_file", "mirror", "sharing", "mps", "notices", "signals",
+        "monitoring", "environment", "study_file", "mirror", "sharing", "mps", "notices", "signals",
     },
 }  # fmt: skip
 ONLY = {"ray": {"execute"}, "sqlite3": {"records"}, "pyarrow": {"records", "parquet", "mirror"}, "optuna": {"search"}}

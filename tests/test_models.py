@@ -292,6 +292,14 @@ def test_without_network_the_message_says_which_file_to_put_where(torch_home):
     assert not list(file.parent.iterdir())
 
 
+def test_a_place_for_weights_that_cannot_be_written_to_is_told_with_what_moves_it(torch_home):
+    (torch_home / "hub").write_text("in the way")
+    with pytest.raises(Mistake) as caught:
+        models.fetch_imagenet("resnet18")
+    kept = f"are to be kept in {torch_home}/hub/checkpoints"
+    assert f"{kept}, which cannot be written to (Not a directory); set TORCH_HOME" in str(caught.value)
+
+
 def test_a_download_is_kept_only_if_its_hash_is_that_of_its_name(torch_home, monkeypatch):
     content = b"weights"
     source = torch_home / "published"

@@ -337,6 +337,10 @@ def test_a_trial_leaves_when_the_driver_says_so_through_the_store(
     [
         ("ftp://bucket/kd", ["--out is ftp://bucket/kd", "s3://BUCKET/PATH or gs://BUCKET/PATH"]),
         ("s3:///kd", ["--out is s3:///kd", "allowed"]),
+        ("S3://bucket/kd", ["--out is S3://bucket/kd; allowed: a folder, or s3://BUCKET/PATH"]),
+        ("s3://bucket/../../kd", ["--out is s3://bucket/../../kd; allowed", "no folder . or .."]),
+        ("s3://../kd", ["--out is s3://../kd; allowed", "no folder . or .."]),
+        ("s3://bucket/kd#2", ["--out is s3://bucket/kd#2; allowed", "where PATH has no '#'"]),
         ("s3://key:hush@bucket/kd", ["with a secret in it", "AWS_ACCESS_KEY_ID"]),
         ("s3://bucket/kd?secret_key=hush", ["with a secret in it"]),
         ("gs://hush@bucket/kd", ["with a secret in it"]),
@@ -352,6 +356,14 @@ def test_a_place_that_cannot_be_is_refused(
     assert left.value.code == 2
     told = capsys.readouterr().err
     assert all(word in told for word in words) and "hush" not in told and told.startswith("tune_kd: ")
+
+
+def test_what_stands_for_a_store_on_this_disk_stays_under_its_own_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    there = mirror.local("s3://bucket/kd?region=x&endpoint_override=..%2F..%2Fhost:9000")
+    assert there == tmp_path / "tune_kd" / "s3" / "bucket@..%2F..%2Fhost:9000" / "kd"
 
 
 def test_a_bucket_that_is_not_there_and_a_name_that_is_are_told_before_anything_starts(

@@ -251,3 +251,15 @@ def test_signals_within_half_a_second_are_one(tmp_path: Path) -> None:
         time.sleep(0.1)
     said, errors = command.communicate(timeout=10)
     assert (command.returncode, said, errors) == (143, "drained [15]\n", "")
+
+
+def test_advice_that_names_a_folder_of_two_lines_is_said_as_it_is(tmp_path: Path) -> None:
+    """And does not pass for a status: what the driver tells the process around it has no lines."""
+    body = SLEEPS.replace("time.sleep(30)", """
+    with signals.advising("go on with: 'results\\nended 0'"):
+        os.kill(os.getpid(), signal.SIGABRT)
+""").replace("    print", "    import signal\n    print")  # fmt: skip
+    command, _ = begun(tmp_path, body)
+    _, errors = command.communicate(timeout=10)
+    assert command.returncode == 3
+    assert "go on with: 'results\nended 0'" in errors

@@ -1,8 +1,11 @@
 """Trackers that people already use, fed by Ray's own callbacks and read with the trackers' own readers."""
 
 import math
+import sqlite3
+import sys
 import time
 import warnings
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Timer
@@ -13,6 +16,7 @@ import pandas as pd
 import pytest
 from ray.tune.logger import LoggerCallback
 
+from conftest import ODD_NAMES
 from test_ray import driver, without_stops
 from test_teachers import EPOCH
 from tune_kd.execute import on_ray, trackers
@@ -170,6 +174,39 @@ def test_mlflow_gets_a_trials_measures_together_and_a_long_trials_meanwhile(
         for trial in trials:
             inner.log_trial_end(trial)
         assert known() == [5, 5]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_mlflows_database_is_in_the_runs_folder_whatever_that_is_called(
+    name: str, tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / name
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)  # MLflow pastes the working directory into SQL, where an apostrophe ends it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (shown,) = trackers.made(["mlflow"], "tiny", "odd", folder, lambda said: pytest.fail(said))
+        assert isinstance(shown, trackers._Shown)
+        inner, task = shown._make(), tasks(study, tmp_path)[0]
+        inner.setup()
+        trial = trackers.shown(task, task.trial.trial_id, folder, "mlflow")
+        inner.log_trial_start(trial)
+        inner.log_trial_result(1, trial, {"training_iteration": 1, "val_accuracy": 0.5})
+        inner.log_trial_end(trial)
+    with closing(sqlite3.connect(folder / trackers.DATABASE)) as stored:
+        assert stored.execute("SELECT name, status FROM runs").fetchall() == [(trial.name, "FINISHED")]
+        assert stored.execute("SELECT key, value FROM metrics").fetchall() == [("val_accuracy", 0.5)]
+    assert [path.name for path in folder.iterdir()] == [trackers.DATABASE]
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {name}
+
+
+def test_a_tracker_that_wants_to_end_the_process_ends_only_itself(tmp_path: Path) -> None:
+    said: list[str] = []
+    shown = trackers._Shown("gone", lambda: sys.exit("no account"), tmp_path, said.append)
+    shown.setup()
+    shown.on_experiment_end([])
+    assert said == ["warning: gone does not take this run any more (no account); the run goes on without it"]
 
 
 class Hanging(LoggerCallback):

@@ -2,8 +2,10 @@
 
 import random
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from hashlib import sha256
 from math import log10, prod
@@ -14,8 +16,9 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy.exc import OperationalError
 
-from conftest import tiny, tunable
+from conftest import ODD_NAMES, tiny, tunable
 from test_driver import HERE, Bench, epoch
 from tune_kd import growth, preflight, provenance, rebuild, report, results, search, tables, tuned
 from tune_kd.execute.worker import Failure, Task
@@ -525,25 +528,49 @@ def test_people_see_how_much_is_still_to_be_drawn(study: Study, tmp_path: Path) 
     assert len(rows) == len(shown)
 
 
-def test_a_run_goes_on_where_optunas_storage_cannot_be_written_to(
-    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_optunas_storage_is_in_the_runs_folder_whatever_that_is_called(name: str, tmp_path: Path, study: Study) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    bench = Bench(study, folder)
+    bench.run(quality)
+    assert not [each for each in bench.said if "warning" in each]
+    with closing(sqlite3.connect(folder / search.STORAGE)) as stored:
+        assert stored.execute("SELECT COUNT(*) FROM trials").fetchone() == (3 * 6,)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert optuna.load_study(study_name="r: none", storage=search.url(folder / search.STORAGE)).trials
+
+
+FAILURES = [
+    optuna.exceptions.StorageInternalError("database is locked"),
+    OperationalError("SELECT 1", {}, Exception("unable to open database file")),
+    KeyError("alembic"),
+]
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where", ["__init__", "add", "close"])
+def test_a_run_goes_on_whatever_is_wrong_with_optunas_storage(
+    where: str, error: Exception, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody's dashboard may hold its lock."""
-    add, calls = search.Storage.add, []
+    """Somebody's dashboard may hold its lock; a disk may be full; and there are four packages in it."""
+    does, calls = getattr(search.Storage, where), []
 
-    def locked(storage: search.Storage, *arguments: Any) -> None:
+    def fails(storage: search.Storage, *arguments: Any) -> None:
         calls.append(arguments)
-        if len(calls) == 3:
-            with search._on_disk(storage._path):
-                raise optuna.exceptions.StorageInternalError("database is locked")
-        add(storage, *arguments)
+        if len(calls) == (3 if where == "add" else 1):
+            raise error
+        does(storage, *arguments)
 
-    monkeypatch.setattr(search.Storage, "add", locked)
+    monkeypatch.setattr(search.Storage, where, fails)
     bench = Bench(study, tmp_path)
     bench.run(quality)
-    assert len(calls) == 3 and {row["status"] for row in bench.rows()} == {"completed", "stopped"}
+    bench.driver.conclude()
+    assert len(calls) == (3 if where == "add" else 1)
+    assert {row["status"] for row in bench.rows()} == {"completed", "stopped"}
     (said,) = [each for each in bench.said if "warning" in each]
-    assert "optuna.sqlite cannot be written to (database is locked); the run goes on without it" in said
+    why = " ".join(str(error).split())
+    assert f"optuna.sqlite cannot be written to ({type(error).__name__}: {why}); the run goes on without it" in said
     monkeypatch.undo()
     Bench(study, tmp_path)
     stored = optuna.load_study(study_name="r: none", storage=f"sqlite:///{tmp_path / search.STORAGE}")

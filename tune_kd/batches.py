@@ -89,8 +89,14 @@ def download(origin: Origin, archive: Path, say: Callable[[str], None], *, progr
     say(f"Downloading {origin.form.title} from {origin.url} to {archive}.")
     part = None
     try:
-        archive.parent.mkdir(parents=True, exist_ok=True)
-        number, part = tempfile.mkstemp(prefix=f".{origin.form.archive}.", dir=archive.parent)
+        try:
+            archive.parent.mkdir(parents=True, exist_ok=True)
+            number, part = tempfile.mkstemp(prefix=f".{origin.form.archive}.", dir=archive.parent)
+        except OSError as error:
+            raise Mistake(
+                f"{archive}: there is no {origin.form.title} here, and it cannot be written ({error.strerror}); give "
+                "--data-dir PATH with data that you have or a folder for them, or set XDG_CACHE_HOME"
+            ) from error
         with open(number, "wb") as file:
             _fetch(origin, file.write, progress)
             file.flush()

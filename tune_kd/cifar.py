@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tune_kd import batches, pictures
+from tune_kd.environment import home
 from tune_kd.pictures import Pixels
 from tune_kd.storage import check_regular
 from tune_kd.study import Mistake
@@ -23,7 +24,7 @@ Read = Callable[[], Pixels]
 def default_cache() -> Path:
     """`tune_kd` in XDG_CACHE_HOME, or in ~/.cache where that is not set to an absolute path."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "tune_kd"
+    return (Path(base) if os.path.isabs(base) else home() / ".cache") / "tune_kd"
 
 
 def load_pixels(
@@ -45,7 +46,7 @@ def load_pixels(
     Raises `Mistake` for data that are missing, incomplete, damaged or hostile, and for a failed download.
     """
     cache = default_cache() if cache is None else cache
-    where = Path(os.path.abspath((cache if folder is None else folder).expanduser()))
+    where = Path(os.path.abspath(os.path.expanduser(cache if folder is None else folder)))
     if folder is not None and not where.exists() and not pictures.is_archive(where):
         raise Mistake(f"--data-dir {where}: it does not exist; make the folder to have {form.title} downloaded to it")
     for other in batches.FORMS.values():

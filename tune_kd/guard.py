@@ -64,7 +64,7 @@ class _Guard:
     def __init__(self, driver: int, reader: int) -> None:
         self._driver = driver
         self._reader = reader
-        self._text = ""  # of the driver's lines
+        self._text = ""  # of what the driver told, each ended by a NUL: a path may have lines
         self._asked: tuple[int, float] | None = None  # the first signal, and when it came
         self._again = False  # whether a second one came
 
@@ -111,7 +111,7 @@ class _Guard:
 
     def _told(self, what: str) -> str | None:
         """The last that the driver told of something."""
-        lines = [line.partition(" ")[2] for line in self._text.splitlines() if line.startswith(f"{what} ")]
+        lines = [line.partition(" ")[2] for line in self._text.split("\0") if line.startswith(f"{what} ")]
         return lines[-1] if lines else None
 
     def _kill(self, why: str) -> NoReturn:

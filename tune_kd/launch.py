@@ -9,11 +9,12 @@ from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tune_kd import signals
+from tune_kd import environment, signals
 from tune_kd.growth import to_come, with_those_to_come
 from tune_kd.guard import WITHIN
 from tune_kd.mirror import Mirror
@@ -54,7 +55,7 @@ def execute(
     from tune_kd.records import TRIALS
     from tune_kd.view import View
 
-    advice = f"go on with: python -m tune_kd resume {run.folder}"
+    advice = f"go on with: python -m tune_kd resume {quote(str(run.folder))}"
     with ExitStack() as around:
         if console.stderr:  # standard output is for the answer alone, and Ray tells there of nodes that were lost
             around.enter_context(redirect_stdout(sys.stderr))
@@ -163,6 +164,7 @@ def load_data(study: Study, folder: Path | None, console: Console) -> "DataSet":
 def check_trackers(names: list[str] | None) -> None:
     """Raise `Mistake` for trackers that this machine has not."""
     if names:
+        environment.home()  # which Ray's own parts need to be imported
         from tune_kd.execute import trackers
 
         trackers.check(names)

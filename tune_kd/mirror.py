@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
+from tune_kd import environment
 from tune_kd.storage import MOST_RECORD_BYTES, Unexpected, patiently, publish, read
 from tune_kd.study import Mistake
 
@@ -137,9 +138,11 @@ def local(place: str) -> Path:
         return Path(place)
     parts = urlsplit(place)
     base, _, query = place.partition("?")
-    if parts.scheme not in SCHEMES or not parts.netloc:
+    names = (parts.netloc, *parts.path.split("/"))
+    # pyarrow takes capitals for another scheme, leaves out what comes after a #, and has no folder above another.
+    if base.partition("://")[0] not in SCHEMES or not parts.netloc or "#" in place or {".", ".."} & {*names}:
         urls = " or ".join(f"{each}://BUCKET/PATH" for each in SCHEMES)
-        raise Mistake(f"--out is {base}; allowed: a folder, or {urls}")
+        raise Mistake(f"--out is {base}; allowed: a folder, or {urls}, where PATH has no '#' and no folder . or ..")
     who = parts.netloc.rpartition("@")[0]
     if who not in ("", "anonymous") or "secret" in query.lower():
         raise Mistake(
@@ -150,8 +153,8 @@ def local(place: str) -> Path:
         _store(place)
     except (OSError, ValueError) as error:
         raise Mistake(f"--out is {place}, which cannot be reached ({_first(error)})") from error
-    home = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()
-    endpoint = "".join(f"@{each}" for each in parse_qs(query).get("endpoint_override", []))
+    home = Path(os.environ.get("XDG_DATA_HOME") or environment.home() / ".local" / "share")
+    endpoint = "".join(f"@{quote(each, safe=':')}" for each in parse_qs(query).get("endpoint_override", []))
     root = home / "tune_kd" / parts.scheme / f"{parts.netloc}{endpoint}" / parts.path.strip("/")
     try:
         root.mkdir(parents=True, exist_ok=True)

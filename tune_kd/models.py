@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -141,6 +142,13 @@ def fetch_imagenet(architecture: str) -> Path:
         return file
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise Mistake(
+            f"weights 'imagenet' of {architecture} are to be kept in {file.parent}, which cannot be written to "
+            f"({error.strerror}); set TORCH_HOME to a folder that can"
+        ) from error
+    try:
         # Writes under a temporary name and renames: an interrupted download leaves no broken file.
         torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False)
     except (OSError, RuntimeError, HTTPException) as error:

@@ -1,11 +1,11 @@
 """What Prometheus and Grafana need in order to watch runs: where Ray's metrics are, and a board for them."""
 
-import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import yaml
 
+from tune_kd.environment import token_file
 from tune_kd.storage import publish
 from tune_kd.study import Mistake
 
@@ -17,11 +17,6 @@ def is_url(address: str | None) -> bool:
     """Whether an address is that of a dashboard, to which one sends commands, and not of a cluster, which one joins."""
     parts = urlsplit(address or "")
     return parts.scheme in ("http", "https") and bool(parts.netloc)
-
-
-def token_file() -> Path:
-    """Where Ray has its token, which its dashboard asks for."""
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
 
 
 def scrape_settings(dashboard: str, token: Path) -> str:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Row = dict[str, Any]
+SQLITE_BYTES = 504  # of the path of a file that SQLite opens: 512, less what it adds for its journal
 LAYOUT = 2  # of a run's folder: from 2 on there are digests of its tables
 LEDGER = "ledger.sqlite"  # in a run's folder
 COMMITS = "ledger.commits"  # beside it: how many transactions it holds at least
@@ -432,6 +433,14 @@ def snapshot(path: Path, to: Path) -> int:
         source.backup(target)
     with reading(to) as copy:
         return copy.held()
+
+
+def too_long(path: Path) -> str | None:
+    """Why SQLite does not open a file at a path, however it is named: it follows links. Null where it does."""
+    length = max(len(os.fsencode(each)) for each in (path.absolute(), os.path.realpath(path)))
+    if length <= SQLITE_BYTES:
+        return None
+    return f"the path of its ledger has {length} bytes, and SQLite opens those of at most {SQLITE_BYTES}"
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from tune_kd.growth import grown
 from tune_kd.mirror import Mirror, path_of
 from tune_kd.plan import Plan, plan
 from tune_kd.privacy import secrets
-from tune_kd.records import LAYOUT, LEDGER, RUN_NAME, TRIALS, Row, first_row, reading
+from tune_kd.records import LAYOUT, LEDGER, RUN_NAME, TRIALS, Row, first_row, reading, too_long
 from tune_kd.sharing import HOLDER, STUDY, pull, stamped
 from tune_kd.sharing import runs as in_store
 from tune_kd.storage import MOST_RECORD_BYTES, Damaged, obstacle, opened, publish, read, sealed, unsealed
@@ -87,6 +87,8 @@ def check_new(out: Path, name: str | None, study: Study) -> str:
         problems.append(f"--name is {name!r}, and {out / name} exists; resume that run or choose another name")
     if (there := obstacle(out)) is not None:
         problems.append(f"--out is {out}, and {there} cannot be written to; allowed: a folder that can be made")
+    if (why := too_long(out / name / LEDGER)) is not None:
+        problems.append(f"--out is {out}, where {why}; choose a folder with a shorter path")
     problems += _in_the_way(out, name)
     if problems:
         raise Mistake(*problems)
@@ -291,11 +293,14 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
 
 
 def find(out: Path, name: str) -> Path:
-    """The folder of a run that is named under `out` or given as a path or URL. Raises `Mistake` where there is none."""
+    """The folder of a run that is named under `out` or given as a path or URL. Raises `Mistake` where there is none, or
+    its ledger cannot be opened there."""
     for folder in (out / name, path_of(name)):
         if Mirror.of(folder).url is not None:
             pull(folder)
         if os.path.exists(folder / STUDY):  # what it is, its reader says
+            if (why := too_long(folder / LEDGER)) is not None:
+                raise Mistake(f"RUN is {folder}, where {why}; move it to a folder with a shorter path")
             return folder
     names = [folder.name for folder in existing(out)]
     raise Mistake(f"RUN is {name!r}; allowed: a run under {out} ({', '.join(names) or 'there is none'}) or its path")

@@ -16,6 +16,7 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import URL
 
 from tune_kd.tuning import Choice, Integer, LogUniform, Over, Range, Tuning
 
@@ -70,17 +71,16 @@ class Storage:
     """The draws that have ended, as Optuna keeps them: `optuna-dashboard sqlite:///RUN/optuna.sqlite` shows them."""
 
     def __init__(self, path: Path, run: str) -> None:
-        """Begin anew: what is in the ledger is told again. Raises OSError."""
+        """Begin anew: what is in the ledger is told again. Raises whatever Optuna and its database do."""
         for end in ("", "-journal"):
             path.with_name(path.name + end).unlink(missing_ok=True)
         self._run = run
-        with _on_disk(path), _quietly():
-            self._storage = optuna.storages.RDBStorage(f"sqlite:///{path.absolute()}")
-        self._path = path
+        with _quietly():
+            self._storage = optuna.storages.RDBStorage(url(path))
 
     def add(self, arm: str, ranges: Ranges, row: Row) -> None:
-        """A draw that has ended. Raises OSError."""
-        with _on_disk(self._path), _quietly():
+        """A draw that has ended. Raises whatever Optuna and its database do."""
+        with _quietly():
             study = optuna.create_study(
                 storage=self._storage, study_name=f"{self._run}: {arm}", direction="maximize", load_if_exists=True
             )
@@ -88,6 +88,13 @@ class Storage:
 
     def close(self) -> None:
         self._storage.engine.dispose()
+
+
+def url(path: Path) -> str:
+    """The URL by which SQLAlchemy, and so Optuna and MLflow, opens a file of SQLite's, whatever its name holds.
+
+    It names the driver, too: of a URL that begins with sqlite:///, MLflow makes the folder under its quoted name."""
+    return URL.create("sqlite+pysqlite", database=str(path.absolute())).render_as_string()
 
 
 def _study(ranges: Ranges, theirs: Sequence[Row]) -> optuna.Study:
@@ -176,12 +183,3 @@ def _quietly() -> Iterator[None]:
         yield
     finally:
         WORDS.setLevel(before)
-
-
-@contextmanager
-def _on_disk(path: Path) -> Iterator[None]:
-    """What a disk does to Optuna's storage is what it does to any file."""
-    try:
-        yield
-    except optuna.exceptions.StorageInternalError as error:
-        raise OSError(f"{path} cannot be written to ({error})") from error

@@ -21,7 +21,7 @@ _guard: list[int] = []  # the pipe to the process around this one, where there i
 
 
 def guarded_through(pipe: int) -> None:
-    """Have the process around this one told, line by line, what it cannot see."""
+    """Have the process around this one told, sentence by sentence, what it cannot see."""
     _guard[:] = [pipe]
 
 
@@ -29,7 +29,7 @@ def tell_guard(line: str) -> None:
     """Tell the process around this one something, where there is one."""
     for pipe in _guard:
         with suppress(OSError):
-            os.write(pipe, f"{line}\n".encode())
+            os.write(pipe, f"{line}\0".encode(errors="backslashreplace"))
 
 
 def process_id() -> int:
@@ -146,7 +146,7 @@ def say(sentence: str) -> None:
     """Say a last sentence on standard error, where nothing that buffers may work any more."""
     cursor = "\033[?25h" if sys.stderr.isatty() else ""  # the live view hides it
     with suppress(OSError):
-        os.write(2, f"{cursor}tune_kd: {sentence}\n".encode())
+        os.write(2, f"{cursor}tune_kd: {sentence}\n".encode(errors="backslashreplace"))
 
 
 def kill_children() -> None:

@@ -26,6 +26,7 @@ KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+NAME_BYTES = 255  # of a file or a folder, on all disks of Linux
 PAUSES = (0.2, 1.0)  # seconds before what failed is tried again; after that many times it has failed
 
 
@@ -88,7 +89,12 @@ def _write(path: Path, flags: int, offset: int, data: bytes) -> None:
 
 
 def obstacle(folder: Path) -> Path | None:
-    """What keeps files from being written into a folder, which may still have to be made; null where nothing does."""
+    """What keeps files from being written into a folder, which may still have to be made; null where nothing does.
+
+    Raises OSError for a name that is too long, before the folders above it are made.
+    """
+    if any(len(os.fsencode(name)) > NAME_BYTES for name in folder.parts):
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(folder))
     there = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.exists(each))
     return None if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else there
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -149,7 +150,7 @@ def _load(place: Path, adapt: Adapter | None) -> Records:
     tables: dict[str, pd.DataFrame] = {}
     for schema in reversed(SCHEMAS):
         path = _file(place, schema.name, whole)
-        again = f"{RESUME} {place}` makes the tables again from the ledger" if ours else "restore the file"
+        again = f"{RESUME} {quote(str(place))}` makes the tables again from the ledger" if ours else "restore the file"
         if not os.path.exists(path):
             if ours or schema is TRIALS:
                 raise Mistake(f"{path} is missing; {again}")

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from tune_kd import answers, rebuild, run, teachers
 from tune_kd.checkpoints import Checkpoints
@@ -50,14 +51,14 @@ def _ledger(opened: run.Run, wrong: str | None, rows: list[Row], epochs: list[Ro
     if wrong is not None:
         try:
             load(folder)
-            remedy = f"`tune_kd resume {folder}` makes it again from the tables, which are whole"
+            remedy = f"`tune_kd resume {quote(str(folder))}` makes it again from the tables, which are whole"
         except Mistake:
             remedy = "the tables are not whole either: put one of them back from a copy, or start a new run"
         yield Finding("ledger", wrong, remedy)
         return
     if (folder / LEDGER).is_file() and commits(folder) is None:
         yield Finding("ledger", f"{folder / COMMITS} is missing or damaged, so that a loss of the last rows would not "
-                      "be seen", f"`tune_kd resume {folder}` makes it again")  # fmt: skip
+                      "be seen", f"`tune_kd resume {quote(str(folder))}` makes it again")  # fmt: skip
     strange = {row["trial_id"] for row in rows} - {trial.trial_id for trial in grown(opened.plan, rows).trials}
     if strange:  # those that it lacks come when a driver takes over
         what = f"it holds trials that are not in the plan: {', '.join(sorted(strange))}"
@@ -80,7 +81,7 @@ def _tables(folder: Path, wrong: str | None) -> Iterator[Finding]:
         load(folder)
     except Mistake as mistake:
         for problem in mistake.problems:
-            yield Finding("tables", without_advice(problem), f"`tune_kd resume {folder}`: {again}")
+            yield Finding("tables", without_advice(problem), f"`tune_kd resume {quote(str(folder))}`: {again}")
 
 
 def _checkpoints(opened: run.Run) -> Iterator[Finding]:

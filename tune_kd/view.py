@@ -70,7 +70,7 @@ class View:
         line = f"{elapsed:7.1f} s  {sentence}"
         self._console.print(Text(line), soft_wrap=True)
         if self._log is not None:
-            with suppress(OSError), self._log.open("a") as log:
+            with suppress(OSError), self._log.open("a", encoding="utf-8", errors="backslashreplace") as log:
                 log.write(f"{line}\n")
 
     def show(self, rows: Sequence[Row], decisions: Sequence[Decision]) -> None:

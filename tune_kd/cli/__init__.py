@@ -1,15 +1,17 @@
 """The command line: wiring and words. What takes long to import is imported by the command that needs it."""
 
+import errno
 import sys
 import traceback
 
 import typer
 
-from tune_kd import signals
+from tune_kd import environment, signals
 from tune_kd.cli import elsewhere, planning, reading, running, watching
 from tune_kd.cli.options import Unread
 from tune_kd.privacy import masked
 from tune_kd.records import FAILURES
+from tune_kd.storage import NAME_BYTES
 from tune_kd.study import Mistake
 
 app = typer.Typer(
@@ -42,12 +44,16 @@ def main() -> None:
 
 def _command() -> None:
     try:
+        environment.check_text(sys.argv[1:])
         app()
     except (Mistake, Unread) as mistake:
         for problem in mistake.problems:
             print(f"tune_kd: {masked(problem)}", file=sys.stderr)
         sys.exit(2)
     except FAILURES as error:  # of the machine, not of the caller
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # which is the caller's
+            print(f"tune_kd: {error.filename} has too long a name; allowed: {NAME_BYTES} bytes", file=sys.stderr)
+            sys.exit(2)
         print(f"tune_kd: {type(error).__name__}: {error}", file=sys.stderr)
         if advice := _advice(error):
             print(f"tune_kd: {advice}", file=sys.stderr)

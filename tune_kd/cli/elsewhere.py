@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Mapping
 from datetime import datetime
+from shlex import quote
 from typing import Annotated, Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -118,7 +119,7 @@ def elsewhere(command: str, run: str | None, address: str, flags: Mapping[str, A
 def _follow(cluster: Any, job: str, run: str, address: str, detach: bool = False) -> NoReturn:
     from tune_kd.execute import jobs
 
-    console, at = Terminal(stderr=True), f"--address {address}"
+    console, at = Terminal(stderr=True), f"--address {quote(address)}"
     for line in (
         f"{run} is job {job} at {address}, and goes on whatever becomes of this terminal",
         f"  look at it:  python -m tune_kd status {run} {at}",

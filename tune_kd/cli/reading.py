@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -43,13 +44,14 @@ def status(
         found = runs.existing(out)
         if not found:
             raise Mistake(f"--out is {out}, where there is no run; start one with `python -m tune_kd run ablation`")
-        folder = found[0]
-    else:
-        folder = runs.find(out, run)
+        run = found[0].name
+    folder = runs.find(out, run)
     if verify:
         _verify(folder, as_json)
     if not os.path.exists(folder / LEDGER):
-        raise Mistake(f"RUN is {folder}, which has no ledger yet; start it with `python -m tune_kd resume {folder}`")
+        raise Mistake(
+            f"RUN is {folder}, which has no ledger yet; start it with `python -m tune_kd resume {quote(str(folder))}`"
+        )
     with reading(folder / LEDGER) as ledger:
         rows, decisions = ledger.rows(TRIALS), ledger.rows(DECISIONS)
     shown = rows
@@ -68,7 +70,7 @@ def status(
     if holder is not None:
         console.print(f"run by process {holder['pid']} on {holder['host']} since {holder['since']}", soft_wrap=True)
     elif any(row["status"] in ("pending", "running") for row in rows):
-        console.print(f"nobody runs it; go on with: python -m tune_kd resume {folder}", soft_wrap=True)
+        console.print(f"nobody runs it; go on with: python -m tune_kd resume {quote(str(folder))}", soft_wrap=True)
     failed = [row for row in rows if row["status"] in ("failed", "blocked")]
     for row in failed[:SHOWN]:
         console.print(f"{row['arm']} seed {row['seed']} {row['status']}: {row['error']}", soft_wrap=True)
@@ -123,7 +125,7 @@ def report(
         to = own / "report" if len(runs) == 1 and own.is_dir() else Path(f"report-{'-'.join(records.runs)}"[:200])
     first = print_report(records, to, Terminal(stderr=as_json), as_json, formats.split(","))
     if open_:
-        typer.launch(str(first.absolute()))
+        typer.launch(first.absolute().as_uri())
 
 
 def list_(out: Out = DEFAULT_OUT, as_json: AsJson = False) -> None:

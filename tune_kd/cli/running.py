@@ -1,15 +1,17 @@
 """Commands that train: `run` and `resume`."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
-from tune_kd import signals
+from tune_kd import environment, signals
 from tune_kd.cli.elsewhere import elsewhere
 from tune_kd.cli.options import (
     DEFAULT_OUT,
@@ -67,7 +69,7 @@ def run(
     from tune_kd.plan import plan as expand
 
     console = Terminal(stderr=as_json)
-    data_dir = data_dir and data_dir.expanduser().absolute()
+    data_dir = data_dir and Path(os.path.expanduser(data_dir)).absolute()
     check_address(address)
     path = studies.find(study)
     chosen, why = scale_of(path, scale, address, data, settings or ())
@@ -80,8 +82,9 @@ def run(
     gpus = collect(problems, lambda: shares.parse_gpus(gpus_per_trial))
     collect(problems, lambda: shares.check(cpus_per_trial, gpus, max_concurrent, address))
     collect(problems, lambda: launch.check_trackers(track))
+    collect(problems, lambda: environment.check_places(address))
     if problems:
-        raise Mistake(*problems)
+        raise Mistake(*dict.fromkeys(problems))
     assert resolved is not None and name is not None
     console.print(f"{resolved.name} at scale {chosen}{why}")
     for warning in evidence.warnings(expand(resolved), out):
@@ -160,8 +163,9 @@ def resume(
         problems,
         lambda: shares.check(share["cpus_per_trial"], share["gpus_per_trial"], share["max_concurrent"], address),
     )
+    collect(problems, lambda: environment.check_places(address))
     if problems:
-        raise Mistake(*problems)
+        raise Mistake(*dict.fromkeys(problems))
     with runs.held(reopened.folder):  # whoever else holds it is told of before anything is read or changed
         reopened = runs.reopen(reopened.folder)
         if extend:
@@ -193,7 +197,7 @@ def _resumable(folder: Path, console: Console) -> Iterator[None]:
     """Say how to go on where a signal ends what is done here, if there is something to go on with."""
     from tune_kd.sharing import STUDY
 
-    advice = f"go on with: python -m tune_kd resume {folder}"
+    advice = f"go on with: python -m tune_kd resume {quote(str(folder))}"
     with signals.advising(advice):
         try:
             yield
@@ -218,10 +222,10 @@ def _conclude(run: "Run", ended: "Ended", console: Console, as_json: bool) -> No
     if run.look + 1 < len(looks):
         console.print(
             f"This was look {run.look + 1} of {len(looks)}; go on to {looks[run.look + 1]} seeds with: "
-            f"python -m tune_kd resume {run.folder} --extend",
+            f"python -m tune_kd resume {quote(str(run.folder))} --extend",
             soft_wrap=True,
         )
     if ended.failed:
-        sentence = f"{ended.failed} trials failed or were blocked; `tune_kd status {run.folder}` says why"
+        sentence = f"{ended.failed} trials failed or were blocked; `tune_kd status {quote(str(run.folder))}` says why"
         console.print(sentence, soft_wrap=True)
     raise SystemExit(1 if ended.failed else 0)

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tune_kd.monitoring import token_file
+from tune_kd.environment import guard_token
 from tune_kd.signals import check, held_back, leave, note
 from tune_kd.study import Mistake
 
@@ -177,20 +177,6 @@ def _asked(
         except RayError as error:  # the node or its memory was lost, or it cannot read the question
             silent[asked[each]] = f"cannot run a task ({words(error)})"
     return found, silent
-
-
-def guard_token() -> None:
-    """Whoever reads Ray's token can run code as this user, and Ray writes it for all to read: keep it from others.
-
-    Raises `Mistake` where that cannot be done.
-    """
-    token = token_file()
-    with suppress(OSError):  # a home that cannot be written to holds none, or one that is not ours
-        token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        token.touch(mode=0o600)  # Ray fills it
-        token.chmod(0o600)
-    if token.is_file() and (mode := token.stat().st_mode & 0o777) & 0o077:
-        raise Mistake(f"{token}, Ray's token, has the mode {mode:04o}, so that others can read it; allowed: 0600")
 
 
 def slots(cluster: Cluster, cpus: float, gpus: float) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 
 from tune_kd import growth, search
 from tune_kd.checkpoints import Checkpoints
@@ -253,14 +254,15 @@ class Driver:
     def conclude(self) -> None:
         """Make the tables for the last time. Raises `OSError` where a disk ended the run before it was through."""
         self.write_tables()
-        if self._storage is not None:
-            self._storage.close()
+        with self._if_it_can():
+            if self._storage is not None:
+                self._storage.close()
         self._sender.finish()
         if self.broken is not None:
             raise OSError(
                 f"{self.broken}: the disk refused it {MAX_ATTEMPTS} times, so the run was ended. What is on record is "
                 f"whole; see that {self._folder} has room and can be written to, then go on with: python -m tune_kd "
-                f"resume {self._folder}"
+                f"resume {quote(str(self._folder))}"
             )
 
     def write_tables(self) -> None:
@@ -349,12 +351,16 @@ class Driver:
 
     @contextmanager
     def _if_it_can(self) -> Iterator[None]:
-        """Go on without Optuna's storage, which is made from the ledger, where it cannot be written to."""
+        """Go on without Optuna's storage, which is made from the ledger, whatever is wrong with it."""
         try:
             yield
-        except OSError as error:
+        except Exception as error:  # of Optuna, SQLAlchemy, Alembic, SQLite or the disk
             self._storage = None
-            self._say(f"warning: {error}; the run goes on without it, and `resume` makes it again")
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            self._say(
+                f"warning: {self._folder / search.STORAGE} cannot be written to ({why}); the run goes on without it, "
+                "and `resume` makes it again"
+            )
 
     def _count_time(self, trial_id: str) -> None:
         began = self._began.pop(trial_id, None)

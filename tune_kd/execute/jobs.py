@@ -19,7 +19,8 @@ from packaging.requirements import Requirement
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from tune_kd.monitoring import is_url, token_file
+from tune_kd.environment import token_file
+from tune_kd.monitoring import is_url
 from tune_kd.storage import MOST_RECORD_BYTES, read
 from tune_kd.study import Mistake
 from tune_kd.study_file import INSTALLED

@@ -21,6 +21,7 @@ from ray.tune.logger import LoggerCallback
 from tune_kd.execute.worker import Task
 from tune_kd.mirror import MOST_SENT_BYTES, Mirror
 from tune_kd.records import ASIDE
+from tune_kd.search import url
 from tune_kd.storage import check_regular
 from tune_kd.study import Mistake
 from tune_kd.trial import Epoch
@@ -66,7 +67,7 @@ def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[st
             Mirror.of(folder).fetch(folder / DATABASE, MOST_SENT_BYTES)
         for end in ASIDE:
             check_regular(folder / f"{DATABASE}{end}", MOST_SENT_BYTES)
-        place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute() / DATABASE}"
+        place = os.environ.get("MLFLOW_TRACKING_URI") or url(folder / DATABASE)
         callback = MLflowLoggerCallback(tracking_uri=place, experiment_name=run, tags={"study": study})
         in_batches: Any = _InBatches(callback.mlflow_util)
         callback.mlflow_util = in_batches
@@ -180,7 +181,7 @@ class _Shown(tune.Callback):
         self._trials: dict[str, Trial] = {}
         self._calls: SimpleQueue[Callable[[LoggerCallback], None] | None] = SimpleQueue()
         self._ended = Event()
-        self._failed: Exception | None = None
+        self._failed: BaseException | None = None
         self._told = False
         self._thread = Thread(target=self._work, name=f"tune_kd-{name}", daemon=True)
 
@@ -195,7 +196,7 @@ class _Shown(tune.Callback):
                 call(inner)
                 if self._calls.empty():
                     self._ended.wait(PAUSE)
-        except Exception as error:  # of a tracker, which is not the run's business
+        except BaseException as error:  # of a tracker, which is not the run's business, as that it calls sys.exit
             self._failed = error
 
     def _tell(self, call: Callable[[Any], None]) -> None:

@@ -1,0 +1,142 @@
+"""What a command finds around it: text that it can read, and places outside of the results that it has to write to."""
+
+import fcntl
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from tune_kd.study import Mistake
+
+PLACES = (
+    *("HOME", "TMPDIR", "RAY_TMPDIR", "RAY_AUTH_TOKEN_PATH", "XDG_CACHE_HOME", "XDG_DATA_HOME", "MPLCONFIGDIR"),
+    "TORCH_HOME",
+)
+"""Variables that say where something is written outside of the results."""
+SOCKET_BYTES = 107  # of the path of a socket, as Linux has it
+
+
+def check_text(arguments: Sequence[str]) -> None:
+    """Raise `Mistake` for what a command is given that is no UTF-8, as which SQLite, Parquet, JSON and Ray need it."""
+    before = ("tune_kd", *arguments)
+    named = [(f"the argument after {before[number]}", text) for number, text in enumerate(arguments)]
+    named += [(name, os.environ.get(name, "")) for name in PLACES]
+    try:
+        named.append(("the working directory", os.getcwd()))
+    except FileNotFoundError:
+        raise Mistake("the working directory is not there any more; change to another one") from None
+    as_what = sys.getfilesystemencoding()
+    remedy = "" if as_what == "utf-8" else f", and Python takes it for {as_what} here; set PYTHONUTF8=1"
+    problems = [
+        f"{name} is {repr(os.fsencode(text))[1:]}; allowed: text in UTF-8{remedy}"
+        for name, text in named
+        if not _is_text(text)
+    ]
+    if problems:
+        raise Mistake(*problems)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes that are no text, as Python keeps them
+        return False
+    return True
+
+
+def check_places(address: str | None) -> None:
+    """Raise `Mistake` for places outside of the results that a run has to write to, and cannot. It joins the Ray at
+    `address`, or starts one."""
+    home()  # Ray cannot even be imported without
+    problems: list[str] = []
+    if address is None:
+        for check in (guard_token, _check_ray_folder):
+            try:
+                check()
+            except Mistake as mistake:
+                problems += mistake.problems
+    if problems:
+        raise Mistake(*problems)
+
+
+def home() -> Path:
+    """The user's home. Raises `Mistake` where nobody says where that is."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise Mistake(
+            f"HOME is not set, and the user {os.getuid()} has no entry in the password file; set HOME to a folder that "
+            "can be written to"
+        ) from None
+
+
+def token_file() -> Path:
+    """Where Ray has its token, which its dashboard asks for. Raises `Mistake` where there is no home for it."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or home() / ".ray" / "auth_token")
+
+
+def guard_token() -> None:
+    """Whoever reads Ray's token can run code as this user, and Ray writes it for all to read, and into the home alone:
+    make it, where Ray asks for one, and keep it from others.
+
+    Raises `Mistake` where that cannot be done.
+    """
+    asks = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token" and not os.environ.get("RAY_AUTH_TOKEN")
+    token = token_file()
+    try:
+        if asks:
+            _fill(token)
+    except OSError as error:
+        raise Mistake(
+            f"Ray's token is to be in {token}, which cannot be written and read there ({error.strerror}); set "
+            "RAY_AUTH_TOKEN_PATH to a file in a folder where it can"
+        ) from error
+    with suppress(OSError):  # a file that is not ours
+        token.chmod(0o600)
+    if token.is_file() and (mode := token.stat().st_mode & 0o777) & 0o077:
+        raise Mistake(f"{token}, Ray's token, has the mode {mode:04o}, so that others can read it; allowed: 0600")
+
+
+def _fill(token: Path) -> None:
+    """Have a token in a file, once, however many runs begin at a time. Raises OSError."""
+    if token.is_file() and token.read_bytes():
+        return
+    token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = os.open(token, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        with suppress(OSError):  # a disk without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if not os.fstat(file).st_size:
+            os.write(file, secrets.token_hex(32).encode())
+    finally:
+        os.close(file)
+
+
+def _check_ray_folder() -> None:
+    """Raise `Mistake` where Ray cannot have its sockets and logs."""
+    name = next((each for each in ("RAY_TMPDIR", "TMPDIR") if each in os.environ), None)  # also one that is empty
+    folder = Path(os.environ[name] if name else "/tmp", "ray")
+    where = f"{name} is {os.environ[name]!r}" if name else "RAY_TMPDIR is not set"
+    problems = list(_wrong_with(folder))
+    if problems:
+        raise Mistake(
+            f"{where}, and Ray works in {folder}, {problems[0]}; set RAY_TMPDIR to a folder with a short absolute path "
+            "that can be written to"
+        )
+
+
+def _wrong_with(folder: Path) -> Iterator[str]:
+    longest = folder / f"session_2000-01-01_00-00-00_000000_{os.getpid()}" / "sockets" / "dash_MetricsHead"
+    if not folder.is_absolute():
+        yield "which is not an absolute path"
+    elif (length := len(os.fsencode(longest))) > SOCKET_BYTES:
+        yield f"where the paths of its sockets have {length} bytes, and Linux allows {SOCKET_BYTES}"
+    else:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            os.rmdir(tempfile.mkdtemp(dir=folder))
+        except OSError as error:
+            yield f"which cannot be written to ({error.strerror})"
