@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 from selenium.common.exceptions import StaleElementReferenceException
 
-from tune_kd.monitoring import token_file
+from tune_kd.environment import token_file
 
 DOCS = Path(__file__).parent
 PORT = 8299
