@@ -88,6 +88,12 @@ def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture(autouse=True)
+def _no_tracker_but_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow leaves its address in the environment of the process, from which commands would take it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def _tables_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pause between two makings of tables is for readers; where no other process reads, it only takes time."""
     monkeypatch.setattr(records, "TABLES_APART", 0.0)

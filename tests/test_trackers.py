@@ -5,7 +5,6 @@ import sqlite3
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -24,14 +23,6 @@ from tune_kd.execute import on_ray, trackers
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Task
 from tune_kd.study import Mistake, Study
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _nothing_stays_of_mlflow() -> Iterator[None]:
-    """It puts the place that it writes to into the environment, where the commands of other tests would find it."""
-    with pytest.MonkeyPatch.context() as around:
-        around.setenv("MLFLOW_TRACKING_URI", "")  # so that what was there before comes back
-        yield
 
 
 @pytest.fixture(scope="module")
