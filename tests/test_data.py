@@ -207,9 +207,9 @@ def test_cifar_is_what_has_its_classes(name: str) -> None:
     other = ("acorn", *published[1:-1], "zebra")
     with pytest.raises(Mistake) as refused:
         recognised(replace(whole, classes=other), name)
-    for words in ("has no class acorn, zebra,", f"its class {published[0]}, {published[-1]} is missing"):
+    for words in ("has no class 'acorn', 'zebra',", f"its class {published[0]!r}, {published[-1]!r} is missing"):
         assert words in str(refused.value)
-    with pytest.raises(Mistake, match=r"has no class class0, class1, class2, class3, class4 \.\.\.,"):
+    with pytest.raises(Mistake, match=r"has no class 'class0', 'class1', 'class2', 'class3', 'class4' \.\.\.,"):
         recognised(numbered(50_000, 10_000, classes=len(published)), name)
 
 
@@ -218,6 +218,7 @@ def test_cifar_is_what_has_its_classes(name: str) -> None:
     [
         ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         ("Aeroplane", "AUTO", "Bird", "Cat", "Deer", "Dog", "Frog", "Horse", "Ship", "Truck"),
+        tuple(f"({number}) {name.upper()}" for number, name in enumerate(CIFAR_CLASSES["cifar10"])),
         tuple(f"{number:02d}_{name}" for number, name in enumerate(CIFAR_CLASSES["cifar10"])),
     ],
 )
@@ -238,9 +239,22 @@ def test_classes_that_are_spelled_in_another_way_are_the_same_data(classes: tupl
     assert torch.equal(found.test_labels, published.test_labels)
 
 
+@pytest.mark.parametrize(
+    ("spelled", "name"),
+    [("AquariumFish", "aquarium_fish"), ("aquarium fish", "aquarium_fish"), ("Maple", "maple_tree"), ("cra", "crab"),
+     ("computer_keyboard", "keyboard"), ("lawnmower", "lawn_mower"),
+     ("pick-up truck", "pickup_truck"), ("46 man", "man")],
+)  # fmt: skip
+def test_common_spellings_of_cifar100_are_known(spelled: str, name: str) -> None:
+    published = CIFAR_CLASSES["cifar100"]
+    whole = replace(numbered(50_000, 10_000, classes=100), classes=published)
+    called = replace(whole, classes=tuple(spelled if each == name else each for each in published))
+    assert recognised(called, "cifar100").classes == published
+
+
 def test_two_folders_of_one_class_are_no_cifar10() -> None:
     doubled = ("airplane", "automobile", "bird", "car", "cat", "deer", "dog", "frog", "horse", "ship")
-    with pytest.raises(Mistake, match="has no class automobile, car, and its class truck is missing"):
+    with pytest.raises(Mistake, match="has no class 'automobile', 'car', and its class 'truck' is missing"):
         recognised(replace(numbered(50_000, 10_000), classes=doubled), "cifar10")
 
 

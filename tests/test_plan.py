@@ -105,6 +105,15 @@ THREE = Factor("temperature", (1.0, 2.0, 4.0))
             "moderator is 'method', and no contrast is held at two levels of method;",
         ),
         ({"contrasts": ()}, "moderator is 'stem', and no contrast compares another factor;"),
+        (
+            {
+                "factors": (Factor("method", ("none", "feature")), BETA),
+                "reference": (),
+                "contrasts": (Compare("method", "feature", "none"), Compare("beta", 1.0, 0.0)),
+                "moderator": "beta",
+            },
+            "contrasts 'beta=1 - beta=0' and '(feature - none): beta=1 - beta=0' are one difference of the same arms;",
+        ),
     ],
 )
 def test_what_is_declared_and_comes_to_nothing_is_refused_with_the_reason(
@@ -155,6 +164,15 @@ def test_levels_that_two_factors_share_are_compared_with_their_factors_name(one_
         "resnet18: teacher resnet34 - resnet18",
         "resnet34: teacher resnet34 - resnet18",
     ]
+
+
+def test_a_level_that_another_factor_has_too_is_compared_with_its_factors_name(study: Study) -> None:
+    shared = replace(
+        study, factors=(*study.factors, Factor("weights", ("none", "imagenet"))), cell=Cell(), moderator=None
+    )
+    compared = replace(shared, contrasts=(Compare("stem", "cifar", "imagenet"), Compare("weights", "imagenet", "none")))
+    whats = {each.name.rpartition(": ")[2] for each in plan(compared).contrasts}
+    assert whats == {"stem cifar - imagenet", "weights imagenet - none"}
 
 
 def test_levels_that_agree_to_six_digits_have_names_of_their_own(study: Study) -> None:
@@ -312,7 +330,7 @@ def test_a_plan_has_all_that_is_declared_under_names_of_its_own_or_is_refused(
     try:
         planned = plan(study)
     except Mistake as refused:
-        assert refused.problems
+        assert refused.problems and (study.contrasts or study.moderator)
         return
     for compare in contrasts:
         theirs = [dict(each.weights) for each in planned.contrasts if each.factor == compare.factor]

@@ -56,6 +56,24 @@ def test_an_answer_is_whole_where_standard_error_is_closed(elsewhere: Path) -> N
     assert ended(elsewhere, WRONG, "2>&-").stdout == ""
 
 
+def test_a_program_that_is_started_has_streams_where_the_command_had_none(tmp_path: Path) -> None:
+    code = "import os, subprocess, sys; from tune_kd.streams import made_safe; made_safe(); "
+    code += "sys.exit(subprocess.run([sys.executable, '-c', 'import os; [os.fstat(n) for n in range(3)]']).returncode)"
+    line = '"$0" -c "$1" <&- >&- 2>&-'
+    here = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(["sh", "-c", line, sys.executable, code], cwd=tmp_path, env=here).returncode == 0
+
+
+def test_what_is_said_comes_at_once_and_in_order_where_python_is_not_to_buffer(tmp_path: Path) -> None:
+    code = "import sys; from tune_kd.streams import made_safe; made_safe(); print('a'); "
+    code += "sys.stderr.write('partial\\n'); print('b')"
+    here = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert found.stdout == "a\npartial\nb\n"
+
+
 def test_what_a_terminal_has_no_letter_for_is_escaped(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from dataclasses import replace\nfrom search_spaces.ablation import smoke as small\n"
@@ -84,9 +102,7 @@ def test_a_stream_that_is_full_for_a_moment_loses_nothing_and_one_that_stays_ful
     thread = threading.Thread(target=slowly)
     with _Unfailing(writer, "w") as stream:
         thread.start()
-        rest = memoryview(text)
-        while rest:
-            rest = rest[stream.write(rest) :]
+        assert stream.write(text) == len(text)
         thread.join()
         assert bytes(read) == text
         monkeypatch.setattr("tune_kd.streams.WAIT", 0.1)

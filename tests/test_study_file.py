@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -12,6 +13,7 @@ from typing import get_type_hints
 import pytest
 
 from tune_kd import studies
+from tune_kd.execute import jobs
 from tune_kd.study import Mistake
 from tune_kd.study_file import executed
 
@@ -67,6 +69,115 @@ def test_a_study_that_leaves_ends_the_command_with_2_and_its_name(tmp_path: Path
     assert ended.stderr == f"tune_kd: STUDY is {tmp_path}/mine.py, where study() fails: SystemExit: 0 (line 2)\n"
 
 
+def test_a_mistake_that_a_studys_file_raises_names_it_too(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from tune_kd.study import Mistake\nraise Mistake('a is b', 'c is d')\n")
+    with pytest.raises(Mistake) as refused:
+        studies.resolve(tmp_path / "mine.py", "smoke")
+    assert refused.value.problems == tuple(f"STUDY is {tmp_path}/mine.py: {each}" for each in ("a is b", "c is d"))
+
+
+@pytest.mark.parametrize("declared", ["{1: study}", "{}", "{'smoke': 3}", "[study]"])
+def test_scales_are_names_with_functions(tmp_path: Path, declared: str) -> None:
+    (tmp_path / "mine.py").write_text(f"{SMALL}SCALES = {declared}\n")
+    with pytest.raises(Mistake, match=r"whose SCALES is .*; allowed: names with functions"):
+        studies.resolve(tmp_path / "mine.py", "smoke")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import sys\nsys.modules['odd'] = type('Odd', (), {'__file__': 3, '__getattr__': lambda *_: 1 / 0})()",
+        "import sys, types\nclass Lazy(types.ModuleType):\n    def __getattr__(self, name): raise RuntimeError(name)\n"
+        "sys.modules['odd'] = Lazy('odd')",
+        "import sys, types\nsys.modules['odd'] = types.ModuleType('odd')\nsys.modules['odd'].__path__ = 3",
+        "import sys\nsys.meta_path.clear()",
+        "import os, beside\nos.unlink(beside.__file__)",
+        "import os\nos.unlink(__file__)",
+        "import sys\nsys.path = None",
+    ],
+)
+def test_whatever_a_file_does_to_python_it_is_read_and_python_is_as_before(tmp_path: Path, text: str) -> None:
+    (tmp_path / "beside.py").write_text("")
+    (tmp_path / "mine.py").write_text(f"{SMALL}{text}\n")
+    before = list(sys.path), list(sys.meta_path)
+    for _ in range(2):
+        assert studies.resolve(tmp_path / "mine.py", "smoke").name == "ablation"
+    sys.modules.pop("odd", None)
+    assert (list(sys.path), list(sys.meta_path)) == before
+
+
+def test_a_package_that_is_not_all_python_stays_since_it_cannot_be_imported_again(tmp_path: Path) -> None:
+    import _json  # a module in C that needs no other
+
+    (tmp_path / "inc").mkdir()
+    shutil.copy(_json.__file__, tmp_path / "inc" / Path(_json.__file__).name)
+    (tmp_path / "inc" / "__init__.py").write_text("from inc._json import scanstring\n")
+    (tmp_path / "mine.py").write_text(f"import inc\n{SMALL}")
+    assert studies.resolve(tmp_path / "mine.py", "smoke").name == "ablation"
+    assert sys.modules.pop("inc").scanstring and sys.modules.pop("inc._json")
+
+
+def test_what_programs_of_a_studys_file_print_is_no_answer_either(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        f"import os, sys\n{SMALL}os.system('echo one')\nos.write(1, b'two\\n')\nsys.__stdout__.write('three\\n')\n"
+    )
+    ended = planned("tune-kd", "mine.py", tmp_path)
+    assert json.loads(ended.stdout)["study"] == "ablation"
+    assert ended.stderr.split() == ["one", "two", "three"]
+
+
+def test_a_link_to_a_study_finds_what_is_beside_the_study(tmp_path: Path) -> None:
+    for name in ("real", "link"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "real" / "beside.py").write_text(SMALL)
+    (tmp_path / "real" / "mine.py").write_text("from beside import study\n")
+    (tmp_path / "link" / "other.py").symlink_to(tmp_path / "real" / "mine.py")
+    assert studies.resolve(tmp_path / "link" / "other.py", "smoke").name == "ablation"
+    assert executed(tmp_path / "link" / "other.py").files == {
+        "studies/other.py": tmp_path / "link" / "other.py",
+        "studies/beside.py": tmp_path / "real" / "beside.py",
+    }
+
+
+@pytest.mark.parametrize("how", BOTH)
+def test_the_working_directory_is_no_place_for_modules_unless_the_study_is_there(tmp_path: Path, how: str) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "only_here.py").write_text("")
+    (tmp_path / "sub" / "mine.py").write_text(f"import only_here\n{SMALL}")
+    ended = planned(how, "sub/mine.py", tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "No module named 'only_here' (line 1)" in ended.stderr
+    (tmp_path / "mine.py").write_text(f"import only_here\n{SMALL}")
+    assert planned(how, "mine.py", tmp_path).returncode == 0
+
+
+def test_what_is_imported_from_the_working_directorys_studies_is_sent_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "search_spaces").mkdir()
+    (tmp_path / "search_spaces" / "common.py").write_text(SMALL)
+    (tmp_path / "search_spaces" / "mine.py").write_text("from search_spaces.common import study\n")
+    assert studies.resolve(tmp_path / "search_spaces" / "mine.py", "smoke").name == "ablation"
+    files = executed(tmp_path / "search_spaces" / "mine.py").files
+    assert {"studies/mine.py", "search_spaces/common.py"} <= set(files)
+    with jobs._copy(files) as copy:
+        here = {**os.environ, "PYTHONPATH": str(copy)}
+        command = [sys.executable, "-m", "tune_kd", "plan", "studies/mine.py", "--scale", "smoke", "--json"]
+        ended = subprocess.run(command, cwd=copy, env=here, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_studys_function_is_called_once_for_each_data_set(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from search_spaces.ablation import smoke\nCALLS = []\n"
+        "def study(data='digits'):\n    CALLS.append(data)\n    return smoke(data)\n"
+    )
+    for data in (None, "cifar10", None, "cifar10"):
+        assert studies.resolve(tmp_path / "mine.py", "smoke", data).data.name == (data or "digits")
+    assert executed(tmp_path / "mine.py").module.CALLS == ["digits", "cifar10"]
+
+
 @pytest.mark.parametrize("how", BOTH)
 def test_a_module_beside_the_file_is_imported_from_anywhere_and_what_is_printed_is_no_answer(
     tmp_path: Path, how: str
@@ -86,7 +197,10 @@ def test_a_module_beside_the_file_is_imported_from_anywhere_and_what_is_printed_
     assert json.loads(ended.stdout)["study"] == "named"
     assert ended.stderr.split() == ["executed", "asked"]
     assert {path.name for path in home.rglob("*")} == {"mine.py", "questions.py", "parts", "names.py"}, "traces"
-    assert executed(home / "mine.py").files == [home / "mine.py", home / "parts" / "names.py"]
+    assert executed(home / "mine.py").files == {
+        "studies/mine.py": home / "mine.py",
+        "studies/parts/names.py": home / "parts" / "names.py",
+    }
 
 
 def test_nothing_of_a_studys_folder_shadows_anything_afterwards(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tune_kd import answers
 from tune_kd.data import DataSet, Views, draw_views, prepare, show, view_numbers
 from tune_kd.models import build
 from tune_kd.study import Cell, Data, Recipe
-from tune_kd.teachers import Teacher, TeacherChanged, load_teacher, publish_teacher, published_epochs, unfit
+from tune_kd.teachers import Teacher, TeacherChanged, load_teacher, publish_teacher, published_epochs, unfit, wrong_with
 from tune_kd.trial import Answering, Epoch, Outcome, Trial
 
 CPU = torch.device("cpu")
@@ -59,9 +61,10 @@ def test_a_published_teacher_is_adopted_with_its_epochs(home: Path) -> None:
     [
         ([EPOCH], "has 1 epochs, and the teacher of this study 2;"),
         ([EPOCH, EPOCH], "has 2 epochs, and the teacher of this study 2;"),
-        ([EPOCH, replace(EPOCH, epoch=2, outcome=None)], "without an outcome, so without test accuracies;"),
+        ([EPOCH, replace(EPOCH, epoch=2, outcome=None)], "has not one outcome, of the last epoch,"),
+        ([EPOCH, replace(EPOCH, epoch=2)], "has not one outcome, of the last epoch,"),
         ([], "has 0 epochs,"),
-        ([EPOCH, replace(EPOCH, epoch=2)], None),
+        ([replace(EPOCH, outcome=None), replace(EPOCH, epoch=2)], None),
     ],
 )
 def test_a_card_of_other_epochs_than_the_trials_keeps_a_teacher_from_being_adopted(
@@ -77,12 +80,24 @@ def test_a_card_of_other_epochs_than_the_trials_keeps_a_teacher_from_being_adopt
     assert words is None or (words in str(found) and f"remove {tmp_path / longer.trial_id} to have" in str(found))
 
 
-def test_a_card_of_another_trial_or_without_epochs_keeps_a_teacher_from_being_adopted(home: Path) -> None:
-    card = home / TAUGHT.trial_id / "card.json"
-    altered(card, lambda record: record["trial"].update(seed=10))
+def test_a_card_of_another_trial_keeps_a_teacher_from_being_adopted(home: Path) -> None:
+    altered(home / TAUGHT.trial_id / "card.json", lambda record: record["trial"].update(seed=10))
     assert "is of trial" in str(unfit(home, TAUGHT))
-    altered(card, lambda record: record.pop("epochs"))
-    assert "lacks epochs" in str(unfit(home, TAUGHT))
+
+
+@pytest.mark.parametrize("change", [
+    lambda record: record.pop("epochs"),
+    lambda record: record.pop("weights_sha256"),
+    lambda record: record["epochs"][0].update(outcome={"x": 1}),
+    lambda record: record["epochs"][0].update(outcome="abc"),
+])  # fmt: skip
+def test_what_is_no_card_keeps_a_teacher_from_being_adopted_and_is_told_as_any_damage(
+    home: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    altered(home / TAUGHT.trial_id / "card.json", change)
+    assert "is no teacher's card" in str(unfit(home, TAUGHT))
+    assert "card.json was altered" in str(wrong_with(home, TAUGHT.trial_id, "its weights"))
+    assert published_epochs(home, TAUGHT.trial_id) is None
 
 
 def test_a_teacher_without_its_card_or_with_other_weights_is_not_adopted(home: Path) -> None:

@@ -53,9 +53,8 @@ SPELLINGS = {
     "aeroplane": "airplane",
     "car": "automobile",
     "auto": "automobile",
-    "computer_keyboard": "keyboard",
-    "lawnmower": "lawn_mower",
-    "pick_up_truck": "pickup_truck",
+    "computerkeyboard": "keyboard",
+    "cra": "crab",
     "racoon": "raccoon",
     **{tree: f"{tree}_tree" for tree in ("maple", "oak", "palm", "pine", "willow")},
 }
@@ -252,13 +251,15 @@ def recognised(pixels: Pixels, name: str) -> Pixels:
 
 
 def _spelling(name: str) -> str:
-    """The published name of a class that is called so, with a number before it or not; else its own in lower case."""
-    plain = re.sub(r"[\W_]+", "_", re.sub(r"^\d+[\W_]+", "", name.strip())).lower()
-    return SPELLINGS.get(plain, plain)
+    """The published name of a class that is called so, with a number before it or not; else its own in small letters
+    alone. Spaces, hyphens and capitals say nothing: `AquariumFish` and `00_aquarium-fish` are `aquarium_fish`."""
+    plain = re.sub(r"[\W_]+", "", re.sub(r"^\W*\d+[\W_]+", "", name.strip())).lower()
+    published = {each.replace("_", ""): each for classes in CIFAR_CLASSES.values() for each in classes}
+    return published.get(plain) or SPELLINGS.get(plain, plain)
 
 
 def _first(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(f"{name:.60}" for name in names[:most]) + (" ..." if len(names) > most else "")
+    return ", ".join(repr(name[:60]) for name in names[:most]) + (" ..." if len(names) > most else "")
 
 
 def _ranks(stream: str, labels: Tensor, seed: int) -> Tensor:

@@ -46,7 +46,7 @@ def _ranges(found: Any) -> Iterator[tuple[str, Column]]:
             if isinstance(index, dict) and index["name"] is not None:
                 numbers = index["start"] + index["step"] * np.arange(found.num_rows)
                 yield str(index["name"]), pa.chunked_array([pa.array(numbers)])
-    except (AttributeError, KeyError, OverflowError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"pandas' notes on its index are damaged: {error!r}") from error
 
 

@@ -138,7 +138,8 @@ def _compared(study: Study) -> tuple[list[Cell], tuple[Contrast, ...]]:
     cells = list(dict.fromkeys(raw))
     pairs = {compare: _pairs(study, cells, compare) for compare in study.contrasts}
     contrasts = _contrasts(study, pairs)
-    if problems := [*_vanished(study, cells, pairs, contrasts), *_namesakes(study, cells, contrasts)]:
+    problems = [*_vanished(study, cells, pairs, contrasts), *_namesakes(study, cells, contrasts), *_repeated(contrasts)]
+    if problems:
         raise Mistake(*problems)
     return raw, contrasts
 
@@ -211,11 +212,11 @@ def _contrasts(study: Study, pairs: Pairs) -> tuple[Contrast, ...]:
 
 
 def _difference(study: Study, compare: Compare) -> str:
-    """What is compared: `logit - none`, `T=2 - T=4`, or `teacher resnet50 - resnet34` where students have such levels,
+    """What is compared: `logit - none`, `T=2 - T=4`, or `teacher resnet50 - resnet34` where students have such a level,
     too."""
     levels = (compare.treated, compare.against)
     what = " - ".join(level_name(compare.factor, level) for level in levels)
-    shared = any(set(levels) <= set(each.levels) for each in study.factors if each.name != compare.factor)
+    shared = any(set(levels) & set(each.levels) for each in study.factors if each.name != compare.factor)
     return f"{compare.factor} {what}" if shared and isinstance(compare.treated, str) else what
 
 
@@ -298,6 +299,19 @@ def _namesakes(study: Study, cells: list[Cell], contrasts: tuple[Contrast, ...])
         for name, count in Counter(found).items()
         if count > 1
     ]
+
+
+def _repeated(contrasts: tuple[Contrast, ...]) -> list[str]:
+    """A sentence for each contrast that is another one, or the other way round: both would count as tests."""
+    first: dict[frozenset[tuple[str, float]], str] = {}
+    problems = []
+    for each in contrasts:
+        turned = frozenset((arm, -weight) for arm, weight in each.weights)
+        if (known := first.get(frozenset(each.weights)) or first.get(turned)) is not None:
+            problems.append(f"contrasts {known!r} and {each.name!r} are one difference of the same arms; allowed: each "
+                            "difference once, so leave out a comparison or the moderator")  # fmt: skip
+        first[frozenset(each.weights)] = each.name
+    return problems
 
 
 def _pairs(study: Study, cells: list[Cell], compare: Compare) -> list[tuple[Cell, Cell]]:

@@ -349,7 +349,14 @@ def reopen(folder: Path) -> Run:
             f"RUN is {folder.name}, begun by tune_kd {begun}; this is {here}, whose records differ: finish it with the "
             "version that began it"
         )
-    if {trial.trial_id for trial in run.plan.trials} != set(record["trials"]):  # their order is this version's
+    try:
+        planned = run.plan
+    except Mistake as mistake:
+        raise Mistake(
+            f"RUN is {folder.name}, begun by tune_kd {begun} at commit {record['git_commit'] or 'unknown'}, which "
+            f"allowed what this one does not ({'; '.join(mistake.problems)}); finish it with that one, or start anew"
+        ) from mistake
+    if {trial.trial_id for trial in planned.trials} != set(record["trials"]):  # their order is this version's
         raise Mistake(
             f"{folder}/study.json was planned by tune_kd {record['versions']['tune_kd']}, and this version plans "
             "other trials from it; resume it with that version"

@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-WAIT = 1.0  # seconds for which a stream that does not block may be full
+WAIT = 5.0  # seconds for which a stream that does not block may be full
 
 
 def made_safe() -> None:
@@ -18,7 +18,7 @@ def made_safe() -> None:
         try:
             os.fstat(number)
         except OSError:  # closed by whoever started this: the next file would be taken for it
-            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # also in the programs that this one starts
     sys.stdout = _unfailing(sys.stdout, 1)
     sys.stderr = _unfailing(sys.stderr, 2)
 
@@ -33,24 +33,29 @@ def _unfailing(stream: Any, number: int) -> Any:
     if stream is not None:
         with suppress(OSError):
             stream.flush()
+    raw, at_once = (
+        _Unfailing(number, "w", closefd=False),
+        getattr(stream, "write_through", False),
+    )  # as `python -u` asks
     return io.TextIOWrapper(
-        io.BufferedWriter(_Unfailing(number, "w", closefd=False)),
+        raw if at_once else io.BufferedWriter(raw),
         encoding=getattr(stream, "encoding", "utf-8"),
         errors="backslashreplace",  # what this terminal has no letter for is no reason to fail, either
         line_buffering=number == 2 or os.isatty(number),
-        write_through=getattr(stream, "write_through", False),
+        write_through=at_once,
     )
 
 
 class _Unfailing(io.FileIO):
-    """Takes everything, and writes what can be written."""
+    """Takes everything, and writes what can be written: where it stays full for `WAIT`, the rest is lost."""
 
     def write(self, data: Any) -> int:
-        size = memoryview(data).nbytes
-        try:
-            written = super().write(data)
-            if written is None and select.select([], [self.fileno()], [], WAIT)[1]:
-                written = super().write(data)
-        except OSError:
-            return size
-        return size if written is None else written
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        with suppress(OSError):
+            while rest:
+                written = super().write(rest)
+                if written is None and not select.select([], [self.fileno()], [], WAIT)[1]:
+                    break
+                rest = rest[written or 0 :]
+        return size

@@ -4,9 +4,8 @@ import inspect
 import json
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
-from functools import partial
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -43,12 +42,12 @@ def scales(path: Path) -> dict[str, Callable[..., Study]]:
 
 def _scales(file: StudyFile) -> dict[str, Callable[..., Study]]:
     with file.running("whose SCALES cannot be read"):
-        declared = getattr(file.module, "SCALES", None)
+        declared, make = (getattr(file.module, name, None) for name in ("SCALES", "study"))
         if declared is not None:
-            if not isinstance(declared, Mapping) or not all(map(callable, declared.values())):
+            names = dict(declared) if isinstance(declared, Mapping) else {}
+            if not names or not all(isinstance(name, str) and callable(each) for name, each in names.items()):
                 raise Mistake(f"STUDY is {file.path}, whose SCALES is {declared!r:.60}; allowed: names with functions")
-            return dict(declared)
-        make = getattr(file.module, "study", None)
+            return names
     if not callable(make):
         raise Mistake(f"STUDY is {file.path}, which has no function study(); allowed: a file with `study() -> Study`")
     return {_made(file, make, None).scale: make}
@@ -74,15 +73,17 @@ def resolve(path: Path, scale: str, data: str | None = None, settings: Sequence[
 
 
 def _made(file: StudyFile, make: Callable[..., Study], data: str | None) -> Study:
-    """The study that a function of the file makes, of a data set where it takes one."""
+    """The study that a function of the file makes, of a data set where it takes one. It is asked once."""
     name = getattr(make, "__name__", "study")
     with file.running(f"where {name}() fails"):
-        if data is not None and "data" in inspect.signature(make).parameters:
-            make = partial(make, data=data)
-        study = make()
-    if not isinstance(study, Study):
-        raise Mistake(f"STUDY is {file.path}, where {name}() returns {type(study).__name__}; allowed: a Study")
-    return study
+        takes_data = data is not None and "data" in inspect.signature(make).parameters
+        key = (make if isinstance(make, Hashable) else id(make), data if takes_data else None)
+        if key not in file.made:
+            made = make(data=data) if takes_data else make()
+            if not isinstance(made, Study):
+                raise Mistake(f"STUDY is {file.path}, where {name}() returns {type(made).__name__}; allowed: a Study")
+            file.made[key] = made
+        return file.made[key]
 
 
 def from_json(value: Any) -> Study:
@@ -122,7 +123,7 @@ def _type_problems(path: Path, value: dict[str, Any], settings: Sequence[str], e
         allowed = " or ".join(dict.fromkeys(_words(each) for each in _members(kind)))
         typed = any(f"{name}.".startswith((f"{each}.", f"{each}[")) for each in given)
         source, example = ("--set", _example(name, kind, got)) if typed else (f"STUDY is {path}:", "")
-        problems.append(f"{source} {name} is {got!r}; allowed: {allowed}{example}")
+        problems.append(f"{source} {name} is {_shown(got)}; allowed: {allowed}{example}")
     return problems
 
 
@@ -134,7 +135,7 @@ def _field(loc: Sequence[int | str], value: Any) -> tuple[str, Any, Any]:
         if inner is None or not (step in value if isinstance(value, dict) else isinstance(step, int)):
             break  # pydantic goes on with the members of a union
         kind, value = inner, value[step]
-        if kind is Factor:
+        if kind is Factor and isinstance(value, dict) and "name" in value:
             name = f"{name}.{value['name']}"
         elif step != "levels":
             name += f"[{step}]" if isinstance(step, int) else f".{step}"
@@ -165,19 +166,26 @@ def _words(kind: Any) -> str:
 
 
 def _example(name: str, kind: Any, got: Any) -> str:
-    """What to type where a list, text or an object is expected and something else was given."""
+    """What to type where a list, text or an object is expected and something else was given, if that can be told."""
     if is_dataclass(kind) and isinstance(kind, type):
         first = fields(kind)[0]
-        return f", such as {name}.{first.name}={first.default}"
+        known = first.default is not MISSING and "[" not in name
+        return f", such as {name}.{first.name}={first.default}" if known else ""
     if isinstance(got, dict | list | NoneType):
         return ""
+    right: Any = json.dumps(got)
     if any(get_origin(each) is tuple for each in _members(kind)):
-        right: Any = [_parsed(text.strip()) for text in str(got).split(",")]
-    elif str in _members(kind):
-        right = json.dumps(got)
-    else:
+        right = [_parsed(text.strip()) for text in str(got).split(",")]
+    try:
+        TypeAdapter(kind).validate_python(right)
+    except ValidationError:
         return ""
     return f", such as {shlex.quote(f'{name}={json.dumps(right)}')}"
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON has it where Python writes it in another way."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def _parsed(text: str) -> Any:
@@ -195,15 +203,24 @@ def _assign(value: dict[str, Any], path: list[str], new: Any, whole: str) -> str
         return f"--set names {whole!r}; allowed here: {', '.join(value)}"
     if not rest:
         if isinstance(new, dict) and isinstance(value[head], dict):  # fields that are none would pass unseen
-            return next((found for name in new if (found := _assign(value[head], [name], new[name], whole))), None)
+            return next(
+                (found for name in new if (found := _assign(value[head], [name], new[name], f"{whole}.{name}"))), None
+            )
+        if _holds_truth(new) and not isinstance(value[head], bool):  # which would pass as 1 or 0
+            return f"--set {whole} is {json.dumps(new)}; allowed: numbers and text, not true or false"
         value[head] = new
         return None
-    if head == "factors":
+    if head == "factors" and isinstance(value[head], list | tuple):
         by_name = {factor["name"]: factor for factor in value[head]}
         if rest[0] not in by_name or len(rest) > 1:
             return f"--set names {whole!r}; allowed here: {', '.join(f'factors.{name}' for name in by_name)}"
-        by_name[rest[0]]["levels"] = new
-        return None
+        return _assign(by_name[rest[0]], ["levels"], new, whole)
+    if value[head] is None:
+        return f"--set names {whole!r}, and {head} is null here; allowed: {head} as a whole, in JSON"
     if not isinstance(value[head], dict):
         return f"--set names {whole!r}; {head} has no fields of its own"
     return _assign(value[head], rest, new, whole)
+
+
+def _holds_truth(value: Any) -> bool:
+    return any(map(_holds_truth, value)) if isinstance(value, list) else isinstance(value, bool)

@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
@@ -13,7 +13,7 @@ from types import CodeType, ModuleType
 
 from tune_kd import signals
 from tune_kd.storage import MOST_RECORD_BYTES, read
-from tune_kd.study import Mistake
+from tune_kd.study import Mistake, Study
 
 FOLDER = "search_spaces"
 INSTALLED = Path(__file__).parents[1] / FOLDER
@@ -33,10 +33,14 @@ class StudyFile:
     def __init__(self, path: Path) -> None:
         """Execute it. Raises `Mistake`, also for what it raises."""
         self.path = path
+        self.made: dict[Hashable, Study] = {}  # what its functions made
         # A name that nothing else has, under which the module stays known, so that its classes can be found by it.
         self._name = f"study_{path.stem}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
-        self._beside: dict[str, ModuleType] = {}  # what it imported from its folder, which only it sees
-        self._python_path = [str(path.parent), *sys.path]
+        self._folder = path.resolve().parent  # of a link, the folder of what it links to, as for any of Python's
+        self._beside: dict[str, ModuleType] = {}  # what it imported from there, which only it sees
+        # `python -m tune_kd` puts the working directory first, and `tune-kd` does not: here neither does.
+        here = 1 if sys.path[:1] in ([""], [os.getcwd()]) else 0
+        self._python_path = [str(self._folder), *sys.path[here:]]
         self._finder = _SearchSpaces()
         self._texts: dict[Path, bytes] = {}  # of it, and of what it imported so
         with self.running("which cannot be read"):
@@ -44,16 +48,27 @@ class StudyFile:
             self.module = self._executed()
 
     @property
-    def files(self) -> list[Path]:
-        """The file, and what it imported so far from its folder."""
-        return [path for path in self._texts if path.is_relative_to(self.path.parent)]
+    def files(self) -> dict[str, Path]:
+        """It and what it imported so far, by where a copy of tune_kd has to have them: `studies/NAME`, and
+        `search_spaces/NAME` of what it imported as that and did not come with tune_kd."""
+        found = {f"studies/{self.path.name}": self.path}
+        for path in self._texts:
+            if path.is_relative_to(INSTALLED):
+                continue
+            if path.is_relative_to(self._folder):
+                found.setdefault(f"studies/{path.relative_to(self._folder)}", path)
+            if path.is_relative_to(own := folders()[0]):
+                found[f"{FOLDER}/{path.relative_to(own)}"] = path
+        return found
 
     @property
     def is_as_executed(self) -> bool:
-        """Whether it, and what it imported from its folder, holds what it did then."""
-        with suppress(OSError):
-            return all(read(path, MOST_RECORD_BYTES) == text for path, text in self._texts.items())
-        return False
+        """Whether it, and what it imported from its folder, holds what it did then, as far as it is there."""
+        for path, text in self._texts.items():
+            with suppress(OSError):
+                if read(path, MOST_RECORD_BYTES) != text:
+                    return False
+        return True
 
     @contextmanager
     def running(self, doing: str) -> Iterator[None]:
@@ -68,17 +83,23 @@ class StudyFile:
                 del sys.modules[name]
         sys.modules.update(self._beside)
         sys.path, sys.dont_write_bytecode = self._python_path, True  # no traces in a user's folder
+        finders = list(sys.meta_path)
         sys.meta_path.insert(0, self._finder)
         try:
-            with redirect_stdout(sys.stderr):
+            with _to_standard_error():
                 yield
-        except Mistake:
-            raise
         except BaseException as error:
             signals.check()  # what it raises may be what asked this command to leave
-            raise Mistake(f"STUDY is {self.path}, {doing}: {self._words(error)}") from error
+            line = self._line(error)
+            if isinstance(error, Mistake) and error.problems:
+                if line is None:  # ours
+                    raise
+                raise Mistake(*(f"STUDY is {self.path}: {problem}" for problem in error.problems)) from error
+            at = "" if line is None else f" (line {line})"
+            raise Mistake(f"STUDY is {self.path}, {doing}: {_words(error)}{at}") from error
         finally:
-            sys.meta_path.remove(self._finder)
+            more = [finder for finder in sys.meta_path if finder not in (self._finder, *finders)]  # of libraries
+            sys.meta_path[:] = [*finders, *more]
             self._python_path, sys.path, sys.dont_write_bytecode = sys.path, python_path, bytecode
             self._set_aside(modules)
 
@@ -94,31 +115,29 @@ class StudyFile:
 
     def _set_aside(self, before: dict[str, ModuleType]) -> None:
         """Have modules of its folder, or called `search_spaces`, be for this file alone; put back what they hid."""
-        new = {name: module for name, module in sys.modules.items() if name not in before and name != self._name}
-        own = {FOLDER} | {name for name, module in new.items() if self._holds(module)}
+        new = {name: file for name, module in list(sys.modules.items())
+               if name not in before and name != self._name and (file := _file(module)) is not None}  # fmt: skip
+        # What is not all Python, such as numpy in a folder to which it was installed, cannot be imported again.
+        compiled = {_top(name) for name, file in new.items() if file.suffix != ".py"}
+        own = {FOLDER} | {name for name, file in new.items() if self._holds(file) and name not in compiled}
         for name in [name for name in sys.modules if _top(name) in own]:
             self._beside[name] = sys.modules.pop(name)
-            if source := getattr(self._beside[name], "__file__", None):
-                self._texts.setdefault(Path(source), read(Path(source), MOST_RECORD_BYTES))
+            if (file := _file(self._beside[name])) is not None and file not in self._texts:
+                with suppress(OSError):
+                    self._texts[file] = read(file, MOST_RECORD_BYTES)
         sys.modules.update({name: module for name, module in before.items() if _top(name) in own})
 
-    def _holds(self, module: ModuleType) -> bool:
-        """Whether a module is a file or a folder directly in the folder of this one."""
-        file = getattr(module, "__file__", None)
-        places = [Path(file)] if file else [Path(each) / "__init__.py" for each in getattr(module, "__path__", ())]
-        return any(self.path.parent == (at.parent.parent if at.stem == "__init__" else at.parent) for at in places)
+    def _holds(self, file: Path) -> bool:
+        """Whether a module's file, or the folder of a package's, stands directly in the folder of this one."""
+        return self._folder == (file.parent.parent if file.stem == "__init__" else file.parent)
 
-    def _words(self, error: BaseException) -> str:
-        """An error as one line, with the last line of the file that led to it."""
-        try:
-            text = " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())
-        except Exception:  # of its own class, whose words fail
-            text = type(error).__name__
+    def _line(self, error: BaseException) -> int | None:
+        """The last line of the file that led to an error; null where none did."""
         trace, line = error.__traceback__, None
         while trace is not None:
             line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == str(self.path) else line
             trace = trace.tb_next
-        return text if line is None else f"{text} (line {line})"
+        return line
 
 
 _files: dict[Path, StudyFile] = {}
@@ -151,6 +170,51 @@ class _SearchSpaces(MetaPathFinder):
             return None
         there = [str(folder) for folder in reversed(folders())]
         return importlib.util.spec_from_file_location(name, INSTALLED / "__init__.py", submodule_search_locations=there)
+
+
+@contextmanager
+def _to_standard_error() -> Iterator[None]:
+    """Have what is written to standard output, also by programs that are started, go to standard error."""
+    with redirect_stdout(sys.stderr):
+        try:
+            aside = os.dup(1)
+        except OSError:  # there is none
+            yield
+            return
+        try:
+            _flush()
+            with suppress(OSError):
+                os.dup2(2, 1)
+            yield
+        finally:
+            _flush()
+            os.dup2(aside, 1)
+            os.close(aside)
+
+
+def _flush() -> None:
+    with suppress(OSError, ValueError, AttributeError):  # closed, or none
+        sys.__stdout__.flush()  # type: ignore[union-attr]
+
+
+def _file(module: object) -> Path | None:
+    """The file of a module, or of a package without `__init__.py` the one that it would have; null where it has none.
+    What stands in `sys.modules` may be anything, and is not asked."""
+    there = vars(module) if isinstance(module, ModuleType) else {}
+    file, paths = there.get("__file__"), there.get("__path__")
+    if isinstance(file, str):
+        return Path(file)
+    with suppress(Exception):  # of a package that computes them
+        return next((Path(str(each), "__init__.py") for each in paths or ()), None)
+    return None
+
+
+def _words(error: BaseException) -> str:
+    """An error as one line."""
+    try:
+        return " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())
+    except Exception:  # of its own class, whose words fail
+        return type(error).__name__
 
 
 def _top(name: str) -> str:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -39,6 +40,15 @@ BATCH = 512  # views answered at a time; fixed, since an answer computed again i
 
 class TeacherChanged(RuntimeError):
     """A teacher's file is not the one that was published."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a teacher is: the trial that trained it, its epochs, and the digest of its file of weights."""
+
+    trial: Trial
+    epochs: list[Epoch]
+    weights_sha256: str
 
 
 def publish_teacher(folder: Path, trial: Trial, weights: dict[str, Tensor], epochs: Iterable[Epoch]) -> None:
@@ -78,9 +88,9 @@ def fetch_teacher(folder: Path, teacher_id: str) -> None:
 def published_epochs(folder: Path, teacher_id: str) -> list[Epoch] | None:
     """The epochs of a published teacher whose weights are whole; null where it has to be trained."""
     card = _card(folder, teacher_id)
-    if card is None or _digest(folder / teacher_id / "weights.safetensors") != card["weights_sha256"]:
+    if card is None or _digest(folder / teacher_id / "weights.safetensors") != card.weights_sha256:
         return None
-    return TypeAdapter(list[Epoch]).validate_python(card["epochs"])
+    return card.epochs
 
 
 def wrong_with(folder: Path, teacher_id: str, taught: str | None = None) -> str | None:
@@ -94,7 +104,7 @@ def wrong_with(folder: Path, teacher_id: str, taught: str | None = None) -> str 
     card = _card(folder, teacher_id)
     if card is None:
         return f"{home / 'card.json'} was altered since it was written"
-    if _digest(home / "weights.safetensors") != card["weights_sha256"]:
+    if _digest(home / "weights.safetensors") != card.weights_sha256:
         return f"{home / 'weights.safetensors'} is not what its card says"
     if taught is not None and taught != _outcome_digest(card):
         return f"{home} was trained again, and is not the teacher that this run had"
@@ -104,35 +114,37 @@ def wrong_with(folder: Path, teacher_id: str, taught: str | None = None) -> str 
 def unfit(folder: Path, trial: Trial) -> str | None:
     """What keeps a teacher that is published under a trial's id from being adopted as this trial: its record, which may
     have been put there by hand, is not the trial's. Null where nothing does, or there is none."""
-    card, home = _card(folder, trial.trial_id), folder / trial.trial_id
-    if card is None:
-        return None
+    home = folder / trial.trial_id
     remedy = f"remove {home} to have this teacher trained, or put a whole one there"
     try:
-        epochs = TypeAdapter(list[Epoch]).validate_python(card["epochs"])
-        theirs = TypeAdapter(Trial).validate_python(card["trial"])
-    except (KeyError, ValidationError) as error:
-        return f"{home / 'card.json'} lacks epochs or a trial that can be read ({type(error).__name__}); {remedy}"
+        card = _read_card(folder, trial.trial_id)
+    except Damaged:  # by a disk: it is trained again
+        return None
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        return f"{home / 'card.json'} is no teacher's card ({where}: {error.errors()[0]['msg']}); {remedy}"
+    if card is None:
+        return None
     planned = trial.recipe.epochs
-    if theirs.trial_id != trial.trial_id:
-        return f"{home / 'card.json'} is of trial {theirs.trial_id}; {remedy}"
-    if [each.epoch for each in epochs] != list(range(1, planned + 1)):
-        return f"{home / 'card.json'} has {len(epochs)} epochs, and the teacher of this study {planned}; {remedy}"
-    if epochs[-1].outcome is None:
-        return f"{home / 'card.json'} has epochs without an outcome, so without test accuracies; {remedy}"
+    if card.trial.trial_id != trial.trial_id:
+        return f"{home / 'card.json'} is of trial {card.trial.trial_id}; {remedy}"
+    if [each.epoch for each in card.epochs] != list(range(1, planned + 1)):
+        return f"{home / 'card.json'} has {len(card.epochs)} epochs, and the teacher of this study {planned}; {remedy}"
+    if [each.epoch for each in card.epochs if each.outcome is not None] != [planned]:
+        return f"{home / 'card.json'} has not one outcome, of the last epoch, so not its test accuracies; {remedy}"
     return None
 
 
-def _outcome_digest(card: dict[str, Any]) -> str | None:
+def _outcome_digest(card: Card) -> str | None:
     """The digest of last and best weights that the teacher's row has, too; null for one without an outcome."""
-    outcome = card["epochs"][-1]["outcome"] if card["epochs"] else None
-    return None if outcome is None else str(outcome["weights_digest"])
+    outcome = card.epochs[-1].outcome if card.epochs else None
+    return None if outcome is None else outcome.weights_digest
 
 
 def weights_digest(folder: Path, teacher_id: str) -> str | None:
     """The digest that a teacher's card names; null where there is no whole card."""
     card = _card(folder, teacher_id)
-    return None if card is None else str(card["weights_sha256"])
+    return None if card is None else card.weights_sha256
 
 
 def writing(folder: Path, teacher_id: str) -> FileLock:
@@ -142,13 +154,19 @@ def writing(folder: Path, teacher_id: str) -> FileLock:
     return FileLock(folder / teacher_id / ".lock", thread_local=False)
 
 
-def _card(folder: Path, teacher_id: str) -> dict[str, Any] | None:
+def _card(folder: Path, teacher_id: str) -> Card | None:
     """What a teacher's card says. Null where there is none, or it was altered."""
+    with suppress(Damaged, ValidationError):
+        return _read_card(folder, teacher_id)
+    return None
+
+
+def _read_card(folder: Path, teacher_id: str) -> Card | None:
+    """Raises `Damaged` for a card that was altered since it was written, and `ValidationError` for what is none."""
     path = folder / teacher_id / "card.json"
-    try:
-        return unsealed(read(path, MOST_RECORD_BYTES), path) if path.is_file() else None
-    except Damaged:
+    if not path.is_file():
         return None
+    return TypeAdapter(Card).validate_python(unsealed(read(path, MOST_RECORD_BYTES), path))
 
 
 def _digest(path: Path) -> str | None:
@@ -273,8 +291,8 @@ def load_teacher(
         )
     if taught is not None and taught != _outcome_digest(card):
         raise TeacherChanged(f"{home} was trained again, with other weights than this run's teacher had; put it back")
-    trial = TypeAdapter(Trial).validate_python(card["trial"])
-    path, expected = home / "weights.safetensors", card["weights_sha256"]
+    trial = card.trial
+    path, expected = home / "weights.safetensors", card.weights_sha256
 
     def verified() -> bytes:
         found = read(path, MOST_STATE_BYTES)

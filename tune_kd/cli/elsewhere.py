@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from shlex import quote
 from typing import Annotated, Any, NoReturn
@@ -64,10 +65,12 @@ def submit(
     path = studies.find(study)
     own = INSTALLED.resolve() not in path.resolve().parents
     problems: list[str] = []
-    if scale == "auto":  # which is for the cluster to say
-        collect(problems, lambda: studies.scales(path))
-    else:
+    if scale != "auto":
         collect(problems, lambda: studies.resolve(path, scale, data, settings or ()))
+    else:  # which is for the cluster to say; what any of them imports is to be there
+        for each in collect(problems, lambda: studies.scales(path)) or ():
+            with suppress(Mistake):
+                studies.resolve(path, each, data)
     name = name or f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     problems += runs.problems_with_name(name)
     gpus = collect(problems, lambda: shares.parse_gpus(gpus_per_trial))
@@ -95,7 +98,7 @@ def submit(
         }
     )
     metadata = {"job_name": name, "run": name, "study": path.stem, "scale": scale, "out": place}
-    job = jobs.submit(cluster, arguments, metadata, study=executed(path).files if own else (), install=install)
+    job = jobs.submit(cluster, arguments, metadata, study=executed(path).files if own else {}, install=install)
     _follow(cluster, job, name, address, detach)
 
 

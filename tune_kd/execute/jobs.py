@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import distribution, requires, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -63,15 +64,14 @@ def submit(
     arguments: Sequence[str],
     metadata: Mapping[str, str],
     *,
-    study: Sequence[Path] = (),
+    study: Mapping[str, Path] = MappingProxyType({}),
     install: bool = False,
 ) -> str:
     """Have a cluster run `python -m tune_kd` with these arguments; returns the job's id.
 
-    The job works in a copy of this project, in which a `study` of the user's is `studies/NAME`, beside the other files
-    that are given with it. With `install`, Ray
-    installs this project's dependencies there first, in the versions that are here. Raises `Mistake` where the
-    cluster does not take it.
+    The job works in a copy of this project, to which the files of a user's `study` are added under these names. With
+    `install`, Ray installs this project's dependencies there first, in the versions that are here. Raises `Mistake`
+    where the cluster does not take it.
     """
     with _copy(study) as folder:
         environment: dict[str, Any] = {"working_dir": str(folder)}
@@ -89,7 +89,7 @@ def submit(
 
 
 @contextmanager
-def _copy(study: Sequence[Path]) -> Iterator[Path]:
+def _copy(study: Mapping[str, Path]) -> Iterator[Path]:
     """A folder with this project as a cluster is to have it, with its version, and a study."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -101,10 +101,9 @@ def _copy(study: Sequence[Path]) -> Iterator[Path]:
         # The interpreter of this place, where images are alike, or the one that the cluster was started with.
         python = f'P={shlex.quote(sys.executable)}; [ -x "$P" ] || P=python'
         (folder / START).write_text(f'{python}; exec "$P" -m tune_kd "$@"\n')
-        for file in study:
-            there = folder / "studies" / file.relative_to(study[0].parent)
-            there.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, there)
+        for place, file in study.items():
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, folder / place)
         yield folder
 
 
