@@ -114,6 +114,15 @@ THREE = Factor("temperature", (1.0, 2.0, 4.0))
             },
             "contrasts 'beta=1 - beta=0' and '(feature - none): beta=1 - beta=0' are one difference of the same arms;",
         ),
+        (
+            {
+                "factors": (Factor("method", ("none", "logit", "feature")), BETA),
+                "reference": (),
+                "contrasts": (Compare("method", "feature", "none"), Compare("method", "logit", "feature")),
+                "moderator": "beta",
+            },
+            "contrasts '(feature - none): beta=1 - beta=0' and '(logit - feature): beta=1 - beta=0' are one difference",
+        ),
     ],
 )
 def test_what_is_declared_and_comes_to_nothing_is_refused_with_the_reason(

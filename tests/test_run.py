@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from conftest import altered
+from conftest import altered, tiny
 from tune_kd.privacy import masked
 from tune_kd.records import LEDGER, TRIALS, Ledger, first_row
 from tune_kd.run import Run, Source, begun, changes, check_new, create, extended, held, holder, record_extension, reopen
 from tune_kd.study import Confirm, Mistake, Study
+from tune_kd.trial import digest
 
 
 @pytest.fixture
@@ -342,3 +343,19 @@ def test_what_is_set_of_an_extension_is_on_record(of_file: Callable[..., Run]) -
     again = reopen(run.folder)
     assert again.study.confirm == Confirm((1, 2, 5))
     assert changes(again) == []
+
+
+def test_a_run_that_an_earlier_state_of_this_version_began_is_told_of_with_where_that_was(tmp_path: Path) -> None:
+    """One that was begun before its study was refused: its records are whole, and nothing of it is lost."""
+    run = Run("r", tmp_path / "r", tiny(), "d" * 64, None, {})
+    create(run)
+
+    def as_before(record: dict[str, Any]) -> None:
+        record["study"]["moderator"] = "temperature"
+        record |= {"study_sha256": digest(record["study"]), "git_commit": "abc123"}
+
+    altered(run.folder / "study.json", as_before)
+    with pytest.raises(
+        Mistake, match=r"at commit abc123, which allowed what .* not \(moderator is 'temperature', .*; fin"
+    ):
+        reopen(run.folder)

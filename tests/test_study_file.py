@@ -61,6 +61,12 @@ def test_whatever_a_studys_file_raises_is_a_sentence_that_names_the_file(tmp_pat
     assert "\n" not in said
 
 
+def test_a_signal_while_a_studys_file_is_read_is_that_signal(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass\n")
+    ended = planned("tune-kd", "mine.py", tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
 @pytest.mark.parametrize("how", BOTH)
 def test_a_study_that_leaves_ends_the_command_with_2_and_its_name(tmp_path: Path, how: str) -> None:
     (tmp_path / "mine.py").write_text("import sys\ndef study(): sys.exit(0)\n")
@@ -90,6 +96,7 @@ def test_scales_are_names_with_functions(tmp_path: Path, declared: str) -> None:
         "import sys, types\nclass Lazy(types.ModuleType):\n    def __getattr__(self, name): raise RuntimeError(name)\n"
         "sys.modules['odd'] = Lazy('odd')",
         "import sys, types\nsys.modules['odd'] = types.ModuleType('odd')\nsys.modules['odd'].__path__ = 3",
+        "import sys\nsys.modules['odd'] = object()",
         "import sys\nsys.meta_path.clear()",
         "import os, beside\nos.unlink(beside.__file__)",
         "import os\nos.unlink(__file__)",
@@ -214,6 +221,8 @@ def test_nothing_of_a_studys_folder_shadows_anything_afterwards(tmp_path: Path) 
             "def study():\n    import beside\n    assert '/of/mine' in sys.path\n"
             "    return replace(small(), name=beside.NAME)\n"
         )
+    import search_spaces.ablation  # noqa: F401 - there before, and to be there after
+
     before = list(sys.path), dict(sys.modules), list(sys.meta_path)
     for name in ("one", "other", "one"):
         assert studies.resolve(tmp_path / name / "mine.py", "smoke").name == name
