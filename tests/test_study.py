@@ -38,7 +38,10 @@ def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
         ({"contrasts": (Compare("alpha", 0.3, 0.5),)}, ("'alpha'", "stem, method, temperature")),
         ({"contrasts": (Compare("method", "none", "none"),)}, ("'none'", "itself")),
         ({"contrasts": (Compare("stem", "cifar", "imagenet"),) * 2}, ("stem 'cifar' with 'imagenet' more than once",)),
-        ({"contrasts": (Compare("temperature", 2.0, 4.0), Compare("temperature", 4, 2))}, ("4 with 2", "one of both")),
+        (
+            {"contrasts": (Compare("temperature", 2.0, 4.0), Compare("temperature", 4, 2))},
+            ("4 with 2", "in one direction"),
+        ),
         (
             {"reference": (("temperature", 2.0), ("temperature", 4.0))},
             ("'temperature' more than once",),

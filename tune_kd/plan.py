@@ -274,7 +274,7 @@ def _vanished(study: Study, cells: list[Cell], pairs: Pairs, contrasts: tuple[Co
         why = "no contrast compares another factor"
     else:
         why = f"no contrast is held at two levels of {by}"
-    return [f"moderator is {by!r}, and {why}; allowed: null, or a factor with whose levels a contrast can change"]
+    return [f"moderator is {by!r}, and {why}; allowed: null, or a factor that the contrasts have at two levels or more"]
 
 
 def _why_none(study: Study, cells: list[Cell], compare: Compare) -> str:

@@ -304,8 +304,7 @@ def _contrast_problems(study: Study) -> list[str]:
         other_way = Compare(contrast.factor, contrast.against, contrast.treated)
         if contrast in study.contrasts[:position] or other_way in study.contrasts[:position]:
             problems.append(f"contrasts compares {contrast.factor} {contrast.treated!r} with {contrast.against!r} more "
-                            "than once; allowed: once, in one of both directions, since each counts as a "
-                            "test")  # fmt: skip
+                            "than once; allowed: once, and in one direction: each counts as a test")  # fmt: skip
         if contrast.factor not in [factor.name for factor in study.factors]:
             varied = ", ".join(factor.name for factor in study.factors)
             problems.append(f"a contrast compares {contrast.factor!r}; allowed: a factor of the study ({varied})")
