@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "records": {"clock", "faults", "trial", "storage"},
     "foreign": {"study", "plan"},
     "parquet": set(),
-    "tables": {"study", "trial", "storage", "mirror", "sharing", "records", "parquet", "foreign"},
+    "tables": {"study", "study_record", "storage", "mirror", "sharing", "records", "parquet", "foreign"},
     "results": {"study", "stats", "tables"},
     "measures": {"stats", "tables", "results"},
     "audit": {"study", "studies", "stats", "schedule", "tables"},
@@ -59,9 +59,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "study_file": {"signals", "storage", "study"},
     "studies": {"study", "study_file", "plan"},
+    "study_record": {"study", "studies", "plan", "storage", "trial"},
     "run": {
-        "faults", "privacy", "mirror", "sharing", "study", "studies", "plan", "growth", "trial", "storage", "records",
-        "signals",
+        "faults", "privacy", "mirror", "sharing", "study", "study_file", "study_record", "studies", "plan", "growth",
+        "trial", "storage", "records", "signals",
     },
     "rebuild": {"faults", "study", "run", "growth", "storage", "records", "tables"},
     "verify": {

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tune_kd
+from conftest import tiny
 from tune_kd.records import DECISIONS, EPOCHS, PANDAS, SCHEMAS, TRIALS, Schema, arrow, frame, to_parquet
 from tune_kd.study import Mistake
 from tune_kd.tables import check, load
@@ -41,8 +43,7 @@ def write(folder: Path, run: str = "r", **tables: pd.DataFrame) -> Path:
     }
     for name, table in (made | tables).items():
         table.to_parquet(folder / f"{name}.parquet")
-    study = {"name": "s", "question": "?", "scale": "test", "confirm": {"seeds": [1, 2]}, "teacher_seeds": [9]}
-    record = {"run": run, "study": study | {"deviation": 0.001}, "contrasts": [], "data": {"name": "digits"}}
+    record = {"run": run, "study": asdict(tiny()), "contrasts": [], "data": {"name": "digits"}}
     (folder / "study.json").write_text(json.dumps(record | {"arms": [{"name": "cifar/none", "role": "control"}]}))
     return folder
 
@@ -232,5 +233,8 @@ def test_rows_keep_no_index_of_their_makers(tmp_path: Path) -> None:
 
 
 def test_a_run_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match=r"RUN holds a run named '\.\./\.\./x'; allowed: letters"):
+    with pytest.raises(Mistake, match=r"study.json: run is '\.\./\.\./x', which no run writes"):
         load(write(tmp_path / "r", "../../x"))
+    (tmp_path / "r" / "study.json").unlink()
+    with pytest.raises(Mistake, match=r"RUN holds a run named '\.\./\.\./x'; allowed: letters"):
+        load(tmp_path / "r")

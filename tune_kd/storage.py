@@ -19,6 +19,7 @@ from tune_kd.faults import point
 
 T = TypeVar("T")
 MOST_RECORD_BYTES = 2**26  # of JSON: the `study.json` of 10,000 trials has less than 1 MB
+MOST_DEPTH = 32  # of objects and lists in one another: ours have ten, and Python's own functions fail at hundreds
 KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -93,10 +94,15 @@ def obstacle(folder: Path) -> Path | None:
 
     Raises OSError for a name that is too long, before the folders above it are made.
     """
-    if any(len(os.fsencode(name)) > NAME_BYTES for name in folder.parts):
-        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(folder))
+    check_names(folder)
     there = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.exists(each))
     return None if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else there
+
+
+def check_names(path: Path) -> None:
+    """Raise OSError for a path that no disk takes: what asks whether it is there would only say no."""
+    if any(len(os.fsencode(name)) > NAME_BYTES for name in path.parts):
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
 
 
 def sync(folder: Path) -> None:
@@ -172,10 +178,25 @@ def sealed(record: Mapping[str, Any]) -> bytes:
     return json.dumps({**record, "sha256": _seal(record)}, indent=1).encode()
 
 
+def parsed(data: bytes | str) -> Any:
+    """The value in JSON that may be anybody's. Raises `ValueError`, also where it is nested too deeply."""
+    try:
+        value = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        level = [inner for each in level if isinstance(each, dict | list)
+                 for inner in (each.values() if isinstance(each, dict) else each)]  # fmt: skip
+        if not level:
+            return value
+    raise ValueError(f"it is nested more than {MOST_DEPTH} levels deep")
+
+
 def unsealed(data: bytes, name: Path) -> dict[str, Any]:
     """The record in JSON bytes, without its digest, which those of the first layout lack. Raises `Damaged`."""
     try:
-        record = json.loads(data)
+        record = parsed(data)
         seal = record.pop("sha256", None)
         lost = seal is None and record.get("layout", 1) > 1  # the name of the digest was what changed
     except (ValueError, AttributeError, TypeError) as error:

@@ -113,12 +113,12 @@ def collect(problems: list[str], check: Callable[[], T]) -> T | None:
         return None
 
 
-def naming(option: str, read: Callable[[], T]) -> T:
-    """What is read; a mistake in it names the option, and not the argument RUN that it would be elsewhere."""
+def naming(option: str, read: Callable[[], T], of: str = "RUN") -> T:
+    """What is read; a mistake in it names the option, and not the argument that it would be elsewhere."""
     try:
         return read()
     except Mistake as mistake:
-        raise Mistake(*(problem.replace("RUN", option, 1) for problem in mistake.problems)) from mistake
+        raise Mistake(*(problem.replace(of, option, 1) for problem in mistake.problems)) from mistake
 
 
 def check_address(address: str | None) -> None:
