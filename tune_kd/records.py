@@ -194,6 +194,14 @@ def broken(schema: Schema, row: Row) -> str | None:
     return None
 
 
+def _mistyped(schema: Schema, row: Row) -> str | None:
+    """Which value of a whole row has another type than its column, or is no finite number; null where none is."""
+    for (name, kind), value in zip(schema.columns.items(), row.values(), strict=True):
+        if value is not None and (type(value) is not kind or (kind is float and not math.isfinite(value))):
+            return f"{schema.name}.{name} is {value!r:.60}"
+    return None
+
+
 def _crc(row: Row) -> int:
     return zlib.crc32(json.dumps(list(row.values())).encode())
 
@@ -222,17 +230,30 @@ class Ledger:
             still = "" if log.exists() or os.access(path.parent, os.W_OK) else "&immutable=1"
             uri = f"{path.absolute().as_uri()}?mode=ro{still}"
             self._connection = sqlite3.connect(uri, uri=True, isolation_level=None)
-            self._connection.execute("BEGIN")  # all that is read is of one moment
-            return
-        self._connection = sqlite3.connect(path, isolation_level=None)
+        else:
+            self._connection = sqlite3.connect(path, isolation_level=None)
         try:
+            if read_only:
+                self._connection.execute("BEGIN")  # all that is read is of one moment
+                self._check_made()
+                return
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
             self._in_one([(statement, []) for statement in _CREATE])
+            self._check_made()
             self._commits = max(after, self.held())
         except BaseException:
             self._connection.close()  # with what it holds locked
             raise
+
+    def _check_made(self) -> None:
+        """Raise `Damaged` where the file holds anything but our tables. A view, a trigger or an index is a program: one
+        of somebody else's could go on for ever, or write what nobody asked for."""
+        made = {statement.replace(" IF NOT EXISTS", "") for statement in _CREATE}
+        own = {("table", "CREATE TABLE sqlite_sequence(name,seq)"), *(("table", sql) for sql in made)}
+        found = {(kind, sql) for kind, sql in self._read("SELECT type, sql FROM sqlite_master", [])}
+        if found - {("index", None)} != own:
+            raise Damaged(f"{self.path} is damaged: its tables are not those that were made")
 
     def close(self) -> None:
         self._connection.close()
@@ -338,6 +359,8 @@ class Ledger:
             if any(isinstance(cell, bytes) for cell in cells) or _crc(row) != crc:
                 key = ", ".join(f"{name}={row[name]!r}" for name in schema.key)
                 raise Damaged(f"{self.path}: the row {key} of {schema.name} was altered since it was written")
+            if (problem := _mistyped(schema, row) or broken(schema, row)) is not None:
+                raise Damaged(f"{self.path}: {problem}, which no run writes")
             rows.append(row)
         return rows
 
@@ -366,9 +389,6 @@ class Ledger:
         found = [text for (text,) in self._read("PRAGMA integrity_check(3)", [])]
         if found != ["ok"]:
             raise Damaged(f"{self.path} is damaged ({'; '.join(found)})")
-        tables = [sql for (sql,) in self._read("SELECT sql FROM sqlite_master WHERE name NOT LIKE 'sqlite%'", [])]
-        if set(tables) != {statement.replace(" IF NOT EXISTS", "") for statement in _CREATE}:
-            raise Damaged(f"{self.path} is damaged: its tables are not those that were made")
         for schema in SCHEMAS:
             self.rows(schema)
         held = self.held()
