@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from oddities import ODDITIES, at_once, put
+from oddities import ODDITIES, UNFOLLOWED, at_once, put
 from test_batches import small_archive, small_files, small_origin
 from tune_kd import answers, batches, evidence, mirror, models, rebuild, run, storage, tables, teachers
 from tune_kd.checkpoints import Checkpoints
@@ -57,7 +57,8 @@ def refusal(do: Callable[[], object]) -> str:
 
 @each_oddity
 @pytest.mark.parametrize("use", [lambda path: read(path, 100), lambda path: opened(path, 100),
-                                 lambda path: check_regular(path, 100)], ids=["read", "opened", "check"])  # fmt: skip
+                                 lambda path: check_regular(path, 100, through_links=True)],
+                         ids=["read", "opened", "check"])  # fmt: skip
 def test_what_is_no_file_of_its_size_is_refused_in_words(
     kind: str, use: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +93,7 @@ def test_a_file_that_says_less_of_itself_than_it_has_is_read_whole_or_refused() 
 def test_nothing_is_written_into_what_is_no_file(kind: str, tmp_path: Path) -> None:
     path = put(kind, tmp_path / "file")
     for use in (lambda: write_at(path, 0, b"data"), lambda: appended(path)):
-        with pytest.raises(Unexpected, match=ODDITIES[kind].partition(" of at most")[0]):
+        with pytest.raises(Unexpected, match=UNFOLLOWED[kind].partition(" of at most")[0]):
             at_once(use, within=10)
 
 
@@ -163,7 +164,7 @@ def test_sqlite_is_not_let_at_what_is_no_file(kind: str, end: str, results: Path
         rows = ledger.rows(TRIALS)
     path = put(kind, results / f"{LEDGER}{end}")
     for options in ({}, {"read_only": True}):
-        with pytest.raises(Unexpected, match=f"{path.name} {ODDITIES[kind]}"):
+        with pytest.raises(Unexpected, match=f"{path.name} {UNFOLLOWED[kind]}"):
             at_once(lambda options=options: Ledger(results / LEDGER, **options))
     assert f"{path} {ODDITIES[kind]}" in at_once(lambda: verify(results))[0].what
     at_once(lambda: rebuild.opened(run.reopen(results), lambda _: None).close())

@@ -29,7 +29,7 @@ from tune_kd.privacy import secrets
 from tune_kd.records import LAYOUT, LEDGER, RUN_NAME, TRIALS, Row, first_row, reading, too_long
 from tune_kd.sharing import HOLDER, STUDY, pull, stamped
 from tune_kd.sharing import runs as in_store
-from tune_kd.storage import MOST_RECORD_BYTES, check_names, obstacle, opened, publish, read, sealed, unsealed
+from tune_kd.storage import MOST_RECORD_BYTES, check_names, links, obstacle, opened, publish, read, sealed, unsealed
 from tune_kd.studies import from_json, resolve
 from tune_kd.study import Mistake, Study
 from tune_kd.study_file import digests as known_digests
@@ -150,10 +150,27 @@ def problems_with_name(name: str) -> list[str]:
     ]
 
 
+def check_links(run: Run) -> None:
+    """Raise `Mistake` for links where the run writes: into its folder, and into those of its teachers. Results may come
+    from anybody, who could have made a link to any file of the caller's."""
+    folders = [run.folder, run.teachers]
+    if not run.teachers.is_symlink():
+        folders = [run.folder, *(run.teachers / teacher.trial_id for teacher in run.plan.teachers)]
+    found = [path for folder in folders for path in links(folder)]
+    if found:
+        more = f", and {len(found) - 5} more" if len(found) > 5 else ""
+        raise Mistake(
+            f"RUN is {run.name}, and nothing is written through links, such as "
+            f"{', '.join(f'{path} (to {os.readlink(path)})' for path in found[:5])}{more}; allowed: files and folders; "
+            "put there what they link to, or remove them"
+        )
+
+
 @contextmanager
 def begun(run: Run) -> Iterator[None]:
     """A new run on disk, held by this process. Nothing stays of one whose plan cannot be written, or that a `Mistake`
     ends before a row is written."""
+    check_links(run)
     try:
         run.folder.mkdir(parents=True, exist_ok=_unbegun(run.folder))
     except OSError as error:

@@ -157,6 +157,7 @@ def resume(
     console = Terminal(stderr=as_json)
     reopened = runs.reopen(runs.find(out, run))
     problems: list[str] = []
+    collect(problems, lambda: runs.check_links(reopened))
     if settings and not extend:
         problems.append("--set is given; allowed: with --extend only, since a run keeps the study that it began with")
     collect(problems, lambda: launch.check_compiler(reopened.study))

@@ -50,6 +50,8 @@ def write(folder: Path, records: Records, formats: Sequence[str] = FORMATS) -> P
         raise Mistake(f"--format is {named}; allowed: {', '.join(FORMATS)}")
     if (there := obstacle(folder)) is not None:
         raise Mistake(f"--to is {folder}, and {there} cannot be written to; allowed: a folder that can be made")
+    if found := [path for path in (folder / "tables", folder / "figures") if path.is_symlink()]:
+        raise Mistake(f"--to is {folder}, where {found[0]} is a link, through which nothing is written; remove it")
     made = tables(records)
     titled = {name: (TABLES[name][0], table) for name, table in made.items()}
     drawn = figures.draw(records) if {"html", "png", "svg"} & set(formats) else []
