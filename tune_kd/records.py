@@ -197,7 +197,7 @@ def broken(schema: Schema, row: Row) -> str | None:
 def _mistyped(schema: Schema, row: Row) -> str | None:
     """Which value of a whole row has another type than its column, or is no finite number; null where none is."""
     for (name, kind), value in zip(schema.columns.items(), row.values(), strict=True):
-        if value is not None and (type(value) is not kind or (kind is float and not math.isfinite(value))):
+        if value is not None and (type(value) is not kind or (isinstance(value, float) and not math.isfinite(value))):
             return f"{schema.name}.{name} is {value!r:.60}"
     return None
 

@@ -29,7 +29,18 @@ from tune_kd.privacy import secrets
 from tune_kd.records import LAYOUT, LEDGER, RUN_NAME, TRIALS, Row, first_row, reading, too_long
 from tune_kd.sharing import HOLDER, STUDY, pull, stamped
 from tune_kd.sharing import runs as in_store
-from tune_kd.storage import MOST_RECORD_BYTES, check_names, links, obstacle, opened, publish, read, sealed, unsealed
+from tune_kd.storage import (
+    MOST_RECORD_BYTES,
+    check_names,
+    links,
+    obstacle,
+    opened,
+    parsed,
+    publish,
+    read,
+    sealed,
+    unsealed,
+)
 from tune_kd.studies import from_json, resolve
 from tune_kd.study import Mistake, Study
 from tune_kd.study_file import digests as known_digests
@@ -471,14 +482,14 @@ def _check_unheld(mirror: Mirror, folder: Path) -> None:
     store has no lock that dies with its holder."""
     there = mirror.read(folder / HOLDER, MOST_RECORD_BYTES)
     try:
-        who = {} if there is None else json.loads(there)
+        who = {} if there is None else parsed(there)
         age = time.time() - float(who.get("seen", 0))
     except (ValueError, AttributeError, TypeError):
         return
     if who.get("host", platform.node()) != platform.node() and age < UNSEEN:
         raise Mistake(
-            f"RUN is {folder.name}, which process {who['pid']} on {who['host']} holds since {who['since']}, seen "
-            f"{age:.0f} s ago; wait for it or stop it; one not seen for {UNSEEN:.0f} s is taken for dead"
+            f"RUN is {folder.name}, which process {who.get('pid')} on {who['host']} holds since {who.get('since')}, "
+            f"seen {age:.0f} s ago; wait for it or stop it; one not seen for {UNSEEN:.0f} s is taken for dead"
         )
 
 
@@ -492,11 +503,19 @@ def _put_holder(folder: Path, who: dict[str, Any]) -> None:
     Mirror.of(folder).send(folder / HOLDER, stamped(json.dumps(who).encode()))
 
 
+@dataclass(frozen=True)
+class _Holder:
+    pid: int
+    host: str
+    since: str
+    dashboard: str | None
+
+
 def holder(folder: Path) -> dict[str, Any] | None:
     """Who runs a run now: `pid`, `host`, `since`, and the `dashboard` of its Ray, once that is there. Null where nobody
     does, also after a kill."""
     with suppress(OSError, ValueError):  # there is none, it is being written, or just went
-        found: dict[str, Any] = json.loads(read(folder / HOLDER, MOST_RECORD_BYTES))
+        found = asdict(TypeAdapter(_Holder).validate_python(parsed(read(folder / HOLDER, MOST_RECORD_BYTES))))
         # To be read only: whoever looks may have no right to write.
         with opened(folder / ".lock", MOST_RECORD_BYTES) as lock:
             try:

@@ -28,10 +28,9 @@ from tune_kd.cli.options import (
     Track,
     collect,
 )
-from tune_kd.monitoring import is_url
+from tune_kd.monitoring import LOOPBACK, is_url
 from tune_kd.study import Mistake
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 Install = Annotated[
     bool, typer.Option("--install", help="Have Ray install this project's dependencies there first, as they are here.")
 ]
