@@ -97,12 +97,40 @@ def nasties(stranger: Stranger) -> list[Any]:
     deep_object = Raw('{"a": ' * 50_000 + "1" + "}" * 50_000)
     numbers = [-1, 0, 1, 2, 10**9, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**30, -(2**63)]
     floats = [0.5, -0.0, 1e-320, 1e308, -1e308, math.nan, math.inf, -math.inf, Raw("1e999"), Raw("9" * 5000)]
-    paths = ["../../x", "..", ".", "/dev/zero", "/etc/passwd", "/", str(stranger.evil), str(stranger.canary / "evil.py")]
+    paths = [
+        "../../x",
+        "..",
+        ".",
+        "/dev/zero",
+        "/etc/passwd",
+        "/",
+        str(stranger.evil),
+        str(stranger.canary / "evil.py"),
+    ]
     paths += [f"{stranger.canary}/new", "~/x", "a/b\x00c", "/proc/self/mem"]
     places = [stranger.store, f"http://127.0.0.1:{stranger.port}/x", f"file://{stranger.canary}/x", "gs://x/y"]
-    texts = ["", "x", long, "\x1b]0;x\x07\x1b[2J\r\n", "\ud800", "\u202e", "'; DROP TABLE trials; --", "%s%n{0}", "[bold]x"]
+    texts = [
+        "",
+        "x",
+        long,
+        "\x1b]0;x\x07\x1b[2J\r\n",
+        "\ud800",
+        "\u202e",
+        "'; DROP TABLE trials; --",
+        "%s%n{0}",
+        "[bold]x",
+    ]
     texts += ["=1+1", "<script>alert(1)</script>", "cifar10", "cifar", "completed", "confirm", "mlflow"]
-    many = [[0] * 100_000, {str(each): each for each in range(100_000)}, [], {}, [[]], [None], ["mlflow"], ["tensorboard"]]
+    many = [
+        [0] * 100_000,
+        {str(each): each for each in range(100_000)},
+        [],
+        {},
+        [[]],
+        [None],
+        ["mlflow"],
+        ["tensorboard"],
+    ]
     many += [["wandb"], list(range(2000))]
     return [None, True, False, *numbers, *floats, *paths, *places, *texts, *many, deep, deep_object]
 
@@ -208,7 +236,19 @@ def study(stranger: Stranger, chance: Chance) -> Mutation:
     before = unsealed(path)
     if chance.random() < 0.1:
         return Mutation(flipped(path, chance), False)
-    fields = ("study", "study", "study", "settings", "source", "data", "contrasts", "arms", "look", "extended", "versions")
+    fields = (
+        "study",
+        "study",
+        "study",
+        "settings",
+        "source",
+        "data",
+        "contrasts",
+        "arms",
+        "look",
+        "extended",
+        "versions",
+    )
     start = copy.deepcopy(before)
     if start["source"] is None and chance.random() < 0.5:
         start["source"] = {"file": str(stranger.evil), "scale": "test", "data": None, "settings": []}
@@ -278,7 +318,9 @@ def digests(stranger: Stranger, chance: Chance) -> Mutation:
 
 def mark(stranger: Stranger, chance: Chance) -> Mutation:
     """A mark that says that a folder stands for one in a store."""
-    folder = chance.choice([stranger.results, stranger.run, stranger.results / "teachers", stranger.run / "checkpoints"])
+    folder = chance.choice(
+        [stranger.results, stranger.run, stranger.results / "teachers", stranger.run / "checkpoints"]
+    )
     folder.mkdir(exist_ok=True)
     tree: Tree = {"url": stranger.store}
     if chance.random() < 0.6:
@@ -309,7 +351,9 @@ def damaged(data: bytes, chance: Chance) -> tuple[bytes, str]:
         return data[:place] + more + data[place:], f"{len(more)} bytes put in at {place}"
     if how < 0.88 and size >= 8:  # counts and lengths are small where they are whole
         at = min(place, size - 4)
-        return data[:at] + chance.choice((b"\xff" * 4, b"\0" * 4, b"\xff\xff\xff\x7f")) + data[at + 4 :], f"extreme at {at}"
+        return data[:at] + chance.choice((b"\xff" * 4, b"\0" * 4, b"\xff\xff\xff\x7f")) + data[
+            at + 4 :
+        ], f"extreme at {at}"
     if how < 0.92:
         return b"", "empty"
     if how < 0.96:
@@ -599,7 +643,13 @@ def _metadata(table: Any, stranger: Stranger, chance: Chance) -> tuple[str, Any]
         return "Arrow's schema is another", table.replace_schema_metadata({**known, b"ARROW:schema": arrow})
     if chance.random() < 0.2:
         field = table.schema.field(0)
-        kinds = ("arrow.py_extension_type", "arrow.json", "arrow.fixed_shape_tensor", "pandas.period", "pandas.interval")
+        kinds = (
+            "arrow.py_extension_type",
+            "arrow.json",
+            "arrow.fixed_shape_tensor",
+            "pandas.period",
+            "pandas.interval",
+        )
         named = {"ARROW:extension:name": chance.choice(kinds), "ARROW:extension:metadata": "cos\nsystem\n(S'true'\ntR."}
         schema = table.schema.set(0, field.with_metadata(named))
         return f"{field.name} is an extension, {named['ARROW:extension:name']}", table.cast(schema)
@@ -748,7 +798,9 @@ def replaced(stranger: Stranger, chance: Chance) -> Mutation:
         path = stranger.run / chance.choice(NEW)
     if not path.parent.is_dir():
         path.parent.mkdir(parents=True)
-    what = chance.choice(("link", "link", "link", "dangling", "hard link", "fifo", "folder", "socket", "loop", "device"))
+    what = chance.choice(
+        ("link", "link", "link", "dangling", "hard link", "fifo", "folder", "socket", "loop", "device")
+    )
     named = path.relative_to(stranger.results)
     outside = stranger.canary / f"of-{path.name}"
     if path.exists():
@@ -782,7 +834,9 @@ def replaced(stranger: Stranger, chance: Chance) -> Mutation:
 
 def named(stranger: Stranger, chance: Chance) -> Mutation:
     """A second run under a name that is none."""
-    name = chance.choice(("\x1b[2J", "a\nb", "-h", "--out", "..x", "~", "x" * 200, "%s", "[bold]", "'", "a b", "\udcff"))
+    name = chance.choice(
+        ("\x1b[2J", "a\nb", "-h", "--out", "..x", "~", "x" * 200, "%s", "[bold]", "'", "a b", "\udcff")
+    )
     other = stranger.results / name
     shutil.copytree(stranger.run, other, ignore=lambda _, names: [each for each in names if each == "report"])
     return Mutation(f"a run called {name!r}", True)

@@ -11,6 +11,7 @@ another status than 0, 1, 2 or 3. Training is cut short, and runs in the command
 """
 
 import argparse
+import faulthandler
 import fcntl
 import gc
 import hashlib
@@ -46,7 +47,7 @@ from faults import damage, mutations
 from faults.here import go_on
 from faults.mutations import ALONE, AUDIT, Chance, Mutation, Stranger, chosen, mutate
 from faults.sentry import PACKAGE, Sentry
-from tune_kd import audit, cli, environment, evidence, report, run, streams, tables
+from tune_kd import audit, cli, environment, evidence, records, report, run, streams, tables
 from tune_kd.execute import connection, on_ray
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
@@ -91,9 +92,9 @@ def make_bases(folder: Path) -> None:
         if name != "cut":
             with run.held(opened.folder):
                 go_on(opened)
-            records = tables.load(opened.folder)
-            evidence.record(opened.folder, opened.name, opened.study, audit.rank_correlations(records, everywhere=True))
-            report.write(opened.folder / "report", records, TEXTS)
+            loaded = tables.load(opened.folder)
+            evidence.record(opened.folder, opened.name, opened.study, audit.rank_correlations(loaded, everywhere=True))
+            report.write(opened.folder / "report", loaded, TEXTS)
         if not (opened.folder / AUDIT).exists():
             shutil.copy(folder / "finished" / "r" / AUDIT, opened.folder / AUDIT)
         who = {"pid": 1, "host": "elsewhere", "since": "2026-01-01 00:00:00 +0000", "dashboard": None}
@@ -130,6 +131,18 @@ def commands(stranger: Stranger, number: int, kind: str, study: Path) -> list[li
     ]
 
 
+READERS = {
+    "tables of others": ("report",),
+    **dict.fromkeys(("ledger.sqlite", "ledger.commits"), ("status", "resume")),
+    **dict.fromkeys(("tables", "tables.json"), ("status", "report", "resume")),
+    **dict.fromkeys(("checkpoint", "teacher's weights", "teacher's card", "answers"), ("status", "resume")),
+    "audit.json": ("plan",),
+    "holder.json": ("status", "resume"),
+}
+"""Which commands open a file, where it is not for all of them."""
+LONG = ("report", "resume")  # take most of the time
+
+
 def run_here(
     driver: Driver,
     place: Workplace,
@@ -159,6 +172,7 @@ def without_ray(tmp: Path) -> None:
     connection.connect = lambda address, metadata=None: cluster
     connection.check_nodes = lambda folder, patience=0.0: None
     on_ray.run_on_ray = run_here  # type: ignore[assignment]
+    records.TABLES_APART = 0.0  # a pause for readers
     environment.check_places = lambda address: None  # which are Ray's
 
 
@@ -229,6 +243,7 @@ def child(
         meet()
         sentry = Sentry(stranger.root, (stranger.results, tmp, stranger.root / "cwd"))
         lock = _locked(stranger.run / ".lock")
+        faulthandler.register(signal.SIGUSR2, (tmp / "where").open("w"), all_threads=False)
         sentry.watch()
         for place, arguments in enumerate(todo):
             if arguments[0] == "resume" and lock is not None:
@@ -372,6 +387,14 @@ class Watch:
             return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * resource.getpagesize()
         return 0
 
+    def where(self, told: Path) -> tuple[str, str]:
+        """The innermost line of tune_kd at which it is, and those that led there, which it tells into a file."""
+        with suppress(OSError):
+            os.kill(self.pid, signal.SIGUSR2)
+            time.sleep(0.2)
+            return _lines([(file, line, name) for file, line, name in re.findall(TOLD, told.read_text())][::-1])
+        return "", ""
+
     def end(self) -> None:
         for target in (partial(os.killpg, self.pid), partial(os.kill, self.pid)):
             with suppress(ProcessLookupError, PermissionError):
@@ -400,6 +423,7 @@ def observed(
         outcome.violations.append(Violation(kind, watch.now, what, place, stack))
 
     lost: tuple[str, str] | None = None
+    at = "", ""
     try:
         while (told := watch.lines(0.05)) is not None:
             for line in told:
@@ -411,6 +435,7 @@ def observed(
             elif (why := watch.hangs()) is not None:
                 lost = "hang", why
             if lost is not None:
+                at = watch.where(stranger.root / "tmp" / "where")
                 watch.end()
                 break
     finally:
@@ -418,7 +443,7 @@ def observed(
         _, how, used = os.wait4(pid, 0)
         watch.end()  # what it left
     if lost is not None:
-        wrong(*lost)
+        wrong(*lost, *at)
         outcome.ended.append(Ended(watch.now, "killed", time.monotonic() - watch.since))
         return watch.number
     if os.WIFSIGNALED(how):
@@ -451,11 +476,20 @@ def _heard(line: dict[str, Any], watch: Watch, outcome: Outcome, wrong: Callable
 
 def _read_trace(trace: str) -> tuple[str, str, str]:
     """The innermost line of tune_kd in a printed traceback, those that led there, and its last words."""
-    found = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', trace)
-    lines = [f"{os.path.relpath(file, PACKAGE)}:{line} {name}" for file, line, name in found if file.startswith(PACKAGE)]
-    inner = f"{Path(found[-1][0]).name}:{found[-1][1]} {found[-1][2]}" if found else ""
     said = [line for line in trace.splitlines() if line and not line.startswith((" ", "tune_kd: "))]
-    return (lines[-1] if lines else inner), " < ".join([inner, *reversed(lines[-8:])]), (said[-1][:300] if said else "")
+    return *_lines(re.findall(TOLD, trace)), (said[-1][:300] if said else "")
+
+
+TOLD = r'File "([^"]+)", line (\d+),? in (\S+)'  # of a frame, by `traceback` and `faulthandler`
+
+
+def _lines(frames: list[tuple[str, str, str]]) -> tuple[str, str]:
+    """The innermost line of tune_kd among frames, the outermost first, and all of them with the innermost of all."""
+    lines = [
+        f"{os.path.relpath(file, PACKAGE)}:{line} {name}" for file, line, name in frames if file.startswith(PACKAGE)
+    ]
+    inner = [f"{Path(file).name}:{line} {name}" for file, line, name in frames[-1:]]
+    return next(iter([*lines[:-2:-1], *inner]), ""), " < ".join([*inner, *lines[:-9:-1]])
 
 
 def fingerprint(stranger: Stranger) -> dict[str, Any]:
@@ -480,8 +514,11 @@ class Fuzz:
     seed: int
     meet: Callable[[], None] = lambda: None
     keep: bool = False
+    quick: bool = False  # a file goes only through commands that are known to open it, and one of those that take long
 
-    def outcome(self, number: int, listener: socket.socket, kind: str | None = None, mutation: Made | None = None) -> Outcome:
+    def outcome(
+        self, number: int, listener: socket.socket, kind: str | None = None, mutation: Made | None = None
+    ) -> Outcome:
         """Mutate a copy of a folder, and run all commands over it. A kind and a mutation are by chance, or given."""
         chance = Chance(f"{self.seed}/{number}")
         drawn, base = chosen(chance), chance.choice(BASES)
@@ -497,19 +534,23 @@ class Fuzz:
             outcome.ended.clear()
             before = fingerprint(stranger)
             todo = commands(stranger, number, kind, self.bases / "tiny.py")
+            if self.quick:
+                used = READERS.get(kind, ("list", "plan", "status", *LONG))
+                left_out = chance.choice(LONG) if {*LONG} <= {*used} else None
+                todo = [each for each in todo if each[0] in used and each[0] != left_out]
             self._through(stranger, outcome, todo, listener)
             after = fingerprint(stranger)
             changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
             if changed and not any(each.kind in ("outside", "code") for each in outcome.violations):
-                outcome.violations.append(Violation("outside", "some command", f"changed {', '.join(changed)[:300]}", ""))
+                outcome.violations.append(
+                    Violation("outside", "some command", f"changed {', '.join(changed)[:300]}", "")
+                )
         finally:
             if not self.keep:
                 shutil.rmtree(stranger.root, ignore_errors=True)
         return outcome
 
-    def _through(
-        self, stranger: Stranger, outcome: Outcome, todo: list[list[str]], listener: socket.socket
-    ) -> None:
+    def _through(self, stranger: Stranger, outcome: Outcome, todo: list[list[str]], listener: socket.socket) -> None:
         """Run all commands, in another child where one was lost."""
         while todo:
             lost = observed(stranger, outcome, todo, listener, self.meet, None)
@@ -563,7 +604,9 @@ class Score:
         for kind in [*mutations.KINDS, None]:
             of = [each for each in self.outcomes if kind in (None, each.kind)]
             fits, bad = sum(each.mutation.fits for each in of), sum(bool(each.violations) for each in of)
-            lines += [f"{kind or 'together':<18} {len(of):>8} {fits:>12} {bad:>11}"] if kind is None or kinds[kind] else []
+            lines += (
+                [f"{kind or 'together':<18} {len(of):>8} {fits:>12} {bad:>11}"] if kind is None or kinds[kind] else []
+            )
         ended = [(each, outcome) for outcome in self.outcomes for each in outcome.ended]
         named = [*STATUSES, *sorted({str(each.status) for each, _ in ended} - {str(each) for each in STATUSES})]
         lines.append(f"\n{'command':<18} " + " ".join(f"{f'ended {name}':>12}" for name in named) + f" {'slowest':>10}")
@@ -605,7 +648,9 @@ def measured(fuzz: Fuzz, numbers: Sequence[int], jobs: int, say: Callable[[str],
         for outcome in pool.imap_unordered(_one, numbers):
             score.outcomes.append(outcome)
             for each in outcome.violations:
-                say(f"file {outcome.number}, {outcome.kind}: {each.kind} in `{each.command}`: {each.what[:200]} ({each.place})")
+                say(
+                    f"file {outcome.number}, {outcome.kind}: {each.kind} in `{each.command}`: {each.what[:200]} ({each.place})"
+                )
             if time.monotonic() - told > 10:
                 told, spent = time.monotonic(), time.monotonic() - began
                 done = len(score.outcomes)
@@ -647,6 +692,7 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--jobs", type=int, default=2)
     options.add_argument("--only", type=int, action="append", help="files of these numbers alone")
+    options.add_argument("--quick", action="store_true", help="each file only through commands known to open it")
     options.add_argument("--bases", type=Path, help="the whole runs, made where they are not there")
     options.add_argument("--keep", type=Path, help="where the mutated folders stay")
     given = options.parse_args()
@@ -654,7 +700,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="stranger-", dir=memory if memory.is_dir() else None) as folder:
         bases = made_bases(given.bases or Path(folder) / "bases")
         scratch = given.keep or Path(folder) / "scratch"
-        fuzz = Fuzz(bases.absolute(), scratch.absolute(), given.seed, keep=given.keep is not None)
+        fuzz = Fuzz(bases.absolute(), scratch.absolute(), given.seed, keep=given.keep is not None, quick=given.quick)
         numbers = given.only or range(given.files)
         score = measured(fuzz, numbers, given.jobs, lambda line: print(line, file=sys.stderr, flush=True))
     print(score.told())
