@@ -43,8 +43,12 @@ Chance = random.Random
 Tree = Any  # what JSON holds
 
 
-class Raw(str):
-    """Text that stands in JSON as it is."""
+@dataclass(frozen=True)
+class Raw:
+    """Text that stands in JSON as it is, and that of what is read of it, where that is another."""
+
+    written: str
+    read: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Mutation:
 
 
 def short(value: Any) -> str:
+    value = value.written if isinstance(value, Raw) else value
     text = repr(value) if not isinstance(value, list | dict) or len(value) < 50 else f"{len(value)} values"
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text):,} characters)"
 
@@ -96,42 +101,15 @@ def nasties(stranger: Stranger) -> list[Any]:
     deep = Raw("[" * 200_000 + "]" * 200_000)
     deep_object = Raw('{"a": ' * 50_000 + "1" + "}" * 50_000)
     numbers = [-1, 0, 1, 2, 10**9, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**30, -(2**63)]
-    floats = [0.5, -0.0, 1e-320, 1e308, -1e308, math.nan, math.inf, -math.inf, Raw("1e999"), Raw("9" * 5000)]
-    paths = [
-        "../../x",
-        "..",
-        ".",
-        "/dev/zero",
-        "/etc/passwd",
-        "/",
-        str(stranger.evil),
-        str(stranger.canary / "evil.py"),
-    ]
-    paths += [f"{stranger.canary}/new", "~/x", "a/b\x00c", "/proc/self/mem"]
+    floats = [0.5, -0.0, 1e-320, 1e308, -1e308, math.nan, math.inf, -math.inf, Raw("1e999", "Infinity")]
+    floats += [Raw("9" * 5000)]  # more digits than Python reads
+    paths = ["../../x", "..", ".", "/dev/zero", "/etc/passwd", "/", "~/x", "a/b\x00c", "/proc/self/mem"]
+    paths += [str(stranger.evil), str(stranger.canary / "evil.py"), str(stranger.canary / "new")]
     places = [stranger.store, f"http://127.0.0.1:{stranger.port}/x", f"file://{stranger.canary}/x", "gs://x/y"]
-    texts = [
-        "",
-        "x",
-        long,
-        "\x1b]0;x\x07\x1b[2J\r\n",
-        "\ud800",
-        "\u202e",
-        "'; DROP TABLE trials; --",
-        "%s%n{0}",
-        "[bold]x",
-    ]
-    texts += ["=1+1", "<script>alert(1)</script>", "cifar10", "cifar", "completed", "confirm", "mlflow"]
-    many = [
-        [0] * 100_000,
-        {str(each): each for each in range(100_000)},
-        [],
-        {},
-        [[]],
-        [None],
-        ["mlflow"],
-        ["tensorboard"],
-    ]
-    many += [["wandb"], list(range(2000))]
+    texts = ["", "x", long, "\x1b]0;x\x07\x1b[2J\r\n", "\ud800", "\u202e", "'; DROP TABLE trials; --", "%s%n{0}"]
+    texts += ["[bold]x", "=1+1", "<script>alert(1)</script>", "cifar10", "cifar", "completed", "confirm", "mlflow"]
+    many = [[0] * 100_000, list(range(2000)), {str(each): each for each in range(100_000)}, [], {}, [[]], [None]]
+    many += [["mlflow"], ["tensorboard"], ["wandb"]]
     return [None, True, False, *numbers, *floats, *paths, *places, *texts, *many, deep, deep_object]
 
 
@@ -140,7 +118,7 @@ def nasties(stranger: Stranger) -> list[Any]:
 
 def text_of(value: Tree, *, as_read: bool = False, **options: Any) -> str:
     """JSON with what is `Raw` as it is; `as_read`, without what a key that stands twice has first."""
-    raws: list[str] = []
+    raws: list[Raw] = []
 
     def plain(each: Tree) -> Tree:
         if isinstance(each, Raw):
@@ -152,7 +130,8 @@ def text_of(value: Tree, *, as_read: bool = False, **options: Any) -> str:
 
     text = json.dumps(plain(value), **options)
     for number, raw in enumerate(raws):
-        text = text.replace(f'"@@raw {number}@@"', raw)
+        there = raw.read if as_read and raw.read is not None else raw.written
+        text = text.replace(f'"@@raw {number}@@"', there)
     return re.sub(f'"([^"]*){TWICE}"', r'"\1"' if as_read else r'"\1": "twice", "\1"', text)
 
 
@@ -176,8 +155,7 @@ def unsealed(path: Path) -> Tree:
 
 
 def alter(tree: Tree, chance: Chance, bad: Sequence[Any], into: Sequence[str] = ()) -> tuple[Tree, str]:
-    """A copy in which one place is another, and what was done. `into` are keys of which one is gone down first, as often
-    as not."""
+    """A copy in which one place is another, and what was done; as often as not below one of the keys `into`."""
     tree = copy.deepcopy(tree)
     held, keys = tree, list[Any]()
     if into and chance.random() < 0.6 and (there := [each for each in into if tree.get(each)]):
@@ -236,21 +214,9 @@ def study(stranger: Stranger, chance: Chance) -> Mutation:
     before = unsealed(path)
     if chance.random() < 0.1:
         return Mutation(flipped(path, chance), False)
-    fields = (
-        "study",
-        "study",
-        "study",
-        "settings",
-        "source",
-        "data",
-        "contrasts",
-        "arms",
-        "look",
-        "extended",
-        "versions",
-    )
+    fields = ("study", "study", "study", "settings", "source", "data", "contrasts", "arms", "look", "extended")
     start = copy.deepcopy(before)
-    if start["source"] is None and chance.random() < 0.5:
+    if start["source"] is None and chance.random() < 0.2:
         start["source"] = {"file": str(stranger.evil), "scale": "test", "data": None, "settings": []}
     if chance.random() < 0.15:
         arms = [{"name": arm["name"], "role": arm["role"]} for arm in before["arms"]]
@@ -318,9 +284,8 @@ def digests(stranger: Stranger, chance: Chance) -> Mutation:
 
 def mark(stranger: Stranger, chance: Chance) -> Mutation:
     """A mark that says that a folder stands for one in a store."""
-    folder = chance.choice(
-        [stranger.results, stranger.run, stranger.results / "teachers", stranger.run / "checkpoints"]
-    )
+    folders = [stranger.results, stranger.run, stranger.results / "teachers", stranger.run / "checkpoints"]
+    folder = chance.choice(folders)
     folder.mkdir(exist_ok=True)
     tree: Tree = {"url": stranger.store}
     if chance.random() < 0.6:
@@ -351,9 +316,8 @@ def damaged(data: bytes, chance: Chance) -> tuple[bytes, str]:
         return data[:place] + more + data[place:], f"{len(more)} bytes put in at {place}"
     if how < 0.88 and size >= 8:  # counts and lengths are small where they are whole
         at = min(place, size - 4)
-        return data[:at] + chance.choice((b"\xff" * 4, b"\0" * 4, b"\xff\xff\xff\x7f")) + data[
-            at + 4 :
-        ], f"extreme at {at}"
+        extreme = chance.choice((b"\xff" * 4, b"\0" * 4, b"\xff\xff\xff\x7f"))
+        return data[:at] + extreme + data[at + 4 :], f"{extreme.hex()} at {at}"
     if how < 0.92:
         return b"", "empty"
     if how < 0.96:
@@ -398,7 +362,7 @@ def _cells(base: sqlite3.Connection, stranger: Stranger, chance: Chance) -> str:
         bad = [each for each in nasties(stranger) if each is None or isinstance(each, int | float | str)]
         bad = [each for each in bad if not isinstance(each, int) or abs(each) < 2**63]
         bad += [b"\xff\x00", math.inf, *(each for each in (schema.levels.get(name) or ()))]
-        value = chance.choice([str(each) if isinstance(each, Raw) else each for each in bad])
+        value = chance.choice(bad)
         with suppress(UnicodeEncodeError, sqlite3.IntegrityError, OverflowError):
             which = "1" if chance.random() < 0.1 else f"number = {number}"
             base.execute(f'UPDATE {schema.name} SET "{name}" = ? WHERE {which}', [value])
@@ -643,13 +607,7 @@ def _metadata(table: Any, stranger: Stranger, chance: Chance) -> tuple[str, Any]
         return "Arrow's schema is another", table.replace_schema_metadata({**known, b"ARROW:schema": arrow})
     if chance.random() < 0.2:
         field = table.schema.field(0)
-        kinds = (
-            "arrow.py_extension_type",
-            "arrow.json",
-            "arrow.fixed_shape_tensor",
-            "pandas.period",
-            "pandas.interval",
-        )
+        kinds = ("arrow.py_extension_type", "arrow.json", "arrow.fixed_shape_tensor", "pandas.period")
         named = {"ARROW:extension:name": chance.choice(kinds), "ARROW:extension:metadata": "cos\nsystem\n(S'true'\ntR."}
         schema = table.schema.set(0, field.with_metadata(named))
         return f"{field.name} is an extension, {named['ARROW:extension:name']}", table.cast(schema)
@@ -785,8 +743,11 @@ def answers(stranger: Stranger, chance: Chance) -> Mutation:
 # What is there instead of a file
 
 
-NEW = (".lock", ".probe", ".drain", f"{LEDGER}-journal", f"{LEDGER}-wal", f"{LEDGER}-shm", "checkpoints/drain", "mlflow.db",
-       "tensorboard", "wandb", "tuning.sqlite", "report/figures", "report/report.html", "r2", ".study.json.1")  # fmt: skip
+NEW = (
+    *(".lock", ".probe", ".drain", "checkpoints/drain", f"{LEDGER}-journal", f"{LEDGER}-wal", f"{LEDGER}-shm"),
+    *("mlflow.db", "optuna.sqlite", "tensorboard", "report/figures", "report/report.html", "r2", ".study.json.1"),
+)
+HOW = ("link", "link", "link", "dangling", "hard link", "fifo", "folder", "socket", "loop", "device")
 
 
 def replaced(stranger: Stranger, chance: Chance) -> Mutation:
@@ -798,9 +759,7 @@ def replaced(stranger: Stranger, chance: Chance) -> Mutation:
         path = stranger.run / chance.choice(NEW)
     if not path.parent.is_dir():
         path.parent.mkdir(parents=True)
-    what = chance.choice(
-        ("link", "link", "link", "dangling", "hard link", "fifo", "folder", "socket", "loop", "device")
-    )
+    what = chance.choice(HOW)
     named = path.relative_to(stranger.results)
     outside = stranger.canary / f"of-{path.name}"
     if path.exists():
@@ -834,9 +793,7 @@ def replaced(stranger: Stranger, chance: Chance) -> Mutation:
 
 def named(stranger: Stranger, chance: Chance) -> Mutation:
     """A second run under a name that is none."""
-    name = chance.choice(
-        ("\x1b[2J", "a\nb", "-h", "--out", "..x", "~", "x" * 200, "%s", "[bold]", "'", "a b", "\udcff")
-    )
+    name = chance.choice(("\x1b[2J", "a\nb", "-h", "--out", "..x", "~", "x" * 200, "%s", "[bold]", "'", "\udcff"))
     other = stranger.results / name
     shutil.copytree(stranger.run, other, ignore=lambda _, names: [each for each in names if each == "report"])
     return Mutation(f"a run called {name!r}", True)

@@ -38,7 +38,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import patch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # as a command; of this checkout
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as a command; of this checkout
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
@@ -222,8 +223,8 @@ def child(
     meet: Callable[[], None],
     before: Callable[[], Mutation] | None,
 ) -> NoReturn:
-    """Run commands as the command line does, telling the parent of each through a pipe; `before` mutates the folder, and
-    `meet` may change this process first."""
+    """Run commands as the command line does, telling the parent of each through a pipe. `before` mutates the folder,
+    `meet` may change this process."""
     tell = os.fdopen(to, "w")
 
     def say(**words: Any) -> None:
@@ -600,13 +601,11 @@ class Score:
     def told(self) -> str:
         """The score."""
         lines = [f"{'file':<18} {'mutated':>8} {'digests fit':>12} {'violations':>11}"]
-        kinds = Counter(each.kind for each in self.outcomes)
         for kind in [*mutations.KINDS, None]:
             of = [each for each in self.outcomes if kind in (None, each.kind)]
             fits, bad = sum(each.mutation.fits for each in of), sum(bool(each.violations) for each in of)
-            lines += (
-                [f"{kind or 'together':<18} {len(of):>8} {fits:>12} {bad:>11}"] if kind is None or kinds[kind] else []
-            )
+            if of:
+                lines.append(f"{kind or 'together':<18} {len(of):>8} {fits:>12} {bad:>11}")
         ended = [(each, outcome) for outcome in self.outcomes for each in outcome.ended]
         named = [*STATUSES, *sorted({str(each.status) for each, _ in ended} - {str(each) for each in STATUSES})]
         lines.append(f"\n{'command':<18} " + " ".join(f"{f'ended {name}':>12}" for name in named) + f" {'slowest':>10}")
@@ -648,9 +647,8 @@ def measured(fuzz: Fuzz, numbers: Sequence[int], jobs: int, say: Callable[[str],
         for outcome in pool.imap_unordered(_one, numbers):
             score.outcomes.append(outcome)
             for each in outcome.violations:
-                say(
-                    f"file {outcome.number}, {outcome.kind}: {each.kind} in `{each.command}`: {each.what[:200]} ({each.place})"
-                )
+                what = f"{each.kind} in `{each.command}`: {each.what[:200]} ({each.place})"
+                say(f"file {outcome.number}, {outcome.kind}: {what}")
             if time.monotonic() - told > 10:
                 told, spent = time.monotonic(), time.monotonic() - began
                 done = len(score.outcomes)
@@ -679,7 +677,8 @@ def _ready(fuzz: Fuzz) -> None:
 
 
 def made_bases(folder: Path) -> Path:
-    """The folder of whole runs, made where it is not there; in a process of its own, so that this one has no threads."""
+    """The folder of whole runs, made where it is not there; in a process of its own, so that this one has no threads of
+    torch."""
     if not folder.is_dir():
         with get_context("fork").Pool(1) as pool:
             pool.apply(make_bases, (folder,))
