@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Self
 
+from tune_kd.characters import CONTROL, visible
 from tune_kd.tuning import Choice, Range, Tuning, number
 
 Level = str | int | float
@@ -220,6 +221,8 @@ class Study:
             text = getattr(self, name)
             if any("\ud800" <= character <= "\udfff" for character in text):  # which no file and no terminal takes
                 problems.append(f"{name} is {text!r}; allowed: text that can be encoded as UTF-8")
+            if CONTROL.search(text) and (name != "question" or visible(text) != text):  # which may have lines
+                problems.append(f"{name} is {text!r}; allowed: text without control characters")
         for name, value in (("deviation", self.deviation), ("rate", self.rate)):
             if not 0 < value < math.inf:
                 problems.append(f"{name} is {value}; allowed: above 0")
