@@ -24,10 +24,9 @@ SEEN = "a\u241b[2Jb\u2407c\ufffd2Jd\ufffde\u2421f\ufffdg"
 IN_A_PICTURE = SEEN.replace("\u2407", "")  # rich leaves out the bell, the backspace, and what feeds lines
 
 
-def printed(*what: object, terminal: bool = False) -> str:
+def printed(*what: object) -> str:
     console = Terminal()
     console.file = file = io.StringIO()
-    console._force_terminal = terminal
     console.print(*what)
     return file.getvalue()
 
@@ -60,10 +59,10 @@ def test_what_is_printed_is_no_markup_and_no_name_of_a_picture() -> None:
 
 def test_colours_and_what_moves_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
-    assert printed(Text(OBEYED, style="bold red"), terminal=True) == f"\x1b[1;31m{IN_A_PICTURE}\x1b[0m\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    assert printed(Text(OBEYED, style="bold red")) == f"\x1b[1;31m{IN_A_PICTURE}\x1b[0m\n"
     console = Terminal()
     console.file = file = io.StringIO()
-    console._force_terminal = True
     with Live(Text("one"), console=console, auto_refresh=False, transient=True) as live:
         live.update(Text("two"), refresh=True)
     assert list(track(range(3), "bar", console=console)) == [0, 1, 2]
