@@ -98,8 +98,8 @@ class Terminal(Console):
 
 
 def print_json(answer: dict[str, Any]) -> None:
-    """An answer on standard output, in printable ASCII."""
-    print(json.dumps(answer).replace("\x7f", "\\u007f"), flush=True)
+    """An answer on standard output, in ASCII that can be printed: JSON has an escape for what cannot."""
+    print(json.dumps(answer), flush=True)
 
 
 def tracked(count: int, what: str) -> Iterable[int]:
