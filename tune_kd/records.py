@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tune_kd.characters import CONTROL
 from tune_kd.clock import spending
 from tune_kd.faults import point
 from tune_kd.storage import (
@@ -63,7 +64,13 @@ class Schema:
     needed: tuple[str, ...] = ()  # never null
     levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # what a text column may hold, besides null
     fractions: tuple[str, ...] = ()  # from 0 to 1
+    free: tuple[str, ...] = ()  # text that may have control characters, such as lines; other text names something
     only_completed: tuple[str, ...] = ()  # null unless `status` is completed: nothing poses as a final accuracy
+
+    @property
+    def names(self) -> list[str]:
+        """The columns of text that name something."""
+        return [name for name, kind in self.columns.items() if kind is str and name not in self.free]
 
 
 def _columns(kind: type, names: str) -> dict[str, type]:
@@ -106,6 +113,7 @@ TRIALS = Schema(
         "ece",
         "alpha",
     ),
+    free=("error",),
     only_completed=("test_accuracy", "test_accuracy_best"),
 )
 """`started`: seconds since the Unix epoch at which the first attempt began. `error` also tells of retries."""
@@ -182,6 +190,9 @@ def broken(schema: Schema, row: Row) -> str | None:
     for name, levels in schema.levels.items():
         if row[name] is not None and row[name] not in levels:
             return f"{schema.name}.{name} is {row[name]!r}; allowed: null, {', '.join(levels)}"
+    for name in schema.names:
+        if row[name] is not None and CONTROL.search(row[name]):
+            return f"{schema.name}.{name} is {row[name]!r}; allowed: text without control characters"
     for name in schema.fractions:
         if row[name] is not None and not 0 <= row[name] <= 1:
             return f"{schema.name}.{name} is {row[name]}; allowed: null, or from 0 to 1"
@@ -599,11 +610,15 @@ def to_parquet(table: "pa.Table", before: bytes | None = None) -> bytes:
 
 
 def _pages(data: bytes) -> tuple[int, bytes]:
-    """Where the pages begin that the footer of a Parquet file tells of, and the bytes from there to their end."""
+    """Where the pages begin that the footer of a Parquet file tells of, and the bytes from there to their end. There
+    are none in what is no such file, which nobody reads."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    found = pq.read_metadata(pa.BufferReader(data))
+    try:
+        found = pq.read_metadata(pa.BufferReader(data))
+    except (pa.ArrowException, OSError):
+        return 0, b""
     groups = [found.row_group(number) for number in range(found.num_row_groups)]
     chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
     # A chunk without rows has an empty dictionary and no page of data, of which it says that it is at 0.

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sized
 from dataclasses import dataclass, fields
 from typing import Self
 
+from tune_kd.characters import CONTROL, visible
 from tune_kd.tuning import Choice, Integer, Range, Tuning, number
 
 Level = str | int | float
@@ -228,6 +229,8 @@ class Study:
             text = getattr(self, name)
             if any("\ud800" <= character <= "\udfff" for character in text):  # which no file and no terminal takes
                 problems.append(f"{name} is {text!r}; allowed: text that can be encoded as UTF-8")
+            if CONTROL.search(text) and (name != "question" or visible(text) != text):  # which may have lines
+                problems.append(f"{name} is {text!r}; allowed: text without control characters")
         if not 0 < self.deviation <= 1:
             problems.append(f"deviation is {self.deviation}; allowed: above 0, at most 1 (accuracy, 0.0015 is 0.15 "
                             "points)")  # fmt: skip

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 
 from tune_kd import parquet, study_record
+from tune_kd.characters import CONTROL, visible
 from tune_kd.foreign import Adapter
 from tune_kd.mirror import path_of
 from tune_kd.records import DIGESTS, LAYOUT, MOST_TABLE_BYTES, PANDAS, RUN_NAME, SCHEMAS, TRIALS, Schema, digests
@@ -220,7 +221,16 @@ def _study(path: Path, trials: pd.DataFrame) -> dict[str, Any]:
         problems.append(f"{path}: {_told('arm', strange, len(trials), 'one of the arms of the study')}")
     if problems:
         raise Mistake(*problems)
-    return study
+    return cast(dict[str, Any], _visible(study))
+
+
+def _visible(value: Any) -> Any:
+    """A value of JSON's without control characters: whoever wrote it could have them obeyed by a terminal."""
+    if isinstance(value, dict):
+        return {visible(name): _visible(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_visible(each) for each in value]
+    return visible(value) if isinstance(value, str) else value
 
 
 def check(schema: Schema, table: pd.DataFrame, *, lenient: bool = False) -> tuple[pd.DataFrame, list[str]]:
@@ -293,6 +303,11 @@ def _broken(schema: Schema, table: pd.DataFrame) -> Iterator[str]:
     for name, levels in schema.levels.items():
         if (wrong := table[name].notna() & ~table[name].isin(levels)).any():
             yield _told(name, table.loc[wrong, name], len(table), f"one of {', '.join(levels)}")
+    for name in schema.names:
+        strange = [text for text in table[name].dropna().unique() if CONTROL.search(text)]
+        if strange:
+            wrong = table[name].isin(strange)
+            yield _told(name, table.loc[wrong, name], len(table), "text without control characters")
     for name in schema.fractions:
         if (wrong := ~(table[name].between(0, 1) | table[name].isna())).any():
             yield _told(name, table.loc[wrong, name], len(table), "a fraction from 0 to 1")

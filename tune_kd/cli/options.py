@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
+from tune_kd.characters import visible
 from tune_kd.mirror import local
 from tune_kd.study import Mistake
 
@@ -85,14 +87,18 @@ DEFAULT_OUT = Path("results")
 
 
 class Terminal(Console):
-    """What is printed are data and sentences, never markup."""
+    """What is printed are data and sentences, never markup, and never a command to the terminal but rich's own."""
 
     def __init__(self, *, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, markup=False, highlight=False)
+        super().__init__(stderr=stderr, markup=False, highlight=False, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
 def print_json(answer: dict[str, Any]) -> None:
-    """An answer on standard output."""
+    """An answer on standard output, in ASCII that can be printed: JSON has an escape for what cannot."""
     print(json.dumps(answer), flush=True)
 
 

@@ -61,7 +61,7 @@ def write(folder: Path, records: Records, formats: Sequence[str] = FORMATS) -> P
         for kind in [kind for kind in ("png", "svg") if kind in formats]:
             files[f"figures/{picture.name}.{kind}"] = figures.rendered(picture.figure, kind)
     if "csv" in formats:
-        files |= {f"tables/{name}.csv": table.to_csv(index=False).encode() for name, table in made.items()}
+        files |= {f"tables/{name}.csv": texts.csv(table).encode() for name, table in made.items()}
     if "tex" in formats:
         files |= {f"tables/{name}.tex": text.encode() for name, text in texts.latex(titled).items()}
     if "md" in formats:
