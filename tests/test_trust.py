@@ -163,8 +163,6 @@ def test_tables_whose_errors_have_colours_are_reported(tmp_path: Path) -> None:
 
 def test_a_run_whose_study_has_commands_for_a_terminal_is_shown_without_them(finished: Path, tmp_path: Path) -> None:
     def commanding(record: dict[str, Any]) -> None:
-        record["study"]["question"] = f"Does it\nwork{COMMANDS}?"
-        record["study_sha256"] = digest(record["study"])
         for contrast in record["contrasts"]:
             contrast["name"] += f"{COMMANDS}<b>"
         record["contrasts_sha256"] = digest(record["contrasts"])
@@ -197,14 +195,17 @@ def test_a_ledger_with_commands_for_a_terminal_is_shown_without_them(
     ended = dict.fromkeys(records.TRIALS.only_completed) | {"status": "failed", "error": f"{COMMANDS}\nred"}
     monkeypatch.setattr(records, "broken", lambda *_: None)  # a stranger's ledger was not written by `put`
     ledger.put(records.TRIALS, row | ended)
-    ledger.put(records.TRIALS, other | ended | {"arm": f"arm{COMMANDS}"})
+    for refused in (False, True):
+        if refused:
+            ledger.put(records.TRIALS, other | ended | {"arm": f"arm{COMMANDS}"})
+        for arguments in (("status", "tiny"), ("status", "tiny", "--json"), ("status", "tiny", "--verify")):
+            done = command(tmp_path, *arguments)
+            expected = 3 if refused or "--verify" in arguments else 0
+            assert "Traceback" not in done.stderr and done.returncode == expected, done.stderr
+            assert not OBEYED.search(done.stdout + done.stderr), arguments
+            if not refused and "--verify" not in arguments:
+                assert "title" in done.stdout  # it was said
     ledger.close()
-    for arguments in (("status", "tiny"), ("status", "tiny", "--json"), ("status", "tiny", "--verify")):
-        done = command(tmp_path, *arguments)
-        assert "Traceback" not in done.stderr and done.returncode in (0, 3), done.stderr
-        assert not OBEYED.search(done.stdout + done.stderr), arguments
-        if arguments[-1] != "--verify":
-            assert "title" in done.stdout  # it was said
 
 
 def test_an_argument_that_comes_from_a_strangers_folder_is_not_obeyed(tmp_path: Path) -> None:
