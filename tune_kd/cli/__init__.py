@@ -52,14 +52,15 @@ def _command() -> None:
         sys.exit(2)
     except FAILURES as error:  # of the machine, not of the caller
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # which is the caller's
-            print(f"tune_kd: {error.filename} has too long a name; allowed: {NAME_BYTES} bytes", file=sys.stderr)
+            what = f"{error.filename} has too long a name; allowed: {NAME_BYTES} bytes"
+            print(f"tune_kd: {masked(what)}", file=sys.stderr)
             sys.exit(2)
-        print(f"tune_kd: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"tune_kd: {type(error).__name__}: {masked(str(error))}", file=sys.stderr)
         if advice := _advice(error):
             print(f"tune_kd: {advice}", file=sys.stderr)
         sys.exit(3)
     except Exception:  # ours: 1 would say that trials failed
-        traceback.print_exc()
+        print(masked(traceback.format_exc()), end="", file=sys.stderr)
         print("tune_kd: this is an error in tune_kd; what is on record is whole, please report it", file=sys.stderr)
         sys.exit(3)
 

@@ -25,6 +25,7 @@ from tune_kd.cli.options import (
     StudyName,
     Terminal,
     Track,
+    check_secrets,
     collect,
 )
 from tune_kd.monitoring import is_url
@@ -62,6 +63,21 @@ def submit(
     from tune_kd.execute import jobs
     from tune_kd.study_file import INSTALLED, executed
 
+    flags = {
+        "--scale": scale,
+        "--data": data,
+        "--data-dir": data_dir,
+        "--out": out,
+        "--name": name,
+        "--set": settings,
+        "--margin-from": margin_from,
+        "--gpus-per-trial": gpus_per_trial,
+        "--cpus-per-trial": cpus_per_trial,
+        "--max-concurrent": max_concurrent,
+        "--keep-checkpoints": keep_checkpoints,
+        "--track": track,
+    }
+    check_secrets({"STUDY": study, **flags})  # the cluster shows commands and metadata to all its users
     path = studies.find(study)
     own = INSTALLED.resolve() not in path.resolve().parents
     problems: list[str] = []
@@ -81,22 +97,7 @@ def submit(
         raise Mistake(*problems)
     assert cluster is not None and place is not None
     arguments = ["run", f"studies/{path.name}" if own else study, "--address", "auto"]
-    arguments += _flags(
-        {
-            "--scale": scale,
-            "--data": data,
-            "--data-dir": data_dir,
-            "--out": place,
-            "--name": name,
-            "--set": settings,
-            "--margin-from": margin_from,
-            "--gpus-per-trial": gpus_per_trial,
-            "--cpus-per-trial": cpus_per_trial,
-            "--max-concurrent": max_concurrent,
-            "--keep-checkpoints": keep_checkpoints,
-            "--track": track,
-        }
-    )
+    arguments += _flags(flags | {"--out": place, "--name": name})
     metadata = {"job_name": name, "run": name, "study": path.stem, "scale": scale, "out": place}
     job = jobs.submit(cluster, arguments, metadata, study=executed(path).files if own else {}, install=install)
     _follow(cluster, job, name, address, detach)
@@ -110,6 +111,7 @@ def elsewhere(command: str, run: str | None, address: str, flags: Mapping[str, A
         raise Mistake("--json is given beside --address; allowed: one of them, since a job's log is no JSON")
     if run is None:
         raise Mistake("--address is given without RUN; allowed: the name of a run that was submitted there")
+    check_secrets({"RUN": run, **flags})
     cluster = jobs.client(address)
     found = jobs.find(cluster, run)
     arguments = [command, run, "--out", found["out"], *_flags(flags)]
