@@ -41,8 +41,9 @@ RULES = {  # of a match, the group `secret` is masked, or all of it
         "private key": r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,20}-----"
         r"(?:(?:(?!-----)[\s\S])*+-----END [A-Z0-9 ]{0,60}-----|(?:\s{0,3}[A-Za-z0-9+/=\\]{16,}+)*+)",
         "JSON web token": r"(?<![\w-])eyJ[A-Za-z0-9_-]{10,}+\.eyJ[A-Za-z0-9_-]{10,}+(?:\.[A-Za-z0-9_-]*)?",
-        "password in a URL": r"://[^/\s:@]*+:(?P<secret>(?![*<{]|\$[A-Z_{(])[^/\s@]++)@",
-        "token in a URL": r"://(?P<secret>[^/\s:@]{16,}+)@",
+        "password in a URL": r":/{1,2}[^/\s:@]*+:(?P<secret>(?![*<{]|\$[A-Z_{(])[^/\s@]++)@",
+        "token in a URL": r"(?::/|https?:|s3:|gs:)/(?P<secret>[^/\s:@]{16,}+)@",
+        "webhook": r"(?:hooks\.slack\.com/services|discord(?:app)?\.com/api/webhooks)/(?P<secret>[\w/-]{20,})",
         "signed URL": r"[?&;](?:sig|[Ss]ignature|X-(?:Amz|Goog)-Signature|key)=(?P<secret>[^&\s\"'*]{16,})",
         "Authorization header": r"(?:\b(?i:bearer)[ \t]{1,3}(?=[^\s\d\"']{0,200}\d)"
         r"|(?i:authorization)[\"']?: ?[\"']?(?i:basic)[ \t]{1,3})(?P<secret>[^\s\"'*<{$][^\s\"']{7,})",
