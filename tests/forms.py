@@ -69,6 +69,11 @@ SECRETS = {  # by what it is: the text, and the part of it that nobody may see
     "Telegram": (f"123456789:{some(35)}", some(35)),
     "Twilio": (f"S{'K'}{some(32, HEX)}", some(32, HEX)),
     "Azure's storage": (f"Account{'Key'}={some(86)}==", some(86)),
+    "Discord's bot": (f"MT{'I'}{some(22)}.{some(6)}.{some(27)}", some(27)),
+    "Mailchimp": (f"{some(32, HEX)}-us{'12'}", some(32, HEX)),
+    "Square": (f"sq0cs{'p'}-{some(43)}", some(43)),
+    "Cloudant": (f"cloudant_ke{'y'}: {some(24, 'abcdefghij')}", some(24, "abcdefghij")),
+    "Softlayer": (f"sl_ke{'y'}: {some(64, HEX)}", some(64, HEX)),
     "NVIDIA": (f"nvap{'i'}-{some(64)}", some(64)),
 }
 

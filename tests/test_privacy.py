@@ -135,6 +135,17 @@ def test_no_text_takes_time_that_grows_with_its_square(atom: str) -> None:
     finds((atom * 100_000)[:100_000])
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("atom", ["ey" + "J-", f"{WORD}:"])
+def test_a_text_of_a_million_characters_takes_seconds(atom: str) -> None:
+    """Each of these runs on to the end of the text from everywhere, but for the rule's bounds."""
+    finds(atom * 300_000)
+
+
+def test_a_token_that_is_longer_than_the_library_knows_is_masked_to_its_end() -> None:
+    assert masked(f"({SECRETS['key of AWS'][0]}XYZ-9)") == "(***)"
+
+
 class Counting:
     """A rule of the library's that notes what it is shown."""
 

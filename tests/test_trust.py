@@ -126,6 +126,19 @@ def test_what_a_trial_says_reaches_neither_ledger_nor_log_nor_terminal_with_its_
         assert part not in said.out + said.err and part.encode() not in written
 
 
+@pytest.mark.parametrize("form", SECRETS)
+def test_what_a_run_says_is_shown_and_logged_without_its_secret(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, hidden = SECRETS[form]
+    log = tmp_path / "log"
+    with View(Console(width=10_000), "r", log) as view:
+        view.say(f"warning: {text} was not taken")
+    shown, logged = capsys.readouterr().out, log.read_text()
+    assert "s  warning: " in shown and "***" in shown and "***" in logged
+    assert not any(part in shown + logged for part in hidden.splitlines())
+
+
 @pytest.mark.parametrize(("error", "word"), [(OSError, "OSError"), (RuntimeError, "this is an error in tune_kd")])
 def test_an_error_of_a_command_is_told_without_the_secret_in_it(
     error: type[Exception], word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
