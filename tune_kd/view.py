@@ -15,6 +15,7 @@ from rich.text import Text
 
 from tune_kd.characters import visible
 from tune_kd.pace import Row, time_left
+from tune_kd.privacy import masked
 from tune_kd.trial import Decision
 from tune_kd.tuning import number
 
@@ -68,7 +69,7 @@ class View:
 
     def say(self, sentence: str) -> None:
         elapsed = time.monotonic() - self._began
-        line = f"{elapsed:7.1f} s  {sentence}"
+        line = masked(f"{elapsed:7.1f} s  {sentence}")
         self._console.print(Text(line), soft_wrap=True)
         if self._log is not None:
             with suppress(OSError), self._log.open("a", encoding="utf-8", errors="backslashreplace") as log:

@@ -26,6 +26,7 @@ from tune_kd.cli.options import (
     StudyName,
     Terminal,
     Track,
+    check_secrets,
     collect,
 )
 from tune_kd.monitoring import LOOPBACK, is_url
@@ -61,6 +62,21 @@ def submit(
     from tune_kd import shares, studies
     from tune_kd.execute import jobs
 
+    flags = {
+        "--scale": scale,
+        "--data": data,
+        "--data-dir": data_dir,
+        "--out": out,
+        "--name": name,
+        "--set": settings,
+        "--margin-from": margin_from,
+        "--gpus-per-trial": gpus_per_trial,
+        "--cpus-per-trial": cpus_per_trial,
+        "--max-concurrent": max_concurrent,
+        "--keep-checkpoints": keep_checkpoints,
+        "--track": track,
+    }
+    check_secrets({"STUDY": study, **flags})  # the cluster shows commands and metadata to all its users
     path = studies.find(study)
     there, files = _sent(study, path)
     problems: list[str] = []
@@ -78,22 +94,7 @@ def submit(
         raise Mistake(*problems)
     assert cluster is not None and place is not None
     arguments = ["run", there, "--address", "auto"]
-    arguments += _flags(
-        {
-            "--scale": scale,
-            "--data": data,
-            "--data-dir": data_dir,
-            "--out": place,
-            "--name": name,
-            "--set": settings,
-            "--margin-from": margin_from,
-            "--gpus-per-trial": gpus_per_trial,
-            "--cpus-per-trial": cpus_per_trial,
-            "--max-concurrent": max_concurrent,
-            "--keep-checkpoints": keep_checkpoints,
-            "--track": track,
-        }
-    )
+    arguments += _flags(flags | {"--out": place, "--name": name})
     metadata = {"job_name": name, "run": name, "study": path.stem, "scale": scale, "out": place}
     job = jobs.submit(cluster, arguments, metadata, study=files(), install=install)
     _follow(cluster, job, name, address, detach)
@@ -110,6 +111,7 @@ def elsewhere(
         raise Mistake("--json is given beside --address; allowed: one of them, since a job's log is no JSON")
     if run is None:
         raise Mistake("--address is given without RUN; allowed: the name of a run that was submitted there")
+    check_secrets({"RUN": run, **flags})
     there, files = (None, dict) if study is None else _sent(study, studies.find(study))
     if study is not None:
         _all_made(studies.find(study))

@@ -34,6 +34,7 @@ from tune_kd.cli.options import (
     Terminal,
     Track,
     check_address,
+    check_secrets,
     collect,
     naming,
     scale_of,
@@ -69,6 +70,8 @@ def run(
     from tune_kd import run as runs
     from tune_kd.plan import plan as expand
 
+    check_secrets({"STUDY": study, "--scale": scale, "--data": data, "--data-dir": data_dir and str(data_dir),
+                   "--out": str(out), "--name": name, "--set": settings})  # fmt: skip
     console = Terminal(stderr=as_json)
     data_dir = data_dir and Path(os.path.expanduser(data_dir)).absolute()
     check_address(address)
@@ -153,6 +156,7 @@ def resume(
         }
         flags |= {"--cpus-per-trial": cpus_per_trial, "--max-concurrent": max_concurrent, "--track": track}
         elsewhere("resume", run, address, {**flags, "--address": "auto"}, study)
+    check_secrets({"--set": settings})
     check_address(address)
     console = Terminal(stderr=as_json)
     reopened = runs.reopen(runs.find(out, run))

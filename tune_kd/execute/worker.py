@@ -19,6 +19,7 @@ from tune_kd.checkpoints import Checkpoints
 from tune_kd.data import DataSet, load_declared
 from tune_kd.memory import keep_freed_blocks
 from tune_kd.mirror import Mirror, local
+from tune_kd.privacy import masked
 from tune_kd.storage import Damaged
 from tune_kd.study import Data
 from tune_kd.train import Diverged, best_weights, train
@@ -101,7 +102,7 @@ class Failure:
 
 def failure(error: BaseException) -> Failure:
     """What an exception in a trial means."""
-    message = "".join(traceback.format_exception_only(error)).strip()
+    message = masked("".join(traceback.format_exception_only(error)).strip())  # before Ray has it
     if isinstance(error, Diverged):
         return Failure("diverged", message)
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
