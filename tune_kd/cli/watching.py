@@ -46,7 +46,8 @@ def dashboard(
         say(f"{name}: {where}")
     if not held:
         say(f"no run goes on under {out}; while one does, Ray's dashboard is at {url}, unless that port is taken")
-    say("It asks for the token that `ray get-auth-token` prints.")
+    guarded = all(map(monitoring.asks_for_token, {url, *held.values()}))
+    say("It asks for the token that `ray get-auth-token` prints." if guarded else monitoring.OPEN)
     for name, what in LOOK_AT:
         say(f"  {name}: {what}")
     say("From another machine: ssh -N -L 8265:127.0.0.1:8265 HOST, with the port above, and then http://127.0.0.1:8265")
