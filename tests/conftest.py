@@ -40,6 +40,7 @@ RAY = (
     "test_gpu",
     "test_shares",
     "test_streams",
+    "test_trust",
 )  # share a Ray, or start their own
 
 

@@ -41,7 +41,7 @@ def asks_for_token(dashboard: str | None, unset: str = "token") -> bool:
         with suppress(OSError, HTTPException, ValueError):  # nobody is there, or nobody who speaks HTTP
             asked = connection(parts.netloc.rpartition("@")[2], timeout=ANSWER_WITHIN)
             with closing(asked):
-                asked.request("GET", "/api/version")
+                asked.request("GET", f"{parts.path.rstrip('/')}/api/version")
                 status = asked.getresponse().status
             if status in (200, 401, 403):
                 return status != 200

@@ -27,7 +27,7 @@ from tune_kd.cli.options import (
     Track,
     collect,
 )
-from tune_kd.monitoring import is_url
+from tune_kd.monitoring import OPEN, asks_for_token, is_url
 from tune_kd.study import Mistake
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -130,6 +130,8 @@ def _follow(cluster: Any, job: str, run: str, address: str, detach: bool = False
         f"  go on then:  python -m tune_kd resume {run} {at}",
     ):
         console.print(line, soft_wrap=True)
+    if not asks_for_token(address):
+        console.print(OPEN, soft_wrap=True)
     raise SystemExit(0 if detach else jobs.follow(cluster, job, _show))
 
 
