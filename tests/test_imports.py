@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": set(),
     "stats": set(),
     "trial": {"study", "tuning"},
-    "models": {"study", "storage"},
+    "models": {"study", "storage", "environment"},
     "batches": {"study", "storage", "pictures"},
     "pictures": {"study", "storage"},
     "cifar": {"study", "storage", "batches", "pictures", "environment"},

@@ -1,6 +1,6 @@
 """Attacks by whoever made a results folder, a data set or an archive, through the commands that read them.
 
-SECURITY.md says what is promised, and against whom.
+SECURITY.md says what is promised, and against whom. Of Ray and of a run's folders: `test_trust_ray`.
 """
 
 import csv
@@ -373,9 +373,5 @@ def test_a_run_named_like_a_place_elsewhere_names_no_file(tmp_path: Path) -> Non
         assert f"RUN holds a run named {name!r}" in done.stderr or f"got {name!r}" in done.stderr, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
-
-# Ray's door
-
-# Folders, sockets and logs of a run
 
 # A ledger that is a program

@@ -8,7 +8,6 @@ from datetime import datetime
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, NoReturn
-from urllib.parse import urlsplit
 
 import typer
 
@@ -29,7 +28,7 @@ from tune_kd.cli.options import (
     check_secrets,
     collect,
 )
-from tune_kd.monitoring import LOOPBACK, is_url
+from tune_kd.monitoring import OPEN, asks_for_token, is_here, is_url
 from tune_kd.study import Mistake
 
 Install = Annotated[
@@ -154,6 +153,8 @@ def _follow(cluster: Any, job: str, run: str, address: str, detach: bool = False
         f"  go on then:  python -m tune_kd resume {run} {at}",
     ):
         console.print(line, soft_wrap=True)
+    if not asks_for_token(address):
+        console.print(OPEN, soft_wrap=True)
     raise SystemExit(0 if detach else jobs.follow(cluster, job, _show))
 
 
@@ -166,7 +167,7 @@ def _place(out: str, address: str) -> str:
     """Where runs are on the cluster: a relative folder means one of this machine, so the cluster has to be here."""
     if "://" in out or os.path.isabs(out) or not is_url(address):
         return out
-    if urlsplit(address).hostname not in LOOPBACK:
+    if not is_here(address):
         raise Mistake(f"--out is {out}; allowed: an absolute path on the cluster, or s3://BUCKET/PATH, since {address} "
                       "is another machine")  # fmt: skip
     return os.path.abspath(out)

@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     from tune_kd.run import Run
 
 
+SHARES = {"gpus_per_trial": None, "cpus_per_trial": 1.0, "max_concurrent": None, "keep_checkpoints": False}
+
+
 def run(
     study: StudyName,
     scale: Scale = "auto",
@@ -173,7 +176,7 @@ def resume(
         "max_concurrent": max_concurrent,
         "track": track,
     }
-    share = reopened.settings | {name: value for name, value in given.items() if value is not None}
+    share = SHARES | reopened.settings | {name: value for name, value in given.items() if value is not None}
     collect(
         problems,
         lambda: shares.check(share["cpus_per_trial"], share["gpus_per_trial"], share["max_concurrent"], address),
