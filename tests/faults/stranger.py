@@ -544,7 +544,7 @@ class Fuzz:
             changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
             if changed and not any(each.kind in ("outside", "code") for each in outcome.violations):
                 outcome.violations.append(
-                    Violation("outside", "some command", f"changed {', '.join(changed)[:300]}", "")
+                    Violation("outside", "one of the commands", f"changed {', '.join(changed)[:300]}", "")
                 )
         finally:
             if not self.keep:
