@@ -169,7 +169,7 @@ def run_here(
 
 def without_ray(tmp: Path) -> None:
     """From here on, this process finds no Ray to connect to, and does with a driver what Ray would."""
-    cluster = connection.Cluster(cpus=2.0, gpus=0.0, dashboard=None, ours=False, logs=tmp, parts=())
+    cluster = connection.Cluster(cpus=2.0, gpus=0.0, dashboard=None, ours=False, logs=tmp, parts=(), guarded=True)
     connection.connect = lambda address, metadata=None: cluster
     connection.check_nodes = lambda folder, patience=0.0: None
     on_ray.run_on_ray = run_here  # type: ignore[assignment]
