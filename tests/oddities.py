@@ -17,6 +17,8 @@ ODDITIES = {
     "huge": "has 1,099,511,627,776 bytes; expected a regular file of at most",
 }
 """Kinds, and what is said of each."""
+UNFOLLOWED = ODDITIES | {"endless": "is a link; expected a regular file of at most"}
+"""The same, where what is a link is not followed."""
 
 
 def put(kind: str, path: Path) -> Path:

@@ -142,9 +142,7 @@ def begun(elsewhere: Path, ended: str = "completed") -> Path:
     """The folder of a run of a study whose file stands beside it."""
     source = runs.Source(elsewhere / "mine.py", "smoke", settings=("recipe.epochs=3",))
     shutil.copy(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", source.file)
-    study = source.read()
-    assert study is not None
-    run = runs.Run("mine", elsewhere / "results" / "mine", study, "0" * 64, None, SHARES, source)
+    run = runs.Run("mine", elsewhere / "results" / "mine", source.read(), "0" * 64, None, SHARES, source)
     runs.create(run)
     ledger = Ledger(run.folder / LEDGER)
     for trial in run.plan.trials:

@@ -76,6 +76,15 @@ def test_an_argument_that_is_no_utf8_is_refused_by_its_place(
     assert not list(here.iterdir())
 
 
+@pytest.mark.parametrize("arguments", [("status", "a\x1b[2Jb"), ("report", "--\x9b2J"), ("run", "x", "\u202ey")])
+def test_an_argument_that_a_terminal_would_obey_is_refused_and_not_repeated(
+    arguments: tuple[str, ...], here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = said(capsys, monkeypatch, *arguments)
+    place = f"the argument after {arguments[-2]} is {arguments[-1]!r}"
+    assert told == f"tune_kd: {place}; allowed: text without control characters\n"
+
+
 def test_all_that_is_no_utf8_is_told_at_once(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,6 @@ from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace
 from tune_kd.records import LEDGER, Ledger
 from tune_kd.run import Run, Source, create, extended, record_extension, reopen
-from tune_kd.study import Study
 
 SHORT = "replace(tiny(), factors=(Factor('stem', ('cifar',)), *tiny().factors[1:]), moderator=None{more})"
 FILE = """
@@ -32,10 +31,8 @@ def declare(folder: Path, more: str) -> Source:
 
 def begun(folder: Path, more: str) -> Run:
     source = declare(folder, more)
-    study = source.read()
-    assert isinstance(study, Study)
     digest = data.load("digits", train=60, validation=20, test=20).digest
-    run = Run("mine", folder / "results" / "mine", study, digest, None, {}, source)
+    run = Run("mine", folder / "results" / "mine", source.read(), digest, None, {}, source)
     create(run)
     return train(run)
 
@@ -59,7 +56,8 @@ def extend(folder: Path) -> None:
     train(reopen(folder))
 
 
-def test_seeds_that_were_added_change_no_mean_and_no_contrast(tmp_path: Path) -> None:
+def test_seeds_that_were_added_change_no_mean_and_no_contrast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     run = begun(tmp_path, "")
     before = tables.load(run.folder)
     declare(tmp_path, ", confirm=Confirm((1, 2, 3))")

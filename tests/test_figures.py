@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -10,6 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 from matplotlib import colors
+from matplotlib.legend import Legend
+from matplotlib.text import Text
 from PIL import Image
 from rich.console import Console
 
@@ -84,6 +87,47 @@ def test_names_and_gaps_that_are_allowed_break_no_picture_and_no_table(records: 
     console.print(view.effects(results.contrasts(strange), 1))
     assert "[red]x" in console.file.getvalue()  # type: ignore[attr-defined]
     assert r"a$\frac$b [/x] <i>_%&#" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # there is no place for names as long as these
+@pytest.mark.parametrize("letter", ["x", "$\\frac$ \\", "_"], ids=["long", "formula", "hidden"])
+def test_names_of_any_length_and_sign_make_pictures_of_a_usual_size(records: Records, letter: str) -> None:
+    def strange(name: str) -> str:
+        return f"{(letter * 10_000)[:10_000]}{name}"
+
+    names = ["arm", "stem", "method", "student", "teacher"]
+    (study,) = (json.loads(json.dumps(each)) for each in records.studies.values())
+    for arm in study["arms"]:
+        arm["name"] = strange(arm["name"])
+    for contrast in study["contrasts"]:
+        contrast["name"] = strange(contrast["name"])
+        contrast["weights"] = [[strange(arm), weight] for arm, weight in contrast["weights"]]
+    trials = records.trials.assign(**{name: records.trials[name].map(strange, na_action="ignore") for name in names})
+    pictures = {each.name: each for each in figures.draw(replace(records, trials=trials, studies={"tiny": study}))}
+    assert {"effects", "curves", "cost", "timeline"} <= set(pictures)
+    before = {each.name: each for each in figures.draw(records)}
+    for name, picture in pictures.items():
+        assert picture.figure.get_figheight() <= 1.5 * before[name].figure.get_figheight()
+        written = [text.get_text() for text in picture.figure.findobj(Text)]
+        assert max(map(len, written)) < 300, name
+        figures.rendered(picture.figure, "png")
+        ElementTree.fromstring(figures.rendered(picture.figure, "svg"))
+    for name in ("curves", "cost"):  # what is shown is named
+        panel = pictures[name].figure
+        assert all(legend.get_texts() for legend in panel.findobj(Legend))
+
+
+def test_a_picture_of_more_than_can_be_seen_says_what_it_leaves_out(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "PANELS", 5)
+    monkeypatch.setattr(figures, "LINES_SHOWN", 4)
+    trials = records.trials.assign(stem=[f"stem {number}" for number in range(len(records.trials))])
+    pictures = {each.name: each for each in figures.draw(replace(records, trials=trials))}
+    assert max(len(each.figure.axes) for each in pictures.values()) == 5
+    assert len(pictures["effects"].figure.axes[0].get_yticks()) == 4
+    for name, what in (("effects", "contrasts"), ("curves", "stems"), ("cost", "stems")):
+        assert re.search(rf" \d+ more {what} are left out\.", pictures[name].caption), pictures[name].caption
 
 
 def test_a_report_leaves_no_table_of_an_earlier_one(records: Records, tmp_path: Path) -> None:

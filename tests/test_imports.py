@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT: dict[str, set[str]] = {
     "tuning": set(),
-    "environment": {"study"},
-    "study": {"tuning"},
+    "characters": set(),
+    "environment": {"study", "characters"},
+    "study": {"tuning", "characters"},
     "search": {"tuning"},
     "growth": {"study", "trial", "plan", "tuning", "records"},
     "clock": set(),
@@ -30,11 +31,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "batches": {"study", "storage", "pictures"},
     "pictures": {"study", "storage"},
     "cifar": {"study", "storage", "batches", "pictures", "environment"},
-    "data": {"study", "batches", "cifar", "pictures"},
+    "data": {"study", "batches", "cifar", "pictures", "characters"},
     "answers": {"faults", "storage"},
     "shares": {"study"},
     "mps": set(),
-    "signals": set(),
+    "signals": {"characters"},
     "streams": set(),
     "guard": {"signals"},
     "notices": set(),
@@ -43,10 +44,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "price": {"trial"},
     "schedule": {"study", "trial"},
     "checkpoints": {"clock", "faults", "mirror", "storage"},
-    "records": {"clock", "faults", "trial", "storage"},
+    "records": {"clock", "faults", "trial", "storage", "characters"},
     "foreign": {"study", "plan"},
     "parquet": set(),
-    "tables": {"study", "trial", "storage", "mirror", "sharing", "records", "parquet", "foreign"},
+    "tables": {
+        "study", "study_record", "storage", "mirror", "sharing", "records", "parquet", "foreign", "characters",
+    },
     "results": {"study", "stats", "tables"},
     "measures": {"stats", "tables", "results"},
     "audit": {"study", "studies", "stats", "schedule", "tables"},
@@ -59,9 +62,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "study_file": {"signals", "storage", "study"},
     "studies": {"study", "study_file", "plan"},
+    "study_record": {"study", "studies", "plan", "storage", "trial"},
     "run": {
-        "faults", "privacy", "mirror", "sharing", "study", "studies", "plan", "growth", "trial", "storage", "records",
-        "signals",
+        "faults", "privacy", "mirror", "sharing", "study", "study_file", "study_record", "studies", "plan", "growth",
+        "trial", "storage", "records", "signals",
     },
     "rebuild": {"faults", "study", "run", "growth", "storage", "records", "tables"},
     "verify": {
@@ -74,7 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "study", "plan", "growth", "tuning", "tuned", "stats", "storage", "tables", "results", "measures", "audit",
         "provenance",
     },
-    "view": {"study", "trial", "tuning", "pace", "simulate", "calibrate"},  # of most only types
+    "view": {"study", "trial", "tuning", "pace", "simulate", "calibrate", "characters"},  # of most only types
     "calibrate": {"study", "growth", "trial", "plan", "schedule", "records", "stats", "tables", "results", "simulate"},
     "evidence": {"study", "plan", "schedule", "storage"},
     "execute": {

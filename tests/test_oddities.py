@@ -15,16 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from oddities import ODDITIES, at_once, put
+from oddities import ODDITIES, UNFOLLOWED, at_once, put
 from test_batches import small_archive, small_files, small_origin
-from tune_kd import answers, batches, evidence, models, rebuild, run, storage, tables, teachers
+from tune_kd import answers, batches, evidence, mirror, models, rebuild, run, storage, tables, teachers
 from tune_kd.checkpoints import Checkpoints
 from tune_kd.cifar import load_pixels
 from tune_kd.mirror import Mirror
 from tune_kd.plan import plan
 from tune_kd.records import COMMITS, DIGESTS, LEDGER, TRIALS, Ledger, commits, digests, reading
 from tune_kd.sharing import HOLDER, STUDY
-from tune_kd.storage import Damaged, Unexpected, appended, check_regular, opened, publish, read, write_at
+from tune_kd.storage import Damaged, Unexpected, appended, check_regular, links, opened, publish, read, write_at
 from tune_kd.study import Mistake, Study
 from tune_kd.verify import verify
 
@@ -57,7 +57,8 @@ def refusal(do: Callable[[], object]) -> str:
 
 @each_oddity
 @pytest.mark.parametrize("use", [lambda path: read(path, 100), lambda path: opened(path, 100),
-                                 lambda path: check_regular(path, 100)], ids=["read", "opened", "check"])  # fmt: skip
+                                 lambda path: check_regular(path, 100, through_links=True)],
+                         ids=["read", "opened", "check"])  # fmt: skip
 def test_what_is_no_file_of_its_size_is_refused_in_words(
     kind: str, use: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +93,7 @@ def test_a_file_that_says_less_of_itself_than_it_has_is_read_whole_or_refused() 
 def test_nothing_is_written_into_what_is_no_file(kind: str, tmp_path: Path) -> None:
     path = put(kind, tmp_path / "file")
     for use in (lambda: write_at(path, 0, b"data"), lambda: appended(path)):
-        with pytest.raises(Unexpected, match=ODDITIES[kind].partition(" of at most")[0]):
+        with pytest.raises(Unexpected, match=UNFOLLOWED[kind].partition(" of at most")[0]):
             at_once(use, within=10)
 
 
@@ -163,10 +164,12 @@ def test_sqlite_is_not_let_at_what_is_no_file(kind: str, end: str, results: Path
         rows = ledger.rows(TRIALS)
     path = put(kind, results / f"{LEDGER}{end}")
     for options in ({}, {"read_only": True}):
-        with pytest.raises(Unexpected, match=f"{path.name} {ODDITIES[kind]}"):
+        with pytest.raises(Unexpected, match=f"{path.name} {UNFOLLOWED[kind]}"):
             at_once(lambda options=options: Ledger(results / LEDGER, **options))
-    assert f"{path} {ODDITIES[kind]}" in at_once(lambda: verify(results))[0].what
+    assert any(f"{path} {UNFOLLOWED[kind]}" in finding.what for finding in at_once(lambda: verify(results)))
     at_once(lambda: rebuild.opened(run.reopen(results), lambda _: None).close())
+    for aside in links(results):
+        aside.unlink()
     assert verify(results) == []
     with reading(results / LEDGER) as again:
         assert again.rows(TRIALS) == rows
@@ -267,13 +270,16 @@ def test_weights_of_torchvision_that_are_no_file_are_named(
 
 
 @each_oddity
-def test_what_stands_for_a_store_is_a_file(kind: str, tmp_path: Path) -> None:
-    put(kind, tmp_path / ".mirror.json")
-    if kind == "huge":
-        with pytest.raises(Unexpected):
-            at_once(lambda: Mirror.of(tmp_path / "run"))
+def test_what_stands_for_a_store_is_a_file(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    (tmp_path / "tune_kd" / "s3-store").mkdir(parents=True)
+    put(kind, tmp_path / "tune_kd" / "s3-store" / mirror.MARK)
+    run = tmp_path / "tune_kd" / "s3-store" / mirror.RESULTS / "run"
+    if kind == "endless":  # a link, which anybody may have put there
+        assert at_once(lambda: Mirror.of(run)).url is None
     else:
-        assert at_once(lambda: Mirror.of(tmp_path / "run")).url is None
+        with pytest.raises(Unexpected):
+            at_once(lambda: Mirror.of(run))
 
 
 @each_oddity

@@ -4,6 +4,7 @@ every picture."""
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from tune_kd import report
@@ -13,6 +14,22 @@ from tune_kd.tables import load
 @pytest.fixture(scope="module")
 def page(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return report.write(tmp_path_factory.mktemp("report"), load(finished), ["html"])
+
+
+HOSTILE = (
+    "<script>window.strange = 1</script>", "<b>bold</b>", '" onclick="window.strange = 1" x="', "</td></table>",
+    "javascript:window.strange = 1", "&lt;i&gt;", "__proto__", "{{ 7 * 7 }}", "'><img src=x onerror='strange = 1'>",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of tables of others whose names are written for browsers."""
+    folder = tmp_path_factory.mktemp("theirs")
+    trials = [{"trial_id": f"{arm}{seed}", "arm": arm, "seed": seed, "test_accuracy_best": 0.5 + seed / 100}
+              for arm in HOSTILE for seed in (1, 2)]  # fmt: skip
+    pd.DataFrame(trials).to_parquet(folder / "trials.parquet")
+    return report.write(tmp_path_factory.mktemp("report"), load(folder), ["html"])
 
 
 def show(browser: Any, page: Path, width: int = 1440, scheme: str = "light") -> None:
@@ -89,6 +106,46 @@ def test_a_click_on_a_heading_sorts_up_and_another_one_down(browser: Any, page: 
         if as_number:
             assert found[0] == sorted(found[0])
             assert found[1] == sorted(found[1], reverse=True)
+    assert browser.get_log("browser") == []
+
+
+def test_a_browser_runs_only_what_the_page_came_with_and_fetches_nothing(browser: Any, page: Path) -> None:
+    """Were some text taken for HTML after all."""
+    text = page.read_text()
+    assert text.count("</h1>") == 1
+    stranger = (
+        "<script>window.strange = 1</script><img src='data:,' onerror='window.strange = 2'>"
+        "<img src='http://127.0.0.1:9/picture.png'><link rel='stylesheet' href='http://127.0.0.1:9/style.css'>"
+        "<style>h1 { color: rgb(1, 2, 3) }</style><iframe src='http://127.0.0.1:9/'></iframe>"
+        "<base href='http://127.0.0.1:9/'>"
+    )
+    changed = page.with_name("changed.html")
+    changed.write_text(text.replace("</h1>", f"</h1>{stranger}"))
+    browser.get_log("browser")
+    show(browser, changed)
+    assert browser.execute_script("return window.strange") is None
+    assert browser.execute_script("return getComputedStyle(document.querySelector('h1')).color") != "rgb(1, 2, 3)"
+    assert browser.execute_script("return document.baseURI") == changed.as_uri()
+    refused = [each["message"] for each in browser.get_log("browser")]
+    assert all("Content Security Policy" in each for each in refused), refused
+    for part in ("inline script", "inline event handler", "picture.png", "style.css", "inline style", "127.0.0.1:9/'"):
+        assert any(part in each for each in refused), (part, refused)
+
+
+def test_cells_with_any_signs_are_shown_and_sorted_as_text(browser: Any, hostile: Path) -> None:
+    browser.get_log("browser")
+    show(browser, hostile)
+    table = next(each for each in browser.find_elements("css selector", "table") if "mean" in each.text)
+    table.find_element("css selector", "th button").click()
+    found = browser.execute_script(
+        "return [...arguments[0].tBodies[0].rows].map((row) => row.cells[0].innerText)", table
+    )
+    assert sorted(found) == sorted(" ".join(name.split()) for name in HOSTILE)
+    assert (
+        browser.execute_script("return document.querySelectorAll('main script, main a, main iframe, main b').length")
+        == 0
+    )
+    assert browser.execute_script("return window.strange") is None
     assert browser.get_log("browser") == []
 
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tune_kd import records
+from tune_kd.characters import CONTROL
 from tune_kd.records import (
     DECISIONS,
     EPOCHS,
@@ -93,7 +94,14 @@ def test_rows_come_back_from_parquet_as_they_were(rows: list[dict[str, Any]]) ->
     assert table.to_pylist() == rows
 
 
-@given(row=st.fixed_dictionaries({name: cells(kind) for name, kind in TRIALS.columns.items()}))
+def named(text: str | None) -> str | None:
+    """Text that may name something."""
+    return None if text is None else CONTROL.sub("", text)
+
+
+@given(row=st.fixed_dictionaries(
+    {name: cells(kind).map(named) if name in TRIALS.names else cells(kind) for name, kind in TRIALS.columns.items()}
+))  # fmt: skip
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_rows_come_back_from_the_ledger_as_they_were(ledger: Ledger, row: dict[str, Any]) -> None:
     row |= pending("t", stop_reason=None, **dict.fromkeys((*TRIALS.fractions, *TRIALS.only_completed), 0.5))
@@ -130,8 +138,17 @@ def test_a_row_is_refused_when_written_if_and_only_if_readers_would_refuse_it(
                  (*schema.key, *schema.needed) if name not in good}  # fmt: skip
         row |= {name: value for name, value in good.items() if name in row}
         row |= data.draw(st.fixed_dictionaries({}, optional={"epochs_planned": st.just(2)})) if "status" in row else {}
+    if name := data.draw(st.none() | st.sampled_from([name for name, kind in schema.columns.items() if kind is str])):
+        row[name] = data.draw(st.sampled_from(["two\nlines", "\x1b[2J", "\x9b2J", "\u202etxt"]))
     _, problems = check(schema, frame(schema, [row]))
     assert (broken(schema, row) is None) == (problems == []), (broken(schema, row), problems)
+
+
+def test_the_text_of_an_error_may_have_lines_and_colours_and_a_name_may_not(ledger: Ledger) -> None:
+    ledger.put(TRIALS, pending("t", error="\x1b[31mTraceback\x1b[0m\n  line 1"))
+    with pytest.raises(ValueError, match=r"trials\.device is 'GPU\\x1b\[2J'; allowed: text without control characters"):
+        ledger.put(TRIALS, pending("u", device="GPU\x1b[2J"))
+    assert [row["trial_id"] for row in ledger.rows(TRIALS)] == ["t"]
 
 
 def test_a_row_that_no_reader_would_take_is_not_written(ledger: Ledger) -> None:

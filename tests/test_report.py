@@ -1,19 +1,26 @@
 """From tables to results, and what people see of them."""
 
+import csv
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from rich.console import Console
 
 from tune_kd import report, results, view
+from tune_kd.characters import visible
 from tune_kd.pace import time_left
 from tune_kd.plan import plan
 from tune_kd.records import TRIALS, Ledger, first_row
+from tune_kd.report import texts
 from tune_kd.study import Mistake, Study
 from tune_kd.tables import Records, load
 from tune_kd.trial import Decision
@@ -115,6 +122,75 @@ def test_the_report_is_written_in_every_form(run: Path, records: Records) -> Non
     for name in ("effects.png", "effects.svg", "cost.png"):
         assert (folder / "figures" / name).stat().st_size > 1000
     assert "\\toprule" in (folder / "tables" / "arms.tex").read_text()
+
+
+COMPUTED = ("=1+1", "+1", "-1+1", "@SUM(1)", "\t=1", "\n=1", "\uff1d1", "\uff0b1", "\uff0d1", "\uff201")
+
+
+@pytest.mark.parametrize("text", COMPUTED, ids=ascii)
+def test_no_text_in_a_csv_is_a_formula(text: str) -> None:
+    table = pd.DataFrame({text: [-0.5], "arm": [text], "note": [f"x;{text}"]})
+    head, row = csv.reader(io.StringIO(texts.csv(table), newline=""))
+    assert head[0][0] == row[1][0] == "'"
+    assert row[2].startswith("x;'")
+    assert (row[0], row[1].replace("'", "")) == ("-0.5", text)
+
+
+def test_a_csv_has_honest_names_and_numbers_as_they_are(records: Records) -> None:
+    for name, table in report.tables(records).items():
+        read = pd.read_csv(io.StringIO(texts.csv(table)))
+        for column in table.columns:
+            known = [each for each in table[column].dropna() if each != ""]
+            number = pd.api.types.is_numeric_dtype(table[column])
+            assert read[column].dropna().tolist() == (pytest.approx(known) if number else known), (name, column)
+
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)>", "[a](javascript:alert(1))", "![x](http://x/y.png)", "<javascript:alert(1)>", "a|b",
+    "a\\|b", "\\", "`a`", "# a", "- a", "+ a", "1. a", "1) a", "***", "---", "===", "&lt;b&gt;", "&#60;", "__a__",
+    "*a*", "~~a~~", "[a]: http://x", "|---|", "> a", "    a", "a  \n# b", "```", "~~~", "<!--", "http://x www.x.org",
+)  # fmt: skip
+BUILT = ("heading", "paragraph", "bullet_list", "list_item", "strong", "table", "thead", "tbody", "tr", "th", "td")
+
+
+def rendered(text: str) -> tuple[str, set[str]]:
+    """A Markdown text's text as CommonMark and GitHub's tables have it, and of which kinds its parts are."""
+    parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    found = [each for token in parser.parse(text) for each in (token, *(token.children or ()))]
+    kinds = {each.type.removesuffix("_open").removesuffix("_close") for each in found}
+    return "|".join(each.content for each in found if each.type == "text"), kinds
+
+
+@given(st.text() | st.sampled_from(HOSTILE) | st.text(st.sampled_from("<>&[]()!|\\`*_~#-+=1. $:/aw")))
+def test_text_in_markdown_comes_back_as_it_was_and_is_nothing_else(text: str) -> None:
+    text = visible(text)  # as all is that comes from records
+    plain = " ".join(text.split())
+    once = [plain] if plain else []
+    for lines, expected in (
+        (f"{texts._line(text)}\n\n- {texts._line(text)}\n", once * 2),
+        (f"# {texts._inline(f'x {text}')}\n\n- **x{texts._inline(text)}**: {texts._inline(text)}\n", None),
+        (f"| a |\n| --- |\n| {texts._inline(text)} |\n| b |\n", ["a", *once, "b"]),
+    ):
+        said, kinds = rendered(lines)
+        assert kinds <= {*BUILT, "inline", "text"}, (lines, kinds)
+        assert expected is None or said == "|".join(expected), lines
+
+
+@pytest.mark.parametrize("text", ["resnet18_x", "a - b", "cifar: T=2 - T=4", "95 % (of 3), 0.5", "x_1-y.z"])
+def test_an_honest_name_reads_in_markdown_as_it_is(text: str) -> None:
+    assert texts._line(text) == texts._inline(text) == text
+
+
+def test_an_address_is_no_link_either_where_those_are_found_by_themselves() -> None:
+    """As GitHub does it."""
+    assert texts._inline("http://x.org www.x.org WWW.x.org") == "http\\://x.org www\\.x.org WWW\\.x.org"
+
+
+@pytest.mark.parametrize("text", ["*", "[x]", "\\input{/etc/passwd}", "^^5cinput", "a & b % c", "$x$ #1 _ {} ~"])
+def test_text_in_latex_is_no_command_and_no_part_of_the_row_before(text: str) -> None:
+    body = texts._tabular(pd.DataFrame({"arm": ["a", text]})).split("\\midrule\n")[1].splitlines()[1]
+    left = re.sub(r"\\text(backslash|asciicircum|asciitilde)\{\}|\\[&%$#_{}]|\{[*[]\}", "", body.removesuffix(r" \\"))
+    assert not set(left) & set("\\{}$&#^_%~[*"), body
 
 
 @pytest.mark.parametrize(("formats", "first", "made"), [

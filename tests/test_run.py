@@ -56,7 +56,7 @@ def no_data(record: dict[str, Any]) -> None:
         (another_study, "its hash does not fit the study.*restore the file, or start a new run"),
         (fewer_contrasts, "its hash does not fit the contrasts"),
         (another_trial, "plans other trials"),
-        (no_data, "KeyError: 'data'"),
+        (no_data, "study.json lacks data; restore the file, or start a new run"),
     ],
 )
 def test_a_run_that_is_not_this_versions_or_was_changed_is_refused(
@@ -233,15 +233,14 @@ AS_IT_WAS = "tiny()"
 
 
 @pytest.fixture
-def of_file(tmp_path: Path) -> Callable[..., Run]:
-    """A run that has ended, of a study in a file."""
+def of_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """A run that has ended, of a study in a file of the working directory."""
+    monkeypatch.chdir(tmp_path)
 
     def made(declared: str = AS_IT_WAS, ended: bool = True) -> Run:
         declare(tmp_path, declared)
         source = Source(tmp_path / "mine.py", "test")
-        study = source.read()
-        assert study is not None
-        run = Run("mine", tmp_path / "mine", study, "d" * 64, None, {}, source)
+        run = Run("mine", tmp_path / "results" / "mine", source.read(), "d" * 64, None, {}, source)
         create(run)
         end(run, "completed" if ended else "running")
         return run

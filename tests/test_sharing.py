@@ -323,12 +323,13 @@ def test_a_trial_leaves_when_the_driver_says_so_through_the_store(
     monkeypatch.setattr("tune_kd.execute.worker.ASK_EVERY", 0.0)
     begun = begin(calm, s3.url("kd"))
     place = Workplace(None, None, begun.teachers, begun.checkpoints, url=s3.url("kd"))
+    of_driver = Mirror.of(place.drain)
     elsewhere(monkeypatch, tmp_path, "worker")
     there = place.here()
     assert there.checkpoints != place.checkpoints and there.teachers != place.teachers
     asked = there.leaving()
     assert not asked()
-    Mirror.of(place.drain).send(place.drain, b"")
+    of_driver.send(place.drain, b"")
     assert asked()
 
 
@@ -362,8 +363,13 @@ def test_what_stands_for_a_store_on_this_disk_stays_under_its_own_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    there = mirror.local("s3://bucket/kd?region=x&endpoint_override=..%2F..%2Fhost:9000")
-    assert there == tmp_path / "tune_kd" / "s3" / "bucket@..%2F..%2Fhost:9000" / "kd"
+    url = "s3://bucket/kd?region=x&endpoint_override=..%2F..%2Fhost:9000"
+    there = mirror.local(url)
+    assert there.parents[1] == tmp_path / "tune_kd" and there.parent.name.startswith("s3-bucket-kd-")
+    assert Mirror.of(there / "run") == Mirror(there, url)
+    others = (url.replace("/kd", "/kd/more"), url.replace("/bucket", "/other"), url.replace("9000", "9001"),
+              "s3://bucket/kd?region=x")  # fmt: skip
+    assert len({there, *map(mirror.local, others)}) == 5 and mirror.local(url.replace("=x", "=y")) == there
 
 
 def test_a_bucket_that_is_not_there_and_a_name_that_is_are_told_before_anything_starts(
@@ -400,8 +406,7 @@ def test_a_run_in_a_store_is_a_command_like_any_other(s3: Store, tmp_path: Path)
     assert "far" in tune_kd("other", "list")
     assert "is whole, from its plan to its teachers' answers" in tune_kd("other", "status", "far", "--verify")
     assert "Effects" in tune_kd("third", "report", "far")
-    here, there = (tmp_path / home / "tune_kd" / "s3" / f"bucket@127.0.0.1:{s3.port}" / "kd" / "far"
-                   for home in ("home", "other"))  # fmt: skip
+    here, there = (next((tmp_path / home).glob("tune_kd/s3-bucket-kd-*/results/far")) for home in ("home", "other"))
     assert (here / "trials.parquet").read_bytes() == (there / "trials.parquet").read_bytes()
     assert {sharing.STUDY, "tensorboard", "mlflow.db"} <= set(Mirror.of(here).names(here))
     with reading(there / "ledger.sqlite") as ledger, reading(here / "ledger.sqlite") as original:

@@ -82,6 +82,9 @@ def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
         ({"deviation": 0.0}, ("deviation is 0.0",)),
         ({"question": "Does it \ud83d?"}, (r"question is 'Does it \ud83d?'", "encoded as UTF-8")),
         ({"name": "\udce9"}, (r"name is '\udce9'", "encoded as UTF-8")),
+        ({"name": "two\nlines"}, (r"name is 'two\nlines'", "without control characters")),
+        ({"scale": "\u202ebrief"}, (r"scale is '\u202ebrief'", "without control characters")),
+        ({"question": "Does it\n\x1b[2J?"}, (r"question is 'Does it\n\x1b[2J?'", "without control characters")),
     ],
 )
 def test_a_bad_study_is_refused_with_field_value_and_what_is_allowed(
@@ -89,6 +92,10 @@ def test_a_bad_study_is_refused_with_field_value_and_what_is_allowed(
 ) -> None:
     found = problems(replace(study, **change))  # type: ignore[arg-type]
     assert any(all(word in problem for word in words) for problem in found), found
+
+
+def test_a_question_may_have_lines(study: Study) -> None:
+    assert replace(study, question="Does it work?\n\tAnd when?").check()
 
 
 def test_all_problems_of_a_study_come_in_one_message(study: Study) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tune_kd
+from conftest import tiny
+from tune_kd.characters import CONTROL
 from tune_kd.records import DECISIONS, EPOCHS, PANDAS, SCHEMAS, TRIALS, Schema, arrow, frame, to_parquet
 from tune_kd.study import Mistake
 from tune_kd.tables import check, load
@@ -41,8 +44,7 @@ def write(folder: Path, run: str = "r", **tables: pd.DataFrame) -> Path:
     }
     for name, table in (made | tables).items():
         table.to_parquet(folder / f"{name}.parquet")
-    study = {"name": "s", "question": "?", "scale": "test", "confirm": {"seeds": [1, 2]}, "teacher_seeds": [9]}
-    record = {"run": run, "study": study | {"deviation": 0.001}, "contrasts": [], "data": {"name": "digits"}}
+    record = {"run": run, "study": asdict(tiny()), "contrasts": [], "data": {"name": "digits"}}
     (folder / "study.json").write_text(json.dumps(record | {"arms": [{"name": "cifar/none", "role": "control"}]}))
     return folder
 
@@ -104,6 +106,9 @@ BROKEN: list[tuple[str, str, Callable[[pd.DataFrame], pd.DataFrame], str]] = [
     ("a huge seed", "trials", changed("seed", [1.0, 2.0**63]), "1 of 2 rows .* expected whole numbers"),
     ("twice", "trials", changed("trial_id", ["t1", "t1"]), r"run, trial_id: 1 of 2 rows .* got \('r', 't1'\) in row 1"),
     ("a gap", "epochs", changed("epoch", [1, 2, 1, 3]), r"epoch: 1 of 2 trials .*; t2 has 2 from 1 to 3"),
+    ("a command", "trials", changed("arm", ["a\x1b[2J", "b"]),
+     r"arm: 1 of 2 rows break a rule; got 'a\\x1b\[2J' in row 0; expected text without control characters"),
+    ("a name in two lines", "epochs", changed("trial_id", ["t1", "t1", "a\nb", "a\nb"]), r"got 'a\\nb' in row 2, "),
     ("a stranger", "epochs", changed("trial_id", ["t1", "t1", "x", "x"]), r"1 of 2 rows .*'x'\)"),
 ]  # fmt: skip
 
@@ -162,7 +167,8 @@ def test_a_table_of_any_rows_that_fit_is_taken_as_it_is(schema: Schema, data: st
         elif name in schema.fractions:
             fits = st.floats(0, 1)
         else:
-            fits = {str: st.text(max_size=3), int: st.integers(-9, 9), float: st.floats(-9, 9)}[kind]
+            text = st.text(max_size=3) if name in schema.free else st.text(max_size=3).map(lambda s: CONTROL.sub("", s))
+            fits = {str: text, int: st.integers(-9, 9), float: st.floats(-9, 9)}[kind]
         never = name in (*schema.key, *schema.needed)
         return fits if never else st.none() | fits
 
@@ -224,6 +230,18 @@ def test_a_study_that_was_changed_or_is_not_whole_is_refused(
     assert says in str(caught.value)
 
 
+def test_what_a_study_says_comes_without_control_characters(tmp_path: Path) -> None:
+    path = write(tmp_path / "r") / "study.json"
+    record = json.loads(path.read_text())
+    record["study"]["question"] = "Is it\n\x1b[31mred\u202e?"
+    record["versions"] = {"tor\x07ch": ["2.0\x9b"]}
+    path.write_text(json.dumps(record))
+    study = load(path.parent).study
+    assert study["study"]["question"] == "Is it\n\u241b[31mred\ufffd?"
+    assert study["versions"] == {"tor\u2407ch": ["2.0\ufffd"]}
+    assert study["study"]["deviation"] == 0.001
+
+
 def test_rows_keep_no_index_of_their_makers(tmp_path: Path) -> None:
     """Two halves that were put together: pandas keeps an index in which numbers come twice."""
     trials = frame(TRIALS, [trial(1), trial(2)])
@@ -232,5 +250,8 @@ def test_rows_keep_no_index_of_their_makers(tmp_path: Path) -> None:
 
 
 def test_a_run_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match=r"RUN holds a run named '\.\./\.\./x'; allowed: letters"):
+    with pytest.raises(Mistake, match=r"study.json: run is '\.\./\.\./x', which no run writes"):
         load(write(tmp_path / "r", "../../x"))
+    (tmp_path / "r" / "study.json").unlink()
+    with pytest.raises(Mistake, match=r"RUN holds a run named '\.\./\.\./x'; allowed: letters"):
+        load(tmp_path / "r")

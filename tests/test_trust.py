@@ -3,6 +3,25 @@
 SECURITY.md says what is promised, and against whom.
 """
 
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pandas as pd
+import pytest
+from markdown_it import MarkdownIt
+
+from conftest import altered
+from tune_kd import records
+from tune_kd.trial import digest
+
 # Code: `resume` and the file that a study names
 
 # Where things are sent
@@ -16,6 +35,197 @@ SECURITY.md says what is promised, and against whom.
 # Numbers, depths and sizes
 
 # What other programs make of our output
+
+NAMES = (
+    "=HYPERLINK(\"http://x.org\",\"x\")", "-1+1", "+1", "@SUM(1)", "x;=1+1", "<script>alert(1)</script>", "<img src=x>",
+    "[a](javascript:alert(1))", "![a](http://x.org/y.png)", "a|b", "`a`", "# a", "\\input{/etc/passwd}", "$\\frac$",
+    "_a_", "*[x]", "&lt;", "\" onclick=\"alert(1)",
+)  # fmt: skip
+COMMANDS = "\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp.exe\u2069\x7f"
+OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+ROOT = Path(__file__).parents[1]
+
+
+def command(here: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """What `python -m tune_kd` does with these arguments, in a folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "tune_kd", *arguments], cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def theirs(folder: Path, names: tuple[str, ...], **more: Any) -> Path:
+    """A trials table of others with an arm of each name."""
+    folder.mkdir()
+    trials = [
+        {"trial_id": f"{number} {seed}", "seed": seed, "test_accuracy_best": number / 100, "train_seconds": 1.0}
+        | dict.fromkeys(("arm", "method", "stem", "student", "teacher", "device", "host", "dataset"), name) | more
+        for number, name in enumerate(names) for seed in (1, 2)
+    ]  # fmt: skip
+    pd.DataFrame(trials).to_parquet(folder / "trials.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of tables of others whose names are written for spreadsheets, browsers, Markdown and LaTeX."""
+    here = tmp_path_factory.mktemp("written")
+    theirs(here / "theirs", NAMES)
+    done = command(here, "report", "theirs")
+    assert done.returncode == 0, done.stderr
+    return here / "theirs" / "report"
+
+
+def test_no_cell_of_a_csv_is_a_formula(written: Path) -> None:
+    with (written / "tables" / "arms.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["arm"].replace("'", "") for row in rows] == list(NAMES)
+    for path in (written / "tables").glob("*.csv"):
+        with path.open(newline="", encoding="utf-8") as file:
+            cells = [cell for row in csv.reader(file) for cell in row]
+        numbers = re.compile(r"-?[0-9.]+(e-?[0-9]+)?")
+        assert [each for each in cells if re.match("[=+@-]", each) and not numbers.fullmatch(each)] == []
+        assert [each for each in cells if re.search("[;\t][=+@-]", each)] == []
+
+
+def test_no_name_is_markup_in_a_markdown_report(written: Path) -> None:
+    parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    tokens = [
+        each for token in parser.parse((written / "report.md").read_text()) for each in (token, *(token.children or ()))
+    ]
+    kinds = {each.type.removesuffix("_open").removesuffix("_close") for each in tokens}
+    assert kinds == {*("heading", "paragraph", "bullet_list", "list_item", "table", "thead", "tbody", "tr", "th", "td"),
+                     "inline", "text"}  # fmt: skip
+    assert set(NAMES) <= {each.content for each in tokens if each.type == "text"}
+
+
+class Parts(HTMLParser):
+    """The tags of a page, their attributes, and its texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[tuple[str, str]] = set()
+        self.texts: set[str] = set()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {(name, value or "") for name, value in attributes}
+
+    def handle_data(self, data: str) -> None:
+        self.texts.add(data)
+
+
+def test_no_name_is_markup_or_an_address_in_the_page(written: Path) -> None:
+    parts = Parts()
+    parts.feed((written / "report.html").read_text())
+    assert set(NAMES) <= parts.texts
+    text = (written / "report.html").read_text()
+    assert text.count("<script") == text.count("<style") == 1
+    assert not parts.tags & {"a", "iframe", "object", "embed", "form", "base", "b"}
+    assert not [name for name, _ in parts.attributes if name.startswith("on")]
+    addresses = {value for name, value in parts.attributes if name in ("href", "src", "action", "style")}
+    assert {each.partition(",")[0] for each in addresses} == {"data:", "data:image/svg+xml;base64"}
+    policy = next(value for name, value in parts.attributes if value.startswith("default-src 'none'"))
+    assert "unsafe" not in policy and "http" not in policy
+
+
+def test_no_name_is_a_command_of_latex_or_a_formula_in_a_picture(written: Path) -> None:
+    text = (written / "tables" / "arms.tex").read_text()
+    assert r"\textbackslash{}input\{/etc/passwd\}" in text
+    assert set(re.findall(r"\\[a-z]+", text)) <= {
+        *(r"\begin", r"\end", r"\toprule", r"\midrule", r"\bottomrule", r"\textbackslash", r"\usepackage")
+    }
+    pictures = list((written / "figures").glob("*.svg"))
+    assert len(pictures) >= 1
+    for path in pictures:
+        tags = {each.tag.rpartition("}")[2] for each in ElementTree.parse(path).iter()}
+        assert not tags & {"script", "a", "foreignObject"}, path
+
+
+def test_names_that_a_terminal_would_obey_are_refused_by_their_row(tmp_path: Path) -> None:
+    theirs(tmp_path / "theirs", ("a", f"b{COMMANDS}"), error=COMMANDS)
+    done = command(tmp_path, "report", "theirs")
+    assert (done.returncode, done.stdout) == (2, "")
+    arm = next(line for line in done.stderr.splitlines() if "trials.parquet: arm: " in line)
+    assert f"2 of 4 rows break a rule; got {f'b{COMMANDS}'!r} in row 2" in arm
+    assert "expected text without control characters" in arm
+    assert "trials.parquet: error: " not in done.stderr
+    assert not OBEYED.search(done.stderr)
+
+
+def test_tables_whose_errors_have_colours_are_reported(tmp_path: Path) -> None:
+    theirs(tmp_path / "theirs", ("a", "b"), error=f"Traceback\n  {COMMANDS}")
+    done = command(tmp_path, "report", "theirs", "--format", "md,csv")
+    assert done.returncode == 0, done.stderr
+    assert not OBEYED.search(done.stdout + done.stderr)
+
+
+def test_a_run_whose_study_has_commands_for_a_terminal_is_shown_without_them(finished: Path, tmp_path: Path) -> None:
+    def commanding(record: dict[str, Any]) -> None:
+        record["study"]["question"] = f"Does it\nwork{COMMANDS}?"
+        record["study_sha256"] = digest(record["study"])
+        for contrast in record["contrasts"]:
+            contrast["name"] += f"{COMMANDS}<b>"
+        record["contrasts_sha256"] = digest(record["contrasts"])
+        record["versions"] |= {f"torch{COMMANDS}": COMMANDS}
+        record["machine"] = {"host": COMMANDS}
+        record["git_commit"] = COMMANDS
+
+    shutil.copytree(finished, tmp_path / "results" / "tiny")
+    altered(tmp_path / "results" / "tiny" / "study.json", commanding)
+    for arguments in (("report", "tiny"), ("status", "tiny"), ("status", "tiny", "--verify"), ("resume", "tiny")):
+        done = command(tmp_path, *arguments)
+        assert "Traceback" not in done.stderr and done.returncode in (0, 2, 3), done.stderr
+        assert not OBEYED.search(done.stdout + done.stderr), arguments
+    report = tmp_path / "results" / "tiny" / "report"
+    texts = [path for path in report.rglob("*") if path.suffix in (".html", ".md", ".csv", ".tex", ".svg")]
+    assert len(texts) > 10
+    for path in texts:
+        assert not OBEYED.search(path.read_text()), path
+    assert "\u241b[2J" in (report / "report.html").read_text()
+    assert "\u241b\\[2J" in (report / "report.md").read_text()
+
+
+def test_a_ledger_with_commands_for_a_terminal_is_shown_without_them(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "results" / "tiny"
+    shutil.copytree(finished, folder)
+    ledger = records.Ledger(folder / records.LEDGER)
+    row, other = ledger.rows(records.TRIALS)[-2:]
+    ended = dict.fromkeys(records.TRIALS.only_completed) | {"status": "failed", "error": f"{COMMANDS}\nred"}
+    monkeypatch.setattr(records, "broken", lambda *_: None)  # a stranger's ledger was not written by `put`
+    ledger.put(records.TRIALS, row | ended)
+    ledger.put(records.TRIALS, other | ended | {"arm": f"arm{COMMANDS}"})
+    ledger.close()
+    for arguments in (("status", "tiny"), ("status", "tiny", "--json"), ("status", "tiny", "--verify")):
+        done = command(tmp_path, *arguments)
+        assert "Traceback" not in done.stderr and done.returncode in (0, 3), done.stderr
+        assert not OBEYED.search(done.stdout + done.stderr), arguments
+        if arguments[-1] != "--verify":
+            assert "title" in done.stdout  # it was said
+
+
+def test_an_argument_that_comes_from_a_strangers_folder_is_not_obeyed(tmp_path: Path) -> None:
+    """As of `report *`."""
+    theirs(tmp_path / f"x{COMMANDS}", ("a",))
+    for arguments in (("report", f"x{COMMANDS}"), ("report", f"--{COMMANDS}"), (COMMANDS,)):
+        done = command(tmp_path, *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "allowed: text without control characters" in done.stderr
+        assert not OBEYED.search(done.stderr)
+
+
+def test_a_run_named_like_a_place_elsewhere_names_no_file(tmp_path: Path) -> None:
+    for name in ("../../x", "/etc/x", ".hidden", "a\n"):
+        shutil.rmtree(tmp_path / "theirs", ignore_errors=True)
+        theirs(tmp_path / "theirs", ("a",), run=name)
+        done = command(tmp_path, "report", "theirs", "--to", "here", "--format", "svg,csv")
+        assert (done.returncode, done.stdout) == (2, ""), name
+        assert f"RUN holds a run named {name!r}" in done.stderr or f"got {name!r}" in done.stderr, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
 
 # Ray's door
 

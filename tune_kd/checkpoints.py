@@ -6,12 +6,14 @@ publishes both. The one before is kept. A file that does not match its name is s
 
 import hashlib
 import json
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -19,10 +21,11 @@ from torch import Tensor
 from tune_kd.clock import spending
 from tune_kd.faults import point
 from tune_kd.mirror import Mirror
-from tune_kd.storage import Unexpected, publish, read
+from tune_kd.storage import Damaged, Unexpected, parsed, publish, read
 
 KEPT = 2  # generations
 MOST_STATE_BYTES = 2**34  # of weights or a state, which is read whole: a hundred times torchvision's largest ResNet
+NAME = re.compile(r"[0-9]{6,12}-[0-9a-f]{64}\.safetensors")
 _NOTES = "notes"
 
 
@@ -33,9 +36,12 @@ def pack(tensors: dict[str, Tensor], notes: dict[str, Any]) -> bytes:
 
 
 def unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The inverse of `pack`."""
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return load_tensors(data), json.loads(header["__metadata__"][_NOTES])
+    """The inverse of `pack`. Raises `Damaged` for what it did not make."""
+    try:
+        header = parsed(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return load_tensors(data), parsed(header["__metadata__"][_NOTES])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"it holds no tensors with notes ({error})") from error
 
 
 class Checkpoints:
@@ -88,13 +94,13 @@ class Checkpoints:
     def _fetch(self) -> None:
         """Have the states here that the store has: the trial may have been elsewhere."""
         here = {path.name for path in self._folder.glob("*")}  # also what was set aside
-        for name in self._mirror.names(self._folder):
+        for name in filter(NAME.fullmatch, self._mirror.names(self._folder)):
             if name not in here and Path(name).with_suffix(".damaged").name not in here:
                 self._mirror.fetch(self._folder / name, MOST_STATE_BYTES)
 
     def _published(self) -> list[Path]:
         """Whole names, newest first. The epoch decides, not the clock."""
-        return sorted(self._folder.glob("[0-9]*.safetensors"), reverse=True)
+        return sorted((path for path in self._folder.glob("*") if NAME.fullmatch(path.name)), reverse=True)
 
 
 def _whole(path: Path) -> bytes | None:

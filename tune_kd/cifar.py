@@ -148,7 +148,7 @@ def _cached(stored: Path, identity: str, say: Say) -> Pixels | None:
     if not stored.is_file():
         return None
     try:
-        check_regular(stored, MOST_CACHE_BYTES)
+        check_regular(stored, MOST_CACHE_BYTES, through_links=True)
         with safe_open(stored, framework="pt") as file:
             about = file.metadata()
             if about["identity"] != identity:

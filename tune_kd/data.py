@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tune_kd.batches import CIFAR10, FORMS
+from tune_kd.characters import visible
 from tune_kd.cifar import load_pixels
 from tune_kd.pictures import Pixels
 from tune_kd.study import DATA_SETS, Data, Mistake
@@ -129,7 +130,7 @@ def on_device(data: DataSet, device: torch.device) -> DataSet:
 
 
 def _to_stderr(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
+    print(visible(sentence), file=sys.stderr)
 
 
 def load(

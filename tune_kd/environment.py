@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from tune_kd.characters import visible
 from tune_kd.study import Mistake
 
 PLACES = (
@@ -20,7 +21,8 @@ SOCKET_BYTES = 107  # of the path of a socket, as Linux has it
 
 
 def check_text(arguments: Sequence[str]) -> None:
-    """Raise `Mistake` for what a command is given that is no UTF-8, as which SQLite, Parquet, JSON and Ray need it."""
+    """Raise `Mistake` for what a command is given that is no UTF-8, as which SQLite, Parquet, JSON and Ray need it, and
+    for arguments that a terminal would obey."""
     before = ("tune_kd", *arguments)
     named = [(f"the argument after {before[number]}", text) for number, text in enumerate(arguments)]
     named += [(name, os.environ.get(name, "")) for name in PLACES]
@@ -34,6 +36,11 @@ def check_text(arguments: Sequence[str]) -> None:
         f"{name} is {repr(os.fsencode(text))[1:]}; allowed: text in UTF-8{remedy}"
         for name, text in named
         if not _is_text(text)
+    ]
+    problems += [
+        f"the argument after {before[number]} is {text!r}; allowed: text without control characters"
+        for number, text in enumerate(arguments)
+        if _is_text(text) and visible(text) != text  # which the parser of arguments would repeat as it is
     ]
     if problems:
         raise Mistake(*problems)

@@ -3,24 +3,32 @@ and what others need of it is sent to the store, and fetched from there.
 
 An object is there whole or not at all. The store has no locks, no appending and no renaming: what needs these stays on
 the disk of the machine that needs it.
+
+XDG_DATA_HOME/tune_kd/KEY/url.json   the URL of a store's folder: what alone says where things are sent
+XDG_DATA_HOME/tune_kd/KEY/results/   what stands for it
+
+Results may be anybody's, so nothing in them, beside them or above them is asked where they are to be sent.
 """
 
 import errno
+import hashlib
 import json
 import os
+import re
+import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from tune_kd import environment
-from tune_kd.storage import MOST_RECORD_BYTES, Unexpected, patiently, publish, read
+from tune_kd.storage import MOST_RECORD_BYTES, Damaged, Unexpected, parsed, patiently, publish, read
 from tune_kd.study import Mistake
 
 SCHEMES = ("s3", "gs")
-MARK = ".mirror.json"  # in a folder that stands for one in a store: its URL
+MARK, RESULTS = "url.json", "results"  # in the folder of a mirror
 PATIENCE = 15  # seconds that one request may take with all its repetitions
 MOST_SENT_BYTES = 2**34  # of a file, which is read whole: more than any network and its state has
 READS = 5  # of an object, until it did not change meanwhile
@@ -38,12 +46,18 @@ class Mirror:
 
     @classmethod
     def of(cls, path: Path) -> "Mirror":
-        """The mirror that a path is in."""
-        here = path.absolute()
-        for folder in (here, *here.parents):
-            if (mark := folder / MARK).is_file():
-                return cls(folder, json.loads(read(mark, MOST_RECORD_BYTES))["url"])
-        return cls(here)
+        """The mirror that a path is in. Raises `Damaged` where the URL of that cannot be read."""
+        here = Path(os.path.abspath(path))
+        home = _home()
+        if home is None or not here.is_relative_to(home):
+            return cls(here)
+        key, *inside = here.relative_to(home).parts or ("",)
+        if inside[:1] != [RESULTS] or not _is_ours(home) or not _is_ours(mark := home / key / MARK):
+            return cls(here)
+        try:
+            return cls(home / key / RESULTS, str(parsed(read(mark, MOST_RECORD_BYTES))["url"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise Damaged(f"{mark} cannot be read ({error}); name the store by its URL to write it anew") from error
 
     def place(self, path: Path) -> str:
         """What people are to see of a path."""
@@ -98,7 +112,7 @@ class Mirror:
                 patiently(lambda: store.delete_dir(key))
 
     def _under(self, path: Path) -> str:
-        return path.absolute().relative_to(self.root).as_posix()
+        return Path(os.path.abspath(path)).relative_to(self.root).as_posix()
 
     def _key(self, path: Path) -> str:
         assert self.url is not None
@@ -153,16 +167,40 @@ def local(place: str) -> Path:
         _store(place)
     except (OSError, ValueError) as error:
         raise Mistake(f"--out is {place}, which cannot be reached ({_first(error)})") from error
-    home = Path(os.environ.get("XDG_DATA_HOME") or environment.home() / ".local" / "share")
-    endpoint = "".join(f"@{quote(each, safe=':')}" for each in parse_qs(query).get("endpoint_override", []))
-    root = home / "tune_kd" / parts.scheme / f"{parts.netloc}{endpoint}" / parts.path.strip("/")
+    environment.home()
+    home = _home()
+    assert home is not None
+    what = json.dumps([parts.scheme, parts.netloc, parts.path.strip("/"), parse_qs(query).get("endpoint_override")])
+    readable = re.sub("[^A-Za-z0-9]+", "-", f"{parts.scheme} {parts.netloc} {parts.path}").strip("-")[:60]
+    root = home / f"{readable}-{hashlib.sha256(what.encode()).hexdigest()[:16]}" / RESULTS
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        publish(root / MARK, json.dumps({"url": place}).encode())
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_ours(home):
+            raise PermissionError(errno.EPERM, "it belongs to somebody else, or others may write to it")
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        publish(root.with_name(MARK), json.dumps({"url": place}).encode())
+        root.with_name(MARK).chmod(0o600)
     except OSError as error:
         raise Mistake(f"--out is {place}, of which {root} is to hold a copy, and cannot be written to "
                       f"({error.strerror}); set XDG_DATA_HOME to a folder that can") from error  # fmt: skip
     return root
+
+
+def _home() -> Path | None:
+    """The folder of all mirrors; null where this user has no home to have it in."""
+    base = os.environ.get("XDG_DATA_HOME", "")
+    with suppress(Mistake):
+        return (Path(base) if os.path.isabs(base) else environment.home() / ".local" / "share") / "tune_kd"
+    return None
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file or a folder is this user's, who alone may write to it."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return False
+    return not stat.S_ISLNK(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
 
 
 def path_of(place: str) -> Path:

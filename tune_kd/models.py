@@ -136,7 +136,7 @@ def fetch_imagenet(architecture: str) -> Path:
     file, url = imagenet_file(architecture), imagenet_url(architecture)
     if file.exists():
         try:
-            check_regular(file, MOST_WEIGHTS_BYTES)
+            check_regular(file, MOST_WEIGHTS_BYTES, through_links=True)
         except Unexpected as error:
             raise Mistake(f"{error}; remove it to have it fetched") from error
         return file

@@ -11,6 +11,7 @@ from tune_kd.study import Mistake
 
 BOARD = Path(__file__).parent / "grafana" / "ablation.json"
 DASHBOARD = "http://127.0.0.1:8265"  # where Ray's is, unless that port is taken
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def is_url(address: str | None) -> bool:

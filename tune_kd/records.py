@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tune_kd.characters import CONTROL
 from tune_kd.clock import spending
 from tune_kd.faults import point
 from tune_kd.storage import (
@@ -63,7 +64,13 @@ class Schema:
     needed: tuple[str, ...] = ()  # never null
     levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # what a text column may hold, besides null
     fractions: tuple[str, ...] = ()  # from 0 to 1
+    free: tuple[str, ...] = ()  # text that may have control characters, such as lines; other text names something
     only_completed: tuple[str, ...] = ()  # null unless `status` is completed: nothing poses as a final accuracy
+
+    @property
+    def names(self) -> list[str]:
+        """The columns of text that name something."""
+        return [name for name, kind in self.columns.items() if kind is str and name not in self.free]
 
 
 def _columns(kind: type, names: str) -> dict[str, type]:
@@ -106,6 +113,7 @@ TRIALS = Schema(
         "ece",
         "alpha",
     ),
+    free=("error",),
     only_completed=("test_accuracy", "test_accuracy_best"),
 )
 """`started`: seconds since the Unix epoch at which the first attempt began. `error` also tells of retries."""
@@ -182,6 +190,9 @@ def broken(schema: Schema, row: Row) -> str | None:
     for name, levels in schema.levels.items():
         if row[name] is not None and row[name] not in levels:
             return f"{schema.name}.{name} is {row[name]!r}; allowed: null, {', '.join(levels)}"
+    for name in schema.names:
+        if row[name] is not None and CONTROL.search(row[name]):
+            return f"{schema.name}.{name} is {row[name]!r}; allowed: text without control characters"
     for name in schema.fractions:
         if row[name] is not None and not 0 <= row[name] <= 1:
             return f"{schema.name}.{name} is {row[name]}; allowed: null, or from 0 to 1"
@@ -191,6 +202,14 @@ def broken(schema: Schema, row: Row) -> str | None:
     ran, planned = row.get("epochs_run"), row.get("epochs_planned")
     if ran is not None and planned is not None and row["status"] == "completed" and ran < planned:
         return f"{schema.name}.status is completed after {ran} of {planned} epochs; allowed: after all"
+    return None
+
+
+def _mistyped(schema: Schema, row: Row) -> str | None:
+    """Which value of a whole row has another type than its column, or is no finite number; null where none is."""
+    for (name, kind), value in zip(schema.columns.items(), row.values(), strict=True):
+        if value is not None and (type(value) is not kind or (isinstance(value, float) and not math.isfinite(value))):
+            return f"{schema.name}.{name} is {value!r:.60}"
     return None
 
 
@@ -214,7 +233,7 @@ class Ledger:
         self._tables_at = -math.inf  # when this made the tables, by the monotonic clock
         self._writes: list[Write] | None = None  # of the transaction that is open
         for end in ASIDE:
-            check_regular(path.with_name(f"{path.name}{end}"), MOST_LEDGER_BYTES)
+            check_regular(path.with_name(f"{path.name}{end}"), MOST_LEDGER_BYTES, writes=not read_only)
         if read_only:
             # SQLite writes beside a ledger in order to read it. Whoever may not do so reads it as it stands, which is
             # right while no driver has its write-ahead log there.
@@ -222,17 +241,30 @@ class Ledger:
             still = "" if log.exists() or os.access(path.parent, os.W_OK) else "&immutable=1"
             uri = f"{path.absolute().as_uri()}?mode=ro{still}"
             self._connection = sqlite3.connect(uri, uri=True, isolation_level=None)
-            self._connection.execute("BEGIN")  # all that is read is of one moment
-            return
-        self._connection = sqlite3.connect(path, isolation_level=None)
+        else:
+            self._connection = sqlite3.connect(path, isolation_level=None)
         try:
+            if read_only:
+                self._connection.execute("BEGIN")  # all that is read is of one moment
+                self._check_made()
+                return
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
             self._in_one([(statement, []) for statement in _CREATE])
+            self._check_made()
             self._commits = max(after, self.held())
         except BaseException:
             self._connection.close()  # with what it holds locked
             raise
+
+    def _check_made(self) -> None:
+        """Raise `Damaged` where the file holds anything but our tables. A view, a trigger or an index is a program: one
+        of somebody else's could go on for ever, or write what nobody asked for."""
+        made = {statement.replace(" IF NOT EXISTS", "") for statement in _CREATE}
+        own = {("table", "CREATE TABLE sqlite_sequence(name,seq)"), *(("table", sql) for sql in made)}
+        found = {(kind, sql) for kind, sql in self._read("SELECT type, sql FROM sqlite_master", [])}
+        if found - {("index", None)} != own:
+            raise Damaged(f"{self.path} is damaged: its tables are not those that were made")
 
     def close(self) -> None:
         self._connection.close()
@@ -338,6 +370,8 @@ class Ledger:
             if any(isinstance(cell, bytes) for cell in cells) or _crc(row) != crc:
                 key = ", ".join(f"{name}={row[name]!r}" for name in schema.key)
                 raise Damaged(f"{self.path}: the row {key} of {schema.name} was altered since it was written")
+            if (problem := _mistyped(schema, row) or broken(schema, row)) is not None:
+                raise Damaged(f"{self.path}: {problem}, which no run writes")
             rows.append(row)
         return rows
 
@@ -366,9 +400,6 @@ class Ledger:
         found = [text for (text,) in self._read("PRAGMA integrity_check(3)", [])]
         if found != ["ok"]:
             raise Damaged(f"{self.path} is damaged ({'; '.join(found)})")
-        tables = [sql for (sql,) in self._read("SELECT sql FROM sqlite_master WHERE name NOT LIKE 'sqlite%'", [])]
-        if set(tables) != {statement.replace(" IF NOT EXISTS", "") for statement in _CREATE}:
-            raise Damaged(f"{self.path} is damaged: its tables are not those that were made")
         for schema in SCHEMAS:
             self.rows(schema)
         held = self.held()
@@ -579,11 +610,15 @@ def to_parquet(table: "pa.Table", before: bytes | None = None) -> bytes:
 
 
 def _pages(data: bytes) -> tuple[int, bytes]:
-    """Where the pages begin that the footer of a Parquet file tells of, and the bytes from there to their end."""
+    """Where the pages begin that the footer of a Parquet file tells of, and the bytes from there to their end. There
+    are none in what is no such file, which nobody reads."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    found = pq.read_metadata(pa.BufferReader(data))
+    try:
+        found = pq.read_metadata(pa.BufferReader(data))
+    except (pa.ArrowException, OSError):
+        return 0, b""
     groups = [found.row_group(number) for number in range(found.num_row_groups)]
     chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
     # A chunk without rows has an empty dictionary and no page of data, of which it says that it is at 0.

@@ -1,6 +1,7 @@
 """A run's folder: where it is, who holds it, and the `study.json` that everything else follows from."""
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -13,12 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
-from tune_kd import signals
+from tune_kd import signals, study_record
 from tune_kd.faults import point
 from tune_kd.growth import grown
 from tune_kd.mirror import Mirror, path_of
@@ -27,9 +29,22 @@ from tune_kd.privacy import secrets
 from tune_kd.records import LAYOUT, LEDGER, RUN_NAME, TRIALS, Row, first_row, reading, too_long
 from tune_kd.sharing import HOLDER, STUDY, pull, stamped
 from tune_kd.sharing import runs as in_store
-from tune_kd.storage import MOST_RECORD_BYTES, Damaged, obstacle, opened, publish, read, sealed, unsealed
+from tune_kd.storage import (
+    MOST_RECORD_BYTES,
+    check_names,
+    links,
+    obstacle,
+    opened,
+    parsed,
+    publish,
+    read,
+    sealed,
+    unsealed,
+)
 from tune_kd.studies import from_json, resolve
 from tune_kd.study import Mistake, Study
+from tune_kd.study_file import digests as known_digests
+from tune_kd.study_file import folders
 from tune_kd.trial import digest
 
 PACKAGES = ("tune_kd", "torch", "torchvision", "ray", "numpy", "pandas", "pyarrow", "scipy")
@@ -46,10 +61,30 @@ class Source:
     scale: str
     data: str | None = None
     settings: tuple[str, ...] = ()  # of `--set`
+    digests: dict[str, str] | None = None  # SHA-256 of the file and of what it imported from its folder, by path
 
-    def read(self) -> Study | None:
-        """The study as its file declares it now; null where the file is gone. Raises `Mistake`."""
-        return resolve(self.file, self.scale, self.data, self.settings) if self.file.is_file() else None
+    def read(self) -> Study:
+        """The study as its file declares it now. That executes the file. Raises `Mistake`."""
+        return resolve(self.file, self.scale, self.data, self.settings)
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the files of the study hold what they did when the run began. Executes nothing."""
+        try:
+            return bool(self.digests) and all(
+                hashlib.sha256(read(Path(path), MOST_RECORD_BYTES)).hexdigest() == digest
+                for path, digest in (self.digests or {}).items()
+            )
+        except (OSError, ValueError):
+            return False
+
+    def may_be_executed(self, results: Path) -> bool:
+        """Whether the file stands where the caller would have his own: among the installed studies, in the working
+        directory or its `search_spaces`; and not among results, which may have come from anybody, as the record has
+        that names the file."""
+        place = self.file.resolve().parent
+        near = {folder.resolve() for folder in (*folders(), Path.cwd())}
+        return place in near and not place.is_relative_to(results.resolve())
 
 
 @dataclass(frozen=True)
@@ -64,6 +99,7 @@ class Run:
     settings: dict[str, Any]  # shares and options that do not change results
     source: Source | None = None
     look: int = 0  # up to which of the looks that its study declares
+    named: bool = False  # whether the caller has named the study's file, and not only the record
 
     @property
     def teachers(self) -> Path:
@@ -125,10 +161,27 @@ def problems_with_name(name: str) -> list[str]:
     ]
 
 
+def check_links(run: Run) -> None:
+    """Raise `Mistake` for links where the run writes: into its folder, and into those of its teachers. Results may come
+    from anybody, who could have made a link to any file of the caller's."""
+    folders = [run.folder, run.teachers]
+    if not run.teachers.is_symlink():
+        folders = [run.folder, *(run.teachers / teacher.trial_id for teacher in run.plan.teachers)]
+    found = [path for folder in folders for path in links(folder)]
+    if found:
+        more = f", and {len(found) - 5} more" if len(found) > 5 else ""
+        raise Mistake(
+            f"RUN is {run.name}, and nothing is written through links, such as "
+            f"{', '.join(f'{path} (to {os.readlink(path)})' for path in found[:5])}{more}; allowed: files and folders; "
+            "put there what they link to, or remove them"
+        )
+
+
 @contextmanager
 def begun(run: Run) -> Iterator[None]:
     """A new run on disk, held by this process. Nothing stays of one whose plan cannot be written, or that a `Mistake`
     ends before a row is written."""
+    check_links(run)
     try:
         run.folder.mkdir(parents=True, exist_ok=_unbegun(run.folder))
     except OSError as error:
@@ -195,8 +248,32 @@ def create(run: Run) -> None:
 
 def changes(run: Run) -> list[str]:
     """In what the study's file differs from the study that the run began with, a line a field."""
-    now = None if run.source is None else run.source.read()
+    now = _declared(run)
     return [] if now is None else _differences(asdict(run.study), asdict(now))
+
+
+def with_file(run: Run, file: Path) -> Run:
+    """The run with its study in a file that the caller names, and so may be executed."""
+    source = run.source or Source(file, run.study.scale)
+    return replace(run, source=replace(source, file=file, digests=None), named=True)
+
+
+def _declared(run: Run) -> Study | None:
+    """The study as its file declares it now; null where the file is gone, or is not the caller's and holds what it
+    did when the run began. Raises `Mistake` where it would have to be executed, and only the record names it."""
+    source = run.source
+    if source is None or not (run.named or os.path.isfile(source.file)):
+        return None
+    if run.named or source.may_be_executed(run.folder.parent):
+        return source.read()
+    if source.is_unchanged:
+        return None
+    how = "is not what it was when the run began" if source.digests else "has no digest on record"
+    raise Mistake(
+        f"RUN is {run.name}, whose study.json says that its study is {source.file}, which {how}; only a study that is "
+        "installed, or stands in the working directory, is executed without being named: look at it, and resume with "
+        f"--study {quote(str(source.file))}"
+    )
 
 
 def extended(run: Run, settings: Sequence[str] = ()) -> Run:
@@ -210,9 +287,11 @@ def extended(run: Run, settings: Sequence[str] = ()) -> Run:
         raise Mistake(f"RUN is {run.name}, where {waiting} trials are still to run; resume it, and then --extend")
     if run.source is not None:
         run = replace(run, source=replace(run.source, settings=(*run.source.settings, *settings)))
-    now = None if run.source is None else run.source.read()
+    now = _declared(run)
     if now is None and settings:
-        raise Mistake(f"RUN is {run.name}, whose study {_file(run)} is not there to be --set; put its file back")
+        raise Mistake(
+            f"RUN is {run.name}, whose study {_file(run)} is to be --set; name its file with --study, which is executed"
+        )
     now = now or run.study
     before, confirm = asdict(run.study), run.study.confirm
     if found := _differences(before, asdict(_without_additions(run.study, now))):
@@ -257,7 +336,12 @@ def trials(run: Run) -> list[Row]:
 
 
 def _source(run: Run) -> dict[str, Any] | None:
-    return None if run.source is None else asdict(run.source) | {"file": str(run.source.file.absolute())}
+    """Where the study came from, for the record: with digests of what was executed last, if it was."""
+    if run.source is None:
+        return None
+    file = run.source.file.absolute()
+    digests = known_digests(file) or run.source.digests
+    return asdict(run.source) | {"file": str(file), "digests": digests}
 
 
 def _file(run: Run) -> str:
@@ -296,6 +380,7 @@ def find(out: Path, name: str) -> Path:
     """The folder of a run that is named under `out` or given as a path or URL. Raises `Mistake` where there is none, or
     its ledger cannot be opened there."""
     for folder in (out / name, path_of(name)):
+        check_names(folder)
         if Mirror.of(folder).url is not None:
             pull(folder)
         if os.path.exists(folder / STUDY):  # what it is, its reader says
@@ -318,32 +403,31 @@ def existing(out: Path) -> list[Path]:
 def reopen(folder: Path) -> Run:
     """A run as it was begun. Raises `Mistake` where its record does not fit itself or this version."""
     try:
-        record = unsealed(read(folder / STUDY, MOST_RECORD_BYTES), folder / STUDY)
-        if digest(record["study"]) != record["study_sha256"]:
-            raise ValueError("its hash does not fit the study")
-        if record["extended"] and digest(record["extended"]["study"]) != record["extended"]["study_sha256"]:
-            raise ValueError("its hash does not fit what the study was extended to")
-        if digest(record["contrasts"]) != record["contrasts_sha256"]:
-            raise ValueError("its hash does not fit the contrasts")
+        record = study_record.load(folder / STUDY)
+    except Mistake as mistake:
+        raise Mistake(
+            *(f"{problem.removesuffix('; restore the file')}; restore the file, or start a new run"
+              for problem in mistake.problems)
+        ) from mistake  # fmt: skip
+    try:
         run = Run(
             name=record["run"],
             folder=folder,
             study=from_json((record["extended"] or record)["study"]),
-            data_digest=record["data"]["digest"],
+            data_digest=str(record["data"]["digest"]),
             data_dir=None if record["data"]["dir"] is None else Path(record["data"]["dir"]),
             settings=record["settings"],
             source=None if record["source"] is None else TypeAdapter(Source).validate_python(record["source"]),
             look=record["look"],
         )
-    except Damaged as error:
-        raise Mistake(f"{error}; restore the file, or start a new run") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        begun, here, commit = record["versions"]["tune_kd"], version("tune_kd"), record["git_commit"]
+        planned_trials = set(record["trials"])
+    except (ValueError, KeyError, TypeError) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise Mistake(
             f"{folder}/study.json was changed after the run began, or is another version's ({what}); "
             "restore the file, or start a new run"
         ) from error
-    begun, here = record["versions"]["tune_kd"], version("tune_kd")
     if begun != here:
         raise Mistake(
             f"RUN is {folder.name}, begun by tune_kd {begun}; this is {here}, whose records differ: finish it with the "
@@ -353,12 +437,12 @@ def reopen(folder: Path) -> Run:
         planned = run.plan
     except Mistake as mistake:
         raise Mistake(
-            f"RUN is {folder.name}, begun by tune_kd {begun} at commit {record['git_commit'] or 'unknown'}, which "
+            f"RUN is {folder.name}, begun by tune_kd {begun} at commit {commit or 'unknown'}, which "
             f"allowed what this one does not ({'; '.join(mistake.problems)}); finish it with that one, or start anew"
         ) from mistake
-    if {trial.trial_id for trial in planned.trials} != set(record["trials"]):  # their order is this version's
+    if {trial.trial_id for trial in planned.trials} != planned_trials:  # their order is this version's
         raise Mistake(
-            f"{folder}/study.json was planned by tune_kd {record['versions']['tune_kd']}, and this version plans "
+            f"{folder}/study.json was planned by tune_kd {begun}, and this version plans "
             "other trials from it; resume it with that version"
         )
     return run
@@ -398,14 +482,14 @@ def _check_unheld(mirror: Mirror, folder: Path) -> None:
     store has no lock that dies with its holder."""
     there = mirror.read(folder / HOLDER, MOST_RECORD_BYTES)
     try:
-        who = {} if there is None else json.loads(there)
+        who = {} if there is None else parsed(there)
         age = time.time() - float(who.get("seen", 0))
     except (ValueError, AttributeError, TypeError):
         return
     if who.get("host", platform.node()) != platform.node() and age < UNSEEN:
         raise Mistake(
-            f"RUN is {folder.name}, which process {who['pid']} on {who['host']} holds since {who['since']}, seen "
-            f"{age:.0f} s ago; wait for it or stop it; one not seen for {UNSEEN:.0f} s is taken for dead"
+            f"RUN is {folder.name}, which process {who.get('pid')} on {who['host']} holds since {who.get('since')}, "
+            f"seen {age:.0f} s ago; wait for it or stop it; one not seen for {UNSEEN:.0f} s is taken for dead"
         )
 
 
@@ -419,11 +503,19 @@ def _put_holder(folder: Path, who: dict[str, Any]) -> None:
     Mirror.of(folder).send(folder / HOLDER, stamped(json.dumps(who).encode()))
 
 
+@dataclass(frozen=True)
+class _Holder:
+    pid: int
+    host: str
+    since: str
+    dashboard: str | None
+
+
 def holder(folder: Path) -> dict[str, Any] | None:
     """Who runs a run now: `pid`, `host`, `since`, and the `dashboard` of its Ray, once that is there. Null where nobody
     does, also after a kill."""
     with suppress(OSError, ValueError):  # there is none, it is being written, or just went
-        found: dict[str, Any] = json.loads(read(folder / HOLDER, MOST_RECORD_BYTES))
+        found = asdict(TypeAdapter(_Holder).validate_python(parsed(read(folder / HOLDER, MOST_RECORD_BYTES))))
         # To be read only: whoever looks may have no right to write.
         with opened(folder / ".lock", MOST_RECORD_BYTES) as lock:
             try:

@@ -28,7 +28,7 @@ from tune_kd.records import (
     counted,
     snapshot,
 )
-from tune_kd.storage import MOST_RECORD_BYTES, Damaged, publish, read, unsealed
+from tune_kd.storage import MOST_RECORD_BYTES, Damaged, parsed, publish, read, unsealed
 
 STUDY = "study.json"  # in a run's folder
 HOLDER = "holder.json"  # beside it: who runs it now
@@ -81,7 +81,7 @@ class Sender:
 
 def stamped(holder: bytes) -> bytes:
     """Who holds a run, with the time at which that was still so: a store frees nothing when a process dies."""
-    return json.dumps({**json.loads(holder), "seen": time.time()}).encode()
+    return json.dumps({**parsed(holder), "seen": time.time()}).encode()
 
 
 def send(folder: Path, *names: str) -> None:
@@ -90,7 +90,7 @@ def send(folder: Path, *names: str) -> None:
     if mirror.url is not None:
         for path in (folder / name for name in names):
             for each in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if each.is_file():
+                if each.is_file() and not each.is_symlink():
                     mirror.send(each)
 
 

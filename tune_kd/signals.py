@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
+from tune_kd.characters import visible
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """What asks a command to leave; the last is what a cluster's scheduler may send before it takes a machine away."""
 
@@ -146,7 +148,7 @@ def say(sentence: str) -> None:
     """Say a last sentence on standard error, where nothing that buffers may work any more."""
     cursor = "\033[?25h" if sys.stderr.isatty() else ""  # the live view hides it
     with suppress(OSError):
-        os.write(2, f"{cursor}tune_kd: {sentence}\n".encode(errors="backslashreplace"))
+        os.write(2, f"{cursor}tune_kd: {visible(sentence)}\n".encode(errors="backslashreplace"))
 
 
 def kill_children() -> None:

@@ -1,6 +1,7 @@
 """Everything that is written to a results folder outside the ledger: whole, or as it was before, whatever happens.
 
-What comes from others is opened here, too: regular files alone, of a size that is expected of their kind.
+What comes from others is opened here, too: regular files alone, of a size that is expected of their kind. Nothing is
+written through a link, or into a file that has a second name elsewhere: who made them may mean another file.
 A disk that fails once, as those of networks do, is asked again, a bounded number of times.
 """
 
@@ -10,7 +11,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,10 +20,12 @@ from tune_kd.faults import point
 
 T = TypeVar("T")
 MOST_RECORD_BYTES = 2**26  # of JSON: the `study.json` of 10,000 trials has less than 1 MB
+MOST_DEPTH = 32  # of objects and lists in one another: ours have ten, and Python's own functions fail at hundreds
 KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
     stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a link",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
@@ -63,7 +66,8 @@ def _publish(path: Path, data: bytes) -> None:
     # A leading dot: readers of a whole folder pass over what a killed writer left.
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        _write(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0, data)
+        aside.unlink(missing_ok=True)  # of a process of that number that was killed
+        _write(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0, data)
         point("publish.written")
         os.replace(aside, path)
     finally:
@@ -93,10 +97,15 @@ def obstacle(folder: Path) -> Path | None:
 
     Raises OSError for a name that is too long, before the folders above it are made.
     """
-    if any(len(os.fsencode(name)) > NAME_BYTES for name in folder.parts):
-        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(folder))
+    check_names(folder)
     there = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.exists(each))
     return None if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else there
+
+
+def check_names(path: Path) -> None:
+    """Raise OSError for a path that no disk takes: what asks whether it is there would only say no."""
+    if any(len(os.fsencode(name)) > NAME_BYTES for name in path.parts):
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
 
 
 def sync(folder: Path) -> None:
@@ -120,35 +129,54 @@ def appended(path: Path) -> BufferedWriter:
 
 
 def _open(path: Path, flags: int, most: int | None = None) -> int:
+    writes = flags & os.O_WRONLY
     try:
-        # Neither flag changes anything for a regular file.
-        file = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
+        # The first two flags change nothing for a regular file.
+        file = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | (os.O_NOFOLLOW if writes else 0), 0o644)
     except OSError as error:
-        if error.errno in (errno.ENXIO, errno.EISDIR):  # a socket, a FIFO that nobody reads; a folder, to be written to
-            raise _unexpected(path, os.stat(path), most) from error
+        # A socket, a FIFO that nobody reads; a folder, to be written to; a link, to be written through.
+        if error.errno in (errno.ENXIO, errno.EISDIR, errno.ELOOP) and os.path.lexists(path):
+            raise _unexpected(path, os.lstat(path), most) from error
         raise
     found = os.fstat(file)
-    if not stat.S_ISREG(found.st_mode) or (most is not None and found.st_size > most):
+    if (
+        not stat.S_ISREG(found.st_mode)
+        or (most is not None and found.st_size > most)
+        or (writes and found.st_nlink > 1)
+    ):
         os.close(file)
         raise _unexpected(path, found, most)
     return file
 
 
-def check_regular(path: Path, most: int) -> None:
+def check_regular(path: Path, most: int, *, writes: bool = False, through_links: bool = False) -> None:
     """Raise `Unexpected` where something else than a regular file of at most so many bytes is at a path that a library
-    is to open. Not by opening it: to close one of SQLite's would free the locks that this process has on it."""
+    is to open, and may write to. Not by opening it: to close one of SQLite's would free the locks that this process
+    has on it."""
     try:
-        found = os.stat(path)
+        found = os.stat(path) if through_links else os.lstat(path)
     except FileNotFoundError:
         return
-    if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+    if not stat.S_ISREG(found.st_mode) or found.st_size > most or (writes and found.st_nlink > 1):
         raise _unexpected(path, found, most)
+
+
+def links(folder: Path) -> Iterator[Path]:
+    """The links in a folder, at any depth; the folder alone where it is one itself."""
+    if folder.is_symlink():
+        yield folder
+        return
+    for here, folders, files in os.walk(folder):
+        yield from (path for path in (Path(here, name) for name in (*folders, *files)) if path.is_symlink())
 
 
 def _unexpected(path: Path, found: os.stat_result, most: int | None) -> Unexpected:
     kind = KINDS.get(stat.S_IFMT(found.st_mode))
     at_most = "" if most is None else f" of at most {most:,} bytes"
     what = f"has {found.st_size:,} bytes" if kind is None else f"is {kind}"
+    if kind is None and found.st_nlink > 1 and (most is None or found.st_size <= most):
+        what = f"has {found.st_nlink - 1} more names, as hard links,"
+        at_most = f"{at_most} that has none"
     return Unexpected(errno.EINVAL, f"{what}; expected a regular file{at_most}", str(path))
 
 
@@ -172,10 +200,25 @@ def sealed(record: Mapping[str, Any]) -> bytes:
     return json.dumps({**record, "sha256": _seal(record)}, indent=1).encode()
 
 
+def parsed(data: bytes | str) -> Any:
+    """The value in JSON that may be anybody's. Raises `ValueError`, also where it is nested too deeply."""
+    try:
+        value = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        level = [inner for each in level if isinstance(each, dict | list)
+                 for inner in (each.values() if isinstance(each, dict) else each)]  # fmt: skip
+        if not level:
+            return value
+    raise ValueError(f"it is nested more than {MOST_DEPTH} levels deep")
+
+
 def unsealed(data: bytes, name: Path) -> dict[str, Any]:
     """The record in JSON bytes, without its digest, which those of the first layout lack. Raises `Damaged`."""
     try:
-        record = json.loads(data)
+        record = parsed(data)
         seal = record.pop("sha256", None)
         lost = seal is None and record.get("layout", 1) > 1  # the name of the digest was what changed
     except (ValueError, AttributeError, TypeError) as error:

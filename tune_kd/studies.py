@@ -192,7 +192,7 @@ def _parsed(text: str) -> Any:
     """JSON, or what is none as text."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -6,11 +6,12 @@ A study is a value. Building one checks nothing, so that a search space can refi
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass, fields
 from typing import Self
 
-from tune_kd.tuning import Choice, Range, Tuning, number
+from tune_kd.characters import CONTROL, visible
+from tune_kd.tuning import Choice, Integer, Range, Tuning, number
 
 Level = str | int | float
 
@@ -21,6 +22,10 @@ WEIGHTS = ("none", "imagenet")
 DATA_SETS = ("digits", "cifar10", "cifar100")
 PRECISIONS = ("float32", "tf32", "bfloat16")
 MOST_SEEDS = 10_000
+MOST_TRIALS = 100_000
+MOST_EPOCHS = 1_000_000  # of a trial; patient teachers take thousands (Beyer et al. 2022)
+MOST_LEVELS = 1_000  # of a factor
+MOST_WIDTH = 16.0
 
 APPLIES: dict[str, tuple[str, ...]] = {
     "teacher": ("logit", "feature"),
@@ -200,6 +205,8 @@ class Study:
 
     def check(self) -> Self:
         """Return the study itself; raise `Mistake` with every problem that it has."""
+        if problems := list(_oversized(self)):  # of which the rest could take hours to look at
+            raise Mistake(*problems)
         problems = [
             *_factor_problems(self),
             *_control_problems(self),
@@ -214,18 +221,73 @@ class Study:
             size = getattr(self.data, part)
             if size is not None and size < 1:
                 problems.append(f"data.{part} is {size}; allowed: at least 1, or null for all")
+        if not 0 <= self.data.split_seed < 2**31:
+            problems.append(f"data.split_seed is {self.data.split_seed}; allowed: from 0 to {2**31 - 1}")
         if self.data.name not in DATA_SETS:
             problems.append(f"data.name is {self.data.name!r}; allowed: {', '.join(DATA_SETS)}")
         for name in ("name", "question", "scale"):
             text = getattr(self, name)
             if any("\ud800" <= character <= "\udfff" for character in text):  # which no file and no terminal takes
                 problems.append(f"{name} is {text!r}; allowed: text that can be encoded as UTF-8")
-        for name, value in (("deviation", self.deviation), ("rate", self.rate)):
-            if not 0 < value < math.inf:
-                problems.append(f"{name} is {value}; allowed: above 0")
+            if CONTROL.search(text) and (name != "question" or visible(text) != text):  # which may have lines
+                problems.append(f"{name} is {text!r}; allowed: text without control characters")
+        if not 0 < self.deviation <= 1:
+            problems.append(f"deviation is {self.deviation}; allowed: above 0, at most 1 (accuracy, 0.0015 is 0.15 "
+                            "points)")  # fmt: skip
+        if not 1e3 <= self.rate <= 1e24:
+            problems.append(f"rate is {self.rate}; allowed: from 1e3 to 1e24 operations a second")
         if problems:
             raise Mistake(*problems)
         return self
+
+
+def _oversized(study: Study) -> Iterator[str]:
+    """What is longer than any study has it. A study may come from anybody's `study.json`."""
+    for name, most in (("name", 200), ("scale", 200), ("question", 10_000)):
+        if (length := len(getattr(study, name))) > most:
+            yield f"{name} has {length:,} characters; allowed: at most {most:,}"
+    tuning = study.tuning or Tuning(())
+    lists: list[tuple[str, Sized, int]] = [
+        ("factors", study.factors, len(CELL_FIELDS)),
+        *((f"factor {each.name!r}", each.levels, MOST_LEVELS) for each in study.factors),
+        ("contrasts", study.contrasts, MOST_LEVELS),
+        ("reference", study.reference, 2 * len(CELL_FIELDS)),
+        ("swept", study.swept, 2 * len(CELL_FIELDS)),
+        ("screen.strata", study.screen.strata or (), 2 * len(CELL_FIELDS)),
+        ("screen.margin", study.screen.margin if isinstance(study.screen.margin, tuple) else (), 100),
+        ("confirm.seeds", study.confirm.seeds, MOST_SEEDS),
+        ("confirm.looks", study.confirm.looks or (), 100),
+        ("teacher_seeds", study.teacher_seeds, MOST_SEEDS),
+        ("tuning.ranges", tuning.ranges, 100),
+        *((f"tuning.ranges has {each.name}, which", each.over.levels, MOST_LEVELS)
+          for each in tuning.ranges if isinstance(each.over, Choice)),
+    ]  # fmt: skip
+    for name, items, most in lists:
+        if len(items) > most:
+            yield f"{name} has {len(items):,} items; allowed: at most {most:,}"
+    for name, value, limit in (
+        ("recipe.epochs", study.recipe.epochs, MOST_EPOCHS),
+        ("teacher_recipe.epochs", study.teacher_recipe.epochs, MOST_EPOCHS),
+        ("recipe.batch_size", study.recipe.batch_size, 2**24),
+        ("teacher_recipe.batch_size", study.teacher_recipe.batch_size, 2**24),
+        ("tuning.budget", tuning.budget if tuning.budget_unit == "trials" else 0, MOST_TRIALS),
+        ("tuning.budget", tuning.budget, MOST_TRIALS * MOST_EPOCHS),
+        ("tuning.parallel", tuning.parallel, MOST_TRIALS),
+        ("tuning.startup", tuning.startup, MOST_TRIALS),
+        *((f"tuning.ranges has {each.name}, whose span", each.over.high - each.over.low, MOST_TRIALS)
+          for each in tuning.ranges if isinstance(each.over, Integer)),
+    ):  # fmt: skip
+        if value > limit:
+            yield f"{name} is {value}; allowed: at most {limit:,}"
+    cells = math.prod(max(1, len(each.levels)) for each in study.factors)
+    draws = tuning.budget if study.tuning else 0
+    if tuning.budget_unit == "epochs":
+        draws //= max(1, study.recipe.epochs)
+    seeds = max(len(study.confirm.seeds), (study.confirm.looks or (0,))[-1])
+    trials = cells * (1 + seeds + draws + len(study.teacher_seeds))
+    if trials > MOST_TRIALS:
+        yield (f"factors have {cells:,} combinations of levels, which with {seeds} seeds come to as many as {trials:,} "
+               f"trials; allowed: {MOST_TRIALS:,}")  # fmt: skip
 
 
 def _level_problem(name: str, level: Level | None) -> str | None:
@@ -245,7 +307,9 @@ def _level_problem(name: str, level: Level | None) -> str | None:
         return None if 0 <= level <= 1 else f"alpha is {level}; allowed: from 0 to 1"
     if name == "beta":
         return None if level >= 0 else f"beta is {level}; allowed: 0 or more"
-    return None if level > 0 else f"{name} is {level}; allowed: above 0"
+    most = MOST_WIDTH if name == "width" else math.inf
+    said = f", at most {number(most)}" if name == "width" else ""
+    return None if 0 < level <= most else f"{name} is {level}; allowed: above 0{said}"
 
 
 def _factor_problems(study: Study) -> list[str]:
@@ -441,9 +505,11 @@ def _tuning_problems(study: Study, tuning: Tuning) -> list[str]:
         for name, levels in allowed.items()
         if getattr(tuning, name) not in levels
     ]
-    for name, least in (("startup", 1), ("parallel", 1), ("seed", 0)):
+    for name, least in (("startup", 1), ("parallel", 1)):
         if getattr(tuning, name) < least:
             problems.append(f"tuning.{name} is {getattr(tuning, name)}; allowed: at least {least}")
+    if not 0 <= tuning.seed < 2**31:
+        problems.append(f"tuning.seed is {tuning.seed}; allowed: from 0 to {2**31 - 1}")
     return problems or list(_budget_problems(study, tuning))
 
 

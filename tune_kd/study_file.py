@@ -62,6 +62,11 @@ class StudyFile:
         return found
 
     @property
+    def digests(self) -> dict[str, str]:
+        """The SHA-256 of it, and of what it imported from its folder so far, by path."""
+        return {str(path): hashlib.sha256(text).hexdigest() for path, text in self._texts.items()}
+
+    @property
     def is_as_executed(self) -> bool:
         """Whether it, and what it imported from its folder, holds what it did then, as far as it is there."""
         for path, text in self._texts.items():
@@ -150,6 +155,13 @@ def executed(path: Path) -> StudyFile:
     if known is None or not known.is_as_executed:
         known = _files[path] = StudyFile(path)
     return known
+
+
+def digests(path: Path) -> dict[str, str] | None:
+    """The SHA-256 of a study's file, and of what it imported from its folder, by path; null where this process has not
+    executed it."""
+    known = _files.get(path.absolute())
+    return None if known is None else known.digests
 
 
 class _AsItIsNow(SourceFileLoader):

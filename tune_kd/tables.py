@@ -7,19 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 
-from tune_kd import parquet
+from tune_kd import parquet, study_record
+from tune_kd.characters import CONTROL, visible
 from tune_kd.foreign import Adapter
 from tune_kd.mirror import path_of
 from tune_kd.records import DIGESTS, LAYOUT, MOST_TABLE_BYTES, PANDAS, RUN_NAME, SCHEMAS, TRIALS, Schema, digests
 from tune_kd.sharing import pull
-from tune_kd.storage import MOST_RECORD_BYTES, Damaged, read, unsealed
+from tune_kd.storage import MOST_RECORD_BYTES, Damaged, check_names, read, unsealed
 from tune_kd.study import Mistake
-from tune_kd.trial import digest
 
 EXAMPLES = 3  # rows that an error shows
 RESUME = "`tune_kd resume"  # with which the advice begins that a run's tables come with
@@ -123,6 +123,7 @@ def place(run: Path | str, out: Path | str = "results") -> Path:
         prefix = run.name.removesuffix("trials.parquet").removesuffix("_")
         run = run.with_name(prefix) if prefix else run.parent
     for found in (run, out / run):
+        check_names(found)
         pull(found)
         tables = (_file(found, "trials", whole) for whole in (True, False))
         if any(map(os.path.exists, tables)) or os.path.lexists(found / "study.json"):
@@ -207,32 +208,29 @@ def _digested(study: Path) -> bool:
 
 
 def _study(path: Path, trials: pd.DataFrame) -> dict[str, Any]:
-    """What `study.json` says. Raises `Mistake` where it lacks something, was changed, or is not of these trials."""
-    try:
-        study = unsealed(read(path, MOST_RECORD_BYTES), path)
-        lacking = [name for name in ("run", "study", "contrasts", "arms", "data") if name not in study]
-        inner = ("name", "question", "scale", "confirm", "teacher_seeds", "deviation")
-        lacking += [f"study.{name}" for name in inner if name not in study.get("study", inner)]
-    except (Damaged, OSError, TypeError) as error:
-        raise Mistake(f"{error}; restore the file") from error
-    if lacking:
-        raise Mistake(f"{path} lacks {', '.join(lacking)}; restore the file")
-    problems = [
-        f"{path}: its hash does not fit the {name}, so they were changed after the run began; restore the file"
-        for name in ("study", "contrasts")
-        if study.get(f"{name}_sha256") not in (None, digest(study[name]))
-    ]
+    """What `study.json` says. Raises `Mistake` where it is none, was changed, or is not of these trials."""
+    study = study_record.load(path)
+    problems = []
     other = trials.loc[trials["run"] != study["run"], "run"]
     if len(other):
         problems.append(f"{path}: {_told('run', other, len(trials), repr(study['run']))}")
     declared = study.get("extended") or study
-    names = [arm["name"] for arm in (*declared["arms"], *declared.get("searches", ()))]
+    names = [each["name"] for each in (*declared["arms"], *declared.get("searches", ()))]
     strange = trials.loc[(trials["role"] == "student") & ~trials["arm"].isin(names), "arm"]
     if len(strange):
         problems.append(f"{path}: {_told('arm', strange, len(trials), 'one of the arms of the study')}")
     if problems:
         raise Mistake(*problems)
-    return study
+    return cast(dict[str, Any], _visible(study))
+
+
+def _visible(value: Any) -> Any:
+    """A value of JSON's without control characters: whoever wrote it could have them obeyed by a terminal."""
+    if isinstance(value, dict):
+        return {visible(name): _visible(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_visible(each) for each in value]
+    return visible(value) if isinstance(value, str) else value
 
 
 def check(schema: Schema, table: pd.DataFrame, *, lenient: bool = False) -> tuple[pd.DataFrame, list[str]]:
@@ -305,6 +303,11 @@ def _broken(schema: Schema, table: pd.DataFrame) -> Iterator[str]:
     for name, levels in schema.levels.items():
         if (wrong := table[name].notna() & ~table[name].isin(levels)).any():
             yield _told(name, table.loc[wrong, name], len(table), f"one of {', '.join(levels)}")
+    for name in schema.names:
+        strange = [text for text in table[name].dropna().unique() if CONTROL.search(text)]
+        if strange:
+            wrong = table[name].isin(strange)
+            yield _told(name, table.loc[wrong, name], len(table), "text without control characters")
     for name in schema.fractions:
         if (wrong := ~(table[name].between(0, 1) | table[name].isna())).any():
             yield _told(name, table.loc[wrong, name], len(table), "a fraction from 0 to 1")

@@ -21,7 +21,7 @@ from tune_kd.tables import load, without_advice
 class Finding:
     """Something in a run's folder that is not as it was written."""
 
-    part: str  # plan, ledger, tables, checkpoints, teachers or answers
+    part: str  # plan, links, ledger, tables, checkpoints, teachers or answers
     what: str
     remedy: str
 
@@ -39,11 +39,20 @@ def verify(folder: Path) -> list[Finding]:
         with reading(folder / LEDGER) as ledger:
             rows, epochs = ledger.rows(TRIALS), ledger.rows(EPOCHS)
     return [
+        *_links(opened),
         *_ledger(opened, wrong, rows, epochs),
         *_tables(folder, wrong),
         *_checkpoints(opened),
         *_teachers(opened, rows),
     ]
+
+
+def _links(opened: run.Run) -> Iterator[Finding]:
+    try:
+        run.check_links(opened)
+    except Mistake as mistake:
+        for problem in mistake.problems:
+            yield Finding("links", problem, "`tune_kd resume` writes nothing while they are there")
 
 
 def _ledger(opened: run.Run, wrong: str | None, rows: list[Row], epochs: list[Row]) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tune_kd.characters import visible
 from tune_kd.pace import Row, time_left
 from tune_kd.trial import Decision
 from tune_kd.tuning import number
@@ -71,7 +72,7 @@ class View:
         self._console.print(Text(line), soft_wrap=True)
         if self._log is not None:
             with suppress(OSError), self._log.open("a", encoding="utf-8", errors="backslashreplace") as log:
-                log.write(f"{line}\n")
+                log.write(f"{visible(line)}\n")
 
     def show(self, rows: Sequence[Row], decisions: Sequence[Decision]) -> None:
         """Renew the picture; at most twice a second, and less often where many trials make it take long."""

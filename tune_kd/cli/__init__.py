@@ -7,6 +7,7 @@ import traceback
 import typer
 
 from tune_kd import environment, signals
+from tune_kd.characters import visible
 from tune_kd.cli import elsewhere, planning, reading, running, watching
 from tune_kd.cli.options import Unread
 from tune_kd.privacy import masked
@@ -48,20 +49,25 @@ def _command() -> None:
         app()
     except (Mistake, Unread) as mistake:
         for problem in mistake.problems:
-            print(f"tune_kd: {masked(problem)}", file=sys.stderr)
+            _complain(masked(problem))
         sys.exit(2)
     except FAILURES as error:  # of the machine, not of the caller
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # which is the caller's
-            print(f"tune_kd: {error.filename} has too long a name; allowed: {NAME_BYTES} bytes", file=sys.stderr)
+            _complain(f"{error.filename} has too long a name; allowed: {NAME_BYTES} bytes")
             sys.exit(2)
-        print(f"tune_kd: {type(error).__name__}: {error}", file=sys.stderr)
+        _complain(f"{type(error).__name__}: {error}")
         if advice := _advice(error):
-            print(f"tune_kd: {advice}", file=sys.stderr)
+            _complain(advice)
         sys.exit(3)
     except Exception:  # ours: 1 would say that trials failed
-        traceback.print_exc()
-        print("tune_kd: this is an error in tune_kd; what is on record is whole, please report it", file=sys.stderr)
+        print(visible(traceback.format_exc()), end="", file=sys.stderr)
+        _complain("this is an error in tune_kd; what is on record is whole, please report it")
         sys.exit(3)
+
+
+def _complain(sentence: str) -> None:
+    """Say on standard error what is wrong. A name in it may come from somebody else's records."""
+    print(f"tune_kd: {visible(sentence)}", file=sys.stderr)
 
 
 def _advice(error: Exception) -> str:

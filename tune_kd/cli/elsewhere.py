@@ -2,9 +2,10 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
+from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, NoReturn
 from urllib.parse import urlsplit
@@ -27,10 +28,9 @@ from tune_kd.cli.options import (
     Track,
     collect,
 )
-from tune_kd.monitoring import is_url
+from tune_kd.monitoring import LOOPBACK, is_url
 from tune_kd.study import Mistake
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 Install = Annotated[
     bool, typer.Option("--install", help="Have Ray install this project's dependencies there first, as they are here.")
 ]
@@ -60,17 +60,14 @@ def submit(
     from tune_kd import run as runs
     from tune_kd import shares, studies
     from tune_kd.execute import jobs
-    from tune_kd.study_file import INSTALLED, executed
 
     path = studies.find(study)
-    own = INSTALLED.resolve() not in path.resolve().parents
+    there, files = _sent(study, path)
     problems: list[str] = []
     if scale != "auto":
         collect(problems, lambda: studies.resolve(path, scale, data, settings or ()))
-    else:  # which is for the cluster to say; what any of them imports is to be there
-        for each in collect(problems, lambda: studies.scales(path)) or ():
-            with suppress(Mistake):
-                studies.resolve(path, each, data)
+    else:  # which is for the cluster to say
+        collect(problems, lambda: _all_made(path, data))
     name = name or f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     problems += runs.problems_with_name(name)
     gpus = collect(problems, lambda: shares.parse_gpus(gpus_per_trial))
@@ -80,7 +77,7 @@ def submit(
     if problems:
         raise Mistake(*problems)
     assert cluster is not None and place is not None
-    arguments = ["run", f"studies/{path.name}" if own else study, "--address", "auto"]
+    arguments = ["run", there, "--address", "auto"]
     arguments += _flags(
         {
             "--scale": scale,
@@ -98,25 +95,50 @@ def submit(
         }
     )
     metadata = {"job_name": name, "run": name, "study": path.stem, "scale": scale, "out": place}
-    job = jobs.submit(cluster, arguments, metadata, study=executed(path).files if own else {}, install=install)
+    job = jobs.submit(cluster, arguments, metadata, study=files(), install=install)
     _follow(cluster, job, name, address, detach)
 
 
-def elsewhere(command: str, run: str | None, address: str, flags: Mapping[str, Any]) -> NoReturn:
-    """Have a command about a run that was submitted done where it runs."""
+def elsewhere(
+    command: str, run: str | None, address: str, flags: Mapping[str, Any], study: str | None = None
+) -> NoReturn:
+    """Have a command about a run that was submitted done where it runs, with a study that is named."""
+    from tune_kd import studies
     from tune_kd.execute import jobs
 
     if flags.get("--json"):
         raise Mistake("--json is given beside --address; allowed: one of them, since a job's log is no JSON")
     if run is None:
         raise Mistake("--address is given without RUN; allowed: the name of a run that was submitted there")
+    there, files = (None, dict) if study is None else _sent(study, studies.find(study))
+    if study is not None:
+        _all_made(studies.find(study))
     cluster = jobs.client(address)
     found = jobs.find(cluster, run)
-    arguments = [command, run, "--out", found["out"], *_flags(flags)]
-    job = jobs.submit(cluster, arguments, {**found, "job_name": f"{command} {run}"})
+    arguments = [command, run, "--out", found["out"], *_flags({**flags, "--study": there})]
+    job = jobs.submit(cluster, arguments, {**found, "job_name": f"{command} {run}"}, study=files())
     if command == "status":
         raise SystemExit(jobs.follow(cluster, job, _show))
     _follow(cluster, job, run, address)
+
+
+def _sent(study: str, path: Path) -> tuple[str, Callable[[], Mapping[str, Path]]]:
+    """How a study is named on a cluster to which it is sent, and what gives its files: once all that it imports is
+    there. One that came with tune_kd is there already."""
+    from tune_kd.study_file import INSTALLED, executed
+
+    if INSTALLED.resolve() in path.resolve().parents:
+        return study, dict
+    return f"studies/{path.name}", lambda: executed(path).files
+
+
+def _all_made(path: Path, data: str | None = None) -> None:
+    """Make the studies of all scales of a file, so that what any of them imports is known."""
+    from tune_kd import studies
+
+    for each in studies.scales(path):
+        with suppress(Mistake):
+            studies.resolve(path, each, data)
 
 
 def _follow(cluster: Any, job: str, run: str, address: str, detach: bool = False) -> NoReturn:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
+from tune_kd.characters import visible
 from tune_kd.mirror import local
 from tune_kd.study import Mistake
 
@@ -85,14 +87,18 @@ DEFAULT_OUT = Path("results")
 
 
 class Terminal(Console):
-    """What is printed are data and sentences, never markup."""
+    """What is printed are data and sentences, never markup, and never a command to the terminal but rich's own."""
 
     def __init__(self, *, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, markup=False, highlight=False)
+        super().__init__(stderr=stderr, markup=False, highlight=False, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
 def print_json(answer: dict[str, Any]) -> None:
-    """An answer on standard output."""
+    """An answer on standard output, in ASCII that can be printed: JSON has an escape for what cannot."""
     print(json.dumps(answer), flush=True)
 
 
@@ -113,12 +119,12 @@ def collect(problems: list[str], check: Callable[[], T]) -> T | None:
         return None
 
 
-def naming(option: str, read: Callable[[], T]) -> T:
-    """What is read; a mistake in it names the option, and not the argument RUN that it would be elsewhere."""
+def naming(option: str, read: Callable[[], T], of: str = "RUN") -> T:
+    """What is read; a mistake in it names the option, and not the argument that it would be elsewhere."""
     try:
         return read()
     except Mistake as mistake:
-        raise Mistake(*(problem.replace("RUN", option, 1) for problem in mistake.problems)) from mistake
+        raise Mistake(*(problem.replace(of, option, 1) for problem in mistake.problems)) from mistake
 
 
 def check_address(address: str | None) -> None:

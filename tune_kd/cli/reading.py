@@ -122,6 +122,10 @@ def report(
         raise Mistake(*problems)
     if to is None:
         own = place(runs[0], out)
+        if (own / "report").is_symlink():
+            raise Mistake(
+                f"RUN is {own}, whose report is a link, through which nothing is written; remove it, or say --to"
+            )
         to = own / "report" if len(runs) == 1 and own.is_dir() else Path(f"report-{'-'.join(records.runs)}"[:200])
     first = print_report(records, to, Terminal(stderr=as_json), as_json, formats.split(","))
     if open_:

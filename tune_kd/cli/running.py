@@ -35,6 +35,7 @@ from tune_kd.cli.options import (
     Track,
     check_address,
     collect,
+    naming,
     scale_of,
     settings_with,
 )
@@ -119,6 +120,14 @@ def resume(
         bool, typer.Option("--extend", help="Go to the study's next look, or add seeds or levels that it declares now.")
     ] = False,
     settings: Settings = None,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            help="The study, where its file is elsewhere now or was changed: it is executed.",
+            metavar="STUDY",
+            show_default="as on record",
+        ),
+    ] = None,
     gpus_per_trial: Gpus = None,
     cpus_per_trial: CpusNow = None,
     max_concurrent: MaxConcurrent = None,
@@ -130,10 +139,11 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Run what is missing of a run, from where it stood. Shares are as it began, unless they are given."""
-    from tune_kd import launch, shares
+    from tune_kd import launch, shares, studies
     from tune_kd import run as runs
     from tune_kd.monitoring import is_url
 
+    file = None if study is None else naming("--study", lambda: studies.find(study), of="STUDY")
     if address is not None and is_url(address):
         flags: dict[str, Any] = {
             "--extend": extend,
@@ -142,11 +152,12 @@ def resume(
             "--json": as_json,
         }
         flags |= {"--cpus-per-trial": cpus_per_trial, "--max-concurrent": max_concurrent, "--track": track}
-        elsewhere("resume", run, address, {**flags, "--address": "auto"})
+        elsewhere("resume", run, address, {**flags, "--address": "auto"}, study)
     check_address(address)
     console = Terminal(stderr=as_json)
     reopened = runs.reopen(runs.find(out, run))
     problems: list[str] = []
+    collect(problems, lambda: runs.check_links(reopened))
     if settings and not extend:
         problems.append("--set is given; allowed: with --extend only, since a run keeps the study that it began with")
     collect(problems, lambda: launch.check_compiler(reopened.study))
@@ -168,6 +179,7 @@ def resume(
         raise Mistake(*dict.fromkeys(problems))
     with runs.held(reopened.folder):  # whoever else holds it is told of before anything is read or changed
         reopened = runs.reopen(reopened.folder)
+        reopened = reopened if file is None else runs.with_file(reopened, file)
         if extend:
             reopened = runs.extended(reopened, settings or ())
         elif changes := runs.changes(reopened):

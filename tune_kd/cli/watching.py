@@ -2,10 +2,12 @@
 
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 
 from tune_kd.cli.options import DEFAULT_OUT, Out, Terminal
+from tune_kd.study import Mistake
 
 LOOK_AT = (
     ("Jobs", "the run as a job, with its name and study; `submit`ted ones with their log"),
@@ -38,6 +40,9 @@ def dashboard(
             if (holder := runs.holder(folder)) is not None and holder.get("dashboard")}  # fmt: skip
     url = address or next(iter(held.values()), monitoring.DASHBOARD)
     if write is not None:
+        if address is None and urlsplit(url).hostname not in monitoring.LOOPBACK:
+            raise Mistake(f"--address is not given, and a run's results say that its dashboard is at {url}, another "
+                          "machine, to which Prometheus would send Ray's token; say --address URL")  # fmt: skip
         settings, board = monitoring.write(write, url)
         say(f"{settings}: start Prometheus with `prometheus --config.file={settings}`; it finds Ray's metrics at {url}")
         say(f"{board}: import it in Grafana under Dashboards, New, Import, and choose that Prometheus")

@@ -66,7 +66,7 @@ def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[st
         if not (folder / DATABASE).exists():  # the run may have begun elsewhere
             Mirror.of(folder).fetch(folder / DATABASE, MOST_SENT_BYTES)
         for end in ASIDE:
-            check_regular(folder / f"{DATABASE}{end}", MOST_SENT_BYTES)
+            check_regular(folder / f"{DATABASE}{end}", MOST_SENT_BYTES, writes=True)
         place = os.environ.get("MLFLOW_TRACKING_URI") or url(folder / DATABASE)
         callback = MLflowLoggerCallback(tracking_uri=place, experiment_name=run, tags={"study": study})
         in_batches: Any = _InBatches(callback.mlflow_util)

@@ -50,6 +50,8 @@ def write(folder: Path, records: Records, formats: Sequence[str] = FORMATS) -> P
         raise Mistake(f"--format is {named}; allowed: {', '.join(FORMATS)}")
     if (there := obstacle(folder)) is not None:
         raise Mistake(f"--to is {folder}, and {there} cannot be written to; allowed: a folder that can be made")
+    if found := [path for path in (folder / "tables", folder / "figures") if path.is_symlink()]:
+        raise Mistake(f"--to is {folder}, where {found[0]} is a link, through which nothing is written; remove it")
     made = tables(records)
     titled = {name: (TABLES[name][0], table) for name, table in made.items()}
     drawn = figures.draw(records) if {"html", "png", "svg"} & set(formats) else []
@@ -59,7 +61,7 @@ def write(folder: Path, records: Records, formats: Sequence[str] = FORMATS) -> P
         for kind in [kind for kind in ("png", "svg") if kind in formats]:
             files[f"figures/{picture.name}.{kind}"] = figures.rendered(picture.figure, kind)
     if "csv" in formats:
-        files |= {f"tables/{name}.csv": table.to_csv(index=False).encode() for name, table in made.items()}
+        files |= {f"tables/{name}.csv": texts.csv(table).encode() for name, table in made.items()}
     if "tex" in formats:
         files |= {f"tables/{name}.tex": text.encode() for name, text in texts.latex(titled).items()}
     if "md" in formats:

@@ -48,7 +48,10 @@ HATCHES = {"teacher": "////", "feature": "...."}
 MANY = 500  # bars of a timeline, which are then drawn as pixels
 OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 NAME = 24  # letters of a contrast's name in a line
+LONGEST = 4 * NAME  # letters of any name; what is longer is cut in its middle
 CURVES = 8  # arms in one panel; more cannot be told apart
+LINES_SHOWN = 200  # contrasts in one picture
+PANELS = 24  # in one picture
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,19 @@ def rendered(figure: Figure, kind: str) -> bytes:
 Made = tuple[str, str, Figure] | None  # caption, alternative, figure
 
 
+def _name(name: object) -> str:
+    """A name as it stands in a picture. In a legend one that begins with `_` would be left out."""
+    text = str(name)
+    text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}...{text[3 - LONGEST // 2 :]}"
+    text = "\n".join(textwrap.wrap(text, 2 * NAME))
+    return f" {text}" if text.startswith("_") else text
+
+
+def _left_out(there: int, shown: int, what: str) -> str:
+    """A sentence for a caption, where a picture would be too high with all."""
+    return f" {there - shown} more {what} are left out." if there > shown else ""
+
+
 def forest(records: Records) -> Made:
     """Each contrast with its interval; effects by context, then how they change with the moderator."""
     table = results.contrasts(records)
@@ -96,7 +112,9 @@ def forest(records: Records) -> Made:
     context = table["contrast"].str.partition(":")[0].where(table["kind"] == "effect", "")
     places = {name: place for place, name in enumerate([*context[context != ""].unique(), ""])}
     table = table.iloc[context.map(places).argsort(kind="stable")].reset_index(drop=True)  # one context after another
-    names = ["\n".join(textwrap.wrap(name, NAME)) for name in table["contrast"]]
+    more = _left_out(len(table), LINES_SHOWN, "contrasts")
+    table = table.head(LINES_SHOWN)
+    names = ["\n".join(textwrap.wrap(_name(name), NAME)) for name in table["contrast"]]
     figure = Figure(figsize=(WIDTH, 0.5 + 0.2 * len(table) + 0.1 * sum("\n" in name for name in names)))
     axes = figure.subplots()
     axes.axvspan(-100 * MARGIN, 100 * MARGIN, color="#dddddd", lw=0)
@@ -119,7 +137,7 @@ def forest(records: Records) -> Made:
     said = "; ".join(f"{row['contrast']} {100 * row['estimate']:+.2f}, {row['verdict']}" for row in rows)
     return (
         "Effects with 95 % intervals, paired by seed. A full marker is a difference that stands after Holm, a diamond "
-        f"is equivalence; the grey band is the margin of {100 * MARGIN:g} points.",
+        f"is equivalence; the grey band is the margin of {100 * MARGIN:g} points.{more}",
         f"Forest plot of {len(table)} contrasts in points of test accuracy. {said}.",
         figure,
     )
@@ -135,6 +153,7 @@ def curves(records: Records) -> Made:
     rows = rows.assign(stem=rows["stem"].fillna(""))
     there = set(rows["stem"])
     stems = [stem for stem in trials["stem"].fillna("").unique() if stem in there]  # in the study's order
+    stems, more = stems[:PANELS], _left_out(len(stems), PANELS, "stems")
     figure = Figure(figsize=(WIDTH, 2.1 * len(stems)))
     panels = figure.subplots(len(stems), 1, sharex=True, squeeze=False)[:, 0]
     left_out, order = 0, results.arms(records)["arm"].tolist()
@@ -148,19 +167,20 @@ def curves(records: Records) -> Made:
             colour, line = _of_arm(name, dict(zip(of_stem["arm"], of_stem["method"], strict=True)), names)
             epochs, mean, std = spread.index.to_numpy(float), 100 * spread["mean"], 100 * spread["std"]
             axes.fill_between(epochs, mean - std, np.minimum(mean + std, 100), color=colour, alpha=0.15, lw=0)
-            axes.plot(epochs, mean, color=colour, ls=line, label=_short(name, stem))
+            axes.plot(epochs, mean, color=colour, ls=line, label=_name(_short(name, stem)))
         lower = of_stem.groupby("arm")["val_accuracy"].quantile(0.25)
         axes.set_ylim(bottom=max(0.0, 100 * float(lower.min()) - 2))
-        axes.set_title(f"{stem} stem" if stem else "", loc="left")
+        axes.set_title(f"{_name(stem)} stem" if stem else "", loc="left")
         axes.set_ylabel("val. accuracy (%)")
-        axes.legend(loc="lower right", ncols=2 if len(names) > 4 else 1, handlelength=2.4)
+        narrow = len(names) > 4 and max(map(len, names)) <= 2 * NAME
+        axes.legend(loc="lower right", ncols=2 if narrow else 1, handlelength=2.4)
     panels[-1].set_xlabel("epoch")
-    more = f" {left_out} more arms are left out." if left_out else ""
+    more += _left_out(left_out, 0, "arms")
     return (
         "Learning curves: mean over confirmed seeds, the band is one standard deviation; cut below, where arms begin."
         f"{more}",
         f"Learning curves of {rows['arm'].nunique()} arms: validation accuracy over {int(rows['epoch'].max())} epochs "
-        f"for the stem {' and '.join(stems)}.",
+        f"for the stem {' and '.join(map(_name, stems))}.",
         figure,
     )
 
@@ -199,6 +219,7 @@ def _response(records: Records, factor: str) -> Made:
         name for name in ("student", "teacher", "stem", "weights", "width", "method") if table[name].nunique() > 1
     ]
     grouped = list(table.groupby(contexts, sort=False)) if contexts else [((), table)]
+    grouped, more = grouped[:PANELS], _left_out(len(grouped), PANELS, "contexts")
     levels_shown = sorted(table[factor].unique())
     figure = Figure(figsize=(WIDTH, 1.5 * len(grouped) + 0.4))
     panels = figure.subplots(len(grouped), 1, sharex=True, squeeze=False)[:, 0]
@@ -215,7 +236,7 @@ def _response(records: Records, factor: str) -> Made:
         if factor == "temperature" and min(levels_shown) > 0:
             axes.set_xscale("log", base=2)
         axes.set_xticks(levels_shown, list(map(number, levels_shown)))
-        axes.set_title(", ".join(map(str, levels)), loc="left")
+        axes.set_title(", ".join(map(_name, levels)), loc="left")
         axes.set_ylabel("test acc. (%)")
     panels[-1].set_xlabel(factor)
     said = "; ".join(
@@ -223,7 +244,7 @@ def _response(records: Records, factor: str) -> Made:
     )
     return (
         f"Test accuracy by {factor}: mean and 95 % interval over confirmed seeds; the dotted line is the control. "
-        "Levels that the screen stopped are missing, and the line passes over them.",
+        f"Levels that the screen stopped are missing, and the line passes over them.{more}",
         f"Response to {factor}: {said}.",
         figure,
     )
@@ -266,6 +287,7 @@ def foretelling(records: Records) -> Made:
     if table.empty:
         return None
     names = table["stratum"].unique().tolist()
+    names, more = names[:PANELS], _left_out(len(names), PANELS, "strata")
     figure = Figure(figsize=(WIDTH, 1.1 * len(names) + 0.5))
     panels = figure.subplots(len(names), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, name in zip(panels, names, strict=True):
@@ -280,14 +302,14 @@ def foretelling(records: Records) -> Made:
         for epoch in group.loc[group["rung"].notna(), "epoch"]:
             axes.axvline(float(epoch), color="#666666", ls=":", lw=0.8)
         axes.set_ylim(-1.05, 1.05)
-        axes.set_title(f"{name} ({int(group['n'].max())} trials)", loc="left")
+        axes.set_title(f"{_name(name)} ({int(group['n'].max())} trials)", loc="left")
     panels[len(panels) // 2].set_ylabel("rank correlation with the end")
     panels[-1].set_xlabel("epoch")
     rungs = table[table["rung"].notna()].to_dict("records")
     said = "; ".join(f"{row['stratum']} {row['rho']:+.2f} at epoch {row['epoch']}" for row in rungs)
     return (
         "How well an epoch foretold the end: Spearman's correlation of validation accuracy then with that of the last "
-        "epoch, over the trials that ran to their end, with its 95 % interval. Dotted lines are rungs.",
+        f"epoch, over the trials that ran to their end, with its 95 % interval. Dotted lines are rungs.{more}",
         f"Rank correlation by epoch in {len(names)} strata: {said or 'no rungs'}.",
         figure,
     )
@@ -303,7 +325,7 @@ def timeline(records: Records) -> Made:
     axes = figure.subplots()
     kinds = table["method"].fillna("teacher")
     for kind in kinds.unique():
-        label = str(kind)
+        label = _name(kind)
         for slot, of_slot in table[kinds == kind].groupby(slots):
             begin, length = of_slot["begin"].to_numpy(float), (of_slot["end"] - of_slot["begin"]).to_numpy(float)
             axes.broken_barh(
@@ -342,6 +364,7 @@ def cost(records: Records) -> Made:
     trials = results.confirmed_trials(records).drop_duplicates("arm").set_index("arm")
     stems_of = trials["stem"].fillna("").to_dict()
     stems = list(dict.fromkeys(map(str, stems_of.values())))
+    stems, more = stems[:PANELS], _left_out(len(stems), PANELS, "stems")
     figure = Figure(figsize=(WIDTH, 1.8 * len(stems) + 0.3), layout=ConstrainedLayoutEngine(w_pad=0.16))  # inches
     panels = figure.subplots(len(stems), 1, squeeze=False)[:, 0]
     for axes, stem in zip(panels, stems, strict=True):
@@ -361,10 +384,10 @@ def cost(records: Records) -> Made:
                 color=_colour(method),
                 ls="",
                 elinewidth=0.7,
-                label="_" if method in labelled else method,
+                label="_" if method in labelled else _name(method),
             )
             labelled.add(method)
-        axes.set_title(f"{stem} stem" if stem else "", loc="left")
+        axes.set_title(f"{_name(stem)} stem" if stem else "", loc="left")
         axes.set_xlim(left=0)
         axes.set_ylabel("test accuracy (%)")
     both = [axes.get_legend_handles_labels() for axes in panels]
@@ -374,7 +397,8 @@ def cost(records: Records) -> Made:
     rows = costs.to_dict("records")
     said = "; ".join(f"{row['arm']} {100 * row['mean']:.2f} in {row['train_seconds']:.0f} s" for row in rows)
     return (
-        "Test accuracy (mean and 95 % interval) against the training time of a trial, without what its teacher cost.",
+        "Test accuracy (mean and 95 % interval) against the training time of a trial, without what its teacher "
+        f"cost.{more}",
         f"Accuracy against cost: {said}.",
         figure,
     )
@@ -402,7 +426,7 @@ def tuning(records: Records) -> Made:
             look = {"color": COLOURS[method] if alone else colours[search.name], "marker": MARKERS[method], "ls": ""}
             done = [row for row in theirs if row["status"] == "completed"]
             height = [max(floor, 100 * row["val_accuracy_best"]) for row in done]
-            axes.plot([row[setting] for row in done], height, mfc="white", label=search.name, **look)
+            axes.plot([row[setting] for row in done], height, mfc="white", label=_name(search.name), **look)
             if best is not None:
                 axes.plot(best[setting], max(floor, 100 * best["val_accuracy_best"]), zorder=3, **look)
             axes.axvline(study.default(setting) or 0.0, color="#666666", lw=0.8, ls=":")

@@ -1,6 +1,8 @@
 """The page: one HTML file that opens from disk and asks nobody for anything."""
 
 import base64
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,11 @@ AT_THE_END = ("decisions", "rungs", "provenance")  # of the page, for those who 
 def html(records: Records, tables: Titled, pictures: Sequence[figures.Picture], limits: Sequence[str]) -> str:
     """The whole page. Of tables that are longer than people read, it has the first rows and says so."""
     environment = Environment(autoescape=select_autoescape(default=True), undefined=StrictUndefined, trim_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text())
+    source = TEMPLATE.read_text(encoding="utf-8")
+    template = environment.from_string(source)
     rows = tables["contrasts"][1].to_dict("records") if "contrasts" in tables else []
     return template.render(
+        policy=_policy(source),
         title=", ".join(records.runs),
         questions=questions(records),
         verdicts=_verdicts(rows, records),
@@ -48,6 +52,17 @@ def html(records: Records, tables: Titled, pictures: Sequence[figures.Picture], 
         trials=len(records.trials),
         rows=ROWS,
     )
+
+
+def _policy(source: str) -> str:
+    """What a browser lets the page do (https://www.w3.org/TR/CSP3): our own style and script, known by their hashes,
+    and pictures inside of it; no connection, and nothing of anybody else's, whatever text should end up in it."""
+    ours = {}
+    for tag in ("style", "script"):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", source, re.DOTALL)
+        ours[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    allowed = "".join(f" {tag}-src 'sha256-{digest}';" for tag, digest in ours.items())
+    return f"default-src 'none'; img-src data:;{allowed} base-uri 'none'; form-action 'none'"
 
 
 def _verdicts(rows: Sequence[Mapping[Any, Any]], records: Records) -> dict[str, list[dict[str, str]]]:

@@ -1,5 +1,9 @@
-"""Tables as text: Markdown for people, LaTeX with booktabs for papers."""
+"""Tables as text: Markdown for people, LaTeX with booktabs for papers, CSV for programs.
 
+What comes from records is text in each of them, whatever signs it has: no markup, no command, no formula.
+"""
+
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +19,14 @@ POINTS = (
 NOT_FOR_PAPERS = ("provenance", "differences")
 LEFT_OUT = ["words", "note", "kind", "planned", "smallest_exact_p", "pairs_needed"]  # of a table in a paper
 ROWS = 200  # of a table that people see; the files of tables have all
+FORMULA = re.compile(r"(?:^|(?<=[;\t\r\n]))(?=[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20])")
+"""Where a spreadsheet program begins a formula: at the beginning of a cell, or after what it may take for its end."""
+MARKUP = re.compile(
+    r"[\\`*\[\]|~$]"  # of Markdown, of GitHub's tables and of its formulas
+    r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # inside of a word it is no emphasis
+    r"|:(?=//)|(?<=[wW]{3})\."  # addresses become links by themselves
+)
+BLOCK = re.compile(r"^(?:([#+=-])|(\d+)([.)]))")  # what makes a line a heading, a rule, or an item of a list
 
 Titled = Mapping[str, tuple[str, pd.DataFrame]]
 
@@ -58,19 +70,19 @@ def named(row: Mapping[Any, Any], records: Records) -> str:
 
 def markdown(records: Records, tables: Titled, limits: Sequence[str]) -> str:
     """The whole report as Markdown."""
-    lines = [f"# {', '.join(records.runs)}", ""]
+    lines = [f"# {_inline(', '.join(records.runs))}", ""]
     for question in questions(records):
-        lines += [question, ""]
+        lines += [_line(question), ""]
     if "contrasts" in tables:
         lines += ["## Verdicts", ""]
         rows = tables["contrasts"][1].to_dict("records")
-        lines += [f"- **{named(row, records)}**: {row['words']}" for row in rows[:ROWS]]
+        lines += [f"- **{_inline(named(row, records))}**: {_inline(row['words'])}" for row in rows[:ROWS]]
         lines += [
             "",
             "Paired by seed; 95 % t intervals; p adjusted by Holm over all contrasts; both allow for declared looks.",
             "",
         ]
-    lines += ["## Limits of the evidence", "", *(f"- {sentence}" for sentence in limits), ""]
+    lines += ["## Limits of the evidence", "", *(f"- {_line(sentence)}" for sentence in limits), ""]
     for title, table in tables.values():
         lines += [f"## {title}", "", *_rows(shown(table)), ""]
     return "\n".join(lines)
@@ -78,18 +90,37 @@ def markdown(records: Records, tables: Titled, limits: Sequence[str]) -> str:
 
 def _rows(table: pd.DataFrame) -> list[str]:
     names = [str(name) for name in table.columns]
-    lines = ["| " + " | ".join(map(heading, names)) + " |", "|" + " --- |" * len(names)]
+    lines = ["| " + " | ".join(_inline(heading(name)) for name in names) + " |", "|" + " --- |" * len(names)]
     for row in table.head(ROWS).itertuples(index=False):
-        cells = (_in_a_row(cell(name, value)) for name, value in zip(names, row, strict=True))
+        cells = (_inline(cell(name, value)) for name, value in zip(names, row, strict=True))
         lines.append("| " + " | ".join(cells) + " |")
     if len(table) > ROWS:
         lines += ["", f"The first {ROWS} of {len(table):,} rows; the others are in tables/."]
     return lines
 
 
-def _in_a_row(text: str) -> str:
-    """Text that neither ends a Markdown table's cell nor is taken for HTML."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+def _inline(text: str) -> str:
+    """Text in one line of Markdown, in which nothing is markup, HTML, a link, or the end of a table's cell."""
+    entities = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return MARKUP.sub(r"\\\g<0>", entities)
+
+
+def _line(text: str) -> str:
+    """Text as a line of its own, which begins a paragraph and nothing else."""
+    return BLOCK.sub(lambda found: f"\\{found[1]}" if found[1] else f"{found[2]}\\{found[3]}", _inline(text))
+
+
+def csv(table: pd.DataFrame) -> str:
+    """A table as CSV. Text that a spreadsheet program would compute gets an apostrophe; numbers stay numbers."""
+    safe = table.rename(columns=_no_formula)
+    for name in safe.columns:
+        if not pd.api.types.is_numeric_dtype(safe[name]):
+            safe[name] = safe[name].map(_no_formula, na_action="ignore")
+    return safe.to_csv(index=False)
+
+
+def _no_formula(text: str) -> str:
+    return FORMULA.sub("'", text)
 
 
 def latex(tables: Titled) -> dict[str, str]:
@@ -124,5 +155,7 @@ def _tabular(table: pd.DataFrame) -> str:
 def _escaped(text: str) -> str:
     """Text in which nothing is a command of LaTeX."""
     special = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "$<$",
-               ">": "$>$", "|": "$|$", "[": "{[}", "\n": " "} | {sign: f"\\{sign}" for sign in "&%$#_{}"}  # fmt: skip
+               ">": "$>$", "|": "$|$"}  # fmt: skip
+    special |= {"[": "{[}", "*": "{*}", "\n": " ", "\t": " "}  # the first two would belong to the row's end before them
+    special |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
     return "".join(special.get(sign, sign) for sign in text)

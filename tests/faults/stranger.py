@@ -1,0 +1,710 @@
+"""Does a results folder from a stranger do anything that it must not? Files of one are altered, with digests that fit,
+and every command that reads one is run over them.
+
+A file counts as a VIOLATION where a command runs code of the stranger's or another program, writes elsewhere than into
+the folder, connects to somewhere, takes longer than 10 s or more than 2 GB, ends with a traceback, by a signal, or with
+another status than 0, 1, 2 or 3. Training is cut short, and runs in the command's own process in the place of Ray.
+
+    python tests/faults/stranger.py                                     5,000 files; about an hour on two cores
+    python tests/faults/stranger.py --files 200 --seed 7 --jobs 1
+    python tests/faults/stranger.py --seed 7 --only 123 --keep FOLDER   one of them again, which is then in FOLDER
+"""
+
+import argparse
+import faulthandler
+import fcntl
+import gc
+import hashlib
+import json
+import os
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NoReturn
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as a command; of this checkout
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from conftest import trained, tunable
+from faults import damage, mutations
+from faults.here import go_on
+from faults.mutations import ALONE, AUDIT, Chance, Mutation, Stranger, chosen, mutate
+from faults.sentry import PACKAGE, Sentry
+from tune_kd import audit, cli, environment, evidence, records, report, run, streams, tables
+from tune_kd.execute import connection, on_ray
+from tune_kd.execute.driver import Driver
+from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.worker import Task, Workplace, work
+from tune_kd.records import SCHEMAS
+from tune_kd.sharing import HOLDER, STUDY
+from tune_kd.trial import Epoch
+from tune_kd.tuning import LogUniform, Range, Tuning
+
+WITHIN = 10.0  # seconds that a command may take
+IDLE = 3.0  # seconds without work after which a process waits
+MOST_BYTES = 2 * 2**30  # of memory
+MOST_EPOCHS = 3  # that a resumed run trains here
+TEXTS = ("md", "csv", "tex")  # that reports have
+FIGURES_EVERY = 25  # files whose report has figures, too
+SAID = 2000  # characters of what a command said last that are kept
+STATUSES = (0, 1, 2, 3)
+BASES = ("finished", "cut", "tuned")
+EVIL = """
+from pathlib import Path
+Path(__file__).with_name("ran").write_text("this must not run")
+from faults.damage import study
+"""
+
+
+def make_bases(folder: Path) -> None:
+    """Results folders of whole runs: one that has ended, one whose driver was killed, and one that is tuned. Each has
+    tables of somebody else's beside the run."""
+    torch.set_num_threads(1)
+    source = folder / "tiny.py"
+    folder.mkdir(parents=True, exist_ok=True)
+    source.write_text("from faults.damage import study\n")
+    for name in BASES:
+        results = folder / name
+        if name == "tuned":
+            ranges = (Range("lr", LogUniform(0.01, 1.0)), Range("temperature", LogUniform(1.0, 16.0)))
+            trained(tunable(Tuning(ranges, budget=2, sampler="random")), results / "r")
+        else:
+            damage.make(results, name)
+        _as_by_command(results / "r" / STUDY, source if name == "finished" else None)
+        opened = run.reopen(results / "r")
+        if name != "cut":
+            with run.held(opened.folder):
+                go_on(opened)
+            loaded = tables.load(opened.folder)
+            evidence.record(opened.folder, opened.name, opened.study, audit.rank_correlations(loaded, everywhere=True))
+            report.write(opened.folder / "report", loaded, TEXTS)
+        if not (opened.folder / AUDIT).exists():
+            shutil.copy(folder / "finished" / "r" / AUDIT, opened.folder / AUDIT)
+        who = {"pid": 1, "host": "elsewhere", "since": "2026-01-01 00:00:00 +0000", "dashboard": None}
+        (opened.folder / HOLDER).write_text(json.dumps(who))
+        (opened.folder / ".lock").touch()
+        for schema in SCHEMAS:
+            shutil.copy(opened.folder / f"{schema.name}.parquet", results / f"{ALONE}_{schema.name}.parquet")
+        shutil.rmtree(results / "cache", ignore_errors=True)
+
+
+def _as_by_command(path: Path, file: Path | None) -> None:
+    """Have a plan say what the command `run` puts into it, too: shares, and the study's file."""
+    record = mutations.unsealed(path)
+    shares = {"gpus_per_trial": 0.0, "cpus_per_trial": 1.0, "max_concurrent": None, "keep_checkpoints": False}
+    record["settings"] = {**shares, "track": []}
+    record["source"] = file and {"file": str(file), "scale": "test", "data": None, "settings": []}
+    path.write_bytes(mutations.sealed(record))
+
+
+def commands(stranger: Stranger, number: int, kind: str, study: Path) -> list[list[str]]:
+    """What is run over a folder, in this order: `resume` may change it."""
+    folder, out = str(stranger.run), ["--out", str(stranger.results)]
+    formats = [] if number % FIGURES_EVERY == 0 else ["--format", ",".join(TEXTS)]
+    if kind == "tables of others":
+        return [["report", str(stranger.results / ALONE), "--to", str(stranger.results / "report"), *formats]]
+    return [
+        ["list", *out],
+        ["plan", str(study), *out],
+        ["status", folder],
+        ["status", folder, "--verify"],
+        ["report", folder, *formats],
+        ["resume", folder],
+        ["status", folder, "--verify"],
+    ]
+
+
+READERS = {
+    "tables of others": ("report",),
+    **dict.fromkeys(("ledger.sqlite", "ledger.commits"), ("status", "resume")),
+    **dict.fromkeys(("tables", "tables.json"), ("status", "report", "resume")),
+    **dict.fromkeys(("checkpoint", "teacher's weights", "teacher's card", "answers"), ("status", "resume")),
+    "audit.json": ("plan",),
+    "holder.json": ("status", "resume"),
+}
+"""Which commands open a file, where it is not for all of them."""
+LONG = ("report", "resume")  # take most of the time
+
+
+def run_here(
+    driver: Driver,
+    place: Workplace,
+    slots: int,
+    beat: Callable[[], None],
+    data: Any = None,
+    trackers: Sequence[Any] = (),
+) -> None:
+    """In the place of Ray: trials one after another in this process, and after some epochs none any more."""
+    left = MOST_EPOCHS
+
+    def some(task: Task, place: Workplace) -> Iterator[Epoch]:
+        nonlocal left
+        for epoch in work(task, place):
+            yield epoch
+            left -= 1
+            beat()
+            if left <= 0:
+                driver.drain()
+
+    run_in_process(driver, replace(place, data=data), some)  # type: ignore[arg-type]
+
+
+def without_ray(tmp: Path) -> None:
+    """From here on, this process finds no Ray to connect to, and does with a driver what Ray would."""
+    cluster = connection.Cluster(cpus=2.0, gpus=0.0, dashboard=None, ours=False, logs=tmp, parts=())
+    connection.connect = lambda address, metadata=None: cluster
+    connection.check_nodes = lambda folder, patience=0.0: None
+    on_ray.run_on_ray = run_here  # type: ignore[assignment]
+    records.TABLES_APART = 0.0  # a pause for readers
+    environment.check_places = lambda address: None  # which are Ray's
+
+
+Made = Callable[[Stranger, Chance, str], Mutation]
+
+
+@dataclass(frozen=True)
+class Violation:
+    """What a command did that it must not. `place` is the line of tune_kd, where it is known."""
+
+    kind: str  # code, outside, connection, hang, memory, traceback, signal, status
+    command: str
+    what: str
+    place: str
+    stack: str = ""
+
+
+@dataclass
+class Ended:
+    """How a command ended: its status, or `killed` or `died`."""
+
+    command: str
+    status: int | str
+    seconds: float
+
+
+@dataclass
+class Outcome:
+    """What became of a mutated folder."""
+
+    number: int
+    kind: str
+    base: str
+    mutation: Mutation
+    ended: list[Ended] = field(default_factory=list)
+    violations: list[Violation] = field(default_factory=list)
+
+
+# In the child
+
+
+def child(
+    stranger: Stranger,
+    number: int,
+    todo: Sequence[Sequence[str]],
+    to: int,
+    meet: Callable[[], None],
+    before: Callable[[], Mutation] | None,
+) -> NoReturn:
+    """Run commands as the command line does, telling the parent of each through a pipe. `before` mutates the folder,
+    `meet` may change this process."""
+    tell = os.fdopen(to, "w")
+
+    def say(**words: Any) -> None:
+        tell.write(json.dumps(words) + "\n")
+        tell.flush()
+
+    try:
+        _settle(stranger)
+        tmp = stranger.root / "tmp"
+        without_ray(tmp)
+        if number % FIGURES_EVERY:  # also in what `resume` reports
+            report.FORMATS = TEXTS
+        if before is not None:
+            say(begun="mutation")
+            mutation = before()
+            say(what=mutation.what, fits=mutation.fits)
+        meet()
+        sentry = Sentry(stranger.root, (stranger.results, tmp, stranger.root / "cwd"))
+        lock = _locked(stranger.run / ".lock")
+        faulthandler.register(signal.SIGUSR2, (tmp / "where").open("w"), all_threads=False)
+        sentry.watch()
+        for place, arguments in enumerate(todo):
+            if arguments[0] == "resume" and lock is not None:
+                os.close(lock)
+                lock = None
+            say(begun=" ".join([arguments[0], *(each for each in arguments if each == "--verify")]), number=place)
+            said, began = tmp / "said", time.monotonic()
+            status, trace = _command(arguments, said)
+            words = said.read_text(errors="replace")
+            say(
+                status=status,
+                seconds=time.monotonic() - began,
+                seen=sentry.taken(),
+                said=words[-SAID:],
+                trace=trace or _traced(words),
+            )
+    except BaseException:
+        say(broken=traceback.format_exc())
+    finally:
+        os._exit(0)
+
+
+def _settle(stranger: Stranger) -> None:
+    """A process group, a home and a folder of its own, and the warnings of a command."""
+    os.setsid()
+    os.chdir(stranger.root / "cwd")
+    for name in [name for name in os.environ if name.startswith(("XDG_", "AWS_", "MLFLOW_", "WANDB_", "RAY_"))]:
+        del os.environ[name]
+    home, tmp = str(stranger.root / "home"), str(stranger.root / "tmp")
+    os.environ |= {"HOME": home, "TMPDIR": tmp, "RAY_TMPDIR": "/tmp", "RAY_AUTH_TOKEN": "x", "MPLCONFIGDIR": tmp}
+    os.environ |= {"XDG_CACHE_HOME": tmp, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    os.environ |= {"AWS_EC2_METADATA_DISABLED": "true", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
+    tempfile.tempdir = tmp
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_BYTES, MOST_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    warnings.resetwarnings()
+    warnings.simplefilter("ignore")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _locked(path: Path) -> int | None:
+    """Hold a run's lock, as a driver would: only then does anybody read who holds it."""
+    if not path.is_file() or path.is_symlink():
+        return None
+    lock = os.open(path, os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
+
+
+def _command(arguments: Sequence[str], said: Path) -> tuple[Any, str]:
+    """A command's exit status, and the traceback with which it ended where it did. What it says is in a file."""
+    sink = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    os.close(sink)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    sys.argv = ["tune_kd", *arguments]
+    try:
+        streams.made_safe()
+        cli.main()
+        status: Any = 0
+    except SystemExit as left:
+        status = 0 if left.code is None else left.code
+    except BaseException as error:  # also what is no Exception, such as a panic in Rust
+        return -1, "".join(traceback.format_exception(error))
+    finally:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+    return status, ""
+
+
+def _traced(words: str) -> str:
+    """The traceback that a command printed, where it did."""
+    mark = "Traceback (most recent call last)"
+    if mark in words:
+        return words[words.rindex(mark) :]
+    return words[-SAID:] if "this is an error in tune_kd" in words else ""
+
+
+# In the parent
+
+
+@dataclass
+class Watch:
+    """A child that runs commands, as far as its parent sees it."""
+
+    pid: int
+    pipe: int
+    listener: socket.socket
+    now: str = "start"
+    number: int = -1
+    since: float = field(default_factory=time.monotonic)
+    before: float = 0.0  # seconds of work until then
+    worked: float = 0.0  # until now
+    working: float = field(default_factory=time.monotonic)  # when that was last seen to grow
+    rest: str = ""
+
+    def lines(self, patience: float) -> list[dict[str, Any]] | None:
+        """What it told meanwhile; null when it has left."""
+        if not select.select([self.pipe], [], [], patience)[0]:
+            return []
+        data = os.read(self.pipe, 2**16)
+        if not data:
+            return None
+        *whole, self.rest = (self.rest + data.decode()).split("\n")
+        return [json.loads(line) for line in whole]
+
+    def came(self) -> bool:
+        """Whether somebody connected to the port where nobody may come."""
+        with suppress(BlockingIOError):
+            self.listener.accept()[0].close()
+            return True
+        return False
+
+    def hangs(self) -> str | None:
+        """Whether a command takes too long: in seconds of its own work, or in all where it waits for something. A
+        machine that is busy with others is no reason."""
+        now, spent = time.monotonic(), self._worked()
+        if spent != self.worked:
+            self.worked, self.working = spent, now
+        if spent - self.before > WITHIN:
+            return f"works for more than {WITHIN:.0f} s"
+        if now - self.since > WITHIN and now - self.working > IDLE:
+            return f"waits for more than {WITHIN:.0f} s"
+        return None
+
+    def begins(self, command: str, number: int) -> None:
+        self.now, self.number, self.since, self.before = command, number, time.monotonic(), self._worked()
+
+    def _worked(self) -> float:
+        """Seconds of work of the process."""
+        with suppress(OSError, ValueError, IndexError):
+            stat = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+        return self.worked
+
+    def memory(self) -> int:
+        with suppress(OSError, ValueError, IndexError):
+            return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * resource.getpagesize()
+        return 0
+
+    def where(self, told: Path) -> tuple[str, str]:
+        """The innermost line of tune_kd at which it is, and those that led there, which it tells into a file."""
+        with suppress(OSError):
+            os.kill(self.pid, signal.SIGUSR2)
+            time.sleep(0.2)
+            return _lines([(file, line, name) for file, line, name in re.findall(TOLD, told.read_text())][::-1])
+        return "", ""
+
+    def end(self) -> None:
+        for target in (partial(os.killpg, self.pid), partial(os.kill, self.pid)):
+            with suppress(ProcessLookupError, PermissionError):
+                target(signal.SIGKILL)
+
+
+def observed(
+    stranger: Stranger,
+    outcome: Outcome,
+    todo: Sequence[Sequence[str]],
+    listener: socket.socket,
+    meet: Callable[[], None],
+    before: Callable[[], Mutation] | None,
+) -> int | None:
+    """Run commands in a child and note how they end. Returns the number of the one at which the child was lost; null
+    where it came through."""
+    here, there = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(here)
+        child(stranger, outcome.number, todo, there, meet, before)
+    os.close(there)
+    watch = Watch(pid, here, listener)
+
+    def wrong(kind: str, what: str, place: str = "", stack: str = "") -> None:
+        outcome.violations.append(Violation(kind, watch.now, what, place, stack))
+
+    lost: tuple[str, str] | None = None
+    at = "", ""
+    try:
+        while (told := watch.lines(0.05)) is not None:
+            for line in told:
+                _heard(line, watch, outcome, wrong)
+            if watch.came():
+                lost = "connection", f"to port {listener.getsockname()[1]}"
+            elif (memory := watch.memory()) > MOST_BYTES:
+                lost = "memory", f"{memory / 1e9:.1f} GB"
+            elif (why := watch.hangs()) is not None:
+                lost = "hang", why
+            if lost is not None:
+                at = watch.where(stranger.root / "tmp" / "where")
+                watch.end()
+                break
+    finally:
+        os.close(here)
+        _, how, used = os.wait4(pid, 0)
+        watch.end()  # what it left
+    if lost is not None:
+        wrong(*lost, *at)
+        outcome.ended.append(Ended(watch.now, "killed", time.monotonic() - watch.since))
+        return watch.number
+    if os.WIFSIGNALED(how):
+        wrong("signal", signal.Signals(os.WTERMSIG(how)).name)
+        outcome.ended.append(Ended(watch.now, "died", time.monotonic() - watch.since))
+        return watch.number
+    if used.ru_maxrss * 1024 > MOST_BYTES:
+        wrong("memory", f"{used.ru_maxrss * 1024 / 1e9:.1f} GB")
+    return None
+
+
+def _heard(line: dict[str, Any], watch: Watch, outcome: Outcome, wrong: Callable[..., None]) -> None:
+    if "broken" in line:
+        raise RuntimeError(f"the harness fails at file {outcome.number} ({outcome.kind}): {line['broken']}")
+    if "begun" in line:
+        watch.begins(line["begun"], line.get("number", -1))
+        return
+    if "what" in line:
+        outcome.mutation = Mutation(line["what"], line["fits"])
+        return
+    outcome.ended.append(Ended(watch.now, line["status"], line["seconds"]))
+    for sight in line["seen"]:
+        wrong(sight["kind"], sight["what"], sight["place"], sight["stack"])
+    if line["trace"]:
+        place, stack, last = _read_trace(line["trace"])
+        wrong("traceback", last, place, stack)
+    elif line["status"] not in STATUSES:
+        wrong("status", f"{line['status']!r}: {line['said'][-300:]}")
+
+
+def _read_trace(trace: str) -> tuple[str, str, str]:
+    """The innermost line of tune_kd in a printed traceback, those that led there, and its last words."""
+    said = [line for line in trace.splitlines() if line and not line.startswith((" ", "tune_kd: "))]
+    return *_lines(re.findall(TOLD, trace)), (said[-1][:300] if said else "")
+
+
+TOLD = r'File "([^"]+)", line (\d+),? in (\S+)'  # of a frame, by `traceback` and `faulthandler`
+
+
+def _lines(frames: list[tuple[str, str, str]]) -> tuple[str, str]:
+    """The innermost line of tune_kd among frames, the outermost first, and all of them with the innermost of all."""
+    lines = [
+        f"{os.path.relpath(file, PACKAGE)}:{line} {name}" for file, line, name in frames if file.startswith(PACKAGE)
+    ]
+    inner = [f"{Path(file).name}:{line} {name}" for file, line, name in frames[-1:]]
+    return next(iter([*lines[:-2:-1], *inner]), ""), " < ".join([*inner, *lines[:-9:-1]])
+
+
+def fingerprint(stranger: Stranger) -> dict[str, Any]:
+    """All that lies around the folder, and what is in it."""
+    found: dict[str, Any] = {}
+    for path in sorted(stranger.root.rglob("*")):
+        top = path.relative_to(stranger.root).parts[0]
+        if top in ("results", "tmp", "cwd") and path.name != "ran":
+            continue
+        at = path.lstat()
+        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() and at.st_size < 2**28 else ""
+        found[str(path.relative_to(stranger.root))] = (at.st_mode, at.st_nlink if path.is_file() else 0, content)
+    return found
+
+
+@dataclass(frozen=True)
+class Fuzz:
+    """All mutations of one seed. `meet` is called in each child before it is watched, and may change what it runs."""
+
+    bases: Path
+    scratch: Path
+    seed: int
+    meet: Callable[[], None] = lambda: None
+    keep: bool = False
+    quick: bool = False  # a file goes only through commands that are known to open it, and one of those that take long
+
+    def outcome(
+        self, number: int, listener: socket.socket, kind: str | None = None, mutation: Made | None = None
+    ) -> Outcome:
+        """Mutate a copy of a folder, and run all commands over it. A kind and a mutation are by chance, or given."""
+        chance = Chance(f"{self.seed}/{number}")
+        drawn, base = chosen(chance), chance.choice(BASES)
+        kind = kind or drawn
+        base = "cut" if kind == "checkpoint" else base
+        outcome = Outcome(number, kind, base, Mutation("", False))
+        stranger = Stranger(self.scratch / str(number), listener.getsockname()[1])
+        try:
+            self.copy(stranger, base)
+            made = mutation or mutate
+            observed(stranger, outcome, [], listener, lambda: None, lambda: made(stranger, chance, kind))
+            outcome.violations.clear()  # what it takes to make a file is the harness's affair
+            outcome.ended.clear()
+            before = fingerprint(stranger)
+            todo = commands(stranger, number, kind, self.bases / "tiny.py")
+            if self.quick:
+                used = READERS.get(kind, ("list", "plan", "status", *LONG))
+                left_out = chance.choice(LONG) if {*LONG} <= {*used} else None
+                todo = [each for each in todo if each[0] in used and each[0] != left_out]
+            self._through(stranger, outcome, todo, listener)
+            after = fingerprint(stranger)
+            changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+            if changed and not any(each.kind in ("outside", "code") for each in outcome.violations):
+                outcome.violations.append(
+                    Violation("outside", "some command", f"changed {', '.join(changed)[:300]}", "")
+                )
+        finally:
+            if not self.keep:
+                shutil.rmtree(stranger.root, ignore_errors=True)
+        return outcome
+
+    def _through(self, stranger: Stranger, outcome: Outcome, todo: list[list[str]], listener: socket.socket) -> None:
+        """Run all commands, in another child where one was lost."""
+        while todo:
+            lost = observed(stranger, outcome, todo, listener, self.meet, None)
+            todo = [] if lost is None else todo[max(0, lost) + 1 :]
+
+    def copy(self, stranger: Stranger, base: str) -> None:
+        """A folder that may be altered, with things around it that may not."""
+        shutil.rmtree(stranger.root, ignore_errors=True)
+        shutil.copytree(self.bases / base, stranger.results, symlinks=True)
+        for each in ("home", "tmp", "cwd", "canary"):
+            (stranger.root / each).mkdir()
+        for each in (stranger.evil, stranger.canary / "evil.py"):
+            each.write_text(EVIL)
+        (stranger.canary / "file").write_text("canary")
+
+
+def nobody_comes() -> socket.socket:
+    """A port on loopback, where nobody may connect."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    listener.setblocking(False)
+    return listener
+
+
+@dataclass
+class Score:
+    """What became of all files."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    @property
+    def bad(self) -> list[Outcome]:
+        return [each for each in self.outcomes if each.violations]
+
+    def distinct(self) -> list[tuple[Violation, list[Outcome]]]:
+        """Violations of one kind from one place, with the files that led to them."""
+        found: dict[tuple[str, ...], tuple[Violation, list[Outcome]]] = {}
+        for outcome in self.outcomes:
+            for each in outcome.violations:
+                head = re.sub(r"[0-9]+|/\S+|'[^']*'", "#", each.what)[:40]
+                where = (each.kind, each.place) if each.place else (each.kind, each.command, head)
+                of = found.setdefault(where, (each, []))[1]
+                of += [outcome] if outcome not in of else []
+        return sorted(found.values(), key=lambda pair: (pair[0].place, pair[0].kind))
+
+    def told(self) -> str:
+        """The score."""
+        lines = [f"{'file':<18} {'mutated':>8} {'digests fit':>12} {'violations':>11}"]
+        for kind in [*mutations.KINDS, None]:
+            of = [each for each in self.outcomes if kind in (None, each.kind)]
+            fits, bad = sum(each.mutation.fits for each in of), sum(bool(each.violations) for each in of)
+            if of:
+                lines.append(f"{kind or 'together':<18} {len(of):>8} {fits:>12} {bad:>11}")
+        ended = [(each, outcome) for outcome in self.outcomes for each in outcome.ended]
+        named = [*STATUSES, *sorted({str(each.status) for each, _ in ended} - {str(each) for each in STATUSES})]
+        lines.append(f"\n{'command':<18} " + " ".join(f"{f'ended {name}':>12}" for name in named) + f" {'slowest':>10}")
+        for command in dict.fromkeys(each.command for each, _ in ended):
+            of_it = [(each, outcome) for each, outcome in ended if each.command == command]
+            counts = Counter(str(each.status) for each, _ in of_it)
+            slowest, outcome = max(of_it, key=lambda pair: pair[0].seconds)
+            lines.append(f"{command:<18} " + " ".join(f"{counts[str(name)]:>12}" for name in named)
+                         + f" {slowest.seconds:>8.1f} s, file {outcome.number}")  # fmt: skip
+        by_kind = Counter(each.kind for outcome in self.outcomes for each in outcome.violations)
+        lines.append(f"\n{len(self.bad)} files of {len(self.outcomes)} with violations; {dict(by_kind)}")
+        for each, outcomes in self.distinct():
+            first = outcomes[0]
+            lines.append(f"\n{each.kind}: `{each.command}` {each.what}\n  at {each.place or 'an unknown place'}")
+            lines += [f"  by {each.stack}"] if each.stack else []
+            lines.append(f"  {first.kind} of the {first.base} run: {first.mutation.what[:300]}")
+            lines.append(f"  {len(outcomes)} files: {', '.join(f'--only {each.number}' for each in outcomes[:8])}")
+        return "\n".join(lines)
+
+
+_fuzz: list[tuple[Fuzz, socket.socket]] = []  # of a process that forks
+
+
+def _begin(fuzz: Fuzz) -> None:
+    torch.set_num_threads(1)
+    _fuzz[:] = [(fuzz, nobody_comes())]
+
+
+def _one(number: int) -> Outcome:
+    fuzz, listener = _fuzz[0]
+    return fuzz.outcome(number, listener)
+
+
+def measured(fuzz: Fuzz, numbers: Sequence[int], jobs: int, say: Callable[[str], None] = lambda _: None) -> Score:
+    """Go through files of these numbers, several at a time, in processes that fork from this one."""
+    _ready(fuzz)
+    score, began, told = Score(), time.monotonic(), time.monotonic()
+    with get_context("fork").Pool(jobs, _begin, (fuzz,)) as pool:
+        for outcome in pool.imap_unordered(_one, numbers):
+            score.outcomes.append(outcome)
+            for each in outcome.violations:
+                what = f"{each.kind} in `{each.command}`: {each.what[:200]} ({each.place})"
+                say(f"file {outcome.number}, {outcome.kind}: {what}")
+            if time.monotonic() - told > 10:
+                told, spent = time.monotonic(), time.monotonic() - began
+                done = len(score.outcomes)
+                left = spent / done * (len(numbers) - done)
+                say(f"{done} of {len(numbers)} files, {len(score.bad)} with violations; {left / 60:.0f} min left")
+    score.outcomes.sort(key=lambda outcome: outcome.number)
+    return score
+
+
+def _ready(fuzz: Fuzz) -> None:
+    """Run all commands over whole runs in this process, so that all is imported that they import and children are ready
+    at once; and leave it to no collection of garbage."""
+    torch.set_num_threads(1)
+    tmp = fuzz.scratch / "tmp"
+    tmp.mkdir(parents=True, exist_ok=True)
+    without_ray(tmp)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        for base in BASES:
+            stranger = Stranger(fuzz.scratch / base, 0)
+            fuzz.copy(stranger, base)
+            for arguments in commands(stranger, 1, base, fuzz.bases / "tiny.py"):
+                with suppress(SystemExit), patch.object(sys, "argv", ["tune_kd", *arguments]):
+                    cli.main()
+    gc.collect()
+    gc.freeze()
+
+
+def made_bases(folder: Path) -> Path:
+    """The folder of whole runs, made where it is not there; in a process of its own, so that this one has no threads of
+    torch."""
+    if not folder.is_dir():
+        with get_context("fork").Pool(1) as pool:
+            pool.apply(make_bases, (folder,))
+    return folder
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--files", type=int, default=5000)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--jobs", type=int, default=2)
+    options.add_argument("--only", type=int, action="append", help="files of these numbers alone")
+    options.add_argument("--quick", action="store_true", help="each file only through commands known to open it")
+    options.add_argument("--bases", type=Path, help="the whole runs, made where they are not there")
+    options.add_argument("--keep", type=Path, help="where the mutated folders stay")
+    given = options.parse_args()
+    memory = Path("/dev/shm")  # where a sync costs nothing
+    with tempfile.TemporaryDirectory(prefix="stranger-", dir=memory if memory.is_dir() else None) as folder:
+        bases = made_bases(given.bases or Path(folder) / "bases")
+        scratch = given.keep or Path(folder) / "scratch"
+        fuzz = Fuzz(bases.absolute(), scratch.absolute(), given.seed, keep=given.keep is not None, quick=given.quick)
+        numbers = given.only or range(given.files)
+        score = measured(fuzz, numbers, given.jobs, lambda line: print(line, file=sys.stderr, flush=True))
+    print(score.told())
+    sys.exit(1 if score.bad else 0)
+
+
+if __name__ == "__main__":
+    main()

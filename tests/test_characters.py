@@ -1,0 +1,107 @@
+"""Characters that a terminal would obey: seen wherever something is said, and obeyed nowhere."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Group
+from rich.live import Live
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from tune_kd import cli, signals
+from tune_kd.characters import CONTROL, visible
+from tune_kd.cli.options import Terminal, print_json
+from tune_kd.view import View
+
+OBEYED = "a\x1b[2Jb\x07c\x9b2Jd\u202ee\x7ff\u2028g"
+SEEN = "a\u241b[2Jb\u2407c\ufffd2Jd\ufffde\u2421f\ufffdg"
+IN_A_PICTURE = SEEN.replace("\u2407", "")  # rich leaves out the bell, the backspace, and what feeds lines
+
+
+def printed(*what: object) -> str:
+    console = Terminal()
+    console.file = file = io.StringIO()
+    console.print(*what)
+    return file.getvalue()
+
+
+def test_a_control_character_is_shown_by_a_picture_and_lines_and_tabs_stay() -> None:
+    assert visible(OBEYED) == SEEN
+    assert visible("two\nlines\tand é, 中, -, \u200f") == "two\nlines\tand é, 中, -, \u200f"
+
+
+@given(st.text())
+def test_what_was_made_visible_has_no_control_character_and_as_many_letters(text: str) -> None:
+    assert not CONTROL.search(visible(text).replace("\n", "").replace("\t", ""))
+    assert len(visible(text)) == len(text)
+    assert CONTROL.sub("", text) == text or visible(text) != text or set("\n\t") & set(text)
+
+
+def test_whatever_is_printed_has_no_command_in_it() -> None:
+    table = Table(OBEYED, title=OBEYED)
+    table.add_row(OBEYED)
+    table.add_row(Text(OBEYED, style="red"))
+    for what in (OBEYED, Text(OBEYED), table, Group(table, Text(OBEYED))):
+        said = printed(what)
+        assert not CONTROL.search(said.replace("\n", "")), said
+        assert IN_A_PICTURE in "".join(said.split("\n"))
+
+
+def test_what_is_printed_is_no_markup_and_no_name_of_a_picture() -> None:
+    assert printed("[red]x[/red] :boom: :x:") == "[red]x[/red] :boom: :x:\n"
+
+
+def test_colours_and_what_moves_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    assert printed(Text(OBEYED, style="bold red")) == f"\x1b[1;31m{IN_A_PICTURE}\x1b[0m\n"
+    console = Terminal()
+    console.file = file = io.StringIO()
+    with Live(Text("one"), console=console, auto_refresh=False, transient=True) as live:
+        live.update(Text("two"), refresh=True)
+    assert list(track(range(3), "bar", console=console)) == [0, 1, 2]
+    moved = file.getvalue()
+    for command in ("\x1b[?25l", "\x1b[?25h", "\x1b[2K", "two", "100%"):  # the cursor, the line, what is shown
+        assert command in moved
+    assert "\u241b" not in moved
+
+
+def test_a_log_has_no_command_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with View(Terminal(), "r", tmp_path / "log") as view:
+        view.say(f"warning: {OBEYED}")
+    assert (tmp_path / "log").read_text().endswith(f"warning: {SEEN}\n")
+    assert capsys.readouterr().out.endswith(f"warning: {IN_A_PICTURE}\n")
+
+
+def test_a_last_sentence_has_no_command_in_it(capfd: pytest.CaptureFixture[str]) -> None:
+    signals.say(OBEYED)
+    assert capfd.readouterr().err == f"tune_kd: {SEEN}\n"
+
+
+@pytest.mark.parametrize("error", [OSError(OBEYED), RuntimeError(OBEYED)])
+def test_what_went_wrong_is_said_without_commands(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    monkeypatch.setattr(sys, "argv", ["tune_kd"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capsys.readouterr().err
+    assert SEEN in said
+    assert not CONTROL.search(said.replace("\n", ""))
+
+
+def test_an_answer_in_json_is_printable_ascii(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({OBEYED: ["\\\x7f", "é"]})
+    said = capsys.readouterr().out
+    assert said.isascii() and said.rstrip("\n").isprintable()
+    assert json.loads(said) == {OBEYED: ["\\\x7f", "é"]}
