@@ -470,11 +470,11 @@ def test_every_bound_is_told(bound: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert re.search(rf"it has \d[\d,]* {what}; at most 0 are read", refused(tmp_path / "t"))
 
 
-def test_text_of_a_fixed_width_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pq.write_table(
-        pa.table({"trial_id": repeated(b"a" * 2**10, pa.binary(2**10), 1000)}), tmp_path / "t_trials.parquet"
-    )
+def test_text_of_a_fixed_width_is_bounded_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = repeated(b"a" * 2**10, pa.binary(2**10), 1000)
+    pq.write_table(pa.table({"trial_id": values}), tmp_path / "t_trials.parquet", store_schema=False)
     monkeypatch.setattr(parquet, "MOST_BYTES", 10**6)
+    monkeypatch.setattr(parquet, "_text_bytes", pytest.fail)
     assert "it has 1,024,000 bytes of text" in refused(tmp_path / "t")
 
 

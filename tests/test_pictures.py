@@ -365,6 +365,13 @@ def test_a_tar_with_a_damaged_header_is_not_taken_for_a_whole_one(whole: Whole) 
         assert "cut or damaged" in problem(lambda: read_archive(path, progress=False))
 
 
+def test_a_tar_with_zeros_for_a_header_is_not_taken_for_a_whole_one(whole: Whole) -> None:
+    path = whole.path.with_suffix(".tar")
+    for header in range(0, 10 * 1024, 1024):
+        path.write_bytes(whole.content["tar"][:header] + bytes(512) + whole.content["tar"][header + 512 :])
+        assert "goes on after its end" in problem(lambda: read_archive(path, progress=False))
+
+
 @settings(max_examples=60, deadline=None)
 @given(choose=st.data())
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.xz"])
