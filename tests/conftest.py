@@ -15,7 +15,7 @@ from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
 from trials import CPU, as_teacher, trial
-from tune_kd import data, records
+from tune_kd import data, environment, records
 from tune_kd.checkpoints import Checkpoints
 from tune_kd.data import DataSet, Split
 from tune_kd.execute.driver import Driver
@@ -40,6 +40,7 @@ RAY = (
     "test_gpu",
     "test_shares",
     "test_streams",
+    "test_trust_ray",
 )  # share a Ray, or start their own
 
 
@@ -270,20 +271,21 @@ def teacher(pixels: DataSet, tmp_path: Path) -> Teacher:
 def ray_session() -> Iterator[str]:
     """One Ray with its dashboard for all tests that need one, with two logical GPUs where there is no real one; gives
     the dashboard's URL."""
-    import tune_kd.execute
+    from tune_kd.execute.connection import on_this_machine
 
     import ray  # isort: skip  # after that, which sets what Ray reads when it is imported
 
-    context = ray.init(
-        "local",
-        num_cpus=2,
-        num_gpus=torch.cuda.device_count() or 2,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        log_to_driver=False,
-        _system_config={"metrics_report_interval_ms": 1000},
-    )
-    assert tune_kd.execute
+    with on_this_machine():
+        context = ray.init(
+            "local",
+            num_cpus=2,
+            num_gpus=torch.cuda.device_count() or 2,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            log_to_driver=False,
+            _temp_dir=str(environment.ray_folder()),
+            _system_config={"metrics_report_interval_ms": 1000},
+        )
     yield f"http://{context.dashboard_url}"
     ray.shutdown()
 

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 
 from conftest import altered
+from forms import SECRETS
 from tune_kd import audit, cli, evidence, tables
 from tune_kd import run as runs
 from tune_kd.plan import plan
@@ -370,10 +371,10 @@ def test_a_run_that_exists_is_not_begun_again(
 def test_what_is_refused_is_told_without_the_secret_in_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
-    secret = "ghp_abcdefghijklmnopqrstuvwxyz0123456789"
-    assert call(monkeypatch, "run", "ablation", "--scale", "smoke", "--set", f"recipe.lr={secret}") == 2
+    secret = SECRETS["GitHub"][0]
+    assert call(monkeypatch, "plan", "ablation", "--scale", "smoke", "--set", f"recipe.lr={secret}") == 2
     said = capsys.readouterr().err
-    assert "recipe.lr" in said and "ghp_***" in said and secret not in said
+    assert "recipe.lr" in said and "***" in said and secret not in said
 
 
 def test_an_error_of_ours_is_not_taken_for_failed_trials(

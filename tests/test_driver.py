@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from conftest import contested
+from forms import SHORT
 from tune_kd import faults, rebuild
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
@@ -300,9 +301,9 @@ def test_a_run_that_goes_on_without_a_gpu_asks_for_none(study: Study, tmp_path: 
 
 def test_what_a_trial_says_is_recorded_without_the_secret_in_it(bench: Bench) -> None:
     task = bench.start()
-    bench.driver.on_end(task.trial.trial_id, Failure("error", "cannot open https://me:hunter2@example.org/x"))
+    bench.driver.on_end(task.trial.trial_id, Failure("error", f"cannot open https://me:{SHORT}@example.org/x"))
     (row,) = bench.rows(trial_id=task.trial.trial_id)
-    assert "hunter2" not in row["error"] and "example.org" in row["error"]
+    assert SHORT not in row["error"] and "example.org" in row["error"]
 
 
 def test_trials_that_are_asked_to_leave_find_it_said_where_they_work(bench: Bench, tmp_path: Path) -> None:

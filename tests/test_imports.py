@@ -21,13 +21,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "faults": set(),
     "privacy": set(),
     "storage": {"faults"},
-    "mirror": {"study", "storage", "environment"},
+    "mirror": {"study", "storage", "environment", "privacy"},
     "sharing": {"mirror", "records", "storage"},
     "memory": set(),
     "losses": set(),
     "stats": set(),
     "trial": {"study", "tuning"},
-    "models": {"study", "storage"},
+    "models": {"study", "storage", "environment"},
     "batches": {"study", "storage", "pictures"},
     "pictures": {"study", "storage"},
     "cifar": {"study", "storage", "batches", "pictures", "environment"},
@@ -78,7 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "study", "plan", "growth", "tuning", "tuned", "stats", "storage", "tables", "results", "measures", "audit",
         "provenance",
     },
-    "view": {"study", "trial", "tuning", "pace", "simulate", "calibrate", "characters"},  # of most only types
+    "view": {"study", "trial", "tuning", "pace", "privacy", "simulate", "calibrate", "characters"},  # often types
     "calibrate": {"study", "growth", "trial", "plan", "schedule", "records", "stats", "tables", "results", "simulate"},
     "evidence": {"study", "plan", "schedule", "storage"},
     "execute": {

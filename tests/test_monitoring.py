@@ -6,10 +6,12 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from conftest import free_port
 from docs.dashboard import Page, until
 from test_ray import command, epochs_on_record, kill_a_worker, token, wait_for
 from tune_kd import monitoring
+from tune_kd.cli import elsewhere
 from tune_kd.execute.metrics import METRICS, samples
 from tune_kd.plan import plan
 from tune_kd.records import Row, first_row
@@ -103,6 +106,48 @@ def test_what_is_written_for_prometheus_and_grafana_is_what_they_read(
     (tmp_path / "file").write_text("")
     with pytest.raises(Mistake, match=r"--write is .*file, which cannot be written to"):
         monitoring.write(tmp_path / "file", monitoring.DASHBOARD)
+
+
+class Door(BaseHTTPRequestHandler):
+    """A dashboard, as far as it is asked whether it asks for a token: its status is the first part of the path."""
+
+    def do_GET(self) -> None:
+        self.send_response(int(self.path.split("/")[1]))
+        self.send_header("Location", "http://127.0.0.1:1/")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def door() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Door) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_whether_ray_asks_for_a_token_is_what_its_dashboard_answers_else_what_the_environment_says(
+    door: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # through which nothing on this machine is reached
+    nobody = [None, f"http://127.0.0.1:{free_port()}", f"{door}/500", f"{door}/302", "http://a:b:c", "file:///etc"]
+    for mode, said in (("disabled", False), ("Token", True)):
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        assert [monitoring.asks_for_token(f"{door}/{status}/") for status in (200, 401, 403)] == [False, True, True]
+        assert [monitoring.asks_for_token(where) for where in nobody] == [said] * len(nobody)
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    assert monitoring.asks_for_token(None) and not monitoring.asks_for_token(None, unset="disabled")
+
+
+@pytest.mark.parametrize(("status", "warned"), [(200, True), (401, False)])
+def test_whoever_sends_a_run_to_a_cluster_without_a_token_is_warned(
+    status: int, warned: bool, door: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        elsewhere._follow(None, "job", "r", f"{door}/{status}", detach=True)
+    assert (monitoring.OPEN in capsys.readouterr().err.replace("\n", " ")) is warned
 
 
 def queries(run: str) -> list[str]:

@@ -132,6 +132,6 @@ def test_a_run_says_at_its_start_which_share_trials_get_where_there_are_gpus(
 
     out = StringIO()
     run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
-    cluster = SimpleNamespace(gpus=gpus, dashboard=None)
+    cluster = SimpleNamespace(gpus=gpus, dashboard=None, guarded=True)
     launch._print_start(run, Console(file=out, width=200), cluster, "Each trial gets a whole GPU, for a reason.")
     assert out.getvalue().count("Each trial gets a whole GPU, for a reason.") == lines

@@ -17,6 +17,7 @@ import pytest
 from ray.tune.logger import LoggerCallback
 
 from conftest import ODD_NAMES
+from forms import SECRETS
 from test_ray import driver, without_stops
 from test_teachers import EPOCH
 from tune_kd.execute import on_ray, trackers
@@ -216,6 +217,15 @@ class Hanging(LoggerCallback):
     def log_trial_start(self, trial: Any) -> None:
         self.leave.wait(60)
         raise ConnectionError("the server was away")
+
+
+def test_what_a_tracker_says_is_cut_after_its_secrets_are_masked(tmp_path: Path) -> None:
+    text, hidden = SECRETS["GitHub"]
+    said: list[str] = []
+    shown = trackers._Shown("shy", lambda: sys.exit(f"{'x' * 188} {text}"), tmp_path, said.append)
+    shown.setup()
+    shown.on_experiment_end([])
+    assert "xxx ***)" in said[0] and hidden[:3] not in said[0]
 
 
 def test_a_tracker_that_hangs_holds_up_nothing_and_is_left_in_the_end(

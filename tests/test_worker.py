@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from conftest import tiny
+from forms import SHORT
 from test_driver import epoch
 from tune_kd import data
-from tune_kd.execute.worker import Task, Workplace, work
+from tune_kd.execute.worker import Task, Workplace, failure, work
 from tune_kd.plan import plan
 from tune_kd.teachers import publish_teacher, writing
 from tune_kd.trial import Trial
@@ -43,3 +44,9 @@ def test_a_teacher_that_another_run_published_comes_with_all_its_epochs(place: W
     published = [epoch(1), replace(epoch(2, last=True), val_accuracy=0.75)]
     publish_teacher(place.teachers, taught, {"weight": torch.zeros(1)}, published)
     assert list(work(Task(taught, 2, 1, 1.0, 0.0), place)) == published
+
+
+def test_what_a_trial_raises_leaves_the_worker_without_the_secret_in_it() -> None:
+    """Ray keeps what a worker sends."""
+    told = failure(OSError(f"no answer from https://me:{SHORT}@example.org/"))
+    assert told.reason == "storage" and told.message == "OSError: no answer from https://me:***@example.org/"

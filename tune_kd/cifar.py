@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tune_kd import batches, pictures
-from tune_kd.environment import home
+from tune_kd.environment import home, make_private
 from tune_kd.pictures import Pixels
 from tune_kd.storage import check_regular
 from tune_kd.study import Mistake
@@ -79,7 +79,7 @@ def _alone(lock: Path, say: Say) -> Iterator[bool]:
     held = filelock.FileLock(lock)
     writable = True
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        make_private(lock.parent)
         held.acquire(timeout=LOCK_SECONDS)
     except filelock.Timeout:
         say(f"Another process has been reading these data for {LOCK_SECONDS:g} s: going on without waiting.")

@@ -3,10 +3,11 @@
 import fcntl
 import os
 import secrets
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tune_kd.characters import visible
@@ -60,7 +61,7 @@ def check_places(address: str | None) -> None:
     home()  # Ray cannot even be imported without
     problems: list[str] = []
     if address is None:
-        for check in (guard_token, _check_ray_folder):
+        for check in (guard_token, ray_folder):
             try:
                 check()
             except Mistake as mistake:
@@ -111,7 +112,7 @@ def _fill(token: Path) -> None:
     """Have a token in a file, once, however many runs begin at a time. Raises OSError."""
     if token.is_file() and token.read_bytes():
         return
-    token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(token.parent)
     file = os.open(token, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         with suppress(OSError):  # a disk without locks
@@ -122,28 +123,90 @@ def _fill(token: Path) -> None:
         os.close(file)
 
 
-def _check_ray_folder() -> None:
-    """Raise `Mistake` where Ray cannot have its sockets and logs."""
-    name = next((each for each in ("RAY_TMPDIR", "TMPDIR") if each in os.environ), None)  # also one that is empty
-    folder = Path(os.environ[name] if name else "/tmp", "ray")
-    where = f"{name} is {os.environ[name]!r}" if name else "RAY_TMPDIR is not set"
-    problems = list(_wrong_with(folder))
-    if problems:
-        raise Mistake(
-            f"{where}, and Ray works in {folder}, {problems[0]}; set RAY_TMPDIR to a folder with a short absolute path "
-            "that can be written to"
-        )
+def umask() -> int:
+    """Which permissions files of this process lack."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
-def _wrong_with(folder: Path) -> Iterator[str]:
+@contextmanager
+def private() -> Iterator[None]:
+    """Have files and folders that are made meanwhile, also by processes that start now, be this user's alone."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder, with the missing ones above it, for this user alone. One that is there stays as it is."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(mode=0o700, exist_ok=True)
+
+
+def own_folder() -> Path:
+    """A folder of this user's alone for what is temporary: `ray-UID` in RAY_TMPDIR, TMPDIR or /tmp.
+
+    Raises `Mistake` where it cannot be made, or others may look into it: it has the same name each time, so that
+    another user may have made it before.
+    """
+    folder = _temporary() / f"ray-{os.getuid()}"
+    try:
+        make_private(folder)
+        found = os.lstat(folder)
+    except OSError as error:
+        raise _unusable(folder, f"which cannot be written to ({error.strerror})") from error
+    if not stat.S_ISDIR(found.st_mode):
+        raise _unusable(folder, "which is no folder")
+    if found.st_uid != os.getuid():
+        raise _unusable(folder, f"which belongs to the user {found.st_uid}")
+    if (mode := stat.S_IMODE(found.st_mode)) & 0o077:
+        raise _unusable(folder, f"which has the mode {mode:04o}, so that others can use it, where 0700 is allowed")
+    return folder
+
+
+def guard_code() -> None:
+    """Have PyTorch keep what it compiles in a folder that is closed to others, unless the user names one. It would make
+    one in /tmp whose name anybody can guess, with the first network, and run the code that it finds there."""
+    if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own_folder() / "torchinductor")
+
+
+def ray_folder() -> Path:
+    """Where the Ray that a run starts has its sockets and logs: in a folder that is closed to others, since Ray opens
+    to all what it makes there. Raises `Mistake` where Ray cannot work."""
+    folder = _temporary() / f"ray-{os.getuid()}" / "ray"
     longest = folder / f"session_2000-01-01_00-00-00_000000_{os.getpid()}" / "sockets" / "dash_MetricsHead"
     if not folder.is_absolute():
-        yield "which is not an absolute path"
-    elif (length := len(os.fsencode(longest))) > SOCKET_BYTES:
-        yield f"where the paths of its sockets have {length} bytes, and Linux allows {SOCKET_BYTES}"
-    else:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            os.rmdir(tempfile.mkdtemp(dir=folder))
-        except OSError as error:
-            yield f"which cannot be written to ({error.strerror})"
+        raise _unusable(folder, "which is not an absolute path")
+    if (length := len(os.fsencode(longest))) > SOCKET_BYTES:
+        raise _unusable(folder, f"where the paths of its sockets have {length} bytes, and Linux allows {SOCKET_BYTES}")
+    own_folder()
+    try:
+        make_private(folder)
+        os.rmdir(tempfile.mkdtemp(dir=folder))
+    except OSError as error:
+        raise _unusable(folder, f"which cannot be written to ({error.strerror})") from error
+    return folder
+
+
+def _variable() -> str | None:
+    """The variable that says where temporary things are, also one that is empty; null where none does."""
+    return next((each for each in ("RAY_TMPDIR", "TMPDIR") if each in os.environ), None)
+
+
+def _temporary() -> Path:
+    name = _variable()
+    return Path(os.environ[name] if name else "/tmp")
+
+
+def _unusable(folder: Path, why: str) -> Mistake:
+    name = _variable()
+    where = f"{name} is {os.environ[name]!r}" if name else "RAY_TMPDIR is not set"
+    return Mistake(
+        f"{where}, and Ray works in {folder}, {why}; set RAY_TMPDIR to a folder with a short absolute path that can be "
+        "written to"
+    )

@@ -18,6 +18,7 @@ from tune_kd import environment, signals
 from tune_kd.growth import to_come, with_those_to_come
 from tune_kd.guard import WITHIN
 from tune_kd.mirror import Mirror
+from tune_kd.monitoring import GUARDED, OPEN
 from tune_kd.study import Mistake, Study
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def execute(
             teachers=run.teachers.absolute(),
             checkpoints=run.checkpoints.absolute(),
             url=url,
+            umask=environment.umask(),
         )
         view = around.enter_context(View(console, run.name, cluster.logs / f"tune_kd-{run.name}.log"))
         driver = Driver(
@@ -145,7 +147,9 @@ def _print_start(run: "Run", console: Console, cluster: Any, share: str) -> None
     if cluster.gpus:
         lines.append(share)
     if cluster.dashboard:
-        lines.append(f"Ray dashboard: {cluster.dashboard} (it asks for the token that `ray get-auth-token` prints)")
+        lines.append(f"Ray dashboard: {cluster.dashboard}" + (f" ({GUARDED})" if cluster.guarded else ""))
+    if not cluster.guarded:
+        lines.append(OPEN)
     for line in lines:
         _say(console, line)
 

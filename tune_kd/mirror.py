@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from tune_kd import environment
+from tune_kd.privacy import secrets
 from tune_kd.storage import MOST_RECORD_BYTES, Damaged, Unexpected, parsed, patiently, publish, read
 from tune_kd.study import Mistake
 
@@ -158,7 +159,7 @@ def local(place: str) -> Path:
         urls = " or ".join(f"{each}://BUCKET/PATH" for each in SCHEMES)
         raise Mistake(f"--out is {base}; allowed: a folder, or {urls}, where PATH has no '#' and no folder . or ..")
     who = parts.netloc.rpartition("@")[0]
-    if who not in ("", "anonymous") or "secret" in query.lower():
+    if who not in ("", "anonymous") or "secret" in query.lower() or any(secrets(place)):
         raise Mistake(
             f"--out is {parts.scheme}://..., with a secret in it; allowed: without, since it goes on record; the "
             "store's own environment variables (AWS_ACCESS_KEY_ID, ...) or files hold it"

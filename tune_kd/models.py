@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from tune_kd.environment import make_private
 from tune_kd.storage import Unexpected, check_regular, read
 from tune_kd.study import ARCHITECTURES, STEMS, WEIGHTS, Mistake
 
@@ -141,7 +142,7 @@ def fetch_imagenet(architecture: str) -> Path:
             raise Mistake(f"{error}; remove it to have it fetched") from error
         return file
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_private(file.parent)
         tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
         raise Mistake(

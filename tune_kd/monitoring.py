@@ -1,6 +1,10 @@
 """What Prometheus and Grafana need in order to watch runs: where Ray's metrics are, and a board for them."""
 
+import os
+from contextlib import closing, suppress
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
+from typing import TypeGuard
 from urllib.parse import urlsplit
 
 import yaml
@@ -13,11 +17,44 @@ BOARD = Path(__file__).parent / "grafana" / "ablation.json"
 DASHBOARD = "http://127.0.0.1:8265"  # where Ray's is, unless that port is taken
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
+GUARDED = "it asks for the token that `ray get-auth-token` prints"
+OPEN = (
+    "warning: Ray asks for no token, so whoever reaches its ports can run code as the user who started it; start it "
+    "with RAY_AUTH_MODE=token"
+)
+ANSWER_WITHIN = 5.0  # seconds
 
-def is_url(address: str | None) -> bool:
+
+def is_url(address: str | None) -> TypeGuard[str]:
     """Whether an address is that of a dashboard, to which one sends commands, and not of a cluster, which one joins."""
-    parts = urlsplit(address or "")
+    try:
+        parts = urlsplit(address or "")
+    except ValueError:
+        return False
     return parts.scheme in ("http", "https") and bool(parts.netloc)
+
+
+def is_here(url: str) -> bool:
+    """Whether the URL of a dashboard is one of this machine: what results say of another is not to be believed."""
+    return is_url(url) and urlsplit(url).hostname in LOOPBACK
+
+
+def asks_for_token(dashboard: str | None, unset: str = "token") -> bool:
+    """Whether a Ray serves only those who have its token: its dashboard is asked without one.
+
+    Where none answers, it is as RAY_AUTH_MODE says, or `unset` where that is not set.
+    """
+    if is_url(dashboard):
+        parts = urlsplit(dashboard)
+        connection = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+        with suppress(OSError, HTTPException, ValueError):  # nobody is there, or nobody who speaks HTTP
+            asked = connection(parts.netloc.rpartition("@")[2], timeout=ANSWER_WITHIN)
+            with closing(asked):
+                asked.request("GET", f"{parts.path.rstrip('/')}/api/version")
+                status = asked.getresponse().status
+            if status in (200, 401, 403):
+                return status != 200
+    return os.environ.get("RAY_AUTH_MODE", unset).lower() == "token"
 
 
 def scrape_settings(dashboard: str, token: Path) -> str:

@@ -1,33 +1,180 @@
-"""Text that would let somebody in, were it recorded or shown: found, and masked."""
+"""Text that would let somebody in, were it recorded or shown: found, and masked.
+
+detect-secrets knows the tokens of many services by their form. Its rules of entropy and of keywords are not used:
+records are full of digests, and questions are prose. The forms that it lacks are `RULES`. A password has no form: it is
+known by the name before it, as in `password=...`.
+
+The work grows with the length of a text, whatever it holds: no rule here looks at the same long stretch from each of
+its characters, and the library's see pieces of bounded length.
+"""
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from functools import cache, lru_cache
+from importlib import import_module
+from typing import Any, NamedTuple
 
-SECRET = re.compile(
-    r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s:@]*:[^/\s@]+@"  # an address with a password in it
-    r"|[A-Za-z][A-Za-z0-9+.-]*://[^/\s:@]{16,}@"  # or with a token for a user
-    r"|\b(?:gh[oprsu]_|github_pat_|hf_|AKIA|(?:sk|xox[abeprs])-(?:[a-z0-9]+-)*)[A-Za-z0-9_]{16,}[A-Za-z0-9_-]*"
-    r"|\b(?:glpat-|AIza)[A-Za-z0-9_-]{16,}"  # as services begin theirs
-    r"|\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*"  # a JSON web token (RFC 7519)
+PLUGINS = {  # of detect-secrets, with their modules: those whose rules are the form of a token
+    "aws": "AWSKeyDetector",
+    "azure_storage_key": "AzureStorageKeyDetector",
+    "cloudant": "CloudantDetector",
+    "discord": "DiscordBotTokenDetector",
+    "gitlab_token": "GitLabTokenDetector",
+    "mailchimp": "MailchimpDetector",
+    "pypi_token": "PypiTokenDetector",
+    "sendgrid": "SendGridDetector",
+    "slack": "SlackDetector",
+    "softlayer": "SoftlayerDetector",
+    "square_oauth": "SquareOAuthDetector",
+    "stripe": "StripeDetector",
+    "telegram_token": "TelegramBotTokenDetector",
+    "twilio": "TwilioKeyDetector",
+}
+PIECE = 4096  # characters, in which the library's rules look for what begins there
+LONGEST = 1024  # characters after a piece that they see, too: the longest token that is found whole
+HEAD = 200  # characters of a value by which it is judged
+PASSES = 5  # after which a text in which each mask uncovers another secret is not shown at all
+
+RULES = {  # of a match, the group `secret` is masked, or all of it
+    name: re.compile(rule)
+    for name, rule in {
+        "private key": r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,20}-----"
+        r"(?:(?:(?!-----)[\s\S])*+-----END [A-Z0-9 ]{0,60}-----|(?:\s{0,3}[A-Za-z0-9+/=\\]{16,}+)*+)",
+        "JSON web token": r"(?<![\w-])eyJ[A-Za-z0-9_-]{10,}+\.eyJ[A-Za-z0-9_-]{10,}+(?:\.[A-Za-z0-9_-]*)?",
+        "password in a URL": r":/{1,2}[^/\s:@]*+:(?P<secret>(?![*<{]|\$[A-Z_{(])[^/\s@]++)@",
+        "token in a URL": r"(?::/|https?:|s3:|gs:)/(?P<secret>[^/\s:@]{16,}+)@",
+        "webhook": r"(?:hooks\.slack\.com/services|discord(?:app)?\.com/api/webhooks)/(?P<secret>[\w/-]{20,})",
+        "signed URL": r"[?&;](?:sig|[Ss]ignature|X-(?:Amz|Goog)-Signature|key)=(?P<secret>[^&\s\"'*]{16,})",
+        "Authorization header": r"(?:\b(?i:bearer)[ \t]{1,3}(?=[^\s\d\"']{0,200}\d)"
+        r"|(?i:authorization)[\"']?: ?[\"']?(?i:basic)[ \t]{1,3})(?P<secret>[^\s\"'*<{$][^\s\"']{7,})",
+        "token of a service": r"(?<![A-Za-z0-9])(?:(?:gh[oprsu]_|github_pat_|hf_|npm_|dckr_pat_|dop_v1_|shpat_|r8_"
+        r"|whsec_|AKC|[rs]k_(?:live|test)_)(?=[A-Za-z0-9]{16})|AIza|GOCSPX-|ya29\.|nvapi-|ATATT|xapp-)[A-Za-z0-9_-]{16,}",
+        "key of a service": r"(?<![\w-])(?:sk|xox[abeprs])-(?=[A-Za-z_-]{0,200}\d)(?:[a-z0-9]+-)*[A-Za-z0-9_]{16,}"
+        r"[A-Za-z0-9_-]*",
+    }.items()
+}
+NAMED = re.compile(  # what is written before a secret value
+    r"(?P<asked>(?<![\w-])--(?:[a-z]+-){0,4}|\blogin\s{1,3}\S{1,200}\s{1,3})?"
+    r"(?:(?P<sure>pass(?:word|wd|phrase)|(?:db|database|user|smtp|mail|key)_?pass"
+    r"|(?:secret|api|access|account|auth|signing)[_-]?key|client[_-]?secret"
+    r"|(?:access|api|auth|refresh|session)[_-]?token)"
+    r"|(?P<likely>secret|credentials?|pwd|(?<![a-z])pass)|token|auth)"
+    r"(?:[\\\"'`\]]{0,4}[ \t]{0,3}(?::?(?P<equals>={1,2}>?)|:)|(?(asked)(?=\s)|(?!)))[ \t]{0,3}"
+    r"\\{0,2}(?P<quote>[\"'`])?",
+    re.IGNORECASE,
 )
+NO_SECRET = re.compile(  # what stands where one would be: a mask, a variable, a placeholder, a word of code
+    r"[*<{%\[(]|\.\.\.|\$[A-Z_{(]|(?:[A-Z]+_)*(?:PASSWORD|SECRET|TOKEN|KEY|TEXT|VALUE|X+)(?!\w)"
+    r"|(?i:none|null|true|false|required|optional|empty|unset|str)(?!\w)"
+)
+REST = re.compile(r"[\w-]*")  # of a token that is longer than the library knows
+MIXED = re.compile(r"(?=\D*\d)(?=[^A-Za-z]*[A-Za-z])")
+VALUES = {None: re.compile(r"[^\s\"'`]*")} | {quote: re.compile(rf"[^\n{quote}]*") for quote in "\"'`"}
+DIGEST = re.compile(r"[0-9a-f]{0,64}")  # of which records hold thousands: no form of a secret
+RANDOM = re.compile(r"(?=[A-Za-z]*\d)(?=\d*[A-Za-z])[A-Za-z0-9]{16}")
+
+
+class Find(NamedTuple):
+    """A secret in a text, and the rule that found it."""
+
+    start: int
+    end: int
+    rule: str
+
+
+@cache
+def _library() -> tuple[tuple[str, re.Pattern[str]], ...]:
+    """The library's rules with their names. Its import takes a quarter of a second, so it comes late."""
+    plugins = (getattr(import_module(f"detect_secrets.plugins.{module}"), name) for module, name in PLUGINS.items())
+    return tuple((plugin.secret_type, rule) for plugin in plugins for rule in plugin.denylist)
+
+
+def finds(text: str) -> list[Find]:
+    """What looks like a password, a token or a key in a text, in order; what overlaps is one."""
+    merged: list[Find] = []
+    for find in sorted({*_by_form(text), *_by_name(text), *_by_library(text)}):
+        if merged and find.start < merged[-1].end:
+            merged[-1] = merged[-1]._replace(end=max(find.end, merged[-1].end))
+        else:
+            merged.append(find)
+    return merged
+
+
+def _by_form(text: str) -> Iterator[Find]:
+    for name, rule in RULES.items():
+        for match in rule.finditer(text):
+            yield Find(*match.span("secret" if rule.groups else 0), name)
+
+
+def _by_library(text: str) -> Iterator[Find]:
+    for start in range(0, len(text), PIECE):
+        for name, rule in _library():
+            for match in rule.finditer(text, start, start + PIECE + LONGEST):
+                if match.start() >= start + PIECE:  # it is found in the next piece
+                    break
+                yield Find(match.start(), _end(REST, text, match.end(), LONGEST), name)
+
+
+def _by_name(text: str) -> Iterator[Find]:
+    at = 0
+    while named := NAMED.search(text, at):
+        at, value = named.end(), VALUES[named["quote"]]
+        if _lets_in(named, text[at : _end(value, text, at, HEAD)]):
+            start, at = at, _end(value, text, at, len(text))
+            yield Find(start, at, "password or token by its name")
+
+
+def _end(rule: re.Pattern[str], text: str, start: int, most: int) -> int:
+    """Where what a rule takes from `start` on ends, after so many characters at most."""
+    found = rule.match(text, start, start + most)
+    return start if found is None else found.end()
+
+
+def _lets_in(named: re.Match[str], value: str) -> bool:
+    """Whether a value after such a name is a secret. What is set or quoted is one after a name of secrets alone;
+    elsewhere, as after a colon in prose, it has letters and digits."""
+    if NO_SECRET.match(value):
+        return False
+    if named["sure"] and (named["equals"] or named["quote"]):
+        return len(value) >= 3
+    if named["sure"] or (named["likely"] and (named["equals"] or named["quote"] or named["asked"])):
+        return len(value) >= 6 and MIXED.match(value) is not None
+    return RANDOM.match(value) is not None
 
 
 def masked(text: str) -> str:
-    """The text without what looks like a password or a token."""
-    return SECRET.sub(lambda found: f"{found[0][:4]}***", text)
+    """The text without what looks like a password, a token or a key."""
+    for _ in range(PASSES):
+        found = finds(text)
+        if not found:
+            return text
+        for find in reversed(found):
+            text = f"{text[: find.start]}***{text[find.end :]}"
+    return "***"
 
 
-def secrets(value: Any, name: str = "") -> Iterator[str]:
+def secrets(value: Any, name: str = "", key: str = "") -> Iterator[str]:
     """A sentence for each text inside a value that looks as if it let somebody in. It is not repeated."""
     if isinstance(value, dict):
-        for key, each in value.items():
-            yield from secrets(each, f"{name}.{key}" if name else str(key))
+        for each, inside in value.items():
+            yield from secrets(inside, f"{name}.{each}" if name else str(each), str(each))
     elif isinstance(value, list | tuple):
-        for number, each in enumerate(value):
-            yield from secrets(each, f"{name}[{number}]")
-    elif isinstance(value, str) and (found := SECRET.search(value)):
-        yield (
-            f"{name} holds what looks like a password or a token ({found[0][:4]}..., {len(found[0])} characters); "
-            "allowed: text without one, since it is recorded and reported"
-        )
+        for number, inside in enumerate(value):
+            yield from secrets(inside, f"{name}[{number}]", key)
+    else:
+        text = value if isinstance(value, str) else ""
+        if DIGEST.fullmatch(text) and _is_plain(key):
+            return
+        before = f"{key}=" if key else ""  # since {"password": "..."} gives it away, too
+        for find in finds(before + text)[:1]:
+            place = f"at character {find.start - len(before) + 1}" if find.start >= len(before) else "in its name"
+            yield (
+                f"{masked(name)} holds what looks like a secret ({find.rule}, {find.end - find.start} characters "
+                f"{place}); allowed: text without one, since it is recorded and reported"
+            )
+
+
+@lru_cache(maxsize=1024)
+def _is_plain(key: str) -> bool:
+    """Whether a field's name neither holds a secret nor says that its value is one."""
+    return not NAMED.search(f"{key}=") and not finds(key)

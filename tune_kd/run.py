@@ -118,7 +118,7 @@ def check_new(out: Path, name: str | None, study: Study) -> str:
     """The name of a new run, given or made from the study and the time. Raises `Mistake`; creates nothing."""
     if name is None:
         name = f"{study.name}-{study.scale}-{datetime.now():%Y%m%d-%H%M%S}"
-    problems = problems_with_name(name)
+    problems = [*problems_with_name(name), *secrets(asdict(study), "study")]
     if not problems and os.path.exists(out / name) and not _unbegun(out / name):
         problems.append(f"--name is {name!r}, and {out / name} exists; resume that run or choose another name")
     if (there := obstacle(out)) is not None:

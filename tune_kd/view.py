@@ -1,5 +1,6 @@
 """What people see on screen: a plan, a run while it goes on, its results. Renders rows; computes nothing new."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from tune_kd.characters import visible
 from tune_kd.pace import Row, time_left
+from tune_kd.privacy import masked
 from tune_kd.trial import Decision
 from tune_kd.tuning import number
 
@@ -45,6 +47,12 @@ def points(accuracy: float | None, digits: int = 2) -> str:
     return "" if accuracy is None or accuracy != accuracy else f"{100 * accuracy:.{digits}f}"
 
 
+def _opened(log: str, flags: int) -> int:
+    """A log of this user's alone. Others may write to the folder of a Ray that is joined: no link is followed, and no
+    FIFO waited for."""
+    return os.open(log, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+
+
 class View:
     """Shows a run while it goes on: a table that renews itself on a terminal, lines elsewhere."""
 
@@ -68,10 +76,13 @@ class View:
 
     def say(self, sentence: str) -> None:
         elapsed = time.monotonic() - self._began
-        line = f"{elapsed:7.1f} s  {sentence}"
+        line = masked(f"{elapsed:7.1f} s  {sentence}")
         self._console.print(Text(line), soft_wrap=True)
         if self._log is not None:
-            with suppress(OSError), self._log.open("a", encoding="utf-8", errors="backslashreplace") as log:
+            with (
+                suppress(OSError),
+                open(self._log, "a", encoding="utf-8", errors="backslashreplace", opener=_opened) as log,
+            ):
                 log.write(f"{visible(line)}\n")
 
     def show(self, rows: Sequence[Row], decisions: Sequence[Decision]) -> None:

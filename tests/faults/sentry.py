@@ -53,7 +53,7 @@ class Sentry:
 
     strangers: Path  # no code from below here
     writable: tuple[Path, ...]  # what may be changed lies below these
-    seen: list[Sight] = field(default_factory=list)
+    seen: dict[tuple[str, str], Sight] = field(default_factory=dict)
     _busy: bool = False
 
     def watch(self) -> None:
@@ -61,7 +61,7 @@ class Sentry:
 
     def taken(self) -> list[dict[str, str]]:
         """What was seen since this was asked before."""
-        found = [asdict(each) for each in self.seen]
+        found = [asdict(each) for each in self.seen.values()]
         self.seen.clear()
         return found
 
@@ -71,8 +71,9 @@ class Sentry:
         self._busy = True
         try:
             found = JUDGES[event](self, event, values)
-            if found is not None and len(self.seen) < 50:
-                self.seen.append(Sight(*found, *where(sys._getframe(1))))
+            if found is not None:
+                sight = Sight(*found, *where(sys._getframe(1)))
+                self.seen.setdefault((sight.kind, sight.place), sight)  # one of a place says it
         finally:
             self._busy = False
 

@@ -184,7 +184,7 @@ Made = Callable[[Stranger, Chance, str], Mutation]
 class Violation:
     """What a command did that it must not. `place` is the line of tune_kd, where it is known."""
 
-    kind: str  # code, outside, connection, hang, memory, traceback, signal, status
+    kind: str  # code, outside, connection, hang, memory, traceback, signal, status; or harness, which has a fault
     command: str
     what: str
     place: str
@@ -241,6 +241,7 @@ def child(
             say(begun="mutation")
             mutation = before()
             say(what=mutation.what, fits=mutation.fits)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_BYTES, MOST_BYTES))
         meet()
         sentry = Sentry(stranger.root, (stranger.results, tmp, stranger.root / "cwd"))
         lock = _locked(stranger.run / ".lock")
@@ -278,7 +279,6 @@ def _settle(stranger: Stranger) -> None:
     os.environ |= {"XDG_CACHE_HOME": tmp, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
     os.environ |= {"AWS_EC2_METADATA_DISABLED": "true", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
     tempfile.tempdir = tmp
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_BYTES, MOST_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.resetwarnings()
     warnings.simplefilter("ignore")
@@ -458,7 +458,8 @@ def observed(
 
 def _heard(line: dict[str, Any], watch: Watch, outcome: Outcome, wrong: Callable[..., None]) -> None:
     if "broken" in line:
-        raise RuntimeError(f"the harness fails at file {outcome.number} ({outcome.kind}): {line['broken']}")
+        wrong("harness", line["broken"])  # which is to be mended
+        return
     if "begun" in line:
         watch.begins(line["begun"], line.get("number", -1))
         return
@@ -531,7 +532,8 @@ class Fuzz:
             self.copy(stranger, base)
             made = mutation or mutate
             observed(stranger, outcome, [], listener, lambda: None, lambda: made(stranger, chance, kind))
-            outcome.violations.clear()  # what it takes to make a file is the harness's affair
+            # What it takes to make a file is the harness's affair.
+            outcome.violations = [each for each in outcome.violations if each.kind == "harness"]
             outcome.ended.clear()
             before = fingerprint(stranger)
             todo = commands(stranger, number, kind, self.bases / "tiny.py")
@@ -544,7 +546,7 @@ class Fuzz:
             changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
             if changed and not any(each.kind in ("outside", "code") for each in outcome.violations):
                 outcome.violations.append(
-                    Violation("outside", "some command", f"changed {', '.join(changed)[:300]}", "")
+                    Violation("outside", "one of the commands", f"changed {', '.join(changed)[:300]}", "")
                 )
         finally:
             if not self.keep:
@@ -703,7 +705,8 @@ def main() -> None:
         numbers = given.only or range(given.files)
         score = measured(fuzz, numbers, given.jobs, lambda line: print(line, file=sys.stderr, flush=True))
     print(score.told())
-    sys.exit(1 if score.bad else 0)
+    sys.stdout.flush()
+    os._exit(1 if score.bad else 0)  # at an ordinary end, libraries that were imported tell of their own leaks
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def _command() -> None:
         app()
     except (Mistake, Unread) as mistake:
         for problem in mistake.problems:
-            _complain(masked(problem))
+            _complain(problem)
         sys.exit(2)
     except FAILURES as error:  # of the machine, not of the caller
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # which is the caller's
@@ -60,14 +60,14 @@ def _command() -> None:
             _complain(advice)
         sys.exit(3)
     except Exception:  # ours: 1 would say that trials failed
-        print(visible(traceback.format_exc()), end="", file=sys.stderr)
+        print(visible(masked(traceback.format_exc())), end="", file=sys.stderr)
         _complain("this is an error in tune_kd; what is on record is whole, please report it")
         sys.exit(3)
 
 
 def _complain(sentence: str) -> None:
-    """Say on standard error what is wrong. A name in it may come from somebody else's records."""
-    print(f"tune_kd: {visible(sentence)}", file=sys.stderr)
+    """Say on standard error what is wrong, which may hold a secret, or a name from somebody else's records."""
+    print(f"tune_kd: {visible(masked(sentence))}", file=sys.stderr)
 
 
 def _advice(error: Exception) -> str:

@@ -8,7 +8,6 @@ from datetime import datetime
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, NoReturn
-from urllib.parse import urlsplit
 
 import typer
 
@@ -26,9 +25,10 @@ from tune_kd.cli.options import (
     StudyName,
     Terminal,
     Track,
+    check_secrets,
     collect,
 )
-from tune_kd.monitoring import LOOPBACK, is_url
+from tune_kd.monitoring import OPEN, asks_for_token, is_here, is_url
 from tune_kd.study import Mistake
 
 Install = Annotated[
@@ -61,6 +61,21 @@ def submit(
     from tune_kd import shares, studies
     from tune_kd.execute import jobs
 
+    flags = {
+        "--scale": scale,
+        "--data": data,
+        "--data-dir": data_dir,
+        "--out": out,
+        "--name": name,
+        "--set": settings,
+        "--margin-from": margin_from,
+        "--gpus-per-trial": gpus_per_trial,
+        "--cpus-per-trial": cpus_per_trial,
+        "--max-concurrent": max_concurrent,
+        "--keep-checkpoints": keep_checkpoints,
+        "--track": track,
+    }
+    check_secrets({"STUDY": study, **flags})  # the cluster shows commands and metadata to all its users
     path = studies.find(study)
     there, files = _sent(study, path)
     problems: list[str] = []
@@ -78,22 +93,7 @@ def submit(
         raise Mistake(*problems)
     assert cluster is not None and place is not None
     arguments = ["run", there, "--address", "auto"]
-    arguments += _flags(
-        {
-            "--scale": scale,
-            "--data": data,
-            "--data-dir": data_dir,
-            "--out": place,
-            "--name": name,
-            "--set": settings,
-            "--margin-from": margin_from,
-            "--gpus-per-trial": gpus_per_trial,
-            "--cpus-per-trial": cpus_per_trial,
-            "--max-concurrent": max_concurrent,
-            "--keep-checkpoints": keep_checkpoints,
-            "--track": track,
-        }
-    )
+    arguments += _flags(flags | {"--out": place, "--name": name})
     metadata = {"job_name": name, "run": name, "study": path.stem, "scale": scale, "out": place}
     job = jobs.submit(cluster, arguments, metadata, study=files(), install=install)
     _follow(cluster, job, name, address, detach)
@@ -110,6 +110,7 @@ def elsewhere(
         raise Mistake("--json is given beside --address; allowed: one of them, since a job's log is no JSON")
     if run is None:
         raise Mistake("--address is given without RUN; allowed: the name of a run that was submitted there")
+    check_secrets({"RUN": run, **flags})
     there, files = (None, dict) if study is None else _sent(study, studies.find(study))
     if study is not None:
         _all_made(studies.find(study))
@@ -152,6 +153,8 @@ def _follow(cluster: Any, job: str, run: str, address: str, detach: bool = False
         f"  go on then:  python -m tune_kd resume {run} {at}",
     ):
         console.print(line, soft_wrap=True)
+    if not asks_for_token(address):
+        console.print(OPEN, soft_wrap=True)
     raise SystemExit(0 if detach else jobs.follow(cluster, job, _show))
 
 
@@ -164,7 +167,7 @@ def _place(out: str, address: str) -> str:
     """Where runs are on the cluster: a relative folder means one of this machine, so the cluster has to be here."""
     if "://" in out or os.path.isabs(out) or not is_url(address):
         return out
-    if urlsplit(address).hostname not in LOOPBACK:
+    if not is_here(address):
         raise Mistake(f"--out is {out}; allowed: an absolute path on the cluster, or s3://BUCKET/PATH, since {address} "
                       "is another machine")  # fmt: skip
     return os.path.abspath(out)

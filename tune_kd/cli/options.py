@@ -1,7 +1,7 @@
 """What several commands share: their options, and how these are read."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -11,6 +11,7 @@ from rich.segment import Segment
 
 from tune_kd.characters import visible
 from tune_kd.mirror import local
+from tune_kd.privacy import secrets
 from tune_kd.study import Mistake
 
 T = TypeVar("T")
@@ -125,6 +126,12 @@ def naming(option: str, read: Callable[[], T], of: str = "RUN") -> T:
         return read()
     except Mistake as mistake:
         raise Mistake(*(problem.replace(of, option, 1) for problem in mistake.problems)) from mistake
+
+
+def check_secrets(options: Mapping[str, Any]) -> None:
+    """Raise `Mistake` for options that go on record, or to a cluster, with a secret in them."""
+    if problems := list(secrets(options)):
+        raise Mistake(*problems)
 
 
 def check_address(address: str | None) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from tune_kd.cli.elsewhere import elsewhere
 from tune_kd.cli.options import DEFAULT_OUT, AsJson, Elsewhere, Out, Phases, Terminal, collect, print_json
+from tune_kd.environment import private
 from tune_kd.study import Mistake
 
 if TYPE_CHECKING:
@@ -156,8 +157,10 @@ def print_report(
 ) -> Path:
     """Write a report and say what is in it; returns the file to read first."""
     from tune_kd import provenance, results, sharing, tuned, view
-    from tune_kd import report as reports
     from tune_kd.mirror import Mirror
+
+    with private():  # Matplotlib makes folders in the home, and a list of fonts
+        from tune_kd import report as reports
 
     try:
         first = reports.write(folder, records, formats or reports.FORMATS)

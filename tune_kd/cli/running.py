@@ -34,6 +34,7 @@ from tune_kd.cli.options import (
     Terminal,
     Track,
     check_address,
+    check_secrets,
     collect,
     naming,
     scale_of,
@@ -45,6 +46,9 @@ from tune_kd.study import Mistake
 if TYPE_CHECKING:
     from tune_kd.launch import Ended
     from tune_kd.run import Run
+
+
+SHARES = {"gpus_per_trial": None, "cpus_per_trial": 1.0, "max_concurrent": None, "keep_checkpoints": False}
 
 
 def run(
@@ -69,6 +73,8 @@ def run(
     from tune_kd import run as runs
     from tune_kd.plan import plan as expand
 
+    check_secrets({"STUDY": study, "--scale": scale, "--data": data, "--data-dir": data_dir and str(data_dir),
+                   "--out": str(out), "--name": name, "--set": settings})  # fmt: skip
     console = Terminal(stderr=as_json)
     data_dir = data_dir and Path(os.path.expanduser(data_dir)).absolute()
     check_address(address)
@@ -153,6 +159,7 @@ def resume(
         }
         flags |= {"--cpus-per-trial": cpus_per_trial, "--max-concurrent": max_concurrent, "--track": track}
         elsewhere("resume", run, address, {**flags, "--address": "auto"}, study)
+    check_secrets({"--set": settings})
     check_address(address)
     console = Terminal(stderr=as_json)
     reopened = runs.reopen(runs.find(out, run))
@@ -169,7 +176,7 @@ def resume(
         "max_concurrent": max_concurrent,
         "track": track,
     }
-    share = reopened.settings | {name: value for name, value in given.items() if value is not None}
+    share = SHARES | reopened.settings | {name: value for name, value in given.items() if value is not None}
     collect(
         problems,
         lambda: shares.check(share["cpus_per_trial"], share["gpus_per_trial"], share["max_concurrent"], address),

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit
 
 import typer
 
@@ -40,7 +39,7 @@ def dashboard(
             if (holder := runs.holder(folder)) is not None and holder.get("dashboard")}  # fmt: skip
     url = address or next(iter(held.values()), monitoring.DASHBOARD)
     if write is not None:
-        if address is None and urlsplit(url).hostname not in monitoring.LOOPBACK:
+        if address is None and not monitoring.is_here(url):
             raise Mistake(f"--address is not given, and a run's results say that its dashboard is at {url}, another "
                           "machine, to which Prometheus would send Ray's token; say --address URL")  # fmt: skip
         settings, board = monitoring.write(write, url)
@@ -51,7 +50,9 @@ def dashboard(
         say(f"{name}: {where}")
     if not held:
         say(f"no run goes on under {out}; while one does, Ray's dashboard is at {url}, unless that port is taken")
-    say("It asks for the token that `ray get-auth-token` prints.")
+    asked = [address] if address else [each for each in (url, *held.values()) if monitoring.is_here(each)]
+    guarded = all(map(monitoring.asks_for_token, dict.fromkeys(asked)))
+    say("It asks for the token that `ray get-auth-token` prints." if guarded else monitoring.OPEN)
     for name, what in LOOK_AT:
         say(f"  {name}: {what}")
     say("From another machine: ssh -N -L 8265:127.0.0.1:8265 HOST, with the port above, and then http://127.0.0.1:8265")

@@ -6,6 +6,7 @@ import os
 # not through a second `uv run`; nothing is sent anywhere; Tune writes no logs of its own beside our records.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # Tune imports it, where it is installed
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 # What is right only so is not the user's to set: an epoch is on record before its trial goes on, signals are ours,
 # nothing of Tune's is written, and a worker that does not end is not waited for.

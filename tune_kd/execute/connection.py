@@ -7,21 +7,25 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import ray
+from ray._private import ray_constants, services
 from ray.exceptions import RayError, RayTaskError
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tune_kd.environment import guard_token
+from tune_kd.environment import guard_token, private, ray_folder
+from tune_kd.monitoring import asks_for_token
 from tune_kd.signals import check, held_back, leave, note
 from tune_kd.study import Mistake
 
 T = TypeVar("T")
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Cluster:
     cpus: float
     gpus: float
     dashboard: str | None
+    guarded: bool  # whether it asks for Ray's token
     ours: bool  # started by us, so that we stop it
     logs: Path  # of this node, which the dashboard shows
     parts: tuple[Part, ...]  # to be watched
@@ -55,10 +60,11 @@ def connect(address: str | None, metadata: Mapping[str, str] | None = None) -> C
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         settings["job_config"] = JobConfig(metadata=dict(metadata or {}))
         if address is None:
-            settings["dashboard_host"] = "127.0.0.1"
             guard_token()
+            settings |= {"dashboard_host": LOOPBACK, "_temp_dir": str(ray_folder())}
+        around = on_this_machine if address is None or _is_on_loopback(address) else nullcontext
         try:
-            with held_back(), _own_sigterm():
+            with held_back(), _own_sigterm(), around():
                 context = ray.init(address=address or "local", **settings)
         except SystemExit as left:
             if left.code == signal.SIGTERM:  # Ray's own handler leaves with the bare number
@@ -73,14 +79,42 @@ def connect(address: str | None, metadata: Mapping[str, str] | None = None) -> C
     else:
         context = ray.init(ignore_reinit_error=True)
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else None
     return Cluster(
         cpus=resources.get("CPU", 0.0),
         gpus=resources.get("GPU", 0.0),
-        dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None,
+        dashboard=dashboard,
+        guarded=asks_for_token(dashboard, unset="disabled"),  # Ray has set the variable where it asks by itself
         ours=ours,
         logs=Path(context.address_info["session_dir"], "logs"),
         parts=_parts(restarts=address is not None),
     )
+
+
+@contextmanager
+def on_this_machine() -> Iterator[None]:
+    """Have a Ray that starts meanwhile be this user's and this machine's alone: what it makes is closed to others, and
+    all its parts listen on loopback, since they know the machine by no other address."""
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = os.environ.get(name)
+    os.environ[name] = "0"  # for the processes that it starts, and theirs
+    try:
+        with private(), patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
+            yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _is_on_loopback(address: str) -> bool:
+    """Whether the Ray at an address to be joined is one that listens on loopback alone: that of another run here. Ray
+    would take loopback for the address that other machines know this one by."""
+    with suppress(ConnectionError):
+        found = services.get_ray_address_from_environment(address, None) if address == "auto" else address
+        running: frozenset[str] = services.find_gcs_addresses()  # type: ignore[no-untyped-call]
+        return found in running and found.startswith(f"{LOOPBACK}:")
+    return False
 
 
 def _parts(restarts: bool) -> tuple[Part, ...]:

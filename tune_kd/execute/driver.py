@@ -356,7 +356,7 @@ class Driver:
             yield
         except Exception as error:  # of Optuna, SQLAlchemy, Alembic, SQLite or the disk
             self._storage = None
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            why = masked(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
             self._say(
                 f"warning: {self._folder / search.STORAGE} cannot be written to ({why}); the run goes on without it, "
                 "and `resume` makes it again"

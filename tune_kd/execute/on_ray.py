@@ -54,6 +54,9 @@ class TrialRunner(tune.Trainable):
         return PlacementGroupFactory([{"CPU": task.cpus, "GPU": task.gpus} if task.gpus else {"CPU": task.cpus}])
 
     def setup(self, config: dict[str, Any]) -> None:
+        place: Workplace = config["place"]
+        if place.umask is not None:  # Ray's processes have one that closes what they make to all others
+            os.umask(place.umask)
         self._data: DataSet | None = None
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._begin(config)

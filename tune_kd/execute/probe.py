@@ -14,6 +14,7 @@ import torch
 from tune_kd import models, teachers
 from tune_kd.checkpoints import Checkpoints
 from tune_kd.data import DataSet, Split
+from tune_kd.environment import guard_code
 from tune_kd.execute.worker import failure
 from tune_kd.memory import peak_memory, start_measuring
 from tune_kd.plan import Plan
@@ -116,6 +117,7 @@ def _train(
     """Say "ready" after an epoch, wait, and send (images a second, peak bytes) of those that follow, or the error."""
     with tempfile.TemporaryDirectory() as name, suppress(EOFError):
         try:
+            guard_code()
             torch.set_num_threads(1)
             before = 0
             if device.type == "cuda":

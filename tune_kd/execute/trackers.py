@@ -20,6 +20,7 @@ from ray.tune.logger import LoggerCallback
 
 from tune_kd.execute.worker import Task
 from tune_kd.mirror import MOST_SENT_BYTES, Mirror
+from tune_kd.privacy import masked
 from tune_kd.records import ASIDE
 from tune_kd.search import url
 from tune_kd.storage import check_regular
@@ -204,7 +205,7 @@ class _Shown(tune.Callback):
             self._calls.put(call)
         elif not self._told:
             self._told = True
-            why = " ".join(str(self._failed).split())[:200]
+            why = masked(" ".join(str(self._failed).split()))[:200]
             self._say(f"warning: {self._name} does not take this run any more ({why}); the run goes on without it")
 
     def setup(self, *arguments: Any, **info: Any) -> None:

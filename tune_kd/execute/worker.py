@@ -17,8 +17,10 @@ from filelock import FileLock, Timeout
 from tune_kd import teachers
 from tune_kd.checkpoints import Checkpoints
 from tune_kd.data import DataSet, load_declared
+from tune_kd.environment import guard_code
 from tune_kd.memory import keep_freed_blocks
 from tune_kd.mirror import Mirror, local
+from tune_kd.privacy import masked
 from tune_kd.storage import Damaged
 from tune_kd.study import Data
 from tune_kd.train import Diverged, best_weights, train
@@ -39,6 +41,7 @@ class Workplace:
     checkpoint_every: float = 30.0  # seconds between the checkpoints of a trial
     url: str | None = None  # of the folder of all runs
     data: DataSet | None = None  # where it came along; else each process loads it from `data_dir`
+    umask: int | None = None  # of who started the run, with which results are written; null for the process's own
 
     @property
     def drain(self) -> Path:
@@ -101,7 +104,7 @@ class Failure:
 
 def failure(error: BaseException) -> Failure:
     """What an exception in a trial means."""
-    message = "".join(traceback.format_exception_only(error)).strip()
+    message = masked("".join(traceback.format_exception_only(error)).strip())  # before Ray has it
     if isinstance(error, Diverged):
         return Failure("diverged", message)
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
@@ -125,6 +128,7 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, task.gpus))  # Ray's fractions alone bind nobody
     torch.set_num_threads(task.threads)
     keep_freed_blocks()
+    guard_code()
     dataset = place.data or _dataset(trial.data, place.data_dir, place.cache)
     if trial.data_digest != dataset.digest:
         raise RuntimeError(
