@@ -447,8 +447,8 @@ def repeated(value: object, kind: Any, times: int) -> Any:
     ("values", "says"),
     [
         (repeated("a", pa.string(), 2**24 + 1), "it has 16,777,217 rows; at most 16,777,216 are read"),
-        (repeated("a" * 2**20, pa.string(), 10**5), "it has 104,857,600,000 bytes of text; at most 2,147,483,648"),
-        (repeated(b"a" * 2**20, pa.large_binary(), 10**5), "it has 104,857,600,000 bytes of text; at most"),
+        (repeated("a" * 2**20, pa.string(), 10**5), "it has 104,857,600,000 bytes of values; at most 2,147,483,648"),
+        (repeated(b"a" * 2**20, pa.large_binary(), 10**5), "it has 104,857,600,000 bytes of values; at most"),
     ],
     ids=["rows", "text", "bytes"],
 )
@@ -474,8 +474,8 @@ def test_text_of_a_fixed_width_is_bounded_before_it_is_read(tmp_path: Path, monk
     values = repeated(b"a" * 2**10, pa.binary(2**10), 1000)
     pq.write_table(pa.table({"trial_id": values}), tmp_path / "t_trials.parquet", store_schema=False)
     monkeypatch.setattr(parquet, "MOST_BYTES", 10**6)
-    monkeypatch.setattr(parquet, "_text_bytes", pytest.fail)
-    assert "it has 1,024,000 bytes of text" in refused(tmp_path / "t")
+    monkeypatch.setattr(parquet, "_value_bytes", pytest.fail)
+    assert "it has 1,024,000 bytes of values" in refused(tmp_path / "t")
 
 
 @pytest.mark.parametrize("codec", ["zstd", "snappy", "gzip"])

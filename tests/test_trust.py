@@ -289,7 +289,7 @@ def many(value: str, times: int) -> Any:
 
 TABLES: dict[str, tuple[Callable[[], Any], str]] = {
     "rows": (lambda: pa.table({"trial_id": many("a", 2 * 10**8)}), "it has 200,000,000 rows; at most"),
-    "texts": (lambda: pa.table({"trial_id": many("a" * 2**20, 10**6)}), "1,048,576,000,000 bytes of text; at most"),
+    "texts": (lambda: pa.table({"trial_id": many("a" * 2**20, 10**6)}), "1,048,576,000,000 bytes of values; at most"),
     "columns": (lambda: pa.table({f"c{number}": [1] for number in range(5000)}), "it has 5,000 columns; at most"),
     "notes": (
         lambda: pa.table({"trial_id": ["a"]}).replace_schema_metadata({"pandas": "[" * 200_000}),

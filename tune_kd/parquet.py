@@ -24,7 +24,7 @@ BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, 
 MOST_ROWS = 2**24
 MOST_COLUMNS = 1000
 MOST_VALUES = 2**28  # of all columns
-MOST_BYTES = 2**31  # of all pages unpacked, and of all texts
+MOST_BYTES = 2**31  # of all pages unpacked, and of all values
 MOST_PAGES = 2**17  # that million rows has 300
 MOST_FOOTER_BYTES = 2**23  # of metadata: 150 for each column of each group of rows
 MOST_DEPTH = 16  # of what is in one another there
@@ -54,7 +54,7 @@ def table(data: bytes) -> pd.DataFrame:
     found = pq.ParquetFile(source, metadata=about.metadata, page_checksum_verification=True, read_dictionary=texts,
                            **limits).read(columns=flat if len(flat) < len(about.schema_arrow) else None)  # fmt: skip
     try:
-        _bound("bytes of text", sum(map(_text_bytes, found.columns)), MOST_BYTES)
+        _bound("bytes of values", sum(map(_value_bytes, found.columns)), MOST_BYTES)
     except IndexError as error:  # pyarrow's own, for which there is no such text
         raise ValueError(f"its dictionaries are damaged: {error}") from error
     named = [(name, column) for name, column in zip(found.column_names, found.columns, strict=True)
@@ -88,7 +88,7 @@ def _bounded(data: bytes, footer: int, schema: Any) -> list[str]:
         chunks = [chunk for chunk in chunks if chunk[5] > 0]  # of others nothing is read, and they may lie nowhere
         _bound("values", sum(chunk[5] for chunk in chunks), MOST_VALUES)
         wide = sum(column.length for column in columns if column.physical_type == "FIXED_LEN_BYTE_ARRAY")
-        _bound("bytes of text", wide * rows, MOST_BYTES)
+        _bound("bytes of values", wide * rows, MOST_BYTES)
         _bound("bytes", sum(chunk[6] for chunk in chunks), MOST_BYTES)
         unpacked = 0
         for number, size in enumerate((size for chunk in chunks for size in _pages(data, chunk)), start=1):
@@ -184,8 +184,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     raise IndexError
 
 
-def _text_bytes(column: Column) -> int:
-    """The bytes of a column's texts, each as often as it is there."""
+def _value_bytes(column: Column) -> int:
+    """The bytes of a column's values, each text as often as it is there."""
     if not (pa.types.is_dictionary(column.type) and _is_text(column.type.value_type)):
         return int(column.nbytes)
     lengths = (pc.sum(pc.take(pc.binary_length(each.dictionary), each.indices)).as_py() for each in column.chunks)
