@@ -1,17 +1,24 @@
 """Somebody else's tables: the published study, and small ones."""
 
+import io
+import re
+import resource
 from collections.abc import Callable
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import fastparquet
+import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from conftest import SHARED
 from tune_kd import parquet, results
@@ -413,3 +420,123 @@ def test_a_report_takes_the_phases_of_categories(tmp_path: Path, monkeypatch: py
         main()
     assert end.value.code == 0
     assert "logit/T=4" in (tmp_path / "r" / "report.md").read_text()
+
+
+# Tables that would fill the memory
+
+
+def refused(path: Path) -> str:
+    """What `load` says of a table, which it takes no memory to say."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, before[1]))
+    try:
+        with pytest.raises(Mistake) as caught:
+            load(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    return str(caught.value)
+
+
+def repeated(value: object, kind: Any, times: int) -> Any:
+    """An array of one value, many times, which takes a byte for each."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(times, np.int8)), pa.array([value], kind))
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (repeated("a", pa.string(), 2**24 + 1), "it has 16,777,217 rows; at most 16,777,216 are read"),
+        (repeated("a" * 2**20, pa.string(), 10**5), "it has 104,857,600,000 bytes of values; at most 2,147,483,648"),
+        (repeated(b"a" * 2**20, pa.large_binary(), 10**5), "it has 104,857,600,000 bytes of values; at most"),
+    ],
+    ids=["rows", "text", "bytes"],
+)
+@pytest.mark.parametrize("hint", [True, False])
+def test_a_small_file_of_many_values_is_refused(values: Any, says: str, hint: bool, tmp_path: Path) -> None:
+    path = tmp_path / "t_trials.parquet"
+    pq.write_table(pa.table({"trial_id": values}), path, compression="zstd", store_schema=hint)
+    assert path.stat().st_size < 2**21
+    assert says in refused(tmp_path / "t")
+
+
+@pytest.mark.parametrize("bound", ["ROWS", "COLUMNS", "VALUES", "BYTES", "PAGES", "FOOTER_BYTES", "INDICES"])
+def test_every_bound_is_told(bound: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pd.DataFrame({"trial_id": ["a", "b"]}, index=pd.RangeIndex(3, 9, 3, name="seed"))
+    table.to_parquet(tmp_path / "t_trials.parquet")
+    assert load(tmp_path / "t").trials["seed"].tolist() == [3, 6]
+    monkeypatch.setattr(parquet, f"MOST_{bound}", 0)
+    what = {"FOOTER_BYTES": "bytes of metadata"}.get(bound, bound.lower())
+    assert re.search(rf"it has \d[\d,]* {what}; at most 0 are read", refused(tmp_path / "t"))
+
+
+def test_text_of_a_fixed_width_is_bounded_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = repeated(b"a" * 2**10, pa.binary(2**10), 1000)
+    pq.write_table(pa.table({"trial_id": values}), tmp_path / "t_trials.parquet", store_schema=False)
+    monkeypatch.setattr(parquet, "MOST_BYTES", 10**6)
+    monkeypatch.setattr(parquet, "_value_bytes", pytest.fail)
+    assert "it has 1,024,000 bytes of values" in refused(tmp_path / "t")
+
+
+@pytest.mark.parametrize("codec", ["zstd", "snappy", "gzip"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_pages_that_unpack_to_more_than_is_declared_are_refused(
+    codec: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t_trials.parquet"
+    pq.write_table(pa.table({"trial_id": ["a" * 2**20]}), path, compression=codec, use_dictionary=False,
+                   write_statistics=False, data_page_version=version)  # fmt: skip
+    declared = pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size
+    data = path.read_bytes()
+    before, after = varint(2 * declared), varint(2 * 100)
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    footer = data[start:-8].replace(before, after)
+    path.write_bytes(data[:start] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    assert pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size == 100
+    monkeypatch.setattr(parquet, "MOST_BYTES", 2**20)
+    assert "it has 1,048,58" in refused(tmp_path / "t") and "bytes; at most 1,048,576" in refused(tmp_path / "t")
+
+
+def varint(number: int) -> bytes:
+    digits = [number >> shift & 127 for shift in range(0, max(number.bit_length(), 1), 7)]
+    return bytes([each | 128 for each in digits[:-1]] + digits[-1:])
+
+
+@pytest.mark.parametrize("notes", [b"[" * 200_000, b'{"index_columns": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"])
+def test_notes_in_notes_without_end_are_told_of(notes: bytes, tmp_path: Path) -> None:
+    noted(notes, tmp_path / "t_trials.parquet")
+    assert "pandas' notes on its index are damaged" in refused(tmp_path / "t")
+
+
+def test_columns_of_lists_are_left_out(tmp_path: Path) -> None:
+    nested = pa.ListArray.from_arrays(pa.array([0, 10**7], pa.int32()), pa.nulls(10**7, pa.int64()))
+    table = pa.table({"trial_id": ["a"], "tags": nested, "seed": [1], "more": [{"a": 1}]})
+    pq.write_table(table, tmp_path / "t_trials.parquet")
+    assert list(parquet.table((tmp_path / "t_trials.parquet").read_bytes())) == ["trial_id", "seed"]
+    assert load(tmp_path / "t").trials["seed"].tolist() == [1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(choose=st.data())
+def test_damaged_files_are_refused_or_read(whole: bytes, choose: st.DataObject) -> None:
+    damaged = bytearray(whole)
+    for _ in range(choose.draw(st.integers(1, 3))):
+        damaged[choose.draw(st.integers(0, len(damaged) - 1))] = choose.draw(st.integers(0, 255))
+    with suppress(ValueError, OSError, TypeError, NotImplementedError):
+        parquet.table(bytes(damaged))
+
+
+@pytest.fixture(scope="module")
+def whole() -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"trial_id": ["a", "b", "a"], "seed": [1, 2, None], "x": [0.5, 1.5, 2.5]}), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "thrift", [b"\x19" * 1000, b"\x1c" * 1000, b"\x19\xf7" + b"\xff" * 8 + b"\x01", b"\x19\xf1" + b"\xff" * 8 + b"\x01",
+               b"\x18\xff\xff\xff\xff\x0f", b"\x1b\x00", b"\x15" + b"\xff" * 20, b"\x15"],
+)  # fmt: skip
+def test_metadata_without_end_are_damaged(thrift: bytes) -> None:
+    with pytest.raises(LookupError):
+        parquet._struct(thrift, 0)

@@ -89,6 +89,13 @@ def test_a_file_that_says_less_of_itself_than_it_has_is_read_whole_or_refused() 
         read(path, 2)
 
 
+def test_a_file_that_says_nothing_of_itself_and_has_no_end_is_refused_whatever_its_bound() -> None:
+    path = Path("/proc/self/pagemap")  # 256 GB
+    assert path.stat().st_size == 0
+    with pytest.raises(Unexpected, match="pagemap has 0 bytes"):
+        read(path, 2**40)
+
+
 @pytest.mark.parametrize("kind", ["fifo", "socket", "folder", "endless"])
 def test_nothing_is_written_into_what_is_no_file(kind: str, tmp_path: Path) -> None:
     path = put(kind, tmp_path / "file")

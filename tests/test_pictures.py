@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from tune_kd import pictures
 from tune_kd.pictures import Pixels, listing, read_archive
@@ -221,23 +222,111 @@ def test_an_archive_that_unpacks_to_absurdly_much_is_refused(tmp_path: Path, mon
     assert "unpacks to more than" in problem(lambda: read_archive(archive, progress=False))
 
 
-def test_a_forged_header_cannot_make_the_reader_hold_more_than_the_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pictures, "MOST_ARCHIVE_BYTES", 2**21)
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.REGTYPE])
+@pytest.mark.parametrize("size", [2**20 + 1, 2**40, -512])
+def test_what_a_header_claims_is_bounded_before_it_is_read(tmp_path: Path, kind: bytes, size: int) -> None:
     member = tarfile.TarInfo("long")
-    member.type = tarfile.GNUTYPE_LONGNAME  # tarfile reads a long name whole, before anyone sees the member
-    member.size = 2**23
-    archive = packed(tmp_path / "x.tar.gz", [(member, bytes(2**23))])
-    assert "unpacks to more than" in problem(lambda: read_archive(archive, progress=False))
-
-
-def test_nested_headers_without_end_are_refused(tmp_path: Path) -> None:
-    member = tarfile.TarInfo("x")
-    member.type = tarfile.XHDTYPE  # each is read by a recursive call
+    member.type, member.size = kind, size
     path = tmp_path / "x.tar"
-    path.write_bytes(member.tobuf(tarfile.USTAR_FORMAT) * 5000)
+    path.write_bytes(member.tobuf(tarfile.GNU_FORMAT))
+    assert f"'long' in the archive claims {size} bytes" in problem(lambda: read_archive(path, progress=False))
+
+
+def test_extended_headers_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MOST_EXTENDED_BYTES", 2**12)
+    long = [entry("train/cat/" + "x" * 200 + f"{i}.txt") for i in range(30)]
+    archive = packed(tmp_path / "x.tar", long)
+    assert "more than 4096 bytes of extended headers" in problem(lambda: read_archive(archive, progress=False))
+
+
+def extended(kind: bytes, content: bytes) -> bytes:
+    """An extended header, as no writer would make it."""
+    member = tarfile.TarInfo("x")
+    member.type, member.size = kind, len(content)
+    return member.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512)
+
+
+@pytest.mark.parametrize(
+    "content", [b"9" * 600, b"30 path=a\n30", b"0 path=a\n", b"3 path=a\n", b"path=a\n", b"-9 path=a\n", b"9 size=x\n"]
+)
+def test_an_extended_header_that_is_no_list_of_records_is_damaged(tmp_path: Path, content: bytes) -> None:
+    path = archived(tmp_path / "x.tar", tree())
+    path.write_bytes(extended(tarfile.XHDTYPE, content) + path.read_bytes())
     assert "cut or damaged" in problem(lambda: read_archive(path, progress=False))
+
+
+@pytest.mark.parametrize("keyword", ["GNU.sparse.major", "GNU.sparse.map", "GNU.sparse.size", "GNU.sparse.name"])
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE])
+def test_a_sparse_member_is_refused_before_its_map_is_read(tmp_path: Path, keyword: str, kind: bytes) -> None:
+    path = archived(tmp_path / "x.tar", tree())
+    record = f"{len(keyword) + 6} {keyword}=1\n".encode()
+    path.write_bytes(extended(kind, record) + path.read_bytes())
+    assert "'train/cat/0.png' in the archive is a link, a device or sparse" in problem(
+        lambda: read_archive(path, progress=False)
+    )
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_an_archive_with_long_names_and_notes_gives_what_its_folder_gives(tmp_path: Path, form: int) -> None:
+    files = {name.replace("cat", "k\u00e4tzchen" + "x" * 120).replace("/0", "/" + "0" * 200): content
+             for name, content in tree().items()}  # fmt: skip
+    expected = read_folder(unpacked(tmp_path / "folder", files))
+    notes = {"comment": "of all", "SCHILY.xattr.user.a": "b"} if form == tarfile.PAX_FORMAT else None
+    with tarfile.open(tmp_path / "x.tar", "w", format=form, pax_headers=notes) as archive:
+        archive.add(tmp_path / "folder", "data")
+    assert same(read_archive(tmp_path / "x.tar", progress=False), expected)
+
+
+# Pictures that unpack to much
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+
+def segment(kind: int, content: bytes) -> bytes:
+    return bytes([0xFF, kind]) + (len(content) + 2).to_bytes(2, "big") + content
+
+
+def with_parts(picture: bytes, *parts: bytes) -> bytes:
+    """The picture with more after its PNG header, or where a JPEG begins."""
+    start = 33 if picture.startswith(pictures.PNG) else 2
+    return picture[:start] + b"".join(parts) + picture[start:]
+
+
+def test_parts_that_make_no_pixels_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = read_folder(unpacked(tmp_path / "plain", tree() | {"train/cat/3.jpg": png(50, form="JPEG")}))
+    notes = [chunk(kind, b"a\0\0" + zlib.compress(bytes(2**20))) for kind in (b"zTXt", b"iCCP", b"acTL")]
+    notes.append(chunk(b"iTXt", b"a\0\1\0\0\0" + zlib.compress(bytes(2**20))))
+    files = {name: with_parts(content, *notes) for name, content in tree().items()}
+    marks = [segment(kind, b"Exif\0\0" + bytes(60000)) for kind in (0xE1, 0xE2, 0xED, 0xFE)]
+    files["train/cat/3.jpg"] = with_parts(png(50, form="JPEG"), b"\xff" * 1000, *marks)
+    folder = unpacked(tmp_path / "noted", files)
+
+    def unpack(*_: object) -> None:
+        raise AssertionError("it is unpacked")
+
+    monkeypatch.setattr(PngImagePlugin, "_safe_zlib_decompress", unpack)
+    monkeypatch.setattr(PngImagePlugin.PngStream, "check_text_memory", unpack)
+    assert same(read_folder(folder), expected)
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        with_parts(png(1), *([chunk(b"teSt", b"")] * pictures.MOST_PARTS)),
+        with_parts(png(1), *([chunk(b"IDAT", b"")] * pictures.MOST_PARTS)),
+        with_parts(png(1, form="JPEG"), *([segment(0xC4, b"")] * pictures.MOST_PARTS)),
+        with_parts(png(1, form="JPEG"), *([segment(0xE1, b"")] * pictures.MOST_PARTS)),
+        png(1, form="JPEG")[:-2] + segment(0xDA, b"\x01\x01\x00\x3f\x01\x01") * (pictures.MOST_PARTS + 1),
+        pictures.JPEG + b"\xff" * 2**19,
+        with_parts(png(1), (2**31).to_bytes(4, "big") + b"teSt"),
+    ],
+    ids=["chunks", "pixels", "tables", "notes", "scans", "fill", "length"],
+)
+def test_a_picture_of_absurdly_many_parts_is_refused(tmp_path: Path, picture: bytes) -> None:
+    folder = unpacked(tmp_path, tree() | {"train/cat/1.png": picture})
+    assert "cannot be read as PNG or JPEG (ValueError)" in problem(lambda: read_folder(folder))
 
 
 # Archives that are cut or damaged
@@ -260,7 +349,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_a_tar_cut_where_a_header_starts_is_not_taken_for_a_whole_one(whole: Whole, extra: int) -> None:
-    # tarfile ends in silence here; 10 members of a header and a block each, then zeros.
+    # tarfile.open ends in silence here; 10 members of a header and a block each, then zeros.
     path = whole.path.with_suffix(".tar")
     for size in range(1024, 10 * 1024 + 1, 1024):
         path.write_bytes(whole.content["tar"][: size + extra])
@@ -269,11 +358,18 @@ def test_a_tar_cut_where_a_header_starts_is_not_taken_for_a_whole_one(whole: Who
 
 def test_a_tar_with_a_damaged_header_is_not_taken_for_a_whole_one(whole: Whole) -> None:
     path = whole.path.with_suffix(".tar")
-    for header in range(0, 10 * 1024, 1024):  # here, too, tarfile ends in silence
+    for header in range(0, 10 * 1024, 1024):  # here, too, tarfile.open ends in silence
         damaged = bytearray(whole.content["tar"])
         damaged[header] ^= 1
         path.write_bytes(damaged)
         assert "cut or damaged" in problem(lambda: read_archive(path, progress=False))
+
+
+def test_a_tar_with_zeros_for_a_header_is_not_taken_for_a_whole_one(whole: Whole) -> None:
+    path = whole.path.with_suffix(".tar")
+    for header in range(0, 10 * 1024, 1024):
+        path.write_bytes(whole.content["tar"][:header] + bytes(512) + whole.content["tar"][header + 512 :])
+        assert "goes on after its end" in problem(lambda: read_archive(path, progress=False))
 
 
 @settings(max_examples=60, deadline=None)

@@ -4,21 +4,28 @@ SECURITY.md says what is promised, and against whom. Of Ray and of a run's folde
 """
 
 import csv
+import gzip
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Generator
+import tarfile
+import zlib
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from markdown_it import MarkdownIt
+from PIL import Image
 from rich.console import Console
 
 from conftest import altered, tiny
@@ -178,7 +185,127 @@ def test_a_store_is_not_named_with_a_token_in_its_url(
 
 # Archives and pictures
 
+
+def extended(kind: bytes, content: bytes) -> bytes:
+    """A header of a tar that says more of those after it."""
+    member = tarfile.TarInfo("x")
+    member.type, member.size = kind, len(content)
+    return member.tobuf() + content + bytes(-len(content) % 512)
+
+
+def record(keyword: str, value: str) -> bytes:
+    """One of a PAX header, which begins with its own length."""
+    rest = f" {keyword}={value}\n"
+    length = len(rest) + len(str(len(rest)))
+    return f"{length + len(str(length)) - len(str(len(rest)))}{rest}".encode()
+
+
+ARCHIVES = {
+    "digits": (extended(b"x", b"1" * 2**20), "an extended header has no record at its byte 0"),
+    "keywords": (extended(b"x", b"2 " * 2**18 + b"="), "an extended header has no record at its byte 0"),
+    "a map of sparse parts": (
+        extended(b"x", record("GNU.sparse.major", "1") + record("GNU.sparse.minor", "0"))
+        + extended(b"0", b"90000000\n" + b"1\n" * 2**18),
+        "is a link, a device or sparse",
+    ),
+    "headers of all": (
+        extended(b"g", b"".join(record(f"key{i}", "value") for i in range(40_000))) * 100, "bytes of extended headers",
+    ),
+    "long names": (extended(b"L", b"a" * 2**20) * 70, "bytes of extended headers"),
+    "a claim": (tarfile.TarInfo("x").tobuf()[:124] + b"\x80" + b"\xff" * 11, "cut or damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+def test_an_archive_that_costs_more_than_its_bytes_is_refused(kind: str, tmp_path: Path) -> None:
+    """tarfile.open takes 10 minutes for the first, and 60 GB for the second."""
+    content, says = ARCHIVES[kind]
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(content + bytes(1024), 1))
+    assert (tmp_path / "x.tar.gz").stat().st_size < 2**24
+    code = (
+        "import resource, sys; from pathlib import Path; from tune_kd.pictures import read_archive; "
+        "resource.setrlimit(resource.RLIMIT_CPU, (60, 60)); resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32)); "
+        "read_archive(Path(sys.argv[1]), progress=False)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.tar.gz")], cwd=ROOT, capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+    assert says in done.stderr.splitlines()[-1]
+
+
+def images(folder: Path) -> Path:
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (folder / part / name).mkdir(parents=True)
+            for number in (1, 2):
+                Image.new("RGB", (32, 32)).save(folder / part / name / f"{number}.png")
+    return folder
+
+
+def a_note(path: Path) -> None:
+    """A picture whose notes unpack to a gigabyte."""
+    content, notes = path.read_bytes(), b"a\0\0" + zlib.compress(bytes(2**20), 9)
+    chunk = len(notes).to_bytes(4, "big") + b"iCCP" + notes + zlib.crc32(b"iCCP" + notes).to_bytes(4, "big")
+    path.write_bytes(content[:33] + chunk * 900 + content[33:])
+
+
+def a_link(target: str) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        path.unlink()
+        path.symlink_to(target)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (a_note, "'train/cat/1.png' cannot be read as PNG or JPEG (ValueError)"),
+        (a_link("/dev/zero"), "1.png is a device; expected a regular file"),
+        (a_link("/dev/urandom"), "1.png is a device; expected a regular file"),
+        (a_link("/proc/self/pagemap"), "1.png has 0 bytes; expected a regular file of at most 1,048,576 bytes"),
+    ],
+    ids=["notes", "zero", "urandom", "pagemap"],
+)
+def test_a_picture_that_never_ends_is_refused(change: Callable[[Path], None], says: str, tmp_path: Path) -> None:
+    change(images(tmp_path / "images") / "train" / "cat" / "1.png")
+    done = command(tmp_path, "run", "ablation", "--scale", "smoke", "--data", "cifar10", "--data-dir", "images")
+    assert done.returncode == 2 and says in " ".join(done.stderr.split()), done.stderr
+
+
+def test_an_archive_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(ARCHIVES["digits"][0] + bytes(1024))
+    done = command(tmp_path, "run", "ablation", "--scale", "smoke", "--data", "cifar10", "--data-dir", "x.tar")
+    assert done.returncode == 2 and "the archive is cut or damaged" in " ".join(done.stderr.split()), done.stderr
+    assert not (tmp_path / "results").exists()
+
+
 # Numbers, depths and sizes
+
+
+def many(value: str, times: int) -> Any:
+    """A column of one value, in a byte for each time."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(times, np.int8)), pa.array([value]))
+
+
+TABLES: dict[str, tuple[Callable[[], Any], str]] = {
+    "rows": (lambda: pa.table({"trial_id": many("a", 2 * 10**8)}), "it has 200,000,000 rows; at most"),
+    "texts": (lambda: pa.table({"trial_id": many("a" * 2**20, 10**6)}), "1,048,576,000,000 bytes of values; at most"),
+    "columns": (lambda: pa.table({f"c{number}": [1] for number in range(5000)}), "it has 5,000 columns; at most"),
+    "notes": (
+        lambda: pa.table({"trial_id": ["a"]}).replace_schema_metadata({"pandas": "[" * 200_000}),
+        "pandas' notes on its index are damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_that_would_fill_the_memory_is_refused(kind: str, tmp_path: Path) -> None:
+    make, says = TABLES[kind]
+    pq.write_table(make(), tmp_path / "trials.parquet", compression="zstd")
+    assert (tmp_path / "trials.parquet").stat().st_size < 3_000_000
+    done = command(tmp_path, "report", ".")
+    assert done.returncode == 2 and says in " ".join(done.stderr.split()), done.stderr
+
 
 # What other programs make of our output
 

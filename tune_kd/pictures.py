@@ -9,14 +9,15 @@ Pillow decodes JPEG with the libjpeg that it was built with; two builds can diff
 import gzip
 import io
 import lzma
+import re
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -34,10 +35,25 @@ LAYOUT = "train/CLASS/*.png (or jpg, jpeg) and test/CLASS/*"
 MOST_MEMBERS = 200_000
 MOST_MEMBER_BYTES = 2**20
 MOST_ARCHIVE_BYTES = 2**29
-MOST_FILE_BYTES = 2 * MOST_ARCHIVE_BYTES  # of an archive as a file: none is twice as large as what it unpacks to
+MOST_EXTENDED_BYTES = 2**26  # of PAX headers and long names, all together: 1 kB for each of those members
+MOST_FILE_BYTES = MOST_ARCHIVE_BYTES + 2**24  # of an archive as a file: what cannot be compressed grows by a thousandth
+
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
+JPEG = b"\xff\xd8"
+JPEG_MARKER = re.compile(rb"\xff+([^\xff])(..)", re.DOTALL)  # its kind, and the length of what follows
+JPEG_PIXELS = (*range(0xC0, 0xD0), 0xDB, 0xDD, 0xE0, 0xEE)  # frames, tables, and two notes on how colours are coded
+JPEG_SCAN = 0xDA
+MOST_PARTS = 256  # of a picture; ours have less than ten, and a progressive JPEG has about 15
 
 # What tarfile and the decompressors raise, down to what forged headers provoke.
-BROKEN = (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error, ValueError, RecursionError)
+BROKEN = (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error, ValueError)
+PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE)
+EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME,
+            tarfile.GNUTYPE_LONGLINK)  # headers that say more of the member after them  # fmt: skip
+RECORD = re.compile(
+    rb"(\d{1,7}) (path=|size=|GNU\.sparse\.)?"
+)  # how one in a PAX header begins: its length, its keyword
 
 Named = tuple[str, str, str]  # part, class, file name
 Listing = list[tuple[Named, int, int]]
@@ -130,25 +146,77 @@ def _pictures(path: Path, raw: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     """Name and content of every picture in a tar, in its order. What is not harmless is refused."""
     stream = _Metered(_decompressed(path, raw), path)
     try:
-        with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as archive:
-            for count, member in enumerate(archive, start=1):
-                _refuse_hostile(member, count, path)
-                if member.isreg() and _is_picture(PurePosixPath(member.name).name):
-                    yield member.name, _content(archive, member)
-            stream.check_end(archive.offset)
+        for member, content in _members(stream, path):
+            if member.isreg() and _is_picture(PurePosixPath(member.name).name):
+                yield member.name, content
+        stream.check_end()
     except Mistake:
         raise
     except BROKEN as error:
         raise Mistake(f"--data-dir {path}: the archive is cut or damaged ({error}); get it again") from error
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    assert file is not None
-    content = file.read()
-    if len(content) != member.size:
-        raise tarfile.ReadError(f"{_short(member.name)} is cut")
-    return content
+def _members(stream: "_Metered", path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """Every file and folder of a tar up to its end, with the file's content.
+
+    tarfile reads the header block alone. Its reading of extended headers takes time and memory that grow with the
+    square of their size, and it keeps what they say for every member.
+    """
+    count, extended, everywhere, own = 0, 0, _Extended(), _Extended()
+    while any(block := stream.read(tarfile.BLOCKSIZE)):
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        if member.type in EXTENDED:
+            extended += _bounded(member, path).size
+            if extended > MOST_EXTENDED_BYTES:
+                raise Mistake(
+                    f"--data-dir {path}: the archive has more than {MOST_EXTENDED_BYTES} bytes of extended headers; "
+                    "not read"
+                )
+            content = stream.content(member.size)
+            if member.type == tarfile.XGLTYPE:
+                everywhere = _extended(content, everywhere)
+            elif member.type == tarfile.GNUTYPE_LONGNAME:
+                own = replace(own, name=content.partition(b"\0")[0])
+            elif member.type != tarfile.GNUTYPE_LONGLINK:  # the target of a link, which is refused
+                own = _extended(content, own)
+            continue
+        name, size = own.name or everywhere.name, own.size if own.size is not None else everywhere.size
+        if name is not None:
+            member.name = name.decode("utf-8", "surrogateescape")
+        if size is not None:
+            member.size = size
+        count += 1
+        _refuse_hostile(member, own.sparse or everywhere.sparse, count, path)
+        yield member, b"" if member.isdir() else stream.content(member.size)
+        own = _Extended()
+
+
+@dataclass(frozen=True)
+class _Extended:
+    """What extended headers say of the members after them, as far as that is used. Null is what they do not say."""
+
+    name: bytes | None = None
+    size: int | None = None  # bytes
+    sparse: bool = False
+
+
+def _extended(content: bytes, before: _Extended) -> _Extended:
+    """What a PAX header adds to those before it: records of `LENGTH KEYWORD=VALUE`, each with a newline after it."""
+    found, start = before, 0
+    while start < len(content):
+        record = RECORD.match(content, start)
+        end = start + int(record[1]) if record else 0
+        if record is None or not record.end() < end <= len(content):
+            raise tarfile.ReadError(f"an extended header has no record at its byte {start}")
+        value = content[record.end() : end - 1]
+        if record[2] == b"path=":
+            found = replace(found, name=value)
+        elif record[2] == b"size=":
+            found = replace(found, size=int(value))
+        elif record[2]:
+            found = replace(found, sparse=True)
+        start = end
+    return found
 
 
 def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
@@ -161,51 +229,64 @@ def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
 
 
 class _Metered:
-    """A stream for tarfile that stops at MOST_ARCHIVE_BYTES, and knows whether the archive really ended."""
+    """A stream that stops at MOST_ARCHIVE_BYTES, and takes no part for the whole."""
 
     def __init__(self, stream: IO[bytes], path: Path) -> None:
-        self.stream, self.path, self.count, self.last = stream, path, 0, b""
+        self.stream, self.path, self.count = stream, path, 0
 
     def read(self, size: int) -> bytes:
-        # The limit also bounds what a forged header can make tarfile hold in memory.
-        self.last = self.stream.read(size)
-        self.count += len(self.last)
+        """So many bytes, no fewer."""
+        if len(data := self._read(size)) < size:
+            raise tarfile.ReadError(f"it ends at byte {self.count}")
+        return data
+
+    def content(self, size: int) -> bytes:
+        """So many bytes, and those that fill their last block."""
+        return self.read(size + -size % tarfile.BLOCKSIZE)[:size]
+
+    def check_end(self) -> None:
+        """A damaged header can look like the end: only zeros may follow it.
+
+        Reading on to the very end also lets gzip and xz compare their checksums.
+        """
+        end = self.count
+        while tail := self._read(2**20):
+            if tail.count(0) != len(tail):
+                raise tarfile.ReadError(f"it goes on after its end at byte {end}")
+
+    def _read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.count += len(data)
         if self.count > MOST_ARCHIVE_BYTES:
             raise Mistake(
                 f"--data-dir {self.path}: the archive unpacks to more than {MOST_ARCHIVE_BYTES} bytes, "
                 "which is too much for 60,000 small images"
             )
-        return self.last
-
-    def check_end(self, offset: int) -> None:
-        """tarfile takes a cut between members, and a damaged header, for the end: only zeros may follow it.
-
-        Reading on to the very end also lets gzip and xz compare their checksums.
-        """
-        tail = self.last[max(0, offset - (self.count - len(self.last))) :]
-        ended = self.count >= offset + tarfile.BLOCKSIZE and not any(tail)
-        while tail := self.read(2**20):
-            ended = ended and not any(tail)
-        if not ended:
-            raise tarfile.ReadError(f"no end of archive at byte {offset}")
+        return data
 
 
-def _refuse_hostile(member: tarfile.TarInfo, count: int, path: Path) -> None:
+def _refuse_hostile(member: tarfile.TarInfo, sparse: bool, count: int, path: Path) -> None:
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
         raise Mistake(f"--data-dir {path}: the archive names {_short(member.name)}, outside itself; not read")
-    if member.issparse() or not (member.isreg() or member.isdir()):
+    if sparse or member.type not in PLAIN:
         raise Mistake(
             f"--data-dir {path}: {_short(member.name)} in the archive is a link, a device or sparse, "
             "not a plain file; not read"
         )
+    _bounded(member, path)
+    if count > MOST_MEMBERS:
+        raise Mistake(f"--data-dir {path}: the archive has more than {MOST_MEMBERS} members; not read")
+
+
+def _bounded(member: tarfile.TarInfo, path: Path) -> tarfile.TarInfo:
+    """The member, of whose content so much may be read as it claims to have."""
     if not 0 <= member.size <= MOST_MEMBER_BYTES:
         raise Mistake(
             f"--data-dir {path}: {_short(member.name)} in the archive claims {member.size} bytes; "
             f"at most {MOST_MEMBER_BYTES} are read"
         )
-    if count > MOST_MEMBERS:
-        raise Mistake(f"--data-dir {path}: the archive has more than {MOST_MEMBERS} members; not read")
+    return member
 
 
 def _is_picture(name: str) -> bool:
@@ -222,13 +303,59 @@ def _decode(content: bytes, where: Path, name: str) -> np.ndarray[Any, Any]:
     from PIL import Image
 
     try:
-        picture = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
+        picture = Image.open(io.BytesIO(_bare(content)), formats=("PNG", "JPEG"))
         if (picture.mode, picture.size) == ("RGB", (32, 32)):  # known from the header, before any decoding
             return np.asarray(picture)
         what = f"is {picture.mode} {picture.width}x{picture.height}, and RGB 32x32 is expected"
     except Exception as error:  # on damaged bytes Pillow raises whatever its decoders happen to
         what = f"cannot be read as PNG or JPEG ({type(error).__name__})"
     raise Mistake(f"--data-dir {where}: {_short(name)} {what}")
+
+
+def _bare(content: bytes) -> bytes:
+    """A PNG or JPEG with those of its parts alone that make its pixels: a text or a colour profile of 1 kB can unpack
+    to 1 MB, and Pillow unpacks them all. Raises `ValueError` for one that is cut, or has absurdly many parts."""
+    if content.startswith(PNG):
+        return PNG + b"".join(_chunks(content))
+    if content.startswith(JPEG):
+        return JPEG + b"".join(_segments(content))
+    return content
+
+
+def _chunks(content: bytes) -> Iterator[bytes]:
+    """The parts of a PNG that make its pixels."""
+    start = len(PNG)
+    for _ in range(MOST_PARTS):
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")  # with length, type and check sum
+        if end > len(content):
+            raise ValueError("cut")
+        kind = content[start + 4 : start + 8]
+        if kind in PNG_PIXELS:
+            yield content[start:end]
+        if kind == b"IEND":
+            return
+        start = end
+    raise ValueError("too many parts")
+
+
+def _segments(content: bytes) -> Iterator[bytes]:
+    """The parts of a JPEG that make its pixels; the last is the scans, with what is between and after them."""
+    start = len(JPEG)
+    for _ in range(MOST_PARTS):
+        marker = JPEG_MARKER.match(content, start)
+        if marker is None:
+            raise ValueError("cut")
+        start, kind = marker.start(1) - 1, marker[1][0]  # any number of 0xFF may come before the last
+        end = start + 2 + int.from_bytes(marker[2], "big")
+        if kind == JPEG_SCAN:
+            if content.count(bytes([0xFF, JPEG_SCAN]), start) > MOST_PARTS:
+                raise ValueError("too many scans")
+            yield content[start:]
+            return
+        if kind in JPEG_PIXELS:
+            yield content[start:end]
+        start = end
+    raise ValueError("too many parts")
 
 
 def _assembled(decoded: dict[Named, np.ndarray[Any, Any]], where: Path) -> Pixels:

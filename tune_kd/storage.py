@@ -187,10 +187,10 @@ def read(path: Path, most: int) -> bytes:
 
 def _read(path: Path, most: int) -> bytes:
     with opened(path, most) as file:
-        parts = [file.read(os.fstat(file.fileno()).st_size)]
-        while part := file.read(2**16):  # it grows, or says less of itself than it has
+        parts = [file.read(said := os.fstat(file.fileno()).st_size)]
+        while part := file.read(2**16):  # it grows, or says less of itself than it has, as those of /proc without end
             parts.append(part)
-            if sum(map(len, parts)) > most:
+            if sum(map(len, parts)) > min(most, said + MOST_RECORD_BYTES):
                 raise _unexpected(path, os.fstat(file.fileno()), most)
         return b"".join(parts)
 
