@@ -33,8 +33,8 @@ def test_no_damage_is_believed(whole: dict[str, Scratch], variant: str) -> None:
 
 
 def checksums_of_pages_off(patch: pytest.MonkeyPatch) -> None:
-    def without(data: Any, page_checksum_verification: bool) -> pq.ParquetFile:
-        return pq.ParquetFile(data)
+    def without(data: Any, page_checksum_verification: bool = True, **options: Any) -> pq.ParquetFile:
+        return pq.ParquetFile(data, **options)
 
     patch.setattr(parquet, "pq", SimpleNamespace(ParquetFile=without))
     patch.setattr(tables, "_whole", lambda path, digested: path.read_bytes())

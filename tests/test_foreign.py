@@ -446,8 +446,8 @@ def repeated(value: object, kind: Any, times: int) -> Any:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        (repeated("a", pa.string(), 2**24 + 1), "it has 16,777,217 rows; at most 16,777,216 are read"),
-        (repeated("a" * 2**20, pa.string(), 10**5), "it has 104,857,600,000 bytes of values; at most 2,147,483,648"),
+        (repeated("a", pa.string(), 2**21 + 1), "it has 2,097,153 rows; at most 2,097,152 are read"),
+        (repeated("a" * 2**20, pa.string(), 10**5), "it has 104,857,600,000 bytes of values; at most 1,073,741,824"),
         (repeated(b"a" * 2**20, pa.large_binary(), 10**5), "it has 104,857,600,000 bytes of values; at most"),
     ],
     ids=["rows", "text", "bytes"],

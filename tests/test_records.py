@@ -260,6 +260,7 @@ def test_a_ledger_that_passes_its_check_can_be_written_to(ledger: Ledger, tmp_pa
         written = Ledger(other)
         for number in range(1, 4):
             assert written.add_epoch(epoch(number)) == "new"
+        written.put(TRIALS, pending("t", epochs_run=3))
         decided = {"arm": "a", "phase": "screen", "action": "stop", "reason": "behind"}
         written.put(DECISIONS, {"run": "r", "trial_id": "t", "epoch": 1, **decided})
         assert [row["trial_id"] for row in written.rows(TRIALS)] == ["t"]

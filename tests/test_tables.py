@@ -233,13 +233,13 @@ def test_a_study_that_was_changed_or_is_not_whole_is_refused(
 def test_what_a_study_says_comes_without_control_characters(tmp_path: Path) -> None:
     path = write(tmp_path / "r") / "study.json"
     record = json.loads(path.read_text())
-    record["study"]["question"] = "Is it\n\x1b[31mred\u202e?"
-    record["versions"] = {"tor\x07ch": ["2.0\x9b"]}
+    record["versions"] = {"tor\x07ch": "2.0\x9b"}
+    record["git_commit"] = "a\n\x1b[31mred\u202e?"
     path.write_text(json.dumps(record))
     study = load(path.parent).study
-    assert study["study"]["question"] == "Is it\n\u241b[31mred\ufffd?"
-    assert study["versions"] == {"tor\u2407ch": ["2.0\ufffd"]}
-    assert study["study"]["deviation"] == 0.001
+    assert study["git_commit"] == "a\n\u241b[31mred\ufffd?"
+    assert study["versions"] == {"tor\u2407ch": "2.0\ufffd"}
+    assert study["study"]["deviation"] == tiny().deviation
 
 
 def test_rows_keep_no_index_of_their_makers(tmp_path: Path) -> None:

@@ -5,17 +5,23 @@ SECURITY.md says what is promised, and against whom. Of Ray and of a run's folde
 
 import csv
 import gzip
+import hashlib
+import json
 import os
 import re
 import shutil
+import socket
+import sqlite3
 import subprocess
 import sys
 import tarfile
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from xml.etree import ElementTree
 
@@ -30,13 +36,18 @@ from rich.console import Console
 
 from conftest import altered, tiny
 from forms import SECRETS, SHORT
-from tune_kd import cli, records
+from oddities import at_once
+from tune_kd import cli, data, records, storage
+from tune_kd import run as runs
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace
+from tune_kd.mirror import Mirror
 from tune_kd.plan import plan
 from tune_kd.records import LEDGER, TRIALS, Ledger
-from tune_kd.study import Confirm
+from tune_kd.run import held
+from tune_kd.storage import Unexpected
+from tune_kd.study import Confirm, Mistake
 from tune_kd.trial import Epoch, digest
 from tune_kd.view import View
 
@@ -64,9 +75,286 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 # Code: `resume` and the file that a study names
 
+EVIL = """
+from pathlib import Path
+from conftest import tiny
+
+Path({marker!r}).touch()
+
+def study():
+    return tiny()
+"""
+NOT_EXECUTED = "only a study that is installed, or stands in the working directory, is executed without being named"
+
+
+@pytest.fixture
+def given(finished: Path, tmp_path: Path) -> Path:
+    """A run's folder as somebody hands it over, with its teachers."""
+    shutil.copytree(finished.parent, tmp_path / "results")
+    return tmp_path / "results" / finished.name
+
+
+@pytest.fixture
+def at_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands get as far as Ray, and no farther."""
+
+    def connect(*_: object) -> None:
+        raise Mistake("it would start Ray")
+
+    monkeypatch.setattr("tune_kd.execute.connection.connect", connect)
+
+
+def evil(folder: Path, name: str = "evil.py") -> tuple[Path, Path]:
+    """A study's file that leaves a mark where it is executed, and that mark."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, marker = folder / name, folder / "executed"
+    path.write_text(EVIL.format(marker=str(marker)))
+    return path, marker
+
+
+def names_file(run: Path, file: Path, digests: dict[str, str] | None = None) -> None:
+    source = {"file": str(file), "scale": "test", "data": None, "settings": [], "digests": digests}
+    altered(run / "study.json", lambda record: record.update(source=source))
+
+
+@pytest.mark.parametrize("more", [(), ("--extend",), ("--extend", "--set", "recipe.epochs=4")])
+@pytest.mark.parametrize("place", ["elsewhere", "results", "results/tiny", "/proc/self/cwd/results/tiny", "deep/down"])
+def test_resume_executes_no_file_that_only_the_record_names(
+    place: str, more: tuple[str, ...], given: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], at_ray: None
+) -> None:  # fmt: skip
+    file, marker = evil(Path.cwd() / place)
+    names_file(given, file)
+    before = fingerprint(given)
+    assert call(monkeypatch, "resume", "tiny", *more) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert NOT_EXECUTED in told and f"--study {file}" in told and "has no digest on record" in told
+    assert not marker.exists()
+    assert fingerprint(given) == before
+
+
+def test_a_file_that_is_as_it_was_is_not_executed_and_the_run_goes_on(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
+) -> None:
+    file, marker = evil(Path.cwd() / "elsewhere")
+    digests = {str(file): hashlib.sha256(file.read_bytes()).hexdigest()}
+    names_file(given, file, digests)
+    assert call(monkeypatch, "resume", "tiny") == 2
+    assert "it would start Ray" in capsys.readouterr().err and not marker.exists()
+    file.write_text(file.read_text() + "# and more")
+    assert call(monkeypatch, "resume", "tiny") == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "is not what it was when the run began" in told and not marker.exists()
+
+
+def test_a_file_that_the_caller_names_or_has_where_he_works_is_executed(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
+) -> None:
+    file, marker = evil(Path.cwd() / "elsewhere")
+    names_file(given, file)
+    assert call(monkeypatch, "resume", "tiny", "--study", str(file)) == 2
+    told = capsys.readouterr().err
+    assert marker.exists() and "was changed since it began: confirm.seeds was [1, 2, 3] and is [1, 2]" in told
+    for folder in (Path.cwd(), Path.cwd() / "search_spaces"):
+        file, marker = evil(folder, "mine.py")
+        names_file(given, file)
+        assert call(monkeypatch, "resume", "tiny") == 2
+        assert marker.exists() and "was changed since it began" in capsys.readouterr().err
+    assert call(monkeypatch, "resume", "tiny", "--study", "nowhere.py") == 2
+    assert "--study is 'nowhere.py'; allowed" in capsys.readouterr().err
+
+
 # Where things are sent
 
+
+@pytest.fixture
+def asked() -> Iterator[tuple[int, list[str]]]:
+    """A port on loopback, and who has connected to it."""
+    listener, found = socket.create_server(("127.0.0.1", 0)), []
+
+    def listen() -> None:
+        with suppress(OSError):
+            while True:
+                connection, who = listener.accept()
+                found.append(str(who))
+                connection.close()
+
+    thread = Thread(target=listen, daemon=True)
+    thread.start()
+    yield listener.getsockname()[1], found
+    listener.close()
+
+
+@pytest.mark.parametrize(
+    "command", [("status", "tiny"), ("status", "tiny", "--verify"), ("report", "tiny", "--format", "md"),
+                ("resume", "tiny"), ("list",), ("plan", *SMOKE)], ids=" ".join)  # fmt: skip
+def test_nothing_beside_results_says_where_they_are_sent(
+    command: tuple[str, ...], given: Path, monkeypatch: pytest.MonkeyPatch, at_ray: None,
+    asked: tuple[int, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    port, found = asked
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    monkeypatch.setenv("XDG_DATA_HOME", str(Path.cwd() / "mine"))
+    url = f"s3://bucket/kd?region=x&endpoint_override=127.0.0.1:{port}&scheme=http"
+    for folder in (given, given / "checkpoints", *given.parents):
+        if folder.is_relative_to(Path.cwd()):
+            folder.mkdir(exist_ok=True)
+            for name in (".mirror.json", "url.json"):
+                (folder / name).write_text(json.dumps({"url": url}))
+    code = call(monkeypatch, *command)
+    assert code == (2 if command[0] == "resume" else 0), capsys.readouterr().err
+    assert found == []
+
+
+def test_a_mirror_that_others_may_write_to_is_none(
+    given: Path, monkeypatch: pytest.MonkeyPatch, asked: tuple[int, list[str]]
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(Path.cwd() / "shared"))
+    home = Path.cwd() / "shared" / "tune_kd"
+    (home / "key").mkdir(parents=True)
+    shutil.copytree(given.parent, home / "key" / "results")
+    (home / "key" / "url.json").write_text(
+        json.dumps({"url": f"s3://bucket/kd?endpoint_override=127.0.0.1:{asked[0]}"})
+    )
+    assert Mirror.of(home / "key" / "results" / "tiny").url is not None
+    home.chmod(0o777)
+    assert Mirror.of(home / "key" / "results" / "tiny").url is None
+
+
+def test_no_token_is_sent_to_a_dashboard_that_results_name(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with held(given):
+        runs.tell_dashboard(given, "http://192.0.2.1:8265")
+        assert call(monkeypatch, "dashboard", "--write", "boards") == 2
+        told = capsys.readouterr().err
+        assert "http://192.0.2.1:8265, another machine" in told and "--address" in told
+        assert not Path("boards").exists()
+        assert call(monkeypatch, "dashboard", "--write", "boards", "--address", "http://192.0.2.1:8265") == 0
+        runs.tell_dashboard(given, "http://127.0.0.1:1")
+        assert call(monkeypatch, "dashboard", "--write", "boards") == 0
+
+
+def test_trackers_that_send_are_used_where_the_caller_says_so(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://192.0.2.1")
+    altered(given / "study.json", lambda record: record["settings"].update(track=["tensorboard", "wandb", "mlflow"]))
+    used: list[list[str]] = []
+    monkeypatch.setattr("tune_kd.launch.check_trackers", used.append)
+    assert call(monkeypatch, "resume", "tiny") == 2
+    assert used == [["tensorboard"]]
+    assert "wandb, mlflow showed this run; it goes on without, unless you say --track wandb" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert call(monkeypatch, "resume", "tiny", "--track", "wandb") == 2
+    assert used[1:] == [["wandb"]]
+
+
+def test_nothing_is_downloaded_to_a_folder_that_a_record_names(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(
+        Mistake, match=r"CIFAR-10 is not there any more, and nothing is downloaded to a folder that a rec"
+    ):
+        data.load("cifar10", tmp_path / "mine", cache=tmp_path / "cache", download=False)
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
 # Links
+
+
+def teacher_of(run: Path) -> Path:
+    return next(path.parent for path in (run.parent / "teachers").glob("*/answers"))
+
+
+PLACES: dict[str, Callable[[Path], Path]] = {
+    "the table of a teacher's answers": lambda run: next(teacher_of(run).glob("answers/*/*/logits.f32")),
+    "its digests": lambda run: next(teacher_of(run).glob("answers/*/*/digests.sha256")),
+    "a teacher's weights": lambda run: teacher_of(run) / "weights.safetensors",
+    "the lock of a teacher": lambda run: teacher_of(run) / ".lock",
+    "the count of commits": lambda run: run / "ledger.commits",
+    "the ledger": lambda run: run / LEDGER,
+    "the lock of the run": lambda run: run / ".lock",
+    "a table": lambda run: run / "trials.parquet",
+    "a file that nobody asked for": lambda run: run / "notes.txt",
+}
+FOLDERS: dict[str, Callable[[Path], Path]] = {
+    "all teachers": lambda run: run.parent / "teachers",
+    "a teacher": teacher_of,
+    "a teacher's answers": lambda run: teacher_of(run) / "answers",
+    "checkpoints": lambda run: run / "checkpoints",
+    "the report": lambda run: run / "report",
+    "the run itself": lambda run: run,
+}
+
+
+@pytest.mark.parametrize("what", [*PLACES, *FOLDERS])
+def test_resume_writes_through_no_link(
+    what: str, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    at_ray: None
+) -> None:  # fmt: skip
+    path, precious = (PLACES | FOLDERS)[what](given), tmp_path / "precious"
+    if path.exists():
+        path.rename(precious)
+    elif what in FOLDERS:
+        precious.mkdir()
+    else:
+        precious.write_text("precious")
+    path.symlink_to(precious)
+    before = fingerprint(precious)
+    assert call(monkeypatch, "resume", "tiny") == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"nothing is written through links, such as {path.relative_to(tmp_path)} (to {precious})" in told
+    assert fingerprint(precious) == before
+    assert call(monkeypatch, "status", "tiny", "--verify") == 3
+    assert "nothing is written through links" in " ".join(capsys.readouterr().out.split())
+    assert fingerprint(precious) == before
+
+
+def fingerprint(path: Path) -> dict[Path, tuple[int, bytes]]:
+    files = [
+        each
+        for each in (path, *path.rglob("*"))
+        if each.is_file() and not each.name.endswith(("-shm", "-wal", ".lock"))
+    ]
+    return {each: (each.stat().st_mtime_ns, each.read_bytes()) for each in files}
+
+
+@pytest.mark.parametrize("name", ["report", "report/tables", "report/figures"])
+def test_a_report_is_not_written_through_a_link(
+    name: str, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "arms.csv").write_text("precious")
+    (given / name).parent.mkdir(exist_ok=True)
+    (given / name).symlink_to(tmp_path / "precious")
+    assert call(monkeypatch, "report", "tiny", "--format", "csv") == 2
+    assert "is a link" in capsys.readouterr().err
+    assert [path.read_text() for path in (tmp_path / "precious").iterdir()] == ["precious"]
+
+
+def test_what_is_written_in_place_has_no_second_name(given: Path, tmp_path: Path) -> None:
+    """A hard link: from an archive that was unpacked without care, or a copy that shares its files."""
+    table = next(teacher_of(given).glob("answers/*/*/logits.f32"))
+    os.link(table, tmp_path / "precious")
+    with pytest.raises(Unexpected, match=r"logits.f32 has 1 more names, as hard links, expected a regular file|1 more"):
+        storage.write_at(table, 0, b"other")
+    os.link(given / LEDGER, tmp_path / "ledger")
+    with pytest.raises(Unexpected, match="1 more"):
+        Ledger(given / LEDGER)
+    with records.reading(given / LEDGER) as ledger:  # to look into it harms nobody
+        assert ledger.rows(TRIALS)
+
+
+def test_a_link_that_waits_under_the_name_of_a_file_aside_is_not_written_through(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (tmp_path / f".table.{os.getpid()}").symlink_to(precious)
+    storage.publish(tmp_path / "table", b"new")
+    assert (precious.read_text(), (tmp_path / "table").read_bytes()) == ("precious", b"new")
+
 
 # Secrets
 
@@ -307,6 +595,72 @@ def test_a_table_that_would_fill_the_memory_is_refused(kind: str, tmp_path: Path
     assert done.returncode == 2 and says in " ".join(done.stderr.split()), done.stderr
 
 
+JSON = ("study.json", "tables.json", "audit.json", "holder.json", "teachers/card.json")
+
+
+@pytest.mark.parametrize("name", JSON)
+@pytest.mark.parametrize("deep", ["[" * 200_000, '{"a":' * 200_000 + "1" + "}" * 200_000, "[" * 900 + "]" * 900])
+def test_json_of_any_depth_is_refused_or_passed_over(
+    name: str, deep: str, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
+) -> None:
+    path = given / name if "/" not in name else teacher_of(given) / "card.json"
+    path.write_text(deep)
+    for command in (("status", "tiny"), ("status", "tiny", "--verify"), ("report", "tiny", "--format", "md"),
+                    ("resume", "tiny"), ("list",), ("plan", *SMOKE)):  # fmt: skip
+        assert call(monkeypatch, *command) in (0, 2, 3), command
+        told = capsys.readouterr()
+        assert "Traceback" not in told.err and "error in tune_kd" not in told.err, command
+
+
+def declared(path: str, value: object) -> Callable[[dict[str, Any]], None]:
+    """A change of a field of the study, with the digest that fits it."""
+
+    def change(record: dict[str, Any]) -> None:
+        *way, last = path.split(".")
+        inner = record["study"]
+        for name in way:
+            inner = inner[int(name) if name.isdigit() else name]
+        inner[int(last) if last.isdigit() else last] = value
+        record["study_sha256"] = digest(record["study"])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("recipe.epochs", 10**9), ("teacher_recipe.epochs", 10**12), ("recipe.batch_size", 10**12),
+        ("confirm.looks", [2, 10**9]), ("confirm.seeds", list(range(100_000))), ("cell.width", 1e6),
+        ("factors.0.levels", ["cifar"] * 100_000), ("contrasts", [{"factor": "method", "treated": "logit",
+         "against": "none"}] * 100_000), ("question", "x" * 10**6), ("deviation", 1e-320 * 0), ("rate", 1e-300),
+        ("factors", [{"name": name, "levels": [float(each) for each in range(1, 101)]}
+                     for name in ("width", "temperature", "alpha", "beta")]),
+        ("tuning", {"ranges": [{"name": "temperature", "over": {"kind": "integer", "low": 1, "high": 10**12},
+                                "methods": None}]}),
+        ("tuning", {"ranges": [{"name": "lr", "over": {"kind": "uniform", "low": 0.01, "high": 1.0},
+                                "methods": None}], "budget": 10**9}),
+    ],
+)  # fmt: skip
+def test_declared_numbers_are_bounded_where_they_are_read(
+    field: str, value: object, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    altered(given / "study.json", declared(field, value))
+    for command, code in ((("status", "tiny", "--verify"), 3), (("report", "tiny"), 2), (("resume", "tiny"), 2)):
+        assert call(monkeypatch, *command) == code
+        told = capsys.readouterr()
+        assert "study.json" in told.out + told.err and "allowed" in told.out + told.err
+
+
+def test_a_look_that_is_not_declared_is_none(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    altered(given / "study.json", lambda record: record.update(look=1_000_000_000))
+    for command, code in ((("status", "tiny", "--verify"), 3), (("report", "tiny"), 2), (("resume", "tiny"), 2)):
+        assert call(monkeypatch, *command) == code
+        told = capsys.readouterr()
+        assert "look is 1000000000; allowed: 0 to 0" in " ".join((told.out + told.err).split())
+
+
 # What other programs make of our output
 
 NAMES = (
@@ -502,3 +856,57 @@ def test_a_run_named_like_a_place_elsewhere_names_no_file(tmp_path: Path) -> Non
 
 
 # A ledger that is a program
+
+
+def statements(path: Path, *sql: str) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("PRAGMA writable_schema=ON")
+        for each in sql:
+            connection.execute(each)
+
+
+ENDLESS = (
+    "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT * FROM real WHERE (SELECT max(x) FROM n)"
+)
+PROGRAMS = {
+    "a view without end": ("ALTER TABLE trials RENAME TO real", f"CREATE VIEW trials AS {ENDLESS}"),
+    "a trigger": ("CREATE TRIGGER t AFTER UPDATE ON trials BEGIN DELETE FROM epochs; END",),
+    "a trigger with a name of SQLite's": (
+        "CREATE TRIGGER t AFTER UPDATE ON trials BEGIN DELETE FROM epochs; END",
+        "UPDATE sqlite_master SET name = 'sqlite_t', sql = replace(sql, ' t ', ' sqlite_t ') WHERE name = 't'",
+    ),
+    "an index over an expression": ("CREATE INDEX i ON trials (abs(seed))",),
+    "a table of its own": ("CREATE TABLE more (x)",),
+}
+
+
+@pytest.mark.parametrize("what", PROGRAMS)
+def test_a_ledger_with_anything_but_its_tables_is_not_read(
+    what: str, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    statements(given / LEDGER, *PROGRAMS[what])
+    assert at_once(lambda: call(monkeypatch, "status", "tiny"), within=30) == 3
+    assert "its tables are not those that were made" in capsys.readouterr().err
+    assert at_once(lambda: call(monkeypatch, "status", "tiny", "--verify"), within=30) == 3
+    assert "its tables are not those that were made" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("epochs_run", "many"), ("val_accuracy", float("inf")), ("val_accuracy", 5.0), ("status", "won"), ("seed", None),
+     ("attempts", 2.5)],
+)  # fmt: skip
+def test_a_row_that_no_run_writes_is_not_read_though_its_check_sum_fits(
+    column: str, value: object, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with records.reading(given / LEDGER) as ledger:
+        row = ledger.rows(TRIALS)[0]
+    sum_ = records._crc(row | {column: value})
+    with closing(sqlite3.connect(given / LEDGER)) as connection, connection:
+        change = f"UPDATE trials SET {column} = ?, crc = ? WHERE trial_id = ?"
+        if not (column in ("epochs_run", "attempts", "seed") and value is None):
+            connection.execute("PRAGMA ignore_check_constraints=ON")
+        connection.execute(change, (value, sum_, row["trial_id"]))
+    assert call(monkeypatch, "status", "tiny") == 3
+    assert "which no run writes" in capsys.readouterr().err
+    assert call(monkeypatch, "status", "tiny", "--verify") == 3

@@ -113,7 +113,8 @@ def test_an_empty_ledger_is_no_ledger(run: Path) -> None:
 def test_a_ledger_of_another_plan_is_not_gone_on_with(run: Path) -> None:
     """As after an older study.json was put back: the ledger has what an extension added."""
     with closing(Ledger(run / LEDGER)) as ledger:
-        ledger.put(TRIALS, ledger.rows(TRIALS)[0] | {"trial_id": "f" * 16})
+        row = dict.fromkeys(TRIALS.only_completed) | {"trial_id": "f" * 16, "status": "pending", "epochs_run": 0}
+        ledger.put(TRIALS, ledger.rows(TRIALS)[0] | row)
     with pytest.raises(Mistake, match=r"not in the plan of .*study\.json: f{16}; put the study\.json or the ledger"):
         rebuild.opened(reopen(run), lambda _: None)
     finding = verify(run)[0]

@@ -37,7 +37,8 @@ def rank_correlations(records: Records, *, everywhere: bool = False) -> pd.DataF
     """How well a rung foretold the end: a row a run, stratum and rung, with Spearman's correlation of the validation
     accuracy then with that of the last epoch, and its 95 % interval, over the stratum's trials that ran to their end.
 
-    With `everywhere`, for every epoch, and `rung` is null where the study compared nothing. Trials that were stopped
+    With `everywhere`, for every epoch (of more than a thousand, for a thousand and the rungs), and `rung` is null where
+    the study compared nothing. Trials that were stopped
     are missing, so it tells of arms that were alike. Null for fewer than three trials, the interval for fewer than
     four.
     """
@@ -50,10 +51,12 @@ def rank_correlations(records: Records, *, everywhere: bool = False) -> pd.DataF
             stratum=[stratum(screen, row) for row in levels], budget=ended["epochs_planned"].astype(int)
         )
         for budget in named["budget"].unique().tolist():
-            curves, rungs = _curves(records.epochs, budget), screen.rungs(budget)
+            rungs = screen.rungs(budget)
+            wanted = _some(budget, rungs) if everywhere else rungs
+            curves = _curves(records.epochs, [*wanted, budget])
             for name, group in named[named["budget"] == budget].groupby("stratum", sort=False):
                 table = curves.reindex(pd.MultiIndex.from_frame(group[["run", "trial_id"]])).dropna()
-                for epoch in range(1, budget) if everywhere else rungs:
+                for epoch in wanted:
                     found = stats.rank_correlation(table[epoch].tolist(), table[budget].tolist())
                     rung = rungs.index(epoch) if epoch in rungs else None
                     row = {"run": run, "stratum": name, "epoch": epoch, "rung": rung, "n": found.n, "rho": found.rho}
@@ -61,11 +64,16 @@ def rank_correlations(records: Records, *, everywhere: bool = False) -> pd.DataF
     return typed(rows, "run stratum epoch rung n rho rho_low rho_high")
 
 
-def _curves(epochs: pd.DataFrame, budget: int) -> pd.DataFrame:
-    """Validation accuracy by (run, trial) and epoch, up to the budget."""
-    kept = epochs[epochs["epoch"] <= budget]
+def _some(budget: int, rungs: list[int]) -> list[int]:
+    """Epochs before the last of a budget: all, or a thousand of them and the rungs."""
+    return sorted({*range(1, budget, -(-budget // 1000)), *rungs})
+
+
+def _curves(epochs: pd.DataFrame, wanted: list[int]) -> pd.DataFrame:
+    """Validation accuracy by (run, trial) and epoch, for the epochs that are wanted."""
+    kept = epochs[epochs["epoch"].isin(wanted)]
     table = kept.pivot(index=["run", "trial_id"], columns="epoch", values="val_accuracy").astype("float64")
-    return table.reindex(columns=range(1, budget + 1))
+    return table.reindex(columns=wanted)
 
 
 def noise_margins(records: Records, study: Study) -> list[float]:
@@ -79,7 +87,7 @@ def noise_margins(records: Records, study: Study) -> list[float]:
                       & (trials["status"] == "completed") & (trials["epochs_planned"] == budget)
                       & (trials["dataset"].isna() | (trials["dataset"] == study.data.name))
                       & (trials["scale"].isna() | (trials["scale"] == study.scale))]  # fmt: skip
-    curves = _curves(records.epochs, budget)
+    curves = _curves(records.epochs, [*rungs, budget])
     groups = [curves.reindex(pd.MultiIndex.from_frame(of_arm[["run", "trial_id"]])).dropna()
               for _, of_arm in controls.groupby(["run", "arm"])]  # fmt: skip
     if not rungs:

@@ -34,14 +34,15 @@ def load_pixels(
     cache: Path | None = None,
     say: Say,
     progress: bool,
+    download: bool = True,
     origin: batches.Origin | None = None,
 ) -> Pixels:
     """All images of a form from `folder`, decoded, or from the cache if the same source was decoded before.
 
     `folder` exists and is one of: a folder with torchvision's files (the form's folder or its archive), downloaded to
-    it from `origin` if it holds neither; a folder of pictures, or a .tar, .tar.gz or .tar.xz of one (see
-    `tune_kd.pictures`); None for the cache folder. `cache` is by default `default_cache()`. A source is the same while
-    path, sizes and modification times are.
+    it from `origin` if it holds neither and `download` allows it; a folder of pictures, or a .tar, .tar.gz or .tar.xz
+    of one (see `tune_kd.pictures`); None for the cache folder. `cache` is by default `default_cache()`. A source is the
+    same while path, sizes and modification times are.
 
     Raises `Mistake` for data that are missing, incomplete, damaged or hostile, and for a failed download.
     """
@@ -57,7 +58,7 @@ def load_pixels(
     stored = cache / f"{name}-{hashlib.sha256(str(where).encode()).hexdigest()[:16]}.safetensors"
     try:
         with _alone(stored.with_suffix(".lock"), say) as writable:
-            identity, read = _source(where, form, origin, say, progress)
+            identity, read = _source(where, form, origin, say, progress, download)
             pixels = _cached(stored, identity, say)
             if pixels is None:
                 pixels = read()
@@ -93,7 +94,7 @@ def _alone(lock: Path, say: Say) -> Iterator[bool]:
 
 
 def _source(
-    where: Path, form: batches.Form, origin: batches.Origin | None, say: Say, progress: bool
+    where: Path, form: batches.Form, origin: batches.Origin | None, say: Say, progress: bool, download: bool
 ) -> tuple[str, Read]:
     """What lies at `where`: a text that changes when its content does, and a function that decodes it."""
     if where.name != form.archive and pictures.is_archive(where):
@@ -123,6 +124,9 @@ def _source(
         return identity, lambda: batches.read_folder(folder, known)
     archive = where if where.name == form.archive else where / form.archive
     if not archive.exists():
+        if not download:
+            raise Mistake(f"--data-dir {where}: {form.title} is not there any more, and nothing is downloaded to a "
+                          "folder that a record names; put the data back there")  # fmt: skip
         batches.download(known, archive, say, progress=progress)
     return _stamp(archive), lambda: batches.read_archive(archive, known)
 

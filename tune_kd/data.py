@@ -144,13 +144,15 @@ def load(
     cache: Path | None = None,
     say: Callable[[str], None] = _to_stderr,
     progress: bool = True,
+    download: bool = True,
 ) -> DataSet:
     """Load the data set `name` (one of DATA_SETS), split it, and keep as many images of each part as asked for.
 
     `train`, `validation` and `test` are sizes in images; None keeps the whole part. A smaller part is
     balanced over the classes, fixed by `split_seed`, and contained in every larger one. `folder` is where
     CIFAR-10 or CIFAR-100 is or shall be (see `tune_kd.cifar.load_pixels`); digits ship with scikit-learn. `cache` is
-    the folder for decoded images. `say` receives sentences for the user; `progress` shows bars on a terminal.
+    the folder for decoded images. `say` receives sentences for the user; `progress` shows bars on a terminal;
+    without `download` CIFAR has to be there.
 
     Raises `Mistake` for an unknown name, impossible sizes, and data that are missing, cut or damaged.
     """
@@ -165,7 +167,7 @@ def load(
         if folder is not None:
             say(f"The digits come with scikit-learn: {folder} is not read.")
         return _digits(wanted, split_seed)
-    pixels = load_pixels(folder, form=FORMS[name], cache=cache, say=say, progress=progress)
+    pixels = load_pixels(folder, form=FORMS[name], cache=cache, say=say, progress=progress, download=download)
     return _cifar(name, recognised(pixels, name), wanted, split_seed)
 
 

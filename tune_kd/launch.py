@@ -158,11 +158,11 @@ def _say(console: Console, sentence: str) -> None:
     console.print(sentence, soft_wrap=True)
 
 
-def load_data(study: Study, folder: Path | None, console: Console) -> "DataSet":
+def load_data(study: Study, folder: Path | None, console: Console, *, download: bool = True) -> "DataSet":
     """Load the data once, before Ray starts: what is wrong with them is told now."""
     from tune_kd.data import load_declared
 
-    return load_declared(study.data, folder, say=lambda sentence: _say(console, sentence))
+    return load_declared(study.data, folder, say=lambda sentence: _say(console, sentence), download=download)
 
 
 def check_trackers(names: list[str] | None) -> None:
@@ -172,6 +172,16 @@ def check_trackers(names: list[str] | None) -> None:
         from tune_kd.execute import trackers
 
         trackers.check(names)
+
+
+def trackers_unasked(recorded: list[str]) -> list[str]:
+    """Of the trackers that a run began with, those that send nothing anywhere, and so are used unasked when it is
+    resumed: its record may be anybody's."""
+    sends = {
+        "mlflow": bool(os.environ.get("MLFLOW_TRACKING_URI")),
+        "wandb": os.environ.get("WANDB_MODE") not in ("offline", "disabled"),
+    }
+    return [name for name in recorded if not sends.get(name, False)]
 
 
 def check_compiler(study: Study | None) -> None:

@@ -21,10 +21,10 @@ PLAIN = {
 BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
 
 # The epochs of 10,000 trials with 100 each are a million rows of 16 columns, and 150 MB.
-MOST_ROWS = 2**24
+MOST_ROWS = 2**21
 MOST_COLUMNS = 1000
-MOST_VALUES = 2**28  # of all columns
-MOST_BYTES = 2**31  # of all pages unpacked, and of all values
+MOST_VALUES = 2**25  # of all columns
+MOST_BYTES = 2**30  # of all pages unpacked, and of all values
 MOST_PAGES = 2**17  # that million rows has 300
 MOST_FOOTER_BYTES = 2**23  # of metadata: 150 for each column of each group of rows
 MOST_DEPTH = 16  # of what is in one another there

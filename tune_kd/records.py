@@ -400,8 +400,17 @@ class Ledger:
         found = [text for (text,) in self._read("PRAGMA integrity_check(3)", [])]
         if found != ["ok"]:
             raise Damaged(f"{self.path} is damaged ({'; '.join(found)})")
-        for schema in SCHEMAS:
-            self.rows(schema)
+        trials, _, epochs = (self.rows(schema) for schema in SCHEMAS)
+        theirs: dict[str, list[int]] = {}
+        for row in epochs:
+            theirs.setdefault(row["trial_id"], []).append(row["epoch"])
+        for row in trials:
+            has, says = theirs.pop(row["trial_id"], []), row["epochs_run"]
+            if sorted(has) != list(range(1, (says or 0) + 1)):
+                what = f"{row['arm']} seed {row['seed']} says {says} epochs and has {len(has)}"
+                raise Damaged(f"{self.path} is damaged: {what}")
+        if theirs:
+            raise Damaged(f"{self.path} is damaged: it holds epochs of {next(iter(theirs))}, and no such trial")
         held = self.held()
         if at_least is not None and held < at_least:
             raise Damaged(f"{self.path} holds {held} transactions, and {at_least} were committed: its end was lost")
@@ -504,7 +513,8 @@ def commits(folder: Path) -> int | None:
 def count_of(text: bytes) -> int | None:
     """The inverse of `counted`; null where the text was altered."""
     count, _, crc = text.rstrip(b"\n").partition(b" ")
-    return int(count) if count.isdigit() and crc == b"%08x" % zlib.crc32(count) else None
+    whole = count.isdigit() and len(count) <= 18 and crc == b"%08x" % zlib.crc32(count)
+    return int(count) if whole else None
 
 
 def counted(count: int) -> bytes:
@@ -517,9 +527,11 @@ def digests(folder: Path) -> dict[str, list[str]] | None:
     """The SHA-256 that each table of a run may have, by file name. Null where no whole record says so."""
     path = folder / DIGESTS
     try:
-        return unsealed(read(path, MOST_RECORD_BYTES), path) if path.is_file() else None
+        found = unsealed(read(path, MOST_RECORD_BYTES), path) if path.is_file() else None
     except Damaged:
         return None
+    whole = found is not None and all(isinstance(each, list) for each in found.values())
+    return found if whole else None
 
 
 def first_row(run: str, trial: Trial) -> Row:

@@ -203,7 +203,7 @@ def _digested(study: Path) -> bool:
     """Whether the run of a `study.json` has digests of its tables, as all have since they were introduced."""
     try:
         return int(unsealed(read(study, MOST_RECORD_BYTES), study).get("layout", 1)) >= LAYOUT
-    except (Damaged, OSError, TypeError, ValueError):
+    except (Damaged, OSError, OverflowError, TypeError, ValueError):
         return True
 
 
@@ -284,10 +284,11 @@ def _type_problem(name: str, column: "pd.Series[Any]", kind: type) -> str | None
     return None
 
 
-def _told(name: str, wrong: "pd.Series[Any]", total: int, expected: str) -> str:
-    """A sentence with the number of rows that break a rule, and some of them."""
+def _told(name: str, wrong: "pd.Series[Any]", total: int, expected: str, count: int | None = None) -> str:
+    """A sentence with the number of rows that break a rule (of `wrong`, by default), and some of them."""
     examples = ", ".join(f"{_plain(value)!r} in row {row}" for row, value in wrong.head(EXAMPLES).items())
-    return f"{name}: {len(wrong):,} of {total:,} rows break a rule; got {examples}; expected {expected}"
+    count = len(wrong) if count is None else count
+    return f"{name}: {count:,} of {total:,} rows break a rule; got {examples}; expected {expected}"
 
 
 def _plain(value: Any) -> Any:
@@ -320,8 +321,8 @@ def _broken(schema: Schema, table: pd.DataFrame) -> Iterator[str]:
             expected = "completed only where all planned epochs ran"
             yield _told("epochs_run", table.loc[short, "epochs_run"], len(table), expected)
     if (twice := table.duplicated(list(schema.key))).any():
-        keys = table.loc[twice, list(schema.key)].apply(tuple, axis=1)
-        yield _told(", ".join(schema.key), keys, len(table), "each of them once")
+        keys = table.loc[twice, list(schema.key)].head(EXAMPLES).apply(tuple, axis=1)
+        yield _told(", ".join(schema.key), keys, len(table), "each of them once", int(twice.sum()))
 
 
 def _strays(trials: pd.DataFrame, epochs: pd.DataFrame) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """Is everything in a run's folder what was written? From the plan down to the answers of its teachers; nothing is
 changed."""
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from tune_kd import answers, rebuild, run, teachers
 from tune_kd.checkpoints import Checkpoints
 from tune_kd.growth import grown
 from tune_kd.price import IMAGES
-from tune_kd.records import COMMITS, EPOCHS, LEDGER, SCHEMAS, TRIALS, Row, commits, reading
+from tune_kd.records import COMMITS, LEDGER, SCHEMAS, TRIALS, Row, commits, reading
 from tune_kd.storage import Unexpected
 from tune_kd.study import Mistake
 from tune_kd.tables import load, without_advice
@@ -34,13 +33,12 @@ def verify(folder: Path) -> list[Finding]:
         return [Finding("plan", problem, "nothing else can be judged before") for problem in mistake.problems]
     wrong = rebuild.wrong_with(folder)
     rows: list[Row] = []
-    epochs: list[Row] = []
     if wrong is None and (folder / LEDGER).is_file():
         with reading(folder / LEDGER) as ledger:
-            rows, epochs = ledger.rows(TRIALS), ledger.rows(EPOCHS)
+            rows = ledger.rows(TRIALS)
     return [
         *_links(opened),
-        *_ledger(opened, wrong, rows, epochs),
+        *_ledger(opened, wrong, rows),
         *_tables(folder, wrong),
         *_checkpoints(opened),
         *_teachers(opened, rows),
@@ -55,7 +53,7 @@ def _links(opened: run.Run) -> Iterator[Finding]:
             yield Finding("links", problem, "`tune_kd resume` writes nothing while they are there")
 
 
-def _ledger(opened: run.Run, wrong: str | None, rows: list[Row], epochs: list[Row]) -> Iterator[Finding]:
+def _ledger(opened: run.Run, wrong: str | None, rows: list[Row]) -> Iterator[Finding]:
     folder = opened.folder
     if wrong is not None:
         try:
@@ -72,14 +70,6 @@ def _ledger(opened: run.Run, wrong: str | None, rows: list[Row], epochs: list[Ro
     if strange:  # those that it lacks come when a driver takes over
         what = f"it holds trials that are not in the plan: {', '.join(sorted(strange))}"
         yield Finding("ledger", what, "put the study.json or the ledger back that belongs to the other")
-    counts = Counter(row["trial_id"] for row in epochs)
-    last: dict[str, int] = {}
-    for row in epochs:
-        last[row["trial_id"]] = max(row["epoch"], last.get(row["trial_id"], 0))
-    for row in rows:
-        if not row["epochs_run"] == counts[row["trial_id"]] == last.get(row["trial_id"], 0):
-            what = f"{row['arm']} seed {row['seed']} says {row['epochs_run']} epochs and has {counts[row['trial_id']]}"
-            yield Finding("ledger", what, "put the ledger back from a copy")
 
 
 def _tables(folder: Path, wrong: str | None) -> Iterator[Finding]:

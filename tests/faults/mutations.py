@@ -526,9 +526,11 @@ def _table(path: Path, stranger: Stranger, chance: Chance) -> str:
             {"store_schema": False},
         ])  # fmt: skip
         what = f"written with {options}"
+    before = path.read_bytes()
     try:
         pq.write_table(table, path, **{"write_page_checksum": True, **options})
     except (pa.ArrowException, ValueError, TypeError, OSError) as error:
+        path.write_bytes(before)  # pyarrow has removed it
         return f"{what}, which could not be written ({type(error).__name__}); {flipped(path, chance)}"
     return what
 

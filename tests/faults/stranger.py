@@ -503,7 +503,7 @@ def fingerprint(stranger: Stranger) -> dict[str, Any]:
             continue
         at = path.lstat()
         content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() and at.st_size < 2**28 else ""
-        found[str(path.relative_to(stranger.root))] = (at.st_mode, at.st_nlink if path.is_file() else 0, content)
+        found[str(path.relative_to(stranger.root))] = (at.st_mode, content)
     return found
 
 

@@ -169,12 +169,14 @@ def resume(
         problems.append("--set is given; allowed: with --extend only, since a run keeps the study that it began with")
     collect(problems, lambda: launch.check_compiler(reopened.study))
     asked = collect(problems, lambda: shares.parse_gpus(gpus_per_trial))
-    collect(problems, lambda: launch.check_trackers(track))
+    recorded = reopened.settings.get("track") or []
+    tracked = launch.trackers_unasked(recorded) if track is None else track
+    collect(problems, lambda: launch.check_trackers(tracked))
     given = {
         "gpus_per_trial": asked,
         "cpus_per_trial": cpus_per_trial,
         "max_concurrent": max_concurrent,
-        "track": track,
+        "track": tracked,
     }
     share = SHARES | reopened.settings | {name: value for name, value in given.items() if value is not None}
     collect(
@@ -184,6 +186,12 @@ def resume(
     collect(problems, lambda: environment.check_places(address))
     if problems:
         raise Mistake(*dict.fromkeys(problems))
+    if track is None and (silent := [name for name in recorded if name not in tracked]):
+        console.print(
+            f"{', '.join(silent)} showed this run; it goes on without, unless you say --track {silent[0]}: where "
+            "results are sent is for you to say, and not for their record",
+            soft_wrap=True,
+        )
     with runs.held(reopened.folder):  # whoever else holds it is told of before anything is read or changed
         reopened = runs.reopen(reopened.folder)
         reopened = reopened if file is None else runs.with_file(reopened, file)
@@ -194,7 +202,8 @@ def resume(
                 f"RUN is {reopened.name}, whose study was changed since it began: {'; '.join(changes)}. Put the study "
                 "back, start a new run, or, where only seeds or levels were added, resume with --extend"
             )
-        loaded = launch.load_data(reopened.study, reopened.data_dir, console)
+        # To a folder that only the record names nothing is written.
+        loaded = launch.load_data(reopened.study, reopened.data_dir, console, download=reopened.data_dir is None)
         if loaded.digest != reopened.data_digest:
             raise Mistake(
                 f"RUN is {reopened.name}, begun on data with the digest {reopened.data_digest[:16]}; the data now have "
