@@ -232,8 +232,9 @@ class Ledger:
         self.path = path
         self._tables_at = -math.inf  # when this made the tables, by the monotonic clock
         self._writes: list[Write] | None = None  # of the transaction that is open
-        for end in ASIDE:
-            check_regular(path.with_name(f"{path.name}{end}"), MOST_LEDGER_BYTES, writes=not read_only)
+        for end in ASIDE:  # whoever reads writes into one of them, too
+            writes = not read_only or end == "-shm"
+            check_regular(path.with_name(f"{path.name}{end}"), MOST_LEDGER_BYTES, writes=writes)
         if read_only:
             # SQLite writes beside a ledger in order to read it. Whoever may not do so reads it as it stands, which is
             # right while no driver has its write-ahead log there.
