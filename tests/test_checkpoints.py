@@ -7,6 +7,7 @@ import torch
 
 from tune_kd import storage
 from tune_kd.checkpoints import Checkpoints, pack, unpack
+from tune_kd.storage import Damaged
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -24,6 +25,22 @@ def test_tensors_and_notes_come_back_as_they_were() -> None:
     assert torch.equal(tensors["weight"], state(1.5)["weight"])
     assert tensors["count"].dtype == torch.int64
     assert notes == {"rows": [{"epoch": 1, "loss": 0.1}]}
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff" * 16, (2).to_bytes(8, "little") + b"{}", (9).to_bytes(8, "little") + b"[" * 9,
+             pack({}, {})[:-1], pack({"a": torch.zeros(9)}, {})[:-1]]
+)  # fmt: skip
+def test_what_is_no_state_is_damaged(data: bytes) -> None:
+    with pytest.raises(Damaged, match="it holds no tensors with notes"):
+        unpack(data)
+
+
+def test_a_file_of_another_name_is_no_state(tmp_path: Path) -> None:
+    data = pack(state(1), {})
+    for name in ("000001-.safetensors", f"9-{'0' * 64}.safetensors", f"000009-{'0' * 64}.safetensors.part"):
+        (tmp_path / name).write_bytes(data)
+    assert Checkpoints(tmp_path).load() is None and list(tmp_path.glob("*.damaged")) == []
 
 
 def test_the_newest_state_is_loaded_and_two_are_kept(tmp_path: Path) -> None:

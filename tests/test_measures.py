@@ -162,6 +162,16 @@ def test_the_audit_gives_the_rank_correlation_of_each_rung_with_the_end_in_each_
     assert everywhere["rung"].isna().sum() == 2
 
 
+def test_of_long_trials_a_thousand_epochs_are_looked_at_and_the_rungs(study: Study) -> None:
+    """A study may be anybody's, and declare a million epochs."""
+    study = replace(study, recipe=Recipe(epochs=2500), screen=Screen(grace=100, reduction=5))
+    some = curves({f"cifar/none {seed}": [0.1 * seed] * 2500 for seed in range(3)}, study)
+    table = audit.rank_correlations(some, everywhere=True)
+    epochs = table["epoch"].tolist()
+    assert 800 < len(epochs) <= 1002 and {1, 100, 500} <= set(epochs) and max(epochs) < 2500
+    assert table.loc[table["rung"].notna(), "epoch"].tolist() == [100, 500] and (table["n"] == 3).all()
+
+
 def test_margins_come_from_the_spread_of_controls_between_seeds(study: Study) -> None:
     study = replace(study, recipe=Recipe(epochs=4), screen=Screen(grace=1, reduction=2))
     some = curves(

@@ -1,14 +1,18 @@
 """Files are written whole or not at all, hiccups are outlived, and named places let a test kill who passes them."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tune_kd import faults, storage
-from tune_kd.storage import Damaged, patiently, publish, sealed, unsealed, write_at
+from tune_kd.storage import MOST_DEPTH, Damaged, links, parsed, patiently, publish, sealed, unsealed, write_at
 
 
 @pytest.fixture(autouse=True)
@@ -114,3 +118,33 @@ def test_a_named_place_kills_at_the_pass_that_was_asked_for_and_costs_nothing_el
 def test_every_named_place_is_passed_somewhere() -> None:
     source = "".join(path.read_text() for path in (Path(faults.__file__).parent).rglob("*.py"))
     assert all(source.count(f'point("{name}")') == 1 for name in faults.POINTS)
+
+
+@given(st.integers(0, 2 * MOST_DEPTH), st.lists(st.booleans(), min_size=2 * MOST_DEPTH, max_size=2 * MOST_DEPTH))
+def test_json_is_parsed_up_to_a_depth(depth: int, lists: list[bool]) -> None:
+    value: Any = 1
+    for is_list in lists[:depth]:
+        value = [value, 2] if is_list else {"a": value, "b": 2}
+    if depth < MOST_DEPTH:
+        assert parsed(json.dumps(value)) == value
+    else:
+        with pytest.raises(ValueError, match=f"nested more than {MOST_DEPTH} levels deep"):
+            parsed(json.dumps(value))
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, "[" * 5000 + "]" * 5000, b"\xff", "", "{"])
+def test_what_is_no_json_is_one_kind_of_error(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        parsed(text)
+    with pytest.raises(Damaged, match="name cannot be read"):
+        unsealed(text if isinstance(text, bytes) else text.encode(), Path("name"))
+
+
+def test_links_are_found_at_any_depth_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "nowhere").symlink_to(tmp_path / "missing")
+    (tmp_path / "a" / "file").write_text("")
+    assert sorted(links(tmp_path)) == [tmp_path / "a" / "b" / "up", tmp_path / "a" / "nowhere"]
+    assert list(links(tmp_path / "a" / "b" / "up")) == [tmp_path / "a" / "b" / "up"]
+    assert list(links(tmp_path / "missing")) == []

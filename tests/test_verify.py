@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sqlite3
 import tempfile
 from collections import namedtuple
 from contextlib import closing, suppress
@@ -273,3 +274,17 @@ def test_a_teacher_that_was_put_there_with_too_few_epochs_is_refused_before_anyt
     altered(home / "card.json", lambda card: card["epochs"].pop(0))
     with pytest.raises(Mistake, match=f"has 1 epochs, and the teacher of this study 2; remove {home} to have"):
         preflight.check(opened, [], 2)
+
+
+@pytest.mark.parametrize("lost", ["DELETE FROM trials", "DELETE FROM epochs", "DELETE FROM epochs WHERE epoch = 1"])
+def test_a_ledger_whose_tables_do_not_fit_each_other_is_made_again(run: Path, lost: str) -> None:
+    """Each row has its check sum; what is missing has none."""
+    with reading(run / LEDGER) as ledger:
+        before = ledger.rows(EPOCHS), ledger.rows(TRIALS)
+    with closing(sqlite3.connect(run / LEDGER)) as connection, connection:
+        connection.execute(lost)
+    (finding,) = verify(run)
+    assert finding.part == "ledger" and "makes it again from the tables" in finding.remedy
+    with closing(rebuild.opened(reopen(run), lambda _: None)) as ledger:
+        assert (ledger.rows(EPOCHS), ledger.rows(TRIALS)) == before
+    assert verify(run) == []

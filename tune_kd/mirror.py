@@ -49,8 +49,11 @@ class Mirror:
     def of(cls, path: Path) -> "Mirror":
         """The mirror that a path is in. Raises `Damaged` where the URL of that cannot be read."""
         here = Path(os.path.abspath(path))
-        home = _home()
-        if home is None or not here.is_relative_to(home):
+        try:
+            home = _home()
+        except Mistake:  # without a home nobody has a mirror
+            return cls(here)
+        if not here.is_relative_to(home):
             return cls(here)
         key, *inside = here.relative_to(home).parts or ("",)
         if inside[:1] != [RESULTS] or not _is_ours(home) or not _is_ours(mark := home / key / MARK):
@@ -168,9 +171,7 @@ def local(place: str) -> Path:
         _store(place)
     except (OSError, ValueError) as error:
         raise Mistake(f"--out is {place}, which cannot be reached ({_first(error)})") from error
-    environment.home()
     home = _home()
-    assert home is not None
     what = json.dumps([parts.scheme, parts.netloc, parts.path.strip("/"), parse_qs(query).get("endpoint_override")])
     readable = re.sub("[^A-Za-z0-9]+", "-", f"{parts.scheme} {parts.netloc} {parts.path}").strip("-")[:60]
     root = home / f"{readable}-{hashlib.sha256(what.encode()).hexdigest()[:16]}" / RESULTS
@@ -187,12 +188,10 @@ def local(place: str) -> Path:
     return root
 
 
-def _home() -> Path | None:
-    """The folder of all mirrors; null where this user has no home to have it in."""
+def _home() -> Path:
+    """The folder of all mirrors. Raises `Mistake` where this user has no home to have it in."""
     base = os.environ.get("XDG_DATA_HOME", "")
-    with suppress(Mistake):
-        return (Path(base) if os.path.isabs(base) else environment.home() / ".local" / "share") / "tune_kd"
-    return None
+    return (Path(base) if os.path.isabs(base) else environment.home() / ".local" / "share") / "tune_kd"
 
 
 def _is_ours(path: Path) -> bool:

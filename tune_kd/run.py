@@ -50,6 +50,7 @@ from tune_kd.trial import digest
 PACKAGES = ("tune_kd", "torch", "torchvision", "ray", "numpy", "pandas", "pyarrow", "scipy")
 RESERVED = ("teachers",)
 UNSEEN = 150.0  # seconds after which a driver elsewhere, which sends every 30, is taken for dead
+MOST_SOURCE_BYTES = 2**22  # of a file of a study, to be compared and not executed
 PATIENCE = 2.0  # seconds for which another driver may hold a run before this one gives up
 
 
@@ -72,7 +73,7 @@ class Source:
         """Whether the files of the study hold what they did when the run began. Executes nothing."""
         try:
             return bool(self.digests) and all(
-                hashlib.sha256(read(Path(path), MOST_RECORD_BYTES)).hexdigest() == digest
+                hashlib.sha256(read(Path(path), MOST_SOURCE_BYTES)).hexdigest() == digest
                 for path, digest in (self.digests or {}).items()
             )
         except (OSError, ValueError):

@@ -56,6 +56,14 @@ class _Settings(_Part):
     track: Annotated[list[Name], Field(max_length=100)] | None = None
 
 
+class _Source(_Part):
+    file: Annotated[str, Field(max_length=10_000)]
+    scale: Name
+    data: Name | None = None
+    settings: Annotated[list[str], Field(max_length=1000)] = []
+    digests: Annotated[dict[str, Name], Field(max_length=100)] | None = None
+
+
 class _Record(_Part):
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     study: dict[str, Any]
@@ -70,6 +78,7 @@ class _Record(_Part):
     searches: Some[Search] = []
     trials: Some[Name] = []
     settings: _Settings = _Settings()
+    source: _Source | None = None
     created: Name | None = None
     git_commit: Name | None = None
     versions: dict[Name, Name] | None = None
