@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "price": {"trial"},
     "schedule": {"study", "trial"},
     "checkpoints": {"clock", "faults", "mirror", "storage"},
-    "records": {"clock", "faults", "trial", "storage", "characters"},
+    "records": {"clock", "faults", "trial", "storage", "characters", "parquet"},
     "foreign": {"study", "plan"},
     "parquet": set(),
     "tables": {

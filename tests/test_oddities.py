@@ -139,7 +139,7 @@ def test_a_table_that_is_no_file_is_refused(kind: str, name: str, results: Path,
         shutil.copy(each, others / f"p_{each.name}")
     for prefix, path in ((results, results / f"{name}.parquet"), (others / "p", others / f"p_{name}.parquet")):
         put(kind, path)
-        assert f"{path} {ODDITIES[kind]} 4,294,967,296 bytes" in refusal(lambda prefix=prefix: tables.load(prefix))
+        assert f"{path} {ODDITIES[kind]} 1,073,741,824 bytes" in refusal(lambda prefix=prefix: tables.load(prefix))
 
 
 @pytest.mark.parametrize("kind", [each for each in ODDITIES if each != "folder"])  # over which nothing is renamed

@@ -12,7 +12,20 @@ import pytest
 from conftest import altered, tiny
 from forms import SECRETS
 from tune_kd.records import LEDGER, TRIALS, Ledger, first_row
-from tune_kd.run import Run, Source, begun, changes, check_new, create, extended, held, holder, record_extension, reopen
+from tune_kd.run import (
+    Run,
+    Source,
+    begun,
+    changes,
+    check_new,
+    create,
+    extended,
+    find,
+    held,
+    holder,
+    record_extension,
+    reopen,
+)
 from tune_kd.study import Confirm, Mistake, Study
 from tune_kd.trial import digest
 
@@ -340,3 +353,11 @@ def test_a_run_that_an_earlier_state_of_this_version_began_is_told_of_with_where
         Mistake, match=r"at commit abc123, which allowed what .* not \(moderator is 'temperature', .*; fin"
     ):
         reopen(run.folder)
+
+
+def test_a_run_that_is_named_from_inside_has_its_teachers_beside_it(made: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (made.folder / "deep").mkdir()
+    for here, name in ((made.folder, "."), (made.folder / "deep", "..")):
+        monkeypatch.chdir(here)
+        assert find(Path("results"), name) == made.folder
+        assert reopen(find(Path("results"), name)).teachers == made.teachers

@@ -12,6 +12,7 @@ import re
 import shutil
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import tarfile
@@ -39,6 +40,7 @@ from forms import SECRETS, SHORT
 from oddities import at_once
 from tune_kd import cli, data, records, storage
 from tune_kd import run as runs
+from tune_kd.execute import trackers
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace
@@ -46,7 +48,7 @@ from tune_kd.mirror import Mirror
 from tune_kd.plan import plan
 from tune_kd.records import LEDGER, TRIALS, Ledger
 from tune_kd.run import held
-from tune_kd.storage import Unexpected
+from tune_kd.storage import Damaged, Unexpected
 from tune_kd.study import Confirm, Mistake
 from tune_kd.trial import Epoch, digest
 from tune_kd.view import View
@@ -346,6 +348,11 @@ def test_what_is_written_in_place_has_no_second_name(given: Path, tmp_path: Path
         Ledger(given / LEDGER)
     with records.reading(given / LEDGER) as ledger:  # to look into it harms nobody
         assert ledger.rows(TRIALS)
+    shared = given / f"{LEDGER}-shm"  # but for this, into which a reader writes
+    shared.write_bytes(b"")
+    os.link(shared, tmp_path / "shared")
+    with pytest.raises(Unexpected, match="1 more"), records.reading(given / LEDGER):
+        pass
 
 
 def test_a_link_that_waits_under_the_name_of_a_file_aside_is_not_written_through(tmp_path: Path) -> None:
@@ -910,3 +917,126 @@ def test_a_row_that_no_run_writes_is_not_read_though_its_check_sum_fits(
     assert call(monkeypatch, "status", "tiny") == 3
     assert "which no run writes" in capsys.readouterr().err
     assert call(monkeypatch, "status", "tiny", "--verify") == 3
+
+
+def circular(path: Path) -> None:
+    """Have the pages of the trials lead back to the same rows, 400 times at each of four levels."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (root,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'trials'").fetchone()
+        ((size,), (count,)) = (connection.execute(f"PRAGMA page_{what}").fetchone() for what in ("size", "count"))
+    data = bytearray(path.read_bytes())
+
+    def leading_to(child: int) -> bytes:
+        page, at = bytearray(size), size
+        for number in range(400):
+            at -= 6
+            page[at : at + 6] = struct.pack(">IBB", child, 0x80 | (number + 1) >> 7, (number + 1) & 127)
+            page[12 + 2 * number : 14 + 2 * number] = struct.pack(">H", at)
+        page[:12] = struct.pack(">BHHHBI", 5, 0, 400, at, 0, child)
+        return bytes(page)
+
+    first = data[(root - 1) * size : root * size]
+    pages, child = [first], count + 1
+    for _ in range(3):
+        pages.append(leading_to(child))
+        child += 1
+    for page in pages:
+        data += page
+    data[(root - 1) * size : root * size] = leading_to(child)
+    data[28:32] = struct.pack(">I", count + len(pages))
+    path.write_bytes(data)
+
+
+def test_pages_that_lead_back_to_one_another_are_not_followed_for_ever(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
+) -> None:
+    circular(given / LEDGER)
+    for command in (("status", "tiny"), ("status", "tiny", "--verify"), ("resume", "tiny")):
+        code = at_once(lambda command=command: call(monkeypatch, *command), within=60)
+        assert code in (2, 3), command
+        told = capsys.readouterr()
+        assert "damaged" in told.out + told.err or command[0] == "resume"
+
+
+def test_sqlite_is_interrupted_where_it_does_not_come_to_an_end(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it reads which tables there are, before a row is asked for."""
+    monkeypatch.setattr(Ledger, "_room", lambda self: 0)
+    monkeypatch.setattr(records, "STEPS", 1)
+    for options in ({}, {"read_only": True}):
+        with pytest.raises((Damaged, sqlite3.OperationalError), match="interrupted") as caught:
+            Ledger(given / LEDGER, **options)
+        assert records.damage(caught.value)
+
+
+def journal_of(path: Path, named: Path) -> None:
+    """A journal as of a transaction over several databases, which names the file that says so: SQLite removes it."""
+    name = str(named).encode()
+    end = struct.pack(">I", 1) + name + struct.pack(">II", len(name), sum(name)) + records.SUPER
+    header = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + struct.pack(">IIIII", 0, 0, 1, 512, 4096)
+    path.write_bytes(header.ljust(512, b"\0") + end)
+
+
+def test_a_journal_does_not_name_a_file_to_be_removed(
+    given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    journal_of(given / f"{LEDGER}-journal", precious)
+    for command in (("status", "tiny"), ("status", "tiny", "--verify")):
+        assert call(monkeypatch, *command) == 3
+        told = capsys.readouterr()
+        assert "-journal is there, which no run leaves" in " ".join((told.out + told.err).split())
+    sqlite3.connect(given / "mlflow.db").close()
+    journal_of(given / "mlflow.db-journal", precious)
+    (shown,) = trackers.made(["mlflow"], "s", "tiny", given, lambda _: None)
+    with pytest.raises(Damaged, match=r"mlflow.db-journal names another file"):
+        shown._make()  # type: ignore[attr-defined]
+    assert precious.read_text() == "precious"
+
+
+def test_a_trackers_settings_are_not_taken_from_results(given: Path) -> None:
+    """From where its library works, it would be told where runs are sent, and the user's key with them."""
+    (given / "wandb" / "trial" / ".wandb").mkdir(parents=True)
+    (given / "wandb" / "trial" / ".wandb" / "settings").write_text("[default]\nbase_url = http://192.0.2.1\n")
+    (shown,) = trackers.made(["wandb"], "s", "tiny", given, lambda _: None)
+    with pytest.raises(ValueError, match="settings says how Weights & Biases is to be used; remove it"):
+        shown._make()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("file", ["evil.py", "notes.txt", "/x/notes.txt", "/x/evil.py\n"])
+def test_what_no_run_names_as_its_study_is_refused(
+    file: str, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, marker = evil(Path.cwd())
+    shutil.copy(path, "notes.txt")
+    names_file(given, Path("placeholder.py"))
+    altered(given / "study.json", lambda record: record["source"].update(file=file))
+    assert call(monkeypatch, "resume", "tiny") == 2
+    assert "source.file is" in capsys.readouterr().err and not marker.exists()
+
+
+def test_a_new_run_writes_through_no_link_either(
+    given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
+) -> None:
+    (given.parent / "teachers").rename(tmp_path / "precious")
+    (given.parent / "teachers").symlink_to(tmp_path / "precious")
+    before = fingerprint(tmp_path / "precious")
+    assert call(monkeypatch, "run", *SMOKE, "--name", "new") == 2
+    assert "nothing is written through links, such as results/teachers" in " ".join(capsys.readouterr().err.split())
+    assert fingerprint(tmp_path / "precious") == before and not (given.parent / "new").exists()
+
+
+def test_a_table_that_is_padded_is_not_kept_beside_the_new_one(given: Path) -> None:
+    """Pages of the table before stay where they were, for whoever reads it now: as far as that is a table's size."""
+    path = given / "trials.parquet"
+    found, sink = pq.read_table(path), pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, found.schema) as writer:
+        sink.write(bytes(2**24))
+        writer.write_table(found)
+    path.write_bytes(padded := bytes(sink.getvalue()))
+    altered(given / "tables.json", lambda record: record.update({path.name: [hashlib.sha256(padded).hexdigest()]}))
+    ledger = Ledger(given / LEDGER)
+    ledger.write_tables(given)
+    ledger.close()
+    assert path.stat().st_size < 2**18 and pq.read_table(path).num_rows == found.num_rows

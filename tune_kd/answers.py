@@ -23,7 +23,6 @@ from tune_kd.storage import appended, opened, patiently, read, write_at
 
 CHUNK = 4096  # rows that one process answers under one lock: what a kill costs at most
 _DIGEST = hashlib.sha256().digest_size
-MOST_DIGESTS_BYTES = 2**26  # of two million chunks: all views of ImageNet's training images have a tenth
 
 
 class Answers:
@@ -89,10 +88,11 @@ class Answers:
         return range(chunk * CHUNK, min(self._rows, (chunk + 1) * CHUNK))
 
 
-def damaged(folder: Path, classes: int) -> list[int]:
-    """Chunks of a table that are not what was answered. Whoever reads them computes them again."""
-    digests = read(folder / "digests.sha256", MOST_DIGESTS_BYTES)
+def damaged(folder: Path, classes: int, rows: int) -> list[int]:
+    """Chunks of a table that are not what was answered. Whoever reads them computes them again. Raises `Unexpected`
+    for a table of more than so many rows."""
     size, found = CHUNK * classes * 4, []
+    digests = read(folder / "digests.sha256", _DIGEST * -(-rows // CHUNK))
     count = len(digests) // _DIGEST
     with opened(folder / "logits.f32", count * size) as logits:
         for chunk in range(count):

@@ -21,10 +21,10 @@ from torch import Tensor
 from tune_kd.clock import spending
 from tune_kd.faults import point
 from tune_kd.mirror import Mirror
-from tune_kd.storage import Damaged, Unexpected, parsed, publish, read
+from tune_kd.storage import Damaged, Unexpected, parsed, publish, read, sha256
 
 KEPT = 2  # generations
-MOST_STATE_BYTES = 2**34  # of weights or a state, which is read whole: a hundred times torchvision's largest ResNet
+MOST_STATE_BYTES = 2**32  # of weights or a state: twenty times those of torchvision's largest ResNet
 NAME = re.compile(r"[0-9]{6,12}-[0-9a-f]{64}\.safetensors")
 _NOTES = "notes"
 
@@ -81,7 +81,7 @@ class Checkpoints:
         altered = []
         for path in self._published():
             with suppress(FileNotFoundError):  # a trial goes on
-                if _whole(path) is None:
+                if not _is_whole(path):
                     altered.append(path)
         return [*altered, *sorted(self._folder.glob("*.damaged"))]
 
@@ -105,12 +105,12 @@ class Checkpoints:
 
 def _whole(path: Path) -> bytes | None:
     """The bytes of a state; null where they are not what was written."""
+    return read(path, MOST_STATE_BYTES) if _is_whole(path) else None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a state is what was written. It is not in memory for that."""
     try:
-        data = read(path, MOST_STATE_BYTES)
+        return sha256(path, MOST_STATE_BYTES) == path.stem.partition("-")[2]
     except Unexpected:
-        return None
-    return data if _is_whole(path, data) else None
-
-
-def _is_whole(path: Path, data: bytes) -> bool:
-    return hashlib.sha256(data).hexdigest() == path.stem.partition("-")[2]
+        return False

@@ -81,8 +81,7 @@ def _bounded(data: bytes, footer: int, schema: Any) -> list[str]:
     columns = [schema.column(number) for number in range(len(schema))]
     _bound("columns", len(columns), MOST_COLUMNS)
     try:
-        groups = _struct(data, len(data) - 8 - footer)[0].get(4, [])
-        chunks = [chunk[3] for group in groups for chunk in group[1]]
+        groups, chunks = _chunks(data, footer)
         rows = sum(group[3] for group in groups)
         _bound("rows", rows, MOST_ROWS)
         chunks = [chunk for chunk in chunks if chunk[5] > 0]  # of others nothing is read, and they may lie nowhere
@@ -102,14 +101,34 @@ def _bounded(data: bytes, footer: int, schema: Any) -> list[str]:
     ]
 
 
+def spans(data: bytes) -> list[tuple[int, int]]:
+    """Where the pages of each column of each group of rows begin and end. Raises `ValueError` where the metadata that
+    say so are damaged."""
+    try:
+        return [_span(data, chunk) for chunk in _chunks(data, int.from_bytes(data[-8:-4], "little"))[1]]
+    except (LookupError, TypeError) as error:
+        raise ValueError("its metadata are damaged") from error
+
+
+def _chunks(data: bytes, footer: int) -> tuple[list[dict[int, Any]], list[dict[int, Any]]]:
+    """The metadata of groups of rows, and those of all their columns."""
+    groups = _struct(data, len(data) - 8 - footer)[0].get(4, [])
+    return groups, [chunk[3] for group in groups for chunk in group[1]]
+
+
+def _span(data: bytes, chunk: dict[int, Any]) -> tuple[int, int]:
+    """Where the pages of a column begin and end."""
+    # One without rows has an empty dictionary and no page of data, of which it says that it is at 0.
+    start = min(at for at in (chunk.get(9, 0), chunk.get(11, 0)) if at) if chunk.get(9) or chunk.get(11) else 0
+    end = start + chunk[7]
+    if not 0 <= start <= end <= len(data):
+        raise IndexError
+    return start, end
+
+
 def _pages(data: bytes, chunk: dict[int, Any]) -> Iterator[int]:
     """The bytes that each page of a column unpacks to, by the header before it."""
-    at = chunk[9]
-    if 0 < chunk.get(11, 0) < at:  # the page of its dictionary
-        at = chunk[11]
-    end = at + chunk[7]
-    if not 0 <= at <= end <= len(data):
-        raise IndexError
+    at, end = _span(data, chunk)
     while at < end:
         header, at = _struct(data, at)
         if min(header[2], header[3]) < 0:

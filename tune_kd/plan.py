@@ -89,7 +89,8 @@ def plan(study: Study, data_digest: str | None = None, look: int = 0) -> Plan:
     the expansion shows: a comparison that is none, and two things of one name.
     """
     raw, contrasts = _compared(study)
-    cells = list(dict.fromkeys(raw))
+    merged = Counter(raw)
+    cells = list(merged)
     referred = {
         arm
         for contrast in contrasts
@@ -100,7 +101,7 @@ def plan(study: Study, data_digest: str | None = None, look: int = 0) -> Plan:
         Arm(
             name=_arm_name(study, cell),
             cell=cell,
-            merged=raw.count(cell),
+            merged=merged[cell],
             role=_role(study, cell, referred),
         )
         for cell in cells

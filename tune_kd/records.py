@@ -49,7 +49,7 @@ COMMITS = "ledger.commits"  # beside it: how many transactions it holds at least
 DIGESTS = "tables.json"  # beside them: the SHA-256 of each table, and of the one before, which a kill may leave
 ASIDE = ("", "-wal", "-shm", "-journal")  # ends of the names of SQLite's files
 MOST_LEDGER_BYTES = 2**36  # a hundred times that of 10,000 trials with 100 epochs each
-MOST_TABLE_BYTES = 2**32  # of a Parquet table, which is read whole: twenty times the epochs of those trials
+MOST_TABLE_BYTES = 2**30  # of a Parquet table, which is read whole: five times the epochs of those trials
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # files and folders are named after runs
 
 
@@ -217,6 +217,11 @@ def _crc(row: Row) -> int:
     return zlib.crc32(json.dumps(list(row.values())).encode())
 
 
+ROW_BYTES = 32  # of a row at least, with its index
+SLACK = 2**24  # bytes by which a ledger may be larger than it was a moment ago
+MARGIN = 2**20  # bytes by which a table may be larger than four times what it holds
+STEPS = 100_000  # of SQLite's machine, after which it is asked whether it goes on for ever
+MOST_CELL_BYTES = 2**24
 TABLES_APART = 0.5  # seconds at least between two makings of the tables
 
 
@@ -235,6 +240,9 @@ class Ledger:
         for end in ASIDE:  # whoever reads writes into one of them, too
             writes = not read_only or end == "-shm"
             check_regular(path.with_name(f"{path.name}{end}"), MOST_LEDGER_BYTES, writes=writes)
+        journal = path.with_name(f"{path.name}-journal")
+        if os.path.isfile(journal):  # with a write-ahead log there is none, and SQLite removes the files that one names
+            raise Damaged(f"{journal} is there, which no run leaves")
         if read_only:
             # SQLite writes beside a ledger in order to read it. Whoever may not do so reads it as it stands, which is
             # right while no driver has its write-ahead log there.
@@ -244,6 +252,9 @@ class Ledger:
             self._connection = sqlite3.connect(uri, uri=True, isolation_level=None)
         else:
             self._connection = sqlite3.connect(path, isolation_level=None)
+        self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MOST_CELL_BYTES)
+        self._steps = self._room() // STEPS
+        self._connection.set_progress_handler(self._went_on, STEPS)
         try:
             if read_only:
                 self._connection.execute("BEGIN")  # all that is read is of one moment
@@ -301,6 +312,7 @@ class Ledger:
                 write_at(self.path.with_name(COMMITS), 0, counted(self._commits))
 
     def _commit(self, writes: list[Write]) -> None:
+        self._steps = self._room() // STEPS
         self._in_one([*writes, (_SET_FACT, ["commits", counted(self._commits + 1).decode()])])
         self._commits += 1
         point("ledger.committed")
@@ -384,14 +396,37 @@ class Ledger:
         """What a statement finds, where need be at a later try. Raises `Damaged` where to ask again would not help."""
 
         def ask() -> list[tuple[Any, ...]]:
+            self._steps = self._room() // STEPS
             try:
-                return self._connection.execute(statement, values).fetchall()
+                return self._bounded(self._connection.execute(statement, values))
             except (sqlite3.Error, UnicodeError) as error:  # SQLite's own words on a damage may be no text any more
                 if isinstance(error, UnicodeError) or damage(error):
                     raise Damaged(f"{self.path} is damaged ({error})") from error
                 raise
 
         return patiently(ask, (sqlite3.OperationalError,))
+
+    def _room(self) -> int:
+        """More than the bytes of all rows, and than the steps in which SQLite reads them. Pages can be made to lead to
+        one another, and would be read for ever."""
+        files = (self.path, self.path.with_name(f"{self.path.name}-wal"))
+        return SLACK + sum(8 * file.stat().st_size for file in files if file.exists())
+
+    def _went_on(self) -> bool:
+        """Whether SQLite is to be interrupted, which asks after so many steps."""
+        self._steps -= 1
+        return self._steps < 0
+
+    def _bounded(self, cursor: sqlite3.Cursor) -> list[tuple[Any, ...]]:
+        """What a cursor gives. Raises `Damaged` where that is more than the files have room for."""
+        room = self._room()
+        rows = []
+        for row in cursor:
+            room -= ROW_BYTES + sum(len(cell) for cell in row if isinstance(cell, str | bytes))
+            if room < 0:
+                raise Damaged(f"{self.path} is damaged: it has more rows than room for them")
+            rows.append(row)
+        return rows
 
     def check(self) -> None:
         """Read everything. Raises `Damaged`, or what `damage` makes of an error, where not all is as it was written."""
@@ -434,7 +469,9 @@ class Ledger:
             before = _before(path)
             here = None if before is None else hashlib.sha256(before).hexdigest()
             kept = [each for each in known.get(path.name, []) if each == here]  # what stays there after a kill
-            data = to_parquet(self.table(schema), before if kept else None)
+            table = self.table(schema)
+            fits = kept and before is not None and len(before) <= MARGIN + 4 * table.nbytes
+            data = to_parquet(table, before if fits else None)
             known[path.name] = [hashlib.sha256(data).hexdigest(), *kept[:1]]
             publish(folder / DIGESTS, sealed(known))
             point("tables.announced")
@@ -476,6 +513,19 @@ def snapshot(path: Path, to: Path) -> int:
         return copy.held()
 
 
+SUPER = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"  # with which a journal ends that names another file (fileformat.html)
+
+
+def check_journal(path: Path) -> None:
+    """Raise `Damaged` for a journal of SQLite's that names another file, which it would remove: only a transaction over
+    several databases has one, and nobody here makes such."""
+    if os.path.isfile(path):
+        with opened(path, MOST_LEDGER_BYTES) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - len(SUPER)))
+            if file.read() == SUPER:
+                raise Damaged(f"{path} names another file, as no run's does; remove it")
+
+
 def too_long(path: Path) -> str | None:
     """Why SQLite does not open a file at a path, however it is named: it follows links. Null where it does."""
     length = max(len(os.fsencode(each)) for each in (path.absolute(), os.path.realpath(path)))
@@ -499,7 +549,8 @@ def damage(error: Exception) -> bool:
     if not isinstance(error, sqlite3.Error):
         return isinstance(error, Damaged)
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # none: text that is no text
-    return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
+    wrong = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_INTERRUPT)
+    return code & 0xFF in wrong
 
 
 def commits(folder: Path) -> int | None:
@@ -625,17 +676,11 @@ def to_parquet(table: "pa.Table", before: bytes | None = None) -> bytes:
 def _pages(data: bytes) -> tuple[int, bytes]:
     """Where the pages begin that the footer of a Parquet file tells of, and the bytes from there to their end. There
     are none in what is no such file, which nobody reads."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from tune_kd.parquet import spans
 
     try:
-        found = pq.read_metadata(pa.BufferReader(data))
-    except (pa.ArrowException, OSError):
+        found = spans(data)
+    except ValueError:
         return 0, b""
-    groups = [found.row_group(number) for number in range(found.num_row_groups)]
-    chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
-    # A chunk without rows has an empty dictionary and no page of data, of which it says that it is at 0.
-    starts = [min(filter(None, (chunk.data_page_offset, chunk.dictionary_page_offset))) for chunk in chunks]
-    start = min(starts, default=0)
-    end = max((at + chunk.total_compressed_size for at, chunk in zip(starts, chunks, strict=True)), default=0)
-    return start, data[start:end]
+    start = min((start for start, _ in found), default=0)
+    return start, data[start : max((end for _, end in found), default=0)]

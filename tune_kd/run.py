@@ -387,7 +387,9 @@ def find(out: Path, name: str) -> Path:
         if os.path.exists(folder / STUDY):  # what it is, its reader says
             if (why := too_long(folder / LEDGER)) is not None:
                 raise Mistake(f"RUN is {folder}, where {why}; move it to a folder with a shorter path")
-            return folder
+            return (
+                folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
+            )  # its teachers lie beside it
     names = [folder.name for folder in existing(out)]
     raise Mistake(f"RUN is {name!r}; allowed: a run under {out} ({', '.join(names) or 'there is none'}) or its path")
 

@@ -72,7 +72,7 @@ class Storage:
 
     def __init__(self, path: Path, run: str) -> None:
         """Begin anew: what is in the ledger is told again. Raises whatever Optuna and its database do."""
-        for end in ("", "-journal"):
+        for end in ("", "-journal", "-wal", "-shm"):
             path.with_name(path.name + end).unlink(missing_ok=True)
         self._run = run
         with _quietly():

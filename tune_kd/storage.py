@@ -180,6 +180,16 @@ def _unexpected(path: Path, found: os.stat_result, most: int | None) -> Unexpect
     return Unexpected(errno.EINVAL, f"{what}; expected a regular file{at_most}", str(path))
 
 
+def sha256(path: Path, most: int) -> str:
+    """The digest of a file of at most so many bytes, in hexadecimal. Raises OSError as `read` does."""
+
+    def digest() -> str:
+        with opened(path, most) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return patiently(digest)
+
+
 def read(path: Path, most: int) -> bytes:
     """A file's bytes, of which there may be so many. Raises OSError, which is `Unexpected` where `opened` says so."""
     return patiently(lambda: _read(path, most))

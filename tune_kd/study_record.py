@@ -57,7 +57,7 @@ class _Settings(_Part):
 
 
 class _Source(_Part):
-    file: Annotated[str, Field(max_length=10_000)]
+    file: Annotated[str, Field(max_length=10_000, pattern=r"^/.*\.py$")]
     scale: Name
     data: Name | None = None
     settings: Annotated[list[str], Field(max_length=1000)] = []

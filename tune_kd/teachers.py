@@ -29,7 +29,7 @@ from tune_kd.data import DataSet, Views, draw_views, numbered_views, on_device, 
 from tune_kd.faults import point
 from tune_kd.kernels import autocast, float32_as
 from tune_kd.mirror import Mirror
-from tune_kd.storage import MOST_RECORD_BYTES, Damaged, Unexpected, publish, read, sealed, unsealed
+from tune_kd.storage import MOST_RECORD_BYTES, Damaged, Unexpected, publish, read, sealed, sha256, unsealed
 from tune_kd.trial import Answering, Epoch, Trial
 
 if TYPE_CHECKING:  # importing torchvision takes seconds, which the driver of a run can do without
@@ -172,7 +172,7 @@ def _read_card(folder: Path, teacher_id: str) -> Card | None:
 def _digest(path: Path) -> str | None:
     """Of a file of weights; null where there is none."""
     try:
-        return hashlib.sha256(read(path, MOST_STATE_BYTES)).hexdigest() if path.is_file() else None
+        return sha256(path, MOST_STATE_BYTES) if path.is_file() else None
     except Unexpected:
         return None
 

@@ -91,7 +91,8 @@ def _checkpoints(opened: run.Run) -> Iterator[Finding]:
 
 
 def _teachers(opened: run.Run, rows: list[Row]) -> Iterator[Finding]:
-    home, classes = opened.teachers, IMAGES[opened.study.data.name].classes
+    home, images = opened.teachers, IMAGES[opened.study.data.name]
+    most = max(images.train * images.views, images.test)  # rows of a table: all views there are
     for teacher in opened.plan.teachers:
         teachers.fetch_teacher(home, teacher.trial_id)
         taught = next((row["weights_digest"] for row in rows if row["trial_id"] == teacher.trial_id), None)
@@ -106,7 +107,7 @@ def _teachers(opened: run.Run, rows: list[Row]) -> Iterator[Finding]:
                           f"the digest {theirs[:16]}", "put the one back that they learned from")  # fmt: skip
         for table in sorted(path.parent for path in (home / teacher.trial_id).glob("answers/*/*/digests.sha256")):
             try:
-                chunks = answers.damaged(table, classes)
+                chunks = answers.damaged(table, images.classes, most)
             except Unexpected as error:
                 yield Finding("answers", str(error), f"remove {table}; its answers are computed again")
                 continue

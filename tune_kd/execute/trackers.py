@@ -21,7 +21,7 @@ from ray.tune.logger import LoggerCallback
 from tune_kd.execute.worker import Task
 from tune_kd.mirror import MOST_SENT_BYTES, Mirror
 from tune_kd.privacy import masked
-from tune_kd.records import ASIDE
+from tune_kd.records import ASIDE, check_journal
 from tune_kd.search import url
 from tune_kd.storage import check_regular
 from tune_kd.study import Mistake
@@ -66,6 +66,7 @@ def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[st
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it makes, into the picture
         if not (folder / DATABASE).exists():  # the run may have begun elsewhere
             Mirror.of(folder).fetch(folder / DATABASE, MOST_SENT_BYTES)
+        check_journal(folder / f"{DATABASE}-journal")
         for end in ASIDE:
             check_regular(folder / f"{DATABASE}{end}", MOST_SENT_BYTES, writes=True)
         place = os.environ.get("MLFLOW_TRACKING_URI") or url(folder / DATABASE)
@@ -82,6 +83,9 @@ def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[st
                 trial.init_local_path()  # where Ray's expects to work
                 super().log_trial_start(trial)
 
+        # Its library takes what it finds there for the user's, such as where to send runs and the key for it.
+        if strange := next((folder / "wandb").rglob("settings"), None):
+            raise ValueError(f"{strange} says how Weights & Biases is to be used; remove it")
         project = os.environ.get("WANDB_PROJECT") or f"tune_kd-{study}"
         return InItsFolder(project=project, group=run, mode=os.environ.get("WANDB_MODE"))  # the worker's may be others
 
