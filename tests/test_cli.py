@@ -210,9 +210,10 @@ def test_a_run_is_held_while_its_extension_is_recorded(
         raise KeyboardInterrupt
 
     digest = json.loads((folder / "study.json").read_text())["data"]["digest"]
-    monkeypatch.setattr("tune_kd.launch.load_data", lambda *_: SimpleNamespace(digest=digest))
+    monkeypatch.setattr("tune_kd.launch.load_data", lambda *_, **__: SimpleNamespace(digest=digest))
     monkeypatch.setattr(
-        "tune_kd.execute.connection.connect", lambda *_: SimpleNamespace(cpus=2.0, gpus=0.0, ours=False, parts=())
+        "tune_kd.execute.connection.connect",
+        lambda *_: SimpleNamespace(cpus=2.0, gpus=0.0, ours=False, parts=(), guarded=True),
     )
     monkeypatch.setattr("tune_kd.execute.connection.check_nodes", lambda _: None)
     monkeypatch.setattr("tune_kd.shares.check_cluster", lambda *_: None)
@@ -231,7 +232,7 @@ def test_a_run_goes_on_with_its_shares_or_with_those_that_are_given(
         used.append(run.settings)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tune_kd.launch.load_data", lambda *_: SimpleNamespace(digest="0" * 64))
+    monkeypatch.setattr("tune_kd.launch.load_data", lambda *_, **__: SimpleNamespace(digest="0" * 64))
     monkeypatch.setattr("tune_kd.launch.execute", executed)
     assert call(monkeypatch, "resume", "mine") == 130
     given = ("--cpus-per-trial", "0.5", "--gpus-per-trial", "0", "--max-concurrent", "3")

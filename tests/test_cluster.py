@@ -19,6 +19,7 @@ from tune_kd import environment
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace
+from tune_kd.mirror import local
 from tune_kd.records import LEDGER, TRIALS, Ledger
 from tune_kd.run import Run, create, reopen
 from tune_kd.study import Mistake
@@ -126,7 +127,7 @@ def test_two_nodes_that_share_a_store_alone_give_the_tables_of_one_and_get_data_
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "driver"))
     (tmp_path / "own.py").write_text(STUDY)
     with store() as s3, cluster(tmp_path / "nodes") as (nodes, address):
-        run = tmp_path / "driver" / "tune_kd" / "s3" / f"bucket@127.0.0.1:{s3.port}" / "kd" / "moved"
+        run = local(s3.url("kd")) / "moved"
         begun = command(
             tmp_path, "run", "own.py", "--scale", "own", "--name", "moved", "--address", address,
             "--out", s3.url("kd"), "--set", f"recipe.epochs={12 if lost else 4}",

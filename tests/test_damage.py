@@ -61,7 +61,7 @@ def seals_off(patch: pytest.MonkeyPatch) -> None:
 
 
 def digests_of_checkpoints_off(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(checkpoints, "_is_whole", lambda path, data: True)
+    patch.setattr(checkpoints, "_is_whole", lambda path: True)
 
 
 def digests_of_teachers_off(patch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ DOUBLED = (  # a table of which no rule keeps a row from being there twice
 @pytest.mark.parametrize("statements", [(f"DELETE FROM epochs WHERE number = {FIRST}",), DOUBLED])
 def test_an_epoch_that_is_missing_or_doubled_breaks_the_first_invariant(run: Path, statements: tuple[str, ...]) -> None:
     execute(run, *statements)
-    assert broken(run) == {"I1"}
+    assert broken(run) == {"I1"} | ({"I7"} if statements == DOUBLED else set())  # other tables are not read
 
 
 def test_an_epoch_that_is_doubled_in_a_table_breaks_the_first_invariant(run: Path) -> None:

@@ -176,7 +176,7 @@ def resume(
         "gpus_per_trial": asked,
         "cpus_per_trial": cpus_per_trial,
         "max_concurrent": max_concurrent,
-        "track": tracked,
+        "track": tracked if recorded or track else None,
     }
     share = SHARES | reopened.settings | {name: value for name, value in given.items() if value is not None}
     collect(
