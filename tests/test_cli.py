@@ -22,7 +22,7 @@ from forms import SECRETS
 from tune_kd import audit, cli, evidence, tables
 from tune_kd import run as runs
 from tune_kd.plan import plan
-from tune_kd.records import DECISIONS, LEDGER, SQLITE_BYTES, TRIALS, Ledger, first_row, reading, too_long
+from tune_kd.records import DECISIONS, EPOCHS, LEDGER, SQLITE_BYTES, TRIALS, Ledger, first_row, reading, too_long
 from tune_kd.studies import find, from_json, resolve
 from tune_kd.trial import Decision, digest
 
@@ -148,6 +148,8 @@ def begun(elsewhere: Path, ended: str = "completed") -> Path:
     ledger = Ledger(run.folder / LEDGER)
     for trial in run.plan.trials:
         ledger.put(TRIALS, first_row("mine", trial) | {"status": ended, "epochs_run": trial.recipe.epochs})
+        for epoch in range(1, trial.recipe.epochs + 1):
+            ledger.put(EPOCHS, {"run": "mine", "trial_id": trial.trial_id, "epoch": epoch})
     ledger.close()
     return run.folder
 
