@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -77,7 +77,6 @@ def submit(
     }
     check_secrets({"STUDY": study, **flags})  # the cluster shows commands and metadata to all its users
     path = studies.find(study)
-    there, files = _sent(study, path)
     problems: list[str] = []
     if scale != "auto":
         collect(problems, lambda: studies.resolve(path, scale, data, settings or ()))
@@ -92,10 +91,11 @@ def submit(
     if problems:
         raise Mistake(*problems)
     assert cluster is not None and place is not None
+    there, files = _sent(study, path)
     arguments = ["run", there, "--address", "auto"]
     arguments += _flags(flags | {"--out": place, "--name": name})
     metadata = {"job_name": name, "run": name, "study": path.stem, "scale": scale, "out": place}
-    job = jobs.submit(cluster, arguments, metadata, study=files(), install=install)
+    job = jobs.submit(cluster, arguments, metadata, study=files, install=install)
     _follow(cluster, job, name, address, detach)
 
 
@@ -111,26 +111,29 @@ def elsewhere(
     if run is None:
         raise Mistake("--address is given without RUN; allowed: the name of a run that was submitted there")
     check_secrets({"RUN": run, **flags})
-    there, files = (None, dict) if study is None else _sent(study, studies.find(study))
+    files: Mapping[str, Path] = {}
     if study is not None:
-        _all_made(studies.find(study))
+        path = studies.find(study)
+        _all_made(path)
+        there, files = _sent(study, path)
+        flags = {**flags, "--study": there}
     cluster = jobs.client(address)
     found = jobs.find(cluster, run)
-    arguments = [command, run, "--out", found["out"], *_flags({**flags, "--study": there})]
-    job = jobs.submit(cluster, arguments, {**found, "job_name": f"{command} {run}"}, study=files())
+    arguments = [command, run, "--out", found["out"], *_flags(flags)]
+    job = jobs.submit(cluster, arguments, {**found, "job_name": f"{command} {run}"}, study=files)
     if command == "status":
         raise SystemExit(jobs.follow(cluster, job, _show))
     _follow(cluster, job, run, address)
 
 
-def _sent(study: str, path: Path) -> tuple[str, Callable[[], Mapping[str, Path]]]:
-    """How a study is named on a cluster to which it is sent, and what gives its files: once all that it imports is
-    there. One that came with tune_kd is there already."""
+def _sent(study: str, path: Path) -> tuple[str, Mapping[str, Path]]:
+    """How a study that was made here is named on a cluster to which it is sent, and its files with what it imported.
+    One that came with tune_kd is there already."""
     from tune_kd.study_file import INSTALLED, executed
 
     if INSTALLED.resolve() in path.resolve().parents:
-        return study, dict
-    return f"studies/{path.name}", lambda: executed(path).files
+        return study, {}
+    return f"studies/{path.name}", executed(path).files
 
 
 def _all_made(path: Path, data: str | None = None) -> None:
