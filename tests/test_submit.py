@@ -118,6 +118,16 @@ def test_a_study_of_ones_own_goes_on_after_it_was_stopped_there(cluster: str, tm
     contiguous(run)
     assert {row["status"] for row in Ledger(run / "ledger.sqlite", read_only=True).rows(TRIALS)} == {"completed"}
 
+    # A study that is named goes along, with what it imports, and is executed there.
+    (tmp_path / "peers.py").write_text("PEERS = 99\nSEEDS = (1, 2)\n")
+    changed = (tmp_path / "own.py").read_text().replace("import PEERS", "import PEERS, SEEDS")
+    (tmp_path / "own.py").write_text(f"{changed.rstrip()[:-1]}    confirm=replace(base.confirm, seeds=SEEDS),\n    )\n")
+    code, answer, errors = ended(command(tmp_path, "resume", "cut", "--study", "own.py", "--extend", *at))
+    assert code == 0, answer + errors
+    contiguous(run)
+    rows = Ledger(run / "ledger.sqlite", read_only=True).rows(TRIALS)
+    assert {row["seed"] for row in rows if row["phase"] == "confirm"} == {1, 2}
+
 
 def test_a_wrong_token_or_address_or_too_large_a_share_is_one_message(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -148,10 +148,11 @@ def test_nothing_of_a_runs_ray_is_open_to_other_machines_nor_to_those_without_th
             assert joined.stdout.startswith("True True"), joined.stderr
             assert address == "auto" or joined.stdout.split()[-1] == str(control_store)
         url = dashboard_of(said)
-        log = urllib.request.Request(f"{url}/api/v0/logs/file?node_ip=127.0.0.1&filename=tune_kd-r.log&lines=9",
-                                     headers={"Authorization": f"Bearer {token()}"})  # fmt: skip
-        with urllib.request.urlopen(log, timeout=30) as answer:
-            assert b" s  " in answer.read()
+        if "dashboard's agent, HTTP" not in taken:  # Ray serves the logs of the one agent that has this port
+            log = urllib.request.Request(f"{url}/api/v0/logs/file?node_ip=127.0.0.1&filename=tune_kd-r.log&lines=9",
+                                         headers={"Authorization": f"Bearer {token()}"})  # fmt: skip
+            with urllib.request.urlopen(log, timeout=30) as answer:
+                assert b" s  " in answer.read()
         told = subprocess.run([sys.executable, "-m", "tune_kd", "dashboard", "--out", str(tmp_path / "r" / "results")],
                               env=around, capture_output=True, text=True, timeout=60).stdout  # fmt: skip
         assert f"r: {url}" in told and "It asks for the token" in told and "warning" not in told
