@@ -898,6 +898,16 @@ def test_a_ledger_with_anything_but_its_tables_is_not_read(
     assert "its tables are not those that were made" in " ".join(capsys.readouterr().out.split())
 
 
+def with_cell(ledger: Path, column: str, value: object) -> None:
+    """Have a trial's row say something else, with a check sum that fits."""
+    with records.reading(ledger) as before:
+        row = before.rows(TRIALS)[0]
+    with closing(sqlite3.connect(ledger)) as connection, connection:
+        connection.execute("PRAGMA ignore_check_constraints=ON")
+        change = f"UPDATE trials SET {column} = ?, crc = ? WHERE trial_id = ?"
+        connection.execute(change, (value, records._crc(row | {column: value}), row["trial_id"]))
+
+
 @pytest.mark.parametrize(
     ("column", "value"),
     [("epochs_run", "many"), ("val_accuracy", float("inf")), ("val_accuracy", 5.0), ("status", "won"), ("seed", None),
@@ -906,17 +916,18 @@ def test_a_ledger_with_anything_but_its_tables_is_not_read(
 def test_a_row_that_no_run_writes_is_not_read_though_its_check_sum_fits(
     column: str, value: object, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with records.reading(given / LEDGER) as ledger:
-        row = ledger.rows(TRIALS)[0]
-    sum_ = records._crc(row | {column: value})
-    with closing(sqlite3.connect(given / LEDGER)) as connection, connection:
-        change = f"UPDATE trials SET {column} = ?, crc = ? WHERE trial_id = ?"
-        if not (column in ("epochs_run", "attempts", "seed") and value is None):
-            connection.execute("PRAGMA ignore_check_constraints=ON")
-        connection.execute(change, (value, sum_, row["trial_id"]))
+    with_cell(given / LEDGER, column, value)
     assert call(monkeypatch, "status", "tiny") == 3
     assert "which no run writes" in capsys.readouterr().err
     assert call(monkeypatch, "status", "tiny", "--verify") == 3
+
+
+def test_epochs_beyond_counting_are_not_counted(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_cell(given / LEDGER, "epochs_run", 2**62)
+    assert at_once(lambda: call(monkeypatch, "status", "tiny", "--verify")) == 3
+    assert f"says {2**62} epochs and has" in " ".join(capsys.readouterr().out.split())
 
 
 def circular(path: Path) -> None:

@@ -442,7 +442,7 @@ class Ledger:
             theirs.setdefault(row["trial_id"], []).append(row["epoch"])
         for row in trials:
             has, says = theirs.pop(row["trial_id"], []), row["epochs_run"]
-            if sorted(has) != list(range(1, (says or 0) + 1)):
+            if len(has) != (says or 0) or sorted(has) != list(range(1, len(has) + 1)):  # what it says may be any number
                 what = f"{row['arm']} seed {row['seed']} says {says} epochs and has {len(has)}"
                 raise Damaged(f"{self.path} is damaged: {what}")
         if theirs:
