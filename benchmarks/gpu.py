@@ -20,11 +20,12 @@ from benchmarks.measure import Result, Row, result
 from benchmarks.plain import train_plain
 from benchmarks.steps import STUDENT, TEACHER, cell, trial, untrained_teacher
 from search_spaces.ablation import study
-from tune_kd import data, models
-from tune_kd.checkpoints import Checkpoints
-from tune_kd.data import DataSet, Split
-from tune_kd.price import macs
-from tune_kd.train import train
+from tune_kd.data import datasets
+from tune_kd.data.datasets import DataSet, Split
+from tune_kd.study.cost import macs
+from tune_kd.training import networks
+from tune_kd.training.checkpoints import Checkpoints
+from tune_kd.training.loop import train
 
 IMAGES, VALIDATION = 45_000, 5_000
 PRECISION = "bfloat16"
@@ -37,7 +38,7 @@ TIMED = 5  # epochs of each trial that trains beside others
 
 def noise(train: int = IMAGES, validation: int = VALIDATION) -> DataSet:
     """Images of CIFAR-10's number and form."""
-    digits = data.load("digits")
+    digits = datasets.load("digits")
     generator = torch.Generator().manual_seed(0)
 
     def split(count: int) -> Split:
@@ -79,7 +80,7 @@ def plain_epochs(
     torch.backends.cudnn.allow_tf32 = True
     teacher = None
     if method != "none":
-        net = models.build(TEACHER, stem=stem, classes=10, width=width, seed=9)
+        net = networks.build(TEACHER, stem=stem, classes=10, width=width, seed=9)
         teacher = net.to(device).eval().requires_grad_(False)
     epochs = train_plain(
         STUDENT, cell(method, stem, width), replace(study().recipe, epochs=10**6, precision=PRECISION), dataset,

@@ -17,9 +17,9 @@ from torch.utils import data as loading
 from torchvision import transforms
 from torchvision.models import ResNet
 
-from tune_kd import losses, models
-from tune_kd.data import DataSet, Split
-from tune_kd.study import Cell, Recipe
+from tune_kd.data.datasets import DataSet, Split
+from tune_kd.study.spec import Cell, Recipe
+from tune_kd.training import losses, networks
 
 
 class Pictures(loading.Dataset[tuple[Tensor, int]]):
@@ -78,12 +78,12 @@ def train_plain(
     )
 
     classes = len(data.classes)
-    student = models.build(architecture, stem=cell.stem, classes=classes, width=cell.width, seed=seed).to(device)
+    student = networks.build(architecture, stem=cell.stem, classes=classes, width=cell.width, seed=seed).to(device)
     projections = nn.ModuleList()
     if cell.method == "feature":
         assert teacher is not None
-        channels = models.feature_channels(student), models.feature_channels(teacher)
-        projections = models.projections(*channels, seed=seed).to(device)
+        channels = networks.feature_channels(student), networks.feature_channels(teacher)
+        projections = networks.projections(*channels, seed=seed).to(device)
     parameters = [*student.parameters(), *projections.parameters()]
     optimizer = torch.optim.SGD(
         parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
@@ -98,9 +98,9 @@ def train_plain(
             images, labels = images.to(device), labels.to(device)
             if cell.method == "feature":
                 assert teacher is not None and cell.alpha is not None and cell.beta is not None
-                logits, features = models.forward_with_features(student, images)
+                logits, features = networks.forward_with_features(student, images)
                 with torch.no_grad():
-                    _, wanted = models.forward_with_features(teacher, images)
+                    _, wanted = networks.forward_with_features(teacher, images)
                 loss_kd = losses.feature(features, wanted, projections, cell.beta)
                 loss = cell.alpha * loss_kd + (1 - cell.alpha) * F.cross_entropy(logits, labels)
             elif cell.method == "logit":

@@ -20,20 +20,21 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.measure import Result, result
-from tune_kd import data
-from tune_kd.answers import CHUNK
-from tune_kd.checkpoints import Checkpoints
-from tune_kd.execute import connection, on_ray
+from tune_kd.data import datasets
+from tune_kd.execute import cluster as connection
+from tune_kd.execute import ray_tune
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace
-from tune_kd.plan import plan
-from tune_kd.records import TRIALS, Ledger
-from tune_kd.run import Run, create
-from tune_kd.study import Cell, Confirm, Data, Factor, Recipe, Screen, Study
-from tune_kd.tables import load
-from tune_kd.trial import Epoch, Outcome
-from tune_kd.view import View
+from tune_kd.records.ledger import TRIALS, Ledger
+from tune_kd.records.reader import load
+from tune_kd.records.run_folder import Run, create
+from tune_kd.reporting.terminal import View
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Cell, Confirm, Data, Factor, Recipe, Screen, Study
+from tune_kd.study.trial import Epoch, Outcome
+from tune_kd.training.checkpoints import Checkpoints
+from tune_kd.training.logit_cache import CHUNK
 
 SLOTS = 2
 
@@ -71,7 +72,7 @@ def empty_run(trials: int, cluster: connection.Cluster) -> tuple[float, float]:
             planned = plan(controls(trials, Cell(width=0.125), Recipe(epochs=1)), "0" * 64)
             called = time.time()
             driver = Driver(planned, "empty", folder, ledger, place, cpus=share, gpus=0.0, say=view.say)
-            on_ray.run_on_ray(driver, place, SLOTS, lambda: view.show(list(driver.rows.values()), []), nothing)
+            ray_tune.run_on_ray(driver, place, SLOTS, lambda: view.show(list(driver.rows.values()), []), nothing)
             ended = time.time()
         rows = ledger.rows(TRIALS)
         assert len(rows) == trials and all(row["status"] == "completed" for row in rows)
@@ -138,7 +139,7 @@ def large_run(trials: int) -> Large:
                 share = cluster.cpus / SLOTS
                 driver = Driver(planned, run.name, run.folder, ledger, place, cpus=share, gpus=0.0, say=view.say)
                 beat = lambda: view.show(list(driver.rows.values()), driver.decisions)  # noqa: E731
-                on_ray.run_on_ray(driver, place, SLOTS, beat, nothing)
+                ray_tune.run_on_ray(driver, place, SLOTS, beat, nothing)
                 ended = time.time()
             began = min(row["started"] for row in ledger.rows(TRIALS))
             ledger.close()
@@ -184,7 +185,7 @@ def share_of_records(count: int, epochs: int = 20) -> Result:
 
     Whole runs in this process, on one thread: two trials, each with a checkpoint every 30 seconds and one at its end.
     """
-    digest = data.load("digits").digest
+    digest = datasets.load("digits").digest
     full_width = Cell(stem="imagenet", width=1.0)
     planned = plan(controls(2, full_width, Recipe(epochs=epochs, batch_size=64)), digest)
     # The driver's calls hold the ledger's: rows, commits, tables.

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from benchmarks.measure import Measure, Result, Side, pairs
 from benchmarks.plain import train_plain
-from tune_kd import data, models
-from tune_kd.checkpoints import Checkpoints
-from tune_kd.data import DataSet, Split, Views, prepare, show
-from tune_kd.memory import keep_freed_blocks
-from tune_kd.study import Cell, Data, Recipe
-from tune_kd.teachers import Teacher, load_teacher, publish_teacher
-from tune_kd.train import train
-from tune_kd.trial import Answering, Epoch, Trial
+from tune_kd.data import datasets
+from tune_kd.data.datasets import DataSet, Split, Views, prepare, show
+from tune_kd.study.spec import Cell, Data, Recipe
+from tune_kd.study.trial import Answering, Epoch, Trial
+from tune_kd.training import networks
+from tune_kd.training.checkpoints import Checkpoints
+from tune_kd.training.loop import train
+from tune_kd.training.memory import keep_freed_blocks
+from tune_kd.training.teachers import Teacher, load_teacher, publish_teacher
 
 FOREVER = 10**6  # epochs of a recipe that a benchmark never comes to the end of
 SEED = 1
@@ -32,7 +33,7 @@ STUDENT, TEACHER = "resnet18", "resnet50"
 
 def digits_as_cifar(train: int) -> DataSet:
     """Digits in CIFAR-10's form: `train` training images, and a tenth as many of validation and of test images."""
-    digits = data.load("digits")
+    digits = datasets.load("digits")
 
     def enlarged(split: Split, count: int) -> Split:
         images = split.images[:count].repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
@@ -98,7 +99,7 @@ def untrained_teacher(
         phase="teacher",
         cell=replace(cell("none", stem, width), teacher=TEACHER),
     )
-    net = models.build(TEACHER, stem=stem, classes=len(dataset.classes), width=width, seed=9)
+    net = networks.build(TEACHER, stem=stem, classes=len(dataset.classes), width=width, seed=9)
     publish_teacher(folder, taught, net.state_dict(), [])
     return load_teacher(folder, taught.trial_id, dataset, device, Answering(False, ((SEED, epochs),)))
 
@@ -123,7 +124,9 @@ def ours(
             if live:
                 teacher = LiveTeacher(**vars(teacher))
             for epoch in range(1, 0 if live else answered + 1):
-                teacher.answers(SEED, epoch, data.draw_views(SEED, epoch, images, pad=dataset.pad, flip=dataset.flip))
+                teacher.answers(
+                    SEED, epoch, datasets.draw_views(SEED, epoch, images, pad=dataset.pad, flip=dataset.flip)
+                )
         yield from train(
             trial(cell(method, stem, width), recipe, teacher.teacher_id if teacher else None),
             dataset,

@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from benchmarks.measure import Result, result
 from search_spaces.ablation import study
-from tune_kd.plan import plan
-from tune_kd.records import DECISIONS, EPOCHS, TRIALS, arrow, frame, to_parquet
+from tune_kd.records.ledger import DECISIONS, EPOCHS, TRIALS, arrow, frame, to_parquet
+from tune_kd.study.plan import plan
 
 TRIALS_COUNT, EPOCHS_EACH = 10_000, 100
 
@@ -71,15 +71,15 @@ def write_large(folder: Path) -> None:
 
 def _report(folder: str, pipe: Any) -> None:
     """Read and report in a process of its own, whose memory is then the report's alone."""
-    from tune_kd import load, report
+    from tune_kd import load, reporting
 
     started = time.perf_counter()
     records = load(folder)
     read = time.perf_counter()
-    report.tables(records)
+    reporting.tables(records)
     tabled = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    page = report.write(Path(folder, "report"), records, ["html"])
+    page = reporting.write(Path(folder, "report"), records, ["html"])
     pipe.send((read - started, tabled - read, time.perf_counter() - tabled, peak, page.stat().st_size / 1e6))
 
 

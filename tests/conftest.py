@@ -15,20 +15,22 @@ from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
 from trials import CPU, as_teacher, trial
-from tune_kd import data, environment, records
-from tune_kd.checkpoints import Checkpoints
-from tune_kd.data import DataSet, Split
+from tune_kd.data import datasets
+from tune_kd.data.datasets import DataSet, Split
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace
-from tune_kd.records import Ledger
-from tune_kd.run import Run, create
-from tune_kd.storage import sealed, unsealed
-from tune_kd.study import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
-from tune_kd.teachers import Teacher, load_teacher, publish_teacher
-from tune_kd.train import best_weights, train
-from tune_kd.trial import Answering
-from tune_kd.tuning import LogUniform, Range, Tuning, Uniform
+from tune_kd.records import ledger as records
+from tune_kd.records.ledger import Ledger
+from tune_kd.records.run_folder import Run, create
+from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
+from tune_kd.study.trial import Answering
+from tune_kd.study.tuning import LogUniform, Range, Tuning, Uniform
+from tune_kd.system import environment
+from tune_kd.system.files import sealed, unsealed
+from tune_kd.training.checkpoints import Checkpoints
+from tune_kd.training.loop import best_weights, train
+from tune_kd.training.teachers import Teacher, load_teacher, publish_teacher
 
 RAY = (
     "test_ray",
@@ -186,7 +188,7 @@ def tunable(tuning: Tuning) -> Study:
 
 def trained(study: Study, folder: Path) -> Path:
     """The folder of a run that was really trained, in this process."""
-    digits = data.load("digits", train=60, validation=20, test=20)
+    digits = datasets.load("digits", train=60, validation=20, test=20)
     run = Run(folder.name, folder, study, digits.digest, None, {})
     create(run)
     ledger = Ledger(folder / "ledger.sqlite")
@@ -271,7 +273,7 @@ def teacher(pixels: DataSet, tmp_path: Path) -> Teacher:
 def ray_session() -> Iterator[str]:
     """One Ray with its dashboard for all tests that need one, with two logical GPUs where there is no real one; gives
     the dashboard's URL."""
-    from tune_kd.execute.connection import on_this_machine
+    from tune_kd.execute.cluster import on_this_machine
 
     import ray  # isort: skip  # after that, which sets what Ray reads when it is imported
 

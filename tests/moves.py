@@ -21,13 +21,13 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MODULES = (
-    "tune_kd.data", "tune_kd.teachers", "tune_kd.answers", "tune_kd.step", "tune_kd.train", "tune_kd.losses",
-    "tune_kd.models", "tune_kd.kernels", "tune_kd.memory", "tune_kd.checkpoints", "tune_kd.execute.probe",
+    "tune_kd.data.datasets", "tune_kd.training.teachers", "tune_kd.training.logit_cache", "tune_kd.training.step", "tune_kd.training.loop", "tune_kd.training.losses",
+    "tune_kd.training.networks", "tune_kd.training.device", "tune_kd.training.memory", "tune_kd.training.checkpoints", "tune_kd.execute.gpu_probe",
     "tune_kd.execute.worker", "benchmarks.gpu", "benchmarks.plain", "benchmarks.steps",
 )  # fmt: skip
 MAKERS = ("tensor", "zeros", "ones", "empty", "arange", "randn", "randint", "randperm", "full")
 ELSEWHERE = {  # and why nothing of it can be seen here
-    ("tune_kd.execute.probe", "torch.zeros(1, device=device)"): "makes the GPU's context, whose memory is measured",
+    ("tune_kd.execute.gpu_probe", "torch.zeros(1, device=device)"): "makes the GPU's context, whose memory is measured",
 }
 
 
@@ -120,7 +120,7 @@ def everything() -> None:
     from placement import METHODS, RATES, benchmarked, carried, distil, numbers_of_a_step, probe_one
     from second_device import busy, played
     from trials import as_teacher, trial
-    from tune_kd.study import STEMS
+    from tune_kd.study.spec import STEMS
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -15,13 +15,13 @@ import torch
 
 from benchmarks import gpu as benchmark
 from trials import as_teacher, trial
-from tune_kd.checkpoints import Checkpoints
-from tune_kd.data import DataSet, on_device
-from tune_kd.execute.probe import _train as probed
-from tune_kd.step import stepping
-from tune_kd.teachers import Teacher, load_teacher, publish_teacher
-from tune_kd.train import best_weights, train
-from tune_kd.trial import Answering, Epoch, Trial
+from tune_kd.data.datasets import DataSet, on_device
+from tune_kd.execute.gpu_probe import _train as probed
+from tune_kd.study.trial import Answering, Epoch, Trial
+from tune_kd.training.checkpoints import Checkpoints
+from tune_kd.training.loop import best_weights, train
+from tune_kd.training.step import stepping
+from tune_kd.training.teachers import Teacher, load_teacher, publish_teacher
 
 METHODS = ("none", "logit", "feature")
 RATES = partial(benchmark.matrix_rate, size=8, repeats=1), partial(benchmark.bandwidth, size=64, repeats=1)

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tune_kd import answers
-from tune_kd.answers import Answers
+from tune_kd.training import logit_cache
+from tune_kd.training.logit_cache import Answers
 
 ROWS, CLASSES = 40, 3
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "CHUNK", 16)
+    monkeypatch.setattr(logit_cache, "CHUNK", 16)
 
 
 def logits(rows: range) -> Tensor:
@@ -91,7 +91,7 @@ def test_a_damaged_chunk_is_computed_again_to_the_same_bits_and_the_others_are_n
 
 def _answer_and_die(folder: str) -> None:
     """Answers a chunk, and is killed within the next."""
-    answers.CHUNK = 16
+    logit_cache.CHUNK = 16
 
     def compute(rows: range) -> Tensor:
         if rows.start:
@@ -126,7 +126,7 @@ def test_a_full_disk_is_an_error_and_the_chunk_is_computed_again_afterwards(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(answers, "write_at", full)
+        patched.setattr(logit_cache, "write_at", full)
         with pytest.raises(OSError, match="No space left"):
             Answers(tmp_path, ROWS, CLASSES, logits).take(torch.arange(ROWS))
     assert Answers(tmp_path, ROWS, CLASSES, logits).take(torch.arange(ROWS))[1] == ROWS

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from tune_kd import batches
-from tune_kd.batches import CIFAR10, CIFAR100, Form, Origin, download, published, read_archive, read_folder
-from tune_kd.study import Mistake
+from tune_kd.data import cifar_pickles
+from tune_kd.data.cifar_pickles import CIFAR10, CIFAR100, Form, Origin, download, published, read_archive, read_folder
+from tune_kd.study.spec import Mistake
 
 
 def text(value: bytes) -> bytes:
@@ -211,7 +211,7 @@ def test_a_batch_with_a_wrong_digest_is_not_unpickled(tmp_path: Path, monkeypatc
         def __init__(self, *_: object, **__: object) -> None:
             pytest.fail("unpickled before its digest was compared")
 
-    monkeypatch.setattr(batches, "_BatchUnpickler", Untouched)
+    monkeypatch.setattr(cifar_pickles, "_BatchUnpickler", Untouched)
     assert "MD5" in problem(lambda: read_folder(folder, small_origin(files)))
 
 
@@ -356,7 +356,7 @@ def test_a_short_unsized_download_is_noticed_by_its_digest(tmp_path: Path, serve
 
 
 def test_an_endless_download_is_stopped(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "MOST_BYTES", 1000)
+    monkeypatch.setattr(cifar_pickles, "MOST_BYTES", 1000)
     server.content = bytes(5000)
     origin = small_origin(small_files(), server.content, server.url("unsized"))
     sentence = problem(lambda: download(origin, tmp_path / CIFAR10.archive, lambda _: None, progress=False))

@@ -19,18 +19,18 @@ from benchmarks.measure import Measure, Result, Side, attempted, pairs, result
 from benchmarks.plain import train_plain
 from benchmarks.runs import clocked
 from benchmarks.steps import cell, digits_as_cifar, ours
-from tune_kd import data
-from tune_kd.checkpoints import Checkpoints
-from tune_kd.study import Cell, Data, Recipe
-from tune_kd.train import train
-from tune_kd.trial import Trial
+from tune_kd.data import datasets
+from tune_kd.study.spec import Cell, Data, Recipe
+from tune_kd.study.trial import Trial
+from tune_kd.training.checkpoints import Checkpoints
+from tune_kd.training.loop import train
 
 CPU = torch.device("cpu")
 
 
 def test_the_plain_loop_trains_to_the_same_accuracy() -> None:
     """Same network, same recipe, other draws: what separates the two is speed and not what is learned."""
-    digits, recipe = data.load("digits", train=500), Recipe(epochs=8, batch_size=32, lr=0.1)
+    digits, recipe = datasets.load("digits", train=500), Recipe(epochs=8, batch_size=32, lr=0.1)
     each = Cell(method="none", stem="cifar", width=0.125, teacher=None, temperature=None, alpha=None, beta=None)
     plain = [row.val_accuracy for row in train_plain("resnet18", each, recipe, digits, seed=1, device=CPU)]
     trial = Trial("none", "confirm", each, recipe, 1, Data("digits"), None, "test")
@@ -44,7 +44,7 @@ def test_the_plain_loop_trains_to_the_same_accuracy() -> None:
 def test_the_plain_loop_asks_its_teacher_in_every_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import plain
 
-    digits = data.load("digits", train=60, validation=20)
+    digits = datasets.load("digits", train=60, validation=20)
     teacher = plain.models.build("resnet50", stem="cifar", classes=10, width=0.0625, seed=0).eval()
     asked = []
     teacher.conv1.register_forward_hook(lambda *_: asked.append(1))
@@ -68,7 +68,7 @@ def test_a_live_teacher_and_ready_answers_give_the_same_losses_to_rounding() -> 
 
 
 def test_digits_take_the_form_of_cifar() -> None:
-    enlarged, digits = digits_as_cifar(20), data.load("digits")
+    enlarged, digits = digits_as_cifar(20), datasets.load("digits")
     assert enlarged.train.images.shape == (20, 3, 32, 32)
     assert torch.equal(enlarged.train.images[:, :, ::4, ::4], digits.train.images[:20])
     assert enlarged.views_per_image == 162

@@ -9,12 +9,12 @@ from scipy.stats import binom, binomtest
 
 from conftest import tunable
 from search_spaces.ablation import study as ablation
-from tune_kd import calibrate as calibration
-from tune_kd import results
-from tune_kd.calibrate import Rate, calibrate, study_of_nothing
-from tune_kd.study import Confirm
-from tune_kd.tables import Records
-from tune_kd.tuning import LogUniform, Range, Tuning
+from tune_kd.analysis import calibrate as calibration
+from tune_kd.analysis import contrasts as results
+from tune_kd.analysis.calibrate import Rate, calibrate, study_of_nothing
+from tune_kd.records.reader import Records
+from tune_kd.study.spec import Confirm
+from tune_kd.study.tuning import LogUniform, Range, Tuning
 
 LOOKS = replace(ablation(), confirm=Confirm(looks=(5, 10, 20)))
 

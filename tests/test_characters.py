@@ -14,10 +14,11 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from tune_kd import cli, signals
-from tune_kd.characters import CONTROL, visible
+from tune_kd import cli
 from tune_kd.cli.options import Terminal, print_json
-from tune_kd.view import View
+from tune_kd.reporting.terminal import View
+from tune_kd.system import signals
+from tune_kd.system.characters import CONTROL, visible
 
 OBEYED = "a\x1b[2Jb\x07c\x9b2Jd\u202ee\x7ff\u2028g"
 SEEN = "a\u241b[2Jb\u2407c\ufffd2Jd\ufffde\u2421f\ufffdg"

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tune_kd import storage
-from tune_kd.checkpoints import Checkpoints, pack, unpack
-from tune_kd.storage import Damaged
+from tune_kd.system import files
+from tune_kd.system.files import Damaged
+from tune_kd.training.checkpoints import Checkpoints, pack, unpack
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -67,14 +67,14 @@ def test_a_damaged_state_is_set_aside_and_the_one_before_is_used(tmp_path: Path,
 def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage.publish(tmp_path / "file", b"old")
+    files.publish(tmp_path / "file", b"old")
 
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(storage.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(OSError, match="no space"):
-        storage.publish(tmp_path / "file", b"new")
+        files.publish(tmp_path / "file", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_bytes() == b"old"
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tune_kd import batches, cifar, pictures
-from tune_kd import data as rooms
-from tune_kd.batches import CIFAR10, CIFAR100, Origin
-from tune_kd.cifar import default_cache, load_pixels
-from tune_kd.data import load
-from tune_kd.pictures import Pixels
-from tune_kd.study import Mistake
+from tune_kd.data import cifar, cifar_pickles, image_folder
+from tune_kd.data import datasets as rooms
+from tune_kd.data.cifar import default_cache, load_pixels
+from tune_kd.data.cifar_pickles import CIFAR10, CIFAR100, Origin
+from tune_kd.data.datasets import load
+from tune_kd.data.image_folder import Pixels
+from tune_kd.study.spec import Mistake
 
 NOWHERE = Origin("http://127.0.0.1:1/", "0" * 32, (("data_batch_1", "0"),), (("test_batch", "0"),), 0.5)
 
@@ -59,8 +59,8 @@ class Count:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> Count:
-    count = Count(pictures.read_archive)
-    monkeypatch.setattr(pictures, "read_archive", count)
+    count = Count(image_folder.read_archive)
+    monkeypatch.setattr(image_folder, "read_archive", count)
     return count
 
 
@@ -281,8 +281,8 @@ def test_an_absent_archive_is_downloaded_once_even_by_two_at_once(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes((tmp_path / "origin" / CIFAR10.archive).read_bytes())
 
-    monkeypatch.setattr(batches, "download", download)
-    monkeypatch.setattr(batches, "published", lambda _: origin)
+    monkeypatch.setattr(cifar_pickles, "download", download)
+    monkeypatch.setattr(cifar_pickles, "published", lambda _: origin)
     cache, where = tmp_path / "cache", tmp_path / "data"
     where.mkdir()
 
@@ -299,7 +299,7 @@ def test_an_absent_archive_is_downloaded_once_even_by_two_at_once(
 
 def test_without_a_folder_the_cache_folder_holds_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     origin = published_files(tmp_path / "cache")
-    monkeypatch.setattr(batches, "published", lambda _: origin)
+    monkeypatch.setattr(cifar_pickles, "published", lambda _: origin)
     data = load("cifar10", cache=tmp_path / "cache", say=lambda _: None, progress=False)
     assert [len(part.labels) for part in (data.train, data.validation, data.test)] == [10, 10, 20]
 
@@ -360,5 +360,5 @@ def test_a_file_that_vanishes_or_cannot_be_opened_is_a_mistake_too(
     def denied(*_: object, **__: object) -> Pixels:
         raise PermissionError(13, "Permission denied", str(archive))
 
-    monkeypatch.setattr(pictures, "read_archive", denied)
+    monkeypatch.setattr(image_folder, "read_archive", denied)
     assert "Permission denied" in refused(archive, tmp_path)

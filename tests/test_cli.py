@@ -19,12 +19,14 @@ import pytest
 
 from conftest import altered
 from forms import SECRETS
-from tune_kd import audit, cli, evidence, tables
-from tune_kd import run as runs
-from tune_kd.plan import plan
-from tune_kd.records import DECISIONS, EPOCHS, LEDGER, SQLITE_BYTES, TRIALS, Ledger, first_row, reading, too_long
-from tune_kd.studies import find, from_json, resolve
-from tune_kd.trial import Decision, digest
+from tune_kd import cli
+from tune_kd.analysis import early_stopping, grace
+from tune_kd.records import reader
+from tune_kd.records import run_folder as runs
+from tune_kd.records.ledger import DECISIONS, EPOCHS, LEDGER, SQLITE_BYTES, TRIALS, Ledger, first_row, reading, too_long
+from tune_kd.study.discover import find, from_json, resolve
+from tune_kd.study.plan import plan
+from tune_kd.study.trial import Decision, digest
 
 
 @pytest.fixture(autouse=True)
@@ -212,13 +214,13 @@ def test_a_run_is_held_while_its_extension_is_recorded(
         raise KeyboardInterrupt
 
     digest = json.loads((folder / "study.json").read_text())["data"]["digest"]
-    monkeypatch.setattr("tune_kd.launch.load_data", lambda *_, **__: SimpleNamespace(digest=digest))
+    monkeypatch.setattr("tune_kd.execute.session.load_data", lambda *_, **__: SimpleNamespace(digest=digest))
     monkeypatch.setattr(
-        "tune_kd.execute.connection.connect",
+        "tune_kd.execute.cluster.connect",
         lambda *_: SimpleNamespace(cpus=2.0, gpus=0.0, ours=False, parts=(), guarded=True),
     )
-    monkeypatch.setattr("tune_kd.execute.connection.check_nodes", lambda _: None)
-    monkeypatch.setattr("tune_kd.shares.check_cluster", lambda *_: None)
+    monkeypatch.setattr("tune_kd.execute.cluster.check_nodes", lambda _: None)
+    monkeypatch.setattr("tune_kd.execute.resources.check_cluster", lambda *_: None)
     monkeypatch.setattr(runs, "record_extension", recorded)
     assert call(monkeypatch, "resume", "mine", "--extend", "--set", "confirm.seeds=[1,2]") == 130
     assert held[0]["pid"] == os.getpid()
@@ -234,8 +236,8 @@ def test_a_run_goes_on_with_its_shares_or_with_those_that_are_given(
         used.append(run.settings)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tune_kd.launch.load_data", lambda *_, **__: SimpleNamespace(digest="0" * 64))
-    monkeypatch.setattr("tune_kd.launch.execute", executed)
+    monkeypatch.setattr("tune_kd.execute.session.load_data", lambda *_, **__: SimpleNamespace(digest="0" * 64))
+    monkeypatch.setattr("tune_kd.execute.session.execute", executed)
     assert call(monkeypatch, "resume", "mine") == 130
     given = ("--cpus-per-trial", "0.5", "--gpus-per-trial", "0", "--max-concurrent", "3")
     assert call(monkeypatch, "resume", "mine", *given) == 130
@@ -287,7 +289,7 @@ def test_status_prints_what_a_trial_said_as_it_said_it_to_whoever_still_reads(
     assert call(monkeypatch, "status", "[laptop]") == 0
     shown = capsys.readouterr().out
     assert shown.count(f" failed: {said}") == 2
-    monkeypatch.setattr("tune_kd.view.SHOWN", 1)  # of thousands, some and their number
+    monkeypatch.setattr("tune_kd.reporting.terminal.SHOWN", 1)  # of thousands, some and their number
     assert call(monkeypatch, "status", "[laptop]") == 0
     few = capsys.readouterr().out
     assert few.count(f" failed: {said}") == 1 and "and 1 more; `--json` names all of them" in few
@@ -307,7 +309,7 @@ def test_plan_tells_of_rungs_margins_looks_and_short_grace_periods(
     rows = [{"stratum": "cifar/logit", "epoch": epoch, "n": 9, "rho": 0.1, "rho_low": -0.5, "rho_high": 0.6}
             for epoch in range(1, 8)]  # fmt: skip
     (elsewhere / "results" / "before").mkdir(parents=True)
-    evidence.record(elsewhere / "results" / "before", "before", study, pd.DataFrame(rows))
+    grace.record(elsewhere / "results" / "before", "before", study, pd.DataFrame(rows))
     arguments = ["plan", "ablation", "--scale", "laptop", "--set", "confirm.looks=[3,6]"]
     assert call(monkeypatch, *arguments) == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -325,7 +327,7 @@ def test_plan_tells_of_rungs_margins_looks_and_short_grace_periods(
 def test_margins_of_an_earlier_runs_controls_are_on_record_as_a_setting(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path
 ) -> None:
-    study = tables.load(finished).study["study"]
+    study = reader.load(finished).study["study"]
     settings = [f"scale={study['scale']}", "recipe.epochs=2", "screen.grace=1"]
     given = [part for setting in settings for part in ("--set", setting)]
     assert (
@@ -333,7 +335,7 @@ def test_margins_of_an_earlier_runs_controls_are_on_record_as_a_setting(
     )
     (margin,) = json.loads(capsys.readouterr().out)["screen"]["margin"]
     declared = resolve(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", "smoke", None, settings)
-    assert [margin] == audit.noise_margins(tables.load(finished), declared)
+    assert [margin] == early_stopping.noise_margins(reader.load(finished), declared)
     assert 0 < margin < 1
 
 
@@ -496,7 +498,7 @@ def test_a_study_of_ones_own_is_found_by_path_and_by_name(
         ("SCALES = {'own': 3}", "SCALES"),
         (
             "from dataclasses import replace\nfrom search_spaces.ablation import laptop\n"
-            "from tune_kd.study import Confirm, Recipe\n"
+            "from tune_kd.study.spec import Confirm, Recipe\n"
             "def study(): return replace(laptop(), scale='own', confirm=Confirm(seeds=5), recipe=Recipe(epochs='x'))",
             "confirm.seeds is 5",
         ),

@@ -15,14 +15,14 @@ import pytest
 
 from stores import KEYS, store
 from test_ray import STUDY, command, contiguous, epochs_on_record, same_records, wait_for
-from tune_kd import environment
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace
-from tune_kd.mirror import local
-from tune_kd.records import LEDGER, TRIALS, Ledger
-from tune_kd.run import Run, create, reopen
-from tune_kd.study import Mistake
+from tune_kd.records.ledger import LEDGER, TRIALS, Ledger
+from tune_kd.records.run_folder import Run, create, reopen
+from tune_kd.study.spec import Mistake
+from tune_kd.system import environment
+from tune_kd.system.object_store import local
 
 # A cluster of a head without CPUs and two nodes, each with a home of its own. A line on its standard input removes one
 # of them as if its power had gone; the end of its input ends it, and it tells how many bytes each node got from others.
@@ -186,7 +186,7 @@ def test_ray_leaves_its_token_to_its_user_alone_and_signals_to_us(
     monkeypatch.setenv("HOME", str(tmp_path))
     script = (
         "import signal\n"
-        "from tune_kd.execute import connection\n"
+        "from tune_kd.execute import cluster as connection\n"
         "from pathlib import Path\n"
         "signal.signal(signal.SIGTERM, lambda *_: None)\n"
         "ours = signal.getsignal(signal.SIGTERM)\n"
@@ -208,7 +208,7 @@ def test_ray_takes_the_token_from_where_it_was_moved_to(tmp_path: Path, monkeypa
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     script = (
-        "from tune_kd.execute import connection\n"
+        "from tune_kd.execute import cluster as connection\n"
         "cluster = connection.connect(None)\n"
         "print(int(cluster.cpus) > 0)\n"
         "connection.disconnect(cluster)"

@@ -11,8 +11,12 @@ import pytest
 
 from faults import damage
 from faults.damage import VARIANTS, Scratch, judge, make
-from tune_kd import answers, checkpoints, parquet, rebuild, records, storage, tables, teachers, verify
-from tune_kd.records import LEDGER
+from tune_kd.execute import verify
+from tune_kd.records import ledger, parquet, rebuild
+from tune_kd.records import reader as tables
+from tune_kd.records.ledger import LEDGER
+from tune_kd.system import files
+from tune_kd.training import checkpoints, logit_cache, teachers
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +45,12 @@ def checksums_of_pages_off(patch: pytest.MonkeyPatch) -> None:
 
 
 def sums_of_rows_off(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(records, "_crc", lambda row: ANY)
+    patch.setattr(ledger, "_crc", lambda row: ANY)
     patch.setattr(rebuild, "wrong_with", lambda folder: None)
 
 
 def count_of_commits_off(patch: pytest.MonkeyPatch) -> None:
-    for room in (records, rebuild, verify):
+    for room in (ledger, rebuild, verify):
         patch.setattr(room, "commits", lambda folder: 0)
 
 
@@ -57,7 +61,7 @@ def seals_off(patch: pytest.MonkeyPatch) -> None:
 
         __hash__ = str.__hash__
 
-    patch.setattr(storage, "_seal", lambda record: AnyText())
+    patch.setattr(files, "_seal", lambda record: AnyText())
 
 
 def digests_of_checkpoints_off(patch: pytest.MonkeyPatch) -> None:
@@ -71,8 +75,8 @@ def digests_of_teachers_off(patch: pytest.MonkeyPatch) -> None:
 
 
 def digests_of_answers_off(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(answers.Answers, "_is_whole", lambda self, chunk: True)
-    patch.setattr(answers, "damaged", lambda folder, classes: [])
+    patch.setattr(logit_cache.Answers, "_is_whole", lambda self, chunk: True)
+    patch.setattr(logit_cache, "damaged", lambda folder, classes: [])
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tune_kd import data as rooms
-from tune_kd.batches import CIFAR100
-from tune_kd.data import (
+from tune_kd.data import datasets as rooms
+from tune_kd.data.cifar_pickles import CIFAR100
+from tune_kd.data.datasets import (
     CIFAR_CLASSES,
     DataSet,
     Split,
@@ -29,9 +29,9 @@ from tune_kd.data import (
     show,
     view_numbers,
 )
-from tune_kd.pictures import Pixels
-from tune_kd.price import IMAGES
-from tune_kd.study import Mistake
+from tune_kd.data.image_folder import Pixels
+from tune_kd.study.cost import IMAGES
+from tune_kd.study.spec import Mistake
 
 REAL_ARCHIVE = Path(__file__).parents[2] / "shared" / "data" / "cifar10-images.tar.xz"
 PARTS = ("train", "validation", "test")
@@ -461,7 +461,7 @@ def test_importing_touches_no_network_and_no_image_library() -> None:
         "def refuse(event, _):\n"
         "    assert event not in ('socket.connect', 'socket.getaddrinfo'), event\n"
         "sys.addaudithook(refuse)\n"
-        "import tune_kd.data\n"
+        "import tune_kd.data.datasets\n"
         "print(sorted({'torchvision', 'PIL', 'sklearn'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -17,11 +17,12 @@ import pytest
 from conftest import tiny
 from faults.here import go_on
 from test_ray import EPOCH_FREE, FREE, STUDY, command, epochs_on_record, table, wait_for
-from tune_kd import cli, data
-from tune_kd.records import EPOCHS, LEDGER, Ledger
-from tune_kd.run import Run, begun, create, held, reopen
-from tune_kd.study import Confirm, Factor, Study
-from tune_kd.verify import verify
+from tune_kd import cli
+from tune_kd.data import datasets
+from tune_kd.execute.verify import verify
+from tune_kd.records.ledger import EPOCHS, LEDGER, Ledger
+from tune_kd.records.run_folder import Run, begun, create, held, reopen
+from tune_kd.study.spec import Confirm, Factor, Study
 
 LIMITS = (0, 30, 120, 500, 4_000, 20_000, 100_000, 150_000, 200_000, 400_000)  # bytes that a file may have
 
@@ -33,7 +34,7 @@ def study() -> Study:
 
 
 def planned(folder: Path) -> Run:
-    digest = data.load("digits", train=60, validation=20, test=20).digest
+    digest = datasets.load("digits", train=60, validation=20, test=20).digest
     return Run("r", folder / "r", study(), digest, None, {"max_concurrent": None, "keep_checkpoints": False})
 
 

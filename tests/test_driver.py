@@ -12,15 +12,16 @@ import pytest
 
 from conftest import contested
 from forms import SHORT
-from tune_kd import faults, rebuild
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
-from tune_kd.plan import plan
-from tune_kd.records import DECISIONS, EPOCHS, TRIALS, Ledger
-from tune_kd.run import Run, create
-from tune_kd.study import Confirm, Screen, Study
-from tune_kd.tables import check
-from tune_kd.trial import Decision, Epoch, Outcome
+from tune_kd.records import rebuild
+from tune_kd.records.ledger import DECISIONS, EPOCHS, TRIALS, Ledger
+from tune_kd.records.reader import check
+from tune_kd.records.run_folder import Run, create
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Confirm, Screen, Study
+from tune_kd.study.trial import Decision, Epoch, Outcome
+from tune_kd.system import crash_points
 
 HERE = Where("host", "cpu")
 
@@ -483,7 +484,7 @@ def test_tables_of_two_ages_keep_no_epoch_whose_comparison_they_lack(
     for trial in (control, arm):
         assert bench.driver.on_epoch(trial.trial_id, epoch(run.study.screen.grace), HERE)
     assert len(bench.driver.decisions) == 2
-    at = patch.multiple(faults, _name="tables.published", _left=published)
+    at = patch.multiple(crash_points, _name="tables.published", _left=published)
     with at, patch("os.kill", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         bench.driver.write_tables()
     bench.ledger.close()

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tune_kd import cifar, cli, environment, mirror
-from tune_kd.study import Mistake
-from tune_kd.view import View
+from tune_kd import cli
+from tune_kd.data import cifar
+from tune_kd.reporting.terminal import View
+from tune_kd.study.spec import Mistake
+from tune_kd.system import environment, object_store
 
 ODD = os.fsdecode(b"d\xe9j")  # Latin-1, as old disks have it
 RUN = ("run", "ablation", "--scale", "smoke")
@@ -218,7 +220,7 @@ def test_a_user_without_a_home_is_told_once_by_all_that_need_one(
     for arguments in (("dashboard", "--write", "x"), ("list", "--out", "s3://bucket/kd?region=x"),
                       ("submit", "ablation", "--address", "http://127.0.0.1:1")):  # fmt: skip
         assert said(capsys, monkeypatch, *arguments) == told
-    for needs in (cifar.default_cache, lambda: mirror.local("s3://bucket/kd?region=x")):
+    for needs in (cifar.default_cache, lambda: object_store.local("s3://bucket/kd?region=x")):
         with pytest.raises(Mistake, match="HOME is not set"):
             needs()
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tune_kd import audit, evidence, tables
-from tune_kd.plan import plan
-from tune_kd.study import Confirm, Data, Factor, Recipe, Screen, Study
+from tune_kd.analysis import early_stopping, grace
+from tune_kd.records import reader
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Confirm, Data, Factor, Recipe, Screen, Study
 
 
 @pytest.fixture
@@ -30,23 +31,23 @@ def left_behind(out: Path, study: Study, lows: dict[str, list[float | None]], ru
         for epoch, low in enumerate(of, 1)
     ]
     (out / run).mkdir(parents=True)
-    evidence.record(out / run, run, study, pd.DataFrame(rows))
+    grace.record(out / run, run, study, pd.DataFrame(rows))
 
 
 def test_a_grace_period_that_is_shorter_than_an_audit_supports_is_warned_of(long: Study, tmp_path: Path) -> None:
     left_behind(tmp_path, long, {"cifar/logit": [-0.5, -0.4, -0.1, 0.2, 0.3]})
-    (warning,) = evidence.warnings(plan(long), tmp_path)
+    (warning,) = grace.warnings(plan(long), tmp_path)
     assert warning == (
         "screen.grace is 2, shorter than the run earlier supports: in cifar/logit the ranks at epoch 2 did not "
         "foretell those at the end (Spearman +0.50, 95 % interval -0.40 to +0.90, 12 trials); from epoch 4 on they did"
     )
     later = replace(long, screen=Screen(grace=4, reduction=2))
-    assert evidence.warnings(plan(later), tmp_path) == []
+    assert grace.warnings(plan(later), tmp_path) == []
 
 
 def test_one_good_epoch_before_bad_ones_supports_nothing(long: Study, tmp_path: Path) -> None:
     left_behind(tmp_path, long, {"cifar/logit": [0.3, 0.3, -0.1, 0.3, None]})
-    (warning,) = evidence.warnings(plan(long), tmp_path)
+    (warning,) = grace.warnings(plan(long), tmp_path)
     assert "the ranks at epoch 3" in warning
     assert warning.endswith("it supports none")
 
@@ -60,7 +61,7 @@ def test_only_runs_that_are_alike_and_strata_in_which_an_arm_may_stop_count(
     left_behind(tmp_path, long, {"cifar/none": bad, "cifar/feature": bad}, "immune")
     by_method = replace(study, recipe=long.recipe, screen=Screen(grace=2, reduction=2, min_peers=1, strata=("method",)))
     left_behind(tmp_path, by_method, {"none": bad}, "two-controls")
-    assert evidence.warnings(plan(by_method), tmp_path) == []
+    assert grace.warnings(plan(by_method), tmp_path) == []
     (tmp_path / "broken").mkdir()
     for damaged in (
         '{"strata"',
@@ -70,14 +71,14 @@ def test_only_runs_that_are_alike_and_strata_in_which_an_arm_may_stop_count(
         "[" * 10**5,
     ):
         (tmp_path / "broken" / "audit.json").write_text(damaged)
-        assert evidence.warnings(plan(long), tmp_path) == []
-    assert evidence.warnings(plan(long), tmp_path) == []
+        assert grace.warnings(plan(long), tmp_path) == []
+    assert grace.warnings(plan(long), tmp_path) == []
 
 
 def test_what_a_finished_run_leaves_is_its_audit_at_every_epoch(finished: Path, study: Study, tmp_path: Path) -> None:
-    records = tables.load(finished)
-    table = audit.rank_correlations(records, everywhere=True)
-    evidence.record(tmp_path, "tiny", study, table)
+    records = reader.load(finished)
+    table = early_stopping.rank_correlations(records, everywhere=True)
+    grace.record(tmp_path, "tiny", study, table)
     left = json.loads((tmp_path / "audit.json").read_text())
     assert (left["run"], left["data"], left["scale"], left["epochs"]) == ("tiny", "digits", "test", 2)
     assert left["strata"]["cifar/logit"]["1"]["n"] == table.set_index("stratum").loc["cifar/logit", "n"]

@@ -6,18 +6,20 @@ import pandas as pd
 import pytest
 import torch
 
-from tune_kd import data, provenance, results, tables
+from tune_kd.analysis import contrasts, provenance
+from tune_kd.data import datasets
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace
-from tune_kd.records import LEDGER, Ledger
-from tune_kd.run import Run, Source, create, extended, record_extension, reopen
+from tune_kd.records import reader
+from tune_kd.records.ledger import LEDGER, Ledger
+from tune_kd.records.run_folder import Run, Source, create, extended, record_extension, reopen
 
 SHORT = "replace(tiny(), factors=(Factor('stem', ('cifar',)), *tiny().factors[1:]), moderator=None{more})"
 FILE = """
 from dataclasses import replace
 from conftest import tiny
-from tune_kd.study import Confirm, Factor
+from tune_kd.study.spec import Confirm, Factor
 
 def study():
     return {study}
@@ -31,7 +33,7 @@ def declare(folder: Path, more: str) -> Source:
 
 def begun(folder: Path, more: str) -> Run:
     source = declare(folder, more)
-    digest = data.load("digits", train=60, validation=20, test=20).digest
+    digest = datasets.load("digits", train=60, validation=20, test=20).digest
     run = Run("mine", folder / "results" / "mine", source.read(), digest, None, {}, source)
     create(run)
     return train(run)
@@ -59,15 +61,15 @@ def extend(folder: Path) -> None:
 def test_seeds_that_were_added_change_no_mean_and_no_contrast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = begun(tmp_path, "")
-    before = tables.load(run.folder)
+    before = reader.load(run.folder)
     declare(tmp_path, ", confirm=Confirm((1, 2, 3))")
     extend(run.folder)
-    after = tables.load(run.folder)
-    for table in (results.contrasts, results.arms):
+    after = reader.load(run.folder)
+    for table in (contrasts.contrasts, contrasts.arms):
         pd.testing.assert_frame_equal(table(before), table(after))
-    added = results.exploratory(after).query("what == 'added seeds'")
+    added = contrasts.exploratory(after).query("what == 'added seeds'")
     assert set(added["arm"]) == {"cifar/none", "cifar/logit/T=4", "cifar/feature"} | set(
-        results.arms(after).query("n == 2")["arm"]
+        contrasts.arms(after).query("n == 2")["arm"]
     )
     assert any("added without a declared look" in sentence for sentence in provenance.limits(after))
     kept = after.trials[after.trials["trial_id"].isin(before.trials["trial_id"])].reset_index(drop=True)
@@ -76,12 +78,12 @@ def test_seeds_that_were_added_change_no_mean_and_no_contrast(tmp_path: Path, mo
 
 def test_a_declared_look_counts_its_seeds(tmp_path: Path) -> None:
     run = begun(tmp_path, ", confirm=Confirm((1, 2), looks=(2, 3))")
-    first = results.contrasts(tables.load(run.folder))
+    first = contrasts.contrasts(reader.load(run.folder))
     assert first["planned"].unique().tolist() == [2]
     extend(run.folder)
-    second = results.contrasts(tables.load(run.folder))
+    second = contrasts.contrasts(reader.load(run.folder))
     assert second["planned"].unique().tolist() == [3]
     judged = second[second["n"] > 0]
     assert judged["n"].unique().tolist() == [3]
-    assert results.exploratory(tables.load(run.folder))["what"].unique().tolist() == ["screen"]
+    assert contrasts.exploratory(reader.load(run.folder))["what"].unique().tolist() == ["screen"]
     assert judged["p"].notna().all() and pytest.approx(1.0) == judged["p_holm"].max()

@@ -21,11 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import SHARED
-from tune_kd import parquet, results
+from tune_kd.analysis import contrasts
 from tune_kd.cli import main
-from tune_kd.foreign import Adapter, parse_phases
-from tune_kd.study import Mistake
-from tune_kd.tables import Records, load
+from tune_kd.records import parquet
+from tune_kd.records.importer import Adapter, parse_phases
+from tune_kd.records.reader import Records, load
+from tune_kd.study.spec import Mistake
 
 PUBLISHED = SHARED / "data" / "published"
 PHASES = {"select": "screen", "stem_ablation": "confirm", "teachers": "teacher"}
@@ -60,14 +61,14 @@ def test_the_published_tables_are_read_through_an_adapter(published: Records) ->
 def test_the_published_stem_ablation_comes_out_to_the_printed_digits(
     published: Records, arm: str, printed: str
 ) -> None:
-    row = results.arms(published).set_index("arm").loc[arm]
+    row = contrasts.arms(published).set_index("arm").loc[arm]
     assert row["n"] == 3
     assert f"{100 * row['mean']:.2f} ± {100 * row['sd']:.2f}" == printed
 
 
 @needs_published
 def test_the_published_effect_of_the_stem_is_about_seven_points_with_its_interval(published: Records) -> None:
-    table = results.compare(published, "stem", "cifar", "imagenet").set_index("context")
+    table = contrasts.compare(published, "stem", "cifar", "imagenet").set_index("context")
     row = table.loc["resnet18/100"] if "resnet18/100" in table.index else table.loc["resnet18"]
     assert (row["how"], row["n"]) == ("paired", 3)
     assert row["estimate"] == pytest.approx(0.9486 - 0.8771, abs=1e-4)
@@ -77,12 +78,12 @@ def test_the_published_effect_of_the_stem_is_about_seven_points_with_its_interva
 
 @needs_published
 def test_the_published_selection_grid_is_exploratory_and_claims_nothing(published: Records) -> None:
-    explored = results.exploratory(published)
+    explored = contrasts.exploratory(published)
     assert len(explored) == 48
     assert set(explored["what"]) == {"screen"}
     assert set(explored["tried"]) == {48}
-    assert results.contrasts(published).empty
-    assert not set(results.arms(published)["arm"]) & set(explored["arm"])
+    assert contrasts.contrasts(published).empty
+    assert not set(contrasts.arms(published)["arm"]) & set(explored["arm"])
 
 
 @needs_published
@@ -118,7 +119,7 @@ def test_columns_of_other_names_are_renamed_and_missing_ones_made(tmp_path: Path
     assert records.trials[["phase", "role", "status", "arm"]].drop_duplicates().to_numpy().tolist() == [
         ["confirm", "student", "completed", "all"]
     ]
-    assert results.arms(records).loc[0, "mean"] == pytest.approx(0.55)
+    assert contrasts.arms(records).loc[0, "mean"] == pytest.approx(0.55)
     assert records.epochs["val_accuracy"].tolist() == [0.1, 0.2, 0.3]
 
 
@@ -132,7 +133,7 @@ def test_a_trial_that_ran_less_than_planned_counts_as_stopped_and_is_in_no_mean(
     trials.assign(epochs_run=[7, 100], epochs_planned=100).to_parquet(tmp_path / "t_trials.parquet")
     records = load(tmp_path / "t")
     assert records.trials["status"].tolist() == ["stopped", "completed"]
-    assert results.confirmed(records)["all"].tolist() == [0.9]
+    assert contrasts.confirmed(records)["all"].tolist() == [0.9]
 
 
 def test_arms_of_other_data_or_budgets_are_other_arms(tmp_path: Path) -> None:
@@ -157,12 +158,12 @@ def test_methods_are_compared_though_a_control_has_no_temperature(tmp_path: Path
              "temperature": 4.0 if method == "logit" else None}
             for method, accuracy in (("none", 0.5), ("logit", 0.6)) for seed in (1, 2, 3)]  # fmt: skip
     pd.DataFrame(rows).to_parquet(tmp_path / "t_trials.parquet")
-    (found,) = results.compare(load(tmp_path / "t"), "method", "logit", "none").to_dict("records")
+    (found,) = contrasts.compare(load(tmp_path / "t"), "method", "logit", "none").to_dict("records")
     assert (found["how"], found["n"], found["estimate"]) == ("paired", 3, pytest.approx(0.1))
     with pytest.raises(Mistake, match=r"method has no level 'logits'; allowed: none, logit"):
-        results.compare(load(tmp_path / "t"), "method", "logits", "none")
+        contrasts.compare(load(tmp_path / "t"), "method", "logits", "none")
     with pytest.raises(Mistake, match="factor is 'methods'"):
-        results.compare(load(tmp_path / "t"), "methods", "logit", "none")
+        contrasts.compare(load(tmp_path / "t"), "methods", "logit", "none")
 
 
 def test_phases_are_given_as_theirs_and_ours() -> None:
@@ -325,7 +326,7 @@ def test_seeds_that_float64_cannot_tell_apart_are_paired_each_with_its_own(tmp_p
     for order in ([0, 1, 2, 3], [0, 1, 3, 2]):
         pl.DataFrame(whole)[order].write_parquet(tmp_path / "t_trials.parquet")
         records = load(tmp_path / "t", adapt=Adapter(phases={"final": "confirm"}))
-        (found,) = results.compare(records, "method", "logit", "none").to_dict("records")
+        (found,) = contrasts.compare(records, "method", "logit", "none").to_dict("records")
         assert (found["how"], found["n"], found["estimate"]) == ("paired", 2, 0.25)
 
 

@@ -20,22 +20,23 @@ import torch
 
 from placement import METHODS, distil, pupil
 from trials import run
-from tune_kd import data, notices
-from tune_kd import step as stepping
-from tune_kd.checkpoints import Checkpoints
-from tune_kd.data import DataSet, crop, draw_views, on_device, prepare
+from tune_kd.data import datasets
+from tune_kd.data.datasets import DataSet, crop, draw_views, on_device, prepare
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace, work
-from tune_kd.kernels import Captured
-from tune_kd.plan import plan
-from tune_kd.records import Ledger
-from tune_kd.step import Step
-from tune_kd.studies import find, resolve
-from tune_kd.study import PRECISIONS, STEMS, Study
-from tune_kd.teachers import Teacher, load_teacher
-from tune_kd.train import train
-from tune_kd.trial import Answering, Epoch, Trial
+from tune_kd.records.ledger import Ledger
+from tune_kd.study.discover import find, resolve
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import PRECISIONS, STEMS, Study
+from tune_kd.study.trial import Answering, Epoch, Trial
+from tune_kd.training import notices
+from tune_kd.training import step as stepping
+from tune_kd.training.checkpoints import Checkpoints
+from tune_kd.training.device import Captured
+from tune_kd.training.loop import train
+from tune_kd.training.step import Step
+from tune_kd.training.teachers import Teacher, load_teacher
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_thread")]
 
@@ -201,7 +202,7 @@ def smoke(precision: str) -> Study:
 
 def driver(study: Study, folder: Path, gpus: float) -> tuple[Driver, Workplace, DataSet]:
     spec = study.data
-    images = data.load(spec.name, train=spec.train, validation=spec.validation, test=spec.test)
+    images = datasets.load(spec.name, train=spec.train, validation=spec.validation, test=spec.test)
     place = Workplace(None, None, folder / "teachers", folder / "checkpoints")
     ledger = Ledger(folder / "ledger.sqlite")
     return Driver(plan(study, images.digest), "r", folder, ledger, place, cpus=0.5, gpus=gpus), place, images
@@ -212,10 +213,10 @@ def driver(study: Study, folder: Path, gpus: float) -> tuple[Driver, Workplace, 
 def test_every_trial_of_the_smoke_ablation_completes_through_ray(
     precision: str, share: float, ray_session: str, tmp_path: Path
 ) -> None:
-    from tune_kd.execute import on_ray
+    from tune_kd.execute import ray_tune
 
     made, place, images = driver(smoke(precision), tmp_path, share)  # half a CPU each: four find room on two
-    on_ray.run_on_ray(made, place, slots=round(1 / share), beat=lambda: None, data=images)
+    ray_tune.run_on_ray(made, place, slots=round(1 / share), beat=lambda: None, data=images)
     rows = list(made.rows.values())
     assert [row["error"] for row in rows if row["status"] != "completed"] == []
     assert {row["device"] for row in rows} == {torch.cuda.get_device_name(GPU)}
@@ -246,7 +247,7 @@ def test_a_trial_that_needs_more_than_its_share_is_tried_again_with_twice_the_sh
 
 
 MPS = "nvidia-cuda-mps-control"
-SERVED = "from tune_kd import mps; print(mps.serves())"
+SERVED = "from tune_kd.execute import mps; print(mps.serves())"
 
 
 @pytest.mark.skipif(shutil.which(MPS) is None, reason=f"needs {MPS}")

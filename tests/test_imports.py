@@ -128,8 +128,8 @@ def test_one_room_alone_knows_ray_and_one_alone_knows_sqlite_and_pyarrow(path: P
 @pytest.mark.parametrize("path", sorted((ROOT / "search_spaces").glob("*.py")), ids=lambda path: path.name)
 def test_a_search_space_imports_the_study_room_alone(path: Path) -> None:
     assert {name.rsplit(".", 1)[0] for name in imports(path) if name.startswith("tune_kd")} <= {
-        "tune_kd.study",
-        "tune_kd.tuning",
+        "tune_kd.study.spec",
+        "tune_kd.study.tuning",
     }
 
 

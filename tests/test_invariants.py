@@ -28,14 +28,17 @@ from hypothesis.stateful import (
 )
 
 from test_driver import HERE, epoch
-from tune_kd import faults, rebuild, storage, tables, verify
-from tune_kd import run as runs
 from tune_kd.execute import driver as driving
+from tune_kd.execute import verify
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Failure, Workplace
-from tune_kd.records import ENDED, FAILURES, LEDGER, Ledger, digests
-from tune_kd.study import Cell, Compare, Confirm, Data, Factor, Mistake, Recipe, Screen, Study
-from tune_kd.trial import Decision
+from tune_kd.records import reader, rebuild
+from tune_kd.records import run_folder as runs
+from tune_kd.records.ledger import ENDED, FAILURES, LEDGER, Ledger, digests
+from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Mistake, Recipe, Screen, Study
+from tune_kd.study.trial import Decision
+from tune_kd.system import crash_points
+from tune_kd.system import files as storage
 
 MEMORY = Path("/dev/shm")  # where there is one: it syncs in no time, and nobody cuts its power
 EPOCHS = 3
@@ -265,7 +268,7 @@ class Records(RuleBasedStateMachine):
         path.write_bytes(content)
         self.harmed.add(path.name)
         with pytest.raises(Mistake, match="digest is not on record"):
-            tables.load(self.folder)
+            reader.load(self.folder)
         if self.driver is not None:
             self.driver.write_tables()
             self.harmed.discard(path.name)
@@ -359,7 +362,11 @@ class Records(RuleBasedStateMachine):
             self._copy()
             raise Killed
 
-        with patch.object(faults, "_name", place), patch.object(faults, "_left", times), patch("os.kill", die):
+        with (
+            patch.object(crash_points, "_name", place),
+            patch.object(crash_points, "_left", times),
+            patch("os.kill", die),
+        ):
             try:
                 act()
             except Killed:
@@ -388,7 +395,7 @@ class Records(RuleBasedStateMachine):
         self._leave()
         self.folder = self.root / str(int(self.folder.parent.name) + 1) / "r"
         self.acknowledged, self.ended, self.harmed = {}, {}, set()
-        with patch.object(faults, "_name", None):  # a run that is killed before its plan is on disk is none
+        with patch.object(crash_points, "_name", None):  # a run that is killed before its plan is on disk is none
             self.begin()
 
     def _found(self) -> list[verify.Finding]:

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tune_kd import notices
-from tune_kd.kernels import WARM_UP, Captured, autocast, float32_as
+from tune_kd.training import notices
+from tune_kd.training.device import WARM_UP, Captured, autocast, float32_as
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("float32", "ieee"), ("tf32", "tf32"), ("bfloat16", "ieee")])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import rel_entr, softmax
 
-from tune_kd import losses
+from tune_kd.training import losses
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "losses.json"
 

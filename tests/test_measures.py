@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from tune_kd import audit, measures, stats
-from tune_kd.records import DECISIONS, EPOCHS, TRIALS, frame
-from tune_kd.study import Data, Mistake, Recipe, Screen, Study
-from tune_kd.tables import Records
+from tune_kd.analysis import early_stopping, measures, statistics
+from tune_kd.records.ledger import DECISIONS, EPOCHS, TRIALS, frame
+from tune_kd.records.reader import Records
+from tune_kd.study.spec import Data, Mistake, Recipe, Screen, Study
 
 
 def records(
@@ -123,9 +123,9 @@ def test_the_audit_pairs_each_comparison_with_the_end_and_knows_none_of_what_was
         decision("d", 2, 0.1, "stop", "behind"),
     ]
     some = records(trials, decisions=made)
-    assert audit.audit(some)["final"].tolist()[:3] == [0.9, 0.8, 0.7]
-    assert pd.isna(audit.audit(some)["final"].iloc[3])
-    assert audit.decisions(some)[["action", "reason", "comparisons", "arms"]].to_numpy().tolist() == [
+    assert early_stopping.audit(some)["final"].tolist()[:3] == [0.9, 0.8, 0.7]
+    assert pd.isna(early_stopping.audit(some)["final"].iloc[3])
+    assert early_stopping.decisions(some)[["action", "reason", "comparisons", "arms"]].to_numpy().tolist() == [
         ["continue", "ahead", 3, 3],
         ["stop", "behind", 1, 1],
     ]
@@ -148,16 +148,16 @@ def test_the_audit_gives_the_rank_correlation_of_each_rung_with_the_end_in_each_
     }
     other = {f"cifar/none {seed}": [0.1 * seed, 0.2, 0.3, 0.1 * seed] for seed in range(3)}
     some = curves(logits | other, study)
-    table = audit.rank_correlations(some)
+    table = early_stopping.rank_correlations(some)
     found = {(row["stratum"], row["epoch"]): row for row in table.to_dict("records")}
     assert set(found) == {(name, epoch) for name in ("cifar/logit", "cifar/none") for epoch in (1, 2)}
     assert (found["cifar/logit", 1]["n"], found["cifar/logit", 1]["rho"]) == (5, pytest.approx(-1.0))
     assert pd.isna(found["cifar/logit", 2]["rho"])  # all tied
     assert (found["cifar/none", 1]["rho"], found["cifar/none", 1]["n"]) == (pytest.approx(1.0), 3)
     assert pd.isna(found["cifar/none", 1]["rho_low"])
-    expected = stats.rank_correlation([1 - end for end in ends], ends)
+    expected = statistics.rank_correlation([1 - end for end in ends], ends)
     assert (found["cifar/logit", 1]["rho_low"], found["cifar/logit", 1]["rho_high"]) == (expected.low, expected.high)
-    everywhere = audit.rank_correlations(some, everywhere=True)
+    everywhere = early_stopping.rank_correlations(some, everywhere=True)
     assert everywhere.loc[everywhere["stratum"] == "cifar/logit", "epoch"].tolist() == [1, 2, 3]
     assert everywhere["rung"].isna().sum() == 2
 
@@ -166,7 +166,7 @@ def test_of_long_trials_a_thousand_epochs_are_looked_at_and_the_rungs(study: Stu
     """A study may be anybody's, and declare a million epochs."""
     study = replace(study, recipe=Recipe(epochs=2500), screen=Screen(grace=100, reduction=5))
     some = curves({f"cifar/none {seed}": [0.1 * seed] * 2500 for seed in range(3)}, study)
-    table = audit.rank_correlations(some, everywhere=True)
+    table = early_stopping.rank_correlations(some, everywhere=True)
     epochs = table["epoch"].tolist()
     assert 800 < len(epochs) <= 1002 and {1, 100, 500} <= set(epochs) and max(epochs) < 2500
     assert table.loc[table["rung"].notna(), "epoch"].tolist() == [100, 500] and (table["n"] == 3).all()
@@ -182,20 +182,20 @@ def test_margins_come_from_the_spread_of_controls_between_seeds(study: Study) ->
     # Two groups of two: the pooled deviation is sqrt((0.1^2 + 0.1^2) / 2) at epoch 1, where one group has a spread.
     deviation = (2 * 0.1**2 / 2) ** 0.5
     expected = scipy_stats.t.ppf(0.95, 2) * 2**0.5 * deviation
-    assert audit.noise_margins(some, study) == [pytest.approx(expected, abs=1e-6)] * 2
+    assert early_stopping.noise_margins(some, study) == [pytest.approx(expected, abs=1e-6)] * 2
     with pytest.raises(Mistake, match=r"no control .none. has two seeds that ran 9 epochs on digits at scale test"):
-        audit.noise_margins(some, replace(study, recipe=Recipe(epochs=9)))
+        early_stopping.noise_margins(some, replace(study, recipe=Recipe(epochs=9)))
     with pytest.raises(Mistake, match=r"screen.grace 4 of 4 epochs leaves no rung"):
-        audit.noise_margins(some, replace(study, screen=Screen(grace=4)))
+        early_stopping.noise_margins(some, replace(study, screen=Screen(grace=4)))
     with pytest.raises(Mistake, match="on cifar10"):
-        audit.noise_margins(some, replace(study, data=Data("cifar10")))
+        early_stopping.noise_margins(some, replace(study, data=Data("cifar10")))
 
 
 def test_a_timeline_puts_trials_on_slots_on_which_they_do_not_overlap() -> None:
     def ran(seed: int, started: float, seconds: float, host: str = "one") -> dict[str, Any]:
         return trial("cifar/none", seed, 0.9, started=started, wall_seconds=seconds, host=host)
 
-    table = audit.timeline(
+    table = early_stopping.timeline(
         records([ran(1, 100, 10), ran(2, 101, 4), ran(3, 105.5, 9), ran(4, 110.5, 1), ran(5, 102, 1, "two")])
     )
     slots = table.set_index("seed")["slot"].to_dict()

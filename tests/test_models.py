@@ -12,13 +12,13 @@ import torch
 import torchvision
 from torch import nn
 
-from tune_kd import models
-from tune_kd.study import Mistake
+from tune_kd.study.spec import Mistake
+from tune_kd.training import networks
 
 
 def small(**changes):
     settings = {"stem": "cifar", "classes": 10, "width": 0.125, "seed": 0} | changes
-    return models.build(settings.pop("architecture", "resnet18"), **settings)
+    return networks.build(settings.pop("architecture", "resnet18"), **settings)
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -36,25 +36,25 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
     ],
 )
 def test_the_study_networks_have_their_known_sizes(architecture, stem, count):
-    assert models.parameter_count(models.build(architecture, stem=stem, classes=10, seed=0)) == count
+    assert networks.parameter_count(networks.build(architecture, stem=stem, classes=10, seed=0)) == count
 
 
 def test_frozen_parameters_are_not_counted():
     net = small()
-    count = models.parameter_count(net)
+    count = networks.parameter_count(net)
     net.fc.requires_grad_(False)
-    assert models.parameter_count(net) == count - net.fc.weight.numel() - net.fc.bias.numel()
+    assert networks.parameter_count(net) == count - net.fc.weight.numel() - net.fc.bias.numel()
 
 
-@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", networks.ARCHITECTURES)
 def test_standard_width_is_torchvision_structure(architecture):
-    ours = models._blueprint(architecture, stem="imagenet", classes=7, width=1.0)
+    ours = networks._blueprint(architecture, stem="imagenet", classes=7, width=1.0)
     with torch.device("meta"):
         theirs = torchvision.models.get_model(architecture, weights=None, num_classes=7)
     assert repr(ours) == repr(theirs)
 
 
-@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", networks.ARCHITECTURES)
 @pytest.mark.parametrize(
     ("width", "planes"),
     [
@@ -66,28 +66,28 @@ def test_standard_width_is_torchvision_structure(architecture):
     ],
 )
 def test_width_scales_stem_and_all_stages_to_the_nearest_whole_channel(architecture, width, planes):
-    net = models._blueprint(architecture, stem="cifar", classes=10, width=width)
+    net = networks._blueprint(architecture, stem="cifar", classes=10, width=width)
     expansion = 1 if architecture in ("resnet18", "resnet34") else 4
     assert net.conv1.out_channels == planes[0]
-    assert models.feature_channels(net) == tuple(expansion * count for count in planes)
+    assert networks.feature_channels(net) == tuple(expansion * count for count in planes)
 
 
 @pytest.mark.parametrize(("stem", "first"), [("cifar", 32), ("imagenet", 8)])
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
 def test_features_are_the_four_stages_that_halve_in_size(architecture, stem, first):
     net = small(architecture=architecture, stem=stem)
-    _, features = models.forward_with_features(net, torch.rand(2, 3, 32, 32))
-    sizes = [(2, c, first // 2**i, first // 2**i) for i, c in enumerate(models.feature_channels(net))]
+    _, features = networks.forward_with_features(net, torch.rand(2, 3, 32, 32))
+    sizes = [(2, c, first // 2**i, first // 2**i) for i, c in enumerate(networks.feature_channels(net))]
     assert [tuple(stage.shape) for stage in features] == sizes
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("stem", models.STEMS)
+@pytest.mark.parametrize("stem", networks.STEMS)
 def test_logits_beside_features_are_exactly_those_of_the_network(stem, training):
     net = small(stem=stem).train(training)
     images = torch.rand(4, 3, 32, 32)
     expected = net(images)
-    logits, _ = models.forward_with_features(net, images)
+    logits, _ = networks.forward_with_features(net, images)
     assert torch.equal(logits, expected)
 
 
@@ -97,7 +97,7 @@ def test_returned_features_are_what_the_stages_put_out():
     seen = []
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
         stage.register_forward_hook(lambda module, arguments, output: seen.append(output.clone()))
-    _, features = models.forward_with_features(net, torch.rand(2, 3, 32, 32))
+    _, features = networks.forward_with_features(net, torch.rand(2, 3, 32, 32))
     assert all(torch.equal(feature, output) for feature, output in zip(features, seen, strict=True))
 
 
@@ -124,13 +124,13 @@ def test_the_weights_of_a_seed_are_pinned():
 def test_building_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
     net = small()
-    models.projections(models.feature_channels(net), (8, 16, 32, 64), seed=0)
+    networks.projections(networks.feature_channels(net), (8, 16, 32, 64), seed=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("stem", models.STEMS)
+@pytest.mark.parametrize("stem", networks.STEMS)
 def test_initialisation_is_torchvision_scheme(stem):
-    net = models.build("resnet18", stem=stem, classes=1000, seed=0)
+    net = networks.build("resnet18", stem=stem, classes=1000, seed=0)
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
@@ -151,7 +151,7 @@ def test_initialisation_is_torchvision_scheme(stem):
 
 
 def test_projections_have_no_bias_and_map_student_channels_to_teacher_channels():
-    ours = models.projections((8, 16, 32, 64), (32, 64, 128, 256), seed=3)
+    ours = networks.projections((8, 16, 32, 64), (32, 64, 128, 256), seed=3)
     assert [tuple(p.weight.shape) for p in ours] == [
         (32, 8, 1, 1),
         (64, 16, 1, 1),
@@ -160,20 +160,20 @@ def test_projections_have_no_bias_and_map_student_channels_to_teacher_channels()
     ]
     assert all(p.bias is None for p in ours)
     torch.rand(3)
-    assert same_weights(ours, models.projections((8, 16, 32, 64), (32, 64, 128, 256), seed=3))
-    assert not same_weights(ours, models.projections((8, 16, 32, 64), (32, 64, 128, 256), seed=4))
+    assert same_weights(ours, networks.projections((8, 16, 32, 64), (32, 64, 128, 256), seed=3))
+    assert not same_weights(ours, networks.projections((8, 16, 32, 64), (32, 64, 128, 256), seed=4))
 
 
 def test_projections_of_different_numbers_of_stages_are_refused():
     with pytest.raises(Mistake, match=r"teacher_channels has 1 stages; student_channels has 2"):
-        models.projections((8, 16), (32,), seed=0)
+        networks.projections((8, 16), (32,), seed=0)
 
 
 def test_the_streams_of_network_and_projections_differ():
     # With one stream for both, the first projection would repeat the first draws of the stem.
-    with models._stream("network", 0):
+    with networks._stream("network", 0):
         network = torch.rand(8)
-    with models._stream("projections", 0):
+    with networks._stream("projections", 0):
         assert not torch.equal(torch.rand(8), network)
 
 
@@ -203,7 +203,7 @@ def test_all_wrong_arguments_are_reported_at_once():
 
 def test_importing_models_does_not_import_torchvision():
     # Reading results should not wait seconds for it.
-    code = "import sys, tune_kd.models; sys.exit('torchvision' in sys.modules)"
+    code = "import sys, tune_kd.training.networks; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -213,7 +213,7 @@ def torch_home(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setitem(NAMED, "hash", "0123abcd")
-    monkeypatch.setattr(models, "imagenet_url", lambda name: f"http://127.0.0.1:1/{name}-{NAMED['hash']}.pth")
+    monkeypatch.setattr(networks, "imagenet_url", lambda name: f"http://127.0.0.1:1/{name}-{NAMED['hash']}.pth")
     return tmp_path
 
 
@@ -229,7 +229,7 @@ def save(state) -> Path:
 def put(content: bytes) -> Path:
     """A file as if it had been published so."""
     NAMED["hash"] = hashlib.sha256(content).hexdigest()[:8]
-    file = models.imagenet_file("resnet18")
+    file = networks.imagenet_file("resnet18")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content)
     return file
@@ -241,7 +241,7 @@ def test_weights_that_are_not_those_of_their_name_are_refused(torch_home, publis
     content[-1000] ^= 1
     file.write_bytes(content)
     with pytest.raises(Mistake, match=r"has a SHA-256 of .* is published; remove it to have it fetched"):
-        models.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
+        networks.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
 
 
 @pytest.fixture(scope="session")
@@ -257,7 +257,7 @@ def published() -> dict[str, torch.Tensor]:
 
 def test_the_file_of_torchvision_is_looked_for_where_torch_hub_keeps_it():
     place = Path(torch.hub.get_dir()) / "checkpoints" / "resnet18-f37072fd.pth"
-    assert models.imagenet_file("resnet18") == place
+    assert networks.imagenet_file("resnet18") == place
 
 
 @pytest.mark.parametrize(
@@ -270,8 +270,8 @@ def test_the_file_of_torchvision_is_looked_for_where_torch_hub_keeps_it():
 )
 def test_imagenet_weights_replace_all_but_what_has_another_form(torch_home, published, stem, classes, fresh):
     save(published)
-    from_scratch = models.build("resnet18", stem=stem, classes=classes, seed=4).state_dict()
-    net = models.build("resnet18", stem=stem, classes=classes, weights="imagenet", seed=4)
+    from_scratch = networks.build("resnet18", stem=stem, classes=classes, seed=4).state_dict()
+    net = networks.build("resnet18", stem=stem, classes=classes, weights="imagenet", seed=4)
     state = net.state_dict()
     for name in published:
         assert torch.equal(state[name], from_scratch[name] if name in fresh else published[name]), name
@@ -279,12 +279,12 @@ def test_imagenet_weights_replace_all_but_what_has_another_form(torch_home, publ
 
 def test_batch_counters_in_the_file_are_accepted(torch_home, published):
     save(torchvision.models.resnet18(weights=None).state_dict())
-    models.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
+    networks.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
 
 
 def test_without_network_the_message_says_which_file_to_put_where(torch_home):
     with pytest.raises(Mistake) as caught:
-        models.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
+        networks.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
     file = torch_home / "hub" / "checkpoints" / "resnet18-0123abcd.pth"
     message = str(caught.value)
     assert "could not be fetched from http://127.0.0.1:1/" in message
@@ -295,7 +295,7 @@ def test_without_network_the_message_says_which_file_to_put_where(torch_home):
 def test_a_place_for_weights_that_cannot_be_written_to_is_told_with_what_moves_it(torch_home):
     (torch_home / "hub").write_text("in the way")
     with pytest.raises(Mistake) as caught:
-        models.fetch_imagenet("resnet18")
+        networks.fetch_imagenet("resnet18")
     kept = f"are to be kept in {torch_home}/hub/checkpoints"
     assert f"{kept}, which cannot be written to (Not a directory); set TORCH_HOME" in str(caught.value)
 
@@ -312,16 +312,16 @@ def test_a_download_is_kept_only_if_its_hash_is_that_of_its_name(torch_home, mon
         link.write_bytes(content)
         return link.as_uri()
 
-    monkeypatch.setattr(models, "imagenet_url", url)
-    assert models.fetch_imagenet("resnet18").read_bytes() == content
+    monkeypatch.setattr(networks, "imagenet_url", url)
+    assert networks.fetch_imagenet("resnet18").read_bytes() == content
     with pytest.raises(Mistake, match="invalid hash value"):
-        models.fetch_imagenet("resnet34")
-    assert not models.imagenet_file("resnet34").exists()
+        networks.fetch_imagenet("resnet34")
+    assert not networks.imagenet_file("resnet34").exists()
 
 
 def test_a_file_that_is_there_is_not_fetched(torch_home, published):
     file = save(published)
-    assert models.fetch_imagenet("resnet18") == file
+    assert networks.fetch_imagenet("resnet18") == file
 
 
 def without(state, name):
@@ -350,7 +350,7 @@ def without(state, name):
 def test_a_file_of_another_form_is_named_with_what_is_wrong(torch_home, published, damage, message):
     file = save(damage(published))
     with pytest.raises(Mistake) as caught:
-        models.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
+        networks.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
     assert message in str(caught.value)
     assert str(file) in str(caught.value)
 
@@ -359,13 +359,13 @@ def test_a_file_of_another_form_is_named_with_what_is_wrong(torch_home, publishe
 def test_an_unreadable_file_is_named(torch_home, content):
     file = put(content)
     with pytest.raises(Mistake, match="cannot be read as weights") as caught:
-        models.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
+        networks.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
     assert str(file) in str(caught.value)
 
 
 @pytest.mark.parametrize(("width", "last"), [(1.0, True), (0.125, True), (0.0625, False)])
 def test_channels_lie_last_on_the_cpu_only_where_they_come_in_eights(width: float, last: bool) -> None:
     """With 4 channels the gradient of torch 2.15 corrupts memory in that layout."""
-    net = models.build("resnet18", stem="cifar", classes=10, width=width, seed=0)
-    models.to_device(net, torch.device("cpu"))
+    net = networks.build("resnet18", stem="cifar", classes=10, width=width, seed=0)
+    networks.to_device(net, torch.device("cpu"))
     assert net.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last) == last

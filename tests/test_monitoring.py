@@ -23,12 +23,12 @@ import yaml
 from conftest import free_port
 from docs.dashboard import Page, until
 from test_ray import command, epochs_on_record, kill_a_worker, token, wait_for
-from tune_kd import monitoring
-from tune_kd.cli import elsewhere
+from tune_kd.cli import remote
+from tune_kd.execute import monitoring
 from tune_kd.execute.metrics import METRICS, samples
-from tune_kd.plan import plan
-from tune_kd.records import Row, first_row
-from tune_kd.study import Mistake, Study
+from tune_kd.records.ledger import Row, first_row
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Mistake, Study
 
 PROMETHEUS = shutil.which("prometheus")
 ROOT = Path(__file__).parents[1]
@@ -146,7 +146,7 @@ def test_whoever_sends_a_run_to_a_cluster_without_a_token_is_warned(
     status: int, warned: bool, door: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="0"):
-        elsewhere._follow(None, "job", "r", f"{door}/{status}", detach=True)
+        remote._follow(None, "job", "r", f"{door}/{status}", detach=True)
     assert (monitoring.OPEN in capsys.readouterr().err.replace("\n", " ")) is warned
 
 

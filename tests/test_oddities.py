@@ -17,16 +17,21 @@ from PIL import Image
 
 from oddities import ODDITIES, UNFOLLOWED, at_once, put
 from test_batches import small_archive, small_files, small_origin
-from tune_kd import answers, batches, evidence, mirror, models, rebuild, run, storage, tables, teachers
-from tune_kd.checkpoints import Checkpoints
-from tune_kd.cifar import load_pixels
-from tune_kd.mirror import Mirror
-from tune_kd.plan import plan
-from tune_kd.records import COMMITS, DIGESTS, LEDGER, TRIALS, Ledger, commits, digests, reading
-from tune_kd.sharing import HOLDER, STUDY
-from tune_kd.storage import Damaged, Unexpected, appended, check_regular, links, opened, publish, read, write_at
-from tune_kd.study import Mistake, Study
-from tune_kd.verify import verify
+from tune_kd.analysis import grace
+from tune_kd.data import cifar_pickles
+from tune_kd.data.cifar import load_pixels
+from tune_kd.execute.verify import verify
+from tune_kd.records import reader, rebuild, run_folder
+from tune_kd.records.ledger import COMMITS, DIGESTS, LEDGER, TRIALS, Ledger, commits, digests, reading
+from tune_kd.records.sync import HOLDER, STUDY
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Mistake, Study
+from tune_kd.system import files as storage
+from tune_kd.system import object_store
+from tune_kd.system.files import Damaged, Unexpected, appended, check_regular, links, opened, publish, read, write_at
+from tune_kd.system.object_store import Mirror
+from tune_kd.training import logit_cache, networks, teachers
+from tune_kd.training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 each_oddity = pytest.mark.parametrize("kind", ODDITIES)
@@ -114,19 +119,21 @@ def test_a_file_is_published_over_what_is_none(kind: str, tmp_path: Path) -> Non
 @each_oddity
 def test_who_holds_a_run_is_not_waited_for(kind: str, results: Path) -> None:
     put(kind, results / HOLDER)
-    assert at_once(lambda: run.holder(results)) is None
+    assert at_once(lambda: run_folder.holder(results)) is None
     put("folder", results / HOLDER).rmdir()  # there is none then
     (results / HOLDER).write_text("{}")
     put(kind, results / ".lock")
-    assert at_once(lambda: run.holder(results)) is None
+    assert at_once(lambda: run_folder.holder(results)) is None
 
 
 @each_oddity
 def test_a_study_of_a_run_is_not_waited_for_and_its_tables_are_nobody_elses(kind: str, results: Path) -> None:
     path = put(kind, results / STUDY)
-    assert f"{path} {ODDITIES[kind]}" in refusal(lambda: tables.load(results))
-    assert f"{path} {ODDITIES[kind]}" in refusal(lambda: run.reopen(run.find(results.parent, results.name)))
-    assert at_once(lambda: run.existing(results.parent)) == [results]
+    assert f"{path} {ODDITIES[kind]}" in refusal(lambda: reader.load(results))
+    assert f"{path} {ODDITIES[kind]}" in refusal(
+        lambda: run_folder.reopen(run_folder.find(results.parent, results.name))
+    )
+    assert at_once(lambda: run_folder.existing(results.parent)) == [results]
     assert at_once(lambda: verify(results))[0].part == "plan"
 
 
@@ -139,7 +146,7 @@ def test_a_table_that_is_no_file_is_refused(kind: str, name: str, results: Path,
         shutil.copy(each, others / f"p_{each.name}")
     for prefix, path in ((results, results / f"{name}.parquet"), (others / "p", others / f"p_{name}.parquet")):
         put(kind, path)
-        assert f"{path} {ODDITIES[kind]} 1,073,741,824 bytes" in refusal(lambda prefix=prefix: tables.load(prefix))
+        assert f"{path} {ODDITIES[kind]} 1,073,741,824 bytes" in refusal(lambda prefix=prefix: reader.load(prefix))
 
 
 @pytest.mark.parametrize("kind", [each for each in ODDITIES if each != "folder"])  # over which nothing is renamed
@@ -174,7 +181,7 @@ def test_sqlite_is_not_let_at_what_is_no_file(kind: str, end: str, results: Path
         with pytest.raises(Unexpected, match=f"{path.name} {UNFOLLOWED[kind]}"):
             at_once(lambda options=options: Ledger(results / LEDGER, **options))
     assert any(f"{path} {UNFOLLOWED[kind]}" in finding.what for finding in at_once(lambda: verify(results)))
-    at_once(lambda: rebuild.opened(run.reopen(results), lambda _: None).close())
+    at_once(lambda: rebuild.opened(run_folder.reopen(results), lambda _: None).close())
     for aside in links(results):
         aside.unlink()
     assert verify(results) == []
@@ -184,10 +191,10 @@ def test_sqlite_is_not_let_at_what_is_no_file(kind: str, end: str, results: Path
 
 @each_oddity
 def test_an_audit_of_another_run_is_passed_over(kind: str, results: Path, study: Study) -> None:
-    put(kind, results.parent / "other" / evidence.AUDIT)
+    put(kind, results.parent / "other" / grace.AUDIT)
     (results.parent / "gone").mkdir()
-    (results.parent / "gone" / evidence.AUDIT).symlink_to("nowhere")
-    assert at_once(lambda: evidence.warnings(plan(study), results.parent)) == []
+    (results.parent / "gone" / grace.AUDIT).symlink_to("nowhere")
+    assert at_once(lambda: grace.warnings(plan(study), results.parent)) == []
 
 
 @each_oddity
@@ -225,7 +232,7 @@ def test_answers_that_are_no_file_are_told_of(kind: str, name: str, results: Pat
     assert str(path.parent) in findings[0].remedy
     if kind != "huge":  # which is cut
         with pytest.raises(Unexpected):
-            at_once(lambda: answers.Answers(path.parent, 1, 1, lambda _: torch.zeros(1, 1)))
+            at_once(lambda: logit_cache.Answers(path.parent, 1, 1, lambda _: torch.zeros(1, 1)))
 
 
 @each_oddity
@@ -262,7 +269,7 @@ def test_a_batch_that_is_no_file_is_named_and_nothing_is_downloaded(kind: str, t
     path = put(kind, tmp_path / origin.files[0])
     say: list[str] = []
     said = refusal(lambda: load_pixels(tmp_path, cache=tmp_path / "c", say=say.append, progress=False, origin=origin))
-    assert f"{path} {ODDITIES[kind]} {batches.MOST_BYTES:,} bytes" in said and say == []
+    assert f"{path} {ODDITIES[kind]} {cifar_pickles.MOST_BYTES:,} bytes" in said and say == []
 
 
 @each_oddity
@@ -271,8 +278,8 @@ def test_weights_of_torchvision_that_are_no_file_are_named(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    path = put(kind, models.imagenet_file("resnet18"))
-    said = refusal(lambda: models.fetch_imagenet("resnet18"))
+    path = put(kind, networks.imagenet_file("resnet18"))
+    said = refusal(lambda: networks.fetch_imagenet("resnet18"))
     assert f"{path} {ODDITIES[kind]} 1,073,741,824 bytes; remove it" in said
 
 
@@ -280,8 +287,8 @@ def test_weights_of_torchvision_that_are_no_file_are_named(
 def test_what_stands_for_a_store_is_a_file(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     (tmp_path / "tune_kd" / "s3-store").mkdir(parents=True)
-    put(kind, tmp_path / "tune_kd" / "s3-store" / mirror.MARK)
-    run = tmp_path / "tune_kd" / "s3-store" / mirror.RESULTS / "run"
+    put(kind, tmp_path / "tune_kd" / "s3-store" / object_store.MARK)
+    run = tmp_path / "tune_kd" / "s3-store" / object_store.RESULTS / "run"
     if kind == "endless":  # a link, which anybody may have put there
         assert at_once(lambda: Mirror.of(run)).url is None
     else:
@@ -303,7 +310,7 @@ def test_a_token_that_is_no_file_is_none(kind: str, tmp_path: Path, monkeypatch:
         (HOLDER, ["status", "tiny"], 0, "nobody runs it|confirm"),
         (STUDY, ["status"], 0, "confirm"),
         (STUDY, ["report", "tiny"], 2, "study.json is a FIFO"),
-        (evidence.AUDIT, ["plan", "ablation", "--scale", "smoke"], 0, "raw cells"),
+        (grace.AUDIT, ["plan", "ablation", "--scale", "smoke"], 0, "raw cells"),
         (f"{LEDGER}-journal", ["status", "tiny"], 3, "journal is a FIFO"),
         ("epochs.parquet", ["report", "tiny"], 2, "epochs.parquet is a FIFO"),
     ],

@@ -6,14 +6,15 @@ from unittest.mock import patch
 import pytest
 
 from faults import operations
-from tune_kd import records, storage
+from tune_kd.records import ledger
+from tune_kd.system import files
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("onwards", [False, True], ids=["once", "onwards"])
 def test_a_disk_that_fails_costs_nothing_but_time(tmp_path: Path, onwards: bool) -> None:
     """Every fortieth operation; `python tests/faults operations` fails each."""
-    with patch.object(storage, "PAUSES", (0.0, 0.0)):
+    with patch.object(files, "PAUSES", (0.0, 0.0)):
         score = operations.fail_each(tmp_path, 40, onwards, lambda _: None)
     assert score.found == []
     assert score.passes >= 10
@@ -24,17 +25,17 @@ def test_a_disk_that_fails_costs_nothing_but_time(tmp_path: Path, onwards: bool)
 def test_a_ledger_that_commits_too_late_is_noticed(tmp_path: Path) -> None:
     """What acknowledges a row before it is on disk loses it where the disk fails."""
 
-    def lost(self: records.Ledger, writes: list[tuple[str, list[object]]]) -> None:
+    def lost(self: ledger.Ledger, writes: list[tuple[str, list[object]]]) -> None:
         """As if a full disk had said nothing: only every other transaction is written."""
         lost.count += 1  # type: ignore[attr-defined]
         if lost.count % 2:  # type: ignore[attr-defined]
             commit(self, writes)
 
     lost.count = 0  # type: ignore[attr-defined]
-    commit = records.Ledger._commit
+    commit = ledger.Ledger._commit
     witness = operations.Witness(tmp_path / "log")
     assert operations.start(tmp_path / "reference", operations.Witness(tmp_path / "reference.log")) == 0
-    with patch.object(records.Ledger, "_commit", lost):
+    with patch.object(ledger.Ledger, "_commit", lost):
         operations.start(tmp_path / "out", witness)
     found = operations.violations(tmp_path / "out", witness, tmp_path / "reference" / "r")
     assert {each[:2] for each in found} >= {"I1", "I2"}

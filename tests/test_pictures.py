@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from tune_kd import pictures
-from tune_kd.pictures import Pixels, listing, read_archive
-from tune_kd.study import Mistake
+from tune_kd.data import image_folder
+from tune_kd.data.image_folder import Pixels, listing, read_archive
+from tune_kd.study.spec import Mistake
 
 CLASSES = ("cat", "dog")
 
@@ -61,7 +61,7 @@ def archived(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def read_folder(folder: Path) -> Pixels:
-    return pictures.read_folder(folder, listing(folder), progress=False)
+    return image_folder.read_folder(folder, listing(folder), progress=False)
 
 
 def same(one: Pixels, other: Pixels) -> bool:
@@ -96,7 +96,7 @@ def test_channels_come_first_and_pixels_are_exact(tmp_path: Path) -> None:
     assert pixels.train_images[4, :, 0, 0].tolist() == [11, 1, 2]
 
 
-@pytest.mark.parametrize("suffix", pictures.ARCHIVES)
+@pytest.mark.parametrize("suffix", image_folder.ARCHIVES)
 @pytest.mark.parametrize("outer", ["", "./", "cifar/"])
 def test_an_archive_gives_what_its_folder_gives(tmp_path: Path, suffix: str, outer: str) -> None:
     expected = read_folder(unpacked(tmp_path / "folder", tree()))
@@ -210,13 +210,13 @@ def test_a_hostile_archive_is_refused_and_nothing_is_written(
 
 
 def test_an_archive_with_absurdly_many_members_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "MOST_MEMBERS", 5)
+    monkeypatch.setattr(image_folder, "MOST_MEMBERS", 5)
     archive = archived(tmp_path / "x.tar", tree())
     assert "more than 5 members" in problem(lambda: read_archive(archive, progress=False))
 
 
 def test_an_archive_that_unpacks_to_absurdly_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "MOST_ARCHIVE_BYTES", 2**21)
+    monkeypatch.setattr(image_folder, "MOST_ARCHIVE_BYTES", 2**21)
     archive = archived(tmp_path / "x.tar.xz", {f"{i}.bin": bytes(2**20) for i in range(4)})
     assert archive.stat().st_size < 2**14
     assert "unpacks to more than" in problem(lambda: read_archive(archive, progress=False))
@@ -233,7 +233,7 @@ def test_what_a_header_claims_is_bounded_before_it_is_read(tmp_path: Path, kind:
 
 
 def test_extended_headers_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "MOST_EXTENDED_BYTES", 2**12)
+    monkeypatch.setattr(image_folder, "MOST_EXTENDED_BYTES", 2**12)
     long = [entry("train/cat/" + "x" * 200 + f"{i}.txt") for i in range(30)]
     archive = packed(tmp_path / "x.tar", long)
     assert "more than 4096 bytes of extended headers" in problem(lambda: read_archive(archive, progress=False))
@@ -290,7 +290,7 @@ def segment(kind: int, content: bytes) -> bytes:
 
 def with_parts(picture: bytes, *parts: bytes) -> bytes:
     """The picture with more after its PNG header, or where a JPEG begins."""
-    start = 33 if picture.startswith(pictures.PNG) else 2
+    start = 33 if picture.startswith(image_folder.PNG) else 2
     return picture[:start] + b"".join(parts) + picture[start:]
 
 
@@ -314,12 +314,12 @@ def test_parts_that_make_no_pixels_are_left_out(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     "picture",
     [
-        with_parts(png(1), *([chunk(b"teSt", b"")] * pictures.MOST_PARTS)),
-        with_parts(png(1), *([chunk(b"IDAT", b"")] * pictures.MOST_PARTS)),
-        with_parts(png(1, form="JPEG"), *([segment(0xC4, b"")] * pictures.MOST_PARTS)),
-        with_parts(png(1, form="JPEG"), *([segment(0xE1, b"")] * pictures.MOST_PARTS)),
-        png(1, form="JPEG")[:-2] + segment(0xDA, b"\x01\x01\x00\x3f\x01\x01") * (pictures.MOST_PARTS + 1),
-        pictures.JPEG + b"\xff" * 2**19,
+        with_parts(png(1), *([chunk(b"teSt", b"")] * image_folder.MOST_PARTS)),
+        with_parts(png(1), *([chunk(b"IDAT", b"")] * image_folder.MOST_PARTS)),
+        with_parts(png(1, form="JPEG"), *([segment(0xC4, b"")] * image_folder.MOST_PARTS)),
+        with_parts(png(1, form="JPEG"), *([segment(0xE1, b"")] * image_folder.MOST_PARTS)),
+        png(1, form="JPEG")[:-2] + segment(0xDA, b"\x01\x01\x00\x3f\x01\x01") * (image_folder.MOST_PARTS + 1),
+        image_folder.JPEG + b"\xff" * 2**19,
         with_parts(png(1), (2**31).to_bytes(4, "big") + b"teSt"),
     ],
     ids=["chunks", "pixels", "tables", "notes", "scans", "fill", "length"],

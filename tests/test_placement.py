@@ -14,16 +14,16 @@ import torch
 from placement import METHODS, RATES, benchmarked, carried, distil, numbers_of_a_step, probe_one, pupil, taught_on
 from second_device import busy, is_there, played
 from trials import CPU, as_teacher, exact, trial
-from tune_kd import notices
-from tune_kd import step as stepping
-from tune_kd.data import DataSet, draw_views, load, on_device, show
+from tune_kd.data.datasets import DataSet, draw_views, load, on_device, show
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace
-from tune_kd.kernels import Captured
-from tune_kd.plan import plan
-from tune_kd.records import Ledger
-from tune_kd.study import STEMS, Study
+from tune_kd.records.ledger import Ledger
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import STEMS, Study
+from tune_kd.training import notices
+from tune_kd.training import step as stepping
+from tune_kd.training.device import Captured
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tune_kd import data, models
-from tune_kd.plan import plan
-from tune_kd.price import BLOCKS, IMAGES, WORTH, answering, flop, macs, price, views_answered
-from tune_kd.study import Cell, Confirm, Data, Factor, Recipe, Study
-from tune_kd.teachers import drawn_numbers
-from tune_kd.trial import Answering, Trial
+from tune_kd.data import datasets
+from tune_kd.study.cost import BLOCKS, IMAGES, WORTH, answering, flop, macs, price, views_answered
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Cell, Confirm, Data, Factor, Recipe, Study
+from tune_kd.study.trial import Answering, Trial
+from tune_kd.training import networks
+from tune_kd.training.teachers import drawn_numbers
 
 
 def cost(study: Study) -> float:
@@ -23,14 +24,14 @@ def cost(study: Study) -> float:
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
 @pytest.mark.parametrize(("size", "width"), [(32, 1.0), (16, 0.125), (33, 0.25)])
 def test_multiplications_are_those_that_torch_counts(architecture: str, stem: str, size: int, width: float) -> None:
-    net = models.build(architecture, stem=stem, classes=10, width=width, seed=0).eval()
+    net = networks.build(architecture, stem=stem, classes=10, width=width, seed=0).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.zeros(1, 3, size, size))
     assert counter.get_total_flops() == 2 * macs(architecture, stem=stem, width=width, size=size, classes=10)
 
 
 def test_the_sizes_that_the_price_knows_are_those_of_the_data() -> None:
-    digits, known = data.load("digits"), IMAGES["digits"]
+    digits, known = datasets.load("digits"), IMAGES["digits"]
     assert [len(each.labels) for each in (digits.train, digits.validation, digits.test)] == [
         known.train, known.validation, known.test
     ]  # fmt: skip
@@ -59,7 +60,7 @@ def logit_student(seed: int, epochs: int, data: Data) -> Trial:
 
 
 def test_the_expected_number_of_drawn_views_is_what_drawing_gives() -> None:
-    digits = data.load("digits")
+    digits = datasets.load("digits")
     draws = ((0, 3), (5, 3), (6, 2))
     found = len(drawn_numbers(draws, digits))
     expected = views_answered(Answering(False, draws), logit_student(0, 3, Data("digits")))

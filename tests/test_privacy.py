@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forms import HARMLESS, SECRETS, SHORT, WORD, some
-from tune_kd import privacy, studies
-from tune_kd.privacy import finds, masked, secrets
-from tune_kd.run import Run, create
-from tune_kd.study import Study
+from tune_kd.records.run_folder import Run, create
+from tune_kd.study import discover
+from tune_kd.study.spec import Study
+from tune_kd.system import secrets as privacy
+from tune_kd.system.secrets import finds, masked, secrets
 
 TOKEN = SECRETS["GitHub"][0]
 
@@ -42,9 +43,9 @@ def test_what_studies_and_programs_say_is_no_secret(text: str) -> None:
 
 def test_shipped_studies_and_their_records_hold_no_secrets(tmp_path: Path) -> None:
     for name in ("ablation", "tuned"):
-        file = studies.find(name)
-        for scale in studies.scales(file):
-            run = Run("r", tmp_path / f"{name}-{scale}", studies.resolve(file, scale), some(64, "0f"), tmp_path, {})
+        file = discover.find(name)
+        for scale in discover.scales(file):
+            run = Run("r", tmp_path / f"{name}-{scale}", discover.resolve(file, scale), some(64, "0f"), tmp_path, {})
             create(run)
             assert finds((run.folder / "study.json").read_text()) == []
 

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tune_kd import data
-from tune_kd.data import DataSet
-from tune_kd.execute import probe as probing
-from tune_kd.execute.probe import Measured, measure, probe, propose
-from tune_kd.plan import plan
-from tune_kd.study import Factor, Mistake, Study
-from tune_kd.trial import Trial
+from tune_kd.data import datasets
+from tune_kd.data.datasets import DataSet
+from tune_kd.execute import gpu_probe as probing
+from tune_kd.execute.gpu_probe import Measured, measure, probe, propose
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Factor, Mistake, Study
+from tune_kd.study.trial import Trial
 
 GIB = 2**30
 
@@ -51,7 +51,7 @@ def test_a_proposed_share_is_one_that_was_measured_and_fits(rows: list[tuple[flo
 
 def test_a_real_probe_trains_the_heaviest_student_and_says_what_it_found(one_stem: Study) -> None:
     said: list[str] = []
-    digits = data.load("digits", train=60, validation=20, test=20)
+    digits = datasets.load("digits", train=60, validation=20, test=20)
     share = probe(plan(one_stem, digits.digest), digits, torch.device("cpu"), said.append, numbers=(1, 2))
     assert share in (1.0, 0.5)
     assert said[0].startswith("1 at a time: ")
@@ -60,7 +60,7 @@ def test_a_real_probe_trains_the_heaviest_student_and_says_what_it_found(one_ste
 
 def test_a_study_without_features_is_probed_with_a_student_that_has_its_answers(one_stem: Study) -> None:
     said: list[str] = []
-    digits = data.load("digits", train=60, validation=20, test=20)
+    digits = datasets.load("digits", train=60, validation=20, test=20)
     logits = replace(one_stem, factors=(Factor("method", ("logit",)),), control=None, contrasts=())
     assert probe(plan(logits, digits.digest), digits, torch.device("cpu"), said.append, numbers=(1,)) == 1.0
     assert "logit" in said[-1]
@@ -81,13 +81,13 @@ def logit_student(study: Study) -> tuple[Trial, Trial]:
 
 
 def test_trials_that_run_out_of_memory_in_their_processes_are_no_measurement(one_stem: Study) -> None:
-    digits = TooLarge(**vars(data.load("digits", train=60, validation=20, test=20)))
+    digits = TooLarge(**vars(datasets.load("digits", train=60, validation=20, test=20)))
     assert measure(*logit_student(one_stem), digits, torch.device("cpu"), together=2) is None
 
 
 def test_another_failure_of_a_probing_process_is_raised_here(one_stem: Study) -> None:
     student, teacher = logit_student(one_stem)
-    digits = data.load("digits", train=60, validation=20, test=20)
+    digits = datasets.load("digits", train=60, validation=20, test=20)
     impossible = replace(teacher, cell=replace(teacher.cell, teacher="resnet7"))
     with pytest.raises(Mistake, match="resnet7"):
         measure(student, impossible, digits, torch.device("cpu"), together=1)
@@ -100,7 +100,7 @@ def test_numbers_that_run_out_of_memory_end_the_search(one_stem: Study, monkeypa
 
     said: list[str] = []
     monkeypatch.setattr(probing, "measure", fake)
-    digits = data.load("digits", train=60, validation=20, test=20)
+    digits = datasets.load("digits", train=60, validation=20, test=20)
     assert probe(plan(one_stem, digits.digest), digits, torch.device("cpu"), said.append) == 0.5
     assert said[2] == "4 at a time: out of memory"
 
@@ -113,6 +113,6 @@ def test_more_at_a_time_are_not_tried_once_they_bring_nothing(one_stem: Study, m
         return Measured(asked[-1], 100.0, 1)
 
     monkeypatch.setattr(probing, "measure", fake)
-    digits = data.load("digits", train=60, validation=20, test=20)
+    digits = datasets.load("digits", train=60, validation=20, test=20)
     assert probe(plan(one_stem, digits.digest), digits, torch.device("cpu"), lambda _: None) == 1.0
     assert asked == [1, 2]

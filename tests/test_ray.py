@@ -25,18 +25,18 @@ import torch
 from ray.air.execution._internal import RayActorManager
 
 from conftest import contested
-from tune_kd import data
-from tune_kd.execute import on_ray
+from tune_kd.analysis.simulate import Curve, replay
+from tune_kd.data import datasets
+from tune_kd.execute import ray_tune
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Work, Workplace
-from tune_kd.plan import plan
-from tune_kd.records import EPOCHS, TIMING, TRIALS, Ledger
-from tune_kd.schedule import stratum
-from tune_kd.simulate import Curve, replay
-from tune_kd.studies import find, resolve
-from tune_kd.study import Study
-from tune_kd.trial import Epoch, Outcome
+from tune_kd.records.ledger import EPOCHS, TIMING, TRIALS, Ledger
+from tune_kd.study.discover import find, resolve
+from tune_kd.study.early_stopping import stratum
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Study
+from tune_kd.study.trial import Epoch, Outcome
 
 # What may differ between two computations of one trial (RELIABILITY: times, rates, hosts, attempts, memory, shares).
 FREE = ["run", "train_seconds", "wall_seconds", "gpu_fraction", "peak_memory_bytes", "attempts", "error", "host",
@@ -47,7 +47,7 @@ EPOCH_FREE = ["run", *TIMING]  # which of several students asked a teacher for a
 def driver(study: Study, folder: Path, **options: Any) -> tuple[Driver, Workplace]:
     folder.mkdir(parents=True, exist_ok=True)
     spec = study.data
-    digest = data.load(spec.name, train=spec.train, validation=spec.validation, test=spec.test).digest
+    digest = datasets.load(spec.name, train=spec.train, validation=spec.validation, test=spec.test).digest
     place = Workplace(None, None, folder / "teachers", folder / "checkpoints", checkpoint_every=0.0)
     ledger = Ledger(folder / "ledger.sqlite")
     shares = {"cpus": 1.0, "gpus": 0.0, **options}
@@ -56,7 +56,7 @@ def driver(study: Study, folder: Path, **options: Any) -> tuple[Driver, Workplac
 
 def run_with_ray(study: Study, folder: Path, beat: Callable[[], None] = lambda: None, **options: Any) -> Driver:
     made, place = driver(study, folder, **options)
-    on_ray.run_on_ray(made, place, slots=2, beat=beat)
+    ray_tune.run_on_ray(made, place, slots=2, beat=beat)
     return made
 
 
@@ -125,7 +125,7 @@ def test_one_recorded_sequence_gives_the_same_decisions_three_ways(
     metrics = {(arm, number): chance.random() for arm in arms for number in range(1, 9)}
 
     through_ray, place = driver(study, tmp_path / "ray", max_concurrent=1)
-    on_ray.run_on_ray(through_ray, place, slots=1, beat=lambda: None, work=recorded(metrics))
+    ray_tune.run_on_ray(through_ray, place, slots=1, beat=lambda: None, work=recorded(metrics))
     here, place = driver(study, tmp_path / "here")
     run_in_process(here, place, recorded(metrics))
     assert through_ray.decisions == here.decisions
@@ -148,16 +148,16 @@ def test_a_trial_that_has_ended_weighs_little_in_the_driver(
 ) -> None:
     """Tune keeps all its trials, and by default with their last report, statistics and a task of Ray's."""
     ended: list[Any] = []
-    on_trial_complete = on_ray._Events.on_trial_complete
+    on_trial_complete = ray_tune._Events.on_trial_complete
 
     def seen(self: Any, trial: Any, **info: Any) -> None:
         assert {"epoch", "config"} <= set(trial.run_metadata.last_result) and trial.run_metadata.metric_analysis
         on_trial_complete(self, trial=trial, **info)
         ended.append(trial)
 
-    monkeypatch.setattr(on_ray._Events, "on_trial_complete", seen)
+    monkeypatch.setattr(ray_tune._Events, "on_trial_complete", seen)
     made, place = driver(study, tmp_path)
-    on_ray.run_on_ray(made, place, slots=2, beat=lambda: None, work=recorded({}))
+    ray_tune.run_on_ray(made, place, slots=2, beat=lambda: None, work=recorded({}))
     assert len(ended) == sum(row["attempts"] for row in made.rows.values())
     for trial in ended:
         assert len(json.dumps(trial.run_metadata.get_json_state())) < 3000
@@ -222,7 +222,7 @@ def test_a_killed_worker_costs_nothing_but_time(ray_session: str, one_stem: Stud
             killed.extend(filter(None, [kill_a_worker()]))
 
     made, place = driver(calm, tmp_path / "killed")
-    on_ray.run_on_ray(made, place, slots=2, beat=beat)
+    ray_tune.run_on_ray(made, place, slots=2, beat=beat)
     assert killed
     whole, place = driver(calm, tmp_path / "whole")
     run_in_process(whole, place)
@@ -248,7 +248,7 @@ def test_whatever_of_ray_befalls_a_worker_is_the_loss_of_it_to_tune(
     monkeypatch.setattr(kind, "__str__", lambda self: "of a test\nand more")
     bridge = SimpleNamespace(why="")
     error, own = kind.__new__(kind), ray.exceptions.RayTaskError.__new__(ray.exceptions.RayTaskError)
-    with on_ray._lost_workers(bridge):  # type: ignore[arg-type]
+    with ray_tune._lost_workers(bridge):  # type: ignore[arg-type]
         for each in (error, own):
             RayActorManager._actor_task_failed(SimpleNamespace(), tracked_actor_task=None, exception=each)
             silent = each is own or isinstance(each, ray.exceptions.RayActorError)
@@ -273,7 +273,7 @@ def test_a_worker_that_the_memory_monitor_kills_costs_one_attempt(
 
     monkeypatch.setattr(RayActorManager, "_actor_task_resolved", strike)
     made, place = driver(without_stops(one_stem), tmp_path)
-    on_ray.run_on_ray(made, place, slots=2, beat=lambda: None, work=recorded({}))
+    ray_tune.run_on_ray(made, place, slots=2, beat=lambda: None, work=recorded({}))
     assert {row["status"] for row in made.rows.values()} == {"completed"}
     assert [(row["trial_id"], row["attempts"], row["error"]) for row in made.rows.values() if row["attempts"] > 1] == [
         (struck[0], 2, "attempt 1: its worker died (OutOfMemoryError: Task was killed due to the node running low on "
@@ -292,7 +292,7 @@ def test_an_error_of_ray_inside_a_worker_costs_one_attempt(ray_session: str, one
         yield from others(task, place)
 
     made, place = driver(without_stops(one_stem), tmp_path)
-    on_ray.run_on_ray(made, place, slots=2, beat=lambda: None, work=failing_once)
+    ray_tune.run_on_ray(made, place, slots=2, beat=lambda: None, work=failing_once)
     rows = list(made.rows.values())
     assert [row["error"] for row in rows if row["status"] != "completed"] == []
     assert {(row["phase"] == "screen", row["attempts"]) for row in rows} == {(True, 2), (False, 1)}
@@ -313,13 +313,13 @@ def test_a_disk_that_refuses_the_ledger_ends_the_run_as_a_disk_does(
 
     monkeypatch.setattr(Ledger, moment, full)
     with pytest.raises(sqlite3.OperationalError, match="disk is full"):
-        on_ray.run_on_ray(made, place, slots=2, beat=lambda: None)
+        ray_tune.run_on_ray(made, place, slots=2, beat=lambda: None)
 
 
 STUDY = """
 from dataclasses import replace
 from search_spaces.ablation import smoke
-from tune_kd.study import Compare, Factor
+from tune_kd.study.spec import Compare, Factor
 
 def study():
     base = smoke()

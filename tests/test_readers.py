@@ -16,9 +16,10 @@ from pyarrow import dataset
 from pyarrow.fs import LocalFileSystem
 
 from conftest import tiny
-from tune_kd import records, tables
-from tune_kd.records import EPOCHS, LEDGER, SCHEMAS, TRIALS, Ledger, arrow, first_row, to_parquet
-from tune_kd.run import Run, create
+from tune_kd.records import ledger as records
+from tune_kd.records import reader
+from tune_kd.records.ledger import EPOCHS, LEDGER, SCHEMAS, TRIALS, Ledger, arrow, first_row, to_parquet
+from tune_kd.records.run_folder import Run, create
 
 MANY = 200  # trials, from which on the tables only change
 
@@ -82,7 +83,7 @@ def test_no_reader_fails_while_the_tables_are_replaced(run: Run, reads: int) -> 
             versions.add(path.stat().st_mtime_ns)  # a number of an inode is given again
             pd.read_parquet(path)
             if number % 10 == 0:
-                read = tables.load(run.folder)
+                read = reader.load(run.folder)
                 assert set(read.epochs["trial_id"]) <= set(read.trials["trial_id"])
 
         with ThreadPoolExecutor(2) as readers:
@@ -103,15 +104,15 @@ def test_tables_that_are_made_again_between_two_reads_fit_together(run: Run, mon
     """`load` reads three files, and each may be of another age than the one before."""
     ledger = Ledger(run.folder / LEDGER)
     grow(run, ledger, 0)
-    numbers, whole = iter(range(1, MANY)), tables._whole
+    numbers, whole = iter(range(1, MANY)), reader._whole
 
     def then_made_again(path: Path, digested: bool) -> bytes:
         data = whole(path, digested)
         grow(run, ledger, next(numbers))
         return data
 
-    monkeypatch.setattr(tables, "_whole", then_made_again)
-    assert len(tables.load(run.folder).trials) >= 1
+    monkeypatch.setattr(reader, "_whole", then_made_again)
+    assert len(reader.load(run.folder).trials) >= 1
 
 
 def test_what_pyarrow_reads_by_the_footer_of_the_table_before_is_the_table_before(run: Run) -> None:
@@ -145,5 +146,5 @@ def test_a_table_that_is_replaced_while_its_digest_is_read_is_read_again(
             grow(run, ledger, number)
         return digests(folder)
 
-    monkeypatch.setattr(tables, "digests", twice_replaced)
-    assert len(tables.load(run.folder).trials) == 3
+    monkeypatch.setattr(reader, "digests", twice_replaced)
+    assert len(reader.load(run.folder).trials) == 3

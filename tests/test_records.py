@@ -13,9 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tune_kd import records
-from tune_kd.characters import CONTROL
-from tune_kd.records import (
+from tune_kd.records import ledger as records
+from tune_kd.records.ledger import (
     DECISIONS,
     EPOCHS,
     SCHEMAS,
@@ -31,7 +30,8 @@ from tune_kd.records import (
     reading,
     to_parquet,
 )
-from tune_kd.tables import check
+from tune_kd.records.reader import check
+from tune_kd.system.characters import CONTROL
 
 # The contract, written out: other programs rely on these names and on this order.
 CONTRACT = {

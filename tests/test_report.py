@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from tune_kd import report, results, view
-from tune_kd.characters import visible
-from tune_kd.pace import time_left
-from tune_kd.plan import plan
-from tune_kd.records import TRIALS, Ledger, first_row
-from tune_kd.report import texts
-from tune_kd.study import Mistake, Study
-from tune_kd.tables import Records, load
-from tune_kd.trial import Decision
+from tune_kd import reporting
+from tune_kd.analysis import contrasts as results
+from tune_kd.records.eta import time_left
+from tune_kd.records.ledger import TRIALS, Ledger, first_row
+from tune_kd.records.reader import Records, load
+from tune_kd.reporting import terminal, texts
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Mistake, Study
+from tune_kd.study.trial import Decision
+from tune_kd.system.characters import visible
 
 ACCURACY = {"none": 0.90, "logit": 0.92, "feature": 0.89}
 
@@ -104,8 +105,8 @@ def test_a_study_without_contrasts_has_a_report_too(run: Path) -> None:
     (run / "study.json").write_text(json.dumps(record))
     records = load(run)
     assert len(results.contrasts(records)) == 0
-    report.write(run / "report", records)
-    assert "Not judged" not in screen(view.effects(results.contrasts(records), 1))
+    reporting.write(run / "report", records)
+    assert "Not judged" not in screen(terminal.effects(results.contrasts(records), 1))
 
 
 def test_screening_seeds_are_in_no_estimate(records: Records) -> None:
@@ -113,7 +114,7 @@ def test_screening_seeds_are_in_no_estimate(records: Records) -> None:
 
 
 def test_the_report_is_written_in_every_form(run: Path, records: Records) -> None:
-    first = report.write(run / "report", records)
+    first = reporting.write(run / "report", records)
     folder = run / "report"
     assert first == folder / "report.html"
     assert "- **cifar: logit - none**: " in (folder / "report.md").read_text()
@@ -137,7 +138,7 @@ def test_no_text_in_a_csv_is_a_formula(text: str) -> None:
 
 
 def test_a_csv_has_honest_names_and_numbers_as_they_are(records: Records) -> None:
-    for name, table in report.tables(records).items():
+    for name, table in reporting.tables(records).items():
         read = pd.read_csv(io.StringIO(texts.csv(table)))
         for column in table.columns:
             known = [each for each in table[column].dropna() if each != ""]
@@ -200,13 +201,13 @@ def test_only_the_forms_that_were_asked_for_are_written(
     records: Records, tmp_path: Path, formats: list[str], first: str, made: set[str]
 ) -> None:
     folder = tmp_path / "elsewhere"
-    assert report.write(folder, records, formats) == folder / first
+    assert reporting.write(folder, records, formats) == folder / first
     assert {path.name for path in folder.iterdir()} == made
 
 
 def test_a_form_that_there_is_not_is_refused_and_nothing_is_written(records: Records, tmp_path: Path) -> None:
     with pytest.raises(Mistake, match="--format is 'docx'; allowed: html, md"):
-        report.write(tmp_path / "elsewhere", records, ["html", "docx"])
+        reporting.write(tmp_path / "elsewhere", records, ["html", "docx"])
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -217,7 +218,7 @@ def screen(what: Any, width: int = 80) -> str:
 
 
 def test_effects_are_shown_with_n_spread_and_interval_within_80_columns(records: Records) -> None:
-    shown = screen(view.effects(results.contrasts(records), 1))
+    shown = screen(terminal.effects(results.contrasts(records), 1))
     (line,) = [line for line in shown.splitlines() if line.startswith("imagenet: logit - none")]
     assert "+2.00" in line
     assert " 3 " in line
@@ -229,7 +230,7 @@ def test_effects_are_shown_with_n_spread_and_interval_within_80_columns(records:
 def test_the_live_picture_counts_each_phase_and_names_the_running_trials(records: Records) -> None:
     rows = records.trials.astype(object).where(records.trials.notna(), None).to_dict("records")
     rows[3] |= {"status": "running", "epochs_run": 1, "val_accuracy": 0.5, "train_seconds": 2.0}
-    shown = screen(view.progress("r", rows, [], 61.0))
+    shown = screen(terminal.progress("r", rows, [], 61.0))
     assert f"{rows[3]['arm']} seed {rows[3]['seed']}" in shown
     assert "1/2" in shown
     assert "50.00" in shown
@@ -240,7 +241,7 @@ def test_the_live_picture_counts_comparisons_by_reason_and_shows_the_last(record
     made = Decision("id", "cifar/logit/T=2", "screen", "cifar/logit", 2, 0, 0.7, 0.8, 3, 2, "stop", "behind")
     rows = records.trials.astype(object).where(records.trials.notna(), None).to_dict("records")
     ties = [replace(made, arm=f"arm {number}", action="continue", reason="near_tie") for number in range(6)]
-    shown = screen(view.progress("r", rows, [*ties, made], None))
+    shown = screen(terminal.progress("r", rows, [*ties, made], None))
     assert "early stopping: 7 comparisons, 1 stopped (6 near tie, 1 behind)" in " ".join(shown.split())
     assert "cifar/logit/T=2 at epoch 2: 70.00 %, cutoff 80.00, rank 3 of 3" in shown
     assert "arm 5" in shown and "arm 1 " not in shown
@@ -248,7 +249,7 @@ def test_the_live_picture_counts_comparisons_by_reason_and_shows_the_last(record
 
 @pytest.mark.parametrize(("seconds", "words"), [(12, "12 s"), (89, "89 s"), (150, "2.5 min"), (9000, "2.5 h")])
 def test_durations_read_well(seconds: float, words: str) -> None:
-    assert view.duration(seconds) == words
+    assert terminal.duration(seconds) == words
 
 
 def test_time_left_is_at_the_pace_of_comparable_trials_over_the_slots_in_use() -> None:
@@ -273,9 +274,9 @@ def test_a_picture_that_takes_long_is_renewed_less_often(
         now += took
         return ""
 
-    monkeypatch.setattr(view.time, "monotonic", lambda: now)
-    monkeypatch.setattr(view, "progress", picture)
-    live = view.View(Console(file=io.StringIO(), force_terminal=True), "r")
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    monkeypatch.setattr(terminal, "progress", picture)
+    live = terminal.View(Console(file=io.StringIO(), force_terminal=True), "r")
     while now < 9.99:
         now += 0.01
         live.show([], [])

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from tune_kd import provenance, results
-from tune_kd.plan import plan
-from tune_kd.records import DECISIONS, EPOCHS, TRIALS, first_row, frame
-from tune_kd.study import Confirm, Study
-from tune_kd.tables import Records
-from tune_kd.trial import Trial
+from tune_kd.analysis import contrasts, provenance
+from tune_kd.records.ledger import DECISIONS, EPOCHS, TRIALS, first_row, frame
+from tune_kd.records.reader import Records
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Confirm, Study
+from tune_kd.study.trial import Trial
 
 SEEDS = (1, 2, 3, 4, 5)
 NOISE = (0.0007, -0.0004, 0.0001, -0.0006, 0.0002)  # of a seed, in all arms alike
@@ -67,7 +67,7 @@ def row(table: pd.DataFrame, name: str) -> dict[Any, Any]:
     ],
 )
 def test_a_verdict_is_what_the_interval_says(study: Study, gain: float, name: str, expected: str) -> None:
-    table = results.contrasts(made(study, noisy(gain)))
+    table = contrasts.contrasts(made(study, noisy(gain)))
     found = row(table, name)
     assert found["verdict"] == expected
     assert found["words"].startswith(expected)
@@ -76,8 +76,8 @@ def test_a_verdict_is_what_the_interval_says(study: Study, gain: float, name: st
 
 def test_an_estimate_is_that_of_a_paired_t_test_and_p_values_are_adjusted_over_the_whole_family(study: Study) -> None:
     records = made(study, noisy(0.001))
-    table = results.contrasts(records)
-    values = results.confirmed(records)
+    table = contrasts.contrasts(records)
+    values = contrasts.confirmed(records)
     expected = scipy_stats.ttest_rel(values["cifar/logit/T=4"], values["cifar/none"])
     found = row(table, "cifar: logit - none")
     interval = expected.confidence_interval()
@@ -90,7 +90,7 @@ def test_an_estimate_is_that_of_a_paired_t_test_and_p_values_are_adjusted_over_t
 
 
 def test_inconclusive_says_how_many_pairs_would_do(study: Study) -> None:
-    found = row(results.contrasts(made(study, noisy(0.0002))), "cifar: logit - none")
+    found = row(contrasts.contrasts(made(study, noisy(0.0002))), "cifar: logit - none")
     size = abs(found["estimate"]) / found["sd"]
     reached = [n for n in (found["pairs_needed"] - 1, found["pairs_needed"]) if _power(size, n) >= 0.8]
     assert reached == [found["pairs_needed"]]
@@ -103,17 +103,17 @@ def _power(size: float, n: int) -> float:
 
 
 def test_a_sentence_says_how_much_over_how_many_seeds_and_how_sure(study: Study) -> None:
-    table = results.contrasts(made(study, noisy(0.02)))
+    table = contrasts.contrasts(made(study, noisy(0.02)))
     said = row(table, "cifar: logit - none")["words"]
     assert said.startswith("better: +1.99 points over 5 seeds, 95 % interval +1.9")
-    same = row(results.contrasts(made(study, lambda trial: 0.9)), "cifar: logit - none")["words"]
+    same = row(contrasts.contrasts(made(study, lambda trial: 0.9)), "cifar: logit - none")["words"]
     assert same.startswith("inconclusive: +0.00 points over 5 seeds")
     assert "without a spread there is nothing to judge it by" in same
 
 
 def test_several_teachers_are_not_one(study: Study) -> None:
     several = replace(study, teacher_seeds=(7, 8))
-    found = row(results.contrasts(made(several, noisy(0.02))), "cifar: logit - none")
+    found = row(contrasts.contrasts(made(several, noisy(0.02))), "cifar: logit - none")
     assert "given one teacher" not in found["words"]
 
 
@@ -123,19 +123,19 @@ def test_several_teachers_are_not_one(study: Study) -> None:
 )
 def test_arms_that_differ_in_more_than_they_should_are_not_contrasted(study: Study, column: str, value: Any) -> None:
     records = made(study, noisy(0.02), cifar_logit_T4={column: value})
-    found = row(results.contrasts(records), "cifar: logit - none")
+    found = row(contrasts.contrasts(records), "cifar: logit - none")
     assert (found["n"], found["verdict"]) == (0, "not judged")
     assert found["words"].startswith(f"not judged: {column} is ")
-    assert row(results.contrasts(records), "imagenet: logit - none")["n"] == 5
+    assert row(contrasts.contrasts(records), "imagenet: logit - none")["n"] == 5
 
 
 def test_a_stopped_trial_is_in_no_mean(study: Study) -> None:
     stopped = {"status": "stopped", "stop_reason": "asha", "test_accuracy_best": None}
     records = made(study, noisy(0.02), cifar_feature=stopped)
-    assert "cifar/feature" not in results.confirmed(records)
-    arm = results.arms(records).set_index("arm").loc["cifar/feature"]
+    assert "cifar/feature" not in contrasts.confirmed(records)
+    arm = contrasts.arms(records).set_index("arm").loc["cifar/feature"]
     assert (arm["n"], arm["planned"], arm["note"]) == (0, 5, "stopped in the screen")
-    found = row(results.contrasts(records), "cifar: feature - none")
+    found = row(contrasts.contrasts(records), "cifar: feature - none")
     assert found["words"] == "not judged: cifar/feature has no confirmed trial that ran to its end"
 
 
@@ -149,9 +149,9 @@ def test_a_missing_seed_makes_an_arm_incomplete_and_the_contrast_says_so(study: 
         records.trials.loc[lost, "test_accuracy_best"] = None
     else:
         records = replace(records, trials=records.trials[~lost])
-    arm = results.arms(records).set_index("arm").loc["cifar/none"]
+    arm = contrasts.arms(records).set_index("arm").loc["cifar/none"]
     assert (arm["n"], arm["planned"], arm["note"]) == (4, 5, "incomplete")
-    found = row(results.contrasts(records), "cifar: logit - none")
+    found = row(contrasts.contrasts(records), "cifar: logit - none")
     assert (found["n"], found["note"]) == (4, "1 of 5 seeds are missing")
     assert "over 4 of 5 seeds" in found["words"]
 
@@ -160,7 +160,7 @@ def test_an_arm_whose_own_trials_differ_has_no_mean(study: Study) -> None:
     records = made(study, noisy(0.02))
     changed = (records.trials["arm"] == "cifar/none") & (records.trials["seed"] == 4)
     records.trials.loc[changed, "epochs_planned"] = 9
-    arm = results.arms(records).set_index("arm").loc["cifar/none"]
+    arm = contrasts.arms(records).set_index("arm").loc["cifar/none"]
     assert pd.isna(arm["mean"])
     assert arm["note"] == "epochs_planned is 2 and 9"
 
@@ -168,17 +168,17 @@ def test_an_arm_whose_own_trials_differ_has_no_mean(study: Study) -> None:
 def test_an_arm_that_waits_is_not_finished(study: Study) -> None:
     waiting = {"status": "pending", "epochs_run": 0, "test_accuracy_best": None}
     records = made(study, noisy(0.02), cifar_feature=waiting)
-    assert results.arms(records).set_index("arm").loc["cifar/feature", "note"] == "not finished"
+    assert contrasts.arms(records).set_index("arm").loc["cifar/feature", "note"] == "not finished"
     assert any("cifar/feature: not finished" in sentence for sentence in provenance.limits(records))
 
 
 def test_the_screen_is_exploratory_and_says_how_many_arms_were_tried(study: Study) -> None:
     records = made(study, noisy(0.02))
-    explored = results.exploratory(records)
+    explored = contrasts.exploratory(records)
     assert explored["what"].tolist() == ["screen"] * 8
     assert explored["tried"].tolist() == [8] * 8
     assert explored["mean"].tolist() == [0.95] * 8
-    assert results.arms(records)["mean"].max() < 0.95
+    assert contrasts.arms(records)["mean"].max() < 0.95
 
 
 def test_seeds_that_were_added_to_the_plan_are_exploratory(study: Study) -> None:
@@ -187,8 +187,8 @@ def test_seeds_that_were_added_to_the_plan_are_exploratory(study: Study) -> None
         seed=6, trial_id="added", test_accuracy_best=1.0
     )
     more = replace(records, trials=pd.concat([records.trials, added], ignore_index=True))
-    pd.testing.assert_frame_equal(results.contrasts(more), results.contrasts(records))
-    explored = results.exploratory(more)
+    pd.testing.assert_frame_equal(contrasts.contrasts(more), contrasts.contrasts(records))
+    explored = contrasts.exploratory(more)
     assert explored.loc[explored["what"] == "added seeds", ["arm", "n", "mean"]].to_numpy().tolist() == [
         ["cifar/logit/T=4", 1, 1.0]
     ]
@@ -199,9 +199,9 @@ def test_an_arm_that_was_added_later_is_exploratory_and_in_no_contrast(study: St
     added = records.trials[records.trials["arm"].eq("cifar/logit/T=4")].assign(arm="cifar/logit/T=8")
     added = added.assign(trial_id=[f"added {number}" for number in range(len(added))])
     more = replace(records, trials=pd.concat([records.trials, added], ignore_index=True))
-    pd.testing.assert_frame_equal(results.contrasts(more), results.contrasts(records))
-    pd.testing.assert_frame_equal(results.arms(more), results.arms(records))
-    explored = results.exploratory(more)
+    pd.testing.assert_frame_equal(contrasts.contrasts(more), contrasts.contrasts(records))
+    pd.testing.assert_frame_equal(contrasts.arms(more), contrasts.arms(records))
+    explored = contrasts.exploratory(more)
     assert explored.loc[explored["what"] == "added arm", ["arm", "n"]].to_numpy().tolist() == [["cifar/logit/T=8", 5]]
     assert any("Arms that were added later (cifar/logit/T=8) are exploratory" in each
                for each in provenance.limits(more))  # fmt: skip
@@ -236,29 +236,29 @@ NAME = "cifar: logit - none"
 
 def test_each_look_has_its_share_of_the_level_and_p_values_are_scaled_to_the_whole(study: Study) -> None:
     accuracy = gains(0.010, 0.014, 0.011)
-    table = results.contrasts(looked(study, accuracy, 0))
-    values = results.confirmed(looked(study, accuracy, 0))
+    table = contrasts.contrasts(looked(study, accuracy, 0))
+    values = contrasts.confirmed(looked(study, accuracy, 0))
     test = scipy_stats.ttest_rel(values["cifar/logit/T=4"], values["cifar/none"])
     found = row(table, NAME)
     share = 0.05 * 3 / 10
     interval = test.confidence_interval(1 - share)
     assert found["planned"] == found["n"] == 3
     assert (found["low"], found["high"]) == (pytest.approx(interval.low), pytest.approx(interval.high))
-    holm = dict(zip(table["contrast"], results.holm(table["p"]), strict=True))
+    holm = dict(zip(table["contrast"], contrasts.holm(table["p"]), strict=True))
     assert found["p_holm"] == pytest.approx(min(1.0, holm[NAME] * 10 / 3))
 
 
 def test_what_stood_at_a_look_goes_on_standing_unless_it_turns(study: Study) -> None:
     strong = (0.0100, 0.01001, 0.01002)
-    first = row(results.contrasts(looked(study, gains(*strong), 0)), NAME)
+    first = row(contrasts.contrasts(looked(study, gains(*strong), 0)), NAME)
     assert first["verdict"] == "better"
-    faded = row(results.contrasts(looked(study, gains(*strong, -0.009, 0.012), 1)), NAME)
+    faded = row(contrasts.contrasts(looked(study, gains(*strong, -0.009, 0.012), 1)), NAME)
     assert (faded["n"], faded["verdict"]) == (5, "better")
     assert faded["p_holm"] == pytest.approx(first["p_holm"])
     assert faded["p"] > 0.05
     assert "as it stood at an earlier look" in faded["words"]
     assert "earlier" not in first["words"]
-    turned = row(results.contrasts(looked(study, gains(*strong, -0.1, 0.04), 1)), NAME)
+    turned = row(contrasts.contrasts(looked(study, gains(*strong, -0.1, 0.04), 1)), NAME)
     assert (turned["estimate"] < 0, turned["verdict"]) == (True, "inconclusive")
 
 
@@ -280,14 +280,14 @@ def test_a_look_that_goes_on_spends_nothing_and_changes_no_contrast(study: Study
     accuracy = gains(0.010, 0.014, 0.011, 0.013, 0.012)
     whole = looked(study, accuracy, 1)
     for partial in (unended(whole, gone=gone, seed=5), unended(whole, seed=5, arm="imagenet/none")):
-        pd.testing.assert_frame_equal(results.contrasts(partial), results.contrasts(looked(study, accuracy, 0)))
+        pd.testing.assert_frame_equal(contrasts.contrasts(partial), contrasts.contrasts(looked(study, accuracy, 0)))
         assert any(each.startswith("Judged at look 1 of the 3") for each in provenance.limits(partial))
         assert "Look 2 goes on: its seeds are in no contrast until they have all ended." in provenance.limits(partial)
-    assert row(results.contrasts(whole), NAME)["n"] == 5
+    assert row(contrasts.contrasts(whole), NAME)["n"] == 5
 
 
 def test_a_contrast_whose_trials_go_on_is_not_judged_yet(study: Study) -> None:
-    table = results.contrasts(unended(made(study, noisy(0.02)), arm="cifar/logit/T=4", seed=2))
+    table = contrasts.contrasts(unended(made(study, noisy(0.02)), arm="cifar/logit/T=4", seed=2))
     assert (row(table, NAME)["verdict"], row(table, NAME)["note"]) == ("not judged", "1 of its trials wait or run")
     assert row(table, "imagenet: logit - none")["verdict"] == "better"
 
@@ -299,19 +299,19 @@ def test_what_came_to_nothing_but_for_rounding_is_neither_better_nor_worse(study
         treated = trial.phase == "confirm" and trial.arm == "cifar/logit/T=4"
         return 0.875 + (gain / 2**16 + rest if treated else 0.0)
 
-    assert row(results.contrasts(looked(study, accuracy, 0)), NAME)["verdict"] == "better"
-    found = row(results.contrasts(looked(study, accuracy, 1)), NAME)
+    assert row(contrasts.contrasts(looked(study, accuracy, 0)), NAME)["verdict"] == "better"
+    found = row(contrasts.contrasts(looked(study, accuracy, 1)), NAME)
     assert found["estimate"] == pytest.approx(rest, rel=0.01)
     assert found["verdict"] == "inconclusive"
 
 
 def test_equivalence_of_an_earlier_look_falls_when_the_estimate_leaves_the_margin(study: Study) -> None:
     alike = (0.00001, -0.00001, 0.00001)
-    assert row(results.contrasts(looked(study, gains(*alike), 0)), NAME)["verdict"] == "equivalent"
-    inside = row(results.contrasts(looked(study, gains(*alike, 0.002, -0.001), 1)), NAME)
+    assert row(contrasts.contrasts(looked(study, gains(*alike), 0)), NAME)["verdict"] == "equivalent"
+    inside = row(contrasts.contrasts(looked(study, gains(*alike, 0.002, -0.001), 1)), NAME)
     assert inside["verdict"] == "equivalent"
     assert "as it stood at an earlier look" in inside["words"]
-    outside = row(results.contrasts(looked(study, gains(*alike, 0.01, 0.012), 1)), NAME)
+    outside = row(contrasts.contrasts(looked(study, gains(*alike, 0.01, 0.012), 1)), NAME)
     assert (outside["verdict"], outside["p_equivalence"] > 0.05) == ("inconclusive", True)
 
 
@@ -326,18 +326,23 @@ def test_two_trials_of_one_arm_and_seed_are_refused(study: Study) -> None:
     records = made(study, noisy(0.02))
     twice = pd.concat([records.trials, records.trials.assign(trial_id="again")], ignore_index=True)
     with pytest.raises(ValueError, match="40 confirmed trials have the run, arm and seed of another"):
-        results.confirmed(replace(records, trials=twice))
+        contrasts.confirmed(replace(records, trials=twice))
 
 
 def test_levels_are_compared_wherever_everything_else_is_alike_paired_where_all_seeds_have_both(study: Study) -> None:
     records = made(study, noisy(0.02))
-    table = results.compare(records, "stem", "cifar", "imagenet")
+    table = contrasts.compare(records, "stem", "cifar", "imagenet")
     assert len(table) == 4  # none, feature, and logit at two temperatures
     assert set(table["how"]) == {"paired"}
     assert table["estimate"].abs().max() == pytest.approx(0.0)
     lost = (records.trials["arm"] == "cifar/none") & (records.trials["seed"] == 4)
     fewer = replace(records, trials=records.trials[~lost])
-    assert sorted(results.compare(fewer, "stem", "cifar", "imagenet")["how"]) == ["paired", "paired", "paired", "welch"]
+    assert sorted(contrasts.compare(fewer, "stem", "cifar", "imagenet")["how"]) == [
+        "paired",
+        "paired",
+        "paired",
+        "welch",
+    ]
 
 
 def test_arms_of_two_runs_are_compared_after_welch_and_what_differs_is_said(study: Study) -> None:
@@ -350,14 +355,14 @@ def test_arms_of_two_runs_are_compared_after_welch_and_what_differs_is_said(stud
         one.studies | other.studies,
     )  # fmt: skip
     table = provenance.between_runs(both).set_index("arm")
-    values = results.confirmed(both)
+    values = contrasts.confirmed(both)
     expected = scipy_stats.ttest_ind(values.loc["two", "cifar/logit/T=4"], values.loc["one", "cifar/logit/T=4"],
                                      equal_var=False)  # fmt: skip
     assert table.loc["cifar/logit/T=4", "p"] == pytest.approx(expected.pvalue)
     assert table.loc["cifar/logit/T=4", "estimate"] == pytest.approx(0.01)
     assert table.loc["cifar/none", "note"] == "epochs_planned is 2 and 9"
     assert pd.isna(table.loc["cifar/none", "estimate"])
-    assert len(results.contrasts(both)) == len(results.contrasts(one)) + len(results.contrasts(other))
+    assert len(contrasts.contrasts(both)) == len(contrasts.contrasts(one)) + len(contrasts.contrasts(other))
     differences = provenance.differences(both).set_index("what differs")
     assert differences.loc["study.recipe.lr"].tolist() == [str(study.recipe.lr), "0.2"]
     assert "study.recipe.momentum" not in differences.index

@@ -11,8 +11,8 @@ import pytest
 
 from conftest import altered, tiny
 from forms import SECRETS
-from tune_kd.records import LEDGER, TRIALS, Ledger, first_row
-from tune_kd.run import (
+from tune_kd.records.ledger import LEDGER, TRIALS, Ledger, first_row
+from tune_kd.records.run_folder import (
     Run,
     Source,
     begun,
@@ -26,8 +26,8 @@ from tune_kd.run import (
     record_extension,
     reopen,
 )
-from tune_kd.study import Confirm, Mistake, Study
-from tune_kd.trial import digest
+from tune_kd.study.spec import Confirm, Mistake, Study
+from tune_kd.study.trial import digest
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_a_signal_before_the_plan_is_there_leaves_no_folder(
     def left(_: Run) -> None:
         raise SystemExit(143)
 
-    monkeypatch.setattr("tune_kd.run.create", left)
+    monkeypatch.setattr("tune_kd.records.run_folder.create", left)
     run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
     with pytest.raises(SystemExit), begun(run):
         raise AssertionError("it was begun")
@@ -145,7 +145,7 @@ def test_a_disk_that_does_not_even_take_who_holds_a_new_run_keeps_no_folder_of_i
     def full(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("tune_kd.run.publish", full)
+    monkeypatch.setattr("tune_kd.records.run_folder.publish", full)
     run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
     with pytest.raises(OSError, match="no space left"), begun(run):
         raise AssertionError("it was begun")
@@ -163,7 +163,7 @@ def test_a_run_that_was_begun_and_ended_before_the_lock_was_given_is_left_as_it_
         with held(folder):
             yield
 
-    monkeypatch.setattr("tune_kd.run.held", after_another)
+    monkeypatch.setattr("tune_kd.records.run_folder.held", after_another)
     with pytest.raises(Mistake, match="was begun meanwhile"), begun(run):
         raise AssertionError("it was begun twice")
     assert reopen(run.folder).study == study
@@ -219,7 +219,7 @@ def test_any_change_of_a_plan_on_disk_is_noticed(study: Study, tmp_path: Path) -
 FILE = """
 from dataclasses import replace
 from conftest import tiny
-from tune_kd.study import Confirm, Factor, Recipe
+from tune_kd.study.spec import Confirm, Factor, Recipe
 
 def study():
     return {change}

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from tune_kd.schedule import Schedule, stratum
-from tune_kd.study import Screen
-from tune_kd.trial import Decision
+from tune_kd.study.early_stopping import Schedule, stratum
+from tune_kd.study.spec import Screen
+from tune_kd.study.trial import Decision
 
 SCREEN = Screen(seed=0, grace=2, reduction=2, margin=0.01, min_peers=2)
 ARMS = {f"cifar/logit/T={level}": {"stem": "cifar", "method": "logit"} for level in (1, 2, 4, 8, 16)}

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from docs import tuning as samplers
-from tune_kd import cli, studies
-from tune_kd.plan import plan
-from tune_kd.price import IMAGES
-from tune_kd.study import DATA_SETS, Data
+from tune_kd import cli
+from tune_kd.study import discover
+from tune_kd.study.cost import IMAGES
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import DATA_SETS, Data
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "search-spaces.md").read_text()
@@ -47,10 +48,10 @@ def test_every_kind_of_thing_that_the_documents_explain_has_its_example() -> Non
 
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
 def test_every_study_has_all_scales_on_every_data_set_and_says_what_it_costs(path: Path) -> None:
-    assert set(studies.scales(path)) - {"brief"} == {"paper", "laptop", "smoke"}
+    assert set(discover.scales(path)) - {"brief"} == {"paper", "laptop", "smoke"}
     for scale in ("paper", "laptop", "smoke"):
         for data in (None, *DATA_SETS):
-            study = studies.resolve(path, scale, data)
+            study = discover.resolve(path, scale, data)
             assert (study.name, study.scale) == (path.stem, scale)
             assert study.data.name == (data or ("cifar10" if scale == "paper" else "digits"))
             assert plan(study).contrasts
@@ -63,7 +64,7 @@ def test_every_study_has_all_scales_on_every_data_set_and_says_what_it_costs(pat
 
 
 def cells(name: str) -> list[tuple[str, float | None, float | None]]:
-    study = studies.resolve(ROOT / "search_spaces" / f"{name}.py", "paper")
+    study = discover.resolve(ROOT / "search_spaces" / f"{name}.py", "paper")
     return [(arm.cell.method, arm.cell.temperature, arm.cell.alpha) for arm in plan(study).arms]
 
 
@@ -88,12 +89,12 @@ def test_the_first_studys_experiments_are_its_sweeps_and_not_a_cross() -> None:
         key=str,
     )
     for name, stem, weights in (("standard_stem", "imagenet", "imagenet"), ("cifar_stem", "cifar", "none")):
-        study = studies.resolve(ROOT / "search_spaces" / f"{name}.py", "paper")
+        study = discover.resolve(ROOT / "search_spaces" / f"{name}.py", "paper")
         assert {(arm.cell.stem, arm.cell.weights) for arm in plan(study).arms} == {(stem, weights)}
 
 
 def test_contrasts_of_a_sweep_stay_at_the_reference_and_say_of_which_method_they_are() -> None:
-    study = studies.resolve(ROOT / "search_spaces" / "cifar_stem.py", "paper")
+    study = discover.resolve(ROOT / "search_spaces" / "cifar_stem.py", "paper")
     found = {contrast.name: [arm for arm, _ in contrast.weights] for contrast in plan(study).contrasts}
     assert found["logit - none"] == ["logit/T=2/alpha=0.5", "none"]
     assert found["T=4 - T=2"] == ["logit/T=4/alpha=0.5", "logit/T=2/alpha=0.5"]
@@ -121,11 +122,11 @@ def test_a_file_that_was_edited_within_its_second_is_read_as_it_is_now(
             f"def study():\n    return replace(base(), recipe=replace(base().recipe, epochs={epochs}))\n"
         )
         os.utime(file, (1_700_000_000, 1_700_000_000))
-        assert studies.resolve(file, "smoke").recipe.epochs == int(epochs)
+        assert discover.resolve(file, "smoke").recipe.epochs == int(epochs)
 
 
 def test_the_brief_ablation_has_ten_arms_and_42_trials_of_full_networks_on_all_of_cifar() -> None:
-    study = studies.resolve(ROOT / "search_spaces" / "ablation.py", "brief", "cifar10")
+    study = discover.resolve(ROOT / "search_spaces" / "ablation.py", "brief", "cifar10")
     found = plan(study)
     assert (len(found.arms), len(found.trials), len(found.teachers)) == (10, 42, 2)
     assert {each.name for each in found.arms if each.name.startswith("cifar")} == {

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tune_kd import launch, mps
-from tune_kd.execute import connection
-from tune_kd.shares import gpu_share
+from tune_kd.execute import cluster as connection
+from tune_kd.execute import mps, session
+from tune_kd.execute.resources import gpu_share
 
 
 def never() -> bool:
@@ -128,10 +128,10 @@ def test_a_node_that_cannot_answer_is_said_to_with_the_reason(ray_session: str) 
 def test_a_run_says_at_its_start_which_share_trials_get_where_there_are_gpus(
     gpus: float, lines: int, study: Any, tmp_path: Any
 ) -> None:
-    from tune_kd.run import Run
+    from tune_kd.records.run_folder import Run
 
     out = StringIO()
     run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
     cluster = SimpleNamespace(gpus=gpus, dashboard=None, guarded=True)
-    launch._print_start(run, Console(file=out, width=200), cluster, "Each trial gets a whole GPU, for a reason.")
+    session._print_start(run, Console(file=out, width=200), cluster, "Each trial gets a whole GPU, for a reason.")
     assert out.getvalue().count("Each trial gets a whole GPU, for a reason.") == lines

@@ -15,20 +15,22 @@ import pytest
 
 from stores import KEYS, Store, google, store
 from test_ray import contiguous, same_records, without_stops
-from tune_kd import data, mirror, rebuild, run, sharing
 from tune_kd.cli import main
+from tune_kd.data import datasets
 from tune_kd.execute import trackers
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.verify import verify
 from tune_kd.execute.worker import Task, Workplace, work
-from tune_kd.mirror import Mirror
-from tune_kd.records import EPOCHS, MOST_TABLE_BYTES, TRIALS, reading
-from tune_kd.run import Run
-from tune_kd.storage import MOST_RECORD_BYTES, Unexpected
-from tune_kd.study import Mistake, Study
-from tune_kd.tables import load
-from tune_kd.trial import Epoch
-from tune_kd.verify import verify
+from tune_kd.records import rebuild, run_folder, sync
+from tune_kd.records.ledger import EPOCHS, MOST_TABLE_BYTES, TRIALS, reading
+from tune_kd.records.reader import load
+from tune_kd.records.run_folder import Run
+from tune_kd.study.spec import Mistake, Study
+from tune_kd.study.trial import Epoch
+from tune_kd.system import object_store
+from tune_kd.system.files import MOST_RECORD_BYTES, Unexpected
+from tune_kd.system.object_store import Mirror
 
 
 @pytest.fixture
@@ -49,10 +51,10 @@ def calm(one_stem: Study) -> Study:
 def begin(study: Study, url: str, name: str = "kept") -> Run:
     """A new run in a store."""
     spec = study.data
-    digest = data.load(spec.name, train=spec.train, validation=spec.validation, test=spec.test).digest
-    out = mirror.local(url)
+    digest = datasets.load(spec.name, train=spec.train, validation=spec.validation, test=spec.test).digest
+    out = object_store.local(url)
     begun = Run(name, out / name, study, digest, None, {})
-    run.create(begun)
+    run_folder.create(begun)
     return begun
 
 
@@ -91,9 +93,9 @@ def cut_after(epochs: int) -> Any:
 def undisturbed(calm: Study, tmp_path: Path) -> Path:
     """The same study on this disk alone."""
     spec = calm.data
-    digest = data.load(spec.name, train=spec.train, validation=spec.validation, test=spec.test).digest
+    digest = datasets.load(spec.name, train=spec.train, validation=spec.validation, test=spec.test).digest
     begun = Run("here", tmp_path / "alone" / "here", calm, digest, None, {})
-    run.create(begun)
+    run_folder.create(begun)
     go_on(begun)
     return begun.folder
 
@@ -106,8 +108,8 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> Non
 READER = """
 import sys
 from pathlib import Path
-from tune_kd.study import Mistake
-from tune_kd.tables import load
+from tune_kd.study.spec import Mistake
+from tune_kd.records.reader import load
 
 found = None
 while not Path(sys.argv[2]).exists():
@@ -144,16 +146,16 @@ def test_what_others_read_from_the_store_is_whole_at_every_moment_and_in_the_end
         seen, _ = reader.communicate(timeout=60)
     assert reader.returncode == 0
     assert len(set(seen.split())) > 3  # it was read while it grew
-    order = [sharing.STUDY, *sharing.TABLES, "ledger.sqlite", "ledger.commits"]
+    order = [sync.STUDY, *sync.TABLES, "ledger.sqlite", "ledger.commits"]
     assert order[1] == "tables.json"  # a table whose digest is not there yet looks damaged
     sent = [name for method, path in s3.asked if method == "PUT" and (name := path.rsplit("/", 1)[1]) in order]
     assert sent[1:] == order * (len(sent) // len(order))  # after the plan, with which a run begins
     same_records(begun.folder, undisturbed)
     elsewhere(monkeypatch, tmp_path, "other")
-    there = run.find(mirror.local(s3.url("kd")), "kept")
+    there = run_folder.find(object_store.local(s3.url("kd")), "kept")
     same_records(there, undisturbed)
     assert there != begun.folder and verify(there) == []
-    assert run.existing(mirror.local(s3.url("kd"))) == [there]
+    assert run_folder.existing(object_store.local(s3.url("kd"))) == [there]
     assert len(load(s3.url("kd/kept")).trials) == len(load(there).trials)
     assert Mirror.of(there).names(there / "checkpoints") == []
 
@@ -161,7 +163,7 @@ def test_what_others_read_from_the_store_is_whole_at_every_moment_and_in_the_end
 @pytest.mark.parametrize("size", [3, 5, 7])
 def test_what_is_replaced_while_it_is_read_is_read_again(s3: Store, size: int) -> None:
     """The size is asked for first: the bytes that come then may be a part of another object."""
-    file = mirror.local(s3.url("kd")) / "each"
+    file = object_store.local(s3.url("kd")) / "each"
     held = Mirror.of(file)
     held.send(file, b"older")
     newer = b"newer" + b"!" * (size - 5) if size >= 5 else b"new"
@@ -176,7 +178,7 @@ def test_what_is_replaced_while_it_is_read_is_read_again(s3: Store, size: int) -
 
 
 def test_an_object_that_is_larger_than_its_kind_is_refused_before_it_is_fetched(s3: Store) -> None:
-    file = mirror.local(s3.url("kd")) / "each"
+    file = object_store.local(s3.url("kd")) / "each"
     held = Mirror.of(file)
     held.send(file, b"0123456789")
     assert held.read(file, 10) == b"0123456789"
@@ -207,7 +209,7 @@ def test_a_driver_whose_disk_is_lost_is_followed_by_one_elsewhere(
     with pytest.raises(PowerCut):
         go_on(begun, cut_after(epochs))
     elsewhere(monkeypatch, tmp_path, "second")
-    again = run.reopen(run.find(mirror.local(s3.url("kd")), "kept"))
+    again = run_folder.reopen(run_folder.find(object_store.local(s3.url("kd")), "kept"))
     assert again.folder != begun.folder
     went = go_on(again)
     same_records(again.folder, undisturbed)
@@ -216,7 +218,7 @@ def test_a_driver_whose_disk_is_lost_is_followed_by_one_elsewhere(
 
     # The first machine comes back with an older ledger, and takes over what the store has.
     elsewhere(monkeypatch, tmp_path, "home")
-    back = run.find(mirror.local(s3.url("kd")), "kept")
+    back = run_folder.find(object_store.local(s3.url("kd")), "kept")
     assert back == begun.folder
     same_records(back, undisturbed)
     assert verify(back) == []
@@ -231,12 +233,12 @@ def test_a_run_in_googles_store_goes_on_elsewhere(
         with pytest.raises(PowerCut):
             go_on(begun, cut_after(4))
         elsewhere(monkeypatch, tmp_path, "second")
-        again = run.reopen(run.find(mirror.local(url), "kept"))
+        again = run_folder.reopen(run_folder.find(object_store.local(url), "kept"))
         assert again.folder != begun.folder
         go_on(again)
         same_records(again.folder, undisturbed)
         elsewhere(monkeypatch, tmp_path, "third")
-        there = run.find(mirror.local(url), "kept")
+        there = run_folder.find(object_store.local(url), "kept")
         same_records(there, undisturbed)
         assert verify(there) == [] and Mirror.of(there).names(there / "checkpoints") == []
 
@@ -246,9 +248,9 @@ def test_mlflows_database_comes_along_where_a_run_goes_on(
 ) -> None:
     begun = begin(calm, s3.url("kd"))
     (begun.folder / trackers.DATABASE).write_bytes(b"of before")
-    sharing.send(begun.folder, *trackers.FILES)
+    sync.send(begun.folder, *trackers.FILES)
     elsewhere(monkeypatch, tmp_path, "second")
-    there = run.find(mirror.local(s3.url("kd")), "kept")
+    there = run_folder.find(object_store.local(s3.url("kd")), "kept")
     (shown,) = trackers.made(["mlflow"], "tiny", "kept", there, lambda said: pytest.fail(said))
     assert isinstance(shown, trackers._Shown)
     shown._make()
@@ -258,7 +260,7 @@ def test_mlflows_database_comes_along_where_a_run_goes_on(
 def test_a_store_that_is_gone_ends_the_run_whole_and_gets_the_rest_later(
     s3: Store, calm: Study, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tune_kd.storage.PAUSES", (0.0,))
+    monkeypatch.setattr("tune_kd.system.files.PAUSES", (0.0,))
     begun = begin(calm, s3.url("kd"))
 
     def gone(number: int) -> str | None:
@@ -286,7 +288,7 @@ def test_a_teacher_is_fetched_once_a_machine(
         go_on(begun, cut_after(3))  # the teacher's two epochs, and one of a student
     elsewhere(monkeypatch, tmp_path, "second")
     s3.asked.clear()
-    again = run.reopen(run.find(mirror.local(s3.url("kd")), "kept"))
+    again = run_folder.reopen(run_folder.find(object_store.local(s3.url("kd")), "kept"))
     go_on(again)
     distilled = sum(trial.teacher_id is not None for trial in again.plan.trials)
     assert distilled > 4
@@ -307,11 +309,11 @@ def test_a_run_that_a_driver_elsewhere_holds_is_left_to_it_until_that_is_not_see
     Mirror.of(holder).send(holder, json.dumps({**there, "seen": time.time() - 20}).encode())
     with (
         pytest.raises(Mistake, match=r"process 7 on another holds since today, seen 2\d s ago; wait for it"),
-        run.held(begun.folder),
+        run_folder.held(begun.folder),
     ):
         raise AssertionError
     Mirror.of(holder).send(holder, json.dumps({**there, "seen": time.time() - 200}).encode())
-    with run.held(begun.folder):
+    with run_folder.held(begun.folder):
         told = json.loads(Mirror.of(holder).read(holder, MOST_RECORD_BYTES) or b"")
         assert told["pid"] == os.getpid() and told["seen"] == pytest.approx(time.time(), abs=60)
     assert Mirror.of(holder).read(holder, MOST_RECORD_BYTES) is None
@@ -364,12 +366,12 @@ def test_what_stands_for_a_store_on_this_disk_stays_under_its_own_folder(
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     url = "s3://bucket/kd?region=x&endpoint_override=..%2F..%2Fhost:9000"
-    there = mirror.local(url)
+    there = object_store.local(url)
     assert there.parents[1] == tmp_path / "tune_kd" and there.parent.name.startswith("s3-bucket-kd-")
     assert Mirror.of(there / "run") == Mirror(there, url)
     others = (url.replace("/kd", "/kd/more"), url.replace("/bucket", "/other"), url.replace("9000", "9001"),
               "s3://bucket/kd?region=x")  # fmt: skip
-    assert len({there, *map(mirror.local, others)}) == 5 and mirror.local(url.replace("=x", "=y")) == there
+    assert len({there, *map(object_store.local, others)}) == 5 and object_store.local(url.replace("=x", "=y")) == there
 
 
 def test_a_bucket_that_is_not_there_and_a_name_that_is_are_told_before_anything_starts(
@@ -408,7 +410,7 @@ def test_a_run_in_a_store_is_a_command_like_any_other(s3: Store, tmp_path: Path)
     assert "Effects" in tune_kd("third", "report", "far")
     here, there = (next((tmp_path / home).glob("tune_kd/s3-bucket-kd-*/results/far")) for home in ("home", "other"))
     assert (here / "trials.parquet").read_bytes() == (there / "trials.parquet").read_bytes()
-    assert {sharing.STUDY, "tensorboard", "mlflow.db"} <= set(Mirror.of(here).names(here))
+    assert {sync.STUDY, "tensorboard", "mlflow.db"} <= set(Mirror.of(here).names(here))
     with reading(there / "ledger.sqlite") as ledger, reading(here / "ledger.sqlite") as original:
         assert ledger.rows(EPOCHS) == original.rows(EPOCHS)
 
@@ -419,10 +421,10 @@ def test_the_tables_of_a_run_whose_study_was_extended_elsewhere_are_taken_over(
     begun = begin(calm, s3.url("kd"))
     go_on(begun)
     elsewhere(monkeypatch, tmp_path, "second")
-    again = run.reopen(run.find(mirror.local(s3.url("kd")), "kept"))
+    again = run_folder.reopen(run_folder.find(object_store.local(s3.url("kd")), "kept"))
     more = replace(again, study=replace(calm, confirm=replace(calm.confirm, seeds=(1, 2, 3))))
-    run.record_extension(more)
+    run_folder.record_extension(more)
     go_on(more)
     elsewhere(monkeypatch, tmp_path, "home")
-    assert run.reopen(run.find(mirror.local(s3.url("kd")), "kept")).study.confirm.seeds == (1, 2, 3)
+    assert run_folder.reopen(run_folder.find(object_store.local(s3.url("kd")), "kept")).study.confirm.seeds == (1, 2, 3)
     assert len(load(begun.folder).trials) == len(more.plan.trials)

@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tune_kd.signals import SIGNALS
+from tune_kd.system.signals import SIGNALS
 
 COMMAND = """
 import os, subprocess, sys, time
-from tune_kd import guard, signals
+from tune_kd.system import guard, signals
 
 guard.WITHIN = {within}
 

@@ -18,13 +18,13 @@ from scipy.stats import spearmanr
 
 from conftest import SHARED
 from search_spaces.ablation import study as ablation
-from tune_kd import simulate as simulation
-from tune_kd import tables
-from tune_kd.foreign import Adapter
-from tune_kd.plan import arrival_order
-from tune_kd.simulate import Curve, Curves
-from tune_kd.study import Mistake, Screen
-from tune_kd.tables import Records
+from tune_kd.analysis import simulate as simulation
+from tune_kd.analysis.simulate import Curve, Curves
+from tune_kd.records import reader
+from tune_kd.records.importer import Adapter
+from tune_kd.records.reader import Records
+from tune_kd.study.plan import arrival_order
+from tune_kd.study.spec import Mistake, Screen
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = SHARED / "data" / "published"
@@ -64,7 +64,7 @@ def some(folder: Path, *, arms: int = 6, epochs: int = 40, seeds: int = 2, pairs
 
 
 def read(path: Path, **phases: str) -> Records:
-    return tables.load(path, adapt=Adapter(rest="screen", phases=phases))
+    return reader.load(path, adapt=Adapter(rest="screen", phases=phases))
 
 
 def asha(values: NDArray[np.float64], order: list[int], screen: Screen) -> NDArray[np.int64]:
@@ -307,9 +307,9 @@ def test_wrong_input_is_one_message(tmp_path: Path, arguments: list[str], words:
 
 def test_a_runs_own_curves_are_replayed_with_its_roles_and_scale(finished: Path) -> None:
     from tune_kd.cli.planning import _scale_of_curves
-    from tune_kd.studies import find
+    from tune_kd.study.discover import find
 
-    records = tables.load(finished)
+    records = reader.load(finished)
     recorded = simulation.curves(records, ablation(), ["stem", "method"])
     immune = {curve.arm for grid in recorded.grids.values() for curve in grid if curve.immune}
     roles = {arm["name"]: arm["role"] for arm in records.study["arms"]}
@@ -330,7 +330,7 @@ def test_curves_say_of_which_data_they_are_and_a_grace_period_that_compares_noth
 
 
 def test_the_roles_of_a_run_that_was_extended_are_those_of_the_extension(finished: Path) -> None:
-    records = tables.load(finished)
+    records = reader.load(finished)
     records.study["extended"] = {"arms": [arm | {"role": "compared"} for arm in records.study["arms"]]}
     recorded = simulation.curves(records, ablation(), ["stem", "method"])
     assert {curve.immune for grid in recorded.grids.values() for curve in grid} == {False}
@@ -343,7 +343,7 @@ def decisions(records: Records) -> Iterator[tuple[Any, ...]]:
 
 def test_a_simulated_screen_decides_as_the_trained_one_did(finished: Path) -> None:
     """The curves of a run that was really trained, in this process, replayed in the order in which its arms came."""
-    records = tables.load(finished)
+    records = reader.load(finished)
     study = replace(ablation(), screen=Screen(**records.study["study"]["screen"]))
     epochs = records.epochs.groupby("trial_id")["val_accuracy"].apply(list)
     screened = records.trials[records.trials["phase"] == "screen"].set_index("arm")

@@ -13,14 +13,14 @@ from scipy import stats as scipy_stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from tune_kd import stats
+from tune_kd.analysis import statistics
 
 values = st.lists(st.floats(-1, 1).map(lambda x: round(x, 3)), min_size=2, max_size=8)
 
 
 @given(values)
 def test_a_summary_is_mean_sample_deviation_and_t_interval(some: list[float]) -> None:
-    found = stats.summary(some)
+    found = statistics.summary(some)
     assert found.n == len(some)
     assert found.mean == pytest.approx(np.mean(some))
     assert found.sd == pytest.approx(np.std(some, ddof=1))
@@ -30,15 +30,15 @@ def test_a_summary_is_mean_sample_deviation_and_t_interval(some: list[float]) ->
 
 
 def test_of_one_value_there_is_no_spread_and_of_none_no_mean() -> None:
-    assert stats.summary([0.5]) == stats.Summary(1, 0.5, None, None, None)
-    assert stats.summary([]) == stats.Summary(0, None, None, None, None)
-    assert stats.paired([0.5], [0.4]).p is None
+    assert statistics.summary([0.5]) == statistics.Summary(1, 0.5, None, None, None)
+    assert statistics.summary([]) == statistics.Summary(0, None, None, None, None)
+    assert statistics.paired([0.5], [0.4]).p is None
 
 
 @given(values, st.randoms())
 def test_paired_is_scipys_paired_t_test(some: list[float], chance: object) -> None:
     other = list(np.random.default_rng(len(some)).normal(size=len(some)).round(3))
-    found = stats.paired(some, other)
+    found = statistics.paired(some, other)
     if found.sd == pytest.approx(0, abs=1e-9):
         return
     expected = scipy_stats.ttest_rel(some, other)
@@ -53,7 +53,7 @@ def test_the_exact_p_counts_all_signs(some: list[float]) -> None:
     sums = [abs(sum(sign * value for sign, value in zip(signs, some, strict=True)))
             for signs in itertools.product((1, -1), repeat=len(some))]  # fmt: skip
     expected = np.mean([each >= abs(sum(some)) - 1e-9 for each in sums])
-    assert stats.sign_flip(some) == pytest.approx(expected)
+    assert statistics.sign_flip(some) == pytest.approx(expected)
 
 
 @given(st.lists(st.tuples(st.integers(9400, 9500), st.integers(9400, 9500)), min_size=2, max_size=6))
@@ -62,17 +62,17 @@ def test_sums_that_tie_on_a_grid_of_images_are_counted_as_ties(counts: list[tupl
     apart = [one - other for one, other in counts]
     sums = [abs(sum(sign * each for sign, each in zip(signs, apart, strict=True)))
             for signs in itertools.product((1, -1), repeat=len(apart))]  # fmt: skip
-    found = stats.paired([one / 10_000 for one, _ in counts], [other / 10_000 for _, other in counts])
+    found = statistics.paired([one / 10_000 for one, _ in counts], [other / 10_000 for _, other in counts])
     assert found.p_exact == pytest.approx(np.mean([each >= abs(sum(apart)) for each in sums]))
 
 
 def test_values_that_are_not_numbers_have_no_exact_p() -> None:
     with pytest.raises(ValueError, match="1 that are not finite"):
-        stats.sign_flip([float("nan"), 0.1, 0.2])
+        statistics.sign_flip([float("nan"), 0.1, 0.2])
 
 
 def test_five_pairs_that_agree_give_the_smallest_exact_p_there_is() -> None:
-    assert stats.sign_flip([0.1, 0.2, 0.3, 0.1, 0.2]) == stats.smallest_exact_p(5) == 0.0625
+    assert statistics.sign_flip([0.1, 0.2, 0.3, 0.1, 0.2]) == statistics.smallest_exact_p(5) == 0.0625
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,7 +85,7 @@ def little_to_collect() -> Iterator[None]:
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_holm_is_statsmodels_and_never_below_the_raw_p(p_values: list[float]) -> None:
-    adjusted = stats.holm(p_values)
+    adjusted = statistics.holm(p_values)
     assert adjusted == pytest.approx(multipletests(p_values, method="holm")[1])
     assert all(one >= other - 1e-12 for one, other in zip(adjusted, p_values, strict=True))
 
@@ -93,20 +93,20 @@ def test_holm_is_statsmodels_and_never_below_the_raw_p(p_values: list[float]) ->
 def test_differences_that_are_all_alike_have_no_t_test() -> None:
     """Three times 1/359 is rounding over rounding, not evidence."""
     third = 1 / 359
-    found = stats.paired([0.9 + third, 0.8 + third, 0.7 + third], [0.9, 0.8, 0.7])
+    found = statistics.paired([0.9 + third, 0.8 + third, 0.7 + third], [0.9, 0.8, 0.7])
     assert found.p is None
-    assert stats.paired([0.5, 0.6], [0.5, 0.6]).p == 1.0
+    assert statistics.paired([0.5, 0.6], [0.5, 0.6]).p == 1.0
 
 
 def test_pairs_of_different_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="2 values and control 1"):
-        stats.paired([0.1, 0.2], [0.1])
+        statistics.paired([0.1, 0.2], [0.1])
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 10, 35])
 @pytest.mark.parametrize("alpha", [0.05, 0.05 / 21])
 def test_a_detectable_difference_is_found_with_the_power_that_scipys_noncentral_t_gives(n: int, alpha: float) -> None:
-    found = stats.detectable(n, 0.0015, alpha=alpha)
+    found = statistics.detectable(n, 0.0015, alpha=alpha)
     assert found is not None
     critical = scipy_stats.t.ppf(1 - alpha / 2, n - 1)
     noncentrality = found / (0.0015 * 2**0.5) * n**0.5
@@ -117,18 +117,18 @@ def test_a_detectable_difference_is_found_with_the_power_that_scipys_noncentral_
 @pytest.mark.parametrize("n", [3, 5, 10, 35])
 def test_the_detectable_difference_is_statsmodels(n: int) -> None:
     effect = TTestPower().solve_power(nobs=n, alpha=0.05, power=0.8)
-    assert stats.detectable(n, 0.0015) == pytest.approx(effect * 0.0015 * 2**0.5, rel=1e-4)
+    assert statistics.detectable(n, 0.0015) == pytest.approx(effect * 0.0015 * 2**0.5, rel=1e-4)
 
 
 def test_differences_of_a_tenth_of_a_point_need_about_35_seeds_at_a_deviation_of_0_15_points() -> None:
-    needed = next(n for n in range(2, 100) if (stats.detectable(n, 0.0015) or 1) <= 0.001)
+    needed = next(n for n in range(2, 100) if (statistics.detectable(n, 0.0015) or 1) <= 0.001)
     assert 34 <= needed <= 38
-    assert stats.detectable(1, 0.0015) is None
+    assert statistics.detectable(1, 0.0015) is None
 
 
 @given(values, st.lists(st.floats(-1, 1).map(lambda x: round(x, 3)), min_size=2, max_size=8))
 def test_welch_is_scipys_t_test_with_unequal_variances(some: list[float], other: list[float]) -> None:
-    found = stats.welch(some, other)
+    found = statistics.welch(some, other)
     assert (found.n, found.n_treated, found.n_control) == (len(some) + len(other), len(some), len(other))
     assert found.estimate == pytest.approx(np.mean(some) - np.mean(other))
     if max(np.std(some), np.std(other)) < 1e-6:
@@ -144,7 +144,7 @@ def test_welch_is_scipys_t_test_with_unequal_variances(some: list[float], other:
 
 @pytest.mark.parametrize(("some", "other"), [([], [1.0]), ([1.0], [0.5, 0.6]), ([1.0, 1.0], [0.5, 0.5])])
 def test_welch_says_nothing_of_what_has_no_spread(some: list[float], other: list[float]) -> None:
-    found = stats.welch(some, other)
+    found = statistics.welch(some, other)
     assert (found.low, found.high, found.p, found.effect_size) == (None, None, None, None)
     assert found.estimate == (None if not some else pytest.approx(np.mean(some) - np.mean(other)))
 
@@ -152,7 +152,7 @@ def test_welch_says_nothing_of_what_has_no_spread(some: list[float], other: list
 @given(values, st.floats(0.001, 0.5))
 def test_equivalence_is_the_larger_of_two_one_sided_t_tests(some: list[float], margin: float) -> None:
     other = [0.1 * value for value in reversed(some)]
-    found = stats.equivalence(some, other, margin)
+    found = statistics.equivalence(some, other, margin)
     apart = np.subtract(some, other)
     if np.std(apart) < 1e-6:
         return
@@ -168,12 +168,12 @@ def test_equivalence_is_the_larger_of_two_one_sided_t_tests(some: list[float], m
 @pytest.mark.parametrize("margin", [0.0, -0.001, float("inf"), float("nan")])
 def test_a_margin_that_is_none_is_refused(margin: float) -> None:
     with pytest.raises(ValueError, match=r"margin is .*; allowed: above 0"):
-        stats.equivalence([0.1, 0.2], [0.1, 0.1], margin)
+        statistics.equivalence([0.1, 0.2], [0.1, 0.1], margin)
 
 
 @pytest.mark.parametrize(("estimate", "sd"), [(0.001, 0.0015), (-0.001, 0.0015 * 2**0.5), (0.005, 0.002), (0.1, 0.05)])
 def test_the_pairs_needed_are_those_of_statsmodels(estimate: float, sd: float) -> None:
-    needed = stats.pairs_needed(estimate, sd)
+    needed = statistics.pairs_needed(estimate, sd)
     assert needed is not None
     power = TTestPower().power(abs(estimate) / sd, needed, 0.05)
     before = TTestPower().power(abs(estimate) / sd, needed - 1, 0.05) if needed > 2 else 0.0
@@ -182,19 +182,19 @@ def test_the_pairs_needed_are_those_of_statsmodels(estimate: float, sd: float) -
 
 def test_about_35_unpaired_and_18_correlated_pairs_find_a_tenth_of_a_point() -> None:
     """At a deviation of 0.15 points, and pairs that correlate by 0 and 0.5."""
-    assert stats.pairs_needed(0.001, 0.0015 * 2**0.5) == pytest.approx(37, abs=2)
-    assert stats.pairs_needed(0.001, 0.0015) == pytest.approx(20, abs=2)
+    assert statistics.pairs_needed(0.001, 0.0015 * 2**0.5) == pytest.approx(37, abs=2)
+    assert statistics.pairs_needed(0.001, 0.0015) == pytest.approx(20, abs=2)
 
 
 @pytest.mark.parametrize(("estimate", "sd"), [(0.0, 0.1), (0.1, 0.0), (1e-7, 1.0)])
 def test_no_number_of_pairs_finds_nothing(estimate: float, sd: float) -> None:
-    assert stats.pairs_needed(estimate, sd) is None
+    assert statistics.pairs_needed(estimate, sd) is None
 
 
 def test_the_effect_size_is_the_mean_over_the_deviation_of_differences() -> None:
-    found = stats.paired([0.5, 0.7, 0.6], [0.4, 0.5, 0.6])
+    found = statistics.paired([0.5, 0.7, 0.6], [0.4, 0.5, 0.6])
     assert found.effect_size == pytest.approx(0.1 / 0.1)
-    assert stats.paired([0.5, 0.7], [0.4, 0.6]).effect_size is None  # differences that are all alike
+    assert statistics.paired([0.5, 0.7], [0.4, 0.6]).effect_size is None  # differences that are all alike
 
 
 @pytest.mark.slow
@@ -205,8 +205,8 @@ def test_intervals_cover_at_their_nominal_rate(n: int) -> None:
     treated, control = chance.normal(0.952, 0.0015, (draws, n)), chance.normal(0.950, 0.002, (draws, n))
     covered = np.zeros(4)
     for one, other in zip(treated.tolist(), control.tolist(), strict=True):
-        alone, apart = stats.summary(one), stats.paired(one, other)
-        unpaired, tost = stats.welch(one, other), stats.equivalence(one, other)
+        alone, apart = statistics.summary(one), statistics.paired(one, other)
+        unpaired, tost = statistics.welch(one, other), statistics.equivalence(one, other)
         covered += [alone.low < 0.952 < alone.high, apart.low < true < apart.high, unpaired.low < true < unpaired.high,
                     tost.low < true < tost.high]  # fmt: skip
     alone, paired, unpaired, tost = covered / draws
@@ -215,19 +215,19 @@ def test_intervals_cover_at_their_nominal_rate(n: int) -> None:
 
 
 def test_looks_spend_the_level_by_the_seeds_that_they_add() -> None:
-    assert stats.spent([5]) == [0.05]
-    assert stats.spent([5, 10, 20]) == pytest.approx([0.0125, 0.0125, 0.025])
+    assert statistics.spent([5]) == [0.05]
+    assert statistics.spent([5, 10, 20]) == pytest.approx([0.0125, 0.0125, 0.025])
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=6).map(lambda steps: list(itertools.accumulate(steps))))
 def test_all_looks_together_spend_the_level_and_no_more(looks: list[int]) -> None:
-    assert sum(stats.spent(looks)) == pytest.approx(0.05)
-    assert min(stats.spent(looks)) > 0
+    assert sum(statistics.spent(looks)) == pytest.approx(0.05)
+    assert min(statistics.spent(looks)) > 0
 
 
 def test_a_rank_correlation_is_scipys_with_an_interval_on_fishers_scale() -> None:
     one, other = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [2.0, 1.0, 4.0, 3.0, 6.0, 5.5]
-    found = stats.rank_correlation(one, other)
+    found = statistics.rank_correlation(one, other)
     rho = scipy_stats.spearmanr(one, other).statistic
     half = scipy_stats.norm.ppf(0.975) * np.sqrt((1 + rho**2 / 2) / 3)  # Bonett and Wright 2000
     assert found.rho == pytest.approx(rho)
@@ -236,13 +236,13 @@ def test_a_rank_correlation_is_scipys_with_an_interval_on_fishers_scale() -> Non
 
 
 def test_a_rank_correlation_of_few_or_of_what_is_tied_says_little() -> None:
-    assert stats.rank_correlation([1.0, 2.0], [1.0, 2.0]).rho is None
-    assert stats.rank_correlation([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]).rho is None
-    three = stats.rank_correlation([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    assert statistics.rank_correlation([1.0, 2.0], [1.0, 2.0]).rho is None
+    assert statistics.rank_correlation([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]).rho is None
+    three = statistics.rank_correlation([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
     assert (three.rho, three.low) == (pytest.approx(1.0), None)
-    four = stats.rank_correlation([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0])
+    four = statistics.rank_correlation([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0])
     assert four.low is not None and four.low < 0 < four.high == pytest.approx(1.0)  # luck, in one of 24 orders
-    many = stats.rank_correlation(range(30), range(30))
+    many = statistics.rank_correlation(range(30), range(30))
     assert many.low is not None and many.low > 0.9
 
 
@@ -255,7 +255,7 @@ def test_its_interval_covers(rho: float) -> None:
     covered = 0
     for _ in range(draws):
         one, noise = chance.standard_normal((2, n))
-        found = stats.rank_correlation(one, r * one + np.sqrt(1 - r**2) * noise)
+        found = statistics.rank_correlation(one, r * one + np.sqrt(1 - r**2) * noise)
         assert found.low is not None and found.high is not None
         covered += found.low <= rho <= found.high
     assert 0.93 <= covered / draws <= 0.98
@@ -264,15 +264,15 @@ def test_its_interval_covers(rho: float) -> None:
 def test_a_noise_margin_is_by_hand_the_quantile_of_a_difference_of_equals() -> None:
     groups = [[0.9, 0.92, 0.94], [0.5, 0.5]]
     deviation = np.sqrt((2 * 0.02**2 + 0) / 3)  # pooled over 2 + 1 degrees of freedom
-    assert stats.noise_margin(groups) == pytest.approx(scipy_stats.t.ppf(0.95, 3) * np.sqrt(2) * deviation)
-    assert stats.noise_margin([[0.9], []]) is None
+    assert statistics.noise_margin(groups) == pytest.approx(scipy_stats.t.ppf(0.95, 3) * np.sqrt(2) * deviation)
+    assert statistics.noise_margin([[0.9], []]) is None
 
 
 @pytest.mark.slow
 def test_equals_seem_worse_by_a_noise_margin_in_one_of_twenty() -> None:
     chance, draws = np.random.default_rng(3), 20_000
     behind = sum(
-        float(np.subtract(*chance.normal(0, 0.01, 2))) > (stats.noise_margin(chance.normal(0, 0.01, (2, 3))) or 0)
+        float(np.subtract(*chance.normal(0, 0.01, 2))) > (statistics.noise_margin(chance.normal(0, 0.01, (2, 3))) or 0)
         for _ in range(draws)
     )
     assert 0.045 <= behind / draws <= 0.055

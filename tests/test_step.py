@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from trials import CPU, distilling, exact, run, trial
-from tune_kd import step as stepping
-from tune_kd.checkpoints import Checkpoints
-from tune_kd.data import DataSet
-from tune_kd.step import Step
-from tune_kd.study import Recipe
-from tune_kd.teachers import Teacher
-from tune_kd.train import Diverged, train
-from tune_kd.trial import Trial
+from tune_kd.data.datasets import DataSet
+from tune_kd.study.spec import Recipe
+from tune_kd.study.trial import Trial
+from tune_kd.training import step as stepping
+from tune_kd.training.checkpoints import Checkpoints
+from tune_kd.training.loop import Diverged, train
+from tune_kd.training.step import Step
+from tune_kd.training.teachers import Teacher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tune_kd import faults, storage
-from tune_kd.storage import MOST_DEPTH, Damaged, links, parsed, patiently, publish, sealed, unsealed, write_at
+from tune_kd.system import crash_points, files
+from tune_kd.system.files import MOST_DEPTH, Damaged, links, parsed, patiently, publish, sealed, unsealed, write_at
 
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(files, "PAUSES", (0.0, 0.0))
 
 
 class Disk:
@@ -100,7 +100,7 @@ def test_a_sealed_record_is_read_as_it_was_and_a_changed_one_is_not(tmp_path: Pa
 
 
 def test_a_named_place_kills_at_the_pass_that_was_asked_for_and_costs_nothing_else() -> None:
-    code = "from tune_kd.faults import point\nfor n in range(5):\n    print(n, flush=True)\n    point('trial.started')"
+    code = "from tune_kd.system.crash_points import point\nfor n in range(5):\n    print(n, flush=True)\n    point('trial.started')"
 
     def passes(crash: str | None) -> tuple[int, int]:
         environment = {name: value for name, value in os.environ.items() if name != "TUNE_KD_CRASH"}
@@ -116,8 +116,8 @@ def test_a_named_place_kills_at_the_pass_that_was_asked_for_and_costs_nothing_el
 
 
 def test_every_named_place_is_passed_somewhere() -> None:
-    source = "".join(path.read_text() for path in (Path(faults.__file__).parent).rglob("*.py"))
-    assert all(source.count(f'point("{name}")') == 1 for name in faults.POINTS)
+    source = "".join(path.read_text() for path in (Path(crash_points.__file__).parent).rglob("*.py"))
+    assert all(source.count(f'point("{name}")') == 1 for name in crash_points.POINTS)
 
 
 @given(st.integers(0, 2 * MOST_DEPTH), st.lists(st.booleans(), min_size=2 * MOST_DEPTH, max_size=2 * MOST_DEPTH))

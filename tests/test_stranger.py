@@ -21,9 +21,12 @@ import torch
 from faults import mutations, stranger
 from faults.mutations import Chance, Mutation, Stranger, mutate
 from faults.stranger import Fuzz
-from tune_kd import checkpoints, evidence, records, storage
-from tune_kd.records import DIGESTS, SCHEMAS
-from tune_kd.sharing import HOLDER, STUDY
+from tune_kd.analysis import grace
+from tune_kd.records import ledger as records
+from tune_kd.records.ledger import DIGESTS, SCHEMAS
+from tune_kd.records.sync import HOLDER, STUDY
+from tune_kd.system import files
+from tune_kd.training import checkpoints
 
 ROOT = Path(__file__).parents[1]
 SEED = 20  # of the files that are tried here
@@ -165,14 +168,14 @@ def instead_of_warnings(does: Callable[[], None]) -> Callable[[], None]:
             does()
             return []
 
-        evidence.warnings = warnings
+        grace.warnings = warnings
 
     return meet
 
 
 def no_check_of_files() -> None:
     """Files are opened as they are, whatever they are."""
-    storage._open = lambda path, flags, most=None: os.open(path, flags, 0o644)  # type: ignore[assignment]
+    files._open = lambda path, flags, most=None: os.open(path, flags, 0o644)  # type: ignore[assignment]
 
 
 def states_are_unpickled() -> None:
@@ -259,8 +262,8 @@ def fits(where: Stranger, kind: str) -> bool:
 
 def sealed(path: Path) -> bool:
     try:
-        storage.unsealed(path.read_bytes(), path)
-    except (storage.Damaged, RecursionError) as error:
+        files.unsealed(path.read_bytes(), path)
+    except (files.Damaged, RecursionError) as error:
         return "its digest does not fit" not in str(error)
     return True
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tune_kd.streams import _Unfailing
+from tune_kd.system.streams import _Unfailing
 
 ROOT = Path(__file__).parents[1]
 GOOD = ("plan", "ablation", "--scale", "smoke")
@@ -57,7 +57,7 @@ def test_an_answer_is_whole_where_standard_error_is_closed(elsewhere: Path) -> N
 
 
 def test_a_program_that_is_started_has_streams_where_the_command_had_none(tmp_path: Path) -> None:
-    code = "import os, subprocess, sys; from tune_kd.streams import made_safe; made_safe(); "
+    code = "import os, subprocess, sys; from tune_kd.system.streams import made_safe; made_safe(); "
     code += "sys.exit(subprocess.run([sys.executable, '-c', 'import os; [os.fstat(n) for n in range(3)]']).returncode)"
     line = '"$0" -c "$1" <&- >&- 2>&-'
     here = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -65,7 +65,7 @@ def test_a_program_that_is_started_has_streams_where_the_command_had_none(tmp_pa
 
 
 def test_what_is_said_comes_at_once_and_in_order_where_python_is_not_to_buffer(tmp_path: Path) -> None:
-    code = "import sys; from tune_kd.streams import made_safe; made_safe(); print('a'); "
+    code = "import sys; from tune_kd.system.streams import made_safe; made_safe(); print('a'); "
     code += "sys.stderr.write('partial\\n'); print('b')"
     here = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     found = subprocess.run(
@@ -105,7 +105,7 @@ def test_a_stream_that_is_full_for_a_moment_loses_nothing_and_one_that_stays_ful
         assert stream.write(text) == len(text)
         thread.join()
         assert bytes(read) == text
-        monkeypatch.setattr("tune_kd.streams.WAIT", 0.1)
+        monkeypatch.setattr("tune_kd.system.streams.WAIT", 0.1)
         began = time.monotonic()
         for _ in range(20):
             assert stream.write(b"x" * 8192) > 0

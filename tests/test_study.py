@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from search_spaces.ablation import SCALES
-from tune_kd.studies import find, resolve
-from tune_kd.study import Cell, Compare, Confirm, Data, Factor, Mistake, Recipe, Screen, Study
+from tune_kd.study.discover import find, resolve
+from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Mistake, Recipe, Screen, Study
 
 
 def problems(study: Study) -> tuple[str, ...]:

@@ -12,10 +12,10 @@ from typing import get_type_hints
 
 import pytest
 
-from tune_kd import studies
 from tune_kd.execute import jobs
-from tune_kd.study import Mistake
-from tune_kd.study_file import executed
+from tune_kd.study import discover
+from tune_kd.study.source import executed
+from tune_kd.study.spec import Mistake
 
 ROOT = Path(__file__).parents[1]
 SMALL = "from search_spaces.ablation import smoke as study\n"
@@ -54,7 +54,7 @@ def test_whatever_a_studys_file_raises_is_a_sentence_that_names_the_file(tmp_pat
     file = tmp_path / "mine.py"
     file.write_text(text)
     with pytest.raises(Mistake) as refused:
-        studies.resolve(file, "smoke")
+        discover.resolve(file, "smoke")
     (said,) = refused.value.problems
     assert said.startswith(f"STUDY is {file}, "), said
     assert words in said
@@ -76,9 +76,9 @@ def test_a_study_that_leaves_ends_the_command_with_2_and_its_name(tmp_path: Path
 
 
 def test_a_mistake_that_a_studys_file_raises_names_it_too(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("from tune_kd.study import Mistake\nraise Mistake('a is b', 'c is d')\n")
+    (tmp_path / "mine.py").write_text("from tune_kd.study.spec import Mistake\nraise Mistake('a is b', 'c is d')\n")
     with pytest.raises(Mistake) as refused:
-        studies.resolve(tmp_path / "mine.py", "smoke")
+        discover.resolve(tmp_path / "mine.py", "smoke")
     assert refused.value.problems == tuple(f"STUDY is {tmp_path}/mine.py: {each}" for each in ("a is b", "c is d"))
 
 
@@ -86,7 +86,7 @@ def test_a_mistake_that_a_studys_file_raises_names_it_too(tmp_path: Path) -> Non
 def test_scales_are_names_with_functions(tmp_path: Path, declared: str) -> None:
     (tmp_path / "mine.py").write_text(f"{SMALL}SCALES = {declared}\n")
     with pytest.raises(Mistake, match=r"whose SCALES is .*; allowed: names with functions"):
-        studies.resolve(tmp_path / "mine.py", "smoke")
+        discover.resolve(tmp_path / "mine.py", "smoke")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_whatever_a_file_does_to_python_it_is_read_and_python_is_as_before(tmp_p
     (tmp_path / "mine.py").write_text(f"{SMALL}{text}\n")
     before = list(sys.path), list(sys.meta_path)
     for _ in range(2):
-        assert studies.resolve(tmp_path / "mine.py", "smoke").name == "ablation"
+        assert discover.resolve(tmp_path / "mine.py", "smoke").name == "ablation"
     sys.modules.pop("odd", None)
     assert (list(sys.path), list(sys.meta_path)) == before
 
@@ -120,7 +120,7 @@ def test_a_package_that_is_not_all_python_stays_since_it_cannot_be_imported_agai
     shutil.copy(_json.__file__, tmp_path / "inc" / Path(_json.__file__).name)
     (tmp_path / "inc" / "__init__.py").write_text("from inc._json import scanstring\n")
     (tmp_path / "mine.py").write_text(f"import inc\n{SMALL}")
-    assert studies.resolve(tmp_path / "mine.py", "smoke").name == "ablation"
+    assert discover.resolve(tmp_path / "mine.py", "smoke").name == "ablation"
     assert sys.modules.pop("inc").scanstring and sys.modules.pop("inc._json")
 
 
@@ -139,7 +139,7 @@ def test_a_link_to_a_study_finds_what_is_beside_the_study(tmp_path: Path) -> Non
     (tmp_path / "real" / "beside.py").write_text(SMALL)
     (tmp_path / "real" / "mine.py").write_text("from beside import study\n")
     (tmp_path / "link" / "other.py").symlink_to(tmp_path / "real" / "mine.py")
-    assert studies.resolve(tmp_path / "link" / "other.py", "smoke").name == "ablation"
+    assert discover.resolve(tmp_path / "link" / "other.py", "smoke").name == "ablation"
     assert executed(tmp_path / "link" / "other.py").files == {
         "studies/other.py": tmp_path / "link" / "other.py",
         "studies/beside.py": tmp_path / "real" / "beside.py",
@@ -165,7 +165,7 @@ def test_what_is_imported_from_the_working_directorys_studies_is_sent_as_that(
     (tmp_path / "search_spaces").mkdir()
     (tmp_path / "search_spaces" / "common.py").write_text(SMALL)
     (tmp_path / "search_spaces" / "mine.py").write_text("from search_spaces.common import study\n")
-    assert studies.resolve(tmp_path / "search_spaces" / "mine.py", "smoke").name == "ablation"
+    assert discover.resolve(tmp_path / "search_spaces" / "mine.py", "smoke").name == "ablation"
     files = executed(tmp_path / "search_spaces" / "mine.py").files
     assert {"studies/mine.py", "search_spaces/common.py"} <= set(files)
     with jobs._copy(files) as copy:
@@ -181,7 +181,7 @@ def test_a_studys_function_is_called_once_for_each_data_set(tmp_path: Path) -> N
         "def study(data='digits'):\n    CALLS.append(data)\n    return smoke(data)\n"
     )
     for data in (None, "cifar10", None, "cifar10"):
-        assert studies.resolve(tmp_path / "mine.py", "smoke", data).data.name == (data or "digits")
+        assert discover.resolve(tmp_path / "mine.py", "smoke", data).data.name == (data or "digits")
     assert executed(tmp_path / "mine.py").module.CALLS == ["digits", "cifar10"]
 
 
@@ -225,7 +225,7 @@ def test_nothing_of_a_studys_folder_shadows_anything_afterwards(tmp_path: Path) 
 
     before = list(sys.path), dict(sys.modules), list(sys.meta_path)
     for name in ("one", "other", "one"):
-        assert studies.resolve(tmp_path / name / "mine.py", "smoke").name == name
+        assert discover.resolve(tmp_path / name / "mine.py", "smoke").name == name
     assert (list(sys.path), list(sys.meta_path)) == (before[0], before[2])
     assert all(sys.modules.get(name) is module for name, module in before[1].items())
     left = {name: str(getattr(module, "__file__", "")) for name, module in sys.modules.items()}
@@ -241,7 +241,7 @@ def test_classes_of_a_study_are_found_by_their_modules_name(tmp_path: Path) -> N
         "SIZES = Sizes()\ndef study():\n    base, sizes = small(), replace(SIZES, epochs=4)\n"
         "    return replace(base, recipe=replace(base.recipe, epochs=sizes.epochs))\n"
     )
-    assert studies.resolve(file, "smoke").recipe.epochs == 4
+    assert discover.resolve(file, "smoke").recipe.epochs == 4
     sizes = executed(file).module.SIZES
     assert get_type_hints(type(sizes))["epochs"] is int
     assert pickle.loads(pickle.dumps(sizes)) == sizes
@@ -258,7 +258,7 @@ def test_a_file_is_executed_again_where_it_or_what_it_imported_was_changed(tmp_p
     for name, times in (("first", 1), ("first", 1), ("later", 2)):
         beside.write_text(f"NAME = {name!r}\n")
         for _ in range(2):
-            assert studies.resolve(file, "smoke").name == name
+            assert discover.resolve(file, "smoke").name == name
         assert count.read_text() == "." * times
 
 

@@ -18,7 +18,7 @@ import pytest
 from conftest import free_port
 from test_ray import STUDY, command, contiguous, epochs_on_record, token, wait_for
 from tune_kd.execute.jobs import client, dependencies, find, follow
-from tune_kd.records import TRIALS, Ledger
+from tune_kd.records.ledger import TRIALS, Ledger
 
 CALM = (*("--scale", "smoke"), *("--set", "screen.min_peers=99"))
 

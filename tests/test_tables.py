@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import tune_kd
 from conftest import tiny
-from tune_kd.characters import CONTROL
-from tune_kd.records import DECISIONS, EPOCHS, PANDAS, SCHEMAS, TRIALS, Schema, arrow, frame, to_parquet
-from tune_kd.study import Mistake
-from tune_kd.tables import check, load
+from tune_kd.records.ledger import DECISIONS, EPOCHS, PANDAS, SCHEMAS, TRIALS, Schema, arrow, frame, to_parquet
+from tune_kd.records.reader import check, load
+from tune_kd.study.spec import Mistake
+from tune_kd.system.characters import CONTROL
 
 
 def trial(number: int, **values: Any) -> dict[str, Any]:

@@ -11,12 +11,20 @@ import pytest
 import torch
 
 from conftest import altered
-from tune_kd import answers
-from tune_kd.data import DataSet, Views, draw_views, prepare, show, view_numbers
-from tune_kd.models import build
-from tune_kd.study import Cell, Data, Recipe
-from tune_kd.teachers import Teacher, TeacherChanged, load_teacher, publish_teacher, published_epochs, unfit, wrong_with
-from tune_kd.trial import Answering, Epoch, Outcome, Trial
+from tune_kd.data.datasets import DataSet, Views, draw_views, prepare, show, view_numbers
+from tune_kd.study.spec import Cell, Data, Recipe
+from tune_kd.study.trial import Answering, Epoch, Outcome, Trial
+from tune_kd.training import logit_cache
+from tune_kd.training.networks import build
+from tune_kd.training.teachers import (
+    Teacher,
+    TeacherChanged,
+    load_teacher,
+    publish_teacher,
+    published_epochs,
+    unfit,
+    wrong_with,
+)
 
 CPU = torch.device("cpu")
 TAUGHT = Trial(
@@ -133,7 +141,7 @@ def loaded(home: Path, pixels: DataSet, answering: Answering) -> Teacher:
 def test_a_view_is_answered_once_for_all_seeds_epochs_and_students_also_at_the_same_time(
     home: Path, pixels: DataSet, monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
-    monkeypatch.setattr(answers, "CHUNK", 16)
+    monkeypatch.setattr(logit_cache, "CHUNK", 16)
     students = [loaded(home, pixels, Answering(ahead, DRAWS)) for _ in range(3)]
     asked: list[int] = []
     found: list[torch.Tensor] = []

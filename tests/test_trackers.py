@@ -20,10 +20,10 @@ from conftest import ODD_NAMES
 from forms import SECRETS
 from test_ray import driver, without_stops
 from test_teachers import EPOCH
-from tune_kd.execute import on_ray, trackers
+from tune_kd.execute import ray_tune, trackers
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Task
-from tune_kd.study import Mistake, Study
+from tune_kd.study.spec import Mistake, Study
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def tracked(ray_session: str, tmp_path_factory: pytest.TempPathFactory) -> tuple
     failing = trackers._Shown("brittle", Brittle, folder, said.append)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of MLflow's own dependencies
-        on_ray.run_on_ray(made, place, slots=2, beat=lambda: None, trackers=[*callbacks, failing])
+        ray_tune.run_on_ray(made, place, slots=2, beat=lambda: None, trackers=[*callbacks, failing])
     assert [each for each in said if each.startswith("warning: ")] == [
         "warning: brittle does not take this run any more (the server is gone); the run goes on without it"
     ]

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from trials import CPU, as_teacher, distilling, exact, run, trial
-from tune_kd import data
-from tune_kd import train as training
-from tune_kd.checkpoints import Checkpoints
-from tune_kd.data import DataSet, prepare
-from tune_kd.kernels import autocast
-from tune_kd.storage import Damaged
-from tune_kd.study import Recipe
-from tune_kd.teachers import Teacher, TeacherChanged, load_teacher, publish_teacher
-from tune_kd.train import Diverged, batches, best_weights, learning_rate, train
-from tune_kd.trial import Answering
+from tune_kd.data import datasets
+from tune_kd.data.datasets import DataSet, prepare
+from tune_kd.study.spec import Recipe
+from tune_kd.study.trial import Answering
+from tune_kd.system.files import Damaged
+from tune_kd.training import loop as training
+from tune_kd.training.checkpoints import Checkpoints
+from tune_kd.training.device import autocast
+from tune_kd.training.loop import Diverged, batches, best_weights, learning_rate, train
+from tune_kd.training.teachers import Teacher, TeacherChanged, load_teacher, publish_teacher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -258,7 +258,7 @@ CURVES = {
 def test_a_seeded_loss_curve_is_what_it_was(method: str, tmp_path: Path) -> None:
     """A small learning rate and 8 channels, so that rounding does not grow: processors of other kinds (SSE4.1, AVX2,
     AVX-512, which one can have with ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY) differ by 1.4e-4 at most."""
-    digits, width = data.load("digits", train=256, validation=50, test=50), 0.125
+    digits, width = datasets.load("digits", train=256, validation=50, test=50), 0.125
     taught = as_teacher(trial("none", width=width))
     net = training.models.build("resnet50", stem="cifar", classes=10, width=width, seed=9)
     publish_teacher(tmp_path, taught, net.state_dict(), [])
@@ -271,7 +271,7 @@ def test_a_seeded_loss_curve_is_what_it_was(method: str, tmp_path: Path) -> None
 
 def test_bfloat16_changes_logits_and_gradients_of_a_step_by_its_rounding() -> None:
     """bfloat16 keeps 8 bits: a product is right to 0.4 %, twenty layers of them to a few per cent."""
-    digits = data.load("digits")
+    digits = datasets.load("digits")
     images, labels = prepare(digits.train.images[:64], digits), digits.train.labels[:64]
 
     def step(precision: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,20 +38,23 @@ from rich.console import Console
 from conftest import altered, tiny
 from forms import SECRETS, SHORT
 from oddities import at_once
-from tune_kd import cli, data, records, storage
-from tune_kd import run as runs
+from tune_kd import cli
+from tune_kd.data import datasets
 from tune_kd.execute import trackers
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace
-from tune_kd.mirror import Mirror
-from tune_kd.plan import plan
-from tune_kd.records import LEDGER, TRIALS, Ledger
-from tune_kd.run import held
-from tune_kd.storage import Damaged, Unexpected
-from tune_kd.study import Confirm, Mistake
-from tune_kd.trial import Epoch, digest
-from tune_kd.view import View
+from tune_kd.records import ledger as records
+from tune_kd.records import run_folder as runs
+from tune_kd.records.ledger import LEDGER, TRIALS, Ledger
+from tune_kd.records.run_folder import held
+from tune_kd.reporting.terminal import View
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Confirm, Mistake
+from tune_kd.study.trial import Epoch, digest
+from tune_kd.system import files as storage
+from tune_kd.system.files import Damaged, Unexpected
+from tune_kd.system.object_store import Mirror
 
 SMOKE = ("ablation", "--scale", "smoke")
 CLOSED = "http://127.0.0.1:1"  # where nobody answers
@@ -103,7 +106,7 @@ def at_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(*_: object) -> None:
         raise Mistake("it would start Ray")
 
-    monkeypatch.setattr("tune_kd.execute.connection.connect", connect)
+    monkeypatch.setattr("tune_kd.execute.cluster.connect", connect)
 
 
 def evil(folder: Path, name: str = "evil.py") -> tuple[Path, Path]:
@@ -245,7 +248,7 @@ def test_trackers_that_send_are_used_where_the_caller_says_so(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://192.0.2.1")
     altered(given / "study.json", lambda record: record["settings"].update(track=["tensorboard", "wandb", "mlflow"]))
     used: list[list[str]] = []
-    monkeypatch.setattr("tune_kd.launch.check_trackers", used.append)
+    monkeypatch.setattr("tune_kd.execute.session.check_trackers", used.append)
     assert call(monkeypatch, "resume", "tiny") == 2
     assert used == [["tensorboard"]]
     assert "wandb, mlflow showed this run; it goes on without, unless you say --track wandb" in " ".join(
@@ -260,7 +263,7 @@ def test_nothing_is_downloaded_to_a_folder_that_a_record_names(tmp_path: Path) -
     with pytest.raises(
         Mistake, match=r"CIFAR-10 is not there any more, and nothing is downloaded to a folder that a rec"
     ):
-        data.load("cifar10", tmp_path / "mine", cache=tmp_path / "cache", download=False)
+        datasets.load("cifar10", tmp_path / "mine", cache=tmp_path / "cache", download=False)
     assert list((tmp_path / "mine").iterdir()) == []
 
 
@@ -390,7 +393,7 @@ def test_a_secret_on_the_command_line_is_refused_before_anything_is_written_or_s
     tmp_path: Path,
 ) -> None:
     text, hidden = SECRETS[form]
-    monkeypatch.setattr("tune_kd.launch.load_data", None)
+    monkeypatch.setattr("tune_kd.execute.session.load_data", None)
     assert call(monkeypatch, *(argument.replace("{}", text) for argument in arguments)) == 2
     said = capsys.readouterr()
     assert f"{field} {REFUSED}" in said.err and "at character" in said.err and hidden not in said.err + said.out
@@ -406,7 +409,7 @@ def test_a_secret_in_a_studys_file_is_refused_before_data_are_read(
         "from dataclasses import replace\nfrom search_spaces.ablation import smoke as base\n"
         f"def study():\n    return replace(base(), scale='own', question={text!r})\n"
     )
-    monkeypatch.setattr("tune_kd.launch.load_data", None)
+    monkeypatch.setattr("tune_kd.execute.session.load_data", None)
     assert call(monkeypatch, "run", "mine.py") == 2
     said = capsys.readouterr()
     assert f"study.question {REFUSED}" in said.err and hidden not in said.err + said.out
@@ -459,7 +462,7 @@ def test_an_error_of_a_command_is_told_without_the_secret_in_it(
     def fail(*_: object) -> None:
         raise error(f"no answer from https://me:{SHORT}@example.org/")
 
-    monkeypatch.setattr("tune_kd.launch.load_data", fail)
+    monkeypatch.setattr("tune_kd.execute.session.load_data", fail)
     assert call(monkeypatch, "run", *SMOKE) == 3
     said = capsys.readouterr().err
     assert word in said and "https://me:***@example.org/" in said and SHORT not in said
@@ -518,7 +521,7 @@ def test_an_archive_that_costs_more_than_its_bytes_is_refused(kind: str, tmp_pat
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress(content + bytes(1024), 1))
     assert (tmp_path / "x.tar.gz").stat().st_size < 2**24
     code = (
-        "import resource, sys; from pathlib import Path; from tune_kd.pictures import read_archive; "
+        "import resource, sys; from pathlib import Path; from tune_kd.data.image_folder import read_archive; "
         "resource.setrlimit(resource.RLIMIT_CPU, (60, 60)); resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32)); "
         "read_archive(Path(sys.argv[1]), progress=False)"
     )

@@ -25,9 +25,11 @@ import ray
 from rich.console import Console
 
 from test_ray import STUDY, command, epochs_on_record, token, wait_for
-from tune_kd import cli, environment, monitoring
-from tune_kd.study import Mistake
-from tune_kd.view import View
+from tune_kd import cli
+from tune_kd.execute import monitoring
+from tune_kd.reporting.terminal import View
+from tune_kd.study.spec import Mistake
+from tune_kd.system import environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,7 +119,7 @@ def going_on(folder: Path, **around: str) -> Iterator[tuple["subprocess.Popen[st
 
 JOIN = """
 import sys
-from tune_kd.execute import connection
+from tune_kd.execute import cluster as connection
 cluster = connection.connect(sys.argv[1])
 print(cluster.cpus > 0, cluster.guarded, cluster.parts[1].port)
 connection.disconnect(cluster)

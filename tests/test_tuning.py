@@ -20,19 +20,24 @@ from sqlalchemy.exc import OperationalError
 
 from conftest import ODD_NAMES, tiny, tunable
 from test_driver import HERE, Bench, epoch
-from tune_kd import growth, preflight, provenance, rebuild, report, results, search, tables, tuned
+from tune_kd import reporting
+from tune_kd.analysis import contrasts as results
+from tune_kd.analysis import provenance, tuned
+from tune_kd.analysis.simulate import curves
+from tune_kd.execute import preflight
+from tune_kd.execute.session import with_those_to_come
+from tune_kd.execute.verify import verify
 from tune_kd.execute.worker import Failure, Task
-from tune_kd.launch import with_those_to_come
-from tune_kd.plan import plan
-from tune_kd.price import price
-from tune_kd.records import LEDGER, TRIALS, Ledger, Row, reading
-from tune_kd.report import figures
-from tune_kd.run import reopen, trials
-from tune_kd.simulate import curves
-from tune_kd.studies import from_json
-from tune_kd.study import Confirm, Mistake, Study
-from tune_kd.tuning import Choice, Integer, LogUniform, Range, Tuning, Uniform
-from tune_kd.verify import verify
+from tune_kd.records import adaptive_plan, reader, rebuild
+from tune_kd.records.ledger import LEDGER, TRIALS, Ledger, Row, reading
+from tune_kd.records.run_folder import reopen, trials
+from tune_kd.reporting import figures
+from tune_kd.study import sampler as search
+from tune_kd.study.cost import price
+from tune_kd.study.discover import from_json
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Confirm, Mistake, Study
+from tune_kd.study.tuning import Choice, Integer, LogUniform, Range, Tuning, Uniform
 
 LR = Range("lr", LogUniform(0.01, 1.0))
 RANGES = (
@@ -129,13 +134,13 @@ def test_every_arm_is_tuned_in_what_applies_to_it_and_confirmed_with_its_default
 
 def test_what_is_foreseen_is_what_comes(study: Study, tmp_path: Path) -> None:
     planned = plan(study, "0" * 64)
-    foreseen = (*planned.trials, *growth.to_come(planned))
+    foreseen = (*planned.trials, *adaptive_plan.to_come(planned))
     bench = Bench(replace(study, screen=replace(study.screen, grace=4)), tmp_path)
     done = bench.run()
     assert sorted((trial.arm, trial.phase, trial.seed) for trial in foreseen) == sorted(
         (task.trial.arm, task.trial.phase, task.trial.seed) for task in done
     )
-    assert growth.to_come(planned, bench.rows()) == []
+    assert adaptive_plan.to_come(planned, bench.rows()) == []
     told = price(foreseen, planned.answering, study.rate)
     assert told.flop == price([task.trial for task in done], planned.answering, study.rate).flop
 
@@ -246,7 +251,7 @@ def test_an_arm_whose_teacher_failed_draws_no_more_and_the_control_goes_on(study
     ]
     assert len(bench.rows(arm="none/tuned", status="completed")) == 2
     assert not bench.rows(arm="logit/tuned") and bench.driver.finished
-    assert growth.to_come(plan(study, "0" * 64), bench.rows()) == []
+    assert adaptive_plan.to_come(plan(study, "0" * 64), bench.rows()) == []
 
 
 def play(bench: Bench, salt: str, most: int = 2**31, accuracy: Callable[[Task], float] = quality) -> None:
@@ -419,7 +424,7 @@ def test_what_mattered_is_named() -> None:
 
 
 def test_a_tuned_run_reports_budgets_what_was_found_and_verdicts_between_tuned_arms(fair: Path) -> None:
-    records = tables.load(fair)
+    records = reader.load(fair)
     trials = records.trials
     spent = tuned.budgets(records).set_index("arm")
     assert spent["draws"].to_dict() == {"none": 5, "logit": 5, "feature": 5}
@@ -449,8 +454,8 @@ def test_a_tuned_run_reports_budgets_what_was_found_and_verdicts_between_tuned_a
 
 
 def test_a_tuned_run_is_written_and_drawn(fair: Path, tmp_path: Path) -> None:
-    records = tables.load(fair)
-    page = report.write(tmp_path, records).read_text()
+    records = reader.load(fair)
+    page = reporting.write(tmp_path, records).read_text()
     assert "What was tuned, and what mattered" in page and "logit: tuned - default" in page
     assert (tmp_path / "figures" / "tuning.png").stat().st_size > 10_000
     (picture,) = [each for each in figures.draw(records) if each.name == "tuning"]
@@ -499,7 +504,7 @@ def test_room_is_looked_for_what_is_still_to_be_drawn(fair: Path, monkeypatch: p
 
 def test_what_was_drawn_is_no_grid_to_replay(fair: Path) -> None:
     with pytest.raises(Mistake, match="is a run that was tuned, whose draws are no grid"):
-        curves(tables.load(fair), tiny(), None)
+        curves(reader.load(fair), tiny(), None)
 
 
 def test_the_checker_of_runs_holds_a_tuned_run_to_what_was_drawn(fair: Path, tmp_path: Path) -> None:

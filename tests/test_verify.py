@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 
 from conftest import altered
-from tune_kd import cli, preflight, rebuild, storage
-from tune_kd.records import COMMITS, EPOCHS, LEDGER, TRIALS, Ledger, reading
-from tune_kd.run import held, holder, reopen
-from tune_kd.study import Mistake
-from tune_kd.verify import verify
+from tune_kd import cli
+from tune_kd.execute import preflight
+from tune_kd.execute.verify import verify
+from tune_kd.records import rebuild
+from tune_kd.records.ledger import COMMITS, EPOCHS, LEDGER, TRIALS, Ledger, reading
+from tune_kd.records.run_folder import held, holder, reopen
+from tune_kd.study.spec import Mistake
+from tune_kd.system import files
 
 
 @pytest.fixture
@@ -141,7 +144,7 @@ def test_nothing_is_made_from_tables_that_are_damaged_too(run: Path) -> None:
     ledger, tables = verify(run)
     assert "the tables are not whole either" in ledger.remedy and tables.part == "tables"
     before = (run / LEDGER).read_bytes()
-    with pytest.raises(storage.Damaged, match="the tables it could be made from are not whole"):
+    with pytest.raises(files.Damaged, match="the tables it could be made from are not whole"):
         rebuild.opened(reopen(run), lambda _: None)
     assert (run / LEDGER).read_bytes() == before
 
@@ -249,7 +252,7 @@ def test_a_folder_that_cannot_be_synced_is_refused_before_anything_trains(
     def refuse(*_: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(files, "PAUSES", (0.0, 0.0))
     monkeypatch.setattr("os.fsync", refuse)
     with pytest.raises(Mistake, match=r"cannot be written, synced and locked \(Read-only file system\)"):
         preflight.check(reopen(run), [], 2)

@@ -9,11 +9,11 @@ import torch
 from conftest import tiny
 from forms import SHORT
 from test_driver import epoch
-from tune_kd import data
+from tune_kd.data import datasets
 from tune_kd.execute.worker import Task, Workplace, failure, work
-from tune_kd.plan import plan
-from tune_kd.teachers import publish_teacher, writing
-from tune_kd.trial import Trial
+from tune_kd.study.plan import plan
+from tune_kd.study.trial import Trial
+from tune_kd.training.teachers import publish_teacher, writing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,7 +26,7 @@ def place(tmp_path: Path) -> Workplace:
 @pytest.fixture
 def taught() -> Trial:
     """A teacher of two epochs."""
-    return plan(tiny(), data.load("digits", train=60, validation=20, test=20).digest).teachers[0]
+    return plan(tiny(), datasets.load("digits", train=60, validation=20, test=20).digest).teachers[0]
 
 
 def test_who_waits_for_a_teacher_of_another_run_leaves_when_asked_to(place: Workplace, taught: Trial) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from tune_kd.checkpoints import Checkpoints
-from tune_kd.data import DataSet
-from tune_kd.records import TIMING
-from tune_kd.study import Cell, Data, Recipe
-from tune_kd.teachers import Teacher
-from tune_kd.train import train
-from tune_kd.trial import Epoch, Trial
+from tune_kd.data.datasets import DataSet
+from tune_kd.records.ledger import TIMING
+from tune_kd.study.spec import Cell, Data, Recipe
+from tune_kd.study.trial import Epoch, Trial
+from tune_kd.training.checkpoints import Checkpoints
+from tune_kd.training.loop import train
+from tune_kd.training.teachers import Teacher
 
 CPU = torch.device("cpu")
 TIMES = (*TIMING, "peak_memory_bytes")

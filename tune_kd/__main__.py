@@ -2,7 +2,7 @@
 
 import sys
 
-from tune_kd.streams import made_safe
+from tune_kd.system.streams import made_safe
 
 # A run starts a dozen processes that import torch and Ray. Where the environment forbids bytecode, each would compile
 # them from source again: ten seconds a process, and a plan that does not answer at once.
@@ -15,7 +15,7 @@ def main() -> None:
     """The entry point."""
     made_safe()
     if sys.argv[1:2] and sys.argv[1] in GUARDED:
-        from tune_kd.guard import guarded
+        from tune_kd.system.guard import guarded
 
         guarded(_command)
     else:

@@ -168,9 +168,9 @@ def computed_alike(records: Records) -> Iterator[str]:
 def as_planned(records: Records, exit_status: int | None) -> Iterator[str]:
     """I4: the trials of ledger and tables are those of `study.json`, which are those that the study plans, and what of
     them was drawn or follows from it."""
-    from tune_kd.growth import grown
-    from tune_kd.plan import plan
-    from tune_kd.studies import from_json
+    from tune_kd.records.adaptive_plan import grown
+    from tune_kd.study.discover import from_json
+    from tune_kd.study.plan import plan
 
     study = (records.study["extended"] or records.study)["study"]
     fixed = plan(from_json(study), records.study["data"]["digest"], records.study["look"])

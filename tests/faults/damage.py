@@ -31,17 +31,20 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a command
 
 from conftest import tiny
-from tune_kd import answers, data, preflight, rebuild, teachers
-from tune_kd.checkpoints import Checkpoints
+from tune_kd.data import datasets
+from tune_kd.execute import preflight
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.verify import verify
 from tune_kd.execute.worker import Task, Workplace, work
-from tune_kd.records import FAILURES, LEDGER, SCHEMAS, TRIALS, Ledger, frame
-from tune_kd.run import Run, create, reopen
-from tune_kd.study import Confirm, Factor, Mistake, Study
-from tune_kd.tables import load
-from tune_kd.trial import Answering, Epoch
-from tune_kd.verify import verify
+from tune_kd.records import rebuild
+from tune_kd.records.ledger import FAILURES, LEDGER, SCHEMAS, TRIALS, Ledger, frame
+from tune_kd.records.reader import load
+from tune_kd.records.run_folder import Run, create, reopen
+from tune_kd.study.spec import Confirm, Factor, Mistake, Study
+from tune_kd.study.trial import Answering, Epoch
+from tune_kd.training import logit_cache, teachers
+from tune_kd.training.checkpoints import Checkpoints
 
 ALLOWED = (Mistake, teachers.TeacherChanged, *FAILURES)
 VARIANTS = ("finished", "cut")
@@ -62,7 +65,7 @@ def study() -> Study:
 
 def make(results: Path, variant: str) -> Path:
     """The folder of a run that was trained to its end, or whose driver was killed in the middle of a student."""
-    digits = data.load("digits", train=60, validation=20, test=20)
+    digits = datasets.load("digits", train=60, validation=20, test=20)
     run = Run("r", results / "r", study(), digits.digest, None, {"max_concurrent": None, "keep_checkpoints": False})
     create(run)
     place = Workplace(None, None, run.teachers, run.checkpoints, checkpoint_every=0.0)
@@ -198,7 +201,7 @@ def read_teacher(scratch: Scratch) -> Reading:
     run = reopen(scratch.folder)
     trial = run.plan.teachers[0]
     epochs = teachers.published_epochs(run.teachers, trial.trial_id)
-    digits = data.load("digits", train=60, validation=20, test=20)
+    digits = datasets.load("digits", train=60, validation=20, test=20)
     loaded = teachers.load_teacher(run.teachers, trial.trial_id, digits, torch.device("cpu"), Answering(False, ()))
     state = dict(loaded.net.state_dict())
     return (epochs, loaded.digest, loaded.precision, state), False
@@ -209,7 +212,7 @@ def read_answers(scratch: Scratch) -> Reading:
     run = reopen(scratch.folder)
     path = scratch.targets()["answers"]
     logits = torch.frombuffer(bytearray(scratch.bytes_of(path)), dtype=torch.float32).view(-1, 10)
-    table = answers.Answers(path.parent, len(logits), 10, lambda rows: logits[rows.start : rows.stop])
+    table = logit_cache.Answers(path.parent, len(logits), 10, lambda rows: logits[rows.start : rows.stop])
     return (run.name, table.take(torch.arange(len(logits)))[0]), False
 
 

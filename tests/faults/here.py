@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 import torch
 
-from tune_kd import preflight, rebuild
+from tune_kd.execute import preflight
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace
-from tune_kd.records import TRIALS
-from tune_kd.run import Run
+from tune_kd.records import rebuild
+from tune_kd.records.ledger import TRIALS
+from tune_kd.records.run_folder import Run
 
 
 def go_on(run: Run, meet: Callable[[Driver], None] = lambda _: None) -> Driver:

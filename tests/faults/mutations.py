@@ -29,10 +29,10 @@ import pyarrow.parquet as pq
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 
-from tune_kd.plan import plan
-from tune_kd.records import COMMITS, DIGESTS, LEDGER, SCHEMAS, counted
-from tune_kd.sharing import HOLDER, STUDY
-from tune_kd.studies import from_json
+from tune_kd.records.ledger import COMMITS, DIGESTS, LEDGER, SCHEMAS, counted
+from tune_kd.records.sync import HOLDER, STUDY
+from tune_kd.study.discover import from_json
+from tune_kd.study.plan import plan
 
 AUDIT, MARK = "audit.json", ".mirror.json"
 ALONE = "theirs"  # what tables begin with that no run wrote
@@ -136,12 +136,12 @@ def text_of(value: Tree, *, as_read: bool = False, **options: Any) -> str:
 
 
 def digest(value: Tree) -> str:
-    """As `tune_kd.trial.digest`."""
+    """As `tune_kd.study.trial.digest`."""
     return hashlib.sha256(text_of(value, as_read=True, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def sealed(record: Tree) -> bytes:
-    """As `tune_kd.storage.sealed`."""
+    """As `tune_kd.system.files.sealed`."""
     seal = hashlib.sha256(text_of(record, as_read=True, sort_keys=True).encode()).hexdigest()
     if isinstance(record, dict):
         return text_of({**record, "sha256": seal}, indent=1).encode()

@@ -24,15 +24,16 @@ import typer
 
 from faults import checker
 from faults.here import go_on
-from tune_kd import records, storage
-from tune_kd.data import load_declared
+from tune_kd.data.datasets import load_declared
 from tune_kd.execute.driver import Driver
+from tune_kd.execute.verify import verify
 from tune_kd.execute.worker import Where
-from tune_kd.records import FAILURES
-from tune_kd.run import Run, begun, find, held, reopen
-from tune_kd.study import Cell, Compare, Confirm, Data, Factor, Mistake, Recipe, Screen, Study
-from tune_kd.trial import Epoch
-from tune_kd.verify import verify
+from tune_kd.records import ledger
+from tune_kd.records.ledger import FAILURES
+from tune_kd.records.run_folder import Run, begun, find, held, reopen
+from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Mistake, Recipe, Screen, Study
+from tune_kd.study.trial import Epoch
+from tune_kd.system import files
 
 CALLS = ("open", "pwrite", "fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "scandir")
 
@@ -111,7 +112,7 @@ class Disk:
             close(descriptor)
 
         patches = [patch.object(os, name, self._wrapped(name, getattr(os, name))) for name in CALLS]
-        patches += [patch.object(os, "close", closed), patch.object(records.sqlite3, "connect", connect)]
+        patches += [patch.object(os, "close", closed), patch.object(ledger.sqlite3, "connect", connect)]
         patches += [patch.object(module, "open", self._wrapped("file", io.open)) for module in (io, builtins)]
         for each in patches:
             each.start()
@@ -246,7 +247,7 @@ def operations(
     """Fail every storage operation of a run in turn, once and from then on, and print the score."""
     torch.set_num_threads(1)
     bad = 0
-    with TemporaryDirectory(prefix="tune_kd-faults-") as folder, patch.object(storage, "PAUSES", (0.0, 0.0)):
+    with TemporaryDirectory(prefix="tune_kd-faults-") as folder, patch.object(files, "PAUSES", (0.0, 0.0)):
         for each in mode or ("once", "onwards"):
             root = Path(folder, each)
             root.mkdir()

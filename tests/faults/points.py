@@ -1,6 +1,6 @@
 """Crashes at named points: every place in the product where a kill would hurt most is passed, and died in.
 
-`tune_kd.faults.POINTS` names them. With `TUNE_KD_CRASH=name:n` in its environment the process, driver or worker, that
+`tune_kd.system.crash_points.POINTS` names them. With `TUNE_KD_CRASH=name:n` in its environment the process, driver or worker, that
 passes the point for the n-th time kills itself with SIGKILL. So does the worker that takes its place: after a few the
 driver is asked to leave, and the run goes on without the variable.
 """
@@ -33,7 +33,7 @@ ONCE = ("study.published", "drain.begun", "rebuild.set_aside", "extension.record
 
 def named() -> Mapping[str, str]:
     """The points that the product has, and what each is."""
-    points: Mapping[str, str] = importlib.import_module("tune_kd.faults").POINTS
+    points: Mapping[str, str] = importlib.import_module("tune_kd.system.crash_points").POINTS
     return points
 
 

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 AT_ONCE = """
 import sys
 from pathlib import Path
-from tune_kd import run
-from tune_kd.study import Mistake
+from tune_kd.records import run_folder as run
+from tune_kd.study.spec import Mistake
 folder, name = Path(sys.argv[1]), sys.argv[2]
 {before}
 print("ready", flush=True)
@@ -105,10 +105,10 @@ def train(out: Path, name: str) -> None:
 
     from conftest import tiny
     from faults.here import go_on
-    from tune_kd import data
+    from tune_kd.data import datasets
     from tune_kd.execute.driver import Driver
-    from tune_kd.run import Run, begun
-    from tune_kd.study import Confirm, Factor
+    from tune_kd.records.run_folder import Run, begun
+    from tune_kd.study.spec import Confirm, Factor
 
     def wait(_: Driver) -> None:
         print("ready", flush=True)
@@ -117,7 +117,7 @@ def train(out: Path, name: str) -> None:
     torch.set_num_threads(1)
     factors = (Factor("stem", ("cifar",)), Factor("method", ("none", "logit")), Factor("temperature", (4.0,)))
     study = replace(tiny(), factors=factors, moderator=None, contrasts=tiny().contrasts[:1], confirm=Confirm((1,)))
-    digest = data.load("digits", train=60, validation=20, test=20).digest
+    digest = datasets.load("digits", train=60, validation=20, test=20).digest
     shares = {"gpus_per_trial": 0.0, "cpus_per_trial": 1.0, "max_concurrent": None, "keep_checkpoints": False}
     run = Run(name, out / name, study, digest, None, shares)
     with begun(run):
@@ -126,9 +126,9 @@ def train(out: Path, name: str) -> None:
 
 def for_a_teacher(out: Path) -> str | None:
     """What was wrong with two runs that needed one teacher at once; null where both have it, trained once."""
-    from tune_kd import tables
-    from tune_kd.storage import unsealed
-    from tune_kd.verify import verify
+    from tune_kd.execute.verify import verify
+    from tune_kd.records import reader
+    from tune_kd.system.files import unsealed
 
     both = at_once(TEACH, out, "one", "other")
     ends = [each.communicate(timeout=300) for each in both]
@@ -138,7 +138,7 @@ def for_a_teacher(out: Path) -> str | None:
     if len(cards) != 1:
         return f"{len(cards)} teachers are published"
     card = unsealed(cards[0].read_bytes(), cards[0])
-    runs = [tables.load(out / name) for name in ("one", "other")]
+    runs = [reader.load(out / name) for name in ("one", "other")]
     epochs = [one.epochs.merge(one.trials[one.trials["role"] == "teacher"][["trial_id"]]) for one in runs]
     seconds = [list(each["seconds"]) for each in epochs]
     if seconds[0] != seconds[1]:

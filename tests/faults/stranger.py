@@ -48,15 +48,19 @@ from faults import damage, mutations
 from faults.here import go_on
 from faults.mutations import ALONE, AUDIT, Chance, Mutation, Stranger, chosen, mutate
 from faults.sentry import PACKAGE, Sentry
-from tune_kd import audit, cli, environment, evidence, records, report, run, streams, tables
-from tune_kd.execute import connection, on_ray
+from tune_kd import cli, reporting
+from tune_kd.analysis import early_stopping, grace
+from tune_kd.execute import cluster as connection
+from tune_kd.execute import ray_tune
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace, work
-from tune_kd.records import SCHEMAS
-from tune_kd.sharing import HOLDER, STUDY
-from tune_kd.trial import Epoch
-from tune_kd.tuning import LogUniform, Range, Tuning
+from tune_kd.records import ledger, reader, run_folder
+from tune_kd.records.ledger import SCHEMAS
+from tune_kd.records.sync import HOLDER, STUDY
+from tune_kd.study.trial import Epoch
+from tune_kd.study.tuning import LogUniform, Range, Tuning
+from tune_kd.system import environment, streams
 
 WITHIN = 10.0  # seconds that a command may take
 IDLE = 3.0  # seconds without work after which a process waits
@@ -89,13 +93,15 @@ def make_bases(folder: Path) -> None:
         else:
             damage.make(results, name)
         _as_by_command(results / "r" / STUDY, source if name == "finished" else None)
-        opened = run.reopen(results / "r")
+        opened = run_folder.reopen(results / "r")
         if name != "cut":
-            with run.held(opened.folder):
+            with run_folder.held(opened.folder):
                 go_on(opened)
-            loaded = tables.load(opened.folder)
-            evidence.record(opened.folder, opened.name, opened.study, audit.rank_correlations(loaded, everywhere=True))
-            report.write(opened.folder / "report", loaded, TEXTS)
+            loaded = reader.load(opened.folder)
+            grace.record(
+                opened.folder, opened.name, opened.study, early_stopping.rank_correlations(loaded, everywhere=True)
+            )
+            reporting.write(opened.folder / "report", loaded, TEXTS)
         if not (opened.folder / AUDIT).exists():
             shutil.copy(folder / "finished" / "r" / AUDIT, opened.folder / AUDIT)
         who = {"pid": 1, "host": "elsewhere", "since": "2026-01-01 00:00:00 +0000", "dashboard": None}
@@ -172,8 +178,8 @@ def without_ray(tmp: Path) -> None:
     cluster = connection.Cluster(cpus=2.0, gpus=0.0, dashboard=None, ours=False, logs=tmp, parts=(), guarded=True)
     connection.connect = lambda address, metadata=None: cluster
     connection.check_nodes = lambda folder, patience=0.0: None
-    on_ray.run_on_ray = run_here  # type: ignore[assignment]
-    records.TABLES_APART = 0.0  # a pause for readers
+    ray_tune.run_on_ray = run_here  # type: ignore[assignment]
+    ledger.TABLES_APART = 0.0  # a pause for readers
     environment.check_places = lambda address: None  # which are Ray's
 
 
@@ -236,7 +242,7 @@ def child(
         tmp = stranger.root / "tmp"
         without_ray(tmp)
         if number % FIGURES_EVERY:  # also in what `resume` reports
-            report.FORMATS = TEXTS
+            reporting.FORMATS = TEXTS
         if before is not None:
             say(begun="mutation")
             mutation = before()

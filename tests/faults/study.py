@@ -11,7 +11,7 @@ TEXT = """
 from dataclasses import replace
 
 from search_spaces.ablation import smoke
-from tune_kd.study import Compare, Factor
+from tune_kd.study.spec import Compare, Factor
 
 
 def study():
@@ -48,11 +48,12 @@ def arguments(path: Path, out: Path, name: str, settings: Sequence[str]) -> list
 def reference(path: Path, folder: Path, settings: Sequence[str]) -> Path:
     """The folder of the study, run in this process and never interrupted."""
     from faults.here import go_on
-    from tune_kd import data, studies
-    from tune_kd.run import Run, begun
+    from tune_kd.data import datasets
+    from tune_kd.records.run_folder import Run, begun
+    from tune_kd.study import discover
 
-    declared = studies.resolve(path, "faults", None, settings)
-    digest = data.load_declared(declared.data, None, say=lambda _: None, progress=False).digest
+    declared = discover.resolve(path, "faults", None, settings)
+    digest = datasets.load_declared(declared.data, None, say=lambda _: None, progress=False).digest
     run = Run("reference", folder / "reference", declared, digest, None, {})
     with begun(run):
         go_on(run)

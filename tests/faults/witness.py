@@ -21,7 +21,7 @@ def watch(log: Path) -> None:
     """Wrap the driver, so that each acknowledged epoch is in the log, and synced, before the next comes."""
     from tune_kd.execute.driver import Driver
     from tune_kd.execute.worker import Where
-    from tune_kd.trial import Epoch
+    from tune_kd.study.trial import Epoch
 
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     on_epoch = Driver.on_epoch
@@ -52,7 +52,7 @@ def main(
     every: Annotated[float, typer.Option("--checkpoint-every", help="Seconds between a trial's checkpoints.")] = 30.0,
 ) -> None:
     """Run tune_kd with these arguments, and write to LOG what it has acknowledged."""
-    from tune_kd.guard import guarded
+    from tune_kd.system.guard import guarded
 
     def tune_kd() -> None:
         from tune_kd.cli import main

@@ -6,14 +6,14 @@ import traceback
 
 import typer
 
-from tune_kd import environment, signals
-from tune_kd.characters import visible
-from tune_kd.cli import elsewhere, planning, reading, running, watching
+from tune_kd.cli import planning, reading, remote, running, watching
 from tune_kd.cli.options import Unread
-from tune_kd.privacy import masked
-from tune_kd.records import FAILURES
-from tune_kd.storage import NAME_BYTES
-from tune_kd.study import Mistake
+from tune_kd.records.ledger import FAILURES
+from tune_kd.study.spec import Mistake
+from tune_kd.system import environment, signals
+from tune_kd.system.characters import visible
+from tune_kd.system.files import NAME_BYTES
+from tune_kd.system.secrets import masked
 
 app = typer.Typer(
     help="Controlled ablation studies of knowledge distillation.",
@@ -31,7 +31,7 @@ for command in (
     planning.simulate,
     planning.calibrate,
     watching.dashboard,
-    elsewhere.submit,
+    remote.submit,
 ):
     app.command()(command)
 app.command("list")(reading.list_)
@@ -72,7 +72,7 @@ def _complain(sentence: str) -> None:
 
 def _advice(error: Exception) -> str:
     """What to do about a failure of the machine. Whatever it was, what is on record stays."""
-    from tune_kd.records import damage
+    from tune_kd.records.ledger import damage
 
     if damage(error):
         return "`tune_kd status RUN --verify` says what is damaged, and what `tune_kd resume RUN` can make again"

@@ -9,10 +9,10 @@ import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from tune_kd.characters import visible
-from tune_kd.mirror import local
-from tune_kd.privacy import secrets
-from tune_kd.study import Mistake
+from tune_kd.study.spec import Mistake
+from tune_kd.system.characters import visible
+from tune_kd.system.object_store import local
+from tune_kd.system.secrets import secrets
 
 T = TypeVar("T")
 
@@ -147,17 +147,17 @@ def scale_of(
     path: Path, scale: str, address: str | None, data: str | None = None, settings: Sequence[str] = ()
 ) -> tuple[str, str]:
     """The scale that `auto` means here, and why: where there is a GPU, with the time that it may take there."""
-    from tune_kd import studies
+    from tune_kd.study import discover
 
     if scale != "auto":
         return scale, ""
-    declared = studies.scales(path)
+    declared = discover.scales(path)
     if len(declared) == 1:
         return next(iter(declared)), ", its only one"
     if not {"paper", "laptop"} <= set(declared):
         raise Mistake(f"--scale is auto, which means paper or laptop; {path} declares: {', '.join(declared)}")
     if address is not None:
-        from tune_kd.execute import connection
+        from tune_kd.execute import cluster as connection
 
         cluster = connection.connect(address)
         gpus = cluster.gpus
@@ -177,14 +177,14 @@ def scale_of(
 
 def _time(path: Path, scale: str, data: str | None, settings: Sequence[str], gpus: float) -> str:
     """About how long a scale takes on so many GPUs, each a slot."""
-    from tune_kd import studies
-    from tune_kd.growth import to_come
-    from tune_kd.plan import plan
-    from tune_kd.price import price
-    from tune_kd.view import duration
+    from tune_kd.records.adaptive_plan import to_come
+    from tune_kd.reporting.terminal import duration
+    from tune_kd.study import discover
+    from tune_kd.study.cost import price
+    from tune_kd.study.plan import plan
 
     try:
-        study = studies.resolve(path, scale, data, settings)
+        study = discover.resolve(path, scale, data, settings)
     except Mistake:  # which is told when the scale is chosen
         return "an unknown time"
     planned = plan(study)
@@ -202,11 +202,12 @@ def settings_with(
         return given
     if any(setting.partition("=")[0] == "screen.margin" for setting in given):
         raise Mistake("--margin-from is given beside --set screen.margin; allowed: one of them")
-    from tune_kd import audit, studies
-    from tune_kd.foreign import Adapter
-    from tune_kd.tables import load
+    from tune_kd.analysis import early_stopping
+    from tune_kd.records.importer import Adapter
+    from tune_kd.records.reader import load
+    from tune_kd.study import discover
 
-    study = studies.resolve(path, scale, data, given)
+    study = discover.resolve(path, scale, data, given)
     earlier = naming("--margin-from", lambda: load(margin_from, out=out, adapt=Adapter(rest="screen")))
-    margins = audit.noise_margins(earlier, study)
+    margins = early_stopping.noise_margins(earlier, study)
     return [*given, f"screen.margin={json.dumps(margins)}"]

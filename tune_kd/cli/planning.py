@@ -25,11 +25,11 @@ from tune_kd.cli.options import (
     settings_with,
     tracked,
 )
-from tune_kd.study import DATA_SETS, Mistake
+from tune_kd.study.spec import DATA_SETS, Mistake
 
 if TYPE_CHECKING:
-    from tune_kd.plan import Plan
-    from tune_kd.tables import Records
+    from tune_kd.records.reader import Records
+    from tune_kd.study.plan import Plan
 
 
 def plan(
@@ -42,14 +42,15 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what would run: arms, merged cells, trials, teachers, the price, and what the seeds can show."""
-    from tune_kd import evidence, studies
-    from tune_kd.growth import to_come
-    from tune_kd.plan import plan as expand
-    from tune_kd.price import price
+    from tune_kd.analysis import grace
+    from tune_kd.records.adaptive_plan import to_come
+    from tune_kd.study import discover
+    from tune_kd.study.cost import price
+    from tune_kd.study.plan import plan as expand
 
-    path = studies.find(study)
+    path = discover.find(study)
     chosen, why = scale_of(path, scale, None, data, settings or ())
-    resolved = studies.resolve(path, chosen, data, settings_with(settings, margin_from, path, chosen, data, out))
+    resolved = discover.resolve(path, chosen, data, settings_with(settings, margin_from, path, chosen, data, out))
     planned = expand(resolved)
     trials = (*planned.trials, *to_come(planned))
     cost = price(trials, planned.answering, resolved.rate)
@@ -67,7 +68,7 @@ def plan(
         "price": {"flop": cost.flop, "slot_seconds": cost.slot_seconds, "how": cost.how},
         "screen": asdict(resolved.screen) | {"rungs": resolved.screen.rungs(resolved.recipe.epochs)},
         "seeds": _seeds(planned),
-        "warnings": evidence.warnings(planned, out),
+        "warnings": grace.warnings(planned, out),
     }
     if as_json:
         print_json(summary)
@@ -96,13 +97,14 @@ def simulate(
     as_json: AsJson = False,
 ) -> None:
     """Replay recorded curves through a study's early stopping: what it would have stopped, saved and lost."""
-    from tune_kd import simulate as simulation
-    from tune_kd import studies, view
-    from tune_kd.foreign import Adapter, parse_phases
-    from tune_kd.tables import load
+    from tune_kd.analysis import simulate as simulation
+    from tune_kd.records.importer import Adapter, parse_phases
+    from tune_kd.records.reader import load
+    from tune_kd.reporting import terminal
+    from tune_kd.study import discover
 
     problems: list[str] = []
-    path = studies.find(study)
+    path = discover.find(study)
     if not 1 <= orders <= 1_000_000:
         problems.append(f"--orders is {orders}; allowed: from 1 to 1,000,000")
     meaning = collect(problems, lambda: parse_phases(phases or ()))
@@ -115,7 +117,7 @@ def simulate(
     chosen, why = _scale_of_curves(path, scale, records)
     theirs = [name for name in records.trials["dataset"].dropna().unique() if name in DATA_SETS]
     data = theirs[0] if len(theirs) == 1 else None  # a scale may have other settings for another data set
-    resolved = studies.resolve(path, chosen, data, settings_with(settings, margin_from, path, chosen, data, out))
+    resolved = discover.resolve(path, chosen, data, settings_with(settings, margin_from, path, chosen, data, out))
     named = resolved.screen.strata if strata is None else None if strata == "none" else strata.split(",")
     recorded = simulation.curves(records, resolved, named)
     simulation.check_screen(resolved.screen, recorded)
@@ -135,7 +137,7 @@ def simulate(
     console.print(f"{resolved.name} at scale {chosen}{why}: early stopping over the curves of {curves}")
     for sentence in recorded.left_out:
         console.print(f"left out: {sentence}")
-    console.print(view.simulation(resolved.screen, outcomes, orders))
+    console.print(terminal.simulation(resolved.screen, outcomes, orders))
 
 
 def calibrate(
@@ -149,9 +151,9 @@ def calibrate(
     """How often a study finds something where nothing is: simulated from screen to verdict, beside usual practices."""
     import os
 
-    from tune_kd import calibrate as calibration
-    from tune_kd import studies as spaces
-    from tune_kd import view
+    from tune_kd.analysis import calibrate as calibration
+    from tune_kd.reporting import terminal
+    from tune_kd.study import discover as spaces
 
     path = spaces.find(study)
     if not 1 <= studies <= 1_000_000:
@@ -169,12 +171,12 @@ def calibrate(
         return
     console = Terminal()
     console.print(f"{resolved.name} at scale {chosen}{why}")
-    console.print(view.calibration(calibration.PRACTICES, found))
+    console.print(terminal.calibration(calibration.PRACTICES, found))
 
 
 def _seeds(planned: "Plan") -> dict[str, Any]:
     """What the seeds of each look can show, at the deviation that the study expects."""
-    from tune_kd.stats import detectable, smallest_exact_p, spent
+    from tune_kd.analysis.statistics import detectable, smallest_exact_p, spent
 
     confirm, deviation = planned.study.confirm, planned.study.deviation
     looks = confirm.looks or (len(confirm.seeds),)
@@ -193,7 +195,7 @@ def _seeds(planned: "Plan") -> dict[str, Any]:
 
 def _answers(planned: "Plan") -> list[dict[str, Any]]:
     """What each teacher with logit students answers: which views, how many, for how many draws."""
-    from tune_kd.price import draws, views_answered
+    from tune_kd.study.cost import draws, views_answered
 
     found = []
     for teacher in planned.teachers:
@@ -211,7 +213,7 @@ def _answers(planned: "Plan") -> list[dict[str, Any]]:
 
 
 def _print_plan(planned: "Plan", summary: dict[str, Any], why: str) -> None:
-    from tune_kd.view import duration, points
+    from tune_kd.reporting.terminal import duration, points
 
     console = Terminal()
     seeds, price = summary["seeds"], summary["price"]
@@ -275,9 +277,9 @@ def _print_plan(planned: "Plan", summary: dict[str, Any], why: str) -> None:
 
 def _scale_of_curves(path: Path, scale: str, records: "Records") -> tuple[str, str]:
     """The scale whose settings fit recorded curves, and why."""
-    from tune_kd import studies
+    from tune_kd.study import discover
 
-    declared = studies.scales(path)
+    declared = discover.scales(path)
     if scale != "auto":
         return scale, ""
     theirs = records.trials["scale"].dropna().unique().tolist()

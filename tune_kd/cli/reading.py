@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from tune_kd.cli.elsewhere import elsewhere
 from tune_kd.cli.options import DEFAULT_OUT, AsJson, Elsewhere, Out, Phases, Terminal, collect, print_json
-from tune_kd.environment import private
-from tune_kd.study import Mistake
+from tune_kd.cli.remote import elsewhere
+from tune_kd.study.spec import Mistake
+from tune_kd.system.environment import private
 
 if TYPE_CHECKING:
-    from tune_kd.tables import Records
+    from tune_kd.records.reader import Records
 
 
 def status(
@@ -35,11 +35,11 @@ def status(
         elsewhere("status", run, address, {"--verify": verify, "--json": as_json})
     from collections import Counter
 
-    from tune_kd import run as runs
-    from tune_kd.growth import with_those_to_come
-    from tune_kd.records import DECISIONS, LEDGER, TRIALS, reading
-    from tune_kd.trial import Decision
-    from tune_kd.view import PHASES, SHOWN, progress
+    from tune_kd.records import run_folder as runs
+    from tune_kd.records.adaptive_plan import with_those_to_come
+    from tune_kd.records.ledger import DECISIONS, LEDGER, TRIALS, reading
+    from tune_kd.reporting.terminal import PHASES, SHOWN, progress
+    from tune_kd.study.trial import Decision
 
     if run is None:
         found = runs.existing(out)
@@ -81,7 +81,7 @@ def status(
 
 def _verify(folder: Path, as_json: bool) -> NoReturn:
     """Say what is wrong with a run, and exit with 3 where anything is."""
-    from tune_kd.verify import verify
+    from tune_kd.execute.verify import verify
 
     found = verify(folder)
     if as_json:
@@ -111,8 +111,8 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Make the tables, figures and page of runs, and print their effects."""
-    from tune_kd.foreign import Adapter, parse_phases
-    from tune_kd.tables import load, place
+    from tune_kd.records.importer import Adapter, parse_phases
+    from tune_kd.records.reader import load, place
 
     problems: list[str] = []
     meaning = collect(problems, lambda: parse_phases(phases or ()))
@@ -135,10 +135,10 @@ def report(
 
 def list_(out: Out = DEFAULT_OUT, as_json: AsJson = False) -> None:
     """List studies and runs."""
-    from tune_kd import run as runs
-    from tune_kd import studies
+    from tune_kd.records import run_folder as runs
+    from tune_kd.study import discover
 
-    names = {name: str(path) for name, path in studies.available().items()}
+    names = {name: str(path) for name, path in discover.available().items()}
     folders = [str(folder) for folder in runs.existing(out)]
     if as_json:
         print_json({"studies": names, "runs": folders})
@@ -156,18 +156,20 @@ def print_report(
     records: "Records", folder: Path, console: Console, as_json: bool, formats: Sequence[str] | None = None
 ) -> Path:
     """Write a report and say what is in it; returns the file to read first."""
-    from tune_kd import provenance, results, sharing, tuned, view
-    from tune_kd.mirror import Mirror
+    from tune_kd.analysis import contrasts, provenance, tuned
+    from tune_kd.records import sync
+    from tune_kd.reporting import terminal
+    from tune_kd.system.object_store import Mirror
 
     with private():  # Matplotlib makes folders in the home, and a list of fonts
-        from tune_kd import report as reports
+        from tune_kd import reporting as reports
 
     try:
         first = reports.write(folder, records, formats or reports.FORMATS)
-        sharing.send(folder.parent, folder.name)
+        sync.send(folder.parent, folder.name)
     except ValueError as error:  # tables of others, of which some statement has no sense
         raise error if isinstance(error, Mistake) else Mistake(str(error)) from error
-    effects, arms, explored = results.contrasts(records), results.arms(records), results.exploratory(records)
+    effects, arms, explored = contrasts.contrasts(records), contrasts.arms(records), contrasts.exploratory(records)
     if as_json:
         answer: dict[str, Any] = {"runs": records.runs, "report": str(first)}
         answer |= {name: json.loads(table.to_json(orient="records")) for name, table in
@@ -178,17 +180,17 @@ def print_report(
         print_json(answer)
         return first
     console.print()
-    console.print(view.arms(arms))
+    console.print(terminal.arms(arms))
     if len(effects):
         console.print()
         teachers = {len(study["study"]["teacher_seeds"]) for study in records.studies.values()}
-        console.print(view.effects(effects, max(teachers)))
+        console.print(terminal.effects(effects, max(teachers)))
     if len(found := tuned.settings(records)):
         console.print()
-        console.print(view.settings(found, tuned.budgets(records)))
+        console.print(terminal.settings(found, tuned.budgets(records)))
     if len(records.runs) > 1:
         console.print()
-        console.print(view.differences(provenance.differences(records)))
+        console.print(terminal.differences(provenance.differences(records)))
     if not records.studies:
         console.print()
         console.print("No study fixed contrasts for these tables: everything in them is exploratory.")

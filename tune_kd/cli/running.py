@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from tune_kd import environment, signals
-from tune_kd.cli.elsewhere import elsewhere
 from tune_kd.cli.options import (
     DEFAULT_OUT,
     Address,
@@ -41,11 +39,13 @@ from tune_kd.cli.options import (
     settings_with,
 )
 from tune_kd.cli.reading import print_report
-from tune_kd.study import Mistake
+from tune_kd.cli.remote import elsewhere
+from tune_kd.study.spec import Mistake
+from tune_kd.system import environment, signals
 
 if TYPE_CHECKING:
-    from tune_kd.launch import Ended
-    from tune_kd.run import Run
+    from tune_kd.execute.session import Ended
+    from tune_kd.records.run_folder import Run
 
 
 SHARES = {"gpus_per_trial": None, "cpus_per_trial": 1.0, "max_concurrent": None, "keep_checkpoints": False}
@@ -69,34 +69,36 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Plan a study, train it with Ray Tune, record and report it."""
-    from tune_kd import evidence, launch, shares, studies
-    from tune_kd import run as runs
-    from tune_kd.plan import plan as expand
+    from tune_kd.analysis import grace
+    from tune_kd.execute import resources, session
+    from tune_kd.records import run_folder as runs
+    from tune_kd.study import discover
+    from tune_kd.study.plan import plan as expand
 
     check_secrets({"STUDY": study, "--scale": scale, "--data": data, "--data-dir": data_dir and str(data_dir),
                    "--out": str(out), "--name": name, "--set": settings})  # fmt: skip
     console = Terminal(stderr=as_json)
     data_dir = data_dir and Path(os.path.expanduser(data_dir)).absolute()
     check_address(address)
-    path = studies.find(study)
+    path = discover.find(study)
     chosen, why = scale_of(path, scale, address, data, settings or ())
     problems: list[str] = []
     settings = collect(problems, lambda: settings_with(settings, margin_from, path, chosen, data, out))
-    resolved = collect(problems, lambda: studies.resolve(path, chosen, data, settings or ()))
+    resolved = collect(problems, lambda: discover.resolve(path, chosen, data, settings or ()))
     if resolved is not None:
         name = collect(problems, lambda: runs.check_new(out, name, resolved))
-    collect(problems, lambda: launch.check_compiler(resolved))
-    gpus = collect(problems, lambda: shares.parse_gpus(gpus_per_trial))
-    collect(problems, lambda: shares.check(cpus_per_trial, gpus, max_concurrent, address))
-    collect(problems, lambda: launch.check_trackers(track))
+    collect(problems, lambda: session.check_compiler(resolved))
+    gpus = collect(problems, lambda: resources.parse_gpus(gpus_per_trial))
+    collect(problems, lambda: resources.check(cpus_per_trial, gpus, max_concurrent, address))
+    collect(problems, lambda: session.check_trackers(track))
     collect(problems, lambda: environment.check_places(address))
     if problems:
         raise Mistake(*dict.fromkeys(problems))
     assert resolved is not None and name is not None
     console.print(f"{resolved.name} at scale {chosen}{why}")
-    for warning in evidence.warnings(expand(resolved), out):
+    for warning in grace.warnings(expand(resolved), out):
         console.print(f"warning: {warning}", soft_wrap=True)
-    loaded = launch.load_data(resolved, data_dir, console)
+    loaded = session.load_data(resolved, data_dir, console)
     begun = runs.Run(
         name=name,
         folder=out / name,
@@ -104,7 +106,7 @@ def run(
         data_digest=loaded.digest,
         data_dir=data_dir,
         settings={
-            "gpus_per_trial": launch.measured_share(resolved, loaded, console) if gpus == "auto" else gpus,
+            "gpus_per_trial": session.measured_share(resolved, loaded, console) if gpus == "auto" else gpus,
             "cpus_per_trial": cpus_per_trial,
             "max_concurrent": max_concurrent,
             "keep_checkpoints": keep_checkpoints,
@@ -112,10 +114,10 @@ def run(
         },
         source=runs.Source(path, chosen, data, tuple(settings or ())),
     )
-    launch.fetch_weights(resolved)
+    session.fetch_weights(resolved)
     with _resumable(begun.folder, console):
         with runs.begun(begun):
-            ended = launch.execute(begun, loaded, console, address)
+            ended = session.execute(begun, loaded, console, address)
         _conclude(begun, ended, console, as_json)
 
 
@@ -145,11 +147,12 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Run what is missing of a run, from where it stood. Shares are as it began, unless they are given."""
-    from tune_kd import launch, shares, studies
-    from tune_kd import run as runs
-    from tune_kd.monitoring import is_url
+    from tune_kd.execute import resources, session
+    from tune_kd.execute.monitoring import is_url
+    from tune_kd.records import run_folder as runs
+    from tune_kd.study import discover
 
-    file = None if study is None else naming("--study", lambda: studies.find(study), of="STUDY")
+    file = None if study is None else naming("--study", lambda: discover.find(study), of="STUDY")
     if address is not None and is_url(address):
         flags: dict[str, Any] = {
             "--extend": extend,
@@ -167,11 +170,11 @@ def resume(
     collect(problems, lambda: runs.check_links(reopened))
     if settings and not extend:
         problems.append("--set is given; allowed: with --extend only, since a run keeps the study that it began with")
-    collect(problems, lambda: launch.check_compiler(reopened.study))
-    asked = collect(problems, lambda: shares.parse_gpus(gpus_per_trial))
+    collect(problems, lambda: session.check_compiler(reopened.study))
+    asked = collect(problems, lambda: resources.parse_gpus(gpus_per_trial))
     recorded = reopened.settings.get("track") or []
-    tracked = launch.trackers_unasked(recorded) if track is None else track
-    collect(problems, lambda: launch.check_trackers(tracked))
+    tracked = session.trackers_unasked(recorded) if track is None else track
+    collect(problems, lambda: session.check_trackers(tracked))
     given = {
         "gpus_per_trial": asked,
         "cpus_per_trial": cpus_per_trial,
@@ -181,7 +184,7 @@ def resume(
     share = SHARES | reopened.settings | {name: value for name, value in given.items() if value is not None}
     collect(
         problems,
-        lambda: shares.check(share["cpus_per_trial"], share["gpus_per_trial"], share["max_concurrent"], address),
+        lambda: resources.check(share["cpus_per_trial"], share["gpus_per_trial"], share["max_concurrent"], address),
     )
     collect(problems, lambda: environment.check_places(address))
     if problems:
@@ -203,19 +206,19 @@ def resume(
                 "back, start a new run, or, where only seeds or levels were added, resume with --extend"
             )
         # To a folder that only the record names nothing is written.
-        loaded = launch.load_data(reopened.study, reopened.data_dir, console, download=reopened.data_dir is None)
+        loaded = session.load_data(reopened.study, reopened.data_dir, console, download=reopened.data_dir is None)
         if loaded.digest != reopened.data_digest:
             raise Mistake(
                 f"RUN is {reopened.name}, begun on data with the digest {reopened.data_digest[:16]}; the data now have "
                 f"{loaded.digest[:16]}: put the same data back at {reopened.data_dir or 'their place'}"
             )
         if share["gpus_per_trial"] == "auto":
-            share["gpus_per_trial"] = launch.measured_share(reopened.study, loaded, console)
+            share["gpus_per_trial"] = session.measured_share(reopened.study, loaded, console)
         reopened = replace(reopened, settings=share)
-        launch.fetch_weights(reopened.study)
+        session.fetch_weights(reopened.study)
         extension = (lambda: runs.record_extension(reopened)) if extend else (lambda: None)
         with _resumable(reopened.folder, console):
-            ended = launch.execute(reopened, loaded, console, address, extension)
+            ended = session.execute(reopened, loaded, console, address, extension)
     with _resumable(reopened.folder, console):
         _conclude(reopened, ended, console, as_json)
 
@@ -223,7 +226,7 @@ def resume(
 @contextmanager
 def _resumable(folder: Path, console: Console) -> Iterator[None]:
     """Say how to go on where a signal ends what is done here, if there is something to go on with."""
-    from tune_kd.sharing import STUDY
+    from tune_kd.records.sync import STUDY
 
     advice = f"go on with: python -m tune_kd resume {quote(str(folder))}"
     with signals.advising(advice):
@@ -237,14 +240,15 @@ def _resumable(folder: Path, console: Console) -> Iterator[None]:
 
 def _conclude(run: "Run", ended: "Ended", console: Console, as_json: bool) -> NoReturn:
     """Report a run that has ended, and exit with what became of it."""
-    from tune_kd import audit, evidence, sharing
-    from tune_kd.tables import load
+    from tune_kd.analysis import early_stopping, grace
+    from tune_kd.records import sync
+    from tune_kd.records.reader import load
 
     if ended.signal is not None:
         raise SystemExit(128 + ended.signal)
     records = load(run.folder)
-    evidence.record(run.folder, run.name, run.study, audit.rank_correlations(records, everywhere=True))
-    sharing.send(run.folder, evidence.AUDIT)
+    grace.record(run.folder, run.name, run.study, early_stopping.rank_correlations(records, everywhere=True))
+    sync.send(run.folder, grace.AUDIT)
     print_report(records, run.folder / "report", console, as_json)
     looks = run.study.confirm.looks or ()
     if run.look + 1 < len(looks):

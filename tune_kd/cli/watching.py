@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tune_kd.cli.options import DEFAULT_OUT, Out, Terminal
-from tune_kd.study import Mistake
+from tune_kd.study.spec import Mistake
 
 LOOK_AT = (
     ("Jobs", "the run as a job, with its name and study; `submit`ted ones with their log"),
@@ -27,8 +27,8 @@ def dashboard(
     out: Out = DEFAULT_OUT,
 ) -> None:
     """Say where Ray's dashboard is and what to look at there; --write sets Prometheus and Grafana up."""
-    from tune_kd import monitoring
-    from tune_kd import run as runs
+    from tune_kd.execute import monitoring
+    from tune_kd.records import run_folder as runs
 
     console = Terminal()
 

@@ -12,17 +12,18 @@ from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 
-from tune_kd import growth, search
-from tune_kd.checkpoints import Checkpoints
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
-from tune_kd.faults import point
-from tune_kd.mirror import Mirror
-from tune_kd.plan import Plan
-from tune_kd.privacy import masked
-from tune_kd.records import DECISIONS, ENDED, EPOCHS, TRIALS, Ledger, Row, broken, clean, first_row
-from tune_kd.schedule import Schedule, stratum
-from tune_kd.sharing import Sender
-from tune_kd.trial import Decision, Epoch, Trial
+from tune_kd.records import adaptive_plan
+from tune_kd.records.ledger import DECISIONS, ENDED, EPOCHS, TRIALS, Ledger, Row, broken, clean, first_row
+from tune_kd.records.sync import Sender
+from tune_kd.study import sampler
+from tune_kd.study.early_stopping import Schedule, stratum
+from tune_kd.study.plan import Plan
+from tune_kd.study.trial import Decision, Epoch, Trial
+from tune_kd.system.crash_points import point
+from tune_kd.system.object_store import Mirror
+from tune_kd.system.secrets import masked
+from tune_kd.training.checkpoints import Checkpoints
 
 MAX_ATTEMPTS = 3  # of one trial under one driver without a new epoch in between
 TABLES_AFTER_END = 5.0  # seconds: tables are made at most this often when trials end
@@ -47,7 +48,7 @@ class Driver:
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         recorded = ledger.rows(TRIALS)
-        self.plan = growth.grown(plan, recorded)
+        self.plan = adaptive_plan.grown(plan, recorded)
         self.rows: dict[str, Row] = {}
         self.decisions: list[Decision] = []  # of early stopping, in order
         self.stopping = False  # no new trials, the running ones leave at their next epoch
@@ -63,7 +64,7 @@ class Driver:
         self._say = say
         self._sender = Sender(folder, say)
         self._searches = {search.name: search for search in plan.searches}
-        self._storage: search.Storage | None = None  # of what was drawn, for others to look at
+        self._storage: sampler.Storage | None = None  # of what was drawn, for others to look at
         self._trials = {trial.trial_id: trial for trial in self.plan.trials}
         self._waiting = list(self.plan.trials)
         self._screen = {trial.arm: trial.trial_id for trial in self.plan.trials if trial.phase == "screen"}
@@ -83,7 +84,7 @@ class Driver:
             place.drain.unlink()
         if self._searches:
             with self._if_it_can():
-                self._storage = search.Storage(folder / search.STORAGE, run)
+                self._storage = sampler.Storage(folder / sampler.STORAGE, run)
         self._take_over(recorded)
         self.write_tables()
 
@@ -316,10 +317,12 @@ class Driver:
         here, study = self._searches[arm], self.plan.study
         assert study.tuning is not None
         default = {each.name: study.default(each.name) or 0.0 for each in here.ranges}
-        while growth.is_due(study.tuning, theirs := growth.draws(here, self.rows.values())):
-            self._grow(growth.drawn(self.plan, here, search.draw(study.tuning, arm, here.ranges, default, theirs)))
-        if (best := growth.best(study.tuning, theirs)) is not None:
-            for trial in growth.confirmed(self.plan, here, best):
+        while adaptive_plan.is_due(study.tuning, theirs := adaptive_plan.draws(here, self.rows.values())):
+            self._grow(
+                adaptive_plan.drawn(self.plan, here, sampler.draw(study.tuning, arm, here.ranges, default, theirs))
+            )
+        if (best := adaptive_plan.best(study.tuning, theirs)) is not None:
+            for trial in adaptive_plan.confirmed(self.plan, here, best):
                 self._grow(trial)
 
     def _grow(self, trial: Trial) -> None:
@@ -358,7 +361,7 @@ class Driver:
             self._storage = None
             why = masked(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
             self._say(
-                f"warning: {self._folder / search.STORAGE} cannot be written to ({why}); the run goes on without it, "
+                f"warning: {self._folder / sampler.STORAGE} cannot be written to ({why}); the run goes on without it, "
                 "and `resume` makes it again"
             )
 

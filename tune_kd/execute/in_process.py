@@ -1,8 +1,8 @@
 """The second form of execution: one trial after another, here. For tests and debuggers."""
 
-from tune_kd import notices
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Failure, Work, Workplace, failure, whereabouts, work
+from tune_kd.training import notices
 
 
 def run_in_process(driver: Driver, place: Workplace, work: Work = work) -> None:

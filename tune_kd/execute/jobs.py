@@ -20,11 +20,11 @@ from packaging.requirements import Requirement
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from tune_kd.environment import token_file
-from tune_kd.monitoring import is_url
-from tune_kd.storage import MOST_RECORD_BYTES, read
-from tune_kd.study import Mistake
-from tune_kd.study_file import INSTALLED
+from tune_kd.execute.monitoring import is_url
+from tune_kd.study.source import INSTALLED
+from tune_kd.study.spec import Mistake
+from tune_kd.system.environment import token_file
+from tune_kd.system.files import MOST_RECORD_BYTES, read
 
 START = "tune_kd.sh"  # with which a job begins
 STARTING = 60.0  # seconds that a cluster may take until its dashboard's agents are there

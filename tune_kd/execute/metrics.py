@@ -13,14 +13,14 @@ from typing import Literal
 from ray.util.metrics import Counter as RayCounter
 from ray.util.metrics import Gauge
 
-from tune_kd import clock
 from tune_kd.execute.driver import Driver
-from tune_kd.growth import with_those_to_come
-from tune_kd.pace import pace
-from tune_kd.plan import Plan
-from tune_kd.price import images_of
-from tune_kd.records import TRIALS, Row
-from tune_kd.trial import Trial
+from tune_kd.records.adaptive_plan import with_those_to_come
+from tune_kd.records.eta import pace
+from tune_kd.records.ledger import TRIALS, Row
+from tune_kd.study.cost import images_of
+from tune_kd.study.plan import Plan
+from tune_kd.study.trial import Trial
+from tune_kd.system import overhead
 
 EVERY = 2.0  # seconds between two settings of the gauges; Ray drops those that were not set for 2 to 20 seconds
 
@@ -132,7 +132,7 @@ class Metrics:
             metric.name: kinds[metric.kind](metric.name, metric.what, ("run", *metric.labels)).set_default_tags(run)
             for metric in METRICS
         }
-        self._ledger_seconds = clock.spent["ledger"]
+        self._ledger_seconds = overhead.spent["ledger"]
         self._set_at = 0.0
 
     def reported(self, trial: Trial, checkpoint_seconds: float) -> None:
@@ -156,8 +156,8 @@ class Metrics:
         stopped = (decision.arm for decision in driver.decisions if decision.action == "stop")
         for sample in samples(driver.plan, rows, stopped, driver.gpus):
             self._ray[sample.name].set(sample.value, dict(sample.labels))
-        self._count("tune_kd_ledger_seconds", clock.spent["ledger"] - self._ledger_seconds)
-        self._ledger_seconds = clock.spent["ledger"]
+        self._count("tune_kd_ledger_seconds", overhead.spent["ledger"] - self._ledger_seconds)
+        self._ledger_seconds = overhead.spent["ledger"]
 
     def _count(self, name: str, amount: float, **labels: str) -> None:
         if amount > 0:  # Ray refuses to add nothing

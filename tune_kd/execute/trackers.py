@@ -19,13 +19,13 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.logger import LoggerCallback
 
 from tune_kd.execute.worker import Task
-from tune_kd.mirror import MOST_SENT_BYTES, Mirror
-from tune_kd.privacy import masked
-from tune_kd.records import ASIDE, check_journal
-from tune_kd.search import url
-from tune_kd.storage import check_regular
-from tune_kd.study import Mistake
-from tune_kd.trial import Epoch
+from tune_kd.records.ledger import ASIDE, check_journal
+from tune_kd.study.sampler import url
+from tune_kd.study.spec import Mistake
+from tune_kd.study.trial import Epoch
+from tune_kd.system.files import check_regular
+from tune_kd.system.object_store import MOST_SENT_BYTES, Mirror
+from tune_kd.system.secrets import masked
 
 PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}  # that Ray's callbacks import
 DATABASE = "mlflow.db"  # in a run's folder

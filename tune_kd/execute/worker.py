@@ -14,17 +14,17 @@ from typing import Literal
 import torch
 from filelock import FileLock, Timeout
 
-from tune_kd import teachers
-from tune_kd.checkpoints import Checkpoints
-from tune_kd.data import DataSet, load_declared
-from tune_kd.environment import guard_code
-from tune_kd.memory import keep_freed_blocks
-from tune_kd.mirror import Mirror, local
-from tune_kd.privacy import masked
-from tune_kd.storage import Damaged
-from tune_kd.study import Data
-from tune_kd.train import Diverged, best_weights, train
-from tune_kd.trial import Answering, Epoch, Trial
+from tune_kd.data.datasets import DataSet, load_declared
+from tune_kd.study.spec import Data
+from tune_kd.study.trial import Answering, Epoch, Trial
+from tune_kd.system.environment import guard_code
+from tune_kd.system.files import Damaged
+from tune_kd.system.object_store import Mirror, local
+from tune_kd.system.secrets import masked
+from tune_kd.training import teachers
+from tune_kd.training.checkpoints import Checkpoints
+from tune_kd.training.loop import Diverged, best_weights, train
+from tune_kd.training.memory import keep_freed_blocks
 
 ASK_EVERY = 2.0  # seconds between questions to a store whether a trial is to leave
 

@@ -1,0 +1,217 @@
+"""How often a study finds something where there is nothing: studies of arms that are all alike, from screen to verdict.
+
+What is drawn is a trial's learning curve and its test accuracy; what is done with them is what runs do. Beside it, on
+the same draws, two things that are often done instead.
+"""
+
+import gc
+import math
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+
+import numpy as np
+
+from tune_kd.analysis import contrasts, statistics
+from tune_kd.analysis.simulate import Curve, replay
+from tune_kd.records.adaptive_plan import to_come
+from tune_kd.records.ledger import DECISIONS, EPOCHS, TRIALS, first_row, frame
+from tune_kd.records.reader import Records
+from tune_kd.study.early_stopping import stratum
+from tune_kd.study.plan import Contrast, Plan, arrival_order, plan
+from tune_kd.study.spec import Study
+from tune_kd.study.trial import Trial
+
+PRACTICES = {
+    "designed": "as designed: screen, confirm on fresh seeds, Holm, the declared looks",
+    "plain_asha": "plain ASHA over arms and seeds, means of those that finish, Welch, Holm",
+    "until_significant": "no screen, paired t tests, Holm; more seeds until something is significant",
+}
+ACCURACY = 0.95  # at the end, of every arm
+EARLY_NOISE = 15  # deviation of validation accuracy at the full learning rate, in deviations between seeds
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How many of `studies` studies of nothing had at least one false finding."""
+
+    found: int
+    studies: int
+
+    @property
+    def share(self) -> float:
+        return self.found / self.studies
+
+    @property
+    def standard_error(self) -> float:
+        """Of the share (binomial)."""
+        return math.sqrt(self.share * (1 - self.share) / self.studies)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The rate of each practice, and what plain ASHA does to means."""
+
+    rates: dict[str, Rate]
+    finished: float  # fraction of plain ASHA's trials that run to their end
+    bias: float  # how much too high the accuracy of those is on average, in deviations between seeds
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one study of nothing led to."""
+
+    false: dict[str, bool]  # by practice: whether it claims any difference
+    finished: tuple[float, ...]  # plain ASHA: the accuracies of what finishes, less the true one
+    tried: int  # plain ASHA: trials that compete
+
+
+def calibrate(study: Study, studies: int, processes: int, beat: Callable[[], object] = lambda: None) -> Calibration:
+    """How often each practice finds something in `studies` replays of a study in which all arms are alike. `beat` is
+    called after each replay. The draws of replay i follow from i alone."""
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_prepare) as pool:
+        found = []
+        for one in pool.map(partial(study_of_nothing, study), range(studies), chunksize=4):
+            found.append(one)
+            beat()
+    errors = [error for one in found for error in one.finished]
+    return Calibration(
+        {name: Rate(sum(one.false[name] for one in found), studies) for name in PRACTICES},
+        len(errors) / max(1, sum(one.tried for one in found)),
+        float(np.mean(errors)) / study.deviation if errors else 0.0,
+    )
+
+
+def _prepare() -> None:
+    """In a process of its own: what is imported once need not be searched for garbage again, which statsmodels has
+    done at every call of Holm's method (0.1 s)."""
+    import statsmodels.stats.multitest  # noqa: F401
+
+    gc.freeze()
+
+
+def study_of_nothing(study: Study, number: int) -> Found:
+    """What each practice makes of a study of nothing that is drawn from generators of this number."""
+    everything = plan(study, "0" * 64, len(study.confirm.looks or (0,)) - 1)
+    nature = _Nature(study, number)
+    finished, tried = _finishers(everything, nature, number)
+    false = {
+        "designed": _designed(study, nature, number),
+        "plain_asha": _differ(everything, finished),
+        "until_significant": _until_significant(everything, nature),
+    }
+    controls = {arm.name for arm in everything.arms if arm.role == "control"}
+    competed = [value for arm, values in finished.items() if arm not in controls for value in values]
+    return Found(false, tuple(value - ACCURACY for value in competed), tried)
+
+
+class _Nature:
+    """Draws what a trial would have shown. No arm is better than another: a trial's luck alone makes its accuracy.
+
+    Half of the variance between seeds is in validation and test alike, as in the published curves, and half is of the
+    test images alone. Around it validation accuracy moves in proportion to the learning rate.
+    """
+
+    def __init__(self, study: Study, number: int) -> None:
+        recipe = study.recipe
+        epochs = np.arange(1, recipe.epochs + 1)
+        rate = (1 + np.cos(np.pi * epochs / recipe.epochs)) / 2
+        self._noise = study.deviation * EARLY_NOISE * rate
+        self._mean = ACCURACY * (1 - np.exp(-3 * epochs / recipe.epochs) / 2)
+        self._half = study.deviation / math.sqrt(2)
+        self._number = number
+        self._drawn: dict[tuple[str, int], tuple[tuple[float, ...], float]] = {}
+
+    def trial(self, arm: str, seed: int) -> tuple[tuple[float, ...], float]:
+        """Validation accuracy by epoch, and test accuracy."""
+        if (arm, seed) not in self._drawn:
+            chance = np.random.default_rng([self._number, seed, *arm.encode()])
+            luck = self._half * chance.standard_normal()
+            curve = self._mean + luck + self._noise * chance.standard_normal(len(self._mean))
+            test = ACCURACY + luck + self._half * chance.standard_normal()
+            self._drawn[arm, seed] = tuple(np.clip(curve, 0, 1).tolist()), float(test)
+        return self._drawn[arm, seed]
+
+
+def _designed(study: Study, nature: _Nature, number: int) -> bool:
+    """Screen, confirm, contrasts, Holm; then the next look, as long as there is one."""
+    at = [plan(study, "0" * 64, look) for look in range(len(study.confirm.looks or (0,)))]
+    arms, seed = at[0].arms, study.screen.seed
+    grid = tuple(
+        Curve(arm.name, arm.name, stratum(study.screen, asdict(arm.cell)), arm.immune, nature.trial(arm.name, seed)[0])
+        for arm in arms
+    )
+    made = replay(study.screen, grid, arrival_order([arm.name for arm in arms], number))
+    stopped = {decision.arm for decision in made if decision.action == "stop"}
+    return any(_claims(planned, look, stopped, nature) for look, planned in enumerate(at))
+
+
+def _claims(planned: Plan, look: int, stopped: set[str], nature: _Nature) -> bool:
+    """Whether a report on the confirmed trials of a look calls any contrast better or worse."""
+    trials = (*planned.trials, *to_come(planned))  # of a study that is tuned, as if the best were as good as any
+    rows = [_row(trial, trial.arm in stopped, nature) for trial in trials if trial.phase == "confirm"]
+    record = {
+        "study": asdict(planned.study),
+        "look": look,
+        "contrasts": [asdict(contrast) for contrast in planned.contrasts],
+        "arms": [{"name": arm.name, "role": arm.role} for arm in planned.arms],
+    }
+    records = Records(frame(TRIALS, rows), frame(EPOCHS, []), frame(DECISIONS, []), {"null": record})
+    return bool(contrasts.contrasts(records)["verdict"].isin(["better", "worse"]).any())
+
+
+def _row(trial: Trial, stopped: bool, nature: _Nature) -> dict[str, object]:
+    row = first_row("null", trial)
+    if stopped:
+        return row | {"status": "stopped", "stop_reason": "asha"}
+    test = nature.trial(trial.arm, trial.seed)[1]
+    return row | {"status": "completed", "epochs_run": trial.recipe.epochs, contrasts.HEADLINE: test}
+
+
+def _finishers(planned: Plan, nature: _Nature, number: int) -> tuple[dict[str, list[float]], int]:
+    """Every arm at every seed competes with all others, as plain ASHA has it: the test accuracies of what finishes, by
+    arm, and how many competed. The control runs to its end, as a baseline does."""
+    study = planned.study
+    screen = replace(study.screen, strata=None, margin=0.0, min_peers=1)
+    controls = {arm.name for arm in planned.arms if arm.role == "control"}
+    trials = {f"{arm.name} {seed}": (arm.name, seed) for arm in planned.arms for seed in study.confirm.all_seeds}
+    grid = tuple(
+        Curve(name, name, "all", arm in controls, nature.trial(arm, seed)[0]) for name, (arm, seed) in trials.items()
+    )
+    made = replay(screen, grid, arrival_order(list(trials), number))
+    stopped = {decision.arm for decision in made if decision.action == "stop"}
+    finished: dict[str, list[float]] = {arm.name: [] for arm in planned.arms}
+    for name, (arm, seed) in trials.items():
+        if name not in stopped:
+            finished[arm].append(nature.trial(arm, seed)[1])
+    return finished, sum(arm not in controls for arm, _ in trials.values())
+
+
+def _differ(planned: Plan, finished: dict[str, list[float]]) -> bool:
+    """Whether means of what finished are called different, by Welch's test."""
+    effects = [contrast for contrast in planned.contrasts if contrast.kind == "effect"]
+    return _significant([statistics.welch(*(finished[arm] for arm, _ in effect.weights)).p for effect in effects])
+
+
+def _until_significant(planned: Plan, nature: _Nature) -> bool:
+    """All arms run, and seeds are added, doubling where no looks say how many, as long as nothing is significant."""
+    confirm = planned.study.confirm
+    first = len(confirm.seeds)
+    looks = confirm.looks or (first, 2 * first, 4 * first)
+    seeds = replace(confirm, looks=looks).all_seeds
+    return any(
+        _significant([_paired_p(contrast, seeds[:count], nature) for contrast in planned.contrasts]) for count in looks
+    )
+
+
+def _paired_p(contrast: Contrast, seeds: tuple[int, ...], nature: _Nature) -> float | None:
+    from scipy.stats import ttest_1samp
+
+    values = [sum(weight * nature.trial(arm, seed)[1] for arm, weight in contrast.weights) for seed in seeds]
+    return float(ttest_1samp(values, 0.0).pvalue) if len(values) > 1 else None
+
+
+def _significant(p_values: list[float | None]) -> bool:
+    return any(p < contrasts.ALPHA for p in statistics.holm([1.0 if p is None else p for p in p_values]))

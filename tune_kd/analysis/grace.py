@@ -1,0 +1,109 @@
+"""What a finished run leaves for the next plan: how well each epoch foretold the end. Light, since `plan` reads it."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter
+
+from tune_kd.study.early_stopping import stratum
+from tune_kd.study.plan import Plan
+from tune_kd.study.spec import Study
+from tune_kd.system.files import MOST_RECORD_BYTES, publish, read
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+AUDIT = "audit.json"  # in a run's folder
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """Spearman's correlation of an epoch's ranks with those at the end, over `n` trials, with its 95 % interval."""
+
+    n: int
+    rho: float | None
+    rho_low: float | None
+    rho_high: float | None
+
+    @property
+    def sure(self) -> bool:
+        """Whether the interval lies above zero."""
+        return self.rho_low is not None and self.rho_low > 0
+
+    def __str__(self) -> str:
+        if self.rho is None or self.rho_low is None or self.rho_high is None:
+            return f"Spearman unknown, {self.n} trials"
+        interval = f"{self.rho_low:+.2f} to {self.rho_high:+.2f}"
+        return f"Spearman {self.rho:+.2f}, 95 % interval {interval}, {self.n} trials"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A run's audit, with what has to be alike in a run that relies on it."""
+
+    run: str
+    data: str
+    scale: str
+    epochs: int
+    strata: dict[str, dict[int, Foretold]]  # by epoch
+
+
+def record(folder: Path, run: str, study: Study, correlations: "pd.DataFrame") -> None:
+    """Write a run's `audit.rank_correlations` of every epoch."""
+    strata: dict[str, dict[int, Foretold]] = {}
+    for row in json.loads(correlations.to_json(orient="records")):
+        found = Foretold(*(row[name] for name in ("n", "rho", "rho_low", "rho_high")))
+        strata.setdefault(row["stratum"], {})[row["epoch"]] = found
+    audit = Audit(run, *_alike(study), strata)
+    publish(folder / AUDIT, TypeAdapter(Audit).dump_json(audit, indent=1))
+
+
+def warnings(plan: Plan, out: Path) -> list[str]:
+    """A sentence for each stratum whose grace period is shorter than the newest run under `out` that is like this plan
+    supports: at the grace period, or at an epoch after it, the interval of the rank correlation has zero in it."""
+    screen = plan.study.screen
+    if not screen.rungs(plan.study.recipe.epochs):
+        return []
+    audits = [each for each in _audits(out) if (each.data, each.scale, each.epochs) == _alike(plan.study)]
+    said = []
+    for name in _contested(plan):
+        found = next((each for each in audits if name in each.strata), None)
+        epochs = found.strata[name] if found else {}
+        doubtful = [epoch for epoch in sorted(epochs) if epoch >= screen.grace and not epochs[epoch].sure]
+        if found is None or not doubtful:
+            continue
+        supported = max(doubtful) + 1
+        later = f"from epoch {supported} on they did" if supported in epochs else "it supports none"
+        said.append(
+            f"screen.grace is {screen.grace}, shorter than the run {found.run} supports: in {name} the ranks at epoch "
+            f"{doubtful[0]} did not foretell those at the end ({epochs[doubtful[0]]}); {later}"
+        )
+    return said
+
+
+def _alike(study: Study) -> tuple[str, str, int]:
+    return study.data.name, study.scale, study.recipe.epochs
+
+
+def _audits(out: Path) -> list[Audit]:
+    """What runs under `out` left, the newest first. One that cannot be read is none."""
+    found = []
+    there = [path for path in out.glob(f"*/{AUDIT}") if os.path.isfile(path)]
+    for path in sorted(there, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            found.append(TypeAdapter(Audit).validate_json(read(path, MOST_RECORD_BYTES)))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def _contested(plan: Plan) -> list[str]:
+    """The strata in which an arm can be stopped."""
+    screen = plan.study.screen
+    strata: dict[str, list[bool]] = {}
+    for arm in plan.arms:
+        strata.setdefault(stratum(screen, vars(arm.cell)), []).append(arm.immune)
+    return [name for name, immune in strata.items() if len(immune) > screen.min_peers and not all(immune)]

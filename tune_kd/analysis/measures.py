@@ -1,0 +1,137 @@
+"""More than accuracy: likeness to the teacher, calibration, cost, and how accuracy answers to a factor.
+
+Each function gives a DataFrame over confirmed trials that ran to their end. Null where it does not apply.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tune_kd.analysis import statistics
+from tune_kd.analysis.contrasts import COMPARABLE, CONTEXT, HEADLINE, by_context, confirmed_trials
+from tune_kd.records.reader import Records, typed
+
+MEASURES = ("agreement", "kl_t1", "kl_t4", "ece", "test_accuracy", "val_accuracy_best")
+SHOWN = tuple(name for name in CONTEXT if name != "teacher")
+ALIKE = (*SHOWN, *COMPARABLE)  # in a control and what is held against it
+
+
+def measures(records: Records) -> pd.DataFrame:
+    """A row an arm: means and deviations over confirmed trials of what else was measured on the test images.
+
+    `agreement` with the teacher and `ece` (expected calibration error) are fractions, `kl_t1` and `kl_t4` the
+    divergence from the teacher in nats at temperatures 1 and 4.
+    """
+    ended = confirmed_trials(records)
+    ended = ended[ended["status"] == "completed"]
+    grouped = ended.groupby(["run", "arm"], sort=False)[list(MEASURES)]
+    table = grouped.size().rename("n").to_frame()
+    for name, of in (("", "mean"), ("_sd", "std")):
+        found = grouped.agg(of).astype("float64")
+        table = table.join(found.add_suffix(name))
+    columns = [f"{name}{end}" for name in MEASURES for end in ("", "_sd")]
+    return table[["n", *columns]].reset_index()
+
+
+def target_accuracy(records: Records) -> float | None:
+    """The accuracy that `costs` measures the way to by default: 99 % of what the worst of a run's controls did."""
+    controls = confirmed_trials(records)
+    controls = controls[(controls["method"] == "none") & (controls["status"] == "completed")]
+    means = controls.groupby("arm")["val_accuracy_best"].mean().dropna()
+    return 0.99 * float(means.min()) if len(means) else None
+
+
+def costs(records: Records, target: float | None = None) -> pd.DataFrame:
+    """A row an arm: what a confirmed trial that ran to its end cost, and how many epochs it took to `target`, which is
+    each run's `target_accuracy` by default.
+
+    `train_seconds` are of training with its evaluations, `answer_seconds` of waiting for the teacher's answers,
+    `wall_seconds` of all of the trial; `gpu_seconds` and `cpu_seconds` are those times its share of a GPU and its
+    threads. What the teacher's own training cost is in no arm. `reached` counts the trials whose validation accuracy
+    came to `target`; `epochs_to_target`, the mean of the first epoch in which it did, is null unless all did.
+    """
+    found = [_costs_of(records.of(run), target) for run in records.runs]
+    return pd.concat(found, ignore_index=True)
+
+
+def _costs_of(records: Records, target: float | None) -> pd.DataFrame:
+    target = target_accuracy(records) if target is None else target
+    ended = confirmed_trials(records)
+    ended = ended[ended["status"] == "completed"]
+    wanted = pd.MultiIndex.from_frame(ended[["run", "trial_id"]])
+    waited = records.epochs.groupby(["run", "trial_id"])["answer_seconds"].sum(min_count=1).reindex(wanted)
+    ended = ended.assign(
+        answer_seconds=waited.to_numpy(dtype="float64", na_value=np.nan),
+        gpu_seconds=ended["wall_seconds"] * ended["gpu_fraction"],
+        cpu_seconds=ended["wall_seconds"] * ended["threads"].astype("float64"),
+        epochs_to_target=_first_epoch(records.epochs, ended, target),
+    )
+    names = ["train_seconds", "answer_seconds", "wall_seconds", "gpu_seconds", "cpu_seconds", "epochs_to_target"]
+    grouped = ended.groupby(["run", "arm"], sort=False)
+    table = grouped[[HEADLINE, *names]].mean().astype("float64").rename(columns={HEADLINE: "mean"})
+    table.insert(0, "n", grouped.size())
+    table["reached"] = grouped["epochs_to_target"].count()
+    table["epochs_to_target"] = table["epochs_to_target"].where(table["reached"] == table["n"])
+    table["target"] = np.nan if target is None else target
+    return table.reset_index()
+
+
+def _first_epoch(epochs: pd.DataFrame, trials: pd.DataFrame, target: float | None) -> "pd.Series[Any]":
+    """The first epoch of each trial with at least this validation accuracy, by the trials' index; null without."""
+    if target is None or epochs.empty:
+        return pd.Series(np.nan, index=trials.index)
+    good = epochs.loc[epochs["val_accuracy"] >= target, ["run", "trial_id", "epoch"]]
+    first = good.groupby(["run", "trial_id"])["epoch"].min()
+    wanted = pd.MultiIndex.from_frame(trials[["run", "trial_id"]])
+    return pd.Series(first.reindex(wanted).to_numpy(dtype="float64", na_value=np.nan), index=trials.index)
+
+
+def response(records: Records, factor: str) -> pd.DataFrame:
+    """The confirmed accuracy over the levels of a numeric factor: a row a context, method and level.
+
+    Empty where no method has more than one level of it. `control` is the mean of the context's control, and null
+    where it has none of the same data, budget and recipe.
+    """
+    ended = _ended(records)
+    controls = _controls(ended)
+    others = [name for name in ("teacher", "method", "temperature", "alpha", "beta") if name != factor]
+    rows = []
+    for where, group in by_context(ended[ended[factor].notna()], [*ALIKE, *others]):
+        if group[factor].nunique() < 2:
+            continue
+        control = controls.get(tuple(where[name] for name in ALIKE))
+        for level, of_level in group.groupby(factor):
+            described = asdict(statistics.summary(of_level[HEADLINE].tolist()))
+            rows.append(where | {factor: level, **described, "control": control})
+    return typed(rows, " ".join([*SHOWN, *others, factor, "n mean sd low high control"]))
+
+
+def gaps(records: Records) -> pd.DataFrame:
+    """How much better the teacher is than the control, beside what each arm gains on the control: a row an arm."""
+    ended = _ended(records)
+    controls = _controls(ended)
+    taught = records.trials[(records.trials["role"] == "teacher") & (records.trials["status"] == "completed")]
+    teachers = taught.set_index(["run", "trial_id"])[HEADLINE].dropna().to_dict()
+    rows = []
+    for where, group in by_context(ended[ended["method"] != "none"], [*ALIKE, "teacher", "arm"]):
+        known = [teachers.get(key) for key in zip(group["run"], group["teacher_id"], strict=True)]
+        control = controls.get(tuple(where[name] for name in ALIKE))
+        if control is None or None in known:
+            continue
+        teacher, mean = float(np.mean(np.asarray(known, dtype=float))), float(group[HEADLINE].mean())
+        found = {"teacher_accuracy": teacher, "control": control, "mean": mean}
+        rows.append(where | {"n": len(group), **found, "gap": teacher - control, "gain": mean - control})
+    return typed(rows, " ".join([*SHOWN, "teacher", "arm", "n teacher_accuracy control mean gap gain"]))
+
+
+def _ended(records: Records) -> pd.DataFrame:
+    trials = confirmed_trials(records)
+    return trials[(trials["status"] == "completed") & trials[HEADLINE].notna()]
+
+
+def _controls(ended: pd.DataFrame) -> dict[tuple[Any, ...], float]:
+    """The mean of the controls that are alike in all but the method."""
+    found = by_context(ended[ended["method"] == "none"], ALIKE)
+    return {tuple(where.values()): float(group[HEADLINE].mean()) for where, group in found}

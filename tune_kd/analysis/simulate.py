@@ -1,0 +1,259 @@
+"""Early stopping over recorded curves, through the schedule that runs use: what it would have stopped, saved and lost.
+
+At equal speed it is the order in which arms start that decides what the schedule sees, however many run at a time: so
+a replay is an order, and replay i is what the study does with `screen.order_seed = i`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from tune_kd.analysis import statistics
+from tune_kd.records.reader import Records
+from tune_kd.study.early_stopping import Schedule, stratum
+from tune_kd.study.plan import arrival_order
+from tune_kd.study.spec import CELL_FIELDS, Mistake, Screen, Study, margin_problems
+from tune_kd.study.trial import Decision
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A trial that ran to its end."""
+
+    trial_id: str
+    arm: str
+    stratum: str
+    immune: bool  # a control, or an arm that others are compared with
+    accuracy: tuple[float, ...]  # on validation images, a value an epoch
+
+
+Grid = tuple[Curve, ...]  # of one seed and one budget: what a screen would have trained
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one way to choose arms, over all replays."""
+
+    epochs_saved: float  # fraction
+    mean_regret: float  # best final validation accuracy of all arms less that of the kept
+    best_lost: float  # fraction of replays in which no arm that is best in the end was kept
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One stratum under early stopping. The baselines keep as many arms as each replay kept: those that are best at
+    the first rung, and some at random, which are the only ones trained."""
+
+    arms: int
+    immune: tuple[str, ...]
+    seeds: tuple[int, ...]
+    epochs: int  # budget
+    stopping: Result
+    cut: Result
+    random: Result
+    stopped: dict[str, dict[int, float]]  # arm -> epoch -> fraction of replays that stopped it there
+    final: dict[str, float]  # arm -> mean validation accuracy at its last epoch
+    rank_correlation: dict[int, statistics.RankCorrelation]  # of each epoch's accuracy with the last one's, over trials
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Recorded curves as grids by (seed, budget), and a sentence for each kind of trial that was left out."""
+
+    grids: Mapping[tuple[int, int], Grid]
+    left_out: tuple[str, ...]
+
+    @property
+    def strata(self) -> list[str]:
+        return list(dict.fromkeys(curve.stratum for grid in self.grids.values() for curve in grid))
+
+
+def curves(records: Records, study: Study, strata: Sequence[str] | None) -> Curves:
+    """The students' trials of one run that ran to their end. `strata` names the columns that make a stratum; null puts
+    all arms into one. A trial without a level in one of them (a control, where the teacher makes the stratum) belongs
+    to none.
+
+    Arms that may not be stopped are those that the run's own study said so of; in tables without a study those whose
+    method is `study.control`. Raises `Mistake` where nothing can be replayed.
+    """
+    if any(study.get("searches") for study in records.studies.values()):
+        raise Mistake("--curves is a run that was tuned, whose draws are no grid of arms; allowed: a run that was not")
+    screen = Screen(strata=None if strata is None else tuple(strata))
+    trials = records.trials[records.trials["role"] == "student"]
+    if trials.empty:
+        raise Mistake("--curves has no student's trial; allowed: tables with one, in a phase that is not `teacher`")
+    unknown = [name for name in strata or () if name not in CELL_FIELDS or trials[name].isna().all()]
+    if unknown:
+        known = ", ".join(name for name in CELL_FIELDS if trials[name].notna().any())
+        raise Mistake(f"--strata is {','.join(strata or ())!r}; allowed: none, or columns of the curves ({known})")
+    if len(set(strata or ())) < len(strata or ()):
+        raise Mistake(f"--strata is {','.join(strata or ())!r}; allowed: each column once")
+    nowhere = trials[list(strata or ())].isna().any(axis=1)
+    ended = trials["status"] == "completed"
+    named = " or ".join(strata or ())
+    kinds = (
+        (nowhere.sum(), f"trials without a level of {named} belong to no stratum"),
+        ((~ended & ~nowhere).sum(), "trials did not run to their end"),
+    )
+    left_out = [f"{count} {what}" for count, what in kinds if count]
+    trials = trials[ended & ~nowhere]
+    accuracy = dict(iter(records.epochs.sort_values("epoch").groupby("trial_id")["val_accuracy"]))
+    studies = records.studies.values()
+    roles = {arm["name"]: arm["role"] for each in studies for arm in (each.get("extended") or each)["arms"]}
+    grids: dict[tuple[int, int], list[Curve]] = {}
+    gaps = 0
+    rows: list[dict[Any, Any]] = trials.to_dict("records")
+    for row in rows:
+        values = accuracy.get(row["trial_id"], pd.Series(dtype="float64"))
+        if values.empty or values.isna().any():
+            gaps += 1
+            continue
+        protected = roles[row["arm"]] != "compared" if row["arm"] in roles else row["method"] == study.control
+        name = stratum(screen, row)
+        curve = Curve(row["trial_id"], row["arm"], name, bool(protected), tuple(map(float, values)))
+        grids.setdefault((int(row["seed"]), len(values)), []).append(curve)
+    left_out += [f"{gaps} trials have no whole curve of val_accuracy"] if gaps else []
+    found = Curves({key: tuple(grid) for key, grid in sorted(grids.items())}, tuple(left_out))
+    _check(found)
+    return found
+
+
+def _check(curves: Curves) -> None:
+    if not curves.grids:
+        raise Mistake(f"--curves has no student's trial that ran to its end ({'; '.join(curves.left_out) or 'none'})")
+    problems = []
+    for name in curves.strata:
+        budgets = {epochs for (_, epochs), grid in curves.grids.items() for each in grid if each.stratum == name}
+        if len(budgets) > 1:
+            said = " and ".join(map(str, sorted(budgets)))
+            problems.append(f"--curves has trials of {said} epochs in the stratum {name}")
+    for (seed, _), grid in curves.grids.items():
+        twice = [arm for arm, count in Counter(curve.arm for curve in grid).items() if count > 1]
+        problems += [f"--curves has more than one trial of the arm {arm} at seed {seed}" for arm in twice]
+    if problems:
+        advice = "name what sets them apart in --strata, or leave a phase out with --phase NAME=teacher"
+        raise Mistake(*(f"{problem}; {advice}" for problem in problems))
+
+
+def check_screen(screen: Screen, curves: Curves) -> None:
+    """Raise `Mistake` where early stopping as it is set does not fit the curves' budgets."""
+    problems = []
+    for epochs in sorted({epochs for _, epochs in curves.grids}):
+        if screen.grace > epochs:
+            problems.append(f"screen.grace is {screen.grace}, longer than curves of {epochs} epochs")
+        else:
+            problems += margin_problems(screen, epochs)
+    if problems:
+        raise Mistake(*dict.fromkeys(problems))
+
+
+def replay(screen: Screen, grid: Grid, order: Sequence[str]) -> list[Decision]:
+    """The comparisons that the schedule makes when the arms of a grid start in this order, each as fast as the others:
+    at a rung they report in it."""
+    epochs, going = len(grid[0].accuracy), {curve.arm: curve for curve in grid}
+    schedule = Schedule(screen, epochs)
+    for curve in grid:
+        schedule.enter(curve.trial_id, curve.stratum, curve.immune)
+    made: list[Decision] = []
+    for epoch in screen.rungs(epochs):
+        for arm in [arm for arm in order if arm in going]:
+            decision = schedule.report(going[arm].trial_id, arm, epoch, going[arm].accuracy[epoch - 1])
+            assert decision is not None
+            made.append(decision)
+            if decision.action == "stop":
+                del going[arm]
+    return made
+
+
+def simulate(
+    screen: Screen, curves: Curves, orders: int, beat: Callable[[], object] = lambda: None
+) -> dict[str, Outcome]:
+    """Replay each grid under `orders` arrival orders, and say stratum by stratum what came of it. `beat` is called
+    after each replay."""
+    check_screen(screen, curves)
+    tallies = {name: _Tally(name, screen, curves) for name in curves.strata}
+    for (seed, _), grid in curves.grids.items():
+        arms = [curve.arm for curve in grid]
+        for number in range(orders):
+            stops = {
+                each.arm: each.epoch
+                for each in replay(screen, grid, arrival_order(arms, number))
+                if each.action == "stop"
+            }
+            for tally in tallies.values():
+                tally.add(grid, stops, np.random.default_rng([number, seed]))
+            beat()
+    return {name: tally.outcome() for name, tally in tallies.items()}
+
+
+class _Tally:
+    """The replays of one stratum, counted."""
+
+    def __init__(self, name: str, screen: Screen, curves: Curves) -> None:
+        self._name = name
+        self._curves = [(seed, each) for (seed, _), grid in curves.grids.items() for each in grid
+                        if each.stratum == name]  # fmt: skip
+        self._epochs = len(self._curves[0][1].accuracy)
+        self._first = min(screen.grace, self._epochs)
+        self._stops: Counter[tuple[str, int]] = Counter()
+        self._replays: Counter[str] = Counter()  # by arm: not every seed has every arm
+        self._found: dict[str, list[tuple[float, float]]] = {"stopping": [], "cut": [], "random": []}
+
+    def add(self, grid: Grid, stops: Mapping[str, int], chance: np.random.Generator) -> None:
+        mine = [curve for curve in grid if curve.stratum == self._name]
+        if not mine:
+            return
+        final = np.array([curve.accuracy[-1] for curve in mine])
+        ran = np.array([stops.get(curve.arm, self._epochs) for curve in mine])
+        kept = ran == self._epochs
+        self._replays.update(curve.arm for curve in mine)
+        self._stops.update((curve.arm, stops[curve.arm]) for curve in mine if curve.arm in stops)
+        self._note("stopping", final, kept, ran)
+        free = np.flatnonzero([not curve.immune for curve in mine])
+        places = int(kept[free].sum())  # that those have which may be stopped
+        early = np.array([curve.accuracy[self._first - 1] for curve in mine])
+        by_then = free[np.argsort(-early[free], kind="stable")]
+        for name, chosen, cost in (("cut", by_then, self._first), ("random", chance.permutation(free), 0)):
+            kept = np.ones(len(mine), dtype=bool)
+            kept[chosen[places:]] = False
+            self._note(name, final, kept, np.where(kept, self._epochs, cost))
+
+    def _note(self, how: str, final: NDArray[np.float64], kept: NDArray[np.bool_], ran: NDArray[Any]) -> None:
+        saved = 1 - float(ran.sum()) / (self._epochs * len(ran))
+        self._found[how].append((saved, float(final.max() - final[kept].max())))
+
+    def outcome(self) -> Outcome:
+        arms = list(dict.fromkeys(curve.arm for _, curve in self._curves))
+        last = {arm: [curve.accuracy[-1] for _, curve in self._curves if curve.arm == arm] for arm in arms}
+        by_epoch = list(zip(*(curve.accuracy for _, curve in self._curves), strict=True))  # [epochs][trials]
+        return Outcome(
+            arms=len(arms),
+            immune=tuple(dict.fromkeys(curve.arm for _, curve in self._curves if curve.immune)),
+            seeds=tuple(dict.fromkeys(seed for seed, _ in self._curves)),
+            epochs=self._epochs,
+            stopping=self._result("stopping"),
+            cut=self._result("cut"),
+            random=self._result("random"),
+            stopped={
+                arm: {
+                    epoch: count / self._replays[arm]
+                    for (each, epoch), count in sorted(self._stops.items())
+                    if each == arm
+                }
+                for arm in arms
+            },
+            final={arm: float(np.mean(values)) for arm, values in last.items()},
+            rank_correlation={
+                epoch: statistics.rank_correlation(by_epoch[epoch - 1], by_epoch[-1])
+                for epoch in range(1, self._epochs)
+            },
+        )
+
+    def _result(self, how: str) -> Result:
+        saved, regret = map(np.array, zip(*self._found[how], strict=True))
+        return Result(float(saved.mean()), float(regret.mean()), float((regret > 0).mean()))

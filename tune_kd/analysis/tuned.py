@@ -1,0 +1,73 @@
+"""What tuning did, from the records: the budget that each arm got, what was found, and which settings mattered."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+from pydantic import TypeAdapter
+
+from tune_kd.records import adaptive_plan
+from tune_kd.records.ledger import Row
+from tune_kd.records.reader import Records, rows, typed
+from tune_kd.study.discover import from_json
+from tune_kd.study.plan import Search
+from tune_kd.study.spec import Study
+
+ENDS = ("completed", "stopped", "failed")
+
+
+def budgets(records: Records) -> pd.DataFrame:
+    """A row an arm that was tuned: its draws and how they ended, the epochs that they took, and the best validation
+    accuracy of those that ran to their end, with the number of that draw (from 1)."""
+    found = []
+    for run, study, search, theirs in searches(records):
+        assert study.tuning is not None
+        best = adaptive_plan.best(study.tuning, theirs)
+        found.append(
+            {
+                "run": run,
+                "arm": search.name,
+                "draws": len(theirs),
+                **{status: sum(row["status"] == status for row in theirs) for status in ENDS},
+                "epochs": sum(row["epochs_run"] for row in theirs),
+                "val_accuracy_best": None if best is None else best["val_accuracy_best"],
+                "best_draw": None if best is None else 1 + theirs.index(best),
+            }
+        )
+    return typed(found, "run arm draws completed stopped failed epochs val_accuracy_best best_draw")
+
+
+def settings(records: Records) -> pd.DataFrame:
+    """A row an arm and setting that was tuned: the published default, the range's ends, what was found, and the
+    share of the draws' variance that the setting explains (`importance`, null where the draws do not say)."""
+    found = []
+    for run, study, search, theirs in searches(records):
+        from tune_kd.study.sampler import importances  # takes long to import, and most runs are not tuned
+
+        assert study.tuning is not None
+        best = adaptive_plan.best(study.tuning, theirs)
+        shares = importances(search.ranges, theirs)
+        for each in search.ranges:
+            ends = each.configurations or (each.over.low, each.over.high)  # type: ignore[union-attr]
+            found.append(
+                {
+                    "run": run,
+                    "arm": search.name,
+                    "setting": each.name,
+                    "default": study.default(each.name),
+                    "least": min(ends),
+                    "most": max(ends),
+                    "tuned": None if best is None else best[each.name],
+                    "importance": shares.get(each.name),
+                }
+            )
+    return typed(found, "run arm setting default least most tuned importance")
+
+
+def searches(records: Records) -> Iterator[tuple[str, Study, Search, list[Row]]]:
+    """Run, study, what is tuned, and its draws in their order, of each arm of each run that is tuned."""
+    for run in records.runs:
+        declared = records.studies.get(run, {})
+        declared = declared.get("extended") or declared
+        of_run = rows(records.trials[records.trials["run"] == run])
+        for search in TypeAdapter(tuple[Search, ...]).validate_python(declared.get("searches", ())):
+            yield run, from_json(declared["study"]), search, adaptive_plan.draws(search, of_run)

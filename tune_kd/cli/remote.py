@@ -1,0 +1,189 @@
+"""Commands on a cluster that is elsewhere: `submit`, and what `status` and `resume` do with the address of one."""
+
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from shlex import quote
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from tune_kd.cli.options import (
+    DEFAULT_OUT,
+    Cpus,
+    DataName,
+    Gpus,
+    Keep,
+    MarginFrom,
+    MaxConcurrent,
+    Name,
+    Scale,
+    Settings,
+    StudyName,
+    Terminal,
+    Track,
+    check_secrets,
+    collect,
+)
+from tune_kd.execute.monitoring import OPEN, asks_for_token, is_here, is_url
+from tune_kd.study.spec import Mistake
+
+Install = Annotated[
+    bool, typer.Option("--install", help="Have Ray install this project's dependencies there first, as they are here.")
+]
+ClusterOut = Annotated[str, typer.Option(help="Folder of all runs on the cluster, or s3://BUCKET/PATH.")]
+Detach = Annotated[bool, typer.Option("--detach", help="Leave when the job is there, and do not follow its log.")]
+
+
+def submit(
+    study: StudyName,
+    address: Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's dashboard.")],
+    scale: Scale = "auto",
+    data: DataName = None,
+    data_dir: Annotated[str | None, typer.Option(help="Where CIFAR is on the cluster.", show_default=False)] = None,
+    out: ClusterOut = str(DEFAULT_OUT),
+    name: Name = None,
+    settings: Settings = None,
+    margin_from: MarginFrom = None,
+    gpus_per_trial: Gpus = None,
+    cpus_per_trial: Cpus = 1.0,
+    max_concurrent: MaxConcurrent = None,
+    keep_checkpoints: Keep = False,
+    track: Track = None,
+    install: Install = False,
+    detach: Detach = False,
+) -> None:
+    """Run a study on a cluster that is elsewhere, as a job of Ray's, and follow it."""
+    from tune_kd.execute import jobs, resources
+    from tune_kd.records import run_folder as runs
+    from tune_kd.study import discover
+
+    flags = {
+        "--scale": scale,
+        "--data": data,
+        "--data-dir": data_dir,
+        "--out": out,
+        "--name": name,
+        "--set": settings,
+        "--margin-from": margin_from,
+        "--gpus-per-trial": gpus_per_trial,
+        "--cpus-per-trial": cpus_per_trial,
+        "--max-concurrent": max_concurrent,
+        "--keep-checkpoints": keep_checkpoints,
+        "--track": track,
+    }
+    check_secrets({"STUDY": study, **flags})  # the cluster shows commands and metadata to all its users
+    path = discover.find(study)
+    problems: list[str] = []
+    if scale != "auto":
+        collect(problems, lambda: discover.resolve(path, scale, data, settings or ()))
+    else:  # which is for the cluster to say
+        collect(problems, lambda: _all_made(path, data))
+    name = name or f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    problems += runs.problems_with_name(name)
+    gpus = collect(problems, lambda: resources.parse_gpus(gpus_per_trial))
+    collect(problems, lambda: resources.check(cpus_per_trial, gpus, max_concurrent, address))
+    place = collect(problems, lambda: _place(out, address))
+    cluster = collect(problems, lambda: jobs.client(address))
+    if problems:
+        raise Mistake(*problems)
+    assert cluster is not None and place is not None
+    there, files = _sent(study, path)
+    arguments = ["run", there, "--address", "auto"]
+    arguments += _flags(flags | {"--out": place, "--name": name})
+    metadata = {"job_name": name, "run": name, "study": path.stem, "scale": scale, "out": place}
+    job = jobs.submit(cluster, arguments, metadata, study=files, install=install)
+    _follow(cluster, job, name, address, detach)
+
+
+def elsewhere(
+    command: str, run: str | None, address: str, flags: Mapping[str, Any], study: str | None = None
+) -> NoReturn:
+    """Have a command about a run that was submitted done where it runs, with a study that is named."""
+    from tune_kd.execute import jobs
+    from tune_kd.study import discover
+
+    if flags.get("--json"):
+        raise Mistake("--json is given beside --address; allowed: one of them, since a job's log is no JSON")
+    if run is None:
+        raise Mistake("--address is given without RUN; allowed: the name of a run that was submitted there")
+    check_secrets({"RUN": run, **flags})
+    files: Mapping[str, Path] = {}
+    if study is not None:
+        path = discover.find(study)
+        _all_made(path)
+        there, files = _sent(study, path)
+        flags = {**flags, "--study": there}
+    cluster = jobs.client(address)
+    found = jobs.find(cluster, run)
+    arguments = [command, run, "--out", found["out"], *_flags(flags)]
+    job = jobs.submit(cluster, arguments, {**found, "job_name": f"{command} {run}"}, study=files)
+    if command == "status":
+        raise SystemExit(jobs.follow(cluster, job, _show))
+    _follow(cluster, job, run, address)
+
+
+def _sent(study: str, path: Path) -> tuple[str, Mapping[str, Path]]:
+    """How a study that was made here is named on a cluster to which it is sent, and its files with what it imported.
+    One that came with tune_kd is there already."""
+    from tune_kd.study.source import INSTALLED, executed
+
+    if INSTALLED.resolve() in path.resolve().parents:
+        return study, {}
+    return f"studies/{path.name}", executed(path).files
+
+
+def _all_made(path: Path, data: str | None = None) -> None:
+    """Make the studies of all scales of a file, so that what any of them imports is known."""
+    from tune_kd.study import discover
+
+    for each in discover.scales(path):
+        with suppress(Mistake):
+            discover.resolve(path, each, data)
+
+
+def _follow(cluster: Any, job: str, run: str, address: str, detach: bool = False) -> NoReturn:
+    from tune_kd.execute import jobs
+
+    console, at = Terminal(stderr=True), f"--address {quote(address)}"
+    for line in (
+        f"{run} is job {job} at {address}, and goes on whatever becomes of this terminal",
+        f"  look at it:  python -m tune_kd status {run} {at}",
+        f"  stop it:     ray job stop {at} {job}",
+        f"  go on then:  python -m tune_kd resume {run} {at}",
+    ):
+        console.print(line, soft_wrap=True)
+    if not asks_for_token(address):
+        console.print(OPEN, soft_wrap=True)
+    raise SystemExit(0 if detach else jobs.follow(cluster, job, _show))
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _place(out: str, address: str) -> str:
+    """Where runs are on the cluster: a relative folder means one of this machine, so the cluster has to be here."""
+    if "://" in out or os.path.isabs(out) or not is_url(address):
+        return out
+    if not is_here(address):
+        raise Mistake(f"--out is {out}; allowed: an absolute path on the cluster, or s3://BUCKET/PATH, since {address} "
+                      "is another machine")  # fmt: skip
+    return os.path.abspath(out)
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command line; those that were not given are left out."""
+    words: list[str] = []
+    for name, value in options.items():
+        if value is True:
+            words.append(name)
+        elif isinstance(value, list):
+            words += [word for each in value for word in (name, str(each))]
+        elif value is not None and value is not False:
+            words += [name, str(value)]
+    return words

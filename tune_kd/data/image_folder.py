@@ -1,0 +1,386 @@
+"""CIFAR as picture files, `train/CLASS/NAME.png` (or jpg, jpeg) and `test/CLASS/NAME`, as one tensor each.
+
+They lie in a folder, or in a tar archive of one, which is read as a stream: nothing is unpacked on disk, so
+a hostile archive has nowhere to write. Order is that of the sorted names, however the files lie.
+
+Pillow decodes JPEG with the libjpeg that it was built with; two builds can differ in a pixel's last bit.
+"""
+
+import gzip
+import io
+import lzma
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tune_kd.study.spec import Mistake
+from tune_kd.system.files import opened, read
+
+PARTS = ("train", "test")
+SUFFIXES = (".png", ".jpg", ".jpeg")
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz")
+LAYOUT = "train/CLASS/*.png (or jpg, jpeg) and test/CLASS/*"
+
+# CIFAR-10 as PNG files is about 240 MB in 60,022 members, none over 4 kB.
+MOST_MEMBERS = 200_000
+MOST_MEMBER_BYTES = 2**20
+MOST_ARCHIVE_BYTES = 2**29
+MOST_EXTENDED_BYTES = 2**26  # of PAX headers and long names, all together: 1 kB for each of those members
+MOST_FILE_BYTES = MOST_ARCHIVE_BYTES + 2**24  # of an archive as a file: what cannot be compressed grows by a thousandth
+
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
+JPEG = b"\xff\xd8"
+JPEG_MARKER = re.compile(rb"\xff+([^\xff])(..)", re.DOTALL)  # its kind, and the length of what follows
+JPEG_PIXELS = (*range(0xC0, 0xD0), 0xDB, 0xDD, 0xE0, 0xEE)  # frames, tables, and two notes on how colours are coded
+JPEG_SCAN = 0xDA
+MOST_PARTS = 256  # of a picture; ours have less than ten, and a progressive JPEG has about 15
+
+# What tarfile and the decompressors raise, down to what forged headers provoke.
+BROKEN = (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error, ValueError)
+PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE)
+EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME,
+            tarfile.GNUTYPE_LONGLINK)  # headers that say more of the member after them  # fmt: skip
+RECORD = re.compile(
+    rb"(\d{1,7}) (path=|size=|GNU\.sparse\.)?"
+)  # how one in a PAX header begins: its length, its keyword
+
+Named = tuple[str, str, str]  # part, class, file name
+Listing = list[tuple[Named, int, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """All images of a source before any split."""
+
+    classes: tuple[str, ...]
+    train_images: Tensor  # uint8 [N, 3, 32, 32]
+    train_labels: Tensor  # int64 [N], positions in classes
+    test_images: Tensor  # uint8 [M, 3, 32, 32]
+    test_labels: Tensor  # int64 [M]
+
+
+@contextmanager
+def bar(what: str, total: int | None, show: bool, *, in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal's stderr; calling what it yields moves it to a position out of `total`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    share = DownloadColumn() if in_bytes else TaskProgressColumn()
+    columns = ("{task.description}", BarColumn(), share, TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda position: progress.update(task, completed=position)
+
+
+def is_archive(path: Path) -> bool:
+    return path.name.lower().endswith(ARCHIVES)
+
+
+def listing(folder: Path) -> Listing:
+    """(part, class, name), size in bytes and modification time in ns of every picture in `folder`, sorted."""
+    found = []
+    for part in PARTS:
+        if not (folder / part).is_dir():
+            raise Mistake(f"--data-dir {folder}: there is no folder {part!r} in it; {LAYOUT} are expected")
+        for directory in (folder / part).iterdir():
+            if directory.is_dir() and not directory.name.startswith("."):
+                for file in directory.iterdir():
+                    if _is_picture(file.name):
+                        status = file.stat()
+                        named = (part, directory.name, file.name)
+                        found.append((named, status.st_size, status.st_mtime_ns))
+    return sorted(found)
+
+
+def read_folder(folder: Path, files: Listing, *, progress: bool) -> Pixels:
+    """Decode what `listing` found in `folder`. Raises `Mistake` where a picture is not as expected."""
+    decoded: dict[Named, np.ndarray[Any, Any]] = {}
+    with bar("Decoding images", len(files), progress) as move:
+        for named, size, _ in files:
+            file = folder.joinpath(*named)
+            if size > MOST_MEMBER_BYTES:
+                raise Mistake(f"--data-dir {folder}: {file} has {size} bytes, too many for a 32x32 image")
+            decoded[named] = _decode(read(file, MOST_MEMBER_BYTES), folder, "/".join(named))
+            if len(decoded) % 256 == 0:
+                move(len(decoded))
+    return _assembled(decoded, folder)
+
+
+def read_archive(path: Path, *, progress: bool) -> Pixels:
+    """Decode every picture of a tar archive, which may hold LAYOUT inside one outer folder.
+
+    Raises `Mistake` for an archive that is cut or damaged, that names anything outside itself, holds links,
+    devices or absurdly much, or whose layout or pictures are not as expected.
+    """
+    decoded: dict[Named, np.ndarray[Any, Any]] = {}
+    outer: tuple[str, ...] | None = None
+    with opened(path, MOST_FILE_BYTES) as raw, bar("Decoding images", path.stat().st_size, progress) as move:
+        for name, content in _pictures(path, raw):
+            *prefix, part, directory, file = ("", "", "", *PurePosixPath(name).parts)
+            if part not in PARTS or directory.startswith("."):
+                continue
+            outer = tuple(prefix) if outer is None else outer
+            if outer != tuple(prefix):
+                raise Mistake(f"--data-dir {path}: the archive has {_short(name)} in a second {part!r} folder")
+            if (part, directory, file) in decoded:
+                raise Mistake(f"--data-dir {path}: the archive holds {_short(name)} twice")
+            decoded[part, directory, file] = _decode(content, path, name)
+            if len(decoded) % 256 == 0:
+                move(raw.tell())
+    return _assembled(decoded, path)
+
+
+def _pictures(path: Path, raw: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of every picture in a tar, in its order. What is not harmless is refused."""
+    stream = _Metered(_decompressed(path, raw), path)
+    try:
+        for member, content in _members(stream, path):
+            if member.isreg() and _is_picture(PurePosixPath(member.name).name):
+                yield member.name, content
+        stream.check_end()
+    except Mistake:
+        raise
+    except BROKEN as error:
+        raise Mistake(f"--data-dir {path}: the archive is cut or damaged ({error}); get it again") from error
+
+
+def _members(stream: "_Metered", path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """Every file and folder of a tar up to its end, with the file's content.
+
+    tarfile reads the header block alone. Its reading of extended headers takes time and memory that grow with the
+    square of their size, and it keeps what they say for every member.
+    """
+    count, extended, everywhere, own = 0, 0, _Extended(), _Extended()
+    while any(block := stream.read(tarfile.BLOCKSIZE)):
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        if member.type in EXTENDED:
+            extended += _bounded(member, path).size
+            if extended > MOST_EXTENDED_BYTES:
+                raise Mistake(
+                    f"--data-dir {path}: the archive has more than {MOST_EXTENDED_BYTES} bytes of extended headers; "
+                    "not read"
+                )
+            content = stream.content(member.size)
+            if member.type == tarfile.XGLTYPE:
+                everywhere = _extended(content, everywhere)
+            elif member.type == tarfile.GNUTYPE_LONGNAME:
+                own = replace(own, name=content.partition(b"\0")[0])
+            elif member.type != tarfile.GNUTYPE_LONGLINK:  # the target of a link, which is refused
+                own = _extended(content, own)
+            continue
+        name, size = own.name or everywhere.name, own.size if own.size is not None else everywhere.size
+        if name is not None:
+            member.name = name.decode("utf-8", "surrogateescape")
+        if size is not None:
+            member.size = size
+        count += 1
+        _refuse_hostile(member, own.sparse or everywhere.sparse, count, path)
+        yield member, b"" if member.isdir() else stream.content(member.size)
+        own = _Extended()
+
+
+@dataclass(frozen=True)
+class _Extended:
+    """What extended headers say of the members after them, as far as that is used. Null is what they do not say."""
+
+    name: bytes | None = None
+    size: int | None = None  # bytes
+    sparse: bool = False
+
+
+def _extended(content: bytes, before: _Extended) -> _Extended:
+    """What a PAX header adds to those before it: records of `LENGTH KEYWORD=VALUE`, each with a newline after it."""
+    found, start = before, 0
+    while start < len(content):
+        record = RECORD.match(content, start)
+        end = start + int(record[1]) if record else 0
+        if record is None or not record.end() < end <= len(content):
+            raise tarfile.ReadError(f"an extended header has no record at its byte {start}")
+        value = content[record.end() : end - 1]
+        if record[2] == b"path=":
+            found = replace(found, name=value)
+        elif record[2] == b"size=":
+            found = replace(found, size=int(value))
+        elif record[2]:
+            found = replace(found, sparse=True)
+        start = end
+    return found
+
+
+def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    suffix = path.name.lower()
+    if suffix.endswith(("gz", "tgz")):
+        return gzip.open(raw)  # type: ignore[return-value]
+    if suffix.endswith("xz"):
+        return lzma.open(raw)
+    return raw
+
+
+class _Metered:
+    """A stream that stops at MOST_ARCHIVE_BYTES, and takes no part for the whole."""
+
+    def __init__(self, stream: IO[bytes], path: Path) -> None:
+        self.stream, self.path, self.count = stream, path, 0
+
+    def read(self, size: int) -> bytes:
+        """So many bytes, no fewer."""
+        if len(data := self._read(size)) < size:
+            raise tarfile.ReadError(f"it ends at byte {self.count}")
+        return data
+
+    def content(self, size: int) -> bytes:
+        """So many bytes, and those that fill their last block."""
+        return self.read(size + -size % tarfile.BLOCKSIZE)[:size]
+
+    def check_end(self) -> None:
+        """A damaged header can look like the end: only zeros may follow it.
+
+        Reading on to the very end also lets gzip and xz compare their checksums.
+        """
+        end = self.count
+        while tail := self._read(2**20):
+            if tail.count(0) != len(tail):
+                raise tarfile.ReadError(f"it goes on after its end at byte {end}")
+
+    def _read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.count += len(data)
+        if self.count > MOST_ARCHIVE_BYTES:
+            raise Mistake(
+                f"--data-dir {self.path}: the archive unpacks to more than {MOST_ARCHIVE_BYTES} bytes, "
+                "which is too much for 60,000 small images"
+            )
+        return data
+
+
+def _refuse_hostile(member: tarfile.TarInfo, sparse: bool, count: int, path: Path) -> None:
+    name = PurePosixPath(member.name)
+    if name.is_absolute() or ".." in name.parts:
+        raise Mistake(f"--data-dir {path}: the archive names {_short(member.name)}, outside itself; not read")
+    if sparse or member.type not in PLAIN:
+        raise Mistake(
+            f"--data-dir {path}: {_short(member.name)} in the archive is a link, a device or sparse, "
+            "not a plain file; not read"
+        )
+    _bounded(member, path)
+    if count > MOST_MEMBERS:
+        raise Mistake(f"--data-dir {path}: the archive has more than {MOST_MEMBERS} members; not read")
+
+
+def _bounded(member: tarfile.TarInfo, path: Path) -> tarfile.TarInfo:
+    """The member, of whose content so much may be read as it claims to have."""
+    if not 0 <= member.size <= MOST_MEMBER_BYTES:
+        raise Mistake(
+            f"--data-dir {path}: {_short(member.name)} in the archive claims {member.size} bytes; "
+            f"at most {MOST_MEMBER_BYTES} are read"
+        )
+    return member
+
+
+def _is_picture(name: str) -> bool:
+    # A leading dot: macOS archives hold a "._x.png", which is no picture, beside x.png.
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 100 else name[:100] + "...")
+
+
+def _decode(content: bytes, where: Path, name: str) -> np.ndarray[Any, Any]:
+    """The picture as uint8 [32, 32, 3]."""
+    from PIL import Image
+
+    try:
+        picture = Image.open(io.BytesIO(_bare(content)), formats=("PNG", "JPEG"))
+        if (picture.mode, picture.size) == ("RGB", (32, 32)):  # known from the header, before any decoding
+            return np.asarray(picture)
+        what = f"is {picture.mode} {picture.width}x{picture.height}, and RGB 32x32 is expected"
+    except Exception as error:  # on damaged bytes Pillow raises whatever its decoders happen to
+        what = f"cannot be read as PNG or JPEG ({type(error).__name__})"
+    raise Mistake(f"--data-dir {where}: {_short(name)} {what}")
+
+
+def _bare(content: bytes) -> bytes:
+    """A PNG or JPEG with those of its parts alone that make its pixels: a text or a colour profile of 1 kB can unpack
+    to 1 MB, and Pillow unpacks them all. Raises `ValueError` for one that is cut, or has absurdly many parts."""
+    if content.startswith(PNG):
+        return PNG + b"".join(_chunks(content))
+    if content.startswith(JPEG):
+        return JPEG + b"".join(_segments(content))
+    return content
+
+
+def _chunks(content: bytes) -> Iterator[bytes]:
+    """The parts of a PNG that make its pixels."""
+    start = len(PNG)
+    for _ in range(MOST_PARTS):
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")  # with length, type and check sum
+        if end > len(content):
+            raise ValueError("cut")
+        kind = content[start + 4 : start + 8]
+        if kind in PNG_PIXELS:
+            yield content[start:end]
+        if kind == b"IEND":
+            return
+        start = end
+    raise ValueError("too many parts")
+
+
+def _segments(content: bytes) -> Iterator[bytes]:
+    """The parts of a JPEG that make its pixels; the last is the scans, with what is between and after them."""
+    start = len(JPEG)
+    for _ in range(MOST_PARTS):
+        marker = JPEG_MARKER.match(content, start)
+        if marker is None:
+            raise ValueError("cut")
+        start, kind = marker.start(1) - 1, marker[1][0]  # any number of 0xFF may come before the last
+        end = start + 2 + int.from_bytes(marker[2], "big")
+        if kind == JPEG_SCAN:
+            if content.count(bytes([0xFF, JPEG_SCAN]), start) > MOST_PARTS:
+                raise ValueError("too many scans")
+            yield content[start:]
+            return
+        if kind in JPEG_PIXELS:
+            yield content[start:end]
+        start = end
+    raise ValueError("too many parts")
+
+
+def _assembled(decoded: dict[Named, np.ndarray[Any, Any]], where: Path) -> Pixels:
+    counts = {part: Counter(named[1] for named in decoded if named[0] == part) for part in PARTS}
+    for part in PARTS:
+        if not counts[part]:
+            raise Mistake(f"--data-dir {where}: it holds no {part} images; {LAYOUT} are expected")
+    odd = sorted(counts["train"].keys() ^ counts["test"].keys())
+    if odd:
+        raise Mistake(
+            f"--data-dir {where}: train and test must hold the same classes, "
+            f"and {', '.join(map(_short, odd[:5]))} has images in one of them only"
+        )
+    alone = sorted(name for name, count in counts["train"].items() if count < 2)
+    if alone:
+        raise Mistake(
+            f"--data-dir {where}: class {_short(alone[0])} has one training image, "
+            "and at least two are needed, one of them for validation"
+        )
+    classes = tuple(sorted(counts["train"]))
+    label = {name: position for position, name in enumerate(classes)}
+    tensors = []
+    for part in PARTS:
+        names = sorted(named for named in decoded if named[0] == part)
+        images = torch.from_numpy(np.stack([decoded[named] for named in names]))
+        tensors.append(images.permute(0, 3, 1, 2).contiguous())
+        tensors.append(torch.tensor([label[named[1]] for named in names]))
+    return Pixels(classes, *tensors)

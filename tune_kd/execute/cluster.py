@@ -1,0 +1,302 @@
+"""Ray around a run: started here or joined, watched while it serves, and left."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+import ray
+from ray._private import ray_constants, services
+from ray.exceptions import RayError, RayTaskError
+from ray.job_config import JobConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tune_kd.execute.monitoring import asks_for_token
+from tune_kd.study.spec import Mistake
+from tune_kd.system.environment import guard_token, private, ray_folder
+from tune_kd.system.signals import check, held_back, leave, note
+
+T = TypeVar("T")
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process of Ray without which a run cannot go on, and how long it may not answer."""
+
+    name: str
+    host: str
+    port: int
+    patience: float  # seconds
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What Ray has to offer, and where its dashboard is."""
+
+    cpus: float
+    gpus: float
+    dashboard: str | None
+    guarded: bool  # whether it asks for Ray's token
+    ours: bool  # started by us, so that we stop it
+    logs: Path  # of this node, which the dashboard shows
+    parts: tuple[Part, ...]  # to be watched
+
+
+def connect(address: str | None, metadata: Mapping[str, str] | None = None) -> Cluster:
+    """Start Ray on this machine, or join the cluster at `address`; `metadata` is shown of this process, which is a job
+    there. Raises `Mistake` where that cannot be done."""
+    context: Any
+    ours = not ray.is_initialized()
+    if ours:
+        settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        settings["job_config"] = JobConfig(metadata=dict(metadata or {}))
+        if address is None:
+            guard_token()
+            settings |= {"dashboard_host": LOOPBACK, "_temp_dir": str(ray_folder())}
+        around = on_this_machine if address is None or _is_on_loopback(address) else nullcontext
+        try:
+            with held_back(), _own_sigterm(), around():
+                context = ray.init(address=address or "local", **settings)
+        except SystemExit as left:
+            if left.code == signal.SIGTERM:  # Ray's own handler leaves with the bare number
+                note(signal.SIGTERM)
+            check()
+            raise
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            where = f"the cluster at {address}" if address else "Ray on this machine"
+            if address and "RAY_AUTH_MODE" not in os.environ:
+                where += " (where it asks for a token, set RAY_AUTH_MODE=token)"
+            raise Mistake(f"--address is {address}: {where} cannot be reached or started ({error})") from error
+    else:
+        context = ray.init(ignore_reinit_error=True)
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else None
+    return Cluster(
+        cpus=resources.get("CPU", 0.0),
+        gpus=resources.get("GPU", 0.0),
+        dashboard=dashboard,
+        guarded=asks_for_token(dashboard, unset="disabled"),  # Ray has set the variable where it asks by itself
+        ours=ours,
+        logs=Path(context.address_info["session_dir"], "logs"),
+        parts=_parts(restarts=address is not None),
+    )
+
+
+@contextmanager
+def on_this_machine() -> Iterator[None]:
+    """Have a Ray that starts meanwhile be this user's and this machine's alone: what it makes is closed to others, and
+    all its parts listen on loopback, since they know the machine by no other address."""
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = os.environ.get(name)
+    os.environ[name] = "0"  # for the processes that it starts, and theirs
+    try:
+        with private(), patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
+            yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _is_on_loopback(address: str) -> bool:
+    """Whether the Ray at an address to be joined is one that listens on loopback alone: that of another run here. Ray
+    would take loopback for the address that other machines know this one by."""
+    with suppress(ConnectionError):
+        found = services.get_ray_address_from_environment(address, None) if address == "auto" else address
+        running: frozenset[str] = services.find_gcs_addresses()  # type: ignore[no-untyped-call]
+        return found in running and found.startswith(f"{LOOPBACK}:")
+    return False
+
+
+def _parts(restarts: bool) -> tuple[Part, ...]:
+    """This node's raylet, which never comes back, and the control store, which a cluster may start again."""
+    context = ray.get_runtime_context()
+    here = next(node for node in _alive() if node["NodeID"] == context.get_node_id())
+    host, _, port = context.gcs_address.rpartition(":")
+    return (
+        Part("raylet", here["NodeManagerAddress"], here["NodeManagerPort"], patience=5.0),
+        Part("control store", host.strip("[]"), int(port), patience=20.0 if restarts else 5.0),
+    )
+
+
+ALIKE = ("python", "ray", "tune_kd", "torch", "torchvision", "numpy")  # what results, or Ray itself, depend on
+
+
+def check_nodes(folder: Path | None, patience: float = 120.0) -> None:
+    """Raise `Mistake` where another node of the connected Ray has other versions than this process, or none, or does
+    not see the folder that all share; null where they share a store."""
+    names = tuple(name for name in ALIKE if name != "python")
+    shared = None if folder is None else str(folder.absolute())
+
+    def versions() -> dict[str, str]:  # local, so that it is sent as it is: the other node may lack this package
+        import os
+        import platform
+        from importlib.metadata import PackageNotFoundError, version
+
+        found = {"python": platform.python_version()}
+        for name in names:
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                found[name] = "missing"
+        if shared is not None and not os.path.isdir(shared):
+            found["lacks"] = shared
+        return found
+
+    own = versions()
+    here = ray.get_runtime_context().get_node_id()
+    found, silent = _asked(versions, [node for node in _alive() if node["NodeID"] != here], patience)
+    problems = [f"--address: the node {node} {why}; allowed: nodes that run tasks" for node, why in silent.items()]
+    for node, has in found.items():
+        if has.pop("lacks", None) is not None:
+            problems.append(
+                f"--out: the node {node} does not see {shared}; allowed: a folder on storage that all nodes "
+                "have mounted there, or s3://BUCKET/PATH"
+            )
+        for name, there in has.items():
+            if there != own[name]:
+                problems.append(f"--address: the node {node} has {name} {there}, and the driver {own[name]}; "
+                                "allowed: the same on all nodes, since results depend on it")  # fmt: skip
+    if problems:
+        raise Mistake(*problems)
+
+
+def served_by_mps(patience: float = 60.0) -> bool:
+    """Whether NVIDIA's MPS serves all GPUs of the connected Ray: those of a node that does not say so are not."""
+
+    def serves() -> bool:  # in a process of its own, since Ray hides the GPUs of a task that asks for none
+        import os
+
+        from tune_kd.execute import mps
+
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        return mps.serves()
+
+    nodes = [node for node in _alive() if node["Resources"].get("GPU")]
+    found, silent = _asked(serves, nodes, patience)
+    return bool(nodes) and not silent and all(found.values())
+
+
+def _alive() -> list[dict[str, Any]]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node for node in nodes if node["Alive"]]
+
+
+def _asked(
+    question: Callable[[], T], nodes: Sequence[Mapping[str, Any]], patience: float
+) -> tuple[dict[str, T], dict[str, str]]:
+    """What a function returns on each of these nodes, in a process that ends with it; and what is wrong with those
+    that did not answer within `patience` seconds."""
+    asked = {}
+    for node in nodes:
+        ask: Any = ray.remote(max_calls=1)(question)
+        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        asked[ask.options(num_cpus=0, scheduling_strategy=strategy).remote()] = (
+            f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
+        )
+    answered, late = ray.wait(list(asked), num_returns=len(asked), timeout=patience) if asked else ([], [])
+    found, silent = {}, {asked[each]: f"does not run a task within {patience:.0f} s" for each in late}
+    for each in answered:
+        try:
+            found[asked[each]] = ray.get(each)
+        except RayError as error:  # the node or its memory was lost, or it cannot read the question
+            silent[asked[each]] = f"cannot run a task ({words(error)})"
+    return found, silent
+
+
+def slots(cluster: Cluster, cpus: float, gpus: float) -> int:
+    """How many trials of these shares fit on a cluster at a time."""
+    fits = [cluster.cpus / cpus]
+    if gpus:
+        fits.append(cluster.gpus / gpus)
+    return max(1, int(min(fits) + 1e-9))
+
+
+def disconnect(cluster: Cluster) -> None:
+    if cluster.ours:
+        with held_back(), _own_sigterm():
+            ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Put the handler of SIGTERM back that was there before Ray set its own, or the system's."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+class RayDied(OSError):
+    """Ray is gone under a run; what its ledger holds is whole."""
+
+
+LEAVE_WITHIN = 10.0  # seconds that an orderly end may take then
+
+
+@contextmanager
+def watched(cluster: Cluster, advice: str) -> Iterator[Callable[[], None]]:
+    """Notice that the connected Ray died. Without its raylet, Tune waits for ever; without its control store, Ray ends
+    this process after a minute with status 1, which here means failed trials.
+
+    Yields a function that raises `RayDied` in the thread that calls it. Where nobody calls it any more, or the end
+    that follows hangs, the process is ended from here, with that error's status.
+    """
+    died: list[str] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        heard = {part.name: time.monotonic() for part in cluster.parts}
+        while not died and not over.wait(1.0):
+            for part in cluster.parts:
+                if _listens(part):
+                    heard[part.name] = time.monotonic()
+                elif time.monotonic() - heard[part.name] > part.patience:
+                    died.append(f"Ray died: its {part.name} does not answer; {advice}")
+        if died and not over.wait(LEAVE_WITHIN):
+            leave(3, died[0])
+
+    def check() -> None:
+        if died:
+            raise RayDied(died[0])
+
+    threading.Thread(target=watch, name="tune_kd-watch", daemon=True).start()
+    try:
+        yield check
+    finally:
+        over.set()
+
+
+@contextmanager
+def told(advice: str) -> Iterator[None]:
+    """Have what Ray raises end the run as the death of Ray does: what is on record is whole."""
+    try:
+        yield
+    except RayError as error:
+        raise RayDied(f"Ray failed: {words(error)}; {advice}") from error
+
+
+def words(error: RayError) -> str:
+    """An error of Ray's in a line. What a task of ours raised stands in the last line, what befell one in the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = lines[-1 if isinstance(error, RayTaskError) else 0] if lines else ""
+    return f"{type(error).__name__}: {told}" if told else type(error).__name__
+
+
+def _listens(part: Part) -> bool:
+    try:
+        socket.create_connection((part.host, part.port), timeout=3.0).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,152 @@
+"""Which share of a GPU a trial should have: measured, by training the heaviest student several times at once."""
+
+import math
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from tune_kd.data.datasets import DataSet, Split
+from tune_kd.execute.worker import failure
+from tune_kd.study.cost import flop
+from tune_kd.study.plan import Plan
+from tune_kd.study.spec import Mistake
+from tune_kd.study.trial import Answering, Trial
+from tune_kd.system.environment import guard_code
+from tune_kd.training import networks, teachers
+from tune_kd.training.checkpoints import Checkpoints
+from tune_kd.training.loop import train
+from tune_kd.training.memory import peak_memory, start_measuring
+
+NUMBERS = (1, 2, 4, 8)  # trials at a time that are tried
+STEPS = 40  # of a probing epoch: a second or so, of which the capture of a step is no part
+EPOCHS = 3  # that are measured, after one to warm up
+GROWTH = 1.05  # more trials at a time have to train at least this much more images a second
+HEADROOM = 0.9  # of the memory is planned with; the rest is for fragments
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What so many equal trials did at the same time."""
+
+    together: int
+    images_per_second: float  # of all of them
+    bytes_each: int  # peak of one
+
+
+def propose(measured: Sequence[Measured], memory: int) -> float:
+    """The share 1/k of the fewest trials k at a time that train nearly (5 %) as many images a second as any number.
+
+    Numbers whose trials do not fit into 90 % of `memory` (bytes) do not count. Raises `Mistake` where none fits.
+    """
+    fitting = [each for each in measured if each.together * each.bytes_each <= HEADROOM * memory]
+    if not fitting:
+        raise Mistake("--gpus-per-trial is auto, and not one trial fits into the GPU's memory; lower recipe.batch_size")
+    best = max(each.images_per_second for each in fitting)
+    return 1 / min(each.together for each in fitting if GROWTH * each.images_per_second >= best)
+
+
+def probe(
+    plan: Plan, data: DataSet, device: torch.device, say: Callable[[str], None], numbers: Sequence[int] = NUMBERS
+) -> float:
+    """Measure one trial, then more at a time while that trains more images a second, and propose a share."""
+    # The share holds for all trials, so the one with most to compute is measured: `feature`, where there is one.
+    student = max((trial for trial in plan.trials if trial.role == "student"), key=flop)
+    teacher = next((trial for trial in plan.teachers if trial.trial_id == student.teacher_id), None)
+    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 2**63
+    found: list[Measured] = []
+    for together in numbers:
+        one = measure(student, teacher, data, device, together)
+        if one is None:
+            say(f"{together} at a time: out of memory")
+            break
+        say(f"{together} at a time: {one.images_per_second:,.0f} images/s, {one.bytes_each / 2**30:.2f} GiB each")
+        found.append(one)
+        if len(found) > 1 and one.images_per_second < GROWTH * found[-2].images_per_second:
+            break
+    share = propose(found, memory)
+    say(f"a share of {share:g} for each trial, measured with {student.label}")
+    return share
+
+
+def measure(
+    student: Trial, teacher: Trial | None, data: DataSet, device: torch.device, together: int
+) -> Measured | None:
+    """Train a student so many times at once, each in a process of its own; null where one runs out of memory."""
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe() for _ in range(together)]
+    processes = [
+        context.Process(target=_train, args=(student, teacher, data, device, together, there), daemon=True)
+        for _, there in pipes
+    ]
+    for process in processes:
+        process.start()
+    for _, there in pipes:
+        there.close()  # so that the death of a process ends what is received from it
+    try:
+        answers = [here.recv() for here, _ in pipes]  # warm
+        if all(answer == "ready" for answer in answers):
+            for here, _ in pipes:
+                here.send("go")
+            answers = [here.recv() for here, _ in pipes]
+    except EOFError as error:
+        raise RuntimeError("a probing process died; give --gpus-per-trial a number") from error
+    finally:
+        for here, _ in pipes:
+            here.close()
+        for process in processes:
+            process.join()
+    for answer in answers:
+        if isinstance(answer, Exception):
+            if failure(answer).reason == "out_of_memory":
+                return None
+            raise answer
+    if "ready" in answers:
+        return None
+    return Measured(together, sum(speed for speed, _ in answers), max(peak for _, peak in answers))
+
+
+def _train(
+    student: Trial, teacher: Trial | None, data: DataSet, device: torch.device, together: int, pipe: Connection
+) -> None:
+    """Say "ready" after an epoch, wait, and send (images a second, peak bytes) of those that follow, or the error."""
+    with tempfile.TemporaryDirectory() as name, suppress(EOFError):
+        try:
+            guard_code()
+            torch.set_num_threads(1)
+            before = 0
+            if device.type == "cuda":
+                torch.cuda.set_per_process_memory_fraction(1 / together)
+                before = torch.cuda.mem_get_info(device)[0]
+                torch.zeros(1, device=device)
+            context = before - torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+            start_measuring(device)
+            count = min(len(data.train.labels), STEPS * student.recipe.batch_size)
+            small = replace(data, train=Split(data.train.images[:count], data.train.labels[:count]))
+            trial = replace(student, recipe=replace(student.recipe, epochs=EPOCHS + 2))
+            helper = None
+            if teacher is not None:  # of random weights, which cost what trained ones do
+                cell, folder = teacher.cell, Path(name, "teachers")
+                net = networks.build(
+                    teacher.architecture, stem=cell.stem, classes=len(data.classes), width=cell.width, seed=0
+                )
+                teachers.publish_teacher(folder, teacher, net.state_dict(), [])
+                drawn = Answering(False, ((trial.seed, trial.recipe.epochs),))
+                helper = teachers.load_teacher(folder, teacher.trial_id, small, device, drawn)
+            epochs = train(
+                trial, small, helper, device=device, checkpoints=Checkpoints(Path(name)), checkpoint_every=math.inf
+            )
+            next(epochs)
+            pipe.send("ready")
+            pipe.recv()
+            speeds = [next(epochs).images_per_second for _ in range(EPOCHS)]
+            pipe.send((EPOCHS / sum(1 / speed for speed in speeds), (peak_memory(device) or 0) + max(0, context)))
+        except EOFError:
+            raise  # another process failed, and nobody waits for this one
+        except Exception as error:
+            pipe.send(error)

@@ -1,0 +1,85 @@
+"""What Prometheus and Grafana need in order to watch runs: where Ray's metrics are, and a board for them."""
+
+import os
+from contextlib import closing, suppress
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from pathlib import Path
+from typing import TypeGuard
+from urllib.parse import urlsplit
+
+import yaml
+
+from tune_kd.study.spec import Mistake
+from tune_kd.system.environment import token_file
+from tune_kd.system.files import publish
+
+BOARD = Path(__file__).parent / "grafana" / "ablation.json"
+DASHBOARD = "http://127.0.0.1:8265"  # where Ray's is, unless that port is taken
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+GUARDED = "it asks for the token that `ray get-auth-token` prints"
+OPEN = (
+    "warning: Ray asks for no token, so whoever reaches its ports can run code as the user who started it; start it "
+    "with RAY_AUTH_MODE=token"
+)
+ANSWER_WITHIN = 5.0  # seconds
+
+
+def is_url(address: str | None) -> TypeGuard[str]:
+    """Whether an address is that of a dashboard, to which one sends commands, and not of a cluster, which one joins."""
+    try:
+        parts = urlsplit(address or "")
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.netloc)
+
+
+def is_here(url: str) -> bool:
+    """Whether the URL of a dashboard is one of this machine: what results say of another is not to be believed."""
+    return is_url(url) and urlsplit(url).hostname in LOOPBACK
+
+
+def asks_for_token(dashboard: str | None, unset: str = "token") -> bool:
+    """Whether a Ray serves only those who have its token: its dashboard is asked without one.
+
+    Where none answers, it is as RAY_AUTH_MODE says, or `unset` where that is not set.
+    """
+    if is_url(dashboard):
+        parts = urlsplit(dashboard)
+        connection = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+        with suppress(OSError, HTTPException, ValueError):  # nobody is there, or nobody who speaks HTTP
+            asked = connection(parts.netloc.rpartition("@")[2], timeout=ANSWER_WITHIN)
+            with closing(asked):
+                asked.request("GET", f"{parts.path.rstrip('/')}/api/version")
+                status = asked.getresponse().status
+            if status in (200, 401, 403):
+                return status != 200
+    return os.environ.get("RAY_AUTH_MODE", unset).lower() == "token"
+
+
+def scrape_settings(dashboard: str, token: Path) -> str:
+    """Settings of Prometheus (YAML) that find the metrics of all nodes of a Ray through its dashboard."""
+    discovery = {
+        "url": f"{dashboard.rstrip('/')}/api/prometheus/sd",
+        "refresh_interval": "10s",
+        "authorization": {"type": "Bearer", "credentials_file": str(token.absolute())},
+    }
+    settings = {
+        "global": {"scrape_interval": "10s"},
+        "scrape_configs": [{"job_name": "ray", "http_sd_configs": [discovery]}],
+    }
+    return yaml.safe_dump(settings, sort_keys=False)
+
+
+def write(folder: Path, dashboard: str) -> list[Path]:
+    """Write `prometheus.yml` and the board `ablation.json` into a folder; returns them. Raises `Mistake`."""
+    if not is_url(dashboard):
+        raise Mistake(f"--address is {dashboard}; allowed: the URL of Ray's dashboard, such as {DASHBOARD}")
+    found = {"prometheus.yml": scrape_settings(dashboard, token_file()).encode(), BOARD.name: BOARD.read_bytes()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in found.items():
+            publish(folder / name, data)
+    except OSError as error:
+        raise Mistake(f"--write is {folder}, which cannot be written to ({error.strerror}); choose another") from error
+    return [folder / name for name in found]

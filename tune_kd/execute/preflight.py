@@ -1,0 +1,94 @@
+"""What has to be there before anything trains. Each thing that is not is a sentence with its remedy, all at once."""
+
+import fcntl
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+from packaging.version import Version
+
+from tune_kd.records.adaptive_plan import grown, to_come
+from tune_kd.records.ledger import ENDED, Row
+from tune_kd.records.run_folder import Run
+from tune_kd.study.cost import disk_bytes
+from tune_kd.study.spec import Mistake
+from tune_kd.study.trial import Trial
+from tune_kd.system.files import MOST_RECORD_BYTES, opened, publish, read
+from tune_kd.training import teachers
+
+FLOORS = {"torch": "2.10", "ray": "2.54"}
+SPARE = 1.2  # so many times the estimated bytes have to be free
+
+
+def check(run: Run, rows: list[Row], slots: int) -> None:
+    """Raises `Mistake` where a run that this process holds cannot go on here.
+
+    `rows` are the ledger's of trials; `slots` is about how many trials run at a time.
+    """
+    known = {row["trial_id"]: row for row in rows}
+    waiting = [trial for trial in grown(run.plan, rows).trials if _is_to_run(known.get(trial.trial_id))]
+    growing = [*waiting, *to_come(run.plan, rows)]
+    problems = [*_versions(), *_folder(run.folder), *_room(run, growing, slots), *_teachers(run, waiting, known)]
+    if problems:
+        raise Mistake(*problems)
+
+
+def _is_to_run(row: Row | None) -> bool:
+    """Whether a trial of this row will run: also one that has none yet, or whose teacher was not there."""
+    return row is None or row["status"] not in ENDED or (row["status"] == "blocked" and row["attempts"] > 0)
+
+
+def _versions() -> list[str]:
+    return [
+        f"{name} is {version(name)} here; allowed: {floor} and later; `pip install '{name}>={floor}'` installs it"
+        for name, floor in FLOORS.items()
+        if Version(version(name)) < Version(floor)
+    ]
+
+
+def _folder(folder: Path) -> list[str]:
+    """Whether files can be written, synced, renamed and locked there, as the records need it."""
+    probe = folder / ".probe"
+    try:
+        publish(probe, b"probe")
+        with opened(probe, MOST_RECORD_BYTES) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        same = read(probe, MOST_RECORD_BYTES) == b"probe"
+        probe.unlink()
+    except OSError as error:
+        return [
+            f"--out: files in {folder} cannot be written, synced and locked ({error.strerror}); make room or make it "
+            "writable, or choose a folder on another disk"
+        ]
+    return [] if same else [f"--out: {folder} does not keep what is written to it; choose a folder on another disk"]
+
+
+def _room(run: Run, waiting: list[Trial], slots: int) -> list[str]:
+    planned = run.plan
+    needed = disk_bytes(waiting, planned.answering, slots, bool(run.settings.get("keep_checkpoints")))
+    answers = [path for each in planned.teachers for path in (run.teachers / each.trial_id).glob("answers/*/*/*.f32")]
+    needed -= sum(512 * path.stat().st_blocks for path in answers)  # as far as they are there already
+    free = shutil.disk_usage(run.folder).free
+    if free >= SPARE * needed:
+        return []
+    return [
+        f"--out: {free / 1e9:.3f} GB are free at {run.folder}, and what is left of the study writes up to about "
+        f"{needed / 1e9:.3f} GB, of which a fifth more should be there; make room, or choose a folder on another disk"
+    ]
+
+
+def _teachers(run: Run, waiting: list[Trial], known: dict[str, Row]) -> list[str]:
+    """Students that are still to run learn from the teacher that the others learned from, or not at all."""
+    problems: list[str] = []
+    needed = {trial.teacher_id for trial in waiting}
+    for teacher in run.plan.teachers:
+        taught = known.get(teacher.trial_id, {}).get("weights_digest")
+        if teacher.trial_id not in needed:
+            continue  # nobody needs it any more
+        if taught is None:  # it is to be trained, or adopted
+            problems += filter(None, [teachers.unfit(run.teachers, teacher)])
+            continue
+        wrong = teachers.wrong_with(run.teachers, teacher.trial_id, taught)
+        if wrong is not None:
+            problems.append(f"{wrong}; put it back from a copy, or start a new run, which trains it again")
+    return problems

@@ -1,0 +1,686 @@
+"""The records of a run: a ledger while it runs, Parquet tables for everyone else (`tables.py` reads them).
+
+The schemas below are the one place that says which columns there are, of which type, and which rows are one.
+The ledger (SQLite, written by the driver alone) is the truth; tables are made from it and can be made again.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tune_kd.study.trial import Trial
+from tune_kd.system.characters import CONTROL
+from tune_kd.system.crash_points import point
+from tune_kd.system.files import (
+    MOST_RECORD_BYTES,
+    Damaged,
+    Unexpected,
+    check_regular,
+    opened,
+    patiently,
+    publish,
+    read,
+    sealed,
+    unsealed,
+    write_at,
+)
+from tune_kd.system.overhead import spending
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+Row = dict[str, Any]
+SQLITE_BYTES = 504  # of the path of a file that SQLite opens: 512, less what it adds for its journal
+LAYOUT = 2  # of a run's folder: from 2 on there are digests of its tables
+LEDGER = "ledger.sqlite"  # in a run's folder
+COMMITS = "ledger.commits"  # beside it: how many transactions it holds at least
+DIGESTS = "tables.json"  # beside them: the SHA-256 of each table, and of the one before, which a kill may leave
+ASIDE = ("", "-wal", "-shm", "-journal")  # ends of the names of SQLite's files
+MOST_LEDGER_BYTES = 2**36  # a hundred times that of 10,000 trials with 100 epochs each
+MOST_TABLE_BYTES = 2**30  # of a Parquet table, which is read whole: five times the epochs of those trials
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # files and folders are named after runs
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A table: its columns with their types, in order, and what has to hold of its rows. Readers hold them to it."""
+
+    name: str
+    columns: Mapping[str, type]
+    key: tuple[str, ...]  # never null, and never twice
+    optional: tuple[str, ...] = ()  # columns that a table of an earlier version may lack; they are null then
+    needed: tuple[str, ...] = ()  # never null
+    levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # what a text column may hold, besides null
+    fractions: tuple[str, ...] = ()  # from 0 to 1
+    free: tuple[str, ...] = ()  # text that may have control characters, such as lines; other text names something
+    only_completed: tuple[str, ...] = ()  # null unless `status` is completed: nothing poses as a final accuracy
+
+    @property
+    def names(self) -> list[str]:
+        """The columns of text that name something."""
+        return [name for name, kind in self.columns.items() if kind is str and name not in self.free]
+
+
+def _columns(kind: type, names: str) -> dict[str, type]:
+    return dict.fromkeys(names.split(), kind)
+
+
+TRIALS = Schema(
+    "trials",
+    _columns(str, "run trial_id arm phase role student teacher teacher_id stem weights")
+    | _columns(float, "width")
+    | _columns(str, "method")
+    | _columns(float, "temperature alpha beta lr weight_decay")
+    | _columns(int, "seed")
+    | _columns(str, "recipe_id dataset data_digest scale device")
+    | _columns(int, "threads")
+    | _columns(str, "status stop_reason")
+    | _columns(int, "epochs_planned epochs_run best_epoch")
+    | _columns(float, "val_accuracy val_accuracy_best test_accuracy test_accuracy_best")
+    | _columns(float, "agreement kl_t1 kl_t4 ece")
+    | _columns(int, "params")
+    | _columns(float, "train_seconds wall_seconds gpu_fraction")
+    | _columns(int, "peak_memory_bytes attempts")
+    | _columns(str, "error teacher_digest weights_digest host")
+    | _columns(float, "started"),
+    ("run", "trial_id"),
+    optional=("teacher_digest", "weights_digest", "host", "started"),
+    needed=("arm", "phase", "role", "seed", "status"),
+    levels={
+        "phase": ("teacher", "screen", "confirm"),
+        "role": ("teacher", "student"),
+        "status": ("pending", "running", "completed", "stopped", "failed", "blocked"),
+        "stop_reason": ("asha", "diverged", "out_of_memory", "error", "teacher_failed"),
+    },
+    fractions=(
+        "val_accuracy",
+        "val_accuracy_best",
+        "test_accuracy",
+        "test_accuracy_best",
+        "agreement",
+        "ece",
+        "alpha",
+    ),
+    free=("error",),
+    only_completed=("test_accuracy", "test_accuracy_best"),
+)
+"""`started`: seconds since the Unix epoch at which the first attempt began. `error` also tells of retries."""
+
+EPOCHS = Schema(
+    "epochs",
+    _columns(str, "run trial_id")
+    | _columns(int, "epoch attempt")
+    | _columns(float, "val_accuracy val_loss train_loss train_accuracy loss_ce loss_kd lr grad_norm")
+    | _columns(float, "seconds images_per_second answer_seconds")
+    | _columns(int, "views_answered"),
+    ("run", "trial_id", "epoch"),
+    optional=("answer_seconds", "views_answered"),
+    fractions=("val_accuracy", "train_accuracy"),
+)
+
+DECISIONS = Schema(
+    "decisions",
+    _columns(str, "run trial_id arm phase stratum")
+    | _columns(int, "epoch rung")
+    | _columns(float, "metric cutoff")
+    | _columns(int, "rank peers")
+    | _columns(str, "action reason"),
+    ("run", "trial_id", "epoch"),
+    needed=("arm", "phase", "action", "reason"),
+    levels={"action": ("continue", "stop")},
+    fractions=("metric",),
+)
+
+SCHEMAS = (TRIALS, DECISIONS, EPOCHS)
+"""In the order in which the tables are made, against which they are read: of tables of two ages, as a kill or a reader
+in between finds them, no epoch is there without its trial and its comparison."""
+TIMING = (
+    "attempt",
+    "seconds",
+    "images_per_second",
+    "answer_seconds",
+    "views_answered",
+)  # an epoch that is computed again may differ in these
+
+Write = tuple[str, list[Any]]  # an SQL statement and its values
+PART = 2000  # rows that are made into a table at a time
+PANDAS = {str: "string", int: "Int64", float: "float64"}
+_SQL = {str: "TEXT", int: "INTEGER", float: "REAL"}
+
+
+ENDED = ("completed", "stopped", "failed", "blocked")  # statuses of trials that will not run again by themselves
+FAILURES = (Damaged, OSError, sqlite3.Error)
+"""What the machine can do to records: damage, a full disk, a lock that is not given."""
+
+
+def clean(schema: Schema, row: Mapping[str, Any]) -> Row:
+    """The row in the schema's order and types. A number that is not finite does not apply: it becomes null."""
+    unknown = set(row) - set(schema.columns)
+    assert not unknown, f"{schema.name} has no column {sorted(unknown)}"
+    cleaned: Row = {}
+    for name, kind in schema.columns.items():
+        value = row.get(name)
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            cleaned[name] = None
+        else:  # SQLite keeps no sign of zero, and a row's check sum must not depend on it
+            cleaned[name] = float(value) + 0.0 if kind is float else kind(value)
+            if kind is str:  # a path may hold bytes that are no text, which neither SQLite nor Parquet takes
+                cleaned[name] = cleaned[name].encode(errors="backslashreplace").decode()
+    return cleaned
+
+
+def broken(schema: Schema, row: Row) -> str | None:
+    """Which rule of its schema a whole row breaks, as a sentence; null where it breaks none. `tables.check` holds whole
+    tables to the same rules."""
+    for name in (*schema.key, *schema.needed):
+        if row[name] is None:
+            return f"{schema.name}.{name} is null; allowed: a value"
+    for name, levels in schema.levels.items():
+        if row[name] is not None and row[name] not in levels:
+            return f"{schema.name}.{name} is {row[name]!r}; allowed: null, {', '.join(levels)}"
+    for name in schema.names:
+        if row[name] is not None and CONTROL.search(row[name]):
+            return f"{schema.name}.{name} is {row[name]!r}; allowed: text without control characters"
+    for name in schema.fractions:
+        if row[name] is not None and not 0 <= row[name] <= 1:
+            return f"{schema.name}.{name} is {row[name]}; allowed: null, or from 0 to 1"
+    for name in schema.only_completed:
+        if row[name] is not None and row["status"] != "completed":
+            return f"{schema.name}.{name} is {row[name]} while status is {row['status']}; allowed: null"
+    ran, planned = row.get("epochs_run"), row.get("epochs_planned")
+    if ran is not None and planned is not None and row["status"] == "completed" and ran < planned:
+        return f"{schema.name}.status is completed after {ran} of {planned} epochs; allowed: after all"
+    return None
+
+
+def _mistyped(schema: Schema, row: Row) -> str | None:
+    """Which value of a whole row has another type than its column, or is no finite number; null where none is."""
+    for (name, kind), value in zip(schema.columns.items(), row.values(), strict=True):
+        if value is not None and (type(value) is not kind or (isinstance(value, float) and not math.isfinite(value))):
+            return f"{schema.name}.{name} is {value!r:.60}"
+    return None
+
+
+def _crc(row: Row) -> int:
+    return zlib.crc32(json.dumps(list(row.values())).encode())
+
+
+ROW_BYTES = 32  # of a row at least, with its index
+SLACK = 2**24  # bytes by which a ledger may be larger than it was a moment ago
+MARGIN = 2**20  # bytes by which a table may be larger than four times what it holds
+STEPS = 100_000  # of SQLite's machine, after which it is asked whether it goes on for ever
+MOST_CELL_BYTES = 2**24
+TABLES_APART = 0.5  # seconds at least between two makings of the tables
+
+
+class Ledger:
+    """One SQLite file a run. A row counts once the transaction that holds it is committed.
+
+    Each row carries a check sum, and a file beside the ledger how many transactions were committed, so that neither
+    an altered row nor a lost end of the write-ahead log goes unseen.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False, after: int = 0) -> None:
+        """`after`: how many transactions were committed to the ledger that this one takes the place of."""
+        self.path = path
+        self._tables_at = -math.inf  # when this made the tables, by the monotonic clock
+        self._writes: list[Write] | None = None  # of the transaction that is open
+        for end in ASIDE:  # whoever reads writes into one of them, too
+            writes = not read_only or end == "-shm"
+            check_regular(path.with_name(f"{path.name}{end}"), MOST_LEDGER_BYTES, writes=writes)
+        journal = path.with_name(f"{path.name}-journal")
+        if os.path.isfile(journal):  # with a write-ahead log there is none, and SQLite removes the files that one names
+            raise Damaged(f"{journal} is there, which no run leaves")
+        if read_only:
+            # SQLite writes beside a ledger in order to read it. Whoever may not do so reads it as it stands, which is
+            # right while no driver has its write-ahead log there.
+            log = path.with_name(f"{path.name}-wal")
+            still = "" if log.exists() or os.access(path.parent, os.W_OK) else "&immutable=1"
+            uri = f"{path.absolute().as_uri()}?mode=ro{still}"
+            self._connection = sqlite3.connect(uri, uri=True, isolation_level=None)
+        else:
+            self._connection = sqlite3.connect(path, isolation_level=None)
+        self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MOST_CELL_BYTES)
+        self._steps = self._room() // STEPS
+        self._connection.set_progress_handler(self._went_on, STEPS)
+        try:
+            if read_only:
+                self._connection.execute("BEGIN")  # all that is read is of one moment
+                self._check_made()
+                return
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=FULL")
+            self._in_one([(statement, []) for statement in _CREATE])
+            self._check_made()
+            self._commits = max(after, self.held())
+        except BaseException:
+            self._connection.close()  # with what it holds locked
+            raise
+
+    def _check_made(self) -> None:
+        """Raise `Damaged` where the file holds anything but our tables. A view, a trigger or an index is a program: one
+        of somebody else's could go on for ever, or write what nobody asked for."""
+        made = {statement.replace(" IF NOT EXISTS", "") for statement in _CREATE}
+        own = {("table", "CREATE TABLE sqlite_sequence(name,seq)"), *(("table", sql) for sql in made)}
+        found = {(kind, sql) for kind, sql in self._read("SELECT type, sql FROM sqlite_master", [])}
+        if found - {("index", None)} != own:
+            raise Damaged(f"{self.path} is damaged: its tables are not those that were made")
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def count_again(self) -> None:
+        """Make the file again that says how many transactions were committed. Raises OSError."""
+        publish(self.path.with_name(COMMITS), counted(self._commits))
+
+    def held(self) -> int:
+        """How many transactions the ledger says it holds. Raises `Damaged` where that was altered."""
+        held = self.fact("commits")
+        count = 0 if held is None else count_of(held.encode())
+        if count is None:
+            raise Damaged(f"{self.path}: its count of transactions was altered since it was written")
+        return count
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Everything that is put inside is on disk together, or not at all. It cannot be read before the end.
+
+        Raises `sqlite3.Error` where a disk refuses it several times.
+        """
+        assert self._writes is None, "a transaction is open"
+        writes: list[Write] = []
+        self._writes = writes
+        try:
+            yield
+        finally:
+            self._writes = None
+        if writes:
+            with spending("ledger"):
+                patiently(lambda: self._commit(writes), (sqlite3.OperationalError,))
+                write_at(self.path.with_name(COMMITS), 0, counted(self._commits))
+
+    def _commit(self, writes: list[Write]) -> None:
+        self._steps = self._room() // STEPS
+        self._in_one([*writes, (_SET_FACT, ["commits", counted(self._commits + 1).decode()])])
+        self._commits += 1
+        point("ledger.committed")
+
+    def _in_one(self, writes: list[Write]) -> None:
+        """All of these statements, or none."""
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            point("ledger.begun")
+            for statement, values in writes:
+                self._connection.execute(statement, values)
+            point("ledger.written")
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+
+    def _write(self, statement: str, values: list[Any]) -> None:
+        if self._writes is not None:
+            self._writes.append((statement, values))
+            return
+        with self.transaction():
+            self._write(statement, values)
+
+    def put(self, schema: Schema, row: Mapping[str, Any]) -> None:
+        """Write a row, in the place of the one with its key. Raises `ValueError` for one that no reader would take."""
+        cleaned = clean(schema, row)
+        if (problem := broken(schema, cleaned)) is not None:
+            raise ValueError(f"{problem} (a row of trial {cleaned['trial_id']})")
+        names = [*cleaned, "crc"]
+        updates = ", ".join(f'"{name}" = excluded."{name}"' for name in names)
+        self._write(
+            f"INSERT INTO {schema.name} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))}) "
+            f"ON CONFLICT ({', '.join(schema.key)}) DO UPDATE SET {updates}",
+            [*cleaned.values(), _crc(cleaned)],
+        )
+
+    def add_epoch(self, row: Mapping[str, Any]) -> Literal["new", "same", "different"]:
+        """Write an epoch that is not there yet; else say whether the one that is there agrees with it."""
+        cleaned = clean(EPOCHS, row)
+        where = " AND ".join(f"{name} = ?" for name in EPOCHS.key)
+        known = self._select(EPOCHS, f"WHERE {where}", [cleaned[name] for name in EPOCHS.key])
+        if not known:
+            self.put(EPOCHS, cleaned)
+            return "new"
+        agrees = all(known[0][name] == value for name, value in cleaned.items() if name not in TIMING)
+        return "same" if agrees else "different"
+
+    def rows(self, schema: Schema) -> list[Row]:
+        """All rows in the order in which they were first written. Raises `Damaged` where one was altered."""
+        return self._select(schema, "ORDER BY number", [])
+
+    def table(self, schema: Schema) -> "pa.Table":
+        """All rows, made into a table a part at a time: as Python's objects they take ten times as much memory."""
+        import pyarrow as pa
+
+        parts = [arrow(schema, [])]
+        while rows := self._select(schema, "ORDER BY number LIMIT ? OFFSET ?", [PART, PART * (len(parts) - 1)]):
+            parts.append(arrow(schema, rows))
+        return pa.concat_tables(parts)
+
+    def _select(self, schema: Schema, which: str, values: list[Any]) -> list[Row]:
+        names = ", ".join(f'"{name}"' for name in schema.columns)
+        rows = []
+        for *cells, crc in self._read(f"SELECT {names}, crc FROM {schema.name} {which}", values):
+            row = dict(zip(schema.columns, cells, strict=True))
+            if any(isinstance(cell, bytes) for cell in cells) or _crc(row) != crc:
+                key = ", ".join(f"{name}={row[name]!r}" for name in schema.key)
+                raise Damaged(f"{self.path}: the row {key} of {schema.name} was altered since it was written")
+            if (problem := _mistyped(schema, row) or broken(schema, row)) is not None:
+                raise Damaged(f"{self.path}: {problem}, which no run writes")
+            rows.append(row)
+        return rows
+
+    def fact(self, name: str) -> str | None:
+        found = self._read("SELECT value FROM facts WHERE name = ?", [name])
+        return str(found[0][0]) if found else None
+
+    def _read(self, statement: str, values: list[Any]) -> list[tuple[Any, ...]]:
+        """What a statement finds, where need be at a later try. Raises `Damaged` where to ask again would not help."""
+
+        def ask() -> list[tuple[Any, ...]]:
+            self._steps = self._room() // STEPS
+            try:
+                return self._bounded(self._connection.execute(statement, values))
+            except (sqlite3.Error, UnicodeError) as error:  # SQLite's own words on a damage may be no text any more
+                if isinstance(error, UnicodeError) or damage(error):
+                    raise Damaged(f"{self.path} is damaged ({error})") from error
+                raise
+
+        return patiently(ask, (sqlite3.OperationalError,))
+
+    def _room(self) -> int:
+        """More than the bytes of all rows, and than the steps in which SQLite reads them. Pages can be made to lead to
+        one another, and would be read for ever."""
+        files = (self.path, self.path.with_name(f"{self.path.name}-wal"))
+        return SLACK + sum(8 * file.stat().st_size for file in files if file.exists())
+
+    def _went_on(self) -> bool:
+        """Whether SQLite is to be interrupted, which asks after so many steps."""
+        self._steps -= 1
+        return self._steps < 0
+
+    def _bounded(self, cursor: sqlite3.Cursor) -> list[tuple[Any, ...]]:
+        """What a cursor gives. Raises `Damaged` where that is more than the files have room for."""
+        room = self._room()
+        rows = []
+        for row in cursor:
+            room -= ROW_BYTES + sum(len(cell) for cell in row if isinstance(cell, str | bytes))
+            if room < 0:
+                raise Damaged(f"{self.path} is damaged: it has more rows than room for them")
+            rows.append(row)
+        return rows
+
+    def check(self) -> None:
+        """Read everything. Raises `Damaged`, or what `damage` makes of an error, where not all is as it was written."""
+        at_least = commits(self.path.parent)  # before the ledger, which may grow meanwhile
+        if _versions(self.path) != _VERSIONS:
+            raise Damaged(f"{self.path} is damaged (its header); SQLite would read it, and not write to it")
+        found = [text for (text,) in self._read("PRAGMA integrity_check(3)", [])]
+        if found != ["ok"]:
+            raise Damaged(f"{self.path} is damaged ({'; '.join(found)})")
+        trials, _, epochs = (self.rows(schema) for schema in SCHEMAS)
+        theirs: dict[str, list[int]] = {}
+        for row in epochs:
+            theirs.setdefault(row["trial_id"], []).append(row["epoch"])
+        for row in trials:
+            has, says = theirs.pop(row["trial_id"], []), row["epochs_run"]
+            if len(has) != (says or 0) or sorted(has) != list(range(1, len(has) + 1)):  # what it says may be any number
+                what = f"{row['arm']} seed {row['seed']} says {says} epochs and has {len(has)}"
+                raise Damaged(f"{self.path} is damaged: {what}")
+        if theirs:
+            raise Damaged(f"{self.path} is damaged: it holds epochs of {next(iter(theirs))}, and no such trial")
+        held = self.held()
+        if at_least is not None and held < at_least:
+            raise Damaged(f"{self.path} holds {held} transactions, and {at_least} were committed: its end was lost")
+
+    def write_tables(self, folder: Path) -> None:
+        """Make the three Parquet tables, each complete or as it was before.
+
+        Not at once after this did so before: a table keeps the pages of one that it replaces (see `to_parquet`), and a
+        reader on a busy machine must not sleep through two.
+        """
+        with spending("ledger"):
+            time.sleep(max(0.0, self._tables_at + TABLES_APART - time.monotonic()))
+            self._write_tables(folder)
+            self._tables_at = time.monotonic()
+
+    def _write_tables(self, folder: Path) -> None:
+        known = digests(folder) or {}
+        for schema in SCHEMAS:
+            path = folder / f"{schema.name}.parquet"
+            before = _before(path)
+            here = None if before is None else hashlib.sha256(before).hexdigest()
+            kept = [each for each in known.get(path.name, []) if each == here]  # what stays there after a kill
+            table = self.table(schema)
+            fits = kept and before is not None and len(before) <= MARGIN + 4 * table.nbytes
+            data = to_parquet(table, before if fits else None)
+            known[path.name] = [hashlib.sha256(data).hexdigest(), *kept[:1]]
+            publish(folder / DIGESTS, sealed(known))
+            point("tables.announced")
+            publish(path, data)
+            point("tables.published")
+
+
+def _before(path: Path) -> bytes | None:
+    """The table that another one is to replace; null where none is there."""
+    try:
+        return read(path, MOST_TABLE_BYTES) if path.is_file() else None
+    except Unexpected:  # nobody reads that
+        return None
+
+
+_CREATE = [
+    f"CREATE TABLE IF NOT EXISTS {schema.name} (number INTEGER PRIMARY KEY AUTOINCREMENT, "
+    + "".join(f'"{name}" {_SQL[kind]}, ' for name, kind in schema.columns.items())
+    + f"crc INTEGER NOT NULL, UNIQUE ({', '.join(schema.key)}))"
+    for schema in SCHEMAS
+] + ["CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)"]
+_SET_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
+_VERSIONS = b"\x02\x02"  # what a file with a write-ahead log has there, from its making on
+
+
+def _versions(path: Path) -> bytes:
+    """The versions of SQLite's format for writing and reading: bytes 18 and 19 (https://sqlite.org/fileformat.html)."""
+    with opened(path, MOST_LEDGER_BYTES) as file:
+        return file.read(20)[18:]
+
+
+def snapshot(path: Path, to: Path) -> int:
+    """Copy a ledger as it is at this moment, also while its driver writes; returns how many transactions it holds."""
+    check_regular(path, MOST_LEDGER_BYTES)
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    with closing(sqlite3.connect(uri, uri=True)) as source, closing(sqlite3.connect(to)) as target:
+        source.backup(target)
+    with reading(to) as copy:
+        return copy.held()
+
+
+SUPER = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"  # with which a journal ends that names another file (fileformat.html)
+
+
+def check_journal(path: Path) -> None:
+    """Raise `Damaged` for a journal of SQLite's that names another file, which it would remove: only a transaction over
+    several databases has one, and nobody here makes such."""
+    if os.path.isfile(path):
+        with opened(path, MOST_LEDGER_BYTES) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - len(SUPER)))
+            if file.read() == SUPER:
+                raise Damaged(f"{path} names another file, as no run's does; remove it")
+
+
+def too_long(path: Path) -> str | None:
+    """Why SQLite does not open a file at a path, however it is named: it follows links. Null where it does."""
+    length = max(len(os.fsencode(each)) for each in (path.absolute(), os.path.realpath(path)))
+    if length <= SQLITE_BYTES:
+        return None
+    return f"the path of its ledger has {length} bytes, and SQLite opens those of at most {SQLITE_BYTES}"
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Ledger]:
+    """A ledger to look into, also while its driver writes."""
+    ledger = Ledger(path, read_only=True)
+    try:
+        yield ledger
+    finally:
+        ledger.close()
+
+
+def damage(error: Exception) -> bool:
+    """Whether an error says that a record is damaged, and not that the disk is full, slow or locked."""
+    if not isinstance(error, sqlite3.Error):
+        return isinstance(error, Damaged)
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # none: text that is no text
+    wrong = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_INTERRUPT)
+    return code & 0xFF in wrong
+
+
+def commits(folder: Path) -> int | None:
+    """How many transactions the ledger in a folder holds at least; null where nothing whole says so."""
+    path = folder / COMMITS
+    try:
+        return count_of(read(path, MOST_RECORD_BYTES)) if path.is_file() else None
+    except Unexpected:
+        return None
+
+
+def count_of(text: bytes) -> int | None:
+    """The inverse of `counted`; null where the text was altered."""
+    count, _, crc = text.rstrip(b"\n").partition(b" ")
+    whole = count.isdigit() and len(count) <= 18 and crc == b"%08x" % zlib.crc32(count)
+    return int(count) if whole else None
+
+
+def counted(count: int) -> bytes:
+    """A count with its check sum. Of one length, so that it is written over in one piece."""
+    text = b"%012d" % count
+    return b"%b %08x\n" % (text, zlib.crc32(text))
+
+
+def digests(folder: Path) -> dict[str, list[str]] | None:
+    """The SHA-256 that each table of a run may have, by file name. Null where no whole record says so."""
+    path = folder / DIGESTS
+    try:
+        found = unsealed(read(path, MOST_RECORD_BYTES), path) if path.is_file() else None
+    except Damaged:
+        return None
+    whole = found is not None and all(isinstance(each, list) for each in found.values())
+    return found if whole else None
+
+
+def first_row(run: str, trial: Trial) -> Row:
+    """The row of a trial that has not begun: what it is, and null for what is not known yet."""
+    cell, recipe = trial.cell, trial.recipe
+    student = trial.role == "student"
+    row: Row = dict.fromkeys(TRIALS.columns)
+    row |= {
+        "run": run,
+        "trial_id": trial.trial_id,
+        "arm": trial.arm,
+        "phase": trial.phase,
+        "role": trial.role,
+        "student": cell.student if student else None,
+        "teacher": cell.teacher,
+        "teacher_id": trial.teacher_id if student else trial.trial_id,
+        "stem": cell.stem,
+        "weights": cell.weights,
+        "width": cell.width,
+        "method": cell.method if student else None,
+        "temperature": cell.temperature,
+        "alpha": cell.alpha,
+        "beta": cell.beta,
+        "lr": recipe.lr,
+        "weight_decay": recipe.weight_decay,
+        "seed": trial.seed,
+        "recipe_id": trial.recipe_id,
+        "dataset": trial.data.name,
+        "data_digest": trial.data_digest,
+        "scale": trial.scale,
+        "status": "pending",
+        "epochs_planned": recipe.epochs,
+        "epochs_run": 0,
+        "attempts": 0,
+    }
+    return row
+
+
+def frame(schema: Schema, rows: list[Row]) -> "pd.DataFrame":
+    """Rows as a DataFrame with the schema's types: `string`, `Int64` and `float64`."""
+    import pandas as pd
+
+    columns = schema.columns.items()
+    return pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype=PANDAS[kind]) for name, kind in columns})
+
+
+def arrow(schema: Schema, rows: list[Row]) -> "pa.Table":
+    """Rows as a table of Arrow's, which pandas reads with the types of `frame`."""
+    import pyarrow as pa
+
+    return pa.Table.from_pylist(rows, schema=_arrow_schema(schema.name))
+
+
+@cache
+def _arrow_schema(name: str) -> "pa.Schema":
+    import pyarrow as pa
+
+    schema = next(schema for schema in SCHEMAS if schema.name == name)
+    kinds = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+    types = pa.schema([pa.field(column, kinds[kind]) for column, kind in schema.columns.items()])
+    return pa.Table.from_pandas(frame(schema, []), schema=types, preserve_index=False).schema
+
+
+def to_parquet(table: "pa.Table", before: bytes | None = None) -> bytes:
+    """A table as the bytes of a Parquet file with page checksums.
+
+    The pages of the file that this one replaces, `before`, stay where they were, though no footer tells of them any
+    more. For pyarrow, and so pandas, opens a file that it is given by name twice, and where it is replaced in between
+    reads its pages by the footer of the one before. The new pages lie in front of those where there is room, else
+    behind them: a file is at most about three times as large as its table.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    start, kept = (0, b"") if before is None else _pages(before)
+    for behind in (False, True):
+        sink = pa.BufferOutputStream()
+        with pq.ParquetWriter(sink, table.schema, write_page_checksum=True) as writer:
+            if behind:
+                sink.write(bytes(start - sink.tell()) + kept)
+            writer.write_table(table)
+            if kept and not behind:
+                if sink.tell() > start:
+                    continue
+                sink.write(bytes(start - sink.tell()) + kept)
+        break
+    return bytes(sink.getvalue())
+
+
+def _pages(data: bytes) -> tuple[int, bytes]:
+    """Where the pages begin that the footer of a Parquet file tells of, and the bytes from there to their end. There
+    are none in what is no such file, which nobody reads."""
+    from tune_kd.records.parquet import spans
+
+    try:
+        found = spans(data)
+    except ValueError:
+        return 0, b""
+    start = min((start for start, _ in found), default=0)
+    return start, data[start : max((end for _, end in found), default=0)]

@@ -1,0 +1,138 @@
+"""Runs whose results folder is in a store: what is sent there and when, and how another machine comes by it.
+
+The ledger stays on the disk of its driver, as SQLite needs it. After each making of the tables, a snapshot of it is
+sent behind them; so a driver's disk that is lost costs at most what came after the last tables, which runs again from
+checkpoints. What a driver's own disk has is never older than the store.
+"""
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from filelock import FileLock
+
+from tune_kd.records.ledger import (
+    COMMITS,
+    DIGESTS,
+    LEDGER,
+    MOST_LEDGER_BYTES,
+    MOST_TABLE_BYTES,
+    SCHEMAS,
+    commits,
+    count_of,
+    counted,
+    snapshot,
+)
+from tune_kd.system.files import MOST_RECORD_BYTES, Damaged, parsed, publish, read, unsealed
+from tune_kd.system.object_store import READS, Mirror
+
+STUDY = "study.json"  # in a run's folder
+HOLDER = "holder.json"  # beside it: who runs it now
+TABLES = (DIGESTS, *(f"{schema.name}.parquet" for schema in SCHEMAS))  # digests before what they are of
+
+
+class Sender:
+    """Sends a run to its store while it goes on, beside it: whoever offers does not wait."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self._folder = folder
+        self._mirror = Mirror.of(folder)
+        self._say = say
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tune_kd-send")
+        self._sending: Future[None] | None = None
+
+    def offer(self) -> None:
+        """Send the tables that were just made and a snapshot of the ledger, unless others are still under way."""
+        if self._mirror.url is None or (self._sending is not None and not self._sending.done()):
+            return
+        if self._sending is not None and (error := self._sending.exception()) is not None:
+            self._say(f"warning: {error}; it is tried again with these tables")
+        self._sending = self._pool.submit(self._send, self._tables())
+
+    def finish(self) -> None:
+        """Send what there is in the end, and wait for it. Raises OSError where the store does not take it."""
+        self._pool.shutdown()
+        if self._mirror.url is None:
+            return
+        try:
+            self._send(self._tables())
+        except OSError as error:
+            here = f"what is on record is whole in {self._folder}; `tune_kd resume` of that folder sends it"
+            raise OSError(f"{self._mirror.place(self._folder)} does not take the records ({error}); {here}") from error
+
+    def _tables(self) -> list[tuple[str, bytes]]:
+        """The tables as they are now, so that they fit together in the store, too."""
+        return [(name, read(self._folder / name, MOST_TABLE_BYTES)) for name in (STUDY, *TABLES)]
+
+    def _send(self, tables: list[tuple[str, bytes]]) -> None:
+        for name, data in tables:
+            self._mirror.send(self._folder / name, data)
+        with tempfile.TemporaryDirectory() as aside:
+            held = snapshot(self._folder / LEDGER, copy := Path(aside, LEDGER))
+            self._mirror.send(self._folder / LEDGER, read(copy, MOST_LEDGER_BYTES))
+        self._mirror.send(self._folder / COMMITS, counted(held))
+        if (self._folder / HOLDER).is_file():
+            self._mirror.send(self._folder / HOLDER, stamped(read(self._folder / HOLDER, MOST_RECORD_BYTES)))
+
+
+def stamped(holder: bytes) -> bytes:
+    """Who holds a run, with the time at which that was still so: a store frees nothing when a process dies."""
+    return json.dumps({**parsed(holder), "seen": time.time()}).encode()
+
+
+def send(folder: Path, *names: str) -> None:
+    """Send files of a run's folder, and folders with all that is in them, as far as they are there. Raises OSError."""
+    mirror = Mirror.of(folder)
+    if mirror.url is not None:
+        for path in (folder / name for name in names):
+            for each in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if each.is_file() and not each.is_symlink():
+                    mirror.send(each)
+
+
+def pull(folder: Path) -> None:
+    """Have a run here as its store holds it, where that is ahead of what is here: it went on elsewhere, or was never
+    here. Raises OSError."""
+    mirror = Mirror.of(folder)
+    if mirror.url is None:
+        return
+    there = mirror.read(folder / COMMITS, MOST_RECORD_BYTES)
+    ahead = there is not None and (count_of(there) or 0) > (commits(folder) or 0)
+    if (folder / STUDY).is_file() and not ahead:
+        return
+    if (study := mirror.read(folder / STUDY, MOST_RECORD_BYTES)) is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".pulling"):
+        files = _of_one_age(mirror, folder) if there is not None else {}
+        for end in ("-wal", "-shm") if files else ():  # of the older ledger
+            (folder / f"{LEDGER}{end}").unlink(missing_ok=True)
+        for name, data in {STUDY: study, **files}.items():
+            publish(folder / name, data)
+        if there is not None:
+            publish(folder / COMMITS, there)
+
+
+def _of_one_age(mirror: Mirror, folder: Path) -> dict[str, bytes]:
+    """The tables and the ledger of a run that its driver may be sending: read again until they fit their digests."""
+    bounds = {**dict.fromkeys(TABLES, MOST_TABLE_BYTES), LEDGER: MOST_LEDGER_BYTES}
+    for _ in range(READS):
+        found = {name: mirror.read(folder / name, most) for name, most in bounds.items()}
+        whole = {name: data for name, data in found.items() if data is not None}
+        try:
+            known = unsealed(whole[DIGESTS], folder / DIGESTS)
+        except (KeyError, Damaged):
+            known = {}
+        fit = [hashlib.sha256(whole.get(name, b"")).hexdigest() in known.get(name, []) for name in TABLES[1:]]
+        if all(fit) or len(whole) < len(found):
+            break
+    return whole  # what does not fit is told of by those who read it
+
+
+def runs(out: Path) -> list[str]:
+    """The names of what the store has in a folder of runs. Raises OSError."""
+    return Mirror.of(out).names(out)

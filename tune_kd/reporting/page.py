@@ -1,0 +1,93 @@
+"""The page: one HTML file that opens from disk and asks nobody for anything."""
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, StrictUndefined, select_autoescape
+
+from tune_kd.records.reader import Records
+from tune_kd.reporting import figures
+from tune_kd.reporting.texts import ROWS, Titled, cell, heading, named, questions, shown
+
+TEMPLATE = Path(__file__).with_name("page.html")
+ORDER = (
+    "arms",
+    "settings",
+    "budgets",
+    "exploratory",
+    "measures",
+    "costs",
+    "temperature",
+    "alpha",
+    "gaps",
+    "between_runs",
+    "differences",
+)
+VERDICTS = ("better", "worse", "equivalent", "inconclusive", "not judged")
+AT_THE_END = ("decisions", "rungs", "provenance")  # of the page, for those who check
+
+
+def html(records: Records, tables: Titled, pictures: Sequence[figures.Picture], limits: Sequence[str]) -> str:
+    """The whole page. Of tables that are longer than people read, it has the first rows and says so."""
+    environment = Environment(autoescape=select_autoescape(default=True), undefined=StrictUndefined, trim_blocks=True)
+    source = TEMPLATE.read_text(encoding="utf-8")
+    template = environment.from_string(source)
+    rows = tables["contrasts"][1].to_dict("records") if "contrasts" in tables else []
+    return template.render(
+        policy=_policy(source),
+        title=", ".join(records.runs),
+        questions=questions(records),
+        verdicts=_verdicts(rows, records),
+        fixed=all(study.get("contrasts_sha256") for study in records.studies.values()),
+        contrasts=None if not rows else _table(*tables["contrasts"]),
+        tables={name: _table(*tables[name]) for name in ORDER if name in tables},
+        checks={name: _table(*tables[name]) for name in AT_THE_END if name in tables},
+        pictures=[_picture(each) for each in pictures],
+        limits=limits,
+        trials=len(records.trials),
+        rows=ROWS,
+    )
+
+
+def _policy(source: str) -> str:
+    """What a browser lets the page do (https://www.w3.org/TR/CSP3): our own style and script, known by their hashes,
+    and pictures inside of it; no connection, and nothing of anybody else's, whatever text should end up in it."""
+    ours = {}
+    for tag in ("style", "script"):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", source, re.DOTALL)
+        ours[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    allowed = "".join(f" {tag}-src 'sha256-{digest}';" for tag, digest in ours.items())
+    return f"default-src 'none'; img-src data:;{allowed} base-uri 'none'; form-action 'none'"
+
+
+def _verdicts(rows: Sequence[Mapping[Any, Any]], records: Records) -> dict[str, list[dict[str, str]]]:
+    """The contrasts' names and sentences by verdict, what says most first."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        sentence = row["words"].removeprefix(row["verdict"]).lstrip(": ")
+        found.setdefault(row["verdict"], []).append({"contrast": named(row, records), "sentence": sentence})
+    return {verdict: found[verdict] for verdict in VERDICTS if verdict in found}
+
+
+def _table(title: str, table: pd.DataFrame) -> dict[str, Any]:
+    """A table's cells as texts, each with the value by which its column is sorted."""
+    table = shown(table).drop(columns=["words"], errors="ignore")
+    names = [str(name) for name in table.columns]
+    numeric = [bool(pd.api.types.is_numeric_dtype(table[name])) for name in table.columns]
+    rows = [
+        [{"text": cell(name, value), "key": "" if pd.isna(value) else value, "number": number}
+         for name, value, number in zip(names, row, numeric, strict=True)]
+        for row in table.head(ROWS).itertuples(index=False)
+    ]  # fmt: skip
+    heads = [{"text": heading(name), "number": number} for name, number in zip(names, numeric, strict=True)]
+    return {"title": title, "heads": heads, "rows": rows, "total": len(table)}
+
+
+def _picture(picture: figures.Picture) -> dict[str, str]:
+    drawn = base64.b64encode(figures.rendered(picture.figure, "svg")).decode()
+    return {"source": f"data:image/svg+xml;base64,{drawn}", "caption": picture.caption, "alt": picture.alternative}

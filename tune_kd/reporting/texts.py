@@ -1,0 +1,161 @@
+"""Tables as text: Markdown for people, LaTeX with booktabs for papers, CSV for programs.
+
+What comes from records is text in each of them, whatever signs it has: no markup, no command, no formula.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from tune_kd.records.reader import Records
+
+POINTS = (
+    "estimate", "sd", "low", "high", "mean", "control", "gap", "gain", "teacher_accuracy", "val_accuracy_best",
+    "test_accuracy", "test_accuracy_best", "agreement", "ece", "target",
+)  # fmt: skip
+"""Columns of fractions, which people read in points (hundredths)."""
+NOT_FOR_PAPERS = ("provenance", "differences")
+LEFT_OUT = ["words", "note", "kind", "planned", "smallest_exact_p", "pairs_needed"]  # of a table in a paper
+ROWS = 200  # of a table that people see; the files of tables have all
+FORMULA = re.compile(r"(?:^|(?<=[;\t\r\n]))(?=[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20])")
+"""Where a spreadsheet program begins a formula: at the beginning of a cell, or after what it may take for its end."""
+MARKUP = re.compile(
+    r"[\\`*\[\]|~$]"  # of Markdown, of GitHub's tables and of its formulas
+    r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # inside of a word it is no emphasis
+    r"|:(?=//)|(?<=[wW]{3})\."  # addresses become links by themselves
+)
+BLOCK = re.compile(r"^(?:([#+=-])|(\d+)([.)]))")  # what makes a line a heading, a rule, or an item of a list
+
+Titled = Mapping[str, tuple[str, pd.DataFrame]]
+
+
+def cell(name: str, value: Any) -> str:
+    """A value as people read it: fractions in points, p values to three digits, nothing where there is none."""
+    if value is None or value is pd.NA or value != value:
+        return ""
+    if isinstance(value, float):
+        if name.removesuffix("_sd") in POINTS:
+            signed = name in ("estimate", "gain", "gap")
+            points = round(100 * value, 2) + 0.0  # what rounds to zero has no sign
+            return f"{points:+.2f}" if signed else f"{points:.2f}"
+        if name.startswith(("p_", "smallest")) or name == "p":
+            return "< 0.001" if value < 0.001 else f"{value:.3f}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) and name != "seed" else str(value)
+
+
+def heading(name: str) -> str:
+    """A column's name as people read it."""
+    unit = " (points)" if name.removesuffix("_sd") in POINTS else ""
+    return name.replace("_", " ") + unit
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A table without the columns that say nothing: those of nulls, and the run where there is one alone."""
+    kept = [name for name in table.columns if table[name].notna().any() and (table[name].astype("string") != "").any()]
+    return table[[name for name in kept if name != "run" or table["run"].nunique() > 1]]
+
+
+def questions(records: Records) -> list[str]:
+    """What the studies ask, each once."""
+    return list(dict.fromkeys(study["study"]["question"] for study in records.studies.values()))
+
+
+def named(row: Mapping[Any, Any], records: Records) -> str:
+    """A contrast's name, with its run where there are several."""
+    return f"{row['run']}: {row['contrast']}" if len(records.runs) > 1 else str(row["contrast"])
+
+
+def markdown(records: Records, tables: Titled, limits: Sequence[str]) -> str:
+    """The whole report as Markdown."""
+    lines = [f"# {_inline(', '.join(records.runs))}", ""]
+    for question in questions(records):
+        lines += [_line(question), ""]
+    if "contrasts" in tables:
+        lines += ["## Verdicts", ""]
+        rows = tables["contrasts"][1].to_dict("records")
+        lines += [f"- **{_inline(named(row, records))}**: {_inline(row['words'])}" for row in rows[:ROWS]]
+        lines += [
+            "",
+            "Paired by seed; 95 % t intervals; p adjusted by Holm over all contrasts; both allow for declared looks.",
+            "",
+        ]
+    lines += ["## Limits of the evidence", "", *(f"- {_line(sentence)}" for sentence in limits), ""]
+    for title, table in tables.values():
+        lines += [f"## {title}", "", *_rows(shown(table)), ""]
+    return "\n".join(lines)
+
+
+def _rows(table: pd.DataFrame) -> list[str]:
+    names = [str(name) for name in table.columns]
+    lines = ["| " + " | ".join(_inline(heading(name)) for name in names) + " |", "|" + " --- |" * len(names)]
+    for row in table.head(ROWS).itertuples(index=False):
+        cells = (_inline(cell(name, value)) for name, value in zip(names, row, strict=True))
+        lines.append("| " + " | ".join(cells) + " |")
+    if len(table) > ROWS:
+        lines += ["", f"The first {ROWS} of {len(table):,} rows; the others are in tables/."]
+    return lines
+
+
+def _inline(text: str) -> str:
+    """Text in one line of Markdown, in which nothing is markup, HTML, a link, or the end of a table's cell."""
+    entities = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return MARKUP.sub(r"\\\g<0>", entities)
+
+
+def _line(text: str) -> str:
+    """Text as a line of its own, which begins a paragraph and nothing else."""
+    return BLOCK.sub(lambda found: f"\\{found[1]}" if found[1] else f"{found[2]}\\{found[3]}", _inline(text))
+
+
+def csv(table: pd.DataFrame) -> str:
+    """A table as CSV. Text that a spreadsheet program would compute gets an apostrophe; numbers stay numbers."""
+    safe = table.rename(columns=_no_formula)
+    for name in safe.columns:
+        if not pd.api.types.is_numeric_dtype(safe[name]):
+            safe[name] = safe[name].map(_no_formula, na_action="ignore")
+    return safe.to_csv(index=False)
+
+
+def _no_formula(text: str) -> str:
+    return FORMULA.sub("'", text)
+
+
+def latex(tables: Titled) -> dict[str, str]:
+    """Each table as a `tabular` with booktabs' rules, to be put into a paper by `\\input`, and `all`: a document with
+    all of them, which compiles as it is."""
+    tables = {name: each for name, each in tables.items() if name not in NOT_FOR_PAPERS}
+    files = {
+        name: _tabular(shown(table).drop(columns=LEFT_OUT, errors="ignore")) for name, (_, table) in tables.items()
+    }
+    body = "\n".join(
+        f"\\section*{{{_escaped(title)}}}\n\\resizebox{{\\textwidth}}{{!}}{{\\input{{{name}.tex}}}}"
+        for name, (title, _) in tables.items()
+    )
+    files["all"] = (
+        "% Where names are not ASCII: lualatex instead of pdflatex.\n"
+        "\\documentclass{article}\n\\usepackage[margin=2cm]{geometry}\n\\usepackage{booktabs}\n"
+        f"\\usepackage{{graphicx}}\n\\begin{{document}}\n{body}\n\\end{{document}}\n"
+    )
+    return files
+
+
+def _tabular(table: pd.DataFrame) -> str:
+    names = [str(name) for name in table.columns]
+    numbers = ["r" if pd.api.types.is_numeric_dtype(table[name]) else "l" for name in names]
+    lines = [f"% needs \\usepackage{{booktabs}}\n\\begin{{tabular}}{{{''.join(numbers)}}}", "\\toprule"]
+    lines += [" & ".join(_escaped(heading(name)) for name in names) + " \\\\", "\\midrule"]
+    for row in table.head(ROWS).itertuples(index=False):
+        lines.append(" & ".join(_escaped(cell(name, value)) for name, value in zip(names, row, strict=True)) + " \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+
+
+def _escaped(text: str) -> str:
+    """Text in which nothing is a command of LaTeX."""
+    special = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "$<$",
+               ">": "$>$", "|": "$|$"}  # fmt: skip
+    special |= {"[": "{[}", "*": "{*}", "\n": " ", "\t": " "}  # the first two would belong to the row's end before them
+    special |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    return "".join(special.get(sign, sign) for sign in text)

@@ -1,0 +1,226 @@
+"""Finding studies: a name in `search_spaces/` or a path, its scales, and single fields that a command sets."""
+
+import inspect
+import json
+import os
+import shlex
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from tune_kd.study.plan import checked
+from tune_kd.study.source import StudyFile, executed, folders
+from tune_kd.study.spec import DATA_SETS, Data, Factor, Mistake, Study
+
+
+def available() -> dict[str, Path]:
+    """Studies by name: those of the working directory, then those that were installed with tune_kd."""
+    found: dict[str, Path] = {}
+    for folder in folders():
+        for path in sorted(folder.glob("[!_]*.py")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def find(study: str) -> Path:
+    """The file of a study that is named or given as a path. Raises `Mistake` where there is none."""
+    known = available()
+    path = Path(study) if study.endswith(".py") or "/" in study else known.get(study)
+    if path is None or path.suffix != ".py" or not os.path.isfile(path):
+        raise Mistake(f"STUDY is {study!r}; allowed: {', '.join(known)}, or the path of a Python file with study()")
+    return path
+
+
+def scales(path: Path) -> dict[str, Callable[..., Study]]:
+    """The scales that a study's file declares: its `SCALES`, or `study` alone under its own scale's name."""
+    return _scales(executed(path))
+
+
+def _scales(file: StudyFile) -> dict[str, Callable[..., Study]]:
+    with file.running("whose SCALES cannot be read"):
+        declared, make = (getattr(file.module, name, None) for name in ("SCALES", "study"))
+        if declared is not None:
+            names = dict(declared) if isinstance(declared, Mapping) else {}
+            if not names or not all(isinstance(name, str) and callable(each) for name, each in names.items()):
+                raise Mistake(f"STUDY is {file.path}, whose SCALES is {declared!r:.60}; allowed: names with functions")
+            return names
+    if not callable(make):
+        raise Mistake(f"STUDY is {file.path}, which has no function study(); allowed: a file with `study() -> Study`")
+    return {_made(file, make, None).scale: make}
+
+
+def resolve(path: Path, scale: str, data: str | None = None, settings: Sequence[str] = ()) -> Study:
+    """One study, whole and checked. `settings` are `field=value`, with JSON for lists and numbers.
+
+    A scale whose function takes the name of the data set says itself what it does on another one; with any other
+    scale, `data` is taken whole.
+    """
+    file = executed(path)
+    declared = _scales(file)
+    if scale not in declared:
+        raise Mistake(f"--scale is {scale!r}; allowed: auto, {', '.join(declared)}")
+    if data is not None and data not in DATA_SETS:
+        raise Mistake(f"--data is {data!r}; allowed: {', '.join(DATA_SETS)}")
+    study = _made(file, declared[scale], data)
+    if data is not None and data != study.data.name:
+        study = replace(study, data=Data(data))
+    with file.running("whose study cannot be read"):
+        return checked(_with_settings(file.path, study, settings))
+
+
+def _made(file: StudyFile, make: Callable[..., Study], data: str | None) -> Study:
+    """The study that a function of the file makes, of a data set where it takes one. It is asked once."""
+    name = getattr(make, "__name__", "study")
+    with file.running(f"where {name}() fails"):
+        takes_data = data is not None and "data" in inspect.signature(make).parameters
+        key = (make if isinstance(make, Hashable) else id(make), data if takes_data else None)
+        if key not in file.made:
+            made = make(data=data) if takes_data else make()
+            if not isinstance(made, Study):
+                raise Mistake(f"STUDY is {file.path}, where {name}() returns {type(made).__name__}; allowed: a Study")
+            file.made[key] = made
+        return file.made[key]
+
+
+def from_json(value: Any) -> Study:
+    """The inverse of `dataclasses.asdict`, for `study.json`."""
+    return TypeAdapter(Study).validate_python(value)
+
+
+def _with_settings(path: Path, study: Study, settings: Sequence[str]) -> Study:
+    """Apply `field=value`; fields may be nested (`recipe.epochs`), and `factors.NAME` is a factor's levels.
+
+    Every study passes through here, with settings or without, so that its types are those of `study.json`: 1 and
+    1.0 in a study's file are one value with one identity.
+    """
+    value: dict[str, Any] = asdict(study)
+    problems = []
+    for setting in settings:
+        field, equals, text = setting.partition("=")
+        if not equals:
+            problems.append(f"--set is {setting!r}; allowed: field=value, such as recipe.epochs=4")
+            continue
+        problem = _assign(value, field.split("."), _parsed(text), field)
+        problems += [problem] if problem else []
+    if problems:
+        raise Mistake(*problems)
+    try:
+        return from_json(value)
+    except ValidationError as error:
+        raise Mistake(*_type_problems(path, value, settings, error)) from error
+
+
+def _type_problems(path: Path, value: dict[str, Any], settings: Sequence[str], error: ValidationError) -> list[str]:
+    """A sentence for each field whose value is of another type: what may stand there, and of `--set` what to type."""
+    given = tuple(setting.partition("=")[0] for setting in settings)
+    found = {name: (kind, got) for name, kind, got in (_field(each["loc"], value) for each in error.errors())}
+    problems = []
+    for name, (kind, got) in found.items():
+        allowed = " or ".join(dict.fromkeys(_words(each) for each in _members(kind)))
+        typed = any(f"{name}.".startswith((f"{each}.", f"{each}[")) for each in given)
+        source, example = ("--set", _example(name, kind, got)) if typed else (f"STUDY is {path}:", "")
+        problems.append(f"{source} {name} is {_shown(got)}; allowed: {allowed}{example}")
+    return problems
+
+
+def _field(loc: Sequence[int | str], value: Any) -> tuple[str, Any, Any]:
+    """The name, as `--set` takes it, the type and the value of the field that an error of pydantic's is in."""
+    name, kind = "", Study  # type: str, Any
+    for step in loc:
+        inner = _inner(kind, step)
+        if inner is None or not (step in value if isinstance(value, dict) else isinstance(step, int)):
+            break  # pydantic goes on with the members of a union
+        kind, value = inner, value[step]
+        if kind is Factor and isinstance(value, dict) and "name" in value:
+            name = f"{name}.{value['name']}"
+        elif step != "levels":
+            name += f"[{step}]" if isinstance(step, int) else f".{step}"
+    return name.removeprefix("."), kind, value
+
+
+def _inner(kind: Any, step: int | str) -> Any:
+    """The type of a field of a dataclass, or of an item of a list; null where a type has no such thing."""
+    for each in _members(kind):
+        if is_dataclass(each) and step in (hints := get_type_hints(each)):
+            return hints[str(step)]
+        if get_origin(each) is tuple and isinstance(step, int):
+            items = get_args(each)
+            return items[0] if items[-1] is ... else items[step]
+    return None
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _words(kind: Any) -> str:
+    """What may stand where a type is declared."""
+    if get_origin(kind) is Literal:
+        return ", ".join(map(str, get_args(kind)))
+    known = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+    return known.get(kind, "a list" if get_origin(kind) is tuple else "its fields, one by one")
+
+
+def _example(name: str, kind: Any, got: Any) -> str:
+    """What to type where a list, text or an object is expected and something else was given, if that can be told."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        first = fields(kind)[0]
+        known = first.default is not MISSING and "[" not in name
+        return f", such as {name}.{first.name}={first.default}" if known else ""
+    if isinstance(got, dict | list | NoneType):
+        return ""
+    right: Any = json.dumps(got)
+    if any(get_origin(each) is tuple for each in _members(kind)):
+        right = [_parsed(text.strip()) for text in str(got).split(",")]
+    try:
+        TypeAdapter(kind).validate_python(right)
+    except ValidationError:
+        return ""
+    return f", such as {shlex.quote(f'{name}={json.dumps(right)}')}"
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON has it where Python writes it in another way."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
+def _parsed(text: str) -> Any:
+    """JSON, or what is none as text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _assign(value: dict[str, Any], path: list[str], new: Any, whole: str) -> str | None:
+    """Set one nested field in place; returns what is wrong with its name, or null."""
+    head, *rest = path
+    if head not in value:
+        return f"--set names {whole!r}; allowed here: {', '.join(value)}"
+    if not rest:
+        if isinstance(new, dict) and isinstance(value[head], dict):  # fields that are none would pass unseen
+            return next(
+                (found for name in new if (found := _assign(value[head], [name], new[name], f"{whole}.{name}"))), None
+            )
+        if _holds_truth(new) and not isinstance(value[head], bool):  # which would pass as 1 or 0
+            return f"--set {whole} is {json.dumps(new)}; allowed: numbers and text, not true or false"
+        value[head] = new
+        return None
+    if head == "factors" and isinstance(value[head], list | tuple):
+        by_name = {factor["name"]: factor for factor in value[head]}
+        if rest[0] not in by_name or len(rest) > 1:
+            return f"--set names {whole!r}; allowed here: {', '.join(f'factors.{name}' for name in by_name)}"
+        return _assign(by_name[rest[0]], ["levels"], new, whole)
+    if value[head] is None:
+        return f"--set names {whole!r}, and {head} is null here; allowed: {head} as a whole, in JSON"
+    if not isinstance(value[head], dict):
+        return f"--set names {whole!r}; {head} has no fields of its own"
+    return _assign(value[head], rest, new, whole)
+
+
+def _holds_truth(value: Any) -> bool:
+    return any(map(_holds_truth, value)) if isinstance(value, list) else isinstance(value, bool)

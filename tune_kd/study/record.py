@@ -1,0 +1,165 @@
+"""What a run's `study.json` has to hold, whoever wrote it: what its readers rely on, of the right types, within bounds,
+and with names that fit each other."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from tune_kd.study.discover import from_json
+from tune_kd.study.plan import Search
+from tune_kd.study.spec import MOST_TRIALS, Mistake, Study
+from tune_kd.study.trial import digest
+from tune_kd.system.files import MOST_RECORD_BYTES, Damaged, read, unsealed
+
+T = TypeVar("T")
+
+Name = Annotated[str, Field(max_length=1000)]
+Some = Annotated[list[T], Field(max_length=MOST_TRIALS)]
+Role = Literal["control", "reference", "compared"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class _Arm(_Part):
+    name: Name
+    role: Role
+
+
+class _Contrast(_Part):
+    name: Annotated[str, Field(max_length=10_000)]
+    kind: Literal["effect", "moderation"]
+    weights: Annotated[list[tuple[Name, FiniteFloat]], Field(min_length=1, max_length=100)]
+
+
+class _Data(_Part):
+    name: Name | None = None
+    digest: Name | None = None
+    dir: str | None = None
+
+
+class _Extended(_Part):
+    study: dict[str, Any]
+    study_sha256: Name
+    arms: Some[_Arm]
+    searches: Some[Search] = []
+
+
+class _Settings(_Part):
+    gpus_per_trial: Annotated[FiniteFloat, Field(ge=0)] | None = None
+    cpus_per_trial: Annotated[FiniteFloat, Field(gt=0)] = 1.0
+    max_concurrent: Annotated[int, Field(ge=1)] | None = None
+    keep_checkpoints: bool = False
+    track: Annotated[list[Name], Field(max_length=100)] | None = None
+
+
+class _Source(_Part):
+    file: Annotated[str, Field(max_length=10_000, pattern=r"^/.*\.py$")]
+    scale: Name
+    data: Name | None = None
+    settings: Annotated[list[str], Field(max_length=1000)] = []
+    digests: Annotated[dict[str, Name], Field(max_length=100)] | None = None
+
+
+class _Record(_Part):
+    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    study: dict[str, Any]
+    contrasts: Some[_Contrast]
+    arms: Some[_Arm]
+    data: _Data
+    layout: int = 1
+    study_sha256: Name | None = None
+    contrasts_sha256: Name | None = None
+    look: Annotated[int, Field(ge=0)] = 0
+    extended: _Extended | None = None
+    searches: Some[Search] = []
+    trials: Some[Name] = []
+    settings: _Settings = _Settings()
+    source: _Source | None = None
+    created: Name | None = None
+    git_commit: Name | None = None
+    versions: dict[Name, Name] | None = None
+    machine: dict[Name, str | int | None] | None = None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The record in a file. Raises `Mistake` where it lacks something, was changed since the run began, or holds what
+    no run writes."""
+    try:
+        record = unsealed(read(path, MOST_RECORD_BYTES), path)
+    except (Damaged, OSError) as error:
+        raise Mistake(f"{error}; restore the file") from error
+    study = record.get("study")
+    lacking = [name for name in ("run", "study", "contrasts", "arms", "data") if name not in record]
+    if isinstance(study, dict):
+        inner = ("name", "question", "scale", "confirm", "teacher_seeds", "deviation")
+        lacking += [f"study.{name}" for name in inner if name not in study]
+    if lacking:
+        raise Mistake(f"{path} lacks {', '.join(lacking)}; restore the file")
+    try:
+        found = _Record.model_validate(record).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise Mistake(
+            *(f"{path}: {'.'.join(map(str, each['loc']))} is {_shown(each['input'])}, which no run writes "
+              f"({each['msg']}); restore the file" for each in error.errors()[:5])
+        ) from error  # fmt: skip
+    problems = [
+        f"{path}: its hash does not fit the {name}, so they were changed after the run began; restore the file"
+        for name in ("study", "contrasts")
+        if record.get(f"{name}_sha256") not in (None, _digest(record[name]))
+    ]
+    extended = found.get("extended")
+    if extended and extended["study_sha256"] != _digest(record["extended"]["study"]):
+        problems.append(f"{path}: its hash does not fit what the study was extended to; restore the file")
+    if problems:
+        raise Mistake(*problems)
+    for part in [found, *([extended] if extended else [])]:
+        declared = _study(path, part["study"])
+        problems += _unfit(path, part, declared, found)
+    if problems:
+        raise Mistake(*problems)
+    return found
+
+
+def _study(path: Path, value: dict[str, Any]) -> Study:
+    """The study in a record, within its bounds. Raises `Mistake`."""
+    try:
+        return from_json(value).check()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise Mistake(
+            f"{path}: study.{where} is {_shown(first['input'])} ({first['msg']}); restore the file"
+        ) from error
+    except Mistake as mistake:
+        raise Mistake(*(f"{path}: {problem}" for problem in mistake.problems[:5])) from mistake
+
+
+def _unfit(path: Path, part: dict[str, Any], study: Study, record: dict[str, Any]) -> list[str]:
+    """Where what is declared, or added later, refers to what there is not."""
+    problems = []
+    last = len(study.confirm.looks or (0,)) - 1
+    if (look := record.get("look", 0)) > last:
+        problems.append(f"{path}: look is {look}; allowed: 0 to {last}, the looks that the study declares")
+    ranges = [asdict(each) for each in study.tuning.ranges] if study.tuning else []
+    if any(each not in ranges for search in part.get("searches", ()) for each in search["ranges"]):
+        problems.append(f"{path}: searches has a range that the study does not declare; restore the file")
+    arms = {arm["name"] for arm in part["arms"]}
+    if strange := sorted({arm for each in part.get("contrasts", ()) for arm, _ in each["weights"]} - arms):
+        problems.append(f"{path}: contrasts refers to {_shown(strange[0])}, which is no arm of the study")
+    return problems
+
+
+def _digest(value: Any) -> str | None:
+    try:
+        return digest(value)
+    except ValueError:  # not finite, as no value of a study is
+        return None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -1,0 +1,185 @@
+"""Which configuration an arm tries next: Optuna's samplers, one for each arm. The only room that knows Optuna.
+
+A draw follows from the seed, the arm, the draw's number and what came of those before it, and from nothing else: so the
+ledger is all that a sampler has to be told to go on after a kill.
+"""
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import URL
+
+from tune_kd.study.tuning import Choice, Integer, LogUniform, Over, Range, Tuning
+
+STORAGE = "optuna.sqlite"  # in a run's folder, for Optuna's dashboard: made from the ledger, and never read
+TRIES = 20  # at a configuration that was not drawn before
+DIGITS = 4  # of a drawn number: it can be written down, and typed again
+WORDS = logging.getLogger("optuna")
+
+Row = Mapping[str, Any]  # of the trials' table
+Ranges = Sequence[Range]
+
+
+def draw(
+    tuning: Tuning, arm: str, ranges: Ranges, default: Mapping[str, float], theirs: Sequence[Row]
+) -> dict[str, float]:
+    """The next configuration of an arm whose draws so far are `theirs`. None comes twice, and the default, which is
+    confirmed anyway, not at all."""
+    number = len(theirs)
+    seed = _seed(tuning, arm, number)
+    study = _study(ranges, theirs)
+    study.sampler = _sampler(tuning, seed)
+    seen = [tuple(float(row[each.name]) for each in ranges) for row in (default, *theirs)]
+    for attempt in range(TRIES):
+        if tuning.sampler == "quasi-random":
+            study.enqueue_trial(_quasi_random(tuning, arm, ranges, number + attempt * tuning.budget))
+        asked = study.ask(_distributions(ranges))
+        values = {each.name: _rounded(asked.params[each.name], each.over) for each in ranges}
+        if tuple(values.values()) not in seen:
+            return values
+        study.tell(asked, state=TrialState.FAIL)
+    counted = itertools.product(*(each.configurations or (values[each.name],) for each in ranges))
+    left = [each for each in counted if each not in seen]
+    assert left, f"{arm} has no configuration left to draw"  # the study's check counts them
+    chosen = left[int(np.random.default_rng(seed).integers(len(left)))]
+    return {each.name: value for each, value in zip(ranges, chosen, strict=True)}
+
+
+def importances(ranges: Ranges, theirs: Sequence[Row]) -> dict[str, float]:
+    """How much of the validation accuracy's variance over the draws that ran to their end each range explains, as
+    Optuna's functional analysis of variance has it (Hutter et al. 2014); they sum to 1. Empty for fewer than two such
+    draws, or where these do not differ."""
+    ended = [row for row in theirs if row["status"] == "completed"]
+    if len({row["val_accuracy_best"] for row in ended}) < 2:
+        return {}
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    with _quietly():
+        found = optuna.importance.get_param_importances(_study(ranges, ended), evaluator=evaluator)
+    return {name: float(share) for name, share in found.items()}
+
+
+class Storage:
+    """The draws that have ended, as Optuna keeps them: `optuna-dashboard sqlite:///RUN/optuna.sqlite` shows them."""
+
+    def __init__(self, path: Path, run: str) -> None:
+        """Begin anew: what is in the ledger is told again. Raises whatever Optuna and its database do."""
+        for end in ("", "-journal", "-wal", "-shm"):
+            path.with_name(path.name + end).unlink(missing_ok=True)
+        self._run = run
+        with _quietly():
+            self._storage = optuna.storages.RDBStorage(url(path))
+
+    def add(self, arm: str, ranges: Ranges, row: Row) -> None:
+        """A draw that has ended. Raises whatever Optuna and its database do."""
+        with _quietly():
+            study = optuna.create_study(
+                storage=self._storage, study_name=f"{self._run}: {arm}", direction="maximize", load_if_exists=True
+            )
+            study.add_trial(_trial(ranges, row))
+
+    def close(self) -> None:
+        self._storage.engine.dispose()
+
+
+def url(path: Path) -> str:
+    """The URL by which SQLAlchemy, and so Optuna and MLflow, opens a file of SQLite's, whatever its name holds.
+
+    It names the driver, too: of a URL that begins with sqlite:///, MLflow makes the folder under its quoted name."""
+    return URL.create("sqlite+pysqlite", database=str(path.absolute())).render_as_string()
+
+
+def _study(ranges: Ranges, theirs: Sequence[Row]) -> optuna.Study:
+    with _quietly():
+        study = optuna.create_study(direction="maximize")
+        study.add_trials([_trial(ranges, row) for row in theirs])
+    return study
+
+
+def _trial(ranges: Ranges, row: Row) -> FrozenTrial:
+    """A draw as Optuna sees it. One that was stopped, or diverged, is worse than those that ran to their end, and by
+    what it had when it left; of one that failed nothing is known."""
+    params = {each.name: int(row[each.name]) if isinstance(each.over, Integer) else row[each.name] for each in ranges}
+    steps = {int(row["epochs_run"]): float(row["val_accuracy"] or 0.0)}
+    if row["status"] == "completed":
+        state, value = TrialState.COMPLETE, float(row["val_accuracy_best"])
+    elif row["status"] == "stopped" or row["stop_reason"] == "diverged":
+        state, value = TrialState.PRUNED, None
+    else:
+        state, value = (TrialState.RUNNING if row["status"] in ("pending", "running") else TrialState.FAIL), None
+    distributions = _distributions(ranges)
+    kept = {} if state == TrialState.RUNNING else steps
+    return optuna.trial.create_trial(
+        state=state, value=value, params=params, distributions=distributions, intermediate_values=kept
+    )
+
+
+def _distributions(ranges: Ranges) -> dict[str, BaseDistribution]:
+    return {each.name: _distribution(each.over) for each in ranges}
+
+
+def _distribution(over: Over) -> BaseDistribution:
+    if isinstance(over, Choice):
+        return CategoricalDistribution(over.levels)
+    if isinstance(over, Integer):
+        return IntDistribution(over.low, over.high)
+    return FloatDistribution(over.low, over.high, log=isinstance(over, LogUniform))
+
+
+def _sampler(tuning: Tuning, seed: int) -> optuna.samplers.BaseSampler:
+    if tuning.sampler != "tpe":
+        return optuna.samplers.RandomSampler(seed)
+    return optuna.samplers.TPESampler(
+        n_startup_trials=tuning.startup, constant_liar=tuning.parallel > 1, multivariate=True, seed=seed
+    )
+
+
+def _quasi_random(tuning: Tuning, arm: str, ranges: Ranges, number: int) -> dict[str, float]:
+    """A point of the arm's own scrambled Sobol sequence."""
+    from scipy.stats import qmc
+
+    sequence = qmc.Sobol(len(ranges), seed=np.random.default_rng(_seed(tuning, arm, 0)))
+    if number:
+        sequence.fast_forward(number)
+    shares = sequence.random(1)[0].tolist()
+    return {each.name: _at(each.over, share) for each, share in zip(ranges, shares, strict=True)}
+
+
+def _at(over: Over, share: float) -> float:
+    """The value at a share, from 0 to below 1, of a range."""
+    if isinstance(over, Choice):
+        return over.levels[int(share * len(over.levels))]
+    if isinstance(over, Integer):
+        return over.low + int(share * (over.high - over.low + 1))
+    if isinstance(over, LogUniform):
+        return float(over.low * (over.high / over.low) ** share)
+    return over.low + share * (over.high - over.low)
+
+
+def _rounded(value: float, over: Over) -> float:
+    if isinstance(over, Choice | Integer):
+        return float(value)
+    return min(over.high, max(over.low, float(f"{value:.{DIGITS}g}")))
+
+
+def _seed(tuning: Tuning, arm: str, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{tuning.seed} {arm} {number}".encode()).digest()[:4])
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep Optuna's account of every trial, and of what it has declared experimental, out of the way."""
+    before = WORDS.level
+    WORDS.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        WORDS.setLevel(before)

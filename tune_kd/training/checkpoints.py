@@ -1,0 +1,116 @@
+"""State of unfinished trials, by trial id: atomic, verified, without pickle.
+
+A checkpoint is one safetensors file whose name carries the epoch and the digest of its bytes, so that one rename
+publishes both. The one before is kept. A file that does not match its name is set aside, and the one before is used.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from tune_kd.system.crash_points import point
+from tune_kd.system.files import Damaged, Unexpected, parsed, publish, read, sha256
+from tune_kd.system.object_store import Mirror
+from tune_kd.system.overhead import spending
+
+KEPT = 2  # generations
+MOST_STATE_BYTES = 2**32  # of weights or a state: twenty times those of torchvision's largest ResNet
+NAME = re.compile(r"[0-9]{6,12}-[0-9a-f]{64}\.safetensors")
+_NOTES = "notes"
+
+
+def pack(tensors: dict[str, Tensor], notes: dict[str, Any]) -> bytes:
+    """Tensors and JSON notes as one safetensors file."""
+    plain = {name: tensor.detach().to("cpu", memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return save_tensors(plain, metadata={_NOTES: json.dumps(notes)})
+
+
+def unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The inverse of `pack`. Raises `Damaged` for what it did not make."""
+    try:
+        header = parsed(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return load_tensors(data), parsed(header["__metadata__"][_NOTES])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"it holds no tensors with notes ({error})") from error
+
+
+class Checkpoints:
+    """The checkpoints of one trial, in a folder of its own; of one that is mirrored, in its store, too."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._mirror = Mirror.of(folder)
+
+    def save(self, epoch: int, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+        """Publish a state; it survives a kill at any moment."""
+        with spending("checkpoint"):
+            data = pack(tensors, notes)
+            digest = hashlib.sha256(data).hexdigest()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / f"{epoch:06d}-{digest}.safetensors"
+            publish(path, data)
+            self._mirror.send(path, data)
+            point("checkpoint.published")
+            for old in self._published()[KEPT:]:
+                old.unlink(missing_ok=True)
+                self._mirror.forget(old)
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest state that is whole, or null where there is none."""
+        with spending("checkpoint"):
+            self._fetch()
+            for path in self._published():
+                data = _whole(path)
+                if data is not None:
+                    return unpack(data)
+                path.rename(path.with_suffix(".damaged"))
+        return None
+
+    def damaged(self) -> list[Path]:
+        """Files of states that are not what was written, also those that were set aside. Changes nothing."""
+        altered = []
+        for path in self._published():
+            with suppress(FileNotFoundError):  # a trial goes on
+                if not _is_whole(path):
+                    altered.append(path)
+        return [*altered, *sorted(self._folder.glob("*.damaged"))]
+
+    def remove(self) -> None:
+        """Remove them as far as that can be done: what is left of a trial that has ended is of no use and no harm."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):
+            self._mirror.forget(self._folder)
+
+    def _fetch(self) -> None:
+        """Have the states here that the store has: the trial may have been elsewhere."""
+        here = {path.name for path in self._folder.glob("*")}  # also what was set aside
+        for name in filter(NAME.fullmatch, self._mirror.names(self._folder)):
+            if name not in here and Path(name).with_suffix(".damaged").name not in here:
+                self._mirror.fetch(self._folder / name, MOST_STATE_BYTES)
+
+    def _published(self) -> list[Path]:
+        """Whole names, newest first. The epoch decides, not the clock."""
+        return sorted((path for path in self._folder.glob("*") if NAME.fullmatch(path.name)), reverse=True)
+
+
+def _whole(path: Path) -> bytes | None:
+    """The bytes of a state; null where they are not what was written."""
+    return read(path, MOST_STATE_BYTES) if _is_whole(path) else None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a state is what was written. It is not in memory for that."""
+    try:
+        return sha256(path, MOST_STATE_BYTES) == path.stem.partition("-")[2]
+    except Unexpected:
+        return False

@@ -1,0 +1,230 @@
+"""Training one trial: a loop that yields one epoch after another.
+
+Common random numbers: what is shown in an epoch depends on (seed, epoch) alone, and the student's first weights on
+the seed alone, so arms at one seed differ in their loss and in nothing else.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from tune_kd.data.datasets import DataSet, Split, draw_views, prepare
+from tune_kd.study.spec import Recipe
+from tune_kd.study.trial import Epoch, Outcome, Trial
+from tune_kd.system.files import Damaged
+from tune_kd.training import losses, networks
+from tune_kd.training.checkpoints import Checkpoints, pack
+from tune_kd.training.device import autocast, float32_as
+from tune_kd.training.memory import peak_memory, start_measuring
+from tune_kd.training.step import Step, part, stepping
+from tune_kd.training.teachers import Teacher, TeacherChanged
+
+EVALUATION_BATCH = 512
+
+
+class Diverged(RuntimeError):
+    """The loss of an epoch is not finite."""
+
+
+@dataclass
+class _Progress:
+    """What a trial has behind it."""
+
+    best: dict[str, Tensor] = field(default_factory=dict)  # weights of the best validation accuracy so far
+    rows: list[Epoch] = field(default_factory=list)
+
+    @property
+    def best_row(self) -> Epoch:
+        """The epoch of the highest validation accuracy; of several, the one of the lowest validation loss.
+
+        Ties are common where validation images are few, and the first of them would often be an early epoch.
+        """
+        return max(self.rows, key=lambda row: (row.val_accuracy, -row.val_loss))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The best weights by name. Where they are the last ones, which a checkpoint has, nothing."""
+        best = {} if self.best_row is self.rows[-1] else self.best
+        return {f"best.{name}": tensor for name, tensor in best.items()}
+
+
+def train(
+    trial: Trial,
+    data: DataSet,
+    teacher: Teacher | None,
+    *,
+    device: torch.device,
+    checkpoints: Checkpoints,
+    checkpoint_every: float = 30.0,
+    acknowledged: int = 0,
+    leaving: Callable[[], bool] = lambda: False,
+) -> Iterator[Epoch]:
+    """Train a trial from its checkpoint, or from the start, and yield its epochs; the last has the outcome.
+
+    A checkpoint is written before an epoch is yielded, when `checkpoint_every` seconds have passed since the last
+    one, when the trial is `leaving`, and at the end. Epochs that the checkpoint holds are yielded again if they come
+    after `acknowledged`. Raises `Diverged` when the loss of an epoch is not finite, and `TeacherChanged` where the
+    checkpoint was trained with another teacher.
+    """
+    assert (teacher is not None) == (trial.teacher_id is not None)
+    whose = {"trial_id": trial.trial_id, "teacher_digest": None if teacher is None else teacher.digest}
+    with stepping(trial, data, teacher, device) as step:
+        start_measuring(device)
+        progress = _Progress()
+        saved = checkpoints.load()
+        if saved is not None:
+            _check_whose(saved[1], whose)
+            step.restore(saved[0])
+            progress = _Progress(_best(saved[0]), TypeAdapter(list[Epoch]).validate_python(saved[1]["rows"]))
+        yield from (row for row in progress.rows if row.epoch > acknowledged)
+
+        saved_at = time.monotonic()
+        for epoch in range(len(progress.rows) + 1, trial.recipe.epochs + 1):
+            last = epoch == trial.recipe.epochs
+            with float32_as(trial.recipe.precision):
+                row = _epoch(trial, epoch, teacher, step)
+                progress.rows.append(row)
+                if progress.best_row.epoch == epoch:
+                    progress.best = {name: tensor.clone() for name, tensor in step.student.state_dict().items()}
+                if last:
+                    outcome = _outcome(trial, progress, teacher, step, device)
+                    progress.rows[-1] = row = replace(row, outcome=outcome)
+            if last or leaving() or time.monotonic() - saved_at >= checkpoint_every:
+                rows = [asdict(each) for each in progress.rows]
+                checkpoints.save(epoch, step.tensors() | progress.tensors(), {**whose, "rows": rows})
+                saved_at = time.monotonic()
+            yield row
+
+
+def best_weights(checkpoints: Checkpoints) -> dict[str, Tensor]:
+    """The best-validation weights of an ended trial. Raises `Damaged` where its last checkpoint is not whole."""
+    saved = checkpoints.load()
+    if saved is None or saved[1]["rows"][-1]["outcome"] is None:  # the one before has other weights
+        raise Damaged("the last checkpoint is not what was written")
+    return _best(saved[0])
+
+
+def _check_whose(notes: dict[str, Any], whose: dict[str, Any]) -> None:
+    """Nothing goes on from a state of another trial, or that another teacher had a part in."""
+    if notes["trial_id"] != whose["trial_id"]:
+        raise Damaged(f"the checkpoint is of the trial {notes['trial_id']}; remove it")
+    if notes["teacher_digest"] != whose["teacher_digest"]:
+        raise TeacherChanged(
+            f"the checkpoint was trained with a teacher of the digest {str(notes['teacher_digest'])[:16]}, and the "
+            f"teacher now has {str(whose['teacher_digest'])[:16]}: restore the teacher, or start a new run"
+        )
+
+
+def _best(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return part("best.", tensors) or part("student.", tensors)
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """Cosine from `lr` at step 0 to `lr_min` at the last of `steps` (Loshchilov and Hutter 2017, no restarts)."""
+    part = step / max(1, steps - 1)
+    return recipe.lr_min + 0.5 * (recipe.lr - recipe.lr_min) * (1 + math.cos(math.pi * part))
+
+
+def batches(count: int, size: int) -> list[slice]:
+    """Slices of `size` over `count` images. A last batch of one image joins the one before: normalising over a
+    single value is undefined."""
+    starts = list(range(0, count, size))
+    if len(starts) > 1 and count - starts[-1] == 1:
+        starts.pop()
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
+
+
+def _epoch(trial: Trial, epoch: int, teacher: Teacher | None, step: Step) -> Epoch:
+    """Train one epoch and evaluate on the validation images."""
+    recipe, data = trial.recipe, step.data
+    count, device = len(data.train.labels), data.train.images.device
+    views = draw_views(trial.seed, epoch, count, pad=data.pad, flip=data.flip)
+    answers = answer_seconds = views_answered = None
+    if teacher is not None and trial.cell.method == "logit":
+        asked = time.perf_counter()
+        answers, views_answered = teacher.answers(trial.seed, epoch, views)
+        answer_seconds = time.perf_counter() - asked
+
+    started = time.perf_counter()
+    views = views.to(device)
+    answers = None if answers is None else answers.to(device)
+    slices = batches(count, recipe.batch_size)
+    lr = recipe.lr
+    step.student.train()
+    step.sums.zero_()
+    for number, each in enumerate(slices):
+        lr = learning_rate(recipe, (epoch - 1) * len(slices) + number, recipe.epochs * len(slices))
+        step(views[each], None if answers is None else answers[each], lr)
+    *sums, norms = step.sums.tolist()  # here alone the host waits for the device
+    train_loss, train_ce, train_kd, train_accuracy = (each / count for each in sums)
+    trained = time.perf_counter() - started
+    if not math.isfinite(train_loss):
+        raise Diverged(f"the training loss of epoch {epoch} is {train_loss}")
+
+    val_logits = _evaluate(step.student, data.validation, data, recipe)
+    val_loss = float(F.cross_entropy(val_logits, data.validation.labels))
+    if not math.isfinite(val_loss):  # the last step can spoil weights that every loss before it was fine with
+        raise Diverged(f"the validation loss of epoch {epoch} is {val_loss}")
+    return Epoch(
+        epoch=epoch,
+        val_accuracy=_accuracy(val_logits, data.validation.labels),
+        val_loss=val_loss,
+        train_loss=train_loss,
+        train_accuracy=train_accuracy,
+        loss_ce=train_ce,
+        loss_kd=None if teacher is None else train_kd,
+        lr=lr,
+        grad_norm=norms / len(slices),
+        seconds=time.perf_counter() - started,
+        images_per_second=count / trained,
+        answer_seconds=answer_seconds,
+        views_answered=views_answered,
+    )
+
+
+@torch.no_grad()
+def _evaluate(net: nn.Module, split: Split, data: DataSet, recipe: Recipe) -> Tensor:
+    """Logits float32 [N, K] of a split in eval mode."""
+    net.eval()
+    with autocast(recipe.precision, split.images.device):
+        logits = [net(prepare(images, data)) for images in torch.split(split.images, EVALUATION_BATCH)]
+    return torch.cat(logits).float()
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return int((logits.argmax(1) == labels).sum()) / len(labels)
+
+
+def _outcome(trial: Trial, progress: _Progress, teacher: Teacher | None, step: Step, device: torch.device) -> Outcome:
+    """What is reported once: the test images, with the last and with the best-validation weights."""
+    student, data = step.student, step.data
+    labels = data.test.labels
+    last = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    logits = _evaluate(student, data.test, data, trial.recipe)
+    student.load_state_dict(progress.best)
+    best_logits = _evaluate(student, data.test, data, trial.recipe)
+    student.load_state_dict(last)
+    answers = None if teacher is None else teacher.test_answers().to(best_logits.device)
+    weights = {f"last.{name}": each for name, each in last.items()}
+    weights |= {f"best.{name}": each for name, each in progress.best.items()}
+    return Outcome(
+        best_epoch=progress.best_row.epoch,
+        val_accuracy_best=progress.best_row.val_accuracy,
+        test_accuracy=_accuracy(logits, labels),
+        test_accuracy_best=_accuracy(best_logits, labels),
+        agreement=None if answers is None else float(losses.agreement(best_logits, answers)),
+        kl_t1=None if answers is None else float(losses.kl(best_logits, answers, 1.0)),
+        kl_t4=None if answers is None else float(losses.kl(best_logits, answers, 4.0)),
+        ece=float(losses.expected_calibration_error(best_logits, labels)),
+        params=networks.parameter_count(student),
+        weights_digest=hashlib.sha256(pack(weights, {})).hexdigest(),
+        teacher_digest=None if teacher is None else teacher.digest,
+        peak_memory_bytes=peak_memory(device),
+    )

@@ -1,0 +1,262 @@
+"""Residual networks of torchvision, with a choice of stem and width, and the features that KD compares.
+
+Axes in tensor names: B batch, K classes, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tune_kd.study.spec import ARCHITECTURES, STEMS, WEIGHTS, Mistake
+from tune_kd.system.environment import make_private
+from tune_kd.system.files import Unexpected, check_regular, read
+
+MOST_WEIGHTS_BYTES = 2**30  # of torchvision's ResNets, the largest has 242 MB
+
+if TYPE_CHECKING:  # importing torchvision takes seconds, and reading results needs none of it
+    from torchvision.models import ResNet
+
+
+def build(
+    architecture: str, *, stem: str, classes: int, width: float = 1.0, weights: str = "none", seed: int
+) -> ResNet:
+    """A ResNet whose initial weights depend on the arguments alone, whatever was drawn before.
+
+    Maps images [B, 3, H, W] to logits [B, classes]. The stem `imagenet` is a 7x7 convolution of stride 2
+    and a 3x3 max-pool of stride 2; `cifar` is a 3x3 convolution of stride 1 without pooling. `width`
+    multiplies the standard channel counts. With weights `imagenet`, all is torchvision's IMAGENET1K_V1
+    but what has another form: the stem's convolution under `cifar` and the classifier unless there are
+    1,000 classes; these stay freshly initialised.
+
+    Raises `Mistake` for arguments that are not allowed, and for weights that cannot be had or read.
+    Source: He et al. 2016, "Deep residual learning for image recognition", as torchvision builds it.
+    """
+    _check(architecture, stem, classes, width, weights)
+    state = _imagenet_state(architecture) if weights == "imagenet" else {}
+    net = _blueprint(architecture, stem, classes, width).to_empty(device="cpu")
+    _initialise(net, seed)
+    # The old files of torchvision have no batch counters, which is why absent keys are accepted here;
+    # `_imagenet_state` has checked everything else.
+    here = net.state_dict()
+    net.load_state_dict({k: v for k, v in state.items() if v.shape == here[k].shape}, strict=False)
+    return net
+
+
+def parameter_count(net: nn.Module) -> int:
+    """The number of trainable scalars; running statistics are not counted."""
+    return sum(p.numel() for p in net.parameters() if p.requires_grad)
+
+
+def to_device(net: nn.Module, device: torch.device) -> None:
+    """Move a network of convolutions to a device, in place, in the layout that is fastest there without risk.
+
+    Channels last, unless a convolution on the CPU has channels that do not come in eights (its three colours
+    apart): there oneDNN's weight gradient of 4 channels (torch 2.15, AVX2) writes past its memory.
+    """
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    whole = all(each.out_channels % 8 == 0 and each.in_channels % 8 in (0, 3) for each in convolutions)
+    last = whole or device.type != "cpu"
+    net.to(device)
+    if last:
+        net.to(memory_format=torch.channels_last)
+
+
+def in_layout_of(net: nn.Module, images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in the memory layout of a network's weights. The first convolution would otherwise make a
+    copy of them in that layout twice: in its forward pass, and for the gradient of its weights."""
+    first = next(net.parameters())
+    last = first.is_contiguous(memory_format=torch.channels_last)
+    return images.contiguous(memory_format=torch.channels_last) if last else images
+
+
+def forward_with_features(net: ResNet, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The logits [B, K], those of `net(images)` exactly, and the four stages' outputs [B, C_i, H_i, W_i]."""
+    stage_BCHW = net.maxpool(net.relu(net.bn1(net.conv1(images))))
+    features = []
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        stage_BCHW = stage(stage_BCHW)
+        features.append(stage_BCHW)
+    logits_BK = net.fc(torch.flatten(net.avgpool(stage_BCHW), 1))
+    return logits_BK, tuple(features)
+
+
+def feature_channels(net: ResNet) -> tuple[int, int, int, int]:
+    """The channel counts of the four residual stages' outputs."""
+    # What a stage puts out is what the next one takes in, for either kind of block.
+    second, third, fourth = (stage[0].conv1.in_channels for stage in (net.layer2, net.layer3, net.layer4))
+    return second, third, fourth, net.fc.in_features
+
+
+def projections(student_channels: Sequence[int], teacher_channels: Sequence[int], *, seed: int) -> nn.ModuleList:
+    """One bias-free 1x1 convolution a stage, [B, C_student, H, W] to [B, C_teacher, H, W].
+
+    Drawn from a stream of its own, so a student starts from the same weights with and without them.
+    They are PyTorch's default initialisation: no ReLU follows that Kaiming's gain would make up for.
+    Raises `Mistake` where the two have different numbers of stages.
+    """
+    if len(student_channels) != len(teacher_channels):
+        raise Mistake(
+            f"teacher_channels has {len(teacher_channels)} stages; "
+            f"student_channels has {len(student_channels)}, and the two must match"
+        )
+    with _stream("projections", seed):
+        return nn.ModuleList(
+            nn.Conv2d(student, teacher, kernel_size=1, bias=False)
+            for student, teacher in zip(student_channels, teacher_channels, strict=True)
+        )
+
+
+def imagenet_url(architecture: str) -> str:
+    """Where torchvision publishes the IMAGENET1K_V1 weights; the name ends in the start of their SHA-256."""
+    from torchvision.models import get_model_weights
+
+    return str(get_model_weights(architecture).IMAGENET1K_V1.url)
+
+
+def imagenet_file(architecture: str) -> Path:
+    """The place of torchvision's weights on this machine, whether or not they are there."""
+    return Path(torch.hub.get_dir(), "checkpoints", imagenet_url(architecture).rpartition("/")[2])
+
+
+def fetch_imagenet(architecture: str) -> Path:
+    """The file of torchvision's weights, downloaded and its hash checked if it is absent.
+
+    Raises `Mistake`, which says what to put where, if it cannot be fetched.
+    """
+    file, url = imagenet_file(architecture), imagenet_url(architecture)
+    if file.exists():
+        try:
+            check_regular(file, MOST_WEIGHTS_BYTES, through_links=True)
+        except Unexpected as error:
+            raise Mistake(f"{error}; remove it to have it fetched") from error
+        return file
+    try:
+        make_private(file.parent)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise Mistake(
+            f"weights 'imagenet' of {architecture} are to be kept in {file.parent}, which cannot be written to "
+            f"({error.strerror}); set TORCH_HOME to a folder that can"
+        ) from error
+    try:
+        # Writes under a temporary name and renames: an interrupted download leaves no broken file.
+        torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False)
+    except (OSError, RuntimeError, HTTPException) as error:
+        raise Mistake(
+            f"weights 'imagenet' of {architecture} could not be fetched from {url} ({error}): "
+            f"get {file.name} on a machine that can, and put it at {file}"
+        ) from error
+    return file
+
+
+def _check(architecture: str, stem: str, classes: int, width: float, weights: str) -> None:
+    choices = (
+        ("architecture", architecture, ARCHITECTURES),
+        ("stem", stem, STEMS),
+        ("weights", weights, WEIGHTS),
+    )
+    problems = [
+        f"{field} is {value!r}; allowed: {', '.join(allowed)}"
+        for field, value, allowed in choices
+        if value not in allowed
+    ]
+    if classes < 1:
+        problems.append(f"classes is {classes!r}; allowed: 1 and more")
+    if not 0 < width < math.inf:
+        problems.append(f"width is {width!r}; allowed: finite numbers above 0")
+    elif weights == "imagenet" and width != 1:
+        problems.append(f"width is {width!r}; allowed with weights 'imagenet': 1, the only published one")
+    if problems:
+        raise Mistake(*problems)
+
+
+def _blueprint(architecture: str, stem: str, classes: int, width: float) -> ResNet:
+    """The network on the meta device: every shape, no memory, no random draw."""
+    from torchvision.models import get_model
+
+    with torch.device("meta"):
+        net = get_model(architecture, weights=None, num_classes=classes)
+        channels = [max(1, round(standard * width)) for standard in (64, 128, 256, 512)]
+        if stem == "cifar":
+            net.conv1 = nn.Conv2d(3, channels[0], kernel_size=3, stride=1, padding=1, bias=False)
+            net.maxpool = nn.Identity()
+        else:
+            net.conv1 = nn.Conv2d(3, channels[0], kernel_size=7, stride=2, padding=3, bias=False)
+        net.bn1 = nn.BatchNorm2d(channels[0])
+        # torchvision fixes the channel counts, so its own method makes the stages anew, each with the
+        # kind and number of blocks that it had. `inplanes` is what the method reads and advances.
+        net.inplanes = channels[0]
+        for name, planes, stride in zip(("layer1", "layer2", "layer3", "layer4"), channels, (1, 2, 2, 2), strict=True):
+            standard_stage = getattr(net, name)
+            block = type(standard_stage[0])
+            setattr(net, name, net._make_layer(block, planes, len(standard_stage), stride))
+        net.fc = nn.Linear(net.inplanes, classes)
+    return net
+
+
+def _initialise(net: nn.Module, seed: int) -> None:
+    """torchvision's scheme for its ResNets: Kaiming-normal convolutions, batch norms at 1 and 0."""
+    with _stream("network", seed):
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.BatchNorm2d | nn.Linear):
+                module.reset_parameters()
+
+
+@contextmanager
+def _stream(name: str, seed: int) -> Iterator[None]:
+    """Draws on the CPU come from a stream that `name` and `seed` fix; the global one stays where it was."""
+    digest = hashlib.sha256(f"{name} {seed}".encode()).digest()
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would reseed the accelerators too, and nothing would put them back.
+        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big"))
+        yield
+
+
+def _imagenet_state(architecture: str) -> dict[str, Tensor]:
+    """torchvision's ImageNet weights by name, checked against the network that they are for."""
+    file = fetch_imagenet(architecture)
+    expected = file.stem.rpartition("-")[2]
+    content = read(file, MOST_WEIGHTS_BYTES)
+    found = hashlib.sha256(content).hexdigest()
+    if not found.startswith(expected):
+        raise Mistake(f"{file} has a SHA-256 of {found[:8]}, and {expected} is published; remove it to have it fetched")
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in as many ways as it has layers of encoding
+        raise Mistake(f"{file} cannot be read as weights ({type(error).__name__})") from error
+    if not isinstance(state, dict):
+        raise Mistake(f"{file} holds a {type(state).__name__}; expected a dict of tensors by name")
+    net = _blueprint(architecture, stem="imagenet", classes=1000, width=1.0)
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    got = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
+    needed = {name for name in shapes if not name.endswith("num_batches_tracked")}
+    findings = {
+        f"lacks weights of {architecture}": sorted(needed - got.keys()),
+        f"holds weights that {architecture} does not have": sorted(map(str, got.keys() - shapes.keys())),
+        f"holds weights of another shape than {architecture}'s": [
+            f"{name} (got {got[name]}, expected {shapes[name]})"
+            for name in shapes
+            if name in got and got[name] != shapes[name]
+        ],
+    }
+    problems = [
+        f"{file} {finding}: {len(names)} of them, the first being {names[0]}"
+        for finding, names in findings.items()
+        if names
+    ]
+    if problems:
+        raise Mistake(*problems)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
