@@ -33,20 +33,20 @@ from tune_kd.training.loop import best_weights, train
 from tune_kd.training.teachers import Teacher, load_teacher, publish_teacher
 
 RAY = (
-    "test_ray",
+    "test_ray_tune",
     "test_cluster",
     "test_monitoring",
     "test_submit",
     "test_trackers",
     "test_faults",
     "test_gpu",
-    "test_shares",
+    "test_resources",
     "test_streams",
     "test_trust_ray",
 )  # share a Ray, or start their own
 
 
-NEEDS = {"moto": ("test_sharing.py", "test_cluster.py"), "selenium": ("test_monitoring.py",)}
+NEEDS = {"moto": ("records/test_sync.py", "execute/test_cluster.py"), "selenium": ("execute/test_monitoring.py",)}
 """Files whose imports need more than the project does: a machine without it runs the others, and says so."""
 collect_ignore = [file for package, files in NEEDS.items() if find_spec(package) is None for file in files]
 

@@ -16,7 +16,7 @@ from tune_kd.system import signals
 from tune_kd.system.files import MOST_RECORD_BYTES, read
 
 FOLDER = "search_spaces"
-INSTALLED = Path(__file__).parents[1] / FOLDER
+INSTALLED = Path(__file__).parents[2] / FOLDER
 """Where the studies that came with tune_kd are: beside it, whatever else has this name where Python looks."""
 
 

@@ -1,0 +1,732 @@
+"""The commands as a user calls them: words, exit status, and nothing started by a mistake."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from conftest import altered
+from forms import SECRETS
+from tune_kd import cli
+from tune_kd.analysis import early_stopping, grace
+from tune_kd.records import reader
+from tune_kd.records import run_folder as runs
+from tune_kd.records.ledger import DECISIONS, EPOCHS, LEDGER, SQLITE_BYTES, TRIALS, Ledger, first_row, reading, too_long
+from tune_kd.study.discover import find, from_json, resolve
+from tune_kd.study.plan import plan
+from tune_kd.study.trial import Decision, digest
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test in a folder of its own, so that `results/` is its own; no caches of the user's are touched."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the command in this process and return its exit status."""
+    monkeypatch.setattr("sys.argv", ["tune-kd", *arguments])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+MISTAKES = [
+    (["run", "ablatoin"], ["STUDY", "'ablatoin'", "ablation"]),
+    (["run", "nowhere/study.py"], ["STUDY", "nowhere/study.py"]),
+    (["run", "ablation", "--scale", "huge"], ["--scale", "'huge'", "paper, brief, laptop, smoke"]),
+    (["run", "ablation", "--scale", "smoke", "--data", "mnist"], ["--data", "'mnist'", "digits, cifar10, cifar100"]),
+    (["run", "ablation", "--scale", "smoke", "--name", "../x"], ["--name", "'../x'"]),
+    (["run", "ablation", "--scale", "smoke", "--name", "teachers"], ["--name", "'teachers'"]),
+    (["run", "ablation", "--scale", "smoke", "--set", "recipe.epoch=3"], ["recipe.epoch", "epochs"]),
+    (["run", "ablation", "--scale", "smoke", "--set", "recipe.epochs=many"], ["recipe.epochs", "'many'"]),
+    (["run", "ablation", "--scale", "smoke", "--set", "recipe.epochs=0"], ["recipe.epochs is 0"]),
+    (["run", "ablation", "--scale", "smoke", "--set", "recipe.epochs"], ["field=value"]),
+    (["run", "ablation", "--scale", "smoke", "--set", "factors.depth=[1]"], ["factors.stem"]),
+    (["run", "ablation", "--scale", "smoke", "--set", "screen.grace=99"], ["screen.grace is 99"]),
+    (["run", "tuned", "--scale", "smoke", "--set", "tuning.budget=2"], ["tuning.budget is 2", "at least 3 trials"]),
+    (["run", "tuned", "--scale", "smoke", "--set", "recipe.lr=2"], ["lr: its default 2.0 lies outside of 0.01 to 1"]),
+    (
+        ["run", "tuned", "--scale", "smoke", "--set", 'factors.method=["none","logit"]', "--set", "contrasts=[]"],
+        ["tuning.ranges has beta for every method, and no method of the study uses it"],
+    ),
+    (
+        [
+            "run",
+            "tuned",
+            "--scale",
+            "smoke",
+            "--set",
+            'tuning.ranges=[{"name": "lr", "over": {"low": 0.2, "high": 0.2, "kind": "uniform"}}]',
+        ],
+        ["lr over", "which is no range; allowed: low below high"],
+    ),
+    (["run", "ablation", "--scale", "smoke", "--gpus-per-trial", "7"], ["--gpus-per-trial is 7", "at most"]),
+    (["run", "ablation", "--scale", "smoke", "--gpus-per-trial", "-1"], ["--gpus-per-trial is -1"]),
+    (["run", "ablation", "--scale", "smoke", "--cpus-per-trial", "0"], ["--cpus-per-trial is 0"]),
+    (["run", "ablation", "--scale", "smoke", "--cpus-per-trial", "999"], ["--cpus-per-trial is 999"]),
+    (["run", "ablation", "--scale", "smoke", "--max-concurrent", "0"], ["--max-concurrent is 0"]),
+    (["run", "ablation", "--scale", "smoke", "--data", "cifar10", "--data-dir", "nowhere.tar"], ["nowhere.tar"]),
+    (["run", "ablation", "--scale", "smoke", "--data", "cifar10", "--data-dir", "nowhere"], ["nowhere", "not exist"]),
+    (["run", "ablation", "--scale", "smoke", "--gpus-per-trial", "inf"], ["--gpus-per-trial is inf"]),
+    (["run", "ablation", "--scale", "smoke", "--gpus-per-trial", "some"], ["--gpus-per-trial is some", "auto"]),
+    (["run", "ablation", "--scale", "smoke", "--gpus-per-trial", "1.5"], ["--gpus-per-trial is 1.5", "whole"]),
+    (
+        ["run", "ablation", "--scale", "smoke", "--gpus-per-trial", "auto", "--address", "a:1"],
+        ["--gpus-per-trial is auto", "--address is a:1"],
+    ),
+    (["run", "ablation", "--scale", "smoke", "--set", "recipe.precision=half"], ["recipe.precision", "bfloat16"]),
+    (["run", "ablation", "--scale", "smoke", "--set", "recipe.compile=3"], ["recipe.compile"]),
+    (["run", "ablation", "--scale", "smoke", "--cpus-per-trial", "nan"], ["--cpus-per-trial is nan"]),
+    (["resume", "nothing"], ["RUN", "'nothing'"]),
+    (["report", "nothing"], ["RUN", "'nothing'"]),
+    (["run", "ablation", "--scale", "smoke", "--margin-from", "nowhere"], ["--margin-from is 'nowhere'"]),
+    (["plan", "ablation", "--scale", "smoke", "--margin-from", "x", "--set", "screen.margin=0.1"], ["one of them"]),
+    (["report", ""], ["RUN is '.'"]),
+    (["run", "ablation", "--scale", "smoke", "--set", "screen.margin=[0.1,0.2]"], ["2 margins", "each rung (1: 1)"]),
+    (["plan", "ablation", "--scale", "smoke", "--set", "confirm.looks=[1]"], ["confirm.looks is [1]"]),
+    (["calibrate", "ablation", "--scale", "smoke", "--studies", "0"], ["--studies is 0", "from 1"]),
+    (["status"], ["results", "no run"]),
+    (["plan", "ablation", "--scale", "huge"], ["'huge'"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=lambda each: " ".join(each)[:60])
+def test_a_mistake_gets_one_clear_message_exit_2_and_starts_nothing(
+    arguments: list[str],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    elsewhere: Path,
+) -> None:
+    def started(*_: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("ray.init", started)
+    assert call(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert "Traceback" not in error
+    assert not (elsewhere / "results").exists()
+
+
+def test_a_run_of_another_version_is_not_resumed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    study = resolve(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", "smoke")
+    begun = runs.Run("old", elsewhere / "results" / "old", study, "0" * 64, None, {})
+    runs.create(begun)
+    altered(begun.folder / "study.json", lambda record: record["versions"].update(tune_kd="0.0.1"))
+    assert call(monkeypatch, "resume", "old") == 2
+    error = capsys.readouterr().err
+    assert "0.0.1" in error and "finish it with the version that began it" in " ".join(error.split())
+
+
+SHARES = {"gpus_per_trial": None, "cpus_per_trial": 1.0, "max_concurrent": None, "keep_checkpoints": False}
+
+
+def begun(elsewhere: Path, ended: str = "completed") -> Path:
+    """The folder of a run of a study whose file stands beside it."""
+    source = runs.Source(elsewhere / "mine.py", "smoke", settings=("recipe.epochs=3",))
+    shutil.copy(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", source.file)
+    run = runs.Run("mine", elsewhere / "results" / "mine", source.read(), "0" * 64, None, SHARES, source)
+    runs.create(run)
+    ledger = Ledger(run.folder / LEDGER)
+    for trial in run.plan.trials:
+        ledger.put(TRIALS, first_row("mine", trial) | {"status": ended, "epochs_run": trial.recipe.epochs})
+        for epoch in range(1, trial.recipe.epochs + 1):
+            ledger.put(EPOCHS, {"run": "mine", "trial_id": trial.trial_id, "epoch": epoch})
+    ledger.close()
+    return run.folder
+
+
+@pytest.mark.parametrize(
+    ("edit", "arguments", "words"),
+    [
+        (("lr=0.2", "lr=0.3"), [], ["was changed since it began: recipe.lr was 0.2 and is 0.3", "--extend"]),
+        (("lr=0.2", "lr=0.3"), ["--extend"], ["--extend admits only", "recipe.lr was 0.2 and is 0.3"]),
+        (("lr=0.2", "lr=="), [], ["cannot be read", "SyntaxError"]),
+        (("", ""), ["--extend"], ["nothing to add", "mine.py declares the same seeds and levels"]),
+        (("", ""), ["--set", "confirm.seeds=[1,2]"], ["--set is given", "--extend only"]),
+        (("", ""), ["--set", "x=1", "--cpus-per-trial", "999"], ["--set is given", "--cpus-per-trial is 999"]),
+        (("", ""), ["--gpus-per-trial", "7", "--max-concurrent", "0"], ["per-trial is 7", "--max-concurrent is 0"]),
+        (("", ""), ["--extend", "--set", "recipe.lr=1"], ["recipe.lr was 0.2 and is 1.0"]),
+        (("", ""), ["--extend", "--set", "confirm.seeds=[0,1]"], ["screen.seed is 0"]),
+    ],
+)
+def test_a_study_that_was_changed_is_not_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path,
+    edit: tuple[str, str], arguments: list[str], words: list[str],
+) -> None:  # fmt: skip
+    folder = begun(elsewhere)
+    before = (folder / "study.json").read_text()
+    file = elsewhere / "mine.py"
+    file.write_text(file.read_text().replace(*edit) if edit[0] else file.read_text())
+    monkeypatch.setattr("ray.init", lambda *_: pytest.fail("Ray was started"))
+    assert call(monkeypatch, "resume", "mine", *arguments) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert (folder / "study.json").read_text() == before
+
+
+def test_a_run_that_has_not_ended_is_not_extended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    begun(elsewhere, "running")
+    assert call(monkeypatch, "resume", "mine", "--extend", "--set", "confirm.seeds=[1,2]") == 2
+    assert "still to run; resume it, and then --extend" in capsys.readouterr().err
+
+
+def test_an_extension_changes_nothing_while_another_process_holds_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    folder = begun(elsewhere)
+    before = (folder / "study.json").read_text()
+    with runs.held(folder):
+        assert call(monkeypatch, "resume", "mine", "--extend", "--set", "confirm.seeds=[1,2]") == 2
+    assert "which process" in capsys.readouterr().err
+    assert (folder / "study.json").read_text() == before
+
+
+def test_a_run_is_held_while_its_extension_is_recorded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    folder, held = begun(elsewhere), []
+
+    def recorded(run: runs.Run) -> None:
+        held.append(runs.holder(folder))
+        raise KeyboardInterrupt
+
+    digest = json.loads((folder / "study.json").read_text())["data"]["digest"]
+    monkeypatch.setattr("tune_kd.execute.session.load_data", lambda *_, **__: SimpleNamespace(digest=digest))
+    monkeypatch.setattr(
+        "tune_kd.execute.cluster.connect",
+        lambda *_: SimpleNamespace(cpus=2.0, gpus=0.0, ours=False, parts=(), guarded=True),
+    )
+    monkeypatch.setattr("tune_kd.execute.cluster.check_nodes", lambda _: None)
+    monkeypatch.setattr("tune_kd.execute.resources.check_cluster", lambda *_: None)
+    monkeypatch.setattr(runs, "record_extension", recorded)
+    assert call(monkeypatch, "resume", "mine", "--extend", "--set", "confirm.seeds=[1,2]") == 130
+    assert held[0]["pid"] == os.getpid()
+
+
+def test_a_run_goes_on_with_its_shares_or_with_those_that_are_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    folder, used = begun(elsewhere), []
+    recorded = (folder / "study.json").read_bytes()
+
+    def executed(run: runs.Run, *_: object) -> None:
+        used.append(run.settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tune_kd.execute.session.load_data", lambda *_, **__: SimpleNamespace(digest="0" * 64))
+    monkeypatch.setattr("tune_kd.execute.session.execute", executed)
+    assert call(monkeypatch, "resume", "mine") == 130
+    given = ("--cpus-per-trial", "0.5", "--gpus-per-trial", "0", "--max-concurrent", "3")
+    assert call(monkeypatch, "resume", "mine", *given) == 130
+    assert used == [SHARES, SHARES | {"cpus_per_trial": 0.5, "gpus_per_trial": 0.0, "max_concurrent": 3}]
+    assert (folder / "study.json").read_bytes() == recorded
+
+
+def test_status_shows_trials_that_were_added_and_that_no_driver_took_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    folder = begun(elsewhere)
+    assert call(monkeypatch, "status", "mine") == 0
+    assert "nobody runs it" not in capsys.readouterr().out
+    more = runs.extended(runs.reopen(folder), ["confirm.seeds=[1,2]"])
+    runs.record_extension(more)
+    assert call(monkeypatch, "status", "mine") == 0
+    assert "nobody runs it; go on with: python -m tune_kd resume results/mine" in capsys.readouterr().out
+    assert call(monkeypatch, "status", "mine", "--json") == 0
+    trials = json.loads(capsys.readouterr().out)["trials"]
+    assert {row["trial_id"] for row in trials} == {trial.trial_id for trial in more.plan.trials}
+    assert {row["seed"] for row in trials if row["status"] == "pending"} == {2}
+
+
+def test_status_shows_what_early_stopping_decided(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path
+) -> None:
+    rows = Ledger(finished / LEDGER, read_only=True).rows(DECISIONS)
+    assert rows
+    assert call(monkeypatch, "status", str(finished)) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"early stopping: {len(rows)} comparisons" in shown
+    assert Decision.of(rows[-1]).words in shown
+    assert call(monkeypatch, "status", str(finished), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["decisions"] == rows
+
+
+def test_status_prints_what_a_trial_said_as_it_said_it_to_whoever_still_reads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path, elsewhere: Path
+) -> None:
+    run = elsewhere / "results" / "[laptop]"
+    shutil.copytree(finished, run)
+    said = "RuntimeError: [/pytorch/gloo/pair.cc:534] closed [enforce fail at alloc.cpp:114] " + 3 * "and so on, "
+    ledger = Ledger(run / LEDGER)
+    unmeasured = {"test_accuracy": None, "test_accuracy_best": None}
+    for row in ledger.rows(TRIALS)[:2]:
+        ledger.put(TRIALS, row | unmeasured | {"status": "failed", "error": said})
+    ledger.put(TRIALS, ledger.rows(TRIALS)[2] | unmeasured | {"status": "pending"})
+    ledger.close()
+    assert call(monkeypatch, "status", "[laptop]") == 0
+    shown = capsys.readouterr().out
+    assert shown.count(f" failed: {said}") == 2
+    monkeypatch.setattr("tune_kd.reporting.terminal.SHOWN", 1)  # of thousands, some and their number
+    assert call(monkeypatch, "status", "[laptop]") == 0
+    few = capsys.readouterr().out
+    assert few.count(f" failed: {said}") == 1 and "and 1 more; `--json` names all of them" in few
+    assert "go on with: python -m tune_kd resume 'results/[laptop]'\n" in shown
+    for form in ([], ["--json"]):
+        command = [sys.executable, "-m", "tune_kd", "status", "[laptop]", *form]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as left:
+            assert left.stdout is not None and left.stderr is not None
+            left.stdout.close()
+            assert (left.stderr.read(), left.wait(60)) == (b"", 0)
+
+
+def test_plan_tells_of_rungs_margins_looks_and_short_grace_periods(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path, elsewhere: Path
+) -> None:
+    study = resolve(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", "laptop")
+    rows = [{"stratum": "cifar/logit", "epoch": epoch, "n": 9, "rho": 0.1, "rho_low": -0.5, "rho_high": 0.6}
+            for epoch in range(1, 8)]  # fmt: skip
+    (elsewhere / "results" / "before").mkdir(parents=True)
+    grace.record(elsewhere / "results" / "before", "before", study, pd.DataFrame(rows))
+    arguments = ["plan", "ablation", "--scale", "laptop", "--set", "confirm.looks=[3,6]"]
+    assert call(monkeypatch, *arguments) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "rungs at epoch 6; an arm stops that is more than 6.00 points behind" in shown
+    assert "warning: screen.grace is 6, shorter than the run before supports: in cifar/logit" in shown
+    assert "3 seeds, at a seed-to-seed deviation of 0.50 points and a level of 0.025" in shown
+    assert "6 seeds" in shown
+    assert call(monkeypatch, *arguments, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert len(answer["warnings"]) == 1
+    assert [look["level"] for look in answer["seeds"]["looks"]] == pytest.approx([0.025, 0.025])
+    assert answer["screen"]["rungs"] == [6]
+
+
+def test_margins_of_an_earlier_runs_controls_are_on_record_as_a_setting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path
+) -> None:
+    study = reader.load(finished).study["study"]
+    settings = [f"scale={study['scale']}", "recipe.epochs=2", "screen.grace=1"]
+    given = [part for setting in settings for part in ("--set", setting)]
+    assert (
+        call(monkeypatch, "plan", "ablation", "--scale", "smoke", *given, "--margin-from", str(finished), "--json") == 0
+    )
+    (margin,) = json.loads(capsys.readouterr().out)["screen"]["margin"]
+    declared = resolve(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", "smoke", None, settings)
+    assert [margin] == early_stopping.noise_margins(reader.load(finished), declared)
+    assert 0 < margin < 1
+
+
+def test_compiling_without_a_compiler_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(elsewhere))
+    monkeypatch.delenv("CXX", raising=False)
+    assert call(monkeypatch, "run", "ablation", "--scale", "smoke", "--set", "recipe.compile=true") == 2
+    assert "C++ compiler" in capsys.readouterr().err
+    assert not (elsewhere / "results").exists()
+    study = resolve(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", "smoke")
+    compiled = replace(study, recipe=replace(study.recipe, compile=True))
+    runs.create(runs.Run("here", Path("results/here"), compiled, "0" * 64, None, SHARES))  # on a machine that had one
+    assert call(monkeypatch, "resume", "here") == 2
+    assert "C++ compiler" in capsys.readouterr().err
+
+
+def test_all_mistakes_of_a_call_are_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ["--name", "-", "--cpus-per-trial", "-2", "--max-concurrent", "0", "--set", "screen.grace=0"]
+    assert call(monkeypatch, "run", "ablation", "--scale", "smoke", *wrong) == 2
+    error = capsys.readouterr().err
+    for field in ("--cpus-per-trial", "--max-concurrent", "screen.grace"):
+        assert field in error
+
+
+def test_a_run_that_exists_is_not_begun_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    (elsewhere / "results" / "mine").mkdir(parents=True)
+    (elsewhere / "results" / "mine" / "study.json").touch()
+    assert call(monkeypatch, "run", "ablation", "--scale", "smoke", "--name", "mine") == 2
+    assert "resume" in capsys.readouterr().err
+
+
+def test_what_is_refused_is_told_without_the_secret_in_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    secret = SECRETS["GitHub"][0]
+    assert call(monkeypatch, "plan", "ablation", "--scale", "smoke", "--set", f"recipe.lr={secret}") == 2
+    said = capsys.readouterr().err
+    assert "recipe.lr" in said and "***" in said and secret not in said
+
+
+def test_an_error_of_ours_is_not_taken_for_failed_trials(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "app", lambda: 1 / 0)
+    assert call(monkeypatch) == 3
+    assert "ZeroDivisionError" in (said := capsys.readouterr().err) and "this is an error in tune_kd" in said
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    (elsewhere / "locked").mkdir(mode=0o500)
+    assert call(monkeypatch, "run", "ablation", "--scale", "smoke", "--out", "locked/results") == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_results_cannot_go_where_a_file_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    (elsewhere / "file").write_text("")
+    assert call(monkeypatch, "run", "ablation", "--scale", "smoke", "--out", "file/results") == 2
+    assert "--out is file/results" in capsys.readouterr().err
+
+
+def test_the_plan_as_json_is_json_alone_and_names_arms_trials_and_teachers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", "ablation", "--scale", "paper", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert len(planned["arms"]) == 14
+    assert len(planned["teachers"]) == 2
+    assert len(planned["trials"]) == 86
+    assert planned["raw_cells"] == 30
+    assert planned["price"]["flop"] > 1e17
+    assert planned["seeds"]["smallest_exact_p"] == 0.0625
+
+
+def test_the_plan_tells_people_what_was_merged_what_it_costs_and_what_seeds_can_show(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", "ablation", "--scale", "laptop") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("30 raw cells are 14 arms", "58 trials", "2 are teachers", "assumes", "80 % power", "0.2500"):
+        assert words in said
+    for contrast in plan(resolve(find("ablation"), "laptop")).contrasts:
+        assert f"{contrast.name} {contrast.kind}" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("factors.temperature=4", "factors.temperature is 4; allowed: a list, such as 'factors.temperature=[4]'"),
+        ("factors.method=none,logit", "factors.method is 'none,logit'; allowed: a list, such as "
+         "'factors.method=[\"none\", \"logit\"]'"),
+        ("confirm.seeds=1, 2", "confirm.seeds is '1, 2'; allowed: a list, such as 'confirm.seeds=[1, 2]'"),
+        ("confirm.seeds=[1,\"x\"]", "confirm.seeds[1] is 'x'; allowed: a whole number"),
+        ("screen.margin=little", "screen.margin is 'little'; allowed: a number or a list\n"),
+        ("factors=4", "factors is 4; allowed: a list\n"),
+        ("factors=[{\"name\":\"x\"}]", "factors.x is {'name': 'x'}; allowed: its fields, one by one\n"),
+        ("factors=[4]", "factors[0] is 4; allowed: its fields, one by one\n"),
+        ("factors.temperature=true", "factors.temperature is true; allowed: numbers and text, not true or false"),
+        ("factors.temperature=[true, 4.0]", "factors.temperature is [true, 4.0]; allowed: numbers and text, not"),
+        ("recipe.epochs=true", "recipe.epochs is true; allowed: numbers and text, not"),
+        ("tuning.budget=3", "names 'tuning.budget', and tuning is null here; allowed: tuning as a whole, in JSON"),
+        ("screen.strata=stem", "screen.strata is 'stem'; allowed: a list or null, such as 'screen.strata=[\"stem\"]'"),
+        ("recipe.epochs=4.5", "recipe.epochs is 4.5; allowed: a whole number"),
+        ("recipe.compile=often", "recipe.compile is 'often'; allowed: true or false"),
+        ("recipe=4", "recipe is 4; allowed: its fields, one by one, such as recipe.epochs=100"),
+        ("question=4", "question is 4; allowed: text, such as 'question=\"4\"'"),
+        ("contrasts=[{\"factor\": \"stem\", \"treated\": null, \"against\": 1}]",
+         "contrasts[0].treated is null; allowed: text or a whole number or a number"),
+        ("recipe={\"epoch\": 4}", "names 'recipe.epoch'; allowed here: epochs, batch_size"),
+        ("tuning={\"budget\": 4}", "tuning is {'budget': 4}; allowed: its fields, one by one or null"),
+    ],
+)  # fmt: skip
+def test_a_setting_of_the_wrong_type_is_answered_with_what_to_type(
+    given: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", "ablation", "--scale", "smoke", "--set", "screen.grace=1", "--set", given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"tune_kd: --set {said}"), error
+    if "such as" in said:
+        (right,) = shlex.split(said.rpartition("such as ")[2])
+        call(monkeypatch, "plan", "ablation", "--scale", "smoke", "--set", right)
+        assert f"--set {given.partition('=')[0]}" not in capsys.readouterr().err
+
+
+def test_fields_that_are_set_as_one_object_are_set_one_by_one() -> None:
+    study = resolve(find("ablation"), "smoke", None, ['recipe={"epochs": 3, "lr": 0.25}'])
+    assert (study.recipe.epochs, study.recipe.lr, study.recipe.batch_size) == (3, 0.25, 64)
+
+
+def test_a_study_of_ones_own_is_found_by_path_and_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    (elsewhere / "search_spaces").mkdir()
+    mine = elsewhere / "search_spaces" / "mine.py"
+    mine.write_text(
+        "from dataclasses import replace\nfrom search_spaces.ablation import laptop\n"
+        "def study():\n    return replace(laptop(), name='mine', scale='own')\n"
+    )
+    for name in ("mine", str(mine)):
+        assert call(monkeypatch, "plan", name, "--scale", "own", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["study"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def study(:", "SyntaxError"),
+        ("x = 1", "no function study()"),
+        ("def study(): return 3", "returns int"),
+        ("SCALES = {'own': 3}", "SCALES"),
+        (
+            "from dataclasses import replace\nfrom search_spaces.ablation import laptop\n"
+            "from tune_kd.study.spec import Confirm, Recipe\n"
+            "def study(): return replace(laptop(), scale='own', confirm=Confirm(seeds=5), recipe=Recipe(epochs='x'))",
+            "confirm.seeds is 5",
+        ),
+        ("def study(): raise KeyError('lost')", "KeyError"),
+    ],
+)
+def test_a_study_file_that_does_not_work_is_named_with_its_error(
+    text: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    (elsewhere / "broken.py").write_text(text)
+    assert call(monkeypatch, "plan", "broken.py", "--scale", "own") == 2
+    error = capsys.readouterr().err
+    assert "broken.py" in error
+    assert words in error
+
+
+def test_the_studys_only_scale_is_what_auto_means_and_ints_and_floats_are_one_value(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "search-spaces.md").read_text()
+    block = page.split("```python\n")[1].split("```")[0]
+    (elsewhere / "mine.py").write_text(block)
+    assert call(monkeypatch, "plan", "mine.py", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["scale"] == "small"
+    (elsewhere / "ints.py").write_text(block.replace("temperature=4.0", "temperature=4").replace("lr=0.2", "lr=1"))
+    whole = resolve(elsewhere / "ints.py", "small")
+    assert plan(whole) == plan(from_json(json.loads(json.dumps(asdict(whole)))))
+    assert isinstance(whole.teacher_recipe.lr, float)
+
+
+def test_a_field_can_be_set_from_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--set", "factors.stem=[\"cifar\"]", "--set", "moderator=null", "--set", "confirm.seeds=[4,5]",
+                "--set", "data.train=100"]  # fmt: skip
+    assert call(monkeypatch, "plan", "ablation", "--scale", "laptop", "--json", *settings) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert len(planned["arms"]) == 7
+    assert planned["seeds"]["confirm"] == [4, 5]
+    assert planned["data"]["train"] == 100
+
+
+def test_list_names_studies_and_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    (elsewhere / "results" / "mine").mkdir(parents=True)
+    (elsewhere / "results" / "mine" / "study.json").write_text("{}")
+    assert call(monkeypatch, "list", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert "ablation" in listed["studies"]
+    assert listed["runs"] == ["results/mine"]
+
+
+def test_the_entry_point_is_installed() -> None:
+    assert (Path(sys.executable).parent / "tune-kd").exists()
+
+
+def test_a_report_of_two_runs_compares_them_and_says_in_what_they_differ(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path, finished: Path
+) -> None:
+    other = elsewhere / "results" / "other"
+    shutil.copytree(finished, other, ignore=shutil.ignore_patterns("checkpoints", "ledger*"))
+
+    def another(record: dict[str, Any]) -> None:
+        record["run"], record["study"]["recipe"]["lr"] = "other", 0.07
+        record["study_sha256"] = digest(record["study"])
+        record["layout"] = 1  # as one that was made before tables had digests
+
+    altered(other / "study.json", another)
+    for name in ("trials", "epochs", "decisions"):
+        table = pd.read_parquet(other / f"{name}.parquet")
+        table.assign(run=pd.Series("other", index=table.index, dtype="string")).to_parquet(other / f"{name}.parquet")
+    assert call(monkeypatch, "report", str(finished), "other", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["runs"] == ["tiny", "other"]
+    assert {"what differs": "study.recipe.lr", "tiny": "0.05", "other": "0.07"} in answer["differences"]
+    assert answer["report"] == "report-tiny-other/report.html"
+    page = (elsewhere / answer["report"]).read_text()
+    assert "study.recipe.lr" in page
+    assert {path.name for path in (elsewhere / "report-tiny-other" / "figures").glob("effects*.png")} == {
+        "effects-tiny.png",
+        "effects-other.png",
+    }
+    compared = pd.read_csv(elsewhere / "report-tiny-other" / "tables" / "between_runs.csv")
+    assert compared["estimate"].tolist() == [0.0] * len(compared)
+    assert call(monkeypatch, "report", str(finished), "other", "--format", "md") == 0
+    said = capsys.readouterr().out
+    assert "What differs" in said
+    assert re.search(r"study\.recipe\.lr +0\.05 +0\.07", said)
+
+
+def test_a_report_is_written_where_and_in_what_form_one_likes_and_opened(
+    monkeypatch: pytest.MonkeyPatch, elsewhere: Path, finished: Path
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("typer.launch", opened.append)
+    arguments = ["report", str(finished), "--to", "mine", "--format", "md,csv", "--open"]
+    assert call(monkeypatch, *arguments) == 0
+    assert opened == [(elsewhere / "mine" / "report.md").as_uri()]
+    assert {path.name for path in (elsewhere / "mine").iterdir()} == {"report.md", "tables"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--format", "docx"], ["--format is 'docx'; allowed: html, md, csv, tex, png, svg"]),
+        (["--format", ""], ["--format is ''; allowed: html, md"]),
+        (["--phase", "select"], ["--phase is 'select'; allowed: THEIRS=OURS"]),
+        (["--phase", "x=screen"], ["--phase is given, and RUN is a run of tune_kd's"]),
+        (["nowhere", "--phase", "x=y"], ["--phase is 'x=y'", "RUN is 'nowhere'; allowed: a run's folder"]),
+    ],
+)
+def test_a_report_that_cannot_be_is_refused_with_every_problem_and_nothing_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path, finished: Path,
+    arguments: list[str], says: list[str],
+) -> None:  # fmt: skip
+    assert call(monkeypatch, "report", str(finished), "--to", "mine", *arguments) == 2
+    said = capsys.readouterr().err
+    assert all(each in said for each in says)
+    assert "Traceback" not in said
+    assert not (elsewhere / "mine").exists()
+
+
+def test_a_report_cannot_go_into_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path, finished: Path
+) -> None:
+    (elsewhere / "mine").write_text("")
+    assert call(monkeypatch, "report", str(finished), "--to", "mine") == 2
+    assert "mine cannot be written to; allowed: a folder that can be made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("study", "gpus", "says"),
+    [
+        (
+            "ablation", 1,
+            "paper, since Ray sees a GPU: about 4.5 h on one GPU as fast as an H100 (--scale brief: about 16.0 min; "
+            "--scale laptop for a small one)",
+        ),
+        (
+            "ablation", 8,
+            "paper, since Ray sees a GPU: about 33.6 min on 8 GPUs as fast as an H100 (--scale brief: about 2.0 min; "
+            "--scale laptop for a small one)",
+        ),
+        (
+            "tuned", 1,
+            "paper, since Ray sees a GPU: about 15.5 h on one GPU as fast as an H100 (--scale laptop for a small one)",
+        ),
+        ("ablation", 0, "laptop, since Ray sees no GPU (--scale paper for the whole study)"),
+    ],
+)  # fmt: skip
+def test_auto_says_how_long_the_scales_for_a_gpu_take(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], study: str, gpus: int, says: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert call(monkeypatch, "plan", study) == 0
+    assert " ".join(capsys.readouterr().out.split()).startswith(f"{study} at scale {says}")
+
+
+def test_what_is_set_wrongly_is_told_and_not_lost_in_an_estimate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert call(monkeypatch, "plan", "ablation", "--set", "recipe.epochs=0") == 2
+    assert "recipe.epochs is 0; allowed: at least 1" in capsys.readouterr().err
+
+
+LONG = 300 * "y"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("status", LONG),
+        ("report", LONG),
+        ("resume", LONG),
+        ("list", "--out", LONG),
+        ("plan", "ablation", "--scale", "smoke", "--out", LONG),
+        ("run", "ablation", "--scale", "smoke", "--out", f"above/{LONG}"),
+        ("run", "ablation", "--scale", "smoke", "--data", "cifar10", "--data-dir", LONG),
+        ("run", "ablation", "--scale", "smoke", "--margin-from", LONG),
+        ("simulate", "ablation", "--curves", LONG),
+    ],
+    ids=lambda arguments: " ".join(arguments).replace(LONG, "LONG"),
+)
+def test_a_name_that_no_disk_takes_is_refused_and_nothing_made(
+    arguments: tuple[str, ...], elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *arguments) == 2
+    told = capsys.readouterr().err
+    assert LONG in told and told.endswith("has too long a name; allowed: 255 bytes\n")
+    assert [path.name for path in elsewhere.iterdir()] in ([], ["cache"])
+
+
+def test_a_reports_folder_with_too_long_a_name_is_refused_and_those_above_it_not_made(
+    finished: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "report", str(finished), "--to", f"above/{LONG}") == 2
+    assert "has too long a name" in capsys.readouterr().err and not (elsewhere / "above").exists()
+
+
+def test_a_path_that_sqlite_does_not_open_is_refused_and_nothing_made(
+    finished: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = elsewhere / Path(*(95 * each for each in "abcde"))
+    named = ("--name", "x", "--out")
+    assert call(monkeypatch, "run", "ablation", "--scale", "smoke", *named, str(out)) == 2
+    length = len(str(out / "x" / LEDGER))
+    why = f"the path of its ledger has {length} bytes, and SQLite opens those of at most 504"
+    assert f"--out is {out}, where {why}; choose a folder with a shorter path" in capsys.readouterr().err
+    assert not (elsewhere / ("a" * 95)).exists()
+
+    shutil.copytree(finished, out / "x")  # as whoever moves a run does
+    (elsewhere / "short").symlink_to(out)  # SQLite follows it
+    for arguments in (("status", str(out / "x")), ("status", "--out", str(out)), ("resume", "short/x")):
+        assert call(monkeypatch, *arguments) == 2
+        assert "bytes, and SQLite opens those of at most 504; move it to a folder" in capsys.readouterr().err
+
+
+def test_the_longest_path_that_a_run_is_begun_in_is_one_that_sqlite_opens(tmp_path: Path) -> None:
+    folder = tmp_path / Path(*(95 * each for each in "abcd"))
+    folder /= "e" * (SQLITE_BYTES - len(str(folder / LEDGER)) - 1)
+    folder.mkdir(parents=True)
+    assert too_long(folder / LEDGER) is None and too_long(folder / f"{LEDGER}x") is not None
+    with closing(Ledger(folder / LEDGER)), reading(folder / LEDGER) as ledger:
+        assert ledger.rows(TRIALS) == []
+    with pytest.raises(sqlite3.OperationalError):
+        sqlite3.connect(folder / f"{LEDGER}x")

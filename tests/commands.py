@@ -1,0 +1,115 @@
+"""Commands and runs on Ray, as tests start them, and what to compare of two runs."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+
+from tune_kd.data import datasets
+from tune_kd.execute.driver import Driver
+from tune_kd.execute.worker import Workplace
+from tune_kd.records.ledger import EPOCHS, TIMING, Ledger
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Study
+
+# What may differ between two computations of one trial (RELIABILITY: times, rates, hosts, attempts, memory, shares).
+FREE = ["run", "train_seconds", "wall_seconds", "gpu_fraction", "peak_memory_bytes", "attempts", "error", "host",
+        "started"]  # fmt: skip
+
+
+EPOCH_FREE = ["run", *TIMING]  # which of several students asked a teacher for a view first is chance, too
+
+
+def driver(study: Study, folder: Path, **options: Any) -> tuple[Driver, Workplace]:
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = study.data
+    digest = datasets.load(spec.name, train=spec.train, validation=spec.validation, test=spec.test).digest
+    place = Workplace(None, None, folder / "teachers", folder / "checkpoints", checkpoint_every=0.0)
+    ledger = Ledger(folder / "ledger.sqlite")
+    shares = {"cpus": 1.0, "gpus": 0.0, **options}
+    return Driver(plan(study, digest), "r", folder, ledger, place, **shares), place
+
+
+def table(folder: Path, name: str, free: list[str]) -> pd.DataFrame:
+    read = pd.read_parquet(folder / f"{name}.parquet").drop(columns=free)
+    return read.sort_values(list(read.columns[:2])).reset_index(drop=True)
+
+
+def same_records(one: Path, other: Path) -> None:
+    pd.testing.assert_frame_equal(table(one, "trials", FREE), table(other, "trials", FREE), check_exact=True)
+    pd.testing.assert_frame_equal(
+        table(one, "epochs", EPOCH_FREE), table(other, "epochs", EPOCH_FREE), check_exact=True
+    )
+
+
+def contiguous(folder: Path) -> None:
+    """Every epoch of every trial once, from 1 on, as many as its row says."""
+    trials = pd.read_parquet(folder / "trials.parquet").set_index("trial_id")
+    epochs = pd.read_parquet(folder / "epochs.parquet")
+    for trial_id, each in epochs.groupby("trial_id"):
+        assert sorted(each["epoch"]) == list(range(1, len(each) + 1))
+        assert trials.loc[trial_id, "epochs_run"] == len(each)
+
+
+def without_stops(study: Study) -> Study:
+    """With all arms running on, what runs does not depend on who arrives first."""
+    return replace(study, screen=replace(study.screen, min_peers=99))
+
+
+def token() -> str:
+    return (Path.home() / ".ray" / "auth_token").read_text().strip()
+
+
+def kill_a_worker() -> int | None:
+    """Kill a process that trains, and return its number; null where none does."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any("TrialRunner" in word for word in process.info["cmdline"] or ()):
+            process.kill()
+            return process.pid
+    return None
+
+
+STUDY = """
+from dataclasses import replace
+from search_spaces.ablation import smoke
+from tune_kd.study.spec import Compare, Factor
+
+def study():
+    base = smoke()
+    return replace(
+        base, scale="own", moderator=None, screen=replace(base.screen, min_peers=99),
+        factors=(Factor("stem", ("cifar",)), *base.factors[1:]), recipe=replace(base.recipe, epochs=4),
+    )
+"""
+
+
+def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tune_kd", *arguments],
+        cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def epochs_on_record(folder: Path) -> int:
+    path = folder / "ledger.sqlite"
+    if not path.exists():
+        return 0
+    try:
+        return len(Ledger(path, read_only=True).rows(EPOCHS))
+    except Exception:  # the tables are being made
+        return 0

@@ -1,0 +1,235 @@
+"""What a run does when parts of Ray are lost under it: a node, Ray itself; and who may read Ray's token."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import pandas as pd
+import psutil
+import pytest
+
+from commands import STUDY, command, contiguous, epochs_on_record, same_records, wait_for
+from stores import KEYS, store
+from tune_kd.execute.driver import Driver
+from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.worker import Workplace
+from tune_kd.records.ledger import LEDGER, TRIALS, Ledger
+from tune_kd.records.run_folder import Run, create, reopen
+from tune_kd.study.spec import Mistake
+from tune_kd.system import environment
+from tune_kd.system.object_store import local
+
+# A cluster of a head without CPUs and two nodes, each with a home of its own. A line on its standard input removes one
+# of them as if its power had gone; the end of its input ends it, and it tells how many bytes each node got from others.
+CLUSTER = """
+import json, sys, time, urllib.request
+import ray
+from ray.cluster_utils import Cluster
+
+options = {"num_cpus": 0, "include_dashboard": False, "_system_config": {"metrics_report_interval_ms": 1000}}
+cluster = Cluster(initialize_head=True, head_node_args=options)
+nodes = [cluster.add_node(num_cpus=1, env_vars={"XDG_DATA_HOME": f"{sys.argv[1]}/{number}"}) for number in range(2)]
+print(cluster.address, flush=True)
+for _ in sys.stdin:
+    cluster.remove_node(nodes.pop(), allow_graceful=False)
+ray.init(cluster.address, log_to_driver=False)
+time.sleep(2.5)
+got = []
+for node in ray.nodes():
+    if node["Alive"] and node["Resources"].get("CPU"):
+        port = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        lines = urllib.request.urlopen(port, timeout=10).read().decode().splitlines()
+        got += [float(line.rsplit(" ", 1)[1]) for line in lines
+                if line.startswith("ray_object_manager_bytes") and 'Type="Received"' in line]
+print(json.dumps(got), flush=True)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@contextmanager
+def cluster(homes: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A cluster in a process of its own; gives the process and the address."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER, str(homes)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        yield process, process.stdout.readline().strip()
+    finally:
+        if process.poll() is None:
+            process.communicate(timeout=60)
+
+
+def raylets(of: int) -> list[psutil.Process]:
+    """The raylets under a process, the youngest last."""
+    under = psutil.Process(of).children(recursive=True)
+    return sorted((each for each in under if each.name() == "raylet"), key=psutil.Process.create_time)
+
+
+def test_a_lost_node_costs_nothing_but_time_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # Ray joins with it on, or not at all, a cluster that asks for one
+    environment.guard_token()
+    (tmp_path / "own.py").write_text(STUDY)
+    run = tmp_path / "results" / "moved"
+    with cluster(tmp_path) as (nodes, address):
+        begun = command(
+            tmp_path, "run", "own.py", "--scale", "own", "--name", "moved", "--address", address,
+            "--set", "recipe.epochs=12",
+        )  # fmt: skip
+        wait_for(
+            lambda: begun.poll() is not None or epochs_on_record(run) >= 20
+        )  # of the first students, one on each node
+        assert begun.poll() is None, begun.communicate()[1]
+        raylet = raylets(nodes.pid)[-1]
+        lost = [raylet, *raylet.children(recursive=True)]
+        assert nodes.stdin is not None
+        nodes.stdin.write("remove\n")
+        nodes.stdin.flush()
+        _, errors = begun.communicate(timeout=200)
+        assert begun.returncode == 0, errors
+        assert not [each for each in lost if each.is_running()]
+    contiguous(run)
+    rows = pd.read_parquet(run / "trials.parquet")
+    assert set(rows["status"]) == {"completed"}
+    assert sorted(rows["attempts"])[-2:] == [1, 2]
+    assert rows["error"].dropna().tolist() == ["attempt 1: its worker died"]
+
+    same_records(run, on_one_node(run, tmp_path))
+
+
+def on_one_node(run: Path, folder: Path) -> Path:
+    """The same study in this process; returns its run's folder."""
+    planned = reopen(run)
+    here = Run("here", folder / "here", planned.study, planned.data_digest, None, planned.settings)
+    create(here)
+    place = Workplace(None, None, here.teachers / "apart", here.checkpoints)
+    ledger = Ledger(here.folder / LEDGER)
+    run_in_process(Driver(here.plan, "here", here.folder, ledger, place, cpus=1.0, gpus=0.0), place)
+    return here.folder
+
+
+@pytest.mark.parametrize("lost", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "a node is lost"])
+def test_two_nodes_that_share_a_store_alone_give_the_tables_of_one_and_get_data_and_teachers_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    environment.guard_token()
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "driver"))
+    (tmp_path / "own.py").write_text(STUDY)
+    with store() as s3, cluster(tmp_path / "nodes") as (nodes, address):
+        run = local(s3.url("kd")) / "moved"
+        begun = command(
+            tmp_path, "run", "own.py", "--scale", "own", "--name", "moved", "--address", address,
+            "--out", s3.url("kd"), "--set", f"recipe.epochs={12 if lost else 4}",
+        )  # fmt: skip
+        if lost:
+            wait_for(lambda: begun.poll() is not None or epochs_on_record(run) >= 20)
+            assert begun.poll() is None and nodes.stdin is not None, begun.communicate()[1]
+            nodes.stdin.write("remove\n")
+            nodes.stdin.flush()
+        _, errors = begun.communicate(timeout=250)
+        assert begun.returncode == 0, errors
+        told, _ = nodes.communicate(timeout=60)
+        trials = pd.read_parquet(run / "trials.parquet")
+        (teacher,) = trials.loc[trials["role"] == "teacher", "trial_id"]
+        fetched = s3.gets(f"{teacher}/weights.safetensors")
+    homes = [home for home in (tmp_path / "nodes").glob("*") if list(home.rglob("weights.safetensors"))]
+    assert len(homes) in ((1, 2) if lost else (2,))  # where students learned from it: each in its own
+    assert fetched <= 2  # an object of more than a few pages comes in two requests; the other node trained it
+    images = sum(trials["dataset"] == "digits")
+    assert images > 8
+    size = 192 * (100 + 50 + 50)  # bytes of the images, each 3 x 8 x 8
+    for got in json.loads(told.splitlines()[-1]):  # Ray writes there, too
+        assert size < got < 2 * size, "the data came to this node once, whatever ran on it"
+    same_records(run, on_one_node(run, tmp_path))
+    contiguous(run)
+
+
+def test_a_run_whose_ray_died_ends_with_3_and_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(STUDY)
+    run = tmp_path / "results" / "cut"
+    begun = command(tmp_path, "run", "own.py", "--scale", "own", "--name", "cut", "--set", "recipe.epochs=1000")
+    wait_for(lambda: epochs_on_record(run) >= 3)
+    everything = psutil.Process(begun.pid).children(recursive=True)
+    raylets(begun.pid)[0].kill()
+    _, errors = begun.communicate(timeout=60)
+    assert begun.returncode == 3
+    assert "Ray died" in errors and "resume results/cut" in errors and "Traceback" not in errors
+    wait_for(lambda: not any(each.is_running() for each in everything), 90)
+    assert "failed" not in {row["status"] for row in Ledger(run / LEDGER, read_only=True).rows(TRIALS)}
+    contiguous(run)
+
+
+def test_a_sigterm_while_ray_starts_ends_with_143(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(STUDY)
+    begun = command(tmp_path, "run", "own.py", "--scale", "own", "--name", "early")
+    wait_for(lambda: bool(raylets(begun.pid)))
+    begun.send_signal(signal.SIGTERM)
+    _, errors = begun.communicate(timeout=60)
+    assert begun.returncode == 143
+    assert "Traceback" not in errors
+
+
+def test_ray_leaves_its_token_to_its_user_alone_and_signals_to_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    script = (
+        "import signal\n"
+        "from tune_kd.execute import cluster as connection\n"
+        "from pathlib import Path\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "ours = signal.getsignal(signal.SIGTERM)\n"
+        "cluster = connection.connect(None)\n"
+        "print(signal.getsignal(signal.SIGTERM) is ours)\n"
+        "connection.disconnect(cluster)\n"
+        "print(signal.getsignal(signal.SIGTERM) is ours)\n"
+        "token = Path.home() / '.ray' / 'auth_token'\n"
+        "print(oct(token.stat().st_mode & 0o777), len(token.read_text()))"
+    )
+    made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert made.stdout.split() == ["True", "True", "0o600", "64"], made.stderr
+
+
+def test_ray_takes_the_token_from_where_it_was_moved_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that was not there: Ray itself would make it in the home, which here nobody can write to."""
+    (tmp_path / "home").write_text("in the way")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    script = (
+        "from tune_kd.execute import cluster as connection\n"
+        "cluster = connection.connect(None)\n"
+        "print(int(cluster.cpus) > 0)\n"
+        "connection.disconnect(cluster)"
+    )
+    made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert made.stdout.split() == ["True"], made.stderr
+    assert len((tmp_path / "token").read_text()) == 64
+
+
+def test_a_token_that_others_can_read_is_closed_to_them_or_ray_is_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = tmp_path / "token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    token.write_text("0" * 64)
+    token.chmod(0o644)
+    environment.guard_token()
+    assert token.stat().st_mode & 0o777 == 0o600
+    token.chmod(0o640)
+    with (
+        patch.object(Path, "chmod", side_effect=PermissionError),
+        pytest.raises(Mistake, match="has the mode 0640, so that others can read it; allowed: 0600"),
+    ):
+        environment.guard_token()

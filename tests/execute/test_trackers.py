@@ -1,0 +1,284 @@
+"""Trackers that people already use, fed by Ray's own callbacks and read with the trackers' own readers."""
+
+import math
+import sqlite3
+import sys
+import time
+import warnings
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from threading import Event, Timer
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+from ray.tune.logger import LoggerCallback
+
+from bench import epoch
+from commands import driver, without_stops
+from conftest import ODD_NAMES
+from forms import SECRETS
+from tune_kd.execute import ray_tune, trackers
+from tune_kd.execute.driver import Driver
+from tune_kd.execute.worker import Task
+from tune_kd.study.spec import Mistake, Study
+
+
+@pytest.fixture(scope="module")
+def tracked(ray_session: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Driver]:
+    """A run with TensorBoard and MLflow, and a tracker that fails at its third result."""
+    from conftest import tiny
+
+    folder = tmp_path_factory.mktemp("tracked") / "shown"
+    study = without_stops(tiny())
+    study = replace(study, factors=(replace(study.factors[0], levels=("cifar",)), *study.factors[1:]), moderator=None)
+    said: list[str] = []
+    made, place = driver(study, folder, gpus=0.0)
+    callbacks = trackers.made(["tensorboard", "mlflow"], "tiny", "shown", folder, said.append)
+    failing = trackers._Shown("brittle", Brittle, folder, said.append)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of MLflow's own dependencies
+        ray_tune.run_on_ray(made, place, slots=2, beat=lambda: None, trackers=[*callbacks, failing])
+    assert [each for each in said if each.startswith("warning: ")] == [
+        "warning: brittle does not take this run any more (the server is gone); the run goes on without it"
+    ]
+    return folder, made
+
+
+class Brittle(LoggerCallback):
+    left = 3
+
+    def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
+        self.left -= 1
+        if not self.left:
+            raise ConnectionError("the server is gone")
+        assert self.left > 0, "it was asked again"
+
+
+def on_record(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    trials = pd.read_parquet(folder / "trials.parquet").set_index("trial_id")
+    return trials, pd.read_parquet(folder / "epochs.parquet")
+
+
+def names(made: Driver) -> dict[str, str]:
+    """Trials by the name that trackers show."""
+    return {
+        f"{each.label} (screen)" if each.phase == "screen" else each.label: each.trial_id for each in made.plan.trials
+    }
+
+
+def test_tensorboard_shows_every_trial_under_its_name_with_what_is_on_record(tracked: tuple[Path, Driver]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, made = tracked
+    trials, epochs = on_record(folder)
+    home = folder / "tensorboard"
+    found = {str(path.parent.relative_to(home)): path.parent for path in home.rglob("events.out.tfevents*")}
+    assert found.keys() == names(made).keys()
+    for name, trial_id in names(made).items():
+        events = EventAccumulator(str(found[name]))
+        events.Reload()
+        theirs = epochs[epochs["trial_id"] == trial_id].sort_values("epoch")
+        for measure in ("val_accuracy", "train_loss"):
+            scalars = events.Scalars(f"ray/tune/{measure}")
+            assert [each.step for each in scalars] == list(theirs["epoch"])
+            assert [each.value for each in scalars] == pytest.approx(list(theirs[measure]), rel=1e-6)
+        (last,) = events.Scalars("ray/tune/test_accuracy_best")
+        assert last.value == pytest.approx(trials.loc[trial_id, "test_accuracy_best"], rel=1e-6)
+
+
+def test_mlflow_has_every_trial_with_its_settings_and_measures(tracked: tuple[Path, Driver]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mlflow.tracking import MlflowClient
+
+        folder, made = tracked
+        trials, epochs = on_record(folder)
+        client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+        (experiment,) = (each for each in client.search_experiments() if each.name == "shown")
+        runs = {each.info.run_name: each for each in client.search_runs([experiment.experiment_id])}
+        assert runs.keys() == names(made).keys()
+        for name, trial_id in names(made).items():
+            run, row = runs[name], trials.loc[trial_id]
+            assert run.info.status == "FINISHED" and run.data.tags["study"] == "tiny"
+            assert (run.data.params["arm"], run.data.params["seed"]) == (row["arm"], str(row["seed"]))
+            assert float(run.data.params["lr"]) == row["lr"]
+            assert ("temperature" in run.data.params) == (not pd.isna(row["temperature"]))
+            assert not any(word in run.data.params for word in ("task", "place", "work"))
+            assert run.data.metrics["test_accuracy_best"] == row["test_accuracy_best"]
+            history = client.get_metric_history(run.info.run_id, "val_accuracy")
+            theirs = epochs[epochs["trial_id"] == trial_id].sort_values("epoch")
+            assert [(each.step, each.value) for each in sorted(history, key=lambda each: each.step)] == list(
+                zip(theirs["epoch"], theirs["val_accuracy"], strict=True)
+            )
+
+
+def test_a_tracker_changes_nothing_on_record(tracked: tuple[Path, Driver]) -> None:
+    _, made = tracked
+    assert {row["status"] for row in made.rows.values()} == {"completed"}
+    assert all(math.isfinite(row["test_accuracy_best"]) for row in made.rows.values())
+
+
+def test_a_tracker_that_is_not_there_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    trackers.check(["tensorboard", "mlflow"])
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(Mistake) as refused:
+        trackers.check(["tensorbord", "wandb"])
+    assert refused.value.problems == (
+        "--track is tensorbord; allowed: tensorboard, mlflow, wandb",
+        "--track is wandb, whose package is not installed; `pip install 'tune_kd[wandb]'` does that",
+    )
+
+
+def test_an_attempt_that_is_made_again_is_shown_beside_the_first(study: Study, tmp_path: Path) -> None:
+    made, _ = driver(study, tmp_path)
+    task = made.next()
+    assert task is not None
+    first, second = (trackers.shown(replace(task, attempt=attempt), "x", tmp_path, "y") for attempt in (1, 2))
+    assert second.name == f"{first.name} attempt 2" and second.local_path != first.local_path
+    made.conclude()
+
+
+@pytest.mark.parametrize(("every", "seen"), [(10.0, 0), (-1.0, 5)])
+def test_mlflow_gets_a_trials_measures_together_and_a_long_trials_meanwhile(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch, every: float, seen: int
+) -> None:
+    monkeypatch.setattr(trackers, "BATCH", 7)
+    monkeypatch.setattr(trackers, "BATCH_EVERY", every)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # which MLflow itself sets
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mlflow.tracking import MlflowClient
+
+        (shown,) = trackers.made(["mlflow"], "tiny", "long", tmp_path, lambda said: pytest.fail(said))
+        assert isinstance(shown, trackers._Shown)
+        inner, (task, other) = shown._make(), tasks(study, tmp_path)
+        inner.setup()
+        trials = [trackers.shown(each, each.trial.trial_id, tmp_path, "mlflow") for each in (task, other)]
+        for trial in trials:
+            inner.log_trial_start(trial)
+        for epoch in range(1, 6):
+            for trial in trials:
+                inner.log_trial_result(
+                    epoch, trial, {"training_iteration": epoch, "val_accuracy": 0.1 * epoch, "lr": 1}
+                )
+        client = MlflowClient(f"sqlite:///{tmp_path / trackers.DATABASE}")
+        (experiment,) = (each for each in client.search_experiments() if each.name == "long")
+
+        def known() -> list[int]:
+            runs = client.search_runs([experiment.experiment_id])
+            return [len(client.get_metric_history(each.info.run_id, "val_accuracy")) for each in runs]
+
+        assert known() == [seen, seen]
+        for trial in trials:
+            inner.log_trial_end(trial)
+        assert known() == [5, 5]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_mlflows_database_is_in_the_runs_folder_whatever_that_is_called(
+    name: str, tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / name
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)  # MLflow pastes the working directory into SQL, where an apostrophe ends it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (shown,) = trackers.made(["mlflow"], "tiny", "odd", folder, lambda said: pytest.fail(said))
+        assert isinstance(shown, trackers._Shown)
+        inner, task = shown._make(), tasks(study, tmp_path)[0]
+        inner.setup()
+        trial = trackers.shown(task, task.trial.trial_id, folder, "mlflow")
+        inner.log_trial_start(trial)
+        inner.log_trial_result(1, trial, {"training_iteration": 1, "val_accuracy": 0.5})
+        inner.log_trial_end(trial)
+    with closing(sqlite3.connect(folder / trackers.DATABASE)) as stored:
+        assert stored.execute("SELECT name, status FROM runs").fetchall() == [(trial.name, "FINISHED")]
+        assert stored.execute("SELECT key, value FROM metrics").fetchall() == [("val_accuracy", 0.5)]
+    assert [path.name for path in folder.iterdir()] == [trackers.DATABASE]
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {name}
+
+
+def test_a_tracker_that_wants_to_end_the_process_ends_only_itself(tmp_path: Path) -> None:
+    said: list[str] = []
+    shown = trackers._Shown("gone", lambda: sys.exit("no account"), tmp_path, said.append)
+    shown.setup()
+    shown.on_experiment_end([])
+    assert said == ["warning: gone does not take this run any more (no account); the run goes on without it"]
+
+
+class Hanging(LoggerCallback):
+    def __init__(self) -> None:
+        self.leave = Event()
+
+    def log_trial_start(self, trial: Any) -> None:
+        self.leave.wait(60)
+        raise ConnectionError("the server was away")
+
+
+def test_what_a_tracker_says_is_cut_after_its_secrets_are_masked(tmp_path: Path) -> None:
+    text, hidden = SECRETS["GitHub"]
+    said: list[str] = []
+    shown = trackers._Shown("shy", lambda: sys.exit(f"{'x' * 188} {text}"), tmp_path, said.append)
+    shown.setup()
+    shown.on_experiment_end([])
+    assert "xxx ***)" in said[0] and hidden[:3] not in said[0]
+
+
+def test_a_tracker_that_hangs_holds_up_nothing_and_is_left_in_the_end(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "PATIENCE", 0.2)
+    said: list[str] = []
+    hanging = Hanging()
+    shown = trackers._Shown("stuck", lambda: hanging, tmp_path, said.append)
+    shown.setup()
+    began = time.monotonic()
+    for task in tasks(study, tmp_path):
+        shown.on_trial_start(0, [], SimpleNamespace(trial_id=task.trial.trial_id, config={"task": task}))
+    shown.on_experiment_end([])
+    assert time.monotonic() - began < 30
+    assert said == ["warning: stuck has not taken all of this run in 0 s; it is left"]
+    hanging.leave.set()
+
+    monkeypatch.setattr(trackers, "PATIENCE", 30.0)  # one that fails at the very end
+    hanging = Hanging()
+    shown = trackers._Shown("late", lambda: hanging, tmp_path, said.append)
+    shown.setup()
+    for task in tasks(study, tmp_path / "again"):
+        shown.on_trial_start(0, [], SimpleNamespace(trial_id=task.trial.trial_id, config={"task": task}))
+    Timer(0.5, hanging.leave.set).start()
+    shown.on_experiment_end([])
+    assert said[1:] == [
+        "warning: late does not take this run any more (the server was away); the run goes on without it"
+    ]
+
+
+def tasks(study: Study, folder: Path) -> list[Task]:
+    """The first two trials of a study."""
+    made, _ = driver(study, folder)
+    found = [made.next(), made.next()]
+    made.conclude()
+    return [each for each in found if each is not None]
+
+
+def test_weights_and_biases_has_a_trial_in_its_folder_where_there_is_no_network(
+    ray_session: str, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (shown,) = trackers.made(["wandb"], "tiny", "far", tmp_path, lambda said: pytest.fail(said))
+    task = tasks(study, tmp_path)[0]
+    trial: Any = SimpleNamespace(trial_id=task.trial.trial_id, config={"task": task})
+    shown.setup()
+    shown.on_trial_start(0, [], trial)
+    for number in (1, 2):
+        shown.on_trial_result(number, [], trial, {"epoch": epoch(number, last=True)})
+    shown.on_trial_complete(3, [], trial)
+    shown.on_experiment_end([])
+    (file,) = (tmp_path / "wandb" / f"{task.trial.label}").glob("wandb/offline-run-*/*.wandb")
+    written = file.read_bytes()
+    for each in (b"val_accuracy", b"tune_kd-tiny", b"far", task.trial.arm.encode()):
+        assert each in written

@@ -1,0 +1,430 @@
+"""Results folders in an object store: a real S3 server on loopback, also while requests to it fail, dawdle or break
+off, and while disks and drivers are lost."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import contiguous, same_records, without_stops
+from stores import KEYS, Store, google, store
+from tune_kd.cli import main
+from tune_kd.data import datasets
+from tune_kd.execute import trackers
+from tune_kd.execute.driver import Driver
+from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.verify import verify
+from tune_kd.execute.worker import Task, Workplace, work
+from tune_kd.records import rebuild, run_folder, sync
+from tune_kd.records.ledger import EPOCHS, MOST_TABLE_BYTES, TRIALS, reading
+from tune_kd.records.reader import load
+from tune_kd.records.run_folder import Run
+from tune_kd.study.spec import Mistake, Study
+from tune_kd.study.trial import Epoch
+from tune_kd.system import object_store
+from tune_kd.system.files import MOST_RECORD_BYTES, Unexpected
+from tune_kd.system.object_store import Mirror
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Store]:
+    """A store, and a home for its mirrors."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    with store() as found:
+        yield found
+
+
+@pytest.fixture
+def calm(one_stem: Study) -> Study:
+    return without_stops(one_stem)
+
+
+def begin(study: Study, url: str, name: str = "kept") -> Run:
+    """A new run in a store."""
+    spec = study.data
+    digest = datasets.load(spec.name, train=spec.train, validation=spec.validation, test=spec.test).digest
+    out = object_store.local(url)
+    begun = Run(name, out / name, study, digest, None, {})
+    run_folder.create(begun)
+    return begun
+
+
+def go_on(begun: Run, doing: Any = work) -> Driver:
+    """Run what is missing of a run, in this process; returns its driver."""
+    ledger = rebuild.opened(begun, lambda _: None)
+    try:
+        out = Mirror.of(begun.folder)
+        place = Workplace(None, None, begun.teachers, begun.checkpoints, checkpoint_every=0.0, url=out.url)
+        driver = Driver(begun.plan, begun.name, begun.folder, ledger, place, cpus=1.0, gpus=0.0)
+        run_in_process(driver, place, doing)
+        return driver
+    finally:
+        ledger.close()
+
+
+class PowerCut(BaseException):
+    """Nothing that a driver may catch."""
+
+
+def cut_after(epochs: int) -> Any:
+    left = epochs
+
+    def cut(task: Task, place: Workplace) -> Generator[Epoch]:
+        nonlocal left
+        for epoch in work(task, place):
+            yield epoch
+            left -= 1
+            if left == 0:
+                raise PowerCut
+
+    return cut
+
+
+@pytest.fixture
+def undisturbed(calm: Study, tmp_path: Path) -> Path:
+    """The same study on this disk alone."""
+    spec = calm.data
+    digest = datasets.load(spec.name, train=spec.train, validation=spec.validation, test=spec.test).digest
+    begun = Run("here", tmp_path / "alone" / "here", calm, digest, None, {})
+    run_folder.create(begun)
+    go_on(begun)
+    return begun.folder
+
+
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """On another machine, from here on: what is on this disk is not there."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / name))
+
+
+READER = """
+import sys
+from pathlib import Path
+from tune_kd.study.spec import Mistake
+from tune_kd.records.reader import load
+
+found = None
+while not Path(sys.argv[2]).exists():
+    try:
+        found = len(load(sys.argv[1]).epochs)
+        print(found, flush=True)
+    except Mistake as mistake:
+        early = (".parquet is missing", "allowed: a run's folder or name")  # the first tables were not sent yet
+        assert found is None and any(words in str(mistake) for words in early), mistake
+"""
+
+
+def slowly(task: Task, place: Workplace) -> Generator[Epoch]:
+    for epoch in work(task, place):
+        yield epoch
+        time.sleep(0.5)
+
+
+def test_what_others_read_from_the_store_is_whole_at_every_moment_and_in_the_end_what_is_here(
+    s3: Store, calm: Study, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_kd.execute.driver.TABLES_AFTER_END", 0.0)
+    monkeypatch.setattr("tune_kd.execute.driver.TABLES_EVERY", 0.0)
+    begun = begin(calm, s3.url("kd"))
+    stop = tmp_path / "stop"
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READER, s3.url("kd/kept"), str(stop)],
+        text=True, stdout=subprocess.PIPE, env={**os.environ, "XDG_DATA_HOME": str(tmp_path / "reader")},
+    )  # fmt: skip
+    try:
+        go_on(begun, slowly)
+    finally:
+        stop.touch()
+        seen, _ = reader.communicate(timeout=60)
+    assert reader.returncode == 0
+    assert len(set(seen.split())) > 3  # it was read while it grew
+    order = [sync.STUDY, *sync.TABLES, "ledger.sqlite", "ledger.commits"]
+    assert order[1] == "tables.json"  # a table whose digest is not there yet looks damaged
+    sent = [name for method, path in s3.asked if method == "PUT" and (name := path.rsplit("/", 1)[1]) in order]
+    assert sent[1:] == order * (len(sent) // len(order))  # after the plan, with which a run begins
+    same_records(begun.folder, undisturbed)
+    elsewhere(monkeypatch, tmp_path, "other")
+    there = run_folder.find(object_store.local(s3.url("kd")), "kept")
+    same_records(there, undisturbed)
+    assert there != begun.folder and verify(there) == []
+    assert run_folder.existing(object_store.local(s3.url("kd"))) == [there]
+    assert len(load(s3.url("kd/kept")).trials) == len(load(there).trials)
+    assert Mirror.of(there).names(there / "checkpoints") == []
+
+
+@pytest.mark.parametrize("size", [3, 5, 7])
+def test_what_is_replaced_while_it_is_read_is_read_again(s3: Store, size: int) -> None:
+    """The size is asked for first: the bytes that come then may be a part of another object."""
+    file = object_store.local(s3.url("kd")) / "each"
+    held = Mirror.of(file)
+    held.send(file, b"older")
+    newer = b"newer" + b"!" * (size - 5) if size >= 5 else b"new"
+
+    def replaced(method: str, path: str) -> None:
+        if method == "GET" and path.endswith("/each"):
+            s3.before = lambda *_: None
+            held.send(file, newer)
+
+    s3.before = replaced
+    assert held.read(file, 100) == newer
+
+
+def test_an_object_that_is_larger_than_its_kind_is_refused_before_it_is_fetched(s3: Store) -> None:
+    file = object_store.local(s3.url("kd")) / "each"
+    held = Mirror.of(file)
+    held.send(file, b"0123456789")
+    assert held.read(file, 10) == b"0123456789"
+    with pytest.raises(Unexpected, match=r"/each\?.* has 10 bytes; expected at most 9"):
+        held.fetch(file, 9)
+    assert not file.exists()
+
+
+def test_a_store_that_hiccups_costs_nothing_but_time(s3: Store, calm: Study, undisturbed: Path) -> None:
+    every = {"denied": 29, "error": 11, "cut": 41, "slow": 13}
+    s3.fault = lambda number: next((kind for kind, each in every.items() if number % each == 0), None)
+    begun = begin(calm, s3.url("kd"))
+    went = go_on(begun)
+    s3.fault = lambda number: None
+    assert len(s3.asked) > 3 * 41
+    assert {row["attempts"] for row in went.rows.values()} == {1}
+    same_records(begun.folder, undisturbed)
+    sent = Mirror.of(begun.folder)
+    for name in ("trials.parquet", "epochs.parquet", "tables.json", "study.json", "ledger.commits"):
+        assert sent.read(begun.folder / name, MOST_TABLE_BYTES) == (begun.folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("epochs", [1, 4, 9, 12])
+def test_a_driver_whose_disk_is_lost_is_followed_by_one_elsewhere(
+    s3: Store, calm: Study, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, epochs: int
+) -> None:
+    begun = begin(calm, s3.url("kd"))
+    with pytest.raises(PowerCut):
+        go_on(begun, cut_after(epochs))
+    elsewhere(monkeypatch, tmp_path, "second")
+    again = run_folder.reopen(run_folder.find(object_store.local(s3.url("kd")), "kept"))
+    assert again.folder != begun.folder
+    went = go_on(again)
+    same_records(again.folder, undisturbed)
+    contiguous(again.folder)
+    assert {row["status"] for row in went.rows.values()} == {"completed"}
+
+    # The first machine comes back with an older ledger, and takes over what the store has.
+    elsewhere(monkeypatch, tmp_path, "home")
+    back = run_folder.find(object_store.local(s3.url("kd")), "kept")
+    assert back == begun.folder
+    same_records(back, undisturbed)
+    assert verify(back) == []
+
+
+def test_a_run_in_googles_store_goes_on_elsewhere(
+    calm: Study, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere(monkeypatch, tmp_path, "home")
+    with google() as url:
+        begun = begin(calm, url)
+        with pytest.raises(PowerCut):
+            go_on(begun, cut_after(4))
+        elsewhere(monkeypatch, tmp_path, "second")
+        again = run_folder.reopen(run_folder.find(object_store.local(url), "kept"))
+        assert again.folder != begun.folder
+        go_on(again)
+        same_records(again.folder, undisturbed)
+        elsewhere(monkeypatch, tmp_path, "third")
+        there = run_folder.find(object_store.local(url), "kept")
+        same_records(there, undisturbed)
+        assert verify(there) == [] and Mirror.of(there).names(there / "checkpoints") == []
+
+
+def test_mlflows_database_comes_along_where_a_run_goes_on(
+    s3: Store, calm: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = begin(calm, s3.url("kd"))
+    (begun.folder / trackers.DATABASE).write_bytes(b"of before")
+    sync.send(begun.folder, *trackers.FILES)
+    elsewhere(monkeypatch, tmp_path, "second")
+    there = run_folder.find(object_store.local(s3.url("kd")), "kept")
+    (shown,) = trackers.made(["mlflow"], "tiny", "kept", there, lambda said: pytest.fail(said))
+    assert isinstance(shown, trackers._Shown)
+    shown._make()
+    assert (there / trackers.DATABASE).read_bytes() == b"of before"
+
+
+def test_a_store_that_is_gone_ends_the_run_whole_and_gets_the_rest_later(
+    s3: Store, calm: Study, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_kd.system.files.PAUSES", (0.0,))
+    begun = begin(calm, s3.url("kd"))
+
+    def gone(number: int) -> str | None:
+        with reading(begun.folder / "ledger.sqlite") as ledger:
+            ended = {row["status"] for row in ledger.rows(TRIALS)} == {"completed"}
+        return "denied" if ended else None
+
+    s3.fault = gone
+    with pytest.raises(
+        OSError, match=r"does not take the records .*; what is on record is whole in .*`tune_kd resume`"
+    ):
+        go_on(begun)
+    same_records(begun.folder, undisturbed)
+    s3.fault = lambda number: None
+    go_on(begun)
+    sent = Mirror.of(begun.folder).read(begun.folder / "trials.parquet", MOST_TABLE_BYTES)
+    assert sent == (begun.folder / "trials.parquet").read_bytes()
+
+
+def test_a_teacher_is_fetched_once_a_machine(
+    s3: Store, calm: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = begin(calm, s3.url("kd"))
+    with pytest.raises(PowerCut):
+        go_on(begun, cut_after(3))  # the teacher's two epochs, and one of a student
+    elsewhere(monkeypatch, tmp_path, "second")
+    s3.asked.clear()
+    again = run_folder.reopen(run_folder.find(object_store.local(s3.url("kd")), "kept"))
+    go_on(again)
+    distilled = sum(trial.teacher_id is not None for trial in again.plan.trials)
+    assert distilled > 4
+    # A download of more than one part is more than one request, all for one fetch.
+    (teacher,) = again.plan.teachers
+    parts = s3.gets(f"{teacher.trial_id}/weights.safetensors")
+    assert 1 <= parts <= 2
+    size = (again.teachers / teacher.trial_id / "weights.safetensors").stat().st_size
+    assert size > 0
+
+
+def test_a_run_that_a_driver_elsewhere_holds_is_left_to_it_until_that_is_not_seen_any_more(
+    s3: Store, calm: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = begin(calm, s3.url("kd"))
+    there = {"pid": 7, "host": "another", "since": "today", "dashboard": None}
+    holder = begun.folder / "holder.json"
+    Mirror.of(holder).send(holder, json.dumps({**there, "seen": time.time() - 20}).encode())
+    with (
+        pytest.raises(Mistake, match=r"process 7 on another holds since today, seen 2\d s ago; wait for it"),
+        run_folder.held(begun.folder),
+    ):
+        raise AssertionError
+    Mirror.of(holder).send(holder, json.dumps({**there, "seen": time.time() - 200}).encode())
+    with run_folder.held(begun.folder):
+        told = json.loads(Mirror.of(holder).read(holder, MOST_RECORD_BYTES) or b"")
+        assert told["pid"] == os.getpid() and told["seen"] == pytest.approx(time.time(), abs=60)
+    assert Mirror.of(holder).read(holder, MOST_RECORD_BYTES) is None
+
+
+def test_a_trial_leaves_when_the_driver_says_so_through_the_store(
+    s3: Store, calm: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_kd.execute.worker.ASK_EVERY", 0.0)
+    begun = begin(calm, s3.url("kd"))
+    place = Workplace(None, None, begun.teachers, begun.checkpoints, url=s3.url("kd"))
+    of_driver = Mirror.of(place.drain)
+    elsewhere(monkeypatch, tmp_path, "worker")
+    there = place.here()
+    assert there.checkpoints != place.checkpoints and there.teachers != place.teachers
+    asked = there.leaving()
+    assert not asked()
+    of_driver.send(place.drain, b"")
+    assert asked()
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("ftp://bucket/kd", ["--out is ftp://bucket/kd", "s3://BUCKET/PATH or gs://BUCKET/PATH"]),
+        ("s3:///kd", ["--out is s3:///kd", "allowed"]),
+        ("S3://bucket/kd", ["--out is S3://bucket/kd; allowed: a folder, or s3://BUCKET/PATH"]),
+        ("s3://bucket/../../kd", ["--out is s3://bucket/../../kd; allowed", "no folder . or .."]),
+        ("s3://../kd", ["--out is s3://../kd; allowed", "no folder . or .."]),
+        ("s3://bucket/kd#2", ["--out is s3://bucket/kd#2; allowed", "where PATH has no '#'"]),
+        ("s3://key:hush@bucket/kd", ["with a secret in it", "AWS_ACCESS_KEY_ID"]),
+        ("s3://bucket/kd?secret_key=hush", ["with a secret in it"]),
+        ("gs://hush@bucket/kd", ["with a secret in it"]),
+        ("s3://bucket/kd?nonsense=1", ["--out is s3://bucket/kd?nonsense=1", "nonsense"]),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str, words: list[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tune_kd", "run", "ablation", "--scale", "smoke", "--out", place])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    told = capsys.readouterr().err
+    assert all(word in told for word in words) and "hush" not in told and told.startswith("tune_kd: ")
+
+
+def test_what_stands_for_a_store_on_this_disk_stays_under_its_own_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    url = "s3://bucket/kd?region=x&endpoint_override=..%2F..%2Fhost:9000"
+    there = object_store.local(url)
+    assert there.parents[1] == tmp_path / "tune_kd" and there.parent.name.startswith("s3-bucket-kd-")
+    assert Mirror.of(there / "run") == Mirror(there, url)
+    others = (url.replace("/kd", "/kd/more"), url.replace("/bucket", "/other"), url.replace("9000", "9001"),
+              "s3://bucket/kd?region=x")  # fmt: skip
+    assert len({there, *map(object_store.local, others)}) == 5 and object_store.local(url.replace("=x", "=y")) == there
+
+
+def test_a_bucket_that_is_not_there_and_a_name_that_is_are_told_before_anything_starts(
+    s3: Store, calm: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    begin(calm, s3.url("kd"))
+    elsewhere(monkeypatch, tmp_path, "second")
+    for place, words in ((s3.url("kd"), "--name is 'kept', and s3://bucket/kd/kept?"),
+                         (s3.url("kd").replace("bucket", "nowhere"), "NO_SUCH_BUCKET")):  # fmt: skip
+        monkeypatch.setattr("sys.argv", ["tune_kd", "run", "ablation", "--scale", "smoke", "--name", "kept",
+                                         "--out", place, "--cpus-per-trial", "0"])  # fmt: skip
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 2
+        told = capsys.readouterr().err
+        assert words in told and "--cpus-per-trial is 0" in told
+
+
+def test_a_run_in_a_store_is_a_command_like_any_other(s3: Store, tmp_path: Path) -> None:
+    """Through the command and Ray: run, look at it from elsewhere, report from there."""
+
+    def tune_kd(home: str, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "tune_kd", *arguments, "--out", s3.url("kd")],
+            cwd=tmp_path, env={**os.environ, "XDG_DATA_HOME": str(tmp_path / home)},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    track = ("--track", "tensorboard", "--track", "mlflow")
+    told = tune_kd("home", "run", "ablation", "--scale", "smoke", "--name", "far", *track)
+    assert "records in s3://bucket/kd/far?" in told and "also at s3://bucket/kd/far/report/report.html?" in told
+    assert "far" in tune_kd("other", "list")
+    assert "is whole, from its plan to its teachers' answers" in tune_kd("other", "status", "far", "--verify")
+    assert "Effects" in tune_kd("third", "report", "far")
+    here, there = (next((tmp_path / home).glob("tune_kd/s3-bucket-kd-*/results/far")) for home in ("home", "other"))
+    assert (here / "trials.parquet").read_bytes() == (there / "trials.parquet").read_bytes()
+    assert {sync.STUDY, "tensorboard", "mlflow.db"} <= set(Mirror.of(here).names(here))
+    with reading(there / "ledger.sqlite") as ledger, reading(here / "ledger.sqlite") as original:
+        assert ledger.rows(EPOCHS) == original.rows(EPOCHS)
+
+
+def test_the_tables_of_a_run_whose_study_was_extended_elsewhere_are_taken_over(
+    s3: Store, calm: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = begin(calm, s3.url("kd"))
+    go_on(begun)
+    elsewhere(monkeypatch, tmp_path, "second")
+    again = run_folder.reopen(run_folder.find(object_store.local(s3.url("kd")), "kept"))
+    more = replace(again, study=replace(calm, confirm=replace(calm.confirm, seeds=(1, 2, 3))))
+    run_folder.record_extension(more)
+    go_on(more)
+    elsewhere(monkeypatch, tmp_path, "home")
+    assert run_folder.reopen(run_folder.find(object_store.local(s3.url("kd")), "kept")).study.confirm.seeds == (1, 2, 3)
+    assert len(load(begun.folder).trials) == len(more.plan.trials)

@@ -1,0 +1,24 @@
+"""The notebook of docs/, executed on a run that was really trained."""
+
+from pathlib import Path
+
+import pytest
+
+NOTEBOOK = Path(__file__).parents[2] / "docs" / "analysis.ipynb"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's own packages
+def test_the_notebook_runs_and_comes_to_the_same_numbers_as_the_report(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells)  # what is shown has to be the reader's own
+    monkeypatch.setenv("TUNE_KD_RUN", str(finished))
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    texts = [str(output) for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in text for text in texts)
+    assert any("given one teacher" in text for text in texts)

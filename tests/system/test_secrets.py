@@ -1,0 +1,173 @@
+"""What is taken for a secret, where, and what is left of a text without it."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forms import HARMLESS, SECRETS, SHORT, WORD, some
+from tune_kd.records.run_folder import Run, create
+from tune_kd.study import discover
+from tune_kd.study.spec import Study
+from tune_kd.system import secrets as privacy
+from tune_kd.system.secrets import finds, masked, secrets
+
+TOKEN = SECRETS["GitHub"][0]
+
+
+@pytest.mark.parametrize("form", SECRETS)
+def test_a_secret_is_found_where_it_stands_and_masked_to_its_end(form: str) -> None:
+    text, hidden = SECRETS[form]
+    for before, after in (("", ""), ("see ", " there"), ("Is it\n", "\nnow?"), ("é" * 9000 + " ", " 7 epochs")):
+        whole = f"{before}{text}{after}"
+        (find,) = finds(whole)
+        assert len(before) <= find.start < find.end <= len(before) + len(text)
+        left = masked(whole)
+        assert hidden not in left and not {hidden[at : at + 6] for at in range(len(hidden) - 5)} & {
+            left[at : at + 6] for at in range(len(left) - 5)
+        }
+        assert left.startswith(before) and left.endswith(after) and "***" in left
+
+
+@pytest.mark.parametrize("text", HARMLESS)
+def test_what_studies_and_programs_say_is_no_secret(text: str) -> None:
+    for said in (text, f"see {text}", f"{text}\n{text}", json.dumps({"question": text})):
+        assert finds(said) == [] and masked(said) == said
+    assert list(secrets({"question": text, "settings": [f"question={text}"]})) == []
+
+
+def test_shipped_studies_and_their_records_hold_no_secrets(tmp_path: Path) -> None:
+    for name in ("ablation", "tuned"):
+        file = discover.find(name)
+        for scale in discover.scales(file):
+            run = Run("r", tmp_path / f"{name}-{scale}", discover.resolve(file, scale), some(64, "0f"), tmp_path, {})
+            create(run)
+            assert finds((run.folder / "study.json").read_text()) == []
+
+
+def test_project_files_hold_no_secrets() -> None:
+    root = Path(__file__).parents[2]
+    for path in (*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("tune_kd/**/*.py"), Path(__file__)):
+        assert finds(path.read_text()) == [], path
+
+
+def test_a_refusal_names_field_rule_and_place_and_not_the_secret() -> None:
+    record = {"study": {"question": f"Is it {TOKEN}?", "levels": [1, None, {"at": ("x", f"https://me:{SHORT}@h/")}]}}
+    first, second = secrets(record)
+    assert first == (
+        "study.question holds what looks like a secret (token of a service, 40 characters at character 7); allowed: "
+        "text without one, since it is recorded and reported"
+    )
+    assert second.startswith("study.levels[2].at[1] holds what looks like a secret (password in a URL, 7 characters at")
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ({WORD: "correct horse"}, WORD),
+        ({"a": [{f"db_{WORD}": SHORT}]}, f"a[0].db_{WORD}"),
+        ({"a": {"api_" + "key": some(32, "0f")}}, "a.api_key"),
+        ({"client-secret": [some(20)]}, "client-secret[0]"),
+        ({"HF_TOKEN": some(30)}, "HF_TOKEN"),
+    ],
+)
+def test_a_field_says_that_its_value_is_secret(record: dict[str, object], field: str) -> None:
+    (said,) = secrets(record)
+    assert said.startswith(f"{field} holds") and "at character 1)" in said
+
+
+def test_a_secret_that_is_a_fields_name_is_not_repeated() -> None:
+    for value in ("deadbeef", "word", 3, None, {"a": SHORT, WORD: SHORT}):
+        said = list(secrets({"study": {TOKEN: value}}))
+        assert TOKEN not in " ".join(said) and any("***" in sentence for sentence in said)
+
+
+def test_fields_of_records_say_nothing_of_secrets(study: Study) -> None:
+    fields = {"weights_digest": some(64, "0f"), "study_sha256": some(64, "0f"), "key": "stem", "token": "class",
+              "git_commit": some(40, "0f"), "pass": "2", "secret": "", WORD: ""}  # fmt: skip
+    assert list(secrets(fields)) == []
+    assert list(secrets(asdict(replace(study, question="\n".join(HARMLESS))))) == []
+
+
+@given(st.lists(st.sampled_from([*(text for text, _ in SECRETS.values()), *HARMLESS, "aws ", "key '", '"', "=", "@"])))
+def test_a_masked_text_holds_no_secret_any_more(parts: list[str]) -> None:
+    for between in ("", " ", "\n"):
+        left = masked(between.join(parts))
+        assert finds(left) == [] and masked(left) == left
+
+
+@given(st.text())
+def test_any_text_can_be_masked(text: str) -> None:
+    left = masked(text)
+    assert finds(left) == []
+
+
+@given(st.lists(st.from_regex(r"[a-z]{1,12}[,.?]?", fullmatch=True)))
+def test_plain_words_stay_as_they_are(words: list[str]) -> None:
+    text = " ".join(words)
+    assert masked(text) == text
+
+
+@pytest.mark.parametrize(("around", "left"), [(2, "see ***."), (20, "***")])
+def test_a_text_in_which_each_mask_uncovers_another_secret_is_not_shown(around: int, left: str) -> None:
+    text = TOKEN
+    for _ in range(around):  # a mask is short enough to stand between the words of the rule
+        text = f'aws ------------ {text} key "{some(40)}"'
+    assert masked(f"see {text}.") == left
+
+
+HOSTILE = ["a", "A", "0", "a1", " ", "\n", '"', "'", "`", "=", ":", ".", "-", "_", "/", "\\", "@", "?", "a.", "a-",
+           "ey" + "J", "ey" + "Ja.", "ey" + "J-", "ey" + "Jaaaaaaaaaaaa.", "://", "://a", "://a:", "://a:b", "-----",
+           f"-----BEGIN {'PRIVATE'} KEY-----", "s" + "k-", "s" + "k-a-", "xox" + "b-1-", "AI" + "za-", "gh" + "p_",
+           "?sig=", "bearer ", "Bearer a", "authorization: basic ", WORD, f"{WORD}=", f"{WORD}:", f"{WORD}: ",
+           f'{WORD}="', f'{WORD}="a', f'"{WORD}": ', "token=", "token: a", "login ", "login a ", "--a-", "--a",
+           f"--{WORD} ", "aws key", "aws", "S" + "G.", "key ", "12345678:"]  # fmt: skip
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("atom", HOSTILE, ids=repr)
+def test_no_text_takes_time_that_grows_with_its_square(atom: str) -> None:
+    """A hundred thousand characters take a fifth of a second; where each is looked at from each, minutes."""
+    finds((atom * 100_000)[:100_000])
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("atom", ["ey" + "J-", f"{WORD}:"])
+def test_a_text_of_a_million_characters_takes_seconds(atom: str) -> None:
+    """Each of these runs on to the end of the text from everywhere, but for the rule's bounds."""
+    finds(atom * 300_000)
+
+
+def test_a_token_that_is_longer_than_the_library_knows_is_masked_to_its_end() -> None:
+    assert masked(f"({SECRETS['key of AWS'][0]}XYZ-9)") == "(***)"
+
+
+class Counting:
+    """A rule of the library's that notes what it is shown."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def finditer(self, text: str, start: int, end: int) -> Iterator[re.Match[str]]:
+        self.seen.append((start, min(end, len(text))))
+        return re.compile("x{1000}").finditer(text, start, end)
+
+
+def test_the_librarys_rules_see_pieces_that_lie_over_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = Counting()
+    monkeypatch.setattr(privacy, "_library", lambda: (("x", rule),))
+    at = privacy.PIECE - 5  # of what begins in one piece and ends in the next
+    text = " " * at + "x" * 1000 + " " * 1_000_000
+    assert finds(text) == [privacy.Find(at, at + 1000, "x")]
+    assert max(end - start for start, end in rule.seen) <= privacy.PIECE + privacy.LONGEST
+    assert sum(end - start for start, end in rule.seen) < 1.3 * len(text)
+
+
+def test_every_rule_of_the_library_is_there_and_none_goes_by_entropy() -> None:
+    names = {name for name, _ in privacy._library()}
+    assert len(names) == len(privacy.PLUGINS) and not any("Entropy" in name or "Keyword" in name for name in names)

@@ -1,0 +1,155 @@
+"""Everything that a GPU computes with is on it: played on a CPU, where this fails as it would on a GPU."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from placement import METHODS, RATES, benchmarked, carried, distil, numbers_of_a_step, probe_one, pupil, taught_on
+from second_device import busy, is_there, played
+from trials import CPU, as_teacher, exact, trial
+from tune_kd.data.datasets import DataSet, draw_views, load, on_device, show
+from tune_kd.execute.driver import Driver
+from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.worker import Workplace
+from tune_kd.records.ledger import Ledger
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import STEMS, Study
+from tune_kd.training import notices
+from tune_kd.training import step as stepping
+from tune_kd.training.device import Captured
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A played GPU, and nothing kept of it."""
+    monkeypatch.setattr(Captured, "given_up", False)
+    on_device.cache_clear()
+    stepping._idle.clear()
+    with played() as device:
+        yield device
+    on_device.cache_clear()
+    stepping._idle.clear()
+
+
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_student_of_each_method_and_stem_trains_and_is_judged_on_its_device(
+    method: str, stem: str, gpu: torch.device, pixels: DataSet, tmp_path: Path
+) -> None:
+    whole, resumed = distil(gpu, pixels, method, stem, tmp_path)
+    assert [exact(row) for row in resumed] == [exact(row) for row in whole]
+    outcome = whole[-1].outcome
+    assert outcome is not None and outcome.peak_memory_bytes
+    compared = [outcome.agreement, outcome.kl_t1, outcome.kl_t4]
+    assert [each is None for each in compared] == [method == "none"] * 3
+    assert all(math.isfinite(row.train_loss) for row in whole)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_played_device_trains_to_the_same_losses_as_the_cpu(method: str, pixels: DataSet, tmp_path: Path) -> None:
+    """But for rounding: a step on a GPU has its numbers in float32 tensors. At this width the layout is the same."""
+    with played() as device:
+        there, _ = distil(device, pixels, method, "cifar", tmp_path / "there", width=0.125)
+    stepping._idle.clear()
+    here, _ = distil(CPU, pixels, method, "cifar", tmp_path / "here", width=0.125)
+    assert [row.train_loss for row in there] == pytest.approx([row.train_loss for row in here], rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_the_other_precisions_train_there_too(
+    precision: str, gpu: torch.device, pixels: DataSet, tmp_path: Path
+) -> None:
+    whole, _ = distil(gpu, pixels, "feature", "cifar", tmp_path, precision=precision)
+    assert all(math.isfinite(row.train_loss) for row in whole)
+
+
+def test_views_are_cropped_where_the_images_are_and_no_copy_of_them_is_made_for_a_teacher(
+    gpu: torch.device, pixels: DataSet, tmp_path: Path
+) -> None:
+    teacher = taught_on(gpu, pixels, "cifar", tmp_path)
+    views = draw_views(1, 1, len(pixels.train.labels), pad=pixels.pad, flip=pixels.flip)
+    assert is_there(show(views.to(gpu), teacher.data))
+    assert not is_there(show(views, pixels))
+    with stepping.stepping(pupil("logit", "cifar", teacher), pixels, teacher, gpu) as step:
+        assert step.data.train.images is teacher.data.train.images
+    logits, _ = teacher.answers(1, 1, views)
+    assert not is_there(logits), "a table of answers is on disk, and so is what is taken of it"
+
+
+@pytest.mark.parametrize("method", ["feature", "logit"])
+def test_a_probe_of_a_share_trains_on_the_device(method: str, gpu: torch.device, pixels: DataSet) -> None:
+    taught = as_teacher(trial("none"))
+    speed, peak = probe_one(gpu, pixels, trial(method, teacher_id=taught.trial_id), taught)
+    assert speed > 0 and peak > 0
+
+
+def test_a_step_that_cannot_be_captured_is_launched_and_says_so_once(
+    gpu: torch.device, pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notices, "_told", set())
+    notices.take()
+    for name in ("one", "other"):
+        distil(gpu, pixels, "none", "cifar", tmp_path / name)
+    (told,) = notices.take()
+    assert "cannot be captured as a CUDA graph here" in told and "launched kernel by kernel" in told
+    assert asdict(distil(gpu, pixels, "none", "cifar", tmp_path / "third")[0][0])["train_loss"] > 0
+    assert notices.take() == []
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+@pytest.mark.parametrize("method", METHODS)
+def test_the_benchmark_of_a_gpu_measures_there(method: str, gpu: torch.device) -> None:
+    assert all(each > 0 for each in benchmarked(gpu, method, "cifar"))
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_the_rates_of_a_benchmark_are_those_of_the_device(rate: Callable[..., float], gpu: torch.device) -> None:
+    before = busy[0]
+    assert rate(gpu) > 0
+    assert busy[0] - before >= 3  # one to warm up, two at least that are timed or made like others
+
+
+def test_what_a_step_reads_anew_is_on_the_device_where_a_captured_step_finds_it(
+    gpu: torch.device, pixels: DataSet
+) -> None:
+    assert [each.device.type for each in numbers_of_a_step(gpu, pixels)] == ["cuda"] * 4
+
+
+def test_data_that_were_on_a_device_come_to_another_process_without_it(gpu: torch.device, pixels: DataSet) -> None:
+    there = carried(gpu, pixels)
+    assert torch.equal(there.test.images, pixels.test.images) and torch.equal(there.test.labels, pixels.test.labels)
+
+
+def test_a_study_runs_to_its_end_on_a_share_of_the_device_and_says_once_what_it_lacks(
+    gpu: torch.device, one_stem: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notices, "_told", set())
+    notices.take()
+    said: list[str] = []
+    spec = one_stem.data
+    digits = load(spec.name, train=spec.train, validation=spec.validation, test=spec.test)
+    place = Workplace(None, None, tmp_path / "teachers", tmp_path / "checkpoints")
+    with closing(Ledger(tmp_path / "ledger.sqlite")) as ledger:
+        made = Driver(plan(one_stem, digits.digest), "r", tmp_path, ledger, place, cpus=1.0, gpus=0.25, say=said.append)
+        run_in_process(made, place)
+    rows = made.rows.values()
+    assert [row["error"] for row in rows if row["status"] not in ("completed", "stopped")] == []
+    assert {(row["device"], row["gpu_fraction"]) for row in rows if row["attempts"]} == {("played device", 0.25)}
+    assert len([sentence for sentence in said if sentence.startswith("warning: a training step cannot be")]) == 1
+
+
+@pytest.mark.slow
+def test_each_move_to_the_device_is_missed_when_it_is_taken_out() -> None:
+    """About 32 of them, each in a process of its own: four minutes."""
+    done = subprocess.run([sys.executable, str(Path(__file__).parents[1] / "moves.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("\nnoticed  ") >= 30

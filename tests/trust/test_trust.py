@@ -1,0 +1,1056 @@
+"""Attacks by whoever made a results folder, a data set or an archive, through the commands that read them.
+
+SECURITY.md says what is promised, and against whom. Of Ray and of a run's folders: `test_trust_ray`.
+"""
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import tarfile
+import zlib
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from markdown_it import MarkdownIt
+from PIL import Image
+from rich.console import Console
+
+from conftest import altered, tiny
+from forms import SECRETS, SHORT
+from oddities import at_once
+from tune_kd import cli
+from tune_kd.data import datasets
+from tune_kd.execute import trackers
+from tune_kd.execute.driver import Driver
+from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.worker import Task, Workplace
+from tune_kd.records import ledger as records
+from tune_kd.records import run_folder as runs
+from tune_kd.records.ledger import LEDGER, TRIALS, Ledger
+from tune_kd.records.run_folder import held
+from tune_kd.reporting.terminal import View
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Confirm, Mistake
+from tune_kd.study.trial import Epoch, digest
+from tune_kd.system import files as storage
+from tune_kd.system.files import Damaged, Unexpected
+from tune_kd.system.object_store import Mirror
+
+SMOKE = ("ablation", "--scale", "smoke")
+CLOSED = "http://127.0.0.1:1"  # where nobody answers
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each attack in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the command in this process and return its exit status."""
+    monkeypatch.setattr("sys.argv", ["tune-kd", *arguments])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+# Code: `resume` and the file that a study names
+
+EVIL = """
+from pathlib import Path
+from conftest import tiny
+
+Path({marker!r}).touch()
+
+def study():
+    return tiny()
+"""
+NOT_EXECUTED = "only a study that is installed, or stands in the working directory, is executed without being named"
+
+
+@pytest.fixture
+def given(finished: Path, tmp_path: Path) -> Path:
+    """A run's folder as somebody hands it over, with its teachers."""
+    shutil.copytree(finished.parent, tmp_path / "results")
+    return tmp_path / "results" / finished.name
+
+
+@pytest.fixture
+def at_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands get as far as Ray, and no farther."""
+
+    def connect(*_: object) -> None:
+        raise Mistake("it would start Ray")
+
+    monkeypatch.setattr("tune_kd.execute.cluster.connect", connect)
+
+
+def evil(folder: Path, name: str = "evil.py") -> tuple[Path, Path]:
+    """A study's file that leaves a mark where it is executed, and that mark."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, marker = folder / name, folder / "executed"
+    path.write_text(EVIL.format(marker=str(marker)))
+    return path, marker
+
+
+def names_file(run: Path, file: Path, digests: dict[str, str] | None = None) -> None:
+    source = {"file": str(file), "scale": "test", "data": None, "settings": [], "digests": digests}
+    altered(run / "study.json", lambda record: record.update(source=source))
+
+
+@pytest.mark.parametrize("more", [(), ("--extend",), ("--extend", "--set", "recipe.epochs=4")])
+@pytest.mark.parametrize("place", ["elsewhere", "results", "results/tiny", "/proc/self/cwd/results/tiny", "deep/down"])
+def test_resume_executes_no_file_that_only_the_record_names(
+    place: str, more: tuple[str, ...], given: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], at_ray: None
+) -> None:  # fmt: skip
+    file, marker = evil(Path.cwd() / place)
+    names_file(given, file)
+    before = fingerprint(given)
+    assert call(monkeypatch, "resume", "tiny", *more) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert NOT_EXECUTED in told and f"--study {file}" in told and "has no digest on record" in told
+    assert not marker.exists()
+    assert fingerprint(given) == before
+
+
+def test_a_file_that_is_as_it_was_is_not_executed_and_the_run_goes_on(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
+) -> None:
+    file, marker = evil(Path.cwd() / "elsewhere")
+    digests = {str(file): hashlib.sha256(file.read_bytes()).hexdigest()}
+    names_file(given, file, digests)
+    assert call(monkeypatch, "resume", "tiny") == 2
+    assert "it would start Ray" in capsys.readouterr().err and not marker.exists()
+    file.write_text(file.read_text() + "# and more")
+    assert call(monkeypatch, "resume", "tiny") == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "is not what it was when the run began" in told and not marker.exists()
+
+
+def test_a_file_that_the_caller_names_or_has_where_he_works_is_executed(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
+) -> None:
+    file, marker = evil(Path.cwd() / "elsewhere")
+    names_file(given, file)
+    assert call(monkeypatch, "resume", "tiny", "--study", str(file)) == 2
+    told = capsys.readouterr().err
+    assert marker.exists() and "was changed since it began: confirm.seeds was [1, 2, 3] and is [1, 2]" in told
+    for folder in (Path.cwd(), Path.cwd() / "search_spaces"):
+        file, marker = evil(folder, "mine.py")
+        names_file(given, file)
+        assert call(monkeypatch, "resume", "tiny") == 2
+        assert marker.exists() and "was changed since it began" in capsys.readouterr().err
+    assert call(monkeypatch, "resume", "tiny", "--study", "nowhere.py") == 2
+    assert "--study is 'nowhere.py'; allowed" in capsys.readouterr().err
+
+
+# Where things are sent
+
+
+@pytest.fixture
+def asked() -> Iterator[tuple[int, list[str]]]:
+    """A port on loopback, and who has connected to it."""
+    listener, found = socket.create_server(("127.0.0.1", 0)), []
+
+    def listen() -> None:
+        with suppress(OSError):
+            while True:
+                connection, who = listener.accept()
+                found.append(str(who))
+                connection.close()
+
+    thread = Thread(target=listen, daemon=True)
+    thread.start()
+    yield listener.getsockname()[1], found
+    listener.close()
+
+
+@pytest.mark.parametrize(
+    "command", [("status", "tiny"), ("status", "tiny", "--verify"), ("report", "tiny", "--format", "md"),
+                ("resume", "tiny"), ("list",), ("plan", *SMOKE)], ids=" ".join)  # fmt: skip
+def test_nothing_beside_results_says_where_they_are_sent(
+    command: tuple[str, ...], given: Path, monkeypatch: pytest.MonkeyPatch, at_ray: None,
+    asked: tuple[int, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    port, found = asked
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    monkeypatch.setenv("XDG_DATA_HOME", str(Path.cwd() / "mine"))
+    url = f"s3://bucket/kd?region=x&endpoint_override=127.0.0.1:{port}&scheme=http"
+    for folder in (given, given / "checkpoints", *given.parents):
+        if folder.is_relative_to(Path.cwd()):
+            folder.mkdir(exist_ok=True)
+            for name in (".mirror.json", "url.json"):
+                (folder / name).write_text(json.dumps({"url": url}))
+    code = call(monkeypatch, *command)
+    assert code == (2 if command[0] == "resume" else 0), capsys.readouterr().err
+    assert found == []
+
+
+def test_a_mirror_that_others_may_write_to_is_none(
+    given: Path, monkeypatch: pytest.MonkeyPatch, asked: tuple[int, list[str]]
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(Path.cwd() / "shared"))
+    home = Path.cwd() / "shared" / "tune_kd"
+    (home / "key").mkdir(parents=True)
+    shutil.copytree(given.parent, home / "key" / "results")
+    (home / "key" / "url.json").write_text(
+        json.dumps({"url": f"s3://bucket/kd?endpoint_override=127.0.0.1:{asked[0]}"})
+    )
+    assert Mirror.of(home / "key" / "results" / "tiny").url is not None
+    home.chmod(0o777)
+    assert Mirror.of(home / "key" / "results" / "tiny").url is None
+
+
+def test_no_token_is_sent_to_a_dashboard_that_results_name(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with held(given):
+        runs.tell_dashboard(given, "http://192.0.2.1:8265")
+        assert call(monkeypatch, "dashboard", "--write", "boards") == 2
+        told = capsys.readouterr().err
+        assert "http://192.0.2.1:8265, another machine" in told and "--address" in told
+        assert not Path("boards").exists()
+        assert call(monkeypatch, "dashboard", "--write", "boards", "--address", "http://192.0.2.1:8265") == 0
+        runs.tell_dashboard(given, "http://127.0.0.1:1")
+        assert call(monkeypatch, "dashboard", "--write", "boards") == 0
+
+
+def test_trackers_that_send_are_used_where_the_caller_says_so(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://192.0.2.1")
+    altered(given / "study.json", lambda record: record["settings"].update(track=["tensorboard", "wandb", "mlflow"]))
+    used: list[list[str]] = []
+    monkeypatch.setattr("tune_kd.execute.session.check_trackers", used.append)
+    assert call(monkeypatch, "resume", "tiny") == 2
+    assert used == [["tensorboard"]]
+    assert "wandb, mlflow showed this run; it goes on without, unless you say --track wandb" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert call(monkeypatch, "resume", "tiny", "--track", "wandb") == 2
+    assert used[1:] == [["wandb"]]
+
+
+def test_nothing_is_downloaded_to_a_folder_that_a_record_names(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(
+        Mistake, match=r"CIFAR-10 is not there any more, and nothing is downloaded to a folder that a rec"
+    ):
+        datasets.load("cifar10", tmp_path / "mine", cache=tmp_path / "cache", download=False)
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+# Links
+
+
+def teacher_of(run: Path) -> Path:
+    return next(path.parent for path in (run.parent / "teachers").glob("*/answers"))
+
+
+PLACES: dict[str, Callable[[Path], Path]] = {
+    "the table of a teacher's answers": lambda run: next(teacher_of(run).glob("answers/*/*/logits.f32")),
+    "its digests": lambda run: next(teacher_of(run).glob("answers/*/*/digests.sha256")),
+    "a teacher's weights": lambda run: teacher_of(run) / "weights.safetensors",
+    "the lock of a teacher": lambda run: teacher_of(run) / ".lock",
+    "the count of commits": lambda run: run / "ledger.commits",
+    "the ledger": lambda run: run / LEDGER,
+    "the lock of the run": lambda run: run / ".lock",
+    "a table": lambda run: run / "trials.parquet",
+    "a file that nobody asked for": lambda run: run / "notes.txt",
+}
+FOLDERS: dict[str, Callable[[Path], Path]] = {
+    "all teachers": lambda run: run.parent / "teachers",
+    "a teacher": teacher_of,
+    "a teacher's answers": lambda run: teacher_of(run) / "answers",
+    "checkpoints": lambda run: run / "checkpoints",
+    "the report": lambda run: run / "report",
+    "the run itself": lambda run: run,
+}
+
+
+@pytest.mark.parametrize("what", [*PLACES, *FOLDERS])
+def test_resume_writes_through_no_link(
+    what: str, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    at_ray: None
+) -> None:  # fmt: skip
+    path, precious = (PLACES | FOLDERS)[what](given), tmp_path / "precious"
+    if path.exists():
+        path.rename(precious)
+    elif what in FOLDERS:
+        precious.mkdir()
+    else:
+        precious.write_text("precious")
+    path.symlink_to(precious)
+    before = fingerprint(precious)
+    assert call(monkeypatch, "resume", "tiny") == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"nothing is written through links, such as {path.relative_to(tmp_path)} (to {precious})" in told
+    assert fingerprint(precious) == before
+    assert call(monkeypatch, "status", "tiny", "--verify") == 3
+    assert "nothing is written through links" in " ".join(capsys.readouterr().out.split())
+    assert fingerprint(precious) == before
+
+
+def fingerprint(path: Path) -> dict[Path, tuple[int, bytes]]:
+    files = [
+        each
+        for each in (path, *path.rglob("*"))
+        if each.is_file() and not each.name.endswith(("-shm", "-wal", ".lock"))
+    ]
+    return {each: (each.stat().st_mtime_ns, each.read_bytes()) for each in files}
+
+
+@pytest.mark.parametrize("name", ["report", "report/tables", "report/figures"])
+def test_a_report_is_not_written_through_a_link(
+    name: str, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "arms.csv").write_text("precious")
+    (given / name).parent.mkdir(exist_ok=True)
+    (given / name).symlink_to(tmp_path / "precious")
+    assert call(monkeypatch, "report", "tiny", "--format", "csv") == 2
+    assert "is a link" in capsys.readouterr().err
+    assert [path.read_text() for path in (tmp_path / "precious").iterdir()] == ["precious"]
+
+
+def test_what_is_written_in_place_has_no_second_name(given: Path, tmp_path: Path) -> None:
+    """A hard link: from an archive that was unpacked without care, or a copy that shares its files."""
+    table = next(teacher_of(given).glob("answers/*/*/logits.f32"))
+    os.link(table, tmp_path / "precious")
+    with pytest.raises(Unexpected, match=r"logits.f32 has 1 more names, as hard links, expected a regular file|1 more"):
+        storage.write_at(table, 0, b"other")
+    os.link(given / LEDGER, tmp_path / "ledger")
+    with pytest.raises(Unexpected, match="1 more"):
+        Ledger(given / LEDGER)
+    with records.reading(given / LEDGER) as ledger:  # to look into it harms nobody
+        assert ledger.rows(TRIALS)
+    shared = given / f"{LEDGER}-shm"  # but for this, into which a reader writes
+    shared.write_bytes(b"")
+    os.link(shared, tmp_path / "shared")
+    with pytest.raises(Unexpected, match="1 more"), records.reading(given / LEDGER):
+        pass
+
+
+def test_a_link_that_waits_under_the_name_of_a_file_aside_is_not_written_through(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (tmp_path / f".table.{os.getpid()}").symlink_to(precious)
+    storage.publish(tmp_path / "table", b"new")
+    assert (precious.read_text(), (tmp_path / "table").read_bytes()) == ("precious", b"new")
+
+
+# Secrets
+
+REFUSED = "holds what looks like a secret ("
+
+
+@pytest.mark.parametrize("form", SECRETS)
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["run", *SMOKE, "--set", "question=Is it {} ?"], "--set[0]"),
+        (["run", *SMOKE, "--data-dir", "/data/{}"], "--data-dir"),
+        (["resume", "r", "--extend", "--set", "confirm.seeds=[1]", "--set", "question={}"], "--set[1]"),
+        (["submit", *SMOKE, "--address", CLOSED, "--set", "question={}"], "--set[0]"),
+        (["submit", *SMOKE, "--address", CLOSED, "--data-dir", "/data/{}"], "--data-dir"),
+        (["resume", "r", "--address", CLOSED, "--set", "question={}"], "--set[0]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_secret_on_the_command_line_is_refused_before_anything_is_written_or_sent(
+    form: str,
+    arguments: list[str],
+    field: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    text, hidden = SECRETS[form]
+    monkeypatch.setattr("tune_kd.execute.session.load_data", None)
+    assert call(monkeypatch, *(argument.replace("{}", text) for argument in arguments)) == 2
+    said = capsys.readouterr()
+    assert f"{field} {REFUSED}" in said.err and "at character" in said.err and hidden not in said.err + said.out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", SECRETS)
+def test_a_secret_in_a_studys_file_is_refused_before_data_are_read(
+    form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text, hidden = SECRETS[form]
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import replace\nfrom search_spaces.ablation import smoke as base\n"
+        f"def study():\n    return replace(base(), scale='own', question={text!r})\n"
+    )
+    monkeypatch.setattr("tune_kd.execute.session.load_data", None)
+    assert call(monkeypatch, "run", "mine.py") == 2
+    said = capsys.readouterr()
+    assert f"study.question {REFUSED}" in said.err and hidden not in said.err + said.out
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("form", SECRETS)
+def test_what_a_trial_says_reaches_neither_ledger_nor_log_nor_terminal_with_its_secret(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, hidden = SECRETS[form]
+
+    def failing(task: Task, place: Workplace) -> Generator[Epoch]:
+        raise RuntimeError(f"cannot log in with {text} to epochs")
+        yield
+
+    log, place = tmp_path / "log", Workplace(None, None, tmp_path / "teachers", tmp_path / "checkpoints")
+    ledger = Ledger(tmp_path / LEDGER)
+    with View(Console(width=10_000), "r", log) as view:
+        small = replace(tiny(), confirm=Confirm(seeds=(1, 2)))
+        driver = Driver(plan(small, "0" * 64), "r", tmp_path, ledger, place, cpus=1.0, gpus=0.0, say=view.say)
+        run_in_process(driver, place, failing)
+    errors = [row["error"] for row in ledger.rows(TRIALS) if row["status"] == "failed"]
+    ledger.close()
+    assert errors and all("RuntimeError: cannot log in with" in each and "***" in each for each in errors)
+    said = capsys.readouterr()
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert "cannot log in with" in log.read_text() and "***" in said.out
+    for part in hidden.splitlines():
+        assert part not in said.out + said.err and part.encode() not in written
+
+
+@pytest.mark.parametrize("form", SECRETS)
+def test_what_a_run_says_is_shown_and_logged_without_its_secret(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, hidden = SECRETS[form]
+    log = tmp_path / "log"
+    with View(Console(width=10_000), "r", log) as view:
+        view.say(f"warning: {text} was not taken")
+    shown, logged = capsys.readouterr().out, log.read_text()
+    assert "s  warning: " in shown and "***" in shown and "***" in logged
+    assert not any(part in shown + logged for part in hidden.splitlines())
+
+
+@pytest.mark.parametrize(("error", "word"), [(OSError, "OSError"), (RuntimeError, "this is an error in tune_kd")])
+def test_an_error_of_a_command_is_told_without_the_secret_in_it(
+    error: type[Exception], word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error(f"no answer from https://me:{SHORT}@example.org/")
+
+    monkeypatch.setattr("tune_kd.execute.session.load_data", fail)
+    assert call(monkeypatch, "run", *SMOKE) == 3
+    said = capsys.readouterr().err
+    assert word in said and "https://me:***@example.org/" in said and SHORT not in said
+
+
+def test_a_store_is_not_named_with_a_token_in_its_url(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    for form in ("access token", "signed URL of Azure", "GitHub"):
+        text, hidden = SECRETS[form]
+        url = f"s3://bucket/kd?region=eu-west-1&note={text.partition('?')[2] or text}"
+        assert call(monkeypatch, "run", *SMOKE, "--out", url) == 2
+        said = capsys.readouterr().err
+        assert "--out is s3://..., with a secret in it" in said and hidden not in said
+    assert not (tmp_path / "data").exists()
+
+
+# Archives and pictures
+
+
+def extended(kind: bytes, content: bytes) -> bytes:
+    """A header of a tar that says more of those after it."""
+    member = tarfile.TarInfo("x")
+    member.type, member.size = kind, len(content)
+    return member.tobuf() + content + bytes(-len(content) % 512)
+
+
+def record(keyword: str, value: str) -> bytes:
+    """One of a PAX header, which begins with its own length."""
+    rest = f" {keyword}={value}\n"
+    length = len(rest) + len(str(len(rest)))
+    return f"{length + len(str(length)) - len(str(len(rest)))}{rest}".encode()
+
+
+ARCHIVES = {
+    "digits": (extended(b"x", b"1" * 2**20), "an extended header has no record at its byte 0"),
+    "keywords": (extended(b"x", b"2 " * 2**18 + b"="), "an extended header has no record at its byte 0"),
+    "a map of sparse parts": (
+        extended(b"x", record("GNU.sparse.major", "1") + record("GNU.sparse.minor", "0"))
+        + extended(b"0", b"90000000\n" + b"1\n" * 2**18),
+        "is a link, a device or sparse",
+    ),
+    "headers of all": (
+        extended(b"g", b"".join(record(f"key{i}", "value") for i in range(40_000))) * 100, "bytes of extended headers",
+    ),
+    "long names": (extended(b"L", b"a" * 2**20) * 70, "bytes of extended headers"),
+    "a claim": (tarfile.TarInfo("x").tobuf()[:124] + b"\x80" + b"\xff" * 11, "cut or damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+def test_an_archive_that_costs_more_than_its_bytes_is_refused(kind: str, tmp_path: Path) -> None:
+    """tarfile.open takes 10 minutes for the first, and 60 GB for the second."""
+    content, says = ARCHIVES[kind]
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(content + bytes(1024), 1))
+    assert (tmp_path / "x.tar.gz").stat().st_size < 2**24
+    code = (
+        "import resource, sys; from pathlib import Path; from tune_kd.data.image_folder import read_archive; "
+        "resource.setrlimit(resource.RLIMIT_CPU, (60, 60)); resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32)); "
+        "read_archive(Path(sys.argv[1]), progress=False)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.tar.gz")], cwd=ROOT, capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+    assert says in done.stderr.splitlines()[-1]
+
+
+def images(folder: Path) -> Path:
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (folder / part / name).mkdir(parents=True)
+            for number in (1, 2):
+                Image.new("RGB", (32, 32)).save(folder / part / name / f"{number}.png")
+    return folder
+
+
+def a_note(path: Path) -> None:
+    """A picture whose notes unpack to a gigabyte."""
+    content, notes = path.read_bytes(), b"a\0\0" + zlib.compress(bytes(2**20), 9)
+    chunk = len(notes).to_bytes(4, "big") + b"iCCP" + notes + zlib.crc32(b"iCCP" + notes).to_bytes(4, "big")
+    path.write_bytes(content[:33] + chunk * 900 + content[33:])
+
+
+def a_link(target: str) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        path.unlink()
+        path.symlink_to(target)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (a_note, "'train/cat/1.png' cannot be read as PNG or JPEG (ValueError)"),
+        (a_link("/dev/zero"), "1.png is a device; expected a regular file"),
+        (a_link("/dev/urandom"), "1.png is a device; expected a regular file"),
+        (a_link("/proc/self/pagemap"), "1.png has 0 bytes; expected a regular file of at most 1,048,576 bytes"),
+    ],
+    ids=["notes", "zero", "urandom", "pagemap"],
+)
+def test_a_picture_that_never_ends_is_refused(change: Callable[[Path], None], says: str, tmp_path: Path) -> None:
+    change(images(tmp_path / "images") / "train" / "cat" / "1.png")
+    done = command(tmp_path, "run", "ablation", "--scale", "smoke", "--data", "cifar10", "--data-dir", "images")
+    assert done.returncode == 2 and says in " ".join(done.stderr.split()), done.stderr
+
+
+def test_an_archive_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(ARCHIVES["digits"][0] + bytes(1024))
+    done = command(tmp_path, "run", "ablation", "--scale", "smoke", "--data", "cifar10", "--data-dir", "x.tar")
+    assert done.returncode == 2 and "the archive is cut or damaged" in " ".join(done.stderr.split()), done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+# Numbers, depths and sizes
+
+
+def many(value: str, times: int) -> Any:
+    """A column of one value, in a byte for each time."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(times, np.int8)), pa.array([value]))
+
+
+TABLES: dict[str, tuple[Callable[[], Any], str]] = {
+    "rows": (lambda: pa.table({"trial_id": many("a", 2 * 10**8)}), "it has 200,000,000 rows; at most"),
+    "texts": (lambda: pa.table({"trial_id": many("a" * 2**20, 10**6)}), "1,048,576,000,000 bytes of values; at most"),
+    "columns": (lambda: pa.table({f"c{number}": [1] for number in range(5000)}), "it has 5,000 columns; at most"),
+    "notes": (
+        lambda: pa.table({"trial_id": ["a"]}).replace_schema_metadata({"pandas": "[" * 200_000}),
+        "pandas' notes on its index are damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_that_would_fill_the_memory_is_refused(kind: str, tmp_path: Path) -> None:
+    make, says = TABLES[kind]
+    pq.write_table(make(), tmp_path / "trials.parquet", compression="zstd")
+    assert (tmp_path / "trials.parquet").stat().st_size < 3_000_000
+    done = command(tmp_path, "report", ".")
+    assert done.returncode == 2 and says in " ".join(done.stderr.split()), done.stderr
+
+
+JSON = ("study.json", "tables.json", "audit.json", "holder.json", "teachers/card.json")
+
+
+@pytest.mark.parametrize("name", JSON)
+@pytest.mark.parametrize("deep", ["[" * 200_000, '{"a":' * 200_000 + "1" + "}" * 200_000, "[" * 900 + "]" * 900])
+def test_json_of_any_depth_is_refused_or_passed_over(
+    name: str, deep: str, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
+) -> None:
+    path = given / name if "/" not in name else teacher_of(given) / "card.json"
+    path.write_text(deep)
+    for command in (("status", "tiny"), ("status", "tiny", "--verify"), ("report", "tiny", "--format", "md"),
+                    ("resume", "tiny"), ("list",), ("plan", *SMOKE)):  # fmt: skip
+        assert call(monkeypatch, *command) in (0, 2, 3), command
+        told = capsys.readouterr()
+        assert "Traceback" not in told.err and "error in tune_kd" not in told.err, command
+
+
+def declared(path: str, value: object) -> Callable[[dict[str, Any]], None]:
+    """A change of a field of the study, with the digest that fits it."""
+
+    def change(record: dict[str, Any]) -> None:
+        *way, last = path.split(".")
+        inner = record["study"]
+        for name in way:
+            inner = inner[int(name) if name.isdigit() else name]
+        inner[int(last) if last.isdigit() else last] = value
+        record["study_sha256"] = digest(record["study"])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("recipe.epochs", 10**9), ("teacher_recipe.epochs", 10**12), ("recipe.batch_size", 10**12),
+        ("confirm.looks", [2, 10**9]), ("confirm.seeds", list(range(100_000))), ("cell.width", 1e6),
+        ("factors.0.levels", ["cifar"] * 100_000), ("contrasts", [{"factor": "method", "treated": "logit",
+         "against": "none"}] * 100_000), ("question", "x" * 10**6), ("deviation", 1e-320 * 0), ("rate", 1e-300),
+        ("factors", [{"name": name, "levels": [float(each) for each in range(1, 101)]}
+                     for name in ("width", "temperature", "alpha", "beta")]),
+        ("tuning", {"ranges": [{"name": "temperature", "over": {"kind": "integer", "low": 1, "high": 10**12},
+                                "methods": None}]}),
+        ("tuning", {"ranges": [{"name": "lr", "over": {"kind": "uniform", "low": 0.01, "high": 1.0},
+                                "methods": None}], "budget": 10**9}),
+    ],
+)  # fmt: skip
+def test_declared_numbers_are_bounded_where_they_are_read(
+    field: str, value: object, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    altered(given / "study.json", declared(field, value))
+    for command, code in ((("status", "tiny", "--verify"), 3), (("report", "tiny"), 2), (("resume", "tiny"), 2)):
+        assert call(monkeypatch, *command) == code
+        told = capsys.readouterr()
+        assert "study.json" in told.out + told.err and "allowed" in told.out + told.err
+
+
+def test_a_look_that_is_not_declared_is_none(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    altered(given / "study.json", lambda record: record.update(look=1_000_000_000))
+    for command, code in ((("status", "tiny", "--verify"), 3), (("report", "tiny"), 2), (("resume", "tiny"), 2)):
+        assert call(monkeypatch, *command) == code
+        told = capsys.readouterr()
+        assert "look is 1000000000; allowed: 0 to 0" in " ".join((told.out + told.err).split())
+
+
+# What other programs make of our output
+
+NAMES = (
+    "=HYPERLINK(\"http://x.org\",\"x\")", "-1+1", "+1", "@SUM(1)", "x;=1+1", "<script>alert(1)</script>", "<img src=x>",
+    "[a](javascript:alert(1))", "![a](http://x.org/y.png)", "a|b", "`a`", "# a", "\\input{/etc/passwd}", "$\\frac$",
+    "_a_", "*[x]", "&lt;", "\" onclick=\"alert(1)",
+)  # fmt: skip
+COMMANDS = "\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp.exe\u2069\x7f"
+OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+ROOT = Path(__file__).parents[2]
+
+
+def command(here: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """What `python -m tune_kd` does with these arguments, in a folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "tune_kd", *arguments], cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def theirs(folder: Path, names: tuple[str, ...], **more: Any) -> Path:
+    """A trials table of others with an arm of each name."""
+    folder.mkdir()
+    trials = [
+        {"trial_id": f"{number} {seed}", "seed": seed, "test_accuracy_best": number / 100, "train_seconds": 1.0}
+        | dict.fromkeys(("arm", "method", "stem", "student", "teacher", "device", "host", "dataset"), name) | more
+        for number, name in enumerate(names) for seed in (1, 2)
+    ]  # fmt: skip
+    pd.DataFrame(trials).to_parquet(folder / "trials.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of tables of others whose names are written for spreadsheets, browsers, Markdown and LaTeX."""
+    here = tmp_path_factory.mktemp("written")
+    theirs(here / "theirs", NAMES)
+    done = command(here, "report", "theirs")
+    assert done.returncode == 0, done.stderr
+    return here / "theirs" / "report"
+
+
+def test_no_cell_of_a_csv_is_a_formula(written: Path) -> None:
+    with (written / "tables" / "arms.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["arm"].replace("'", "") for row in rows] == list(NAMES)
+    for path in (written / "tables").glob("*.csv"):
+        with path.open(newline="", encoding="utf-8") as file:
+            cells = [cell for row in csv.reader(file) for cell in row]
+        numbers = re.compile(r"-?[0-9.]+(e-?[0-9]+)?")
+        assert [each for each in cells if re.match("[=+@-]", each) and not numbers.fullmatch(each)] == []
+        assert [each for each in cells if re.search("[;\t][=+@-]", each)] == []
+
+
+def test_no_name_is_markup_in_a_markdown_report(written: Path) -> None:
+    parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    tokens = [
+        each for token in parser.parse((written / "report.md").read_text()) for each in (token, *(token.children or ()))
+    ]
+    kinds = {each.type.removesuffix("_open").removesuffix("_close") for each in tokens}
+    assert kinds == {*("heading", "paragraph", "bullet_list", "list_item", "table", "thead", "tbody", "tr", "th", "td"),
+                     "inline", "text"}  # fmt: skip
+    assert set(NAMES) <= {each.content for each in tokens if each.type == "text"}
+
+
+class Parts(HTMLParser):
+    """The tags of a page, their attributes, and its texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[tuple[str, str]] = set()
+        self.texts: set[str] = set()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {(name, value or "") for name, value in attributes}
+
+    def handle_data(self, data: str) -> None:
+        self.texts.add(data)
+
+
+def test_no_name_is_markup_or_an_address_in_the_page(written: Path) -> None:
+    parts = Parts()
+    parts.feed((written / "report.html").read_text())
+    assert set(NAMES) <= parts.texts
+    text = (written / "report.html").read_text()
+    assert text.count("<script") == text.count("<style") == 1
+    assert not parts.tags & {"a", "iframe", "object", "embed", "form", "base", "b"}
+    assert not [name for name, _ in parts.attributes if name.startswith("on")]
+    addresses = {value for name, value in parts.attributes if name in ("href", "src", "action", "style")}
+    assert {each.partition(",")[0] for each in addresses} == {"data:", "data:image/svg+xml;base64"}
+    policy = next(value for name, value in parts.attributes if value.startswith("default-src 'none'"))
+    assert "unsafe" not in policy and "http" not in policy
+
+
+def test_no_name_is_a_command_of_latex_or_a_formula_in_a_picture(written: Path) -> None:
+    text = (written / "tables" / "arms.tex").read_text()
+    assert r"\textbackslash{}input\{/etc/passwd\}" in text
+    assert set(re.findall(r"\\[a-z]+", text)) <= {
+        *(r"\begin", r"\end", r"\toprule", r"\midrule", r"\bottomrule", r"\textbackslash", r"\usepackage")
+    }
+    pictures = list((written / "figures").glob("*.svg"))
+    assert len(pictures) >= 1
+    for path in pictures:
+        tags = {each.tag.rpartition("}")[2] for each in ElementTree.parse(path).iter()}
+        assert not tags & {"script", "a", "foreignObject"}, path
+
+
+def test_names_that_a_terminal_would_obey_are_refused_by_their_row(tmp_path: Path) -> None:
+    theirs(tmp_path / "theirs", ("a", f"b{COMMANDS}"), error=COMMANDS)
+    done = command(tmp_path, "report", "theirs")
+    assert (done.returncode, done.stdout) == (2, "")
+    arm = next(line for line in done.stderr.splitlines() if "trials.parquet: arm: " in line)
+    assert f"2 of 4 rows break a rule; got {f'b{COMMANDS}'!r} in row 2" in arm
+    assert "expected text without control characters" in arm
+    assert "trials.parquet: error: " not in done.stderr
+    assert not OBEYED.search(done.stderr)
+
+
+def test_tables_whose_errors_have_colours_are_reported(tmp_path: Path) -> None:
+    theirs(tmp_path / "theirs", ("a", "b"), error=f"Traceback\n  {COMMANDS}")
+    done = command(tmp_path, "report", "theirs", "--format", "md,csv")
+    assert done.returncode == 0, done.stderr
+    assert not OBEYED.search(done.stdout + done.stderr)
+
+
+def test_a_run_whose_study_has_commands_for_a_terminal_is_shown_without_them(finished: Path, tmp_path: Path) -> None:
+    def commanding(record: dict[str, Any]) -> None:
+        for contrast in record["contrasts"]:
+            contrast["name"] += f"{COMMANDS}<b>"
+        record["contrasts_sha256"] = digest(record["contrasts"])
+        record["versions"] |= {f"torch{COMMANDS}": COMMANDS}
+        record["machine"] = {"host": COMMANDS}
+        record["git_commit"] = COMMANDS
+
+    shutil.copytree(finished, tmp_path / "results" / "tiny")
+    altered(tmp_path / "results" / "tiny" / "study.json", commanding)
+    for arguments in (("report", "tiny"), ("status", "tiny"), ("status", "tiny", "--verify"), ("resume", "tiny")):
+        done = command(tmp_path, *arguments)
+        assert "Traceback" not in done.stderr and done.returncode in (0, 2, 3), done.stderr
+        assert not OBEYED.search(done.stdout + done.stderr), arguments
+    report = tmp_path / "results" / "tiny" / "report"
+    texts = [path for path in report.rglob("*") if path.suffix in (".html", ".md", ".csv", ".tex", ".svg")]
+    assert len(texts) > 10
+    for path in texts:
+        assert not OBEYED.search(path.read_text()), path
+    assert "\u241b[2J" in (report / "report.html").read_text()
+    assert "\u241b\\[2J" in (report / "report.md").read_text()
+
+
+def test_a_ledger_with_commands_for_a_terminal_is_shown_without_them(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "results" / "tiny"
+    shutil.copytree(finished, folder)
+    ledger = records.Ledger(folder / records.LEDGER)
+    row, other = ledger.rows(records.TRIALS)[-2:]
+    ended = dict.fromkeys(records.TRIALS.only_completed) | {"status": "failed", "error": f"{COMMANDS}\nred"}
+    monkeypatch.setattr(records, "broken", lambda *_: None)  # a stranger's ledger was not written by `put`
+    ledger.put(records.TRIALS, row | ended)
+    for refused in (False, True):
+        if refused:
+            ledger.put(records.TRIALS, other | ended | {"arm": f"arm{COMMANDS}"})
+        for arguments in (("status", "tiny"), ("status", "tiny", "--json"), ("status", "tiny", "--verify")):
+            done = command(tmp_path, *arguments)
+            expected = 3 if refused or "--verify" in arguments else 0
+            assert "Traceback" not in done.stderr and done.returncode == expected, done.stderr
+            assert not OBEYED.search(done.stdout + done.stderr), arguments
+            if not refused and "--verify" not in arguments:
+                assert "title" in done.stdout  # it was said
+    ledger.close()
+
+
+def test_an_argument_that_comes_from_a_strangers_folder_is_not_obeyed(tmp_path: Path) -> None:
+    """As of `report *`."""
+    theirs(tmp_path / f"x{COMMANDS}", ("a",))
+    for arguments in (("report", f"x{COMMANDS}"), ("report", f"--{COMMANDS}"), (COMMANDS,)):
+        done = command(tmp_path, *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "allowed: text without control characters" in done.stderr
+        assert not OBEYED.search(done.stderr)
+
+
+def test_a_run_named_like_a_place_elsewhere_names_no_file(tmp_path: Path) -> None:
+    for name in ("../../x", "/etc/x", ".hidden", "a\n"):
+        shutil.rmtree(tmp_path / "theirs", ignore_errors=True)
+        theirs(tmp_path / "theirs", ("a",), run=name)
+        done = command(tmp_path, "report", "theirs", "--to", "here", "--format", "svg,csv")
+        assert (done.returncode, done.stdout) == (2, ""), name
+        assert f"RUN holds a run named {name!r}" in done.stderr or f"got {name!r}" in done.stderr, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+# A ledger that is a program
+
+
+def statements(path: Path, *sql: str) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("PRAGMA writable_schema=ON")
+        for each in sql:
+            connection.execute(each)
+
+
+ENDLESS = (
+    "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT * FROM real WHERE (SELECT max(x) FROM n)"
+)
+PROGRAMS = {
+    "a view without end": ("ALTER TABLE trials RENAME TO real", f"CREATE VIEW trials AS {ENDLESS}"),
+    "a trigger": ("CREATE TRIGGER t AFTER UPDATE ON trials BEGIN DELETE FROM epochs; END",),
+    "a trigger with a name of SQLite's": (
+        "CREATE TRIGGER t AFTER UPDATE ON trials BEGIN DELETE FROM epochs; END",
+        "UPDATE sqlite_master SET name = 'sqlite_t', sql = replace(sql, ' t ', ' sqlite_t ') WHERE name = 't'",
+    ),
+    "an index over an expression": ("CREATE INDEX i ON trials (abs(seed))",),
+    "a table of its own": ("CREATE TABLE more (x)",),
+}
+
+
+@pytest.mark.parametrize("what", PROGRAMS)
+def test_a_ledger_with_anything_but_its_tables_is_not_read(
+    what: str, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    statements(given / LEDGER, *PROGRAMS[what])
+    assert at_once(lambda: call(monkeypatch, "status", "tiny"), within=30) == 3
+    assert "its tables are not those that were made" in capsys.readouterr().err
+    assert at_once(lambda: call(monkeypatch, "status", "tiny", "--verify"), within=30) == 3
+    assert "its tables are not those that were made" in " ".join(capsys.readouterr().out.split())
+
+
+def with_cell(ledger: Path, column: str, value: object) -> None:
+    """Have a trial's row say something else, with a check sum that fits."""
+    with records.reading(ledger) as before:
+        row = before.rows(TRIALS)[0]
+    with closing(sqlite3.connect(ledger)) as connection, connection:
+        connection.execute("PRAGMA ignore_check_constraints=ON")
+        change = f"UPDATE trials SET {column} = ?, crc = ? WHERE trial_id = ?"
+        connection.execute(change, (value, records._crc(row | {column: value}), row["trial_id"]))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("epochs_run", "many"), ("val_accuracy", float("inf")), ("val_accuracy", 5.0), ("status", "won"), ("seed", None),
+     ("attempts", 2.5)],
+)  # fmt: skip
+def test_a_row_that_no_run_writes_is_not_read_though_its_check_sum_fits(
+    column: str, value: object, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_cell(given / LEDGER, column, value)
+    assert call(monkeypatch, "status", "tiny") == 3
+    assert "which no run writes" in capsys.readouterr().err
+    assert call(monkeypatch, "status", "tiny", "--verify") == 3
+
+
+def test_epochs_beyond_counting_are_not_counted(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_cell(given / LEDGER, "epochs_run", 2**62)
+    assert at_once(lambda: call(monkeypatch, "status", "tiny", "--verify")) == 3
+    assert f"says {2**62} epochs and has" in " ".join(capsys.readouterr().out.split())
+
+
+def circular(path: Path) -> None:
+    """Have the pages of the trials lead back to the same rows, 400 times at each of four levels."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (root,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'trials'").fetchone()
+        ((size,), (count,)) = (connection.execute(f"PRAGMA page_{what}").fetchone() for what in ("size", "count"))
+    data = bytearray(path.read_bytes())
+
+    def leading_to(child: int) -> bytes:
+        page, at = bytearray(size), size
+        for number in range(400):
+            at -= 6
+            page[at : at + 6] = struct.pack(">IBB", child, 0x80 | (number + 1) >> 7, (number + 1) & 127)
+            page[12 + 2 * number : 14 + 2 * number] = struct.pack(">H", at)
+        page[:12] = struct.pack(">BHHHBI", 5, 0, 400, at, 0, child)
+        return bytes(page)
+
+    first = data[(root - 1) * size : root * size]
+    pages, child = [first], count + 1
+    for _ in range(3):
+        pages.append(leading_to(child))
+        child += 1
+    for page in pages:
+        data += page
+    data[(root - 1) * size : root * size] = leading_to(child)
+    data[28:32] = struct.pack(">I", count + len(pages))
+    path.write_bytes(data)
+
+
+def test_pages_that_lead_back_to_one_another_are_not_followed_for_ever(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
+) -> None:
+    circular(given / LEDGER)
+    for command in (("status", "tiny"), ("status", "tiny", "--verify"), ("resume", "tiny")):
+        code = at_once(lambda command=command: call(monkeypatch, *command), within=60)
+        assert code in (2, 3), command
+        told = capsys.readouterr()
+        assert "damaged" in told.out + told.err or command[0] == "resume"
+
+
+def test_sqlite_is_interrupted_where_it_does_not_come_to_an_end(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it reads which tables there are, before a row is asked for."""
+    monkeypatch.setattr(Ledger, "_room", lambda self: 0)
+    monkeypatch.setattr(records, "STEPS", 1)
+    for options in ({}, {"read_only": True}):
+        with pytest.raises((Damaged, sqlite3.OperationalError), match="interrupted") as caught:
+            Ledger(given / LEDGER, **options)
+        assert records.damage(caught.value)
+
+
+def journal_of(path: Path, named: Path) -> None:
+    """A journal as of a transaction over several databases, which names the file that says so: SQLite removes it."""
+    name = str(named).encode()
+    end = struct.pack(">I", 1) + name + struct.pack(">II", len(name), sum(name)) + records.SUPER
+    header = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + struct.pack(">IIIII", 0, 0, 1, 512, 4096)
+    path.write_bytes(header.ljust(512, b"\0") + end)
+
+
+def test_a_journal_does_not_name_a_file_to_be_removed(
+    given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    journal_of(given / f"{LEDGER}-journal", precious)
+    for command in (("status", "tiny"), ("status", "tiny", "--verify")):
+        assert call(monkeypatch, *command) == 3
+        told = capsys.readouterr()
+        assert "-journal is there, which no run leaves" in " ".join((told.out + told.err).split())
+    sqlite3.connect(given / "mlflow.db").close()
+    journal_of(given / "mlflow.db-journal", precious)
+    (shown,) = trackers.made(["mlflow"], "s", "tiny", given, lambda _: None)
+    with pytest.raises(Damaged, match=r"mlflow.db-journal names another file"):
+        shown._make()  # type: ignore[attr-defined]
+    assert precious.read_text() == "precious"
+
+
+def test_a_trackers_settings_are_not_taken_from_results(given: Path) -> None:
+    """From where its library works, it would be told where runs are sent, and the user's key with them."""
+    (given / "wandb" / "trial" / ".wandb").mkdir(parents=True)
+    (given / "wandb" / "trial" / ".wandb" / "settings").write_text("[default]\nbase_url = http://192.0.2.1\n")
+    (shown,) = trackers.made(["wandb"], "s", "tiny", given, lambda _: None)
+    with pytest.raises(ValueError, match="settings says how Weights & Biases is to be used; remove it"):
+        shown._make()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("file", ["evil.py", "notes.txt", "/x/notes.txt", "/x/evil.py\n"])
+def test_what_no_run_names_as_its_study_is_refused(
+    file: str, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, marker = evil(Path.cwd())
+    shutil.copy(path, "notes.txt")
+    names_file(given, Path("placeholder.py"))
+    altered(given / "study.json", lambda record: record["source"].update(file=file))
+    assert call(monkeypatch, "resume", "tiny") == 2
+    assert "source.file is" in capsys.readouterr().err and not marker.exists()
+
+
+def test_a_new_run_writes_through_no_link_either(
+    given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
+) -> None:
+    (given.parent / "teachers").rename(tmp_path / "precious")
+    (given.parent / "teachers").symlink_to(tmp_path / "precious")
+    before = fingerprint(tmp_path / "precious")
+    assert call(monkeypatch, "run", *SMOKE, "--name", "new") == 2
+    assert "nothing is written through links, such as results/teachers" in " ".join(capsys.readouterr().err.split())
+    assert fingerprint(tmp_path / "precious") == before and not (given.parent / "new").exists()
+
+
+def test_a_table_that_is_padded_is_not_kept_beside_the_new_one(given: Path) -> None:
+    """Pages of the table before stay where they were, for whoever reads it now: as far as that is a table's size."""
+    path = given / "trials.parquet"
+    found, sink = pq.read_table(path), pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, found.schema) as writer:
+        sink.write(bytes(2**24))
+        writer.write_table(found)
+    path.write_bytes(padded := bytes(sink.getvalue()))
+    altered(given / "tables.json", lambda record: record.update({path.name: [hashlib.sha256(padded).hexdigest()]}))
+    ledger = Ledger(given / LEDGER)
+    ledger.write_tables(given)
+    ledger.close()
+    assert path.stat().st_size < 2**18 and pq.read_table(path).num_rows == found.num_rows
