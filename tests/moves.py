@@ -21,9 +21,14 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MODULES = (
-    "tune_kd.data.datasets", "tune_kd.training.teachers", "tune_kd.training.logit_cache", "tune_kd.training.step", "tune_kd.training.loop", "tune_kd.training.losses",
-    "tune_kd.training.networks", "tune_kd.training.device", "tune_kd.training.memory", "tune_kd.training.checkpoints", "tune_kd.execute.gpu_probe",
-    "tune_kd.execute.worker", "benchmarks.gpu", "benchmarks.plain", "benchmarks.steps",
+    "tune_kd.data.datasets",
+    *(f"tune_kd.training.{module}" for module in (
+        "teachers", "logit_cache", "step", "loop", "losses", "networks", "device", "memory", "checkpoints")),
+    "tune_kd.execute.gpu_probe",
+    "tune_kd.execute.worker",
+    "benchmarks.gpu",
+    "benchmarks.plain",
+    "benchmarks.steps",
 )  # fmt: skip
 MAKERS = ("tensor", "zeros", "ones", "empty", "arange", "randn", "randint", "randperm", "full")
 ELSEWHERE = {  # and why nothing of it can be seen here

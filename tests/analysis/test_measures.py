@@ -10,7 +10,8 @@ from scipy import stats as scipy_stats
 from tune_kd.analysis import early_stopping, measures, statistics
 from tune_kd.records.ledger import DECISIONS, EPOCHS, TRIALS, frame
 from tune_kd.records.reader import Records
-from tune_kd.study.spec import Data, Mistake, Recipe, Screen, Study
+from tune_kd.study.spec import Data, Recipe, Screen, Study
+from tune_kd.system.errors import UserError
 
 
 def records(
@@ -183,11 +184,11 @@ def test_margins_come_from_the_spread_of_controls_between_seeds(study: Study) ->
     deviation = (2 * 0.1**2 / 2) ** 0.5
     expected = scipy_stats.t.ppf(0.95, 2) * 2**0.5 * deviation
     assert early_stopping.noise_margins(some, study) == [pytest.approx(expected, abs=1e-6)] * 2
-    with pytest.raises(Mistake, match=r"no control .none. has two seeds that ran 9 epochs on digits at scale test"):
+    with pytest.raises(UserError, match=r"no control .none. has two seeds that ran 9 epochs on digits at scale test"):
         early_stopping.noise_margins(some, replace(study, recipe=Recipe(epochs=9)))
-    with pytest.raises(Mistake, match=r"screen.grace 4 of 4 epochs leaves no rung"):
+    with pytest.raises(UserError, match=r"screen.grace 4 of 4 epochs leaves no rung"):
         early_stopping.noise_margins(some, replace(study, screen=Screen(grace=4)))
-    with pytest.raises(Mistake, match="on cifar10"):
+    with pytest.raises(UserError, match="on cifar10"):
         early_stopping.noise_margins(some, replace(study, data=Data("cifar10")))
 
 

@@ -24,7 +24,8 @@ from tune_kd.records import reader
 from tune_kd.records.importer import Adapter
 from tune_kd.records.reader import Records
 from tune_kd.study.plan import arrival_order
-from tune_kd.study.spec import Mistake, Screen
+from tune_kd.study.spec import Screen
+from tune_kd.system.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = SHARED / "data" / "published"
@@ -230,7 +231,7 @@ def test_curves_that_are_not_alike_are_refused_with_what_to_do(tmp_path: Path) -
     epochs = epochs[(epochs["trial_id"] != "1 0 0") | (epochs["epoch"] <= 20)]
     trials.to_parquet(f"{path}_trials.parquet")
     epochs.to_parquet(f"{path}_epochs.parquet")
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         simulation.curves(read(path), ablation(), ["student", "teacher"])
     twice, budgets = sorted(caught.value.problems, key=lambda problem: "epochs" in problem)
     assert "more than one trial of the arm" in twice

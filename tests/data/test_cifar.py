@@ -18,7 +18,7 @@ from tune_kd.data.cifar import default_cache, load_pixels
 from tune_kd.data.cifar_pickles import CIFAR10, CIFAR100, Origin
 from tune_kd.data.datasets import load
 from tune_kd.data.image_folder import Pixels
-from tune_kd.study.spec import Mistake
+from tune_kd.system.errors import UserError
 
 NOWHERE = Origin("http://127.0.0.1:1/", "0" * 32, (("data_batch_1", "0"),), (("test_batch", "0"),), 0.5)
 
@@ -251,7 +251,9 @@ def test_the_other_of_the_two_is_told_apart(tmp_path: Path, where: str) -> None:
     published_files(tmp_path)
     path = tmp_path / (CIFAR10.folder if where == "folder" else CIFAR10.archive)
     path.mkdir(exist_ok=True) if where == "folder" else None
-    with pytest.raises(Mistake, match="this is CIFAR-10, and CIFAR-100 is asked for; name its place, or change --data"):
+    with pytest.raises(
+        UserError, match="this is CIFAR-10, and CIFAR-100 is asked for; name its place, or change --data"
+    ):
         load_pixels(path, form=CIFAR100, cache=tmp_path / "cache", say=pytest.fail, progress=False)
 
 
@@ -262,7 +264,7 @@ def test_both_may_lie_in_one_folder_and_neither_is_taken_for_the_other(tmp_path:
     nowhere = Origin("http://127.0.0.1:1/", "", (("train", ""),), (("test", ""),), 0.5, CIFAR100)
     cache = tmp_path / "cache"
     load_pixels(tmp_path, cache=cache, say=pytest.fail, progress=False, origin=origin)
-    with pytest.raises(Mistake, match="train, test missing; complete the folder, or remove it to have CIFAR-100"):
+    with pytest.raises(UserError, match="train, test missing; complete the folder, or remove it to have CIFAR-100"):
         load_pixels(tmp_path, form=CIFAR100, cache=cache, say=pytest.fail, progress=False, origin=nowhere)
     pictures_of = picture_folder(tmp_path / "pictures")
     for form in (CIFAR10, CIFAR100):
@@ -305,7 +307,7 @@ def test_without_a_folder_the_cache_folder_holds_the_download(tmp_path: Path, mo
 
 
 def refused(where: Path, tmp_path: Path) -> str:
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         read(where, tmp_path / "cache", lambda _: None)
     (sentence,) = caught.value.problems
     assert "\n" not in sentence and str(where) in sentence

@@ -15,11 +15,11 @@ import torch
 from archives import images_of, md5, python2_batch, small_archive, small_files, small_origin
 from tune_kd.data import cifar_pickles
 from tune_kd.data.cifar_pickles import CIFAR10, CIFAR100, Origin, download, published, read_archive, read_folder
-from tune_kd.study.spec import Mistake
+from tune_kd.system.errors import UserError
 
 
 def problem(read: Callable[[], object]) -> str:
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         read()
     (sentence,) = caught.value.problems
     assert "\n" not in sentence

@@ -31,7 +31,7 @@ from tune_kd.data.datasets import (
 )
 from tune_kd.data.image_folder import Pixels
 from tune_kd.study.cost import IMAGES
-from tune_kd.study.spec import Mistake
+from tune_kd.system.errors import UserError
 
 REAL_ARCHIVE = Path(__file__).parents[3] / "shared" / "data" / "cifar10-images.tar.xz"
 PARTS = ("train", "validation", "test")
@@ -192,9 +192,9 @@ def test_a_smaller_part_is_balanced_and_contained_in_every_larger_one(choose: st
 
 
 def test_an_incomplete_cifar10_is_refused_with_both_counts() -> None:
-    with pytest.raises(Mistake, match=r"49999 training and 10000 test .* 50000 and 10000"):
+    with pytest.raises(UserError, match=r"49999 training and 10000 test .* 50000 and 10000"):
         recognised(numbered(49_999, 10_000), "cifar10")
-    with pytest.raises(Mistake, match=r"of 10 classes, and CIFAR-100 has 50000 and 10000 of 100"):
+    with pytest.raises(UserError, match=r"of 10 classes, and CIFAR-100 has 50000 and 10000 of 100"):
         recognised(numbered(50_000, 10_000), "cifar100")
 
 
@@ -205,11 +205,11 @@ def test_cifar_is_what_has_its_classes(name: str) -> None:
     whole = replace(numbered(50_000, 10_000, classes=len(published)), classes=published)
     assert torch.equal(recognised(whole, name).train_labels, whole.train_labels)
     other = ("acorn", *published[1:-1], "zebra")
-    with pytest.raises(Mistake) as refused:
+    with pytest.raises(UserError) as refused:
         recognised(replace(whole, classes=other), name)
     for words in ("has no class 'acorn', 'zebra',", f"its class {published[0]!r}, {published[-1]!r} is missing"):
         assert words in str(refused.value)
-    with pytest.raises(Mistake, match=r"has no class 'class0', 'class1', 'class2', 'class3', 'class4' \.\.\.,"):
+    with pytest.raises(UserError, match=r"has no class 'class0', 'class1', 'class2', 'class3', 'class4' \.\.\.,"):
         recognised(numbered(50_000, 10_000, classes=len(published)), name)
 
 
@@ -254,7 +254,7 @@ def test_common_spellings_of_cifar100_are_known(spelled: str, name: str) -> None
 
 def test_two_folders_of_one_class_are_no_cifar10() -> None:
     doubled = ("airplane", "automobile", "bird", "car", "cat", "deer", "dog", "frog", "horse", "ship")
-    with pytest.raises(Mistake, match="has no class 'automobile', 'car', and its class 'truck' is missing"):
+    with pytest.raises(UserError, match="has no class 'automobile', 'car', and its class 'truck' is missing"):
         recognised(replace(numbered(50_000, 10_000), classes=doubled), "cifar10")
 
 
@@ -262,12 +262,12 @@ def test_two_folders_of_one_class_are_no_cifar10() -> None:
 
 
 def test_an_unknown_name_lists_the_names_that_exist() -> None:
-    with pytest.raises(Mistake, match=r"'mnist'.*digits, cifar10, cifar100"):
+    with pytest.raises(UserError, match=r"'mnist'.*digits, cifar10, cifar100"):
         load("mnist")
 
 
 def test_every_impossible_size_is_named_with_value_and_limit(whole_cifar10: Pixels) -> None:
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         load("cifar10", train=45_001, validation=9, test=10_001)
     train, validation, test = caught.value.problems
     assert "train" in train and "45001" in train and "45000" in train
@@ -281,7 +281,7 @@ def test_sizes_that_just_fit_are_accepted(whole_cifar10: Pixels) -> None:
 
 
 def test_sizes_below_one_are_refused_together_with_the_name() -> None:
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         load("imagenet", train=0, test=-3)
     assert len(caught.value.problems) == 3
 

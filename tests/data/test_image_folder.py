@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 
 from tune_kd.data import image_folder
 from tune_kd.data.image_folder import Pixels, listing, read_archive
-from tune_kd.study.spec import Mistake
+from tune_kd.system.errors import UserError
 
 CLASSES = ("cat", "dog")
 
@@ -73,7 +73,7 @@ def same(one: Pixels, other: Pixels) -> bool:
 
 def problem(read: Callable[[], object]) -> str:
     """The one sentence with which `read` is refused."""
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         read()
     (sentence,) = caught.value.problems
     assert "\n" not in sentence
@@ -382,7 +382,7 @@ def test_a_cut_archive_is_never_taken_for_a_smaller_one(whole: Whole, kind: str,
     path.write_bytes(content[: step * choose.draw(st.integers(0, (len(content) - 1) // step))])
     try:
         assert same(read_archive(path, progress=False), whole.pixels)
-    except Mistake as mistake:
+    except UserError as mistake:
         assert "cut or damaged" in str(mistake)
     else:
         assert kind == "tar" and not any(content[path.stat().st_size - 512 :]), "more than padding is missing"
@@ -397,7 +397,7 @@ def test_damage_is_noticed_or_harmless(whole: Whole, kind: str, choose: st.DataO
     path.write_bytes(damaged)
     try:
         pixels = read_archive(path, progress=False)
-    except Mistake:
+    except UserError:
         return
     # gzip and xz have checksums over all. A bare tar has them over its headers alone, and Pillow does not
     # compare those of PNG's pixels.

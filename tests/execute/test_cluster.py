@@ -20,8 +20,8 @@ from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace
 from tune_kd.records.ledger import LEDGER, TRIALS, Ledger
 from tune_kd.records.run_folder import Run, create, reopen
-from tune_kd.study.spec import Mistake
 from tune_kd.system import environment
+from tune_kd.system.errors import UserError
 from tune_kd.system.object_store import local
 
 # A cluster of a head without CPUs and two nodes, each with a home of its own. A line on its standard input removes one
@@ -230,6 +230,6 @@ def test_a_token_that_others_can_read_is_closed_to_them_or_ray_is_not_started(
     token.chmod(0o640)
     with (
         patch.object(Path, "chmod", side_effect=PermissionError),
-        pytest.raises(Mistake, match="has the mode 0640, so that others can read it; allowed: 0600"),
+        pytest.raises(UserError, match="has the mode 0640, so that others can read it; allowed: 0600"),
     ):
         environment.guard_token()

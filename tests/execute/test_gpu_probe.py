@@ -12,8 +12,9 @@ from tune_kd.data.datasets import DataSet
 from tune_kd.execute import gpu_probe as probing
 from tune_kd.execute.gpu_probe import Measured, measure, probe, propose
 from tune_kd.study.plan import plan
-from tune_kd.study.spec import Factor, Mistake, Study
+from tune_kd.study.spec import Factor, Study
 from tune_kd.study.trial import Trial
+from tune_kd.system.errors import UserError
 
 GIB = 2**30
 
@@ -37,7 +38,7 @@ def test_the_fewest_at_a_time_that_reach_nearly_the_best_speed(
 
 
 def test_what_does_not_fit_even_alone_is_a_mistake_that_says_what_to_do() -> None:
-    with pytest.raises(Mistake, match="batch_size"):
+    with pytest.raises(UserError, match="batch_size"):
         propose([Measured(1, 10.0, 10 * GIB)], 10 * GIB)
 
 
@@ -89,7 +90,7 @@ def test_another_failure_of_a_probing_process_is_raised_here(one_stem: Study) ->
     student, teacher = logit_student(one_stem)
     digits = datasets.load("digits", train=60, validation=20, test=20)
     impossible = replace(teacher, cell=replace(teacher.cell, teacher="resnet7"))
-    with pytest.raises(Mistake, match="resnet7"):
+    with pytest.raises(UserError, match="resnet7"):
         measure(student, impossible, digits, torch.device("cpu"), together=1)
 
 

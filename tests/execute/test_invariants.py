@@ -35,10 +35,11 @@ from tune_kd.execute.worker import Failure, Workplace
 from tune_kd.records import reader, rebuild
 from tune_kd.records import run_folder as runs
 from tune_kd.records.ledger import ENDED, FAILURES, LEDGER, Ledger, digests
-from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Mistake, Recipe, Screen, Study
+from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
 from tune_kd.study.trial import Decision
 from tune_kd.system import crash_points
 from tune_kd.system import files as storage
+from tune_kd.system.errors import UserError
 
 MEMORY = Path("/dev/shm")  # where there is one: it syncs in no time, and nobody cuts its power
 EPOCHS = 3
@@ -140,7 +141,7 @@ class Records(RuleBasedStateMachine):
     @precondition(lambda self: self.driver is not None)
     @rule()
     def second_driver(self) -> None:
-        with pytest.raises(Mistake, match="holds since"), runs.held(self.folder):
+        with pytest.raises(UserError, match="holds since"), runs.held(self.folder):
             raise AssertionError("two drivers hold one run")
 
     @precondition(lambda self: self.driver is not None)
@@ -267,7 +268,7 @@ class Records(RuleBasedStateMachine):
         content[data.draw(SOMEWHERE) * len(content) // 2**20] ^= 0x10
         path.write_bytes(content)
         self.harmed.add(path.name)
-        with pytest.raises(Mistake, match="digest is not on record"):
+        with pytest.raises(UserError, match="digest is not on record"):
             reader.load(self.folder)
         if self.driver is not None:
             self.driver.write_tables()
@@ -286,7 +287,7 @@ class Records(RuleBasedStateMachine):
         statuses = set(self._statuses().values())
         try:
             runs.record_extension(runs.extended(run))
-        except Mistake:
+        except UserError:
             assert run.look == 1 or not statuses or statuses & {"pending", "running"}
         else:
             assert not statuses & {"pending", "running"} and run.look == 0

@@ -28,7 +28,8 @@ from tune_kd.execute import monitoring
 from tune_kd.execute.metrics import METRICS, samples
 from tune_kd.records.ledger import Row, first_row
 from tune_kd.study.plan import plan
-from tune_kd.study.spec import Mistake, Study
+from tune_kd.study.spec import Study
+from tune_kd.system.errors import UserError
 
 PROMETHEUS = shutil.which("prometheus")
 ROOT = Path(__file__).parents[2]
@@ -101,10 +102,10 @@ def test_what_is_written_for_prometheus_and_grafana_is_what_they_read(
     assert discovery["url"] == "http://head:8265/api/prometheus/sd"
     assert discovery["authorization"] == {"type": "Bearer", "credentials_file": str(tmp_path / "token")}
     assert json.loads(board.read_text()) == BOARD
-    with pytest.raises(Mistake, match="--address is head:8265; allowed: the URL of Ray's dashboard"):
+    with pytest.raises(UserError, match="--address is head:8265; allowed: the URL of Ray's dashboard"):
         monitoring.write(tmp_path, "head:8265")
     (tmp_path / "file").write_text("")
-    with pytest.raises(Mistake, match=r"--write is .*file, which cannot be written to"):
+    with pytest.raises(UserError, match=r"--write is .*file, which cannot be written to"):
         monitoring.write(tmp_path / "file", monitoring.DASHBOARD)
 
 

@@ -23,7 +23,8 @@ from forms import SECRETS
 from tune_kd.execute import ray_tune, trackers
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Task
-from tune_kd.study.spec import Mistake, Study
+from tune_kd.study.spec import Study
+from tune_kd.system.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_a_tracker_changes_nothing_on_record(tracked: tuple[Path, Driver]) -> No
 def test_a_tracker_that_is_not_there_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     trackers.check(["tensorboard", "mlflow"])
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(Mistake) as refused:
+    with pytest.raises(UserError) as refused:
         trackers.check(["tensorbord", "wandb"])
     assert refused.value.problems == (
         "--track is tensorbord; allowed: tensorboard, mlflow, wandb",

@@ -18,8 +18,8 @@ from tune_kd.execute.verify import verify
 from tune_kd.records import rebuild
 from tune_kd.records.ledger import COMMITS, EPOCHS, LEDGER, TRIALS, Ledger, reading
 from tune_kd.records.run_folder import held, holder, reopen
-from tune_kd.study.spec import Mistake
 from tune_kd.system import files
+from tune_kd.system.errors import UserError
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_a_ledger_of_another_plan_is_not_gone_on_with(run: Path) -> None:
     with closing(Ledger(run / LEDGER)) as ledger:
         row = dict.fromkeys(TRIALS.only_completed) | {"trial_id": "f" * 16, "status": "pending", "epochs_run": 0}
         ledger.put(TRIALS, ledger.rows(TRIALS)[0] | row)
-    with pytest.raises(Mistake, match=r"not in the plan of .*study\.json: f{16}; put the study\.json or the ledger"):
+    with pytest.raises(UserError, match=r"not in the plan of .*study\.json: f{16}; put the study\.json or the ledger"):
         rebuild.opened(reopen(run), lambda _: None)
     finding = verify(run)[0]
     assert finding.part == "ledger" and "put the study.json or the ledger back" in finding.remedy
@@ -144,7 +144,7 @@ def test_nothing_is_made_from_tables_that_are_damaged_too(run: Path) -> None:
     ledger, tables = verify(run)
     assert "the tables are not whole either" in ledger.remedy and tables.part == "tables"
     before = (run / LEDGER).read_bytes()
-    with pytest.raises(files.Damaged, match="the tables it could be made from are not whole"):
+    with pytest.raises(files.CorruptFile, match="the tables it could be made from are not whole"):
         rebuild.opened(reopen(run), lambda _: None)
     assert (run / LEDGER).read_bytes() == before
 
@@ -204,7 +204,7 @@ def test_a_folder_without_room_an_old_package_and_a_changed_teacher_are_told_at_
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
     monkeypatch.setattr(preflight, "version", lambda name: "2.9.1" if name == "torch" else "2.60.0")
     flip(next((run.parent / "teachers").glob("*/weights.safetensors")))
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         preflight.check(opened, waiting, 2)
     torch, room, teacher = caught.value.problems
     assert torch.startswith("torch is 2.9.1 here; allowed: 2.10 and later")
@@ -221,7 +221,7 @@ def test_the_teachers_of_students_that_were_added_or_blocked_are_looked_at(run: 
     student = next(row for row in rows if row["role"] == "student" and row["teacher_id"])
     others = [row for row in rows if row is not student]
     for waiting in (others, [*others, student | {"status": "blocked", "attempts": 1}]):
-        with pytest.raises(Mistake, match=r"weights\.safetensors is not what its card says"):
+        with pytest.raises(UserError, match=r"weights\.safetensors is not what its card says"):
             preflight.check(opened, waiting, 2)
     preflight.check(opened, [*others, student | {"status": "blocked", "attempts": 0}], 2)  # its teacher failed
 
@@ -254,7 +254,7 @@ def test_a_folder_that_cannot_be_synced_is_refused_before_anything_trains(
 
     monkeypatch.setattr(files, "PAUSES", (0.0, 0.0))
     monkeypatch.setattr("os.fsync", refuse)
-    with pytest.raises(Mistake, match=r"cannot be written, synced and locked \(Read-only file system\)"):
+    with pytest.raises(UserError, match=r"cannot be written, synced and locked \(Read-only file system\)"):
         preflight.check(reopen(run), [], 2)
 
 
@@ -265,7 +265,7 @@ def test_students_do_not_go_on_with_another_teacher_than_the_others_had(run: Pat
     waiting = [row | {"status": "pending"} if row["role"] == "student" else row for row in rows]
     preflight.check(opened, waiting, 2)
     another = [row | {"weights_digest": "0" * 64} if row["role"] == "teacher" else row for row in waiting]
-    with pytest.raises(Mistake, match="was trained again, and is not the teacher that this run had"):
+    with pytest.raises(UserError, match="was trained again, and is not the teacher that this run had"):
         preflight.check(opened, another, 2)
 
 
@@ -275,7 +275,7 @@ def test_a_teacher_that_was_put_there_with_too_few_epochs_is_refused_before_anyt
     home = opened.teachers / teacher.trial_id
     preflight.check(opened, [], 2)
     altered(home / "card.json", lambda card: card["epochs"].pop(0))
-    with pytest.raises(Mistake, match=f"has 1 epochs, and the teacher of this study 2; remove {home} to have"):
+    with pytest.raises(UserError, match=f"has 1 epochs, and the teacher of this study 2; remove {home} to have"):
         preflight.check(opened, [], 2)
 
 

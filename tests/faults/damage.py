@@ -41,12 +41,13 @@ from tune_kd.records import rebuild
 from tune_kd.records.ledger import FAILURES, LEDGER, SCHEMAS, TRIALS, Ledger, frame
 from tune_kd.records.reader import load
 from tune_kd.records.run_folder import Run, create, reopen
-from tune_kd.study.spec import Confirm, Factor, Mistake, Study
+from tune_kd.study.spec import Confirm, Factor, Study
 from tune_kd.study.trial import Answering, Epoch
+from tune_kd.system.errors import UserError
 from tune_kd.training import logit_cache, teachers
 from tune_kd.training.checkpoints import Checkpoints
 
-ALLOWED = (Mistake, teachers.TeacherChanged, *FAILURES)
+ALLOWED = (UserError, teachers.TeacherChanged, *FAILURES)
 VARIANTS = ("finished", "cut")
 
 

@@ -31,9 +31,10 @@ from tune_kd.execute.worker import Where
 from tune_kd.records import ledger
 from tune_kd.records.ledger import FAILURES
 from tune_kd.records.run_folder import Run, begun, find, held, reopen
-from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Mistake, Recipe, Screen, Study
+from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
 from tune_kd.study.trial import Epoch
 from tune_kd.system import files
+from tune_kd.system.errors import UserError
 
 CALLS = ("open", "pwrite", "fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "scandir")
 
@@ -165,7 +166,7 @@ def _through(run: Run, witness: Witness, *, new: bool) -> int:
 def _status(command: Callable[[], int]) -> int:
     try:
         return command()
-    except Mistake:
+    except UserError:
         return 2
     except FAILURES:
         return 3

@@ -1,8 +1,8 @@
 """Crashes at named points: every place in the product where a kill would hurt most is passed, and died in.
 
-`tune_kd.system.crash_points.POINTS` names them. With `TUNE_KD_CRASH=name:n` in its environment the process, driver or worker, that
-passes the point for the n-th time kills itself with SIGKILL. So does the worker that takes its place: after a few the
-driver is asked to leave, and the run goes on without the variable.
+`tune_kd.system.crash_points.POINTS` names them. With `TUNE_KD_CRASH=name:n` in its environment the process, driver or
+worker, that passes the point for the n-th time kills itself with SIGKILL. So does the worker that takes its place:
+after a few the driver is asked to leave, and the run goes on without the variable.
 """
 
 import importlib

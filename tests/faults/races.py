@@ -22,7 +22,7 @@ AT_ONCE = """
 import sys
 from pathlib import Path
 from tune_kd.records import run_folder as run
-from tune_kd.study.spec import Mistake
+from tune_kd.study.spec import UserError
 folder, name = Path(sys.argv[1]), sys.argv[2]
 {before}
 print("ready", flush=True)
@@ -31,7 +31,7 @@ try:
     with {lock}:
         print("won", flush=True)
         sys.stdin.read()
-except Mistake as mistake:
+except UserError as mistake:
     sys.exit("; ".join(mistake.problems))
 """
 RESUME = AT_ONCE.format(before="", lock="run.held(folder)")  # what `resume` does first

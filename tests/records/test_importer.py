@@ -26,7 +26,7 @@ from tune_kd.cli import main
 from tune_kd.records import parquet
 from tune_kd.records.importer import Adapter, parse_phases
 from tune_kd.records.reader import Records, load
-from tune_kd.study.spec import Mistake
+from tune_kd.system.errors import UserError
 
 PUBLISHED = SHARED / "data" / "published"
 PHASES = {"select": "screen", "stem_ablation": "confirm", "teachers": "teacher"}
@@ -124,7 +124,7 @@ def test_columns_of_other_names_are_renamed_and_missing_ones_made(tmp_path: Path
 
 
 def test_tables_without_what_there_has_to_be_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match=r"their_trials\.parquet: lacks the columns trial_id; has id, seed"):
+    with pytest.raises(UserError, match=r"their_trials\.parquet: lacks the columns trial_id; has id, seed"):
         load(small(tmp_path))
 
 
@@ -149,7 +149,7 @@ def test_what_differs_within_an_arm_is_named(tmp_path: Path) -> None:
 
 
 def test_columns_that_come_to_have_one_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="trials has more than one column seed"):
+    with pytest.raises(UserError, match="trials has more than one column seed"):
         load(small(tmp_path), adapt=Adapter(columns={"id": "seed"}))
 
 
@@ -160,15 +160,15 @@ def test_methods_are_compared_though_a_control_has_no_temperature(tmp_path: Path
     pd.DataFrame(rows).to_parquet(tmp_path / "t_trials.parquet")
     (found,) = contrasts.compare(load(tmp_path / "t"), "method", "logit", "none").to_dict("records")
     assert (found["how"], found["n"], found["estimate"]) == ("paired", 3, pytest.approx(0.1))
-    with pytest.raises(Mistake, match=r"method has no level 'logits'; allowed: none, logit"):
+    with pytest.raises(UserError, match=r"method has no level 'logits'; allowed: none, logit"):
         contrasts.compare(load(tmp_path / "t"), "method", "logits", "none")
-    with pytest.raises(Mistake, match="factor is 'methods'"):
+    with pytest.raises(UserError, match="factor is 'methods'"):
         contrasts.compare(load(tmp_path / "t"), "methods", "logit", "none")
 
 
 def test_phases_are_given_as_theirs_and_ours() -> None:
     assert parse_phases(["select=screen", "x=confirm"]) == {"select": "screen", "x": "confirm"}
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         parse_phases(["select", "x=later"])
     assert [problem.split(";")[0] for problem in caught.value.problems] == [
         "--phase is 'select'",
@@ -358,14 +358,14 @@ def test_notes_of_pandas_that_are_damaged_are_passed_over_or_told(notes: bytes, 
     noted(notes, tmp_path / "t_trials.parquet")
     try:
         assert load(tmp_path / "t").trials["seed"].tolist() == [1]
-    except Mistake as mistake:
+    except UserError as mistake:
         assert "t_trials.parquet cannot be read" in str(mistake)
 
 
 def test_columns_of_one_name_are_named(tmp_path: Path) -> None:
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array([1]), pa.array([2])], names=["trial_id", "seed", "seed"])
     pq.write_table(twice, tmp_path / "t_trials.parquet")
-    with pytest.raises(Mistake, match="trials has more than one column seed"):
+    with pytest.raises(UserError, match="trials has more than one column seed"):
         load(tmp_path / "t")
 
 
@@ -381,14 +381,14 @@ def test_columns_of_one_name_are_named(tmp_path: Path) -> None:
 )
 def test_numbers_that_are_none_are_refused(seeds: pa.Array, says: str, tmp_path: Path) -> None:
     pq.write_table(pa.table({"trial_id": ["a", "b"], "seed": seeds}), tmp_path / "t_trials.parquet")
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         load(tmp_path / "t")
     assert says in str(caught.value)
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"trial_id": [b"a", b"\xff"], "seed": [1, 2]}), tmp_path / "t_trials.parquet")
-    with pytest.raises(Mistake, match=r"trial_id is object, such as b'a'; expected text"):
+    with pytest.raises(UserError, match=r"trial_id is object, such as b'a'; expected text"):
         load(tmp_path / "t")
 
 
@@ -408,7 +408,7 @@ def test_a_decimal_is_the_nearest_number_there_is(text: str, tmp_path: Path) -> 
 def test_a_phase_that_is_null_is_told_of_by_its_row(tmp_path: Path) -> None:
     table = pd.DataFrame({"trial_id": ["a", "b"], "seed": [1, 2], "phase": pd.array(["confirm", None], "string")})
     table.to_parquet(tmp_path / "t_trials.parquet")
-    with pytest.raises(Mistake, match=r"phase: 1 of 2 rows break a rule; .* in row 1; expected a value in every row"):
+    with pytest.raises(UserError, match=r"phase: 1 of 2 rows break a rule; .* in row 1; expected a value in every row"):
         load(tmp_path / "t")
 
 
@@ -432,7 +432,7 @@ def refused(path: Path) -> str:
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, before[1]))
     try:
-        with pytest.raises(Mistake) as caught:
+        with pytest.raises(UserError) as caught:
             load(path)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)

@@ -19,7 +19,6 @@ from tune_kd.records.ledger import (
     EPOCHS,
     SCHEMAS,
     TRIALS,
-    Damaged,
     Ledger,
     Schema,
     arrow,
@@ -32,6 +31,7 @@ from tune_kd.records.ledger import (
 )
 from tune_kd.records.reader import check
 from tune_kd.system.characters import CONTROL
+from tune_kd.system.errors import CorruptFile
 
 # The contract, written out: other programs rely on these names and on this order.
 CONTRACT = {
@@ -221,7 +221,7 @@ def test_a_row_that_was_altered_is_noticed(ledger: Ledger) -> None:
     other = sqlite3.connect(ledger.path)
     other.execute("UPDATE epochs SET val_accuracy = 0.9")
     other.commit()
-    with pytest.raises(Damaged, match=r"trial_id='t', epoch=1"):
+    with pytest.raises(CorruptFile, match=r"trial_id='t', epoch=1"):
         ledger.rows(EPOCHS)
 
 

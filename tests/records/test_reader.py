@@ -16,8 +16,8 @@ import tune_kd
 from conftest import tiny
 from tune_kd.records.ledger import DECISIONS, EPOCHS, PANDAS, SCHEMAS, TRIALS, Schema, arrow, frame, to_parquet
 from tune_kd.records.reader import check, load
-from tune_kd.study.spec import Mistake
 from tune_kd.system.characters import CONTROL
+from tune_kd.system.errors import UserError
 
 
 def trial(number: int, **values: Any) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def test_rows_that_break_the_schema_are_refused_with_their_number_and_examples(
     folder = write(tmp_path / "r")
     whole = pd.read_parquet(folder / f"{table}.parquet")
     change(whole).to_parquet(folder / f"{table}.parquet")
-    with pytest.raises(Mistake, match=says) as caught:
+    with pytest.raises(UserError, match=says) as caught:
         load(folder)
     assert str(folder / f"{table}.parquet") in str(caught.value)
 
@@ -130,7 +130,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     trials = pd.read_parquet(folder / "trials.parquet")
     trials.assign(status="done", phase="later").to_parquet(folder / "trials.parquet")
     (folder / "decisions.parquet").unlink()
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         load(folder, tmp_path / "nowhere", folder)
     problems = caught.value.problems
     assert len(problems) == 3
@@ -138,14 +138,14 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     assert "nowhere'; allowed: a run's folder" in problems[1]
     write(folder)
     trials.assign(status="done", phase="later").to_parquet(folder / "trials.parquet")
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         load(folder)
     assert [problem.split(": ")[1] for problem in caught.value.problems] == [*("phase", "status", "test_accuracy_best")]
 
 
 def test_one_run_twice_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "r")
-    with pytest.raises(Mistake, match="RUN 'r' is given more than once"):
+    with pytest.raises(UserError, match="RUN 'r' is given more than once"):
         load(folder, folder)
 
 
@@ -154,7 +154,7 @@ def test_a_file_that_was_cut_is_refused_with_a_remedy(tmp_path: Path, cut: int) 
     folder = write(tmp_path / "r")
     path = folder / "epochs.parquet"
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(Mistake, match=r"epochs\.parquet cannot be read .*makes the tables again from the ledger"):
+    with pytest.raises(UserError, match=r"epochs\.parquet cannot be read .*makes the tables again from the ledger"):
         load(folder)
 
 
@@ -225,7 +225,7 @@ def test_a_study_that_was_changed_or_is_not_whole_is_refused(
     record = json.loads(path.read_text())
     change(record)
     path.write_text(json.dumps(record))
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         load(path.parent)
     assert says in str(caught.value)
 
@@ -250,8 +250,8 @@ def test_rows_keep_no_index_of_their_makers(tmp_path: Path) -> None:
 
 
 def test_a_run_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match=r"study.json: run is '\.\./\.\./x', which no run writes"):
+    with pytest.raises(UserError, match=r"study.json: run is '\.\./\.\./x', which no run writes"):
         load(write(tmp_path / "r", "../../x"))
     (tmp_path / "r" / "study.json").unlink()
-    with pytest.raises(Mistake, match=r"RUN holds a run named '\.\./\.\./x'; allowed: letters"):
+    with pytest.raises(UserError, match=r"RUN holds a run named '\.\./\.\./x'; allowed: letters"):
         load(tmp_path / "r")

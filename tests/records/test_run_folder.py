@@ -26,8 +26,9 @@ from tune_kd.records.run_folder import (
     record_extension,
     reopen,
 )
-from tune_kd.study.spec import Confirm, Mistake, Study
+from tune_kd.study.spec import Confirm, Study
 from tune_kd.study.trial import digest
+from tune_kd.system.errors import UserError
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_a_run_that_is_not_this_versions_or_was_changed_is_refused(
     made: Run, change: Callable[[dict[str, Any]], None], says: str
 ) -> None:
     altered(made.folder / "study.json", change)
-    with pytest.raises(Mistake, match=says):
+    with pytest.raises(UserError, match=says):
         reopen(made.folder)
 
 
@@ -86,7 +87,7 @@ def test_what_looks_like_a_secret_is_refused_and_neither_recorded_nor_repeated(
 ) -> None:
     text, hidden = SECRETS[form]
     run = Run("r", tmp_path / "r", replace(study, question=f"Is it {text} ?"), "0" * 64, None, {})
-    with pytest.raises(Mistake, match=r"study\.question holds what looks like a secret") as caught, begun(run):
+    with pytest.raises(UserError, match=r"study\.question holds what looks like a secret") as caught, begun(run):
         raise AssertionError("it was begun")
     assert hidden not in str(caught.value)
     assert not run.folder.exists()
@@ -103,8 +104,8 @@ def test_questions_paths_and_digests_are_no_secrets(study: Study, tmp_path: Path
 def test_a_new_run_that_a_mistake_ends_before_it_began_leaves_nothing(study: Study, tmp_path: Path) -> None:
     run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
     seen: list[bool] = []
-    with pytest.raises(Mistake, match="no room"), begun(run):
-        raise Mistake("no room", str(seen.append((run.folder / "study.json").is_file())))
+    with pytest.raises(UserError, match="no room"), begun(run):
+        raise UserError("no room", str(seen.append((run.folder / "study.json").is_file())))
     assert seen == [True] and not run.folder.exists()
     with pytest.raises(OSError, match="disk"), begun(run):
         raise OSError("disk")
@@ -120,9 +121,9 @@ def test_a_folder_that_a_kill_left_before_the_plan_was_there_is_begun_again(stud
     assert check_new(tmp_path, "r", study) == "r"
     with begun(run):
         assert reopen(run.folder).study == study
-    with pytest.raises(Mistake, match="exists; resume that run"):
+    with pytest.raises(UserError, match="exists; resume that run"):
         check_new(tmp_path, "r", study)
-    with pytest.raises(Mistake, match="cannot be made"), begun(run):
+    with pytest.raises(UserError, match="cannot be made"), begun(run):
         raise AssertionError("it was begun twice")
 
 
@@ -164,7 +165,7 @@ def test_a_run_that_was_begun_and_ended_before_the_lock_was_given_is_left_as_it_
             yield
 
     monkeypatch.setattr("tune_kd.records.run_folder.held", after_another)
-    with pytest.raises(Mistake, match="was begun meanwhile"), begun(run):
+    with pytest.raises(UserError, match="was begun meanwhile"), begun(run):
         raise AssertionError("it was begun twice")
     assert reopen(run.folder).study == study
 
@@ -174,7 +175,7 @@ def test_a_secret_in_what_an_extension_sets_is_not_recorded(study: Study, tmp_pa
     create(run)
     source = Source(tmp_path / "x.py", "test", None, (f"question={SECRETS['GitHub'][0]}",))
     before = (run.folder / "study.json").read_bytes()
-    with pytest.raises(Mistake, match=r"source\.settings\[0\] holds what looks like"):
+    with pytest.raises(UserError, match=r"source\.settings\[0\] holds what looks like"):
         record_extension(replace(run, source=source))
     assert (run.folder / "study.json").read_bytes() == before
 
@@ -185,7 +186,7 @@ def test_an_extension_that_has_not_run_is_not_extended_again(study: Study, tmp_p
     create(run)
     end(run)
     record_extension(extended(reopen(run.folder)))
-    with pytest.raises(Mistake, match="trials are still to run; resume it"):
+    with pytest.raises(UserError, match="trials are still to run; resume it"):
         extended(reopen(run.folder))
     assert reopen(run.folder).look == 1
 
@@ -212,7 +213,7 @@ def test_any_change_of_a_plan_on_disk_is_noticed(study: Study, tmp_path: Path) -
     create(run)
     text = (run.folder / "study.json").read_text()
     (run.folder / "study.json").write_text(text.replace('"look": 0', '"look": 1'))
-    with pytest.raises(Mistake, match=r"was altered since it was written.*restore the file"):
+    with pytest.raises(UserError, match=r"was altered since it was written.*restore the file"):
         reopen(run.folder)
 
 
@@ -302,7 +303,7 @@ def test_nothing_else_may_be_added(of_file: Callable[..., Run], tmp_path: Path, 
     run = of_file()
     before = (run.folder / "study.json").read_text()
     declare(tmp_path, change)
-    with pytest.raises(Mistake, match=says):
+    with pytest.raises(UserError, match=says):
         extended(reopen(run.folder))
     assert (run.folder / "study.json").read_text() == before
 
@@ -310,7 +311,7 @@ def test_nothing_else_may_be_added(of_file: Callable[..., Run], tmp_path: Path, 
 def test_nothing_is_added_to_a_run_that_has_not_ended(of_file: Callable[..., Run], tmp_path: Path) -> None:
     run = of_file(ended=False)
     declare(tmp_path, "replace(tiny(), confirm=Confirm((1, 2, 3)))")
-    with pytest.raises(Mistake, match="trials are still to run; resume it, and then --extend"):
+    with pytest.raises(UserError, match="trials are still to run; resume it, and then --extend"):
         extended(reopen(run.folder))
 
 
@@ -324,10 +325,10 @@ def test_a_run_goes_from_look_to_look(of_file: Callable[..., Run], tmp_path: Pat
         end(more)
     seeds.append({trial.seed for trial in reopen(run.folder).plan.trials if trial.phase == "confirm"})
     assert seeds == [{1, 2}, {1, 2, 3}, {1, 2, 3, 4, 5}]
-    with pytest.raises(Mistake, match="nothing to add: its last look is done"):
+    with pytest.raises(UserError, match="nothing to add: its last look is done"):
         extended(reopen(run.folder))
     declare(tmp_path, "replace(tiny(), confirm=Confirm((1, 2, 3, 4, 5, 6), looks=(2, 3, 6)))")
-    with pytest.raises(Mistake, match=r"confirm\.looks was"):
+    with pytest.raises(UserError, match=r"confirm\.looks was"):
         extended(reopen(run.folder))
 
 
@@ -350,7 +351,7 @@ def test_a_run_that_an_earlier_state_of_this_version_began_is_told_of_with_where
 
     altered(run.folder / "study.json", as_before)
     with pytest.raises(
-        Mistake, match=r"at commit abc123, which allowed what .* not \(moderator is 'temperature', .*; fin"
+        UserError, match=r"at commit abc123, which allowed what .* not \(moderator is 'temperature', .*; fin"
     ):
         reopen(run.folder)
 

@@ -26,10 +26,11 @@ from tune_kd.records import rebuild, run_folder, sync
 from tune_kd.records.ledger import EPOCHS, MOST_TABLE_BYTES, TRIALS, reading
 from tune_kd.records.reader import load
 from tune_kd.records.run_folder import Run
-from tune_kd.study.spec import Mistake, Study
+from tune_kd.study.spec import Study
 from tune_kd.study.trial import Epoch
 from tune_kd.system import object_store
-from tune_kd.system.files import MOST_RECORD_BYTES, Unexpected
+from tune_kd.system.errors import UnexpectedFile, UserError
+from tune_kd.system.files import MOST_RECORD_BYTES
 from tune_kd.system.object_store import Mirror
 
 
@@ -108,7 +109,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> Non
 READER = """
 import sys
 from pathlib import Path
-from tune_kd.study.spec import Mistake
+from tune_kd.study.spec import UserError
 from tune_kd.records.reader import load
 
 found = None
@@ -116,7 +117,7 @@ while not Path(sys.argv[2]).exists():
     try:
         found = len(load(sys.argv[1]).epochs)
         print(found, flush=True)
-    except Mistake as mistake:
+    except UserError as mistake:
         early = (".parquet is missing", "allowed: a run's folder or name")  # the first tables were not sent yet
         assert found is None and any(words in str(mistake) for words in early), mistake
 """
@@ -182,7 +183,7 @@ def test_an_object_that_is_larger_than_its_kind_is_refused_before_it_is_fetched(
     held = Mirror.of(file)
     held.send(file, b"0123456789")
     assert held.read(file, 10) == b"0123456789"
-    with pytest.raises(Unexpected, match=r"/each\?.* has 10 bytes; expected at most 9"):
+    with pytest.raises(UnexpectedFile, match=r"/each\?.* has 10 bytes; expected at most 9"):
         held.fetch(file, 9)
     assert not file.exists()
 
@@ -308,7 +309,7 @@ def test_a_run_that_a_driver_elsewhere_holds_is_left_to_it_until_that_is_not_see
     holder = begun.folder / "holder.json"
     Mirror.of(holder).send(holder, json.dumps({**there, "seen": time.time() - 20}).encode())
     with (
-        pytest.raises(Mistake, match=r"process 7 on another holds since today, seen 2\d s ago; wait for it"),
+        pytest.raises(UserError, match=r"process 7 on another holds since today, seen 2\d s ago; wait for it"),
         run_folder.held(begun.folder),
     ):
         raise AssertionError

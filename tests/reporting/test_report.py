@@ -22,9 +22,10 @@ from tune_kd.records.ledger import TRIALS, Ledger, first_row
 from tune_kd.records.reader import Records, load
 from tune_kd.reporting import terminal, texts
 from tune_kd.study.plan import plan
-from tune_kd.study.spec import Mistake, Study
+from tune_kd.study.spec import Study
 from tune_kd.study.trial import Decision
 from tune_kd.system.characters import visible
+from tune_kd.system.errors import UserError
 
 ACCURACY = {"none": 0.90, "logit": 0.92, "feature": 0.89}
 
@@ -206,7 +207,7 @@ def test_only_the_forms_that_were_asked_for_are_written(
 
 
 def test_a_form_that_there_is_not_is_refused_and_nothing_is_written(records: Records, tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="--format is 'docx'; allowed: html, md"):
+    with pytest.raises(UserError, match="--format is 'docx'; allowed: html, md"):
         reporting.write(tmp_path / "elsewhere", records, ["html", "docx"])
     assert not (tmp_path / "elsewhere").exists()
 

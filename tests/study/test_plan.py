@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from search_spaces.ablation import SCALES
 from tune_kd.study.plan import plan
-from tune_kd.study.spec import APPLIES, Cell, Compare, Confirm, Data, Factor, Mistake, Recipe, Screen, Study
+from tune_kd.study.spec import APPLIES, Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
 from tune_kd.study.trial import Trial, digest
+from tune_kd.system.errors import UserError
 
 ARMS = [
     f"{stem}/{method}"
@@ -128,7 +129,7 @@ THREE = Factor("temperature", (1.0, 2.0, 4.0))
 def test_what_is_declared_and_comes_to_nothing_is_refused_with_the_reason(
     study: Study, change: dict[str, object], words: str
 ) -> None:
-    with pytest.raises(Mistake) as refused:
+    with pytest.raises(UserError) as refused:
         plan(replace(study, **change))  # type: ignore[arg-type]
     assert [problem for problem in refused.value.problems if problem.startswith(words)], refused.value.problems
 
@@ -198,7 +199,7 @@ def test_two_arms_of_one_name_are_refused(study: Study, monkeypatch: pytest.Monk
     """Whatever gave them one: here, names with fewer digits than levels have."""
     monkeypatch.setattr("tune_kd.study.plan.number", lambda value: f"{value:g}")
     close = Factor("temperature", (4.0, 4.0000001))
-    with pytest.raises(Mistake, match="2 arms have the name 'cifar/logit/T=4'; allowed: "):
+    with pytest.raises(UserError, match="2 arms have the name 'cifar/logit/T=4'; allowed: "):
         plan(replace(study, factors=(*study.factors[:2], close), contrasts=study.contrasts[:2]))
 
 
@@ -338,7 +339,7 @@ def test_a_plan_has_all_that_is_declared_under_names_of_its_own_or_is_refused(
     )
     try:
         planned = plan(study)
-    except Mistake as refused:
+    except UserError as refused:
         assert refused.problems and (study.contrasts or study.moderator)
         return
     for compare in contrasts:

@@ -15,7 +15,7 @@ import pytest
 from tune_kd.execute import jobs
 from tune_kd.study import discover
 from tune_kd.study.source import executed
-from tune_kd.study.spec import Mistake
+from tune_kd.system.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SMALL = "from search_spaces.ablation import smoke as study\n"
@@ -53,7 +53,7 @@ def planned(how: str, study: str, cwd: Path) -> subprocess.CompletedProcess[str]
 def test_whatever_a_studys_file_raises_is_a_sentence_that_names_the_file(tmp_path: Path, text: str, words: str) -> None:
     file = tmp_path / "mine.py"
     file.write_text(text)
-    with pytest.raises(Mistake) as refused:
+    with pytest.raises(UserError) as refused:
         discover.resolve(file, "smoke")
     (said,) = refused.value.problems
     assert said.startswith(f"STUDY is {file}, "), said
@@ -76,8 +76,8 @@ def test_a_study_that_leaves_ends_the_command_with_2_and_its_name(tmp_path: Path
 
 
 def test_a_mistake_that_a_studys_file_raises_names_it_too(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("from tune_kd.study.spec import Mistake\nraise Mistake('a is b', 'c is d')\n")
-    with pytest.raises(Mistake) as refused:
+    (tmp_path / "mine.py").write_text("from tune_kd.study.spec import UserError\nraise UserError('a is b', 'c is d')\n")
+    with pytest.raises(UserError) as refused:
         discover.resolve(tmp_path / "mine.py", "smoke")
     assert refused.value.problems == tuple(f"STUDY is {tmp_path}/mine.py: {each}" for each in ("a is b", "c is d"))
 
@@ -85,7 +85,7 @@ def test_a_mistake_that_a_studys_file_raises_names_it_too(tmp_path: Path) -> Non
 @pytest.mark.parametrize("declared", ["{1: study}", "{}", "{'smoke': 3}", "[study]"])
 def test_scales_are_names_with_functions(tmp_path: Path, declared: str) -> None:
     (tmp_path / "mine.py").write_text(f"{SMALL}SCALES = {declared}\n")
-    with pytest.raises(Mistake, match=r"whose SCALES is .*; allowed: names with functions"):
+    with pytest.raises(UserError, match=r"whose SCALES is .*; allowed: names with functions"):
         discover.resolve(tmp_path / "mine.py", "smoke")
 
 

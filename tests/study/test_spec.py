@@ -6,11 +6,12 @@ import pytest
 
 from search_spaces.ablation import SCALES
 from tune_kd.study.discover import find, resolve
-from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Mistake, Recipe, Screen, Study
+from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
+from tune_kd.system.errors import UserError
 
 
 def problems(study: Study) -> tuple[str, ...]:
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         study.check()
     return caught.value.problems
 

@@ -36,8 +36,9 @@ from tune_kd.study import sampler as search
 from tune_kd.study.cost import price
 from tune_kd.study.discover import from_json
 from tune_kd.study.plan import plan
-from tune_kd.study.spec import Confirm, Mistake, Study
+from tune_kd.study.spec import Confirm, Study
 from tune_kd.study.tuning import Choice, Integer, LogUniform, Range, Tuning, Uniform
+from tune_kd.system.errors import UserError
 
 LR = Range("lr", LogUniform(0.01, 1.0))
 RANGES = (
@@ -82,7 +83,7 @@ def study() -> Study:
     ],
 )
 def test_a_range_that_cannot_be_is_refused(ranges: tuple[Range, ...], says: str) -> None:
-    with pytest.raises(Mistake, match=says):
+    with pytest.raises(UserError, match=says):
         tunable(Tuning(ranges)).check()
 
 
@@ -98,13 +99,13 @@ def test_a_range_that_cannot_be_is_refused(ranges: tuple[Range, ...], says: str)
     ],
 )
 def test_a_budget_that_is_too_small_and_a_setting_that_there_is_not_are_refused(tuning: Tuning, says: str) -> None:
-    with pytest.raises(Mistake, match=says):
+    with pytest.raises(UserError, match=says):
         tunable(tuning).check()
 
 
 def test_a_setting_is_a_factor_or_tuned_and_not_both() -> None:
     declared = tiny()
-    with pytest.raises(Mistake, match="temperature, which is a factor too"):
+    with pytest.raises(UserError, match="temperature, which is a factor too"):
         replace(declared, tuning=Tuning(RANGES)).check()
 
 
@@ -489,7 +490,7 @@ def test_a_draw_whose_values_are_not_those_that_ran_is_not_this_plans(fair: Path
     row = next(row for row in ledger.rows(TRIALS) if row["arm"] == "logit")
     ledger.put(TRIALS, row | {"lr": 0.123})
     ledger.close()
-    with pytest.raises(Mistake, match=f"trials that are not in the plan.*{row['trial_id']}"):
+    with pytest.raises(UserError, match=f"trials that are not in the plan.*{row['trial_id']}"):
         rebuild.opened(reopen(folder), lambda _: None)
 
 
@@ -503,7 +504,7 @@ def test_room_is_looked_for_what_is_still_to_be_drawn(fair: Path, monkeypatch: p
 
 
 def test_what_was_drawn_is_no_grid_to_replay(fair: Path) -> None:
-    with pytest.raises(Mistake, match="is a run that was tuned, whose draws are no grid"):
+    with pytest.raises(UserError, match="is a run that was tuned, whose draws are no grid"):
         curves(reader.load(fair), tiny(), None)
 
 

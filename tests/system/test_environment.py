@@ -14,8 +14,8 @@ from rich.console import Console
 from tune_kd import cli
 from tune_kd.data import cifar
 from tune_kd.reporting.terminal import View
-from tune_kd.study.spec import Mistake
 from tune_kd.system import environment, object_store
+from tune_kd.system.errors import UserError
 
 ODD = os.fsdecode(b"d\xe9j")  # Latin-1, as old disks have it
 RUN = ("run", "ablation", "--scale", "smoke")
@@ -202,7 +202,7 @@ def test_a_token_is_made_once_and_for_its_user_alone(here: Path, monkeypatch: py
 )
 def test_a_place_where_ray_cannot_work_is_refused(place: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", place)
-    with pytest.raises(Mistake) as refused:
+    with pytest.raises(UserError) as refused:
         environment.check_places(None)
     (problem,) = refused.value.problems
     assert problem.startswith(f"TMPDIR is '{place}', and Ray works in {place}/ray-{os.getuid()}")
@@ -221,7 +221,7 @@ def test_a_user_without_a_home_is_told_once_by_all_that_need_one(
                       ("submit", "ablation", "--address", "http://127.0.0.1:1")):  # fmt: skip
         assert said(capsys, monkeypatch, *arguments) == told
     for needs in (cifar.default_cache, lambda: object_store.local("s3://bucket/kd?region=x")):
-        with pytest.raises(Mistake, match="HOME is not set"):
+        with pytest.raises(UserError, match="HOME is not set"):
             needs()
 
 

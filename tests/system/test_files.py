@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tune_kd.system import crash_points, files
-from tune_kd.system.files import MOST_DEPTH, Damaged, links, parsed, patiently, publish, sealed, unsealed, write_at
+from tune_kd.system.errors import CorruptFile
+from tune_kd.system.files import MOST_DEPTH, links, parsed, patiently, publish, sealed, unsealed, write_at
 
 
 @pytest.fixture(autouse=True)
@@ -95,12 +96,13 @@ def test_a_sealed_record_is_read_as_it_was_and_a_changed_one_is_not(tmp_path: Pa
     record = {"a": [1, 2.5, None], "b": {"c": "d"}}
     assert unsealed(sealed(record), tmp_path) == record
     for data in (sealed(record).replace(b"2.5", b"2.6"), sealed(record)[:-1], b"[]", b"\xff"):
-        with pytest.raises(Damaged):
+        with pytest.raises(CorruptFile):
             unsealed(data, tmp_path)
 
 
 def test_a_named_place_kills_at_the_pass_that_was_asked_for_and_costs_nothing_else() -> None:
-    code = "from tune_kd.system.crash_points import point\nfor n in range(5):\n    print(n, flush=True)\n    point('trial.started')"
+    loop = "for n in range(5):\n    print(n, flush=True)\n    point('trial.started')"
+    code = f"from tune_kd.system.crash_points import point\n{loop}"
 
     def passes(crash: str | None) -> tuple[int, int]:
         environment = {name: value for name, value in os.environ.items() if name != "TUNE_KD_CRASH"}
@@ -116,7 +118,7 @@ def test_a_named_place_kills_at_the_pass_that_was_asked_for_and_costs_nothing_el
 
 
 def test_every_named_place_is_passed_somewhere() -> None:
-    source = "".join(path.read_text() for path in (Path(crash_points.__file__).parent).rglob("*.py"))
+    source = "".join(path.read_text() for path in Path(crash_points.__file__).parents[1].rglob("*.py"))
     assert all(source.count(f'point("{name}")') == 1 for name in crash_points.POINTS)
 
 
@@ -136,7 +138,7 @@ def test_json_is_parsed_up_to_a_depth(depth: int, lists: list[bool]) -> None:
 def test_what_is_no_json_is_one_kind_of_error(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         parsed(text)
-    with pytest.raises(Damaged, match="name cannot be read"):
+    with pytest.raises(CorruptFile, match="name cannot be read"):
         unsealed(text if isinstance(text, bytes) else text.encode(), Path("name"))
 
 

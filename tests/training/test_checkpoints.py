@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tune_kd.system import files
-from tune_kd.system.files import Damaged
+from tune_kd.system.errors import CorruptFile
 from tune_kd.training.checkpoints import Checkpoints, pack, unpack
 
 
@@ -32,7 +32,7 @@ def test_tensors_and_notes_come_back_as_they_were() -> None:
              pack({}, {})[:-1], pack({"a": torch.zeros(9)}, {})[:-1]]
 )  # fmt: skip
 def test_what_is_no_state_is_damaged(data: bytes) -> None:
-    with pytest.raises(Damaged, match="it holds no tensors with notes"):
+    with pytest.raises(CorruptFile, match="it holds no tensors with notes"):
         unpack(data)
 
 

@@ -14,7 +14,7 @@ from tune_kd.data import datasets
 from tune_kd.data.datasets import DataSet, prepare
 from tune_kd.study.spec import Recipe
 from tune_kd.study.trial import Answering
-from tune_kd.system.files import Damaged
+from tune_kd.system.errors import CorruptFile
 from tune_kd.training import loop as training
 from tune_kd.training.checkpoints import Checkpoints
 from tune_kd.training.device import autocast
@@ -66,7 +66,7 @@ def test_a_trial_that_is_to_leave_writes_its_state_first(pixels: DataSet, tmp_pa
     ("note", "error", "says"),
     [
         ("teacher_digest", TeacherChanged, "was trained with a teacher of the digest 0{16}"),
-        ("trial_id", Damaged, "the checkpoint is of the trial 0{64}"),
+        ("trial_id", CorruptFile, "the checkpoint is of the trial 0{64}"),
     ],
 )
 def test_nothing_goes_on_from_a_state_that_another_teacher_or_trial_had_a_part_in(
@@ -88,7 +88,7 @@ def test_a_teacher_is_not_published_from_a_state_before_its_last(pixels: DataSet
     list(train(as_teacher(trial("none"), 3), pixels, None, device=CPU, checkpoints=checkpoints, checkpoint_every=0.0))
     newest = max(tmp_path.glob("*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-1])
-    with pytest.raises(Damaged, match="is not what was written"):
+    with pytest.raises(CorruptFile, match="is not what was written"):
         best_weights(checkpoints)
 
 

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import nn
 
-from tune_kd.study.spec import Mistake
+from tune_kd.system.errors import UserError
 from tune_kd.training import networks
 
 
@@ -165,7 +165,7 @@ def test_projections_have_no_bias_and_map_student_channels_to_teacher_channels()
 
 
 def test_projections_of_different_numbers_of_stages_are_refused():
-    with pytest.raises(Mistake, match=r"teacher_channels has 1 stages; student_channels has 2"):
+    with pytest.raises(UserError, match=r"teacher_channels has 1 stages; student_channels has 2"):
         networks.projections((8, 16), (32,), seed=0)
 
 
@@ -190,13 +190,13 @@ def test_the_streams_of_network_and_projections_differ():
     ],
 )
 def test_an_argument_that_is_not_allowed_is_named(changes, message):
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         small(**changes)
     assert message in str(caught.value)
 
 
 def test_all_wrong_arguments_are_reported_at_once():
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         small(architecture="vgg", stem="mnist", weights="mine", width=-1)
     assert len(caught.value.problems) == 4
 
@@ -240,7 +240,7 @@ def test_weights_that_are_not_those_of_their_name_are_refused(torch_home, publis
     content = bytearray(file.read_bytes())
     content[-1000] ^= 1
     file.write_bytes(content)
-    with pytest.raises(Mistake, match=r"has a SHA-256 of .* is published; remove it to have it fetched"):
+    with pytest.raises(UserError, match=r"has a SHA-256 of .* is published; remove it to have it fetched"):
         networks.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
 
 
@@ -283,7 +283,7 @@ def test_batch_counters_in_the_file_are_accepted(torch_home, published):
 
 
 def test_without_network_the_message_says_which_file_to_put_where(torch_home):
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         networks.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
     file = torch_home / "hub" / "checkpoints" / "resnet18-0123abcd.pth"
     message = str(caught.value)
@@ -294,7 +294,7 @@ def test_without_network_the_message_says_which_file_to_put_where(torch_home):
 
 def test_a_place_for_weights_that_cannot_be_written_to_is_told_with_what_moves_it(torch_home):
     (torch_home / "hub").write_text("in the way")
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         networks.fetch_imagenet("resnet18")
     kept = f"are to be kept in {torch_home}/hub/checkpoints"
     assert f"{kept}, which cannot be written to (Not a directory); set TORCH_HOME" in str(caught.value)
@@ -314,7 +314,7 @@ def test_a_download_is_kept_only_if_its_hash_is_that_of_its_name(torch_home, mon
 
     monkeypatch.setattr(networks, "imagenet_url", url)
     assert networks.fetch_imagenet("resnet18").read_bytes() == content
-    with pytest.raises(Mistake, match="invalid hash value"):
+    with pytest.raises(UserError, match="invalid hash value"):
         networks.fetch_imagenet("resnet34")
     assert not networks.imagenet_file("resnet34").exists()
 
@@ -349,7 +349,7 @@ def without(state, name):
 )
 def test_a_file_of_another_form_is_named_with_what_is_wrong(torch_home, published, damage, message):
     file = save(damage(published))
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         networks.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
     assert message in str(caught.value)
     assert str(file) in str(caught.value)
@@ -358,7 +358,7 @@ def test_a_file_of_another_form_is_named_with_what_is_wrong(torch_home, publishe
 @pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 a damaged archive"])
 def test_an_unreadable_file_is_named(torch_home, content):
     file = put(content)
-    with pytest.raises(Mistake, match="cannot be read as weights") as caught:
+    with pytest.raises(UserError, match="cannot be read as weights") as caught:
         networks.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
     assert str(file) in str(caught.value)
 

@@ -25,10 +25,11 @@ from tune_kd.records import reader, rebuild, run_folder
 from tune_kd.records.ledger import COMMITS, DIGESTS, LEDGER, TRIALS, Ledger, commits, digests, reading
 from tune_kd.records.sync import HOLDER, STUDY
 from tune_kd.study.plan import plan
-from tune_kd.study.spec import Mistake, Study
+from tune_kd.study.spec import Study
 from tune_kd.system import files as storage
 from tune_kd.system import object_store
-from tune_kd.system.files import Damaged, Unexpected, appended, check_regular, links, opened, publish, read, write_at
+from tune_kd.system.errors import CorruptFile, UnexpectedFile, UserError
+from tune_kd.system.files import appended, check_regular, links, opened, publish, read, write_at
 from tune_kd.system.object_store import Mirror
 from tune_kd.training import logit_cache, networks, teachers
 from tune_kd.training.checkpoints import Checkpoints
@@ -55,7 +56,7 @@ def results(finished: Path, tmp_path: Path) -> Path:
 
 
 def refusal(do: Callable[[], object]) -> str:
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         at_once(do)
     return str(caught.value)
 
@@ -69,10 +70,10 @@ def test_what_is_no_file_of_its_size_is_refused_in_words(
 ) -> None:
     monkeypatch.setattr(storage, "PAUSES", (1e9,))  # it is not tried again: it is no hiccup
     path = put(kind, tmp_path / "file")
-    with pytest.raises(Unexpected) as caught:
+    with pytest.raises(UnexpectedFile) as caught:
         at_once(lambda: use(path), within=10)
     assert str(caught.value) == f"{path} {ODDITIES[kind]} 100 bytes"
-    assert isinstance(caught.value, OSError) and isinstance(caught.value, Damaged)
+    assert isinstance(caught.value, OSError) and isinstance(caught.value, CorruptFile)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # as it comes from a worker
 
 
@@ -80,7 +81,7 @@ def test_a_file_is_read_whole_up_to_its_bound_also_through_a_link(tmp_path: Path
     (tmp_path / "file").write_bytes(b"0123456789")
     (tmp_path / "link").symlink_to("file")
     assert read(tmp_path / "file", 10) == read(tmp_path / "link", 10) == b"0123456789"
-    with pytest.raises(Unexpected, match=r"link has 10 bytes; expected a regular file of at most 9 bytes"):
+    with pytest.raises(UnexpectedFile, match=r"link has 10 bytes; expected a regular file of at most 9 bytes"):
         read(tmp_path / "link", 9)
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "nothing", 9)
@@ -90,14 +91,14 @@ def test_a_file_that_says_less_of_itself_than_it_has_is_read_whole_or_refused() 
     path = Path("/proc/self/environ")
     assert path.stat().st_size == 0
     assert read(path, 2**20) == path.read_bytes()
-    with pytest.raises(Unexpected):
+    with pytest.raises(UnexpectedFile):
         read(path, 2)
 
 
 def test_a_file_that_says_nothing_of_itself_and_has_no_end_is_refused_whatever_its_bound() -> None:
     path = Path("/proc/self/pagemap")  # 256 GB
     assert path.stat().st_size == 0
-    with pytest.raises(Unexpected, match="pagemap has 0 bytes"):
+    with pytest.raises(UnexpectedFile, match="pagemap has 0 bytes"):
         read(path, 2**40)
 
 
@@ -105,7 +106,7 @@ def test_a_file_that_says_nothing_of_itself_and_has_no_end_is_refused_whatever_i
 def test_nothing_is_written_into_what_is_no_file(kind: str, tmp_path: Path) -> None:
     path = put(kind, tmp_path / "file")
     for use in (lambda: write_at(path, 0, b"data"), lambda: appended(path)):
-        with pytest.raises(Unexpected, match=UNFOLLOWED[kind].partition(" of at most")[0]):
+        with pytest.raises(UnexpectedFile, match=UNFOLLOWED[kind].partition(" of at most")[0]):
             at_once(use, within=10)
 
 
@@ -178,7 +179,7 @@ def test_sqlite_is_not_let_at_what_is_no_file(kind: str, end: str, results: Path
         rows = ledger.rows(TRIALS)
     path = put(kind, results / f"{LEDGER}{end}")
     for options in ({}, {"read_only": True}):
-        with pytest.raises(Unexpected, match=f"{path.name} {UNFOLLOWED[kind]}"):
+        with pytest.raises(UnexpectedFile, match=f"{path.name} {UNFOLLOWED[kind]}"):
             at_once(lambda options=options: Ledger(results / LEDGER, **options))
     assert any(f"{path} {UNFOLLOWED[kind]}" in finding.what for finding in at_once(lambda: verify(results)))
     at_once(lambda: rebuild.opened(run_folder.reopen(results), lambda _: None).close())
@@ -219,7 +220,7 @@ def test_a_teacher_that_is_no_file_is_damaged_and_trained_again(
     (finding,) = (each for each in at_once(lambda: verify(results)) if each.part == "teachers")
     assert str(path) in finding.what and "missing" not in finding.what
     assert at_once(lambda: teachers.published_epochs(folder, teacher)) is None
-    with pytest.raises((teachers.TeacherChanged, Unexpected), match=teacher):
+    with pytest.raises((teachers.TeacherChanged, UnexpectedFile), match=teacher):
         at_once(lambda: teachers.load_teacher(folder, teacher, pixels, torch.device("cpu")))  # type: ignore[arg-type]
 
 
@@ -231,7 +232,7 @@ def test_answers_that_are_no_file_are_told_of(kind: str, name: str, results: Pat
     assert [each.what.split(" of at most")[0] for each in findings] == [f"{path} {ODDITIES[kind]}".split(" of at")[0]]
     assert str(path.parent) in findings[0].remedy
     if kind != "huge":  # which is cut
-        with pytest.raises(Unexpected):
+        with pytest.raises(UnexpectedFile):
             at_once(lambda: logit_cache.Answers(path.parent, 1, 1, lambda _: torch.zeros(1, 1)))
 
 
@@ -292,7 +293,7 @@ def test_what_stands_for_a_store_is_a_file(kind: str, tmp_path: Path, monkeypatc
     if kind == "endless":  # a link, which anybody may have put there
         assert at_once(lambda: Mirror.of(run)).url is None
     else:
-        with pytest.raises(Unexpected):
+        with pytest.raises(UnexpectedFile):
             at_once(lambda: Mirror.of(run))
 
 

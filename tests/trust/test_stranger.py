@@ -263,7 +263,7 @@ def fits(where: Stranger, kind: str) -> bool:
 def sealed(path: Path) -> bool:
     try:
         files.unsealed(path.read_bytes(), path)
-    except (files.Damaged, RecursionError) as error:
+    except (files.CorruptFile, RecursionError) as error:
         return "its digest does not fit" not in str(error)
     return True
 

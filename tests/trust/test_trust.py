@@ -50,10 +50,10 @@ from tune_kd.records.ledger import LEDGER, TRIALS, Ledger
 from tune_kd.records.run_folder import held
 from tune_kd.reporting.terminal import View
 from tune_kd.study.plan import plan
-from tune_kd.study.spec import Confirm, Mistake
+from tune_kd.study.spec import Confirm
 from tune_kd.study.trial import Epoch, digest
 from tune_kd.system import files as storage
-from tune_kd.system.files import Damaged, Unexpected
+from tune_kd.system.errors import CorruptFile, UnexpectedFile, UserError
 from tune_kd.system.object_store import Mirror
 
 SMOKE = ("ablation", "--scale", "smoke")
@@ -104,7 +104,7 @@ def at_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands get as far as Ray, and no farther."""
 
     def connect(*_: object) -> None:
-        raise Mistake("it would start Ray")
+        raise UserError("it would start Ray")
 
     monkeypatch.setattr("tune_kd.execute.cluster.connect", connect)
 
@@ -261,7 +261,7 @@ def test_trackers_that_send_are_used_where_the_caller_says_so(
 def test_nothing_is_downloaded_to_a_folder_that_a_record_names(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     with pytest.raises(
-        Mistake, match=r"CIFAR-10 is not there any more, and nothing is downloaded to a folder that a rec"
+        UserError, match=r"CIFAR-10 is not there any more, and nothing is downloaded to a folder that a rec"
     ):
         datasets.load("cifar10", tmp_path / "mine", cache=tmp_path / "cache", download=False)
     assert list((tmp_path / "mine").iterdir()) == []
@@ -344,17 +344,19 @@ def test_what_is_written_in_place_has_no_second_name(given: Path, tmp_path: Path
     """A hard link: from an archive that was unpacked without care, or a copy that shares its files."""
     table = next(teacher_of(given).glob("answers/*/*/logits.f32"))
     os.link(table, tmp_path / "precious")
-    with pytest.raises(Unexpected, match=r"logits.f32 has 1 more names, as hard links, expected a regular file|1 more"):
+    with pytest.raises(
+        UnexpectedFile, match=r"logits.f32 has 1 more names, as hard links, expected a regular file|1 more"
+    ):
         storage.write_at(table, 0, b"other")
     os.link(given / LEDGER, tmp_path / "ledger")
-    with pytest.raises(Unexpected, match="1 more"):
+    with pytest.raises(UnexpectedFile, match="1 more"):
         Ledger(given / LEDGER)
     with records.reading(given / LEDGER) as ledger:  # to look into it harms nobody
         assert ledger.rows(TRIALS)
     shared = given / f"{LEDGER}-shm"  # but for this, into which a reader writes
     shared.write_bytes(b"")
     os.link(shared, tmp_path / "shared")
-    with pytest.raises(Unexpected, match="1 more"), records.reading(given / LEDGER):
+    with pytest.raises(UnexpectedFile, match="1 more"), records.reading(given / LEDGER):
         pass
 
 
@@ -978,7 +980,7 @@ def test_sqlite_is_interrupted_where_it_does_not_come_to_an_end(given: Path, mon
     monkeypatch.setattr(Ledger, "_room", lambda self: 0)
     monkeypatch.setattr(records, "STEPS", 1)
     for options in ({}, {"read_only": True}):
-        with pytest.raises((Damaged, sqlite3.OperationalError), match="interrupted") as caught:
+        with pytest.raises((CorruptFile, sqlite3.OperationalError), match="interrupted") as caught:
             Ledger(given / LEDGER, **options)
         assert records.damage(caught.value)
 
@@ -1004,7 +1006,7 @@ def test_a_journal_does_not_name_a_file_to_be_removed(
     sqlite3.connect(given / "mlflow.db").close()
     journal_of(given / "mlflow.db-journal", precious)
     (shown,) = trackers.made(["mlflow"], "s", "tiny", given, lambda _: None)
-    with pytest.raises(Damaged, match=r"mlflow.db-journal names another file"):
+    with pytest.raises(CorruptFile, match=r"mlflow.db-journal names another file"):
         shown._make()  # type: ignore[attr-defined]
     assert precious.read_text() == "precious"
 

@@ -28,8 +28,8 @@ from commands import STUDY, command, epochs_on_record, token, wait_for
 from tune_kd import cli
 from tune_kd.execute import monitoring
 from tune_kd.reporting.terminal import View
-from tune_kd.study.spec import Mistake
 from tune_kd.system import environment
+from tune_kd.system.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -316,7 +316,7 @@ def test_code_that_pytorch_compiles_is_kept_where_others_cannot_put_theirs(
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
     kept.chmod(0o777)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    with pytest.raises(Mistake, match="has the mode 0777"):
+    with pytest.raises(UserError, match="has the mode 0777"):
         environment.guard_code()
 
 

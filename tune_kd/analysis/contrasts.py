@@ -14,7 +14,8 @@ import pandas as pd
 from tune_kd.analysis import statistics
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.records.reader import Records, typed
-from tune_kd.study.spec import APPLIES, Confirm, Mistake
+from tune_kd.study.spec import APPLIES, Confirm
+from tune_kd.system.errors import UserError
 
 HEADLINE = "test_accuracy_best"
 ALPHA = 0.05
@@ -242,19 +243,19 @@ def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.Dat
     study fixed contrasts for. What does not apply to one of two arms (a temperature, to a control) is no difference.
     Paired by seed where every seed has both levels, else after Welch; adjusted by Holm over the rows.
 
-    It was not fixed before the data were seen, so it is exploratory, and has no verdict. Raises `Mistake` for a
+    It was not fixed before the data were seen, so it is exploratory, and has no verdict. Raises `UserError` for a
     column or a level that is not there.
     """
     trials = confirmed_trials(records)
     trials = trials[(trials["status"] == "completed") & trials[HEADLINE].notna()]
     if factor not in trials:
-        raise Mistake(
+        raise UserError(
             f"factor is {factor!r}; allowed: a column of the trials, such as {', '.join(CONTEXT[1:])}, method"
         )
     levels = trials[factor].dropna().unique().tolist()
     if unknown := [level for level in (treated, against) if level not in levels]:
         named = " and ".join(map(repr, unknown))
-        raise Mistake(f"{factor} has no level {named}; allowed: {', '.join(map(str, levels))}")
+        raise UserError(f"{factor} has no level {named}; allowed: {', '.join(map(str, levels))}")
     context = [name for name in (*CONTEXT, "method", *APPLIES, "lr", "weight_decay", *COMPARABLE) if name != factor]
     context = list(dict.fromkeys(context))
     sides = [list(by_context(trials[trials[factor] == level], context)) for level in (treated, against)]

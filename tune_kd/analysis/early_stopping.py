@@ -9,7 +9,8 @@ from tune_kd.analysis import statistics
 from tune_kd.records.reader import Records, typed
 from tune_kd.study.discover import from_json
 from tune_kd.study.early_stopping import stratum
-from tune_kd.study.spec import Mistake, Study
+from tune_kd.study.spec import Study
+from tune_kd.system.errors import UserError
 
 TOUCH = 0.05  # seconds by which trials that follow each other on a slot may seem to overlap
 
@@ -80,7 +81,7 @@ def noise_margins(records: Records, study: Study) -> list[float]:
     """The margin at each rung of a study below which equals differ, from the spread of an earlier run's controls
     between seeds at that epoch (`stats.noise_margin`).
 
-    Raises `Mistake` where no control has two seeds of the study's data and budget that ran to their end.
+    Raises `UserError` where no control has two seeds of the study's data and budget that ran to their end.
     """
     trials, budget, rungs = records.trials, study.recipe.epochs, study.screen.rungs(study.recipe.epochs)
     controls = trials[(trials["role"] == "student") & (trials["method"] == study.control)
@@ -91,13 +92,13 @@ def noise_margins(records: Records, study: Study) -> list[float]:
     groups = [curves.reindex(pd.MultiIndex.from_frame(of_arm[["run", "trial_id"]])).dropna()
               for _, of_arm in controls.groupby(["run", "arm"])]  # fmt: skip
     if not rungs:
-        raise Mistake(
+        raise UserError(
             f"--margin-from is given, and screen.grace {study.screen.grace} of {budget} epochs leaves no rung for a "
             "margin; allowed: a shorter grace period"
         )
     margins = [statistics.noise_margin([group[epoch].tolist() for group in groups]) for epoch in rungs if groups]
     if not margins or None in margins:
-        raise Mistake(
+        raise UserError(
             f"--margin-from is {', '.join(records.runs)}, where no control ({study.control}) has two seeds that ran "
             f"{budget} epochs on {study.data.name} at scale {study.scale} to their end; name a run that has"
         )

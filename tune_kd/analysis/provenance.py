@@ -70,7 +70,8 @@ def limits(records: Records, margin: float = MARGIN) -> list[str]:
                 f"{of}With {seeds} seeds, at the seed-to-seed deviation that the study expected ({100 * deviation:.2f} "
                 f"points), a paired test finds true differences from {least:.2f} points on with 80 % power by itself, "
                 f"and from {hardest:.2f} points on where Holm, over {family} contrasts, is hardest; a difference of "
-                f"differences needs more. The exact sign-flip p cannot fall below {statistics.smallest_exact_p(seeds):.4f}."
+                "differences needs more. The exact sign-flip p cannot fall below "
+                f"{statistics.smallest_exact_p(seeds):.4f}."
             )
         if confirm.looks:
             level = statistics.spent(confirm.looks)[look]

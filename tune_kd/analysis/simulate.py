@@ -17,8 +17,9 @@ from tune_kd.analysis import statistics
 from tune_kd.records.reader import Records
 from tune_kd.study.early_stopping import Schedule, stratum
 from tune_kd.study.plan import arrival_order
-from tune_kd.study.spec import CELL_FIELDS, Mistake, Screen, Study, margin_problems
+from tune_kd.study.spec import CELL_FIELDS, Screen, Study, margin_problems
 from tune_kd.study.trial import Decision
+from tune_kd.system.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -79,20 +80,22 @@ def curves(records: Records, study: Study, strata: Sequence[str] | None) -> Curv
     to none.
 
     Arms that may not be stopped are those that the run's own study said so of; in tables without a study those whose
-    method is `study.control`. Raises `Mistake` where nothing can be replayed.
+    method is `study.control`. Raises `UserError` where nothing can be replayed.
     """
     if any(study.get("searches") for study in records.studies.values()):
-        raise Mistake("--curves is a run that was tuned, whose draws are no grid of arms; allowed: a run that was not")
+        raise UserError(
+            "--curves is a run that was tuned, whose draws are no grid of arms; allowed: a run that was not"
+        )
     screen = Screen(strata=None if strata is None else tuple(strata))
     trials = records.trials[records.trials["role"] == "student"]
     if trials.empty:
-        raise Mistake("--curves has no student's trial; allowed: tables with one, in a phase that is not `teacher`")
+        raise UserError("--curves has no student's trial; allowed: tables with one, in a phase that is not `teacher`")
     unknown = [name for name in strata or () if name not in CELL_FIELDS or trials[name].isna().all()]
     if unknown:
         known = ", ".join(name for name in CELL_FIELDS if trials[name].notna().any())
-        raise Mistake(f"--strata is {','.join(strata or ())!r}; allowed: none, or columns of the curves ({known})")
+        raise UserError(f"--strata is {','.join(strata or ())!r}; allowed: none, or columns of the curves ({known})")
     if len(set(strata or ())) < len(strata or ()):
-        raise Mistake(f"--strata is {','.join(strata or ())!r}; allowed: each column once")
+        raise UserError(f"--strata is {','.join(strata or ())!r}; allowed: each column once")
     nowhere = trials[list(strata or ())].isna().any(axis=1)
     ended = trials["status"] == "completed"
     named = " or ".join(strata or ())
@@ -125,7 +128,7 @@ def curves(records: Records, study: Study, strata: Sequence[str] | None) -> Curv
 
 def _check(curves: Curves) -> None:
     if not curves.grids:
-        raise Mistake(f"--curves has no student's trial that ran to its end ({'; '.join(curves.left_out) or 'none'})")
+        raise UserError(f"--curves has no student's trial that ran to its end ({'; '.join(curves.left_out) or 'none'})")
     problems = []
     for name in curves.strata:
         budgets = {epochs for (_, epochs), grid in curves.grids.items() for each in grid if each.stratum == name}
@@ -137,11 +140,11 @@ def _check(curves: Curves) -> None:
         problems += [f"--curves has more than one trial of the arm {arm} at seed {seed}" for arm in twice]
     if problems:
         advice = "name what sets them apart in --strata, or leave a phase out with --phase NAME=teacher"
-        raise Mistake(*(f"{problem}; {advice}" for problem in problems))
+        raise UserError(*(f"{problem}; {advice}" for problem in problems))
 
 
 def check_screen(screen: Screen, curves: Curves) -> None:
-    """Raise `Mistake` where early stopping as it is set does not fit the curves' budgets."""
+    """Raise `UserError` where early stopping as it is set does not fit the curves' budgets."""
     problems = []
     for epochs in sorted({epochs for _, epochs in curves.grids}):
         if screen.grace > epochs:
@@ -149,7 +152,7 @@ def check_screen(screen: Screen, curves: Curves) -> None:
         else:
             problems += margin_problems(screen, epochs)
     if problems:
-        raise Mistake(*dict.fromkeys(problems))
+        raise UserError(*dict.fromkeys(problems))
 
 
 def replay(screen: Screen, grid: Grid, order: Sequence[str]) -> list[Decision]:

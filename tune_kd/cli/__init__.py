@@ -9,9 +9,9 @@ import typer
 from tune_kd.cli import planning, reading, remote, running, watching
 from tune_kd.cli.options import Unread
 from tune_kd.records.ledger import FAILURES
-from tune_kd.study.spec import Mistake
 from tune_kd.system import environment, signals
 from tune_kd.system.characters import visible
+from tune_kd.system.errors import UserError
 from tune_kd.system.files import NAME_BYTES
 from tune_kd.system.secrets import masked
 
@@ -47,7 +47,7 @@ def _command() -> None:
     try:
         environment.check_text(sys.argv[1:])
         app()
-    except (Mistake, Unread) as mistake:
+    except (UserError, Unread) as mistake:
         for problem in mistake.problems:
             _complain(problem)
         sys.exit(2)

@@ -9,8 +9,8 @@ import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from tune_kd.study.spec import Mistake
 from tune_kd.system.characters import visible
+from tune_kd.system.errors import UserError
 from tune_kd.system.object_store import local
 from tune_kd.system.secrets import secrets
 
@@ -27,9 +27,9 @@ DataDir = Annotated[
 
 
 class Unread(Exception):
-    """A mistake in an option's text. Not a `Mistake`, which the parser of arguments would take for one of its own."""
+    """A mistake in an option's text. Not a `UserError`, which the parser of arguments would take for one of its own."""
 
-    def __init__(self, mistake: Mistake) -> None:
+    def __init__(self, mistake: UserError) -> None:
         self.problems = mistake.problems
         super().__init__(str(mistake))
 
@@ -38,7 +38,7 @@ def _place(text: str) -> Path:
     """A folder, or for the URL of one in a store the folder on this disk that stands for it."""
     try:
         return local(str(text))
-    except Mistake as mistake:
+    except UserError as mistake:
         raise Unread(mistake) from mistake
 
 
@@ -115,7 +115,7 @@ def collect(problems: list[str], check: Callable[[], T]) -> T | None:
     """What a check returns; its problems are added to the others, so that all are told at once."""
     try:
         return check()
-    except Mistake as mistake:
+    except UserError as mistake:
         problems += mistake.problems
         return None
 
@@ -124,20 +124,20 @@ def naming(option: str, read: Callable[[], T], of: str = "RUN") -> T:
     """What is read; a mistake in it names the option, and not the argument that it would be elsewhere."""
     try:
         return read()
-    except Mistake as mistake:
-        raise Mistake(*(problem.replace(of, option, 1) for problem in mistake.problems)) from mistake
+    except UserError as mistake:
+        raise UserError(*(problem.replace(of, option, 1) for problem in mistake.problems)) from mistake
 
 
 def check_secrets(options: Mapping[str, Any]) -> None:
-    """Raise `Mistake` for options that go on record, or to a cluster, with a secret in them."""
+    """Raise `UserError` for options that go on record, or to a cluster, with a secret in them."""
     if problems := list(secrets(options)):
-        raise Mistake(*problems)
+        raise UserError(*problems)
 
 
 def check_address(address: str | None) -> None:
-    """Raise `Mistake` for an address that cannot be joined."""
+    """Raise `UserError` for an address that cannot be joined."""
     if "://" in (address or ""):
-        raise Mistake(
+        raise UserError(
             f"--address is {address}; allowed: auto, or HOST:PORT of a cluster that this machine is part of; `tune_kd "
             "submit` sends a study to the http:// URL of another's dashboard"
         )
@@ -155,7 +155,7 @@ def scale_of(
     if len(declared) == 1:
         return next(iter(declared)), ", its only one"
     if not {"paper", "laptop"} <= set(declared):
-        raise Mistake(f"--scale is auto, which means paper or laptop; {path} declares: {', '.join(declared)}")
+        raise UserError(f"--scale is auto, which means paper or laptop; {path} declares: {', '.join(declared)}")
     if address is not None:
         from tune_kd.execute import cluster as connection
 
@@ -185,7 +185,7 @@ def _time(path: Path, scale: str, data: str | None, settings: Sequence[str], gpu
 
     try:
         study = discover.resolve(path, scale, data, settings)
-    except Mistake:  # which is told when the scale is chosen
+    except UserError:  # which is told when the scale is chosen
         return "an unknown time"
     planned = plan(study)
     cost = price((*planned.trials, *to_come(planned)), planned.answering, study.rate)
@@ -201,7 +201,7 @@ def settings_with(
     if margin_from is None:
         return given
     if any(setting.partition("=")[0] == "screen.margin" for setting in given):
-        raise Mistake("--margin-from is given beside --set screen.margin; allowed: one of them")
+        raise UserError("--margin-from is given beside --set screen.margin; allowed: one of them")
     from tune_kd.analysis import early_stopping
     from tune_kd.records.importer import Adapter
     from tune_kd.records.reader import load

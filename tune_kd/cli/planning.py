@@ -25,7 +25,8 @@ from tune_kd.cli.options import (
     settings_with,
     tracked,
 )
-from tune_kd.study.spec import DATA_SETS, Mistake
+from tune_kd.study.spec import DATA_SETS
+from tune_kd.system.errors import UserError
 
 if TYPE_CHECKING:
     from tune_kd.records.reader import Records
@@ -113,7 +114,7 @@ def simulate(
     if records is not None and meaning and records.studies:
         problems.append("--phase is given, and --curves is a run of tune_kd's; allowed: with tables of others only")
     if records is None or problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
     chosen, why = _scale_of_curves(path, scale, records)
     theirs = [name for name in records.trials["dataset"].dropna().unique() if name in DATA_SETS]
     data = theirs[0] if len(theirs) == 1 else None  # a scale may have other settings for another data set
@@ -157,7 +158,7 @@ def calibrate(
 
     path = spaces.find(study)
     if not 1 <= studies <= 1_000_000:
-        raise Mistake(f"--studies is {studies}; allowed: from 1 to 1,000,000")
+        raise UserError(f"--studies is {studies}; allowed: from 1 to 1,000,000")
     chosen, why = scale_of(path, scale, None, data, settings or ())
     resolved = spaces.resolve(path, chosen, data, settings or ())
     replays = iter(tracked(studies, "studies"))

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from tune_kd.cli.options import DEFAULT_OUT, AsJson, Elsewhere, Out, Phases, Terminal, collect, print_json
 from tune_kd.cli.remote import elsewhere
-from tune_kd.study.spec import Mistake
 from tune_kd.system.environment import private
+from tune_kd.system.errors import UserError
 
 if TYPE_CHECKING:
     from tune_kd.records.reader import Records
@@ -44,19 +44,19 @@ def status(
     if run is None:
         found = runs.existing(out)
         if not found:
-            raise Mistake(f"--out is {out}, where there is no run; start one with `python -m tune_kd run ablation`")
+            raise UserError(f"--out is {out}, where there is no run; start one with `python -m tune_kd run ablation`")
         run = found[0].name
     folder = runs.find(out, run)
     if verify:
         _verify(folder, as_json)
     if not os.path.exists(folder / LEDGER):
-        raise Mistake(
+        raise UserError(
             f"RUN is {folder}, which has no ledger yet; start it with `python -m tune_kd resume {quote(str(folder))}`"
         )
     with reading(folder / LEDGER) as ledger:
         rows, decisions = ledger.rows(TRIALS), ledger.rows(DECISIONS)
     shown = rows
-    with suppress(Mistake):  # where the plan cannot be read, those that a driver never took over are not known
+    with suppress(UserError):  # where the plan cannot be read, those that a driver never took over are not known
         opened = runs.reopen(folder)
         rows = runs.trials(opened)
         shown = with_those_to_come(opened.plan, opened.name, rows)
@@ -120,11 +120,11 @@ def report(
     if records is not None and meaning and len(records.studies) == len(records.runs):
         problems.append("--phase is given, and RUN is a run of tune_kd's; allowed: with tables of others only")
     if records is None or problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
     if to is None:
         own = place(runs[0], out)
         if (own / "report").is_symlink():
-            raise Mistake(
+            raise UserError(
                 f"RUN is {own}, whose report is a link, through which nothing is written; remove it, or say --to"
             )
         to = own / "report" if len(runs) == 1 and own.is_dir() else Path(f"report-{'-'.join(records.runs)}"[:200])
@@ -168,7 +168,7 @@ def print_report(
         first = reports.write(folder, records, formats or reports.FORMATS)
         sync.send(folder.parent, folder.name)
     except ValueError as error:  # tables of others, of which some statement has no sense
-        raise error if isinstance(error, Mistake) else Mistake(str(error)) from error
+        raise error if isinstance(error, UserError) else UserError(str(error)) from error
     effects, arms, explored = contrasts.contrasts(records), contrasts.arms(records), contrasts.exploratory(records)
     if as_json:
         answer: dict[str, Any] = {"runs": records.runs, "report": str(first)}

@@ -29,7 +29,7 @@ from tune_kd.cli.options import (
     collect,
 )
 from tune_kd.execute.monitoring import OPEN, asks_for_token, is_here, is_url
-from tune_kd.study.spec import Mistake
+from tune_kd.system.errors import UserError
 
 Install = Annotated[
     bool, typer.Option("--install", help="Have Ray install this project's dependencies there first, as they are here.")
@@ -89,7 +89,7 @@ def submit(
     place = collect(problems, lambda: _place(out, address))
     cluster = collect(problems, lambda: jobs.client(address))
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
     assert cluster is not None and place is not None
     there, files = _sent(study, path)
     arguments = ["run", there, "--address", "auto"]
@@ -107,9 +107,9 @@ def elsewhere(
     from tune_kd.study import discover
 
     if flags.get("--json"):
-        raise Mistake("--json is given beside --address; allowed: one of them, since a job's log is no JSON")
+        raise UserError("--json is given beside --address; allowed: one of them, since a job's log is no JSON")
     if run is None:
-        raise Mistake("--address is given without RUN; allowed: the name of a run that was submitted there")
+        raise UserError("--address is given without RUN; allowed: the name of a run that was submitted there")
     check_secrets({"RUN": run, **flags})
     files: Mapping[str, Path] = {}
     if study is not None:
@@ -141,7 +141,7 @@ def _all_made(path: Path, data: str | None = None) -> None:
     from tune_kd.study import discover
 
     for each in discover.scales(path):
-        with suppress(Mistake):
+        with suppress(UserError):
             discover.resolve(path, each, data)
 
 
@@ -171,8 +171,10 @@ def _place(out: str, address: str) -> str:
     if "://" in out or os.path.isabs(out) or not is_url(address):
         return out
     if not is_here(address):
-        raise Mistake(f"--out is {out}; allowed: an absolute path on the cluster, or s3://BUCKET/PATH, since {address} "
-                      "is another machine")  # fmt: skip
+        raise UserError(
+            f"--out is {out}; allowed: an absolute path on the cluster, or s3://BUCKET/PATH, since {address} is "
+            "another machine"
+        )
     return os.path.abspath(out)
 
 

@@ -40,8 +40,8 @@ from tune_kd.cli.options import (
 )
 from tune_kd.cli.reading import print_report
 from tune_kd.cli.remote import elsewhere
-from tune_kd.study.spec import Mistake
 from tune_kd.system import environment, signals
+from tune_kd.system.errors import UserError
 
 if TYPE_CHECKING:
     from tune_kd.execute.session import Ended
@@ -93,7 +93,7 @@ def run(
     collect(problems, lambda: session.check_trackers(track))
     collect(problems, lambda: environment.check_places(address))
     if problems:
-        raise Mistake(*dict.fromkeys(problems))
+        raise UserError(*dict.fromkeys(problems))
     assert resolved is not None and name is not None
     console.print(f"{resolved.name} at scale {chosen}{why}")
     for warning in grace.warnings(expand(resolved), out):
@@ -188,7 +188,7 @@ def resume(
     )
     collect(problems, lambda: environment.check_places(address))
     if problems:
-        raise Mistake(*dict.fromkeys(problems))
+        raise UserError(*dict.fromkeys(problems))
     if track is None and (silent := [name for name in recorded if name not in tracked]):
         console.print(
             f"{', '.join(silent)} showed this run; it goes on without, unless you say --track {silent[0]}: where "
@@ -201,14 +201,14 @@ def resume(
         if extend:
             reopened = runs.extended(reopened, settings or ())
         elif changes := runs.changes(reopened):
-            raise Mistake(
+            raise UserError(
                 f"RUN is {reopened.name}, whose study was changed since it began: {'; '.join(changes)}. Put the study "
                 "back, start a new run, or, where only seeds or levels were added, resume with --extend"
             )
         # To a folder that only the record names nothing is written.
         loaded = session.load_data(reopened.study, reopened.data_dir, console, download=reopened.data_dir is None)
         if loaded.digest != reopened.data_digest:
-            raise Mistake(
+            raise UserError(
                 f"RUN is {reopened.name}, begun on data with the digest {reopened.data_digest[:16]}; the data now have "
                 f"{loaded.digest[:16]}: put the same data back at {reopened.data_dir or 'their place'}"
             )

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tune_kd.cli.options import DEFAULT_OUT, Out, Terminal
-from tune_kd.study.spec import Mistake
+from tune_kd.system.errors import UserError
 
 LOOK_AT = (
     ("Jobs", "the run as a job, with its name and study; `submit`ted ones with their log"),
@@ -40,8 +40,8 @@ def dashboard(
     url = address or next(iter(held.values()), monitoring.DASHBOARD)
     if write is not None:
         if address is None and not monitoring.is_here(url):
-            raise Mistake(f"--address is not given, and a run's results say that its dashboard is at {url}, another "
-                          "machine, to which Prometheus would send Ray's token; say --address URL")  # fmt: skip
+            raise UserError(f"--address is not given, and a run's results say that its dashboard is at {url}, another "
+                            "machine, to which Prometheus would send Ray's token; say --address URL")  # fmt: skip
         settings, board = monitoring.write(write, url)
         say(f"{settings}: start Prometheus with `prometheus --config.file={settings}`; it finds Ray's metrics at {url}")
         say(f"{board}: import it in Grafana under Dashboards, New, Import, and choose that Prometheus")

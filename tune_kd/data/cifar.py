@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tune_kd.data import cifar_pickles, image_folder
 from tune_kd.data.image_folder import Pixels
-from tune_kd.study.spec import Mistake
 from tune_kd.system.environment import home, make_private
+from tune_kd.system.errors import UserError
 from tune_kd.system.files import check_regular
 
 LOCK_SECONDS = 600.0
@@ -41,19 +41,21 @@ def load_pixels(
 
     `folder` exists and is one of: a folder with torchvision's files (the form's folder or its archive), downloaded to
     it from `origin` if it holds neither and `download` allows it; a folder of pictures, or a .tar, .tar.gz or .tar.xz
-    of one (see `tune_kd.data.image_folder`); None for the cache folder. `cache` is by default `default_cache()`. A source is the
-    same while path, sizes and modification times are.
+    of one (see `tune_kd.data.image_folder`); None for the cache folder. `cache` is by default `default_cache()`. A
+    source is the same while path, sizes and modification times are.
 
-    Raises `Mistake` for data that are missing, incomplete, damaged or hostile, and for a failed download.
+    Raises `UserError` for data that are missing, incomplete, damaged or hostile, and for a failed download.
     """
     cache = default_cache() if cache is None else cache
     where = Path(os.path.abspath(os.path.expanduser(cache if folder is None else folder)))
     if folder is not None and not where.exists() and not image_folder.is_archive(where):
-        raise Mistake(f"--data-dir {where}: it does not exist; make the folder to have {form.title} downloaded to it")
+        raise UserError(f"--data-dir {where}: it does not exist; make the folder to have {form.title} downloaded to it")
     for other in cifar_pickles.FORMS.values():
         if other is not form and where.name in (other.folder, other.archive):
-            raise Mistake(f"--data-dir {where}: this is {other.title}, and {form.title} is asked for; name its place, "
-                          "or change --data")  # fmt: skip
+            raise UserError(
+                f"--data-dir {where}: this is {other.title}, and {form.title} is asked for; name its place, or change "
+                "--data"
+            )
     name = form.title.lower().replace("-", "")
     stored = cache / f"{name}-{hashlib.sha256(str(where).encode()).hexdigest()[:16]}.safetensors"
     try:
@@ -66,7 +68,7 @@ def load_pixels(
                     _keep(stored, identity, pixels, say)
             return pixels
     except OSError as error:
-        raise Mistake(f"--data-dir {where}: it cannot be read ({error})") from error
+        raise UserError(f"--data-dir {where}: it cannot be read ({error})") from error
 
 
 @contextmanager
@@ -99,14 +101,14 @@ def _source(
     """What lies at `where`: a text that changes when its content does, and a function that decodes it."""
     if where.name != form.archive and image_folder.is_archive(where):
         if not where.exists() or where.is_dir():
-            raise Mistake(f"--data-dir {where}: there is no such archive; give the path of one that exists")
+            raise UserError(f"--data-dir {where}: there is no such archive; give the path of one that exists")
         return _stamp(where), lambda: image_folder.read_archive(where, progress=progress)
     if any((where / part).is_dir() for part in image_folder.PARTS):
         files = image_folder.listing(where)
         identity = f"{where} {hashlib.sha256(json.dumps(files).encode()).hexdigest()}"
         return identity, lambda: image_folder.read_folder(where, files, progress=progress)
     if where.exists() and not where.is_dir() and where.name != form.archive:
-        raise Mistake(
+        raise UserError(
             f"--data-dir {where}: this is neither a folder nor a .tar, .tar.gz or .tar.xz archive; "
             f"give one with {image_folder.LAYOUT}"
         )
@@ -116,7 +118,7 @@ def _source(
     if folder.is_dir():
         missing = [name for name in known.files if not (folder / name).exists()]
         if missing:
-            raise Mistake(
+            raise UserError(
                 f"--data-dir {folder}: {', '.join(missing)} missing; "
                 f"complete the folder, or remove it to have {form.title} downloaded"
             )
@@ -125,8 +127,8 @@ def _source(
     archive = where if where.name == form.archive else where / form.archive
     if not archive.exists():
         if not download:
-            raise Mistake(f"--data-dir {where}: {form.title} is not there any more, and nothing is downloaded to a "
-                          "folder that a record names; put the data back there")  # fmt: skip
+            raise UserError(f"--data-dir {where}: {form.title} is not there any more, and nothing is downloaded to a "
+                            "folder that a record names; put the data back there")  # fmt: skip
         cifar_pickles.download(known, archive, say, progress=progress)
     return _stamp(archive), lambda: cifar_pickles.read_archive(archive, known)
 

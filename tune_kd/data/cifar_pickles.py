@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from tune_kd.data.image_folder import Pixels, bar
-from tune_kd.study.spec import Mistake
+from tune_kd.system.errors import UserError
 from tune_kd.system.files import opened, read
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ def published(form: Form = CIFAR10) -> Origin:
 def download(origin: Origin, archive: Path, say: Callable[[str], None], *, progress: bool) -> None:
     """Fetch the archive aside, compare its digest, and only then give it the name `archive`.
 
-    Raises `Mistake`, and leaves no file, where it cannot be fetched whole or stalls.
+    Raises `UserError`, and leaves no file, where it cannot be fetched whole or stalls.
     """
     say(f"Downloading {origin.form.title} from {origin.url} to {archive}.")
     part = None
@@ -93,7 +93,7 @@ def download(origin: Origin, archive: Path, say: Callable[[str], None], *, progr
             archive.parent.mkdir(parents=True, exist_ok=True)
             number, part = tempfile.mkstemp(prefix=f".{origin.form.archive}.", dir=archive.parent)
         except OSError as error:
-            raise Mistake(
+            raise UserError(
                 f"{archive}: there is no {origin.form.title} here, and it cannot be written ({error.strerror}); give "
                 "--data-dir PATH with data that you have or a folder for them, or set XDG_CACHE_HOME"
             ) from error
@@ -111,7 +111,7 @@ def download(origin: Origin, archive: Path, say: Callable[[str], None], *, progr
             why = error.reason
         if isinstance(why, TimeoutError):
             why = f"nothing came for {origin.stall_seconds:g} s"
-        raise Mistake(
+        raise UserError(
             f"{archive}: there is no {origin.form.title} here, and its download from {origin.url} failed ({why}); "
             "put the file there by hand, or give --data-dir PATH with data that you have"
         ) from error
@@ -151,16 +151,16 @@ def _fetch(origin: Origin, write: Callable[[bytes], object], progress: bool) -> 
 
 
 def read_folder(folder: Path, origin: Origin) -> Pixels:
-    """Images of the unpacked archive. Raises `Mistake` for a batch that is not the published one."""
+    """Images of the unpacked archive. Raises `UserError` for a batch that is not the published one."""
     return _pixels({name: read(folder / name, MOST_BYTES) for name in origin.files}, folder, origin)
 
 
 def read_archive(archive: Path, origin: Origin) -> Pixels:
-    """Images of the archive, without unpacking it. Raises `Mistake` if it is not the published one."""
+    """Images of the archive, without unpacking it. Raises `UserError` if it is not the published one."""
     with opened(archive, MOST_BYTES) as file:
         found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if found != origin.archive_md5:
-            raise Mistake(_damaged(archive, "it", found, origin.archive_md5, origin.form))
+            raise UserError(_damaged(archive, "it", found, origin.archive_md5, origin.form))
         file.seek(0)
         contents: dict[str, bytes] = {}
         with tarfile.open(fileobj=file, mode="r|gz") as members:
@@ -186,11 +186,11 @@ def _pixels(contents: dict[str, bytes], where: Path, origin: Origin) -> Pixels:
         content = contents.get(name, b"")
         found = hashlib.md5(content, usedforsecurity=False).hexdigest()
         if found != expected:
-            raise Mistake(_damaged(where, name, found, expected, origin.form))
+            raise UserError(_damaged(where, name, found, expected, origin.form))
         try:
             return read(_BatchUnpickler(io.BytesIO(content), encoding="latin1").load())
         except Exception as error:  # a pickle can fail in any way
-            raise Mistake(f"--data-dir {where}: {name} is not a {origin.form.title} batch ({error})") from error
+            raise UserError(f"--data-dir {where}: {name} is not a {origin.form.title} batch ({error})") from error
 
     def batch(found: Any) -> tuple[np.ndarray[Any, Any], list[int]]:
         labels = found[origin.form.labels]

@@ -26,8 +26,9 @@ from torch import Tensor
 from tune_kd.data.cifar import load_pixels
 from tune_kd.data.cifar_pickles import CIFAR10, FORMS
 from tune_kd.data.image_folder import Pixels
-from tune_kd.study.spec import DATA_SETS, Data, Mistake
+from tune_kd.study.spec import DATA_SETS, Data
 from tune_kd.system.characters import visible
+from tune_kd.system.errors import UserError
 
 # Mean and deviation by channel of the 50,000 training images, in [0, 1]. The deviations are those over all pixels; the
 # 0.2023, 0.1994, 0.2010 that also circulate for CIFAR-10 are means of per-image deviations.
@@ -148,13 +149,13 @@ def load(
 ) -> DataSet:
     """Load the data set `name` (one of DATA_SETS), split it, and keep as many images of each part as asked for.
 
-    `train`, `validation` and `test` are sizes in images; None keeps the whole part. A smaller part is
-    balanced over the classes, fixed by `split_seed`, and contained in every larger one. `folder` is where
-    CIFAR-10 or CIFAR-100 is or shall be (see `tune_kd.data.cifar.load_pixels`); digits ship with scikit-learn. `cache` is
-    the folder for decoded images. `say` receives sentences for the user; `progress` shows bars on a terminal;
-    without `download` CIFAR has to be there.
+    `train`, `validation` and `test` are sizes in images; None keeps the whole part. A smaller part is balanced over the
+    classes, fixed by `split_seed`, and contained in every larger one. `folder` is where CIFAR-10 or CIFAR-100 is or
+    shall be (see `tune_kd.data.cifar.load_pixels`); digits ship with scikit-learn. `cache` is the folder for decoded
+    images. `say` receives sentences for the user; `progress` shows bars on a terminal; without `download` CIFAR has to
+    be there.
 
-    Raises `Mistake` for an unknown name, impossible sizes, and data that are missing, cut or damaged.
+    Raises `UserError` for an unknown name, impossible sizes, and data that are missing, cut or damaged.
     """
     wanted = {"train": train, "validation": validation, "test": test}
     problems = [f"{part}: {size} is not a number of images; give 1 or more" for part, size in wanted.items()
@@ -162,7 +163,7 @@ def load(
     if name not in DATA_SETS:
         problems.insert(0, f"data: there is no data set {name!r}; choose one of {', '.join(DATA_SETS)}")
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
     if name == "digits":
         if folder is not None:
             say(f"The digits come with scikit-learn: {folder} is not read.")
@@ -227,12 +228,12 @@ def _cifar(name: str, pixels: Pixels, wanted: dict[str, int | None], split_seed:
 def recognised(pixels: Pixels, name: str) -> Pixels:
     """The data set with its classes named and numbered as published, however their folders spell them.
 
-    Raises `Mistake` for less, or more, than all of it, since results on a part would pass for results on it, and for
+    Raises `UserError` for less, or more, than all of it, since results on a part would pass for results on it, and for
     other classes, since any pictures of this size would be normalised with its statistics.
     """
     found, known = (len(pixels.train_labels), len(pixels.test_labels)), CIFAR_CLASSES[name]
     if found != CIFAR_SIZES or len(pixels.classes) != len(known):
-        raise Mistake(
+        raise UserError(
             f"--data-dir: these are {found[0]} training and {found[1]} test images of {len(pixels.classes)} classes, "
             f"and {FORMS[name].title} has {CIFAR_SIZES[0]} and {CIFAR_SIZES[1]} of {len(known)}; complete them, or "
             "name another place"
@@ -242,7 +243,7 @@ def recognised(pixels: Pixels, name: str) -> Pixels:
         strange = [
             each for each, meant in spelled.items() if meant not in known or list(spelled.values()).count(meant) > 1
         ]
-        raise Mistake(
+        raise UserError(
             f"--data-dir: these are not the images of {FORMS[name].title}, though as many: it has no class "
             f"{_first(strange)}, and its class {_first(lacking)} is missing; name each folder after its class, or name "
             "another place"
@@ -291,7 +292,7 @@ def _sized(parts: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], wanted: dict
                 f"{part}: {size} images are fewer than one for each of {classes} classes; give {classes} to {most}"
             )
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
 
     def cut(images: Tensor, labels: Tensor, ranks: Tensor, member: Tensor, size: int | None) -> Split:
         members = member.nonzero().squeeze(1)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tune_kd.study.spec import Mistake
+from tune_kd.system.errors import UserError
 from tune_kd.system.files import opened, read
 
 PARTS = ("train", "test")
@@ -93,7 +93,7 @@ def listing(folder: Path) -> Listing:
     found = []
     for part in PARTS:
         if not (folder / part).is_dir():
-            raise Mistake(f"--data-dir {folder}: there is no folder {part!r} in it; {LAYOUT} are expected")
+            raise UserError(f"--data-dir {folder}: there is no folder {part!r} in it; {LAYOUT} are expected")
         for directory in (folder / part).iterdir():
             if directory.is_dir() and not directory.name.startswith("."):
                 for file in directory.iterdir():
@@ -105,13 +105,13 @@ def listing(folder: Path) -> Listing:
 
 
 def read_folder(folder: Path, files: Listing, *, progress: bool) -> Pixels:
-    """Decode what `listing` found in `folder`. Raises `Mistake` where a picture is not as expected."""
+    """Decode what `listing` found in `folder`. Raises `UserError` where a picture is not as expected."""
     decoded: dict[Named, np.ndarray[Any, Any]] = {}
     with bar("Decoding images", len(files), progress) as move:
         for named, size, _ in files:
             file = folder.joinpath(*named)
             if size > MOST_MEMBER_BYTES:
-                raise Mistake(f"--data-dir {folder}: {file} has {size} bytes, too many for a 32x32 image")
+                raise UserError(f"--data-dir {folder}: {file} has {size} bytes, too many for a 32x32 image")
             decoded[named] = _decode(read(file, MOST_MEMBER_BYTES), folder, "/".join(named))
             if len(decoded) % 256 == 0:
                 move(len(decoded))
@@ -121,7 +121,7 @@ def read_folder(folder: Path, files: Listing, *, progress: bool) -> Pixels:
 def read_archive(path: Path, *, progress: bool) -> Pixels:
     """Decode every picture of a tar archive, which may hold LAYOUT inside one outer folder.
 
-    Raises `Mistake` for an archive that is cut or damaged, that names anything outside itself, holds links,
+    Raises `UserError` for an archive that is cut or damaged, that names anything outside itself, holds links,
     devices or absurdly much, or whose layout or pictures are not as expected.
     """
     decoded: dict[Named, np.ndarray[Any, Any]] = {}
@@ -133,9 +133,9 @@ def read_archive(path: Path, *, progress: bool) -> Pixels:
                 continue
             outer = tuple(prefix) if outer is None else outer
             if outer != tuple(prefix):
-                raise Mistake(f"--data-dir {path}: the archive has {_short(name)} in a second {part!r} folder")
+                raise UserError(f"--data-dir {path}: the archive has {_short(name)} in a second {part!r} folder")
             if (part, directory, file) in decoded:
-                raise Mistake(f"--data-dir {path}: the archive holds {_short(name)} twice")
+                raise UserError(f"--data-dir {path}: the archive holds {_short(name)} twice")
             decoded[part, directory, file] = _decode(content, path, name)
             if len(decoded) % 256 == 0:
                 move(raw.tell())
@@ -150,10 +150,10 @@ def _pictures(path: Path, raw: IO[bytes]) -> Iterator[tuple[str, bytes]]:
             if member.isreg() and _is_picture(PurePosixPath(member.name).name):
                 yield member.name, content
         stream.check_end()
-    except Mistake:
+    except UserError:
         raise
     except BROKEN as error:
-        raise Mistake(f"--data-dir {path}: the archive is cut or damaged ({error}); get it again") from error
+        raise UserError(f"--data-dir {path}: the archive is cut or damaged ({error}); get it again") from error
 
 
 def _members(stream: "_Metered", path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
@@ -168,7 +168,7 @@ def _members(stream: "_Metered", path: Path) -> Iterator[tuple[tarfile.TarInfo, 
         if member.type in EXTENDED:
             extended += _bounded(member, path).size
             if extended > MOST_EXTENDED_BYTES:
-                raise Mistake(
+                raise UserError(
                     f"--data-dir {path}: the archive has more than {MOST_EXTENDED_BYTES} bytes of extended headers; "
                     "not read"
                 )
@@ -258,7 +258,7 @@ class _Metered:
         data = self.stream.read(size)
         self.count += len(data)
         if self.count > MOST_ARCHIVE_BYTES:
-            raise Mistake(
+            raise UserError(
                 f"--data-dir {self.path}: the archive unpacks to more than {MOST_ARCHIVE_BYTES} bytes, "
                 "which is too much for 60,000 small images"
             )
@@ -268,21 +268,21 @@ class _Metered:
 def _refuse_hostile(member: tarfile.TarInfo, sparse: bool, count: int, path: Path) -> None:
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
-        raise Mistake(f"--data-dir {path}: the archive names {_short(member.name)}, outside itself; not read")
+        raise UserError(f"--data-dir {path}: the archive names {_short(member.name)}, outside itself; not read")
     if sparse or member.type not in PLAIN:
-        raise Mistake(
+        raise UserError(
             f"--data-dir {path}: {_short(member.name)} in the archive is a link, a device or sparse, "
             "not a plain file; not read"
         )
     _bounded(member, path)
     if count > MOST_MEMBERS:
-        raise Mistake(f"--data-dir {path}: the archive has more than {MOST_MEMBERS} members; not read")
+        raise UserError(f"--data-dir {path}: the archive has more than {MOST_MEMBERS} members; not read")
 
 
 def _bounded(member: tarfile.TarInfo, path: Path) -> tarfile.TarInfo:
     """The member, of whose content so much may be read as it claims to have."""
     if not 0 <= member.size <= MOST_MEMBER_BYTES:
-        raise Mistake(
+        raise UserError(
             f"--data-dir {path}: {_short(member.name)} in the archive claims {member.size} bytes; "
             f"at most {MOST_MEMBER_BYTES} are read"
         )
@@ -309,7 +309,7 @@ def _decode(content: bytes, where: Path, name: str) -> np.ndarray[Any, Any]:
         what = f"is {picture.mode} {picture.width}x{picture.height}, and RGB 32x32 is expected"
     except Exception as error:  # on damaged bytes Pillow raises whatever its decoders happen to
         what = f"cannot be read as PNG or JPEG ({type(error).__name__})"
-    raise Mistake(f"--data-dir {where}: {_short(name)} {what}")
+    raise UserError(f"--data-dir {where}: {_short(name)} {what}")
 
 
 def _bare(content: bytes) -> bytes:
@@ -362,16 +362,16 @@ def _assembled(decoded: dict[Named, np.ndarray[Any, Any]], where: Path) -> Pixel
     counts = {part: Counter(named[1] for named in decoded if named[0] == part) for part in PARTS}
     for part in PARTS:
         if not counts[part]:
-            raise Mistake(f"--data-dir {where}: it holds no {part} images; {LAYOUT} are expected")
+            raise UserError(f"--data-dir {where}: it holds no {part} images; {LAYOUT} are expected")
     odd = sorted(counts["train"].keys() ^ counts["test"].keys())
     if odd:
-        raise Mistake(
+        raise UserError(
             f"--data-dir {where}: train and test must hold the same classes, "
             f"and {', '.join(map(_short, odd[:5]))} has images in one of them only"
         )
     alone = sorted(name for name, count in counts["train"].items() if count < 2)
     if alone:
-        raise Mistake(
+        raise UserError(
             f"--data-dir {where}: class {_short(alone[0])} has one training image, "
             "and at least two are needed, one of them for validation"
         )

@@ -20,8 +20,8 @@ from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_kd.execute.monitoring import asks_for_token
-from tune_kd.study.spec import Mistake
 from tune_kd.system.environment import guard_token, private, ray_folder
+from tune_kd.system.errors import UserError
 from tune_kd.system.signals import check, held_back, leave, note
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class Cluster:
 
 def connect(address: str | None, metadata: Mapping[str, str] | None = None) -> Cluster:
     """Start Ray on this machine, or join the cluster at `address`; `metadata` is shown of this process, which is a job
-    there. Raises `Mistake` where that cannot be done."""
+    there. Raises `UserError` where that cannot be done."""
     context: Any
     ours = not ray.is_initialized()
     if ours:
@@ -75,7 +75,7 @@ def connect(address: str | None, metadata: Mapping[str, str] | None = None) -> C
             where = f"the cluster at {address}" if address else "Ray on this machine"
             if address and "RAY_AUTH_MODE" not in os.environ:
                 where += " (where it asks for a token, set RAY_AUTH_MODE=token)"
-            raise Mistake(f"--address is {address}: {where} cannot be reached or started ({error})") from error
+            raise UserError(f"--address is {address}: {where} cannot be reached or started ({error})") from error
     else:
         context = ray.init(ignore_reinit_error=True)
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -132,7 +132,7 @@ ALIKE = ("python", "ray", "tune_kd", "torch", "torchvision", "numpy")  # what re
 
 
 def check_nodes(folder: Path | None, patience: float = 120.0) -> None:
-    """Raise `Mistake` where another node of the connected Ray has other versions than this process, or none, or does
+    """Raise `UserError` where another node of the connected Ray has other versions than this process, or none, or does
     not see the folder that all share; null where they share a store."""
     names = tuple(name for name in ALIKE if name != "python")
     shared = None if folder is None else str(folder.absolute())
@@ -167,7 +167,7 @@ def check_nodes(folder: Path | None, patience: float = 120.0) -> None:
                 problems.append(f"--address: the node {node} has {name} {there}, and the driver {own[name]}; "
                                 "allowed: the same on all nodes, since results depend on it")  # fmt: skip
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
 
 
 def served_by_mps(patience: float = 60.0) -> bool:

@@ -15,9 +15,9 @@ from tune_kd.data.datasets import DataSet, Split
 from tune_kd.execute.worker import failure
 from tune_kd.study.cost import flop
 from tune_kd.study.plan import Plan
-from tune_kd.study.spec import Mistake
 from tune_kd.study.trial import Answering, Trial
 from tune_kd.system.environment import guard_code
+from tune_kd.system.errors import UserError
 from tune_kd.training import networks, teachers
 from tune_kd.training.checkpoints import Checkpoints
 from tune_kd.training.loop import train
@@ -42,11 +42,13 @@ class Measured:
 def propose(measured: Sequence[Measured], memory: int) -> float:
     """The share 1/k of the fewest trials k at a time that train nearly (5 %) as many images a second as any number.
 
-    Numbers whose trials do not fit into 90 % of `memory` (bytes) do not count. Raises `Mistake` where none fits.
+    Numbers whose trials do not fit into 90 % of `memory` (bytes) do not count. Raises `UserError` where none fits.
     """
     fitting = [each for each in measured if each.together * each.bytes_each <= HEADROOM * memory]
     if not fitting:
-        raise Mistake("--gpus-per-trial is auto, and not one trial fits into the GPU's memory; lower recipe.batch_size")
+        raise UserError(
+            "--gpus-per-trial is auto, and not one trial fits into the GPU's memory; lower recipe.batch_size"
+        )
     best = max(each.images_per_second for each in fitting)
     return 1 / min(each.together for each in fitting if GROWTH * each.images_per_second >= best)
 

@@ -22,8 +22,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from tune_kd.execute.monitoring import is_url
 from tune_kd.study.source import INSTALLED
-from tune_kd.study.spec import Mistake
 from tune_kd.system.environment import token_file
+from tune_kd.system.errors import UserError
 from tune_kd.system.files import MOST_RECORD_BYTES, read
 
 START = "tune_kd.sh"  # with which a job begins
@@ -37,9 +37,12 @@ UNREACHABLE = (ConnectionError, RuntimeError, ValueError, OSError)  # what Ray m
 
 
 def client(address: str) -> JobSubmissionClient:
-    """Ray's client of the cluster whose dashboard is at `address`. Raises `Mistake` where nobody answers, or not us."""
+    """Ray's client of the cluster whose dashboard is at `address`. Raises `UserError` where nobody answers, or not
+    us."""
     if not is_url(address):
-        raise Mistake(f"--address is {address}; allowed: the URL of the cluster's dashboard, such as http://HEAD:8265")
+        raise UserError(
+            f"--address is {address}; allowed: the URL of the cluster's dashboard, such as http://HEAD:8265"
+        )
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     token = os.environ.get("RAY_AUTH_TOKEN")
@@ -49,13 +52,13 @@ def client(address: str) -> JobSubmissionClient:
         found = JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else {})
         found.list_jobs()
     except AuthenticationError as error:
-        raise Mistake(
+        raise UserError(
             f"--address is {address}, which {'refuses this token' if token else 'asks for a token'}; allowed: the one "
             f"that `ray get-auth-token` prints on its head node, in RAY_AUTH_TOKEN or in {token_file()}"
         ) from error
     except UNREACHABLE as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Mistake(f"--address is {address}, where no dashboard of Ray answers ({why})") from error
+        raise UserError(f"--address is {address}, where no dashboard of Ray answers ({why})") from error
     return found
 
 
@@ -70,7 +73,7 @@ def submit(
     """Have a cluster run `python -m tune_kd` with these arguments; returns the job's id.
 
     The job works in a copy of this project, to which the files of a user's `study` are added under these names. With
-    `install`, Ray installs this project's dependencies there first, in the versions that are here. Raises `Mistake`
+    `install`, Ray installs this project's dependencies there first, in the versions that are here. Raises `UserError`
     where the cluster does not take it.
     """
     with _copy(study) as folder:
@@ -84,7 +87,7 @@ def submit(
                 return cluster.submit_job(entrypoint=command, runtime_env=environment, metadata=dict(metadata))
             except UNREACHABLE as error:
                 if "No available agent" not in str(error) or time.monotonic() > last:
-                    raise Mistake(f"--address: the cluster does not take the job ({error})") from error
+                    raise UserError(f"--address: the cluster does not take the job ({error})") from error
             time.sleep(1.0)
 
 
@@ -114,7 +117,7 @@ def dependencies() -> list[str]:
 
 
 def follow(cluster: JobSubmissionClient, job: str, show: Callable[[str], None]) -> int:
-    """Show a job's log as it grows; returns its command's exit status. Raises `Mistake` where it never began."""
+    """Show a job's log as it grows; returns its command's exit status. Raises `UserError` where it never began."""
     shown = 0
 
     async def tail() -> None:
@@ -140,15 +143,17 @@ def follow(cluster: JobSubmissionClient, job: str, show: Callable[[str], None]) 
     if info.status == JobStatus.STOPPED:
         return 143
     lines = [line.strip() for line in (info.message or "").splitlines() if line.strip()]
-    raise Mistake(f"--address: the cluster could not start the job: {lines[-1] if lines else info.status}")
+    raise UserError(f"--address: the cluster could not start the job: {lines[-1] if lines else info.status}")
 
 
 def find(cluster: JobSubmissionClient, run: str) -> dict[str, str]:
-    """What `submit` was told of the newest job of a run. Raises `Mistake` where there is none."""
+    """What `submit` was told of the newest job of a run. Raises `UserError` where there is none."""
     jobs = [(each.start_time or 0, each.metadata or {}) for each in cluster.list_jobs() if each.submission_id]
     ours = {at: told for at, told in jobs if {"run", "out"} <= set(told)}
     theirs = [at for at, told in ours.items() if told["run"] == run]
     if not theirs:
         names = ", ".join(sorted({told["run"] for told in ours.values()}))
-        raise Mistake(f"RUN is {run!r}; allowed: a run that was submitted to this cluster ({names or 'there is none'})")
+        raise UserError(
+            f"RUN is {run!r}; allowed: a run that was submitted to this cluster ({names or 'there is none'})"
+        )
     return ours[max(theirs)]

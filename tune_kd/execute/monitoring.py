@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from tune_kd.study.spec import Mistake
 from tune_kd.system.environment import token_file
+from tune_kd.system.errors import UserError
 from tune_kd.system.files import publish
 
 BOARD = Path(__file__).parent / "grafana" / "ablation.json"
@@ -72,14 +72,16 @@ def scrape_settings(dashboard: str, token: Path) -> str:
 
 
 def write(folder: Path, dashboard: str) -> list[Path]:
-    """Write `prometheus.yml` and the board `ablation.json` into a folder; returns them. Raises `Mistake`."""
+    """Write `prometheus.yml` and the board `ablation.json` into a folder; returns them. Raises `UserError`."""
     if not is_url(dashboard):
-        raise Mistake(f"--address is {dashboard}; allowed: the URL of Ray's dashboard, such as {DASHBOARD}")
+        raise UserError(f"--address is {dashboard}; allowed: the URL of Ray's dashboard, such as {DASHBOARD}")
     found = {"prometheus.yml": scrape_settings(dashboard, token_file()).encode(), BOARD.name: BOARD.read_bytes()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in found.items():
             publish(folder / name, data)
     except OSError as error:
-        raise Mistake(f"--write is {folder}, which cannot be written to ({error.strerror}); choose another") from error
+        raise UserError(
+            f"--write is {folder}, which cannot be written to ({error.strerror}); choose another"
+        ) from error
     return [folder / name for name in found]

@@ -11,8 +11,8 @@ from tune_kd.records.adaptive_plan import grown, to_come
 from tune_kd.records.ledger import ENDED, Row
 from tune_kd.records.run_folder import Run
 from tune_kd.study.cost import disk_bytes
-from tune_kd.study.spec import Mistake
 from tune_kd.study.trial import Trial
+from tune_kd.system.errors import UserError
 from tune_kd.system.files import MOST_RECORD_BYTES, opened, publish, read
 from tune_kd.training import teachers
 
@@ -21,7 +21,7 @@ SPARE = 1.2  # so many times the estimated bytes have to be free
 
 
 def check(run: Run, rows: list[Row], slots: int) -> None:
-    """Raises `Mistake` where a run that this process holds cannot go on here.
+    """Raises `UserError` where a run that this process holds cannot go on here.
 
     `rows` are the ledger's of trials; `slots` is about how many trials run at a time.
     """
@@ -30,7 +30,7 @@ def check(run: Run, rows: list[Row], slots: int) -> None:
     growing = [*waiting, *to_come(run.plan, rows)]
     problems = [*_versions(), *_folder(run.folder), *_room(run, growing, slots), *_teachers(run, waiting, known)]
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
 
 
 def _is_to_run(row: Row | None) -> bool:

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from tune_kd.study.spec import Mistake
+from tune_kd.system.errors import UserError
 
 Asked = float | Literal["auto"] | None
 """A GPU share; "auto" to have it measured; null for the usual one."""
 
 
 def parse_gpus(text: str | None) -> Asked:
-    """What `--gpus-per-trial` says. Raises `Mistake`."""
+    """What `--gpus-per-trial` says. Raises `UserError`."""
     if text is None or text == "auto":
         return text  # type: ignore[return-value]
     try:
@@ -21,7 +21,7 @@ def parse_gpus(text: str | None) -> Asked:
     except ValueError:
         share = math.nan
     if not 0 <= share < math.inf or (share > 1 and share != int(share)):
-        raise Mistake(f"--gpus-per-trial is {text}; allowed: auto, 0 to 1, or a whole number")
+        raise UserError(f"--gpus-per-trial is {text}; allowed: auto, 0 to 1, or a whole number")
     return share
 
 
@@ -40,7 +40,7 @@ def check(cpus: float, gpus: Asked, most: int | None, address: str | None) -> No
     if most is not None and most < 1:
         problems.append(f"--max-concurrent is {most}; allowed: at least 1")
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
 
 
 def check_cluster(cpus: float, gpus: float, have_cpus: float, have_gpus: float) -> None:
@@ -51,7 +51,7 @@ def check_cluster(cpus: float, gpus: float, have_cpus: float, have_gpus: float) 
     if gpus > have_gpus:
         problems.append(f"--gpus-per-trial is {gpus:g}; allowed: at most {have_gpus:g} (the GPUs that Ray has)")
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from rich.console import Console
 
 from tune_kd.execute.monitoring import GUARDED, OPEN
 from tune_kd.records.adaptive_plan import to_come, with_those_to_come
-from tune_kd.study.spec import Mistake, Study
+from tune_kd.study.spec import Study
 from tune_kd.system import environment, signals
+from tune_kd.system.errors import UserError
 from tune_kd.system.guard import WITHIN
 from tune_kd.system.object_store import Mirror
 
@@ -168,7 +169,7 @@ def load_data(study: Study, folder: Path | None, console: Console, *, download: 
 
 
 def check_trackers(names: list[str] | None) -> None:
-    """Raise `Mistake` for trackers that this machine has not."""
+    """Raise `UserError` for trackers that this machine has not."""
     if names:
         environment.home()  # which Ray's own parts need to be imported
         from tune_kd.execute import trackers
@@ -191,8 +192,8 @@ def check_compiler(study: Study | None) -> None:
     if study is None or not (study.recipe.compile or study.teacher_recipe.compile):
         return
     if not any(map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))):
-        raise Mistake("recipe.compile is true, and there is no C++ compiler here; install one, such as g++, or leave "
-                      "recipe.compile false")  # fmt: skip
+        raise UserError("recipe.compile is true, and there is no C++ compiler here; install one, such as g++, or leave "
+                        "recipe.compile false")  # fmt: skip
 
 
 def measured_share(study: Study, data: "DataSet", console: Console) -> float:

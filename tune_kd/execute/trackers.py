@@ -21,8 +21,8 @@ from ray.tune.logger import LoggerCallback
 from tune_kd.execute.worker import Task
 from tune_kd.records.ledger import ASIDE, check_journal
 from tune_kd.study.sampler import url
-from tune_kd.study.spec import Mistake
 from tune_kd.study.trial import Epoch
+from tune_kd.system.errors import UserError
 from tune_kd.system.files import check_regular
 from tune_kd.system.object_store import MOST_SENT_BYTES, Mirror
 from tune_kd.system.secrets import masked
@@ -38,7 +38,7 @@ BATCH_EVERY = 10.0  # seconds between batches of a trial
 
 
 def check(names: list[str]) -> None:
-    """Raise `Mistake` for trackers that there are not, or whose package is not installed."""
+    """Raise `UserError` for trackers that there are not, or whose package is not installed."""
     problems = []
     for name in names:
         if name not in PACKAGES:
@@ -48,7 +48,7 @@ def check(names: list[str]) -> None:
                 f"--track is {name}, whose package is not installed; `pip install 'tune_kd[{name}]'` does that"
             )
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
 
 
 def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[str], None]) -> list[tune.Callback]:

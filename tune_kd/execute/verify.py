@@ -11,8 +11,7 @@ from tune_kd.records.adaptive_plan import grown
 from tune_kd.records.ledger import COMMITS, LEDGER, SCHEMAS, TRIALS, Row, commits, reading
 from tune_kd.records.reader import load, without_advice
 from tune_kd.study.cost import IMAGES
-from tune_kd.study.spec import Mistake
-from tune_kd.system.files import Unexpected
+from tune_kd.system.errors import UnexpectedFile, UserError
 from tune_kd.training import logit_cache, teachers
 from tune_kd.training.checkpoints import Checkpoints
 
@@ -30,7 +29,7 @@ def verify(folder: Path) -> list[Finding]:
     """What is wrong with a run, from top to bottom. Empty where all is whole."""
     try:
         opened = run_folder.reopen(folder)
-    except Mistake as mistake:
+    except UserError as mistake:
         return [Finding("plan", problem, "nothing else can be judged before") for problem in mistake.problems]
     wrong = rebuild.wrong_with(folder)
     rows: list[Row] = []
@@ -49,7 +48,7 @@ def verify(folder: Path) -> list[Finding]:
 def _links(opened: run_folder.Run) -> Iterator[Finding]:
     try:
         run_folder.check_links(opened)
-    except Mistake as mistake:
+    except UserError as mistake:
         for problem in mistake.problems:
             yield Finding("links", problem, "`tune_kd resume` writes nothing while they are there")
 
@@ -60,7 +59,7 @@ def _ledger(opened: run_folder.Run, wrong: str | None, rows: list[Row]) -> Itera
         try:
             load(folder)
             remedy = f"`tune_kd resume {quote(str(folder))}` makes it again from the tables, which are whole"
-        except Mistake:
+        except UserError:
             remedy = "the tables are not whole either: put one of them back from a copy, or start a new run"
         yield Finding("ledger", wrong, remedy)
         return
@@ -79,7 +78,7 @@ def _tables(folder: Path, wrong: str | None) -> Iterator[Finding]:
     again = "it is made again from the ledger" if wrong is None else "put it back from a copy"
     try:
         load(folder)
-    except Mistake as mistake:
+    except UserError as mistake:
         for problem in mistake.problems:
             yield Finding("tables", without_advice(problem), f"`tune_kd resume {quote(str(folder))}`: {again}")
 
@@ -109,7 +108,7 @@ def _teachers(opened: run_folder.Run, rows: list[Row]) -> Iterator[Finding]:
         for table in sorted(path.parent for path in (home / teacher.trial_id).glob("answers/*/*/digests.sha256")):
             try:
                 chunks = logit_cache.damaged(table, images.classes, most)
-            except Unexpected as error:
+            except UnexpectedFile as error:
                 yield Finding("answers", str(error), f"remove {table}; its answers are computed again")
                 continue
             if chunks:

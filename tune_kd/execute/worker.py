@@ -18,7 +18,7 @@ from tune_kd.data.datasets import DataSet, load_declared
 from tune_kd.study.spec import Data
 from tune_kd.study.trial import Answering, Epoch, Trial
 from tune_kd.system.environment import guard_code
-from tune_kd.system.files import Damaged
+from tune_kd.system.errors import CorruptFile
 from tune_kd.system.object_store import Mirror, local
 from tune_kd.system.secrets import masked
 from tune_kd.training import teachers
@@ -111,7 +111,7 @@ def failure(error: BaseException) -> Failure:
         return Failure("out_of_memory", message)
     if isinstance(error, teachers.TeacherChanged):
         return Failure("teacher_failed", message)
-    if isinstance(error, OSError | Damaged):
+    if isinstance(error, OSError | CorruptFile):
         return Failure("storage", message)
     return Failure("error", message)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tune_kd.study.plan import level_name
-from tune_kd.study.spec import Mistake
+from tune_kd.system.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +65,7 @@ class Adapter:
 
 
 def parse_phases(settings: Sequence[str]) -> dict[str, str]:
-    """What `--phase THEIRS=OURS` says. Raises `Mistake`."""
+    """What `--phase THEIRS=OURS` says. Raises `UserError`."""
     problems, found = [], {}
     for setting in settings:
         theirs, sign, ours = setting.partition("=")
@@ -73,7 +73,7 @@ def parse_phases(settings: Sequence[str]) -> dict[str, str]:
             problems.append(f"--phase is {setting!r}; allowed: THEIRS=OURS, where OURS is {', '.join(PHASES)}")
         found[theirs] = ours
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
     return found
 
 

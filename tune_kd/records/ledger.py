@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from tune_kd.study.trial import Trial
 from tune_kd.system.characters import CONTROL
 from tune_kd.system.crash_points import point
+from tune_kd.system.errors import CorruptFile, UnexpectedFile
 from tune_kd.system.files import (
     MOST_RECORD_BYTES,
-    Damaged,
-    Unexpected,
     check_regular,
     opened,
     patiently,
@@ -161,7 +160,7 @@ _SQL = {str: "TEXT", int: "INTEGER", float: "REAL"}
 
 
 ENDED = ("completed", "stopped", "failed", "blocked")  # statuses of trials that will not run again by themselves
-FAILURES = (Damaged, OSError, sqlite3.Error)
+FAILURES = (CorruptFile, OSError, sqlite3.Error)
 """What the machine can do to records: damage, a full disk, a lock that is not given."""
 
 
@@ -242,7 +241,7 @@ class Ledger:
             check_regular(path.with_name(f"{path.name}{end}"), MOST_LEDGER_BYTES, writes=writes)
         journal = path.with_name(f"{path.name}-journal")
         if os.path.isfile(journal):  # with a write-ahead log there is none, and SQLite removes the files that one names
-            raise Damaged(f"{journal} is there, which no run leaves")
+            raise CorruptFile(f"{journal} is there, which no run leaves")
         if read_only:
             # SQLite writes beside a ledger in order to read it. Whoever may not do so reads it as it stands, which is
             # right while no driver has its write-ahead log there.
@@ -270,13 +269,13 @@ class Ledger:
             raise
 
     def _check_made(self) -> None:
-        """Raise `Damaged` where the file holds anything but our tables. A view, a trigger or an index is a program: one
-        of somebody else's could go on for ever, or write what nobody asked for."""
+        """Raise `CorruptFile` where the file holds anything but our tables. A view, a trigger or an index is a program:
+        one of somebody else's could go on for ever, or write what nobody asked for."""
         made = {statement.replace(" IF NOT EXISTS", "") for statement in _CREATE}
         own = {("table", "CREATE TABLE sqlite_sequence(name,seq)"), *(("table", sql) for sql in made)}
         found = {(kind, sql) for kind, sql in self._read("SELECT type, sql FROM sqlite_master", [])}
         if found - {("index", None)} != own:
-            raise Damaged(f"{self.path} is damaged: its tables are not those that were made")
+            raise CorruptFile(f"{self.path} is damaged: its tables are not those that were made")
 
     def close(self) -> None:
         self._connection.close()
@@ -286,11 +285,11 @@ class Ledger:
         publish(self.path.with_name(COMMITS), counted(self._commits))
 
     def held(self) -> int:
-        """How many transactions the ledger says it holds. Raises `Damaged` where that was altered."""
+        """How many transactions the ledger says it holds. Raises `CorruptFile` where that was altered."""
         held = self.fact("commits")
         count = 0 if held is None else count_of(held.encode())
         if count is None:
-            raise Damaged(f"{self.path}: its count of transactions was altered since it was written")
+            raise CorruptFile(f"{self.path}: its count of transactions was altered since it was written")
         return count
 
     @contextmanager
@@ -363,7 +362,7 @@ class Ledger:
         return "same" if agrees else "different"
 
     def rows(self, schema: Schema) -> list[Row]:
-        """All rows in the order in which they were first written. Raises `Damaged` where one was altered."""
+        """All rows in the order in which they were first written. Raises `CorruptFile` where one was altered."""
         return self._select(schema, "ORDER BY number", [])
 
     def table(self, schema: Schema) -> "pa.Table":
@@ -382,9 +381,9 @@ class Ledger:
             row = dict(zip(schema.columns, cells, strict=True))
             if any(isinstance(cell, bytes) for cell in cells) or _crc(row) != crc:
                 key = ", ".join(f"{name}={row[name]!r}" for name in schema.key)
-                raise Damaged(f"{self.path}: the row {key} of {schema.name} was altered since it was written")
+                raise CorruptFile(f"{self.path}: the row {key} of {schema.name} was altered since it was written")
             if (problem := _mistyped(schema, row) or broken(schema, row)) is not None:
-                raise Damaged(f"{self.path}: {problem}, which no run writes")
+                raise CorruptFile(f"{self.path}: {problem}, which no run writes")
             rows.append(row)
         return rows
 
@@ -393,7 +392,8 @@ class Ledger:
         return str(found[0][0]) if found else None
 
     def _read(self, statement: str, values: list[Any]) -> list[tuple[Any, ...]]:
-        """What a statement finds, where need be at a later try. Raises `Damaged` where to ask again would not help."""
+        """What a statement finds, where need be at a later try. Raises `CorruptFile` where to ask again would not
+        help."""
 
         def ask() -> list[tuple[Any, ...]]:
             self._steps = self._room() // STEPS
@@ -401,7 +401,7 @@ class Ledger:
                 return self._bounded(self._connection.execute(statement, values))
             except (sqlite3.Error, UnicodeError) as error:  # SQLite's own words on a damage may be no text any more
                 if isinstance(error, UnicodeError) or damage(error):
-                    raise Damaged(f"{self.path} is damaged ({error})") from error
+                    raise CorruptFile(f"{self.path} is damaged ({error})") from error
                 raise
 
         return patiently(ask, (sqlite3.OperationalError,))
@@ -418,24 +418,25 @@ class Ledger:
         return self._steps < 0
 
     def _bounded(self, cursor: sqlite3.Cursor) -> list[tuple[Any, ...]]:
-        """What a cursor gives. Raises `Damaged` where that is more than the files have room for."""
+        """What a cursor gives. Raises `CorruptFile` where that is more than the files have room for."""
         room = self._room()
         rows = []
         for row in cursor:
             room -= ROW_BYTES + sum(len(cell) for cell in row if isinstance(cell, str | bytes))
             if room < 0:
-                raise Damaged(f"{self.path} is damaged: it has more rows than room for them")
+                raise CorruptFile(f"{self.path} is damaged: it has more rows than room for them")
             rows.append(row)
         return rows
 
     def check(self) -> None:
-        """Read everything. Raises `Damaged`, or what `damage` makes of an error, where not all is as it was written."""
+        """Read everything. Raises `CorruptFile`, or what `damage` makes of an error, where not all is as it was
+        written."""
         at_least = commits(self.path.parent)  # before the ledger, which may grow meanwhile
         if _versions(self.path) != _VERSIONS:
-            raise Damaged(f"{self.path} is damaged (its header); SQLite would read it, and not write to it")
+            raise CorruptFile(f"{self.path} is damaged (its header); SQLite would read it, and not write to it")
         found = [text for (text,) in self._read("PRAGMA integrity_check(3)", [])]
         if found != ["ok"]:
-            raise Damaged(f"{self.path} is damaged ({'; '.join(found)})")
+            raise CorruptFile(f"{self.path} is damaged ({'; '.join(found)})")
         trials, _, epochs = (self.rows(schema) for schema in SCHEMAS)
         theirs: dict[str, list[int]] = {}
         for row in epochs:
@@ -444,12 +445,12 @@ class Ledger:
             has, says = theirs.pop(row["trial_id"], []), row["epochs_run"]
             if len(has) != (says or 0) or sorted(has) != list(range(1, len(has) + 1)):  # what it says may be any number
                 what = f"{row['arm']} seed {row['seed']} says {says} epochs and has {len(has)}"
-                raise Damaged(f"{self.path} is damaged: {what}")
+                raise CorruptFile(f"{self.path} is damaged: {what}")
         if theirs:
-            raise Damaged(f"{self.path} is damaged: it holds epochs of {next(iter(theirs))}, and no such trial")
+            raise CorruptFile(f"{self.path} is damaged: it holds epochs of {next(iter(theirs))}, and no such trial")
         held = self.held()
         if at_least is not None and held < at_least:
-            raise Damaged(f"{self.path} holds {held} transactions, and {at_least} were committed: its end was lost")
+            raise CorruptFile(f"{self.path} holds {held} transactions, and {at_least} were committed: its end was lost")
 
     def write_tables(self, folder: Path) -> None:
         """Make the three Parquet tables, each complete or as it was before.
@@ -483,7 +484,7 @@ def _before(path: Path) -> bytes | None:
     """The table that another one is to replace; null where none is there."""
     try:
         return read(path, MOST_TABLE_BYTES) if path.is_file() else None
-    except Unexpected:  # nobody reads that
+    except UnexpectedFile:  # nobody reads that
         return None
 
 
@@ -517,13 +518,13 @@ SUPER = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"  # with which a journal ends that na
 
 
 def check_journal(path: Path) -> None:
-    """Raise `Damaged` for a journal of SQLite's that names another file, which it would remove: only a transaction over
-    several databases has one, and nobody here makes such."""
+    """Raise `CorruptFile` for a journal of SQLite's that names another file, which it would remove: only a transaction
+    over several databases has one, and nobody here makes such."""
     if os.path.isfile(path):
         with opened(path, MOST_LEDGER_BYTES) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - len(SUPER)))
             if file.read() == SUPER:
-                raise Damaged(f"{path} names another file, as no run's does; remove it")
+                raise CorruptFile(f"{path} names another file, as no run's does; remove it")
 
 
 def too_long(path: Path) -> str | None:
@@ -547,7 +548,7 @@ def reading(path: Path) -> Iterator[Ledger]:
 def damage(error: Exception) -> bool:
     """Whether an error says that a record is damaged, and not that the disk is full, slow or locked."""
     if not isinstance(error, sqlite3.Error):
-        return isinstance(error, Damaged)
+        return isinstance(error, CorruptFile)
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # none: text that is no text
     wrong = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_INTERRUPT)
     return code & 0xFF in wrong
@@ -558,7 +559,7 @@ def commits(folder: Path) -> int | None:
     path = folder / COMMITS
     try:
         return count_of(read(path, MOST_RECORD_BYTES)) if path.is_file() else None
-    except Unexpected:
+    except UnexpectedFile:
         return None
 
 
@@ -580,7 +581,7 @@ def digests(folder: Path) -> dict[str, list[str]] | None:
     path = folder / DIGESTS
     try:
         found = unsealed(read(path, MOST_RECORD_BYTES), path) if path.is_file() else None
-    except Damaged:
+    except CorruptFile:
         return None
     whole = found is not None and all(isinstance(each, list) for each in found.values())
     return found if whole else None

@@ -17,9 +17,9 @@ from tune_kd.records.importer import Adapter
 from tune_kd.records.ledger import DIGESTS, LAYOUT, MOST_TABLE_BYTES, PANDAS, RUN_NAME, SCHEMAS, TRIALS, Schema, digests
 from tune_kd.records.sync import pull
 from tune_kd.study import record
-from tune_kd.study.spec import Mistake
 from tune_kd.system.characters import CONTROL, visible
-from tune_kd.system.files import MOST_RECORD_BYTES, Damaged, check_names, read, unsealed
+from tune_kd.system.errors import CorruptFile, UserError
+from tune_kd.system.files import MOST_RECORD_BYTES, check_names, read, unsealed
 from tune_kd.system.object_store import path_of
 
 EXAMPLES = 3  # rows that an error shows
@@ -87,17 +87,17 @@ def load(*runs: Path | str, out: Path | str = "results", adapt: Adapter | None =
     """Read runs: folders, names under `out`, or what two files `..._trials.parquet`, `..._epochs.parquet` have in
     common (`data/published`). `adapt` says what the columns of somebody else's tables mean.
 
-    Raises `Mistake` for what is not there or cannot be read, and for rows that break the schema, with their number
+    Raises `UserError` for what is not there or cannot be read, and for rows that break the schema, with their number
     and some of them.
     """
     if not runs:
-        raise Mistake("RUN is missing; allowed: a run's folder, its name, or the common prefix of two tables")
+        raise UserError("RUN is missing; allowed: a run's folder, its name, or the common prefix of two tables")
     found: list[Records] = []
     problems: list[str] = []
     for each in runs:
         try:
             found.append(_load(place(each, out), adapt))
-        except Mistake as mistake:
+        except UserError as mistake:
             problems += mistake.problems
     names = [name for one in found for name in one.runs]
     problems += [f"RUN holds a run named {name!r}; allowed: letters, digits, '.', '_' and '-', since files are named so"
@@ -105,7 +105,7 @@ def load(*runs: Path | str, out: Path | str = "results", adapt: Adapter | None =
     problems += [f"RUN {name!r} is given more than once; allowed: runs of different names"
                  for name in sorted({name for name in names if names.count(name) > 1})]  # fmt: skip
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
     if len(found) == 1:
         return found[0]
     # The schema gave all of them the same columns and types, so nothing is dropped.
@@ -116,7 +116,7 @@ def load(*runs: Path | str, out: Path | str = "results", adapt: Adapter | None =
 
 
 def place(run: Path | str, out: Path | str = "results") -> Path:
-    """The folder, or the prefix of files, that a user means. Raises `Mistake` where there is none."""
+    """The folder, or the prefix of files, that a user means. Raises `UserError` where there is none."""
     if "://" in str(run):
         run = path_of(str(run))
     run, out = Path(run), Path(out)
@@ -129,7 +129,7 @@ def place(run: Path | str, out: Path | str = "results") -> Path:
         tables = (_file(found, "trials", whole) for whole in (True, False))
         if any(map(os.path.exists, tables)) or os.path.lexists(found / "study.json"):
             return found
-    raise Mistake(
+    raise UserError(
         f"RUN is {str(run)!r}; allowed: a run's folder or name under {out} (see `tune_kd list`), a folder with "
         "trials.parquet, or PREFIX where PREFIX_trials.parquet is a file"
     )
@@ -155,21 +155,21 @@ def _load(place: Path, adapt: Adapter | None) -> Records:
         again = f"{RESUME} {quote(str(place))}` makes the tables again from the ledger" if ours else "restore the file"
         if not os.path.exists(path):
             if ours or schema is TRIALS:
-                raise Mistake(f"{path} is missing; {again}")
+                raise UserError(f"{path} is missing; {again}")
             tables[schema.name] = pd.DataFrame({name: [] for name in schema.columns})
             continue
         try:
             tables[schema.name] = parquet.table(_whole(path, digested))
-        except Damaged as error:
-            raise Mistake(f"{error}; {again}") from error
+        except CorruptFile as error:
+            raise UserError(f"{error}; {again}") from error
         except (OSError, ValueError, TypeError, NotImplementedError) as error:  # of which pyarrow's own are kinds
-            raise Mistake(f"{path} cannot be read ({error}); {again}") from error
+            raise UserError(f"{path} cannot be read ({error}); {again}") from error
     if not ours:
         try:
             name = re.sub(r"[^A-Za-z0-9._-]", "-", place.resolve().name).lstrip("._-")[:64] or "tables"
             tables = (adapt or Adapter()).apply(name, tables)
         except (TypeError, ValueError, AttributeError) as error:
-            raise Mistake(f"{place}: its columns cannot be adapted ({error})") from error
+            raise UserError(f"{place}: its columns cannot be adapted ({error})") from error
     typed, problems = {}, []
     for schema in SCHEMAS:
         typed[schema.name], found = check(schema, tables[schema.name], lenient=not ours)
@@ -180,7 +180,7 @@ def _load(place: Path, adapt: Adapter | None) -> Records:
     if not len(typed["trials"]):
         problems.append(f"{_file(place, 'trials', whole)} has no rows; expected a row a trial")
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
     studies = {}
     if ours:
         study = _study(place / "study.json", typed["trials"])
@@ -189,27 +189,27 @@ def _load(place: Path, adapt: Adapter | None) -> Records:
 
 
 def _whole(path: Path, digested: bool) -> bytes:
-    """A table's bytes. Raises `Damaged` where those of a run are not what was written: the checksums inside a Parquet
-    file do not cover its footer."""
+    """A table's bytes. Raises `CorruptFile` where those of a run are not what was written: the checksums inside a
+    Parquet file do not cover its footer."""
     for _ in range(READS):  # another table may come while the digests are read
         data = read(path, MOST_TABLE_BYTES)
         if not digested or hashlib.sha256(data).hexdigest() in (digests(path.parent) or {}).get(path.name, []):
             return data
     if digests(path.parent) is None:
-        raise Damaged(f"{path.parent / DIGESTS}, which has the tables' digests, is missing or damaged")
-    raise Damaged(f"{path} was altered since it was written: its digest is not on record")
+        raise CorruptFile(f"{path.parent / DIGESTS}, which has the tables' digests, is missing or damaged")
+    raise CorruptFile(f"{path} was altered since it was written: its digest is not on record")
 
 
 def _digested(study: Path) -> bool:
     """Whether the run of a `study.json` has digests of its tables, as all have since they were introduced."""
     try:
         return int(unsealed(read(study, MOST_RECORD_BYTES), study).get("layout", 1)) >= LAYOUT
-    except (Damaged, OSError, OverflowError, TypeError, ValueError):
+    except (CorruptFile, OSError, OverflowError, TypeError, ValueError):
         return True
 
 
 def _study(path: Path, trials: pd.DataFrame) -> dict[str, Any]:
-    """What `study.json` says. Raises `Mistake` where it is none, was changed, or is not of these trials."""
+    """What `study.json` says. Raises `UserError` where it is none, was changed, or is not of these trials."""
     study = record.load(path)
     problems = []
     other = trials.loc[trials["run"] != study["run"], "run"]
@@ -221,7 +221,7 @@ def _study(path: Path, trials: pd.DataFrame) -> dict[str, Any]:
     if len(strange):
         problems.append(f"{path}: {_told('arm', strange, len(trials), 'one of the arms of the study')}")
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
     return cast(dict[str, Any], _visible(study))
 
 

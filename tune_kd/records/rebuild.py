@@ -28,9 +28,9 @@ from tune_kd.records.ledger import (
 )
 from tune_kd.records.reader import Records, load, rows, without_advice
 from tune_kd.records.run_folder import Run
-from tune_kd.study.spec import Mistake
 from tune_kd.system.crash_points import point
-from tune_kd.system.files import Damaged, sync
+from tune_kd.system.errors import CorruptFile, UserError
+from tune_kd.system.files import sync
 
 REBUILT = ".rebuilt"  # a folder in a run's, for the time that it takes
 
@@ -39,7 +39,7 @@ def opened(run: Run, say: Callable[[str], None]) -> Ledger:
     """A run's ledger to write to. One that is damaged, or gone, is rebuilt first, and that is said. A new one is made
     aside, so that none is ever there by half.
 
-    Raises `Damaged` where the tables are damaged, too, and `Mistake` where the ledger is not this plan's.
+    Raises `CorruptFile` where the tables are damaged, too, and `UserError` where the ledger is not this plan's.
     """
     wrong = wrong_with(run.folder)
     if wrong is not None:
@@ -52,7 +52,7 @@ def opened(run: Run, say: Callable[[str], None]) -> Ledger:
         rows = whole.rows(TRIALS)
     strange = {row["trial_id"] for row in rows} - {trial.trial_id for trial in grown(run.plan, rows).trials}
     if strange:
-        raise Mistake(
+        raise UserError(
             f"RUN is {run.name}, whose ledger holds trials that are not in the plan of {run.folder}/study.json: "
             f"{', '.join(sorted(strange))}; put the study.json or the ledger back that belongs to the other"
         )
@@ -75,7 +75,7 @@ def wrong_with(folder: Path) -> str | None:
             ledger.check()
     except Exception as error:
         if damage(error):
-            return str(error) if isinstance(error, Damaged) else f"{path} is damaged ({error})"
+            return str(error) if isinstance(error, CorruptFile) else f"{path} is damaged ({error})"
         raise
     return None
 
@@ -84,8 +84,8 @@ def rebuild(run: Run) -> str:
     """Make the ledger again from the tables, set the old one aside, and tell what the new one holds."""
     try:
         records = load(run.folder)
-    except Mistake as mistake:
-        raise Damaged(
+    except UserError as mistake:
+        raise CorruptFile(
             f"{run.folder / LEDGER} cannot be used, and the tables it could be made from are not whole "
             f"({'; '.join(map(without_advice, mistake.problems))}); restore the "
             "ledger or the tables from a copy, or start a new run, which takes over the teachers"
@@ -108,7 +108,7 @@ def rebuild(run: Run) -> str:
 
 
 def set_aside(folder: Path) -> list[Path]:
-    """Damaged ledgers that were set aside."""
+    """CorruptFile ledgers that were set aside."""
     return sorted(folder.glob(f"{LEDGER}.damaged-*"))
 
 
@@ -141,7 +141,9 @@ def _consistent(run: Run, records: Records) -> dict[str, list[Row]]:
     trials, epochs, decisions = (rows(table) for table in (records.trials, records.epochs, records.decisions))
     planned = {trial.trial_id: trial for trial in grown(run.plan, trials).trials}
     if strange := {row["trial_id"] for row in trials} - set(planned):
-        raise Damaged(f"{run.folder}: the tables hold trials that are not in the plan: {', '.join(sorted(strange))}")
+        raise CorruptFile(
+            f"{run.folder}: the tables hold trials that are not in the plan: {', '.join(sorted(strange))}"
+        )
     of_trial: dict[str, list[Row]] = {}
     for row in epochs:
         of_trial.setdefault(row["trial_id"], []).append(row)

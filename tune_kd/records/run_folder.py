@@ -29,10 +29,11 @@ from tune_kd.study.discover import from_json, resolve
 from tune_kd.study.plan import Plan, plan
 from tune_kd.study.source import digests as known_digests
 from tune_kd.study.source import folders
-from tune_kd.study.spec import Mistake, Study
+from tune_kd.study.spec import Study
 from tune_kd.study.trial import digest
 from tune_kd.system import signals
 from tune_kd.system.crash_points import point
+from tune_kd.system.errors import UserError
 from tune_kd.system.files import (
     MOST_RECORD_BYTES,
     check_names,
@@ -66,7 +67,7 @@ class Source:
     digests: dict[str, str] | None = None  # SHA-256 of the file and of what it imported from its folder, by path
 
     def read(self) -> Study:
-        """The study as its file declares it now. That executes the file. Raises `Mistake`."""
+        """The study as its file declares it now. That executes the file. Raises `UserError`."""
         return resolve(self.file, self.scale, self.data, self.settings)
 
     @property
@@ -117,7 +118,7 @@ class Run:
 
 
 def check_new(out: Path, name: str | None, study: Study) -> str:
-    """The name of a new run, given or made from the study and the time. Raises `Mistake`; creates nothing."""
+    """The name of a new run, given or made from the study and the time. Raises `UserError`; creates nothing."""
     if name is None:
         name = f"{study.name}-{study.scale}-{datetime.now():%Y%m%d-%H%M%S}"
     problems = [*problems_with_name(name), *secrets(asdict(study), "study")]
@@ -129,7 +130,7 @@ def check_new(out: Path, name: str | None, study: Study) -> str:
         problems.append(f"--out is {out}, where {why}; choose a folder with a shorter path")
     problems += _in_the_way(out, name)
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
     return name
 
 
@@ -164,15 +165,15 @@ def problems_with_name(name: str) -> list[str]:
 
 
 def check_links(run: Run) -> None:
-    """Raise `Mistake` for links where the run writes: into its folder, and into those of its teachers. Results may come
-    from anybody, who could have made a link to any file of the caller's."""
+    """Raise `UserError` for links where the run writes: into its folder, and into those of its teachers. Results may
+    come from anybody, who could have made a link to any file of the caller's."""
     folders = [run.folder, run.teachers]
     if not run.teachers.is_symlink():
         folders = [run.folder, *(run.teachers / teacher.trial_id for teacher in run.plan.teachers)]
     found = [path for folder in folders for path in links(folder)]
     if found:
         more = f", and {len(found) - 5} more" if len(found) > 5 else ""
-        raise Mistake(
+        raise UserError(
             f"RUN is {run.name}, and nothing is written through links, such as "
             f"{', '.join(f'{path} (to {os.readlink(path)})' for path in found[:5])}{more}; allowed: files and folders; "
             "put there what they link to, or remove them"
@@ -181,23 +182,23 @@ def check_links(run: Run) -> None:
 
 @contextmanager
 def begun(run: Run) -> Iterator[None]:
-    """A new run on disk, held by this process. Nothing stays of one whose plan cannot be written, or that a `Mistake`
+    """A new run on disk, held by this process. Nothing stays of one whose plan cannot be written, or that a `UserError`
     ends before a row is written."""
     check_links(run)
     try:
         run.folder.mkdir(parents=True, exist_ok=_unbegun(run.folder))
     except OSError as error:
-        raise Mistake(f"--out: {run.folder} cannot be made ({error.strerror}); choose another folder") from error
+        raise UserError(f"--out: {run.folder} cannot be made ({error.strerror}); choose another folder") from error
     try:
         with held(run.folder):
             if not _unbegun(run.folder):
-                raise Mistake(f"--name is {run.name!r}, and {run.folder} was begun meanwhile; choose another name")
+                raise UserError(f"--name is {run.name!r}, and {run.folder} was begun meanwhile; choose another name")
             try:
                 create(run)
                 yield
             except BaseException as error:
                 first = run.folder / "trials.parquet"  # of a driver's files
-                if not (run.folder / STUDY).exists() or (isinstance(error, Mistake) and not first.exists()):
+                if not (run.folder / STUDY).exists() or (isinstance(error, UserError) and not first.exists()):
                     shutil.rmtree(run.folder)
                 raise
     except OSError:
@@ -242,7 +243,7 @@ def create(run: Run) -> None:
         "machine": {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count()},
     }
     if problems := list(secrets(record)):
-        raise Mistake(*problems)
+        raise UserError(*problems)
     publish(run.folder / STUDY, sealed(record))
     Mirror.of(run.folder).send(run.folder / STUDY)
     point("study.published")
@@ -262,7 +263,7 @@ def with_file(run: Run, file: Path) -> Run:
 
 def _declared(run: Run) -> Study | None:
     """The study as its file declares it now; null where the file is gone, or is not the caller's and holds what it
-    did when the run began. Raises `Mistake` where it would have to be executed, and only the record names it."""
+    did when the run began. Raises `UserError` where it would have to be executed, and only the record names it."""
     source = run.source
     if source is None or not (run.named or os.path.isfile(source.file)):
         return None
@@ -271,7 +272,7 @@ def _declared(run: Run) -> Study | None:
     if source.is_unchanged:
         return None
     how = "is not what it was when the run began" if source.digests else "has no digest on record"
-    raise Mistake(
+    raise UserError(
         f"RUN is {run.name}, whose study.json says that its study is {source.file}, which {how}; only a study that is "
         "installed, or stands in the working directory, is executed without being named: look at it, and resume with "
         f"--study {quote(str(source.file))}"
@@ -282,29 +283,29 @@ def extended(run: Run, settings: Sequence[str] = ()) -> Run:
     """The run with what its study allows to be added: the next of its looks, or, where its file or these settings
     declare them now, seeds after those that it had and levels after those that a factor had.
 
-    Raises `Mistake` where nothing was added, or anything else was changed.
+    Raises `UserError` where nothing was added, or anything else was changed.
     """
     waiting = sum(row["status"] in ("pending", "running") for row in trials(run))
     if waiting:
-        raise Mistake(f"RUN is {run.name}, where {waiting} trials are still to run; resume it, and then --extend")
+        raise UserError(f"RUN is {run.name}, where {waiting} trials are still to run; resume it, and then --extend")
     if run.source is not None:
         run = replace(run, source=replace(run.source, settings=(*run.source.settings, *settings)))
     now = _declared(run)
     if now is None and settings:
-        raise Mistake(
+        raise UserError(
             f"RUN is {run.name}, whose study {_file(run)} is to be --set; name its file with --study, which is executed"
         )
     now = now or run.study
     before, confirm = asdict(run.study), run.study.confirm
     if found := _differences(before, asdict(_without_additions(run.study, now))):
-        raise Mistake(
+        raise UserError(
             f"RUN is {run.name}, and --extend admits only seeds after those of confirm.seeds (where no looks are "
             f"declared) and levels after those of a factor; its study {_file(run)} differs in: {'; '.join(found)}"
         )
     last = len(confirm.looks or (0,)) - 1
     if now == run.study and run.look == last:
         more = "its last look is done" if confirm.looks else f"{_file(run)} declares the same seeds and levels"
-        raise Mistake(f"RUN is {run.name}, to which --extend has nothing to add: {more}")
+        raise UserError(f"RUN is {run.name}, to which --extend has nothing to add: {more}")
     return replace(run, study=now, look=min(run.look + 1, last) if now == run.study else run.look)
 
 
@@ -321,7 +322,7 @@ def record_extension(run: Run) -> None:
             "study": resolved, "study_sha256": digest(resolved), "arms": arms, "searches": searches, "at": at
         }  # fmt: skip
     if problems := list(secrets(record)):
-        raise Mistake(*problems)
+        raise UserError(*problems)
     publish(run.folder / STUDY, sealed(record))
     Mirror.of(run.folder).send(run.folder / STUDY)
     point("extension.recorded")
@@ -379,20 +380,20 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
 
 
 def find(out: Path, name: str) -> Path:
-    """The folder of a run that is named under `out` or given as a path or URL. Raises `Mistake` where there is none, or
-    its ledger cannot be opened there."""
+    """The folder of a run that is named under `out` or given as a path or URL. Raises `UserError` where there is none,
+    or its ledger cannot be opened there."""
     for folder in (out / name, path_of(name)):
         check_names(folder)
         if Mirror.of(folder).url is not None:
             pull(folder)
         if os.path.exists(folder / STUDY):  # what it is, its reader says
             if (why := too_long(folder / LEDGER)) is not None:
-                raise Mistake(f"RUN is {folder}, where {why}; move it to a folder with a shorter path")
+                raise UserError(f"RUN is {folder}, where {why}; move it to a folder with a shorter path")
             return (
                 folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
             )  # its teachers lie beside it
     names = [folder.name for folder in existing(out)]
-    raise Mistake(f"RUN is {name!r}; allowed: a run under {out} ({', '.join(names) or 'there is none'}) or its path")
+    raise UserError(f"RUN is {name!r}; allowed: a run under {out} ({', '.join(names) or 'there is none'}) or its path")
 
 
 def existing(out: Path) -> list[Path]:
@@ -405,11 +406,11 @@ def existing(out: Path) -> list[Path]:
 
 
 def reopen(folder: Path) -> Run:
-    """A run as it was begun. Raises `Mistake` where its record does not fit itself or this version."""
+    """A run as it was begun. Raises `UserError` where its record does not fit itself or this version."""
     try:
         record = study_record.load(folder / STUDY)
-    except Mistake as mistake:
-        raise Mistake(
+    except UserError as mistake:
+        raise UserError(
             *(f"{problem.removesuffix('; restore the file')}; restore the file, or start a new run"
               for problem in mistake.problems)
         ) from mistake  # fmt: skip
@@ -428,24 +429,24 @@ def reopen(folder: Path) -> Run:
         planned_trials = set(record["trials"])
     except (ValueError, KeyError, TypeError) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise Mistake(
+        raise UserError(
             f"{folder}/study.json was changed after the run began, or is another version's ({what}); "
             "restore the file, or start a new run"
         ) from error
     if begun != here:
-        raise Mistake(
+        raise UserError(
             f"RUN is {folder.name}, begun by tune_kd {begun}; this is {here}, whose records differ: finish it with the "
             "version that began it"
         )
     try:
         planned = run.plan
-    except Mistake as mistake:
-        raise Mistake(
+    except UserError as mistake:
+        raise UserError(
             f"RUN is {folder.name}, begun by tune_kd {begun} at commit {commit or 'unknown'}, which "
             f"allowed what this one does not ({'; '.join(mistake.problems)}); finish it with that one, or start anew"
         ) from mistake
     if {trial.trial_id for trial in planned.trials} != planned_trials:  # their order is this version's
-        raise Mistake(
+        raise UserError(
             f"{folder}/study.json was planned by tune_kd {begun}, and this version plans "
             "other trials from it; resume it with that version"
         )
@@ -460,12 +461,12 @@ def held(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         who = holder(folder) or {}
-        raise Mistake(
+        raise UserError(
             f"RUN is {folder.name}, which process {who.get('pid', '?')} on {who.get('host', '?')} holds since "
             f"{who.get('since', '?')}; wait for it or stop it (`tune_kd status {folder.name}` shows it)"
         ) from None
     except OSError as error:
-        raise Mistake(f"RUN is {folder}, which cannot be written to ({error.strerror}); make it writable") from error
+        raise UserError(f"RUN is {folder}, which cannot be written to ({error.strerror}); make it writable") from error
     mirror = Mirror.of(folder)
     try:
         _check_unheld(mirror, folder)
@@ -482,8 +483,8 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def _check_unheld(mirror: Mirror, folder: Path) -> None:
-    """Raise `Mistake` where a driver on another machine has this run in a store. It says so again with each sending; a
-    store has no lock that dies with its holder."""
+    """Raise `UserError` where a driver on another machine has this run in a store. It says so again with each sending;
+    a store has no lock that dies with its holder."""
     there = mirror.read(folder / HOLDER, MOST_RECORD_BYTES)
     try:
         who = {} if there is None else parsed(there)
@@ -491,7 +492,7 @@ def _check_unheld(mirror: Mirror, folder: Path) -> None:
     except (ValueError, AttributeError, TypeError):
         return
     if who.get("host", platform.node()) != platform.node() and age < UNSEEN:
-        raise Mistake(
+        raise UserError(
             f"RUN is {folder.name}, which process {who.get('pid')} on {who['host']} holds since {who.get('since')}, "
             f"seen {age:.0f} s ago; wait for it or stop it; one not seen for {UNSEEN:.0f} s is taken for dead"
         )

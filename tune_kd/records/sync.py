@@ -27,7 +27,8 @@ from tune_kd.records.ledger import (
     counted,
     snapshot,
 )
-from tune_kd.system.files import MOST_RECORD_BYTES, Damaged, parsed, publish, read, unsealed
+from tune_kd.system.errors import CorruptFile
+from tune_kd.system.files import MOST_RECORD_BYTES, parsed, publish, read, unsealed
 from tune_kd.system.object_store import READS, Mirror
 
 STUDY = "study.json"  # in a run's folder
@@ -125,7 +126,7 @@ def _of_one_age(mirror: Mirror, folder: Path) -> dict[str, bytes]:
         whole = {name: data for name, data in found.items() if data is not None}
         try:
             known = unsealed(whole[DIGESTS], folder / DIGESTS)
-        except (KeyError, Damaged):
+        except (KeyError, CorruptFile):
             known = {}
         fit = [hashlib.sha256(whole.get(name, b"")).hexdigest() in known.get(name, []) for name in TABLES[1:]]
         if all(fit) or len(whole) < len(found):

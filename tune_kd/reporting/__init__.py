@@ -9,7 +9,7 @@ from tune_kd.analysis import contrasts, early_stopping, measures, provenance, tu
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.records.reader import Records
 from tune_kd.reporting import figures, page, texts
-from tune_kd.study.spec import Mistake
+from tune_kd.system.errors import UserError
 from tune_kd.system.files import obstacle, publish
 
 FORMATS = ("html", "md", "csv", "tex", "png", "svg")
@@ -42,16 +42,16 @@ def tables(records: Records) -> dict[str, pd.DataFrame]:
 def write(folder: Path, records: Records, formats: Sequence[str] = FORMATS) -> Path:
     """Write a report of the records into `folder`, and return the file to read first.
 
-    Raises `Mistake` for formats that there are not, before anything is written.
+    Raises `UserError` for formats that there are not, before anything is written.
     """
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         named = ", ".join(map(repr, unknown)) or "empty"
-        raise Mistake(f"--format is {named}; allowed: {', '.join(FORMATS)}")
+        raise UserError(f"--format is {named}; allowed: {', '.join(FORMATS)}")
     if (there := obstacle(folder)) is not None:
-        raise Mistake(f"--to is {folder}, and {there} cannot be written to; allowed: a folder that can be made")
+        raise UserError(f"--to is {folder}, and {there} cannot be written to; allowed: a folder that can be made")
     if found := [path for path in (folder / "tables", folder / "figures") if path.is_symlink()]:
-        raise Mistake(f"--to is {folder}, where {found[0]} is a link, through which nothing is written; remove it")
+        raise UserError(f"--to is {folder}, where {found[0]} is a link, through which nothing is written; remove it")
     made = tables(records)
     titled = {name: (TABLES[name][0], table) for name, table in made.items()}
     drawn = figures.draw(records) if {"html", "png", "svg"} & set(formats) else []

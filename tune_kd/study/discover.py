@@ -14,7 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from tune_kd.study.plan import checked
 from tune_kd.study.source import StudyFile, executed, folders
-from tune_kd.study.spec import DATA_SETS, Data, Factor, Mistake, Study
+from tune_kd.study.spec import DATA_SETS, Data, Factor, Study
+from tune_kd.system.errors import UserError
 
 
 def available() -> dict[str, Path]:
@@ -27,11 +28,11 @@ def available() -> dict[str, Path]:
 
 
 def find(study: str) -> Path:
-    """The file of a study that is named or given as a path. Raises `Mistake` where there is none."""
+    """The file of a study that is named or given as a path. Raises `UserError` where there is none."""
     known = available()
     path = Path(study) if study.endswith(".py") or "/" in study else known.get(study)
     if path is None or path.suffix != ".py" or not os.path.isfile(path):
-        raise Mistake(f"STUDY is {study!r}; allowed: {', '.join(known)}, or the path of a Python file with study()")
+        raise UserError(f"STUDY is {study!r}; allowed: {', '.join(known)}, or the path of a Python file with study()")
     return path
 
 
@@ -46,10 +47,12 @@ def _scales(file: StudyFile) -> dict[str, Callable[..., Study]]:
         if declared is not None:
             names = dict(declared) if isinstance(declared, Mapping) else {}
             if not names or not all(isinstance(name, str) and callable(each) for name, each in names.items()):
-                raise Mistake(f"STUDY is {file.path}, whose SCALES is {declared!r:.60}; allowed: names with functions")
+                raise UserError(
+                    f"STUDY is {file.path}, whose SCALES is {declared!r:.60}; allowed: names with functions"
+                )
             return names
     if not callable(make):
-        raise Mistake(f"STUDY is {file.path}, which has no function study(); allowed: a file with `study() -> Study`")
+        raise UserError(f"STUDY is {file.path}, which has no function study(); allowed: a file with `study() -> Study`")
     return {_made(file, make, None).scale: make}
 
 
@@ -62,9 +65,9 @@ def resolve(path: Path, scale: str, data: str | None = None, settings: Sequence[
     file = executed(path)
     declared = _scales(file)
     if scale not in declared:
-        raise Mistake(f"--scale is {scale!r}; allowed: auto, {', '.join(declared)}")
+        raise UserError(f"--scale is {scale!r}; allowed: auto, {', '.join(declared)}")
     if data is not None and data not in DATA_SETS:
-        raise Mistake(f"--data is {data!r}; allowed: {', '.join(DATA_SETS)}")
+        raise UserError(f"--data is {data!r}; allowed: {', '.join(DATA_SETS)}")
     study = _made(file, declared[scale], data)
     if data is not None and data != study.data.name:
         study = replace(study, data=Data(data))
@@ -81,7 +84,7 @@ def _made(file: StudyFile, make: Callable[..., Study], data: str | None) -> Stud
         if key not in file.made:
             made = make(data=data) if takes_data else make()
             if not isinstance(made, Study):
-                raise Mistake(f"STUDY is {file.path}, where {name}() returns {type(made).__name__}; allowed: a Study")
+                raise UserError(f"STUDY is {file.path}, where {name}() returns {type(made).__name__}; allowed: a Study")
             file.made[key] = made
         return file.made[key]
 
@@ -107,11 +110,11 @@ def _with_settings(path: Path, study: Study, settings: Sequence[str]) -> Study:
         problem = _assign(value, field.split("."), _parsed(text), field)
         problems += [problem] if problem else []
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
     try:
         return from_json(value)
     except ValidationError as error:
-        raise Mistake(*_type_problems(path, value, settings, error)) from error
+        raise UserError(*_type_problems(path, value, settings, error)) from error
 
 
 def _type_problems(path: Path, value: dict[str, Any], settings: Sequence[str], error: ValidationError) -> list[str]:

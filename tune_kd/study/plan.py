@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
 from tune_kd.study.cost import answering, flop
-from tune_kd.study.spec import APPLIES, CELL_FIELDS, NUMERIC, Cell, Compare, Level, Mistake, Study
+from tune_kd.study.spec import APPLIES, CELL_FIELDS, NUMERIC, Cell, Compare, Level, Study
 from tune_kd.study.trial import Answering, Trial
 from tune_kd.study.tuning import Range, number
+from tune_kd.system.errors import UserError
 
 T = TypeVar("T")
 
@@ -66,7 +67,8 @@ class Search:
 class Plan:
     """All that a study will do. Trials stand in the order in which they start once they are ready.
 
-    Of a study that is tuned, the trials are those that are known before anything is drawn (see `tune_kd.records.adaptive_plan`).
+    Of a study that is tuned, the trials are those that are known before anything is drawn (see
+    `tune_kd.records.adaptive_plan`).
     """
 
     study: Study
@@ -85,8 +87,8 @@ class Plan:
 def plan(study: Study, data_digest: str | None = None, look: int = 0) -> Plan:
     """Expand a checked study, up to one of the looks that it declares (from 0).
 
-    Without the data's digest the plan is a preview, and its ids are not the run's. Raises `Mistake`, also for what only
-    the expansion shows: a comparison that is none, and two things of one name.
+    Without the data's digest the plan is a preview, and its ids are not the run's. Raises `UserError`, also for what
+    only the expansion shows: a comparison that is none, and two things of one name.
     """
     raw, contrasts = _compared(study)
     merged = Counter(raw)
@@ -126,7 +128,7 @@ def plan(study: Study, data_digest: str | None = None, look: int = 0) -> Plan:
 
 
 def checked(study: Study) -> Study:
-    """The study itself, whose trials are not made for it. Raises `Mistake` as `plan` does."""
+    """The study itself, whose trials are not made for it. Raises `UserError` as `plan` does."""
     _compared(study)
     return study
 
@@ -141,7 +143,7 @@ def _compared(study: Study) -> tuple[list[Cell], tuple[Contrast, ...]]:
     contrasts = _contrasts(study, pairs)
     problems = [*_vanished(study, cells, pairs, contrasts), *_namesakes(study, cells, contrasts), *_repeated(contrasts)]
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
     return raw, contrasts
 
 

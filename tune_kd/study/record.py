@@ -9,9 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from tune_kd.study.discover import from_json
 from tune_kd.study.plan import Search
-from tune_kd.study.spec import MOST_TRIALS, Mistake, Study
+from tune_kd.study.spec import MOST_TRIALS, Study
 from tune_kd.study.trial import digest
-from tune_kd.system.files import MOST_RECORD_BYTES, Damaged, read, unsealed
+from tune_kd.system.errors import CorruptFile, UserError
+from tune_kd.system.files import MOST_RECORD_BYTES, read, unsealed
 
 T = TypeVar("T")
 
@@ -86,23 +87,23 @@ class _Record(_Part):
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The record in a file. Raises `Mistake` where it lacks something, was changed since the run began, or holds what
+    """The record in a file. Raises `UserError` where it lacks something, was changed since the run began, or holds what
     no run writes."""
     try:
         record = unsealed(read(path, MOST_RECORD_BYTES), path)
-    except (Damaged, OSError) as error:
-        raise Mistake(f"{error}; restore the file") from error
+    except (CorruptFile, OSError) as error:
+        raise UserError(f"{error}; restore the file") from error
     study = record.get("study")
     lacking = [name for name in ("run", "study", "contrasts", "arms", "data") if name not in record]
     if isinstance(study, dict):
         inner = ("name", "question", "scale", "confirm", "teacher_seeds", "deviation")
         lacking += [f"study.{name}" for name in inner if name not in study]
     if lacking:
-        raise Mistake(f"{path} lacks {', '.join(lacking)}; restore the file")
+        raise UserError(f"{path} lacks {', '.join(lacking)}; restore the file")
     try:
         found = _Record.model_validate(record).model_dump(exclude_unset=True)
     except ValidationError as error:
-        raise Mistake(
+        raise UserError(
             *(f"{path}: {'.'.join(map(str, each['loc']))} is {_shown(each['input'])}, which no run writes "
               f"({each['msg']}); restore the file" for each in error.errors()[:5])
         ) from error  # fmt: skip
@@ -115,27 +116,27 @@ def load(path: Path) -> dict[str, Any]:
     if extended and extended["study_sha256"] != _digest(record["extended"]["study"]):
         problems.append(f"{path}: its hash does not fit what the study was extended to; restore the file")
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
     for part in [found, *([extended] if extended else [])]:
         declared = _study(path, part["study"])
         problems += _unfit(path, part, declared, found)
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
     return found
 
 
 def _study(path: Path, value: dict[str, Any]) -> Study:
-    """The study in a record, within its bounds. Raises `Mistake`."""
+    """The study in a record, within its bounds. Raises `UserError`."""
     try:
         return from_json(value).check()
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise Mistake(
+        raise UserError(
             f"{path}: study.{where} is {_shown(first['input'])} ({first['msg']}); restore the file"
         ) from error
-    except Mistake as mistake:
-        raise Mistake(*(f"{path}: {problem}" for problem in mistake.problems[:5])) from mistake
+    except UserError as mistake:
+        raise UserError(*(f"{path}: {problem}" for problem in mistake.problems[:5])) from mistake
 
 
 def _unfit(path: Path, part: dict[str, Any], study: Study, record: dict[str, Any]) -> list[str]:

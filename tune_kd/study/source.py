@@ -11,8 +11,9 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 
-from tune_kd.study.spec import Mistake, Study
+from tune_kd.study.spec import Study
 from tune_kd.system import signals
+from tune_kd.system.errors import UserError
 from tune_kd.system.files import MOST_RECORD_BYTES, read
 
 FOLDER = "search_spaces"
@@ -31,7 +32,7 @@ class StudyFile:
     module: ModuleType
 
     def __init__(self, path: Path) -> None:
-        """Execute it. Raises `Mistake`, also for what it raises."""
+        """Execute it. Raises `UserError`, also for what it raises."""
         self.path = path
         self.made: dict[Hashable, Study] = {}  # what its functions made
         # A name that nothing else has, under which the module stays known, so that its classes can be found by it.
@@ -80,7 +81,7 @@ class StudyFile:
         """Run code of this file. Modules of its folder can be imported, and `search_spaces` means the folders where
         studies are found; what it prints goes to standard error. Nothing of that stays.
 
-        Raises `Mistake`, `doing` in its words, for whatever it raises: SystemExit and KeyboardInterrupt, too.
+        Raises `UserError`, `doing` in its words, for whatever it raises: SystemExit and KeyboardInterrupt, too.
         """
         modules, python_path, bytecode = dict(sys.modules), sys.path, sys.dont_write_bytecode
         for name in modules:
@@ -96,12 +97,12 @@ class StudyFile:
         except BaseException as error:
             signals.check()  # what it raises may be what asked this command to leave
             line = self._line(error)
-            if isinstance(error, Mistake) and error.problems:
+            if isinstance(error, UserError) and error.problems:
                 if line is None:  # ours
                     raise
-                raise Mistake(*(f"STUDY is {self.path}: {problem}" for problem in error.problems)) from error
+                raise UserError(*(f"STUDY is {self.path}: {problem}" for problem in error.problems)) from error
             at = "" if line is None else f" (line {line})"
-            raise Mistake(f"STUDY is {self.path}, {doing}: {_words(error)}{at}") from error
+            raise UserError(f"STUDY is {self.path}, {doing}: {_words(error)}{at}") from error
         finally:
             more = [finder for finder in sys.meta_path if finder not in (self._finder, *finders)]  # of libraries
             sys.meta_path[:] = [*finders, *more]
@@ -149,7 +150,7 @@ _files: dict[Path, StudyFile] = {}
 
 
 def executed(path: Path) -> StudyFile:
-    """A study's file, executed when it is first asked for, and again only where it was changed. Raises `Mistake`."""
+    """A study's file, executed when it is first asked for, and again only where it was changed. Raises `UserError`."""
     path = path.absolute()
     known = _files.get(path)
     if known is None or not known.is_as_executed:

@@ -12,6 +12,7 @@ from typing import Self
 
 from tune_kd.study.tuning import Choice, Integer, Range, Tuning, number
 from tune_kd.system.characters import CONTROL, visible
+from tune_kd.system.errors import UserError
 
 Level = str | int | float
 
@@ -37,14 +38,6 @@ APPLIES: dict[str, tuple[str, ...]] = {
 
 
 TUNABLE = ("temperature", "alpha", "beta", "lr", "weight_decay")  # of a cell and of the recipe
-
-
-class Mistake(ValueError):
-    """A mistake of the caller's. `problems` holds one sentence each; the message lists them all."""
-
-    def __init__(self, *problems: str) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
 
 
 @dataclass(frozen=True)
@@ -204,9 +197,9 @@ class Study:
         return value
 
     def check(self) -> Self:
-        """Return the study itself; raise `Mistake` with every problem that it has."""
+        """Return the study itself; raise `UserError` with every problem that it has."""
         if problems := list(_oversized(self)):  # of which the rest could take hours to look at
-            raise Mistake(*problems)
+            raise UserError(*problems)
         problems = [
             *_factor_problems(self),
             *_control_problems(self),
@@ -237,7 +230,7 @@ class Study:
         if not 1e3 <= self.rate <= 1e24:
             problems.append(f"rate is {self.rate}; allowed: from 1e3 to 1e24 operations a second")
         if problems:
-            raise Mistake(*problems)
+            raise UserError(*problems)
         return self
 
 

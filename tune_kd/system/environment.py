@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tune_kd.study.spec import Mistake
 from tune_kd.system.characters import visible
+from tune_kd.system.errors import UserError
 
 PLACES = (
     *("HOME", "TMPDIR", "RAY_TMPDIR", "RAY_AUTH_TOKEN_PATH", "XDG_CACHE_HOME", "XDG_DATA_HOME", "MPLCONFIGDIR"),
@@ -22,15 +22,15 @@ SOCKET_BYTES = 107  # of the path of a socket, as Linux has it
 
 
 def check_text(arguments: Sequence[str]) -> None:
-    """Raise `Mistake` for what a command is given that is no UTF-8, as which SQLite, Parquet, JSON and Ray need it, and
-    for arguments that a terminal would obey."""
+    """Raise `UserError` for what a command is given that is no UTF-8, as which SQLite, Parquet, JSON and Ray need it,
+    and for arguments that a terminal would obey."""
     before = ("tune_kd", *arguments)
     named = [(f"the argument after {before[number]}", text) for number, text in enumerate(arguments)]
     named += [(name, os.environ.get(name, "")) for name in PLACES]
     try:
         named.append(("the working directory", os.getcwd()))
     except FileNotFoundError:
-        raise Mistake("the working directory is not there any more; change to another one") from None
+        raise UserError("the working directory is not there any more; change to another one") from None
     as_what = sys.getfilesystemencoding()
     remedy = "" if as_what == "utf-8" else f", and Python takes it for {as_what} here; set PYTHONUTF8=1"
     problems = [
@@ -44,7 +44,7 @@ def check_text(arguments: Sequence[str]) -> None:
         if _is_text(text) and visible(text) != text  # which the parser of arguments would repeat as it is
     ]
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
 
 
 def _is_text(text: str) -> bool:
@@ -56,7 +56,7 @@ def _is_text(text: str) -> bool:
 
 
 def check_places(address: str | None) -> None:
-    """Raise `Mistake` for places outside of the results that a run has to write to, and cannot. It joins the Ray at
+    """Raise `UserError` for places outside of the results that a run has to write to, and cannot. It joins the Ray at
     `address`, or starts one."""
     home()  # Ray cannot even be imported without
     problems: list[str] = []
@@ -64,25 +64,25 @@ def check_places(address: str | None) -> None:
         for check in (guard_token, ray_folder):
             try:
                 check()
-            except Mistake as mistake:
+            except UserError as mistake:
                 problems += mistake.problems
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
 
 
 def home() -> Path:
-    """The user's home. Raises `Mistake` where nobody says where that is."""
+    """The user's home. Raises `UserError` where nobody says where that is."""
     try:
         return Path.home()
     except RuntimeError:
-        raise Mistake(
+        raise UserError(
             f"HOME is not set, and the user {os.getuid()} has no entry in the password file; set HOME to a folder that "
             "can be written to"
         ) from None
 
 
 def token_file() -> Path:
-    """Where Ray has its token, which its dashboard asks for. Raises `Mistake` where there is no home for it."""
+    """Where Ray has its token, which its dashboard asks for. Raises `UserError` where there is no home for it."""
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or home() / ".ray" / "auth_token")
 
 
@@ -90,7 +90,7 @@ def guard_token() -> None:
     """Whoever reads Ray's token can run code as this user, and Ray writes it for all to read, and into the home alone:
     make it, where Ray asks for one, and keep it from others.
 
-    Raises `Mistake` where that cannot be done.
+    Raises `UserError` where that cannot be done.
     """
     asks = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token" and not os.environ.get("RAY_AUTH_TOKEN")
     token = token_file()
@@ -98,14 +98,14 @@ def guard_token() -> None:
         if asks:
             _fill(token)
     except OSError as error:
-        raise Mistake(
+        raise UserError(
             f"Ray's token is to be in {token}, which cannot be written and read there ({error.strerror}); set "
             "RAY_AUTH_TOKEN_PATH to a file in a folder where it can"
         ) from error
     with suppress(OSError):  # a file that is not ours
         token.chmod(0o600)
     if token.is_file() and (mode := token.stat().st_mode & 0o777) & 0o077:
-        raise Mistake(f"{token}, Ray's token, has the mode {mode:04o}, so that others can read it; allowed: 0600")
+        raise UserError(f"{token}, Ray's token, has the mode {mode:04o}, so that others can read it; allowed: 0600")
 
 
 def _fill(token: Path) -> None:
@@ -150,7 +150,7 @@ def make_private(folder: Path) -> None:
 def own_folder() -> Path:
     """A folder of this user's alone for what is temporary: `ray-UID` in RAY_TMPDIR, TMPDIR or /tmp.
 
-    Raises `Mistake` where it cannot be made, or others may look into it: it has the same name each time, so that
+    Raises `UserError` where it cannot be made, or others may look into it: it has the same name each time, so that
     another user may have made it before.
     """
     folder = _temporary() / f"ray-{os.getuid()}"
@@ -177,7 +177,7 @@ def guard_code() -> None:
 
 def ray_folder() -> Path:
     """Where the Ray that a run starts has its sockets and logs: in a folder that is closed to others, since Ray opens
-    to all what it makes there. Raises `Mistake` where Ray cannot work."""
+    to all what it makes there. Raises `UserError` where Ray cannot work."""
     folder = _temporary() / f"ray-{os.getuid()}" / "ray"
     longest = folder / f"session_2000-01-01_00-00-00_000000_{os.getpid()}" / "sockets" / "dash_MetricsHead"
     if not folder.is_absolute():
@@ -203,10 +203,10 @@ def _temporary() -> Path:
     return Path(os.environ[name] if name else "/tmp")
 
 
-def _unusable(folder: Path, why: str) -> Mistake:
+def _unusable(folder: Path, why: str) -> UserError:
     name = _variable()
     where = f"{name} is {os.environ[name]!r}" if name else "RAY_TMPDIR is not set"
-    return Mistake(
+    return UserError(
         f"{where}, and Ray works in {folder}, {why}; set RAY_TMPDIR to a folder with a short absolute path that can be "
         "written to"
     )

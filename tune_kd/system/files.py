@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tune_kd.system.crash_points import point
+from tune_kd.system.errors import CorruptFile, UnexpectedFile
 
 T = TypeVar("T")
 MOST_RECORD_BYTES = 2**26  # of JSON: the `study.json` of 10,000 trials has less than 1 MB
@@ -33,24 +34,13 @@ NAME_BYTES = 255  # of a file or a folder, on all disks of Linux
 PAUSES = (0.2, 1.0)  # seconds before what failed is tried again; after that many times it has failed
 
 
-class Damaged(RuntimeError):
-    """A file does not carry the bytes that were written."""
-
-
-class Unexpected(OSError, Damaged):
-    """What is at a path is no regular file, or a larger one than files of its kind are."""
-
-    def __str__(self) -> str:
-        return f"{self.filename} {self.strerror}"
-
-
 def patiently(do: Callable[[], T], hiccups: tuple[type[Exception], ...] = (OSError,)) -> T:
     """What `do` returns, where need be at a later try. Raises its last error; a missing file is no hiccup, nor is
     something else in its place."""
     for pause in PAUSES:
         try:
             return do()
-        except (FileNotFoundError, Unexpected):
+        except (FileNotFoundError, UnexpectedFile):
             raise
         except hiccups:
             time.sleep(pause)
@@ -119,7 +109,7 @@ def sync(folder: Path) -> None:
 
 def opened(path: Path, most: int) -> BufferedReader:
     """A regular file of at most so many bytes, open to be read. Raises OSError, which for anything else there is
-    `Unexpected`: a FIFO would be waited for, and a device has no end."""
+    `UnexpectedFile`: a FIFO would be waited for, and a device has no end."""
     return os.fdopen(_open(path, os.O_RDONLY, most), "rb")
 
 
@@ -150,9 +140,9 @@ def _open(path: Path, flags: int, most: int | None = None) -> int:
 
 
 def check_regular(path: Path, most: int, *, writes: bool = False, through_links: bool = False) -> None:
-    """Raise `Unexpected` where something else than a regular file of at most so many bytes is at a path that a library
-    is to open, and may write to. Not by opening it: to close one of SQLite's would free the locks that this process
-    has on it."""
+    """Raise `UnexpectedFile` where something else than a regular file of at most so many bytes is at a path that a
+    library is to open, and may write to. Not by opening it: to close one of SQLite's would free the locks that this
+    process has on it."""
     try:
         found = os.stat(path) if through_links else os.lstat(path)
     except FileNotFoundError:
@@ -170,14 +160,14 @@ def links(folder: Path) -> Iterator[Path]:
         yield from (path for path in (Path(here, name) for name in (*folders, *files)) if path.is_symlink())
 
 
-def _unexpected(path: Path, found: os.stat_result, most: int | None) -> Unexpected:
+def _unexpected(path: Path, found: os.stat_result, most: int | None) -> UnexpectedFile:
     kind = KINDS.get(stat.S_IFMT(found.st_mode))
     at_most = "" if most is None else f" of at most {most:,} bytes"
     what = f"has {found.st_size:,} bytes" if kind is None else f"is {kind}"
     if kind is None and found.st_nlink > 1 and (most is None or found.st_size <= most):
         what = f"has {found.st_nlink - 1} more names, as hard links,"
         at_most = f"{at_most} that has none"
-    return Unexpected(errno.EINVAL, f"{what}; expected a regular file{at_most}", str(path))
+    return UnexpectedFile(errno.EINVAL, f"{what}; expected a regular file{at_most}", str(path))
 
 
 def sha256(path: Path, most: int) -> str:
@@ -191,7 +181,8 @@ def sha256(path: Path, most: int) -> str:
 
 
 def read(path: Path, most: int) -> bytes:
-    """A file's bytes, of which there may be so many. Raises OSError, which is `Unexpected` where `opened` says so."""
+    """A file's bytes, of which there may be so many. Raises OSError, which is `UnexpectedFile` where `opened` says
+    so."""
     return patiently(lambda: _read(path, most))
 
 
@@ -226,15 +217,15 @@ def parsed(data: bytes | str) -> Any:
 
 
 def unsealed(data: bytes, name: Path) -> dict[str, Any]:
-    """The record in JSON bytes, without its digest, which those of the first layout lack. Raises `Damaged`."""
+    """The record in JSON bytes, without its digest, which those of the first layout lack. Raises `CorruptFile`."""
     try:
         record = parsed(data)
         seal = record.pop("sha256", None)
         lost = seal is None and record.get("layout", 1) > 1  # the name of the digest was what changed
     except (ValueError, AttributeError, TypeError) as error:
-        raise Damaged(f"{name} cannot be read ({error})") from error
+        raise CorruptFile(f"{name} cannot be read ({error})") from error
     if lost or seal not in (None, _seal(record)):
-        raise Damaged(f"{name} was altered since it was written: its digest does not fit")
+        raise CorruptFile(f"{name} was altered since it was written: its digest does not fit")
     return dict(record)
 
 

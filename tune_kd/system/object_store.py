@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from tune_kd.study.spec import Mistake
 from tune_kd.system import environment
-from tune_kd.system.files import MOST_RECORD_BYTES, Damaged, Unexpected, parsed, patiently, publish, read
+from tune_kd.system.errors import CorruptFile, UnexpectedFile, UserError
+from tune_kd.system.files import MOST_RECORD_BYTES, parsed, patiently, publish, read
 from tune_kd.system.secrets import secrets
 
 SCHEMES = ("s3", "gs")
@@ -47,11 +47,11 @@ class Mirror:
 
     @classmethod
     def of(cls, path: Path) -> "Mirror":
-        """The mirror that a path is in. Raises `Damaged` where the URL of that cannot be read."""
+        """The mirror that a path is in. Raises `CorruptFile` where the URL of that cannot be read."""
         here = Path(os.path.abspath(path))
         try:
             home = _home()
-        except Mistake:  # without a home nobody has a mirror
+        except UserError:  # without a home nobody has a mirror
             return cls(here)
         if not here.is_relative_to(home):
             return cls(here)
@@ -61,7 +61,7 @@ class Mirror:
         try:
             return cls(home / key / RESULTS, str(parsed(read(mark, MOST_RECORD_BYTES))["url"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise Damaged(f"{mark} cannot be read ({error}); name the store by its URL to write it anew") from error
+            raise CorruptFile(f"{mark} cannot be read ({error}); name the store by its URL to write it anew") from error
 
     def place(self, path: Path) -> str:
         """What people are to see of a path."""
@@ -87,8 +87,8 @@ class Mirror:
         return data is not None
 
     def read(self, path: Path, most: int) -> bytes | None:
-        """What the store holds of a file; null where it has none, or there is no store. Raises `Unexpected` for one of
-        more bytes than that."""
+        """What the store holds of a file; null where it has none, or there is no store. Raises `UnexpectedFile` for one
+        of more bytes than that."""
         return None if self.url is None else patiently(lambda: self._get(path, most))
 
     def names(self, folder: Path) -> list[str]:
@@ -140,7 +140,7 @@ class Mirror:
                 return None
             if before.size > most:
                 what = f"has {before.size:,} bytes; expected at most {most:,}"
-                raise Unexpected(errno.EFBIG, what, self.place(path))
+                raise UnexpectedFile(errno.EFBIG, what, self.place(path))
             with store.open_input_stream(key) as stream:
                 data: bytes = stream.read()
             after = store.get_file_info(key)
@@ -151,7 +151,7 @@ class Mirror:
 
 
 def local(place: str) -> Path:
-    """The folder on this disk for a place of results: that place itself, or the mirror of a URL. Raises `Mistake`."""
+    """The folder on this disk for a place of results: that place itself, or the mirror of a URL. Raises `UserError`."""
     if "://" not in place:
         return Path(place)
     parts = urlsplit(place)
@@ -160,17 +160,17 @@ def local(place: str) -> Path:
     # pyarrow takes capitals for another scheme, leaves out what comes after a #, and has no folder above another.
     if base.partition("://")[0] not in SCHEMES or not parts.netloc or "#" in place or {".", ".."} & {*names}:
         urls = " or ".join(f"{each}://BUCKET/PATH" for each in SCHEMES)
-        raise Mistake(f"--out is {base}; allowed: a folder, or {urls}, where PATH has no '#' and no folder . or ..")
+        raise UserError(f"--out is {base}; allowed: a folder, or {urls}, where PATH has no '#' and no folder . or ..")
     who = parts.netloc.rpartition("@")[0]
     if who not in ("", "anonymous") or "secret" in query.lower() or any(secrets(place)):
-        raise Mistake(
+        raise UserError(
             f"--out is {parts.scheme}://..., with a secret in it; allowed: without, since it goes on record; the "
             "store's own environment variables (AWS_ACCESS_KEY_ID, ...) or files hold it"
         )
     try:
         _store(place)
     except (OSError, ValueError) as error:
-        raise Mistake(f"--out is {place}, which cannot be reached ({_first(error)})") from error
+        raise UserError(f"--out is {place}, which cannot be reached ({_first(error)})") from error
     home = _home()
     what = json.dumps([parts.scheme, parts.netloc, parts.path.strip("/"), parse_qs(query).get("endpoint_override")])
     readable = re.sub("[^A-Za-z0-9]+", "-", f"{parts.scheme} {parts.netloc} {parts.path}").strip("-")[:60]
@@ -183,13 +183,13 @@ def local(place: str) -> Path:
         publish(root.with_name(MARK), json.dumps({"url": place}).encode())
         root.with_name(MARK).chmod(0o600)
     except OSError as error:
-        raise Mistake(f"--out is {place}, of which {root} is to hold a copy, and cannot be written to "
-                      f"({error.strerror}); set XDG_DATA_HOME to a folder that can") from error  # fmt: skip
+        raise UserError(f"--out is {place}, of which {root} is to hold a copy, and cannot be written to "
+                        f"({error.strerror}); set XDG_DATA_HOME to a folder that can") from error  # fmt: skip
     return root
 
 
 def _home() -> Path:
-    """The folder of all mirrors. Raises `Mistake` where this user has no home to have it in."""
+    """The folder of all mirrors. Raises `UserError` where this user has no home to have it in."""
     base = os.environ.get("XDG_DATA_HOME", "")
     return (Path(base) if os.path.isabs(base) else environment.home() / ".local" / "share") / "tune_kd"
 
@@ -204,7 +204,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def path_of(place: str) -> Path:
-    """The path on this disk of something that is in a folder of results: a path, or a URL. Raises `Mistake`."""
+    """The path on this disk of something that is in a folder of results: a path, or a URL. Raises `UserError`."""
     if "://" not in place:
         return Path(place)
     base, mark, query = place.partition("?")

@@ -1,6 +1,7 @@
 """Signals that ask a command to leave: it drains or unwinds in order, and ends with 128 and the signal's number.
 
-That the end comes in time, whatever the command waits for, is seen to by the process around it: see `tune_kd.system.guard`.
+That the end comes in time, whatever the command waits for, is seen to by the process around it: see
+`tune_kd.system.guard`.
 """
 
 import os

@@ -19,7 +19,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from tune_kd.system.crash_points import point
-from tune_kd.system.files import Damaged, Unexpected, parsed, publish, read, sha256
+from tune_kd.system.errors import CorruptFile, UnexpectedFile
+from tune_kd.system.files import parsed, publish, read, sha256
 from tune_kd.system.object_store import Mirror
 from tune_kd.system.overhead import spending
 
@@ -36,12 +37,12 @@ def pack(tensors: dict[str, Tensor], notes: dict[str, Any]) -> bytes:
 
 
 def unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The inverse of `pack`. Raises `Damaged` for what it did not make."""
+    """The inverse of `pack`. Raises `CorruptFile` for what it did not make."""
     try:
         header = parsed(data[8 : 8 + int.from_bytes(data[:8], "little")])
         return load_tensors(data), parsed(header["__metadata__"][_NOTES])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"it holds no tensors with notes ({error})") from error
+        raise CorruptFile(f"it holds no tensors with notes ({error})") from error
 
 
 class Checkpoints:
@@ -112,5 +113,5 @@ def _is_whole(path: Path) -> bool:
     """Whether a state is what was written. It is not in memory for that."""
     try:
         return sha256(path, MOST_STATE_BYTES) == path.stem.partition("-")[2]
-    except Unexpected:
+    except UnexpectedFile:
         return False

@@ -89,7 +89,7 @@ class Answers:
 
 
 def damaged(folder: Path, classes: int, rows: int) -> list[int]:
-    """Chunks of a table that are not what was answered. Whoever reads them computes them again. Raises `Unexpected`
+    """Chunks of a table that are not what was answered. Whoever reads them computes them again. Raises `UnexpectedFile`
     for a table of more than so many rows."""
     size, found = CHUNK * classes * 4, []
     digests = read(folder / "digests.sha256", _DIGEST * -(-rows // CHUNK))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tune_kd.data.datasets import DataSet, Split, draw_views, prepare
 from tune_kd.study.spec import Recipe
 from tune_kd.study.trial import Epoch, Outcome, Trial
-from tune_kd.system.files import Damaged
+from tune_kd.system.errors import CorruptFile
 from tune_kd.training import losses, networks
 from tune_kd.training.checkpoints import Checkpoints, pack
 from tune_kd.training.device import autocast, float32_as
@@ -104,17 +104,17 @@ def train(
 
 
 def best_weights(checkpoints: Checkpoints) -> dict[str, Tensor]:
-    """The best-validation weights of an ended trial. Raises `Damaged` where its last checkpoint is not whole."""
+    """The best-validation weights of an ended trial. Raises `CorruptFile` where its last checkpoint is not whole."""
     saved = checkpoints.load()
     if saved is None or saved[1]["rows"][-1]["outcome"] is None:  # the one before has other weights
-        raise Damaged("the last checkpoint is not what was written")
+        raise CorruptFile("the last checkpoint is not what was written")
     return _best(saved[0])
 
 
 def _check_whose(notes: dict[str, Any], whose: dict[str, Any]) -> None:
     """Nothing goes on from a state of another trial, or that another teacher had a part in."""
     if notes["trial_id"] != whose["trial_id"]:
-        raise Damaged(f"the checkpoint is of the trial {notes['trial_id']}; remove it")
+        raise CorruptFile(f"the checkpoint is of the trial {notes['trial_id']}; remove it")
     if notes["teacher_digest"] != whose["teacher_digest"]:
         raise TeacherChanged(
             f"the checkpoint was trained with a teacher of the digest {str(notes['teacher_digest'])[:16]}, and the "

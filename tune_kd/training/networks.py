@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tune_kd.study.spec import ARCHITECTURES, STEMS, WEIGHTS, Mistake
+from tune_kd.study.spec import ARCHITECTURES, STEMS, WEIGHTS
 from tune_kd.system.environment import make_private
-from tune_kd.system.files import Unexpected, check_regular, read
+from tune_kd.system.errors import UnexpectedFile, UserError
+from tune_kd.system.files import check_regular, read
 
 MOST_WEIGHTS_BYTES = 2**30  # of torchvision's ResNets, the largest has 242 MB
 
@@ -39,7 +40,7 @@ def build(
     but what has another form: the stem's convolution under `cifar` and the classifier unless there are
     1,000 classes; these stay freshly initialised.
 
-    Raises `Mistake` for arguments that are not allowed, and for weights that cannot be had or read.
+    Raises `UserError` for arguments that are not allowed, and for weights that cannot be had or read.
     Source: He et al. 2016, "Deep residual learning for image recognition", as torchvision builds it.
     """
     _check(architecture, stem, classes, width, weights)
@@ -103,10 +104,10 @@ def projections(student_channels: Sequence[int], teacher_channels: Sequence[int]
 
     Drawn from a stream of its own, so a student starts from the same weights with and without them.
     They are PyTorch's default initialisation: no ReLU follows that Kaiming's gain would make up for.
-    Raises `Mistake` where the two have different numbers of stages.
+    Raises `UserError` where the two have different numbers of stages.
     """
     if len(student_channels) != len(teacher_channels):
-        raise Mistake(
+        raise UserError(
             f"teacher_channels has {len(teacher_channels)} stages; "
             f"student_channels has {len(student_channels)}, and the two must match"
         )
@@ -132,20 +133,20 @@ def imagenet_file(architecture: str) -> Path:
 def fetch_imagenet(architecture: str) -> Path:
     """The file of torchvision's weights, downloaded and its hash checked if it is absent.
 
-    Raises `Mistake`, which says what to put where, if it cannot be fetched.
+    Raises `UserError`, which says what to put where, if it cannot be fetched.
     """
     file, url = imagenet_file(architecture), imagenet_url(architecture)
     if file.exists():
         try:
             check_regular(file, MOST_WEIGHTS_BYTES, through_links=True)
-        except Unexpected as error:
-            raise Mistake(f"{error}; remove it to have it fetched") from error
+        except UnexpectedFile as error:
+            raise UserError(f"{error}; remove it to have it fetched") from error
         return file
     try:
         make_private(file.parent)
         tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
-        raise Mistake(
+        raise UserError(
             f"weights 'imagenet' of {architecture} are to be kept in {file.parent}, which cannot be written to "
             f"({error.strerror}); set TORCH_HOME to a folder that can"
         ) from error
@@ -153,7 +154,7 @@ def fetch_imagenet(architecture: str) -> Path:
         # Writes under a temporary name and renames: an interrupted download leaves no broken file.
         torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False)
     except (OSError, RuntimeError, HTTPException) as error:
-        raise Mistake(
+        raise UserError(
             f"weights 'imagenet' of {architecture} could not be fetched from {url} ({error}): "
             f"get {file.name} on a machine that can, and put it at {file}"
         ) from error
@@ -178,7 +179,7 @@ def _check(architecture: str, stem: str, classes: int, width: float, weights: st
     elif weights == "imagenet" and width != 1:
         problems.append(f"width is {width!r}; allowed with weights 'imagenet': 1, the only published one")
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
 
 
 def _blueprint(architecture: str, stem: str, classes: int, width: float) -> ResNet:
@@ -232,13 +233,15 @@ def _imagenet_state(architecture: str) -> dict[str, Tensor]:
     content = read(file, MOST_WEIGHTS_BYTES)
     found = hashlib.sha256(content).hexdigest()
     if not found.startswith(expected):
-        raise Mistake(f"{file} has a SHA-256 of {found[:8]}, and {expected} is published; remove it to have it fetched")
+        raise UserError(
+            f"{file} has a SHA-256 of {found[:8]}, and {expected} is published; remove it to have it fetched"
+        )
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as it has layers of encoding
-        raise Mistake(f"{file} cannot be read as weights ({type(error).__name__})") from error
+        raise UserError(f"{file} cannot be read as weights ({type(error).__name__})") from error
     if not isinstance(state, dict):
-        raise Mistake(f"{file} holds a {type(state).__name__}; expected a dict of tensors by name")
+        raise UserError(f"{file} holds a {type(state).__name__}; expected a dict of tensors by name")
     net = _blueprint(architecture, stem="imagenet", classes=1000, width=1.0)
     shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     got = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
@@ -258,5 +261,5 @@ def _imagenet_state(architecture: str) -> dict[str, Tensor]:
         if names
     ]
     if problems:
-        raise Mistake(*problems)
+        raise UserError(*problems)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}

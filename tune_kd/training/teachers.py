@@ -25,7 +25,8 @@ from torch import Tensor
 from tune_kd.data.datasets import DataSet, Views, draw_views, numbered_views, on_device, prepare, show, view_numbers
 from tune_kd.study.trial import Answering, Epoch, Trial
 from tune_kd.system.crash_points import point
-from tune_kd.system.files import MOST_RECORD_BYTES, Damaged, Unexpected, publish, read, sealed, sha256, unsealed
+from tune_kd.system.errors import CorruptFile, UnexpectedFile
+from tune_kd.system.files import MOST_RECORD_BYTES, publish, read, sealed, sha256, unsealed
 from tune_kd.system.object_store import Mirror
 from tune_kd.training import networks
 from tune_kd.training.checkpoints import MOST_STATE_BYTES, pack, unpack
@@ -118,7 +119,7 @@ def unfit(folder: Path, trial: Trial) -> str | None:
     remedy = f"remove {home} to have this teacher trained, or put a whole one there"
     try:
         card = _read_card(folder, trial.trial_id)
-    except Damaged:  # by a disk: it is trained again
+    except CorruptFile:  # by a disk: it is trained again
         return None
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
@@ -156,13 +157,13 @@ def writing(folder: Path, teacher_id: str) -> FileLock:
 
 def _card(folder: Path, teacher_id: str) -> Card | None:
     """What a teacher's card says. Null where there is none, or it was altered."""
-    with suppress(Damaged, ValidationError):
+    with suppress(CorruptFile, ValidationError):
         return _read_card(folder, teacher_id)
     return None
 
 
 def _read_card(folder: Path, teacher_id: str) -> Card | None:
-    """Raises `Damaged` for a card that was altered since it was written, and `ValidationError` for what is none."""
+    """Raises `CorruptFile` for a card that was altered since it was written, and `ValidationError` for what is none."""
     path = folder / teacher_id / "card.json"
     if not path.is_file():
         return None
@@ -173,7 +174,7 @@ def _digest(path: Path) -> str | None:
     """Of a file of weights; null where there is none."""
     try:
         return sha256(path, MOST_STATE_BYTES) if path.is_file() else None
-    except Unexpected:
+    except UnexpectedFile:
         return None
 
 
