@@ -71,7 +71,8 @@ def write_large(folder: Path) -> None:
 
 def _report(folder: str, pipe: Any) -> None:
     """Read and report in a process of its own, whose memory is then the report's alone."""
-    from tune_kd import load, reporting
+    from tune_kd import load
+    from tune_kd.reporting import report as reporting
 
     started = time.perf_counter()
     records = load(folder)
@@ -79,7 +80,7 @@ def _report(folder: str, pipe: Any) -> None:
     reporting.tables(records)
     tabled = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    page = reporting.write(Path(folder, "report"), records, ["html"])
+    page = reporting.report(records, Path(folder, "report"), ["html"])
     pipe.send((read - started, tabled - read, time.perf_counter() - tabled, peak, page.stat().st_size / 1e6))
 
 

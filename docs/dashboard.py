@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 from selenium.common.exceptions import StaleElementReferenceException
-from tune_kd.environment import token_file
+
+from tune_kd.system.environment import token_file
 
 DOCS = Path(__file__).parent
 PORT = 8299

@@ -19,16 +19,16 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
-from tune_kd.audit import noise_margins
-from tune_kd.foreign import Adapter
-from tune_kd.report.figures import OTHERS, STYLE, WIDTH
-from tune_kd.simulate import Curves, Outcome, curves, simulate
-from tune_kd.tables import Records
 
 from docs.blocks import put
 from search_spaces.ablation import study
-from tune_kd import calibrate, load
-from tune_kd.study import Confirm, Screen
+from tune_kd import Confirm, Screen, load
+from tune_kd.analysis import calibrate
+from tune_kd.analysis.early_stopping import noise_margins
+from tune_kd.analysis.simulate import Curves, Outcome, curves, simulate
+from tune_kd.records.importer import Adapter
+from tune_kd.records.reader import Records
+from tune_kd.reporting.figures import OTHERS, STYLE, WIDTH
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "early-stopping.md", ROOT / "README.md"

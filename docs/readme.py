@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 
 from docs.blocks import put
-from tune_kd import load, report, results
+from tune_kd import load, report
+from tune_kd.analysis import contrasts as results
 
 ROOT = Path(__file__).parents[1]
 FIGURE = Path("docs/effects.png")
@@ -16,7 +17,7 @@ def section(run: Path) -> str:
     """The README's lines about a run, whose figure is put into docs/."""
     records = load(run)
     with tempfile.TemporaryDirectory() as name:
-        report.write(Path(name), records, ["png"])
+        report(records, name, ["png"])
         (ROOT / FIGURE).write_bytes(Path(name, "figures", "effects.png").read_bytes())
     contrasts = results.contrasts(records)
     judged = contrasts[contrasts["n"] > 0]

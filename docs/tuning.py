@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from rich.progress import track
-from tune_kd.tuning import LogUniform, Range, Tuning, Uniform
 
 from docs.blocks import put
-from tune_kd import search
+from tune_kd import LogUniform, Range, Tuning, Uniform
+from tune_kd.study import sampler as search
 
 PAGE = Path(__file__).parents[1] / "docs" / "search-spaces.md"
 RANGES = (

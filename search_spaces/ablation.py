@@ -9,7 +9,7 @@ laptop takes minutes on two cores; smoke shows every stage in under one.
 
 from dataclasses import replace
 
-from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
+from tune_kd import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
 
 
 def study() -> Study:

@@ -9,7 +9,7 @@ Cost: paper is 55 trials for GPUs; laptop takes about two minutes on two cores; 
 from dataclasses import replace
 
 from search_spaces import cifar_stem
-from tune_kd.study.spec import Compare, Factor, Study
+from tune_kd import Compare, Factor, Study
 
 
 def study() -> Study:

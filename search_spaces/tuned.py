@@ -10,8 +10,7 @@ Cost: paper is 120 trials to tune and 30 to confirm, for GPUs; laptop takes minu
 from dataclasses import replace
 
 from search_spaces import ablation
-from tune_kd.study.spec import Compare, Factor, Screen, Study
-from tune_kd.study.tuning import LogUniform, Range, Tuning, Uniform
+from tune_kd import Compare, Factor, LogUniform, Range, Screen, Study, Tuning, Uniform
 
 
 def study() -> Study:

@@ -79,7 +79,7 @@ def kill_a_worker() -> int | None:
 STUDY = """
 from dataclasses import replace
 from search_spaces.ablation import smoke
-from tune_kd.study.spec import Compare, Factor
+from tune_kd import Compare, Factor
 
 def study():
     base = smoke()

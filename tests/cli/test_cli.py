@@ -498,7 +498,7 @@ def test_a_study_of_ones_own_is_found_by_path_and_by_name(
         ("SCALES = {'own': 3}", "SCALES"),
         (
             "from dataclasses import replace\nfrom search_spaces.ablation import laptop\n"
-            "from tune_kd.study.spec import Confirm, Recipe\n"
+            "from tune_kd import Confirm, Recipe\n"
             "def study(): return replace(laptop(), scale='own', confirm=Confirm(seeds=5), recipe=Recipe(epochs='x'))",
             "confirm.seeds is 5",
         ),

@@ -22,7 +22,7 @@ AT_ONCE = """
 import sys
 from pathlib import Path
 from tune_kd.records import run_folder as run
-from tune_kd.study.spec import UserError
+from tune_kd import UserError
 folder, name = Path(sys.argv[1]), sys.argv[2]
 {before}
 print("ready", flush=True)

@@ -48,7 +48,7 @@ from faults import damage, mutations
 from faults.here import go_on
 from faults.mutations import ALONE, AUDIT, Chance, Mutation, Stranger, chosen, mutate
 from faults.sentry import PACKAGE, Sentry
-from tune_kd import cli, reporting
+from tune_kd import cli
 from tune_kd.analysis import early_stopping, grace
 from tune_kd.execute import cluster as connection
 from tune_kd.execute import ray_tune
@@ -58,6 +58,7 @@ from tune_kd.execute.worker import Task, Workplace, work
 from tune_kd.records import ledger, reader, run_folder
 from tune_kd.records.ledger import SCHEMAS
 from tune_kd.records.sync import HOLDER, STUDY
+from tune_kd.reporting import report as reporting
 from tune_kd.study.trial import Epoch
 from tune_kd.study.tuning import LogUniform, Range, Tuning
 from tune_kd.system import environment, streams
@@ -101,7 +102,7 @@ def make_bases(folder: Path) -> None:
             grace.record(
                 opened.folder, opened.name, opened.study, early_stopping.rank_correlations(loaded, everywhere=True)
             )
-            reporting.write(opened.folder / "report", loaded, TEXTS)
+            reporting.report(loaded, opened.folder / "report", TEXTS)
         if not (opened.folder / AUDIT).exists():
             shutil.copy(folder / "finished" / "r" / AUDIT, opened.folder / AUDIT)
         who = {"pid": 1, "host": "elsewhere", "since": "2026-01-01 00:00:00 +0000", "dashboard": None}

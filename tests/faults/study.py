@@ -11,7 +11,7 @@ TEXT = """
 from dataclasses import replace
 
 from search_spaces.ablation import smoke
-from tune_kd.study.spec import Compare, Factor
+from tune_kd import Compare, Factor
 
 
 def study():

@@ -19,7 +19,7 @@ SHORT = "replace(tiny(), factors=(Factor('stem', ('cifar',)), *tiny().factors[1:
 FILE = """
 from dataclasses import replace
 from conftest import tiny
-from tune_kd.study.spec import Confirm, Factor
+from tune_kd import Confirm, Factor
 
 def study():
     return {study}

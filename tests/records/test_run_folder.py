@@ -220,7 +220,7 @@ def test_any_change_of_a_plan_on_disk_is_noticed(study: Study, tmp_path: Path) -
 FILE = """
 from dataclasses import replace
 from conftest import tiny
-from tune_kd.study.spec import Confirm, Factor, Recipe
+from tune_kd import Confirm, Factor, Recipe
 
 def study():
     return {change}

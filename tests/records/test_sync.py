@@ -109,7 +109,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> Non
 READER = """
 import sys
 from pathlib import Path
-from tune_kd.study.spec import UserError
+from tune_kd import UserError
 from tune_kd.records.reader import load
 
 found = None

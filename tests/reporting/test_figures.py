@@ -16,10 +16,10 @@ from matplotlib.text import Text
 from PIL import Image
 from rich.console import Console
 
-from tune_kd import reporting
 from tune_kd.analysis import contrasts
 from tune_kd.records.reader import Records, load
 from tune_kd.reporting import figures, terminal
+from tune_kd.reporting import report as reporting
 from tune_kd.reporting.texts import cell
 
 
@@ -81,7 +81,7 @@ def test_names_and_gaps_that_are_allowed_break_no_picture_and_no_table(records: 
     trials.loc[trials["arm"] == "[red]x", "stem"] = None
     trials.loc[trials["method"] == "feature", "method"] = "dkd"
     strange = replace(records, trials=trials, studies={"tiny": renamed[0]})
-    page = reporting.write(tmp_path, strange).read_text()
+    page = reporting.report(strange, tmp_path).read_text()
     assert "<i>" not in page
     console = Console(file=io.StringIO(), width=200)
     console.print(terminal.arms(contrasts.arms(strange)))
@@ -132,10 +132,10 @@ def test_a_picture_of_more_than_can_be_seen_says_what_it_leaves_out(
 
 
 def test_a_report_leaves_no_table_of_an_earlier_one(records: Records, tmp_path: Path) -> None:
-    reporting.write(tmp_path, records, ["csv"])
+    reporting.report(records, tmp_path, ["csv"])
     (tmp_path / "tables" / "mine.csv").write_text("kept")
     alone = replace(records, decisions=records.decisions.head(0))
-    reporting.write(tmp_path, alone, ["csv"])
+    reporting.report(alone, tmp_path, ["csv"])
     left = {path.stem for path in (tmp_path / "tables").iterdir()}
     assert "decisions" not in left
     assert {"mine", "arms"} <= left
@@ -151,7 +151,7 @@ def test_methods_differ_in_marker_and_in_grey() -> None:
 
 
 def test_the_files_are_pictures(records: Records, tmp_path: Path) -> None:
-    reporting.write(tmp_path, records, ["png"])
+    reporting.report(records, tmp_path, ["png"])
     for path in (tmp_path / "figures").glob("*.png"):
         with Image.open(path) as image:
             assert image.width == 680  # 3.4 inches at 200 dots
@@ -186,7 +186,7 @@ def test_a_value_is_written_as_people_read_it(name: str, value: object, text: st
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs LaTeX (texlive-latex-recommended)")
 def test_the_tables_compile_as_they_are(records: Records, tmp_path: Path) -> None:
-    reporting.write(tmp_path, records, ["tex"])
+    reporting.report(records, tmp_path, ["tex"])
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
     done = subprocess.run(command, cwd=tmp_path / "tables", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:]
@@ -194,7 +194,7 @@ def test_the_tables_compile_as_they_are(records: Records, tmp_path: Path) -> Non
 
 
 def test_latex_has_booktabs_rules_and_no_loose_commands(records: Records, tmp_path: Path) -> None:
-    reporting.write(tmp_path, records, ["tex"])
+    reporting.report(records, tmp_path, ["tex"])
     text = (tmp_path / "tables" / "contrasts.tex").read_text()
     for rule in ("\\toprule", "\\midrule", "\\bottomrule"):
         assert text.count(rule) == 1

@@ -7,13 +7,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tune_kd import reporting
 from tune_kd.records.reader import load
+from tune_kd.reporting import report as reporting
 
 
 @pytest.fixture(scope="module")
 def page(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reporting.write(tmp_path_factory.mktemp("report"), load(finished), ["html"])
+    return reporting.report(load(finished), tmp_path_factory.mktemp("report"), ["html"])
 
 
 HOSTILE = (
@@ -29,7 +29,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trials = [{"trial_id": f"{arm}{seed}", "arm": arm, "seed": seed, "test_accuracy_best": 0.5 + seed / 100}
               for arm in HOSTILE for seed in (1, 2)]  # fmt: skip
     pd.DataFrame(trials).to_parquet(folder / "trials.parquet")
-    return reporting.write(tmp_path_factory.mktemp("report"), load(folder), ["html"])
+    return reporting.report(load(folder), tmp_path_factory.mktemp("report"), ["html"])
 
 
 def show(browser: Any, page: Path, width: int = 1440, scheme: str = "light") -> None:

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from tune_kd import reporting
 from tune_kd.analysis import contrasts as results
 from tune_kd.records.eta import time_left
 from tune_kd.records.ledger import TRIALS, Ledger, first_row
 from tune_kd.records.reader import Records, load
+from tune_kd.reporting import report as reporting
 from tune_kd.reporting import terminal, texts
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
@@ -106,7 +106,7 @@ def test_a_study_without_contrasts_has_a_report_too(run: Path) -> None:
     (run / "study.json").write_text(json.dumps(record))
     records = load(run)
     assert len(results.contrasts(records)) == 0
-    reporting.write(run / "report", records)
+    reporting.report(records, run / "report")
     assert "Not judged" not in screen(terminal.effects(results.contrasts(records), 1))
 
 
@@ -115,7 +115,7 @@ def test_screening_seeds_are_in_no_estimate(records: Records) -> None:
 
 
 def test_the_report_is_written_in_every_form(run: Path, records: Records) -> None:
-    first = reporting.write(run / "report", records)
+    first = reporting.report(records, run / "report")
     folder = run / "report"
     assert first == folder / "report.html"
     assert "- **cifar: logit - none**: " in (folder / "report.md").read_text()
@@ -202,13 +202,13 @@ def test_only_the_forms_that_were_asked_for_are_written(
     records: Records, tmp_path: Path, formats: list[str], first: str, made: set[str]
 ) -> None:
     folder = tmp_path / "elsewhere"
-    assert reporting.write(folder, records, formats) == folder / first
+    assert reporting.report(records, folder, formats) == folder / first
     assert {path.name for path in folder.iterdir()} == made
 
 
 def test_a_form_that_there_is_not_is_refused_and_nothing_is_written(records: Records, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--format is 'docx'; allowed: html, md"):
-        reporting.write(tmp_path / "elsewhere", records, ["html", "docx"])
+        reporting.report(records, tmp_path / "elsewhere", ["html", "docx"])
     assert not (tmp_path / "elsewhere").exists()
 
 

@@ -76,7 +76,7 @@ def test_a_study_that_leaves_ends_the_command_with_2_and_its_name(tmp_path: Path
 
 
 def test_a_mistake_that_a_studys_file_raises_names_it_too(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("from tune_kd.study.spec import UserError\nraise UserError('a is b', 'c is d')\n")
+    (tmp_path / "mine.py").write_text("from tune_kd import UserError\nraise UserError('a is b', 'c is d')\n")
     with pytest.raises(UserError) as refused:
         discover.resolve(tmp_path / "mine.py", "smoke")
     assert refused.value.problems == tuple(f"STUDY is {tmp_path}/mine.py: {each}" for each in ("a is b", "c is d"))

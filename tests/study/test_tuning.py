@@ -20,7 +20,6 @@ from sqlalchemy.exc import OperationalError
 
 from bench import HERE, Bench, epoch
 from conftest import ODD_NAMES, tiny, tunable
-from tune_kd import reporting
 from tune_kd.analysis import contrasts as results
 from tune_kd.analysis import provenance, tuned
 from tune_kd.analysis.simulate import curves
@@ -32,6 +31,7 @@ from tune_kd.records import adaptive_plan, reader, rebuild
 from tune_kd.records.ledger import LEDGER, TRIALS, Ledger, Row, reading
 from tune_kd.records.run_folder import reopen, trials
 from tune_kd.reporting import figures
+from tune_kd.reporting import report as reporting
 from tune_kd.study import sampler as search
 from tune_kd.study.cost import price
 from tune_kd.study.discover import from_json
@@ -456,7 +456,7 @@ def test_a_tuned_run_reports_budgets_what_was_found_and_verdicts_between_tuned_a
 
 def test_a_tuned_run_is_written_and_drawn(fair: Path, tmp_path: Path) -> None:
     records = reader.load(fair)
-    page = reporting.write(tmp_path, records).read_text()
+    page = reporting.report(records, tmp_path).read_text()
     assert "What was tuned, and what mattered" in page and "logit: tuned - default" in page
     assert (tmp_path / "figures" / "tuning.png").stat().st_size > 10_000
     (picture,) = [each for each in figures.draw(records) if each.name == "tuning"]

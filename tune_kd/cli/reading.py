@@ -162,10 +162,10 @@ def print_report(
     from tune_kd.system.object_store import Mirror
 
     with private():  # Matplotlib makes folders in the home, and a list of fonts
-        from tune_kd import reporting as reports
+        from tune_kd.reporting import report as reports
 
     try:
-        first = reports.write(folder, records, formats or reports.FORMATS)
+        first = reports.report(records, folder, formats or reports.FORMATS)
         sync.send(folder.parent, folder.name)
     except ValueError as error:  # tables of others, of which some statement has no sense
         raise error if isinstance(error, UserError) else UserError(str(error)) from error

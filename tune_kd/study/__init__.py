@@ -1,1 +1,21 @@
-""""""
+"""What a study declares, and the plan that follows from it: arms, trials, teachers, cost. Without torch and Ray."""
+
+from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
+from tune_kd.study.tuning import Choice, Integer, LogUniform, Range, Tuning, Uniform
+
+__all__ = [
+    "Cell",
+    "Choice",
+    "Compare",
+    "Confirm",
+    "Data",
+    "Factor",
+    "Integer",
+    "LogUniform",
+    "Range",
+    "Recipe",
+    "Screen",
+    "Study",
+    "Tuning",
+    "Uniform",
+]

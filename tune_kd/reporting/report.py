@@ -1,0 +1,86 @@
+"""From a run's records to files that people read: a page, a Markdown text, tables, figures."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from tune_kd.analysis import contrasts, early_stopping, measures, provenance, tuned
+from tune_kd.analysis.statistics import MARGIN
+from tune_kd.records.reader import Records
+from tune_kd.reporting import figures, page, texts
+from tune_kd.system.errors import UserError
+from tune_kd.system.files import obstacle, publish
+
+FORMATS = ("html", "md", "csv", "tex", "png", "svg")
+TABLES: dict[str, tuple[str, Callable[[Records], pd.DataFrame]]] = {
+    "contrasts": ("Contrasts that the study fixed", contrasts.contrasts),
+    "arms": ("Test accuracy of each arm", contrasts.arms),
+    "settings": ("What was tuned, and what mattered", tuned.settings),
+    "budgets": ("What each arm was tuned with", tuned.budgets),
+    "exploratory": ("Exploratory: the screen, draws, and seeds added later", contrasts.exploratory),
+    "measures": ("Likeness to the teacher, and calibration", measures.measures),
+    "costs": ("What a trial cost, without its teacher", measures.costs),
+    "temperature": ("Accuracy by temperature", lambda records: measures.response(records, "temperature")),
+    "alpha": ("Accuracy by alpha", lambda records: measures.response(records, "alpha")),
+    "gaps": ("The teacher's lead and the students' gain", measures.gaps),
+    "decisions": ("What early stopping decided, and why", early_stopping.decisions),
+    "rungs": ("How well a rung foretold the end", early_stopping.rank_correlations),
+    "between_runs": ("The same arms in the other runs", provenance.between_runs),
+    "differences": ("In what the runs differ", provenance.differences),
+    "provenance": ("What ran where", provenance.provenance),
+}
+"""Every table of a report: its title, and the function that makes it."""
+
+
+def tables(records: Records) -> dict[str, pd.DataFrame]:
+    """All tables that are not empty, by name."""
+    made = {name: make(records) for name, (_, make) in TABLES.items()}
+    return {name: table for name, table in made.items() if len(table)}
+
+
+def report(records: Records, to: Path | str, formats: Sequence[str] = FORMATS) -> Path:
+    """Write a report of the records into the folder `to`, and return the file to read first.
+
+    `formats` are some of html, md, csv, tex, png, svg. Raises `UserError` for any other, before anything is written.
+    """
+    folder = Path(to)
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        named = ", ".join(map(repr, unknown)) or "empty"
+        raise UserError(f"--format is {named}; allowed: {', '.join(FORMATS)}")
+    if (there := obstacle(folder)) is not None:
+        raise UserError(f"--to is {folder}, and {there} cannot be written to; allowed: a folder that can be made")
+    if found := [path for path in (folder / "tables", folder / "figures") if path.is_symlink()]:
+        raise UserError(f"--to is {folder}, where {found[0]} is a link, through which nothing is written; remove it")
+    made = tables(records)
+    titled = {name: (TABLES[name][0], table) for name, table in made.items()}
+    drawn = figures.draw(records) if {"html", "png", "svg"} & set(formats) else []
+    limits = provenance.limits(records, MARGIN)
+    files: dict[str, bytes] = {}
+    for picture in drawn:
+        for kind in [kind for kind in ("png", "svg") if kind in formats]:
+            files[f"figures/{picture.name}.{kind}"] = figures.rendered(picture.figure, kind)
+    if "csv" in formats:
+        files |= {f"tables/{name}.csv": texts.csv(table).encode() for name, table in made.items()}
+    if "tex" in formats:
+        files |= {f"tables/{name}.tex": text.encode() for name, text in texts.latex(titled).items()}
+    if "md" in formats:
+        files["report.md"] = texts.markdown(records, titled, limits).encode()
+    if "html" in formats:
+        files["report.html"] = page.html(records, titled, drawn, limits).encode()
+    _forget(folder, formats)
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        publish(folder / name, data)
+    first = {"html": "report.html", "md": "report.md", "csv": "tables", "tex": "tables"}
+    return folder / next((first[kind] for kind in first if kind in formats), "figures")
+
+
+def _forget(folder: Path, formats: Sequence[str]) -> None:
+    """Remove what an earlier report left in these forms: a table that is not made any more would look like one."""
+    for kind, names in (("tables", [*TABLES, "all"]), ("figures", list(figures.PICTURES))):
+        for form in formats:
+            for path in (folder / kind).glob(f"*.{form}"):
+                if path.stem in names or path.stem.partition("-")[0] in names:
+                    path.unlink()
