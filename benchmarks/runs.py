@@ -26,9 +26,10 @@ from tune_kd.execute import ray_tune
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace
-from tune_kd.records.ledger import TRIALS, Ledger
+from tune_kd.records.ledger import Ledger
 from tune_kd.records.reader import load
 from tune_kd.records.run_folder import Run, create
+from tune_kd.records.schema import TRIALS
 from tune_kd.reporting.terminal import View
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Cell, Confirm, Data, Factor, Recipe, Screen, Study

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from benchmarks.measure import Measure, Result, Side, pairs
 from benchmarks.plain import train_plain
-from tune_kd.data import datasets
-from tune_kd.data.datasets import DataSet, Split, Views, prepare, show
+from tune_kd.data import augment, datasets
+from tune_kd.data.augment import Views, prepare, show
+from tune_kd.data.datasets import DataSet, Split
 from tune_kd.study.spec import Cell, Data, Recipe
 from tune_kd.study.trial import Answering, Epoch, Trial
 from tune_kd.training import networks
@@ -125,7 +126,7 @@ def ours(
                 teacher = LiveTeacher(**vars(teacher))
             for epoch in range(1, 0 if live else answered + 1):
                 teacher.answers(
-                    SEED, epoch, datasets.draw_views(SEED, epoch, images, pad=dataset.pad, flip=dataset.flip)
+                    SEED, epoch, augment.draw_views(SEED, epoch, images, pad=dataset.pad, flip=dataset.flip)
                 )
         yield from train(
             trial(cell(method, stem, width), recipe, teacher.teacher_id if teacher else None),

@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from benchmarks.measure import Result, result
 from search_spaces.ablation import study
-from tune_kd.records.ledger import DECISIONS, EPOCHS, TRIALS, arrow, frame, to_parquet
+from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS
+from tune_kd.records.tables import arrow, frame, to_parquet
 from tune_kd.study.plan import plan
 
 TRIALS_COUNT, EPOCHS_EACH = 10_000, 100

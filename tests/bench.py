@@ -6,7 +6,8 @@ from typing import Any
 
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Task, Where, Workplace
-from tune_kd.records.ledger import TRIALS, Ledger
+from tune_kd.records.ledger import Ledger
+from tune_kd.records.schema import TRIALS
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
 from tune_kd.study.trial import Epoch, Outcome

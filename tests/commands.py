@@ -15,7 +15,8 @@ import psutil
 from tune_kd.data import datasets
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Workplace
-from tune_kd.records.ledger import EPOCHS, TIMING, Ledger
+from tune_kd.records.ledger import Ledger
+from tune_kd.records.schema import EPOCHS, TIMING
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tune_kd.data.datasets import DataSet
-from tune_kd.records.ledger import TIMING
+from tune_kd.records.schema import TIMING
 from tune_kd.study.spec import Cell, Data, Recipe
 from tune_kd.study.trial import Epoch, Trial
 from tune_kd.training.checkpoints import Checkpoints

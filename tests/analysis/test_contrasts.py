@@ -10,8 +10,9 @@ import pytest
 from scipy import stats as scipy_stats
 
 from tune_kd.analysis import contrasts, provenance
-from tune_kd.records.ledger import DECISIONS, EPOCHS, TRIALS, first_row, frame
 from tune_kd.records.reader import Records
+from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, first_row
+from tune_kd.records.tables import frame
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Confirm, Study
 from tune_kd.study.trial import Trial

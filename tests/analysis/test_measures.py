@@ -8,8 +8,9 @@ import pytest
 from scipy import stats as scipy_stats
 
 from tune_kd.analysis import early_stopping, measures, statistics
-from tune_kd.records.ledger import DECISIONS, EPOCHS, TRIALS, frame
 from tune_kd.records.reader import Records
+from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS
+from tune_kd.records.tables import frame
 from tune_kd.study.spec import Data, Recipe, Screen, Study
 from tune_kd.system.errors import UserError
 

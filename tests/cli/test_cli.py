@@ -21,9 +21,11 @@ from conftest import altered
 from forms import SECRETS
 from tune_kd import cli
 from tune_kd.analysis import early_stopping, grace
-from tune_kd.records import reader
+from tune_kd.records import extension, lock, reader
 from tune_kd.records import run_folder as runs
-from tune_kd.records.ledger import DECISIONS, EPOCHS, LEDGER, SQLITE_BYTES, TRIALS, Ledger, first_row, reading, too_long
+from tune_kd.records.ledger import SQLITE_BYTES, Ledger, reading, too_long
+from tune_kd.records.schema import DECISIONS, EPOCHS, LEDGER, TRIALS, first_row
+from tune_kd.study import discover
 from tune_kd.study.discover import find, from_json, resolve
 from tune_kd.study.plan import plan
 from tune_kd.study.trial import Decision, digest
@@ -143,7 +145,7 @@ SHARES = {"gpus_per_trial": None, "cpus_per_trial": 1.0, "max_concurrent": None,
 
 def begun(elsewhere: Path, ended: str = "completed") -> Path:
     """The folder of a run of a study whose file stands beside it."""
-    source = runs.Source(elsewhere / "mine.py", "smoke", settings=("recipe.epochs=3",))
+    source = discover.Source(elsewhere / "mine.py", "smoke", settings=("recipe.epochs=3",))
     shutil.copy(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", source.file)
     run = runs.Run("mine", elsewhere / "results" / "mine", source.read(), "0" * 64, None, SHARES, source)
     runs.create(run)
@@ -198,7 +200,7 @@ def test_an_extension_changes_nothing_while_another_process_holds_the_run(
 ) -> None:
     folder = begun(elsewhere)
     before = (folder / "study.json").read_text()
-    with runs.held(folder):
+    with lock.held(folder):
         assert call(monkeypatch, "resume", "mine", "--extend", "--set", "confirm.seeds=[1,2]") == 2
     assert "which process" in capsys.readouterr().err
     assert (folder / "study.json").read_text() == before
@@ -210,7 +212,7 @@ def test_a_run_is_held_while_its_extension_is_recorded(
     folder, held = begun(elsewhere), []
 
     def recorded(run: runs.Run) -> None:
-        held.append(runs.holder(folder))
+        held.append(lock.holder(folder))
         raise KeyboardInterrupt
 
     digest = json.loads((folder / "study.json").read_text())["data"]["digest"]
@@ -221,7 +223,7 @@ def test_a_run_is_held_while_its_extension_is_recorded(
     )
     monkeypatch.setattr("tune_kd.execute.cluster.check_nodes", lambda _: None)
     monkeypatch.setattr("tune_kd.execute.resources.check_cluster", lambda *_: None)
-    monkeypatch.setattr(runs, "record_extension", recorded)
+    monkeypatch.setattr(extension, "record_extension", recorded)
     assert call(monkeypatch, "resume", "mine", "--extend", "--set", "confirm.seeds=[1,2]") == 130
     assert held[0]["pid"] == os.getpid()
 
@@ -251,8 +253,8 @@ def test_status_shows_trials_that_were_added_and_that_no_driver_took_over(
     folder = begun(elsewhere)
     assert call(monkeypatch, "status", "mine") == 0
     assert "nobody runs it" not in capsys.readouterr().out
-    more = runs.extended(runs.reopen(folder), ["confirm.seeds=[1,2]"])
-    runs.record_extension(more)
+    more = extension.extended(runs.reopen(folder), ["confirm.seeds=[1,2]"])
+    extension.record_extension(more)
     assert call(monkeypatch, "status", "mine") == 0
     assert "nobody runs it; go on with: python -m tune_kd resume results/mine" in capsys.readouterr().out
     assert call(monkeypatch, "status", "mine", "--json") == 0

@@ -14,21 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tune_kd.data import augment
 from tune_kd.data import datasets as rooms
+from tune_kd.data.augment import crop, draw_views, numbered_views, prepare, show, view_numbers
 from tune_kd.data.cifar_pickles import CIFAR100
-from tune_kd.data.datasets import (
-    CIFAR_CLASSES,
-    DataSet,
-    Split,
-    crop,
-    draw_views,
-    load,
-    numbered_views,
-    prepare,
-    recognised,
-    show,
-    view_numbers,
-)
+from tune_kd.data.datasets import CIFAR_CLASSES, DataSet, Split, load, recognised
 from tune_kd.data.image_folder import Pixels
 from tune_kd.study.cost import IMAGES
 from tune_kd.system.errors import UserError
@@ -452,7 +442,7 @@ def test_evaluation_in_inference_mode_does_not_spoil_training(digits: DataSet) -
         prepare(digits.test.images[:2], data)
     scale = torch.ones(1, requires_grad=True)
     torch.autograd.grad((prepare(digits.test.images[:2], data) * scale).sum(), scale)
-    assert not rooms._per_channel(data.mean, torch.device("cpu")).is_inference()
+    assert not augment._per_channel(data.mean, torch.device("cpu")).is_inference()
 
 
 def test_importing_touches_no_network_and_no_image_library() -> None:

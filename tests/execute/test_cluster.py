@@ -18,8 +18,9 @@ from stores import KEYS, store
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace
-from tune_kd.records.ledger import LEDGER, TRIALS, Ledger
+from tune_kd.records.ledger import Ledger
 from tune_kd.records.run_folder import Run, create, reopen
+from tune_kd.records.schema import LEDGER, TRIALS
 from tune_kd.system import environment
 from tune_kd.system.errors import UserError
 from tune_kd.system.object_store import local

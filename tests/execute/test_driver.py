@@ -14,9 +14,9 @@ from conftest import contested
 from forms import SHORT
 from tune_kd.execute.worker import Failure, Task, Workplace
 from tune_kd.records import rebuild
-from tune_kd.records.ledger import DECISIONS, EPOCHS, TRIALS
 from tune_kd.records.reader import check
 from tune_kd.records.run_folder import Run, create
+from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Confirm, Screen, Study
 from tune_kd.study.trial import Decision, Epoch

@@ -18,7 +18,8 @@ import pytest
 from faults import kills, leaving, processes, study
 from faults.checker import Reader, lines, read, violations
 from faults.life import Life
-from tune_kd.records.ledger import TRIALS, Ledger
+from tune_kd.records.ledger import Ledger
+from tune_kd.records.schema import TRIALS
 
 TAG = "a mark of these tests"
 UNMEASURED = {"test_accuracy": None, "test_accuracy_best": None}  # as of a trial that did not come to its end

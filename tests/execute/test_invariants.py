@@ -32,9 +32,10 @@ from tune_kd.execute import driver as driving
 from tune_kd.execute import verify
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Failure, Workplace
-from tune_kd.records import reader, rebuild
+from tune_kd.records import extension, lock, reader, rebuild
 from tune_kd.records import run_folder as runs
-from tune_kd.records.ledger import ENDED, FAILURES, LEDGER, Ledger, digests
+from tune_kd.records.ledger import FAILURES, Ledger, digests
+from tune_kd.records.schema import ENDED, LEDGER
 from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
 from tune_kd.study.trial import Decision
 from tune_kd.system import crash_points
@@ -123,7 +124,7 @@ class Records(RuleBasedStateMachine):
     @rule()
     def resume(self) -> None:
         """A driver takes over. One on a damaged ledger rebuilds it, or says that it cannot."""
-        self.lock.enter_context(runs.held(self.folder))
+        self.lock.enter_context(lock.held(self.folder))
         run = runs.reopen(self.folder)
         try:
             said: list[str] = []
@@ -141,7 +142,7 @@ class Records(RuleBasedStateMachine):
     @precondition(lambda self: self.driver is not None)
     @rule()
     def second_driver(self) -> None:
-        with pytest.raises(UserError, match="holds since"), runs.held(self.folder):
+        with pytest.raises(UserError, match="holds since"), lock.held(self.folder):
             raise AssertionError("two drivers hold one run")
 
     @precondition(lambda self: self.driver is not None)
@@ -286,7 +287,7 @@ class Records(RuleBasedStateMachine):
         run = runs.reopen(self.folder)
         statuses = set(self._statuses().values())
         try:
-            runs.record_extension(runs.extended(run))
+            extension.record_extension(extension.extended(run))
         except UserError:
             assert run.look == 1 or not statuses or statuses & {"pending", "running"}
         else:

@@ -26,7 +26,7 @@ from docs.dashboard import Page, until
 from tune_kd.cli import remote
 from tune_kd.execute import monitoring
 from tune_kd.execute.metrics import METRICS, samples
-from tune_kd.records.ledger import Row, first_row
+from tune_kd.records.schema import Row, first_row
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
 from tune_kd.system.errors import UserError

@@ -38,7 +38,8 @@ from tune_kd.execute import ray_tune
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Work, Workplace
-from tune_kd.records.ledger import EPOCHS, TRIALS, Ledger
+from tune_kd.records.ledger import Ledger
+from tune_kd.records.schema import EPOCHS, TRIALS
 from tune_kd.study.discover import find, resolve
 from tune_kd.study.early_stopping import stratum
 from tune_kd.study.plan import plan

@@ -18,7 +18,8 @@ import pytest
 from commands import STUDY, command, contiguous, epochs_on_record, token, wait_for
 from conftest import free_port
 from tune_kd.execute.jobs import client, dependencies, find, follow
-from tune_kd.records.ledger import TRIALS, Ledger
+from tune_kd.records.ledger import Ledger
+from tune_kd.records.schema import TRIALS
 
 CALM = (*("--scale", "smoke"), *("--set", "screen.min_peers=99"))
 

@@ -16,8 +16,10 @@ from tune_kd import cli
 from tune_kd.execute import preflight
 from tune_kd.execute.verify import verify
 from tune_kd.records import rebuild
-from tune_kd.records.ledger import COMMITS, EPOCHS, LEDGER, TRIALS, Ledger, reading
-from tune_kd.records.run_folder import held, holder, reopen
+from tune_kd.records.ledger import Ledger, reading
+from tune_kd.records.lock import held, holder
+from tune_kd.records.run_folder import reopen
+from tune_kd.records.schema import COMMITS, EPOCHS, LEDGER, TRIALS
 from tune_kd.system import files
 from tune_kd.system.errors import UserError
 

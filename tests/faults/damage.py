@@ -38,9 +38,11 @@ from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.verify import verify
 from tune_kd.execute.worker import Task, Workplace, work
 from tune_kd.records import rebuild
-from tune_kd.records.ledger import FAILURES, LEDGER, SCHEMAS, TRIALS, Ledger, frame
+from tune_kd.records.ledger import FAILURES, Ledger
 from tune_kd.records.reader import load
 from tune_kd.records.run_folder import Run, create, reopen
+from tune_kd.records.schema import LEDGER, SCHEMAS, TRIALS
+from tune_kd.records.tables import frame
 from tune_kd.study.spec import Confirm, Factor, Study
 from tune_kd.study.trial import Answering, Epoch
 from tune_kd.system.errors import UserError

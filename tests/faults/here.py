@@ -9,8 +9,8 @@ from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace
 from tune_kd.records import rebuild
-from tune_kd.records.ledger import TRIALS
 from tune_kd.records.run_folder import Run
+from tune_kd.records.schema import TRIALS
 
 
 def go_on(run: Run, meet: Callable[[Driver], None] = lambda _: None) -> Driver:

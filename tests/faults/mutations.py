@@ -29,7 +29,8 @@ import pyarrow.parquet as pq
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 
-from tune_kd.records.ledger import COMMITS, DIGESTS, LEDGER, SCHEMAS, counted
+from tune_kd.records.ledger import counted
+from tune_kd.records.schema import COMMITS, DIGESTS, LEDGER, SCHEMAS
 from tune_kd.records.sync import HOLDER, STUDY
 from tune_kd.study.discover import from_json
 from tune_kd.study.plan import plan

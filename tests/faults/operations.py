@@ -30,7 +30,8 @@ from tune_kd.execute.verify import verify
 from tune_kd.execute.worker import Where
 from tune_kd.records import ledger
 from tune_kd.records.ledger import FAILURES
-from tune_kd.records.run_folder import Run, begun, find, held, reopen
+from tune_kd.records.lock import held
+from tune_kd.records.run_folder import Run, begun, find, reopen
 from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
 from tune_kd.study.trial import Epoch
 from tune_kd.system import files

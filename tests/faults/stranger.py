@@ -55,8 +55,8 @@ from tune_kd.execute import ray_tune
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace, work
-from tune_kd.records import ledger, reader, run_folder
-from tune_kd.records.ledger import SCHEMAS
+from tune_kd.records import ledger, lock, reader, run_folder
+from tune_kd.records.schema import SCHEMAS
 from tune_kd.records.sync import HOLDER, STUDY
 from tune_kd.reporting import report as reporting
 from tune_kd.study.trial import Epoch
@@ -96,7 +96,7 @@ def make_bases(folder: Path) -> None:
         _as_by_command(results / "r" / STUDY, source if name == "finished" else None)
         opened = run_folder.reopen(results / "r")
         if name != "cut":
-            with run_folder.held(opened.folder):
+            with lock.held(opened.folder):
                 go_on(opened)
             loaded = reader.load(opened.folder)
             grace.record(

@@ -20,8 +20,10 @@ from faults.here import go_on
 from tune_kd import cli
 from tune_kd.data import datasets
 from tune_kd.execute.verify import verify
-from tune_kd.records.ledger import EPOCHS, LEDGER, Ledger
-from tune_kd.records.run_folder import Run, begun, create, held, reopen
+from tune_kd.records.ledger import Ledger
+from tune_kd.records.lock import held
+from tune_kd.records.run_folder import Run, begun, create, reopen
+from tune_kd.records.schema import EPOCHS, LEDGER
 from tune_kd.study.spec import Confirm, Factor, Study
 
 LIMITS = (0, 30, 120, 500, 4_000, 20_000, 100_000, 150_000, 200_000, 400_000)  # bytes that a file may have

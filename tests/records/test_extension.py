@@ -12,8 +12,11 @@ from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace
 from tune_kd.records import reader
-from tune_kd.records.ledger import LEDGER, Ledger
-from tune_kd.records.run_folder import Run, Source, create, extended, record_extension, reopen
+from tune_kd.records.extension import extended, record_extension
+from tune_kd.records.ledger import Ledger
+from tune_kd.records.run_folder import Run, create, reopen
+from tune_kd.records.schema import LEDGER
+from tune_kd.study.discover import Source
 
 SHORT = "replace(tiny(), factors=(Factor('stem', ('cifar',)), *tiny().factors[1:]), moderator=None{more})"
 FILE = """

@@ -13,23 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tune_kd.records import ledger as records
-from tune_kd.records.ledger import (
-    DECISIONS,
-    EPOCHS,
-    SCHEMAS,
-    TRIALS,
-    Ledger,
-    Schema,
-    arrow,
-    broken,
-    clean,
-    damage,
-    frame,
-    reading,
-    to_parquet,
-)
+from tune_kd.records import tables
+from tune_kd.records.ledger import Ledger, damage, reading
 from tune_kd.records.reader import check
+from tune_kd.records.schema import DECISIONS, EPOCHS, SCHEMAS, TRIALS, Schema, broken, clean
+from tune_kd.records.tables import arrow, frame, to_parquet
 from tune_kd.system.characters import CONTROL
 from tune_kd.system.errors import CorruptFile
 
@@ -297,6 +285,6 @@ def test_a_table_is_the_same_however_many_rows_are_read_at_a_time(
         ledger.add_epoch(epoch(number))
     whole = arrow(EPOCHS, ledger.rows(EPOCHS))
     for part in (1, 3, 7, 100):
-        monkeypatch.setattr(records, "PART", part)
+        monkeypatch.setattr(tables, "PART", part)
         assert ledger.table(EPOCHS).equals(whole, check_metadata=True)
     pd.testing.assert_frame_equal(whole.to_pandas(), frame(EPOCHS, ledger.rows(EPOCHS)))

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 import tune_kd
 from conftest import tiny
-from tune_kd.records.ledger import DECISIONS, EPOCHS, PANDAS, SCHEMAS, TRIALS, Schema, arrow, frame, to_parquet
 from tune_kd.records.reader import check, load
+from tune_kd.records.schema import DECISIONS, EPOCHS, PANDAS, SCHEMAS, TRIALS, Schema
+from tune_kd.records.tables import arrow, frame, to_parquet
 from tune_kd.system.characters import CONTROL
 from tune_kd.system.errors import UserError
 

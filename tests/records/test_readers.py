@@ -18,8 +18,10 @@ from pyarrow.fs import LocalFileSystem
 from conftest import tiny
 from tune_kd.records import ledger as records
 from tune_kd.records import reader
-from tune_kd.records.ledger import EPOCHS, LEDGER, SCHEMAS, TRIALS, Ledger, arrow, first_row, to_parquet
+from tune_kd.records.ledger import Ledger
 from tune_kd.records.run_folder import Run, create
+from tune_kd.records.schema import EPOCHS, LEDGER, SCHEMAS, TRIALS, first_row
+from tune_kd.records.tables import arrow, to_parquet
 
 MANY = 200  # trials, from which on the tables only change
 

@@ -11,21 +11,12 @@ import pytest
 
 from conftest import altered, tiny
 from forms import SECRETS
-from tune_kd.records.ledger import LEDGER, TRIALS, Ledger, first_row
-from tune_kd.records.run_folder import (
-    Run,
-    Source,
-    begun,
-    changes,
-    check_new,
-    create,
-    extended,
-    find,
-    held,
-    holder,
-    record_extension,
-    reopen,
-)
+from tune_kd.records.extension import changes, extended, record_extension
+from tune_kd.records.ledger import Ledger
+from tune_kd.records.lock import held, holder
+from tune_kd.records.run_folder import Run, begun, check_new, create, find, reopen
+from tune_kd.records.schema import LEDGER, TRIALS, first_row
+from tune_kd.study.discover import Source
 from tune_kd.study.spec import Confirm, Study
 from tune_kd.study.trial import digest
 from tune_kd.system.errors import UserError
@@ -164,7 +155,7 @@ def test_a_run_that_was_begun_and_ended_before_the_lock_was_given_is_left_as_it_
         with held(folder):
             yield
 
-    monkeypatch.setattr("tune_kd.records.run_folder.held", after_another)
+    monkeypatch.setattr("tune_kd.records.lock.held", after_another)
     with pytest.raises(UserError, match="was begun meanwhile"), begun(run):
         raise AssertionError("it was begun twice")
     assert reopen(run.folder).study == study

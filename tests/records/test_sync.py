@@ -22,10 +22,11 @@ from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.verify import verify
 from tune_kd.execute.worker import Task, Workplace, work
-from tune_kd.records import rebuild, run_folder, sync
-from tune_kd.records.ledger import EPOCHS, MOST_TABLE_BYTES, TRIALS, reading
+from tune_kd.records import extension, lock, rebuild, run_folder, sync
+from tune_kd.records.ledger import MOST_TABLE_BYTES, reading
 from tune_kd.records.reader import load
 from tune_kd.records.run_folder import Run
+from tune_kd.records.schema import EPOCHS, TRIALS
 from tune_kd.study.spec import Study
 from tune_kd.study.trial import Epoch
 from tune_kd.system import object_store
@@ -310,11 +311,11 @@ def test_a_run_that_a_driver_elsewhere_holds_is_left_to_it_until_that_is_not_see
     Mirror.of(holder).send(holder, json.dumps({**there, "seen": time.time() - 20}).encode())
     with (
         pytest.raises(UserError, match=r"process 7 on another holds since today, seen 2\d s ago; wait for it"),
-        run_folder.held(begun.folder),
+        lock.held(begun.folder),
     ):
         raise AssertionError
     Mirror.of(holder).send(holder, json.dumps({**there, "seen": time.time() - 200}).encode())
-    with run_folder.held(begun.folder):
+    with lock.held(begun.folder):
         told = json.loads(Mirror.of(holder).read(holder, MOST_RECORD_BYTES) or b"")
         assert told["pid"] == os.getpid() and told["seen"] == pytest.approx(time.time(), abs=60)
     assert Mirror.of(holder).read(holder, MOST_RECORD_BYTES) is None
@@ -424,7 +425,7 @@ def test_the_tables_of_a_run_whose_study_was_extended_elsewhere_are_taken_over(
     elsewhere(monkeypatch, tmp_path, "second")
     again = run_folder.reopen(run_folder.find(object_store.local(s3.url("kd")), "kept"))
     more = replace(again, study=replace(calm, confirm=replace(calm.confirm, seeds=(1, 2, 3))))
-    run_folder.record_extension(more)
+    extension.record_extension(more)
     go_on(more)
     elsewhere(monkeypatch, tmp_path, "home")
     assert run_folder.reopen(run_folder.find(object_store.local(s3.url("kd")), "kept")).study.confirm.seeds == (1, 2, 3)

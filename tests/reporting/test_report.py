@@ -17,8 +17,9 @@ from rich.console import Console
 
 from tune_kd.analysis import contrasts as results
 from tune_kd.records.eta import time_left
-from tune_kd.records.ledger import TRIALS, Ledger, first_row
+from tune_kd.records.ledger import Ledger
 from tune_kd.records.reader import Records, load
+from tune_kd.records.schema import TRIALS, first_row
 from tune_kd.reporting import report as reporting
 from tune_kd.reporting import terminal, texts
 from tune_kd.study.plan import plan

@@ -7,18 +7,19 @@ import pytest
 from search_spaces.ablation import SCALES
 from tune_kd.study.discover import find, resolve
 from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
+from tune_kd.study.validate import check
 from tune_kd.system.errors import UserError
 
 
 def problems(study: Study) -> tuple[str, ...]:
     with pytest.raises(UserError) as caught:
-        study.check()
+        check(study)
     return caught.value.problems
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
-    assert SCALES[scale]().check().scale == scale
+    assert check(SCALES[scale]()).scale == scale
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_a_bad_study_is_refused_with_field_value_and_what_is_allowed(
 
 
 def test_a_question_may_have_lines(study: Study) -> None:
-    assert replace(study, question="Does it work?\n\tAnd when?").check()
+    assert check(replace(study, question="Does it work?\n\tAnd when?"))
 
 
 def test_all_problems_of_a_study_come_in_one_message(study: Study) -> None:

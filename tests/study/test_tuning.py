@@ -28,8 +28,9 @@ from tune_kd.execute.session import with_those_to_come
 from tune_kd.execute.verify import verify
 from tune_kd.execute.worker import Failure, Task
 from tune_kd.records import adaptive_plan, reader, rebuild
-from tune_kd.records.ledger import LEDGER, TRIALS, Ledger, Row, reading
+from tune_kd.records.ledger import Ledger, reading
 from tune_kd.records.run_folder import reopen, trials
+from tune_kd.records.schema import LEDGER, TRIALS, Row
 from tune_kd.reporting import figures
 from tune_kd.reporting import report as reporting
 from tune_kd.study import sampler as search
@@ -38,6 +39,7 @@ from tune_kd.study.discover import from_json
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Confirm, Study
 from tune_kd.study.tuning import Choice, Integer, LogUniform, Range, Tuning, Uniform
+from tune_kd.study.validate import check
 from tune_kd.system.errors import UserError
 
 LR = Range("lr", LogUniform(0.01, 1.0))
@@ -84,7 +86,7 @@ def study() -> Study:
 )
 def test_a_range_that_cannot_be_is_refused(ranges: tuple[Range, ...], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        tunable(Tuning(ranges)).check()
+        check(tunable(Tuning(ranges)))
 
 
 @pytest.mark.parametrize(
@@ -100,13 +102,13 @@ def test_a_range_that_cannot_be_is_refused(ranges: tuple[Range, ...], says: str)
 )
 def test_a_budget_that_is_too_small_and_a_setting_that_there_is_not_are_refused(tuning: Tuning, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        tunable(tuning).check()
+        check(tunable(tuning))
 
 
 def test_a_setting_is_a_factor_or_tuned_and_not_both() -> None:
     declared = tiny()
     with pytest.raises(UserError, match="temperature, which is a factor too"):
-        replace(declared, tuning=Tuning(RANGES)).check()
+        check(replace(declared, tuning=Tuning(RANGES)))
 
 
 def test_a_study_that_is_tuned_is_the_same_after_it_was_written_down(study: Study) -> None:

@@ -21,7 +21,8 @@ import torch
 from placement import METHODS, distil, pupil
 from trials import run
 from tune_kd.data import datasets
-from tune_kd.data.datasets import DataSet, crop, draw_views, on_device, prepare
+from tune_kd.data.augment import crop, draw_views, prepare
+from tune_kd.data.datasets import DataSet, on_device
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace, work

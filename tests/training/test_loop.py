@@ -11,7 +11,8 @@ from torch import nn
 
 from trials import CPU, as_teacher, distilling, exact, run, trial
 from tune_kd.data import datasets
-from tune_kd.data.datasets import DataSet, prepare
+from tune_kd.data.augment import prepare
+from tune_kd.data.datasets import DataSet
 from tune_kd.study.spec import Recipe
 from tune_kd.study.trial import Answering
 from tune_kd.system.errors import CorruptFile

@@ -14,7 +14,8 @@ import torch
 from placement import METHODS, RATES, benchmarked, carried, distil, numbers_of_a_step, probe_one, pupil, taught_on
 from second_device import busy, is_there, played
 from trials import CPU, as_teacher, exact, trial
-from tune_kd.data.datasets import DataSet, draw_views, load, on_device, show
+from tune_kd.data.augment import draw_views, show
+from tune_kd.data.datasets import DataSet, load, on_device
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from conftest import altered
-from tune_kd.data.datasets import DataSet, Views, draw_views, prepare, show, view_numbers
+from tune_kd.data.augment import Views, draw_views, prepare, show, view_numbers
+from tune_kd.data.datasets import DataSet
 from tune_kd.study.spec import Cell, Data, Recipe
 from tune_kd.study.trial import Answering, Epoch, Outcome, Trial
 from tune_kd.training import logit_cache

@@ -21,8 +21,9 @@ from tune_kd.analysis import grace
 from tune_kd.data import cifar_pickles
 from tune_kd.data.cifar import load_pixels
 from tune_kd.execute.verify import verify
-from tune_kd.records import reader, rebuild, run_folder
-from tune_kd.records.ledger import COMMITS, DIGESTS, LEDGER, TRIALS, Ledger, commits, digests, reading
+from tune_kd.records import lock, reader, rebuild, run_folder
+from tune_kd.records.ledger import Ledger, commits, digests, reading
+from tune_kd.records.schema import COMMITS, DIGESTS, LEDGER, TRIALS
 from tune_kd.records.sync import HOLDER, STUDY
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
@@ -120,11 +121,11 @@ def test_a_file_is_published_over_what_is_none(kind: str, tmp_path: Path) -> Non
 @each_oddity
 def test_who_holds_a_run_is_not_waited_for(kind: str, results: Path) -> None:
     put(kind, results / HOLDER)
-    assert at_once(lambda: run_folder.holder(results)) is None
+    assert at_once(lambda: lock.holder(results)) is None
     put("folder", results / HOLDER).rmdir()  # there is none then
     (results / HOLDER).write_text("{}")
     put(kind, results / ".lock")
-    assert at_once(lambda: run_folder.holder(results)) is None
+    assert at_once(lambda: lock.holder(results)) is None
 
 
 @each_oddity

@@ -23,7 +23,8 @@ from faults.mutations import Chance, Mutation, Stranger, mutate
 from faults.stranger import Fuzz
 from tune_kd.analysis import grace
 from tune_kd.records import ledger as records
-from tune_kd.records.ledger import DIGESTS, SCHEMAS
+from tune_kd.records import schema
+from tune_kd.records.schema import DIGESTS, SCHEMAS
 from tune_kd.records.sync import HOLDER, STUDY
 from tune_kd.system import files
 from tune_kd.training import checkpoints
@@ -287,11 +288,11 @@ def test_digests_fit_what_was_altered(bases: Path, tmp_path: Path, kind: str) ->
 def test_rows_of_a_ledger_carry_the_sums_of_what_they_hold(bases: Path, tmp_path: Path) -> None:
     where = Stranger(tmp_path, 1)
     Fuzz(bases, tmp_path, SEED).copy(where, "finished")
-    with closing(sqlite3.connect(where.run / records.LEDGER, isolation_level=None)) as base:
+    with closing(sqlite3.connect(where.run / schema.LEDGER, isolation_level=None)) as base:
         base.execute("UPDATE trials SET arm = 'other'")
         mutations._summed(base)
-    with records.reading(where.run / records.LEDGER) as ledger:
-        assert {row["arm"] for row in ledger.rows(records.TRIALS)} == {"other"}
+    with records.reading(where.run / schema.LEDGER) as ledger:
+        assert {row["arm"] for row in ledger.rows(schema.TRIALS)} == {"other"}
 
 
 def test_a_mutation_is_the_same_again(bases: Path, tmp_path: Path) -> None:

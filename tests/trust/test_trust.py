@@ -45,9 +45,10 @@ from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace
 from tune_kd.records import ledger as records
-from tune_kd.records import run_folder as runs
-from tune_kd.records.ledger import LEDGER, TRIALS, Ledger
-from tune_kd.records.run_folder import held
+from tune_kd.records import lock, schema
+from tune_kd.records.ledger import Ledger
+from tune_kd.records.lock import held
+from tune_kd.records.schema import LEDGER, TRIALS
 from tune_kd.reporting.terminal import View
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Confirm
@@ -231,13 +232,13 @@ def test_no_token_is_sent_to_a_dashboard_that_results_name(
     given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with held(given):
-        runs.tell_dashboard(given, "http://192.0.2.1:8265")
+        lock.tell_dashboard(given, "http://192.0.2.1:8265")
         assert call(monkeypatch, "dashboard", "--write", "boards") == 2
         told = capsys.readouterr().err
         assert "http://192.0.2.1:8265, another machine" in told and "--address" in told
         assert not Path("boards").exists()
         assert call(monkeypatch, "dashboard", "--write", "boards", "--address", "http://192.0.2.1:8265") == 0
-        runs.tell_dashboard(given, "http://127.0.0.1:1")
+        lock.tell_dashboard(given, "http://127.0.0.1:1")
         assert call(monkeypatch, "dashboard", "--write", "boards") == 0
 
 
@@ -829,14 +830,14 @@ def test_a_ledger_with_commands_for_a_terminal_is_shown_without_them(
 ) -> None:
     folder = tmp_path / "results" / "tiny"
     shutil.copytree(finished, folder)
-    ledger = records.Ledger(folder / records.LEDGER)
-    row, other = ledger.rows(records.TRIALS)[-2:]
-    ended = dict.fromkeys(records.TRIALS.only_completed) | {"status": "failed", "error": f"{COMMANDS}\nred"}
-    monkeypatch.setattr(records, "broken", lambda *_: None)  # a stranger's ledger was not written by `put`
-    ledger.put(records.TRIALS, row | ended)
+    ledger = records.Ledger(folder / schema.LEDGER)
+    row, other = ledger.rows(schema.TRIALS)[-2:]
+    ended = dict.fromkeys(schema.TRIALS.only_completed) | {"status": "failed", "error": f"{COMMANDS}\nred"}
+    monkeypatch.setattr(schema, "broken", lambda *_: None)  # a stranger's ledger was not written by `put`
+    ledger.put(schema.TRIALS, row | ended)
     for refused in (False, True):
         if refused:
-            ledger.put(records.TRIALS, other | ended | {"arm": f"arm{COMMANDS}"})
+            ledger.put(schema.TRIALS, other | ended | {"arm": f"arm{COMMANDS}"})
         for arguments in (("status", "tiny"), ("status", "tiny", "--json"), ("status", "tiny", "--verify")):
             done = command(tmp_path, *arguments)
             expected = 3 if refused or "--verify" in arguments else 0

@@ -17,8 +17,9 @@ import numpy as np
 from tune_kd.analysis import contrasts, statistics
 from tune_kd.analysis.simulate import Curve, replay
 from tune_kd.records.adaptive_plan import to_come
-from tune_kd.records.ledger import DECISIONS, EPOCHS, TRIALS, first_row, frame
 from tune_kd.records.reader import Records
+from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, first_row
+from tune_kd.records.tables import frame
 from tune_kd.study.early_stopping import stratum
 from tune_kd.study.plan import Contrast, Plan, arrival_order, plan
 from tune_kd.study.spec import Study

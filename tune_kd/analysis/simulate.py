@@ -17,8 +17,9 @@ from tune_kd.analysis import statistics
 from tune_kd.records.reader import Records
 from tune_kd.study.early_stopping import Schedule, stratum
 from tune_kd.study.plan import arrival_order
-from tune_kd.study.spec import CELL_FIELDS, Screen, Study, margin_problems
+from tune_kd.study.spec import CELL_FIELDS, Screen, Study
 from tune_kd.study.trial import Decision
+from tune_kd.study.validate import margin_problems
 from tune_kd.system.errors import UserError
 
 

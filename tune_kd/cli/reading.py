@@ -35,9 +35,11 @@ def status(
         elsewhere("status", run, address, {"--verify": verify, "--json": as_json})
     from collections import Counter
 
+    from tune_kd.records import lock
     from tune_kd.records import run_folder as runs
     from tune_kd.records.adaptive_plan import with_those_to_come
-    from tune_kd.records.ledger import DECISIONS, LEDGER, TRIALS, reading
+    from tune_kd.records.ledger import reading
+    from tune_kd.records.schema import DECISIONS, LEDGER, TRIALS
     from tune_kd.reporting.terminal import PHASES, SHOWN, progress
     from tune_kd.study.trial import Decision
 
@@ -60,7 +62,7 @@ def status(
         opened = runs.reopen(folder)
         rows = runs.trials(opened)
         shown = with_those_to_come(opened.plan, opened.name, rows)
-    holder = runs.holder(folder)
+    holder = lock.holder(folder)
     if as_json:
         phases = {phase: dict(Counter(row["status"] for row in rows if row["phase"] == phase)) for phase in PHASES}
         answer = {"run": folder.name, "held_by": holder, "phases": phases, "trials": rows, "decisions": decisions}

@@ -112,7 +112,7 @@ def run(
             "keep_checkpoints": keep_checkpoints,
             "track": track or [],
         },
-        source=runs.Source(path, chosen, data, tuple(settings or ())),
+        source=discover.Source(path, chosen, data, tuple(settings or ())),
     )
     session.fetch_weights(resolved)
     with _resumable(begun.folder, console):
@@ -149,6 +149,7 @@ def resume(
     """Run what is missing of a run, from where it stood. Shares are as it began, unless they are given."""
     from tune_kd.execute import resources, session
     from tune_kd.execute.monitoring import is_url
+    from tune_kd.records import extension, lock
     from tune_kd.records import run_folder as runs
     from tune_kd.study import discover
 
@@ -195,12 +196,12 @@ def resume(
             "results are sent is for you to say, and not for their record",
             soft_wrap=True,
         )
-    with runs.held(reopened.folder):  # whoever else holds it is told of before anything is read or changed
+    with lock.held(reopened.folder):  # whoever else holds it is told of before anything is read or changed
         reopened = runs.reopen(reopened.folder)
-        reopened = reopened if file is None else runs.with_file(reopened, file)
+        reopened = reopened if file is None else extension.with_file(reopened, file)
         if extend:
-            reopened = runs.extended(reopened, settings or ())
-        elif changes := runs.changes(reopened):
+            reopened = extension.extended(reopened, settings or ())
+        elif changes := extension.changes(reopened):
             raise UserError(
                 f"RUN is {reopened.name}, whose study was changed since it began: {'; '.join(changes)}. Put the study "
                 "back, start a new run, or, where only seeds or levels were added, resume with --extend"
@@ -216,9 +217,9 @@ def resume(
             share["gpus_per_trial"] = session.measured_share(reopened.study, loaded, console)
         reopened = replace(reopened, settings=share)
         session.fetch_weights(reopened.study)
-        extension = (lambda: runs.record_extension(reopened)) if extend else (lambda: None)
+        record = (lambda: extension.record_extension(reopened)) if extend else (lambda: None)
         with _resumable(reopened.folder, console):
-            ended = session.execute(reopened, loaded, console, address, extension)
+            ended = session.execute(reopened, loaded, console, address, record)
     with _resumable(reopened.folder, console):
         _conclude(reopened, ended, console, as_json)
 

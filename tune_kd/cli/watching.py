@@ -28,6 +28,7 @@ def dashboard(
 ) -> None:
     """Say where Ray's dashboard is and what to look at there; --write sets Prometheus and Grafana up."""
     from tune_kd.execute import monitoring
+    from tune_kd.records import lock
     from tune_kd.records import run_folder as runs
 
     console = Terminal()
@@ -36,7 +37,7 @@ def dashboard(
         console.print(sentence, soft_wrap=True)
 
     held = {folder.name: holder["dashboard"] for folder in runs.existing(out)
-            if (holder := runs.holder(folder)) is not None and holder.get("dashboard")}  # fmt: skip
+            if (holder := lock.holder(folder)) is not None and holder.get("dashboard")}  # fmt: skip
     url = address or next(iter(held.values()), monitoring.DASHBOARD)
     if write is not None:
         if address is None and not monitoring.is_here(url):

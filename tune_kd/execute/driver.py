@@ -14,7 +14,8 @@ from shlex import quote
 
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.records import adaptive_plan
-from tune_kd.records.ledger import DECISIONS, ENDED, EPOCHS, TRIALS, Ledger, Row, broken, clean, first_row
+from tune_kd.records.ledger import Ledger
+from tune_kd.records.schema import DECISIONS, ENDED, EPOCHS, TRIALS, Row, broken, clean, first_row
 from tune_kd.records.sync import Sender
 from tune_kd.study import sampler
 from tune_kd.study.early_stopping import Schedule, stratum

@@ -16,7 +16,7 @@ from ray.util.metrics import Gauge
 from tune_kd.execute.driver import Driver
 from tune_kd.records.adaptive_plan import with_those_to_come
 from tune_kd.records.eta import pace
-from tune_kd.records.ledger import TRIALS, Row
+from tune_kd.records.schema import TRIALS, Row
 from tune_kd.study.cost import images_of
 from tune_kd.study.plan import Plan
 from tune_kd.study.trial import Trial

@@ -53,9 +53,8 @@ def execute(
     from tune_kd.execute import preflight, ray_tune, resources, trackers
     from tune_kd.execute.driver import Driver
     from tune_kd.execute.worker import Workplace
-    from tune_kd.records import rebuild, sync
-    from tune_kd.records import run_folder as runs
-    from tune_kd.records.ledger import TRIALS
+    from tune_kd.records import lock, rebuild, sync
+    from tune_kd.records.schema import TRIALS
     from tune_kd.reporting.terminal import View
     from tune_kd.training import teachers
 
@@ -83,7 +82,7 @@ def execute(
         share = resources.gpu_share(asked, cluster.gpus, connection.served_by_mps)
         tracked = run.settings.get("track") or []
         connected()
-        runs.tell_dashboard(run.folder, cluster.dashboard)
+        lock.tell_dashboard(run.folder, cluster.dashboard)
         _print_start(run, console, cluster, share.words)
         place = Workplace(
             data_dir=None if run.data_dir is None else run.data_dir.absolute(),

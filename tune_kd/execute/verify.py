@@ -8,8 +8,9 @@ from shlex import quote
 
 from tune_kd.records import rebuild, run_folder
 from tune_kd.records.adaptive_plan import grown
-from tune_kd.records.ledger import COMMITS, LEDGER, SCHEMAS, TRIALS, Row, commits, reading
+from tune_kd.records.ledger import commits, reading
 from tune_kd.records.reader import load, without_advice
+from tune_kd.records.schema import COMMITS, LEDGER, SCHEMAS, TRIALS, Row
 from tune_kd.study.cost import IMAGES
 from tune_kd.system.errors import UnexpectedFile, UserError
 from tune_kd.training import logit_cache, teachers

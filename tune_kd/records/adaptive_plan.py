@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tune_kd.records.ledger import Row, first_row
+from tune_kd.records.schema import Row, first_row
 from tune_kd.study.plan import Plan, Search
 from tune_kd.study.spec import CELL_FIELDS
 from tune_kd.study.trial import Trial

@@ -11,23 +11,10 @@ from itertools import count
 from pathlib import Path
 
 from tune_kd.records.adaptive_plan import grown
-from tune_kd.records.ledger import (
-    ASIDE,
-    COMMITS,
-    DECISIONS,
-    EPOCHS,
-    LEDGER,
-    SCHEMAS,
-    TRIALS,
-    Ledger,
-    Row,
-    commits,
-    damage,
-    first_row,
-    reading,
-)
+from tune_kd.records.ledger import ASIDE, Ledger, commits, damage, reading
 from tune_kd.records.reader import Records, load, rows, without_advice
 from tune_kd.records.run_folder import Run
+from tune_kd.records.schema import COMMITS, DECISIONS, EPOCHS, LEDGER, SCHEMAS, TRIALS, Row, first_row
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import CorruptFile, UserError
 from tune_kd.system.files import sync

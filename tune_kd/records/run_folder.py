@@ -1,93 +1,45 @@
 """A run's folder: where it is, who holds it, and the `study.json` that everything else follows from."""
 
-import fcntl
-import hashlib
-import json
 import os
 import platform
 import shutil
 import subprocess
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
-from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
 from tune_kd.records.adaptive_plan import grown
-from tune_kd.records.ledger import LAYOUT, LEDGER, RUN_NAME, TRIALS, Row, first_row, reading, too_long
-from tune_kd.records.sync import HOLDER, STUDY, pull, stamped
+from tune_kd.records.ledger import reading, too_long
+from tune_kd.records.lock import held
+from tune_kd.records.schema import LAYOUT, LEDGER, RUN_NAME, TRIALS, Row, first_row
+from tune_kd.records.sync import HOLDER, STUDY, pull
 from tune_kd.records.sync import runs as in_store
 from tune_kd.study import record as study_record
-from tune_kd.study.discover import from_json, resolve
+from tune_kd.study.discover import Source, from_json
 from tune_kd.study.plan import Plan, plan
 from tune_kd.study.source import digests as known_digests
-from tune_kd.study.source import folders
 from tune_kd.study.spec import Study
 from tune_kd.study.trial import digest
-from tune_kd.system import signals
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import UserError
 from tune_kd.system.files import (
-    MOST_RECORD_BYTES,
     check_names,
     links,
     obstacle,
-    opened,
-    parsed,
     publish,
-    read,
     sealed,
-    unsealed,
 )
 from tune_kd.system.object_store import Mirror, path_of
 from tune_kd.system.secrets import secrets
 
 PACKAGES = ("tune_kd", "torch", "torchvision", "ray", "numpy", "pandas", "pyarrow", "scipy")
 RESERVED = ("teachers",)
-UNSEEN = 150.0  # seconds after which a driver elsewhere, which sends every 30, is taken for dead
-MOST_SOURCE_BYTES = 2**22  # of a file of a study, to be compared and not executed
-PATIENCE = 2.0  # seconds for which another driver may hold a run before this one gives up
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a study came from, so that a change of it is noticed."""
-
-    file: Path
-    scale: str
-    data: str | None = None
-    settings: tuple[str, ...] = ()  # of `--set`
-    digests: dict[str, str] | None = None  # SHA-256 of the file and of what it imported from its folder, by path
-
-    def read(self) -> Study:
-        """The study as its file declares it now. That executes the file. Raises `UserError`."""
-        return resolve(self.file, self.scale, self.data, self.settings)
-
-    @property
-    def is_unchanged(self) -> bool:
-        """Whether the files of the study hold what they did when the run began. Executes nothing."""
-        try:
-            return bool(self.digests) and all(
-                hashlib.sha256(read(Path(path), MOST_SOURCE_BYTES)).hexdigest() == digest
-                for path, digest in (self.digests or {}).items()
-            )
-        except (OSError, ValueError):
-            return False
-
-    def may_be_executed(self, results: Path) -> bool:
-        """Whether the file stands where the caller would have his own: among the installed studies, in the working
-        directory or its `search_spaces`; and not among results, which may have come from anybody, as the record has
-        that names the file."""
-        place = self.file.resolve().parent
-        near = {folder.resolve() for folder in (*folders(), Path.cwd())}
-        return place in near and not place.is_relative_to(results.resolve())
 
 
 @dataclass(frozen=True)
@@ -249,85 +201,6 @@ def create(run: Run) -> None:
     point("study.published")
 
 
-def changes(run: Run) -> list[str]:
-    """In what the study's file differs from the study that the run began with, a line a field."""
-    now = _declared(run)
-    return [] if now is None else _differences(asdict(run.study), asdict(now))
-
-
-def with_file(run: Run, file: Path) -> Run:
-    """The run with its study in a file that the caller names, and so may be executed."""
-    source = run.source or Source(file, run.study.scale)
-    return replace(run, source=replace(source, file=file, digests=None), named=True)
-
-
-def _declared(run: Run) -> Study | None:
-    """The study as its file declares it now; null where the file is gone, or is not the caller's and holds what it
-    did when the run began. Raises `UserError` where it would have to be executed, and only the record names it."""
-    source = run.source
-    if source is None or not (run.named or os.path.isfile(source.file)):
-        return None
-    if run.named or source.may_be_executed(run.folder.parent):
-        return source.read()
-    if source.is_unchanged:
-        return None
-    how = "is not what it was when the run began" if source.digests else "has no digest on record"
-    raise UserError(
-        f"RUN is {run.name}, whose study.json says that its study is {source.file}, which {how}; only a study that is "
-        "installed, or stands in the working directory, is executed without being named: look at it, and resume with "
-        f"--study {quote(str(source.file))}"
-    )
-
-
-def extended(run: Run, settings: Sequence[str] = ()) -> Run:
-    """The run with what its study allows to be added: the next of its looks, or, where its file or these settings
-    declare them now, seeds after those that it had and levels after those that a factor had.
-
-    Raises `UserError` where nothing was added, or anything else was changed.
-    """
-    waiting = sum(row["status"] in ("pending", "running") for row in trials(run))
-    if waiting:
-        raise UserError(f"RUN is {run.name}, where {waiting} trials are still to run; resume it, and then --extend")
-    if run.source is not None:
-        run = replace(run, source=replace(run.source, settings=(*run.source.settings, *settings)))
-    now = _declared(run)
-    if now is None and settings:
-        raise UserError(
-            f"RUN is {run.name}, whose study {_file(run)} is to be --set; name its file with --study, which is executed"
-        )
-    now = now or run.study
-    before, confirm = asdict(run.study), run.study.confirm
-    if found := _differences(before, asdict(_without_additions(run.study, now))):
-        raise UserError(
-            f"RUN is {run.name}, and --extend admits only seeds after those of confirm.seeds (where no looks are "
-            f"declared) and levels after those of a factor; its study {_file(run)} differs in: {'; '.join(found)}"
-        )
-    last = len(confirm.looks or (0,)) - 1
-    if now == run.study and run.look == last:
-        more = "its last look is done" if confirm.looks else f"{_file(run)} declares the same seeds and levels"
-        raise UserError(f"RUN is {run.name}, to which --extend has nothing to add: {more}")
-    return replace(run, study=now, look=min(run.look + 1, last) if now == run.study else run.look)
-
-
-def record_extension(run: Run) -> None:
-    """Write into `study.json` what `extended` added. What the study fixed at first, and its hash, stay beside it."""
-    record = unsealed(read(run.folder / STUDY, MOST_RECORD_BYTES), run.folder / STUDY)
-    resolved, planned = asdict(run.study), run.plan
-    record |= {"look": run.look, "trials": [trial.trial_id for trial in planned.trials], "source": _source(run)}
-    if digest(resolved) != record["study_sha256"]:
-        arms = [{"name": arm.name, "role": arm.role} for arm in planned.arms]
-        at = datetime.now(UTC).isoformat(timespec="seconds")
-        searches = [asdict(search) for search in planned.searches]
-        record["extended"] = {
-            "study": resolved, "study_sha256": digest(resolved), "arms": arms, "searches": searches, "at": at
-        }  # fmt: skip
-    if problems := list(secrets(record)):
-        raise UserError(*problems)
-    publish(run.folder / STUDY, sealed(record))
-    Mirror.of(run.folder).send(run.folder / STUDY)
-    point("extension.recorded")
-
-
 def trials(run: Run) -> list[Row]:
     """The rows of the ledger's trials, and of those that come into it when a driver takes the plan over."""
     rows: list[Row] = []
@@ -345,38 +218,6 @@ def _source(run: Run) -> dict[str, Any] | None:
     file = run.source.file.absolute()
     digests = known_digests(file) or run.source.digests
     return asdict(run.source) | {"file": str(file), "digests": digests}
-
-
-def _file(run: Run) -> str:
-    return "as recorded" if run.source is None else str(run.source.file)
-
-
-def _without_additions(before: Study, now: Study) -> Study:
-    """What is declared now, less what may be added to what was declared before."""
-    known = {factor.name: factor for factor in before.factors}
-    factors = tuple(
-        known[each.name]
-        if each.name in known and each.levels[: len(known[each.name].levels)] == known[each.name].levels
-        else each
-        for each in now.factors
-    )
-    seeds, had = now.confirm.seeds, before.confirm.seeds
-    confirm = replace(now.confirm, seeds=had) if now.confirm.looks is None and seeds[: len(had)] == had else now.confirm
-    return replace(now, factors=factors, confirm=confirm)
-
-
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """A line for each field in which two studies, as plain values, differ."""
-    if name == "rate":  # which prices are made with, and no result
-        return []
-    if name == "factors":
-        before, now = ({each["name"]: each["levels"] for each in one} for one in (before, now))
-    if isinstance(before, dict) and isinstance(now, dict):
-        found = []
-        for field in dict.fromkeys((*before, *now)):
-            found += _differences(before.get(field), now.get(field), f"{name}.{field}" if name else field)
-        return found
-    return [] if before == now else [f"{name} was {json.dumps(before)} and is {json.dumps(now)}"]
 
 
 def find(out: Path, name: str) -> Path:
@@ -451,83 +292,6 @@ def reopen(folder: Path) -> Run:
             "other trials from it; resume it with that version"
         )
     return run
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other drivers out while this one runs. The system frees the lock with its process."""
-    lock = FileLock(folder / ".lock", timeout=PATIENCE)
-    try:
-        lock.acquire()
-    except Timeout:
-        who = holder(folder) or {}
-        raise UserError(
-            f"RUN is {folder.name}, which process {who.get('pid', '?')} on {who.get('host', '?')} holds since "
-            f"{who.get('since', '?')}; wait for it or stop it (`tune_kd status {folder.name}` shows it)"
-        ) from None
-    except OSError as error:
-        raise UserError(f"RUN is {folder}, which cannot be written to ({error.strerror}); make it writable") from error
-    mirror = Mirror.of(folder)
-    try:
-        _check_unheld(mirror, folder)
-        for aside in folder.glob(".*.[0-9]*"):  # of writers that were killed: nobody else writes here now
-            aside.unlink(missing_ok=True)
-        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        _put_holder(folder, {"pid": signals.process_id(), "host": platform.node(), "since": since, "dashboard": None})
-        yield
-    finally:
-        (folder / HOLDER).unlink(missing_ok=True)
-        with suppress(OSError):  # else it is seen to be old
-            mirror.forget(folder / HOLDER)
-        lock.release()
-
-
-def _check_unheld(mirror: Mirror, folder: Path) -> None:
-    """Raise `UserError` where a driver on another machine has this run in a store. It says so again with each sending;
-    a store has no lock that dies with its holder."""
-    there = mirror.read(folder / HOLDER, MOST_RECORD_BYTES)
-    try:
-        who = {} if there is None else parsed(there)
-        age = time.time() - float(who.get("seen", 0))
-    except (ValueError, AttributeError, TypeError):
-        return
-    if who.get("host", platform.node()) != platform.node() and age < UNSEEN:
-        raise UserError(
-            f"RUN is {folder.name}, which process {who.get('pid')} on {who['host']} holds since {who.get('since')}, "
-            f"seen {age:.0f} s ago; wait for it or stop it; one not seen for {UNSEEN:.0f} s is taken for dead"
-        )
-
-
-def tell_dashboard(folder: Path, url: str | None) -> None:
-    """Have whoever looks at a run that this process holds know where Ray's dashboard is."""
-    _put_holder(folder, (holder(folder) or {}) | {"dashboard": url})
-
-
-def _put_holder(folder: Path, who: dict[str, Any]) -> None:
-    publish(folder / HOLDER, json.dumps(who).encode())
-    Mirror.of(folder).send(folder / HOLDER, stamped(json.dumps(who).encode()))
-
-
-@dataclass(frozen=True)
-class _Holder:
-    pid: int
-    host: str
-    since: str
-    dashboard: str | None
-
-
-def holder(folder: Path) -> dict[str, Any] | None:
-    """Who runs a run now: `pid`, `host`, `since`, and the `dashboard` of its Ray, once that is there. Null where nobody
-    does, also after a kill."""
-    with suppress(OSError, ValueError):  # there is none, it is being written, or just went
-        found = asdict(TypeAdapter(_Holder).validate_python(parsed(read(folder / HOLDER, MOST_RECORD_BYTES))))
-        # To be read only: whoever looks may have no right to write.
-        with opened(folder / ".lock", MOST_RECORD_BYTES) as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return found
-    return None
 
 
 def _git_commit() -> str | None:

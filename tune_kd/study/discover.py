@@ -1,11 +1,12 @@
 """Finding studies: a name in `search_spaces/` or a path, its scales, and single fields that a command sets."""
 
+import hashlib
 import inspect
 import json
 import os
 import shlex
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -16,6 +17,7 @@ from tune_kd.study.plan import checked
 from tune_kd.study.source import StudyFile, executed, folders
 from tune_kd.study.spec import DATA_SETS, Data, Factor, Study
 from tune_kd.system.errors import UserError
+from tune_kd.system.files import read
 
 
 def available() -> dict[str, Path]:
@@ -227,3 +229,40 @@ def _assign(value: dict[str, Any], path: list[str], new: Any, whole: str) -> str
 
 def _holds_truth(value: Any) -> bool:
     return any(map(_holds_truth, value)) if isinstance(value, list) else isinstance(value, bool)
+
+
+MOST_SOURCE_BYTES = 2**22  # of a file of a study, to be compared and not executed
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a study came from, so that a change of it is noticed."""
+
+    file: Path
+    scale: str
+    data: str | None = None
+    settings: tuple[str, ...] = ()  # of `--set`
+    digests: dict[str, str] | None = None  # SHA-256 of the file and of what it imported from its folder, by path
+
+    def read(self) -> Study:
+        """The study as its file declares it now. That executes the file. Raises `UserError`."""
+        return resolve(self.file, self.scale, self.data, self.settings)
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the files of the study hold what they did when the run began. Executes nothing."""
+        try:
+            return bool(self.digests) and all(
+                hashlib.sha256(read(Path(path), MOST_SOURCE_BYTES)).hexdigest() == digest
+                for path, digest in (self.digests or {}).items()
+            )
+        except (OSError, ValueError):
+            return False
+
+    def may_be_executed(self, results: Path) -> bool:
+        """Whether the file stands where the caller would have his own: among the installed studies, in the working
+        directory or its `search_spaces`; and not among results, which may have come from anybody, as the record has
+        that names the file."""
+        place = self.file.resolve().parent
+        near = {folder.resolve() for folder in (*folders(), Path.cwd())}
+        return place in near and not place.is_relative_to(results.resolve())

@@ -11,6 +11,7 @@ from tune_kd.study.cost import answering, flop
 from tune_kd.study.spec import APPLIES, CELL_FIELDS, NUMERIC, Cell, Compare, Level, Study
 from tune_kd.study.trial import Answering, Trial
 from tune_kd.study.tuning import Range, number
+from tune_kd.study.validate import check
 from tune_kd.system.errors import UserError
 
 T = TypeVar("T")
@@ -135,7 +136,7 @@ def checked(study: Study) -> Study:
 
 def _compared(study: Study) -> tuple[list[Cell], tuple[Contrast, ...]]:
     """Every combination of levels that the study has, those that come to the same included, and what is compared."""
-    study.check()
+    check(study)
     crossed = (_cell(study, levels) for levels in itertools.product(*(factor.levels for factor in study.factors)))
     raw = [cell for cell in crossed if _departures(study, cell) <= 1]
     cells = list(dict.fromkeys(raw))

@@ -11,6 +11,7 @@ from tune_kd.study.discover import from_json
 from tune_kd.study.plan import Search
 from tune_kd.study.spec import MOST_TRIALS, Study
 from tune_kd.study.trial import digest
+from tune_kd.study.validate import check
 from tune_kd.system.errors import CorruptFile, UserError
 from tune_kd.system.files import MOST_RECORD_BYTES, read, unsealed
 
@@ -128,7 +129,7 @@ def load(path: Path) -> dict[str, Any]:
 def _study(path: Path, value: dict[str, Any]) -> Study:
     """The study in a record, within its bounds. Raises `UserError`."""
     try:
-        return from_json(value).check()
+        return check(from_json(value))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from tune_kd.data.datasets import DataSet, Split, draw_views, prepare
+from tune_kd.data.augment import draw_views, prepare
+from tune_kd.data.datasets import DataSet, Split
 from tune_kd.study.spec import Recipe
 from tune_kd.study.trial import Epoch, Outcome, Trial
 from tune_kd.system.errors import CorruptFile

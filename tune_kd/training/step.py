@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tune_kd.data.datasets import DataSet, Views, on_device, prepare, show
+from tune_kd.data.augment import Views, prepare, show
+from tune_kd.data.datasets import DataSet, on_device
 from tune_kd.study.trial import Trial
 from tune_kd.training import losses, networks
 from tune_kd.training.device import Captured, autocast

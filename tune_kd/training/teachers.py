@@ -22,7 +22,8 @@ from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from tune_kd.data.datasets import DataSet, Views, draw_views, numbered_views, on_device, prepare, show, view_numbers
+from tune_kd.data.augment import Views, draw_views, numbered_views, prepare, show, view_numbers
+from tune_kd.data.datasets import DataSet, on_device
 from tune_kd.study.trial import Answering, Epoch, Trial
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import CorruptFile, UnexpectedFile

@@ -1,0 +1,138 @@
+"""Extending a run: the next of its declared looks, or seeds and levels that its study declares now."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from tune_kd.records.run_folder import Run, _source, trials
+from tune_kd.records.sync import STUDY
+from tune_kd.study.discover import Source
+from tune_kd.study.spec import Study
+from tune_kd.study.trial import digest
+from tune_kd.system.crash_points import point
+from tune_kd.system.errors import UserError
+from tune_kd.system.files import (
+    MOST_RECORD_BYTES,
+    publish,
+    read,
+    sealed,
+    unsealed,
+)
+from tune_kd.system.object_store import Mirror
+from tune_kd.system.secrets import secrets
+
+
+def changes(run: Run) -> list[str]:
+    """In what the study's file differs from the study that the run began with, a line a field."""
+    now = _declared(run)
+    return [] if now is None else _differences(asdict(run.study), asdict(now))
+
+
+def with_file(run: Run, file: Path) -> Run:
+    """The run with its study in a file that the caller names, and so may be executed."""
+    source = run.source or Source(file, run.study.scale)
+    return replace(run, source=replace(source, file=file, digests=None), named=True)
+
+
+def _declared(run: Run) -> Study | None:
+    """The study as its file declares it now; null where the file is gone, or is not the caller's and holds what it
+    did when the run began. Raises `UserError` where it would have to be executed, and only the record names it."""
+    source = run.source
+    if source is None or not (run.named or os.path.isfile(source.file)):
+        return None
+    if run.named or source.may_be_executed(run.folder.parent):
+        return source.read()
+    if source.is_unchanged:
+        return None
+    how = "is not what it was when the run began" if source.digests else "has no digest on record"
+    raise UserError(
+        f"RUN is {run.name}, whose study.json says that its study is {source.file}, which {how}; only a study that is "
+        "installed, or stands in the working directory, is executed without being named: look at it, and resume with "
+        f"--study {quote(str(source.file))}"
+    )
+
+
+def extended(run: Run, settings: Sequence[str] = ()) -> Run:
+    """The run with what its study allows to be added: the next of its looks, or, where its file or these settings
+    declare them now, seeds after those that it had and levels after those that a factor had.
+
+    Raises `UserError` where nothing was added, or anything else was changed.
+    """
+    waiting = sum(row["status"] in ("pending", "running") for row in trials(run))
+    if waiting:
+        raise UserError(f"RUN is {run.name}, where {waiting} trials are still to run; resume it, and then --extend")
+    if run.source is not None:
+        run = replace(run, source=replace(run.source, settings=(*run.source.settings, *settings)))
+    now = _declared(run)
+    if now is None and settings:
+        raise UserError(
+            f"RUN is {run.name}, whose study {_file(run)} is to be --set; name its file with --study, which is executed"
+        )
+    now = now or run.study
+    before, confirm = asdict(run.study), run.study.confirm
+    if found := _differences(before, asdict(_without_additions(run.study, now))):
+        raise UserError(
+            f"RUN is {run.name}, and --extend admits only seeds after those of confirm.seeds (where no looks are "
+            f"declared) and levels after those of a factor; its study {_file(run)} differs in: {'; '.join(found)}"
+        )
+    last = len(confirm.looks or (0,)) - 1
+    if now == run.study and run.look == last:
+        more = "its last look is done" if confirm.looks else f"{_file(run)} declares the same seeds and levels"
+        raise UserError(f"RUN is {run.name}, to which --extend has nothing to add: {more}")
+    return replace(run, study=now, look=min(run.look + 1, last) if now == run.study else run.look)
+
+
+def record_extension(run: Run) -> None:
+    """Write into `study.json` what `extended` added. What the study fixed at first, and its hash, stay beside it."""
+    record = unsealed(read(run.folder / STUDY, MOST_RECORD_BYTES), run.folder / STUDY)
+    resolved, planned = asdict(run.study), run.plan
+    record |= {"look": run.look, "trials": [trial.trial_id for trial in planned.trials], "source": _source(run)}
+    if digest(resolved) != record["study_sha256"]:
+        arms = [{"name": arm.name, "role": arm.role} for arm in planned.arms]
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        searches = [asdict(search) for search in planned.searches]
+        record["extended"] = {
+            "study": resolved, "study_sha256": digest(resolved), "arms": arms, "searches": searches, "at": at
+        }  # fmt: skip
+    if problems := list(secrets(record)):
+        raise UserError(*problems)
+    publish(run.folder / STUDY, sealed(record))
+    Mirror.of(run.folder).send(run.folder / STUDY)
+    point("extension.recorded")
+
+
+def _file(run: Run) -> str:
+    return "as recorded" if run.source is None else str(run.source.file)
+
+
+def _without_additions(before: Study, now: Study) -> Study:
+    """What is declared now, less what may be added to what was declared before."""
+    known = {factor.name: factor for factor in before.factors}
+    factors = tuple(
+        known[each.name]
+        if each.name in known and each.levels[: len(known[each.name].levels)] == known[each.name].levels
+        else each
+        for each in now.factors
+    )
+    seeds, had = now.confirm.seeds, before.confirm.seeds
+    confirm = replace(now.confirm, seeds=had) if now.confirm.looks is None and seeds[: len(had)] == had else now.confirm
+    return replace(now, factors=factors, confirm=confirm)
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """A line for each field in which two studies, as plain values, differ."""
+    if name == "rate":  # which prices are made with, and no result
+        return []
+    if name == "factors":
+        before, now = ({each["name"]: each["levels"] for each in one} for one in (before, now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for field in dict.fromkeys((*before, *now)):
+            found += _differences(before.get(field), now.get(field), f"{name}.{field}" if name else field)
+        return found
+    return [] if before == now else [f"{name} was {json.dumps(before)} and is {json.dumps(now)}"]

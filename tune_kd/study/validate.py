@@ -1,0 +1,386 @@
+"""What is wrong with a study: every problem of its fields, alone and together, in one list."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sized
+
+from tune_kd.study.spec import (
+    APPLIES,
+    ARCHITECTURES,
+    CELL_FIELDS,
+    DATA_SETS,
+    METHODS,
+    MOST_EPOCHS,
+    MOST_LEVELS,
+    MOST_SEEDS,
+    MOST_TRIALS,
+    MOST_WIDTH,
+    PRECISIONS,
+    STEMS,
+    TUNABLE,
+    WEIGHTS,
+    Compare,
+    Level,
+    Recipe,
+    Screen,
+    Study,
+)
+from tune_kd.study.tuning import Choice, Integer, Range, Tuning, number
+from tune_kd.system.characters import CONTROL, visible
+from tune_kd.system.errors import UserError
+
+
+def check(study: Study) -> Study:
+    """Return the study itself; raise `UserError` with every problem that it has."""
+    if problems := list(_oversized(study)):  # of which the rest could take hours to look at
+        raise UserError(*problems)
+    problems = [
+        *_factor_problems(study),
+        *_control_problems(study),
+        *_contrast_problems(study),
+        *_recipe_problems("recipe", study.recipe),
+        *_recipe_problems("teacher_recipe", study.teacher_recipe),
+        *_seed_problems(study),
+        *_screen_problems(study),
+        *(_tuning_problems(study, study.tuning) if study.tuning else ()),
+    ]
+    for part in ("train", "validation", "test"):
+        size = getattr(study.data, part)
+        if size is not None and size < 1:
+            problems.append(f"data.{part} is {size}; allowed: at least 1, or null for all")
+    if not 0 <= study.data.split_seed < 2**31:
+        problems.append(f"data.split_seed is {study.data.split_seed}; allowed: from 0 to {2**31 - 1}")
+    if study.data.name not in DATA_SETS:
+        problems.append(f"data.name is {study.data.name!r}; allowed: {', '.join(DATA_SETS)}")
+    for name in ("name", "question", "scale"):
+        text = getattr(study, name)
+        if any("\ud800" <= character <= "\udfff" for character in text):  # which no file and no terminal takes
+            problems.append(f"{name} is {text!r}; allowed: text that can be encoded as UTF-8")
+        if CONTROL.search(text) and (name != "question" or visible(text) != text):  # which may have lines
+            problems.append(f"{name} is {text!r}; allowed: text without control characters")
+    if not 0 < study.deviation <= 1:
+        problems.append(f"deviation is {study.deviation}; allowed: above 0, at most 1 (accuracy, 0.0015 is 0.15 "
+                        "points)")  # fmt: skip
+    if not 1e3 <= study.rate <= 1e24:
+        problems.append(f"rate is {study.rate}; allowed: from 1e3 to 1e24 operations a second")
+    if problems:
+        raise UserError(*problems)
+    return study
+
+
+def _oversized(study: Study) -> Iterator[str]:
+    """What is longer than any study has it. A study may come from anybody's `study.json`."""
+    for name, most in (("name", 200), ("scale", 200), ("question", 10_000)):
+        if (length := len(getattr(study, name))) > most:
+            yield f"{name} has {length:,} characters; allowed: at most {most:,}"
+    tuning = study.tuning or Tuning(())
+    lists: list[tuple[str, Sized, int]] = [
+        ("factors", study.factors, len(CELL_FIELDS)),
+        *((f"factor {each.name!r}", each.levels, MOST_LEVELS) for each in study.factors),
+        ("contrasts", study.contrasts, MOST_LEVELS),
+        ("reference", study.reference, 2 * len(CELL_FIELDS)),
+        ("swept", study.swept, 2 * len(CELL_FIELDS)),
+        ("screen.strata", study.screen.strata or (), 2 * len(CELL_FIELDS)),
+        ("screen.margin", study.screen.margin if isinstance(study.screen.margin, tuple) else (), 100),
+        ("confirm.seeds", study.confirm.seeds, MOST_SEEDS),
+        ("confirm.looks", study.confirm.looks or (), 100),
+        ("teacher_seeds", study.teacher_seeds, MOST_SEEDS),
+        ("tuning.ranges", tuning.ranges, 100),
+        *((f"tuning.ranges has {each.name}, which", each.over.levels, MOST_LEVELS)
+          for each in tuning.ranges if isinstance(each.over, Choice)),
+    ]  # fmt: skip
+    for name, items, most in lists:
+        if len(items) > most:
+            yield f"{name} has {len(items):,} items; allowed: at most {most:,}"
+    for name, value, limit in (
+        ("recipe.epochs", study.recipe.epochs, MOST_EPOCHS),
+        ("teacher_recipe.epochs", study.teacher_recipe.epochs, MOST_EPOCHS),
+        ("recipe.batch_size", study.recipe.batch_size, 2**24),
+        ("teacher_recipe.batch_size", study.teacher_recipe.batch_size, 2**24),
+        ("tuning.budget", tuning.budget if tuning.budget_unit == "trials" else 0, MOST_TRIALS),
+        ("tuning.budget", tuning.budget, MOST_TRIALS * MOST_EPOCHS),
+        ("tuning.parallel", tuning.parallel, MOST_TRIALS),
+        ("tuning.startup", tuning.startup, MOST_TRIALS),
+        *((f"tuning.ranges has {each.name}, whose span", each.over.high - each.over.low, MOST_TRIALS)
+          for each in tuning.ranges if isinstance(each.over, Integer)),
+    ):  # fmt: skip
+        if value > limit:
+            yield f"{name} is {value}; allowed: at most {limit:,}"
+    cells = math.prod(max(1, len(each.levels)) for each in study.factors)
+    draws = tuning.budget if study.tuning else 0
+    if tuning.budget_unit == "epochs":
+        draws //= max(1, study.recipe.epochs)
+    seeds = max(len(study.confirm.seeds), (study.confirm.looks or (0,))[-1])
+    trials = cells * (1 + seeds + draws + len(study.teacher_seeds))
+    if trials > MOST_TRIALS:
+        yield (f"factors have {cells:,} combinations of levels, which with {seeds} seeds come to as many as {trials:,} "
+               f"trials; allowed: {MOST_TRIALS:,}")  # fmt: skip
+
+
+def _level_problem(name: str, level: Level | None) -> str | None:
+    """What is wrong with one level of a factor, or null."""
+    known = {
+        "student": ARCHITECTURES,
+        "teacher": ARCHITECTURES,
+        "stem": STEMS,
+        "weights": WEIGHTS,
+        "method": METHODS,
+    }
+    if name in known:
+        return None if level in known[name] else f"{name} is {level!r}; allowed: {', '.join(known[name])}"
+    if not isinstance(level, int | float) or isinstance(level, bool) or not math.isfinite(level):
+        return f"{name} is {level!r}; allowed: a finite number"
+    if name == "alpha":
+        return None if 0 <= level <= 1 else f"alpha is {level}; allowed: from 0 to 1"
+    if name == "beta":
+        return None if level >= 0 else f"beta is {level}; allowed: 0 or more"
+    most = MOST_WIDTH if name == "width" else math.inf
+    said = f", at most {number(most)}" if name == "width" else ""
+    return None if 0 < level <= most else f"{name} is {level}; allowed: above 0{said}"
+
+
+def _factor_problems(study: Study) -> list[str]:
+    problems = []
+    names = [factor.name for factor in study.factors]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    problems += [f"factors names {name!r} more than once; allowed: once each" for name in twice]
+    for factor in study.factors:
+        if factor.name not in CELL_FIELDS:
+            problems.append(f"factors names {factor.name!r}; allowed: {', '.join(CELL_FIELDS)}")
+            continue
+        if not factor.levels:
+            problems.append(f"factor {factor.name!r} has no levels, so no arm is left; allowed: at least one")
+        if len(set(factor.levels)) < len(factor.levels):
+            problems.append(f"factor {factor.name!r} has levels {list(factor.levels)}; allowed: each level once")
+        found = (_level_problem(factor.name, level) for level in factor.levels)
+        problems += [f"factor {problem}" for problem in found if problem]
+    for name in CELL_FIELDS:
+        value = getattr(study.cell, name)
+        if name not in names and not (value is None and name in APPLIES):
+            problem = _level_problem(name, value)
+            problems += [f"cell.{problem}"] if problem else []
+    return problems + _combination_problems(study)
+
+
+def _combination_problems(study: Study) -> list[str]:
+    """What is wrong with levels that are each allowed."""
+    problems = []
+    if "imagenet" in study.levels("weights") and any(width != 1 for width in study.levels("width")):
+        problems.append("weights is 'imagenet' while width is not 1; allowed: torchvision's weights at width 1 only")
+    methods = study.levels("method")
+    for name, where in APPLIES.items():
+        needing = [method for method in methods if method in where]
+        if needing and not study.levels(name):
+            problems.append(f"{name} is null while method has {needing[0]!r}; allowed: a value for {name}")
+    return problems
+
+
+def _control_problems(study: Study) -> list[str]:
+    methods = study.levels("method")
+    if study.control is not None and study.control not in methods:
+        levels = ", ".join(str(method) for method in methods)
+        return [f"control is {study.control!r}; allowed: null or a level of the factor method ({levels})"]
+    if study.contrasts and (study.control is None or study.screen.strata is None):
+        field = "control" if study.control is None else "screen.strata"
+        return [
+            f"{field} is null while contrasts has {len(study.contrasts)} comparisons; allowed: contrasts empty, "
+            "since a study that only looks for its best student makes no claims"
+        ]
+    return []
+
+
+def _contrast_problems(study: Study) -> list[str]:
+    problems = []
+    for position, contrast in enumerate(study.contrasts):
+        other_way = Compare(contrast.factor, contrast.against, contrast.treated)
+        if contrast in study.contrasts[:position] or other_way in study.contrasts[:position]:
+            problems.append(f"contrasts compares {contrast.factor} {contrast.treated!r} with {contrast.against!r} more "
+                            "than once; allowed: once, and in one direction: each counts as a test")  # fmt: skip
+        if contrast.factor not in [factor.name for factor in study.factors]:
+            varied = ", ".join(factor.name for factor in study.factors)
+            problems.append(f"a contrast compares {contrast.factor!r}; allowed: a factor of the study ({varied})")
+            continue
+        levels = study.levels(contrast.factor)
+        allowed = ", ".join(str(level) for level in levels)
+        unknown = [level for level in (contrast.treated, contrast.against) if level not in levels]
+        problems += [f"a contrast names {contrast.factor} {level!r}; allowed: {allowed}" for level in unknown]
+        if contrast.treated == contrast.against:
+            problems.append(f"a contrast compares {contrast.factor} {contrast.treated!r} with itself; allowed: two "
+                            "levels")  # fmt: skip
+    named = [name for name, _ in study.reference]
+    problems += [f"reference names {name!r} more than once; allowed: once each"
+                 for name in dict.fromkeys(named) if named.count(name) > 1]  # fmt: skip
+    for name, level in study.reference:
+        if name not in CELL_FIELDS:
+            problems.append(f"reference names {name!r}; allowed: {', '.join(CELL_FIELDS)}")
+        elif study.levels(name) and level not in study.levels(name):
+            allowed = ", ".join(str(each) for each in study.levels(name))
+            problems.append(f"reference {name} is {level!r}; allowed: {allowed}")
+    fixed = {name for name, _ in study.reference} & {factor.name for factor in study.factors}
+    problems += [
+        f"swept names {name!r}; allowed: factors that have a reference ({', '.join(sorted(fixed)) or 'there is none'})"
+        for name in study.swept
+        if name not in fixed
+    ]
+    if study.moderator is not None and study.moderator not in [factor.name for factor in study.factors]:
+        varied = ", ".join(factor.name for factor in study.factors)
+        problems.append(f"moderator is {study.moderator!r}; allowed: null or a factor of the study ({varied})")
+    return problems
+
+
+def _recipe_problems(where: str, recipe: Recipe) -> list[str]:
+    rules = [
+        ("epochs", recipe.epochs >= 1, "at least 1"),
+        ("batch_size", recipe.batch_size >= 2, "at least 2"),
+        ("lr", 0 < recipe.lr < math.inf, "above 0"),
+        ("lr_min", 0 <= recipe.lr_min <= recipe.lr, f"from 0 to lr ({number(recipe.lr)})"),
+        ("momentum", 0 < recipe.momentum < 1, "between 0 and 1, both excluded (Nesterov)"),
+        ("weight_decay", 0 <= recipe.weight_decay < math.inf, "0 or more"),
+        ("clip", 0 < recipe.clip < math.inf, "above 0"),
+        ("precision", recipe.precision in PRECISIONS, ", ".join(PRECISIONS)),
+    ]
+    return [
+        f"{where}.{name} is {getattr(recipe, name)!r}; allowed: {allowed}" for name, good, allowed in rules if not good
+    ]
+
+
+def _seed_problems(study: Study) -> list[str]:
+    problems = []
+    seeds = study.confirm.seeds
+    if not seeds:
+        problems.append("confirm.seeds is empty; allowed: at least one seed")
+    elif study.confirm.looks is not None:
+        problems += _look_problems(seeds, study.confirm.looks)
+    if not problems and study.screen.seed in study.confirm.all_seeds:
+        problems.append(
+            f"screen.seed is {study.screen.seed} and is among confirm.seeds {list(study.confirm.all_seeds)}; "
+            "allowed: a seed of its own, or the confirmation would repeat what the screen selected on"
+        )
+    for name, each in (("confirm.seeds", seeds), ("teacher_seeds", study.teacher_seeds)):
+        if len(set(each)) < len(each):
+            problems.append(f"{name} is {list(each)}; allowed: each seed once")
+    if not study.teacher_seeds:
+        problems.append("teacher_seeds is empty; allowed: at least one seed")
+    for name, value in (
+        ("screen.seed", study.screen.seed),
+        ("screen.order_seed", study.screen.order_seed),
+        *(("confirm.seeds", seed) for seed in (study.confirm.all_seeds if seeds else ())),
+        *(("teacher_seeds", seed) for seed in study.teacher_seeds),
+    ):
+        if not 0 <= value < 2**31:
+            problems.append(f"{name} has {value}; allowed: from 0 to {2**31 - 1}")
+    return problems
+
+
+def _look_problems(seeds: tuple[int, ...], looks: tuple[int, ...]) -> list[str]:
+    allowed = "counts of seeds that grow, the first 2 or more and the last not below the number of confirm.seeds"
+    grows = len(looks) > 0 and all(one < other for one, other in itertools.pairwise(looks))
+    if grows and looks[0] >= 2 and len(seeds) <= looks[-1] <= MOST_SEEDS:
+        return []
+    return [f"confirm.looks is {list(looks)} with {len(seeds)} confirm.seeds; allowed: null, or {allowed} "
+            f"({MOST_SEEDS} at most)"]  # fmt: skip
+
+
+def _screen_problems(study: Study) -> list[str]:
+    screen = study.screen
+    problems = []
+    if screen.grace < 1:
+        problems.append(f"screen.grace is {screen.grace}; allowed: at least 1 epoch")
+    if screen.grace > study.recipe.epochs:
+        problems.append(
+            f"screen.grace is {screen.grace}, longer than the budget recipe.epochs = {study.recipe.epochs}; "
+            f"allowed: 1 to {study.recipe.epochs}"
+        )
+    if screen.reduction < 2:
+        problems.append(f"screen.reduction is {screen.reduction}; allowed: at least 2")
+    margins = screen.margin if isinstance(screen.margin, tuple) else (screen.margin,)
+    if not all(0 <= margin <= 1 for margin in margins):
+        said = list(margins) if isinstance(screen.margin, tuple) else screen.margin
+        problems.append(f"screen.margin is {said}; allowed: from 0 to 1 (accuracy, 0.005 is 0.5 points)")
+    if not problems and isinstance(screen.margin, tuple):
+        problems += margin_problems(screen, study.recipe.epochs)
+    if screen.min_peers < 1:
+        problems.append(f"screen.min_peers is {screen.min_peers}; allowed: at least 1")
+    unknown = [name for name in screen.strata or () if name not in CELL_FIELDS]
+    if screen.strata == ():
+        problems.append("screen.strata is empty; allowed: null for all with all, or some of " + ", ".join(CELL_FIELDS))
+    return problems + [f"screen.strata names {name!r}; allowed: {', '.join(CELL_FIELDS)}" for name in unknown]
+
+
+def margin_problems(screen: Screen, epochs: int) -> list[str]:
+    """What is wrong with margins that are given rung by rung."""
+    rungs = screen.rungs(epochs)
+    if not isinstance(screen.margin, tuple) or len(screen.margin) == len(rungs):
+        return []
+    named = ", ".join(map(str, rungs)) or "none"
+    return [f"screen.margin is {list(screen.margin)}, {len(screen.margin)} margins; allowed: one number, or one for "
+            f"each rung ({len(rungs)}: {named})"]  # fmt: skip
+
+
+def _tuning_problems(study: Study, tuning: Tuning) -> list[str]:
+    problems = [problem for each in tuning.ranges for problem in _range_problems(study, each)]
+    for method in map(str, study.levels("method")):
+        names = [each.name for each in study.ranges(method)]
+        problems += [f"tuning.ranges has {name} more than once for the method {method}; allowed: once"
+                     for name in dict.fromkeys(names) if names.count(name) > 1]  # fmt: skip
+        if not names and not problems:
+            problems.append(f"tuning.ranges has nothing for the method {method}; allowed: a range for every method, "
+                            "such as lr, since each arm gets the same budget")  # fmt: skip
+    allowed = {"budget_unit": ("trials", "epochs"), "sampler": ("tpe", "random", "quasi-random")}
+    problems += [
+        f"tuning.{name} is {getattr(tuning, name)!r}; allowed: {', '.join(levels)}"
+        for name, levels in allowed.items()
+        if getattr(tuning, name) not in levels
+    ]
+    for name, least in (("startup", 1), ("parallel", 1)):
+        if getattr(tuning, name) < least:
+            problems.append(f"tuning.{name} is {getattr(tuning, name)}; allowed: at least {least}")
+    if not 0 <= tuning.seed < 2**31:
+        problems.append(f"tuning.seed is {tuning.seed}; allowed: from 0 to {2**31 - 1}")
+    return problems or list(_budget_problems(study, tuning))
+
+
+def _range_problems(study: Study, each: Range) -> list[str]:
+    """What is wrong with one range."""
+    where, over = f"tuning.ranges has {each.name}", each.over
+    if each.name not in TUNABLE:
+        return [f"tuning.ranges names {each.name!r}; allowed: {', '.join(TUNABLE)}"]
+    if each.name in [factor.name for factor in study.factors]:
+        return [f"{where}, which is a factor too; allowed: one of both"]
+    users = [method for method in study.levels("method") if each in study.ranges(str(method))]
+    if not users:
+        there = ", ".join(method for method in APPLIES.get(each.name, METHODS) if method in study.levels("method"))
+        return [f"{where} for {', '.join(each.methods or ('every method',))}, and no method of the study uses it; "
+                f"allowed: a range for one that does ({there or 'there is none'})"]  # fmt: skip
+    if over.problem is not None:
+        return [f"{where} over {over!r}, which is no range; allowed: {over.problem}"]
+    ends = over.levels if isinstance(over, Choice) else (over.low, over.high)
+    lowest = study.recipe.lr_min if each.name == "lr" else 0.0
+    if each.name in CELL_FIELDS:
+        problems = [problem for end in ends if (problem := _level_problem(each.name, end))]
+    else:
+        problems = [f"{each.name} is {end}; allowed: {number(lowest)} or more" for end in ends if end < lowest]
+        problems += [f"lr is {end}; allowed: above 0" for end in ends if each.name == "lr" and end == 0 == lowest]
+    default = study.default(each.name)
+    if not problems and (default is None or not over.holds(default)):
+        problems = [f"its default {default} lies outside of {over}; allowed: a range with the default in it, which is "
+                    "confirmed beside what is tuned"]  # fmt: skip
+    return [f"{where}: {problem}" for problem in problems]
+
+
+def _budget_problems(study: Study, tuning: Tuning) -> Iterator[str]:
+    """Too little for the sampler to begin with, or more than there is to draw."""
+    draws, unit = tuning.budget, ""
+    if tuning.budget_unit == "epochs":
+        draws, unit = tuning.budget // study.recipe.epochs, f" (of {study.recipe.epochs} epochs a trial)"
+    least = tuning.startup + 1 if tuning.sampler == "tpe" else 1
+    if draws < least:
+        why = f", since TPE begins after tuning.startup = {tuning.startup} draws" if tuning.sampler == "tpe" else ""
+        yield f"tuning.budget is {tuning.budget} {tuning.budget_unit}; allowed: at least {least} trials{unit}{why}"
+    for method in map(str, study.levels("method")):
+        values = [each.configurations for each in study.ranges(method)]
+        count = math.prod(len(each) for each in values if each is not None) - 1  # the default is confirmed anyway
+        if None not in values and (draws > count or tuning.budget_unit == "epochs"):
+            yield (f"tuning.ranges has {count} configurations for the method {method} besides the default; allowed: a "
+                   f"budget of at most as many trials ({tuning.budget} {tuning.budget_unit} are asked for), or a range "
+                   "that cannot be counted")  # fmt: skip
