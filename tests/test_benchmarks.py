@@ -45,7 +45,7 @@ def test_the_plain_loop_asks_its_teacher_in_every_step(method: str, monkeypatch:
     from benchmarks import plain
 
     digits = datasets.load("digits", train=60, validation=20)
-    teacher = plain.models.build("resnet50", stem="cifar", classes=10, width=0.0625, seed=0).eval()
+    teacher = plain.networks.build("resnet50", stem="cifar", classes=10, width=0.0625, seed=0).eval()
     asked = []
     teacher.conv1.register_forward_hook(lambda *_: asked.append(1))
     rows = train_plain(

@@ -148,7 +148,7 @@ def test_the_student_is_in_train_mode_in_every_epoch(
     modes: list[bool] = []
     step = torch.optim.SGD.step
     built: list[nn.Module] = []
-    build = training.models.build
+    build = training.networks.build
 
     def watched_build(*args: Any, **options: Any) -> nn.Module:
         built.append(build(*args, **options))
@@ -158,7 +158,7 @@ def test_the_student_is_in_train_mode_in_every_epoch(
         modes.append(all(module.training for module in built[-1].modules()))
         return step(self, *args)
 
-    monkeypatch.setattr(training.models, "build", watched_build)
+    monkeypatch.setattr(training.networks, "build", watched_build)
     monkeypatch.setattr(torch.optim.SGD, "step", watched_step)
     run(trial("none"), pixels, None, tmp_path)
     assert modes == [True] * 4 * 3  # four epochs of three steps
@@ -189,7 +189,7 @@ def test_projections_are_trained_clipped_and_saved_with_the_student(
     assert all(not torch.equal(first[0][name], last[0][name]) for name in names)
     students = len([name for name in last[0] if name.startswith("momentum.")])
     assert set(clipped) == {students}  # all that the optimizer moves, projections among them
-    assert students == len(list(training.models.build("resnet18", stem="cifar", classes=2, seed=0).parameters())) + 4
+    assert students == len(list(training.networks.build("resnet18", stem="cifar", classes=2, seed=0).parameters())) + 4
 
 
 def test_a_loss_that_is_not_finite_ends_the_trial_as_diverged(pixels: DataSet, tmp_path: Path) -> None:
@@ -217,11 +217,11 @@ def test_the_outcome_is_of_the_best_validation_weights_and_of_the_last(
         (last, outcome.test_accuracy),
         (best_weights(Checkpoints(tmp_path)), outcome.test_accuracy_best),
     ):
-        net = training.models.build("resnet18", stem="cifar", classes=2, width=0.0625, seed=0).eval()
+        net = training.networks.build("resnet18", stem="cifar", classes=2, width=0.0625, seed=0).eval()
         net.load_state_dict(weights)
         logits = net(training.prepare(pixels.test.images, pixels))
         assert float((logits.argmax(1) == pixels.test.labels).double().mean()) == reported
-    assert outcome.params == training.models.parameter_count(net)
+    assert outcome.params == training.networks.parameter_count(net)
     assert outcome.teacher_digest == teacher.digest
 
 
@@ -261,7 +261,7 @@ def test_a_seeded_loss_curve_is_what_it_was(method: str, tmp_path: Path) -> None
     AVX-512, which one can have with ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY) differ by 1.4e-4 at most."""
     digits, width = datasets.load("digits", train=256, validation=50, test=50), 0.125
     taught = as_teacher(trial("none", width=width))
-    net = training.models.build("resnet50", stem="cifar", classes=10, width=width, seed=9)
+    net = training.networks.build("resnet50", stem="cifar", classes=10, width=width, seed=9)
     publish_teacher(tmp_path, taught, net.state_dict(), [])
     teacher = load_teacher(tmp_path, taught.trial_id, digits, CPU, Answering(True, ()))
     one = trial("none", width=width) if method == "none" else distilling(method, teacher, width=width)
@@ -276,7 +276,7 @@ def test_bfloat16_changes_logits_and_gradients_of_a_step_by_its_rounding() -> No
     images, labels = prepare(digits.train.images[:64], digits), digits.train.labels[:64]
 
     def step(precision: str) -> tuple[torch.Tensor, torch.Tensor]:
-        net = training.models.build("resnet18", stem="cifar", classes=10, width=0.125, seed=1)
+        net = training.networks.build("resnet18", stem="cifar", classes=10, width=0.125, seed=1)
         with autocast(precision, CPU):
             logits = net(images)
             nn.functional.cross_entropy(logits, labels).backward()
