@@ -23,10 +23,10 @@ from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.verify import verify
 from tune_kd.execute.worker import Task, Workplace, work
 from tune_kd.records import extension, lock, rebuild, run_folder, sync
-from tune_kd.records.ledger import MOST_TABLE_BYTES, reading
+from tune_kd.records.ledger import reading
 from tune_kd.records.reader import load
 from tune_kd.records.run_folder import Run
-from tune_kd.records.schema import EPOCHS, TRIALS
+from tune_kd.records.schema import EPOCHS, MOST_TABLE_BYTES, TRIALS
 from tune_kd.study.spec import Study
 from tune_kd.study.trial import Epoch
 from tune_kd.system import object_store

@@ -45,7 +45,7 @@ from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace
 from tune_kd.records import ledger as records
-from tune_kd.records import lock, schema
+from tune_kd.records import lock, schema, sqlite_file
 from tune_kd.records.ledger import Ledger
 from tune_kd.records.lock import held
 from tune_kd.records.schema import LEDGER, TRIALS
@@ -989,7 +989,7 @@ def test_sqlite_is_interrupted_where_it_does_not_come_to_an_end(given: Path, mon
 def journal_of(path: Path, named: Path) -> None:
     """A journal as of a transaction over several databases, which names the file that says so: SQLite removes it."""
     name = str(named).encode()
-    end = struct.pack(">I", 1) + name + struct.pack(">II", len(name), sum(name)) + records.SUPER
+    end = struct.pack(">I", 1) + name + struct.pack(">II", len(name), sum(name)) + sqlite_file.SUPER
     header = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + struct.pack(">IIIII", 0, 0, 1, 512, 4096)
     path.write_bytes(header.ljust(512, b"\0") + end)
 

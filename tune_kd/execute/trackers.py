@@ -19,7 +19,8 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.logger import LoggerCallback
 
 from tune_kd.execute.worker import Task
-from tune_kd.records.ledger import ASIDE, check_journal
+from tune_kd.records.ledger import ASIDE
+from tune_kd.records.sqlite_file import check_journal
 from tune_kd.study.sampler import url
 from tune_kd.study.trial import Epoch
 from tune_kd.system.errors import UserError

@@ -16,13 +16,7 @@ from tune_kd.study.spec import Study
 from tune_kd.study.trial import digest
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import UserError
-from tune_kd.system.files import (
-    MOST_RECORD_BYTES,
-    publish,
-    read,
-    sealed,
-    unsealed,
-)
+from tune_kd.system.files import MOST_RECORD_BYTES, publish, read, sealed, unsealed
 from tune_kd.system.object_store import Mirror
 from tune_kd.system.secrets import secrets
 

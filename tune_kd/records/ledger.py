@@ -20,37 +20,27 @@ from tune_kd.records.schema import (
     COMMITS,
     DIGESTS,
     EPOCHS,
+    MOST_LEDGER_BYTES,
+    MOST_TABLE_BYTES,
     SCHEMAS,
     TIMING,
     Row,
     Schema,
-    _mistyped,
     broken,
     clean,
+    mistyped,
 )
+from tune_kd.records.sqlite_file import VERSIONS, versions
 from tune_kd.records.tables import PART, arrow, to_parquet
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import CorruptFile, UnexpectedFile
-from tune_kd.system.files import (
-    MOST_RECORD_BYTES,
-    check_regular,
-    opened,
-    patiently,
-    publish,
-    read,
-    sealed,
-    unsealed,
-    write_at,
-)
+from tune_kd.system.files import MOST_RECORD_BYTES, check_regular, patiently, publish, read, sealed, unsealed, write_at
 from tune_kd.system.overhead import spending
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SQLITE_BYTES = 504  # of the path of a file that SQLite opens: 512, less what it adds for its journal
 ASIDE = ("", "-wal", "-shm", "-journal")  # ends of the names of SQLite's files
-MOST_LEDGER_BYTES = 2**36  # a hundred times that of 10,000 trials with 100 epochs each
-MOST_TABLE_BYTES = 2**30  # of a Parquet table, which is read whole: five times the epochs of those trials
 
 
 Write = tuple[str, list[Any]]  # an SQL statement and its values
@@ -231,7 +221,7 @@ class Ledger:
             if any(isinstance(cell, bytes) for cell in cells) or _crc(row) != crc:
                 key = ", ".join(f"{name}={row[name]!r}" for name in schema.key)
                 raise CorruptFile(f"{self.path}: the row {key} of {schema.name} was altered since it was written")
-            if (problem := _mistyped(schema, row) or broken(schema, row)) is not None:
+            if (problem := mistyped(schema, row) or broken(schema, row)) is not None:
                 raise CorruptFile(f"{self.path}: {problem}, which no run writes")
             rows.append(row)
         return rows
@@ -281,7 +271,7 @@ class Ledger:
         """Read everything. Raises `CorruptFile`, or what `damage` makes of an error, where not all is as it was
         written."""
         at_least = commits(self.path.parent)  # before the ledger, which may grow meanwhile
-        if _versions(self.path) != _VERSIONS:
+        if versions(self.path) != VERSIONS:
             raise CorruptFile(f"{self.path} is damaged (its header); SQLite would read it, and not write to it")
         found = [text for (text,) in self._read("PRAGMA integrity_check(3)", [])]
         if found != ["ok"]:
@@ -344,13 +334,6 @@ _CREATE = [
     for schema in SCHEMAS
 ] + ["CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)"]
 _SET_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
-_VERSIONS = b"\x02\x02"  # what a file with a write-ahead log has there, from its making on
-
-
-def _versions(path: Path) -> bytes:
-    """The versions of SQLite's format for writing and reading: bytes 18 and 19 (https://sqlite.org/fileformat.html)."""
-    with opened(path, MOST_LEDGER_BYTES) as file:
-        return file.read(20)[18:]
 
 
 def snapshot(path: Path, to: Path) -> int:
@@ -361,27 +344,6 @@ def snapshot(path: Path, to: Path) -> int:
         source.backup(target)
     with reading(to) as copy:
         return copy.held()
-
-
-SUPER = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"  # with which a journal ends that names another file (fileformat.html)
-
-
-def check_journal(path: Path) -> None:
-    """Raise `CorruptFile` for a journal of SQLite's that names another file, which it would remove: only a transaction
-    over several databases has one, and nobody here makes such."""
-    if os.path.isfile(path):
-        with opened(path, MOST_LEDGER_BYTES) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - len(SUPER)))
-            if file.read() == SUPER:
-                raise CorruptFile(f"{path} names another file, as no run's does; remove it")
-
-
-def too_long(path: Path) -> str | None:
-    """Why SQLite does not open a file at a path, however it is named: it follows links. Null where it does."""
-    length = max(len(os.fsencode(each)) for each in (path.absolute(), os.path.realpath(path)))
-    if length <= SQLITE_BYTES:
-        return None
-    return f"the path of its ledger has {length} bytes, and SQLite opens those of at most {SQLITE_BYTES}"
 
 
 @contextmanager

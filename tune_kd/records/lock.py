@@ -16,13 +16,7 @@ from pydantic import TypeAdapter
 from tune_kd.records.sync import HOLDER, stamped
 from tune_kd.system import signals
 from tune_kd.system.errors import UserError
-from tune_kd.system.files import (
-    MOST_RECORD_BYTES,
-    opened,
-    parsed,
-    publish,
-    read,
-)
+from tune_kd.system.files import MOST_RECORD_BYTES, opened, parsed, publish, read
 from tune_kd.system.object_store import Mirror
 
 UNSEEN = 150.0  # seconds after which a driver elsewhere, which sends every 30, is taken for dead

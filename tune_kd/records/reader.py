@@ -14,8 +14,8 @@ import pandas as pd
 
 from tune_kd.records import parquet
 from tune_kd.records.importer import Adapter
-from tune_kd.records.ledger import MOST_TABLE_BYTES, digests
-from tune_kd.records.schema import DIGESTS, LAYOUT, PANDAS, RUN_NAME, SCHEMAS, TRIALS, Schema
+from tune_kd.records.ledger import digests
+from tune_kd.records.schema import DIGESTS, LAYOUT, MOST_TABLE_BYTES, PANDAS, RUN_NAME, SCHEMAS, TRIALS, Schema
 from tune_kd.records.sync import pull
 from tune_kd.study import record
 from tune_kd.system.characters import CONTROL, visible

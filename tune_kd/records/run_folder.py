@@ -15,9 +15,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from tune_kd.records.adaptive_plan import grown
-from tune_kd.records.ledger import reading, too_long
+from tune_kd.records.ledger import reading
 from tune_kd.records.lock import held
 from tune_kd.records.schema import LAYOUT, LEDGER, RUN_NAME, TRIALS, Row, first_row
+from tune_kd.records.sqlite_file import too_long
 from tune_kd.records.sync import HOLDER, STUDY, pull
 from tune_kd.records.sync import runs as in_store
 from tune_kd.study import record as study_record
@@ -28,13 +29,7 @@ from tune_kd.study.spec import Study
 from tune_kd.study.trial import digest
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import UserError
-from tune_kd.system.files import (
-    check_names,
-    links,
-    obstacle,
-    publish,
-    sealed,
-)
+from tune_kd.system.files import check_names, links, obstacle, publish, sealed
 from tune_kd.system.object_store import Mirror, path_of
 from tune_kd.system.secrets import secrets
 

@@ -164,7 +164,7 @@ def broken(schema: Schema, row: Row) -> str | None:
     return None
 
 
-def _mistyped(schema: Schema, row: Row) -> str | None:
+def mistyped(schema: Schema, row: Row) -> str | None:
     """Which value of a whole row has another type than its column, or is no finite number; null where none is."""
     for (name, kind), value in zip(schema.columns.items(), row.values(), strict=True):
         if value is not None and (type(value) is not kind or (isinstance(value, float) and not math.isfinite(value))):
@@ -206,3 +206,7 @@ def first_row(run: str, trial: Trial) -> Row:
         "attempts": 0,
     }
     return row
+
+
+MOST_LEDGER_BYTES = 2**36  # a hundred times that of 10,000 trials with 100 epochs each
+MOST_TABLE_BYTES = 2**30  # of a Parquet table, which is read whole: five times the epochs of those trials

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from tune_kd.records.ledger import MOST_LEDGER_BYTES, MOST_TABLE_BYTES, commits, count_of, counted, snapshot
-from tune_kd.records.schema import COMMITS, DIGESTS, LEDGER, SCHEMAS
+from tune_kd.records.ledger import commits, count_of, counted, snapshot
+from tune_kd.records.schema import COMMITS, DIGESTS, LEDGER, MOST_LEDGER_BYTES, MOST_TABLE_BYTES, SCHEMAS
 from tune_kd.system.errors import CorruptFile
 from tune_kd.system.files import MOST_RECORD_BYTES, parsed, publish, read, unsealed
 from tune_kd.system.object_store import READS, Mirror

@@ -3,12 +3,7 @@
 from functools import cache
 from typing import TYPE_CHECKING
 
-from tune_kd.records.schema import (
-    PANDAS,
-    SCHEMAS,
-    Row,
-    Schema,
-)
+from tune_kd.records.schema import PANDAS, SCHEMAS, Row, Schema
 
 if TYPE_CHECKING:
     import pandas as pd
