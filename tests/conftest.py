@@ -41,6 +41,7 @@ RAY = (
     "test_faults",
     "test_gpu",
     "test_resources",
+    "test_session",
     "test_streams",
     "test_trust_ray",
 )  # share a Ray, or start their own

@@ -2,6 +2,7 @@
 
     from tune_kd import Compare, Factor, Study     what a study declares
     plan(study)                                     what it would run
+    run(study, out="results")                       train it, and return its records; `resume` continues a run
     load("results/RUN")                             the tables of a run, or of somebody else's
     report(records, "report")                       tables, figures and a page of them
     compare(records, "stem", "cifar", "imagenet")   two levels of a factor
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tune_kd.analysis.contrasts import compare
+    from tune_kd.execute.session import resume, run
     from tune_kd.records.importer import Adapter
     from tune_kd.records.reader import Records, load
     from tune_kd.reporting.report import report
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "analysis.contrasts": ("compare",),
+    "execute.session": ("resume", "run"),
     "records.importer": ("Adapter",),
     "records.reader": ("Records", "load"),
     "reporting.report": ("report",),
@@ -57,6 +60,8 @@ __all__ = [
     "load",
     "plan",
     "report",
+    "resume",
+    "run",
 ]
 
 

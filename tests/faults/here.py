@@ -14,7 +14,7 @@ from tune_kd.records.schema import TRIALS
 
 
 def go_on(run: Run, meet: Callable[[Driver], None] = lambda _: None) -> Driver:
-    """What `launch.execute` does, with this process in the place of Ray. `meet` sees the driver before it begins."""
+    """What `session.execute` does, with this process in the place of Ray. `meet` sees the driver before it begins."""
     threads = torch.get_num_threads()
     ledger = rebuild.opened(run, lambda _: None)
     try:

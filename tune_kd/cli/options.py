@@ -111,15 +111,6 @@ def tracked(count: int, what: str) -> Iterable[int]:
     return track(range(count), what, console=shown, transient=True, disable=not shown.is_terminal)
 
 
-def collect(problems: list[str], check: Callable[[], T]) -> T | None:
-    """What a check returns; its problems are added to the others, so that all are told at once."""
-    try:
-        return check()
-    except UserError as mistake:
-        problems += mistake.problems
-        return None
-
-
 def naming(option: str, read: Callable[[], T], of: str = "RUN") -> T:
     """What is read; a mistake in it names the option, and not the argument that it would be elsewhere."""
     try:

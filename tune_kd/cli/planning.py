@@ -18,7 +18,6 @@ from tune_kd.cli.options import (
     Settings,
     StudyName,
     Terminal,
-    collect,
     naming,
     print_json,
     scale_of,
@@ -26,7 +25,7 @@ from tune_kd.cli.options import (
     tracked,
 )
 from tune_kd.study.spec import DATA_SETS
-from tune_kd.system.errors import UserError
+from tune_kd.system.errors import UserError, collect
 
 if TYPE_CHECKING:
     from tune_kd.records.reader import Records

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from tune_kd.cli.options import DEFAULT_OUT, AsJson, Elsewhere, Out, Phases, Terminal, collect, print_json
+from tune_kd.cli.options import DEFAULT_OUT, AsJson, Elsewhere, Out, Phases, Terminal, print_json
 from tune_kd.cli.remote import elsewhere
 from tune_kd.system.environment import private
-from tune_kd.system.errors import UserError
+from tune_kd.system.errors import UserError, collect
 
 if TYPE_CHECKING:
     from tune_kd.records.reader import Records
 
 
 def status(
+    context: typer.Context,
     run: Annotated[str | None, typer.Argument(help="A name under --out or a path; the newest by default.")] = None,
     out: Out = DEFAULT_OUT,
     verify: Annotated[
@@ -32,7 +33,7 @@ def status(
 ) -> None:
     """Show where a run stands, from its records, also while it goes on."""
     if address is not None:
-        elsewhere("status", run, address, {"--verify": verify, "--json": as_json})
+        elsewhere(context, "status", run, address)
     from collections import Counter
 
     from tune_kd.records import lock

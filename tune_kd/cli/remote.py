@@ -26,10 +26,9 @@ from tune_kd.cli.options import (
     Terminal,
     Track,
     check_secrets,
-    collect,
 )
 from tune_kd.execute.monitoring import OPEN, asks_for_token, is_here, is_url
-from tune_kd.system.errors import UserError
+from tune_kd.system.errors import UserError, collect
 
 Install = Annotated[
     bool, typer.Option("--install", help="Have Ray install this project's dependencies there first, as they are here.")
@@ -39,6 +38,7 @@ Detach = Annotated[bool, typer.Option("--detach", help="Leave when the job is th
 
 
 def submit(
+    context: typer.Context,
     study: StudyName,
     address: Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's dashboard.")],
     scale: Scale = "auto",
@@ -61,21 +61,9 @@ def submit(
     from tune_kd.records import run_folder as runs
     from tune_kd.study import discover
 
-    flags = {
-        "--scale": scale,
-        "--data": data,
-        "--data-dir": data_dir,
-        "--out": out,
-        "--name": name,
-        "--set": settings,
-        "--margin-from": margin_from,
-        "--gpus-per-trial": gpus_per_trial,
-        "--cpus-per-trial": cpus_per_trial,
-        "--max-concurrent": max_concurrent,
-        "--keep-checkpoints": keep_checkpoints,
-        "--track": track,
-    }
-    check_secrets({"STUDY": study, **flags})  # the cluster shows commands and metadata to all its users
+    flags = _given(context, "out", "name", "address", "install", "detach")
+    # The cluster shows commands and metadata to all its users.
+    check_secrets({"STUDY": study, "--out": out, "--name": name, **flags})
     path = discover.find(study)
     problems: list[str] = []
     if scale != "auto":
@@ -85,7 +73,8 @@ def submit(
     name = name or f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     problems += runs.problems_with_name(name)
     gpus = collect(problems, lambda: resources.parse_gpus(gpus_per_trial))
-    collect(problems, lambda: resources.check(cpus_per_trial, gpus, max_concurrent, address))
+    options = resources.Options(gpus, cpus_per_trial, max_concurrent)
+    collect(problems, lambda: resources.check(options, address))
     place = collect(problems, lambda: _place(out, address))
     cluster = collect(problems, lambda: jobs.client(address))
     if problems:
@@ -93,19 +82,21 @@ def submit(
     assert cluster is not None and place is not None
     there, files = _sent(study, path)
     arguments = ["run", there, "--address", "auto"]
-    arguments += _flags(flags | {"--out": place, "--name": name})
+    arguments += _words(flags | {"--out": place, "--name": name})
     metadata = {"job_name": name, "run": name, "study": path.stem, "scale": scale, "out": place}
     job = jobs.submit(cluster, arguments, metadata, study=files, install=install)
     _follow(cluster, job, name, address, detach)
 
 
 def elsewhere(
-    command: str, run: str | None, address: str, flags: Mapping[str, Any], study: str | None = None
+    context: typer.Context, command: str, run: str | None, address: str, *more: str, study: str | None = None
 ) -> NoReturn:
-    """Have a command about a run that was submitted done where it runs, with a study that is named."""
+    """Run a command about a submitted run where that runs, with the options that it was given here. A named study is
+    sent along."""
     from tune_kd.execute import jobs
     from tune_kd.study import discover
 
+    flags = _given(context, "out", "address", "study")
     if flags.get("--json"):
         raise UserError("--json is given beside --address; allowed: one of them, since a job's log is no JSON")
     if run is None:
@@ -116,10 +107,10 @@ def elsewhere(
         path = discover.find(study)
         _all_made(path)
         there, files = _sent(study, path)
-        flags = {**flags, "--study": there}
+        flags["--study"] = there
     cluster = jobs.client(address)
     found = jobs.find(cluster, run)
-    arguments = [command, run, "--out", found["out"], *_flags(flags)]
+    arguments = [command, run, "--out", found["out"], *_words(flags), *more]
     job = jobs.submit(cluster, arguments, {**found, "job_name": f"{command} {run}"}, study=files)
     if command == "status":
         raise SystemExit(jobs.follow(cluster, job, _show))
@@ -178,14 +169,23 @@ def _place(out: str, address: str) -> str:
     return os.path.abspath(out)
 
 
-def _flags(options: Mapping[str, Any]) -> list[str]:
-    """Options as words of a command line; those that were not given are left out."""
+def _given(context: typer.Context, *but: str) -> dict[str, Any]:
+    """The options that stand on the command line, by their names there; without those of these parameters."""
+    found = {}
+    for option in context.command.params:
+        assert option.name is not None
+        source = context.get_parameter_source(option.name)
+        if option.param_type_name == "option" and option.name not in but and source and source.name == "COMMANDLINE":
+            found[option.opts[0]] = context.params[option.name]
+    return found
+
+
+def _words(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command line."""
     words: list[str] = []
     for name, value in options.items():
         if value is True:
             words.append(name)
-        elif isinstance(value, list):
-            words += [word for each in value for word in (name, str(each))]
-        elif value is not None and value is not False:
-            words += [name, str(value)]
+        else:
+            words += [word for each in (value if isinstance(value, list) else [value]) for word in (name, str(each))]
     return words

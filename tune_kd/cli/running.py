@@ -33,22 +33,18 @@ from tune_kd.cli.options import (
     Track,
     check_address,
     check_secrets,
-    collect,
     naming,
     scale_of,
     settings_with,
 )
 from tune_kd.cli.reading import print_report
 from tune_kd.cli.remote import elsewhere
-from tune_kd.system import environment, signals
-from tune_kd.system.errors import UserError
+from tune_kd.system import signals
+from tune_kd.system.errors import UserError, collect
 
 if TYPE_CHECKING:
     from tune_kd.execute.session import Ended
     from tune_kd.records.run_folder import Run
-
-
-SHARES = {"gpus_per_trial": None, "cpus_per_trial": 1.0, "max_concurrent": None, "keep_checkpoints": False}
 
 
 def run(
@@ -71,7 +67,7 @@ def run(
     """Plan a study, train it with Ray Tune, record and report it."""
     from tune_kd.analysis import grace
     from tune_kd.execute import resources, session
-    from tune_kd.records import run_folder as runs
+    from tune_kd.records import run_folder
     from tune_kd.study import discover
     from tune_kd.study.plan import plan as expand
 
@@ -86,42 +82,23 @@ def run(
     settings = collect(problems, lambda: settings_with(settings, margin_from, path, chosen, data, out))
     resolved = collect(problems, lambda: discover.resolve(path, chosen, data, settings or ()))
     if resolved is not None:
-        name = collect(problems, lambda: runs.check_new(out, name, resolved))
-    collect(problems, lambda: session.check_compiler(resolved))
+        name = collect(problems, lambda: run_folder.check_new(out, name, resolved))
     gpus = collect(problems, lambda: resources.parse_gpus(gpus_per_trial))
-    collect(problems, lambda: resources.check(cpus_per_trial, gpus, max_concurrent, address))
-    collect(problems, lambda: session.check_trackers(track))
-    collect(problems, lambda: environment.check_places(address))
+    options = resources.Options(gpus, cpus_per_trial, max_concurrent, keep_checkpoints, tuple(track or ()))
+    collect(problems, lambda: session.check(resolved, options, address))
     if problems:
         raise UserError(*dict.fromkeys(problems))
     assert resolved is not None and name is not None
     console.print(f"{resolved.name} at scale {chosen}{why}")
     for warning in grace.warnings(expand(resolved), out):
         console.print(f"warning: {warning}", soft_wrap=True)
-    loaded = session.load_data(resolved, data_dir, console)
-    begun = runs.Run(
-        name=name,
-        folder=out / name,
-        study=resolved,
-        data_digest=loaded.digest,
-        data_dir=data_dir,
-        settings={
-            "gpus_per_trial": session.measured_share(resolved, loaded, console) if gpus == "auto" else gpus,
-            "cpus_per_trial": cpus_per_trial,
-            "max_concurrent": max_concurrent,
-            "keep_checkpoints": keep_checkpoints,
-            "track": track or [],
-        },
-        source=discover.Source(path, chosen, data, tuple(settings or ())),
-    )
-    session.fetch_weights(resolved)
-    with _resumable(begun.folder, console):
-        with runs.begun(begun):
-            ended = session.execute(begun, loaded, console, address)
-        _conclude(begun, ended, console, as_json)
+    source = discover.Source(path, chosen, data, tuple(settings or ()))
+    with _resumable(out / name, console):
+        _conclude(*session.start(resolved, out / name, data_dir, options, address, console, source), console, as_json)
 
 
 def resume(
+    context: typer.Context,
     run: RunName,
     out: Out = DEFAULT_OUT,
     extend: Annotated[
@@ -149,79 +126,43 @@ def resume(
     """Run what is missing of a run, from where it stood. Shares are as it began, unless they are given."""
     from tune_kd.execute import resources, session
     from tune_kd.execute.monitoring import is_url
-    from tune_kd.records import extension, lock
-    from tune_kd.records import run_folder as runs
+    from tune_kd.records import run_folder
     from tune_kd.study import discover
 
     file = None if study is None else naming("--study", lambda: discover.find(study), of="STUDY")
     if address is not None and is_url(address):
-        flags: dict[str, Any] = {
-            "--extend": extend,
-            "--set": settings,
-            "--gpus-per-trial": gpus_per_trial,
-            "--json": as_json,
-        }
-        flags |= {"--cpus-per-trial": cpus_per_trial, "--max-concurrent": max_concurrent, "--track": track}
-        elsewhere("resume", run, address, {**flags, "--address": "auto"}, study)
+        elsewhere(context, "resume", run, address, "--address", "auto", study=study)
     check_secrets({"--set": settings})
     check_address(address)
     console = Terminal(stderr=as_json)
-    reopened = runs.reopen(runs.find(out, run))
+    reopened = run_folder.reopen(run_folder.find(out, run))
     problems: list[str] = []
-    collect(problems, lambda: runs.check_links(reopened))
+    collect(problems, lambda: run_folder.check_links(reopened))
     if settings and not extend:
         problems.append("--set is given; allowed: with --extend only, since a run keeps the study that it began with")
-    collect(problems, lambda: session.check_compiler(reopened.study))
-    asked = collect(problems, lambda: resources.parse_gpus(gpus_per_trial))
-    recorded = reopened.settings.get("track") or []
-    tracked = session.trackers_unasked(recorded) if track is None else track
-    collect(problems, lambda: session.check_trackers(tracked))
-    given = {
-        "gpus_per_trial": asked,
+    began = session.options_of(reopened)
+    given: dict[str, Any] = {
+        "gpus_per_trial": collect(problems, lambda: resources.parse_gpus(gpus_per_trial)),
         "cpus_per_trial": cpus_per_trial,
         "max_concurrent": max_concurrent,
-        "track": tracked if recorded or track else None,
+        "track": None if track is None else tuple(track),
     }
-    share = SHARES | reopened.settings | {name: value for name, value in given.items() if value is not None}
-    collect(
-        problems,
-        lambda: resources.check(share["cpus_per_trial"], share["gpus_per_trial"], share["max_concurrent"], address),
-    )
-    collect(problems, lambda: environment.check_places(address))
+    options = replace(began, **{name: value for name, value in given.items() if value is not None})
+    collect(problems, lambda: session.check(reopened.study, options, address))
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    if track is None and (silent := [name for name in recorded if name not in tracked]):
+    silent = [name for name in reopened.settings.get("track") or () if name not in options.track]
+    if track is None and silent:
         console.print(
             f"{', '.join(silent)} showed this run; it goes on without, unless you say --track {silent[0]}: where "
             "results are sent is for you to say, and not for their record",
             soft_wrap=True,
         )
-    with lock.held(reopened.folder):  # whoever else holds it is told of before anything is read or changed
-        reopened = runs.reopen(reopened.folder)
-        reopened = reopened if file is None else extension.with_file(reopened, file)
-        if extend:
-            reopened = extension.extended(reopened, settings or ())
-        elif changes := extension.changes(reopened):
-            raise UserError(
-                f"RUN is {reopened.name}, whose study was changed since it began: {'; '.join(changes)}. Put the study "
-                "back, start a new run, or, where only seeds or levels were added, resume with --extend"
-            )
-        # To a folder that only the record names nothing is written.
-        loaded = session.load_data(reopened.study, reopened.data_dir, console, download=reopened.data_dir is None)
-        if loaded.digest != reopened.data_digest:
-            raise UserError(
-                f"RUN is {reopened.name}, begun on data with the digest {reopened.data_digest[:16]}; the data now have "
-                f"{loaded.digest[:16]}: put the same data back at {reopened.data_dir or 'their place'}"
-            )
-        if share["gpus_per_trial"] == "auto":
-            share["gpus_per_trial"] = session.measured_share(reopened.study, loaded, console)
-        reopened = replace(reopened, settings=share)
-        session.fetch_weights(reopened.study)
-        record = (lambda: extension.record_extension(reopened)) if extend else (lambda: None)
-        with _resumable(reopened.folder, console):
-            ended = session.execute(reopened, loaded, console, address, record)
     with _resumable(reopened.folder, console):
-        _conclude(reopened, ended, console, as_json)
+        went = session.go_on(
+            reopened, options, address, console, file=file, extend=extend, settings=tuple(settings or ())
+        )
+        _conclude(*went, console, as_json)
 
 
 @contextmanager
@@ -241,16 +182,11 @@ def _resumable(folder: Path, console: Console) -> Iterator[None]:
 
 def _conclude(run: "Run", ended: "Ended", console: Console, as_json: bool) -> NoReturn:
     """Report a run that has ended, and exit with what became of it."""
-    from tune_kd.analysis import early_stopping, grace
-    from tune_kd.records import sync
-    from tune_kd.records.reader import load
+    from tune_kd.execute.session import concluded
 
     if ended.signal is not None:
         raise SystemExit(128 + ended.signal)
-    records = load(run.folder)
-    grace.record(run.folder, run.name, run.study, early_stopping.rank_correlations(records, everywhere=True))
-    sync.send(run.folder, grace.AUDIT)
-    print_report(records, run.folder / "report", console, as_json)
+    print_report(concluded(run), run.folder / "report", console, as_json)
     looks = run.study.confirm.looks or ()
     if run.look + 1 < len(looks):
         console.print(

@@ -57,7 +57,7 @@ class Driver:
         self.run = run
         self._folder = folder
         self._ledger = ledger
-        self._place = place
+        self.place = place
         self._cpus = cpus
         self.gpus = gpus
         self._max_concurrent = max_concurrent
@@ -130,9 +130,9 @@ class Driver:
         """Have the running trials write a checkpoint and leave at the end of their epoch. Nothing else starts."""
         self.stopping = True
         with suppress(OSError):  # a full disk must not keep anybody from leaving
-            self._place.drain.parent.mkdir(parents=True, exist_ok=True)
-            self._place.drain.touch()
-            Mirror.of(self._place.drain).send(self._place.drain)
+            self.place.drain.parent.mkdir(parents=True, exist_ok=True)
+            self.place.drain.touch()
+            Mirror.of(self.place.drain).send(self.place.drain)
         point("drain.begun")
 
     @property
@@ -348,7 +348,7 @@ class Driver:
         if self.rows[trial.trial_id]["status"] in ENDED:
             point("trial.ended")
             if not self._keep_checkpoints:
-                Checkpoints(self._place.checkpoints / trial.trial_id).remove()
+                Checkpoints(self.place.checkpoints / trial.trial_id).remove()
             if self._storage is not None and trial.phase == "screen":
                 with self._if_it_can():
                     self._storage.add(trial.arm, self._searches[trial.arm].ranges, self.rows[trial.trial_id])

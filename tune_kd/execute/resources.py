@@ -25,9 +25,21 @@ def parse_gpus(text: str | None) -> Asked:
     return share
 
 
-def check(cpus: float, gpus: Asked, most: int | None, address: str | None) -> None:
-    """Refuse what cannot fit before anything starts; on a cluster, `check_cluster` does so when it is joined."""
+@dataclass(frozen=True)
+class Options:
+    """How a run uses the machine, and what it leaves there. None of these changes a result."""
+
+    gpus_per_trial: Asked = None
+    cpus_per_trial: float = 1.0  # the whole part is the number of threads, at least 1
+    max_concurrent: int | None = None  # trials at a time
+    keep_checkpoints: bool = False  # the last one of each trial
+    track: tuple[str, ...] = ()  # trackers that show the run, too: tensorboard, mlflow, wandb
+
+
+def check(options: Options, address: str | None) -> None:
+    """Raise `UserError` for what cannot fit on this machine. On a cluster `check_cluster` does so once it is joined."""
     problems = []
+    cpus, gpus, most = options.cpus_per_trial, options.gpus_per_trial, options.max_concurrent
     here = os.cpu_count() or 1
     if not 0 < cpus < math.inf or (address is None and cpus > here):
         most_cpus = f", at most {here} (the cores of this machine)" if address is None else ""

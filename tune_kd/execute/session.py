@@ -1,33 +1,47 @@
-"""Starting a run: what has to be there before, and Ray around the plan. What takes long to import is imported late, so
-that a mistake is answered at once."""
+"""A run from its start to its end: check, open the ledger, connect to Ray, drive the plan, close.
+
+Modules that take long to import (torch, Ray, pandas) are imported late, so that a user's error is answered at once.
+"""
 
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from tune_kd.execute import resources
 from tune_kd.execute.monitoring import GUARDED, OPEN
+from tune_kd.execute.resources import Options
+from tune_kd.records import extension, lock, run_folder, sync
 from tune_kd.records.adaptive_plan import to_come, with_those_to_come
+from tune_kd.records.run_folder import Run
+from tune_kd.records.schema import TRIALS
+from tune_kd.study.discover import Source
+from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
 from tune_kd.system import environment, signals
-from tune_kd.system.errors import UserError
+from tune_kd.system.errors import UserError, collect
 from tune_kd.system.guard import WITHIN
-from tune_kd.system.object_store import Mirror
+from tune_kd.system.object_store import Mirror, local
 
 if TYPE_CHECKING:
     from tune_kd.data.datasets import DataSet
-    from tune_kd.records.run_folder import Run
+    from tune_kd.execute.cluster import Cluster
+    from tune_kd.execute.driver import Driver
+    from tune_kd.execute.resources import Share
+    from tune_kd.records.ledger import Ledger
+    from tune_kd.records.reader import Records
+    from tune_kd.reporting.terminal import View
 
 
-IDLE = 60.0  # seconds in which nothing runs, after which that is said
+IDLE = 60.0  # seconds without a running trial, after which the user is told
 
 
 @dataclass(frozen=True)
@@ -38,108 +52,378 @@ class Ended:
     failed: int  # trials that failed or were blocked
 
 
-def execute(
-    run: "Run",
-    data: "DataSet",
-    console: Console,
-    address: str | None,
-    connected: Callable[[], None] = lambda: None,
-) -> Ended:
-    """Connect to Ray and run the plan of a run that this process holds.
+# The public interface
 
-    `connected` is called when Ray is there and the shares fit into it.
+
+def run(
+    study: Study,
+    *,
+    out: Path | str = "results",
+    name: str | None = None,
+    data_dir: Path | str | None = None,
+    address: str | None = None,
+    console: Console | None = None,
+    **options: Any,
+) -> "Records":
+    """Train a study with Ray Tune, and return what is on record of it.
+
+    `out` is the folder of all runs, or s3://BUCKET/PATH; a `name` of None is made from study and time. `data_dir` is
+    where CIFAR is. `address` is that of a Ray cluster to join; None starts Ray here. `options` are the fields of
+    `Options`. Progress goes to `console`.
+
+    Raises `UserError` with everything that is wrong, before anything is made; KeyboardInterrupt where a signal
+    interrupted the run, which `resume` then continues.
     """
-    from tune_kd.execute import cluster as connection
-    from tune_kd.execute import preflight, ray_tune, resources, trackers
-    from tune_kd.execute.driver import Driver
-    from tune_kd.execute.worker import Workplace
-    from tune_kd.records import lock, rebuild, sync
-    from tune_kd.records.schema import TRIALS
-    from tune_kd.reporting.terminal import View
-    from tune_kd.training import teachers
+    console, chosen, results = console or Console(), Options(**options), local(str(out))
+    problems: list[str] = []
+    made = collect(problems, lambda: run_folder.check_new(results, name, study))
+    collect(problems, lambda: check(study, chosen, address))
+    if problems:
+        raise UserError(*problems)
+    folder = None if data_dir is None else Path(data_dir).expanduser().absolute()
+    begun, ended = start(study, results / str(made), folder, chosen, address, console)
+    return _returned(begun, ended)
 
-    advice = f"go on with: python -m tune_kd resume {quote(str(run.folder))}"
+
+def resume(
+    run: Path | str,
+    *,
+    out: Path | str = "results",
+    extend: bool = False,
+    address: str | None = None,
+    console: Console | None = None,
+    **options: Any,
+) -> "Records":
+    """Run what is missing of a run, and return what is on record of it.
+
+    `run` is a name under `out`, or a path. `extend` goes to the study's next look, or adds the seeds and levels that
+    its file declares now. `options` are fields of `Options`, as the run began where they are not given. Raises as
+    `run`.
+    """
+    reopened = run_folder.reopen(run_folder.find(local(str(out)), str(run)))
+    problems: list[str] = []
+    collect(problems, lambda: run_folder.check_links(reopened))
+    chosen = replace(options_of(reopened), **options)
+    collect(problems, lambda: check(reopened.study, chosen, address))
+    if problems:
+        raise UserError(*problems)
+    return _returned(*go_on(reopened, chosen, address, console or Console(), extend=extend))
+
+
+def _returned(run: Run, ended: Ended) -> "Records":
+    if ended.signal is not None:
+        raise KeyboardInterrupt(_advice(run.folder))
+    return concluded(run)
+
+
+# Before a run
+
+
+def check(study: Study | None, options: Options, address: str | None) -> None:
+    """Raise `UserError` with everything that keeps a study from running here. Makes nothing."""
+    problems: list[str] = []
+    collect(problems, lambda: _check_compiler(study))
+    collect(problems, lambda: resources.check(options, address))
+    collect(problems, lambda: check_trackers(options.track))
+    collect(problems, lambda: environment.check_places(address))
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+
+
+def _check_compiler(study: Study | None) -> None:
+    """torch.compile without a compiler would fail in every trial."""
+    if study is None or not (study.recipe.compile or study.teacher_recipe.compile):
+        return
+    if not any(map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))):
+        raise UserError(
+            "recipe.compile is true, and there is no C++ compiler here; install one, such as g++, or leave "
+            "recipe.compile false"
+        )
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raise `UserError` for trackers that this machine does not have."""
+    if names:
+        environment.home()  # which Ray's own parts need to be imported
+        from tune_kd.execute import trackers
+
+        trackers.check(list(names))
+
+
+def trackers_unasked(recorded: tuple[str, ...]) -> tuple[str, ...]:
+    """The recorded trackers that send nothing anywhere. A resumed run uses these unasked; its record may be anybody's,
+    and others could send the user's data to an address that it names."""
+    sends = {
+        "mlflow": bool(os.environ.get("MLFLOW_TRACKING_URI")),
+        "wandb": os.environ.get("WANDB_MODE") not in ("offline", "disabled"),
+    }
+    return tuple(name for name in recorded if not sends.get(name, False))
+
+
+def options_of(run: Run) -> Options:
+    """The options that a run began with, and of its trackers those that may be used unasked."""
+    known = Options(**{**run.settings, "track": tuple(run.settings.get("track") or ())})
+    return replace(known, track=trackers_unasked(known.track))
+
+
+def load_data(study: Study, folder: Path | None, console: Console, *, download: bool = True) -> "DataSet":
+    """Load the data once, before Ray starts, so that what is wrong with them is told now."""
+    from tune_kd.data.datasets import load_declared
+
+    return load_declared(study.data, folder, say=lambda sentence: _say(console, sentence), download=download)
+
+
+def _measured(options: Options, study: Study, data: "DataSet", console: Console) -> Options:
+    """The options with a number for a GPU share of "auto": what a probe of the study's heaviest trial proposes for this
+    machine's GPU, and 0 where there is none."""
+    if options.gpus_per_trial != "auto":
+        return options
+    import torch
+
+    from tune_kd.execute.gpu_probe import probe
+
+    if not torch.cuda.is_available():
+        _say(console, "--gpus-per-trial auto: there is no GPU here, so trials run on CPUs")
+        return replace(options, gpus_per_trial=0.0)
+    share = probe(plan(study, data.digest), data, torch.device("cuda"), lambda sentence: _say(console, sentence))
+    return replace(options, gpus_per_trial=share)
+
+
+def _fetch_weights(study: Study) -> None:
+    """Download torchvision's weights before anything trains, where a study starts from them."""
+    if "imagenet" in study.levels("weights"):
+        from tune_kd.training.networks import fetch_imagenet
+
+        for architecture in {*study.levels("student"), *study.levels("teacher")}:
+            fetch_imagenet(str(architecture))
+
+
+# A run
+
+
+def start(
+    study: Study,
+    folder: Path,
+    data_dir: Path | None,
+    options: Options,
+    address: str | None,
+    console: Console,
+    source: Source | None = None,
+) -> tuple[Run, Ended]:
+    """Begin a run of a checked study in a folder that is free, and run it to its end."""
+    data = load_data(study, data_dir, console)
+    settings = asdict(_measured(options, study, data, console)) | {"track": list(options.track)}
+    begun = Run(folder.name, folder, study, data.digest, data_dir, settings, source)
+    _fetch_weights(study)
+    with run_folder.begun(begun):
+        return begun, execute(begun, data, console, address)
+
+
+def go_on(
+    run: Run,
+    options: Options,
+    address: str | None,
+    console: Console,
+    *,
+    file: Path | None = None,
+    extend: bool = False,
+    settings: tuple[str, ...] = (),
+) -> tuple[Run, Ended]:
+    """Run what is missing of a run to its end. `file` is its study's, where the user named one; `settings` are of
+    `--set`, for an extension."""
+    with lock.held(run.folder):  # whoever else holds it is told of before anything is read or changed
+        again = run_folder.reopen(run.folder)
+        again = again if file is None else extension.with_file(again, file)
+        if extend:
+            again = extension.extended(again, settings)
+        elif changes := extension.changes(again):
+            raise UserError(
+                f"RUN is {again.name}, whose study was changed since it began: {'; '.join(changes)}. Put the study "
+                "back, start a new run, or, where only seeds or levels were added, resume with --extend"
+            )
+        # Nothing is written to a folder that only the record names.
+        data = load_data(again.study, again.data_dir, console, download=again.data_dir is None)
+        if data.digest != again.data_digest:
+            raise UserError(
+                f"RUN is {again.name}, begun on data with the digest {again.data_digest[:16]}; the data now have "
+                f"{data.digest[:16]}: put the same data back at {again.data_dir or 'their place'}"
+            )
+        shares = asdict(_measured(options, again.study, data, console)) | {"track": list(options.track)}
+        again = replace(again, settings=shares)
+        _fetch_weights(again.study)
+        record = (lambda: extension.record_extension(again)) if extend else (lambda: None)
+        return again, execute(again, data, console, address, record)
+
+
+def execute(
+    run: Run, data: "DataSet", console: Console, address: str | None, connected: Callable[[], None] = lambda: None
+) -> Ended:
+    """Run the plan of a run that this process holds.
+
+    `connected` is called when Ray is there and the trials' shares fit into it.
+    """
+    from tune_kd.execute import cluster as clusters
+    from tune_kd.execute import preflight
+
     with ExitStack() as around:
         if console.stderr:  # standard output is for the answer alone, and Ray tells there of nodes that were lost
             around.enter_context(redirect_stdout(sys.stderr))
-        ledger = rebuild.opened(run, lambda sentence: _say(console, sentence))
-        around.callback(ledger.close)
-        for teacher in run.plan.teachers:
-            teachers.fetch_teacher(run.teachers, teacher.trial_id)
+        ledger = around.enter_context(_opened(run, console))
         preflight.check(run, ledger.rows(TRIALS), run.settings["max_concurrent"] or os.cpu_count() or 1)
         signals.check()
-        metadata = {"job_name": run.name, "study": run.study.name, "scale": run.study.scale}
-        cluster = connection.connect(address, metadata)
-        # The watch comes first, so that it ends last: to leave a Ray that died may hang.
-        check_ray = around.enter_context(connection.watched(cluster, advice))
-        around.callback(connection.disconnect, cluster)
-        around.enter_context(connection.told(advice))
-        signals.check()
-        asked = run.settings["gpus_per_trial"]
-        resources.check_cluster(run.settings["cpus_per_trial"], asked or 0.0, cluster.cpus, cluster.gpus)
-        url = Mirror.of(run.folder).url
-        connection.check_nodes(run.folder if url is None else None)
-        share = resources.gpu_share(asked, cluster.gpus, connection.served_by_mps)
-        tracked = run.settings.get("track") or []
+        cluster, check_ray = around.enter_context(_joined(run, address))
+        share = _share_on(run, cluster)
         connected()
         lock.tell_dashboard(run.folder, cluster.dashboard)
         _print_start(run, console, cluster, share.words)
-        place = Workplace(
-            data_dir=None if run.data_dir is None else run.data_dir.absolute(),
-            cache=None,
-            teachers=run.teachers.absolute(),
-            checkpoints=run.checkpoints.absolute(),
-            url=url,
-            umask=environment.umask(),
-        )
-        view = around.enter_context(View(console, run.name, cluster.logs / f"tune_kd-{run.name}.log"))
-        driver = Driver(
-            run.plan,
-            run.name,
-            run.folder,
-            ledger,
-            place,
-            cpus=run.settings["cpus_per_trial"],
-            gpus=share.gpus,
-            max_concurrent=run.settings["max_concurrent"],
-            keep_checkpoints=run.settings["keep_checkpoints"],
-            say=view.say,
-        )
-        shown = trackers.made(tracked, run.study.name, run.name, run.folder, view.say)
-        told: list[str] = []
-        busy_at = time.monotonic()
-
-        def once(sentence: str) -> None:
-            if sentence not in told:
-                told.append(sentence)
-                view.say(sentence)
-
-        def beat() -> None:
-            nonlocal busy_at
-            check_ray()
-            if driver.running:
-                busy_at = time.monotonic()
-            elif time.monotonic() - busy_at > IDLE and (task := driver.placeless) is not None:
-                needed = f"{task.cpus:g} CPU and {task.gpus:g} GPU"
-                once(f"nothing has run for {IDLE:.0f} s: a trial needs {needed}, and Ray waits for a node with them")
-            if driver.stopping:
-                why = driver.broken or f"interrupted, to leave within {WITHIN:.0f} s"
-                once(f"{why}: running trials end their epoch; interrupt again to leave at once")
-            view.show(with_those_to_come(driver.plan, run.name, list(driver.rows.values())), driver.decisions)
-
-        slots = connection.slots(cluster, run.settings["cpus_per_trial"], share.gpus)
-        with signals.handled(lambda _: driver.drain()):
-            signals.check()
-            ray_tune.run_on_ray(driver, place, slots, beat, data=data, trackers=shown)
-        if tracked:
-            try:
-                sync.send(run.folder, *trackers.FILES)
-            except OSError as error:
-                view.say(f"warning: the store does not take what trackers wrote ({error}); it is in {run.folder}")
+        view = around.enter_context(_view(run, console, cluster))
+        driver = _driver(run, ledger, share.gpus, view)
+        slots = clusters.slots(cluster, run.settings["cpus_per_trial"], share.gpus)
+        _drive(run, data, driver, slots, _Beat(driver, view, check_ray))
+        _send_tracked(run, view)
     return Ended(signals.asked(), sum(row["status"] in ("failed", "blocked") for row in driver.rows.values()))
 
 
-def _print_start(run: "Run", console: Console, cluster: Any, share: str) -> None:
+@contextmanager
+def _opened(run: Run, console: Console) -> Iterator["Ledger"]:
+    """The ledger to write to, rebuilt where it was damaged, with the teachers that a store has fetched."""
+    from tune_kd.records import rebuild
+    from tune_kd.training import teachers
+
+    ledger = rebuild.opened(run, lambda sentence: _say(console, sentence))
+    try:
+        for teacher in run.plan.teachers:
+            teachers.fetch_teacher(run.teachers, teacher.trial_id)
+        yield ledger
+    finally:
+        ledger.close()
+
+
+@contextmanager
+def _joined(run: Run, address: str | None) -> Iterator[tuple["Cluster", Callable[[], None]]]:
+    """A Ray to run on, and a function that raises where it has died."""
+    from tune_kd.execute import cluster as clusters
+
+    advice = _advice(run.folder)
+    metadata = {"job_name": run.name, "study": run.study.name, "scale": run.study.scale}
+    with ExitStack() as around:
+        cluster = clusters.connect(address, metadata)
+        # The watch comes first, so that it ends last: leaving a Ray that died may hang.
+        check_ray = around.enter_context(clusters.watched(cluster, advice))
+        around.callback(clusters.disconnect, cluster)
+        around.enter_context(clusters.told(advice))
+        signals.check()
+        yield cluster, check_ray
+
+
+def _share_on(run: Run, cluster: "Cluster") -> "Share":
+    """What each trial gets of the cluster. Raises `UserError` where that does not fit, or a node cannot run trials."""
+    from tune_kd.execute import cluster as clusters
+
+    asked = run.settings["gpus_per_trial"]
+    resources.check_cluster(run.settings["cpus_per_trial"], asked or 0.0, cluster.cpus, cluster.gpus)
+    clusters.check_nodes(run.folder if Mirror.of(run.folder).url is None else None)
+    return resources.gpu_share(asked, cluster.gpus, clusters.served_by_mps)
+
+
+def _view(run: Run, console: Console, cluster: "Cluster") -> "View":
+    from tune_kd.reporting.terminal import View
+
+    return View(console, run.name, cluster.logs / f"tune_kd-{run.name}.log")
+
+
+def _driver(run: Run, ledger: "Ledger", gpus: float, view: "View") -> "Driver":
+    from tune_kd.execute.driver import Driver
+    from tune_kd.execute.worker import Workplace
+
+    place = Workplace(
+        data_dir=None if run.data_dir is None else run.data_dir.absolute(),
+        cache=None,
+        teachers=run.teachers.absolute(),
+        checkpoints=run.checkpoints.absolute(),
+        url=Mirror.of(run.folder).url,
+        umask=environment.umask(),
+    )
+    return Driver(
+        run.plan,
+        run.name,
+        run.folder,
+        ledger,
+        place,
+        cpus=run.settings["cpus_per_trial"],
+        gpus=gpus,
+        max_concurrent=run.settings["max_concurrent"],
+        keep_checkpoints=run.settings["keep_checkpoints"],
+        say=view.say,
+    )
+
+
+def _drive(run: Run, data: "DataSet", driver: "Driver", slots: int, beat: "_Beat") -> None:
+    """Run the trials to their end, or until a signal asks to leave."""
+    from tune_kd.execute import ray_tune, trackers
+
+    shown = trackers.made(run.settings["track"], run.study.name, run.name, run.folder, beat.view.say)
+    with signals.handled(lambda _: driver.drain()):
+        signals.check()
+        ray_tune.run_on_ray(driver, driver.place, slots, beat, data=data, trackers=shown)
+
+
+class _Beat:
+    """What a driver does about once a second: show the run, see that Ray lives, and say what a user has to know."""
+
+    def __init__(self, driver: "Driver", view: "View", check_ray: Callable[[], None]) -> None:
+        self.view = view
+        self._driver = driver
+        self._check_ray = check_ray
+        self._said: set[str] = set()
+        self._busy_at = time.monotonic()
+
+    def __call__(self) -> None:
+        self._check_ray()
+        driver = self._driver
+        if driver.running:
+            self._busy_at = time.monotonic()
+        elif time.monotonic() - self._busy_at > IDLE and (task := driver.placeless) is not None:
+            needed = f"{task.cpus:g} CPU and {task.gpus:g} GPU"
+            self._once(f"nothing has run for {IDLE:.0f} s: a trial needs {needed}, and Ray waits for a node with them")
+        if driver.stopping:
+            why = driver.broken or f"interrupted, to leave within {WITHIN:.0f} s"
+            self._once(f"{why}: running trials end their epoch; interrupt again to leave at once")
+        self.view.show(with_those_to_come(driver.plan, driver.run, list(driver.rows.values())), driver.decisions)
+
+    def _once(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            self.view.say(sentence)
+
+
+def _send_tracked(run: Run, view: "View") -> None:
+    """Send what trackers wrote to the store that the run is in."""
+    from tune_kd.execute import trackers
+
+    if run.settings["track"]:
+        try:
+            sync.send(run.folder, *trackers.FILES)
+        except OSError as error:
+            view.say(f"warning: the store does not take what trackers wrote ({error}); it is in {run.folder}")
+
+
+def concluded(run: Run) -> "Records":
+    """The records of a run that has ended. Its rank correlations are written beside them, for later plans."""
+    from tune_kd.analysis import early_stopping, grace
+    from tune_kd.records.reader import load
+
+    records = load(run.folder)
+    grace.record(run.folder, run.name, run.study, early_stopping.rank_correlations(records, everywhere=True))
+    sync.send(run.folder, grace.AUDIT)
+    return records
+
+
+def _advice(folder: Path) -> str:
+    return f"go on with: python -m tune_kd resume {quote(str(folder))}"
+
+
+def _print_start(run: Run, console: Console, cluster: Any, share: str) -> None:
     planned = run.plan
     trials = len(planned.trials) + len(to_come(planned))
     lines = [
@@ -158,60 +442,3 @@ def _print_start(run: "Run", console: Console, cluster: Any, share: str) -> None
 
 def _say(console: Console, sentence: str) -> None:
     console.print(sentence, soft_wrap=True)
-
-
-def load_data(study: Study, folder: Path | None, console: Console, *, download: bool = True) -> "DataSet":
-    """Load the data once, before Ray starts: what is wrong with them is told now."""
-    from tune_kd.data.datasets import load_declared
-
-    return load_declared(study.data, folder, say=lambda sentence: _say(console, sentence), download=download)
-
-
-def check_trackers(names: list[str] | None) -> None:
-    """Raise `UserError` for trackers that this machine has not."""
-    if names:
-        environment.home()  # which Ray's own parts need to be imported
-        from tune_kd.execute import trackers
-
-        trackers.check(names)
-
-
-def trackers_unasked(recorded: list[str]) -> list[str]:
-    """Of the trackers that a run began with, those that send nothing anywhere, and so are used unasked when it is
-    resumed: its record may be anybody's."""
-    sends = {
-        "mlflow": bool(os.environ.get("MLFLOW_TRACKING_URI")),
-        "wandb": os.environ.get("WANDB_MODE") not in ("offline", "disabled"),
-    }
-    return [name for name in recorded if not sends.get(name, False)]
-
-
-def check_compiler(study: Study | None) -> None:
-    """torch.compile without a compiler would fail in every trial."""
-    if study is None or not (study.recipe.compile or study.teacher_recipe.compile):
-        return
-    if not any(map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))):
-        raise UserError("recipe.compile is true, and there is no C++ compiler here; install one, such as g++, or leave "
-                        "recipe.compile false")  # fmt: skip
-
-
-def measured_share(study: Study, data: "DataSet", console: Console) -> float:
-    """The share of this machine's GPU that a probe of the study's heaviest trial proposes; 0 where there is none."""
-    import torch
-
-    from tune_kd.execute.gpu_probe import probe
-    from tune_kd.study.plan import plan
-
-    if not torch.cuda.is_available():
-        _say(console, "--gpus-per-trial auto: there is no GPU here, so trials run on CPUs")
-        return 0.0
-    return probe(plan(study, data.digest), data, torch.device("cuda"), lambda sentence: _say(console, sentence))
-
-
-def fetch_weights(study: Study) -> None:
-    """Have torchvision's weights here, where a study starts from them, before anything trains."""
-    if "imagenet" in study.levels("weights"):
-        from tune_kd.training.networks import fetch_imagenet
-
-        for architecture in {*study.levels("student"), *study.levels("teacher")}:
-            fetch_imagenet(str(architecture))

@@ -95,7 +95,7 @@ def rebuild(run: Run) -> str:
 
 
 def set_aside(folder: Path) -> list[Path]:
-    """CorruptFile ledgers that were set aside."""
+    """Damaged ledgers that were set aside."""
     return sorted(folder.glob(f"{LEDGER}.damaged-*"))
 
 

@@ -1,5 +1,10 @@
 """Errors that callers handle: what the user can mend, and files that are not what was written."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class UserError(ValueError):
     """What the user has to change. `problems` holds a sentence each; the message lists them all.
@@ -10,6 +15,16 @@ class UserError(ValueError):
     def __init__(self, *problems: str) -> None:
         self.problems = problems
         super().__init__("\n".join(problems))
+
+
+def collect(problems: list[str], check: Callable[[], T]) -> T | None:
+    """Return what a check returns. Where it raises `UserError`, add its problems to the list and return None, so that
+    all problems can be told at once."""
+    try:
+        return check()
+    except UserError as error:
+        problems += error.problems
+        return None
 
 
 class CorruptFile(RuntimeError):
