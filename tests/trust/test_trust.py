@@ -249,7 +249,7 @@ def test_trackers_that_send_are_used_where_the_caller_says_so(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://192.0.2.1")
     altered(given / "study.json", lambda record: record["settings"].update(track=["tensorboard", "wandb", "mlflow"]))
     used: list[list[str]] = []
-    monkeypatch.setattr("tune_kd.execute.session.check_trackers", used.append)
+    monkeypatch.setattr("tune_kd.execute.options.check_trackers", used.append)
     assert call(monkeypatch, "resume", "tiny") == 2
     assert used == [["tensorboard"]]
     assert "wandb, mlflow showed this run; it goes on without, unless you say --track wandb" in " ".join(

@@ -57,7 +57,8 @@ def submit(
     detach: Detach = False,
 ) -> None:
     """Run a study on a cluster that is elsewhere, as a job of Ray's, and follow it."""
-    from tune_kd.execute import jobs, resources
+    from tune_kd.execute import jobs
+    from tune_kd.execute.options import Options, check_shares, parse_gpus
     from tune_kd.records import run_folder as runs
     from tune_kd.study import discover
 
@@ -72,9 +73,8 @@ def submit(
         collect(problems, lambda: _all_made(path, data))
     name = name or f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     problems += runs.problems_with_name(name)
-    gpus = collect(problems, lambda: resources.parse_gpus(gpus_per_trial))
-    options = resources.Options(gpus, cpus_per_trial, max_concurrent)
-    collect(problems, lambda: resources.check(options, address))
+    gpus = collect(problems, lambda: parse_gpus(gpus_per_trial))
+    collect(problems, lambda: check_shares(Options(gpus, cpus_per_trial, max_concurrent), address))
     place = collect(problems, lambda: _place(out, address))
     cluster = collect(problems, lambda: jobs.client(address))
     if problems:

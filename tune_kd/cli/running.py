@@ -66,7 +66,8 @@ def run(
 ) -> None:
     """Plan a study, train it with Ray Tune, record and report it."""
     from tune_kd.analysis import grace
-    from tune_kd.execute import resources, session
+    from tune_kd.execute import session
+    from tune_kd.execute.options import Options, check, parse_gpus
     from tune_kd.records import run_folder
     from tune_kd.study import discover
     from tune_kd.study.plan import plan as expand
@@ -83,9 +84,9 @@ def run(
     resolved = collect(problems, lambda: discover.resolve(path, chosen, data, settings or ()))
     if resolved is not None:
         name = collect(problems, lambda: run_folder.check_new(out, name, resolved))
-    gpus = collect(problems, lambda: resources.parse_gpus(gpus_per_trial))
-    options = resources.Options(gpus, cpus_per_trial, max_concurrent, keep_checkpoints, tuple(track or ()))
-    collect(problems, lambda: session.check(resolved, options, address))
+    gpus = collect(problems, lambda: parse_gpus(gpus_per_trial))
+    options = Options(gpus, cpus_per_trial, max_concurrent, keep_checkpoints, tuple(track or ()))
+    collect(problems, lambda: check(resolved, options, address))
     if problems:
         raise UserError(*dict.fromkeys(problems))
     assert resolved is not None and name is not None
@@ -124,8 +125,9 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Run what is missing of a run, from where it stood. Shares are as it began, unless they are given."""
-    from tune_kd.execute import resources, session
+    from tune_kd.execute import session
     from tune_kd.execute.monitoring import is_url
+    from tune_kd.execute.options import check, options_of, parse_gpus
     from tune_kd.records import run_folder
     from tune_kd.study import discover
 
@@ -140,15 +142,15 @@ def resume(
     collect(problems, lambda: run_folder.check_links(reopened))
     if settings and not extend:
         problems.append("--set is given; allowed: with --extend only, since a run keeps the study that it began with")
-    began = session.options_of(reopened)
+    began = options_of(reopened)
     given: dict[str, Any] = {
-        "gpus_per_trial": collect(problems, lambda: resources.parse_gpus(gpus_per_trial)),
+        "gpus_per_trial": collect(problems, lambda: parse_gpus(gpus_per_trial)),
         "cpus_per_trial": cpus_per_trial,
         "max_concurrent": max_concurrent,
         "track": None if track is None else tuple(track),
     }
     options = replace(began, **{name: value for name, value in given.items() if value is not None})
-    collect(problems, lambda: session.check(reopened.study, options, address))
+    collect(problems, lambda: check(reopened.study, options, address))
     if problems:
         raise UserError(*dict.fromkeys(problems))
     silent = [name for name in reopened.settings.get("track") or () if name not in options.track]

@@ -4,7 +4,6 @@ Modules that take long to import (torch, Ray, pandas) are imported late, so that
 """
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from rich.console import Console
 
 from tune_kd.execute import resources
 from tune_kd.execute.monitoring import GUARDED, OPEN
-from tune_kd.execute.resources import Options
+from tune_kd.execute.options import Options, check, options_of
 from tune_kd.records import extension, lock, run_folder, sync
 from tune_kd.records.adaptive_plan import to_come, with_those_to_come
 from tune_kd.records.run_folder import Run
@@ -117,53 +116,6 @@ def _returned(run: Run, ended: Ended) -> "Records":
 
 
 # Before a run
-
-
-def check(study: Study | None, options: Options, address: str | None) -> None:
-    """Raise `UserError` with everything that keeps a study from running here. Makes nothing."""
-    problems: list[str] = []
-    collect(problems, lambda: _check_compiler(study))
-    collect(problems, lambda: resources.check(options, address))
-    collect(problems, lambda: check_trackers(options.track))
-    collect(problems, lambda: environment.check_places(address))
-    if problems:
-        raise UserError(*dict.fromkeys(problems))
-
-
-def _check_compiler(study: Study | None) -> None:
-    """torch.compile without a compiler would fail in every trial."""
-    if study is None or not (study.recipe.compile or study.teacher_recipe.compile):
-        return
-    if not any(map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))):
-        raise UserError(
-            "recipe.compile is true, and there is no C++ compiler here; install one, such as g++, or leave "
-            "recipe.compile false"
-        )
-
-
-def check_trackers(names: tuple[str, ...]) -> None:
-    """Raise `UserError` for trackers that this machine does not have."""
-    if names:
-        environment.home()  # which Ray's own parts need to be imported
-        from tune_kd.execute import trackers
-
-        trackers.check(list(names))
-
-
-def trackers_unasked(recorded: tuple[str, ...]) -> tuple[str, ...]:
-    """The recorded trackers that send nothing anywhere. A resumed run uses these unasked; its record may be anybody's,
-    and others could send the user's data to an address that it names."""
-    sends = {
-        "mlflow": bool(os.environ.get("MLFLOW_TRACKING_URI")),
-        "wandb": os.environ.get("WANDB_MODE") not in ("offline", "disabled"),
-    }
-    return tuple(name for name in recorded if not sends.get(name, False))
-
-
-def options_of(run: Run) -> Options:
-    """The options that a run began with, and of its trackers those that may be used unasked."""
-    known = Options(**{**run.settings, "track": tuple(run.settings.get("track") or ())})
-    return replace(known, track=trackers_unasked(known.track))
 
 
 def load_data(study: Study, folder: Path | None, console: Console, *, download: bool = True) -> "DataSet":
