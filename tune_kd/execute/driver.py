@@ -5,13 +5,14 @@ Everything that happens to a trial passes through here, one call at a time, whoe
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 
+from tune_kd.execute.attempts import MAX_ATTEMPTS, Attempts
+from tune_kd.execute.draws import Draws
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.records import adaptive_plan
 from tune_kd.records.ledger import Ledger
@@ -26,7 +27,6 @@ from tune_kd.system.object_store import Mirror
 from tune_kd.system.secrets import masked
 from tune_kd.training.checkpoints import Checkpoints
 
-MAX_ATTEMPTS = 3  # of one trial under one driver without a new epoch in between
 TABLES_AFTER_END = 5.0  # seconds: tables are made at most this often when trials end
 TABLES_EVERY = 30.0  # seconds: tables are made at least this often
 
@@ -65,7 +65,6 @@ class Driver:
         self._say = say
         self._sender = Sender(folder, say)
         self._searches = {search.name: search for search in plan.searches}
-        self._storage: sampler.Storage | None = None  # of what was drawn, for others to look at
         self._trials = {trial.trial_id: trial for trial in self.plan.trials}
         self._waiting = list(self.plan.trials)
         self._screen = {trial.arm: trial.trial_id for trial in self.plan.trials if trial.phase == "screen"}
@@ -74,7 +73,7 @@ class Driver:
         for trial in self.plan.trials:
             self._enter(trial)
         self._admitted: dict[str, Task] = {}  # by trial id, until they are over
-        self._lost: dict[str, Counter[str]] = {}  # by trial: attempts that failed since it got on, by their reason
+        self._attempts = Attempts()
         self._heard: set[str] = set()
         self._best: dict[str, tuple[float, float]] = {}  # trial id -> best (validation accuracy, -loss)
         self._began: dict[str, float] = {}  # trial id -> monotonic time at which its attempt began
@@ -83,9 +82,7 @@ class Driver:
         with suppress(OSError):  # of a driver that was asked to leave
             Mirror.of(place.drain).forget(place.drain)
             place.drain.unlink()
-        if self._searches:
-            with self._if_it_can():
-                self._storage = sampler.Storage(folder / sampler.STORAGE, run)
+        self._draws = Draws(folder, run, self._searches, say)
         self._take_over(recorded)
         self.write_tables()
 
@@ -167,7 +164,7 @@ class Driver:
             if state == "different":
                 self._note(row, f"epoch {epoch.epoch} computed again differs from its record")
             if state == "new":
-                self._lost.pop(trial_id, None)  # what gets on may lose its worker again
+                self._attempts.got_on(trial_id)
                 row["epochs_run"] = epoch.epoch
                 row["val_accuracy"] = epoch.val_accuracy
                 quality = (epoch.val_accuracy, -epoch.val_loss)
@@ -225,7 +222,7 @@ class Driver:
         if row["status"] == "pending":  # its worker died before it began
             row["attempts"] += 1
         self._note(row, failure.message)
-        again = self._try_again(trial, failure)
+        again = self._attempts.again(row, failure)
         if failure.reason == "storage" and not again:
             self.broken = failure.message
             self.drain()
@@ -256,9 +253,7 @@ class Driver:
     def conclude(self) -> None:
         """Make the tables for the last time. Raises `OSError` where a disk ended the run before it was through."""
         self.write_tables()
-        with self._if_it_can():
-            if self._storage is not None:
-                self._storage.close()
+        self._draws.close()
         self._sender.finish()
         if self.broken is not None:
             raise OSError(
@@ -281,18 +276,6 @@ class Driver:
         if trial.phase != "confirm" or trial.arm in self._immune:
             return True
         return self.rows[self._screen[trial.arm]]["status"] in ENDED
-
-    def _try_again(self, trial: Trial, failure: Failure) -> bool:
-        """Whether a failure says little about the trial: lost workers, and memory that a larger share has."""
-        row = self.rows[trial.trial_id]
-        lost = self._lost.setdefault(trial.trial_id, Counter())
-        lost[failure.reason] += 1
-        if lost[failure.reason] >= MAX_ATTEMPTS:
-            return False
-        if failure.reason == "out_of_memory" and 0 < row["gpu_fraction"] < 1:
-            row["gpu_fraction"] = min(1.0, 2 * row["gpu_fraction"])
-            return True
-        return failure.reason in ("lost", "storage")
 
     def _note(self, row: Row, what: str) -> None:
         """Add to what a row says of its attempts; nothing said before is lost."""
@@ -349,22 +332,7 @@ class Driver:
             point("trial.ended")
             if not self._keep_checkpoints:
                 Checkpoints(self.place.checkpoints / trial.trial_id).remove()
-            if self._storage is not None and trial.phase == "screen":
-                with self._if_it_can():
-                    self._storage.add(trial.arm, self._searches[trial.arm].ranges, self.rows[trial.trial_id])
-
-    @contextmanager
-    def _if_it_can(self) -> Iterator[None]:
-        """Go on without Optuna's storage, which is made from the ledger, whatever is wrong with it."""
-        try:
-            yield
-        except Exception as error:  # of Optuna, SQLAlchemy, Alembic, SQLite or the disk
-            self._storage = None
-            why = masked(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
-            self._say(
-                f"warning: {self._folder / sampler.STORAGE} cannot be written to ({why}); the run goes on without it, "
-                "and `resume` makes it again"
-            )
+            self._draws.add(self.rows[trial.trial_id])
 
     def _count_time(self, trial_id: str) -> None:
         began = self._began.pop(trial_id, None)

@@ -1,0 +1,44 @@
+"""The draws of a tuned study in Optuna's own storage, for `optuna-dashboard` and the like."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from tune_kd.records.schema import Row
+from tune_kd.study import sampler
+from tune_kd.study.plan import Search
+from tune_kd.system.secrets import masked
+
+T = TypeVar("T")
+
+
+class Draws:
+    """The storage of one run. It is made from the ledger, so a run continues without it, whatever is wrong with it."""
+
+    def __init__(self, folder: Path, run: str, searches: Mapping[str, Search], say: Callable[[str], None]) -> None:
+        self._path = folder / sampler.STORAGE
+        self._searches = searches
+        self._say = say
+        self._storage = self._try(lambda: sampler.Storage(self._path, run)) if searches else None
+
+    def add(self, row: Row) -> None:
+        """Add a draw that has ended."""
+        storage = self._storage
+        if storage is not None and row["phase"] == "screen":
+            self._try(lambda: storage.add(row["arm"], self._searches[row["arm"]].ranges, row))
+
+    def close(self) -> None:
+        if self._storage is not None:
+            self._try(self._storage.close)
+
+    def _try(self, do: Callable[[], T]) -> T | None:
+        try:
+            return do()
+        except Exception as error:  # of Optuna, SQLAlchemy, Alembic, SQLite or the disk
+            self._storage = None
+            why = masked(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
+            self._say(
+                f"warning: {self._path} cannot be written to ({why}); the run goes on without it, and `resume` makes "
+                "it again"
+            )
+            return None
