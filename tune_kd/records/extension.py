@@ -16,7 +16,7 @@ from tune_kd.study.spec import Study
 from tune_kd.study.trial import digest
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import UserError
-from tune_kd.system.files import MOST_RECORD_BYTES, publish, read, sealed, unsealed
+from tune_kd.system.files import MOST_RECORD_BYTES, read, sealed, unsealed
 from tune_kd.system.object_store import Mirror
 from tune_kd.system.secrets import secrets
 
@@ -95,8 +95,7 @@ def record_extension(run: Run) -> None:
         }  # fmt: skip
     if problems := list(secrets(record)):
         raise UserError(*problems)
-    publish(run.folder / STUDY, sealed(record))
-    Mirror.of(run.folder).send(run.folder / STUDY)
+    Mirror.of(run.folder).publish(run.folder / STUDY, sealed(record))
     point("extension.recorded")
 
 

@@ -29,7 +29,7 @@ from tune_kd.study.spec import Study
 from tune_kd.study.trial import digest
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import UserError
-from tune_kd.system.files import check_names, links, obstacle, publish, sealed
+from tune_kd.system.files import check_names, links, obstacle, sealed
 from tune_kd.system.object_store import Mirror, path_of
 from tune_kd.system.secrets import secrets
 
@@ -191,8 +191,7 @@ def create(run: Run) -> None:
     }
     if problems := list(secrets(record)):
         raise UserError(*problems)
-    publish(run.folder / STUDY, sealed(record))
-    Mirror.of(run.folder).send(run.folder / STUDY)
+    Mirror.of(run.folder).publish(run.folder / STUDY, sealed(record))
     point("study.published")
 
 

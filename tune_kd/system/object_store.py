@@ -76,6 +76,11 @@ class Mirror:
             data = read(path, MOST_SENT_BYTES) if data is None else data
             patiently(lambda: self._put(path, data))
 
+    def publish(self, path: Path, data: bytes) -> None:
+        """Write a file here, whole or not at all, and have the store hold it."""
+        publish(path, data)
+        self.send(path, data)
+
     def fetch(self, path: Path, most: int) -> bool:
         """Have a file of at most so many bytes here as the store holds it. Returns whether it is here then."""
         if self.url is None:
