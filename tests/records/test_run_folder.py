@@ -155,7 +155,7 @@ def test_a_run_that_was_begun_and_ended_before_the_lock_was_given_is_left_as_it_
         with held(folder):
             yield
 
-    monkeypatch.setattr("tune_kd.records.lock.held", after_another)
+    monkeypatch.setattr("tune_kd.records.run_folder.held", after_another)
     with pytest.raises(UserError, match="was begun meanwhile"), begun(run):
         raise AssertionError("it was begun twice")
     assert reopen(run.folder).study == study

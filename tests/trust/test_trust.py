@@ -45,7 +45,7 @@ from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace
 from tune_kd.records import ledger as records
-from tune_kd.records import lock, schema, sqlite_file
+from tune_kd.records import schema, sqlite_file
 from tune_kd.records.ledger import Ledger
 from tune_kd.records.lock import held
 from tune_kd.records.schema import LEDGER, TRIALS
@@ -231,14 +231,14 @@ def test_a_mirror_that_others_may_write_to_is_none(
 def test_no_token_is_sent_to_a_dashboard_that_results_name(
     given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with held(given):
-        lock.tell_dashboard(given, "http://192.0.2.1:8265")
+    with held(given) as tell_dashboard:
+        tell_dashboard("http://192.0.2.1:8265")
         assert call(monkeypatch, "dashboard", "--write", "boards") == 2
         told = capsys.readouterr().err
         assert "http://192.0.2.1:8265, another machine" in told and "--address" in told
         assert not Path("boards").exists()
         assert call(monkeypatch, "dashboard", "--write", "boards", "--address", "http://192.0.2.1:8265") == 0
-        lock.tell_dashboard(given, "http://127.0.0.1:1")
+        tell_dashboard("http://127.0.0.1:1")
         assert call(monkeypatch, "dashboard", "--write", "boards") == 0
 
 

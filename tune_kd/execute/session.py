@@ -167,8 +167,8 @@ def start(
     settings = asdict(_measured(options, study, data, console)) | {"track": list(options.track)}
     begun = Run(folder.name, folder, study, data.digest, data_dir, settings, source)
     _fetch_weights(study)
-    with run_folder.begun(begun):
-        return begun, execute(begun, data, console, address)
+    with run_folder.begun(begun) as tell_dashboard, _opened(begun, console) as ledger:
+        return begun, execute(begun, ledger, data, console, address, tell_dashboard)
 
 
 def go_on(
@@ -183,7 +183,7 @@ def go_on(
 ) -> tuple[Run, Ended]:
     """Run what is missing of a run to its end. `file` is its study's, where the user named one; `settings` are of
     `--set`, for an extension."""
-    with lock.held(run.folder):  # whoever else holds it is told of before anything is read or changed
+    with lock.held(run.folder) as tell_dashboard:  # whoever else holds it is told of before anything is read or changed
         again = run_folder.reopen(run.folder)
         again = again if file is None else extension.with_file(again, file)
         if extend:
@@ -203,16 +203,27 @@ def go_on(
         shares = asdict(_measured(options, again.study, data, console)) | {"track": list(options.track)}
         again = replace(again, settings=shares)
         _fetch_weights(again.study)
-        record = (lambda: extension.record_extension(again)) if extend else (lambda: None)
-        return again, execute(again, data, console, address, record)
+
+        def connected(dashboard: str | None) -> None:
+            if extend:
+                extension.record_extension(again)
+            tell_dashboard(dashboard)
+
+        with _opened(again, console) as ledger:
+            return again, execute(again, ledger, data, console, address, connected)
 
 
 def execute(
-    run: Run, data: "DataSet", console: Console, address: str | None, connected: Callable[[], None] = lambda: None
+    run: Run,
+    ledger: "Ledger",
+    data: "DataSet",
+    console: Console,
+    address: str | None,
+    connected: Callable[[str | None], None],
 ) -> Ended:
     """Run the plan of a run that this process holds.
 
-    `connected` is called when Ray is there and the trials' shares fit into it.
+    `connected` is called with the URL of Ray's dashboard once Ray is there and the trials' shares fit into it.
     """
     from tune_kd.execute import cluster as clusters
     from tune_kd.execute import preflight
@@ -220,13 +231,11 @@ def execute(
     with ExitStack() as around:
         if console.stderr:  # standard output is for the answer alone, and Ray tells there of nodes that were lost
             around.enter_context(redirect_stdout(sys.stderr))
-        ledger = around.enter_context(_opened(run, console))
         preflight.check(run, ledger.rows(TRIALS), run.settings["max_concurrent"] or os.cpu_count() or 1)
         signals.check()
         cluster, check_ray = around.enter_context(_joined(run, address))
         share = _share_on(run, cluster)
-        connected()
-        lock.tell_dashboard(run.folder, cluster.dashboard)
+        connected(cluster.dashboard)
         _print_start(run, console, cluster, share.words)
         view = around.enter_context(_view(run, console, cluster))
         driver = _driver(run, ledger, share.gpus, view)

@@ -4,9 +4,9 @@ import fcntl
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,20 @@ UNSEEN = 150.0  # seconds after which a driver elsewhere, which sends every 30, 
 PATIENCE = 2.0  # seconds for which another driver may hold a run before this one gives up
 
 
+@dataclass(frozen=True)
+class _Holder:
+    pid: int
+    host: str
+    since: str
+    dashboard: str | None
+
+
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other drivers out while this one runs. The system frees the lock with its process."""
+def held(folder: Path) -> Iterator[Callable[[str | None], None]]:
+    """Keep other drivers out while this one runs. The system frees the lock with its process.
+
+    Yields a function that writes down where Ray's dashboard is, for whoever looks at the run.
+    """
     lock = FileLock(folder / ".lock", timeout=PATIENCE)
     try:
         lock.acquire()
@@ -43,8 +54,15 @@ def held(folder: Path) -> Iterator[None]:
         for aside in folder.glob(".*.[0-9]*"):  # of writers that were killed: nobody else writes here now
             aside.unlink(missing_ok=True)
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        _put_holder(folder, {"pid": signals.process_id(), "host": platform.node(), "since": since, "dashboard": None})
-        yield
+        ours = _Holder(signals.process_id(), platform.node(), since, None)
+
+        def tell(dashboard: str | None) -> None:
+            data = json.dumps(asdict(replace(ours, dashboard=dashboard))).encode()
+            publish(folder / HOLDER, data)
+            mirror.send(folder / HOLDER, stamped(data))
+
+        tell(None)
+        yield tell
     finally:
         (folder / HOLDER).unlink(missing_ok=True)
         with suppress(OSError):  # else it is seen to be old
@@ -66,24 +84,6 @@ def _check_unheld(mirror: Mirror, folder: Path) -> None:
             f"RUN is {folder.name}, which process {who.get('pid')} on {who['host']} holds since {who.get('since')}, "
             f"seen {age:.0f} s ago; wait for it or stop it; one not seen for {UNSEEN:.0f} s is taken for dead"
         )
-
-
-def tell_dashboard(folder: Path, url: str | None) -> None:
-    """Have whoever looks at a run that this process holds know where Ray's dashboard is."""
-    _put_holder(folder, (holder(folder) or {}) | {"dashboard": url})
-
-
-def _put_holder(folder: Path, who: dict[str, Any]) -> None:
-    publish(folder / HOLDER, json.dumps(who).encode())
-    Mirror.of(folder).send(folder / HOLDER, stamped(json.dumps(who).encode()))
-
-
-@dataclass(frozen=True)
-class _Holder:
-    pid: int
-    host: str
-    since: str
-    dashboard: str | None
 
 
 def holder(folder: Path) -> dict[str, Any] | None:

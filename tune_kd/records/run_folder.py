@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -128,7 +128,7 @@ def check_links(run: Run) -> None:
 
 
 @contextmanager
-def begun(run: Run) -> Iterator[None]:
+def begun(run: Run) -> Iterator[Callable[[str | None], None]]:
     """A new run on disk, held by this process. Nothing stays of one whose plan cannot be written, or that a `UserError`
     ends before a row is written."""
     check_links(run)
@@ -137,12 +137,12 @@ def begun(run: Run) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"--out: {run.folder} cannot be made ({error.strerror}); choose another folder") from error
     try:
-        with held(run.folder):
+        with held(run.folder) as tell_dashboard:
             if not _unbegun(run.folder):
                 raise UserError(f"--name is {run.name!r}, and {run.folder} was begun meanwhile; choose another name")
             try:
                 create(run)
-                yield
+                yield tell_dashboard
             except BaseException as error:
                 first = run.folder / "trials.parquet"  # of a driver's files
                 if not (run.folder / STUDY).exists() or (isinstance(error, UserError) and not first.exists()):
