@@ -14,62 +14,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tune_kd.analysis.contrasts import compare
-    from tune_kd.execute.session import resume, run
-    from tune_kd.records.importer import Adapter
-    from tune_kd.records.reader import Records, load
-    from tune_kd.reporting.report import report
-    from tune_kd.study.plan import Plan, plan
-    from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
-    from tune_kd.study.tuning import Choice, Integer, LogUniform, Range, Tuning, Uniform
-    from tune_kd.system.errors import CorruptFile, UserError
+    from tune_kd.analysis.contrasts import compare as compare
+    from tune_kd.execute.session import resume as resume
+    from tune_kd.execute.session import run as run
+    from tune_kd.records.importer import Adapter as Adapter
+    from tune_kd.records.reader import Records as Records
+    from tune_kd.records.reader import load as load
+    from tune_kd.reporting.report import report as report
+    from tune_kd.study import *  # noqa: F403
+    from tune_kd.study.plan import Plan as Plan
+    from tune_kd.study.plan import plan as plan
+    from tune_kd.system.errors import CorruptFile as CorruptFile
+    from tune_kd.system.errors import UserError as UserError
 
 _HOMES = {
-    "analysis.contrasts": ("compare",),
-    "execute.session": ("resume", "run"),
-    "records.importer": ("Adapter",),
-    "records.reader": ("Records", "load"),
-    "reporting.report": ("report",),
-    "study.plan": ("Plan", "plan"),
-    "study.spec": ("Cell", "Compare", "Confirm", "Data", "Factor", "Recipe", "Screen", "Study"),
-    "study.tuning": ("Choice", "Integer", "LogUniform", "Range", "Tuning", "Uniform"),
-    "system.errors": ("CorruptFile", "UserError"),
+    "analysis.contrasts": "compare",
+    "execute.session": "resume run",
+    "records.importer": "Adapter",
+    "records.reader": "Records load",
+    "reporting.report": "report",
+    "study": "Cell Choice Compare Confirm Data Factor Integer LogUniform Range Recipe Screen Study Tuning Uniform",
+    "study.plan": "Plan plan",
+    "system.errors": "CorruptFile UserError",
 }
-
-__all__ = [
-    "Adapter",
-    "Cell",
-    "Choice",
-    "Compare",
-    "Confirm",
-    "CorruptFile",
-    "Data",
-    "Factor",
-    "Integer",
-    "LogUniform",
-    "Plan",
-    "Range",
-    "Recipe",
-    "Records",
-    "Screen",
-    "Study",
-    "Tuning",
-    "Uniform",
-    "UserError",
-    "compare",
-    "load",
-    "plan",
-    "report",
-    "resume",
-    "run",
-]
+_HOME = {name: f"tune_kd.{module}" for module, names in _HOMES.items() for name in names.split()}
+__all__ = list(_HOME)
 
 
-def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"tune_kd.{module}"), name)
-    raise AttributeError(f"module 'tune_kd' has no attribute {name!r}")
+if not TYPE_CHECKING:  # where it would hide misspelt names
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'tune_kd' has no attribute {name!r}")
+        return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
