@@ -17,8 +17,9 @@ from torch import Tensor
 from tune_kd.data import augment
 from tune_kd.data import datasets as rooms
 from tune_kd.data.augment import crop, draw_views, numbered_views, prepare, show, view_numbers
+from tune_kd.data.cifar import CIFAR_CLASSES, recognised
 from tune_kd.data.cifar_pickles import CIFAR100
-from tune_kd.data.datasets import CIFAR_CLASSES, DataSet, Split, load, recognised
+from tune_kd.data.datasets import DataSet, Split, load
 from tune_kd.data.image_folder import Pixels
 from tune_kd.study.cost import IMAGES
 from tune_kd.system.errors import UserError
