@@ -111,15 +111,10 @@ def load(
     decoded images. `say` receives messages for the user; `progress` shows bars on a terminal; with `download=False`
     CIFAR must be there.
 
-    Raises `UserError` for an unknown name, impossible sizes, and data that are missing, cut or damaged.
+    A study validates the name. Raises `UserError` for impossible sizes, and data that are missing, cut or damaged.
     """
     wanted = {"train": train, "validation": validation, "test": test}
-    problems = [f"{part}: {size} is not a number of images; give 1 or more" for part, size in wanted.items()
-                if size is not None and size < 1]  # fmt: skip
-    if name not in DATA_SETS:
-        problems.insert(0, f"data: there is no data set {name!r}; choose one of {', '.join(DATA_SETS)}")
-    if problems:
-        raise UserError(*problems)
+    assert name in DATA_SETS
     if name == "digits":
         if folder is not None:
             say(f"The digits come with scikit-learn: {folder} is not read.")
