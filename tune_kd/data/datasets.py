@@ -230,15 +230,13 @@ def _statistics(images: Tensor) -> tuple[tuple[float, float, float], tuple[float
 
     Computed from integer sums, so that the digest does not depend on a machine's rounding.
     """
-    means, deviations = [], []
-    for channel in range(3):
-        counts = images[:, channel].flatten().to(torch.int64).bincount().tolist()
-        n = sum(counts)
-        first = sum(count * value for value, count in enumerate(counts))
-        second = sum(count * value * value for value, count in enumerate(counts))
-        means.append(round(first / (255 * n), 4))
-        deviations.append(round(math.sqrt(n * second - first * first) / (255 * n), 4))
-    return (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2])
+    pixels = images.transpose(0, 1).flatten(1).to(torch.int64)
+    n, sums = pixels.shape[1], zip(pixels.sum(1).tolist(), pixels.square().sum(1).tolist(), strict=True)
+    red, green, blue = (
+        (round(first / (255 * n), 4), round(math.sqrt(n * second - first * first) / (255 * n), 4))
+        for first, second in sums
+    )
+    return (red[0], green[0], blue[0]), (red[1], green[1], blue[1])
 
 
 def _finished(
