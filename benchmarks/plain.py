@@ -19,7 +19,7 @@ from torchvision.models import ResNet
 
 from tune_kd.data.datasets import DataSet, Split
 from tune_kd.study.spec import Cell, Recipe
-from tune_kd.training import losses, networks
+from tune_kd.training import methods, networks
 
 
 class Pictures(loading.Dataset[tuple[Tensor, int]]):
@@ -101,14 +101,14 @@ def train_plain(
                 logits, features = networks.forward_with_features(student, images)
                 with torch.no_grad():
                     _, wanted = networks.forward_with_features(teacher, images)
-                loss_kd = losses.feature(features, wanted, projections, cell.beta)
+                loss_kd = methods.feature(features, wanted, projections, cell.beta)
                 loss = cell.alpha * loss_kd + (1 - cell.alpha) * F.cross_entropy(logits, labels)
             elif cell.method == "logit":
                 assert teacher is not None and cell.alpha is not None and cell.temperature is not None
                 logits = student(images)
                 with torch.no_grad():
                     answers = teacher(images)
-                loss_kd = losses.kd(logits, answers, cell.temperature)
+                loss_kd = methods.kd(logits, answers, cell.temperature)
                 loss = cell.alpha * loss_kd + (1 - cell.alpha) * F.cross_entropy(logits, labels)
             else:
                 loss = F.cross_entropy(student(images), labels)

@@ -23,8 +23,8 @@ from tune_kd.study.spec import Cell, Data, Recipe
 from tune_kd.study.trial import Answering, Epoch, Trial
 from tune_kd.training import networks
 from tune_kd.training.checkpoints import Checkpoints
+from tune_kd.training.device import keep_freed_blocks
 from tune_kd.training.loop import train
-from tune_kd.training.memory import keep_freed_blocks
 from tune_kd.training.teachers import Teacher, load_teacher, publish_teacher
 
 FOREVER = 10**6  # epochs of a recipe that a benchmark never comes to the end of
@@ -71,7 +71,7 @@ def trial(each: Cell, recipe: Recipe, teacher_id: str | None) -> Trial:
 class LiveTeacher(Teacher):
     """Answers in every step anew, which is what the table of answers saves."""
 
-    def answers(self, seed: int, epoch: int, views: Views) -> Any:
+    def logits(self, views: Views) -> Any:
         return _Live(self, views), None
 
 
@@ -125,9 +125,7 @@ def ours(
             if live:
                 teacher = LiveTeacher(**vars(teacher))
             for epoch in range(1, 0 if live else answered + 1):
-                teacher.answers(
-                    SEED, epoch, augment.draw_views(SEED, epoch, images, pad=dataset.pad, flip=dataset.flip)
-                )
+                teacher.logits(augment.draw_views(SEED, epoch, images, pad=dataset.pad, flip=dataset.flip))
         yield from train(
             trial(cell(method, stem, width), recipe, teacher.teacher_id if teacher else None),
             dataset,

@@ -21,9 +21,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MODULES = (
+    "tune_kd.data.augment",
     "tune_kd.data.datasets",
     *(f"tune_kd.training.{module}" for module in (
-        "teachers", "logit_cache", "step", "loop", "losses", "networks", "device", "memory", "checkpoints")),
+        "teachers", "logit_cache", "step", "loop", "methods", "metrics", "networks", "device", "checkpoints")),
     "tune_kd.execute.gpu_probe",
     "tune_kd.execute.worker",
     "benchmarks.gpu",

@@ -99,7 +99,7 @@ def carried(device: torch.device, data: DataSet) -> DataSet:
 
 
 def numbers_of_a_step(device: torch.device, data: DataSet) -> list[Any]:
-    """What a step reads anew each time: temperature, alpha, beta, and the learning rate."""
+    """What a step reads anew each time: alpha, temperature, beta, and the learning rate."""
     with stepping(pupil("none", "cifar", None), data, None, device) as step:
         rates = [group["lr"] for group in step._optimizer.param_groups]
-        return [step._temperature, step._alpha, step._beta, *rates]
+        return [*step._settings.values(), *rates]

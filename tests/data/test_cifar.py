@@ -6,6 +6,7 @@ import tarfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tune_kd.data.cifar import default_cache, load_pixels
 from tune_kd.data.cifar_pickles import CIFAR10, CIFAR100, Origin
 from tune_kd.data.datasets import load
 from tune_kd.data.image_folder import Pixels
+from tune_kd.system import files
 from tune_kd.system.errors import UserError
 
 NOWHERE = Origin("http://127.0.0.1:1/", "0" * 32, (("data_batch_1", "0"),), (("test_batch", "0"),), 0.5)
@@ -154,10 +156,11 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_only(tmp_path: Path, arc
 def test_a_full_disk_costs_a_warning_and_leaves_no_half_file(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: object) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cifar, "_sync", full)
+    monkeypatch.setattr(files, "PAUSES", ())
+    monkeypatch.setattr(files.os, "pwrite", full)
     said: list[str] = []
     read(archive, tmp_path / "cache", said.append)
     assert len(said) == 1 and "No space left" in said[0]
@@ -191,6 +194,8 @@ def test_without_waiting_for_the_lock_nobody_reads_half_a_file(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cifar, "LOCK_SECONDS", 0)
+    # Threads stand for processes, which name their temporary files after their number.
+    monkeypatch.setattr(files, "os", SimpleNamespace(**(vars(os) | {"getpid": threading.get_native_id})))
     said: list[str] = []
     results = load_at_once(6, archive, tmp_path / "cache", said.append)
     assert all(same(result, results[0]) for result in results)

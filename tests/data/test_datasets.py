@@ -17,8 +17,9 @@ from torch import Tensor
 from tune_kd.data import augment
 from tune_kd.data import datasets as rooms
 from tune_kd.data.augment import crop, draw_views, numbered_views, prepare, show, view_numbers
+from tune_kd.data.cifar import CIFAR_CLASSES, recognised
 from tune_kd.data.cifar_pickles import CIFAR100
-from tune_kd.data.datasets import CIFAR_CLASSES, DataSet, Split, load, recognised
+from tune_kd.data.datasets import DataSet, Split, load
 from tune_kd.data.image_folder import Pixels
 from tune_kd.study.cost import IMAGES
 from tune_kd.system.errors import UserError
@@ -251,8 +252,8 @@ def test_two_folders_of_one_class_are_no_cifar10() -> None:
 # Mistakes
 
 
-def test_an_unknown_name_lists_the_names_that_exist() -> None:
-    with pytest.raises(UserError, match=r"'mnist'.*digits, cifar10, cifar100"):
+def test_a_name_that_a_study_would_refuse_loads_nothing() -> None:
+    with pytest.raises(AssertionError):
         load("mnist")
 
 
@@ -270,10 +271,10 @@ def test_sizes_that_just_fit_are_accepted(whole_cifar10: Pixels) -> None:
     assert data.validation.labels.bincount().tolist() == [1] * 10
 
 
-def test_sizes_below_one_are_refused_together_with_the_name() -> None:
+def test_sizes_below_one_are_refused_together() -> None:
     with pytest.raises(UserError) as caught:
-        load("imagenet", train=0, test=-3)
-    assert len(caught.value.problems) == 3
+        load("digits", train=0, test=-3)
+    assert len(caught.value.problems) == 2
 
 
 # Digest

@@ -215,7 +215,7 @@ def read_answers(scratch: Scratch) -> Reading:
     run = reopen(scratch.folder)
     path = scratch.targets()["answers"]
     logits = torch.frombuffer(bytearray(scratch.bytes_of(path)), dtype=torch.float32).view(-1, 10)
-    table = logit_cache.Answers(path.parent, len(logits), 10, lambda rows: logits[rows.start : rows.stop])
+    table = logit_cache.LogitCache(path.parent, len(logits), 10, lambda rows: logits[rows.start : rows.stop])
     return (run.name, table.take(torch.arange(len(logits)))[0]), False
 
 

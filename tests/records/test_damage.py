@@ -75,7 +75,7 @@ def digests_of_teachers_off(patch: pytest.MonkeyPatch) -> None:
 
 
 def digests_of_answers_off(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(logit_cache.Answers, "_is_whole", lambda self, chunk: True)
+    patch.setattr(logit_cache.LogitCache, "_is_whole", lambda self, chunk: True)
     patch.setattr(logit_cache, "damaged", lambda folder, classes: [])
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tune_kd.training import logit_cache
-from tune_kd.training.logit_cache import Answers
+from tune_kd.training.logit_cache import LogitCache
 
 ROWS, CLASSES = 40, 3
 
@@ -42,7 +42,7 @@ class Counted:
 
 def test_rows_come_in_the_order_asked_and_only_their_chunks_are_computed(tmp_path: Path) -> None:
     compute = Counted()
-    table = Answers(tmp_path, ROWS, CLASSES, compute)
+    table = LogitCache(tmp_path, ROWS, CLASSES, compute)
     found, computed = table.take(torch.tensor([39, 2, 2]))
     assert torch.equal(found, logits(range(40))[[39, 2, 2]])
     assert computed == 16 + 8
@@ -54,7 +54,9 @@ def test_several_who_ask_at_once_share_the_work(tmp_path: Path) -> None:
     workers = [Counted(0.05) for _ in range(3)]
     found: list[tuple[Tensor, int]] = []
     threads = [
-        threading.Thread(target=lambda w=w: found.append(Answers(tmp_path, ROWS, CLASSES, w).take(torch.arange(ROWS))))
+        threading.Thread(
+            target=lambda w=w: found.append(LogitCache(tmp_path, ROWS, CLASSES, w).take(torch.arange(ROWS)))
+        )
         for w in workers
     ]
     for thread in threads:
@@ -69,7 +71,7 @@ def test_several_who_ask_at_once_share_the_work(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["a flipped bit", "another digest", "no logits", "files cut short"])
 def test_a_damaged_chunk_is_computed_again_to_the_same_bits_and_the_others_are_not(tmp_path: Path, what: str) -> None:
-    Answers(tmp_path, ROWS, CLASSES, logits).take(torch.arange(ROWS))
+    LogitCache(tmp_path, ROWS, CLASSES, logits).take(torch.arange(ROWS))
     table, digests = tmp_path / "logits.f32", tmp_path / "digests.sha256"
     whole = table.read_bytes(), digests.read_bytes()
     position = 20 * CLASSES * 4  # in the second chunk
@@ -83,7 +85,7 @@ def test_a_damaged_chunk_is_computed_again_to_the_same_bits_and_the_others_are_n
         table.write_bytes(whole[0][: 16 * CLASSES * 4])
         digests.write_bytes(whole[1][:32])
     compute = Counted()
-    found, computed = Answers(tmp_path, ROWS, CLASSES, compute).take(torch.arange(ROWS))
+    found, computed = LogitCache(tmp_path, ROWS, CLASSES, compute).take(torch.arange(ROWS))
     assert torch.equal(found, logits(range(ROWS)))
     assert computed == (24 if what == "files cut short" else 16)
     assert (table.read_bytes(), digests.read_bytes()) == whole
@@ -98,7 +100,7 @@ def _answer_and_die(folder: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return logits(rows)
 
-    Answers(Path(folder), ROWS, CLASSES, compute).take(torch.arange(ROWS))
+    LogitCache(Path(folder), ROWS, CLASSES, compute).take(torch.arange(ROWS))
 
 
 def test_a_kill_costs_the_chunk_in_flight_and_no_other(tmp_path: Path) -> None:
@@ -107,14 +109,14 @@ def test_a_kill_costs_the_chunk_in_flight_and_no_other(tmp_path: Path) -> None:
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     compute = Counted()
-    found, computed = Answers(tmp_path, ROWS, CLASSES, compute).take(torch.arange(ROWS))
+    found, computed = LogitCache(tmp_path, ROWS, CLASSES, compute).take(torch.arange(ROWS))
     assert torch.equal(found, logits(range(ROWS)))
     assert compute.asked == [range(16, 32), range(32, 40)]
     assert computed == 24
 
 
 def test_the_table_is_mapped_and_not_copied(tmp_path: Path) -> None:
-    table = Answers(tmp_path, ROWS, CLASSES, logits)
+    table = LogitCache(tmp_path, ROWS, CLASSES, logits)
     assert isinstance(table._logits, np.memmap)
     assert (tmp_path / "logits.f32").stat().st_size == ROWS * CLASSES * 4
 
@@ -128,5 +130,5 @@ def test_a_full_disk_is_an_error_and_the_chunk_is_computed_again_afterwards(
     with monkeypatch.context() as patched:
         patched.setattr(logit_cache, "write_at", full)
         with pytest.raises(OSError, match="No space left"):
-            Answers(tmp_path, ROWS, CLASSES, logits).take(torch.arange(ROWS))
-    assert Answers(tmp_path, ROWS, CLASSES, logits).take(torch.arange(ROWS))[1] == ROWS
+            LogitCache(tmp_path, ROWS, CLASSES, logits).take(torch.arange(ROWS))
+    assert LogitCache(tmp_path, ROWS, CLASSES, logits).take(torch.arange(ROWS))[1] == ROWS

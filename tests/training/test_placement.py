@@ -82,7 +82,7 @@ def test_views_are_cropped_where_the_images_are_and_no_copy_of_them_is_made_for_
     assert not is_there(show(views, pixels))
     with stepping.stepping(pupil("logit", "cifar", teacher), pixels, teacher, gpu) as step:
         assert step.data.train.images is teacher.data.train.images
-    logits, _ = teacher.answers(1, 1, views)
+    logits, _ = teacher.logits(views)
     assert not is_there(logits), "a table of answers is on disk, and so is what is taken of it"
 
 

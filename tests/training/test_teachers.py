@@ -150,7 +150,7 @@ def test_a_view_is_answered_once_for_all_seeds_epochs_and_students_also_at_the_s
     def study(student: Teacher) -> None:
         for seed, epochs in DRAWS:
             for epoch in range(1, epochs + 1):
-                logits, computed = student.answers(seed, epoch, views(pixels, seed, epoch))
+                logits, computed = student.logits(views(pixels, seed, epoch))
                 asked.append(computed)
                 found.append(logits)
 
@@ -172,38 +172,38 @@ def test_answers_are_the_logits_of_the_views_that_students_see(home: Path, pixel
         drawn = views(pixels, seed, epoch)
         with torch.no_grad():
             live = teacher.net(prepare(show(drawn, pixels), pixels))
-        assert torch.allclose(teacher.answers(seed, epoch, drawn)[0], live, atol=1e-5)
+        assert torch.allclose(teacher.logits(drawn)[0], live, atol=1e-5)
 
 
 def test_answers_are_the_same_to_the_bit_whoever_asks_first(home: Path, pixels: DataSet, tmp_path: Path) -> None:
     shutil.copytree(home / TAUGHT.trial_id, tmp_path / "again" / TAUGHT.trial_id)
     one = loaded(home, pixels, Answering(False, DRAWS))
     other = loaded(tmp_path / "again", pixels, Answering(False, DRAWS))
-    forwards = [one.answers(1, epoch, views(pixels, 1, epoch))[0] for epoch in (1, 2, 3)]
-    backwards = [other.answers(1, epoch, views(pixels, 1, epoch))[0] for epoch in (3, 2, 1)]
+    forwards = [one.logits(views(pixels, 1, epoch))[0] for epoch in (1, 2, 3)]
+    backwards = [other.logits(views(pixels, 1, epoch))[0] for epoch in (3, 2, 1)]
     assert all(torch.equal(*pair) for pair in zip(forwards, reversed(backwards), strict=True))
 
 
 def test_a_student_of_ready_answers_needs_no_network(home: Path, pixels: DataSet) -> None:
     first = loaded(home, pixels, Answering(True, DRAWS))
-    expected, computed = first.answers(1, 1, views(pixels))
+    expected, computed = first.logits(views(pixels))
     assert computed == pixels.views_per_image * len(pixels.train.labels)
     second = loaded(home, pixels, Answering(True, DRAWS))
-    again, computed = second.answers(1, 1, views(pixels))
+    again, computed = second.logits(views(pixels))
     assert computed == 0
     assert torch.equal(again, expected)
     assert "net" not in vars(second)
 
 
 def test_answers_of_other_weights_or_other_preprocessing_lie_elsewhere(home: Path, pixels: DataSet) -> None:
-    first = loaded(home, pixels, Answering(True, DRAWS)).answers(1, 1, views(pixels))[0]
+    first = loaded(home, pixels, Answering(True, DRAWS)).logits(views(pixels))[0]
     shifted = replace(pixels, mean=(0.1, 0.2, 0.3), digest="another")
-    second, computed = loaded(home, shifted, Answering(True, DRAWS)).answers(1, 1, views(pixels))
+    second, computed = loaded(home, shifted, Answering(True, DRAWS)).logits(views(pixels))
     assert computed
     assert not torch.allclose(first, second)
     other = build("resnet18", stem="cifar", classes=2, width=0.0625, seed=4)
     publish_teacher(home, TAUGHT, other.state_dict(), [EPOCH])
-    third, computed = loaded(home, pixels, Answering(True, DRAWS)).answers(1, 1, views(pixels))
+    third, computed = loaded(home, pixels, Answering(True, DRAWS)).logits(views(pixels))
     assert computed
     assert not torch.allclose(first, third)
 

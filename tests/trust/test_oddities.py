@@ -234,7 +234,7 @@ def test_answers_that_are_no_file_are_told_of(kind: str, name: str, results: Pat
     assert str(path.parent) in findings[0].remedy
     if kind != "huge":  # which is cut
         with pytest.raises(UnexpectedFile):
-            at_once(lambda: logit_cache.Answers(path.parent, 1, 1, lambda _: torch.zeros(1, 1)))
+            at_once(lambda: logit_cache.LogitCache(path.parent, 1, 1, lambda _: torch.zeros(1, 1)))
 
 
 @each_oddity

@@ -1,1 +1,1 @@
-"""Data sets: where their images are, how they are split, and the views of them that a student sees."""
+"""Data sets: find, decode and split their images, and draw the augmented views of an epoch."""

@@ -1,4 +1,4 @@
-"""Views of training images: the crop and mirror image that each seed and epoch draws, as a network sees them."""
+"""Augmentation: the views (crop and flip of each training image) of an epoch, and the network's input made of them."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,12 +12,12 @@ from tune_kd.data.datasets import DataSet, generator
 
 @dataclass(frozen=True, eq=False)
 class Views:
-    """The draw of one epoch in training order: entry i is how the i-th image of the epoch is shown."""
+    """The views of one epoch in training order: entry i is the i-th image that the epoch shows."""
 
     order: Tensor  # int64 [N], positions in the training split
     top: Tensor  # int64 [N], first row of the crop in the padded image, 0 to 2 * pad
     left: Tensor  # int64 [N], first column of the crop in the padded image, 0 to 2 * pad
-    flip: Tensor  # bool [N], whether the crop is mirrored
+    flip: Tensor  # bool [N], whether the crop is flipped
 
     def __getitem__(self, some: slice) -> "Views":
         return Views(self.order[some], self.top[some], self.left[some], self.flip[some])
@@ -29,9 +29,8 @@ class Views:
 def draw_views(seed: int, epoch: int, count: int, *, pad: int, flip: bool) -> Views:
     """Draw order, crops and flips of one epoch over `count` images: four CPU tensors of shape [count].
 
-    A function of its arguments alone: the global generator is neither read nor moved. Order, offsets and
-    flips use the random numbers in a way that `pad` and `flip` do not shift: the order is the same under
-    any augmentation, and so are the flips under any `pad`.
+    Depends on the arguments alone: the global generator is neither read nor advanced. The order is the same for any
+    `pad` and `flip`, and the flips are the same for any `pad`.
 
     Raises `ValueError` for a negative `count` or `pad`.
     """
@@ -46,13 +45,13 @@ def draw_views(seed: int, epoch: int, count: int, *, pad: int, flip: bool) -> Vi
 
 
 def view_numbers(views: Views, data: DataSet) -> Tensor:
-    """A number for each view, int64 [N]: the same for the same image, crop and flip, whoever draws it."""
+    """A number for each view, int64 [N], that depends on its image, crop and flip alone."""
     way = (views.top * (2 * data.pad + 1) + views.left) * (1 + data.flip) + (views.flip if data.flip else 0)
     return views.order * data.views_per_image + way
 
 
 def numbered_views(numbers: Tensor, data: DataSet) -> Views:
-    """The views that `view_numbers` gives these numbers, int64 [N] from 0 to N * views_per_image - 1."""
+    """The inverse of `view_numbers`: views of int64 [N] numbers from 0 to images * views_per_image - 1."""
     way = numbers % data.views_per_image
     place = way // (1 + data.flip)
     mirrored = (way % 2).bool() if data.flip else torch.zeros_like(way, dtype=torch.bool)
@@ -60,17 +59,19 @@ def numbered_views(numbers: Tensor, data: DataSet) -> Views:
 
 
 def show(views: Views, data: DataSet) -> Tensor:
-    """The training images as `views` show them: uint8 [N, 3, H, W]. Images and views are on one device, so that a step
-    does not move any."""
+    """The training images cropped and flipped as `views` say: uint8 [N, 3, H, W].
+
+    Images and views are on the same device, so that a step copies nothing.
+    """
     shown = data.train.images.index_select(0, views.order)
     return crop(shown, views.top, views.left, views.flip, data.pad)
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int) -> Tensor:
-    """Pad with `pad` zero pixels, cut to the old size at (top, left), and mirror where `flip` says so.
+    """Pad with `pad` zero pixels, crop to the old size at (top, left), and flip horizontally where `flip` is True.
 
     `images` uint8 [B, 3, H, W]; `top`, `left` int64 [B] in 0 to 2 * pad and `flip` bool [B]; all on one device.
-    Returns uint8 [B, 3, H, W] there. Equal to torchvision's pad, crop and hflip.
+    Returns uint8 [B, 3, H, W] on that device. Equal to torchvision's pad, crop and hflip.
     """
     device = images.device
     batch, channels, height, width = images.shape
@@ -78,7 +79,7 @@ def crop(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int) -> T
     rows = top[:, None] + torch.arange(height, device=device)
     columns = left[:, None] + torch.arange(width, device=device)
     columns = torch.where(flip[:, None], columns.flip(1), columns)
-    # One gather over flattened pixels: several times faster on CPU than indexing rows and columns apart.
+    # One gather over flattened pixels is several times faster on a CPU than indexing rows and columns separately.
     where = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).view(batch, 1, height * width)
     chosen = padded.view(batch, channels, -1).gather(2, where.expand(-1, channels, -1))
     return chosen.view(batch, channels, height, width)
@@ -86,8 +87,8 @@ def crop(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int) -> T
 
 @lru_cache(maxsize=16)
 def _per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
-    # Kept, because making a tensor on a GPU from Python numbers waits for the GPU in every batch. Not an
-    # inference tensor even when evaluation makes it first: training could not use that one.
+    # Cached, because creating a GPU tensor from Python numbers synchronizes in every batch. Never an inference
+    # tensor, even if evaluation creates it first: training could not use one.
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
@@ -95,11 +96,11 @@ def _per_channel(values: tuple[float, float, float], device: torch.device) -> Te
 def prepare(images: Tensor, data: DataSet) -> Tensor:
     """Scale to [0, 1], normalise each channel by the data set's mean and std, then enlarge.
 
-    uint8 [B, 3, H, W] to float32 [B, 3, H * upsample, W * upsample] on the same device. Each pixel becomes
-    a square of equal pixels: nothing is interpolated.
+    uint8 [B, 3, H, W] to float32 [B, 3, H * upsample, W * upsample] on the same device. Enlarging repeats
+    pixels (nearest neighbour).
     """
     mean, std = _per_channel(data.mean, images.device), _per_channel(data.std, images.device)
-    pixels = torch.div(images, 255).sub_(mean).div_(std)  # in place: small batches are bound by memory
+    pixels = torch.div(images, 255).sub_(mean).div_(std)  # in place: small batches are memory-bound
     if data.upsample == 1:
         return pixels
     return F.interpolate(pixels, scale_factor=data.upsample, mode="nearest")

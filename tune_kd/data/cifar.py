@@ -1,28 +1,57 @@
-"""In which form CIFAR-10 or CIFAR-100 lies where the user says, and a cache so that each is decoded once."""
+"""CIFAR-10 or CIFAR-100 in any form in which a user has it, and a cache of the decoded images."""
 
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from tune_kd.data import cifar_pickles, image_folder
+from tune_kd.data.cifar_pickles import CIFAR10, FORMS, Form, Origin
 from tune_kd.data.image_folder import Pixels
 from tune_kd.system.environment import home, make_private
 from tune_kd.system.errors import UserError
-from tune_kd.system.files import check_regular
+from tune_kd.system.files import check_regular, publish
 
 LOCK_SECONDS = 600.0
 MOST_CACHE_BYTES = 2**34  # of decoded images: five million
+TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
+
+_CIFAR100 = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm
+"""
+CIFAR_CLASSES = {"cifar10": CIFAR10.classes, "cifar100": tuple(_CIFAR100.split())}
+"""Names and order of the published archives and of torchvision."""
+SPELLINGS = {
+    "plane": "airplane",
+    "aeroplane": "airplane",
+    "car": "automobile",
+    "auto": "automobile",
+    "computerkeyboard": "keyboard",
+    "cra": "crab",
+    "racoon": "raccoon",
+    **{tree: f"{tree}_tree" for tree in ("maple", "oak", "palm", "pine", "willow")},
+}
+"""Other names of the classes, in use where they are folders of images."""
+CIFAR_SIZES = (50_000, 10_000)
 
 Say = Callable[[str], None]
 Read = Callable[[], Pixels]
 
 
 def default_cache() -> Path:
-    """`tune_kd` in XDG_CACHE_HOME, or in ~/.cache where that is not set to an absolute path."""
+    """`tune_kd` in XDG_CACHE_HOME, or in ~/.cache unless that is set to an absolute path."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else home() / ".cache") / "tune_kd"
 
@@ -30,19 +59,19 @@ def default_cache() -> Path:
 def load_pixels(
     folder: Path | None,
     *,
-    form: cifar_pickles.Form = cifar_pickles.CIFAR10,
+    form: Form = CIFAR10,
     cache: Path | None = None,
     say: Say,
     progress: bool,
     download: bool = True,
-    origin: cifar_pickles.Origin | None = None,
+    origin: Origin | None = None,
 ) -> Pixels:
-    """All images of a form from `folder`, decoded, or from the cache if the same source was decoded before.
+    """Load all images of `form` from `folder`, or from the cache if the same source was decoded before.
 
     `folder` exists and is one of: a folder with torchvision's files (the form's folder or its archive), downloaded to
-    it from `origin` if it holds neither and `download` allows it; a folder of pictures, or a .tar, .tar.gz or .tar.xz
+    it from `origin` if it holds neither and `download` allows it; a folder of images, or a .tar, .tar.gz or .tar.xz
     of one (see `tune_kd.data.image_folder`); None for the cache folder. `cache` is by default `default_cache()`. A
-    source is the same while path, sizes and modification times are.
+    source is the same if its path, sizes and modification times are.
 
     Raises `UserError` for data that are missing, incomplete, damaged or hostile, and for a failed download.
     """
@@ -50,7 +79,7 @@ def load_pixels(
     where = Path(os.path.abspath(os.path.expanduser(cache if folder is None else folder)))
     if folder is not None and not where.exists() and not image_folder.is_archive(where):
         raise UserError(f"--data-dir {where}: it does not exist; make the folder to have {form.title} downloaded to it")
-    for other in cifar_pickles.FORMS.values():
+    for other in FORMS.values():
         if other is not form and where.name in (other.folder, other.archive):
             raise UserError(
                 f"--data-dir {where}: this is {other.title}, and {form.title} is asked for; name its place, or change "
@@ -59,23 +88,69 @@ def load_pixels(
     name = form.title.lower().replace("-", "")
     stored = cache / f"{name}-{hashlib.sha256(str(where).encode()).hexdigest()[:16]}.safetensors"
     try:
-        with _alone(stored.with_suffix(".lock"), say) as writable:
+        with _locked(stored.with_suffix(".lock"), say) as writable:
             identity, read = _source(where, form, origin, say, progress, download)
             pixels = _cached(stored, identity, say)
             if pixels is None:
                 pixels = read()
                 if writable:
-                    _keep(stored, identity, pixels, say)
+                    _store(stored, identity, pixels, say)
             return pixels
     except OSError as error:
         raise UserError(f"--data-dir {where}: it cannot be read ({error})") from error
 
 
-@contextmanager
-def _alone(lock: Path, say: Say) -> Iterator[bool]:
-    """Let one process at a time download and decode; yields whether the cache folder can be written.
+def recognised(pixels: Pixels, name: str) -> Pixels:
+    """Name and number the classes as published, however their folders spell them.
 
-    The lock only spares work: all files are written aside and renamed, so going on without it is safe.
+    Raises `UserError` unless all images are there, since results on a part would pass for results on the whole, and for
+    other classes, since any images of this size would be normalised with CIFAR's statistics.
+    """
+    found, known = (len(pixels.train_labels), len(pixels.test_labels)), CIFAR_CLASSES[name]
+    if found != CIFAR_SIZES or len(pixels.classes) != len(known):
+        raise UserError(
+            f"--data-dir: these are {found[0]} training and {found[1]} test images of {len(pixels.classes)} classes, "
+            f"and {FORMS[name].title} has {CIFAR_SIZES[0]} and {CIFAR_SIZES[1]} of {len(known)}; complete them, or "
+            "name another place"
+        )
+    spelled = [_spelling(each) for each in pixels.classes]
+    if lacking := [each for each in known if each not in spelled]:
+        strange = [
+            each
+            for each, meant in zip(pixels.classes, spelled, strict=True)
+            if meant not in known or spelled.count(meant) > 1
+        ]
+        raise UserError(
+            f"--data-dir: these are not the images of {FORMS[name].title}, though as many: it has no class "
+            f"{_first(strange)}, and its class {_first(lacking)} is missing; name each folder after its class, or name "
+            "another place"
+        )
+    number = torch.tensor([known.index(each) for each in spelled])
+    return replace(
+        pixels, classes=known, train_labels=number[pixels.train_labels], test_labels=number[pixels.test_labels]
+    )
+
+
+def _spelling(name: str) -> str:
+    """The published name of a class, or the lower-case letters of `name` if there is none.
+
+    Spaces, hyphens, capitals and a leading number do not matter: `AquariumFish` and `00_aquarium-fish` are
+    `aquarium_fish`.
+    """
+    plain = re.sub(r"[\W_]+", "", re.sub(r"^\W*\d+[\W_]+", "", name.strip())).lower()
+    published = {each.replace("_", ""): each for classes in CIFAR_CLASSES.values() for each in classes}
+    return published.get(plain) or SPELLINGS.get(plain, plain)
+
+
+def _first(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(repr(name[:60]) for name in names[:most]) + (" ..." if len(names) > most else "")
+
+
+@contextmanager
+def _locked(lock: Path, say: Say) -> Iterator[bool]:
+    """Let one process at a time download and decode; yields whether the cache folder is writable.
+
+    The lock only avoids double work. Files are published by renaming, so it is safe to continue without it.
     """
     import filelock
 
@@ -96,9 +171,9 @@ def _alone(lock: Path, say: Say) -> Iterator[bool]:
 
 
 def _source(
-    where: Path, form: cifar_pickles.Form, origin: cifar_pickles.Origin | None, say: Say, progress: bool, download: bool
+    where: Path, form: Form, origin: Origin | None, say: Say, progress: bool, download: bool
 ) -> tuple[str, Read]:
-    """What lies at `where`: a text that changes when its content does, and a function that decodes it."""
+    """Find the data at `where`: a text that changes when they do, and a function that decodes them."""
     if where.name != form.archive and image_folder.is_archive(where):
         if not where.exists() or where.is_dir():
             raise UserError(f"--data-dir {where}: there is no such archive; give the path of one that exists")
@@ -139,7 +214,7 @@ def _stamp(file: Path) -> str:
 
 
 def _digest(pixels: Pixels, identity: str) -> str:
-    tensors = (pixels.train_images, pixels.train_labels, pixels.test_images, pixels.test_labels)
+    tensors = [getattr(pixels, name) for name in TENSORS]
     shapes = [list(tensor.shape) for tensor in tensors]
     digest = hashlib.sha256(json.dumps([identity, pixels.classes, shapes]).encode())
     for tensor in tensors:
@@ -148,7 +223,7 @@ def _digest(pixels: Pixels, identity: str) -> str:
 
 
 def _cached(stored: Path, identity: str, say: Say) -> Pixels | None:
-    """What was decoded from the same source before; None if nothing was, or if it has been damaged since."""
+    """The cached images of this source. Returns None if there are none or they are damaged."""
     from safetensors import SafetensorError, safe_open
 
     if not stored.is_file():
@@ -159,8 +234,7 @@ def _cached(stored: Path, identity: str, say: Say) -> Pixels | None:
             about = file.metadata()
             if about["identity"] != identity:
                 return None
-            names = ("train_images", "train_labels", "test_images", "test_labels")
-            pixels = Pixels(tuple(json.loads(about["classes"])), *(file.get_tensor(name) for name in names))
+            pixels = Pixels(tuple(json.loads(about["classes"])), *map(file.get_tensor, TENSORS))
         if _digest(pixels, identity) == about["digest"]:
             return pixels
         why = "its digest is wrong"
@@ -170,31 +244,13 @@ def _cached(stored: Path, identity: str, say: Say) -> Pixels | None:
     return None
 
 
-def _keep(stored: Path, identity: str, pixels: Pixels, say: Say) -> None:
-    """Write the cache file aside and rename it. One that cannot be written costs time later, nothing now."""
+def _store(stored: Path, identity: str, pixels: Pixels, say: Say) -> None:
+    """Write the cache file. A failure is reported and costs time later."""
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     about = {"identity": identity, "classes": json.dumps(pixels.classes), "digest": _digest(pixels, identity)}
-    tensors = {name: value for name, value in vars(pixels).items() if name != "classes"}
-    part = None
     try:
-        number, part = tempfile.mkstemp(prefix=f".{stored.name}.", dir=stored.parent)
-        os.close(number)
-        save_file(tensors, part, metadata=about)
-        _sync(part)
-        os.replace(part, stored)
-        _sync(stored.parent)
+        publish(stored, save({name: getattr(pixels, name) for name in TENSORS}, metadata=about))
     except (OSError, SafetensorError) as error:
         say(f"Decoded images cannot be kept in {stored.parent} ({error}): they are decoded again next time.")
-    finally:
-        if part is not None:
-            Path(part).unlink(missing_ok=True)
-
-
-def _sync(path: str | Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

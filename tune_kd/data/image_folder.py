@@ -1,7 +1,7 @@
-"""CIFAR as picture files, `train/CLASS/NAME.png` (or jpg, jpeg) and `test/CLASS/NAME`, as one tensor each.
+"""CIFAR as image files in a folder or a tar archive: `train/CLASS/NAME.png` (or jpg, jpeg) and `test/CLASS/NAME`.
 
-They lie in a folder, or in a tar archive of one, which is read as a stream: nothing is unpacked on disk, so
-a hostile archive has nowhere to write. Order is that of the sorted names, however the files lie.
+An archive is read as a stream: nothing is unpacked to disk, so a hostile archive has nowhere to write. Images are in
+the order of their sorted names.
 
 Pillow decodes JPEG with the libjpeg that it was built with; two builds can differ in a pixel's last bit.
 """
@@ -31,29 +31,27 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz")
 LAYOUT = "train/CLASS/*.png (or jpg, jpeg) and test/CLASS/*"
 
-# CIFAR-10 as PNG files is about 240 MB in 60,022 members, none over 4 kB.
+# CIFAR-10 as PNG files has about 240 MB in 60,022 members, none over 4 kB.
 MOST_MEMBERS = 200_000
 MOST_MEMBER_BYTES = 2**20
 MOST_ARCHIVE_BYTES = 2**29
-MOST_EXTENDED_BYTES = 2**26  # of PAX headers and long names, all together: 1 kB for each of those members
-MOST_FILE_BYTES = MOST_ARCHIVE_BYTES + 2**24  # of an archive as a file: what cannot be compressed grows by a thousandth
+MOST_EXTENDED_BYTES = 2**26  # of PAX headers and long names in total: 1 kB for each member of CIFAR-10
+MOST_FILE_BYTES = MOST_ARCHIVE_BYTES + 2**24  # of an archive as a file: incompressible content grows by a thousandth
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 JPEG = b"\xff\xd8"
-JPEG_MARKER = re.compile(rb"\xff+([^\xff])(..)", re.DOTALL)  # its kind, and the length of what follows
-JPEG_PIXELS = (*range(0xC0, 0xD0), 0xDB, 0xDD, 0xE0, 0xEE)  # frames, tables, and two notes on how colours are coded
+JPEG_MARKER = re.compile(rb"\xff+([^\xff])(..)", re.DOTALL)  # its kind, and the length of the segment
+JPEG_PIXELS = (*range(0xC0, 0xD0), 0xDB, 0xDD, 0xE0, 0xEE)  # frames, tables, and two markers of the colour space
 JPEG_SCAN = 0xDA
-MOST_PARTS = 256  # of a picture; ours have less than ten, and a progressive JPEG has about 15
+MOST_PARTS = 256  # of an image; CIFAR's have less than ten, and a progressive JPEG has about 15
 
-# What tarfile and the decompressors raise, down to what forged headers provoke.
+# What tarfile and the decompressors raise, also for forged headers.
 BROKEN = (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error, ValueError)
 PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE)
 EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME,
-            tarfile.GNUTYPE_LONGLINK)  # headers that say more of the member after them  # fmt: skip
-RECORD = re.compile(
-    rb"(\d{1,7}) (path=|size=|GNU\.sparse\.)?"
-)  # how one in a PAX header begins: its length, its keyword
+            tarfile.GNUTYPE_LONGLINK)  # headers that describe the member after them  # fmt: skip
+RECORD = re.compile(rb"(\d{1,7}) (path=|size=|GNU\.sparse\.)?")  # the start of a PAX record: length, keyword
 
 Named = tuple[str, str, str]  # part, class, file name
 Listing = list[tuple[Named, int, int]]
@@ -61,7 +59,7 @@ Listing = list[tuple[Named, int, int]]
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """All images of a source before any split."""
+    """All images of a source, before the split."""
 
     classes: tuple[str, ...]
     train_images: Tensor  # uint8 [N, 3, 32, 32]
@@ -72,7 +70,7 @@ class Pixels:
 
 @contextmanager
 def bar(what: str, total: int | None, show: bool, *, in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal's stderr; calling what it yields moves it to a position out of `total`."""
+    """Show a progress bar if stderr is a terminal. Yields a function that sets the position, out of `total`."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
@@ -89,7 +87,7 @@ def is_archive(path: Path) -> bool:
 
 
 def listing(folder: Path) -> Listing:
-    """(part, class, name), size in bytes and modification time in ns of every picture in `folder`, sorted."""
+    """(part, class, name), size in bytes and modification time in ns of every image in `folder`, sorted."""
     found = []
     for part in PARTS:
         if not (folder / part).is_dir():
@@ -97,7 +95,7 @@ def listing(folder: Path) -> Listing:
         for directory in (folder / part).iterdir():
             if directory.is_dir() and not directory.name.startswith("."):
                 for file in directory.iterdir():
-                    if _is_picture(file.name):
+                    if _is_image(file.name):
                         status = file.stat()
                         named = (part, directory.name, file.name)
                         found.append((named, status.st_size, status.st_mtime_ns))
@@ -105,7 +103,7 @@ def listing(folder: Path) -> Listing:
 
 
 def read_folder(folder: Path, files: Listing, *, progress: bool) -> Pixels:
-    """Decode what `listing` found in `folder`. Raises `UserError` where a picture is not as expected."""
+    """Decode the images that `listing` found in `folder`. Raises `UserError` for an image that is not as expected."""
     decoded: dict[Named, np.ndarray[Any, Any]] = {}
     with bar("Decoding images", len(files), progress) as move:
         for named, size, _ in files:
@@ -119,15 +117,15 @@ def read_folder(folder: Path, files: Listing, *, progress: bool) -> Pixels:
 
 
 def read_archive(path: Path, *, progress: bool) -> Pixels:
-    """Decode every picture of a tar archive, which may hold LAYOUT inside one outer folder.
+    """Decode every image of a tar archive, which may hold LAYOUT inside one outer folder.
 
-    Raises `UserError` for an archive that is cut or damaged, that names anything outside itself, holds links,
-    devices or absurdly much, or whose layout or pictures are not as expected.
+    Raises `UserError` for an archive that is cut or damaged, names paths outside itself, holds links or devices, is
+    absurdly large, or has an unexpected layout or image.
     """
     decoded: dict[Named, np.ndarray[Any, Any]] = {}
     outer: tuple[str, ...] | None = None
     with opened(path, MOST_FILE_BYTES) as raw, bar("Decoding images", path.stat().st_size, progress) as move:
-        for name, content in _pictures(path, raw):
+        for name, content in _images(path, raw):
             *prefix, part, directory, file = ("", "", "", *PurePosixPath(name).parts)
             if part not in PARTS or directory.startswith("."):
                 continue
@@ -142,12 +140,12 @@ def read_archive(path: Path, *, progress: bool) -> Pixels:
     return _assembled(decoded, path)
 
 
-def _pictures(path: Path, raw: IO[bytes]) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every picture in a tar, in its order. What is not harmless is refused."""
+def _images(path: Path, raw: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of every image in a tar, in its order. Raises `UserError` for a hostile member."""
     stream = _Metered(_decompressed(path, raw), path)
     try:
         for member, content in _members(stream, path):
-            if member.isreg() and _is_picture(PurePosixPath(member.name).name):
+            if member.isreg() and _is_image(PurePosixPath(member.name).name):
                 yield member.name, content
         stream.check_end()
     except UserError:
@@ -157,10 +155,10 @@ def _pictures(path: Path, raw: IO[bytes]) -> Iterator[tuple[str, bytes]]:
 
 
 def _members(stream: "_Metered", path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """Every file and folder of a tar up to its end, with the file's content.
+    """Yield every file and folder of a tar, with the file's content.
 
-    tarfile reads the header block alone. Its reading of extended headers takes time and memory that grow with the
-    square of their size, and it keeps what they say for every member.
+    tarfile parses only the header blocks: its parser of extended headers takes time and memory quadratic in their
+    size, and keeps their records for every member.
     """
     count, extended, everywhere, own = 0, 0, _Extended(), _Extended()
     while any(block := stream.read(tarfile.BLOCKSIZE)):
@@ -177,7 +175,7 @@ def _members(stream: "_Metered", path: Path) -> Iterator[tuple[tarfile.TarInfo, 
                 everywhere = _extended(content, everywhere)
             elif member.type == tarfile.GNUTYPE_LONGNAME:
                 own = replace(own, name=content.partition(b"\0")[0])
-            elif member.type != tarfile.GNUTYPE_LONGLINK:  # the target of a link, which is refused
+            elif member.type != tarfile.GNUTYPE_LONGLINK:  # that is the target of a link, and links are refused
                 own = _extended(content, own)
             continue
         name, size = own.name or everywhere.name, own.size if own.size is not None else everywhere.size
@@ -186,14 +184,14 @@ def _members(stream: "_Metered", path: Path) -> Iterator[tuple[tarfile.TarInfo, 
         if size is not None:
             member.size = size
         count += 1
-        _refuse_hostile(member, own.sparse or everywhere.sparse, count, path)
+        _check_harmless(member, own.sparse or everywhere.sparse, count, path)
         yield member, b"" if member.isdir() else stream.content(member.size)
         own = _Extended()
 
 
 @dataclass(frozen=True)
 class _Extended:
-    """What extended headers say of the members after them, as far as that is used. Null is what they do not say."""
+    """The records of extended headers that are used. None: not given."""
 
     name: bytes | None = None
     size: int | None = None  # bytes
@@ -201,7 +199,7 @@ class _Extended:
 
 
 def _extended(content: bytes, before: _Extended) -> _Extended:
-    """What a PAX header adds to those before it: records of `LENGTH KEYWORD=VALUE`, each with a newline after it."""
+    """Parse a PAX header and add it to those before. A record is `LENGTH KEYWORD=VALUE` and a newline."""
     found, start = before, 0
     while start < len(content):
         record = RECORD.match(content, start)
@@ -229,25 +227,25 @@ def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
 
 
 class _Metered:
-    """A stream that stops at MOST_ARCHIVE_BYTES, and takes no part for the whole."""
+    """A stream that raises after MOST_ARCHIVE_BYTES and for short reads."""
 
     def __init__(self, stream: IO[bytes], path: Path) -> None:
         self.stream, self.path, self.count = stream, path, 0
 
     def read(self, size: int) -> bytes:
-        """So many bytes, no fewer."""
+        """Read exactly `size` bytes."""
         if len(data := self._read(size)) < size:
             raise tarfile.ReadError(f"it ends at byte {self.count}")
         return data
 
     def content(self, size: int) -> bytes:
-        """So many bytes, and those that fill their last block."""
+        """Read `size` bytes and skip the padding of their last block."""
         return self.read(size + -size % tarfile.BLOCKSIZE)[:size]
 
     def check_end(self) -> None:
-        """A damaged header can look like the end: only zeros may follow it.
+        """Check that only zeros follow, since a damaged header can look like the end.
 
-        Reading on to the very end also lets gzip and xz compare their checksums.
+        Reading to the very end also makes gzip and xz verify their checksums.
         """
         end = self.count
         while tail := self._read(2**20):
@@ -265,7 +263,7 @@ class _Metered:
         return data
 
 
-def _refuse_hostile(member: tarfile.TarInfo, sparse: bool, count: int, path: Path) -> None:
+def _check_harmless(member: tarfile.TarInfo, sparse: bool, count: int, path: Path) -> None:
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
         raise UserError(f"--data-dir {path}: the archive names {_short(member.name)}, outside itself; not read")
@@ -280,7 +278,7 @@ def _refuse_hostile(member: tarfile.TarInfo, sparse: bool, count: int, path: Pat
 
 
 def _bounded(member: tarfile.TarInfo, path: Path) -> tarfile.TarInfo:
-    """The member, of whose content so much may be read as it claims to have."""
+    """Returns the member. Raises `UserError` if it claims to be larger than MOST_MEMBER_BYTES."""
     if not 0 <= member.size <= MOST_MEMBER_BYTES:
         raise UserError(
             f"--data-dir {path}: {_short(member.name)} in the archive claims {member.size} bytes; "
@@ -289,8 +287,8 @@ def _bounded(member: tarfile.TarInfo, path: Path) -> tarfile.TarInfo:
     return member
 
 
-def _is_picture(name: str) -> bool:
-    # A leading dot: macOS archives hold a "._x.png", which is no picture, beside x.png.
+def _is_image(name: str) -> bool:
+    # macOS archives hold a "._x.png", which is not an image, beside x.png.
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
@@ -299,22 +297,25 @@ def _short(name: str) -> str:
 
 
 def _decode(content: bytes, where: Path, name: str) -> np.ndarray[Any, Any]:
-    """The picture as uint8 [32, 32, 3]."""
+    """The image as uint8 [32, 32, 3]."""
     from PIL import Image
 
     try:
         picture = Image.open(io.BytesIO(_bare(content)), formats=("PNG", "JPEG"))
-        if (picture.mode, picture.size) == ("RGB", (32, 32)):  # known from the header, before any decoding
+        if (picture.mode, picture.size) == ("RGB", (32, 32)):  # from the header, before any decoding
             return np.asarray(picture)
         what = f"is {picture.mode} {picture.width}x{picture.height}, and RGB 32x32 is expected"
-    except Exception as error:  # on damaged bytes Pillow raises whatever its decoders happen to
+    except Exception as error:  # Pillow's decoders raise anything for damaged bytes
         what = f"cannot be read as PNG or JPEG ({type(error).__name__})"
     raise UserError(f"--data-dir {where}: {_short(name)} {what}")
 
 
 def _bare(content: bytes) -> bytes:
-    """A PNG or JPEG with those of its parts alone that make its pixels: a text or a colour profile of 1 kB can unpack
-    to 1 MB, and Pillow unpacks them all. Raises `ValueError` for one that is cut, or has absurdly many parts."""
+    """Strip a PNG or JPEG to the parts that define its pixels.
+
+    A text or a colour profile of 1 kB can unpack to 1 MB, and Pillow unpacks all of them. Raises `ValueError` for an
+    image that is cut or has absurdly many parts.
+    """
     if content.startswith(PNG):
         return PNG + b"".join(_chunks(content))
     if content.startswith(JPEG):
@@ -323,10 +324,10 @@ def _bare(content: bytes) -> bytes:
 
 
 def _chunks(content: bytes) -> Iterator[bytes]:
-    """The parts of a PNG that make its pixels."""
+    """The chunks of a PNG that define its pixels."""
     start = len(PNG)
     for _ in range(MOST_PARTS):
-        end = start + 12 + int.from_bytes(content[start : start + 4], "big")  # with length, type and check sum
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")  # with length, type and checksum
         if end > len(content):
             raise ValueError("cut")
         kind = content[start + 4 : start + 8]
@@ -339,7 +340,7 @@ def _chunks(content: bytes) -> Iterator[bytes]:
 
 
 def _segments(content: bytes) -> Iterator[bytes]:
-    """The parts of a JPEG that make its pixels; the last is the scans, with what is between and after them."""
+    """The segments of a JPEG that define its pixels; the last one holds all scans and the rest of the file."""
     start = len(JPEG)
     for _ in range(MOST_PARTS):
         marker = JPEG_MARKER.match(content, start)

@@ -20,8 +20,8 @@ from tune_kd.system.environment import guard_code
 from tune_kd.system.errors import UserError
 from tune_kd.training import networks, teachers
 from tune_kd.training.checkpoints import Checkpoints
+from tune_kd.training.device import peak_memory, start_measuring
 from tune_kd.training.loop import train
-from tune_kd.training.memory import peak_memory, start_measuring
 
 NUMBERS = (1, 2, 4, 8)  # trials at a time that are tried
 STEPS = 40  # of a probing epoch: a second or so, of which the capture of a step is no part

@@ -23,8 +23,8 @@ from tune_kd.system.object_store import Mirror, local
 from tune_kd.system.secrets import masked
 from tune_kd.training import teachers
 from tune_kd.training.checkpoints import Checkpoints
+from tune_kd.training.device import keep_freed_blocks
 from tune_kd.training.loop import Diverged, best_weights, train
-from tune_kd.training.memory import keep_freed_blocks
 
 ASK_EVERY = 2.0  # seconds between questions to a store whether a trial is to leave
 

@@ -1,1 +1,1 @@
-"""Training one trial, epoch by epoch: networks, losses, teachers and their cached logits, checkpoints, devices."""
+"""Train one trial, epoch by epoch: networks, methods, teachers and their cached logits, checkpoints, devices."""

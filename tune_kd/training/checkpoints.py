@@ -1,7 +1,7 @@
-"""State of unfinished trials, by trial id: atomic, verified, without pickle.
+"""Checkpoints of unfinished trials: atomic, verified, without pickle.
 
-A checkpoint is one safetensors file whose name carries the epoch and the digest of its bytes, so that one rename
-publishes both. The one before is kept. A file that does not match its name is set aside, and the one before is used.
+A checkpoint is one safetensors file, named after the epoch and the digest of its bytes, so that one rename publishes
+both. The last KEPT are kept. A file that does not match its name is renamed to `.damaged`, and the one before is used.
 """
 
 import hashlib
@@ -24,20 +24,20 @@ from tune_kd.system.files import parsed, publish, read, sha256
 from tune_kd.system.object_store import Mirror
 from tune_kd.system.overhead import spending
 
-KEPT = 2  # generations
-MOST_STATE_BYTES = 2**32  # of weights or a state: twenty times those of torchvision's largest ResNet
+KEPT = 2  # checkpoints
+MOST_STATE_BYTES = 2**32  # of weights or a checkpoint: twenty times torchvision's largest ResNet
 NAME = re.compile(r"[0-9]{6,12}-[0-9a-f]{64}\.safetensors")
 _NOTES = "notes"
 
 
 def pack(tensors: dict[str, Tensor], notes: dict[str, Any]) -> bytes:
-    """Tensors and JSON notes as one safetensors file."""
+    """Serialize tensors and JSON notes as one safetensors file."""
     plain = {name: tensor.detach().to("cpu", memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     return save_tensors(plain, metadata={_NOTES: json.dumps(notes)})
 
 
 def unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The inverse of `pack`. Raises `CorruptFile` for what it did not make."""
+    """The inverse of `pack`. Raises `CorruptFile` for other bytes."""
     try:
         header = parsed(data[8 : 8 + int.from_bytes(data[:8], "little")])
         return load_tensors(data), parsed(header["__metadata__"][_NOTES])
@@ -46,14 +46,14 @@ def unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 class Checkpoints:
-    """The checkpoints of one trial, in a folder of its own; of one that is mirrored, in its store, too."""
+    """The checkpoints of one trial, in a folder of its own, and in the object store if the folder is mirrored."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._mirror = Mirror.of(folder)
 
     def save(self, epoch: int, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-        """Publish a state; it survives a kill at any moment."""
+        """Publish a checkpoint. A kill at any moment leaves it or the one before."""
         with spending("checkpoint"):
             data = pack(tensors, notes)
             digest = hashlib.sha256(data).hexdigest()
@@ -67,7 +67,7 @@ class Checkpoints:
                 self._mirror.forget(old)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest state that is whole, or null where there is none."""
+        """The newest intact checkpoint. Returns None if there is none."""
         with spending("checkpoint"):
             self._fetch()
             for path in self._published():
@@ -78,39 +78,39 @@ class Checkpoints:
         return None
 
     def damaged(self) -> list[Path]:
-        """Files of states that are not what was written, also those that were set aside. Changes nothing."""
+        """The damaged checkpoints, including those renamed before. Changes nothing."""
         altered = []
         for path in self._published():
-            with suppress(FileNotFoundError):  # a trial goes on
+            with suppress(FileNotFoundError):  # removed by a running trial
                 if not _is_whole(path):
                     altered.append(path)
         return [*altered, *sorted(self._folder.glob("*.damaged"))]
 
     def remove(self) -> None:
-        """Remove them as far as that can be done: what is left of a trial that has ended is of no use and no harm."""
+        """Remove all checkpoints. Errors are ignored: checkpoints of an ended trial do no harm."""
         shutil.rmtree(self._folder, ignore_errors=True)
         with suppress(OSError):
             self._mirror.forget(self._folder)
 
     def _fetch(self) -> None:
-        """Have the states here that the store has: the trial may have been elsewhere."""
-        here = {path.name for path in self._folder.glob("*")}  # also what was set aside
+        """Download the checkpoints in the store: the trial may have run on another machine."""
+        here = {path.name for path in self._folder.glob("*")}  # including `.damaged`
         for name in filter(NAME.fullmatch, self._mirror.names(self._folder)):
             if name not in here and Path(name).with_suffix(".damaged").name not in here:
                 self._mirror.fetch(self._folder / name, MOST_STATE_BYTES)
 
     def _published(self) -> list[Path]:
-        """Whole names, newest first. The epoch decides, not the clock."""
+        """Checkpoint files, newest first: by epoch, not by time."""
         return sorted((path for path in self._folder.glob("*") if NAME.fullmatch(path.name)), reverse=True)
 
 
 def _whole(path: Path) -> bytes | None:
-    """The bytes of a state; null where they are not what was written."""
+    """The bytes of a checkpoint. Returns None if it is damaged."""
     return read(path, MOST_STATE_BYTES) if _is_whole(path) else None
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a state is what was written. It is not in memory for that."""
+    """Whether a file has the digest of its name. Does not read it into memory."""
     try:
         return sha256(path, MOST_STATE_BYTES) == path.stem.partition("-")[2]
     except UnexpectedFile:

@@ -1,21 +1,23 @@
-"""How a trial's arithmetic is carried out: its precision, and on a GPU a step that is captured once and replayed."""
+"""The device of a trial: precision, peak memory, and on a GPU a training step captured as a CUDA graph."""
 
+import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tune_kd.training.notices import tell
 
-WARM_UP = 3  # steps before the capture: libraries choose their kernels, the optimizer makes its momentum
+WARM_UP = 3  # steps before the capture, in which libraries choose kernels and the optimizer creates its momentum
 
 
 @contextmanager
 def float32_as(precision: str) -> Iterator[None]:
-    """Multiply float32 matrices on a GPU in TF32 under "tf32", else in float32, and leave the setting as it was.
+    """Multiply float32 matrices on a GPU in TF32 for "tf32", else in float32. Restores the settings at the end.
 
-    PyTorch's own default for convolutions is TF32, which keeps 10 of 23 bits: nobody's float32.
+    PyTorch's default for convolutions is TF32, which keeps 10 of 23 bits.
     """
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [each.fp32_precision for each in settings]
@@ -29,25 +31,66 @@ def float32_as(precision: str) -> Iterator[None]:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The context of a forward pass: bfloat16 for matrix products under "bfloat16", else nothing.
+    """The context of a forward pass: matrix products in bfloat16 for "bfloat16", else no change.
 
-    Weights and their updates stay float32. Casts are not cached: every weight is used once a step, and a captured
-    step must cast anew.
+    Weights and their updates stay float32. Casts are not cached: a step uses every weight once, and a captured step
+    must cast anew.
     """
     bfloat16 = precision == "bfloat16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16, cache_enabled=False)
 
 
-class Captured:
-    """A step on a GPU whose thousands of launches are captured once and then replayed as one CUDA graph.
+def keep_freed_blocks() -> None:
+    """Let glibc keep freed blocks of any size for the next step.
 
-    The step takes tensors, returns nothing, and leaves its results in tensors that live as long as it does. Inputs of
-    another shape than the first (an epoch's last batch) run as they are. The steps before the capture are real ones,
-    so capturing costs no training. A step that cannot be captured is launched kernel by kernel, and so are all others
-    of the process, which is told once; one that runs out of memory raises, since a larger share may have what it needs.
+    By default it returns blocks of megabytes to the system, which hands them out again zeroed, page by page:
+    thousands of page faults per step. Does nothing with other C libraries.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    if not mallopt(mmap_threshold, 2**30):
+        mallopt(mmap_threshold, 2**25)  # the maximum before glibc 2.35
+    mallopt(trim_threshold, 2**31 - 1)
+
+
+def start_measuring(device: torch.device) -> None:
+    """Reset the peak memory of earlier trials."""
+    if device.type == "cuda":
+        with suppress(RuntimeError):  # older versions of torch stay in capture mode after a failed capture
+            torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak resident memory (Linux 4.0)
+    except OSError:
+        pass  # not allowed in some containers, where the peak is that of the whole process
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Peak memory in bytes: allocated on the GPU, or resident in the process. Returns None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = [line.split() for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(found[0][1]) * 1024 if found else None
+
+
+class Captured:
+    """A step on a GPU whose thousands of kernel launches are captured once and replayed as one CUDA graph.
+
+    The step takes tensors, returns nothing, and writes its results to tensors that live as long as it does. Inputs with
+    another shape than the first (the last batch of an epoch) are not captured. The warm-up steps train as well, so
+    capturing wastes none. After a failed capture, all steps of the process are launched kernel by kernel, with one
+    message. A capture that runs out of memory raises, since a larger share of the GPU may be enough.
     """
 
-    given_up = False  # whether a capture has failed in this process
+    given_up = False  # whether a capture failed in this process
 
     def __init__(self, step: Callable[..., None], device: torch.device) -> None:
         self._step = step
@@ -83,14 +126,14 @@ class Captured:
     def _warm_up(self) -> None:
         self._seen += 1
         assert self._stream is not None
-        # On another stream, as a capture is: autograd remembers the stream on which a weight was first used.
+        # On the stream of the capture: autograd remembers the stream on which a weight was first used.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._step(*self._inputs)
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def _capture(self) -> None:
-        """Nothing is computed meanwhile, so that a capture that fails has trained nothing."""
+        """Capture the step. Nothing is computed, so a failed capture has trained nothing."""
         before = torch.cuda.current_stream()
         with self._or_give_up():
             graph = torch.cuda.CUDAGraph()
@@ -98,14 +141,14 @@ class Captured:
                 with torch.cuda.graph(graph, stream=self._stream):
                     self._step(*self._inputs)
             finally:
-                torch.cuda.set_stream(before)  # which an older torch does not where the capture fails
+                torch.cuda.set_stream(before)  # older versions of torch do not, if the capture fails
             self._graph = graph
 
     @contextmanager
     def _or_give_up(self) -> Iterator[None]:
         try:
             yield
-        except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+        except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
             if (full := _out_of_memory(error)) is not None:
                 raise full from error
             self._graph, self._stream, self._inputs = None, None, []
@@ -116,7 +159,7 @@ class Captured:
 
 
 def _out_of_memory(error: BaseException) -> torch.cuda.OutOfMemoryError | None:
-    """The want of memory behind an error, since the end of a capture raises one of its own; null without one."""
+    """The out-of-memory error behind an error, since the end of a capture raises another one. None if there is none."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, torch.cuda.OutOfMemoryError):
         found = found.__cause__ or found.__context__

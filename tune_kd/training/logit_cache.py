@@ -1,12 +1,12 @@
-"""What a teacher answered: a table of logits on disk that fills chunk by chunk, each chunk once, whoever asks first.
+"""A cache of teacher logits on disk, which processes fill chunk by chunk and share.
 
 FOLDER/logits.f32      float32 [rows, K], memory-mapped, so that processes share it without copies
-FOLDER/digests.sha256  32 bytes a chunk of rows, zero where nobody has answered yet
-FOLDER/locks/          held, one a chunk, by who computes it
+FOLDER/digests.sha256  32 bytes per chunk of rows, zero until the chunk is computed
+FOLDER/locks/          one lock per chunk, held by the process that computes it
 
-A chunk counts once its digest stands beside it, and is held against it the first time that a process reads it. So
-neither a kill in the middle of a chunk nor a damaged disk gets into an answer: such a chunk is computed again. Chunks
-lie where the table says and not where somebody began to ask, so what is computed again is the same to the bit.
+A chunk is valid once its digest is written. A process verifies it at its first read. A chunk that was interrupted by a
+kill or damaged on disk is therefore computed again. Chunk borders do not depend on the request, so the logits computed
+again are the same bit for bit.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ from torch import Tensor
 from tune_kd.system.crash_points import point
 from tune_kd.system.files import appended, opened, patiently, read, write_at
 
-CHUNK = 4096  # rows that one process answers under one lock: what a kill costs at most
+CHUNK = 4096  # rows computed under one lock: the most that a kill loses
 _DIGEST = hashlib.sha256().digest_size
 
 
-class Answers:
-    """The table of one teacher and one list of images. `compute(rows)` gives the logits of a range of its rows."""
+class LogitCache:
+    """The logits of one teacher for one list of images. `compute(rows)` returns those of a range of rows, [N, K]."""
 
     def __init__(self, folder: Path, rows: int, classes: int, compute: Callable[[range], Tensor]) -> None:
         self._folder = folder
@@ -41,21 +41,20 @@ class Answers:
         self._verified: set[int] = set()
 
     def take(self, rows: Tensor) -> tuple[Tensor, int]:
-        """Logits [N, K] on the CPU for rows int64 [N], and how many rows had to be computed for that, here and now.
+        """Logits [N, K] on the CPU for rows int64 [N], and the number of rows that this call computed.
 
-        Several who ask at the same time share the work: each takes chunks that nobody else is at, and waits for
-        those of others at the end.
+        Concurrent callers share the work: each computes chunks that nobody else is computing, then waits for theirs.
         """
         wanted = [int(chunk) for chunk in torch.unique(rows // CHUNK)]
         missing = [chunk for chunk in wanted if not self._is_whole(chunk)]
         computed = 0
-        for patience in (0.0, -1.0):  # first what is free, then what others are at, should they have died
+        for patience in (0.0, -1.0):  # first the free chunks, then those of others, who may have died
             left = []
             for chunk in missing:
                 try:
                     with FileLock(self._folder / "locks" / str(chunk), timeout=patience):
                         if not self._is_whole(chunk):
-                            computed += self._answer(chunk)
+                            computed += self._fill(chunk)
                 except Timeout:
                     left.append(chunk)
             missing = left
@@ -64,20 +63,16 @@ class Answers:
     def _is_whole(self, chunk: int) -> bool:
         if chunk in self._verified:
             return True
-        answered = self._digests[chunk].tobytes()
-        if any(answered) and hashlib.sha256(self._bytes(chunk)).digest() == answered:
+        expected, span = self._digests[chunk].tobytes(), self._span(chunk)
+        if any(expected) and hashlib.sha256(self._logits[span.start : span.stop].tobytes()).digest() == expected:
             self._verified.add(chunk)
         return chunk in self._verified
 
-    def _bytes(self, chunk: int) -> bytes:
-        span = self._span(chunk)
-        return self._logits[span.start : span.stop].tobytes()
-
-    def _answer(self, chunk: int) -> int:
-        """Compute a chunk and publish it. Raises OSError where the disk is full."""
+    def _fill(self, chunk: int) -> int:
+        """Compute and publish a chunk. Returns its rows. Raises OSError if the disk is full."""
         span = self._span(chunk)
         logits = self._compute(span).numpy().astype("<f4").tobytes()
-        # Written, not stored through the map: a full disk is then an error and not a signal that kills.
+        # Not through the memory map: there a full disk is a signal that kills the process, not an error.
         write_at(self._folder / "logits.f32", span.start * self._logits.strides[0], logits)
         point("answers.written")
         write_at(self._folder / "digests.sha256", chunk * _DIGEST, hashlib.sha256(logits).digest())
@@ -89,22 +84,24 @@ class Answers:
 
 
 def damaged(folder: Path, classes: int, rows: int) -> list[int]:
-    """Chunks of a table that are not what was answered. Whoever reads them computes them again. Raises `UnexpectedFile`
-    for a table of more than so many rows."""
+    """The damaged chunks of a cache, which are computed again when read.
+
+    Raises `UnexpectedFile` for a cache of more than `rows` rows.
+    """
     size, found = CHUNK * classes * 4, []
     digests = read(folder / "digests.sha256", _DIGEST * -(-rows // CHUNK))
     count = len(digests) // _DIGEST
     with opened(folder / "logits.f32", count * size) as logits:
         for chunk in range(count):
-            answered = digests[chunk * _DIGEST : (chunk + 1) * _DIGEST]
+            expected = digests[chunk * _DIGEST : (chunk + 1) * _DIGEST]
             logits.seek(chunk * size)
-            if any(answered) and hashlib.sha256(logits.read(size)).digest() != answered:
+            if any(expected) and hashlib.sha256(logits.read(size)).digest() != expected:
                 found.append(chunk)
     return found
 
 
 def _file_of_size(path: Path, size: int) -> Path:
-    """A file of this size, with zeros where nothing was written. Who comes second finds it as the first left it."""
+    """Create a file of this size, filled with zeros, or keep the one that is there."""
 
     def grow() -> Path:
         with appended(path) as file:

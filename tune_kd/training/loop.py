@@ -1,7 +1,7 @@
-"""Training one trial: a loop that yields one epoch after another.
+"""The training loop of one trial, which yields its epochs.
 
-Common random numbers: what is shown in an epoch depends on (seed, epoch) alone, and the student's first weights on
-the seed alone, so arms at one seed differ in their loss and in nothing else.
+Common random numbers: the images of an epoch depend on (seed, epoch) alone, and the student's initial weights on the
+seed alone. Arms with the same seed therefore differ only in their loss.
 """
 
 import hashlib
@@ -21,10 +21,10 @@ from tune_kd.data.datasets import DataSet, Split
 from tune_kd.study.spec import Recipe
 from tune_kd.study.trial import Epoch, Outcome, Trial
 from tune_kd.system.errors import CorruptFile
-from tune_kd.training import losses, networks
+from tune_kd.training import metrics, networks
 from tune_kd.training.checkpoints import Checkpoints, pack
-from tune_kd.training.device import autocast, float32_as
-from tune_kd.training.memory import peak_memory, start_measuring
+from tune_kd.training.device import autocast, float32_as, peak_memory, start_measuring
+from tune_kd.training.methods import METHODS
 from tune_kd.training.step import Step, part, stepping
 from tune_kd.training.teachers import Teacher, TeacherChanged
 
@@ -37,21 +37,21 @@ class Diverged(RuntimeError):
 
 @dataclass
 class _Progress:
-    """What a trial has behind it."""
+    """The epochs of a trial so far."""
 
     best: dict[str, Tensor] = field(default_factory=dict)  # weights of the best validation accuracy so far
     rows: list[Epoch] = field(default_factory=list)
 
     @property
     def best_row(self) -> Epoch:
-        """The epoch of the highest validation accuracy; of several, the one of the lowest validation loss.
+        """The epoch with the highest validation accuracy, or of several, the one with the lowest validation loss.
 
-        Ties are common where validation images are few, and the first of them would often be an early epoch.
+        Ties are common with few validation images, and the first of them would often be an early epoch.
         """
         return max(self.rows, key=lambda row: (row.val_accuracy, -row.val_loss))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The best weights by name. Where they are the last ones, which a checkpoint has, nothing."""
+        """The best weights by name. Empty if they are the last ones, which a checkpoint holds anyway."""
         best = {} if self.best_row is self.rows[-1] else self.best
         return {f"best.{name}": tensor for name, tensor in best.items()}
 
@@ -67,12 +67,12 @@ def train(
     acknowledged: int = 0,
     leaving: Callable[[], bool] = lambda: False,
 ) -> Iterator[Epoch]:
-    """Train a trial from its checkpoint, or from the start, and yield its epochs; the last has the outcome.
+    """Train a trial from its checkpoint, or from the start, and yield its epochs. The last one has the outcome.
 
-    A checkpoint is written before an epoch is yielded, when `checkpoint_every` seconds have passed since the last
-    one, when the trial is `leaving`, and at the end. Epochs that the checkpoint holds are yielded again if they come
-    after `acknowledged`. Raises `Diverged` when the loss of an epoch is not finite, and `TeacherChanged` where the
-    checkpoint was trained with another teacher.
+    A checkpoint is written before an epoch is yielded if `checkpoint_every` seconds have passed since the last one, if
+    the trial is `leaving`, and at the end. Epochs of the checkpoint that come after `acknowledged` are yielded again.
+    Raises `Diverged` if the loss of an epoch is not finite, and `TeacherChanged` if the checkpoint was trained with
+    another teacher.
     """
     assert (teacher is not None) == (trial.teacher_id is not None)
     whose = {"trial_id": trial.trial_id, "teacher_digest": None if teacher is None else teacher.digest}
@@ -105,15 +105,15 @@ def train(
 
 
 def best_weights(checkpoints: Checkpoints) -> dict[str, Tensor]:
-    """The best-validation weights of an ended trial. Raises `CorruptFile` where its last checkpoint is not whole."""
+    """The best-validation weights of an ended trial. Raises `CorruptFile` if its last checkpoint is damaged."""
     saved = checkpoints.load()
-    if saved is None or saved[1]["rows"][-1]["outcome"] is None:  # the one before has other weights
+    if saved is None or saved[1]["rows"][-1]["outcome"] is None:  # an earlier checkpoint has other weights
         raise CorruptFile("the last checkpoint is not what was written")
     return _best(saved[0])
 
 
 def _check_whose(notes: dict[str, Any], whose: dict[str, Any]) -> None:
-    """Nothing goes on from a state of another trial, or that another teacher had a part in."""
+    """Raise if a checkpoint belongs to another trial or was trained with another teacher."""
     if notes["trial_id"] != whose["trial_id"]:
         raise CorruptFile(f"the checkpoint is of the trial {notes['trial_id']}; remove it")
     if notes["teacher_digest"] != whose["teacher_digest"]:
@@ -134,8 +134,8 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def batches(count: int, size: int) -> list[slice]:
-    """Slices of `size` over `count` images. A last batch of one image joins the one before: normalising over a
-    single value is undefined."""
+    """Slices of `size` over `count` images. A last batch of one image joins the one before, because batch norm is
+    undefined for one value."""
     starts = list(range(0, count, size))
     if len(starts) > 1 and count - starts[-1] == 1:
         starts.pop()
@@ -147,23 +147,23 @@ def _epoch(trial: Trial, epoch: int, teacher: Teacher | None, step: Step) -> Epo
     recipe, data = trial.recipe, step.data
     count, device = len(data.train.labels), data.train.images.device
     views = draw_views(trial.seed, epoch, count, pad=data.pad, flip=data.flip)
-    answers = answer_seconds = views_answered = None
-    if teacher is not None and trial.cell.method == "logit":
+    logits = answer_seconds = views_answered = None
+    if teacher is not None and METHODS[trial.cell.method].needs == "logits":
         asked = time.perf_counter()
-        answers, views_answered = teacher.answers(trial.seed, epoch, views)
+        logits, views_answered = teacher.logits(views)
         answer_seconds = time.perf_counter() - asked
 
     started = time.perf_counter()
     views = views.to(device)
-    answers = None if answers is None else answers.to(device)
+    logits = None if logits is None else logits.to(device)
     slices = batches(count, recipe.batch_size)
     lr = recipe.lr
     step.student.train()
     step.sums.zero_()
     for number, each in enumerate(slices):
         lr = learning_rate(recipe, (epoch - 1) * len(slices) + number, recipe.epochs * len(slices))
-        step(views[each], None if answers is None else answers[each], lr)
-    *sums, norms = step.sums.tolist()  # here alone the host waits for the device
+        step(views[each], None if logits is None else logits[each], lr)
+    *sums, norms = step.sums.tolist()  # the only synchronization of an epoch
     train_loss, train_ce, train_kd, train_accuracy = (each / count for each in sums)
     trained = time.perf_counter() - started
     if not math.isfinite(train_loss):
@@ -171,7 +171,7 @@ def _epoch(trial: Trial, epoch: int, teacher: Teacher | None, step: Step) -> Epo
 
     val_logits = _evaluate(step.student, data.validation, data, recipe)
     val_loss = float(F.cross_entropy(val_logits, data.validation.labels))
-    if not math.isfinite(val_loss):  # the last step can spoil weights that every loss before it was fine with
+    if not math.isfinite(val_loss):  # the last step can spoil weights although all training losses were finite
         raise Diverged(f"the validation loss of epoch {epoch} is {val_loss}")
     return Epoch(
         epoch=epoch,
@@ -192,7 +192,7 @@ def _epoch(trial: Trial, epoch: int, teacher: Teacher | None, step: Step) -> Epo
 
 @torch.no_grad()
 def _evaluate(net: nn.Module, split: Split, data: DataSet, recipe: Recipe) -> Tensor:
-    """Logits float32 [N, K] of a split in eval mode."""
+    """Logits float32 [N, K] of a split, in eval mode."""
     net.eval()
     with autocast(recipe.precision, split.images.device):
         logits = [net(prepare(images, data)) for images in torch.split(split.images, EVALUATION_BATCH)]
@@ -204,7 +204,7 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def _outcome(trial: Trial, progress: _Progress, teacher: Teacher | None, step: Step, device: torch.device) -> Outcome:
-    """What is reported once: the test images, with the last and with the best-validation weights."""
+    """Evaluate on the test images, with the last and with the best-validation weights."""
     student, data = step.student, step.data
     labels = data.test.labels
     last = {name: tensor.clone() for name, tensor in student.state_dict().items()}
@@ -212,7 +212,7 @@ def _outcome(trial: Trial, progress: _Progress, teacher: Teacher | None, step: S
     student.load_state_dict(progress.best)
     best_logits = _evaluate(student, data.test, data, trial.recipe)
     student.load_state_dict(last)
-    answers = None if teacher is None else teacher.test_answers().to(best_logits.device)
+    theirs = None if teacher is None else teacher.test_logits().to(best_logits.device)
     weights = {f"last.{name}": each for name, each in last.items()}
     weights |= {f"best.{name}": each for name, each in progress.best.items()}
     return Outcome(
@@ -220,10 +220,10 @@ def _outcome(trial: Trial, progress: _Progress, teacher: Teacher | None, step: S
         val_accuracy_best=progress.best_row.val_accuracy,
         test_accuracy=_accuracy(logits, labels),
         test_accuracy_best=_accuracy(best_logits, labels),
-        agreement=None if answers is None else float(losses.agreement(best_logits, answers)),
-        kl_t1=None if answers is None else float(losses.kl(best_logits, answers, 1.0)),
-        kl_t4=None if answers is None else float(losses.kl(best_logits, answers, 4.0)),
-        ece=float(losses.expected_calibration_error(best_logits, labels)),
+        agreement=None if theirs is None else float(metrics.agreement(best_logits, theirs)),
+        kl_t1=None if theirs is None else float(metrics.kl(best_logits, theirs, 1.0)),
+        kl_t4=None if theirs is None else float(metrics.kl(best_logits, theirs, 4.0)),
+        ece=float(metrics.expected_calibration_error(best_logits, labels)),
         params=networks.parameter_count(student),
         weights_digest=hashlib.sha256(pack(weights, {})).hexdigest(),
         teacher_digest=None if teacher is None else teacher.digest,

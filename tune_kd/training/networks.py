@@ -1,4 +1,4 @@
-"""Residual networks of torchvision, with a choice of stem and width, and the features that KD compares.
+"""torchvision's residual networks with a choice of stem and width, and the features that distillation compares.
 
 Axes in tensor names: B batch, K classes, C channels, H height, W width.
 """
@@ -23,7 +23,7 @@ from tune_kd.system.environment import make_private
 from tune_kd.system.errors import UnexpectedFile, UserError
 from tune_kd.system.files import check_regular, read
 
-MOST_WEIGHTS_BYTES = 2**30  # of torchvision's ResNets, the largest has 242 MB
+MOST_WEIGHTS_BYTES = 2**30  # the largest of torchvision's ResNets has 242 MB
 
 if TYPE_CHECKING:  # importing torchvision takes seconds, and reading results needs none of it
     from torchvision.models import ResNet
@@ -32,38 +32,38 @@ if TYPE_CHECKING:  # importing torchvision takes seconds, and reading results ne
 def build(
     architecture: str, *, stem: str, classes: int, width: float = 1.0, weights: str = "none", seed: int
 ) -> ResNet:
-    """A ResNet whose initial weights depend on the arguments alone, whatever was drawn before.
+    """Build a ResNet on the CPU, with initial weights that depend on the arguments alone.
 
-    Maps images [B, 3, H, W] to logits [B, classes]. The stem `imagenet` is a 7x7 convolution of stride 2
-    and a 3x3 max-pool of stride 2; `cifar` is a 3x3 convolution of stride 1 without pooling. `width`
-    multiplies the standard channel counts. With weights `imagenet`, all is torchvision's IMAGENET1K_V1
-    but what has another form: the stem's convolution under `cifar` and the classifier unless there are
-    1,000 classes; these stay freshly initialised.
+    Maps images [B, 3, H, W] to logits [B, classes]. The stem `imagenet` is a 7x7 convolution of stride 2 and a 3x3
+    max-pool of stride 2; `cifar` is a 3x3 convolution of stride 1 without pooling. `width` multiplies the standard
+    channel counts. With weights `imagenet`, parameters come from torchvision's IMAGENET1K_V1, except those of another
+    shape, which are initialised: the first convolution for `cifar`, and the classifier unless there are 1,000 classes.
 
-    Raises `UserError` for arguments that are not allowed, and for weights that cannot be had or read.
+    A study validates the arguments. Raises `UserError` for weights that cannot be downloaded or read.
     Source: He et al. 2016, "Deep residual learning for image recognition", as torchvision builds it.
     """
-    _check(architecture, stem, classes, width, weights)
+    assert architecture in ARCHITECTURES and stem in STEMS and weights in WEIGHTS and classes > 0
+    assert 0 < width < math.inf and (weights == "none" or width == 1)
     state = _imagenet_state(architecture) if weights == "imagenet" else {}
     net = _blueprint(architecture, stem, classes, width).to_empty(device="cpu")
     _initialise(net, seed)
-    # The old files of torchvision have no batch counters, which is why absent keys are accepted here;
-    # `_imagenet_state` has checked everything else.
+    # Missing keys are accepted because torchvision's old files have no batch counters; `_imagenet_state` has checked
+    # everything else.
     here = net.state_dict()
     net.load_state_dict({k: v for k, v in state.items() if v.shape == here[k].shape}, strict=False)
     return net
 
 
 def parameter_count(net: nn.Module) -> int:
-    """The number of trainable scalars; running statistics are not counted."""
+    """The number of trainable scalars, without running statistics."""
     return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
 def to_device(net: nn.Module, device: torch.device) -> None:
-    """Move a network of convolutions to a device, in place, in the layout that is fastest there without risk.
+    """Move a convolutional network to a device, in place, in the fastest safe memory layout.
 
-    Channels last, unless a convolution on the CPU has channels that do not come in eights (its three colours
-    apart): there oneDNN's weight gradient of 4 channels (torch 2.15, AVX2) writes past its memory.
+    That is channels last, except on a CPU if a channel count other than the 3 of the input is not a multiple of 8:
+    oneDNN's weight gradient of 4 channels (torch 2.15, AVX2) writes out of bounds.
     """
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     whole = all(each.out_channels % 8 == 0 and each.in_channels % 8 in (0, 3) for each in convolutions)
@@ -74,15 +74,17 @@ def to_device(net: nn.Module, device: torch.device) -> None:
 
 
 def in_layout_of(net: nn.Module, images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in the memory layout of a network's weights. The first convolution would otherwise make a
-    copy of them in that layout twice: in its forward pass, and for the gradient of its weights."""
+    """Convert images [B, 3, H, W] to the memory layout of a network's weights.
+
+    Otherwise the first convolution converts them twice: in its forward pass and for the gradient of its weights.
+    """
     first = next(net.parameters())
     last = first.is_contiguous(memory_format=torch.channels_last)
     return images.contiguous(memory_format=torch.channels_last) if last else images
 
 
 def forward_with_features(net: ResNet, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The logits [B, K], those of `net(images)` exactly, and the four stages' outputs [B, C_i, H_i, W_i]."""
+    """The logits [B, K], exactly those of `net(images)`, and the outputs [B, C_i, H_i, W_i] of the four stages."""
     stage_BCHW = net.maxpool(net.relu(net.bn1(net.conv1(images))))
     features = []
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
@@ -94,17 +96,17 @@ def forward_with_features(net: ResNet, images: Tensor) -> tuple[Tensor, tuple[Te
 
 def feature_channels(net: ResNet) -> tuple[int, int, int, int]:
     """The channel counts of the four residual stages' outputs."""
-    # What a stage puts out is what the next one takes in, for either kind of block.
+    # A stage's output channels are the next one's input channels, for either kind of block.
     second, third, fourth = (stage[0].conv1.in_channels for stage in (net.layer2, net.layer3, net.layer4))
     return second, third, fourth, net.fc.in_features
 
 
 def projections(student_channels: Sequence[int], teacher_channels: Sequence[int], *, seed: int) -> nn.ModuleList:
-    """One bias-free 1x1 convolution a stage, [B, C_student, H, W] to [B, C_teacher, H, W].
+    """One bias-free 1x1 convolution per stage, [B, C_student, H, W] to [B, C_teacher, H, W].
 
-    Drawn from a stream of its own, so a student starts from the same weights with and without them.
-    They are PyTorch's default initialisation: no ReLU follows that Kaiming's gain would make up for.
-    Raises `UserError` where the two have different numbers of stages.
+    They have a random stream of their own, so a student has the same initial weights with and without them, and
+    PyTorch's default initialisation, because no ReLU follows for which Kaiming's gain would compensate.
+    Raises `UserError` for different numbers of stages.
     """
     if len(student_channels) != len(teacher_channels):
         raise UserError(
@@ -119,21 +121,21 @@ def projections(student_channels: Sequence[int], teacher_channels: Sequence[int]
 
 
 def imagenet_url(architecture: str) -> str:
-    """Where torchvision publishes the IMAGENET1K_V1 weights; the name ends in the start of their SHA-256."""
+    """The URL of torchvision's IMAGENET1K_V1 weights. The name ends in the first digits of their SHA-256."""
     from torchvision.models import get_model_weights
 
     return str(get_model_weights(architecture).IMAGENET1K_V1.url)
 
 
 def imagenet_file(architecture: str) -> Path:
-    """The place of torchvision's weights on this machine, whether or not they are there."""
+    """The path of torchvision's weights on this machine, whether or not they exist."""
     return Path(torch.hub.get_dir(), "checkpoints", imagenet_url(architecture).rpartition("/")[2])
 
 
 def fetch_imagenet(architecture: str) -> Path:
-    """The file of torchvision's weights, downloaded and its hash checked if it is absent.
+    """The file of torchvision's weights, downloaded and verified if it is missing.
 
-    Raises `UserError`, which says what to put where, if it cannot be fetched.
+    Raises `UserError`, which says which file to put where, if it cannot be downloaded.
     """
     file, url = imagenet_file(architecture), imagenet_url(architecture)
     if file.exists():
@@ -151,7 +153,7 @@ def fetch_imagenet(architecture: str) -> Path:
             f"({error.strerror}); set TORCH_HOME to a folder that can"
         ) from error
     try:
-        # Writes under a temporary name and renames: an interrupted download leaves no broken file.
+        # Writes to a temporary name and renames: an interrupted download leaves no partial file.
         torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False)
     except (OSError, RuntimeError, HTTPException) as error:
         raise UserError(
@@ -161,29 +163,8 @@ def fetch_imagenet(architecture: str) -> Path:
     return file
 
 
-def _check(architecture: str, stem: str, classes: int, width: float, weights: str) -> None:
-    choices = (
-        ("architecture", architecture, ARCHITECTURES),
-        ("stem", stem, STEMS),
-        ("weights", weights, WEIGHTS),
-    )
-    problems = [
-        f"{field} is {value!r}; allowed: {', '.join(allowed)}"
-        for field, value, allowed in choices
-        if value not in allowed
-    ]
-    if classes < 1:
-        problems.append(f"classes is {classes!r}; allowed: 1 and more")
-    if not 0 < width < math.inf:
-        problems.append(f"width is {width!r}; allowed: finite numbers above 0")
-    elif weights == "imagenet" and width != 1:
-        problems.append(f"width is {width!r}; allowed with weights 'imagenet': 1, the only published one")
-    if problems:
-        raise UserError(*problems)
-
-
 def _blueprint(architecture: str, stem: str, classes: int, width: float) -> ResNet:
-    """The network on the meta device: every shape, no memory, no random draw."""
+    """The network on the meta device: shapes without memory or random draws."""
     from torchvision.models import get_model
 
     with torch.device("meta"):
@@ -195,8 +176,8 @@ def _blueprint(architecture: str, stem: str, classes: int, width: float) -> ResN
         else:
             net.conv1 = nn.Conv2d(3, channels[0], kernel_size=7, stride=2, padding=3, bias=False)
         net.bn1 = nn.BatchNorm2d(channels[0])
-        # torchvision fixes the channel counts, so its own method makes the stages anew, each with the
-        # kind and number of blocks that it had. `inplanes` is what the method reads and advances.
+        # torchvision fixes the channel counts. Its own method therefore builds the stages again, each with the same
+        # kind and number of blocks. The method reads and advances `inplanes`.
         net.inplanes = channels[0]
         for name, planes, stride in zip(("layer1", "layer2", "layer3", "layer4"), channels, (1, 2, 2, 2), strict=True):
             standard_stage = getattr(net, name)
@@ -207,7 +188,7 @@ def _blueprint(architecture: str, stem: str, classes: int, width: float) -> ResN
 
 
 def _initialise(net: nn.Module, seed: int) -> None:
-    """torchvision's scheme for its ResNets: Kaiming-normal convolutions, batch norms at 1 and 0."""
+    """Initialise as torchvision does its ResNets: Kaiming-normal convolutions, batch norms at 1 and 0."""
     with _stream("network", seed):
         for module in net.modules():
             if isinstance(module, nn.Conv2d):
@@ -218,16 +199,16 @@ def _initialise(net: nn.Module, seed: int) -> None:
 
 @contextmanager
 def _stream(name: str, seed: int) -> Iterator[None]:
-    """Draws on the CPU come from a stream that `name` and `seed` fix; the global one stays where it was."""
+    """Seed CPU draws by `name` and `seed` inside the context. The global generator is restored at the end."""
     digest = hashlib.sha256(f"{name} {seed}".encode()).digest()
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would reseed the accelerators too, and nothing would put them back.
+        # Not torch.manual_seed, which would also reseed the accelerators, and they are not restored.
         torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big"))
         yield
 
 
 def _imagenet_state(architecture: str) -> dict[str, Tensor]:
-    """torchvision's ImageNet weights by name, checked against the network that they are for."""
+    """torchvision's ImageNet weights by name, checked against the network."""
     file = fetch_imagenet(architecture)
     expected = file.stem.rpartition("-")[2]
     content = read(file, MOST_WEIGHTS_BYTES)
@@ -238,7 +219,7 @@ def _imagenet_state(architecture: str) -> dict[str, Tensor]:
         )
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in as many ways as it has layers of encoding
+    except Exception as error:  # a damaged file can fail in any layer of its encoding
         raise UserError(f"{file} cannot be read as weights ({type(error).__name__})") from error
     if not isinstance(state, dict):
         raise UserError(f"{file} holds a {type(state).__name__}; expected a dict of tensors by name")

@@ -1,18 +1,18 @@
-"""What a process has to tell its user once: a fast way that it gave up. Whoever runs its trials passes that on."""
+"""Messages that a process shows its user once, e.g. that it gave up a fast path. Its driver collects them."""
 
 _told: set[str] = set()
 _waiting: list[str] = []
 
 
 def tell(sentence: str) -> None:
-    """Have a sentence told, unless this process told it before."""
+    """Queue a message, unless this process did so before."""
     if sentence not in _told:
         _told.add(sentence)
         _waiting.append(sentence)
 
 
 def take() -> list[str]:
-    """What was not passed on yet."""
+    """Remove and return the queued messages."""
     taken = _waiting[:]
     _waiting.clear()
     return taken

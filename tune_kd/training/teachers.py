@@ -1,8 +1,8 @@
-"""Teachers by content id: published once, shared by runs, and what they answer, computed once.
+"""Teachers by trial id: published once, shared by runs, their logits cached.
 
 TEACHERS/ID/weights.safetensors   the best-validation weights
-TEACHERS/ID/card.json             what it is, its epochs, and the digest of the weights: written last
-TEACHERS/ID/answers/KEY/          logits by weights and preprocessing: of views, and of the test images
+TEACHERS/ID/card.json             the trial, its epochs, and the digest of the weights; written last
+TEACHERS/ID/answers/KEY/          logits for views and for the test images, by weights and preprocessing
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from tune_kd.system.object_store import Mirror
 from tune_kd.training import networks
 from tune_kd.training.checkpoints import MOST_STATE_BYTES, pack, unpack
 from tune_kd.training.device import autocast, float32_as
-from tune_kd.training.logit_cache import Answers
+from tune_kd.training.logit_cache import LogitCache
 
-if TYPE_CHECKING:  # importing torchvision takes seconds, which the driver of a run can do without
+if TYPE_CHECKING:  # importing torchvision takes seconds, and the driver of a run does not need it
     from torchvision.models import ResNet
 
-BATCH = 512  # views answered at a time; fixed, since an answer computed again is to be the same to the bit
+BATCH = 512  # views per forward pass; fixed, so that logits computed again are the same bit for bit
 
 
 class TeacherChanged(RuntimeError):
@@ -46,7 +46,7 @@ class TeacherChanged(RuntimeError):
 
 @dataclass(frozen=True)
 class Card:
-    """What a teacher is: the trial that trained it, its epochs, and the digest of its file of weights."""
+    """Description of a teacher: the trial that trained it, its epochs, and the SHA-256 of its weights file."""
 
     trial: Trial
     epochs: list[Epoch]
@@ -54,7 +54,7 @@ class Card:
 
 
 def publish_teacher(folder: Path, trial: Trial, weights: dict[str, Tensor], epochs: Iterable[Epoch]) -> None:
-    """Publish a trained teacher. The card comes last: a teacher without one does not exist."""
+    """Publish a trained teacher. The card is written last: a teacher without a card does not exist."""
     home = folder / trial.trial_id
     home.mkdir(parents=True, exist_ok=True)
     data = pack(weights, {"teacher_id": trial.trial_id})
@@ -73,8 +73,7 @@ def publish_teacher(folder: Path, trial: Trial, weights: dict[str, Tensor], epoc
 
 
 def fetch_teacher(folder: Path, teacher_id: str) -> None:
-    """Have a teacher here whose folder is mirrored, once a machine: the first process that asks fetches it. Raises
-    OSError."""
+    """Download a teacher whose folder is mirrored, once per machine. Raises OSError."""
     home, mirror = folder / teacher_id, Mirror.of(folder)
     if mirror.url is None:
         return
@@ -88,7 +87,7 @@ def fetch_teacher(folder: Path, teacher_id: str) -> None:
 
 
 def published_epochs(folder: Path, teacher_id: str) -> list[Epoch] | None:
-    """The epochs of a published teacher whose weights are whole; null where it has to be trained."""
+    """The epochs of a published teacher with intact weights. Returns None if it has to be trained."""
     card = _card(folder, teacher_id)
     if card is None or _digest(folder / teacher_id / "weights.safetensors") != card.weights_sha256:
         return None
@@ -96,9 +95,9 @@ def published_epochs(folder: Path, teacher_id: str) -> list[Epoch] | None:
 
 
 def wrong_with(folder: Path, teacher_id: str, taught: str | None = None) -> str | None:
-    """What is wrong with a published teacher; null where it is whole.
+    """What is wrong with a published teacher. Returns None if nothing is.
 
-    That there is none, or that it is another, is wrong only where a run had one, of the weights `taught`.
+    A missing or different teacher is wrong only if the run had one, whose outcome has the digest `taught`.
     """
     home = folder / teacher_id
     if not os.path.exists(home / "card.json"):
@@ -114,13 +113,15 @@ def wrong_with(folder: Path, teacher_id: str, taught: str | None = None) -> str 
 
 
 def unfit(folder: Path, trial: Trial) -> str | None:
-    """What keeps a teacher that is published under a trial's id from being adopted as this trial: its record, which may
-    have been put there by hand, is not the trial's. Null where nothing does, or there is none."""
+    """Why the teacher published under a trial's id cannot be used as this trial, e.g. a card put there by hand.
+
+    Returns None if it can, or if there is none.
+    """
     home = folder / trial.trial_id
     remedy = f"remove {home} to have this teacher trained, or put a whole one there"
     try:
         card = _read_card(folder, trial.trial_id)
-    except CorruptFile:  # by a disk: it is trained again
+    except CorruptFile:  # damaged on disk: it is trained again
         return None
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
@@ -138,33 +139,33 @@ def unfit(folder: Path, trial: Trial) -> str | None:
 
 
 def _outcome_digest(card: Card) -> str | None:
-    """The digest of last and best weights that the teacher's row has, too; null for one without an outcome."""
+    """The digest of last and best weights, as in the teacher's row. Returns None without an outcome."""
     outcome = card.epochs[-1].outcome if card.epochs else None
     return None if outcome is None else outcome.weights_digest
 
 
 def weights_digest(folder: Path, teacher_id: str) -> str | None:
-    """The digest that a teacher's card names; null where there is no whole card."""
+    """The digest of the weights on a teacher's card. Returns None without an intact card."""
     card = _card(folder, teacher_id)
     return None if card is None else card.weights_sha256
 
 
 def writing(folder: Path, teacher_id: str) -> FileLock:
-    """The lock of the one who may train and publish a teacher. The system frees it with its process."""
+    """The lock for training and publishing a teacher. The system releases it when the process dies."""
     (folder / teacher_id).mkdir(parents=True, exist_ok=True)
-    # Not thread-local: a trial that is ended early may be cleaned up by another thread than its own.
+    # Not thread-local: a trial that ends early may be cleaned up by another thread.
     return FileLock(folder / teacher_id / ".lock", thread_local=False)
 
 
 def _card(folder: Path, teacher_id: str) -> Card | None:
-    """What a teacher's card says. Null where there is none, or it was altered."""
+    """A teacher's card. Returns None if there is none or it was altered."""
     with suppress(CorruptFile, ValidationError):
         return _read_card(folder, teacher_id)
     return None
 
 
 def _read_card(folder: Path, teacher_id: str) -> Card | None:
-    """Raises `CorruptFile` for a card that was altered since it was written, and `ValidationError` for what is none."""
+    """Like `_card`, but raises `CorruptFile` for an altered card and `ValidationError` for other content."""
     path = folder / teacher_id / "card.json"
     if not path.is_file():
         return None
@@ -172,7 +173,7 @@ def _read_card(folder: Path, teacher_id: str) -> Card | None:
 
 
 def _digest(path: Path) -> str | None:
-    """Of a file of weights; null where there is none."""
+    """The SHA-256 of a weights file. Returns None if there is none."""
     try:
         return sha256(path, MOST_STATE_BYTES) if path.is_file() else None
     except UnexpectedFile:
@@ -181,49 +182,63 @@ def _digest(path: Path) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A frozen network in eval mode that answers for students on one device."""
+    """A published teacher on one device: a frozen network in eval mode, and a cache of its logits."""
 
-    teacher_id: str
-    digest: str  # SHA-256 of the weight file
     home: Path
-    data: DataSet  # on its device, where images are cropped
+    card: Card
+    data: DataSet  # on the device, where images are cropped
     device: torch.device
-    precision: str  # of its recipe, in which it answers too
-    answering: Answering | None  # null where no student needs logits
-    build: Callable[[], ResNet]
+    answering: Answering | None  # None if no student needs logits
+
+    @property
+    def teacher_id(self) -> str:
+        return self.home.name
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights file."""
+        return self.card.weights_sha256
+
+    @property
+    def precision(self) -> str:
+        """The precision of the teacher's recipe, used for its logits too."""
+        return self.card.trial.recipe.precision
 
     @cached_property
     def net(self) -> ResNet:
-        """The network on its device: built when it is asked, which students of ready answers never do."""
-        return self.build()
+        """The network on its device. Built at first use: students whose logits are all cached do not need it."""
+        trial, classes = self.card.trial, len(self.data.classes)
+        net = networks.build(trial.architecture, stem=trial.cell.stem, classes=classes, width=trial.cell.width, seed=0)
+        net.load_state_dict(unpack(_weights(self.home, self.digest))[0])
+        networks.to_device(net, self.device)
+        return net.eval().requires_grad_(False)
 
-    def answers(self, seed: int, epoch: int, views: Views) -> tuple[Tensor, int]:
-        """Logits [N, K], on the CPU, for the views of one epoch in training order, and how many were asked for now.
+    def logits(self, views: Views) -> tuple[Tensor, int]:
+        """Logits [N, K], on the CPU, for the views of an epoch in training order, and the number computed now.
 
-        They do not depend on method, temperature or alpha: whoever needs a view first has it answered for all.
+        They do not depend on method, temperature or alpha, so all students of the teacher share them.
         """
         return self._training.take(self._rows(view_numbers(views, self.data)))
 
-    def test_answers(self) -> Tensor:
-        """Logits [N, K], on the CPU, for the test images as they are."""
+    def test_logits(self) -> Tensor:
+        """Logits [N, K], on the CPU, for the test images."""
         images = self.data.test.images
-        return self._answers("test", len(images), lambda rows: images[rows.start : rows.stop]).take(
-            torch.arange(len(images))
-        )[0]
+        cache = self._cache("test", len(images), lambda rows: images[rows.start : rows.stop])
+        return cache.take(torch.arange(len(images)))[0]
 
     @torch.no_grad()
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of the four residual stages for prepared images [B, 3, H, W]."""
+        """Outputs [B, C_i, H_i, W_i] of the four residual stages for prepared images [B, 3, H, W]."""
         return networks.forward_with_features(self.net, images)[1]
 
     @cached_property
     def _drawn(self) -> Tensor | None:
-        """Numbers of the views that students draw, each once, in the order of the first draw; null for all."""
+        """Numbers of the views that students draw, in the order of the first draw. None for all views."""
         assert self.answering is not None, "the plan has no logit student of this teacher"
         return None if self.answering.ahead else drawn_numbers(self.answering.draws, self.data)
 
     def _rows(self, numbers: Tensor) -> Tensor:
-        """Where the table has the views of these numbers."""
+        """The rows of the cache for the views of these numbers."""
         if self._drawn is None:
             return numbers
         in_order, places = self._sorted_draws
@@ -236,7 +251,7 @@ class Teacher:
         return in_order, places
 
     @cached_property
-    def _training(self) -> Answers:
+    def _training(self) -> LogitCache:
         drawn, data = self._drawn, self.data
         count = len(data.train.labels) * data.views_per_image if drawn is None else len(drawn)
 
@@ -245,10 +260,13 @@ class Teacher:
             return show(numbered_views(numbers, data).to(self.device), data)
 
         name = "all" if drawn is None else hashlib.sha256(drawn.numpy().tobytes()).hexdigest()[:16]
-        return self._answers(f"views-{name}", count, images)
+        return self._cache(f"views-{name}", count, images)
 
-    def _answers(self, name: str, rows: int, images: Callable[[range], Tensor]) -> Answers:
-        """The table of a list of images, which `images` makes; of these weights and this preprocessing."""
+    def _cache(self, name: str, rows: int, images: Callable[[range], Tensor]) -> LogitCache:
+        """The logit cache of a list of images for these weights and this preprocessing.
+
+        `images(rows)` returns a range of the list, uint8 [N, 3, H, W], on the device.
+        """
         key = hashlib.sha256(f"{self.digest} {self.data.digest}".encode()).hexdigest()[:16]
 
         @torch.no_grad()
@@ -257,11 +275,11 @@ class Teacher:
             with float32_as(self.precision), autocast(self.precision, self.device):
                 return torch.cat([self.net(prepare(each, self.data)) for each in shown]).float().cpu()
 
-        return Answers(self.home / "answers" / key / name, rows, len(self.data.classes), compute)
+        return LogitCache(self.home / "answers" / key / name, rows, len(self.data.classes), compute)
 
 
 def drawn_numbers(draws: tuple[tuple[int, int], ...], data: DataSet) -> Tensor:
-    """Numbers, each once, of all views that trials of these (seed, epochs) draw, in the order of the first draw."""
+    """Unique numbers of all views that trials of these (seed, epochs) draw, in the order of the first draw."""
     count = len(data.train.labels)
     drawn = [
         view_numbers(draw_views(seed, epoch, count, pad=data.pad, flip=data.flip), data)
@@ -281,9 +299,9 @@ def load_teacher(
     answering: Answering | None = None,
     taught: str | None = None,
 ) -> Teacher:
-    """A published teacher, in eval mode and frozen.
+    """Load a published teacher and verify its weights.
 
-    Raises `TeacherChanged` where its file was altered, or it is not the one whose outcome had the weights `taught`.
+    Raises `TeacherChanged` if its file was altered, or if the digest of its outcome is not `taught`.
     """
     home = folder / teacher_id
     card = _card(folder, teacher_id)
@@ -293,26 +311,18 @@ def load_teacher(
         )
     if taught is not None and taught != _outcome_digest(card):
         raise TeacherChanged(f"{home} was trained again, with other weights than this run's teacher had; put it back")
-    trial = card.trial
-    path, expected = home / "weights.safetensors", card.weights_sha256
+    _weights(home, card.weights_sha256)
+    return Teacher(home, card, on_device(data, device), device, answering)
 
-    def verified() -> bytes:
-        found = read(path, MOST_STATE_BYTES)
-        digest = hashlib.sha256(found).hexdigest()
-        if digest != expected:
-            raise TeacherChanged(
-                f"{path} has the digest {digest[:16]}, its card says {expected[:16]}: "
-                "the file was changed after it was published; restore it, or remove the folder and start a new run"
-            )
-        return found
 
-    def build() -> ResNet:
-        cell = trial.cell
-        net = networks.build(trial.architecture, stem=cell.stem, classes=len(data.classes), width=cell.width, seed=0)
-        net.load_state_dict(unpack(verified())[0])
-        networks.to_device(net, device)
-        return net.eval().requires_grad_(False)
-
-    verified()
-    shown = on_device(data, device)
-    return Teacher(teacher_id, expected, home, shown, device, trial.recipe.precision, answering, build)
+def _weights(home: Path, expected: str) -> bytes:
+    """The weights file. Raises `TeacherChanged` if it has another digest."""
+    path = home / "weights.safetensors"
+    found = read(path, MOST_STATE_BYTES)
+    digest = hashlib.sha256(found).hexdigest()
+    if digest != expected:
+        raise TeacherChanged(
+            f"{path} has the digest {digest[:16]}, its card says {expected[:16]}: "
+            "the file was changed after it was published; restore it, or remove the folder and start a new run"
+        )
+    return found
