@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import Literal
 
 from ray.util.metrics import Counter as RayCounter
@@ -109,16 +110,12 @@ def _seconds(rows: Sequence[Row], gpus: float) -> Iterator[Sample]:
     spent = [max(row["wall_seconds"] or 0.0, row["train_seconds"] or 0.0) for row in rows]
     shares = [gpus if row["gpu_fraction"] is None else row["gpu_fraction"] for row in rows]
     yield Sample("tune_kd_trial_seconds", sum(spent))
-    yield Sample("tune_kd_gpu_seconds", sum(map(_product, spent, shares)))
+    yield Sample("tune_kd_gpu_seconds", sum(map(mul, spent, shares)))
     if (seconds := pace(rows)) is not None:
         # What a trial took besides its epochs is in what it took.
         planned = [max(took, row["epochs_planned"] * seconds(row)) for took, row in zip(spent, rows, strict=True)]
         yield Sample("tune_kd_trial_seconds_planned", sum(planned))
-        yield Sample("tune_kd_gpu_seconds_planned", sum(map(_product, planned, shares)))
-
-
-def _product(one: float, other: float) -> float:
-    return one * other
+        yield Sample("tune_kd_gpu_seconds_planned", sum(map(mul, planned, shares)))
 
 
 class Metrics:

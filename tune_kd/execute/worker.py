@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -136,52 +136,38 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
             f"{place.data_dir or trial.data.name} is not the same here as where the run was started"
         )
     checkpoints = Checkpoints(place.checkpoints / trial.trial_id)
-    if trial.role == "teacher":
-        yield from _teach(task, place, dataset, device, checkpoints)
-        return
-    if trial.teacher_id:
-        teachers.fetch_teacher(place.teachers, trial.teacher_id)
-    teacher = (
-        _teacher(place.teachers, trial.teacher_id, dataset, device, task.answering, task.taught)
-        if trial.teacher_id
-        else None
-    )
-    yield from train(
+    training = partial(
+        train,
         trial,
         dataset,
-        teacher,
         device=device,
         checkpoints=checkpoints,
         checkpoint_every=place.checkpoint_every,
-        acknowledged=task.acknowledged,
         leaving=place.leaving(),
     )
+    if trial.role == "teacher":
+        yield from _teach(trial, place, checkpoints, training(None))
+        return
+    teacher = None
+    if trial.teacher_id:
+        teachers.fetch_teacher(place.teachers, trial.teacher_id)
+        teacher = _teacher(place.teachers, trial.teacher_id, dataset, device, task.answering, task.taught)
+    yield from training(teacher, acknowledged=task.acknowledged)
 
 
-def _teach(
-    task: Task, place: Workplace, dataset: DataSet, device: torch.device, checkpoints: Checkpoints
-) -> Iterator[Epoch]:
+def _teach(trial: Trial, place: Workplace, checkpoints: Checkpoints, training: Iterator[Epoch]) -> Iterator[Epoch]:
     """Adopt a teacher that was published before, or train it and publish it before its last epoch is reported.
 
-    One process at a time: another run that wants the same teacher waits here, and then adopts it.
+    One process at a time: another run that needs the same teacher waits here, then adopts it.
     """
-    trial = task.trial
     teachers.fetch_teacher(place.teachers, trial.trial_id)
     with _patiently(teachers.writing(place.teachers, trial.trial_id), place):
         published = teachers.published_epochs(place.teachers, trial.trial_id)
         if published is not None:
-            yield from published  # also what is on record: the driver sees whether it is the same
+            yield from published  # also epochs on record: the driver checks that they are the same
             return
         trained: list[Epoch] = []
-        for epoch in train(
-            trial,
-            dataset,
-            None,
-            device=device,
-            checkpoints=checkpoints,
-            checkpoint_every=place.checkpoint_every,
-            leaving=place.leaving(),
-        ):
+        for epoch in training:
             trained.append(epoch)
             if epoch.outcome is not None:
                 teachers.publish_teacher(place.teachers, trial, best_weights(checkpoints), trained)
