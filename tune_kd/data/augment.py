@@ -1,6 +1,5 @@
 """Views of training images: the crop and mirror image that each seed and epoch draws, as a network sees them."""
 
-import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tune_kd.data.datasets import DataSet
+from tune_kd.data.datasets import DataSet, generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,18 +26,6 @@ class Views:
         return Views(*(each.to(device) for each in (self.order, self.top, self.left, self.flip)))
 
 
-def _generator(stream: str, *numbers: int) -> torch.Generator:
-    """A CPU generator for one named stream.
-
-    PyTorch keeps 32 bits of a CPU generator's seed. Hashing spreads the streams over them: among a
-    thousand streams two coincide with a probability of 0.0001, and then two unrelated draws are equal.
-    """
-    name = "/".join([stream, *map(str, numbers)])
-    generator = torch.Generator(device="cpu")
-    generator.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
-    return generator
-
-
 def draw_views(seed: int, epoch: int, count: int, *, pad: int, flip: bool) -> Views:
     """Draw order, crops and flips of one epoch over `count` images: four CPU tensors of shape [count].
 
@@ -50,11 +37,11 @@ def draw_views(seed: int, epoch: int, count: int, *, pad: int, flip: bool) -> Vi
     """
     if count < 0 or pad < 0:
         raise ValueError(f"count and pad must be 0 or more, not {count} and {pad}")
-    order = torch.randperm(count, generator=_generator("order", seed, epoch), device="cpu")
-    generator = _generator("augmentation", seed, epoch)
-    top = torch.randint(0, 2 * pad + 1, (count,), generator=generator, device="cpu")
-    left = torch.randint(0, 2 * pad + 1, (count,), generator=generator, device="cpu")
-    mirrored = torch.randint(0, 2, (count,), generator=generator, device="cpu").bool()
+    order = torch.randperm(count, generator=generator("order", seed, epoch), device="cpu")
+    stream = generator("augmentation", seed, epoch)
+    top = torch.randint(0, 2 * pad + 1, (count,), generator=stream, device="cpu")
+    left = torch.randint(0, 2 * pad + 1, (count,), generator=stream, device="cpu")
+    mirrored = torch.randint(0, 2, (count,), generator=stream, device="cpu").bool()
     return Views(order, top, left, mirrored if flip else torch.zeros_like(mirrored))
 
 

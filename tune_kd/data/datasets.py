@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tune_kd.data.augment import _generator
 from tune_kd.data.cifar import load_pixels
 from tune_kd.data.cifar_pickles import CIFAR10, FORMS
 from tune_kd.data.image_folder import Pixels
@@ -250,12 +249,23 @@ def _first(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(repr(name[:60]) for name in names[:most]) + (" ..." if len(names) > most else "")
 
 
+def generator(stream: str, *numbers: int) -> torch.Generator:
+    """A CPU generator for one named stream.
+
+    PyTorch keeps 32 bits of a CPU generator's seed. Hashing spreads the streams over them: among a
+    thousand streams two coincide with a probability of 0.0001, and then two unrelated draws are equal.
+    """
+    name = "/".join([stream, *map(str, numbers)])
+    stream_seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+    return torch.Generator(device="cpu").manual_seed(stream_seed)
+
+
 def _ranks(stream: str, labels: Tensor, seed: int) -> Tensor:
     """Position of each image among those of its class after a shuffle of its own, int64 [N].
 
     Splits and subsets are cuts through these ranks: stratified, disjoint and nested by construction.
     """
-    shuffled = torch.randperm(len(labels), generator=_generator(stream, seed))
+    shuffled = torch.randperm(len(labels), generator=generator(stream, seed))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     counts = labels.bincount()
     firsts = counts.cumsum(0) - counts
