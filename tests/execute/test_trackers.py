@@ -164,11 +164,11 @@ def test_an_attempt_that_is_made_again_is_shown_beside_the_first(study: Study, t
     made.conclude()
 
 
-@pytest.mark.parametrize(("every", "seen"), [(10.0, 0), (-1.0, 5)])
+@pytest.mark.parametrize(("every", "batch", "seen"), [(10.0, 900, 0), (-1.0, 900, 5), (10.0, 7, 4)])
 def test_mlflow_gets_a_trials_measures_together_and_a_long_trials_meanwhile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: float, seen: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: float, batch: int, seen: int
 ) -> None:
-    monkeypatch.setattr(mlflow, "BATCH", 7)
+    monkeypatch.setattr(mlflow, "BATCH", batch)
     monkeypatch.setattr(mlflow, "BATCH_EVERY", every)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with warnings.catch_warnings():

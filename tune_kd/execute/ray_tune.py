@@ -20,7 +20,7 @@ import ray
 import ray.tune.experiment
 from ray import tune
 from ray.exceptions import RayError
-from ray.tune import CheckpointConfig, FailureConfig, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
+from ray.tune import CheckpointConfig, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
@@ -54,12 +54,11 @@ class TrialRunner(tune.Trainable):
         return PlacementGroupFactory([{"CPU": task.cpus, "GPU": task.gpus} if task.gpus else {"CPU": task.cpus}])
 
     def setup(self, config: dict[str, Any]) -> None:
-        place: Workplace = config["place"]
-        if place.umask is not None:  # Ray's processes have one that makes their files private
-            os.umask(place.umask)
+        self._begin(config)
+        if self._place.umask is not None:  # Ray's processes have one that makes their files private
+            os.umask(self._place.umask)
         self._data: DataSet | None = None
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.cleanup()
@@ -269,8 +268,7 @@ def run_on_ray(
                     verbose=0,
                     stop=decisions,
                     callbacks=[_Events(bridge)],
-                    failure_config=FailureConfig(max_failures=0, fail_fast=False),
-                    checkpoint_config=CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
+                    checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
                 ),
             ).fit()
     except Exception as error:
