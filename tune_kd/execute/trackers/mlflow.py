@@ -33,9 +33,9 @@ class MLflow:
 
     def __init__(self, study: str, run: str, folder: Path) -> None:
         file = database(folder)
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # otherwise it prints a line for each table it creates
         from mlflow.tracking import MlflowClient
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # otherwise it reports the tables that it creates
         self._study = study
         self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or url(file))
         found = self._client.get_experiment_by_name(run)
