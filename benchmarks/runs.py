@@ -303,17 +303,17 @@ main()
 WATCHED = """
 import json, sys, time
 from contextlib import ExitStack
-from ray.air.integrations.mlflow import MLflowLoggerCallback
-from ray.tune.logger import TBXLoggerCallback
 from benchmarks.runs import clocked
 from tune_kd.cli import main
 from tune_kd.execute.metrics import Metrics
+from tune_kd.execute.trackers.mlflow import MLflow
+from tune_kd.execute.trackers.tensorboard import TensorBoard
 
-calls = [f"log_trial_{what}" for what in ("start", "result", "end")]
+calls = ["on_start", "on_epoch", "on_end"]
 what = {"metrics": [(Metrics, name) for name in ("renew", "reported", "retried")],
-        "tensorboard": [(TBXLoggerCallback, name) for name in calls],
-        "mlflow": [(MLflowLoggerCallback, name) for name in calls],
-        "mlflow's database": [(MLflowLoggerCallback, "setup")]}
+        "tensorboard": [(TensorBoard, name) for name in calls],
+        "mlflow": [(MLflow, name) for name in calls],
+        "mlflow's database": [(MLflow, "__init__")]}
 with ExitStack() as stack:
     spent = {name: stack.enter_context(clocked(*methods, clock=time.thread_time)) for name, methods in what.items()}
     try:

@@ -5,11 +5,13 @@ import os
 import random
 import signal
 import sqlite3
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator
+from inspect import getsource, signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import ray
+import ray.tune.experiment
 import torch
+from ray import tune
 from ray.air.execution._internal import RayActorManager
 
 from commands import (
@@ -34,7 +38,7 @@ from commands import (
 )
 from conftest import contested
 from tune_kd.analysis.simulate import Curve, replay
-from tune_kd.execute import ray_tune
+from tune_kd.execute import ray_tune, tune_internals
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Work, Workplace
@@ -199,15 +203,33 @@ def test_whatever_of_ray_befalls_a_worker_is_the_loss_of_it_to_tune(
 ) -> None:
     passed: list[Exception] = []
     monkeypatch.setattr(RayActorManager, "_actor_task_failed", lambda *_, exception, **__: passed.append(exception))
-    monkeypatch.setattr(kind, "__str__", lambda self: "of a test\nand more")
-    bridge = SimpleNamespace(why="")
+    noted: list[ray.exceptions.RayError | None] = []
     error, own = kind.__new__(kind), ray.exceptions.RayTaskError.__new__(ray.exceptions.RayTaskError)
-    with ray_tune._lost_workers(bridge):  # type: ignore[arg-type]
+    with tune_internals.every_ray_error_a_lost_worker(noted.append):
         for each in (error, own):
             RayActorManager._actor_task_failed(SimpleNamespace(), tracked_actor_task=None, exception=each)
             silent = each is own or isinstance(each, ray.exceptions.RayActorError)
-            assert bridge.why == ("" if silent else f" ({kind.__name__}: of a test)")
+            assert noted[-1] is (None if silent else each)
     assert isinstance(passed[0], ray.exceptions.RayActorError) and passed[1] is own
+
+
+def test_private_parts_of_tune_are_as_they_were() -> None:
+    """Those that `tune_internals` names. Read what changed in Ray, and change `tune_internals` with it."""
+    assert list(signature(RayActorManager._actor_task_failed).parameters) == ["self", "tracked_actor_task", "exception"]
+    source = getsource(RayActorManager._actor_task_failed)
+    assert "isinstance(exception, RayActorError)" in source and "raise RuntimeError(" in source
+    assert "_actor_task_failed" in getsource(RayActorManager._schedule_tracked_actor_task)
+    assert "_setup_signal_catching" in tune.run.__code__.co_names
+    assert not signature(sys.modules["ray.tune.tune"]._setup_signal_catching).parameters
+    trial = tune.experiment.Trial("PPO", stub=True)
+    assert trial._default_result_or_future is None
+    trial.update_last_result({"done": True, "epoch": 1})
+    assert "epoch" in trial.last_result and "epoch" in trial.metric_analysis and "epoch" in trial.metric_n_steps
+    trial.set_ray_actor(SimpleNamespace(get_auto_filled_metrics=SimpleNamespace(remote=lambda **_: "a reference")))
+    assert trial._default_result_or_future == "a reference"
+    tune_internals.forget(trial)
+    assert trial._default_result_or_future is None and not trial.metric_analysis and not trial.metric_n_steps
+    assert "epoch" not in trial.last_result
 
 
 def test_a_worker_that_the_memory_monitor_kills_costs_one_attempt(

@@ -1,20 +1,19 @@
-"""Trackers that people already use, fed by Ray's own callbacks and read with the trackers' own readers."""
+"""Trackers that people already use, read with their own readers."""
 
 import math
 import sqlite3
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Timer
-from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
-from ray.tune.logger import LoggerCallback
 
 from bench import epoch
 from commands import driver, without_stops
@@ -22,36 +21,60 @@ from conftest import ODD_NAMES
 from forms import SECRETS
 from tune_kd.execute import ray_tune, trackers
 from tune_kd.execute.driver import Driver
-from tune_kd.execute.worker import Task
+from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.trackers import background, mlflow, wandb
+from tune_kd.execute.trackers.background import Background, name_of
+from tune_kd.execute.worker import Task, Workplace
 from tune_kd.study.spec import Study
 from tune_kd.system.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def tracked(ray_session: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Driver]:
+def on_ray(driver: Driver, place: Workplace, trackers: Sequence[Background]) -> None:
+    ray_tune.run_on_ray(driver, place, slots=2, beat=lambda: None, trackers=trackers)
+
+
+def in_this_process(driver: Driver, place: Workplace, trackers: Sequence[Background]) -> None:
+    run_in_process(driver, place, trackers=trackers)
+
+
+@pytest.fixture(scope="module", params=[on_ray, in_this_process])
+def tracked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Driver]:
     """A run with TensorBoard and MLflow, and a tracker that fails at its third result."""
     from conftest import tiny
 
+    if request.param is on_ray:
+        request.getfixturevalue("ray_session")
     folder = tmp_path_factory.mktemp("tracked") / "shown"
     study = without_stops(tiny())
     study = replace(study, factors=(replace(study.factors[0], levels=("cifar",)), *study.factors[1:]), moderator=None)
     said: list[str] = []
     made, place = driver(study, folder, gpus=0.0)
-    callbacks = trackers.made(["tensorboard", "mlflow"], "tiny", "shown", folder, said.append)
-    failing = trackers._Shown("brittle", Brittle, folder, said.append)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of MLflow's own dependencies
-        ray_tune.run_on_ray(made, place, slots=2, beat=lambda: None, trackers=[*callbacks, failing])
+        whole = trackers.made(["tensorboard", "mlflow"], "tiny", "shown", folder, said.append)
+        request.param(made, place, [*whole, Background("brittle", Brittle, said.append)])
     assert [each for each in said if each.startswith("warning: ")] == [
         "warning: brittle does not take this run any more (the server is gone); the run goes on without it"
     ]
     return folder, made
 
 
-class Brittle(LoggerCallback):
+class Silent:
+    """A tracker that does nothing."""
+
+    def on_start(self, name: str, settings: dict[str, Any]) -> None: ...
+
+    def on_epoch(self, name: str, epoch: int, measures: dict[str, float]) -> None: ...
+
+    def on_end(self, name: str, failed: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Brittle(Silent):
     left = 3
 
-    def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
+    def on_epoch(self, name: str, epoch: int, measures: dict[str, float]) -> None:
         self.left -= 1
         if not self.left:
             raise ConnectionError("the server is gone")
@@ -137,34 +160,27 @@ def test_an_attempt_that_is_made_again_is_shown_beside_the_first(study: Study, t
     made, _ = driver(study, tmp_path)
     task = made.next()
     assert task is not None
-    first, second = (trackers.shown(replace(task, attempt=attempt), "x", tmp_path, "y") for attempt in (1, 2))
-    assert second.name == f"{first.name} attempt 2" and second.local_path != first.local_path
+    assert name_of(replace(task, attempt=2)) == f"{name_of(task)} attempt 2"
     made.conclude()
 
 
-@pytest.mark.parametrize(("every", "seen"), [(10.0, 0), (-1.0, 5)])
+@pytest.mark.parametrize(("every", "batch", "seen"), [(10.0, 900, 0), (-1.0, 900, 5), (10.0, 7, 4)])
 def test_mlflow_gets_a_trials_measures_together_and_a_long_trials_meanwhile(
-    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch, every: float, seen: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: float, batch: int, seen: int
 ) -> None:
-    monkeypatch.setattr(trackers, "BATCH", 7)
-    monkeypatch.setattr(trackers, "BATCH_EVERY", every)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # which MLflow itself sets
+    monkeypatch.setattr(mlflow, "BATCH", batch)
+    monkeypatch.setattr(mlflow, "BATCH_EVERY", every)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from mlflow.tracking import MlflowClient
 
-        (shown,) = trackers.made(["mlflow"], "tiny", "long", tmp_path, lambda said: pytest.fail(said))
-        assert isinstance(shown, trackers._Shown)
-        inner, (task, other) = shown._make(), tasks(study, tmp_path)
-        inner.setup()
-        trials = [trackers.shown(each, each.trial.trial_id, tmp_path, "mlflow") for each in (task, other)]
-        for trial in trials:
-            inner.log_trial_start(trial)
+        tracker = mlflow.MLflow("tiny", "long", tmp_path)
+        for name in ("one", "other"):
+            tracker.on_start(name, {"arm": name})
         for epoch in range(1, 6):
-            for trial in trials:
-                inner.log_trial_result(
-                    epoch, trial, {"training_iteration": epoch, "val_accuracy": 0.1 * epoch, "lr": 1}
-                )
+            for name in ("one", "other"):
+                tracker.on_epoch(name, epoch, {"val_accuracy": 0.1 * epoch, "lr": 1})
         client = MlflowClient(f"sqlite:///{tmp_path / trackers.DATABASE}")
         (experiment,) = (each for each in client.search_experiments() if each.name == "long")
 
@@ -173,14 +189,14 @@ def test_mlflow_gets_a_trials_measures_together_and_a_long_trials_meanwhile(
             return [len(client.get_metric_history(each.info.run_id, "val_accuracy")) for each in runs]
 
         assert known() == [seen, seen]
-        for trial in trials:
-            inner.log_trial_end(trial)
+        for name in ("one", "other"):
+            tracker.on_end(name, failed=False)
         assert known() == [5, 5]
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_mlflows_database_is_in_the_runs_folder_whatever_that_is_called(
-    name: str, tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = tmp_path / name
@@ -188,71 +204,61 @@ def test_mlflows_database_is_in_the_runs_folder_whatever_that_is_called(
     monkeypatch.chdir(tmp_path)  # MLflow pastes the working directory into SQL, where an apostrophe ends it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        (shown,) = trackers.made(["mlflow"], "tiny", "odd", folder, lambda said: pytest.fail(said))
-        assert isinstance(shown, trackers._Shown)
-        inner, task = shown._make(), tasks(study, tmp_path)[0]
-        inner.setup()
-        trial = trackers.shown(task, task.trial.trial_id, folder, "mlflow")
-        inner.log_trial_start(trial)
-        inner.log_trial_result(1, trial, {"training_iteration": 1, "val_accuracy": 0.5})
-        inner.log_trial_end(trial)
+        tracker = mlflow.MLflow("tiny", "odd", folder)
+        tracker.on_start("a trial", {"arm": "kd"})
+        tracker.on_epoch("a trial", 1, {"val_accuracy": 0.5})
+        tracker.on_end("a trial", failed=True)
     with closing(sqlite3.connect(folder / trackers.DATABASE)) as stored:
-        assert stored.execute("SELECT name, status FROM runs").fetchall() == [(trial.name, "FINISHED")]
+        assert stored.execute("SELECT name, status FROM runs").fetchall() == [("a trial", "FAILED")]
         assert stored.execute("SELECT key, value FROM metrics").fetchall() == [("val_accuracy", 0.5)]
     assert [path.name for path in folder.iterdir()] == [trackers.DATABASE]
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {name}
 
 
-def test_a_tracker_that_wants_to_end_the_process_ends_only_itself(tmp_path: Path) -> None:
+def test_a_tracker_that_wants_to_end_the_process_ends_only_itself() -> None:
     said: list[str] = []
-    shown = trackers._Shown("gone", lambda: sys.exit("no account"), tmp_path, said.append)
-    shown.setup()
-    shown.on_experiment_end([])
+    Background("gone", lambda: sys.exit("no account"), said.append).close()
     assert said == ["warning: gone does not take this run any more (no account); the run goes on without it"]
 
 
-class Hanging(LoggerCallback):
+class Hanging(Silent):
     def __init__(self) -> None:
         self.leave = Event()
 
-    def log_trial_start(self, trial: Any) -> None:
+    def on_start(self, name: str, settings: dict[str, Any]) -> None:
         self.leave.wait(60)
         raise ConnectionError("the server was away")
 
 
-def test_what_a_tracker_says_is_cut_after_its_secrets_are_masked(tmp_path: Path) -> None:
+def test_what_a_tracker_says_is_cut_after_its_secrets_are_masked() -> None:
     text, hidden = SECRETS["GitHub"]
     said: list[str] = []
-    shown = trackers._Shown("shy", lambda: sys.exit(f"{'x' * 188} {text}"), tmp_path, said.append)
-    shown.setup()
-    shown.on_experiment_end([])
+    Background("shy", lambda: sys.exit(f"{'x' * 188} {text}"), said.append).close()
     assert "xxx ***)" in said[0] and hidden[:3] not in said[0]
 
 
 def test_a_tracker_that_hangs_holds_up_nothing_and_is_left_in_the_end(
     tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trackers, "PATIENCE", 0.2)
+    monkeypatch.setattr(background, "PATIENCE", 0.2)
     said: list[str] = []
     hanging = Hanging()
-    shown = trackers._Shown("stuck", lambda: hanging, tmp_path, said.append)
-    shown.setup()
+    shown = Background("stuck", lambda: hanging, said.append)
     began = time.monotonic()
     for task in tasks(study, tmp_path):
-        shown.on_trial_start(0, [], SimpleNamespace(trial_id=task.trial.trial_id, config={"task": task}))
-    shown.on_experiment_end([])
+        shown.on_start(task)
+    shown.close()
     assert time.monotonic() - began < 30
     assert said == ["warning: stuck has not taken all of this run in 0 s; it is left"]
     hanging.leave.set()
 
-    monkeypatch.setattr(trackers, "PATIENCE", 30.0)  # one that fails at the very end
+    monkeypatch.setattr(background, "PATIENCE", 30.0)  # one that fails at the very end
     hanging = Hanging()
-    shown = trackers._Shown("late", lambda: hanging, tmp_path, said.append)
-    shown.setup()
+    shown = Background("late", lambda: hanging, said.append)
     for task in tasks(study, tmp_path / "again"):
-        shown.on_trial_start(0, [], SimpleNamespace(trial_id=task.trial.trial_id, config={"task": task}))
+        shown.on_start(task)
     Timer(0.5, hanging.leave.set).start()
-    shown.on_experiment_end([])
+    shown.close()
     assert said[1:] == [
         "warning: late does not take this run any more (the server was away); the run goes on without it"
     ]
@@ -267,19 +273,43 @@ def tasks(study: Study, folder: Path) -> list[Task]:
 
 
 def test_weights_and_biases_has_a_trial_in_its_folder_where_there_is_no_network(
-    ray_session: str, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     (shown,) = trackers.made(["wandb"], "tiny", "far", tmp_path, lambda said: pytest.fail(said))
     task = tasks(study, tmp_path)[0]
-    trial: Any = SimpleNamespace(trial_id=task.trial.trial_id, config={"task": task})
-    shown.setup()
-    shown.on_trial_start(0, [], trial)
+    shown.on_start(task)
     for number in (1, 2):
-        shown.on_trial_result(number, [], trial, {"epoch": epoch(number, last=True)})
-    shown.on_trial_complete(3, [], trial)
-    shown.on_experiment_end([])
+        shown.on_epoch(task, epoch(number, last=True))
+    shown.on_end(task, failed=False)
+    shown.close()
     (file,) = (tmp_path / "wandb" / f"{task.trial.label}").glob("wandb/offline-run-*/*.wandb")
     written = file.read_bytes()
     for each in (b"val_accuracy", b"tune_kd-tiny", b"far", task.trial.arm.encode()):
         assert each in written
+
+
+def test_a_process_of_weights_and_biases_that_fails_says_why(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "no such mode")
+    said: list[str] = []
+    shown = Background("wandb", lambda: wandb.WandB("tiny", "far", tmp_path), said.append)
+    shown.on_start(tasks(study, tmp_path)[0])
+    shown.close()
+    (warning,) = said
+    assert "wandb does not take this run any more" in warning and "mode" in warning
+
+
+def test_an_attempt_that_never_started_has_no_end(study: Study, tmp_path: Path) -> None:
+    """Its worker died before."""
+    said: list[str] = []
+
+    class Ending(Silent):
+        def on_end(self, name: str, failed: bool) -> None:
+            raise AssertionError("it did")
+
+    shown = Background("ending", Ending, said.append)
+    shown.on_end(tasks(study, tmp_path)[0], failed=True)
+    shown.close()
+    assert said == []

@@ -20,6 +20,7 @@ from tune_kd.data import datasets
 from tune_kd.execute import trackers
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.trackers import mlflow
 from tune_kd.execute.verify import verify
 from tune_kd.execute.worker import Task, Workplace, work
 from tune_kd.records import extension, lock, rebuild, run_folder, sync
@@ -253,10 +254,7 @@ def test_mlflows_database_comes_along_where_a_run_goes_on(
     sync.send(begun.folder, *trackers.FILES)
     elsewhere(monkeypatch, tmp_path, "second")
     there = run_folder.find(object_store.local(s3.url("kd")), "kept")
-    (shown,) = trackers.made(["mlflow"], "tiny", "kept", there, lambda said: pytest.fail(said))
-    assert isinstance(shown, trackers._Shown)
-    shown._make()
-    assert (there / trackers.DATABASE).read_bytes() == b"of before"
+    assert mlflow.database(there).read_bytes() == b"of before"
 
 
 def test_a_store_that_is_gone_ends_the_run_whole_and_gets_the_rest_later(

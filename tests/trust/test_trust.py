@@ -40,9 +40,10 @@ from forms import SECRETS, SHORT
 from oddities import at_once
 from tune_kd import cli
 from tune_kd.data import datasets
-from tune_kd.execute import trackers
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.trackers.mlflow import MLflow
+from tune_kd.execute.trackers.wandb import WandB
 from tune_kd.execute.worker import Task, Workplace
 from tune_kd.records import ledger as records
 from tune_kd.records import schema, sqlite_file
@@ -1006,9 +1007,8 @@ def test_a_journal_does_not_name_a_file_to_be_removed(
         assert "-journal is there, which no run leaves" in " ".join((told.out + told.err).split())
     sqlite3.connect(given / "mlflow.db").close()
     journal_of(given / "mlflow.db-journal", precious)
-    (shown,) = trackers.made(["mlflow"], "s", "tiny", given, lambda _: None)
     with pytest.raises(CorruptFile, match=r"mlflow.db-journal names another file"):
-        shown._make()  # type: ignore[attr-defined]
+        MLflow("s", "tiny", given)
     assert precious.read_text() == "precious"
 
 
@@ -1016,9 +1016,8 @@ def test_a_trackers_settings_are_not_taken_from_results(given: Path) -> None:
     """From where its library works, it would be told where runs are sent, and the user's key with them."""
     (given / "wandb" / "trial" / ".wandb").mkdir(parents=True)
     (given / "wandb" / "trial" / ".wandb" / "settings").write_text("[default]\nbase_url = http://192.0.2.1\n")
-    (shown,) = trackers.made(["wandb"], "s", "tiny", given, lambda _: None)
     with pytest.raises(ValueError, match="settings says how Weights & Biases is to be used; remove it"):
-        shown._make()  # type: ignore[attr-defined]
+        WandB("s", "tiny", given)
 
 
 @pytest.mark.parametrize("file", ["evil.py", "notes.txt", "/x/notes.txt", "/x/evil.py\n"])

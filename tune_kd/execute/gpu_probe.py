@@ -1,4 +1,4 @@
-"""Which share of a GPU a trial should have: measured, by training the heaviest student several times at once."""
+"""Measure which share of a GPU a trial should have, by training several copies of the heaviest student at once."""
 
 import math
 import multiprocessing
@@ -23,16 +23,16 @@ from tune_kd.training.checkpoints import Checkpoints
 from tune_kd.training.device import peak_memory, start_measuring
 from tune_kd.training.loop import train
 
-NUMBERS = (1, 2, 4, 8)  # trials at a time that are tried
-STEPS = 40  # of a probing epoch: a second or so, of which the capture of a step is no part
-EPOCHS = 3  # that are measured, after one to warm up
-GROWTH = 1.05  # more trials at a time have to train at least this much more images a second
-HEADROOM = 0.9  # of the memory is planned with; the rest is for fragments
+NUMBERS = (1, 2, 4, 8)  # of concurrent trials to try
+STEPS = 40  # of a probing epoch: about a second, without the capture of a step
+EPOCHS = 3  # measured after one epoch of warm-up
+GROWTH = 1.05  # a larger number of trials must raise images per second by at least this factor
+HEADROOM = 0.9  # fraction of memory to plan with; the rest is for fragmentation
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What so many equal trials did at the same time."""
+    """Result of training `together` equal trials at the same time."""
 
     together: int
     images_per_second: float  # of all of them
@@ -40,9 +40,9 @@ class Measured:
 
 
 def propose(measured: Sequence[Measured], memory: int) -> float:
-    """The share 1/k of the fewest trials k at a time that train nearly (5 %) as many images a second as any number.
+    """Return the share 1/k, where k is the smallest number of trials within 5 % of the best images per second.
 
-    Numbers whose trials do not fit into 90 % of `memory` (bytes) do not count. Raises `UserError` where none fits.
+    Skips numbers whose trials need more than 90 % of `memory` (bytes). Raises `UserError` if none fits.
     """
     fitting = [each for each in measured if each.together * each.bytes_each <= HEADROOM * memory]
     if not fitting:
@@ -56,8 +56,8 @@ def propose(measured: Sequence[Measured], memory: int) -> float:
 def probe(
     plan: Plan, data: DataSet, device: torch.device, say: Callable[[str], None], numbers: Sequence[int] = NUMBERS
 ) -> float:
-    """Measure one trial, then more at a time while that trains more images a second, and propose a share."""
-    # The share holds for all trials, so the one with most to compute is measured: `feature`, where there is one.
+    """Measure one trial, then more at a time while images per second grow; return the share to use."""
+    # One share is used for all trials, so measure the most expensive one.
     student = max((trial for trial in plan.trials if trial.role == "student"), key=flop)
     teacher = next((trial for trial in plan.teachers if trial.trial_id == student.teacher_id), None)
     memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 2**63
@@ -79,7 +79,7 @@ def probe(
 def measure(
     student: Trial, teacher: Trial | None, data: DataSet, device: torch.device, together: int
 ) -> Measured | None:
-    """Train a student so many times at once, each in a process of its own; null where one runs out of memory."""
+    """Train `together` copies of a student at once, one per process. Returns None if one runs out of memory."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(together)]
     processes = [
@@ -89,9 +89,9 @@ def measure(
     for process in processes:
         process.start()
     for _, there in pipes:
-        there.close()  # so that the death of a process ends what is received from it
+        there.close()  # so that recv raises EOFError if the process dies
     try:
-        answers = [here.recv() for here, _ in pipes]  # warm
+        answers = [here.recv() for here, _ in pipes]  # after warm-up
         if all(answer == "ready" for answer in answers):
             for here, _ in pipes:
                 here.send("go")
@@ -108,15 +108,13 @@ def measure(
             if failure(answer).reason == "out_of_memory":
                 return None
             raise answer
-    if "ready" in answers:
-        return None
     return Measured(together, sum(speed for speed, _ in answers), max(peak for _, peak in answers))
 
 
 def _train(
     student: Trial, teacher: Trial | None, data: DataSet, device: torch.device, together: int, pipe: Connection
 ) -> None:
-    """Say "ready" after an epoch, wait, and send (images a second, peak bytes) of those that follow, or the error."""
+    """Send "ready" after an epoch, wait, then send (images per second, peak bytes) of the next epochs, or the error."""
     with tempfile.TemporaryDirectory() as name, suppress(EOFError):
         try:
             guard_code()
@@ -132,7 +130,7 @@ def _train(
             small = replace(data, train=Split(data.train.images[:count], data.train.labels[:count]))
             trial = replace(student, recipe=replace(student.recipe, epochs=EPOCHS + 2))
             helper = None
-            if teacher is not None:  # of random weights, which cost what trained ones do
+            if teacher is not None:  # random weights cost as much as trained ones
                 cell, folder = teacher.cell, Path(name, "teachers")
                 net = networks.build(
                     teacher.architecture, stem=cell.stem, classes=len(data.classes), width=cell.width, seed=0

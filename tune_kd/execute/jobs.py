@@ -1,5 +1,5 @@
-"""Commands on a cluster that is elsewhere, as jobs of Ray's: sent with this project as their working directory,
-followed, and found again. What a command does there, and says, is what it does and says here."""
+"""Run commands on another cluster as Ray jobs: submit, follow, find again. A job's working directory is a copy of this
+project, so a command does and prints there what it does here."""
 
 import asyncio
 import logging
@@ -26,19 +26,18 @@ from tune_kd.system.environment import token_file
 from tune_kd.system.errors import UserError
 from tune_kd.system.files import MOST_RECORD_BYTES, read
 
-START = "tune_kd.sh"  # with which a job begins
-STARTING = 60.0  # seconds that a cluster may take until its dashboard's agents are there
+START = "tune_kd.sh"  # starts a job
+STARTING = 60.0  # seconds to wait until a cluster's dashboard agents are up
 CHATTY = (
     "ray.dashboard.modules.job.sdk",
     "ray.dashboard.modules.dashboard_sdk",
     "ray._private.runtime_env.packaging",
 )
-UNREACHABLE = (ConnectionError, RuntimeError, ValueError, OSError)  # what Ray makes of an address
+UNREACHABLE = (ConnectionError, RuntimeError, ValueError, OSError)  # what Ray raises for a bad address
 
 
 def client(address: str) -> JobSubmissionClient:
-    """Ray's client of the cluster whose dashboard is at `address`. Raises `UserError` where nobody answers, or not
-    us."""
+    """Connect to the dashboard at `address`. Raises `UserError` if nobody answers, or refuses our token."""
     if not is_url(address):
         raise UserError(
             f"--address is {address}; allowed: the URL of the cluster's dashboard, such as http://HEAD:8265"
@@ -70,11 +69,11 @@ def submit(
     study: Mapping[str, Path] = MappingProxyType({}),
     install: bool = False,
 ) -> str:
-    """Have a cluster run `python -m tune_kd` with these arguments; returns the job's id.
+    """Have a cluster run `python -m tune_kd` with these arguments; return the job's id.
 
-    The job works in a copy of this project, to which the files of a user's `study` are added under these names. With
-    `install`, Ray installs this project's dependencies there first, in the versions that are here. Raises `UserError`
-    where the cluster does not take it.
+    The job works in a copy of this project plus the files of a user's `study`, under the names given. With `install`,
+    Ray first installs this project's dependencies there, in the versions installed here. Raises `UserError` if the
+    cluster refuses the job.
     """
     with _copy(study) as folder:
         environment: dict[str, Any] = {"working_dir": str(folder)}
@@ -93,7 +92,7 @@ def submit(
 
 @contextmanager
 def _copy(study: Mapping[str, Path]) -> Iterator[Path]:
-    """A folder with this project as a cluster is to have it, with its version, and a study."""
+    """A temporary folder for a job: this project, its metadata (for the version) and a study."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for source in (Path(__file__).parents[1], INSTALLED):
@@ -101,7 +100,7 @@ def _copy(study: Mapping[str, Path]) -> Iterator[Path]:
         home = folder / f"tune_kd-{version('tune_kd')}.dist-info"
         home.mkdir()
         (home / "METADATA").write_text(distribution("tune_kd").read_text("METADATA") or "")
-        # The interpreter of this place, where images are alike, or the one that the cluster was started with.
+        # The interpreter used here if the cluster has it, else the one that the cluster was started with.
         python = f'P={shlex.quote(sys.executable)}; [ -x "$P" ] || P=python'
         (folder / START).write_text(f'{python}; exec "$P" -m tune_kd "$@"\n')
         for place, file in study.items():
@@ -111,20 +110,20 @@ def _copy(study: Mapping[str, Path]) -> Iterator[Path]:
 
 
 def dependencies() -> list[str]:
-    """What this project needs, but for Ray, which a cluster has, in the versions that are installed here."""
+    """Return this project's requirements, pinned to the versions installed here. A cluster already has Ray."""
     names = (Requirement(each) for each in requires("tune_kd") or ())
     return [f"{each.name}=={version(each.name)}" for each in names if each.name != "ray" and each.marker is None]
 
 
 def follow(cluster: JobSubmissionClient, job: str, show: Callable[[str], None]) -> int:
-    """Show a job's log as it grows; returns its command's exit status. Raises `UserError` where it never began."""
+    """Show a job's log as it grows; return its command's exit status. Raises `UserError` if it never started."""
     shown = 0
 
     async def tail() -> None:
         nonlocal shown
         passed = 0
         async for text in cluster.tail_job_logs(job):
-            new = text[max(0, shown - passed) :]  # after a lost connection, it comes again from its start
+            new = text[max(0, shown - passed) :]  # after a lost connection, the log comes again from its start
             passed += len(text)
             shown = max(shown, passed)
             if new:
@@ -134,7 +133,7 @@ def follow(cluster: JobSubmissionClient, job: str, show: Callable[[str], None]) 
         with suppress(*UNREACHABLE):
             asyncio.run(tail())
         time.sleep(0.2)
-    if rest := cluster.get_job_logs(job)[shown:]:  # of a job that ended meanwhile
+    if rest := cluster.get_job_logs(job)[shown:]:  # if the job ended meanwhile
         show(rest)
     if info.driver_exit_code is not None:
         return int(info.driver_exit_code)
@@ -147,7 +146,7 @@ def follow(cluster: JobSubmissionClient, job: str, show: Callable[[str], None]) 
 
 
 def find(cluster: JobSubmissionClient, run: str) -> dict[str, str]:
-    """What `submit` was told of the newest job of a run. Raises `UserError` where there is none."""
+    """Return the metadata that `submit` got for the newest job of a run. Raises `UserError` if there is none."""
     jobs = [(each.start_time or 0, each.metadata or {}) for each in cluster.list_jobs() if each.submission_id]
     ours = {at: told for at, told in jobs if {"run", "out"} <= set(told)}
     theirs = [at for at, told in ours.items() if told["run"] == run]

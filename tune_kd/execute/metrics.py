@@ -1,13 +1,14 @@
-"""What a run tells Prometheus, through Ray's metrics. `METRICS` is the list of it; docs/monitoring.md explains it.
+"""Metrics of a run for Prometheus, exported through Ray. `METRICS` lists them; docs/monitoring.md explains them.
 
-Ray puts `ray_` before each name and `_total` behind that of a counter, and drops a gauge that is not set any more: so
-what trials that run have ends with them.
+Ray adds the prefix `ray_` to each name and the suffix `_total` to a counter's. It drops a gauge that is no longer set,
+so gauges of running trials disappear with the trials.
 """
 
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import Literal
 
 from ray.util.metrics import Counter as RayCounter
@@ -22,13 +23,12 @@ from tune_kd.study.plan import Plan
 from tune_kd.study.trial import Trial
 from tune_kd.system import overhead
 
-EVERY = 2.0  # seconds between two settings of the gauges; Ray drops those that were not set for 2 to 20 seconds
+EVERY = 2.0  # seconds between updates of the gauges; Ray drops a gauge that is not set for 2 to 20 seconds
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that goes to Prometheus, with labels besides `run`. A gauge is a state; a counter grows from the start
-    of the driver on."""
+    """A metric and its labels besides `run`. A gauge is a state; a counter grows from the start of the driver."""
 
     name: str
     kind: Literal["gauge", "counter"]
@@ -62,7 +62,7 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """The value of a gauge under its labels."""
+    """The value of a gauge, with labels."""
 
     name: str
     value: float
@@ -70,8 +70,11 @@ class Sample:
 
 
 def samples(plan: Plan, rows: Sequence[Row], stopped: Iterable[str], gpus: float) -> Iterator[Sample]:
-    """The gauges of a run: its rows of trials, also of those still to be drawn, the arms that early stopping `stopped`
-    and the GPU share of a trial that has not begun."""
+    """Yield the gauges of a run.
+
+    `rows` are its trials, including those still to be drawn; `stopped` the arms that early stopping stopped; `gpus` the
+    GPU share of a trial that has not started.
+    """
     counts = Counter((row["phase"], row["status"]) for row in rows)
     for phase in TRIALS.levels["phase"]:
         for status in TRIALS.levels["status"]:
@@ -90,7 +93,7 @@ def samples(plan: Plan, rows: Sequence[Row], stopped: Iterable[str], gpus: float
 
 
 def _pairs(plan: Plan, rows: Sequence[Row]) -> tuple[int, int]:
-    """Pairs of trials with one seed, over the study's effects: how many are completed, and how many are planned."""
+    """Count the pairs of trials with one seed, over the study's effects: completed and planned."""
     confirm = [row for row in rows if row["phase"] == "confirm"]
     confirmed = {(row["arm"], row["seed"]) for row in confirm}
     completed = {(row["arm"], row["seed"]) for row in confirm if row["status"] == "completed"}
@@ -105,24 +108,20 @@ def _pairs(plan: Plan, rows: Sequence[Row]) -> tuple[int, int]:
 
 
 def _seconds(rows: Sequence[Row], gpus: float) -> Iterator[Sample]:
-    """What trials took; as soon as one has run an epoch, also what the whole plan would take at this run's pace."""
+    """Yield the seconds spent and, once a trial has run an epoch, those of the whole plan at this run's pace."""
     spent = [max(row["wall_seconds"] or 0.0, row["train_seconds"] or 0.0) for row in rows]
     shares = [gpus if row["gpu_fraction"] is None else row["gpu_fraction"] for row in rows]
     yield Sample("tune_kd_trial_seconds", sum(spent))
-    yield Sample("tune_kd_gpu_seconds", sum(map(_product, spent, shares)))
+    yield Sample("tune_kd_gpu_seconds", sum(map(mul, spent, shares)))
     if (seconds := pace(rows)) is not None:
-        # What a trial took besides its epochs is in what it took.
+        # The seconds spent include those outside of epochs.
         planned = [max(took, row["epochs_planned"] * seconds(row)) for took, row in zip(spent, rows, strict=True)]
         yield Sample("tune_kd_trial_seconds_planned", sum(planned))
-        yield Sample("tune_kd_gpu_seconds_planned", sum(map(_product, planned, shares)))
-
-
-def _product(one: float, other: float) -> float:
-    return one * other
+        yield Sample("tune_kd_gpu_seconds_planned", sum(map(mul, planned, shares)))
 
 
 class Metrics:
-    """The metrics of the run that a driver runs, in the process that Ray knows as its driver."""
+    """Exports the metrics of a driver's run. Lives in the process that Ray knows as its driver."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
@@ -136,17 +135,17 @@ class Metrics:
         self._set_at = 0.0
 
     def reported(self, trial: Trial, checkpoint_seconds: float) -> None:
-        """A worker reported an epoch of a trial, and has spent that much on its checkpoints since the one before."""
+        """Count an epoch of a trial, and the seconds that its worker spent on checkpoints since the epoch before."""
         self._count("tune_kd_epochs", 1)
         self._count("tune_kd_images", images_of(trial).train)
         self._count("tune_kd_checkpoint_seconds", checkpoint_seconds)
 
     def retried(self, reason: str) -> None:
-        """An attempt failed, and is made again."""
+        """Count a failed attempt that is retried."""
         self._count("tune_kd_retries", 1, reason=reason)
 
     def renew(self) -> None:
-        """Renew the gauges, if it is time."""
+        """Update the gauges, if it is time."""
         now = time.monotonic()
         if now - self._set_at < EVERY:
             return
@@ -160,5 +159,5 @@ class Metrics:
         self._ledger_seconds = overhead.spent["ledger"]
 
     def _count(self, name: str, amount: float, **labels: str) -> None:
-        if amount > 0:  # Ray refuses to add nothing
+        if amount > 0:  # Ray refuses to add 0
             self._ray[name].inc(amount, labels)

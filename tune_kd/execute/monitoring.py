@@ -1,4 +1,4 @@
-"""What Prometheus and Grafana need in order to watch runs: where Ray's metrics are, and a board for them."""
+"""Files for Prometheus and Grafana: where Ray's metrics are, and a board for them. Addresses of Ray's dashboard."""
 
 import os
 from contextlib import closing, suppress
@@ -14,7 +14,7 @@ from tune_kd.system.errors import UserError
 from tune_kd.system.files import publish
 
 BOARD = Path(__file__).parent / "grafana" / "ablation.json"
-DASHBOARD = "http://127.0.0.1:8265"  # where Ray's is, unless that port is taken
+DASHBOARD = "http://127.0.0.1:8265"  # Ray's default
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 GUARDED = "it asks for the token that `ray get-auth-token` prints"
@@ -26,7 +26,7 @@ ANSWER_WITHIN = 5.0  # seconds
 
 
 def is_url(address: str | None) -> TypeGuard[str]:
-    """Whether an address is that of a dashboard, to which one sends commands, and not of a cluster, which one joins."""
+    """Whether an address is a dashboard's, which takes jobs, and not a cluster's, which a driver joins."""
     try:
         parts = urlsplit(address or "")
     except ValueError:
@@ -35,19 +35,19 @@ def is_url(address: str | None) -> TypeGuard[str]:
 
 
 def is_here(url: str) -> bool:
-    """Whether the URL of a dashboard is one of this machine: what results say of another is not to be believed."""
+    """Whether the URL of a dashboard is on this machine. Results may come from anybody; do not trust other URLs."""
     return is_url(url) and urlsplit(url).hostname in LOOPBACK
 
 
 def asks_for_token(dashboard: str | None, unset: str = "token") -> bool:
-    """Whether a Ray serves only those who have its token: its dashboard is asked without one.
+    """Whether Ray requires its token. Asks its dashboard without one.
 
-    Where none answers, it is as RAY_AUTH_MODE says, or `unset` where that is not set.
+    If no dashboard answers, RAY_AUTH_MODE decides, or `unset` if that is not set.
     """
     if is_url(dashboard):
         parts = urlsplit(dashboard)
         connection = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        with suppress(OSError, HTTPException, ValueError):  # nobody is there, or nobody who speaks HTTP
+        with suppress(OSError, HTTPException, ValueError):  # no answer, or none in HTTP
             asked = connection(parts.netloc.rpartition("@")[2], timeout=ANSWER_WITHIN)
             with closing(asked):
                 asked.request("GET", f"{parts.path.rstrip('/')}/api/version")
@@ -58,7 +58,7 @@ def asks_for_token(dashboard: str | None, unset: str = "token") -> bool:
 
 
 def scrape_settings(dashboard: str, token: Path) -> str:
-    """Settings of Prometheus (YAML) that find the metrics of all nodes of a Ray through its dashboard."""
+    """Return settings of Prometheus (YAML) that find the metrics of all nodes through Ray's dashboard."""
     discovery = {
         "url": f"{dashboard.rstrip('/')}/api/prometheus/sd",
         "refresh_interval": "10s",
@@ -72,7 +72,7 @@ def scrape_settings(dashboard: str, token: Path) -> str:
 
 
 def write(folder: Path, dashboard: str) -> list[Path]:
-    """Write `prometheus.yml` and the board `ablation.json` into a folder; returns them. Raises `UserError`."""
+    """Write `prometheus.yml` and the board `ablation.json` into a folder; return their paths. Raises `UserError`."""
     if not is_url(dashboard):
         raise UserError(f"--address is {dashboard}; allowed: the URL of Ray's dashboard, such as {DASHBOARD}")
     found = {"prometheus.yml": scrape_settings(dashboard, token_file()).encode(), BOARD.name: BOARD.read_bytes()}

@@ -1,4 +1,4 @@
-"""What happens where a trial runs: find data and teacher, train, publish. Knows neither Ray nor the ledger."""
+"""Run a trial: load its data and teacher, train, publish. Knows neither Ray nor the ledger."""
 
 import math
 import platform
@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,13 +26,13 @@ from tune_kd.training.checkpoints import Checkpoints
 from tune_kd.training.device import keep_freed_blocks
 from tune_kd.training.loop import Diverged, best_weights, train
 
-ASK_EVERY = 2.0  # seconds between questions to a store whether a trial is to leave
+ASK_EVERY = 2.0  # seconds between checks of a store for the request to leave
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where the trials of a run find things and leave things, and how often. With a `url`, the folders of teachers and
-    checkpoints are mirrors of what is there, on each machine in a place of its own."""
+    """Folders of a run that its trials read and write. With a `url`, each machine mirrors the folders of teachers and
+    checkpoints from there into a place of its own."""
 
     data_dir: Path | None
     cache: Path | None
@@ -40,23 +40,23 @@ class Workplace:
     checkpoints: Path
     checkpoint_every: float = 30.0  # seconds between the checkpoints of a trial
     url: str | None = None  # of the folder of all runs
-    data: DataSet | None = None  # where it came along; else each process loads it from `data_dir`
-    umask: int | None = None  # of who started the run, with which results are written; null for the process's own
+    data: DataSet | None = None  # if None, each process loads it from `data_dir`
+    umask: int | None = None  # of the user who started the run, for result files; None for the process's own
 
     @property
     def drain(self) -> Path:
-        """A file that is there while trials are to leave: each then writes a checkpoint at the end of its epoch."""
+        """A file that exists while trials are asked to leave; each then writes a checkpoint at the end of its epoch."""
         return self.checkpoints / "drain"
 
     def here(self) -> "Workplace":
-        """The same on the machine that asks."""
+        """The same workplace with the paths of this machine."""
         if self.url is None:
             return self
         root, run = local(self.url), self.checkpoints.parent.name
         return replace(self, teachers=root / self.teachers.name, checkpoints=root / run / self.checkpoints.name)
 
     def leaving(self) -> Callable[[], bool]:
-        """Whether trials are to leave, for one of them to ask after each epoch."""
+        """Return a function that tells whether trials are asked to leave; a trial calls it after each epoch."""
         mirror, asked = Mirror.of(self.drain.parent), -math.inf
 
         def asked_to_leave() -> bool:
@@ -71,15 +71,15 @@ class Workplace:
 
 @dataclass(frozen=True)
 class Task:
-    """One attempt at a trial, with its share of the machine."""
+    """One attempt at a trial, with its share of CPUs and GPUs."""
 
     trial: Trial
     attempt: int  # from 1
-    acknowledged: int  # epochs that the ledger holds
+    acknowledged: int  # number of epochs in the ledger
     cpus: float
     gpus: float
-    answering: Answering | None = None  # of this student's teacher
-    taught: str | None = None  # digest of its teacher's weights, as the teacher's row has it
+    answering: Answering | None = None  # how its teacher computes logits
+    taught: str | None = None  # digest of the teacher's weights, from the teacher's row
 
     @property
     def threads(self) -> int:
@@ -88,7 +88,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Where:
-    """The machine and the device of a trial, for the records."""
+    """The host and device of a trial, for the records."""
 
     host: str
     device: str
@@ -96,15 +96,15 @@ class Where:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended early. `lost` is the worker's death, `storage` a disk's: they say nothing of the trial."""
+    """Why an attempt ended early. `lost` (a dead worker) and `storage` (a disk) are not the trial's fault."""
 
     reason: Literal["diverged", "out_of_memory", "teacher_failed", "error", "lost", "storage"]
     message: str
 
 
 def failure(error: BaseException) -> Failure:
-    """What an exception in a trial means."""
-    message = masked("".join(traceback.format_exception_only(error)).strip())  # before Ray has it
+    """Classify an exception that a trial raised."""
+    message = masked("".join(traceback.format_exception_only(error)).strip())  # before Ray sees it
     if isinstance(error, Diverged):
         return Failure("diverged", message)
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
@@ -116,7 +116,7 @@ def failure(error: BaseException) -> Failure:
     return Failure("error", message)
 
 
-Work = Callable[[Task, Workplace], Generator[Epoch]]  # what is done with a task: `work`, or a stand-in
+Work = Callable[[Task, Workplace], Generator[Epoch]]  # `work`, or a stand-in in tests
 
 
 def work(task: Task, place: Workplace) -> Generator[Epoch]:
@@ -125,7 +125,7 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
     place = place.here()
     device = _device(task)
     if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(min(1.0, task.gpus))  # Ray's fractions alone bind nobody
+        torch.cuda.set_per_process_memory_fraction(min(1.0, task.gpus))  # Ray does not enforce its fractions
     torch.set_num_threads(task.threads)
     keep_freed_blocks()
     guard_code()
@@ -136,52 +136,38 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
             f"{place.data_dir or trial.data.name} is not the same here as where the run was started"
         )
     checkpoints = Checkpoints(place.checkpoints / trial.trial_id)
-    if trial.role == "teacher":
-        yield from _teach(task, place, dataset, device, checkpoints)
-        return
-    if trial.teacher_id:
-        teachers.fetch_teacher(place.teachers, trial.teacher_id)
-    teacher = (
-        _teacher(place.teachers, trial.teacher_id, dataset, device, task.answering, task.taught)
-        if trial.teacher_id
-        else None
-    )
-    yield from train(
+    training = partial(
+        train,
         trial,
         dataset,
-        teacher,
         device=device,
         checkpoints=checkpoints,
         checkpoint_every=place.checkpoint_every,
-        acknowledged=task.acknowledged,
         leaving=place.leaving(),
     )
+    if trial.role == "teacher":
+        yield from _teach(trial, place, checkpoints, training(None))
+        return
+    teacher = None
+    if trial.teacher_id:
+        teachers.fetch_teacher(place.teachers, trial.teacher_id)
+        teacher = _teacher(place.teachers, trial.teacher_id, dataset, device, task.answering, task.taught)
+    yield from training(teacher, acknowledged=task.acknowledged)
 
 
-def _teach(
-    task: Task, place: Workplace, dataset: DataSet, device: torch.device, checkpoints: Checkpoints
-) -> Iterator[Epoch]:
+def _teach(trial: Trial, place: Workplace, checkpoints: Checkpoints, training: Iterator[Epoch]) -> Iterator[Epoch]:
     """Adopt a teacher that was published before, or train it and publish it before its last epoch is reported.
 
-    One process at a time: another run that wants the same teacher waits here, and then adopts it.
+    One process at a time: another run that needs the same teacher waits here, then adopts it.
     """
-    trial = task.trial
     teachers.fetch_teacher(place.teachers, trial.trial_id)
     with _patiently(teachers.writing(place.teachers, trial.trial_id), place):
         published = teachers.published_epochs(place.teachers, trial.trial_id)
         if published is not None:
-            yield from published  # also what is on record: the driver sees whether it is the same
+            yield from published  # also epochs on record: the driver checks that they are the same
             return
         trained: list[Epoch] = []
-        for epoch in train(
-            trial,
-            dataset,
-            None,
-            device=device,
-            checkpoints=checkpoints,
-            checkpoint_every=place.checkpoint_every,
-            leaving=place.leaving(),
-        ):
+        for epoch in training:
             trained.append(epoch)
             if epoch.outcome is not None:
                 teachers.publish_teacher(place.teachers, trial, best_weights(checkpoints), trained)
@@ -190,7 +176,7 @@ def _teach(
 
 @contextmanager
 def _patiently(lock: FileLock, place: Workplace) -> Iterator[None]:
-    """Hold a lock that another run may have for hours, unless this one is asked to leave meanwhile."""
+    """Hold a lock that another run may keep for hours. Raises `RuntimeError` if this run is asked to leave."""
     while True:
         try:
             lock.acquire(timeout=1.0)
@@ -206,11 +192,11 @@ def _patiently(lock: FileLock, place: Workplace) -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _dataset(spec: Data, folder: Path | None, cache: Path | None) -> DataSet:
-    """The data set, once a process."""
+    """Load the data set once per process."""
     return load_declared(spec, folder, cache=cache, say=lambda _: None, progress=False)
 
 
-# The last two teachers of a process, checked once: their networks and answers stay for the trials that follow.
+# Keep the last two teachers of a process, with their networks and logits, for the trials that follow.
 _teacher = lru_cache(maxsize=2)(teachers.load_teacher)
 
 
@@ -219,6 +205,6 @@ def _device(task: Task) -> torch.device:
 
 
 def whereabouts(task: Task) -> Where:
-    """Where this process runs a task."""
+    """Return where this process runs a task."""
     device = _device(task)
     return Where(platform.node(), torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
