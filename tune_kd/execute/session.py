@@ -55,7 +55,7 @@ def execute(
     from tune_kd.execute.worker import Workplace
     from tune_kd.records import lock, rebuild, sync
     from tune_kd.records.schema import TRIALS
-    from tune_kd.reporting.terminal import View
+    from tune_kd.reporting.progress import ProgressDisplay
     from tune_kd.training import teachers
 
     advice = f"go on with: python -m tune_kd resume {quote(str(run.folder))}"
@@ -92,7 +92,7 @@ def execute(
             url=url,
             umask=environment.umask(),
         )
-        view = around.enter_context(View(console, run.name, cluster.logs / f"tune_kd-{run.name}.log"))
+        view = around.enter_context(ProgressDisplay(console, run.name, cluster.logs / f"tune_kd-{run.name}.log"))
         driver = Driver(
             run.plan,
             run.name,
