@@ -30,7 +30,7 @@ from tune_kd.records.ledger import Ledger
 from tune_kd.records.reader import load
 from tune_kd.records.run_folder import Run, create
 from tune_kd.records.schema import TRIALS
-from tune_kd.reporting.terminal import View
+from tune_kd.reporting.progress import ProgressDisplay
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Cell, Confirm, Data, Factor, Recipe, Screen, Study
 from tune_kd.study.trial import Epoch, Outcome
@@ -69,7 +69,7 @@ def empty_run(trials: int, cluster: connection.Cluster) -> tuple[float, float]:
         place = Workplace(None, None, folder / "teachers", folder / "checkpoints")
         ledger = Ledger(folder / "ledger.sqlite")
         share = cluster.cpus / SLOTS
-        with View(Console(file=io.StringIO()), "empty") as view:
+        with ProgressDisplay(Console(file=io.StringIO()), "empty") as view:
             planned = plan(controls(trials, Cell(width=0.125), Recipe(epochs=1)), "0" * 64)
             called = time.time()
             driver = Driver(planned, "empty", folder, ledger, place, cpus=share, gpus=0.0, say=view.say)
@@ -135,7 +135,7 @@ def large_run(trials: int) -> Large:
         try:
             place = Workplace(None, None, run.teachers, run.checkpoints)
             ledger = Ledger(run.folder / "ledger.sqlite")
-            with Path(os.devnull).open("w") as nowhere, View(_terminal(nowhere), run.name) as view:
+            with Path(os.devnull).open("w") as nowhere, ProgressDisplay(_terminal(nowhere), run.name) as view:
                 called = time.time()
                 share = cluster.cpus / SLOTS
                 driver = Driver(planned, run.name, run.folder, ledger, place, cpus=share, gpus=0.0, say=view.say)

@@ -28,7 +28,7 @@ from tune_kd.analysis.early_stopping import noise_margins
 from tune_kd.analysis.simulate import Curves, Outcome, curves, simulate
 from tune_kd.records.importer import Adapter
 from tune_kd.records.reader import Records
-from tune_kd.reporting.figures import OTHERS, STYLE, WIDTH
+from tune_kd.reporting.style import OTHER_COLOURS, STYLE, WIDTH
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "early-stopping.md", ROOT / "README.md"
@@ -213,7 +213,7 @@ def _trade(sides: dict[str, tuple[Curves, dict[Screen, Scores]]], settings: list
         (default,) = (dots[at] for at, screen in enumerate(settings) if _words(screen) == _words(study().screen))
         axes.plot(100 * default[0], 100 * default[1], "D", color="#D55E00", ms=6, label="the default", zorder=4)
         axes.plot(*100 * chance(recorded), "-", color="#000000", label="arms kept by chance")
-        for colour, epoch, line in zip(OTHERS, (30, 60, 90), ("--", "-.", ":"), strict=False):
+        for colour, epoch, line in zip(OTHER_COLOURS, (30, 60, 90), ("--", "-.", ":"), strict=False):
             axes.plot(*100 * cuts(recorded, epoch), line, color=colour, label=f"one cut at epoch {epoch}")
         axes.axhline(100 * BAR, color="#666666", lw=0.6)
         axes.set_title(f"pairs they were {which}", loc="left")

@@ -292,7 +292,7 @@ def test_status_prints_what_a_trial_said_as_it_said_it_to_whoever_still_reads(
     assert call(monkeypatch, "status", "[laptop]") == 0
     shown = capsys.readouterr().out
     assert shown.count(f" failed: {said}") == 2
-    monkeypatch.setattr("tune_kd.reporting.terminal.SHOWN", 1)  # of thousands, some and their number
+    monkeypatch.setattr("tune_kd.reporting.progress.SHOWN", 1)  # of thousands, some and their number
     assert call(monkeypatch, "status", "[laptop]") == 0
     few = capsys.readouterr().out
     assert few.count(f" failed: {said}") == 1 and "and 1 more; `--json` names all of them" in few

@@ -9,8 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib import colors
+from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 from PIL import Image
@@ -18,7 +22,7 @@ from rich.console import Console
 
 from tune_kd.analysis import contrasts
 from tune_kd.records.reader import Records, load
-from tune_kd.reporting import figures, terminal
+from tune_kd.reporting import accuracy_figures, figures, style, terminal
 from tune_kd.reporting import report as reporting
 from tune_kd.reporting.texts import cell
 
@@ -121,8 +125,8 @@ def test_names_of_any_length_and_sign_make_pictures_of_a_usual_size(records: Rec
 def test_a_picture_of_more_than_can_be_seen_says_what_it_leaves_out(
     records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figures, "PANELS", 5)
-    monkeypatch.setattr(figures, "LINES_SHOWN", 4)
+    monkeypatch.setattr(style, "PANELS", 5)
+    monkeypatch.setattr(accuracy_figures, "LINES_SHOWN", 4)
     trials = records.trials.assign(stem=[f"stem {number}" for number in range(len(records.trials))])
     pictures = {each.name: each for each in figures.draw(replace(records, trials=trials))}
     assert max(len(each.figure.axes) for each in pictures.values()) == 5
@@ -142,12 +146,109 @@ def test_a_report_leaves_no_table_of_an_earlier_one(records: Records, tmp_path: 
 
 
 def test_methods_differ_in_marker_and_in_grey() -> None:
-    methods = ("none", "logit", "feature")
-    assert len({figures.MARKERS[name] for name in methods}) == 3
-    assert len({figures.LINES[name] for name in methods}) == 3
-    greys = sorted(sum(w * c for w, c in zip((0.299, 0.587, 0.114), colors.to_rgb(figures.COLOURS[name]), strict=True))
-                   for name in methods)  # fmt: skip
+    looks = [style.METHODS[name] for name in ("none", "logit", "feature")]
+    assert len({look.marker for look in looks}) == 3
+    assert len({look.line for look in looks}) == 3
+    greys = sorted(sum(w * c for w, c in zip((0.299, 0.587, 0.114), colors.to_rgb(look.colour), strict=True))
+                   for look in looks)  # fmt: skip
     assert greys[1] - greys[0] > 0.1 and greys[2] - greys[1] > 0.1
+
+
+def test_methods_differ_in_everything_and_the_built_in_ones_keep_their_style() -> None:
+    new = ["dkd", "crd", "at", "rkd", "vid"]
+    looks = style.method_styles(new)
+    assert {name: looks[name] for name in style.METHODS} == style.METHODS
+    for kind in ("colour", "marker", "line"):
+        assert len({getattr(look, kind) for look in looks.values()}) == len(style.METHODS) + len(new)
+    assert len({looks[name].hatch for name in [*new, "feature", "teacher", "none"]}) == len(new) + 3
+    assert len(set(style.method_styles(map(str, range(35))).values())) == len(style.METHODS) + 35
+
+
+@given(st.sets(st.text(), max_size=4), st.text())
+def test_a_methods_style_does_not_depend_on_the_order_and_rarely_on_the_others(others: set[str], name: str) -> None:
+    looks = style.method_styles([name, *others])
+    assert looks == style.method_styles([*others, name])
+    alone = style.method_styles([name])[name]
+    taken = {look.colour for other, look in looks.items() if other != name}
+    assert looks[name] == alone or alone.colour in taken
+
+
+UNSEEN = {"logit": "dkd", "feature": "crd"}
+
+
+@pytest.fixture(scope="module")
+def unseen(records: Records) -> Records:
+    """The run as if its methods were ones that nobody has seen, whose names are in no arm."""
+    study = json.loads(json.dumps(records.study).replace("logit", "x").replace("feature", "y"))
+    trials, decisions = records.trials.copy(), records.decisions.copy()
+    for name in ("arm", "stratum"):
+        for table in (trials, decisions):
+            if name in table:
+                table[name] = table[name].str.replace("logit", "x").str.replace("feature", "y")
+    trials["method"] = trials["method"].replace(UNSEEN)
+    return replace(records, trials=trials, decisions=decisions, studies={"tiny": study})
+
+
+@pytest.fixture(scope="module")
+def unseen_figures(unseen: Records) -> dict[str, Figure]:
+    return {picture.name: picture.figure for picture in figures.draw(unseen)}
+
+
+def test_a_method_that_nobody_has_seen_has_its_own_look_in_every_figure(unseen_figures: dict[str, Figure]) -> None:
+    looks = style.method_styles(UNSEEN.values())
+    students = [looks[name] for name in ("none", *UNSEEN.values())]
+    colours = {look.colour for look in students}
+    assert len(colours) == 3
+    for axes in unseen_figures["curves"].axes:
+        assert {line.get_color() for line in axes.lines} == colours
+    for axes in unseen_figures["cost"].axes:
+        marks = {(line.get_color(), line.get_marker()) for line in axes.lines if line.get_marker() not in ("None", "_")}
+        assert marks == {(look.colour, look.marker) for look in students}
+    strata = [{line.get_color() for line in axes.lines} - {"#666666"} for axes in unseen_figures["foretelling"].axes]
+    assert all(len(colour) == 1 for colour in strata)
+    assert set.union(*strata) == colours
+    answer = unseen_figures["temperature"].axes[0].lines
+    assert {line.get_color() for line in answer} == {looks["dkd"].colour, "#000000"}  # and the control
+    assert answer[0].get_marker() == looks["dkd"].marker
+    bars = {(colors.to_hex(bar.get_facecolor()[0]).upper(), bar.get_hatch())  # type: ignore[index]
+            for bar in unseen_figures["timeline"].axes[0].collections}  # fmt: skip
+    assert bars == {(look.colour, look.hatch) for look in (*students, looks["teacher"])}
+
+
+def test_an_effect_has_the_look_of_the_treated_arms_method(unseen: Records, unseen_figures: dict[str, Figure]) -> None:
+    looks = style.method_styles(UNSEEN.values())
+    (axes,) = unseen_figures["effects"].axes
+    names = [label.get_text().replace("\n", " ") for label in axes.get_yticklabels()]
+    marks = {names[int(line.get_ydata()[0])]: line  # type: ignore[index, call-overload]
+             for line in axes.lines[1:] if line.get_marker() != "None"}  # fmt: skip
+    methods = dict(zip(unseen.trials["arm"], unseen.trials["method"], strict=True))
+    assert set(marks) == {each["name"] for each in unseen.study["contrasts"]}
+    for each in unseen.study["contrasts"]:
+        effect = each["kind"] == "effect"
+        look = looks[methods[each["weights"][0][0]]] if effect else accuracy_figures.MODERATION
+        assert marks[each["name"]].get_color() == look.colour
+        assert marks[each["name"]].get_marker() in (look.marker, "D")
+
+
+def test_a_tuned_method_that_nobody_has_seen_is_drawn(fair: Path) -> None:
+    records = load(fair)
+    trials = records.trials.assign(method=records.trials["method"].replace(UNSEEN))
+    looks = style.method_styles(UNSEEN.values())
+    (tuning,) = [each.figure for each in figures.draw(replace(records, trials=trials)) if each.name == "tuning"]
+    shown = {(line.get_color(), line.get_marker()) for line in tuning.axes[0].lines if line.get_marker() != "None"}
+    assert shown == {(looks[name].colour, looks[name].marker) for name in ("none", *UNSEEN.values())}
+
+
+def test_tables_without_methods_have_learning_curves(tmp_path: Path) -> None:
+    """They broke the report: null is equal to nothing."""
+    ids = [(f"{arm}{seed}", arm, seed) for arm in "ab" for seed in (1, 2)]
+    trials = pd.DataFrame(ids, columns=["trial_id", "arm", "seed"]).assign(test_accuracy_best=0.5, train_seconds=1.0)
+    trials.to_parquet(tmp_path / "trials.parquet")
+    epochs = pd.DataFrame(
+        [{"trial_id": name, "epoch": epoch, "val_accuracy": 0.5} for name, *_ in ids for epoch in (1, 2)]
+    )
+    epochs.to_parquet(tmp_path / "epochs.parquet")
+    assert {"curves", "cost"} <= {picture.name for picture in figures.draw(load(tmp_path))}
 
 
 def test_the_files_are_pictures(records: Records, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from tune_kd.records.eta import time_left
 from tune_kd.records.ledger import Ledger
 from tune_kd.records.reader import Records, load
 from tune_kd.records.schema import TRIALS, first_row
+from tune_kd.reporting import progress, terminal, texts
 from tune_kd.reporting import report as reporting
-from tune_kd.reporting import terminal, texts
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
 from tune_kd.study.trial import Decision
@@ -232,7 +232,7 @@ def test_effects_are_shown_with_n_spread_and_interval_within_80_columns(records:
 def test_the_live_picture_counts_each_phase_and_names_the_running_trials(records: Records) -> None:
     rows = records.trials.astype(object).where(records.trials.notna(), None).to_dict("records")
     rows[3] |= {"status": "running", "epochs_run": 1, "val_accuracy": 0.5, "train_seconds": 2.0}
-    shown = screen(terminal.progress("r", rows, [], 61.0))
+    shown = screen(progress.progress("r", rows, [], 61.0))
     assert f"{rows[3]['arm']} seed {rows[3]['seed']}" in shown
     assert "1/2" in shown
     assert "50.00" in shown
@@ -243,7 +243,7 @@ def test_the_live_picture_counts_comparisons_by_reason_and_shows_the_last(record
     made = Decision("id", "cifar/logit/T=2", "screen", "cifar/logit", 2, 0, 0.7, 0.8, 3, 2, "stop", "behind")
     rows = records.trials.astype(object).where(records.trials.notna(), None).to_dict("records")
     ties = [replace(made, arm=f"arm {number}", action="continue", reason="near_tie") for number in range(6)]
-    shown = screen(terminal.progress("r", rows, [*ties, made], None))
+    shown = screen(progress.progress("r", rows, [*ties, made], None))
     assert "early stopping: 7 comparisons, 1 stopped (6 near tie, 1 behind)" in " ".join(shown.split())
     assert "cifar/logit/T=2 at epoch 2: 70.00 %, cutoff 80.00, rank 3 of 3" in shown
     assert "arm 5" in shown and "arm 1 " not in shown
@@ -276,9 +276,9 @@ def test_a_picture_that_takes_long_is_renewed_less_often(
         now += took
         return ""
 
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
-    monkeypatch.setattr(terminal, "progress", picture)
-    live = terminal.View(Console(file=io.StringIO(), force_terminal=True), "r")
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress, "progress", picture)
+    live = progress.ProgressDisplay(Console(file=io.StringIO(), force_terminal=True), "r")
     while now < 9.99:
         now += 0.01
         live.show([], [])

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from tune_kd import cli
 from tune_kd.cli.options import Terminal, print_json
-from tune_kd.reporting.terminal import View
+from tune_kd.reporting.progress import ProgressDisplay
 from tune_kd.system import signals
 from tune_kd.system.characters import CONTROL, visible
 
@@ -74,7 +74,7 @@ def test_colours_and_what_moves_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_log_has_no_command_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with View(Terminal(), "r", tmp_path / "log") as view:
+    with ProgressDisplay(Terminal(), "r", tmp_path / "log") as view:
         view.say(f"warning: {OBEYED}")
     assert (tmp_path / "log").read_text().endswith(f"warning: {SEEN}\n")
     assert capsys.readouterr().out.endswith(f"warning: {IN_A_PICTURE}\n")

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from tune_kd import cli
 from tune_kd.data import cifar
-from tune_kd.reporting.terminal import View
+from tune_kd.reporting.progress import ProgressDisplay
 from tune_kd.system import environment, object_store
 from tune_kd.system.errors import UserError
 
@@ -133,7 +133,7 @@ def test_python_that_does_not_take_names_for_utf8_is_told_of(here: Path) -> None
 
 
 def test_what_is_said_of_a_name_that_is_no_utf8_ends_no_run(here: Path) -> None:
-    with View(Console(stderr=True), "x", here / "log") as view:
+    with ProgressDisplay(Console(stderr=True), "x", here / "log") as view:
         view.say(f"warning: {ODD} cannot be read")
     assert "d\\udce9j cannot be read" in (here / "log").read_text()
 

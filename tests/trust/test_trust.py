@@ -50,7 +50,7 @@ from tune_kd.records import schema, sqlite_file
 from tune_kd.records.ledger import Ledger
 from tune_kd.records.lock import held
 from tune_kd.records.schema import LEDGER, TRIALS
-from tune_kd.reporting.terminal import View
+from tune_kd.reporting.progress import ProgressDisplay
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Confirm
 from tune_kd.study.trial import Epoch, digest
@@ -432,7 +432,7 @@ def test_what_a_trial_says_reaches_neither_ledger_nor_log_nor_terminal_with_its_
 
     log, place = tmp_path / "log", Workplace(None, None, tmp_path / "teachers", tmp_path / "checkpoints")
     ledger = Ledger(tmp_path / LEDGER)
-    with View(Console(width=10_000), "r", log) as view:
+    with ProgressDisplay(Console(width=10_000), "r", log) as view:
         small = replace(tiny(), confirm=Confirm(seeds=(1, 2)))
         driver = Driver(plan(small, "0" * 64), "r", tmp_path, ledger, place, cpus=1.0, gpus=0.0, say=view.say)
         run_in_process(driver, place, failing)
@@ -452,7 +452,7 @@ def test_what_a_run_says_is_shown_and_logged_without_its_secret(
 ) -> None:
     text, hidden = SECRETS[form]
     log = tmp_path / "log"
-    with View(Console(width=10_000), "r", log) as view:
+    with ProgressDisplay(Console(width=10_000), "r", log) as view:
         view.say(f"warning: {text} was not taken")
     shown, logged = capsys.readouterr().out, log.read_text()
     assert "s  warning: " in shown and "***" in shown and "***" in logged

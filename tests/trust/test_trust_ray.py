@@ -27,7 +27,7 @@ from rich.console import Console
 from commands import STUDY, command, epochs_on_record, token, wait_for
 from tune_kd import cli
 from tune_kd.execute import monitoring
-from tune_kd.reporting.terminal import View
+from tune_kd.reporting.progress import ProgressDisplay
 from tune_kd.system import environment
 from tune_kd.system.errors import UserError
 
@@ -293,7 +293,7 @@ def test_the_log_beside_rays_follows_no_link_waits_for_no_fifo_and_is_its_users_
     before = os.umask(0)
     try:
         for name in ("link", "fifo", "log"):
-            with View(Console(stderr=True), "r", tmp_path / name) as view:
+            with ProgressDisplay(Console(stderr=True), "r", tmp_path / name) as view:
                 view.say("hello")
     finally:
         os.umask(before)

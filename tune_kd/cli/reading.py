@@ -41,7 +41,7 @@ def status(
     from tune_kd.records.adaptive_plan import with_those_to_come
     from tune_kd.records.ledger import reading
     from tune_kd.records.schema import DECISIONS, LEDGER, TRIALS
-    from tune_kd.reporting.terminal import PHASES, SHOWN, progress
+    from tune_kd.reporting.progress import PHASES, SHOWN, progress
     from tune_kd.study.trial import Decision
 
     if run is None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tune_kd.execute.resources import Share
     from tune_kd.records.ledger import Ledger
     from tune_kd.records.reader import Records
-    from tune_kd.reporting.terminal import View
+    from tune_kd.reporting.progress import ProgressDisplay
 
 
 IDLE = 60.0  # seconds without a running trial, after which the user is told
@@ -287,13 +287,13 @@ def _share_on(run: Run, cluster: "Cluster") -> "Share":
     return resources.gpu_share(asked, cluster.gpus, clusters.served_by_mps)
 
 
-def _view(run: Run, console: Console, cluster: "Cluster") -> "View":
-    from tune_kd.reporting.terminal import View
+def _view(run: Run, console: Console, cluster: "Cluster") -> "ProgressDisplay":
+    from tune_kd.reporting.progress import ProgressDisplay
 
-    return View(console, run.name, cluster.logs / f"tune_kd-{run.name}.log")
+    return ProgressDisplay(console, run.name, cluster.logs / f"tune_kd-{run.name}.log")
 
 
-def _driver(run: Run, ledger: "Ledger", gpus: float, view: "View") -> "Driver":
+def _driver(run: Run, ledger: "Ledger", gpus: float, view: "ProgressDisplay") -> "Driver":
     from tune_kd.execute.driver import Driver
     from tune_kd.execute.worker import Workplace
 
@@ -332,7 +332,7 @@ def _drive(run: Run, data: "DataSet", driver: "Driver", slots: int, beat: "_Beat
 class _Beat:
     """What a driver does about once a second: show the run, see that Ray lives, and say what a user has to know."""
 
-    def __init__(self, driver: "Driver", view: "View", check_ray: Callable[[], None]) -> None:
+    def __init__(self, driver: "Driver", view: "ProgressDisplay", check_ray: Callable[[], None]) -> None:
         self.view = view
         self._driver = driver
         self._check_ray = check_ray
@@ -358,7 +358,7 @@ class _Beat:
             self.view.say(sentence)
 
 
-def _send_tracked(run: Run, view: "View") -> None:
+def _send_tracked(run: Run, view: "ProgressDisplay") -> None:
     """Send what trackers wrote to the store that the run is in."""
     from tune_kd.execute import trackers
 

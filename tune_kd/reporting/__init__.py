@@ -1,1 +1,1 @@
-"""What people see of a run: its progress on a terminal, and a report of tables, figures and a page."""
+"""Progress and results on a terminal, and reports: tables, figures, and an HTML page."""

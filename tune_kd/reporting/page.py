@@ -1,4 +1,4 @@
-"""The page: one HTML file that opens from disk and asks nobody for anything."""
+"""The report as one HTML file. It opens from disk and makes no requests."""
 
 import base64
 import hashlib
@@ -15,37 +15,23 @@ from tune_kd.reporting import figures
 from tune_kd.reporting.texts import ROWS, Titled, cell, heading, named, questions, shown
 
 TEMPLATE = Path(__file__).with_name("page.html")
-ORDER = (
-    "arms",
-    "settings",
-    "budgets",
-    "exploratory",
-    "measures",
-    "costs",
-    "temperature",
-    "alpha",
-    "gaps",
-    "between_runs",
-    "differences",
-)
 VERDICTS = ("better", "worse", "equivalent", "inconclusive", "not judged")
-AT_THE_END = ("decisions", "rungs", "provenance")  # of the page, for those who check
+AT_THE_END = ("decisions", "rungs", "provenance")  # of the page
 
 
 def html(records: Records, tables: Titled, pictures: Sequence[figures.Picture], limits: Sequence[str]) -> str:
-    """The whole page. Of tables that are longer than people read, it has the first rows and says so."""
+    """The whole page. Of a long table it shows the first `ROWS` rows, and says so."""
     environment = Environment(autoescape=select_autoescape(default=True), undefined=StrictUndefined, trim_blocks=True)
     source = TEMPLATE.read_text(encoding="utf-8")
-    template = environment.from_string(source)
     rows = tables["contrasts"][1].to_dict("records") if "contrasts" in tables else []
-    return template.render(
+    return environment.from_string(source).render(
         policy=_policy(source),
         title=", ".join(records.runs),
         questions=questions(records),
         verdicts=_verdicts(rows, records),
         fixed=all(study.get("contrasts_sha256") for study in records.studies.values()),
         contrasts=None if not rows else _table(*tables["contrasts"]),
-        tables={name: _table(*tables[name]) for name in ORDER if name in tables},
+        tables={name: _table(*tables[name]) for name in tables if name not in ("contrasts", *AT_THE_END)},
         checks={name: _table(*tables[name]) for name in AT_THE_END if name in tables},
         pictures=[_picture(each) for each in pictures],
         limits=limits,
@@ -55,8 +41,11 @@ def html(records: Records, tables: Titled, pictures: Sequence[figures.Picture], 
 
 
 def _policy(source: str) -> str:
-    """What a browser lets the page do (https://www.w3.org/TR/CSP3): our own style and script, known by their hashes,
-    and pictures inside of it; no connection, and nothing of anybody else's, whatever text should end up in it."""
+    """The page's content security policy (https://www.w3.org/TR/CSP3).
+
+    It allows our style and script, by their hashes, and embedded pictures. It allows no connections, and no foreign
+    script, even if text from records were taken for HTML.
+    """
     ours = {}
     for tag in ("style", "script"):
         (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", source, re.DOTALL)
@@ -66,7 +55,7 @@ def _policy(source: str) -> str:
 
 
 def _verdicts(rows: Sequence[Mapping[Any, Any]], records: Records) -> dict[str, list[dict[str, str]]]:
-    """The contrasts' names and sentences by verdict, what says most first."""
+    """Names and sentences of the contrasts by verdict, the most informative verdicts first."""
     found: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         sentence = row["words"].removeprefix(row["verdict"]).lstrip(": ")
@@ -75,7 +64,7 @@ def _verdicts(rows: Sequence[Mapping[Any, Any]], records: Records) -> dict[str, 
 
 
 def _table(title: str, table: pd.DataFrame) -> dict[str, Any]:
-    """A table's cells as texts, each with the value by which its column is sorted."""
+    """A table's cells as text, each with its sort key."""
     table = shown(table).drop(columns=["words"], errors="ignore")
     names = [str(name) for name in table.columns]
     numeric = [bool(pd.api.types.is_numeric_dtype(table[name])) for name in table.columns]

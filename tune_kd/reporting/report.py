@@ -1,4 +1,4 @@
-"""From a run's records to files that people read: a page, a Markdown text, tables, figures."""
+"""Write a report of a run's records: an HTML page, Markdown, tables and figures."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,17 +30,17 @@ TABLES: dict[str, tuple[str, Callable[[Records], pd.DataFrame]]] = {
     "differences": ("In what the runs differ", provenance.differences),
     "provenance": ("What ran where", provenance.provenance),
 }
-"""Every table of a report: its title, and the function that makes it."""
+"""The tables of a report: title, and the function that makes it."""
 
 
 def tables(records: Records) -> dict[str, pd.DataFrame]:
-    """All tables that are not empty, by name."""
+    """The tables that are not empty, by name."""
     made = {name: make(records) for name, (_, make) in TABLES.items()}
     return {name: table for name, table in made.items() if len(table)}
 
 
 def report(records: Records, to: Path | str, formats: Sequence[str] = FORMATS) -> Path:
-    """Write a report of the records into the folder `to`, and return the file to read first.
+    """Write a report of the records into the folder `to`. Returns the file to read first.
 
     `formats` are some of html, md, csv, tex, png, svg. Raises `UserError` for any other, before anything is written.
     """
@@ -57,10 +57,8 @@ def report(records: Records, to: Path | str, formats: Sequence[str] = FORMATS) -
     titled = {name: (TABLES[name][0], table) for name, table in made.items()}
     drawn = figures.draw(records) if {"html", "png", "svg"} & set(formats) else []
     limits = provenance.limits(records, MARGIN)
-    files: dict[str, bytes] = {}
-    for picture in drawn:
-        for kind in [kind for kind in ("png", "svg") if kind in formats]:
-            files[f"figures/{picture.name}.{kind}"] = figures.rendered(picture.figure, kind)
+    kinds = [kind for kind in ("png", "svg") if kind in formats]
+    files = {f"figures/{each.name}.{kind}": figures.rendered(each.figure, kind) for each in drawn for kind in kinds}
     if "csv" in formats:
         files |= {f"tables/{name}.csv": texts.csv(table).encode() for name, table in made.items()}
     if "tex" in formats:
@@ -78,7 +76,7 @@ def report(records: Records, to: Path | str, formats: Sequence[str] = FORMATS) -
 
 
 def _forget(folder: Path, formats: Sequence[str]) -> None:
-    """Remove what an earlier report left in these forms: a table that is not made any more would look like one."""
+    """Remove the files of an earlier report in these formats. A table that is no longer made would look current."""
     for kind, names in (("tables", [*TABLES, "all"]), ("figures", list(figures.PICTURES))):
         for form in formats:
             for path in (folder / kind).glob(f"*.{form}"):

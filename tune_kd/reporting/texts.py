@@ -1,6 +1,6 @@
-"""Tables as text: Markdown for people, LaTeX with booktabs for papers, CSV for programs.
+"""Tables as Markdown, LaTeX (with booktabs) and CSV.
 
-What comes from records is text in each of them, whatever signs it has: no markup, no command, no formula.
+Text from records is escaped in each: it is never markup, a command, or a formula.
 """
 
 import re
@@ -15,30 +15,30 @@ POINTS = (
     "estimate", "sd", "low", "high", "mean", "control", "gap", "gain", "teacher_accuracy", "val_accuracy_best",
     "test_accuracy", "test_accuracy_best", "agreement", "ece", "target",
 )  # fmt: skip
-"""Columns of fractions, which people read in points (hundredths)."""
+"""Columns of fractions, shown in points (hundredths)."""
 NOT_FOR_PAPERS = ("provenance", "differences")
 LEFT_OUT = ["words", "note", "kind", "planned", "smallest_exact_p", "pairs_needed"]  # of a table in a paper
-ROWS = 200  # of a table that people see; the files of tables have all
+ROWS = 200  # shown of a table; CSV files have all
 FORMULA = re.compile(r"(?:^|(?<=[;\t\r\n]))(?=[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20])")
-"""Where a spreadsheet program begins a formula: at the beginning of a cell, or after what it may take for its end."""
+"""Where a spreadsheet may see a formula: at the start of a cell, or after a character that may end one."""
 MARKUP = re.compile(
-    r"[\\`*\[\]|~$]"  # of Markdown, of GitHub's tables and of its formulas
-    r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # inside of a word it is no emphasis
-    r"|:(?=//)|(?<=[wW]{3})\."  # addresses become links by themselves
+    r"[\\`*\[\]|~$]"  # of Markdown, and of GitHub's tables and formulas
+    r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # inside a word it is not emphasis
+    r"|:(?=//)|(?<=[wW]{3})\."  # GitHub turns addresses into links
 )
-BLOCK = re.compile(r"^(?:([#+=-])|(\d+)([.)]))")  # what makes a line a heading, a rule, or an item of a list
+BLOCK = re.compile(r"^(?:([#+=-])|(\d+)([.)]))")  # starts a heading, a rule, or a list item
 
 Titled = Mapping[str, tuple[str, pd.DataFrame]]
 
 
 def cell(name: str, value: Any) -> str:
-    """A value as people read it: fractions in points, p values to three digits, nothing where there is none."""
+    """A value as text: fractions in points, p values to three digits, empty for None and NaN."""
     if value is None or value is pd.NA or value != value:
         return ""
     if isinstance(value, float):
         if name.removesuffix("_sd") in POINTS:
             signed = name in ("estimate", "gain", "gap")
-            points = round(100 * value, 2) + 0.0  # what rounds to zero has no sign
+            points = round(100 * value, 2) + 0.0  # adding 0.0 turns -0.0 into 0.0
             return f"{points:+.2f}" if signed else f"{points:.2f}"
         if name.startswith(("p_", "smallest")) or name == "p":
             return "< 0.001" if value < 0.001 else f"{value:.3f}"
@@ -47,24 +47,24 @@ def cell(name: str, value: Any) -> str:
 
 
 def heading(name: str) -> str:
-    """A column's name as people read it."""
+    """A column's heading, with its unit."""
     unit = " (points)" if name.removesuffix("_sd") in POINTS else ""
     return name.replace("_", " ") + unit
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """A table without the columns that say nothing: those of nulls, and the run where there is one alone."""
+    """A table without empty columns, and without the column `run` if there is only one."""
     kept = [name for name in table.columns if table[name].notna().any() and (table[name].astype("string") != "").any()]
     return table[[name for name in kept if name != "run" or table["run"].nunique() > 1]]
 
 
 def questions(records: Records) -> list[str]:
-    """What the studies ask, each once."""
+    """The questions of the studies, each once."""
     return list(dict.fromkeys(study["study"]["question"] for study in records.studies.values()))
 
 
 def named(row: Mapping[Any, Any], records: Records) -> str:
-    """A contrast's name, with its run where there are several."""
+    """A contrast's name, with its run if there are several."""
     return f"{row['run']}: {row['contrast']}" if len(records.runs) > 1 else str(row["contrast"])
 
 
@@ -100,18 +100,18 @@ def _rows(table: pd.DataFrame) -> list[str]:
 
 
 def _inline(text: str) -> str:
-    """Text in one line of Markdown, in which nothing is markup, HTML, a link, or the end of a table's cell."""
+    """Text on one line of Markdown, escaped: no markup, HTML, link, or end of a table cell."""
     entities = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return MARKUP.sub(r"\\\g<0>", entities)
 
 
 def _line(text: str) -> str:
-    """Text as a line of its own, which begins a paragraph and nothing else."""
+    """Text as a line that starts a paragraph, and no other block."""
     return BLOCK.sub(lambda found: f"\\{found[1]}" if found[1] else f"{found[2]}\\{found[3]}", _inline(text))
 
 
 def csv(table: pd.DataFrame) -> str:
-    """A table as CSV. Text that a spreadsheet program would compute gets an apostrophe; numbers stay numbers."""
+    """A table as CSV. Text that a spreadsheet would compute gets an apostrophe; numbers stay numbers."""
     safe = table.rename(columns=_no_formula)
     for name in safe.columns:
         if not pd.api.types.is_numeric_dtype(safe[name]):
@@ -124,8 +124,8 @@ def _no_formula(text: str) -> str:
 
 
 def latex(tables: Titled) -> dict[str, str]:
-    """Each table as a `tabular` with booktabs' rules, to be put into a paper by `\\input`, and `all`: a document with
-    all of them, which compiles as it is."""
+    """Each table as a `tabular` with booktabs rules, for `\\input` in a paper; `all` is a complete document with all of
+    them."""
     tables = {name: each for name, each in tables.items() if name not in NOT_FOR_PAPERS}
     files = {
         name: _tabular(shown(table).drop(columns=LEFT_OUT, errors="ignore")) for name, (_, table) in tables.items()
@@ -153,9 +153,9 @@ def _tabular(table: pd.DataFrame) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text in which nothing is a command of LaTeX."""
+    """Text escaped for LaTeX."""
     special = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "$<$",
                ">": "$>$", "|": "$|$"}  # fmt: skip
-    special |= {"[": "{[}", "*": "{*}", "\n": " ", "\t": " "}  # the first two would belong to the row's end before them
+    special |= {"[": "{[}", "*": "{*}", "\n": " ", "\t": " "}  # after `\\`, the first two would be its arguments
     special |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
     return "".join(special.get(sign, sign) for sign in text)

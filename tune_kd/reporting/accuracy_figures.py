@@ -1,0 +1,245 @@
+"""Figures of accuracy: effects, learning curves, response to a factor, cost and tuning."""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from tune_kd.analysis import contrasts, measures, tuned
+from tune_kd.analysis.statistics import MARGIN
+from tune_kd.records import adaptive_plan
+from tune_kd.records.reader import Records
+from tune_kd.records.schema import Row
+from tune_kd.reporting import style
+from tune_kd.reporting.style import Made, MethodStyle, Styles
+from tune_kd.study.plan import SYMBOLS
+from tune_kd.study.spec import Study
+from tune_kd.study.tuning import LogUniform, number
+
+CURVES = 8  # arms in one panel; more cannot be told apart
+LINES_SHOWN = 200  # contrasts in one figure
+MODERATION = MethodStyle("#000000", "o", "-")
+
+
+def effects(records: Records, styles: Styles) -> Made:
+    """Each contrast with its interval; effects by context, then moderations."""
+    table = contrasts.contrasts(records)
+    table = table[table["n"] > 0]
+    if table.empty:
+        return None
+    context = table["contrast"].str.partition(":")[0].where(table["kind"] == "effect", "")
+    places = {name: place for place, name in enumerate([*context[context != ""].unique(), ""])}
+    table = table.iloc[context.map(places).argsort(kind="stable")]  # one context after another
+    more = style.left_out(len(table) - LINES_SHOWN, "contrasts")
+    rows = table.head(LINES_SHOWN).to_dict("records")
+    names = ["\n".join(textwrap.wrap(style.readable(row["contrast"]), style.NAME)) for row in rows]
+    figure = Figure(figsize=(style.WIDTH, 0.5 + 0.2 * len(rows) + 0.1 * sum("\n" in name for name in names)))
+    axes = figure.subplots()
+    axes.axvspan(-100 * MARGIN, 100 * MARGIN, color="#dddddd", lw=0)
+    axes.axvline(0, color="#666666", lw=0.8)
+    treated = _treated_methods(records)
+    for place, row in enumerate(rows):
+        _contrast(axes, place, row, styles[treated[row["contrast"]]] if row["kind"] == "effect" else MODERATION)
+    axes.set_yticks(range(len(rows)), names)
+    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="points of test accuracy")
+    said = "; ".join(f"{row['contrast']} {100 * row['estimate']:+.2f}, {row['verdict']}" for row in rows)
+    return (
+        "Effects with 95 % intervals, paired by seed. A full marker is a difference that stands after Holm, a diamond "
+        f"is equivalence; the grey band is the margin of {100 * MARGIN:g} points.{more}",
+        f"Forest plot of {len(rows)} contrasts in points of test accuracy. {said}.",
+        figure,
+    )
+
+
+def _treated_methods(records: Records) -> dict[str, str]:
+    """The method of the treated arm of each contrast."""
+    methods = dict(zip(records.trials["arm"], records.trials["method"].map(str), strict=True))
+    treated = {each["name"]: max(each["weights"], key=lambda arm: arm[1])[0] for each in records.study["contrasts"]}
+    return {name: methods[arm] for name, arm in treated.items() if arm in methods}
+
+
+def _contrast(axes: Axes, place: int, row: Mapping[Any, Any], look: MethodStyle) -> None:
+    low, estimate, high = (100 * row[name] for name in ("low", "estimate", "high"))
+    if not math.isnan(low):
+        axes.plot([low, high], [place, place], color=look.colour, solid_capstyle="butt")
+    inside = look.colour if row["verdict"] in ("better", "worse") else "white"
+    marker = "D" if row["verdict"] == "equivalent" else look.marker
+    axes.plot(estimate, place, color=look.colour, mfc=inside, zorder=3, marker=marker)
+
+
+def curves(records: Records, styles: Styles) -> Made:
+    """Validation accuracy over epochs: mean and standard deviation of each arm over confirmed seeds."""
+    trials = contrasts.confirmed_trials(records)
+    trials = trials[trials["status"] == "completed"]
+    trials = trials.assign(stem=trials["stem"].fillna(""), method=trials["method"].map(str))
+    rows = trials[["run", "trial_id", "arm", "stem", "method"]].merge(records.epochs, on=["run", "trial_id"])
+    if rows.empty:
+        return None
+    stems, more = style.first_panels(rows["stem"].unique().tolist(), "stems")
+    figure, panels = style.stacked(len(stems), 2.1, sharex=True)
+    hidden = 0
+    for axes, stem in zip(panels, stems, strict=True):
+        hidden += _curves_of_stem(axes, rows[rows["stem"] == stem], stem, styles)
+    panels[-1].set_xlabel("epoch")
+    more += style.left_out(hidden, "arms")
+    return (
+        "Learning curves: mean over confirmed seeds, the band is one standard deviation; cut below, where arms begin."
+        f"{more}",
+        f"Learning curves of {rows['arm'].nunique()} arms: validation accuracy over {int(rows['epoch'].max())} epochs "
+        f"for the stem {' and '.join(map(style.readable, stems))}.",
+        figure,
+    )
+
+
+def _curves_of_stem(axes: Axes, rows: pd.DataFrame, stem: str, styles: Styles) -> int:
+    """Draw one panel. Returns how many arms it leaves out."""
+    methods = dict(zip(rows["arm"], rows["method"], strict=True))
+    names = list(methods)
+    for name in names[:CURVES]:
+        spread = rows[rows["arm"] == name].groupby("epoch")["val_accuracy"].agg(["mean", "std"]).astype("float64")
+        mean, std = (100 * spread[each].fillna(0.0) for each in ("mean", "std"))
+        colour, line = styles[methods[name]].colour, styles[methods[name]].line
+        alike = [each for each in names if methods[each] == methods[name]]
+        if len(alike) > 1:  # arms of a method differ in their dashes
+            line = (0, (1 + 2 * alike.index(name), 1))
+        label = style.readable("/".join(part for part in name.split("/") if part != stem) or name)
+        high = np.minimum(mean + std, 100)
+        style.band(axes, spread.index.to_numpy(float), mean, mean - std, high, colour, ls=line, label=label)
+    lower = rows.groupby("arm")["val_accuracy"].quantile(0.25).min()
+    style.stem_title(axes, stem)
+    axes.set(ylim=(max(0.0, 100 * float(lower) - 2), None), ylabel="val. accuracy (%)")
+    narrow = len(names) > 4 and max(map(len, names)) <= 2 * style.NAME
+    axes.legend(loc="lower right", ncols=2 if narrow else 1, handlelength=2.4)
+    return max(0, len(names) - CURVES)
+
+
+def response(records: Records, styles: Styles, factor: str) -> Made:
+    """Accuracy over the levels of a numeric factor, a panel for each context."""
+    table = measures.response(records, factor)
+    if table.empty:
+        return None
+    where = ("student", "teacher", "stem", "weights", "width", "method")
+    contexts = [name for name in where if table[name].nunique() > 1]
+    grouped: list[Any] = list(table.groupby(contexts, sort=False)) if contexts else [((), table)]
+    grouped, more = style.first_panels(grouped, "contexts")
+    ticks = sorted(table[factor].unique())
+    figure, panels = style.stacked(len(grouped), 1.5, 0.4, sharex=True)
+    for axes, (levels, group) in zip(panels, grouped, strict=True):
+        mean, low, high = (100 * group[name].to_numpy(float) for name in ("mean", "low", "high"))
+        look = styles[str(group["method"].iloc[0])]
+        error = [mean - low, high - mean]
+        axes.errorbar(group[factor].to_numpy(float), mean, error, color=look.colour, marker=look.marker, capsize=2)
+        if group["control"].notna().any():
+            axes.axhline(100 * float(group["control"].iloc[0]), color="#000000", ls=":", label="control")
+            axes.legend(loc="best")
+        if factor == "temperature" and min(ticks) > 0:
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, list(map(number, ticks)))
+        axes.set_title(", ".join(map(style.readable, levels)), loc="left")
+        axes.set_ylabel("test acc. (%)")
+    panels[-1].set_xlabel(factor)
+    rows = table.to_dict("records")
+    said = "; ".join(f"{row['stem']} {factor} {number(row[factor])}: {100 * row['mean']:.2f}" for row in rows)
+    return (
+        f"Test accuracy by {factor}: mean and 95 % interval over confirmed seeds; the dotted line is the control. "
+        f"Levels that the screen stopped are missing, and the line passes over them.{more}",
+        f"Response to {factor}: {said}.",
+        figure,
+    )
+
+
+def cost(records: Records, styles: Styles) -> Made:
+    """Accuracy against the training time of a trial."""
+    costs, arms = measures.costs(records), contrasts.arms(records).set_index("arm")
+    costs = costs[costs["train_seconds"].notna()]
+    if costs.empty:
+        return None
+    trials = contrasts.confirmed_trials(records).drop_duplicates("arm").set_index("arm")
+    arms = arms[["mean", "low", "high"]].join(trials["method"].map(str)).join(trials["stem"].fillna(""))
+    table = costs[["arm", "train_seconds"]].join(arms, on="arm")
+    stems, more = style.first_panels(trials["stem"].fillna("").unique().tolist(), "stems")
+    figure, panels = style.stacked(len(stems), 1.8, 0.3, ConstrainedLayoutEngine(w_pad=0.16))  # inches
+    for axes, stem in zip(panels, stems, strict=True):
+        of_stem = table[table["stem"] == stem]
+        for row, again in zip(of_stem.to_dict("records"), of_stem["method"].duplicated(), strict=True):
+            mean, low, high = (100 * row[name] for name in ("mean", "low", "high"))
+            error = None if math.isnan(low) else [[mean - low], [high - mean]]
+            look, label = styles[row["method"]], "_" if again else style.readable(row["method"])
+            how: dict[str, Any] = {"marker": look.marker, "color": look.colour, "ls": "", "elinewidth": 0.7}
+            axes.errorbar(row["train_seconds"], mean, error, label=label, **how)
+        style.stem_title(axes, stem)
+        axes.set(xlim=(0, None), ylabel="test accuracy (%)")
+    style.legend_above(figure, 4)
+    panels[-1].set_xlabel("seconds of training a trial")
+    rows = costs.to_dict("records")
+    said = "; ".join(f"{row['arm']} {100 * row['mean']:.2f} in {row['train_seconds']:.0f} s" for row in rows)
+    return (
+        "Test accuracy (mean and 95 % interval) against the training time of a trial, without what its teacher "
+        f"cost.{more}",
+        f"Accuracy against cost: {said}.",
+        figure,
+    )
+
+
+def tuning(records: Records, styles: Styles) -> Made:
+    """Validation accuracy of the draws over each setting: where an arm is best, and how sharply."""
+    found = list(tuned.searches(records))
+    settings = list(dict.fromkeys(each.name for _, _, search, _ in found for each in search.ranges))
+    ended = [100 * row["val_accuracy_best"] for *_, draws in found for row in draws if row["status"] == "completed"]
+    if not ended:
+        return None
+    floor = max(ended) - 4 * max(0.25, max(ended) - float(np.median(ended)))  # what lies below is drawn at the edge
+    methods = [str(draws[0]["method"]) for *_, draws in found]
+    looks = [styles[method] for method in methods]
+    for place, method in enumerate(methods):
+        if methods.count(method) > 1:  # arms of a method differ in colour
+            looks[place] = replace(looks[place], colour=style.OTHER_COLOURS[place % len(style.OTHER_COLOURS)])
+    figure, panels = style.stacked(len(settings), 1.3, 0.5)
+    for axes, setting in zip(panels, settings, strict=True):
+        for look, (_, study, search, draws) in zip(looks, found, strict=True):
+            for over in (each.over for each in search.ranges if each.name == setting):
+                _draws(axes, setting, study, draws, floor, look, style.readable(search.name))
+                if isinstance(over, LogUniform):
+                    _log_scale(axes)
+        axes.set(ylim=(floor - 0.05 * (max(ended) - floor), None), xlabel=SYMBOLS.get(setting, setting))
+    figure.supylabel("validation accuracy (%)", size=style.STYLE["axes.labelsize"])
+    style.legend_above(figure, 3)
+    rows = tuned.settings(records).dropna(subset=["tuned"]).to_dict("records")
+    said = "; ".join(f"{row['arm']} {row['setting']} {row['tuned']:.3g} (default {row['default']:.3g})" for row in rows)
+    return (
+        "What was drawn for each arm and ran to its end, over each setting. Full markers are the best, dotted lines "
+        "the defaults; what is far below stands at the lower edge.",
+        f"Validation accuracy of draws over {len(settings)} settings. Tuned: {said}.",
+        figure,
+    )
+
+
+def _draws(
+    axes: Axes, setting: str, study: Study, draws: Sequence[Row], floor: float, look: MethodStyle, label: str
+) -> None:
+    """Draw an arm's completed draws over a setting, the best of them filled, and the setting's default."""
+
+    def plot(rows: Sequence[Row], **how: Any) -> None:
+        heights = [max(floor, 100 * row["val_accuracy_best"]) for row in rows]
+        axes.plot([row[setting] for row in rows], heights, color=look.colour, marker=look.marker, ls="", **how)
+
+    plot([row for row in draws if row["status"] == "completed"], mfc="white", label=label)
+    assert study.tuning is not None
+    if (best := adaptive_plan.best(study.tuning, draws)) is not None:
+        plot([best], zorder=3)
+    axes.axvline(study.default(setting) or 0.0, color="#666666", lw=0.8, ls=":")
+
+
+def _log_scale(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())

@@ -1,0 +1,136 @@
+"""The progress of a run on a terminal: phases, decisions of early stopping, and running trials."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from tune_kd.records.eta import time_left
+from tune_kd.records.schema import Row
+from tune_kd.reporting.terminal import duration, points, rich_table
+from tune_kd.study.trial import Decision
+from tune_kd.system.characters import visible
+from tune_kd.system.secrets import masked
+
+PHASES = ("teacher", "screen", "confirm")
+SHOWN = 20  # running trials listed one by one
+LAST = 5  # decisions of early stopping listed one by one
+WORTH = 50.0  # a refresh waits this many times as long as the last one took
+PLAIN_EVERY = 30.0  # seconds between progress lines where there is no terminal
+
+
+class ProgressDisplay:
+    """Show the progress of a run: a table that refreshes on a terminal, lines elsewhere."""
+
+    def __init__(self, console: Console, run: str, log: Path | None = None) -> None:
+        """`log` is a file to which messages are also appended, if it can be written to."""
+        self._console = console
+        self._log = log
+        self._run = run
+        self._began = self._shown = time.monotonic()
+        self._took = 0.0  # seconds of the last refresh
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> "ProgressDisplay":
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, sentence: str) -> None:
+        """Print a message with the seconds since the start, and append it to the log."""
+        elapsed = time.monotonic() - self._began
+        line = masked(f"{elapsed:7.1f} s  {sentence}")
+        self._console.print(Text(line), soft_wrap=True)
+        if self._log is not None:
+            with (
+                suppress(OSError),
+                open(self._log, "a", encoding="utf-8", errors="backslashreplace", opener=_open_log) as log,
+            ):
+                log.write(f"{visible(line)}\n")
+
+    def show(self, rows: Sequence[Row], decisions: Sequence[Decision]) -> None:
+        """Refresh the table at most twice a second, and less often where many trials make that slow."""
+        now = time.monotonic()
+        if self._live is not None and now - self._shown >= max(0.5, WORTH * self._took):
+            self._live.update(progress(self._run, rows, decisions, now - self._began), refresh=True)
+            self._shown = time.monotonic()
+            self._took = self._shown - now
+        elif self._live is None and now - self._shown >= PLAIN_EVERY:
+            counts = Counter(row["status"] for row in rows)
+            ended = sum(counts[status] for status in ("completed", "stopped", "failed", "blocked"))
+            left = time_left(rows)
+            after = f", about {duration(left)} left" if left is not None else ""
+            self.say(f"{ended} of {len(rows)} trials ended, {counts['running']} running{after}")
+            self._shown = now
+
+
+def _open_log(log: str, flags: int) -> int:
+    """Open a log that only this user can read. Others may write to the folder of a Ray that is joined, so a link is
+    not followed and a FIFO not waited for."""
+    return os.open(log, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+
+
+def progress(run: str, rows: Sequence[Row], decisions: Sequence[Decision], elapsed: float | None) -> Group:
+    """The progress of a run: a line a phase, the decisions of early stopping, then the running trials.
+
+    `elapsed` is in seconds; None leaves it out.
+    """
+    line = Text.assemble((run, "bold"), "" if elapsed is None else f"  {duration(elapsed)}")
+    if remaining := time_left(rows):
+        line.append(f", about {duration(remaining)} left")
+    parts: list[RenderableType] = [line, _phases(rows)]
+    if decisions:
+        parts += [Text(""), _decisions(decisions)]
+    if running := [row for row in rows if row["status"] == "running"]:
+        parts += [Text(""), _running(running)]
+    return Group(*parts)
+
+
+def _phases(rows: Sequence[Row]) -> Table:
+    """How many trials of each phase are in which state."""
+    shown = rich_table(None, "phase", "done", "running", "stopped", "failed", "waiting", left=("phase",))
+    shown.add_column("", ratio=1)
+    for phase in PHASES:
+        counts = Counter(row["status"] for row in rows if row["phase"] == phase)
+        total = counts.total()
+        done, running, stopped = counts["completed"], str(counts["running"]), counts["stopped"]
+        failed = counts["failed"] + counts["blocked"]
+        marked = Text(str(failed), style="red" if failed else "")
+        bar = ProgressBar(total=max(1, total), completed=done + stopped + failed, width=30)
+        shown.add_row(phase, f"{done}/{total}", running, str(stopped), marked, str(counts["pending"]), bar)
+    return shown
+
+
+def _decisions(decisions: Sequence[Decision]) -> Group:
+    """How often early stopping decided for which reason, and the last few decisions."""
+    counts = Counter(decision.reason for decision in decisions)
+    said = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in counts.most_common())
+    stopped = sum(decision.action == "stop" for decision in decisions)
+    title = Text(f"early stopping: {len(decisions)} comparisons, {stopped} stopped ({said})", style="bold")
+    return Group(title, *(Text(decision.words) for decision in decisions[-LAST:]))
+
+
+def _running(running: Sequence[Row]) -> Table:
+    """The epoch, accuracy and remaining time of running trials."""
+    shown = rich_table(None, "running", "epoch", "val. accuracy", "left", left=("running",))
+    for row in running[:SHOWN]:
+        left = ""
+        if row["epochs_run"]:
+            left = duration((row["epochs_planned"] - row["epochs_run"]) * row["train_seconds"] / row["epochs_run"])
+        trial, epoch = Text(f"{row['arm']} seed {row['seed']}"), f"{row['epochs_run']}/{row['epochs_planned']}"
+        shown.add_row(trial, epoch, points(row["val_accuracy"]), left)
+    if len(running) > SHOWN:
+        shown.add_row(f"and {len(running) - SHOWN} more")
+    return shown
