@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from tune_kd.study.discover import from_json
 from tune_kd.study.plan import Search
-from tune_kd.study.spec import MOST_TRIALS, Study
+from tune_kd.study.rules import MOST_TRIALS
+from tune_kd.study.spec import Study
 from tune_kd.study.trial import digest
 from tune_kd.study.validate import check
 from tune_kd.system.errors import CorruptFile, UserError

@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from tune_kd.study.rules import MOST_EPOCHS, MOST_TRIALS, SEED, TRIALS, at_least, length, most
 
 
 def number(value: float) -> str:
@@ -111,10 +113,10 @@ class Tuning:
     """The same budget for every arm, the control among them. Draws compete inside their arm, on validation accuracy at
     the screen's seed; the best is confirmed beside the published default on fresh seeds."""
 
-    ranges: tuple[Range, ...]
-    budget: int = 40  # of each arm
-    budget_unit: Literal["trials", "epochs"] = "trials"  # epochs: what early stopping saves is drawn anew
+    ranges: Annotated[tuple[Range, ...], length(100)]
+    budget: Annotated[int, most(MOST_TRIALS * MOST_EPOCHS)] = 40  # of each arm
+    budget_unit: Literal["trials", "epochs"] = "trials"  # with epochs, those saved by early stopping are drawn again
     sampler: Literal["tpe", "random", "quasi-random"] = "tpe"
-    startup: int = 10  # draws at random before TPE's model of what went before
-    parallel: int = 1  # draws of one arm under way at a time: with more, each knows of fewer before it
-    seed: int = 0  # of the samplers
+    startup: Annotated[int, at_least(1), TRIALS] = 10  # random draws before TPE models earlier ones
+    parallel: Annotated[int, at_least(1), TRIALS] = 1  # concurrent draws of one arm; they know less of others
+    seed: Annotated[int, SEED] = 0  # of the samplers

@@ -2,23 +2,16 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 
+from tune_kd.study.rules import LEVELS, MOST_SEEDS, MOST_TRIALS, SEED, TRIALS, broken, rules_of
 from tune_kd.study.spec import (
     APPLIES,
-    ARCHITECTURES,
     CELL_FIELDS,
-    DATA_SETS,
     METHODS,
-    MOST_EPOCHS,
-    MOST_LEVELS,
-    MOST_SEEDS,
-    MOST_TRIALS,
-    MOST_WIDTH,
-    PRECISIONS,
-    STEMS,
+    NUMERIC,
     TUNABLE,
-    WEIGHTS,
+    Cell,
     Compare,
     Level,
     Recipe,
@@ -26,86 +19,45 @@ from tune_kd.study.spec import (
     Study,
 )
 from tune_kd.study.tuning import Choice, Integer, Range, Tuning, number
-from tune_kd.system.characters import CONTROL, visible
 from tune_kd.system.errors import UserError
 
 
 def check(study: Study) -> Study:
-    """Return the study itself; raise `UserError` with every problem that it has."""
-    if problems := list(_oversized(study)):  # of which the rest could take hours to look at
+    """Return the study itself. Raises `UserError` with every problem that it has."""
+    if problems := list(_oversized(study)):  # the other checks could take hours
         raise UserError(*problems)
     problems = [
+        *broken(study),
+        *broken(study.data, "data."),
         *_factor_problems(study),
         *_control_problems(study),
         *_contrast_problems(study),
-        *_recipe_problems("recipe", study.recipe),
-        *_recipe_problems("teacher_recipe", study.teacher_recipe),
+        *_recipe_problems(study.recipe, "recipe."),
+        *_recipe_problems(study.teacher_recipe, "teacher_recipe."),
         *_seed_problems(study),
         *_screen_problems(study),
         *(_tuning_problems(study, study.tuning) if study.tuning else ()),
     ]
-    for part in ("train", "validation", "test"):
-        size = getattr(study.data, part)
-        if size is not None and size < 1:
-            problems.append(f"data.{part} is {size}; allowed: at least 1, or null for all")
-    if not 0 <= study.data.split_seed < 2**31:
-        problems.append(f"data.split_seed is {study.data.split_seed}; allowed: from 0 to {2**31 - 1}")
-    if study.data.name not in DATA_SETS:
-        problems.append(f"data.name is {study.data.name!r}; allowed: {', '.join(DATA_SETS)}")
-    for name in ("name", "question", "scale"):
-        text = getattr(study, name)
-        if any("\ud800" <= character <= "\udfff" for character in text):  # which no file and no terminal takes
-            problems.append(f"{name} is {text!r}; allowed: text that can be encoded as UTF-8")
-        if CONTROL.search(text) and (name != "question" or visible(text) != text):  # which may have lines
-            problems.append(f"{name} is {text!r}; allowed: text without control characters")
-    if not 0 < study.deviation <= 1:
-        problems.append(f"deviation is {study.deviation}; allowed: above 0, at most 1 (accuracy, 0.0015 is 0.15 "
-                        "points)")  # fmt: skip
-    if not 1e3 <= study.rate <= 1e24:
-        problems.append(f"rate is {study.rate}; allowed: from 1e3 to 1e24 operations a second")
     if problems:
         raise UserError(*problems)
     return study
 
 
 def _oversized(study: Study) -> Iterator[str]:
-    """What is longer than any study has it. A study may come from anybody's `study.json`."""
-    for name, most in (("name", 200), ("scale", 200), ("question", 10_000)):
-        if (length := len(getattr(study, name))) > most:
-            yield f"{name} has {length:,} characters; allowed: at most {most:,}"
+    """Messages for what exceeds any real study. A study may come from a stranger's `study.json`."""
     tuning = study.tuning or Tuning(())
-    lists: list[tuple[str, Sized, int]] = [
-        ("factors", study.factors, len(CELL_FIELDS)),
-        *((f"factor {each.name!r}", each.levels, MOST_LEVELS) for each in study.factors),
-        ("contrasts", study.contrasts, MOST_LEVELS),
-        ("reference", study.reference, 2 * len(CELL_FIELDS)),
-        ("swept", study.swept, 2 * len(CELL_FIELDS)),
-        ("screen.strata", study.screen.strata or (), 2 * len(CELL_FIELDS)),
-        ("screen.margin", study.screen.margin if isinstance(study.screen.margin, tuple) else (), 100),
-        ("confirm.seeds", study.confirm.seeds, MOST_SEEDS),
-        ("confirm.looks", study.confirm.looks or (), 100),
-        ("teacher_seeds", study.teacher_seeds, MOST_SEEDS),
-        ("tuning.ranges", tuning.ranges, 100),
-        *((f"tuning.ranges has {each.name}, which", each.over.levels, MOST_LEVELS)
-          for each in tuning.ranges if isinstance(each.over, Choice)),
-    ]  # fmt: skip
-    for name, items, most in lists:
-        if len(items) > most:
-            yield f"{name} has {len(items):,} items; allowed: at most {most:,}"
-    for name, value, limit in (
-        ("recipe.epochs", study.recipe.epochs, MOST_EPOCHS),
-        ("teacher_recipe.epochs", study.teacher_recipe.epochs, MOST_EPOCHS),
-        ("recipe.batch_size", study.recipe.batch_size, 2**24),
-        ("teacher_recipe.batch_size", study.teacher_recipe.batch_size, 2**24),
-        ("tuning.budget", tuning.budget if tuning.budget_unit == "trials" else 0, MOST_TRIALS),
-        ("tuning.budget", tuning.budget, MOST_TRIALS * MOST_EPOCHS),
-        ("tuning.parallel", tuning.parallel, MOST_TRIALS),
-        ("tuning.startup", tuning.startup, MOST_TRIALS),
-        *((f"tuning.ranges has {each.name}, whose span", each.over.high - each.over.low, MOST_TRIALS)
-          for each in tuning.ranges if isinstance(each.over, Integer)),
-    ):  # fmt: skip
-        if value > limit:
-            yield f"{name} is {value}; allowed: at most {limit:,}"
+    yield from broken(study, limits=True)
+    for name in ("recipe", "teacher_recipe", "screen", "confirm"):
+        yield from broken(getattr(study, name), f"{name}.", limits=True)
+    yield from broken(tuning, "tuning.", limits=True)
+    lists = [(f"factor {each.name!r}", each.levels) for each in study.factors]
+    lists += [(f"tuning.ranges has {each.name}, which", each.over.levels)
+              for each in tuning.ranges if isinstance(each.over, Choice)]  # fmt: skip
+    yield from (LEVELS.problem(name, levels) for name, levels in lists if not LEVELS.holds(levels))
+    counts = [("tuning.budget", tuning.budget)] if tuning.budget_unit == "trials" else []
+    counts += [(f"tuning.ranges has {each.name}, whose span", each.over.high - each.over.low)
+               for each in tuning.ranges if isinstance(each.over, Integer)]  # fmt: skip
+    yield from (TRIALS.problem(name, count) for name, count in counts if not TRIALS.holds(count))
     cells = math.prod(max(1, len(each.levels)) for each in study.factors)
     draws = tuning.budget if study.tuning else 0
     if tuning.budget_unit == "epochs":
@@ -118,25 +70,11 @@ def _oversized(study: Study) -> Iterator[str]:
 
 
 def _level_problem(name: str, level: Level | None) -> str | None:
-    """What is wrong with one level of a factor, or null."""
-    known = {
-        "student": ARCHITECTURES,
-        "teacher": ARCHITECTURES,
-        "stem": STEMS,
-        "weights": WEIGHTS,
-        "method": METHODS,
-    }
-    if name in known:
-        return None if level in known[name] else f"{name} is {level!r}; allowed: {', '.join(known[name])}"
-    if not isinstance(level, int | float) or isinstance(level, bool) or not math.isfinite(level):
+    """What is wrong with a level of a factor, or None."""
+    if name in NUMERIC and (not isinstance(level, int | float) or isinstance(level, bool) or not math.isfinite(level)):
         return f"{name} is {level!r}; allowed: a finite number"
-    if name == "alpha":
-        return None if 0 <= level <= 1 else f"alpha is {level}; allowed: from 0 to 1"
-    if name == "beta":
-        return None if level >= 0 else f"beta is {level}; allowed: 0 or more"
-    most = MOST_WIDTH if name == "width" else math.inf
-    said = f", at most {number(most)}" if name == "width" else ""
-    return None if 0 < level <= most else f"{name} is {level}; allowed: above 0{said}"
+    (rule,) = rules_of(Cell, name)
+    return None if rule.holds(level) else rule.problem(name, level)
 
 
 def _factor_problems(study: Study) -> list[str]:
@@ -228,20 +166,10 @@ def _contrast_problems(study: Study) -> list[str]:
     return problems
 
 
-def _recipe_problems(where: str, recipe: Recipe) -> list[str]:
-    rules = [
-        ("epochs", recipe.epochs >= 1, "at least 1"),
-        ("batch_size", recipe.batch_size >= 2, "at least 2"),
-        ("lr", 0 < recipe.lr < math.inf, "above 0"),
-        ("lr_min", 0 <= recipe.lr_min <= recipe.lr, f"from 0 to lr ({number(recipe.lr)})"),
-        ("momentum", 0 < recipe.momentum < 1, "between 0 and 1, both excluded (Nesterov)"),
-        ("weight_decay", 0 <= recipe.weight_decay < math.inf, "0 or more"),
-        ("clip", 0 < recipe.clip < math.inf, "above 0"),
-        ("precision", recipe.precision in PRECISIONS, ", ".join(PRECISIONS)),
-    ]
-    return [
-        f"{where}.{name} is {getattr(recipe, name)!r}; allowed: {allowed}" for name, good, allowed in rules if not good
-    ]
+def _recipe_problems(recipe: Recipe, where: str) -> Iterator[str]:
+    yield from broken(recipe, where)
+    if not 0 <= recipe.lr_min <= recipe.lr:
+        yield f"{where}lr_min is {recipe.lr_min!r}; allowed: from 0 to lr ({number(recipe.lr)})"
 
 
 def _seed_problems(study: Study) -> list[str]:
@@ -261,14 +189,11 @@ def _seed_problems(study: Study) -> list[str]:
             problems.append(f"{name} is {list(each)}; allowed: each seed once")
     if not study.teacher_seeds:
         problems.append("teacher_seeds is empty; allowed: at least one seed")
-    for name, value in (
-        ("screen.seed", study.screen.seed),
-        ("screen.order_seed", study.screen.order_seed),
-        *(("confirm.seeds", seed) for seed in (study.confirm.all_seeds if seeds else ())),
-        *(("teacher_seeds", seed) for seed in study.teacher_seeds),
+    for name, each in (
+        ("confirm.seeds", study.confirm.all_seeds if seeds else ()),
+        ("teacher_seeds", study.teacher_seeds),
     ):
-        if not 0 <= value < 2**31:
-            problems.append(f"{name} has {value}; allowed: from 0 to {2**31 - 1}")
+        problems += [f"{name} has {seed}; allowed: {SEED.allowed}" for seed in each if not SEED.holds(seed)]
     return problems
 
 
@@ -282,25 +207,14 @@ def _look_problems(seeds: tuple[int, ...], looks: tuple[int, ...]) -> list[str]:
 
 
 def _screen_problems(study: Study) -> list[str]:
-    screen = study.screen
-    problems = []
-    if screen.grace < 1:
-        problems.append(f"screen.grace is {screen.grace}; allowed: at least 1 epoch")
-    if screen.grace > study.recipe.epochs:
+    screen, epochs = study.screen, study.recipe.epochs
+    problems = list(broken(screen, "screen."))
+    if screen.grace > epochs:
         problems.append(
-            f"screen.grace is {screen.grace}, longer than the budget recipe.epochs = {study.recipe.epochs}; "
-            f"allowed: 1 to {study.recipe.epochs}"
+            f"screen.grace is {screen.grace}, longer than the budget recipe.epochs = {epochs}; allowed: 1 to {epochs}"
         )
-    if screen.reduction < 2:
-        problems.append(f"screen.reduction is {screen.reduction}; allowed: at least 2")
-    margins = screen.margin if isinstance(screen.margin, tuple) else (screen.margin,)
-    if not all(0 <= margin <= 1 for margin in margins):
-        said = list(margins) if isinstance(screen.margin, tuple) else screen.margin
-        problems.append(f"screen.margin is {said}; allowed: from 0 to 1 (accuracy, 0.005 is 0.5 points)")
-    if not problems and isinstance(screen.margin, tuple):
-        problems += margin_problems(screen, study.recipe.epochs)
-    if screen.min_peers < 1:
-        problems.append(f"screen.min_peers is {screen.min_peers}; allowed: at least 1")
+    elif screen.grace >= 1 and screen.reduction >= 2:  # otherwise there are no rungs
+        problems += margin_problems(screen, epochs)
     unknown = [name for name in screen.strata or () if name not in CELL_FIELDS]
     if screen.strata == ():
         problems.append("screen.strata is empty; allowed: null for all with all, or some of " + ", ".join(CELL_FIELDS))
@@ -326,17 +240,7 @@ def _tuning_problems(study: Study, tuning: Tuning) -> list[str]:
         if not names and not problems:
             problems.append(f"tuning.ranges has nothing for the method {method}; allowed: a range for every method, "
                             "such as lr, since each arm gets the same budget")  # fmt: skip
-    allowed = {"budget_unit": ("trials", "epochs"), "sampler": ("tpe", "random", "quasi-random")}
-    problems += [
-        f"tuning.{name} is {getattr(tuning, name)!r}; allowed: {', '.join(levels)}"
-        for name, levels in allowed.items()
-        if getattr(tuning, name) not in levels
-    ]
-    for name, least in (("startup", 1), ("parallel", 1)):
-        if getattr(tuning, name) < least:
-            problems.append(f"tuning.{name} is {getattr(tuning, name)}; allowed: at least {least}")
-    if not 0 <= tuning.seed < 2**31:
-        problems.append(f"tuning.seed is {tuning.seed}; allowed: from 0 to {2**31 - 1}")
+    problems += broken(tuning, "tuning.")
     return problems or list(_budget_problems(study, tuning))
 
 
