@@ -1,7 +1,8 @@
-"""What is wrong with a study: every problem of its fields, alone and together, in one list."""
+"""Check a study and report all its problems at once: the rules of single fields, and those across fields."""
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 from tune_kd.study.rules import LEVELS, MOST_SEEDS, MOST_TRIALS, SEED, TRIALS, broken, rules_of
@@ -32,6 +33,7 @@ def check(study: Study) -> Study:
         *_factor_problems(study),
         *_control_problems(study),
         *_contrast_problems(study),
+        *_reference_problems(study),
         *_recipe_problems(study.recipe, "recipe."),
         *_recipe_problems(study.teacher_recipe, "teacher_recipe."),
         *_seed_problems(study),
@@ -69,6 +71,10 @@ def _oversized(study: Study) -> Iterator[str]:
                f"trials; allowed: {MOST_TRIALS:,}")  # fmt: skip
 
 
+def _repeated(names: list[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
 def _level_problem(name: str, level: Level | None) -> str | None:
     """What is wrong with a level of a factor, or None."""
     if name in NUMERIC and (not isinstance(level, int | float) or isinstance(level, bool) or not math.isfinite(level)):
@@ -78,10 +84,8 @@ def _level_problem(name: str, level: Level | None) -> str | None:
 
 
 def _factor_problems(study: Study) -> list[str]:
-    problems = []
     names = [factor.name for factor in study.factors]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    problems += [f"factors names {name!r} more than once; allowed: once each" for name in twice]
+    problems = [f"factors names {name!r} more than once; allowed: once each" for name in _repeated(names)]
     for factor in study.factors:
         if factor.name not in CELL_FIELDS:
             problems.append(f"factors names {factor.name!r}; allowed: {', '.join(CELL_FIELDS)}")
@@ -101,7 +105,7 @@ def _factor_problems(study: Study) -> list[str]:
 
 
 def _combination_problems(study: Study) -> list[str]:
-    """What is wrong with levels that are each allowed."""
+    """Levels that are allowed alone and not together."""
     problems = []
     if "imagenet" in study.levels("weights") and any(width != 1 for width in study.levels("width")):
         problems.append("weights is 'imagenet' while width is not 1; allowed: torchvision's weights at width 1 only")
@@ -127,43 +131,39 @@ def _control_problems(study: Study) -> list[str]:
     return []
 
 
-def _contrast_problems(study: Study) -> list[str]:
-    problems = []
+def _contrast_problems(study: Study) -> Iterator[str]:
+    varied = [factor.name for factor in study.factors]
     for position, contrast in enumerate(study.contrasts):
-        other_way = Compare(contrast.factor, contrast.against, contrast.treated)
-        if contrast in study.contrasts[:position] or other_way in study.contrasts[:position]:
-            problems.append(f"contrasts compares {contrast.factor} {contrast.treated!r} with {contrast.against!r} more "
-                            "than once; allowed: once, and in one direction: each counts as a test")  # fmt: skip
-        if contrast.factor not in [factor.name for factor in study.factors]:
-            varied = ", ".join(factor.name for factor in study.factors)
-            problems.append(f"a contrast compares {contrast.factor!r}; allowed: a factor of the study ({varied})")
+        what, before = f"{contrast.factor} {contrast.treated!r}", study.contrasts[:position]
+        if contrast in before or Compare(contrast.factor, contrast.against, contrast.treated) in before:
+            yield (f"contrasts compares {what} with {contrast.against!r} more than once; allowed: once, and in one "
+                   "direction: each counts as a test")  # fmt: skip
+        if contrast.factor not in varied:
+            yield f"a contrast compares {contrast.factor!r}; allowed: a factor of the study ({', '.join(varied)})"
             continue
         levels = study.levels(contrast.factor)
-        allowed = ", ".join(str(level) for level in levels)
-        unknown = [level for level in (contrast.treated, contrast.against) if level not in levels]
-        problems += [f"a contrast names {contrast.factor} {level!r}; allowed: {allowed}" for level in unknown]
+        for level in (contrast.treated, contrast.against):
+            if level not in levels:
+                yield f"a contrast names {contrast.factor} {level!r}; allowed: {', '.join(map(str, levels))}"
         if contrast.treated == contrast.against:
-            problems.append(f"a contrast compares {contrast.factor} {contrast.treated!r} with itself; allowed: two "
-                            "levels")  # fmt: skip
+            yield f"a contrast compares {what} with itself; allowed: two levels"
+    if study.moderator is not None and study.moderator not in varied:
+        yield f"moderator is {study.moderator!r}; allowed: null or a factor of the study ({', '.join(varied)})"
+
+
+def _reference_problems(study: Study) -> Iterator[str]:
     named = [name for name, _ in study.reference]
-    problems += [f"reference names {name!r} more than once; allowed: once each"
-                 for name in dict.fromkeys(named) if named.count(name) > 1]  # fmt: skip
+    yield from (f"reference names {name!r} more than once; allowed: once each" for name in _repeated(named))
     for name, level in study.reference:
         if name not in CELL_FIELDS:
-            problems.append(f"reference names {name!r}; allowed: {', '.join(CELL_FIELDS)}")
-        elif study.levels(name) and level not in study.levels(name):
-            allowed = ", ".join(str(each) for each in study.levels(name))
-            problems.append(f"reference {name} is {level!r}; allowed: {allowed}")
-    fixed = {name for name, _ in study.reference} & {factor.name for factor in study.factors}
-    problems += [
-        f"swept names {name!r}; allowed: factors that have a reference ({', '.join(sorted(fixed)) or 'there is none'})"
-        for name in study.swept
-        if name not in fixed
-    ]
-    if study.moderator is not None and study.moderator not in [factor.name for factor in study.factors]:
-        varied = ", ".join(factor.name for factor in study.factors)
-        problems.append(f"moderator is {study.moderator!r}; allowed: null or a factor of the study ({varied})")
-    return problems
+            yield f"reference names {name!r}; allowed: {', '.join(CELL_FIELDS)}"
+        elif (levels := study.levels(name)) and level not in levels:
+            yield f"reference {name} is {level!r}; allowed: {', '.join(map(str, levels))}"
+    fixed = sorted({*named} & {factor.name for factor in study.factors})
+    for name in study.swept:
+        if name not in fixed:
+            allowed = ", ".join(fixed) or "there is none"
+            yield f"swept names {name!r}; allowed: factors that have a reference ({allowed})"
 
 
 def _recipe_problems(recipe: Recipe, where: str) -> Iterator[str]:
@@ -174,35 +174,35 @@ def _recipe_problems(recipe: Recipe, where: str) -> Iterator[str]:
 
 def _seed_problems(study: Study) -> list[str]:
     problems = []
-    seeds = study.confirm.seeds
-    if not seeds:
+    confirm, ours = study.confirm, study.screen.seed
+    if not confirm.seeds:
         problems.append("confirm.seeds is empty; allowed: at least one seed")
-    elif study.confirm.looks is not None:
-        problems += _look_problems(seeds, study.confirm.looks)
-    if not problems and study.screen.seed in study.confirm.all_seeds:
+    elif confirm.looks is not None:
+        problems += _look_problems(confirm.seeds, confirm.looks)
+    if not problems and ours in confirm.all_seeds:
         problems.append(
-            f"screen.seed is {study.screen.seed} and is among confirm.seeds {list(study.confirm.all_seeds)}; "
+            f"screen.seed is {ours} and is among confirm.seeds {list(confirm.all_seeds)}; "
             "allowed: a seed of its own, or the confirmation would repeat what the screen selected on"
         )
-    for name, each in (("confirm.seeds", seeds), ("teacher_seeds", study.teacher_seeds)):
-        if len(set(each)) < len(each):
-            problems.append(f"{name} is {list(each)}; allowed: each seed once")
     if not study.teacher_seeds:
         problems.append("teacher_seeds is empty; allowed: at least one seed")
-    for name, each in (
-        ("confirm.seeds", study.confirm.all_seeds if seeds else ()),
-        ("teacher_seeds", study.teacher_seeds),
+    drawn = confirm.all_seeds if confirm.seeds else ()
+    for name, listed, used in (
+        ("confirm.seeds", confirm.seeds, drawn),
+        ("teacher_seeds", study.teacher_seeds, study.teacher_seeds),
     ):
-        problems += [f"{name} has {seed}; allowed: {SEED.allowed}" for seed in each if not SEED.holds(seed)]
+        if len(set(listed)) < len(listed):
+            problems.append(f"{name} is {list(listed)}; allowed: each seed once")
+        problems += [f"{name} has {seed}; allowed: {SEED.allowed}" for seed in used if not SEED.holds(seed)]
     return problems
 
 
 def _look_problems(seeds: tuple[int, ...], looks: tuple[int, ...]) -> list[str]:
-    allowed = "counts of seeds that grow, the first 2 or more and the last not below the number of confirm.seeds"
     grows = len(looks) > 0 and all(one < other for one, other in itertools.pairwise(looks))
     if grows and looks[0] >= 2 and len(seeds) <= looks[-1] <= MOST_SEEDS:
         return []
-    return [f"confirm.looks is {list(looks)} with {len(seeds)} confirm.seeds; allowed: null, or {allowed} "
+    return [f"confirm.looks is {list(looks)} with {len(seeds)} confirm.seeds; allowed: null, or counts of seeds that "
+            "grow, the first 2 or more and the last not below the number of confirm.seeds "
             f"({MOST_SEEDS} at most)"]  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def _screen_problems(study: Study) -> list[str]:
 
 
 def margin_problems(screen: Screen, epochs: int) -> list[str]:
-    """What is wrong with margins that are given rung by rung."""
+    """Messages for a list of margins that does not have one for each rung."""
     rungs = screen.rungs(epochs)
     if not isinstance(screen.margin, tuple) or len(screen.margin) == len(rungs):
         return []
@@ -236,7 +236,7 @@ def _tuning_problems(study: Study, tuning: Tuning) -> list[str]:
     for method in map(str, study.levels("method")):
         names = [each.name for each in study.ranges(method)]
         problems += [f"tuning.ranges has {name} more than once for the method {method}; allowed: once"
-                     for name in dict.fromkeys(names) if names.count(name) > 1]  # fmt: skip
+                     for name in _repeated(names)]  # fmt: skip
         if not names and not problems:
             problems.append(f"tuning.ranges has nothing for the method {method}; allowed: a range for every method, "
                             "such as lr, since each arm gets the same budget")  # fmt: skip
@@ -245,7 +245,7 @@ def _tuning_problems(study: Study, tuning: Tuning) -> list[str]:
 
 
 def _range_problems(study: Study, each: Range) -> list[str]:
-    """What is wrong with one range."""
+    """Messages for one range."""
     where, over = f"tuning.ranges has {each.name}", each.over
     if each.name not in TUNABLE:
         return [f"tuning.ranges names {each.name!r}; allowed: {', '.join(TUNABLE)}"]
@@ -273,7 +273,7 @@ def _range_problems(study: Study, each: Range) -> list[str]:
 
 
 def _budget_problems(study: Study, tuning: Tuning) -> Iterator[str]:
-    """Too little for the sampler to begin with, or more than there is to draw."""
+    """Messages for a budget below what the sampler needs, or above what there is to draw."""
     draws, unit = tuning.budget, ""
     if tuning.budget_unit == "epochs":
         draws, unit = tuning.budget // study.recipe.epochs, f" (of {study.recipe.epochs} epochs a trial)"
