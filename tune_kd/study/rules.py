@@ -85,9 +85,9 @@ def rules_of(kind: type, name: str) -> tuple[Rule, ...]:
     return (one_of(get_args(hint)),) if get_origin(hint) is Literal else getattr(hint, "__metadata__", ())
 
 
-def broken(part: object, where: str = "", limits: bool = False) -> Iterator[str]:
+def broken(part: Any, where: str = "", limits: bool = False) -> Iterator[str]:
     """A message for each rule, or limit, that a field of a dataclass breaks. `where` precedes the fields' names."""
     for name, value in vars(part).items():
-        for rule in rules_of(type(part), name):
+        for rule in rules_of(part.__class__, name):
             if rule.is_limit == limits and not rule.holds(value):
                 yield rule.problem(f"{where}{name}", value)
