@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tune_kd.data import datasets
-from tune_kd.study.cost import BLOCKS, IMAGES, WORTH, answering, flop, macs, price, views_answered
+from tune_kd.study.cost import BLOCKS, IMAGES, WORTH, answering, flop, macs, price, state_bytes, views_answered
 from tune_kd.study.plan import plan
-from tune_kd.study.spec import Cell, Confirm, Data, Factor, Recipe, Study
+from tune_kd.study.spec import STEMS, Cell, Confirm, Data, Factor, Recipe, Study
 from tune_kd.study.trial import Answering, Trial
 from tune_kd.training import networks
 from tune_kd.training.teachers import drawn_numbers
@@ -21,13 +21,18 @@ def cost(study: Study) -> float:
 
 
 @pytest.mark.parametrize("architecture", BLOCKS)
-@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
-@pytest.mark.parametrize(("size", "width"), [(32, 1.0), (16, 0.125), (33, 0.25)])
-def test_multiplications_are_those_that_torch_counts(architecture: str, stem: str, size: int, width: float) -> None:
-    net = networks.build(architecture, stem=stem, classes=10, width=width, seed=0).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.zeros(1, 3, size, size))
-    assert counter.get_total_flops() == 2 * macs(architecture, stem=stem, width=width, size=size, classes=10)
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("width", [1.0, 0.3])
+def test_multiplications_and_bytes_are_those_that_torch_counts(architecture: str, stem: str, width: float) -> None:
+    net = networks.build(architecture, stem=stem, classes=10, width=width, seed=0).eval().to("meta")
+    for size in (16, 33):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(torch.zeros(1, 3, size, size, device="meta"))
+        assert counter.get_total_flops() == 2 * macs(architecture, stem=stem, width=width, size=size, classes=10)
+    trial = Trial("none", "confirm", Cell(architecture, None, stem, width=width), Recipe(), 0, Data(), None, "test")
+    state = [value for value in net.state_dict().values() if value.is_floating_point()]
+    # The classifier counts as if normalised: four values a class in place of its bias.
+    assert sum(value.nbytes for value in state) == state_bytes(trial) - 4 * (4 - 1) * 10
 
 
 def test_the_sizes_that_the_price_knows_are_those_of_the_data() -> None:

@@ -197,7 +197,7 @@ def test_levels_that_agree_to_six_digits_have_names_of_their_own(study: Study) -
 
 def test_two_arms_of_one_name_are_refused(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever gave them one: here, names with fewer digits than levels have."""
-    monkeypatch.setattr("tune_kd.study.plan.number", lambda value: f"{value:g}")
+    monkeypatch.setattr("tune_kd.study.arms.number", lambda value: f"{value:g}")
     close = Factor("temperature", (4.0, 4.0000001))
     with pytest.raises(UserError, match="2 arms have the name 'cifar/logit/T=4'; allowed: "):
         plan(replace(study, factors=(*study.factors[:2], close), contrasts=study.contrasts[:2]))

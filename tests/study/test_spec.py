@@ -7,6 +7,7 @@ import pytest
 from search_spaces.ablation import SCALES
 from tune_kd.study.discover import find, resolve
 from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
+from tune_kd.study.tuning import Tuning
 from tune_kd.study.validate import check
 from tune_kd.system.errors import UserError
 
@@ -81,7 +82,11 @@ def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
         ({"cell": Cell(weights="imagenet", width=0.5)}, ("weights is 'imagenet'", "width is not 1")),
         ({"cell": Cell(teacher=None)}, ("teacher is null", "'logit'")),
         ({"cell": Cell(student="vgg")}, ("cell.student is 'vgg'", "resnet18")),
+        ({"data": Data("digits", test=float("nan"))}, ("data.test is nan", "at least 1, or null for all")),  # type: ignore[arg-type]
+        ({"screen": Screen(seed=-1, grace=1)}, ("screen.seed is -1", f"from 0 to {2**31 - 1}")),
         ({"deviation": 0.0}, ("deviation is 0.0",)),
+        ({"rate": 1.0}, ("rate is 1.0", "from 1e3 to 1e24")),
+        ({"cell": Cell(width=17.0)}, ("cell.width is 17.0", "above 0, at most 16")),
         ({"question": "Does it \ud83d?"}, (r"question is 'Does it \ud83d?'", "encoded as UTF-8")),
         ({"name": "\udce9"}, (r"name is '\udce9'", "encoded as UTF-8")),
         ({"name": "two\nlines"}, (r"name is 'two\nlines'", "without control characters")),
@@ -94,6 +99,31 @@ def test_a_bad_study_is_refused_with_field_value_and_what_is_allowed(
 ) -> None:
     found = problems(replace(study, **change))  # type: ignore[arg-type]
     assert any(all(word in problem for word in words) for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": "x" * 201, "control": "no"}, "name has 201 characters; allowed: at most 200"),
+        (
+            {"contrasts": (Compare("stem", "cifar", "imagenet"),) * 1001},
+            "contrasts has 1,001 items; allowed: at most 1,000",
+        ),
+        ({"factors": (Factor("alpha", (0.5,) * 1001),)}, "factor 'alpha' has 1,001 items; allowed: at most 1,000"),
+        ({"recipe": Recipe(epochs=1_000_001)}, "recipe.epochs is 1000001; allowed: at most 1,000,000"),
+        ({"tuning": Tuning((), startup=100_001)}, "tuning.startup is 100001; allowed: at most 100,000"),
+        ({"tuning": Tuning((), budget=100_001)}, "tuning.budget is 100001; allowed: at most 100,000"),
+        (
+            {"confirm": Confirm(seeds=tuple(range(9000)))},
+            "factors have 12 combinations of levels, which with 9000 seeds",
+        ),
+    ],
+)
+def test_what_no_study_has_is_refused_before_anything_else_is_looked_at(
+    study: Study, change: dict[str, object], words: str
+) -> None:
+    found = problems(replace(study, **change))  # type: ignore[arg-type]
+    assert found[0].startswith(words) and not any(each.startswith("control") for each in found)
 
 
 def test_a_question_may_have_lines(study: Study) -> None:

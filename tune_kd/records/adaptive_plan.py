@@ -7,7 +7,7 @@ from typing import Any
 from tune_kd.records.schema import Row, first_row
 from tune_kd.study.plan import Plan, Search
 from tune_kd.study.spec import CELL_FIELDS
-from tune_kd.study.trial import Trial
+from tune_kd.study.trial import Phase, Trial
 from tune_kd.study.tuning import Tuning
 
 UNENDED = ("pending", "running")
@@ -21,7 +21,7 @@ def draws(search: Search, rows: Iterable[Row]) -> list[Row]:
 def drawn(planned: Plan, search: Search, values: Mapping[str, float]) -> Trial:
     """The trial of a draw: its arm's published default in all else, at the screen's seed."""
     default = next(trial for trial in planned.trials if trial.arm == search.default)
-    return replace(_with(default, values), arm=search.name, phase="screen", seed=planned.study.screen.seed)
+    return replace(_with(default, values), arm=search.name, phase=Phase.SCREEN, seed=planned.study.screen.seed)
 
 
 def confirmed(planned: Plan, search: Search, best: Row) -> list[Trial]:

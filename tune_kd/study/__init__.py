@@ -1,4 +1,4 @@
-"""What a study declares, and the plan that follows from it: arms, trials, teachers, cost. Without torch and Ray."""
+"""What a study declares, and its plan: arms, trials, teachers, cost. Imports neither torch nor Ray."""
 
 from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
 from tune_kd.study.tuning import Choice, Integer, LogUniform, Range, Tuning, Uniform

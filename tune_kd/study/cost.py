@@ -1,9 +1,14 @@
-"""What trials cost, counted without torch: multiplications of the networks times the images they see."""
+"""Cost of trials: multiply-accumulates of the networks times the images that they see.
+
+The counts follow from the architecture by a formula, for any width and image size and without torch. A test compares
+them with torch's `FlopCounterMode`.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
-from tune_kd.study.trial import Answering, Trial
+from tune_kd.study.trial import Answering, Role, Trial
 
 BLOCKS = {
     "resnet18": (2, 2, 2, 2),
@@ -16,14 +21,14 @@ BOTTLENECK = ("resnet50", "resnet101")
 
 @dataclass(frozen=True)
 class Images:
-    """A data set as the networks see it: image size in pixels, classes, images of each part."""
+    """A data set as the networks see it, with the number of images of each part."""
 
-    size: int
+    size: int  # pixels
     classes: int
     train: int
     validation: int
     test: int
-    views: int  # ways of showing a training image: crops, and their mirror images where it is flipped
+    views: int  # of a training image: crops, and their mirror images where images are flipped
 
 
 IMAGES = {
@@ -31,13 +36,13 @@ IMAGES = {
     "cifar10": Images(size=32, classes=10, train=45_000, validation=5_000, test=10_000, views=162),
     "cifar100": Images(size=32, classes=100, train=45_000, validation=5_000, test=10_000, views=162),
 }
-ROW_BYTES = 1500  # of an epoch in the ledger with its log and index, and in a table that is written beside the old one
-WORTH = 1.05  # all views ahead may cost this much more than the drawn ones: later seeds and studies find them there
+ROW_BYTES = 1500  # of an epoch in the ledger with its log and index, and in a table written beside the old one
+WORTH = 1.05  # all views may cost this much more than the drawn ones, since later seeds and studies use them too
 
 
 @dataclass(frozen=True)
 class Price:
-    """Floating-point operations, the time of one slot that they take at an assumed rate, and how this was made."""
+    """Floating-point operations, the time that one slot takes for them, and the assumptions in words."""
 
     flop: float
     slot_seconds: float
@@ -46,66 +51,72 @@ class Price:
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution, or the classifier: its weights, at how many positions of an image, and its outputs' channels."""
+    """A square convolution, or the classifier as one: kernel and output size in pixels, channels."""
 
-    weights: int
-    positions: int
+    kernel: int
+    into: int
     out: int
+    size: int
+
+    @property
+    def weights(self) -> int:
+        return self.kernel**2 * self.into * self.out
 
 
 def layers(architecture: str, *, stem: str, width: float, size: int, classes: int) -> Iterator[Layer]:
-    """What multiplies in a ResNet, for images of `size` pixels (He et al. 2016)."""
-    expansion = 4 if architecture in BOTTLENECK else 1
+    """The layers of a ResNet that multiply, for images of `size` pixels (He et al. 2016)."""
+    bottleneck = architecture in BOTTLENECK
     channels = [max(1, round(planes * width)) for planes in (64, 128, 256, 512)]
-    if stem == "cifar":
-        yield Layer(9 * 3 * channels[0], size * size, channels[0])
-    else:
-        size = -(-size // 2)
-        yield Layer(49 * 3 * channels[0], size * size, channels[0])
-        size = -(-size // 2)
     into = channels[0]
+    if stem == "cifar":
+        yield Layer(3, 3, into, size)
+    else:
+        yield Layer(7, 3, into, _half(size))
+        size = _half(_half(size))  # a pooling follows
     for stage, (blocks, inner) in enumerate(zip(BLOCKS[architecture], channels, strict=True)):
         for block in range(blocks):
-            before = size
+            before, out = size, 4 * inner if bottleneck else inner
             if stage > 0 and block == 0:
-                size = -(-size // 2)
-            out = inner * expansion
-            if architecture in BOTTLENECK:
-                yield Layer(into * inner, before * before, inner)
-                yield Layer(9 * inner * inner, size * size, inner)
-                yield Layer(inner * out, size * size, out)
+                size = _half(size)
+            if bottleneck:
+                yield from (Layer(1, into, inner, before), Layer(3, inner, inner, size), Layer(1, inner, out, size))
             else:
-                yield Layer(9 * into * inner, size * size, inner)
-                yield Layer(9 * inner * inner, size * size, inner)
+                yield from (Layer(3, into, inner, size), Layer(3, inner, inner, size))
             if size != before or into != out:
-                yield Layer(into * out, size * size, out)
+                yield Layer(1, into, out, size)
             into = out
-    yield Layer(into * classes, 1, classes)
+    yield Layer(1, into, classes, 1)
 
 
+def _half(size: int) -> int:
+    """The size after a stride of 2."""
+    return -(-size // 2)
+
+
+@cache
 def macs(architecture: str, *, stem: str, width: float, size: int, classes: int) -> int:
     """Multiply-accumulates of one image's forward pass: convolutions and classifier."""
     found = layers(architecture, stem=stem, width=width, size=size, classes=classes)
-    return sum(layer.weights * layer.positions for layer in found)
+    return sum(layer.weights * layer.size**2 for layer in found)
 
 
 def state_bytes(trial: Trial) -> int:
-    """Bytes of a network's float32 weights with its normalisations' four values a channel, running ones included."""
+    """Bytes of a network's float32 state: weights, and four values a channel for batch normalisation."""
     cell, images = trial.cell, images_of(trial)
     found = layers(trial.architecture, stem=cell.stem, width=cell.width, size=images.size, classes=images.classes)
     return sum(4 * (layer.weights + 4 * layer.out) for layer in found)
 
 
 def disk_bytes(trials: Iterable[Trial], answering: Mapping[str, Answering], slots: int, keep: bool) -> int:
-    """What a plan writes at most at a time: checkpoints of as many trials as run (of all with `keep`), teachers, their
-    answers, a ledger and tables.
+    """The most that a plan has on disk at a time: checkpoints of `slots` trials (of all with `keep`), teachers, their
+    logits, ledger and tables.
 
-    A checkpoint has weights, momentum and the best weights; there are two, and a third while it is written.
+    A checkpoint has weights, momentum and the best weights. There are two, and a third while it is written.
     """
     trials = tuple(trials)
     states = sorted((state_bytes(trial) for trial in trials), reverse=True)
     checkpoints = 3 * 3 * sum(states[:slots]) + (3 * sum(states) if keep else 0)
-    teachers = sum(state_bytes(trial) for trial in trials if trial.role == "teacher")
+    teachers = sum(state_bytes(trial) for trial in trials if trial.role == Role.TEACHER)
     students = {trial.teacher_id: trial for trial in trials if trial.teacher_id in answering}
     answers = sum(4 * images_of(each).classes * views_answered(answering[str(teacher)], each)
                   for teacher, each in students.items())  # fmt: skip
@@ -114,7 +125,7 @@ def disk_bytes(trials: Iterable[Trial], answering: Mapping[str, Answering], slot
 
 
 def price(trials: Iterable[Trial], answering: Mapping[str, Answering], rate: float) -> Price:
-    """The price of a plan at `rate` operations a second in a slot, before early stopping saves any of it."""
+    """The price of a plan at `rate` operations a second in a slot, without what early stopping saves."""
     trials = tuple(trials)
     students = {trial.teacher_id: trial for trial in trials if trial.cell.method == "logit"}
     answers = sum(
@@ -132,7 +143,7 @@ def price(trials: Iterable[Trial], answering: Mapping[str, Answering], rate: flo
 
 
 def flop(trial: Trial) -> float:
-    """Floating-point operations of a trial: training, evaluation, and the teacher where it runs beside it."""
+    """Floating-point operations of a trial: training, evaluation, and the teacher of a feature arm."""
     images, epochs = images_of(trial), trial.recipe.epochs
     total = _forward(trial, trial.architecture) * (epochs * (3 * images.train + images.validation) + 2 * images.test)
     if trial.cell.method == "feature":
@@ -141,7 +152,7 @@ def flop(trial: Trial) -> float:
 
 
 def answering(students: Iterable[Trial]) -> Answering:
-    """What one teacher answers for its logit students: the cheaper of all views ahead and the views they will draw."""
+    """The views for which a teacher's logits are computed: all, or those that its students draw if that is cheaper."""
     students = tuple(students)
     draws = tuple(dict.fromkeys((student.seed, student.recipe.epochs) for student in students))
     drawn, all_ = (views_answered(Answering(ahead, draws), students[0]) for ahead in (False, True))
@@ -149,9 +160,9 @@ def answering(students: Iterable[Trial]) -> Answering:
 
 
 def views_answered(answering: Answering, student: Trial) -> float:
-    """How many views a teacher answers: those that there are, or the expected number of different ones drawn.
+    """How many views a teacher's logits are computed for: all, or the expected number of different views drawn.
 
-    A view stays undrawn by `epochs` uniform draws with a probability of (1 - 1/views)^epochs.
+    The probability that `epochs` uniform draws miss a view is (1 - 1/views)^epochs.
     """
     images = images_of(student)
     epochs = sum(epochs for _, epochs in answering.draws)
@@ -160,7 +171,7 @@ def views_answered(answering: Answering, student: Trial) -> float:
 
 
 def draws(answering: Answering, student: Trial) -> int:
-    """How many views the students look at, the same ones counted again."""
+    """How many views the students train on, counting repeated ones."""
     return images_of(student).train * sum(epochs for _, epochs in answering.draws)
 
 
@@ -170,16 +181,9 @@ def _teacher(student: Trial) -> str:
 
 
 def images_of(trial: Trial) -> Images:
-    """The data set as this trial sees it: as many images of each part as it declares."""
-    whole, data = IMAGES[trial.data.name], trial.data
-    return Images(
-        size=whole.size,
-        classes=whole.classes,
-        train=whole.train if data.train is None else data.train,
-        validation=whole.validation if data.validation is None else data.validation,
-        test=whole.test if data.test is None else data.test,
-        views=whole.views,
-    )
+    """The data set of a trial, with the numbers of images that it declares."""
+    declared = {part: getattr(trial.data, part) for part in ("train", "validation", "test")}
+    return replace(IMAGES[trial.data.name], **{part: size for part, size in declared.items() if size is not None})
 
 
 def _forward(trial: Trial, architecture: str) -> int:

@@ -1,4 +1,4 @@
-"""Finding studies: a name in `search_spaces/` or a path, its scales, and single fields that a command sets."""
+"""Find a study by its name in `search_spaces/` or its path, choose its scale, and set single fields."""
 
 import hashlib
 import inspect
@@ -21,7 +21,7 @@ from tune_kd.system.files import read
 
 
 def available() -> dict[str, Path]:
-    """Studies by name: those of the working directory, then those that were installed with tune_kd."""
+    """Studies by name. Those of the working directory hide those installed with tune_kd."""
     found: dict[str, Path] = {}
     for folder in folders():
         for path in sorted(folder.glob("[!_]*.py")):
@@ -30,7 +30,7 @@ def available() -> dict[str, Path]:
 
 
 def find(study: str) -> Path:
-    """The file of a study that is named or given as a path. Raises `UserError` where there is none."""
+    """The file of a study, from its name or path. Raises `UserError` if there is none."""
     known = available()
     path = Path(study) if study.endswith(".py") or "/" in study else known.get(study)
     if path is None or path.suffix != ".py" or not os.path.isfile(path):
@@ -39,7 +39,7 @@ def find(study: str) -> Path:
 
 
 def scales(path: Path) -> dict[str, Callable[..., Study]]:
-    """The scales that a study's file declares: its `SCALES`, or `study` alone under its own scale's name."""
+    """The scales that a study's file declares: its `SCALES`, or `study` alone under the name of its scale."""
     return _scales(executed(path))
 
 
@@ -59,10 +59,10 @@ def _scales(file: StudyFile) -> dict[str, Callable[..., Study]]:
 
 
 def resolve(path: Path, scale: str, data: str | None = None, settings: Sequence[str] = ()) -> Study:
-    """One study, whole and checked. `settings` are `field=value`, with JSON for lists and numbers.
+    """A study, checked. `settings` are `field=value`, with JSON for lists and numbers.
 
-    A scale whose function takes the name of the data set says itself what it does on another one; with any other
-    scale, `data` is taken whole.
+    If the scale's function takes the name of the data set, it decides how much of `data` to use. Otherwise the study
+    uses all of it.
     """
     file = executed(path)
     declared = _scales(file)
@@ -78,7 +78,7 @@ def resolve(path: Path, scale: str, data: str | None = None, settings: Sequence[
 
 
 def _made(file: StudyFile, make: Callable[..., Study], data: str | None) -> Study:
-    """The study that a function of the file makes, of a data set where it takes one. It is asked once."""
+    """The study that a function of the file returns, for a data set if it takes one. Each is called once."""
     name = getattr(make, "__name__", "study")
     with file.running(f"where {name}() fails"):
         takes_data = data is not None and "data" in inspect.signature(make).parameters
@@ -92,15 +92,15 @@ def _made(file: StudyFile, make: Callable[..., Study], data: str | None) -> Stud
 
 
 def from_json(value: Any) -> Study:
-    """The inverse of `dataclasses.asdict`, for `study.json`."""
+    """The study in `study.json`: the inverse of `dataclasses.asdict`."""
     return TypeAdapter(Study).validate_python(value)
 
 
 def _with_settings(path: Path, study: Study, settings: Sequence[str]) -> Study:
-    """Apply `field=value`; fields may be nested (`recipe.epochs`), and `factors.NAME` is a factor's levels.
+    """Apply `field=value`. Fields may be nested (`recipe.epochs`); `factors.NAME` means a factor's levels.
 
-    Every study passes through here, with settings or without, so that its types are those of `study.json`: 1 and
-    1.0 in a study's file are one value with one identity.
+    Every study passes through here, also without settings, to get the types of `study.json`: 1 and 1.0 in a study's
+    file are then the same value with the same id.
     """
     value: dict[str, Any] = asdict(study)
     problems = []
@@ -120,7 +120,7 @@ def _with_settings(path: Path, study: Study, settings: Sequence[str]) -> Study:
 
 
 def _type_problems(path: Path, value: dict[str, Any], settings: Sequence[str], error: ValidationError) -> list[str]:
-    """A sentence for each field whose value is of another type: what may stand there, and of `--set` what to type."""
+    """A message for each field whose value has the wrong type: what is allowed, and for `--set` what to type."""
     given = tuple(setting.partition("=")[0] for setting in settings)
     found = {name: (kind, got) for name, kind, got in (_field(each["loc"], value) for each in error.errors())}
     problems = []
@@ -133,12 +133,12 @@ def _type_problems(path: Path, value: dict[str, Any], settings: Sequence[str], e
 
 
 def _field(loc: Sequence[int | str], value: Any) -> tuple[str, Any, Any]:
-    """The name, as `--set` takes it, the type and the value of the field that an error of pydantic's is in."""
+    """The name (as in `--set`), the type and the value of the field in which pydantic found an error."""
     name, kind = "", Study  # type: str, Any
     for step in loc:
         inner = _inner(kind, step)
         if inner is None or not (step in value if isinstance(value, dict) else isinstance(step, int)):
-            break  # pydantic goes on with the members of a union
+            break  # below this, pydantic names the members of a union
         kind, value = inner, value[step]
         if kind is Factor and isinstance(value, dict) and "name" in value:
             name = f"{name}.{value['name']}"
@@ -148,7 +148,7 @@ def _field(loc: Sequence[int | str], value: Any) -> tuple[str, Any, Any]:
 
 
 def _inner(kind: Any, step: int | str) -> Any:
-    """The type of a field of a dataclass, or of an item of a list; null where a type has no such thing."""
+    """The type of a field of a dataclass, or of an item of a list. None if the type has neither."""
     for each in _members(kind):
         if is_dataclass(each) and step in (hints := get_type_hints(each)):
             return hints[str(step)]
@@ -163,7 +163,7 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 
 def _words(kind: Any) -> str:
-    """What may stand where a type is declared."""
+    """What a type allows, in words."""
     if get_origin(kind) is Literal:
         return ", ".join(map(str, get_args(kind)))
     known = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
@@ -171,7 +171,7 @@ def _words(kind: Any) -> str:
 
 
 def _example(name: str, kind: Any, got: Any) -> str:
-    """What to type where a list, text or an object is expected and something else was given, if that can be told."""
+    """What to type in place of a value that is no list, text or object, if that can be told."""
     if is_dataclass(kind) and isinstance(kind, type):
         first = fields(kind)[0]
         known = first.default is not MISSING and "[" not in name
@@ -189,12 +189,12 @@ def _example(name: str, kind: Any, got: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as JSON has it where Python writes it in another way."""
+    """A value as in JSON where Python writes it differently."""
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def _parsed(text: str) -> Any:
-    """JSON, or what is none as text."""
+    """The value of JSON; any other text as it is."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -202,16 +202,16 @@ def _parsed(text: str) -> Any:
 
 
 def _assign(value: dict[str, Any], path: list[str], new: Any, whole: str) -> str | None:
-    """Set one nested field in place; returns what is wrong with its name, or null."""
+    """Set a nested field in place. Returns what is wrong with it, or None."""
     head, *rest = path
     if head not in value:
         return f"--set names {whole!r}; allowed here: {', '.join(value)}"
     if not rest:
-        if isinstance(new, dict) and isinstance(value[head], dict):  # fields that are none would pass unseen
+        if isinstance(new, dict) and isinstance(value[head], dict):  # pydantic would ignore unknown fields
             return next(
                 (found for name in new if (found := _assign(value[head], [name], new[name], f"{whole}.{name}"))), None
             )
-        if _holds_truth(new) and not isinstance(value[head], bool):  # which would pass as 1 or 0
+        if _holds_truth(new) and not isinstance(value[head], bool):  # pydantic would take it as 1 or 0
             return f"--set {whole} is {json.dumps(new)}; allowed: numbers and text, not true or false"
         value[head] = new
         return None
@@ -231,26 +231,26 @@ def _holds_truth(value: Any) -> bool:
     return any(map(_holds_truth, value)) if isinstance(value, list) else isinstance(value, bool)
 
 
-MOST_SOURCE_BYTES = 2**22  # of a file of a study, to be compared and not executed
+MOST_SOURCE_BYTES = 2**22  # of a study's file that is compared, not executed
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a study came from, so that a change of it is noticed."""
+    """The origin of a study, to notice changes."""
 
     file: Path
     scale: str
     data: str | None = None
     settings: tuple[str, ...] = ()  # of `--set`
-    digests: dict[str, str] | None = None  # SHA-256 of the file and of what it imported from its folder, by path
+    digests: dict[str, str] | None = None  # SHA-256 of the file and of its imports from its folder, by path
 
     def read(self) -> Study:
-        """The study as its file declares it now. That executes the file. Raises `UserError`."""
+        """The study as its file declares it now. Executes the file. Raises `UserError`."""
         return resolve(self.file, self.scale, self.data, self.settings)
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether the files of the study hold what they did when the run began. Executes nothing."""
+        """Whether the study's files are as they were when the run began. Executes nothing."""
         try:
             return bool(self.digests) and all(
                 hashlib.sha256(read(Path(path), MOST_SOURCE_BYTES)).hexdigest() == digest
@@ -260,9 +260,8 @@ class Source:
             return False
 
     def may_be_executed(self, results: Path) -> bool:
-        """Whether the file stands where the caller would have his own: among the installed studies, in the working
-        directory or its `search_spaces`; and not among results, which may have come from anybody, as the record has
-        that names the file."""
+        """Whether the file is where users have their own: with the installed studies, in the working directory or its
+        `search_spaces`. Not among results: they, and the record that names the file, may come from a stranger."""
         place = self.file.resolve().parent
         near = {folder.resolve() for folder in (*folders(), Path.cwd())}
         return place in near and not place.is_relative_to(results.resolve())

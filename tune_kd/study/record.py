@@ -1,16 +1,17 @@
-"""What a run's `study.json` has to hold, whoever wrote it: what its readers rely on, of the right types, within bounds,
-and with names that fit each other."""
+"""Load a run's `study.json`, which may come from a stranger, and validate it: types, bounds, hashes and references."""
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
+from tune_kd.study.contrasts import Kind
 from tune_kd.study.discover import from_json
 from tune_kd.study.plan import Search
-from tune_kd.study.spec import MOST_TRIALS, Study
-from tune_kd.study.trial import digest
+from tune_kd.study.rules import MOST_TRIALS
+from tune_kd.study.spec import Study
+from tune_kd.study.trial import ArmRole, digest
 from tune_kd.study.validate import check
 from tune_kd.system.errors import CorruptFile, UserError
 from tune_kd.system.files import MOST_RECORD_BYTES, read, unsealed
@@ -19,21 +20,20 @@ T = TypeVar("T")
 
 Name = Annotated[str, Field(max_length=1000)]
 Some = Annotated[list[T], Field(max_length=MOST_TRIALS)]
-Role = Literal["control", "reference", "compared"]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", use_enum_values=True)
 
 
 class _Arm(_Part):
     name: Name
-    role: Role
+    role: ArmRole
 
 
 class _Contrast(_Part):
     name: Annotated[str, Field(max_length=10_000)]
-    kind: Literal["effect", "moderation"]
+    kind: Kind
     weights: Annotated[list[tuple[Name, FiniteFloat]], Field(min_length=1, max_length=100)]
 
 
@@ -88,8 +88,8 @@ class _Record(_Part):
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The record in a file. Raises `UserError` where it lacks something, was changed since the run began, or holds what
-    no run writes."""
+    """The record in a file. Raises `UserError` where something is missing, was changed since the run began, or cannot
+    have been written by a run."""
     try:
         record = unsealed(read(path, MOST_RECORD_BYTES), path)
     except (CorruptFile, OSError) as error:
@@ -127,7 +127,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _study(path: Path, value: dict[str, Any]) -> Study:
-    """The study in a record, within its bounds. Raises `UserError`."""
+    """The study in a record. Raises `UserError`."""
     try:
         return check(from_json(value))
     except ValidationError as error:
@@ -141,7 +141,7 @@ def _study(path: Path, value: dict[str, Any]) -> Study:
 
 
 def _unfit(path: Path, part: dict[str, Any], study: Study, record: dict[str, Any]) -> list[str]:
-    """Where what is declared, or added later, refers to what there is not."""
+    """Messages for looks, ranges and arms that the record refers to and the study does not have."""
     problems = []
     last = len(study.confirm.looks or (0,)) - 1
     if (look := record.get("look", 0)) > last:
@@ -158,7 +158,7 @@ def _unfit(path: Path, part: dict[str, Any], study: Study, record: dict[str, Any
 def _digest(value: Any) -> str | None:
     try:
         return digest(value)
-    except ValueError:  # not finite, as no value of a study is
+    except ValueError:  # a number that is not finite: no study has one
         return None
 
 

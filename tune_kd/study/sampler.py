@@ -1,7 +1,7 @@
-"""Which configuration an arm tries next: Optuna's samplers, one for each arm. The only room that knows Optuna.
+"""Draw the next configuration of an arm with Optuna's samplers, one for each arm. The only file that imports Optuna.
 
-A draw follows from the seed, the arm, the draw's number and what came of those before it, and from nothing else: so the
-ledger is all that a sampler has to be told to go on after a kill.
+A draw depends on the seed, the arm, its number and the results of the draws before it, and on nothing else. After a
+kill, the ledger therefore has all that a sampler needs.
 """
 
 import hashlib
@@ -18,22 +18,23 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL
 
+from tune_kd.study.trial import UNENDED, Status, StopReason
 from tune_kd.study.tuning import Choice, Integer, LogUniform, Over, Range, Tuning
 
-STORAGE = "optuna.sqlite"  # in a run's folder, for Optuna's dashboard: made from the ledger, and never read
-TRIES = 20  # at a configuration that was not drawn before
-DIGITS = 4  # of a drawn number: it can be written down, and typed again
+STORAGE = "optuna.sqlite"  # in a run's folder, for Optuna's dashboard; made from the ledger and never read
+TRIES = 20  # to draw a new configuration
+DIGITS = 4  # of a drawn number, so that people can copy it
 WORDS = logging.getLogger("optuna")
 
-Row = Mapping[str, Any]  # of the trials' table
+Row = Mapping[str, Any]  # of the trials table
 Ranges = Sequence[Range]
 
 
 def draw(
     tuning: Tuning, arm: str, ranges: Ranges, default: Mapping[str, float], theirs: Sequence[Row]
 ) -> dict[str, float]:
-    """The next configuration of an arm whose draws so far are `theirs`. None comes twice, and the default, which is
-    confirmed anyway, not at all."""
+    """The next configuration of an arm with the draws `theirs`. It differs from all of them and from the default, which
+    is confirmed anyway."""
     number = len(theirs)
     seed = _seed(tuning, arm, number)
     study = _study(ranges, theirs)
@@ -49,16 +50,15 @@ def draw(
         study.tell(asked, state=TrialState.FAIL)
     counted = itertools.product(*(each.configurations or (values[each.name],) for each in ranges))
     left = [each for each in counted if each not in seen]
-    assert left, f"{arm} has no configuration left to draw"  # the study's check counts them
+    assert left, f"{arm} has no configuration left to draw"  # `validate.check` counts them
     chosen = left[int(np.random.default_rng(seed).integers(len(left)))]
     return {each.name: value for each, value in zip(ranges, chosen, strict=True)}
 
 
 def importances(ranges: Ranges, theirs: Sequence[Row]) -> dict[str, float]:
-    """How much of the validation accuracy's variance over the draws that ran to their end each range explains, as
-    Optuna's functional analysis of variance has it (Hutter et al. 2014); they sum to 1. Empty for fewer than two such
-    draws, or where these do not differ."""
-    ended = [row for row in theirs if row["status"] == "completed"]
+    """The share of each range in the variance of validation accuracy over completed draws, by Optuna's functional
+    analysis of variance (Hutter et al. 2014). Shares sum to 1. Empty for fewer than two accuracies."""
+    ended = [row for row in theirs if row["status"] == Status.COMPLETED]
     if len({row["val_accuracy_best"] for row in ended}) < 2:
         return {}
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
@@ -68,10 +68,10 @@ def importances(ranges: Ranges, theirs: Sequence[Row]) -> dict[str, float]:
 
 
 class Storage:
-    """The draws that have ended, as Optuna keeps them: `optuna-dashboard sqlite:///RUN/optuna.sqlite` shows them."""
+    """Ended draws in Optuna's database. `optuna-dashboard sqlite:///RUN/optuna.sqlite` shows them."""
 
     def __init__(self, path: Path, run: str) -> None:
-        """Begin anew: what is in the ledger is told again. Raises whatever Optuna and its database do."""
+        """Create an empty database in place of an old one. Raises any error of Optuna and its database."""
         for end in ("", "-journal", "-wal", "-shm"):
             path.with_name(path.name + end).unlink(missing_ok=True)
         self._run = run
@@ -79,7 +79,7 @@ class Storage:
             self._storage = optuna.storages.RDBStorage(url(path))
 
     def add(self, arm: str, ranges: Ranges, row: Row) -> None:
-        """A draw that has ended. Raises whatever Optuna and its database do."""
+        """Add a draw that has ended. Raises any error of Optuna and its database."""
         with _quietly():
             study = optuna.create_study(
                 storage=self._storage, study_name=f"{self._run}: {arm}", direction="maximize", load_if_exists=True
@@ -91,9 +91,9 @@ class Storage:
 
 
 def url(path: Path) -> str:
-    """The URL by which SQLAlchemy, and so Optuna and MLflow, opens a file of SQLite's, whatever its name holds.
+    """The URL with which SQLAlchemy, and so Optuna and MLflow, opens an SQLite file of any name.
 
-    It names the driver, too: of a URL that begins with sqlite:///, MLflow makes the folder under its quoted name."""
+    It names the driver too: for URLs that begin with sqlite:///, MLflow creates the folder under its quoted name."""
     return URL.create("sqlite+pysqlite", database=str(path.absolute())).render_as_string()
 
 
@@ -105,16 +105,16 @@ def _study(ranges: Ranges, theirs: Sequence[Row]) -> optuna.Study:
 
 
 def _trial(ranges: Ranges, row: Row) -> FrozenTrial:
-    """A draw as Optuna sees it. One that was stopped, or diverged, is worse than those that ran to their end, and by
-    what it had when it left; of one that failed nothing is known."""
+    """A draw as Optuna's trial. Stopped and diverged draws rank below completed ones, by their last accuracy; a failed
+    draw says nothing."""
     params = {each.name: int(row[each.name]) if isinstance(each.over, Integer) else row[each.name] for each in ranges}
     steps = {int(row["epochs_run"]): float(row["val_accuracy"] or 0.0)}
-    if row["status"] == "completed":
+    if row["status"] == Status.COMPLETED:
         state, value = TrialState.COMPLETE, float(row["val_accuracy_best"])
-    elif row["status"] == "stopped" or row["stop_reason"] == "diverged":
+    elif row["status"] == Status.STOPPED or row["stop_reason"] == StopReason.DIVERGED:
         state, value = TrialState.PRUNED, None
     else:
-        state, value = (TrialState.RUNNING if row["status"] in ("pending", "running") else TrialState.FAIL), None
+        state, value = (TrialState.RUNNING if row["status"] in UNENDED else TrialState.FAIL), None
     distributions = _distributions(ranges)
     kept = {} if state == TrialState.RUNNING else steps
     return optuna.trial.create_trial(
@@ -143,7 +143,7 @@ def _sampler(tuning: Tuning, seed: int) -> optuna.samplers.BaseSampler:
 
 
 def _quasi_random(tuning: Tuning, arm: str, ranges: Ranges, number: int) -> dict[str, float]:
-    """A point of the arm's own scrambled Sobol sequence."""
+    """A point of the arm's scrambled Sobol sequence."""
     from scipy.stats import qmc
 
     sequence = qmc.Sobol(len(ranges), seed=np.random.default_rng(_seed(tuning, arm, 0)))
@@ -154,7 +154,7 @@ def _quasi_random(tuning: Tuning, arm: str, ranges: Ranges, number: int) -> dict
 
 
 def _at(over: Over, share: float) -> float:
-    """The value at a share, from 0 to below 1, of a range."""
+    """The value at a share of a range, in [0, 1)."""
     if isinstance(over, Choice):
         return over.levels[int(share * len(over.levels))]
     if isinstance(over, Integer):
@@ -176,7 +176,7 @@ def _seed(tuning: Tuning, arm: str, number: int) -> int:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep Optuna's account of every trial, and of what it has declared experimental, out of the way."""
+    """Silence Optuna's log of every trial and its warnings about experimental features."""
     before = WORDS.level
     WORDS.setLevel(logging.ERROR)
     try:

@@ -1,4 +1,4 @@
-"""Execute a study's file: once for what it holds, so that what it imports, prints and raises stays its own affair."""
+"""Execute a study's file once, and isolate its imports, its output and its errors."""
 
 import hashlib
 import importlib.util
@@ -18,40 +18,40 @@ from tune_kd.system.files import MOST_RECORD_BYTES, read
 
 FOLDER = "search_spaces"
 INSTALLED = Path(__file__).parents[2] / FOLDER
-"""Where the studies that came with tune_kd are: beside it, whatever else has this name where Python looks."""
+"""The folder of the studies that come with tune_kd, whatever else of this name is on Python's path."""
 
 
 def folders() -> tuple[Path, ...]:
-    """Where studies are found by name: first in the working directory, then among those that were installed."""
+    """The folders in which studies are found by name: that of the working directory first, then the installed one."""
     return Path.cwd() / FOLDER, INSTALLED
 
 
 class StudyFile:
-    """A study's file that was executed. Whatever else is asked of it is asked while `running`."""
+    """A study's file that was executed. Calls of its functions happen inside `running`."""
 
     module: ModuleType
 
     def __init__(self, path: Path) -> None:
-        """Execute it. Raises `UserError`, also for what it raises."""
+        """Execute the file. Raises `UserError`, also for the errors of the file."""
         self.path = path
-        self.made: dict[Hashable, Study] = {}  # what its functions made
-        # A name that nothing else has, under which the module stays known, so that its classes can be found by it.
+        self.made: dict[Hashable, Study] = {}  # by its functions
+        # A unique name, under which the module stays in `sys.modules` so that its classes can be found.
         self._name = f"study_{path.stem}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
-        self._folder = path.resolve().parent  # of a link, the folder of what it links to, as for any of Python's
-        self._beside: dict[str, ModuleType] = {}  # what it imported from there, which only it sees
-        # `python -m tune_kd` puts the working directory first, and `tune-kd` does not: here neither does.
+        self._folder = path.resolve().parent  # Python does the same with links
+        self._beside: dict[str, ModuleType] = {}  # its imports from there, which only it sees
+        # `python -m tune_kd` puts the working directory first, unlike `tune-kd`. Here both are alike.
         here = 1 if sys.path[:1] in ([""], [os.getcwd()]) else 0
         self._python_path = [str(self._folder), *sys.path[here:]]
         self._finder = _SearchSpaces()
-        self._texts: dict[Path, bytes] = {}  # of it, and of what it imported so
+        self._texts: dict[Path, bytes] = {}  # of the file and of its imports
         with self.running("which cannot be read"):
             self._texts[path] = read(path, MOST_RECORD_BYTES)
             self.module = self._executed()
 
     @property
     def files(self) -> dict[str, Path]:
-        """It and what it imported so far, by where a copy of tune_kd has to have them: `studies/NAME`, and
-        `search_spaces/NAME` of what it imported as that and did not come with tune_kd."""
+        """The file and its imports so far, by their place in a copy of tune_kd: `studies/NAME`, or `search_spaces/NAME`
+        for imports of that name that did not come with tune_kd."""
         found = {f"studies/{self.path.name}": self.path}
         for path in self._texts:
             if path.is_relative_to(INSTALLED):
@@ -64,12 +64,12 @@ class StudyFile:
 
     @property
     def digests(self) -> dict[str, str]:
-        """The SHA-256 of it, and of what it imported from its folder so far, by path."""
+        """SHA-256 of the file and of its imports from its folder so far, by path."""
         return {str(path): hashlib.sha256(text).hexdigest() for path, text in self._texts.items()}
 
     @property
     def is_as_executed(self) -> bool:
-        """Whether it, and what it imported from its folder, holds what it did then, as far as it is there."""
+        """Whether the file and its imports are unchanged since. Missing files count as unchanged."""
         for path, text in self._texts.items():
             with suppress(OSError):
                 if read(path, MOST_RECORD_BYTES) != text:
@@ -78,33 +78,33 @@ class StudyFile:
 
     @contextmanager
     def running(self, doing: str) -> Iterator[None]:
-        """Run code of this file. Modules of its folder can be imported, and `search_spaces` means the folders where
-        studies are found; what it prints goes to standard error. Nothing of that stays.
+        """Run code of this file. It can import modules of its folder, and `search_spaces` from the folders of studies.
+        Its output goes to standard error. All of this is undone afterwards.
 
-        Raises `UserError`, `doing` in its words, for whatever it raises: SystemExit and KeyboardInterrupt, too.
+        Raises `UserError`, which quotes `doing`, for any error of the code, also SystemExit and KeyboardInterrupt.
         """
         modules, python_path, bytecode = dict(sys.modules), sys.path, sys.dont_write_bytecode
         for name in modules:
             if _top(name) == FOLDER:
                 del sys.modules[name]
         sys.modules.update(self._beside)
-        sys.path, sys.dont_write_bytecode = self._python_path, True  # no traces in a user's folder
+        sys.path, sys.dont_write_bytecode = self._python_path, True  # leave no files in a user's folder
         finders = list(sys.meta_path)
         sys.meta_path.insert(0, self._finder)
         try:
             with _to_standard_error():
                 yield
         except BaseException as error:
-            signals.check()  # what it raises may be what asked this command to leave
+            signals.check()  # the error may come from a signal to this command
             line = self._line(error)
             if isinstance(error, UserError) and error.problems:
-                if line is None:  # ours
+                if line is None:  # our own error
                     raise
                 raise UserError(*(f"STUDY is {self.path}: {problem}" for problem in error.problems)) from error
             at = "" if line is None else f" (line {line})"
             raise UserError(f"STUDY is {self.path}, {doing}: {_words(error)}{at}") from error
         finally:
-            more = [finder for finder in sys.meta_path if finder not in (self._finder, *finders)]  # of libraries
+            more = [finder for finder in sys.meta_path if finder not in (self._finder, *finders)]  # added by libraries
             sys.meta_path[:] = [*finders, *more]
             self._python_path, sys.path, sys.dont_write_bytecode = sys.path, python_path, bytecode
             self._set_aside(modules)
@@ -120,10 +120,10 @@ class StudyFile:
         return module
 
     def _set_aside(self, before: dict[str, ModuleType]) -> None:
-        """Have modules of its folder, or called `search_spaces`, be for this file alone; put back what they hid."""
+        """Keep modules of its folder, and `search_spaces`, for this file alone. Restore the modules that they hid."""
         new = {name: file for name, module in list(sys.modules.items())
                if name not in before and name != self._name and (file := _file(module)) is not None}  # fmt: skip
-        # What is not all Python, such as numpy in a folder to which it was installed, cannot be imported again.
+        # Compiled packages, such as numpy installed into that folder, cannot be imported again.
         compiled = {_top(name) for name, file in new.items() if file.suffix != ".py"}
         own = {FOLDER} | {name for name, file in new.items() if self._holds(file) and name not in compiled}
         for name in [name for name in sys.modules if _top(name) in own]:
@@ -134,11 +134,11 @@ class StudyFile:
         sys.modules.update({name: module for name, module in before.items() if _top(name) in own})
 
     def _holds(self, file: Path) -> bool:
-        """Whether a module's file, or the folder of a package's, stands directly in the folder of this one."""
+        """Whether a module's file, or a package's folder, is directly in the folder of this file."""
         return self._folder == (file.parent.parent if file.stem == "__init__" else file.parent)
 
     def _line(self, error: BaseException) -> int | None:
-        """The last line of the file that led to an error; null where none did."""
+        """The last line of the file that led to an error. None if no line did."""
         trace, line = error.__traceback__, None
         while trace is not None:
             line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == str(self.path) else line
@@ -150,7 +150,7 @@ _files: dict[Path, StudyFile] = {}
 
 
 def executed(path: Path) -> StudyFile:
-    """A study's file, executed when it is first asked for, and again only where it was changed. Raises `UserError`."""
+    """A study's file, executed at the first call and again only after a change. Raises `UserError`."""
     path = path.absolute()
     known = _files.get(path)
     if known is None or not known.is_as_executed:
@@ -159,22 +159,21 @@ def executed(path: Path) -> StudyFile:
 
 
 def digests(path: Path) -> dict[str, str] | None:
-    """The SHA-256 of a study's file, and of what it imported from its folder, by path; null where this process has not
-    executed it."""
+    """SHA-256 of a study's file and its imports from its folder, by path. None if this process has not executed it."""
     known = _files.get(path.absolute())
     return None if known is None else known.digests
 
 
 class _AsItIsNow(SourceFileLoader):
-    """Python takes a file's compiled form of before for its present one where size and second of both are the same."""
+    """Ignores compiled files: Python would take an old one if size and second of the source are unchanged."""
 
     def get_code(self, fullname: str) -> CodeType:
         return self.source_to_code(read(Path(self.path), MOST_RECORD_BYTES), self.path)
 
 
 class _SearchSpaces(MetaPathFinder):
-    """Finds the package `search_spaces` in the folders of studies, the installed ones first, so that a user's study may
-    refine one whose name it has."""
+    """Finds the package `search_spaces` in the folders of studies. The installed folder comes first, so that a user's
+    study can refine the one of its own name."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -187,11 +186,11 @@ class _SearchSpaces(MetaPathFinder):
 
 @contextmanager
 def _to_standard_error() -> Iterator[None]:
-    """Have what is written to standard output, also by programs that are started, go to standard error."""
+    """Redirect standard output to standard error, also for child processes."""
     with redirect_stdout(sys.stderr):
         try:
             aside = os.dup(1)
-        except OSError:  # there is none
+        except OSError:  # no standard output
             yield
             return
         try:
@@ -206,18 +205,18 @@ def _to_standard_error() -> Iterator[None]:
 
 
 def _flush() -> None:
-    with suppress(OSError, ValueError, AttributeError):  # closed, or none
+    with suppress(OSError, ValueError, AttributeError):  # closed or missing
         sys.__stdout__.flush()  # type: ignore[union-attr]
 
 
 def _file(module: object) -> Path | None:
-    """The file of a module, or of a package without `__init__.py` the one that it would have; null where it has none.
-    What stands in `sys.modules` may be anything, and is not asked."""
+    """The file of a module; for a package without `__init__.py`, the path of that; None without either. Entries of
+    `sys.modules` may be any object, so no code of theirs is called."""
     there = vars(module) if isinstance(module, ModuleType) else {}
     file, paths = there.get("__file__"), there.get("__path__")
     if isinstance(file, str):
         return Path(file)
-    with suppress(Exception):  # of a package that computes them
+    with suppress(Exception):  # a package may compute its paths
         return next((Path(str(each), "__init__.py") for each in paths or ()), None)
     return None
 
@@ -226,7 +225,7 @@ def _words(error: BaseException) -> str:
     """An error as one line."""
     try:
         return " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())
-    except Exception:  # of its own class, whose words fail
+    except Exception:  # an error class of the study may fail here
         return type(error).__name__
 
 

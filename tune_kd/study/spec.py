@@ -1,11 +1,14 @@
 """What a study declares: its factors, control, seeds, recipe, early stopping and contrasts.
 
-A study is a value. Building one checks nothing, so that a search space can refine it with
-`dataclasses.replace`; `validate.check` reads the whole and names every problem at once.
+A study is a value. Building one checks nothing, so that a search space can refine it with `dataclasses.replace`.
+`validate.check` checks the rules in the annotations and those across fields, and reports all problems at once.
 """
 
 from dataclasses import dataclass, fields
+from typing import Annotated
 
+from tune_kd.study import rules
+from tune_kd.study.rules import MOST_EPOCHS, MOST_SEEDS, at_least, length, most, one_of
 from tune_kd.study.tuning import Range, Tuning
 
 Level = str | int | float
@@ -16,11 +19,6 @@ STEMS = ("imagenet", "cifar")
 WEIGHTS = ("none", "imagenet")
 DATA_SETS = ("digits", "cifar10", "cifar100")
 PRECISIONS = ("float32", "tf32", "bfloat16")
-MOST_SEEDS = 10_000
-MOST_TRIALS = 100_000
-MOST_EPOCHS = 1_000_000  # of a trial; patient teachers take thousands (Beyer et al. 2022)
-MOST_LEVELS = 1_000  # of a factor
-MOST_WIDTH = 16.0
 
 APPLIES: dict[str, tuple[str, ...]] = {
     "teacher": ("logit", "feature"),
@@ -28,25 +26,24 @@ APPLIES: dict[str, tuple[str, ...]] = {
     "temperature": ("logit",),
     "beta": ("feature",),
 }
-"""The methods that a factor has a meaning for. A factor that is not named here applies to all."""
+"""The methods to which a factor applies. Factors that are not listed apply to all."""
 
-
-TUNABLE = ("temperature", "alpha", "beta", "lr", "weight_decay")  # of a cell and of the recipe
+TUNABLE = ("temperature", "alpha", "beta", "lr", "weight_decay")  # fields of `Cell` and `Recipe`
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The settings in which arms can differ. A study's `cell` gives the value of what no factor varies."""
+    """The settings in which arms can differ. A study's `cell` has the values of those that no factor varies."""
 
-    student: str = "resnet18"
-    teacher: str | None = "resnet50"  # null where the method has no teacher
-    stem: str = "cifar"
-    weights: str = "none"  # "none" starts from scratch, "imagenet" from torchvision's weights
-    width: float = 1.0  # multiple of the standard channel counts, of student and teacher
-    method: str = "none"
-    temperature: float | None = 4.0
-    alpha: float | None = 0.5  # share of the distillation loss, in [0, 1]
-    beta: float | None = 0.5  # weight of the cosine part of the feature loss
+    student: Annotated[str, one_of(ARCHITECTURES)] = "resnet18"
+    teacher: Annotated[str | None, one_of(ARCHITECTURES)] = "resnet50"  # None where the method has no teacher
+    stem: Annotated[str, one_of(STEMS)] = "cifar"
+    weights: Annotated[str, one_of(WEIGHTS)] = "none"  # initial weights: random, or torchvision's for ImageNet
+    width: Annotated[float, rules.WIDTH] = 1.0  # multiple of the standard channel counts, of student and teacher
+    method: Annotated[str, one_of(METHODS)] = "none"
+    temperature: Annotated[float | None, rules.ABOVE_0] = 4.0
+    alpha: Annotated[float | None, rules.SHARE] = 0.5  # weight of the distillation loss
+    beta: Annotated[float | None, rules.FROM_0] = 0.5  # weight of the cosine part of the feature loss
 
 
 CELL_FIELDS = tuple(field.name for field in fields(Cell))
@@ -63,44 +60,46 @@ class Factor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained: SGD with Nesterov momentum under a cosine that ends with the budget."""
+    """How a network is trained: SGD with Nesterov momentum and a cosine schedule over all epochs."""
 
-    epochs: int = 100
-    batch_size: int = 128
-    lr: float = 0.1  # at the first step
+    epochs: Annotated[int, at_least(1), most(MOST_EPOCHS)] = 100
+    batch_size: Annotated[int, at_least(2), most(2**24)] = 128
+    lr: Annotated[float, rules.ABOVE_0] = 0.1  # at the first step
     lr_min: float = 1e-4  # at the last step
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    clip: float = 1.0  # largest norm of the gradient; the projections of `feature` are part of it
-    precision: str = "float32"  # of matrix products and convolutions; weights and their updates are always float32
-    compile: bool = False  # whether torch.compile makes the forward and backward pass; the first epoch pays for it
+    momentum: Annotated[float, rules.MOMENTUM] = 0.9
+    weight_decay: Annotated[float, rules.FROM_0] = 5e-4
+    clip: Annotated[float, rules.ABOVE_0] = 1.0  # largest norm of the gradient, with the projections of `feature`
+    # Of matrix products and convolutions. Weights and their updates are always float32.
+    precision: Annotated[str, one_of(PRECISIONS)] = "float32"
+    compile: bool = False  # with torch.compile, at the cost of a slower first epoch
 
 
 @dataclass(frozen=True)
 class Data:
-    """A data set and how much of it: images after the split, null for all of them."""
+    """A data set, and how many images of each part to use after the split: None for all."""
 
-    name: str = "cifar10"
-    train: int | None = None
-    validation: int | None = None
-    test: int | None = None
-    split_seed: int = 0  # of the split alone; no trial's seed changes it
+    name: Annotated[str, one_of(DATA_SETS)] = "cifar10"
+    train: Annotated[int | None, rules.SIZE] = None
+    validation: Annotated[int | None, rules.SIZE] = None
+    test: Annotated[int | None, rules.SIZE] = None
+    split_seed: Annotated[int, rules.SEED] = 0  # of the split alone, whatever the trials' seeds
 
 
 @dataclass(frozen=True)
 class Screen:
-    """The whole grid on one seed of its own, under early stopping that culls clear losers."""
+    """The whole grid on one seed of its own, with early stopping of clear losers."""
 
-    seed: int = 0
-    grace: int = 10  # epochs before the first comparison
-    reduction: int = 3  # a rung keeps the best 1/reduction; rungs lie at grace * reduction**k
-    margin: float | tuple[float, ...] = 0.005  # accuracy behind the cutoff that is noise: one, or one for each rung
-    min_peers: int = 2  # arms of the stratum that must have reported at the rung before
-    strata: tuple[str, ...] | None = ("stem", "method")  # arms compete inside these; null: all with all
-    order_seed: int = 0  # of the order in which arms start
+    seed: Annotated[int, rules.SEED] = 0
+    grace: Annotated[int, at_least(1, " epoch")] = 10  # epochs before the first comparison
+    reduction: Annotated[int, at_least(2)] = 3  # a rung keeps the best 1/reduction
+    # Accuracy behind the cutoff that counts as noise: one number, or one for each rung.
+    margin: Annotated[float | tuple[float, ...], rules.MARGIN, length(100)] = 0.005
+    min_peers: Annotated[int, at_least(1)] = 2  # arms of the stratum that must have reported at the rung before
+    strata: Annotated[tuple[str, ...] | None, length(2 * len(CELL_FIELDS))] = ("stem", "method")  # None: one for all
+    order_seed: Annotated[int, rules.SEED] = 0  # of the order in which arms start
 
     def rungs(self, epochs: int) -> list[int]:
-        """The epochs at which arms are compared: grace * reduction**k, below the budget."""
+        """The epochs at which arms are compared: grace * reduction**k, below the number of epochs."""
         found = []
         epoch = self.grace
         while epoch < epochs:
@@ -115,15 +114,15 @@ class Screen:
 
 @dataclass(frozen=True)
 class Confirm:
-    """What alone makes claims: fresh seeds, run to the end.
+    """Fresh seeds, trained to the end. Claims rest on them alone.
 
-    `looks` are the numbers of seeds at which the study may be judged, fixed before it begins: a run ends at the first,
-    `resume --extend` goes to the next, and the level of 0.05 is spent over all of them. Seeds that are not listed are
-    counted up from the largest that is. Null: one look, at all seeds.
+    `looks` are the numbers of seeds at which the study is judged, fixed before it begins. A run ends at the first;
+    `resume --extend` continues to the next; the level of 0.05 is spent over all of them. Seeds beyond those listed
+    count up from the largest. None means one look, at all seeds.
     """
 
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    looks: tuple[int, ...] | None = None
+    seeds: Annotated[tuple[int, ...], length(MOST_SEEDS)] = (1, 2, 3, 4, 5)
+    looks: Annotated[tuple[int, ...] | None, length(100)] = None
 
     @property
     def all_seeds(self) -> tuple[int, ...]:
@@ -138,7 +137,7 @@ class Confirm:
 
 @dataclass(frozen=True)
 class Compare:
-    """Contrasts of one factor: `treated` against `against`, in every context that the study holds."""
+    """Contrasts of a factor: `treated` against `against`, in every context of the study."""
 
     factor: str
     treated: Level
@@ -149,28 +148,30 @@ class Compare:
 class Study:
     """A whole study. `tune_kd.study.validate.check` says whether it can be run."""
 
-    name: str
-    question: str
-    factors: tuple[Factor, ...]
-    contrasts: tuple[Compare, ...]
-    moderator: str | None = None  # the factor that may change an effect; adds differences of differences
+    name: Annotated[str, rules.ENCODABLE, rules.LINE, length(200, "characters")]
+    question: Annotated[str, rules.ENCODABLE, rules.LINES, length(10_000, "characters")]
+    factors: Annotated[tuple[Factor, ...], length(len(CELL_FIELDS))]
+    contrasts: Annotated[tuple[Compare, ...], rules.LEVELS]
+    moderator: str | None = None  # a factor that may change the effects: adds differences of differences
     cell: Cell = Cell()
-    control: str | None = "none"  # the method that the others are measured against; null: no claims
-    reference: tuple[tuple[str, Level], ...] = (("temperature", 4.0),)  # where a contrast fixes a factor
-    swept: tuple[str, ...] = ()  # factors varied one at a time: no arm departs from the reference in two of them
-    scale: str = "paper"
+    control: str | None = "none"  # the method with which the others are compared; None: no claims
+    # The level of a factor at which contrasts of other factors are held.
+    reference: Annotated[tuple[tuple[str, Level], ...], length(2 * len(CELL_FIELDS))] = (("temperature", 4.0),)
+    # Factors varied one at a time: an arm departs from the reference in at most one of them.
+    swept: Annotated[tuple[str, ...], length(2 * len(CELL_FIELDS))] = ()
+    scale: Annotated[str, rules.ENCODABLE, rules.LINE, length(200, "characters")] = "paper"
     data: Data = Data()
     recipe: Recipe = Recipe()
     teacher_recipe: Recipe = Recipe(epochs=200)
-    teacher_seeds: tuple[int, ...] = (1000,)
+    teacher_seeds: Annotated[tuple[int, ...], length(MOST_SEEDS)] = (1000,)
     screen: Screen = Screen()
     confirm: Confirm = Confirm()
     tuning: Tuning | None = None
-    deviation: float = 0.0015  # expected seed-to-seed standard deviation of accuracy, for the plan
-    rate: float = 5e13  # floating-point operations a second that one slot is assumed to sustain, for the price
+    deviation: Annotated[float, rules.DEVIATION] = 0.0015  # expected, of accuracy between seeds; for the plan
+    rate: Annotated[float, rules.RATE] = 5e13  # assumed floating-point operations a second of one slot; for the cost
 
     def levels(self, factor: str) -> tuple[Level, ...]:
-        """The levels of a factor; of a field that no factor varies, its one value."""
+        """The levels of a factor, or the one value of a field that no factor varies."""
         for each in self.factors:
             if each.name == factor:
                 return each.levels
@@ -178,7 +179,7 @@ class Study:
         return () if value is None else (value,)
 
     def ranges(self, method: str) -> tuple[Range, ...]:
-        """What is tuned of an arm of this method."""
+        """The ranges that are tuned for arms of this method."""
         return tuple(
             each
             for each in (self.tuning.ranges if self.tuning else ())
@@ -186,6 +187,6 @@ class Study:
         )
 
     def default(self, name: str) -> float | None:
-        """What is published of a setting that can be tuned."""
+        """The published value of a setting that can be tuned."""
         value: float | None = getattr(self.cell if name in CELL_FIELDS else self.recipe, name)
         return value

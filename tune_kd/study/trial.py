@@ -1,16 +1,81 @@
-"""One trial, what it yields epoch by epoch, and what the schedule answers."""
+"""A trial, the epochs and the outcome that it yields, and the decisions of early stopping about it."""
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from enum import StrEnum, auto
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from tune_kd.study.spec import Cell, Data, Recipe
 from tune_kd.study.tuning import number
 
-Phase = Literal["teacher", "screen", "confirm"]
+
+class Phase(StrEnum):
+    """The part of a study that a trial belongs to, in the order in which they run."""
+
+    TEACHER = auto()
+    SCREEN = auto()
+    CONFIRM = auto()
+
+
+class Role(StrEnum):
+    """What a trial trains."""
+
+    TEACHER = auto()
+    STUDENT = auto()
+
+
+class Status(StrEnum):
+    """How far a trial is."""
+
+    PENDING = auto()
+    RUNNING = auto()
+    COMPLETED = auto()
+    STOPPED = auto()
+    FAILED = auto()
+    BLOCKED = auto()  # its teacher failed
+
+
+UNENDED = (Status.PENDING, Status.RUNNING)
+ENDED = (Status.COMPLETED, Status.STOPPED, Status.FAILED, Status.BLOCKED)  # no driver starts these again by itself
+
+
+class StopReason(StrEnum):
+    """Why a trial ended before its last epoch."""
+
+    ASHA = auto()  # by early stopping, or the arm's screen was stopped
+    DIVERGED = auto()
+    OUT_OF_MEMORY = auto()
+    ERROR = auto()
+    TEACHER_FAILED = auto()
+
+
+class ArmRole(StrEnum):
+    """What an arm is to the contrasts. Early stopping spares the first two."""
+
+    CONTROL = auto()
+    REFERENCE = auto()  # others are compared with it, or it stands for its method
+    COMPARED = auto()
+
+
+class Action(StrEnum):
+    """What early stopping does with a trial at a rung."""
+
+    CONTINUE = auto()
+    STOP = auto()
+
+
+class DecisionReason(StrEnum):
+    """Why early stopping stops a trial or lets it continue."""
+
+    AHEAD = auto()  # at or above the cutoff
+    BEHIND = auto()  # the only reason to stop
+    NEAR_TIE = auto()  # behind the cutoff, but within the margin
+    IMMUNE = auto()
+    TOO_FEW_PEERS = auto()
+    LAST_OF_STRATUM = auto()
 
 
 def digest(value: Any) -> str:
@@ -21,7 +86,7 @@ def digest(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Trial:
-    """An arm with a seed. A teacher is a trial too: `cell.teacher` names its network."""
+    """An arm with a seed. A teacher is also a trial: `cell.teacher` names its network."""
 
     arm: str
     phase: Phase
@@ -29,25 +94,25 @@ class Trial:
     recipe: Recipe
     seed: int
     data: Data
-    data_digest: str | None  # of the pixels, labels and split; null while only planning
+    data_digest: str | None  # of the pixels, labels and split; None in a preview
     scale: str
-    teacher_id: str | None = None  # the trial that trains this student's teacher; null without one
-    drawn: tuple[tuple[str, float], ...] = ()  # what was drawn for it, by name; its cell and recipe have it
+    teacher_id: str | None = None  # the trial that trains this student's teacher; None without one
+    drawn: tuple[tuple[str, float], ...] = ()  # tuned settings by name; cell and recipe hold them too
 
     @property
-    def role(self) -> Literal["teacher", "student"]:
-        return "teacher" if self.phase == "teacher" else "student"
+    def role(self) -> Role:
+        return Role.TEACHER if self.phase == Phase.TEACHER else Role.STUDENT
 
     @property
     def architecture(self) -> str:
         """The network that this trial trains."""
-        name = self.cell.teacher if self.role == "teacher" else self.cell.student
+        name = self.cell.teacher if self.role == Role.TEACHER else self.cell.student
         assert name is not None
         return name
 
     @property
     def label(self) -> str:
-        """What people see: `cifar/logit/T=4 seed 1`, or `cifar/logit (temperature=3.1, lr=0.08) seed 0`."""
+        """The trial's name for people: `cifar/logit/T=4 seed 1`, or `cifar/logit (temperature=3.1, lr=0.08) seed 0`."""
         drawn = ", ".join(f"{name}={number(value)}" for name, value in self.drawn)
         return f"{self.arm}{f' ({drawn})' if drawn else ''} seed {self.seed}"
 
@@ -57,7 +122,7 @@ class Trial:
 
     @property
     def _schedule(self) -> dict[str, Any]:
-        """The recipe without its arithmetic."""
+        """The recipe without the precision."""
         return {name: value for name, value in asdict(self.recipe).items() if name not in ("precision", "compile")}
 
     @property
@@ -66,13 +131,13 @@ class Trial:
 
     @cached_property
     def trial_id(self) -> str:
-        """First 16 hexadecimal digits of the SHA-256 of what changes the result, and of nothing else."""
+        """The first 16 hexadecimal digits of the SHA-256 of everything that changes the result, and of nothing else."""
         cell = asdict(self.cell)
         del cell["student"], cell["teacher"]
         identity = {
             "role": self.role,
             "architecture": self.architecture,
-            "cell": cell if self.role == "student" else {key: cell[key] for key in ("stem", "weights", "width")},
+            "cell": cell if self.role == Role.STUDENT else {key: cell[key] for key in ("stem", "weights", "width")},
             "recipe": self._schedule,
             "seed": self.seed,
             "data": self.data_digest,
@@ -84,9 +149,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class Answering:
-    """Which views of the training images a teacher answers for the logit arms of a study, each once.
+    """The views of the training images for which a teacher's logits are computed, each once.
 
-    `ahead` is every view that there is, for any seed; else those that the students draw, in the order of `draws`.
+    With `ahead` all possible views, for any seed; otherwise the views that the students draw, in the order of `draws`.
     """
 
     ahead: bool
@@ -95,13 +160,13 @@ class Answering:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is measured once, after the last epoch. Accuracies are fractions; null: does not apply."""
+    """Measurements after the last epoch. Accuracies are fractions; None means that a value does not apply."""
 
     best_epoch: int
     val_accuracy_best: float
     test_accuracy: float  # of the last weights
     test_accuracy_best: float  # of the best-validation weights: the headline
-    agreement: float | None  # share of test images on which student and teacher choose one class
+    agreement: float | None  # share of test images on which student and teacher predict the same class
     kl_t1: float | None  # KL(teacher || student) at temperature 1, nats a test image
     kl_t4: float | None
     ece: float  # expected calibration error on the test images, best-validation weights
@@ -113,7 +178,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch of one trial; the last one carries the outcome."""
+    """One epoch of a trial. The last one holds the outcome."""
 
     epoch: int  # from 1
     val_accuracy: float
@@ -121,19 +186,19 @@ class Epoch:
     train_loss: float
     train_accuracy: float
     loss_ce: float
-    loss_kd: float | None  # null without a teacher
+    loss_kd: float | None  # None without a teacher
     lr: float  # at the last step
     grad_norm: float  # mean over steps, before clipping
     seconds: float  # wall-clock, training and evaluation
     images_per_second: float  # training images over training time
-    answer_seconds: float | None = None  # until the teacher's answers were there, not part of `seconds`; null without
-    views_answered: int | None = None  # views that the teacher had to be asked for; null without its answers
+    answer_seconds: float | None = None  # wait for the teacher's logits, not part of `seconds`; None without
+    views_answered: int | None = None  # views whose logits the teacher computed; None without logits
     outcome: Outcome | None = None
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One comparison of the schedule, whatever came of it."""
+    """One comparison of early stopping, whatever its result."""
 
     trial_id: str
     arm: str
@@ -142,24 +207,24 @@ class Decision:
     epoch: int
     rung: int  # from 0
     metric: float  # validation accuracy
-    cutoff: float | None  # null while nothing has been reported to compare with
+    cutoff: float | None  # None for the first report
     rank: int  # 1 is best, among this arm and its peers
-    peers: int  # arms of the stratum that had reported at this rung before
-    action: Literal["continue", "stop"]
-    reason: Literal["ahead", "behind", "near_tie", "immune", "too_few_peers", "last_of_stratum"]
+    peers: int  # trials of the stratum that reported at this rung before
+    action: Action
+    reason: DecisionReason
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> "Decision":
-        """The decision that a row of the table records."""
+        """The decision in a row of the decisions table."""
         return cls(**{name: value for name, value in row.items() if name != "run"})
 
     @property
     def words(self) -> str:
-        """The comparison as people read it."""
+        """The comparison as a sentence."""
         beside = "the first there"
         if self.cutoff is not None:
             beside = f"cutoff {100 * self.cutoff:.2f}, rank {self.rank} of {self.peers + 1}"
-        action = "stopped" if self.action == "stop" else "goes on"
+        action = "stopped" if self.action == Action.STOP else "goes on"
         return (
             f"{self.arm} at epoch {self.epoch}: {100 * self.metric:.2f} %, {beside} in {self.stratum}; {action}: "
             f"{self.reason.replace('_', ' ')}"

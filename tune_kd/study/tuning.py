@@ -1,18 +1,20 @@
-"""What a study leaves to be tuned: ranges, and the budget that every arm gets for it."""
+"""What a study tunes: ranges, and the budget of each arm."""
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from tune_kd.study.rules import MOST_EPOCHS, MOST_TRIALS, SEED, TRIALS, at_least, length, most
 
 
 def number(value: float) -> str:
-    """The shortest text that is this number and no other: `4`, `0.5`, `4.0000001`."""
+    """The shortest text of exactly this number: `4`, `0.5`, `4.0000001`."""
     return repr(float(value)).removesuffix(".0")
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """Every number from `low` to `high` alike."""
+    """Uniform over the numbers from `low` to `high`."""
 
     low: float
     high: float
@@ -31,7 +33,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class LogUniform:
-    """Every ratio alike: from 1 to 16, as many draws below 4 as above it."""
+    """Uniform in the logarithm: from 1 to 16, half of the draws are below 4."""
 
     low: float
     high: float
@@ -50,7 +52,7 @@ class LogUniform:
 
 @dataclass(frozen=True)
 class Integer:
-    """Every whole number from `low` to `high`, both among them."""
+    """Uniform over the whole numbers from `low` to `high`, inclusive."""
 
     low: int
     high: int
@@ -69,7 +71,7 @@ class Integer:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several numbers, in no order."""
+    """One of several numbers, without an order."""
 
     levels: tuple[float, ...]
     kind: Literal["choice"] = "choice"
@@ -91,8 +93,7 @@ Over = Uniform | LogUniform | Integer | Choice
 
 @dataclass(frozen=True)
 class Range:
-    """A setting and the values that it is drawn from. It belongs to the methods that the setting has a meaning for, or
-    to those of them that are named."""
+    """A setting and the distribution of its draws, for all methods to which the setting applies or for `methods`."""
 
     name: str  # temperature, alpha or beta of a cell; lr or weight_decay of the recipe
     over: Over
@@ -100,7 +101,7 @@ class Range:
 
     @property
     def configurations(self) -> tuple[float, ...] | None:
-        """All values, where they can be counted."""
+        """All values, or None where they cannot be counted."""
         if isinstance(self.over, Integer):
             return tuple(map(float, range(self.over.low, self.over.high + 1)))
         return self.over.levels if isinstance(self.over, Choice) else None
@@ -108,13 +109,13 @@ class Range:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The same budget for every arm, the control among them. Draws compete inside their arm, on validation accuracy at
-    the screen's seed; the best is confirmed beside the published default on fresh seeds."""
+    """The same budget for every arm, including the control. Draws compete within their arm, by validation accuracy at
+    the screen's seed. The best is confirmed on fresh seeds, beside the published default."""
 
-    ranges: tuple[Range, ...]
-    budget: int = 40  # of each arm
-    budget_unit: Literal["trials", "epochs"] = "trials"  # epochs: what early stopping saves is drawn anew
+    ranges: Annotated[tuple[Range, ...], length(100)]
+    budget: Annotated[int, most(MOST_TRIALS * MOST_EPOCHS)] = 40  # of each arm
+    budget_unit: Literal["trials", "epochs"] = "trials"  # with epochs, those saved by early stopping are drawn again
     sampler: Literal["tpe", "random", "quasi-random"] = "tpe"
-    startup: int = 10  # draws at random before TPE's model of what went before
-    parallel: int = 1  # draws of one arm under way at a time: with more, each knows of fewer before it
-    seed: int = 0  # of the samplers
+    startup: Annotated[int, at_least(1), TRIALS] = 10  # random draws before TPE models earlier ones
+    parallel: Annotated[int, at_least(1), TRIALS] = 1  # concurrent draws of one arm; they know less of others
+    seed: Annotated[int, SEED] = 0  # of the samplers

@@ -1,24 +1,18 @@
-"""What is wrong with a study: every problem of its fields, alone and together, in one list."""
+"""Check a study and report all its problems at once: the rules of single fields, and those across fields."""
 
 import itertools
 import math
-from collections.abc import Iterator, Sized
+from collections import Counter
+from collections.abc import Iterator
 
+from tune_kd.study.rules import LEVELS, MOST_SEEDS, MOST_TRIALS, SEED, TRIALS, broken, rules_of
 from tune_kd.study.spec import (
     APPLIES,
-    ARCHITECTURES,
     CELL_FIELDS,
-    DATA_SETS,
     METHODS,
-    MOST_EPOCHS,
-    MOST_LEVELS,
-    MOST_SEEDS,
-    MOST_TRIALS,
-    MOST_WIDTH,
-    PRECISIONS,
-    STEMS,
+    NUMERIC,
     TUNABLE,
-    WEIGHTS,
+    Cell,
     Compare,
     Level,
     Recipe,
@@ -26,86 +20,46 @@ from tune_kd.study.spec import (
     Study,
 )
 from tune_kd.study.tuning import Choice, Integer, Range, Tuning, number
-from tune_kd.system.characters import CONTROL, visible
 from tune_kd.system.errors import UserError
 
 
 def check(study: Study) -> Study:
-    """Return the study itself; raise `UserError` with every problem that it has."""
-    if problems := list(_oversized(study)):  # of which the rest could take hours to look at
+    """Return the study itself. Raises `UserError` with every problem that it has."""
+    if problems := list(_oversized(study)):  # the other checks could take hours
         raise UserError(*problems)
     problems = [
+        *broken(study),
+        *broken(study.data, "data."),
         *_factor_problems(study),
         *_control_problems(study),
         *_contrast_problems(study),
-        *_recipe_problems("recipe", study.recipe),
-        *_recipe_problems("teacher_recipe", study.teacher_recipe),
+        *_reference_problems(study),
+        *_recipe_problems(study.recipe, "recipe."),
+        *_recipe_problems(study.teacher_recipe, "teacher_recipe."),
         *_seed_problems(study),
         *_screen_problems(study),
         *(_tuning_problems(study, study.tuning) if study.tuning else ()),
     ]
-    for part in ("train", "validation", "test"):
-        size = getattr(study.data, part)
-        if size is not None and size < 1:
-            problems.append(f"data.{part} is {size}; allowed: at least 1, or null for all")
-    if not 0 <= study.data.split_seed < 2**31:
-        problems.append(f"data.split_seed is {study.data.split_seed}; allowed: from 0 to {2**31 - 1}")
-    if study.data.name not in DATA_SETS:
-        problems.append(f"data.name is {study.data.name!r}; allowed: {', '.join(DATA_SETS)}")
-    for name in ("name", "question", "scale"):
-        text = getattr(study, name)
-        if any("\ud800" <= character <= "\udfff" for character in text):  # which no file and no terminal takes
-            problems.append(f"{name} is {text!r}; allowed: text that can be encoded as UTF-8")
-        if CONTROL.search(text) and (name != "question" or visible(text) != text):  # which may have lines
-            problems.append(f"{name} is {text!r}; allowed: text without control characters")
-    if not 0 < study.deviation <= 1:
-        problems.append(f"deviation is {study.deviation}; allowed: above 0, at most 1 (accuracy, 0.0015 is 0.15 "
-                        "points)")  # fmt: skip
-    if not 1e3 <= study.rate <= 1e24:
-        problems.append(f"rate is {study.rate}; allowed: from 1e3 to 1e24 operations a second")
     if problems:
         raise UserError(*problems)
     return study
 
 
 def _oversized(study: Study) -> Iterator[str]:
-    """What is longer than any study has it. A study may come from anybody's `study.json`."""
-    for name, most in (("name", 200), ("scale", 200), ("question", 10_000)):
-        if (length := len(getattr(study, name))) > most:
-            yield f"{name} has {length:,} characters; allowed: at most {most:,}"
+    """Messages for what exceeds any real study. A study may come from a stranger's `study.json`."""
     tuning = study.tuning or Tuning(())
-    lists: list[tuple[str, Sized, int]] = [
-        ("factors", study.factors, len(CELL_FIELDS)),
-        *((f"factor {each.name!r}", each.levels, MOST_LEVELS) for each in study.factors),
-        ("contrasts", study.contrasts, MOST_LEVELS),
-        ("reference", study.reference, 2 * len(CELL_FIELDS)),
-        ("swept", study.swept, 2 * len(CELL_FIELDS)),
-        ("screen.strata", study.screen.strata or (), 2 * len(CELL_FIELDS)),
-        ("screen.margin", study.screen.margin if isinstance(study.screen.margin, tuple) else (), 100),
-        ("confirm.seeds", study.confirm.seeds, MOST_SEEDS),
-        ("confirm.looks", study.confirm.looks or (), 100),
-        ("teacher_seeds", study.teacher_seeds, MOST_SEEDS),
-        ("tuning.ranges", tuning.ranges, 100),
-        *((f"tuning.ranges has {each.name}, which", each.over.levels, MOST_LEVELS)
-          for each in tuning.ranges if isinstance(each.over, Choice)),
-    ]  # fmt: skip
-    for name, items, most in lists:
-        if len(items) > most:
-            yield f"{name} has {len(items):,} items; allowed: at most {most:,}"
-    for name, value, limit in (
-        ("recipe.epochs", study.recipe.epochs, MOST_EPOCHS),
-        ("teacher_recipe.epochs", study.teacher_recipe.epochs, MOST_EPOCHS),
-        ("recipe.batch_size", study.recipe.batch_size, 2**24),
-        ("teacher_recipe.batch_size", study.teacher_recipe.batch_size, 2**24),
-        ("tuning.budget", tuning.budget if tuning.budget_unit == "trials" else 0, MOST_TRIALS),
-        ("tuning.budget", tuning.budget, MOST_TRIALS * MOST_EPOCHS),
-        ("tuning.parallel", tuning.parallel, MOST_TRIALS),
-        ("tuning.startup", tuning.startup, MOST_TRIALS),
-        *((f"tuning.ranges has {each.name}, whose span", each.over.high - each.over.low, MOST_TRIALS)
-          for each in tuning.ranges if isinstance(each.over, Integer)),
-    ):  # fmt: skip
-        if value > limit:
-            yield f"{name} is {value}; allowed: at most {limit:,}"
+    yield from broken(study, limits=True)
+    for name in ("recipe", "teacher_recipe", "screen", "confirm"):
+        yield from broken(getattr(study, name), f"{name}.", limits=True)
+    yield from broken(tuning, "tuning.", limits=True)
+    lists = [(f"factor {each.name!r}", each.levels) for each in study.factors]
+    lists += [(f"tuning.ranges has {each.name}, which", each.over.levels)
+              for each in tuning.ranges if isinstance(each.over, Choice)]  # fmt: skip
+    yield from (LEVELS.problem(name, levels) for name, levels in lists if not LEVELS.holds(levels))
+    counts = [("tuning.budget", tuning.budget)] if tuning.budget_unit == "trials" else []
+    counts += [(f"tuning.ranges has {each.name}, whose span", each.over.high - each.over.low)
+               for each in tuning.ranges if isinstance(each.over, Integer)]  # fmt: skip
+    yield from (TRIALS.problem(name, count) for name, count in counts if not TRIALS.holds(count))
     cells = math.prod(max(1, len(each.levels)) for each in study.factors)
     draws = tuning.budget if study.tuning else 0
     if tuning.budget_unit == "epochs":
@@ -117,33 +71,21 @@ def _oversized(study: Study) -> Iterator[str]:
                f"trials; allowed: {MOST_TRIALS:,}")  # fmt: skip
 
 
+def _repeated(names: list[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
 def _level_problem(name: str, level: Level | None) -> str | None:
-    """What is wrong with one level of a factor, or null."""
-    known = {
-        "student": ARCHITECTURES,
-        "teacher": ARCHITECTURES,
-        "stem": STEMS,
-        "weights": WEIGHTS,
-        "method": METHODS,
-    }
-    if name in known:
-        return None if level in known[name] else f"{name} is {level!r}; allowed: {', '.join(known[name])}"
-    if not isinstance(level, int | float) or isinstance(level, bool) or not math.isfinite(level):
+    """What is wrong with a level of a factor, or None."""
+    if name in NUMERIC and (not isinstance(level, int | float) or isinstance(level, bool) or not math.isfinite(level)):
         return f"{name} is {level!r}; allowed: a finite number"
-    if name == "alpha":
-        return None if 0 <= level <= 1 else f"alpha is {level}; allowed: from 0 to 1"
-    if name == "beta":
-        return None if level >= 0 else f"beta is {level}; allowed: 0 or more"
-    most = MOST_WIDTH if name == "width" else math.inf
-    said = f", at most {number(most)}" if name == "width" else ""
-    return None if 0 < level <= most else f"{name} is {level}; allowed: above 0{said}"
+    (rule,) = rules_of(Cell, name)
+    return None if rule.holds(level) else rule.problem(name, level)
 
 
 def _factor_problems(study: Study) -> list[str]:
-    problems = []
     names = [factor.name for factor in study.factors]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    problems += [f"factors names {name!r} more than once; allowed: once each" for name in twice]
+    problems = [f"factors names {name!r} more than once; allowed: once each" for name in _repeated(names)]
     for factor in study.factors:
         if factor.name not in CELL_FIELDS:
             problems.append(f"factors names {factor.name!r}; allowed: {', '.join(CELL_FIELDS)}")
@@ -163,7 +105,7 @@ def _factor_problems(study: Study) -> list[str]:
 
 
 def _combination_problems(study: Study) -> list[str]:
-    """What is wrong with levels that are each allowed."""
+    """Levels that are allowed alone and not together."""
     problems = []
     if "imagenet" in study.levels("weights") and any(width != 1 for width in study.levels("width")):
         problems.append("weights is 'imagenet' while width is not 1; allowed: torchvision's weights at width 1 only")
@@ -189,118 +131,90 @@ def _control_problems(study: Study) -> list[str]:
     return []
 
 
-def _contrast_problems(study: Study) -> list[str]:
-    problems = []
+def _contrast_problems(study: Study) -> Iterator[str]:
+    varied = [factor.name for factor in study.factors]
     for position, contrast in enumerate(study.contrasts):
-        other_way = Compare(contrast.factor, contrast.against, contrast.treated)
-        if contrast in study.contrasts[:position] or other_way in study.contrasts[:position]:
-            problems.append(f"contrasts compares {contrast.factor} {contrast.treated!r} with {contrast.against!r} more "
-                            "than once; allowed: once, and in one direction: each counts as a test")  # fmt: skip
-        if contrast.factor not in [factor.name for factor in study.factors]:
-            varied = ", ".join(factor.name for factor in study.factors)
-            problems.append(f"a contrast compares {contrast.factor!r}; allowed: a factor of the study ({varied})")
+        what, before = f"{contrast.factor} {contrast.treated!r}", study.contrasts[:position]
+        if contrast in before or Compare(contrast.factor, contrast.against, contrast.treated) in before:
+            yield (f"contrasts compares {what} with {contrast.against!r} more than once; allowed: once, and in one "
+                   "direction: each counts as a test")  # fmt: skip
+        if contrast.factor not in varied:
+            yield f"a contrast compares {contrast.factor!r}; allowed: a factor of the study ({', '.join(varied)})"
             continue
         levels = study.levels(contrast.factor)
-        allowed = ", ".join(str(level) for level in levels)
-        unknown = [level for level in (contrast.treated, contrast.against) if level not in levels]
-        problems += [f"a contrast names {contrast.factor} {level!r}; allowed: {allowed}" for level in unknown]
+        for level in (contrast.treated, contrast.against):
+            if level not in levels:
+                yield f"a contrast names {contrast.factor} {level!r}; allowed: {', '.join(map(str, levels))}"
         if contrast.treated == contrast.against:
-            problems.append(f"a contrast compares {contrast.factor} {contrast.treated!r} with itself; allowed: two "
-                            "levels")  # fmt: skip
+            yield f"a contrast compares {what} with itself; allowed: two levels"
+    if study.moderator is not None and study.moderator not in varied:
+        yield f"moderator is {study.moderator!r}; allowed: null or a factor of the study ({', '.join(varied)})"
+
+
+def _reference_problems(study: Study) -> Iterator[str]:
     named = [name for name, _ in study.reference]
-    problems += [f"reference names {name!r} more than once; allowed: once each"
-                 for name in dict.fromkeys(named) if named.count(name) > 1]  # fmt: skip
+    yield from (f"reference names {name!r} more than once; allowed: once each" for name in _repeated(named))
     for name, level in study.reference:
         if name not in CELL_FIELDS:
-            problems.append(f"reference names {name!r}; allowed: {', '.join(CELL_FIELDS)}")
-        elif study.levels(name) and level not in study.levels(name):
-            allowed = ", ".join(str(each) for each in study.levels(name))
-            problems.append(f"reference {name} is {level!r}; allowed: {allowed}")
-    fixed = {name for name, _ in study.reference} & {factor.name for factor in study.factors}
-    problems += [
-        f"swept names {name!r}; allowed: factors that have a reference ({', '.join(sorted(fixed)) or 'there is none'})"
-        for name in study.swept
-        if name not in fixed
-    ]
-    if study.moderator is not None and study.moderator not in [factor.name for factor in study.factors]:
-        varied = ", ".join(factor.name for factor in study.factors)
-        problems.append(f"moderator is {study.moderator!r}; allowed: null or a factor of the study ({varied})")
-    return problems
+            yield f"reference names {name!r}; allowed: {', '.join(CELL_FIELDS)}"
+        elif (levels := study.levels(name)) and level not in levels:
+            yield f"reference {name} is {level!r}; allowed: {', '.join(map(str, levels))}"
+    fixed = sorted({*named} & {factor.name for factor in study.factors})
+    for name in study.swept:
+        if name not in fixed:
+            allowed = ", ".join(fixed) or "there is none"
+            yield f"swept names {name!r}; allowed: factors that have a reference ({allowed})"
 
 
-def _recipe_problems(where: str, recipe: Recipe) -> list[str]:
-    rules = [
-        ("epochs", recipe.epochs >= 1, "at least 1"),
-        ("batch_size", recipe.batch_size >= 2, "at least 2"),
-        ("lr", 0 < recipe.lr < math.inf, "above 0"),
-        ("lr_min", 0 <= recipe.lr_min <= recipe.lr, f"from 0 to lr ({number(recipe.lr)})"),
-        ("momentum", 0 < recipe.momentum < 1, "between 0 and 1, both excluded (Nesterov)"),
-        ("weight_decay", 0 <= recipe.weight_decay < math.inf, "0 or more"),
-        ("clip", 0 < recipe.clip < math.inf, "above 0"),
-        ("precision", recipe.precision in PRECISIONS, ", ".join(PRECISIONS)),
-    ]
-    return [
-        f"{where}.{name} is {getattr(recipe, name)!r}; allowed: {allowed}" for name, good, allowed in rules if not good
-    ]
+def _recipe_problems(recipe: Recipe, where: str) -> Iterator[str]:
+    yield from broken(recipe, where)
+    if not 0 <= recipe.lr_min <= recipe.lr:
+        yield f"{where}lr_min is {recipe.lr_min!r}; allowed: from 0 to lr ({number(recipe.lr)})"
 
 
 def _seed_problems(study: Study) -> list[str]:
     problems = []
-    seeds = study.confirm.seeds
-    if not seeds:
+    confirm, ours = study.confirm, study.screen.seed
+    if not confirm.seeds:
         problems.append("confirm.seeds is empty; allowed: at least one seed")
-    elif study.confirm.looks is not None:
-        problems += _look_problems(seeds, study.confirm.looks)
-    if not problems and study.screen.seed in study.confirm.all_seeds:
+    elif confirm.looks is not None:
+        problems += _look_problems(confirm.seeds, confirm.looks)
+    if not problems and ours in confirm.all_seeds:
         problems.append(
-            f"screen.seed is {study.screen.seed} and is among confirm.seeds {list(study.confirm.all_seeds)}; "
+            f"screen.seed is {ours} and is among confirm.seeds {list(confirm.all_seeds)}; "
             "allowed: a seed of its own, or the confirmation would repeat what the screen selected on"
         )
-    for name, each in (("confirm.seeds", seeds), ("teacher_seeds", study.teacher_seeds)):
-        if len(set(each)) < len(each):
-            problems.append(f"{name} is {list(each)}; allowed: each seed once")
     if not study.teacher_seeds:
         problems.append("teacher_seeds is empty; allowed: at least one seed")
-    for name, value in (
-        ("screen.seed", study.screen.seed),
-        ("screen.order_seed", study.screen.order_seed),
-        *(("confirm.seeds", seed) for seed in (study.confirm.all_seeds if seeds else ())),
-        *(("teacher_seeds", seed) for seed in study.teacher_seeds),
+    drawn = confirm.all_seeds if confirm.seeds else ()
+    for name, listed, used in (
+        ("confirm.seeds", confirm.seeds, drawn),
+        ("teacher_seeds", study.teacher_seeds, study.teacher_seeds),
     ):
-        if not 0 <= value < 2**31:
-            problems.append(f"{name} has {value}; allowed: from 0 to {2**31 - 1}")
+        if len(set(listed)) < len(listed):
+            problems.append(f"{name} is {list(listed)}; allowed: each seed once")
+        problems += [f"{name} has {seed}; allowed: {SEED.allowed}" for seed in used if not SEED.holds(seed)]
     return problems
 
 
 def _look_problems(seeds: tuple[int, ...], looks: tuple[int, ...]) -> list[str]:
-    allowed = "counts of seeds that grow, the first 2 or more and the last not below the number of confirm.seeds"
     grows = len(looks) > 0 and all(one < other for one, other in itertools.pairwise(looks))
     if grows and looks[0] >= 2 and len(seeds) <= looks[-1] <= MOST_SEEDS:
         return []
-    return [f"confirm.looks is {list(looks)} with {len(seeds)} confirm.seeds; allowed: null, or {allowed} "
+    return [f"confirm.looks is {list(looks)} with {len(seeds)} confirm.seeds; allowed: null, or counts of seeds that "
+            "grow, the first 2 or more and the last not below the number of confirm.seeds "
             f"({MOST_SEEDS} at most)"]  # fmt: skip
 
 
 def _screen_problems(study: Study) -> list[str]:
-    screen = study.screen
-    problems = []
-    if screen.grace < 1:
-        problems.append(f"screen.grace is {screen.grace}; allowed: at least 1 epoch")
-    if screen.grace > study.recipe.epochs:
+    screen, epochs = study.screen, study.recipe.epochs
+    problems = list(broken(screen, "screen."))
+    if screen.grace > epochs:
         problems.append(
-            f"screen.grace is {screen.grace}, longer than the budget recipe.epochs = {study.recipe.epochs}; "
-            f"allowed: 1 to {study.recipe.epochs}"
+            f"screen.grace is {screen.grace}, longer than the budget recipe.epochs = {epochs}; allowed: 1 to {epochs}"
         )
-    if screen.reduction < 2:
-        problems.append(f"screen.reduction is {screen.reduction}; allowed: at least 2")
-    margins = screen.margin if isinstance(screen.margin, tuple) else (screen.margin,)
-    if not all(0 <= margin <= 1 for margin in margins):
-        said = list(margins) if isinstance(screen.margin, tuple) else screen.margin
-        problems.append(f"screen.margin is {said}; allowed: from 0 to 1 (accuracy, 0.005 is 0.5 points)")
-    if not problems and isinstance(screen.margin, tuple):
-        problems += margin_problems(screen, study.recipe.epochs)
-    if screen.min_peers < 1:
-        problems.append(f"screen.min_peers is {screen.min_peers}; allowed: at least 1")
+    elif screen.grace >= 1 and screen.reduction >= 2:  # otherwise there are no rungs
+        problems += margin_problems(screen, epochs)
     unknown = [name for name in screen.strata or () if name not in CELL_FIELDS]
     if screen.strata == ():
         problems.append("screen.strata is empty; allowed: null for all with all, or some of " + ", ".join(CELL_FIELDS))
@@ -308,7 +222,7 @@ def _screen_problems(study: Study) -> list[str]:
 
 
 def margin_problems(screen: Screen, epochs: int) -> list[str]:
-    """What is wrong with margins that are given rung by rung."""
+    """Messages for a list of margins that does not have one for each rung."""
     rungs = screen.rungs(epochs)
     if not isinstance(screen.margin, tuple) or len(screen.margin) == len(rungs):
         return []
@@ -322,26 +236,16 @@ def _tuning_problems(study: Study, tuning: Tuning) -> list[str]:
     for method in map(str, study.levels("method")):
         names = [each.name for each in study.ranges(method)]
         problems += [f"tuning.ranges has {name} more than once for the method {method}; allowed: once"
-                     for name in dict.fromkeys(names) if names.count(name) > 1]  # fmt: skip
+                     for name in _repeated(names)]  # fmt: skip
         if not names and not problems:
             problems.append(f"tuning.ranges has nothing for the method {method}; allowed: a range for every method, "
                             "such as lr, since each arm gets the same budget")  # fmt: skip
-    allowed = {"budget_unit": ("trials", "epochs"), "sampler": ("tpe", "random", "quasi-random")}
-    problems += [
-        f"tuning.{name} is {getattr(tuning, name)!r}; allowed: {', '.join(levels)}"
-        for name, levels in allowed.items()
-        if getattr(tuning, name) not in levels
-    ]
-    for name, least in (("startup", 1), ("parallel", 1)):
-        if getattr(tuning, name) < least:
-            problems.append(f"tuning.{name} is {getattr(tuning, name)}; allowed: at least {least}")
-    if not 0 <= tuning.seed < 2**31:
-        problems.append(f"tuning.seed is {tuning.seed}; allowed: from 0 to {2**31 - 1}")
+    problems += broken(tuning, "tuning.")
     return problems or list(_budget_problems(study, tuning))
 
 
 def _range_problems(study: Study, each: Range) -> list[str]:
-    """What is wrong with one range."""
+    """Messages for one range."""
     where, over = f"tuning.ranges has {each.name}", each.over
     if each.name not in TUNABLE:
         return [f"tuning.ranges names {each.name!r}; allowed: {', '.join(TUNABLE)}"]
@@ -369,7 +273,7 @@ def _range_problems(study: Study, each: Range) -> list[str]:
 
 
 def _budget_problems(study: Study, tuning: Tuning) -> Iterator[str]:
-    """Too little for the sampler to begin with, or more than there is to draw."""
+    """Messages for a budget below what the sampler needs, or above what there is to draw."""
     draws, unit = tuning.budget, ""
     if tuning.budget_unit == "epochs":
         draws, unit = tuning.budget // study.recipe.epochs, f" (of {study.recipe.epochs} epochs a trial)"

@@ -1,0 +1,180 @@
+"""Contrasts: the comparisons of a study in each context, their names, and those that compare nothing."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from tune_kd.study.arms import arm_name, level_name, levels_name
+from tune_kd.study.spec import APPLIES, CELL_FIELDS, Cell, Compare, Study
+from tune_kd.system.errors import UserError
+
+Kind = Literal["effect", "moderation"]
+Pair = tuple[Cell, Cell]  # the treated cell, and the one that it is compared with
+Pairs = Mapping[Compare, Sequence[Pair]]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A linear combination of the arms' means, paired by seed. `weights` maps arms to +1 or -1."""
+
+    name: str
+    kind: Kind
+    factor: str  # the factor that is compared
+    weights: tuple[tuple[str, float], ...]
+
+
+def contrasts(study: Study, cells: Sequence[Cell]) -> tuple[Contrast, ...]:
+    """Each declared comparison in each context, then its changes with the moderator.
+
+    Raises `UserError` for comparisons of arms that the study lacks, for equal names and for equal contrasts.
+    """
+    pairs = {compare: _pairs(study, cells, compare) for compare in study.contrasts}
+    effects = [_effect(study, compare, pair) for compare, found in pairs.items() for pair in found]
+    moderations = [each for compare, found in pairs.items() for each in _moderations(study, compare, found)]
+    both = (*effects, *moderations)
+    vanished = _vanished(study, cells, pairs) or ([] if moderations else _moderates_nothing(study))
+    if problems := [*vanished, *_same_names(study, cells, both), *_repeated(both)]:
+        raise UserError(*problems)
+    return both
+
+
+def _pairs(study: Study, cells: Sequence[Cell], compare: Compare) -> list[Pair]:
+    """Cells that differ in the one factor alone. Other factors of the reference are at their reference level."""
+    fixed = [(name, level) for name, level in study.reference if name != compare.factor]
+    standing = [cell for cell in cells if all(getattr(cell, name) in (None, level) for name, level in fixed)]
+    treated, against = (
+        [cell for cell in standing if getattr(cell, compare.factor) == level]
+        for level in (compare.treated, compare.against)
+    )
+    return [(one, other) for one in treated for other in against if _agree(one, other, compare.factor)]
+
+
+def _agree(one: Cell, other: Cell, besides: str) -> bool:
+    """Whether two cells have equal settings wherever both have one."""
+    values = ((getattr(one, name), getattr(other, name)) for name in CELL_FIELDS if name != besides)
+    return all(first == second or None in (first, second) for first, second in values)
+
+
+def _effect(study: Study, compare: Compare, pair: Pair) -> Contrast:
+    treated, against = pair
+    context = _context_name(study, _both(pair), compare.factor)
+    return _contrast(study, "effect", compare, context, _difference(study, compare), ((treated, 1), (against, -1)))
+
+
+def _moderations(study: Study, compare: Compare, pairs: Sequence[Pair]) -> list[Contrast]:
+    """Differences of differences: a contrast at one level of the moderator minus the same at the first level."""
+    by = study.moderator
+    if by is None or by == compare.factor:
+        return []
+    first = study.levels(by)[0]
+    at_first: dict[str, Any] = {by: first}
+    standing = {_both(pair): pair for pair in pairs}
+    found = []
+    for both, (treated, against) in standing.items():
+        level, other = getattr(both, by), standing.get(replace(both, **at_first))
+        if level in (None, first) or other is None:
+            continue
+        what = f"({_difference(study, compare)}): {level_name(by, level)} - {level_name(by, first)}"
+        signs = ((treated, 1), (against, -1), (other[0], -1), (other[1], 1))
+        found.append(
+            _contrast(study, "moderation", compare, _context_name(study, both, compare.factor, by), what, signs)
+        )
+    return found
+
+
+def _contrast(
+    study: Study, kind: Kind, compare: Compare, context: str, what: str, signs: Sequence[tuple[Cell, int]]
+) -> Contrast:
+    weights: Counter[str] = Counter()
+    for cell, sign in signs:
+        weights[arm_name(study, cell)] += sign
+    return Contrast(
+        name=f"{context}: {what}" if context else what,
+        kind=kind,
+        factor=compare.factor,
+        # An arm to which the moderator does not apply is on both sides of a moderation and cancels out.
+        weights=tuple((name, float(weight)) for name, weight in weights.items() if weight),
+    )
+
+
+def _both(pair: Pair) -> Cell:
+    """The levels of the treated cell, and those that only the other one has."""
+    treated, against = pair
+    only: dict[str, Any] = {name: getattr(against, name) for name in CELL_FIELDS if getattr(treated, name) is None}
+    return replace(treated, **only)
+
+
+def _difference(study: Study, compare: Compare) -> str:
+    """What is compared: `logit - none`, `T=2 - T=4`, or `teacher resnet50 - resnet34` where another factor shares one
+    of the levels."""
+    levels = (compare.treated, compare.against)
+    what = " - ".join(level_name(compare.factor, level) for level in levels)
+    shared = any(set(levels) & set(each.levels) for each in study.factors if each.name != compare.factor)
+    return f"{compare.factor} {what}" if shared and isinstance(compare.treated, str) else what
+
+
+def _context_name(study: Study, both: Cell, *compared: str) -> str:
+    """The levels of the factors that are neither compared nor part of the reference."""
+    skip = {*compared, *(name for name, _ in study.reference)}
+    if len(set(APPLIES.get(compared[0], ())) & set(study.levels("method"))) == 1:
+        skip.add("method")  # the factor applies to this method alone
+    return levels_name(study, both, tuple(name for name in CELL_FIELDS if name not in skip))
+
+
+def _vanished(study: Study, cells: Sequence[Cell], pairs: Pairs) -> list[str]:
+    """A message for each comparison of which no contrast is left."""
+    return [f"a contrast compares {compare.factor} {compare.treated!r} with {compare.against!r}, and "
+            f"{_why_none(study, cells, compare)}; allowed: comparisons of arms that the study has"
+            for compare, found in pairs.items() if not found]  # fmt: skip
+
+
+def _why_none(study: Study, cells: Sequence[Cell], compare: Compare) -> str:
+    """Why there are no two arms to compare."""
+    for level in (compare.treated, compare.against):
+        if not any(getattr(cell, compare.factor) == level for cell in cells):
+            where = APPLIES.get(compare.factor, ())
+            methods = ", ".join(map(str, study.levels("method")))
+            because = f": {compare.factor} applies to {', '.join(where)}, and method has {methods}" if where else ""
+            return f"no arm has {compare.factor} {level!r}{because}"
+    fixed = ", ".join(f"{name} {level!r}" for name, level in study.reference if name != compare.factor)
+    at = f" with {fixed}, at which reference holds it," if fixed else ""
+    return f"no two arms{at} differ in {compare.factor} alone"
+
+
+def _moderates_nothing(study: Study) -> list[str]:
+    """A message for a moderator, where the study has one and no contrast changes with it."""
+    by = study.moderator
+    if by is None:
+        return []
+    if by in dict(study.reference):
+        why = f"reference holds every contrast at {by} {dict(study.reference)[by]!r}"
+    elif all(compare.factor == by for compare in study.contrasts):
+        why = "no contrast compares another factor"
+    else:
+        why = f"no contrast is held at two levels of {by}"
+    return [f"moderator is {by!r}, and {why}; allowed: null, or a factor that the contrasts have at two levels or more"]
+
+
+def _same_names(study: Study, cells: Sequence[Cell], contrasts: Sequence[Contrast]) -> list[str]:
+    """A message for each name that two arms or two contrasts would have."""
+    names = {"arms": [arm_name(study, cell) for cell in cells], "contrasts": [each.name for each in contrasts]}
+    return [
+        f"{count} {kind} have the name {name!r}; allowed: levels and comparisons whose names differ"
+        for kind, found in names.items()
+        for name, count in Counter(found).items()
+        if count > 1
+    ]
+
+
+def _repeated(contrasts: Sequence[Contrast]) -> list[str]:
+    """A message for each contrast that equals another one up to its sign. Both would count as tests."""
+    first: dict[frozenset[tuple[str, float]], str] = {}
+    problems = []
+    for each in contrasts:
+        turned = frozenset((arm, -weight) for arm, weight in each.weights)
+        if (known := first.get(frozenset(each.weights)) or first.get(turned)) is not None:
+            problems.append(f"contrasts {known!r} and {each.name!r} are one difference of the same arms; allowed: each "
+                            "difference once, so leave out a comparison or the moderator")  # fmt: skip
+        first[frozenset(each.weights)] = each.name
+    return problems
