@@ -23,14 +23,7 @@ ALPHA = 0.05
 ADJUSTED = ["p_holm", "p_equivalence"]
 EARLIER = "as it stood at an earlier look"
 COMPARABLE = ("epochs_planned", "dataset", "data_digest", "scale", "recipe_id")  # equal in arms that are compared
-CONTEXT = (
-    "run",
-    "student",
-    "teacher",
-    "stem",
-    "weights",
-    "width",
-)  # within one context, arms differ in the studied factors alone
+CONTEXT = ("run", "student", "teacher", "stem", "weights", "width")  # arms of one context differ in other settings
 CONTRAST_COLUMNS = (
     "run contrast verdict n planned estimate low high sd p_holm p p_exact smallest_exact_p effect_size "
     "p_equivalence pairs_needed kind note words"
@@ -193,17 +186,17 @@ def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
     confirm, look = confirmation(study), judged_look(records)
     levels = statistics.spent(confirm.looks)[: look + 1] if confirm.looks else [ALPHA]
     seeds = confirm.seeds_at(look)
-    differences, notes = _differences(records, seeds)
+    differences = _differences(records, seeds)
     rows = [
         {"run": run, "contrast": contrast["name"], "kind": contrast["kind"], "planned": len(seeds), "note": note}
         | _judged(paired.tolist(), margin, levels[-1])
-        for contrast, paired, note in zip(study["contrasts"], differences, notes, strict=True)
+        for contrast, (paired, note) in zip(study["contrasts"], differences, strict=True)
     ]
     table = typed(rows, CONTRAST_COLUMNS)
     current = _adjusted(table, levels[-1])
     adjusted = [current]
     for earlier, level in enumerate(levels[:-1]):
-        then = [paired[paired.index.isin(confirm.seeds_at(earlier))].tolist() for paired in differences]
+        then = [paired[paired.index.isin(confirm.seeds_at(earlier))].tolist() for paired, _ in differences]
         found = _adjusted(typed([_judged(values, margin, level) for values in then], CONTRAST_COLUMNS), level)
         # A finding lapses if the estimate has changed sign, become zero, or left the margin since.
         turned = (found["estimate"] * table["estimate"] <= 0) | (table["estimate"].abs() <= statistics.NO_SPREAD)
@@ -218,7 +211,7 @@ def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
     return _with_verdicts(table, margin, ", given one teacher" if len(study["study"]["teacher_seeds"]) == 1 else "")
 
 
-def _differences(records: Records, seeds: Sequence[int]) -> "tuple[list[pd.Series[float]], list[str]]":
+def _differences(records: Records, seeds: Sequence[int]) -> "list[tuple[pd.Series[float], str]]":
     """The paired differences of each contrast by seed, and its note."""
     (run,), study, trials, values = records.runs, records.study, confirmed_trials(records), confirmed(records)
     trials = trials[trials["seed"].isin(seeds)]
@@ -226,8 +219,7 @@ def _differences(records: Records, seeds: Sequence[int]) -> "tuple[list[pd.Serie
     unended = trials.loc[~trials["status"].isin(ENDED), "arm"]
     tuned = study["study"].get("tuning") is not None
     alike = COMPARABLE[:-1] if tuned else COMPARABLE  # tuned arms differ in their recipes
-    differences: list[pd.Series[float]] = []
-    notes: list[str] = []
+    found: list[tuple[pd.Series[float], str]] = []
     for contrast in study["contrasts"]:
         weights = dict(contrast["weights"])
         missing = [arm for arm in weights if arm not in values]
@@ -239,9 +231,8 @@ def _differences(records: Records, seeds: Sequence[int]) -> "tuple[list[pd.Serie
         elif not (note := differing(trials[trials["arm"].isin(weights)], alike)):
             paired = sum(weight * values.loc[run, arm] for arm, weight in weights.items()).dropna()
             note = f"{len(seeds) - len(paired)} of {len(seeds)} seeds are missing" if len(paired) < len(seeds) else ""
-        differences.append(paired)
-        notes.append(note)
-    return differences, notes
+        found.append((paired, note))
+    return found
 
 
 def _adjusted(table: pd.DataFrame, level: float) -> pd.DataFrame:
@@ -251,8 +242,7 @@ def _adjusted(table: pd.DataFrame, level: float) -> pd.DataFrame:
 
 
 def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.DataFrame:
-    """Compare two levels of a column of the trials where all other studied settings are equal, without a declared
-    contrast.
+    """Compare two levels of a column of the trials where all other settings are equal; no study has to declare it.
 
     A setting that does not apply to one arm (a control has no temperature) counts as equal. Paired by seed where every
     seed has both levels, else by Welch's test; p values are adjusted by Holm over the rows. The comparison is
@@ -268,8 +258,8 @@ def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.Dat
     if unknown := [level for level in (treated, against) if level not in levels]:
         named = " and ".join(map(repr, unknown))
         raise UserError(f"{factor} has no level {named}; allowed: {', '.join(map(str, levels))}")
-    context = [name for name in (*CONTEXT, "method", *APPLIES, "lr", "weight_decay", *COMPARABLE) if name != factor]
-    context = list(dict.fromkeys(context))
+    studied = dict.fromkeys((*CONTEXT, "method", *APPLIES, "lr", "weight_decay", *COMPARABLE))
+    context = [name for name in studied if name != factor]
     sides = [list(by_context(trials[trials[factor] == level], context)) for level in (treated, against)]
     rows = []
     for (where, one), (there, other) in itertools.product(*sides):
@@ -314,9 +304,9 @@ def _judged(paired: list[float], margin: float, alpha: float) -> dict[str, Any]:
     needed = None
     if judged["sd"] is not None:
         needed = statistics.pairs_needed(judged["estimate"], judged["sd"])
-    equal = statistics.equivalent_to_zero(paired, margin)
+    p_equivalence = statistics.equivalence(paired, margin)
     smallest = statistics.smallest_exact_p(len(paired)) if paired else None
-    return judged | {"smallest_exact_p": smallest, "p_equivalence": equal.p, "pairs_needed": needed}
+    return judged | {"smallest_exact_p": smallest, "p_equivalence": p_equivalence, "pairs_needed": needed}
 
 
 def _with_verdicts(table: pd.DataFrame, margin: float, given: str) -> pd.DataFrame:

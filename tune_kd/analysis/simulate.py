@@ -36,6 +36,8 @@ class Curve:
 
 Grid = tuple[Curve, ...]  # the trials of one screen, with one seed and one budget
 
+Grids = Mapping[tuple[int, int], Grid]  # by (seed, budget)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -65,9 +67,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Curves:
-    """Recorded curves as grids by (seed, budget), and a phrase for each kind of trial that was left out."""
+    """Recorded curves as grids, and a phrase for each kind of trial that was left out."""
 
-    grids: Mapping[tuple[int, int], Grid]
+    grids: Grids
     left_out: tuple[str, ...]
 
     @property
@@ -92,15 +94,14 @@ def curves(records: Records, study: Study, strata: Sequence[str] | None) -> Curv
     names = list(strata or ())
     _check_strata(names, trials)
     nowhere, ended = trials[names].isna().any(axis=1), trials["status"] == "completed"
-    whole, gaps = _grids(
-        records, trials[ended & ~nowhere], study, Screen(strata=None if strata is None else tuple(names))
-    )
+    screen = Screen(strata=None if strata is None else tuple(names))
+    grids, gaps = _grids(records, trials[ended & ~nowhere], study, screen)
     kinds = (
         (nowhere.sum(), f"trials without a level of {' or '.join(names)} belong to no stratum"),
         ((~ended & ~nowhere).sum(), "trials did not run to their end"),
         (gaps, "trials have no whole curve of val_accuracy"),
     )
-    found = Curves(whole, tuple(f"{count} {what}" for count, what in kinds if count))
+    found = Curves(grids, tuple(f"{count} {what}" for count, what in kinds if count))
     _check(found)
     return found
 
@@ -114,10 +115,8 @@ def _check_strata(names: Sequence[str], trials: pd.DataFrame) -> None:
         raise UserError(f"--strata is {','.join(names)!r}; allowed: each column once")
 
 
-def _grids(
-    records: Records, trials: pd.DataFrame, study: Study, screen: Screen
-) -> tuple[dict[tuple[int, int], Grid], int]:
-    """Grids by (seed, budget) in this order, and the number of trials whose curve has gaps."""
+def _grids(records: Records, trials: pd.DataFrame, study: Study, screen: Screen) -> tuple[Grids, int]:
+    """Grids in order of seed and budget, and the number of trials whose curve has gaps."""
     accuracy = dict(iter(records.epochs.sort_values("epoch").groupby("trial_id")["val_accuracy"]))
     studies = records.studies.values()
     roles = {arm["name"]: arm["role"] for each in studies for arm in (each.get("extended") or each)["arms"]}
@@ -189,11 +188,8 @@ def simulate(
     for (seed, _), grid in curves.grids.items():
         arms = [curve.arm for curve in grid]
         for number in range(orders):
-            stops = {
-                each.arm: each.epoch
-                for each in replay(screen, grid, arrival_order(arms, number))
-                if each.action == "stop"
-            }
+            made = replay(screen, grid, arrival_order(arms, number))
+            stops = {each.arm: each.epoch for each in made if each.action == "stop"}
             for tally in tallies.values():
                 tally.add(grid, stops, np.random.default_rng([number, seed]))
             beat()
@@ -239,6 +235,9 @@ class _Tally:
     def outcome(self) -> Outcome:
         arms = list(dict.fromkeys(curve.arm for _, curve in self._curves))
         last = {arm: [curve.accuracy[-1] for _, curve in self._curves if curve.arm == arm] for arm in arms}
+        stopped: dict[str, dict[int, float]] = {arm: {} for arm in arms}
+        for (arm, epoch), count in sorted(self._stops.items()):
+            stopped[arm][epoch] = count / self._replays[arm]
         by_epoch = list(zip(*(curve.accuracy for _, curve in self._curves), strict=True))  # [epochs][trials]
         return Outcome(
             arms=len(arms),
@@ -248,14 +247,7 @@ class _Tally:
             stopping=self._result("stopping"),
             cut=self._result("cut"),
             random=self._result("random"),
-            stopped={
-                arm: {
-                    epoch: count / self._replays[arm]
-                    for (each, epoch), count in sorted(self._stops.items())
-                    if each == arm
-                }
-                for arm in arms
-            },
+            stopped=stopped,
             final={arm: float(np.mean(values)) for arm, values in last.items()},
             rank_correlation={
                 epoch: statistics.rank_correlation(by_epoch[epoch - 1], by_epoch[-1])
