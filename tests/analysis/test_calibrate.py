@@ -11,7 +11,7 @@ from conftest import tunable
 from search_spaces.ablation import study as ablation
 from tune_kd.analysis import calibrate as calibration
 from tune_kd.analysis import contrasts as results
-from tune_kd.analysis.calibrate import Rate, calibrate, study_of_nothing
+from tune_kd.analysis.calibrate import Rate, calibrate, null_study
 from tune_kd.records.reader import Records
 from tune_kd.study.spec import Confirm
 from tune_kd.study.tuning import LogUniform, Range, Tuning
@@ -21,33 +21,33 @@ LOOKS = replace(ablation(), confirm=Confirm(looks=(5, 10, 20)))
 
 def test_no_arm_is_drawn_better_than_another_and_trials_spread_as_the_study_expects() -> None:
     study = ablation()
-    tests = np.array([[calibration._Nature(study, number).trial(arm, 1)[1] for arm in ("a", "b")]
+    tests = np.array([[calibration._Draws(study, number).trial(arm, 1)[1] for arm in ("a", "b")]
                       for number in range(2000)])  # fmt: skip
     assert tests.std(axis=0) == pytest.approx(study.deviation, rel=0.06)
     assert abs(tests[:, 0].mean() - tests[:, 1].mean()) < 4 * study.deviation * (2 / 2000) ** 0.5
     assert abs(np.corrcoef(tests.T)[0, 1]) < 0.1
-    curves = np.array([calibration._Nature(study, number).trial("a", 1)[0] for number in range(500)])
+    curves = np.array([calibration._Draws(study, number).trial("a", 1)[0] for number in range(500)])
     spread = curves.std(axis=0)
     assert spread[9] > 10 * spread[-1]  # as in published curves: 2.6 points at epoch 10, 0.2 at the end
     assert np.corrcoef(curves[:, -1], tests[:500, 0])[0, 1] == pytest.approx(0.7, abs=0.1)
 
 
 def test_the_draws_of_a_replay_follow_from_its_number() -> None:
-    one, again = (calibration._Nature(LOOKS, 3).trial("cifar/none", 4) for _ in range(2))
+    one, again = (calibration._Draws(LOOKS, 3).trial("cifar/none", 4) for _ in range(2))
     assert one == again
-    assert one != calibration._Nature(LOOKS, 4).trial("cifar/none", 4)
+    assert one != calibration._Draws(LOOKS, 4).trial("cifar/none", 4)
 
 
 def test_a_difference_that_is_there_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise finding nothing would be no merit."""
-    drawn = calibration._Nature.trial
+    drawn = calibration._Draws.trial
 
-    def better(self: calibration._Nature, arm: str, seed: int) -> tuple[tuple[float, ...], float]:
+    def better(self: calibration._Draws, arm: str, seed: int) -> tuple[tuple[float, ...], float]:
         curve, test = drawn(self, arm, seed)
         return curve, test + (0.01 if arm == "cifar/feature" else 0.0)
 
-    monkeypatch.setattr(calibration._Nature, "trial", better)
-    found = calibration.study_of_nothing(LOOKS, 0).false
+    monkeypatch.setattr(calibration._Draws, "trial", better)
+    found = calibration.null_study(LOOKS, 0).false
     assert found["designed"] and found["until_significant"]
 
 
@@ -85,6 +85,6 @@ def test_a_study_that_is_tuned_is_judged_on_its_tuned_arms(monkeypatch: pytest.M
         return judged[-1]
 
     monkeypatch.setattr(results, "contrasts", watched)
-    study_of_nothing(tunable(Tuning((Range("lr", LogUniform(0.01, 0.5)),), budget=12)), 1)
+    null_study(tunable(Tuning((Range("lr", LogUniform(0.01, 0.5)),), budget=12)), 1)
     assert len(judged) == 1 and set(judged[0]["n"]) == {2}
     assert "logit - none, tuned" in judged[0]["contrast"].tolist()

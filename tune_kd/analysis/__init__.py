@@ -1,1 +1,1 @@
-"""From records to statements: effects with intervals and verdicts, what early stopping did, power, simulation."""
+"""Effects with intervals and verdicts, audits of early stopping, power, simulation and calibration."""

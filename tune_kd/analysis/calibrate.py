@@ -1,7 +1,7 @@
-"""How often a study finds something where there is nothing: studies of arms that are all alike, from screen to verdict.
+"""Simulated false-positive rate of a study when all arms are identical, from screen to verdict.
 
-What is drawn is a trial's learning curve and its test accuracy; what is done with them is what runs do. Beside it, on
-the same draws, two things that are often done instead.
+A trial's learning curve and test accuracy are drawn; scheduling and analysis are those of real runs. Two common
+alternative practices are applied to the same draws.
 """
 
 import gc
@@ -31,12 +31,12 @@ PRACTICES = {
     "until_significant": "no screen, paired t tests, Holm; more seeds until something is significant",
 }
 ACCURACY = 0.95  # at the end, of every arm
-EARLY_NOISE = 15  # deviation of validation accuracy at the full learning rate, in deviations between seeds
+EARLY_NOISE = 15  # sd of validation accuracy at the full learning rate, in standard deviations between seeds
 
 
 @dataclass(frozen=True)
 class Rate:
-    """How many of `studies` studies of nothing had at least one false finding."""
+    """How many of `studies` null studies had at least one false finding."""
 
     found: int
     studies: int
@@ -47,34 +47,36 @@ class Rate:
 
     @property
     def standard_error(self) -> float:
-        """Of the share (binomial)."""
+        """Binomial standard error of the share."""
         return math.sqrt(self.share * (1 - self.share) / self.studies)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The rate of each practice, and what plain ASHA does to means."""
+    """The false-positive rate of each practice, and the selection bias of plain ASHA."""
 
     rates: dict[str, Rate]
-    finished: float  # fraction of plain ASHA's trials that run to their end
-    bias: float  # how much too high the accuracy of those is on average, in deviations between seeds
+    finished: float  # fraction of plain ASHA's trials that complete
+    bias: float  # mean error of their accuracy, in standard deviations between seeds
 
 
 @dataclass(frozen=True)
 class Found:
-    """What one study of nothing led to."""
+    """The outcome of one null study."""
 
-    false: dict[str, bool]  # by practice: whether it claims any difference
-    finished: tuple[float, ...]  # plain ASHA: the accuracies of what finishes, less the true one
-    tried: int  # plain ASHA: trials that compete
+    false: dict[str, bool]  # by practice: whether it claims a difference
+    finished: tuple[float, ...]  # plain ASHA: accuracy of each completed trial minus the true one
+    tried: int  # plain ASHA: number of competing trials
 
 
 def calibrate(study: Study, studies: int, processes: int, beat: Callable[[], object] = lambda: None) -> Calibration:
-    """How often each practice finds something in `studies` replays of a study in which all arms are alike. `beat` is
-    called after each replay. The draws of replay i follow from i alone."""
+    """The false-positive rate of each practice over `studies` replays of a study whose arms are identical.
+
+    `beat` is called after each replay. Replay i is seeded with i alone.
+    """
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_prepare) as pool:
         found = []
-        for one in pool.map(partial(study_of_nothing, study), range(studies), chunksize=4):
+        for one in pool.map(partial(null_study, study), range(studies), chunksize=4):
             found.append(one)
             beat()
     errors = [error for one in found for error in one.finished]
@@ -86,17 +88,16 @@ def calibrate(study: Study, studies: int, processes: int, beat: Callable[[], obj
 
 
 def _prepare() -> None:
-    """In a process of its own: what is imported once need not be searched for garbage again, which statsmodels has
-    done at every call of Holm's method (0.1 s)."""
+    """Exclude imported modules from garbage collection, which statsmodels triggers at every Holm adjustment (0.1 s)."""
     import statsmodels.stats.multitest  # noqa: F401
 
     gc.freeze()
 
 
-def study_of_nothing(study: Study, number: int) -> Found:
-    """What each practice makes of a study of nothing that is drawn from generators of this number."""
+def null_study(study: Study, number: int) -> Found:
+    """Draw a null study with this seed and apply each practice to it."""
     everything = plan(study, "0" * 64, len(study.confirm.looks or (0,)) - 1)
-    nature = _Nature(study, number)
+    nature = _Draws(study, number)
     finished, tried = _finishers(everything, nature, number)
     false = {
         "designed": _designed(study, nature, number),
@@ -108,11 +109,11 @@ def study_of_nothing(study: Study, number: int) -> Found:
     return Found(false, tuple(value - ACCURACY for value in competed), tried)
 
 
-class _Nature:
-    """Draws what a trial would have shown. No arm is better than another: a trial's luck alone makes its accuracy.
+class _Draws:
+    """Draws learning curves and test accuracies with the same distribution for every arm.
 
-    Half of the variance between seeds is in validation and test alike, as in the published curves, and half is of the
-    test images alone. Around it validation accuracy moves in proportion to the learning rate.
+    As in the published curves, validation and test accuracy share half of the variance between seeds; the other half
+    affects the test accuracy alone. The noise of validation accuracy is proportional to the learning rate.
     """
 
     def __init__(self, study: Study, number: int) -> None:
@@ -136,8 +137,8 @@ class _Nature:
         return self._drawn[arm, seed]
 
 
-def _designed(study: Study, nature: _Nature, number: int) -> bool:
-    """Screen, confirm, contrasts, Holm; then the next look, as long as there is one."""
+def _designed(study: Study, nature: _Draws, number: int) -> bool:
+    """Whether the designed procedure claims a difference: screen, confirmation, contrasts and Holm at each look."""
     at = [plan(study, "0" * 64, look) for look in range(len(study.confirm.looks or (0,)))]
     arms, seed = at[0].arms, study.screen.seed
     grid = tuple(
@@ -149,9 +150,9 @@ def _designed(study: Study, nature: _Nature, number: int) -> bool:
     return any(_claims(planned, look, stopped, nature) for look, planned in enumerate(at))
 
 
-def _claims(planned: Plan, look: int, stopped: set[str], nature: _Nature) -> bool:
-    """Whether a report on the confirmed trials of a look calls any contrast better or worse."""
-    trials = (*planned.trials, *to_come(planned))  # of a study that is tuned, as if the best were as good as any
+def _claims(planned: Plan, look: int, stopped: set[str], nature: _Draws) -> bool:
+    """Whether the verdict on any contrast of a look is better or worse."""
+    trials = (*planned.trials, *to_come(planned))  # as if the best draw of a tuned arm were as good as any
     rows = [_row(trial, trial.arm in stopped, nature) for trial in trials if trial.phase == "confirm"]
     record = {
         "study": asdict(planned.study),
@@ -163,7 +164,7 @@ def _claims(planned: Plan, look: int, stopped: set[str], nature: _Nature) -> boo
     return bool(contrasts.contrasts(records)["verdict"].isin(["better", "worse"]).any())
 
 
-def _row(trial: Trial, stopped: bool, nature: _Nature) -> dict[str, object]:
+def _row(trial: Trial, stopped: bool, nature: _Draws) -> dict[str, object]:
     row = first_row("null", trial)
     if stopped:
         return row | {"status": "stopped", "stop_reason": "asha"}
@@ -171,9 +172,9 @@ def _row(trial: Trial, stopped: bool, nature: _Nature) -> dict[str, object]:
     return row | {"status": "completed", "epochs_run": trial.recipe.epochs, contrasts.HEADLINE: test}
 
 
-def _finishers(planned: Plan, nature: _Nature, number: int) -> tuple[dict[str, list[float]], int]:
-    """Every arm at every seed competes with all others, as plain ASHA has it: the test accuracies of what finishes, by
-    arm, and how many competed. The control runs to its end, as a baseline does."""
+def _finishers(planned: Plan, nature: _Draws, number: int) -> tuple[dict[str, list[float]], int]:
+    """Plain ASHA over all arms and seeds together: test accuracies of completed trials by arm, and the number of
+    competing trials. The control is a baseline and always completes."""
     study = planned.study
     screen = replace(study.screen, strata=None, margin=0.0, min_peers=1)
     controls = {arm.name for arm in planned.arms if arm.role == "control"}
@@ -191,13 +192,13 @@ def _finishers(planned: Plan, nature: _Nature, number: int) -> tuple[dict[str, l
 
 
 def _differ(planned: Plan, finished: dict[str, list[float]]) -> bool:
-    """Whether means of what finished are called different, by Welch's test."""
+    """Whether Welch's tests on the completed trials claim a difference."""
     effects = [contrast for contrast in planned.contrasts if contrast.kind == "effect"]
     return _significant([statistics.welch(*(finished[arm] for arm, _ in effect.weights)).p for effect in effects])
 
 
-def _until_significant(planned: Plan, nature: _Nature) -> bool:
-    """All arms run, and seeds are added, doubling where no looks say how many, as long as nothing is significant."""
+def _until_significant(planned: Plan, nature: _Draws) -> bool:
+    """Whether a contrast becomes significant as seeds are added; without looks, their number doubles twice."""
     confirm = planned.study.confirm
     first = len(confirm.seeds)
     looks = confirm.looks or (first, 2 * first, 4 * first)
@@ -207,7 +208,7 @@ def _until_significant(planned: Plan, nature: _Nature) -> bool:
     )
 
 
-def _paired_p(contrast: Contrast, seeds: tuple[int, ...], nature: _Nature) -> float | None:
+def _paired_p(contrast: Contrast, seeds: tuple[int, ...], nature: _Draws) -> float | None:
     from scipy.stats import ttest_1samp
 
     values = [sum(weight * nature.trial(arm, seed)[1] for arm, weight in contrast.weights) for seed in seeds]

@@ -1,4 +1,4 @@
-"""What early stopping did, what came of it, and when which trial ran: for those who want to check."""
+"""Audit of early stopping: its decisions, rank correlations between epochs and final accuracy, and a timeline."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from tune_kd.study.early_stopping import stratum
 from tune_kd.study.spec import Study
 from tune_kd.system.errors import UserError
 
-TOUCH = 0.05  # seconds by which trials that follow each other on a slot may seem to overlap
+TOUCH = 0.05  # seconds by which successive trials on a slot may overlap on record
 
 
 def decisions(records: Records) -> pd.DataFrame:
-    """How often early stopping said what, and why: a row a run, action and reason."""
+    """Counts of early stopping's decisions: one row per run, action and reason."""
     grouped = records.decisions.groupby(["run", "action", "reason"], sort=True)
     table = grouped.size().rename("comparisons").to_frame()
     table["arms"] = grouped["arm"].nunique()
@@ -24,8 +24,8 @@ def decisions(records: Records) -> pd.DataFrame:
 
 
 def audit(records: Records) -> pd.DataFrame:
-    """Each comparison of early stopping beside where the trial ended: `metric` at the rung, `final` validation
-    accuracy at its last epoch. `final` is null for trials that were stopped: what they would have reached is not known.
+    """Each comparison of early stopping: `metric` is the validation accuracy at the rung, `final` that at the last
+    epoch. `final` is null for stopped trials, whose final accuracy is unknown.
     """
     trials = records.trials.set_index(["run", "trial_id"])
     ended = trials.loc[trials["status"] == "completed", "val_accuracy"]
@@ -35,13 +35,12 @@ def audit(records: Records) -> pd.DataFrame:
 
 
 def rank_correlations(records: Records, *, everywhere: bool = False) -> pd.DataFrame:
-    """How well a rung foretold the end: a row a run, stratum and rung, with Spearman's correlation of the validation
-    accuracy then with that of the last epoch, and its 95 % interval, over the stratum's trials that ran to their end.
+    """Spearman's correlation of validation accuracy at a rung with that at the last epoch, with its 95 % interval: one
+    row per run, stratum and rung, over completed student trials.
 
-    With `everywhere`, for every epoch (of more than a thousand, for a thousand and the rungs), and `rung` is null where
-    the study compared nothing. Trials that were stopped
-    are missing, so it tells of arms that were alike. Null for fewer than three trials, the interval for fewer than
-    four.
+    With `everywhere`, one row per epoch (at most a thousand and the rungs), and `rung` is null elsewhere. Stopped
+    trials are missing, so the correlations describe the arms that survived. Null for fewer than three trials, the
+    interval for fewer than four.
     """
     rows: list[dict[str, Any]] = []
     for run, study in records.studies.items():
@@ -66,22 +65,22 @@ def rank_correlations(records: Records, *, everywhere: bool = False) -> pd.DataF
 
 
 def _some(budget: int, rungs: list[int]) -> list[int]:
-    """Epochs before the last of a budget: all, or a thousand of them and the rungs."""
+    """The epochs before the last of a budget: all, or a thousand and the rungs."""
     return sorted({*range(1, budget, -(-budget // 1000)), *rungs})
 
 
 def _curves(epochs: pd.DataFrame, wanted: list[int]) -> pd.DataFrame:
-    """Validation accuracy by (run, trial) and epoch, for the epochs that are wanted."""
+    """Validation accuracy at these epochs (columns) by run and trial (rows)."""
     kept = epochs[epochs["epoch"].isin(wanted)]
     table = kept.pivot(index=["run", "trial_id"], columns="epoch", values="val_accuracy").astype("float64")
     return table.reindex(columns=wanted)
 
 
 def noise_margins(records: Records, study: Study) -> list[float]:
-    """The margin at each rung of a study below which equals differ, from the spread of an earlier run's controls
-    between seeds at that epoch (`stats.noise_margin`).
+    """The screen's margin at each rung of a study, from the spread between the seeds of an earlier run's controls at
+    that epoch (`statistics.noise_margin`).
 
-    Raises `UserError` where no control has two seeds of the study's data and budget that ran to their end.
+    Raises `UserError` unless a control has two completed seeds with the study's data and budget.
     """
     trials, budget, rungs = records.trials, study.recipe.epochs, study.screen.rungs(study.recipe.epochs)
     controls = trials[(trials["role"] == "student") & (trials["method"] == study.control)
@@ -106,16 +105,16 @@ def noise_margins(records: Records, study: Study) -> list[float]:
 
 
 def timeline(records: Records) -> pd.DataFrame:
-    """When each trial ran and on which slot: `begin` and `end` in seconds since the run's first trial began.
+    """When and on which slot each trial ran: `begin` and `end` in seconds since the run's first trial began.
 
-    Slots are not on record; each trial is put on the first one of its host that was free. A trial that was tried more
-    than once is shown as if it had run without a pause.
+    Slots are not recorded: each trial is assigned to the first free slot of its host. Pauses between the attempts of
+    a trial are not shown.
     """
     ran = records.trials[records.trials["started"].notna() & records.trials["wall_seconds"].notna()]
     rows = []
     for run, of_run in ran.sort_values("started", kind="stable").groupby("run", sort=False):
         origin = float(of_run["started"].min())
-        free: dict[str, list[float]] = {}  # by host: when each of its slots is free again
+        free: dict[str, list[float]] = {}  # by host: when each slot becomes free
         for row in of_run.assign(host=of_run["host"].fillna("")).to_dict("records"):
             begin, ends = row["started"] - origin, free.setdefault(row["host"], [])
             slot = next((number for number, end in enumerate(ends) if end <= begin + TOUCH), len(ends))

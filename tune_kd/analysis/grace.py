@@ -1,4 +1,4 @@
-"""What a finished run leaves for the next plan: how well each epoch foretold the end. Light, since `plan` reads it."""
+"""The rank-correlation audit that a finished run leaves for later plans. Imports no pandas, since `plan` reads it."""
 
 import json
 import os
@@ -20,8 +20,8 @@ AUDIT = "audit.json"  # in a run's folder
 
 
 @dataclass(frozen=True)
-class Foretold:
-    """Spearman's correlation of an epoch's ranks with those at the end, over `n` trials, with its 95 % interval."""
+class Correlation:
+    """Spearman's correlation between epoch and final accuracy over `n` trials, with its 95 % interval."""
 
     n: int
     rho: float | None
@@ -29,8 +29,8 @@ class Foretold:
     rho_high: float | None
 
     @property
-    def sure(self) -> bool:
-        """Whether the interval lies above zero."""
+    def positive(self) -> bool:
+        """Whether the interval is above zero."""
         return self.rho_low is not None and self.rho_low > 0
 
     def __str__(self) -> str:
@@ -42,28 +42,28 @@ class Foretold:
 
 @dataclass(frozen=True)
 class Audit:
-    """A run's audit, with what has to be alike in a run that relies on it."""
+    """The audit of a run, with the settings that a study must share to use it."""
 
     run: str
     data: str
     scale: str
     epochs: int
-    strata: dict[str, dict[int, Foretold]]  # by epoch
+    strata: dict[str, dict[int, Correlation]]  # by epoch
 
 
 def record(folder: Path, run: str, study: Study, correlations: "pd.DataFrame") -> None:
-    """Write a run's `audit.rank_correlations` of every epoch."""
-    strata: dict[str, dict[int, Foretold]] = {}
+    """Write a run's `early_stopping.rank_correlations` of every epoch to its folder."""
+    strata: dict[str, dict[int, Correlation]] = {}
     for row in json.loads(correlations.to_json(orient="records")):
-        found = Foretold(*(row[name] for name in ("n", "rho", "rho_low", "rho_high")))
+        found = Correlation(*(row[name] for name in ("n", "rho", "rho_low", "rho_high")))
         strata.setdefault(row["stratum"], {})[row["epoch"]] = found
     audit = Audit(run, *_alike(study), strata)
     publish(folder / AUDIT, TypeAdapter(Audit).dump_json(audit, indent=1))
 
 
 def warnings(plan: Plan, out: Path) -> list[str]:
-    """A sentence for each stratum whose grace period is shorter than the newest run under `out` that is like this plan
-    supports: at the grace period, or at an epoch after it, the interval of the rank correlation has zero in it."""
+    """A warning for each stratum whose grace period is shorter than the newest comparable run under `out` supports: at
+    the grace period or a later epoch, the interval of the rank correlation contains zero."""
     screen = plan.study.screen
     if not screen.rungs(plan.study.recipe.epochs):
         return []
@@ -72,7 +72,7 @@ def warnings(plan: Plan, out: Path) -> list[str]:
     for name in _contested(plan):
         found = next((each for each in audits if name in each.strata), None)
         epochs = found.strata[name] if found else {}
-        doubtful = [epoch for epoch in sorted(epochs) if epoch >= screen.grace and not epochs[epoch].sure]
+        doubtful = [epoch for epoch in sorted(epochs) if epoch >= screen.grace and not epochs[epoch].positive]
         if found is None or not doubtful:
             continue
         supported = max(doubtful) + 1
@@ -89,7 +89,7 @@ def _alike(study: Study) -> tuple[str, str, int]:
 
 
 def _audits(out: Path) -> list[Audit]:
-    """What runs under `out` left, the newest first. One that cannot be read is none."""
+    """The readable audits of runs under `out`, the newest first."""
     found = []
     there = [path for path in out.glob(f"*/{AUDIT}") if os.path.isfile(path)]
     for path in sorted(there, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -101,7 +101,7 @@ def _audits(out: Path) -> list[Audit]:
 
 
 def _contested(plan: Plan) -> list[str]:
-    """The strata in which an arm can be stopped."""
+    """The strata in which arms can be stopped."""
     screen = plan.study.screen
     strata: dict[str, list[bool]] = {}
     for arm in plan.arms:

@@ -1,6 +1,6 @@
-"""More than accuracy: likeness to the teacher, calibration, cost, and how accuracy answers to a factor.
+"""Measures beyond accuracy: agreement with the teacher, calibration error, cost, and response to a factor.
 
-Each function gives a DataFrame over confirmed trials that ran to their end. Null where it does not apply.
+Each function returns a DataFrame over completed confirmed trials. Null: does not apply.
 """
 
 from dataclasses import asdict
@@ -15,13 +15,13 @@ from tune_kd.records.reader import Records, typed
 
 MEASURES = ("agreement", "kl_t1", "kl_t4", "ece", "test_accuracy", "val_accuracy_best")
 SHOWN = tuple(name for name in CONTEXT if name != "teacher")
-ALIKE = (*SHOWN, *COMPARABLE)  # in a control and what is held against it
+ALIKE = (*SHOWN, *COMPARABLE)  # equal in a control and the arms compared with it
 
 
 def measures(records: Records) -> pd.DataFrame:
-    """A row an arm: means and deviations over confirmed trials of what else was measured on the test images.
+    """One row per arm: means and standard deviations of the other measures on the test images.
 
-    `agreement` with the teacher and `ece` (expected calibration error) are fractions, `kl_t1` and `kl_t4` the
+    `agreement` with the teacher and `ece` (expected calibration error) are fractions, `kl_t1` and `kl_t4` the KL
     divergence from the teacher in nats at temperatures 1 and 4.
     """
     ended = confirmed_trials(records)
@@ -36,7 +36,7 @@ def measures(records: Records) -> pd.DataFrame:
 
 
 def target_accuracy(records: Records) -> float | None:
-    """The accuracy that `costs` measures the way to by default: 99 % of what the worst of a run's controls did."""
+    """The default target of `costs`: 99 % of the validation accuracy of a run's worst control."""
     controls = confirmed_trials(records)
     controls = controls[(controls["method"] == "none") & (controls["status"] == "completed")]
     means = controls.groupby("arm")["val_accuracy_best"].mean().dropna()
@@ -44,13 +44,12 @@ def target_accuracy(records: Records) -> float | None:
 
 
 def costs(records: Records, target: float | None = None) -> pd.DataFrame:
-    """A row an arm: what a confirmed trial that ran to its end cost, and how many epochs it took to `target`, which is
-    each run's `target_accuracy` by default.
+    """One row per arm: the mean cost of a trial, and the epochs to `target` (default: `target_accuracy` of each run).
 
-    `train_seconds` are of training with its evaluations, `answer_seconds` of waiting for the teacher's answers,
-    `wall_seconds` of all of the trial; `gpu_seconds` and `cpu_seconds` are those times its share of a GPU and its
-    threads. What the teacher's own training cost is in no arm. `reached` counts the trials whose validation accuracy
-    came to `target`; `epochs_to_target`, the mean of the first epoch in which it did, is null unless all did.
+    `train_seconds` is training and evaluation, `answer_seconds` waiting for teacher logits, `wall_seconds` the whole
+    trial; `gpu_seconds` and `cpu_seconds` are `wall_seconds` times its GPU share and its threads. No arm includes the
+    training of its teacher. `reached` counts the trials whose validation accuracy reached `target`; `epochs_to_target`
+    is the mean of the first such epoch, null unless all trials reached it.
     """
     found = [_costs_of(records.of(run), target) for run in records.runs]
     return pd.concat(found, ignore_index=True)
@@ -79,7 +78,7 @@ def _costs_of(records: Records, target: float | None) -> pd.DataFrame:
 
 
 def _first_epoch(epochs: pd.DataFrame, trials: pd.DataFrame, target: float | None) -> "pd.Series[Any]":
-    """The first epoch of each trial with at least this validation accuracy, by the trials' index; null without."""
+    """The first epoch of each trial with at least this validation accuracy, by the trials' index; null if none."""
     if target is None or epochs.empty:
         return pd.Series(np.nan, index=trials.index)
     good = epochs.loc[epochs["val_accuracy"] >= target, ["run", "trial_id", "epoch"]]
@@ -89,10 +88,10 @@ def _first_epoch(epochs: pd.DataFrame, trials: pd.DataFrame, target: float | Non
 
 
 def response(records: Records, factor: str) -> pd.DataFrame:
-    """The confirmed accuracy over the levels of a numeric factor: a row a context, method and level.
+    """The confirmed accuracy over the levels of a numeric factor: one row per context, method and level.
 
-    Empty where no method has more than one level of it. `control` is the mean of the context's control, and null
-    where it has none of the same data, budget and recipe.
+    Empty unless a method has several levels of it. `control` is the mean of the context's control, null if there is
+    none with the same data, budget and recipe.
     """
     ended = _ended(records)
     controls = _controls(ended)
@@ -109,7 +108,7 @@ def response(records: Records, factor: str) -> pd.DataFrame:
 
 
 def gaps(records: Records) -> pd.DataFrame:
-    """How much better the teacher is than the control, beside what each arm gains on the control: a row an arm."""
+    """The gap between teacher and control, and the gain of each arm over the control: one row per arm."""
     ended = _ended(records)
     controls = _controls(ended)
     taught = records.trials[(records.trials["role"] == "teacher") & (records.trials["status"] == "completed")]
@@ -132,6 +131,6 @@ def _ended(records: Records) -> pd.DataFrame:
 
 
 def _controls(ended: pd.DataFrame) -> dict[tuple[Any, ...], float]:
-    """The mean of the controls that are alike in all but the method."""
+    """The mean accuracy of the controls, by the settings in `ALIKE`."""
     found = by_context(ended[ended["method"] == "none"], ALIKE)
     return {tuple(where.values()): float(group[HEADLINE].mean()) for where, group in found}

@@ -1,28 +1,17 @@
-"""What ran where, in what runs differ, and what their evidence cannot say."""
+"""Provenance of runs, differences between runs, and limits of the evidence."""
 
 from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
 
-from tune_kd.analysis import statistics
-from tune_kd.analysis.contrasts import (
-    COMPARABLE,
-    HEADLINE,
-    arms,
-    confirmation,
-    confirmed_trials,
-    differing,
-    exploratory,
-    holm,
-    judged_look,
-)
+from tune_kd.analysis import contrasts, statistics
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.records.reader import Records, typed
 
 
 def provenance(records: Records) -> pd.DataFrame:
-    """What ran where: a row a run and fact."""
+    """Where and with what each run was made: one row per run and fact."""
     rows = []
     for run in records.runs:
         trials, facts = records.trials[records.trials["run"] == run], {}
@@ -48,84 +37,105 @@ def provenance(records: Records) -> pd.DataFrame:
 
 
 def limits(records: Records, margin: float = MARGIN) -> list[str]:
-    """What the evidence cannot say, in sentences."""
-    said = []
-    for run in records.runs:
-        of = f"{run}: " if len(records.runs) > 1 else ""
-        one, study = records.of(run), records.studies.get(run)
-        if study is None:
-            said.append(f"{of}No study came with these tables: nothing shows which comparisons were fixed before the "
-                        "data were seen, so nothing here is a claim.")  # fmt: skip
-            continue
-        inner, confirm, look = study["study"], confirmation(study), judged_look(one)
-        seeds = len(confirm.seeds_at(look))
-        if seeds < 2:
-            said.append(f"{of}One seed confirms: no difference can be judged.")
-        else:
-            deviation = inner["deviation"]
-            least = 100 * (statistics.detectable(seeds, deviation) or 0.0)
-            family = len(study["contrasts"])
-            hardest = 100 * (statistics.detectable(seeds, deviation, alpha=0.05 / max(1, family)) or 0.0)
-            said.append(
-                f"{of}With {seeds} seeds, at the seed-to-seed deviation that the study expected ({100 * deviation:.2f} "
-                f"points), a paired test finds true differences from {least:.2f} points on with 80 % power by itself, "
-                f"and from {hardest:.2f} points on where Holm, over {family} contrasts, is hardest; a difference of "
-                "differences needs more. The exact sign-flip p cannot fall below "
-                f"{statistics.smallest_exact_p(seeds):.4f}."
-            )
-        if confirm.looks:
-            level = statistics.spent(confirm.looks)[look]
-            said.append(
-                f"{of}Judged at look {look + 1} of the {len(confirm.looks)} that the study declared ({seeds} of "
-                f"{confirm.looks[-1]} seeds): each look has its share of the level of 0.05, this one {level:g}. "
-                "Adjusted p values and intervals allow for that."
-            )
-        if study.get("look", 0) > look:
-            said.append(
-                f"{of}Look {study['look'] + 1} goes on: its seeds are in no contrast until they have all ended."
-            )
-        if len(inner["teacher_seeds"]) == 1:
-            said.append(f"{of}All students of a context have one teacher: another one might teach otherwise. Every "
-                        "verdict holds given that teacher.")  # fmt: skip
-        where = f"scale {inner['scale']} on {study['data'].get('name')}"
-        tuned = inner.get("tuning")
-        if tuned is None:
-            said.append(f"{of}What was measured is {where}, with one recipe for all arms: a method that needs another "
-                        "one is judged by this one.")  # fmt: skip
-        else:
-            said.append(f"{of}What was measured is {where}. Each arm was tuned with {tuned['budget']} "
-                        f"{tuned['budget_unit']} inside the study's ranges, on one seed: a method that needs more, or "
-                        "lies outside, is judged by what was found.")  # fmt: skip
-        table = arms(one)
-        for note, meaning in (("stopped in the screen", "no final accuracy and no verdict"),
-                              ("incomplete", "fewer seeds than planned"),
-                              ("not finished", "some of its trials wait or run")):  # fmt: skip
-            named = table.loc[table["note"] == note, "arm"].tolist()
-            if named:
-                said.append(f"{of}{', '.join(named)}: {note}; {meaning}.")
-        found = exploratory(one)
-        added = found.loc[found["what"] == "added seeds", "arm"].tolist()
-        if added:
-            said.append(f"{of}Seeds that were added without a declared look ({', '.join(added)}) are exploratory: they "
-                        "are in no mean and in no contrast.")  # fmt: skip
-        arms_added = sorted(set(found.loc[found["what"] != "draws", "arm"]) - {arm["name"] for arm in study["arms"]})
-        if arms_added:
-            said.append(f"{of}Arms that were added later ({', '.join(arms_added)}) are exploratory: no contrast refers "
-                        "to them.")  # fmt: skip
-        if (found["what"] == "screen").any():
-            said.append(f"{of}The screen tried {int(found['tried'].max())} arms on one seed. Its best is the best of "
-                        "them also by luck, so its numbers are exploratory.")  # fmt: skip
-        if (found["what"] == "draws").any():
-            said.append(f"{of}The best of an arm's draws is the best also by luck: what it reached on the seed that it "
-                        "was tuned on is exploratory, and fresh seeds say what it is worth.")  # fmt: skip
+    """Limits of the evidence, as sentences."""
+    several = len(records.runs) > 1
+    said = [f"{run}: {each}" if several else each for run in records.runs for each in _limits_of(records.of(run))]
     if any(run in records.studies for run in records.runs):
         said.append(f"Equivalent means a difference of less than {100 * margin:g} points of accuracy; whether that "
                     "matters is not for statistics to say.")  # fmt: skip
     return said
 
 
+def _limits_of(run: Records) -> list[str]:
+    if not run.studies:
+        return ["No study came with these tables: nothing shows which comparisons were fixed before the data were "
+                "seen, so nothing here is a claim."]  # fmt: skip
+    look = contrasts.judged_look(run)
+    return [
+        *_limits_of_seeds(run.study, look),
+        *_limits_of_scope(run.study),
+        *_limits_of_arms(run),
+        *_limits_of_exploration(run),
+    ]
+
+
+def _limits_of_seeds(study: dict[str, Any], look: int) -> list[str]:
+    """The power of the seeds that are judged, and the level of their look."""
+    confirm, deviation, family = contrasts.confirmation(study), study["study"]["deviation"], len(study["contrasts"])
+    seeds = len(confirm.seeds_at(look))
+    said = ["One seed confirms: no difference can be judged."]
+    if seeds > 1:
+        least = 100 * (statistics.detectable(seeds, deviation) or 0.0)
+        hardest = 100 * (statistics.detectable(seeds, deviation, alpha=0.05 / max(1, family)) or 0.0)
+        said = [
+            f"With {seeds} seeds, at the seed-to-seed deviation that the study expected ({100 * deviation:.2f} "
+            f"points), a paired test finds true differences from {least:.2f} points on with 80 % power by itself, "
+            f"and from {hardest:.2f} points on where Holm, over {family} contrasts, is hardest; a difference of "
+            "differences needs more. The exact sign-flip p cannot fall below "
+            f"{statistics.smallest_exact_p(seeds):.4f}."
+        ]
+    if confirm.looks:
+        said.append(
+            f"Judged at look {look + 1} of the {len(confirm.looks)} that the study declared ({seeds} of "
+            f"{confirm.looks[-1]} seeds): each look has its share of the level of 0.05, this one "
+            f"{statistics.spent(confirm.looks)[look]:g}. Adjusted p values and intervals allow for that."
+        )
+    if study.get("look", 0) > look:
+        said.append(f"Look {study['look'] + 1} goes on: its seeds are in no contrast until they have all ended.")
+    return said
+
+
+def _limits_of_scope(study: dict[str, Any]) -> list[str]:
+    """The teacher, data and recipe for which the verdicts hold."""
+    inner, said = study["study"], []
+    if len(inner["teacher_seeds"]) == 1:
+        said.append("All students of a context have one teacher: another one might teach otherwise. Every verdict "
+                    "holds given that teacher.")  # fmt: skip
+    where, tuned = f"scale {inner['scale']} on {study['data'].get('name')}", inner.get("tuning")
+    if tuned is None:
+        said.append(f"What was measured is {where}, with one recipe for all arms: a method that needs another one is "
+                    "judged by this one.")  # fmt: skip
+    else:
+        said.append(f"What was measured is {where}. Each arm was tuned with {tuned['budget']} {tuned['budget_unit']} "
+                    "inside the study's ranges, on one seed: a method that needs more, or lies outside, is judged by "
+                    "what was found.")  # fmt: skip
+    return said
+
+
+def _limits_of_arms(run: Records) -> list[str]:
+    """Arms that are not judged, or on fewer seeds than planned."""
+    table = contrasts.arms(run)
+    meanings = {
+        "stopped in the screen": "no final accuracy and no verdict",
+        "incomplete": "fewer seeds than planned",
+        "not finished": "some of its trials wait or run",
+    }
+    named = {note: table.loc[table["note"] == note, "arm"].tolist() for note in meanings}
+    return [f"{', '.join(some)}: {note}; {meanings[note]}." for note, some in named.items() if some]
+
+
+def _limits_of_exploration(run: Records) -> list[str]:
+    """Added seeds and arms, the screen, and draws."""
+    found, said = contrasts.exploratory(run), []
+    added = found.loc[found["what"] == "added seeds", "arm"].tolist()
+    if added:
+        said.append(f"Seeds that were added without a declared look ({', '.join(added)}) are exploratory: they are in "
+                    "no mean and in no contrast.")  # fmt: skip
+    planned = {arm["name"] for arm in run.study["arms"]}
+    if arms_added := sorted(set(found.loc[found["what"] != "draws", "arm"]) - planned):
+        said.append(f"Arms that were added later ({', '.join(arms_added)}) are exploratory: no contrast refers to "
+                    "them.")  # fmt: skip
+    if (found["what"] == "screen").any():
+        said.append(f"The screen tried {int(found['tried'].max())} arms on one seed. Its best is the best of them also "
+                    "by luck, so its numbers are exploratory.")  # fmt: skip
+    if (found["what"] == "draws").any():
+        said.append("The best of an arm's draws is the best also by luck: what it reached on the seed that it was "
+                    "tuned on is exploratory, and fresh seeds say what it is worth.")  # fmt: skip
+    return said
+
+
 def differences(records: Records) -> pd.DataFrame:
-    """In what several runs differ: a row a fact, a column a run. Of what all have alike there is no row."""
+    """Facts in which runs differ: one row per fact, one column per run."""
     facts: dict[str, dict[str, str]] = {}
     for run in records.runs:
         study = records.studies.get(run, {})
@@ -133,7 +143,7 @@ def differences(records: Records) -> pd.DataFrame:
             for path, value in _leaves(name, study.get(name)):
                 facts.setdefault(path, {})[run] = str(value)
         trials = records.trials[records.trials["run"] == run]
-        for name in (*COMPARABLE, "device", "threads"):
+        for name in (*contrasts.COMPARABLE, "device", "threads"):
             facts.setdefault(name, {})[run] = ", ".join(map(str, trials[name].dropna().unique().tolist()))
     rows = [{"what differs": what, **{run: of.get(run, "") for run in records.runs}} for what, of in facts.items()
             if len({of.get(run, "") for run in records.runs}) > 1]  # fmt: skip
@@ -147,25 +157,25 @@ def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:
 
 
 def between_runs(records: Records) -> pd.DataFrame:
-    """Each arm of each later run beside the same arm of the first: a row an arm and run, the difference after Welch.
+    """Compare each arm of each later run with the same arm of the first run by Welch's test: one row per arm and run.
 
-    Exploratory: nobody fixed these comparisons, and runs may differ in more than one thing (`differences` says in
-    what). Where an arm's data, planned epochs, scale or recipe differ there are both means and no difference, and
-    `note` says in what.
+    Exploratory: no study declared these comparisons, and runs may differ in several ways (see `differences`). Where
+    the data, planned epochs, scale or recipe of an arm differ, the row has both means but no difference, and `note`
+    names the columns.
     """
-    trials = confirmed_trials(records)
-    ended = trials[(trials["status"] == "completed") & trials[HEADLINE].notna()]
+    trials = contrasts.confirmed_trials(records)
+    ended = trials[(trials["status"] == "completed") & trials[contrasts.HEADLINE].notna()]
     first, *others = records.runs
     rows = []
     for run in others:
         for arm, both in ended[ended["run"].isin([first, run])].groupby("arm", sort=False):
-            there, here = (both.loc[both["run"] == name, HEADLINE].tolist() for name in (run, first))
+            there, here = (both.loc[both["run"] == name, contrasts.HEADLINE].tolist() for name in (run, first))
             if not there or not here:
                 continue
-            note = differing(both)
+            note = contrasts.differing(both)
             welch = asdict(statistics.welch(there, here)) if not note else {"n": len(both)}
             means = {"mean": statistics.summary(there).mean, "control": statistics.summary(here).mean}
             rows.append({"arm": arm, "run": run, "against": first, **means, **welch, "note": note})
     table = typed(rows, "arm run against mean control n n_treated n_control estimate low high p effect_size note")
-    table["p_holm"] = holm(table["p"])
+    table["p_holm"] = contrasts.holm(table["p"])
     return table.rename(columns={"control": "mean_against"})

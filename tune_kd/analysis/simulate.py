@@ -1,7 +1,7 @@
-"""Early stopping over recorded curves, through the schedule that runs use: what it would have stopped, saved and lost.
+"""Replay early stopping over recorded curves: what it would have stopped, the epochs saved, and the accuracy lost.
 
-At equal speed it is the order in which arms start that decides what the schedule sees, however many run at a time: so
-a replay is an order, and replay i is what the study does with `screen.order_seed = i`.
+At equal speed, the schedule's decisions depend only on the order in which arms start, for any number of slots. So a
+replay is an order, and replay i is the study with `screen.order_seed = i`.
 """
 
 from collections import Counter
@@ -25,31 +25,33 @@ from tune_kd.system.errors import UserError
 
 @dataclass(frozen=True)
 class Curve:
-    """A trial that ran to its end."""
+    """The learning curve of a completed trial."""
 
     trial_id: str
     arm: str
     stratum: str
-    immune: bool  # a control, or an arm that others are compared with
-    accuracy: tuple[float, ...]  # on validation images, a value an epoch
+    immune: bool  # never stopped: a control, or the reference arm of a contrast
+    accuracy: tuple[float, ...]  # on validation images, one value per epoch
 
 
-Grid = tuple[Curve, ...]  # of one seed and one budget: what a screen would have trained
+Grid = tuple[Curve, ...]  # the trials of one screen, with one seed and one budget
+
+Grids = Mapping[tuple[int, int], Grid]  # by (seed, budget)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one way to choose arms, over all replays."""
+    """Means over replays of one way to select arms."""
 
     epochs_saved: float  # fraction
-    mean_regret: float  # best final validation accuracy of all arms less that of the kept
-    best_lost: float  # fraction of replays in which no arm that is best in the end was kept
+    mean_regret: float  # best final validation accuracy of all arms minus that of the kept arms
+    best_lost: float  # fraction of replays that kept none of the finally best arms
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One stratum under early stopping. The baselines keep as many arms as each replay kept: those that are best at
-    the first rung, and some at random, which are the only ones trained."""
+    """One stratum under early stopping, and two baselines that keep as many arms as each replay: `cut` keeps the best
+    at the first rung, `random` picks arms at random and trains no others."""
 
     arms: int
     immune: tuple[str, ...]
@@ -60,14 +62,14 @@ class Outcome:
     random: Result
     stopped: dict[str, dict[int, float]]  # arm -> epoch -> fraction of replays that stopped it there
     final: dict[str, float]  # arm -> mean validation accuracy at its last epoch
-    rank_correlation: dict[int, statistics.RankCorrelation]  # of each epoch's accuracy with the last one's, over trials
+    rank_correlation: dict[int, statistics.RankCorrelation]  # by epoch: with final accuracy, over trials
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Recorded curves as grids by (seed, budget), and a sentence for each kind of trial that was left out."""
+    """Recorded curves as grids, and a phrase for each kind of trial that was left out."""
 
-    grids: Mapping[tuple[int, int], Grid]
+    grids: Grids
     left_out: tuple[str, ...]
 
     @property
@@ -76,55 +78,59 @@ class Curves:
 
 
 def curves(records: Records, study: Study, strata: Sequence[str] | None) -> Curves:
-    """The students' trials of one run that ran to their end. `strata` names the columns that make a stratum; null puts
-    all arms into one. A trial without a level in one of them (a control, where the teacher makes the stratum) belongs
-    to none.
+    """The curves of the completed student trials of one run.
 
-    Arms that may not be stopped are those that the run's own study said so of; in tables without a study those whose
-    method is `study.control`. Raises `UserError` where nothing can be replayed.
+    `strata` names the columns that define a stratum; None puts all arms into one. A trial without a level in one of
+    them (a control, if strata are teachers) is left out. The run's study says which arms are immune; in tables without
+    a study these have the method `study.control`. Raises `UserError` if nothing can be replayed.
     """
     if any(study.get("searches") for study in records.studies.values()):
         raise UserError(
             "--curves is a run that was tuned, whose draws are no grid of arms; allowed: a run that was not"
         )
-    screen = Screen(strata=None if strata is None else tuple(strata))
     trials = records.trials[records.trials["role"] == "student"]
     if trials.empty:
         raise UserError("--curves has no student's trial; allowed: tables with one, in a phase that is not `teacher`")
-    unknown = [name for name in strata or () if name not in CELL_FIELDS or trials[name].isna().all()]
+    names = list(strata or ())
+    _check_strata(names, trials)
+    nowhere, ended = trials[names].isna().any(axis=1), trials["status"] == "completed"
+    screen = Screen(strata=None if strata is None else tuple(names))
+    grids, gaps = _grids(records, trials[ended & ~nowhere], study, screen)
+    kinds = (
+        (nowhere.sum(), f"trials without a level of {' or '.join(names)} belong to no stratum"),
+        ((~ended & ~nowhere).sum(), "trials did not run to their end"),
+        (gaps, "trials have no whole curve of val_accuracy"),
+    )
+    found = Curves(grids, tuple(f"{count} {what}" for count, what in kinds if count))
+    _check(found)
+    return found
+
+
+def _check_strata(names: Sequence[str], trials: pd.DataFrame) -> None:
+    unknown = [name for name in names if name not in CELL_FIELDS or trials[name].isna().all()]
     if unknown:
         known = ", ".join(name for name in CELL_FIELDS if trials[name].notna().any())
-        raise UserError(f"--strata is {','.join(strata or ())!r}; allowed: none, or columns of the curves ({known})")
-    if len(set(strata or ())) < len(strata or ()):
-        raise UserError(f"--strata is {','.join(strata or ())!r}; allowed: each column once")
-    nowhere = trials[list(strata or ())].isna().any(axis=1)
-    ended = trials["status"] == "completed"
-    named = " or ".join(strata or ())
-    kinds = (
-        (nowhere.sum(), f"trials without a level of {named} belong to no stratum"),
-        ((~ended & ~nowhere).sum(), "trials did not run to their end"),
-    )
-    left_out = [f"{count} {what}" for count, what in kinds if count]
-    trials = trials[ended & ~nowhere]
+        raise UserError(f"--strata is {','.join(names)!r}; allowed: none, or columns of the curves ({known})")
+    if len(set(names)) < len(names):
+        raise UserError(f"--strata is {','.join(names)!r}; allowed: each column once")
+
+
+def _grids(records: Records, trials: pd.DataFrame, study: Study, screen: Screen) -> tuple[Grids, int]:
+    """Grids in order of seed and budget, and the number of trials whose curve has gaps."""
     accuracy = dict(iter(records.epochs.sort_values("epoch").groupby("trial_id")["val_accuracy"]))
     studies = records.studies.values()
     roles = {arm["name"]: arm["role"] for each in studies for arm in (each.get("extended") or each)["arms"]}
     grids: dict[tuple[int, int], list[Curve]] = {}
-    gaps = 0
     rows: list[dict[Any, Any]] = trials.to_dict("records")
     for row in rows:
         values = accuracy.get(row["trial_id"], pd.Series(dtype="float64"))
         if values.empty or values.isna().any():
-            gaps += 1
             continue
-        protected = roles[row["arm"]] != "compared" if row["arm"] in roles else row["method"] == study.control
-        name = stratum(screen, row)
-        curve = Curve(row["trial_id"], row["arm"], name, bool(protected), tuple(map(float, values)))
+        immune = roles[row["arm"]] != "compared" if row["arm"] in roles else row["method"] == study.control
+        curve = Curve(row["trial_id"], row["arm"], stratum(screen, row), bool(immune), tuple(map(float, values)))
         grids.setdefault((int(row["seed"]), len(values)), []).append(curve)
-    left_out += [f"{gaps} trials have no whole curve of val_accuracy"] if gaps else []
-    found = Curves({key: tuple(grid) for key, grid in sorted(grids.items())}, tuple(left_out))
-    _check(found)
-    return found
+    gaps = len(rows) - sum(map(len, grids.values()))
+    return {key: tuple(grid) for key, grid in sorted(grids.items())}, gaps
 
 
 def _check(curves: Curves) -> None:
@@ -145,7 +151,7 @@ def _check(curves: Curves) -> None:
 
 
 def check_screen(screen: Screen, curves: Curves) -> None:
-    """Raise `UserError` where early stopping as it is set does not fit the curves' budgets."""
+    """Raise `UserError` if the settings of early stopping do not fit the budgets of the curves."""
     problems = []
     for epochs in sorted({epochs for _, epochs in curves.grids}):
         if screen.grace > epochs:
@@ -157,8 +163,7 @@ def check_screen(screen: Screen, curves: Curves) -> None:
 
 
 def replay(screen: Screen, grid: Grid, order: Sequence[str]) -> list[Decision]:
-    """The comparisons that the schedule makes when the arms of a grid start in this order, each as fast as the others:
-    at a rung they report in it."""
+    """The schedule's decisions when the arms of a grid report at each rung in this order."""
     epochs, going = len(grid[0].accuracy), {curve.arm: curve for curve in grid}
     schedule = Schedule(screen, epochs)
     for curve in grid:
@@ -177,18 +182,14 @@ def replay(screen: Screen, grid: Grid, order: Sequence[str]) -> list[Decision]:
 def simulate(
     screen: Screen, curves: Curves, orders: int, beat: Callable[[], object] = lambda: None
 ) -> dict[str, Outcome]:
-    """Replay each grid under `orders` arrival orders, and say stratum by stratum what came of it. `beat` is called
-    after each replay."""
+    """Replay each grid under `orders` arrival orders; one outcome per stratum. `beat` is called after each replay."""
     check_screen(screen, curves)
     tallies = {name: _Tally(name, screen, curves) for name in curves.strata}
     for (seed, _), grid in curves.grids.items():
         arms = [curve.arm for curve in grid]
         for number in range(orders):
-            stops = {
-                each.arm: each.epoch
-                for each in replay(screen, grid, arrival_order(arms, number))
-                if each.action == "stop"
-            }
+            made = replay(screen, grid, arrival_order(arms, number))
+            stops = {each.arm: each.epoch for each in made if each.action == "stop"}
             for tally in tallies.values():
                 tally.add(grid, stops, np.random.default_rng([number, seed]))
             beat()
@@ -196,7 +197,7 @@ def simulate(
 
 
 class _Tally:
-    """The replays of one stratum, counted."""
+    """Accumulates the replays of one stratum."""
 
     def __init__(self, name: str, screen: Screen, curves: Curves) -> None:
         self._name = name
@@ -205,7 +206,7 @@ class _Tally:
         self._epochs = len(self._curves[0][1].accuracy)
         self._first = min(screen.grace, self._epochs)
         self._stops: Counter[tuple[str, int]] = Counter()
-        self._replays: Counter[str] = Counter()  # by arm: not every seed has every arm
+        self._replays: Counter[str] = Counter()  # by arm, since an arm may lack seeds
         self._found: dict[str, list[tuple[float, float]]] = {"stopping": [], "cut": [], "random": []}
 
     def add(self, grid: Grid, stops: Mapping[str, int], chance: np.random.Generator) -> None:
@@ -219,7 +220,7 @@ class _Tally:
         self._stops.update((curve.arm, stops[curve.arm]) for curve in mine if curve.arm in stops)
         self._note("stopping", final, kept, ran)
         free = np.flatnonzero([not curve.immune for curve in mine])
-        places = int(kept[free].sum())  # that those have which may be stopped
+        places = int(kept[free].sum())  # kept arms that are not immune
         early = np.array([curve.accuracy[self._first - 1] for curve in mine])
         by_then = free[np.argsort(-early[free], kind="stable")]
         for name, chosen, cost in (("cut", by_then, self._first), ("random", chance.permutation(free), 0)):
@@ -234,6 +235,9 @@ class _Tally:
     def outcome(self) -> Outcome:
         arms = list(dict.fromkeys(curve.arm for _, curve in self._curves))
         last = {arm: [curve.accuracy[-1] for _, curve in self._curves if curve.arm == arm] for arm in arms}
+        stopped: dict[str, dict[int, float]] = {arm: {} for arm in arms}
+        for (arm, epoch), count in sorted(self._stops.items()):
+            stopped[arm][epoch] = count / self._replays[arm]
         by_epoch = list(zip(*(curve.accuracy for _, curve in self._curves), strict=True))  # [epochs][trials]
         return Outcome(
             arms=len(arms),
@@ -243,14 +247,7 @@ class _Tally:
             stopping=self._result("stopping"),
             cut=self._result("cut"),
             random=self._result("random"),
-            stopped={
-                arm: {
-                    epoch: count / self._replays[arm]
-                    for (each, epoch), count in sorted(self._stops.items())
-                    if each == arm
-                }
-                for arm in arms
-            },
+            stopped=stopped,
             final={arm: float(np.mean(values)) for arm, values in last.items()},
             rank_correlation={
                 epoch: statistics.rank_correlation(by_epoch[epoch - 1], by_epoch[-1])

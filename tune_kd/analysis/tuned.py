@@ -1,4 +1,4 @@
-"""What tuning did, from the records: the budget that each arm got, what was found, and which settings mattered."""
+"""Results of tuning: the budget of each arm, the best settings, and the importance of each setting."""
 
 from collections.abc import Iterator
 
@@ -11,13 +11,14 @@ from tune_kd.records.schema import Row
 from tune_kd.study.discover import from_json
 from tune_kd.study.plan import Search
 from tune_kd.study.spec import Study
+from tune_kd.study.tuning import Choice
 
 ENDS = ("completed", "stopped", "failed")
 
 
 def budgets(records: Records) -> pd.DataFrame:
-    """A row an arm that was tuned: its draws and how they ended, the epochs that they took, and the best validation
-    accuracy of those that ran to their end, with the number of that draw (from 1)."""
+    """One row per tuned arm: its draws by status, their epochs, and the best validation accuracy of a completed draw
+    with that draw's number (from 1)."""
     found = []
     for run, study, search, theirs in searches(records):
         assert study.tuning is not None
@@ -37,17 +38,17 @@ def budgets(records: Records) -> pd.DataFrame:
 
 
 def settings(records: Records) -> pd.DataFrame:
-    """A row an arm and setting that was tuned: the published default, the range's ends, what was found, and the
-    share of the draws' variance that the setting explains (`importance`, null where the draws do not say)."""
+    """One row per tuned arm and setting: the published default, the ends of the range, the best value, and the share of
+    the draws' variance that the setting explains (`importance`, null where undetermined)."""
     found = []
     for run, study, search, theirs in searches(records):
-        from tune_kd.study.sampler import importances  # takes long to import, and most runs are not tuned
+        from tune_kd.study.sampler import importances  # slow to import (Optuna), and most runs are not tuned
 
         assert study.tuning is not None
         best = adaptive_plan.best(study.tuning, theirs)
         shares = importances(search.ranges, theirs)
         for each in search.ranges:
-            ends = each.configurations or (each.over.low, each.over.high)  # type: ignore[union-attr]
+            ends = each.over.levels if isinstance(each.over, Choice) else (each.over.low, each.over.high)
             found.append(
                 {
                     "run": run,
@@ -64,7 +65,7 @@ def settings(records: Records) -> pd.DataFrame:
 
 
 def searches(records: Records) -> Iterator[tuple[str, Study, Search, list[Row]]]:
-    """Run, study, what is tuned, and its draws in their order, of each arm of each run that is tuned."""
+    """Run, study, search and ordered draws of each tuned arm of each run."""
     for run in records.runs:
         declared = records.studies.get(run, {})
         declared = declared.get("extended") or declared
