@@ -35,9 +35,9 @@ from tune_kd.execute.worker import Failure, Workplace
 from tune_kd.records import extension, lock, reader, rebuild
 from tune_kd.records import run_folder as runs
 from tune_kd.records.ledger import FAILURES, Ledger, digests
-from tune_kd.records.schema import ENDED, LEDGER
+from tune_kd.records.schema import LEDGER
 from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
-from tune_kd.study.trial import Decision
+from tune_kd.study.trial import ENDED, Decision
 from tune_kd.system import crash_points
 from tune_kd.system import files as storage
 from tune_kd.system.errors import UserError

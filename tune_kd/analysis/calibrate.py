@@ -20,8 +20,9 @@ from tune_kd.records.adaptive_plan import to_come
 from tune_kd.records.reader import Records
 from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, first_row
 from tune_kd.records.tables import frame
+from tune_kd.study.contrasts import Contrast
 from tune_kd.study.early_stopping import stratum
-from tune_kd.study.plan import Contrast, Plan, arrival_order, plan
+from tune_kd.study.plan import Plan, arrival_order, plan
 from tune_kd.study.spec import Study
 from tune_kd.study.trial import Trial
 

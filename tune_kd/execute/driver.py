@@ -16,12 +16,12 @@ from tune_kd.execute.draws import Draws
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.records import adaptive_plan
 from tune_kd.records.ledger import Ledger
-from tune_kd.records.schema import DECISIONS, ENDED, EPOCHS, TRIALS, Row, broken, clean, first_row
+from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, Row, broken, clean, first_row
 from tune_kd.records.sync import Sender
 from tune_kd.study import sampler
 from tune_kd.study.early_stopping import Schedule, stratum
 from tune_kd.study.plan import Plan
-from tune_kd.study.trial import Decision, Epoch, Trial
+from tune_kd.study.trial import ENDED, Decision, Epoch, Trial
 from tune_kd.system.crash_points import point
 from tune_kd.system.object_store import Mirror
 from tune_kd.system.secrets import masked

@@ -9,9 +9,9 @@ from packaging.version import Version
 
 from tune_kd.records.adaptive_plan import grown, to_come
 from tune_kd.records.run_folder import Run
-from tune_kd.records.schema import ENDED, Row
+from tune_kd.records.schema import Row
 from tune_kd.study.cost import disk_bytes
-from tune_kd.study.trial import Trial
+from tune_kd.study.trial import ENDED, Trial
 from tune_kd.system.errors import UserError
 from tune_kd.system.files import MOST_RECORD_BYTES, opened, publish, read
 from tune_kd.training import teachers

@@ -7,10 +7,8 @@ from typing import Any
 from tune_kd.records.schema import Row, first_row
 from tune_kd.study.plan import Plan, Search
 from tune_kd.study.spec import CELL_FIELDS
-from tune_kd.study.trial import Phase, Trial
+from tune_kd.study.trial import UNENDED, Phase, Trial
 from tune_kd.study.tuning import Tuning
-
-UNENDED = ("pending", "running")
 
 
 def draws(search: Search, rows: Iterable[Row]) -> list[Row]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tune_kd.study.plan import level_name
+from tune_kd.study.arms import level_name
 from tune_kd.system.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tune_kd.study.trial import Trial
+from tune_kd.study.trial import Action, Phase, Role, Status, StopReason, Trial
 from tune_kd.system.characters import CONTROL
 
 Row = dict[str, Any]
@@ -63,10 +63,10 @@ TRIALS = Schema(
     optional=("teacher_digest", "weights_digest", "host", "started"),
     needed=("arm", "phase", "role", "seed", "status"),
     levels={
-        "phase": ("teacher", "screen", "confirm"),
-        "role": ("teacher", "student"),
-        "status": ("pending", "running", "completed", "stopped", "failed", "blocked"),
-        "stop_reason": ("asha", "diverged", "out_of_memory", "error", "teacher_failed"),
+        "phase": tuple(Phase),
+        "role": tuple(Role),
+        "status": tuple(Status),
+        "stop_reason": tuple(StopReason),
     },
     fractions=(
         "val_accuracy",
@@ -103,7 +103,7 @@ DECISIONS = Schema(
     | _columns(str, "action reason"),
     ("run", "trial_id", "epoch"),
     needed=("arm", "phase", "action", "reason"),
-    levels={"action": ("continue", "stop")},
+    levels={"action": tuple(Action)},
     fractions=("metric",),
 )
 
@@ -121,7 +121,6 @@ TIMING = (
 )  # an epoch that is computed again may differ in these
 
 PANDAS = {str: "string", int: "Int64", float: "float64"}
-ENDED = ("completed", "stopped", "failed", "blocked")  # statuses of trials that will not run again by themselves
 
 
 def clean(schema: Schema, row: Mapping[str, Any]) -> Row:

@@ -20,7 +20,7 @@ from tune_kd.records.reader import Records
 from tune_kd.records.schema import Row
 from tune_kd.reporting import style
 from tune_kd.reporting.style import Made, MethodStyle, Styles
-from tune_kd.study.plan import SYMBOLS
+from tune_kd.study.arms import SYMBOLS
 from tune_kd.study.spec import Study
 from tune_kd.study.tuning import LogUniform, number
 

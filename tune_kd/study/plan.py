@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from tune_kd.study.arms import SYMBOLS as SYMBOLS  # until their importers name the new place
 from tune_kd.study.arms import Arm, arm_name, levels_name, raw_cells
-from tune_kd.study.arms import level_name as level_name
-from tune_kd.study.contrasts import Contrast as Contrast
-from tune_kd.study.contrasts import contrasts
+from tune_kd.study.contrasts import Contrast, contrasts
 from tune_kd.study.cost import answering, flop
 from tune_kd.study.spec import Cell, Study
 from tune_kd.study.trial import Answering, ArmRole, Phase, Role, Trial
