@@ -28,7 +28,7 @@ from tune_kd.analysis.early_stopping import noise_margins
 from tune_kd.analysis.simulate import Curves, Outcome, curves, simulate
 from tune_kd.records.importer import Adapter
 from tune_kd.records.reader import Records
-from tune_kd.reporting.style import OTHER_COLOURS, STYLE, WIDTH
+from tune_kd.reporting.style import COLUMN_INCHES, OTHER_COLOURS, STYLE
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "early-stopping.md", ROOT / "README.md"
@@ -97,7 +97,7 @@ def pairs(recorded: Curves) -> None:
 
 
 def _correlations(found: dict[str, Outcome]) -> Figure:
-    figure = Figure(figsize=(2 * WIDTH, 3.6))
+    figure = Figure(figsize=(2 * COLUMN_INCHES, 3.6))
     for axes, (pair, each) in zip(figure.subplots(2, 2, sharex=True, sharey=True).flat, found.items(), strict=True):
         epochs = list(each.rank_correlation)
         known = list(each.rank_correlation.values())
@@ -206,7 +206,7 @@ def _words(screen: Screen) -> str:
 
 def _trade(sides: dict[str, tuple[Curves, dict[Screen, Scores]]], settings: list[Screen]) -> Figure:
     """Epochs saved against regret: a dot a setting, and what chance and fixed cuts do."""
-    figure = Figure(figsize=(2 * WIDTH, 3.2))
+    figure = Figure(figsize=(2 * COLUMN_INCHES, 3.2))
     for axes, (which, (recorded, scores)) in zip(figure.subplots(1, 2, sharey=True), sides.items(), strict=True):
         dots = np.array([np.mean(list(scores[screen].values()), axis=0) for screen in settings])
         axes.plot(100 * dots[:, 0], 100 * dots[:, 1], ".", color="#999999", ms=3, label="settings of early stopping")

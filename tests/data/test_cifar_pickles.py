@@ -308,7 +308,7 @@ def test_a_short_unsized_download_is_noticed_by_its_digest(tmp_path: Path, serve
 
 
 def test_an_endless_download_is_stopped(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar_pickles, "MOST_BYTES", 1000)
+    monkeypatch.setattr(cifar_pickles, "MOST_DOWNLOAD_BYTES", 1000)
     server.content = bytes(5000)
     origin = small_origin(small_files(), server.content, server.url("unsized"))
     sentence = problem(lambda: download(origin, tmp_path / CIFAR10.archive, lambda _: None, progress=False))

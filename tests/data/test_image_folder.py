@@ -314,11 +314,11 @@ def test_parts_that_make_no_pixels_are_left_out(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     "picture",
     [
-        with_parts(png(1), *([chunk(b"teSt", b"")] * image_folder.MOST_PARTS)),
-        with_parts(png(1), *([chunk(b"IDAT", b"")] * image_folder.MOST_PARTS)),
-        with_parts(png(1, form="JPEG"), *([segment(0xC4, b"")] * image_folder.MOST_PARTS)),
-        with_parts(png(1, form="JPEG"), *([segment(0xE1, b"")] * image_folder.MOST_PARTS)),
-        png(1, form="JPEG")[:-2] + segment(0xDA, b"\x01\x01\x00\x3f\x01\x01") * (image_folder.MOST_PARTS + 1),
+        with_parts(png(1), *([chunk(b"teSt", b"")] * image_folder.MOST_PICTURE_PARTS)),
+        with_parts(png(1), *([chunk(b"IDAT", b"")] * image_folder.MOST_PICTURE_PARTS)),
+        with_parts(png(1, form="JPEG"), *([segment(0xC4, b"")] * image_folder.MOST_PICTURE_PARTS)),
+        with_parts(png(1, form="JPEG"), *([segment(0xE1, b"")] * image_folder.MOST_PICTURE_PARTS)),
+        png(1, form="JPEG")[:-2] + segment(0xDA, b"\x01\x01\x00\x3f\x01\x01") * (image_folder.MOST_PICTURE_PARTS + 1),
         image_folder.JPEG + b"\xff" * 2**19,
         with_parts(png(1), (2**31).to_bytes(4, "big") + b"teSt"),
     ],

@@ -168,7 +168,7 @@ def test_an_attempt_that_is_made_again_is_shown_beside_the_first(study: Study, t
 def test_mlflow_gets_a_trials_measures_together_and_a_long_trials_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: float, batch: int, seen: int
 ) -> None:
-    monkeypatch.setattr(mlflow, "BATCH", batch)
+    monkeypatch.setattr(mlflow, "METRICS_A_BATCH", batch)
     monkeypatch.setattr(mlflow, "BATCH_EVERY", every)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with warnings.catch_warnings():

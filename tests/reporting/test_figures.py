@@ -146,7 +146,7 @@ def test_a_report_leaves_no_table_of_an_earlier_one(records: Records, tmp_path: 
 
 
 def test_methods_differ_in_marker_and_in_grey() -> None:
-    looks = [style.METHODS[name] for name in ("none", "logit", "feature")]
+    looks = [style.METHOD_STYLES[name] for name in ("none", "logit", "feature")]
     assert len({look.marker for look in looks}) == 3
     assert len({look.line for look in looks}) == 3
     greys = sorted(sum(w * c for w, c in zip((0.299, 0.587, 0.114), colors.to_rgb(look.colour), strict=True))
@@ -157,11 +157,11 @@ def test_methods_differ_in_marker_and_in_grey() -> None:
 def test_methods_differ_in_everything_and_the_built_in_ones_keep_their_style() -> None:
     new = ["dkd", "crd", "at", "rkd", "vid"]
     looks = style.method_styles(new)
-    assert {name: looks[name] for name in style.METHODS} == style.METHODS
+    assert {name: looks[name] for name in style.METHOD_STYLES} == style.METHOD_STYLES
     for kind in ("colour", "marker", "line"):
-        assert len({getattr(look, kind) for look in looks.values()}) == len(style.METHODS) + len(new)
+        assert len({getattr(look, kind) for look in looks.values()}) == len(style.METHOD_STYLES) + len(new)
     assert len({looks[name].hatch for name in [*new, "feature", "teacher", "none"]}) == len(new) + 3
-    assert len(set(style.method_styles(map(str, range(35))).values())) == len(style.METHODS) + 35
+    assert len(set(style.method_styles(map(str, range(35))).values())) == len(style.METHOD_STYLES) + 35
 
 
 @given(st.sets(st.text(), max_size=4), st.text())

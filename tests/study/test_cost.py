@@ -1,4 +1,4 @@
-"""The price: multiplications counted without torch are those that torch counts."""
+"""The cost of a plan: multiplications counted without torch are those that torch counts."""
 
 from dataclasses import replace
 
@@ -7,7 +7,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tune_kd.data import datasets
-from tune_kd.study.cost import BLOCKS, IMAGES, WORTH, answering, flop, macs, price, state_bytes, views_answered
+from tune_kd.study.cost import (
+    BLOCKS,
+    IMAGES,
+    WORTH_ANSWERING_ALL,
+    answering,
+    estimate,
+    flop,
+    macs,
+    state_bytes,
+    views_answered,
+)
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import STEMS, Cell, Confirm, Data, Factor, Recipe, Study
 from tune_kd.study.trial import Answering, Trial
@@ -17,7 +27,7 @@ from tune_kd.training.teachers import drawn_numbers
 
 def cost(study: Study) -> float:
     planned = plan(study)
-    return price(planned.trials, planned.answering, study.rate).flop
+    return estimate(planned.trials, planned.answering, study.rate).flop
 
 
 @pytest.mark.parametrize("architecture", BLOCKS)
@@ -83,4 +93,4 @@ def test_all_views_are_answered_ahead_where_that_costs_hardly_more_than_the_draw
     chosen = answering([logit_student(seed, epochs, Data("cifar10")) for seed in range(seeds)])
     assert chosen == Answering(ahead, tuple((seed, epochs) for seed in range(seeds)))
     undrawn = (161 / 162) ** (seeds * epochs)
-    assert ahead == (WORTH * (1 - undrawn) >= 1)
+    assert ahead == (WORTH_ANSWERING_ALL * (1 - undrawn) >= 1)

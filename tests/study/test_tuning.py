@@ -34,7 +34,7 @@ from tune_kd.records.schema import LEDGER, TRIALS, Row
 from tune_kd.reporting import figures
 from tune_kd.reporting import report as reporting
 from tune_kd.study import sampler as search
-from tune_kd.study.cost import price
+from tune_kd.study.cost import estimate
 from tune_kd.study.discover import from_json
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Confirm, Study
@@ -144,8 +144,8 @@ def test_what_is_foreseen_is_what_comes(study: Study, tmp_path: Path) -> None:
         (task.trial.arm, task.trial.phase, task.trial.seed) for task in done
     )
     assert adaptive_plan.to_come(planned, bench.rows()) == []
-    told = price(foreseen, planned.answering, study.rate)
-    assert told.flop == price([task.trial for task in done], planned.answering, study.rate).flop
+    told = estimate(foreseen, planned.answering, study.rate)
+    assert told.flop == estimate([task.trial for task in done], planned.answering, study.rate).flop
 
 
 def quality(task: Task) -> float:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import rel_entr, softmax
 
-from tune_kd.study.spec import APPLIES, METHODS
+from tune_kd.study.spec import APPLIES, METHOD_NAMES
 from tune_kd.training import methods, metrics
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "data" / "losses.json"
@@ -213,7 +213,7 @@ def test_different_numbers_of_stages_are_refused(counts):
 
 
 def test_every_method_of_a_study_has_a_loss_with_settings_of_its_own():
-    assert tuple(methods.METHODS) == METHODS
+    assert tuple(methods.METHODS) == METHOD_NAMES
     for name, method in methods.METHODS.items():
         assert (method.needs == "nothing") == (method.loss is None)
         assert {"teacher", "alpha", *method.settings} >= {field for field, names in APPLIES.items() if name in names}

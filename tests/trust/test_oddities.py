@@ -271,7 +271,7 @@ def test_a_batch_that_is_no_file_is_named_and_nothing_is_downloaded(kind: str, t
     path = put(kind, tmp_path / origin.files[0])
     say: list[str] = []
     said = refusal(lambda: load_pixels(tmp_path, cache=tmp_path / "c", say=say.append, progress=False, origin=origin))
-    assert f"{path} {ODDITIES[kind]} {cifar_pickles.MOST_BYTES:,} bytes" in said and say == []
+    assert f"{path} {ODDITIES[kind]} {cifar_pickles.MOST_DOWNLOAD_BYTES:,} bytes" in said and say == []
 
 
 @each_oddity

@@ -14,8 +14,8 @@ from tune_kd.analysis.contrasts import COMPARABLE, CONTEXT, HEADLINE, by_context
 from tune_kd.records.reader import Records, typed
 
 MEASURES = ("agreement", "kl_t1", "kl_t4", "ece", "test_accuracy", "val_accuracy_best")
-SHOWN = tuple(name for name in CONTEXT if name != "teacher")
-ALIKE = (*SHOWN, *COMPARABLE)  # equal in a control and the arms compared with it
+CONTEXT_SHOWN = tuple(name for name in CONTEXT if name != "teacher")
+ALIKE_WITH_CONTROL = (*CONTEXT_SHOWN, *COMPARABLE)  # equal in a control and the arms compared with it
 
 
 def measures(records: Records) -> pd.DataFrame:
@@ -97,14 +97,14 @@ def response(records: Records, factor: str) -> pd.DataFrame:
     controls = _controls(ended)
     others = [name for name in ("teacher", "method", "temperature", "alpha", "beta") if name != factor]
     rows = []
-    for where, group in by_context(ended[ended[factor].notna()], [*ALIKE, *others]):
+    for where, group in by_context(ended[ended[factor].notna()], [*ALIKE_WITH_CONTROL, *others]):
         if group[factor].nunique() < 2:
             continue
-        control = controls.get(tuple(where[name] for name in ALIKE))
+        control = controls.get(tuple(where[name] for name in ALIKE_WITH_CONTROL))
         for level, of_level in group.groupby(factor):
             described = asdict(statistics.summary(of_level[HEADLINE].tolist()))
             rows.append(where | {factor: level, **described, "control": control})
-    return typed(rows, " ".join([*SHOWN, *others, factor, "n mean sd low high control"]))
+    return typed(rows, " ".join([*CONTEXT_SHOWN, *others, factor, "n mean sd low high control"]))
 
 
 def gaps(records: Records) -> pd.DataFrame:
@@ -114,15 +114,15 @@ def gaps(records: Records) -> pd.DataFrame:
     taught = records.trials[(records.trials["role"] == "teacher") & (records.trials["status"] == "completed")]
     teachers = taught.set_index(["run", "trial_id"])[HEADLINE].dropna().to_dict()
     rows = []
-    for where, group in by_context(ended[ended["method"] != "none"], [*ALIKE, "teacher", "arm"]):
+    for where, group in by_context(ended[ended["method"] != "none"], [*ALIKE_WITH_CONTROL, "teacher", "arm"]):
         known = [teachers.get(key) for key in zip(group["run"], group["teacher_id"], strict=True)]
-        control = controls.get(tuple(where[name] for name in ALIKE))
+        control = controls.get(tuple(where[name] for name in ALIKE_WITH_CONTROL))
         if control is None or None in known:
             continue
         teacher, mean = float(np.mean(np.asarray(known, dtype=float))), float(group[HEADLINE].mean())
         found = {"teacher_accuracy": teacher, "control": control, "mean": mean}
         rows.append(where | {"n": len(group), **found, "gap": teacher - control, "gain": mean - control})
-    return typed(rows, " ".join([*SHOWN, "teacher", "arm", "n teacher_accuracy control mean gap gain"]))
+    return typed(rows, " ".join([*CONTEXT_SHOWN, "teacher", "arm", "n teacher_accuracy control mean gap gain"]))
 
 
 def _ended(records: Records) -> pd.DataFrame:
@@ -131,6 +131,6 @@ def _ended(records: Records) -> pd.DataFrame:
 
 
 def _controls(ended: pd.DataFrame) -> dict[tuple[Any, ...], float]:
-    """The mean accuracy of the controls, by the settings in `ALIKE`."""
-    found = by_context(ended[ended["method"] == "none"], ALIKE)
+    """The mean accuracy of the controls, by the settings in `ALIKE_WITH_CONTROL`."""
+    found = by_context(ended[ended["method"] == "none"], ALIKE_WITH_CONTROL)
     return {tuple(where.values()): float(group[HEADLINE].mean()) for where, group in found}

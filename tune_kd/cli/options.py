@@ -171,7 +171,7 @@ def _time(path: Path, scale: str, data: str | None, settings: Sequence[str], gpu
     from tune_kd.records.adaptive_plan import to_come
     from tune_kd.reporting.terminal import duration
     from tune_kd.study import discover
-    from tune_kd.study.cost import price
+    from tune_kd.study.cost import estimate
     from tune_kd.study.plan import plan
 
     try:
@@ -179,7 +179,7 @@ def _time(path: Path, scale: str, data: str | None, settings: Sequence[str], gpu
     except UserError:  # which is told when the scale is chosen
         return "an unknown time"
     planned = plan(study)
-    cost = price((*planned.trials, *to_come(planned)), planned.answering, study.rate)
+    cost = estimate((*planned.trials, *to_come(planned)), planned.answering, study.rate)
     return f"about {duration(cost.slot_seconds / gpus)}"
 
 

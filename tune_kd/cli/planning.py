@@ -45,7 +45,7 @@ def plan(
     from tune_kd.analysis import grace
     from tune_kd.records.adaptive_plan import to_come
     from tune_kd.study import discover
-    from tune_kd.study.cost import price
+    from tune_kd.study.cost import estimate
     from tune_kd.study.plan import plan as expand
 
     path = discover.find(study)
@@ -53,7 +53,7 @@ def plan(
     resolved = discover.resolve(path, chosen, data, settings_with(settings, margin_from, path, chosen, data, out))
     planned = expand(resolved)
     trials = (*planned.trials, *to_come(planned))
-    cost = price(trials, planned.answering, resolved.rate)
+    cost = estimate(trials, planned.answering, resolved.rate)
     summary = {
         "study": resolved.name,
         "scale": resolved.scale,
@@ -216,7 +216,7 @@ def _print_plan(planned: "Plan", summary: dict[str, Any], why: str) -> None:
     from tune_kd.reporting.terminal import duration, points
 
     console = Terminal()
-    seeds, price = summary["seeds"], summary["price"]
+    seeds, cost = summary["seeds"], summary["price"]
     console.print(f"{summary['study']} at scale {summary['scale']}{why}", style="bold")
     console.print(
         f"{planned.raw_cells} raw cells are {len(planned.arms)} arms; {len(summary['trials'])} trials, of which "
@@ -241,7 +241,7 @@ def _print_plan(planned: "Plan", summary: dict[str, Any], why: str) -> None:
         )
         console.print(f"{each['teacher']} answers {which}, for {each['draws']:,} draws of its students.")
     console.print(
-        f"Price: {price['flop'] / 1e15:.2g} PFLOP, {duration(price['slot_seconds'])} of one slot ({price['how']}).",
+        f"Price: {cost['flop'] / 1e15:.2g} PFLOP, {duration(cost['slot_seconds'])} of one slot ({cost['how']}).",
     )
     tuning = planned.study.tuning
     if tuning is not None:

@@ -185,7 +185,7 @@ def _source(
     if where.exists() and not where.is_dir() and where.name != form.archive:
         raise UserError(
             f"--data-dir {where}: this is neither a folder nor a .tar, .tar.gz or .tar.xz archive; "
-            f"give one with {image_folder.LAYOUT}"
+            f"give one with {image_folder.FOLDER_LAYOUT}"
         )
 
     known = origin or cifar_pickles.published(form)

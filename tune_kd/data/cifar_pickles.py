@@ -28,7 +28,7 @@ from tune_kd.data.image_folder import Pixels, bar
 from tune_kd.system.errors import UserError
 from tune_kd.system.files import opened, publish, read
 
-MOST_BYTES = 2**29  # of an archive or a file in it; the archives have 170,498,071 and 169,001,437
+MOST_DOWNLOAD_BYTES = 2**29  # of an archive or a file in it; the archives have 170,498,071 and 169,001,437
 LEAST_BYTES_PER_SECOND = 1024  # slower than this for `stall_seconds` is a stall
 
 
@@ -127,8 +127,8 @@ def _fetch(origin: Origin, progress: bool) -> bytes:
             while chunk := response.read1(2**16):
                 content += chunk
                 move(len(content))
-                if max(len(content), total) > MOST_BYTES:
-                    raise _Broken(f"it is larger than {MOST_BYTES} bytes")
+                if max(len(content), total) > MOST_DOWNLOAD_BYTES:
+                    raise _Broken(f"it is larger than {MOST_DOWNLOAD_BYTES} bytes")
                 seconds = time.monotonic() - window
                 if seconds > origin.stall_seconds:
                     came = len(content) - before
@@ -148,12 +148,12 @@ def _md5(content: bytes | bytearray) -> str:
 
 def read_folder(folder: Path, origin: Origin) -> Pixels:
     """Read the images of the unpacked archive. Raises `UserError` for a file that is not the published one."""
-    return _pixels({name: read(folder / name, MOST_BYTES) for name in origin.files}, folder, origin)
+    return _pixels({name: read(folder / name, MOST_DOWNLOAD_BYTES) for name in origin.files}, folder, origin)
 
 
 def read_archive(archive: Path, origin: Origin) -> Pixels:
     """Read the images of the archive without unpacking it. Raises `UserError` if it is not the published one."""
-    with opened(archive, MOST_BYTES) as file:
+    with opened(archive, MOST_DOWNLOAD_BYTES) as file:
         found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if found != origin.archive_md5:
             raise UserError(_damaged(archive, "it", found, origin.archive_md5, origin.form))

@@ -29,7 +29,7 @@ from tune_kd.system.files import opened, read
 PARTS = ("train", "test")
 SUFFIXES = (".png", ".jpg", ".jpeg")
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz")
-LAYOUT = "train/CLASS/*.png (or jpg, jpeg) and test/CLASS/*"
+FOLDER_LAYOUT = "train/CLASS/*.png (or jpg, jpeg) and test/CLASS/*"
 
 # CIFAR-10 as PNG files has about 240 MB in 60,022 members, none over 4 kB.
 MOST_MEMBERS = 200_000
@@ -44,11 +44,11 @@ JPEG = b"\xff\xd8"
 JPEG_MARKER = re.compile(rb"\xff+([^\xff])(..)", re.DOTALL)  # its kind, and the length of the segment
 JPEG_PIXELS = (*range(0xC0, 0xD0), 0xDB, 0xDD, 0xE0, 0xEE)  # frames, tables, and two markers of the colour space
 JPEG_SCAN = 0xDA
-MOST_PARTS = 256  # of an image; CIFAR's have less than ten, and a progressive JPEG has about 15
+MOST_PICTURE_PARTS = 256  # of an image; CIFAR's have less than ten, and a progressive JPEG has about 15
 
 # What tarfile and the decompressors raise, also for forged headers.
 BROKEN = (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error, ValueError)
-PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE)
+PLAIN_ENTRIES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE)
 EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME,
             tarfile.GNUTYPE_LONGLINK)  # headers that describe the member after them  # fmt: skip
 RECORD = re.compile(rb"(\d{1,7}) (path=|size=|GNU\.sparse\.)?")  # the start of a PAX record: length, keyword
@@ -91,7 +91,7 @@ def listing(folder: Path) -> Listing:
     found = []
     for part in PARTS:
         if not (folder / part).is_dir():
-            raise UserError(f"--data-dir {folder}: there is no folder {part!r} in it; {LAYOUT} are expected")
+            raise UserError(f"--data-dir {folder}: there is no folder {part!r} in it; {FOLDER_LAYOUT} are expected")
         for directory in (folder / part).iterdir():
             if directory.is_dir() and not directory.name.startswith("."):
                 for file in directory.iterdir():
@@ -117,7 +117,7 @@ def read_folder(folder: Path, files: Listing, *, progress: bool) -> Pixels:
 
 
 def read_archive(path: Path, *, progress: bool) -> Pixels:
-    """Decode every image of a tar archive, which may hold LAYOUT inside one outer folder.
+    """Decode every image of a tar archive, which may hold FOLDER_LAYOUT inside one outer folder.
 
     Raises `UserError` for an archive that is cut or damaged, names paths outside itself, holds links or devices, is
     absurdly large, or has an unexpected layout or image.
@@ -267,7 +267,7 @@ def _check_harmless(member: tarfile.TarInfo, sparse: bool, count: int, path: Pat
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
         raise UserError(f"--data-dir {path}: the archive names {_short(member.name)}, outside itself; not read")
-    if sparse or member.type not in PLAIN:
+    if sparse or member.type not in PLAIN_ENTRIES:
         raise UserError(
             f"--data-dir {path}: {_short(member.name)} in the archive is a link, a device or sparse, "
             "not a plain file; not read"
@@ -326,7 +326,7 @@ def _bare(content: bytes) -> bytes:
 def _chunks(content: bytes) -> Iterator[bytes]:
     """The chunks of a PNG that define its pixels."""
     start = len(PNG)
-    for _ in range(MOST_PARTS):
+    for _ in range(MOST_PICTURE_PARTS):
         end = start + 12 + int.from_bytes(content[start : start + 4], "big")  # with length, type and checksum
         if end > len(content):
             raise ValueError("cut")
@@ -342,14 +342,14 @@ def _chunks(content: bytes) -> Iterator[bytes]:
 def _segments(content: bytes) -> Iterator[bytes]:
     """The segments of a JPEG that define its pixels; the last one holds all scans and the rest of the file."""
     start = len(JPEG)
-    for _ in range(MOST_PARTS):
+    for _ in range(MOST_PICTURE_PARTS):
         marker = JPEG_MARKER.match(content, start)
         if marker is None:
             raise ValueError("cut")
         start, kind = marker.start(1) - 1, marker[1][0]  # any number of 0xFF may come before the last
         end = start + 2 + int.from_bytes(marker[2], "big")
         if kind == JPEG_SCAN:
-            if content.count(bytes([0xFF, JPEG_SCAN]), start) > MOST_PARTS:
+            if content.count(bytes([0xFF, JPEG_SCAN]), start) > MOST_PICTURE_PARTS:
                 raise ValueError("too many scans")
             yield content[start:]
             return
@@ -363,7 +363,7 @@ def _assembled(decoded: dict[Named, np.ndarray[Any, Any]], where: Path) -> Pixel
     counts = {part: Counter(named[1] for named in decoded if named[0] == part) for part in PARTS}
     for part in PARTS:
         if not counts[part]:
-            raise UserError(f"--data-dir {where}: it holds no {part} images; {LAYOUT} are expected")
+            raise UserError(f"--data-dir {where}: it holds no {part} images; {FOLDER_LAYOUT} are expected")
     odd = sorted(counts["train"].keys() ^ counts["test"].keys())
     if odd:
         raise UserError(

@@ -24,8 +24,8 @@ from tune_kd.training.device import peak_memory, start_measuring
 from tune_kd.training.loop import train
 
 NUMBERS = (1, 2, 4, 8)  # of concurrent trials to try
-STEPS = 40  # of a probing epoch: about a second, without the capture of a step
-EPOCHS = 3  # measured after one epoch of warm-up
+PROBE_STEPS = 40  # of a probing epoch: about a second, without the capture of a step
+PROBE_EPOCHS = 3  # measured after one epoch of warm-up
 GROWTH = 1.05  # a larger number of trials must raise images per second by at least this factor
 HEADROOM = 0.9  # fraction of memory to plan with; the rest is for fragmentation
 
@@ -126,9 +126,9 @@ def _train(
                 torch.zeros(1, device=device)
             context = before - torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
             start_measuring(device)
-            count = min(len(data.train.labels), STEPS * student.recipe.batch_size)
+            count = min(len(data.train.labels), PROBE_STEPS * student.recipe.batch_size)
             small = replace(data, train=Split(data.train.images[:count], data.train.labels[:count]))
-            trial = replace(student, recipe=replace(student.recipe, epochs=EPOCHS + 2))
+            trial = replace(student, recipe=replace(student.recipe, epochs=PROBE_EPOCHS + 2))
             helper = None
             if teacher is not None:  # random weights cost as much as trained ones
                 cell, folder = teacher.cell, Path(name, "teachers")
@@ -144,8 +144,8 @@ def _train(
             next(epochs)
             pipe.send("ready")
             pipe.recv()
-            speeds = [next(epochs).images_per_second for _ in range(EPOCHS)]
-            pipe.send((EPOCHS / sum(1 / speed for speed in speeds), (peak_memory(device) or 0) + max(0, context)))
+            speeds = [next(epochs).images_per_second for _ in range(PROBE_EPOCHS)]
+            pipe.send((PROBE_EPOCHS / sum(1 / speed for speed in speeds), (peak_memory(device) or 0) + max(0, context)))
         except EOFError:
             raise  # another process failed, and nobody waits for this one
         except Exception as error:

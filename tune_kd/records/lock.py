@@ -20,7 +20,7 @@ from tune_kd.system.files import MOST_RECORD_BYTES, opened, parsed, publish, rea
 from tune_kd.system.object_store import Mirror
 
 UNSEEN = 150.0  # seconds after which a driver elsewhere, which sends every 30, is taken for dead
-PATIENCE = 2.0  # seconds for which another driver may hold a run before this one gives up
+WAIT_SECONDS = 2.0  # seconds for which another driver may hold a run before this one gives up
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def held(folder: Path) -> Iterator[Callable[[str | None], None]]:
 
     Yields a function that writes down where Ray's dashboard is, for whoever looks at the run.
     """
-    lock = FileLock(folder / ".lock", timeout=PATIENCE)
+    lock = FileLock(folder / ".lock", timeout=WAIT_SECONDS)
     try:
         lock.acquire()
     except Timeout:

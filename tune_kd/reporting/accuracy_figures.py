@@ -40,8 +40,8 @@ def effects(records: Records, styles: Styles) -> Made:
     table = table.iloc[context.map(places).argsort(kind="stable")]  # one context after another
     more = style.left_out(len(table) - LINES_SHOWN, "contrasts")
     rows = table.head(LINES_SHOWN).to_dict("records")
-    names = ["\n".join(textwrap.wrap(style.readable(row["contrast"]), style.NAME)) for row in rows]
-    figure = Figure(figsize=(style.WIDTH, 0.5 + 0.2 * len(rows) + 0.1 * sum("\n" in name for name in names)))
+    names = ["\n".join(textwrap.wrap(style.readable(row["contrast"]), style.NAME_LETTERS)) for row in rows]
+    figure = Figure(figsize=(style.COLUMN_INCHES, 0.5 + 0.2 * len(rows) + 0.1 * sum("\n" in name for name in names)))
     axes = figure.subplots()
     axes.axvspan(-100 * MARGIN, 100 * MARGIN, color="#dddddd", lw=0)
     axes.axvline(0, color="#666666", lw=0.8)
@@ -116,7 +116,7 @@ def _curves_of_stem(axes: Axes, rows: pd.DataFrame, stem: str, styles: Styles) -
     lower = rows.groupby("arm")["val_accuracy"].quantile(0.25).min()
     style.stem_title(axes, stem)
     axes.set(ylim=(max(0.0, 100 * float(lower) - 2), None), ylabel="val. accuracy (%)")
-    narrow = len(names) > 4 and max(map(len, names)) <= 2 * style.NAME
+    narrow = len(names) > 4 and max(map(len, names)) <= 2 * style.NAME_LETTERS
     axes.legend(loc="lower right", ncols=2 if narrow else 1, handlelength=2.4)
     return max(0, len(names) - CURVES)
 

@@ -20,9 +20,9 @@ def rungs(records: Records, _: Styles) -> Made:
     table = early_stopping.audit(records)
     if table.empty or table["final"].isna().all():
         return None
-    figure = Figure(figsize=(style.WIDTH, 2.6))
+    figure = Figure(figsize=(style.COLUMN_INCHES, 2.6))
     axes = figure.subplots()
-    colours = (*(look.colour for look in style.METHODS.values()), *style.OTHER_COLOURS)
+    colours = (*(look.colour for look in style.METHOD_STYLES.values()), *style.OTHER_COLOURS)
     floor = 100 * float(table["final"].min())
     for place, (epoch, group) in enumerate(table.groupby("epoch")):
         colour, mark, label = colours[place % 8], "os^Dv"[place % 5], f"epoch {epoch}"
@@ -93,7 +93,7 @@ def timeline(records: Records, styles: Styles) -> Made:
     table = table.assign(place=table.groupby(["host", "slot"], sort=True).ngroup())
     table["method"] = table["method"].fillna("teacher")
     count, last = int(table["place"].max()) + 1, float(table["end"].max())
-    figure = Figure(figsize=(style.WIDTH, 0.9 + 0.28 * min(20, count)))
+    figure = Figure(figsize=(style.COLUMN_INCHES, 0.9 + 0.28 * min(20, count)))
     axes = figure.subplots()
     for method in table["method"].unique():
         look: dict[str, Any] = {"facecolor": styles[method].colour, "hatch": styles[method].hatch, "edgecolor": "white"}

@@ -23,7 +23,7 @@ from tune_kd.system.secrets import masked
 PHASES = ("teacher", "screen", "confirm")
 SHOWN = 20  # running trials listed one by one
 LAST = 5  # decisions of early stopping listed one by one
-WORTH = 50.0  # a refresh waits this many times as long as the last one took
+PAUSE_FACTOR = 50.0  # a refresh waits this many times as long as the last one took
 PLAIN_EVERY = 30.0  # seconds between progress lines where there is no terminal
 
 
@@ -63,7 +63,7 @@ class ProgressDisplay:
     def show(self, rows: Sequence[Row], decisions: Sequence[Decision]) -> None:
         """Refresh the table at most twice a second, and less often where many trials make that slow."""
         now = time.monotonic()
-        if self._live is not None and now - self._shown >= max(0.5, WORTH * self._took):
+        if self._live is not None and now - self._shown >= max(0.5, PAUSE_FACTOR * self._took):
             self._live.update(progress(self._run, rows, decisions, now - self._began), refresh=True)
             self._shown = time.monotonic()
             self._took = self._shown - now

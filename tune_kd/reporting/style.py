@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 T = TypeVar("T")
 
-WIDTH = 3.4  # inches, a column of a paper
+COLUMN_INCHES = 3.4  # inches, a column of a paper
 STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -35,8 +35,8 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "tune_kd",  # the same figure gives the same bytes
 }
 PANELS = 24  # in one figure
-NAME = 24  # characters a line of a contrast's name
-LONGEST = 4 * NAME  # characters of any name; longer ones are cut in the middle
+NAME_LETTERS = 24  # characters a line of a contrast's name
+LONGEST_NAME = 4 * NAME_LETTERS  # characters of any name; longer ones are cut in the middle
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class MethodStyle:
     hatch: str = ""
 
 
-METHODS = {
+METHOD_STYLES = {
     "none": MethodStyle("#000000", "s", "-"),
     "logit": MethodStyle("#0072B2", "o", "--"),
     "feature": MethodStyle("#D55E00", "^", "-.", "...."),
@@ -59,7 +59,7 @@ OTHER_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 OTHER_MARKERS = ("v", "P", "X", "*", "<", ">", "p")
 OTHER_DASHES = ((8, 2), (3, 1, 1, 1, 1, 1), (1, 2), (6, 1, 2, 1), (2, 2), (10, 2, 2, 2), (1, 3))
 OTHER_HATCHES = ("xxxx", "||||", "\\\\\\\\", "----", "++++", "oooo", "****")
-"""For methods that are not in `METHODS`. Five colours and seven shapes make 35 styles."""
+"""For methods that are not in `METHOD_STYLES`. Five colours and seven shapes make 35 styles."""
 UNKNOWN = MethodStyle(OTHER_COLOURS[0], "o", ":")  # of trials whose method is not recorded
 
 Styles = defaultdict[str, MethodStyle]
@@ -69,11 +69,11 @@ Made = tuple[str, str, Figure] | None  # caption, text for readers who cannot se
 def method_styles(methods: Iterable[str]) -> Styles:
     """The style of each method.
 
-    A method that is not in `METHODS` gets a colour by the hash of its name, or the next free one if that is taken. So
-    its style rarely depends on the other methods.
+    A method that is not in `METHOD_STYLES` gets a colour by the hash of its name, or the next free one if that is
+    taken. So its style rarely depends on the other methods.
     """
-    styles, free, colours = Styles(lambda: UNKNOWN, METHODS), list[int](), len(OTHER_COLOURS)
-    for count, method in enumerate(sorted({*methods} - {*METHODS})):
+    styles, free, colours = Styles(lambda: UNKNOWN, METHOD_STYLES), list[int](), len(OTHER_COLOURS)
+    for count, method in enumerate(sorted({*methods} - {*METHOD_STYLES})):
         free = free or list(range(colours))
         places = ((crc32(method.encode()) + step) % colours for step in range(colours))
         place = next(place for place in places if place in free)
@@ -85,10 +85,10 @@ def method_styles(methods: Iterable[str]) -> Styles:
 
 
 def readable(name: object) -> str:
-    """A name as a figure shows it, wrapped and at most `LONGEST` characters."""
+    """A name as a figure shows it, wrapped and at most `LONGEST_NAME` characters."""
     text = str(name)
-    text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}...{text[3 - LONGEST // 2 :]}"
-    text = "\n".join(textwrap.wrap(text, 2 * NAME))
+    text = text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME // 2]}...{text[3 - LONGEST_NAME // 2 :]}"
+    text = "\n".join(textwrap.wrap(text, 2 * NAME_LETTERS))
     return f" {text}" if text.startswith("_") else text  # Matplotlib leaves labels with a leading `_` out of legends
 
 
@@ -104,7 +104,7 @@ def first_panels(items: list[T], what: str) -> tuple[list[T], str]:
 
 def stacked(count: int, height: float, rest: float = 0.0, layout: Any = None, **how: Any) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels, one below the other. `height` of a panel and `rest` are in inches."""
-    figure = Figure(figsize=(WIDTH, height * count + rest), layout=layout)
+    figure = Figure(figsize=(COLUMN_INCHES, height * count + rest), layout=layout)
     return figure, list(figure.subplots(count, 1, squeeze=False, **how)[:, 0])
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from tune_kd.records.reader import Records
 
-POINTS = (
+IN_POINTS = (
     "estimate", "sd", "low", "high", "mean", "control", "gap", "gain", "teacher_accuracy", "val_accuracy_best",
     "test_accuracy", "test_accuracy_best", "agreement", "ece", "target",
 )  # fmt: skip
@@ -36,7 +36,7 @@ def cell(name: str, value: Any) -> str:
     if value is None or value is pd.NA or value != value:
         return ""
     if isinstance(value, float):
-        if name.removesuffix("_sd") in POINTS:
+        if name.removesuffix("_sd") in IN_POINTS:
             signed = name in ("estimate", "gain", "gap")
             points = round(100 * value, 2) + 0.0  # adding 0.0 turns -0.0 into 0.0
             return f"{points:+.2f}" if signed else f"{points:.2f}"
@@ -48,7 +48,7 @@ def cell(name: str, value: Any) -> str:
 
 def heading(name: str) -> str:
     """A column's heading, with its unit."""
-    unit = " (points)" if name.removesuffix("_sd") in POINTS else ""
+    unit = " (points)" if name.removesuffix("_sd") in IN_POINTS else ""
     return name.replace("_", " ") + unit
 
 

@@ -37,11 +37,13 @@ IMAGES = {
     "cifar100": Images(size=32, classes=100, train=45_000, validation=5_000, test=10_000, views=162),
 }
 ROW_BYTES = 1500  # of an epoch in the ledger with its log and index, and in a table written beside the old one
-WORTH = 1.05  # all views may cost this much more than the drawn ones, since later seeds and studies use them too
+WORTH_ANSWERING_ALL = (
+    1.05  # all views may cost this much more than the drawn ones, since later seeds and studies use them too
+)
 
 
 @dataclass(frozen=True)
-class Price:
+class Cost:
     """Floating-point operations, the time that one slot takes for them, and the assumptions in words."""
 
     flop: float
@@ -124,8 +126,8 @@ def disk_bytes(trials: Iterable[Trial], answering: Mapping[str, Answering], slot
     return int(checkpoints + teachers + answers + ROW_BYTES * rows)
 
 
-def price(trials: Iterable[Trial], answering: Mapping[str, Answering], rate: float) -> Price:
-    """The price of a plan at `rate` operations a second in a slot, without what early stopping saves."""
+def estimate(trials: Iterable[Trial], answering: Mapping[str, Answering], rate: float) -> Cost:
+    """Estimate the cost of a plan at `rate` operations a second in a slot, without what early stopping saves."""
     trials = tuple(trials)
     students = {trial.teacher_id: trial for trial in trials if trial.cell.method == "logit"}
     answers = sum(
@@ -139,7 +141,7 @@ def price(trials: Iterable[Trial], answering: Mapping[str, Answering], rate: flo
         f"logit arms and runs beside each feature arm; assumes {rate:.0e} operations a second in a slot, "
         "nothing saved by early stopping, teachers not there yet"
     )
-    return Price(total, total / rate, how)
+    return Cost(total, total / rate, how)
 
 
 def flop(trial: Trial) -> float:
@@ -156,7 +158,7 @@ def answering(students: Iterable[Trial]) -> Answering:
     students = tuple(students)
     draws = tuple(dict.fromkeys((student.seed, student.recipe.epochs) for student in students))
     drawn, all_ = (views_answered(Answering(ahead, draws), students[0]) for ahead in (False, True))
-    return Answering(all_ <= WORTH * drawn, draws)
+    return Answering(all_ <= WORTH_ANSWERING_ALL * drawn, draws)
 
 
 def views_answered(answering: Answering, student: Trial) -> float:

@@ -60,12 +60,12 @@ ABOVE_0 = Rule("above 0", lambda value: 0 < value < math.inf)
 FROM_0 = Rule("0 or more", lambda value: 0 <= value < math.inf)
 SHARE = Rule("from 0 to 1", lambda value: 0 <= value <= 1)
 SEED = Rule(f"from 0 to {2**31 - 1}", lambda value: 0 <= value < 2**31)
-WIDTH = Rule("above 0, at most 16", lambda value: 0 < value <= 16)
+WIDTH_RANGE = Rule("above 0, at most 16", lambda value: 0 < value <= 16)
 MOMENTUM = Rule("between 0 and 1, both excluded (Nesterov)", lambda value: 0 < value < 1)
 DEVIATION = Rule("above 0, at most 1 (accuracy, 0.0015 is 0.15 points)", lambda value: 0 < value <= 1)
 RATE = Rule("from 1e3 to 1e24 operations a second", lambda value: 1e3 <= value <= 1e24)
 SIZE = Rule("at least 1, or null for all", lambda value: value is None or value >= 1)
-MARGIN = Rule(
+MARGIN_RANGE = Rule(
     "from 0 to 1 (accuracy, 0.005 is 0.5 points)",
     lambda value: all(0 <= each <= 1 for each in (value if isinstance(value, tuple) else (value,))),
 )
@@ -74,8 +74,8 @@ ENCODABLE = Rule(
 )
 LINE = Rule("text without control characters", lambda text: not CONTROL.search(text))
 LINES = Rule(LINE.allowed, lambda text: visible(text) == text)
-LEVELS = length(MOST_LEVELS)
-TRIALS = most(MOST_TRIALS)
+LEVELS_LIMIT = length(MOST_LEVELS)
+TRIALS_LIMIT = most(MOST_TRIALS)
 
 
 @cache

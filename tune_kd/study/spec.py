@@ -13,7 +13,7 @@ from tune_kd.study.tuning import Range, Tuning
 
 Level = str | int | float
 
-METHODS = ("none", "logit", "feature")
+METHOD_NAMES = ("none", "logit", "feature")
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
 STEMS = ("imagenet", "cifar")
 WEIGHTS = ("none", "imagenet")
@@ -39,8 +39,8 @@ class Cell:
     teacher: Annotated[str | None, one_of(ARCHITECTURES)] = "resnet50"  # None where the method has no teacher
     stem: Annotated[str, one_of(STEMS)] = "cifar"
     weights: Annotated[str, one_of(WEIGHTS)] = "none"  # initial weights: random, or torchvision's for ImageNet
-    width: Annotated[float, rules.WIDTH] = 1.0  # multiple of the standard channel counts, of student and teacher
-    method: Annotated[str, one_of(METHODS)] = "none"
+    width: Annotated[float, rules.WIDTH_RANGE] = 1.0  # multiple of the standard channel counts, of student and teacher
+    method: Annotated[str, one_of(METHOD_NAMES)] = "none"
     temperature: Annotated[float | None, rules.ABOVE_0] = 4.0
     alpha: Annotated[float | None, rules.SHARE] = 0.5  # weight of the distillation loss
     beta: Annotated[float | None, rules.FROM_0] = 0.5  # weight of the cosine part of the feature loss
@@ -93,7 +93,7 @@ class Screen:
     grace: Annotated[int, at_least(1, " epoch")] = 10  # epochs before the first comparison
     reduction: Annotated[int, at_least(2)] = 3  # a rung keeps the best 1/reduction
     # Accuracy behind the cutoff that counts as noise: one number, or one for each rung.
-    margin: Annotated[float | tuple[float, ...], rules.MARGIN, length(100)] = 0.005
+    margin: Annotated[float | tuple[float, ...], rules.MARGIN_RANGE, length(100)] = 0.005
     min_peers: Annotated[int, at_least(1)] = 2  # arms of the stratum that must have reported at the rung before
     strata: Annotated[tuple[str, ...] | None, length(2 * len(CELL_FIELDS))] = ("stem", "method")  # None: one for all
     order_seed: Annotated[int, rules.SEED] = 0  # of the order in which arms start
@@ -151,7 +151,7 @@ class Study:
     name: Annotated[str, rules.ENCODABLE, rules.LINE, length(200, "characters")]
     question: Annotated[str, rules.ENCODABLE, rules.LINES, length(10_000, "characters")]
     factors: Annotated[tuple[Factor, ...], length(len(CELL_FIELDS))]
-    contrasts: Annotated[tuple[Compare, ...], rules.LEVELS]
+    contrasts: Annotated[tuple[Compare, ...], rules.LEVELS_LIMIT]
     moderator: str | None = None  # a factor that may change the effects: adds differences of differences
     cell: Cell = Cell()
     control: str | None = "none"  # the method with which the others are compared; None: no claims
@@ -183,7 +183,7 @@ class Study:
         return tuple(
             each
             for each in (self.tuning.ranges if self.tuning else ())
-            if method in APPLIES.get(each.name, METHODS) and method in (each.methods or METHODS)
+            if method in APPLIES.get(each.name, METHOD_NAMES) and method in (each.methods or METHOD_NAMES)
         )
 
     def default(self, name: str) -> float | None:

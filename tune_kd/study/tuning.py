@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from tune_kd.study.rules import MOST_EPOCHS, MOST_TRIALS, SEED, TRIALS, at_least, length, most
+from tune_kd.study.rules import MOST_EPOCHS, MOST_TRIALS, SEED, TRIALS_LIMIT, at_least, length, most
 
 
 def number(value: float) -> str:
@@ -116,6 +116,6 @@ class Tuning:
     budget: Annotated[int, most(MOST_TRIALS * MOST_EPOCHS)] = 40  # of each arm
     budget_unit: Literal["trials", "epochs"] = "trials"  # with epochs, those saved by early stopping are drawn again
     sampler: Literal["tpe", "random", "quasi-random"] = "tpe"
-    startup: Annotated[int, at_least(1), TRIALS] = 10  # random draws before TPE models earlier ones
-    parallel: Annotated[int, at_least(1), TRIALS] = 1  # concurrent draws of one arm; they know less of others
+    startup: Annotated[int, at_least(1), TRIALS_LIMIT] = 10  # random draws before TPE models earlier ones
+    parallel: Annotated[int, at_least(1), TRIALS_LIMIT] = 1  # concurrent draws of one arm; they know less of others
     seed: Annotated[int, SEED] = 0  # of the samplers

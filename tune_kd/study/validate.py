@@ -5,11 +5,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from tune_kd.study.rules import LEVELS, MOST_SEEDS, MOST_TRIALS, SEED, TRIALS, broken, rules_of
+from tune_kd.study.rules import LEVELS_LIMIT, MOST_SEEDS, MOST_TRIALS, SEED, TRIALS_LIMIT, broken, rules_of
 from tune_kd.study.spec import (
     APPLIES,
     CELL_FIELDS,
-    METHODS,
+    METHOD_NAMES,
     NUMERIC,
     TUNABLE,
     Cell,
@@ -55,11 +55,11 @@ def _oversized(study: Study) -> Iterator[str]:
     lists = [(f"factor {each.name!r}", each.levels) for each in study.factors]
     lists += [(f"tuning.ranges has {each.name}, which", each.over.levels)
               for each in tuning.ranges if isinstance(each.over, Choice)]  # fmt: skip
-    yield from (LEVELS.problem(name, levels) for name, levels in lists if not LEVELS.holds(levels))
+    yield from (LEVELS_LIMIT.problem(name, levels) for name, levels in lists if not LEVELS_LIMIT.holds(levels))
     counts = [("tuning.budget", tuning.budget)] if tuning.budget_unit == "trials" else []
     counts += [(f"tuning.ranges has {each.name}, whose span", each.over.high - each.over.low)
                for each in tuning.ranges if isinstance(each.over, Integer)]  # fmt: skip
-    yield from (TRIALS.problem(name, count) for name, count in counts if not TRIALS.holds(count))
+    yield from (TRIALS_LIMIT.problem(name, count) for name, count in counts if not TRIALS_LIMIT.holds(count))
     cells = math.prod(max(1, len(each.levels)) for each in study.factors)
     draws = tuning.budget if study.tuning else 0
     if tuning.budget_unit == "epochs":
@@ -253,7 +253,7 @@ def _range_problems(study: Study, each: Range) -> list[str]:
         return [f"{where}, which is a factor too; allowed: one of both"]
     users = [method for method in study.levels("method") if each in study.ranges(str(method))]
     if not users:
-        there = ", ".join(method for method in APPLIES.get(each.name, METHODS) if method in study.levels("method"))
+        there = ", ".join(method for method in APPLIES.get(each.name, METHOD_NAMES) if method in study.levels("method"))
         return [f"{where} for {', '.join(each.methods or ('every method',))}, and no method of the study uses it; "
                 f"allowed: a range for one that does ({there or 'there is none'})"]  # fmt: skip
     if over.problem is not None:

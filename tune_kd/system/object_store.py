@@ -30,7 +30,7 @@ from tune_kd.system.secrets import secrets
 
 SCHEMES = ("s3", "gs")
 MARK, RESULTS = "url.json", "results"  # in the folder of a mirror
-PATIENCE = 15  # seconds that one request may take with all its repetitions
+REQUEST_SECONDS = 15  # seconds that one request may take with all its repetitions
 MOST_SENT_BYTES = 2**34  # of a file, which is read whole: more than any network and its state has
 READS = 5  # of an object, until it did not change meanwhile
 
@@ -226,7 +226,7 @@ def _store(url: str) -> Any:
     from pyarrow.fs import FileSystem
 
     # A small object is then one request, and not three; and Google's client would try for a quarter of an hour.
-    option = {"s3": "allow_delayed_open=true", "gs": f"retry_limit_seconds={PATIENCE}"}[url.partition(":")[0]]
+    option = {"s3": "allow_delayed_open=true", "gs": f"retry_limit_seconds={REQUEST_SECONDS}"}[url.partition(":")[0]]
     if option.partition("=")[0] not in url:
         url = f"{url}{'&' if '?' in url else '?'}{option}"
     return FileSystem.from_uri(url)[0]

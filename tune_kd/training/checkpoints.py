@@ -26,7 +26,7 @@ from tune_kd.system.overhead import spending
 
 KEPT = 2  # checkpoints
 MOST_STATE_BYTES = 2**32  # of weights or a checkpoint: twenty times torchvision's largest ResNet
-NAME = re.compile(r"[0-9]{6,12}-[0-9a-f]{64}\.safetensors")
+FILE_NAME = re.compile(r"[0-9]{6,12}-[0-9a-f]{64}\.safetensors")
 _NOTES = "notes"
 
 
@@ -95,13 +95,13 @@ class Checkpoints:
     def _fetch(self) -> None:
         """Download the checkpoints in the store: the trial may have run on another machine."""
         here = {path.name for path in self._folder.glob("*")}  # including `.damaged`
-        for name in filter(NAME.fullmatch, self._mirror.names(self._folder)):
+        for name in filter(FILE_NAME.fullmatch, self._mirror.names(self._folder)):
             if name not in here and Path(name).with_suffix(".damaged").name not in here:
                 self._mirror.fetch(self._folder / name, MOST_STATE_BYTES)
 
     def _published(self) -> list[Path]:
         """Checkpoint files, newest first: by epoch, not by time."""
-        return sorted((path for path in self._folder.glob("*") if NAME.fullmatch(path.name)), reverse=True)
+        return sorted((path for path in self._folder.glob("*") if FILE_NAME.fullmatch(path.name)), reverse=True)
 
 
 def _whole(path: Path) -> bytes | None:

@@ -14,7 +14,7 @@ from tune_kd.system.files import check_regular
 from tune_kd.system.object_store import MOST_SENT_BYTES, Mirror
 
 DATABASE = "mlflow.db"  # in a run's folder
-BATCH = 900  # metrics that make a batch; MLflow takes 1000 metrics and parameters at once
+METRICS_A_BATCH = 900  # metrics that make a batch; MLflow takes 1000 metrics and parameters at once
 BATCH_EVERY = 10.0  # seconds between batches of an attempt
 
 
@@ -54,7 +54,7 @@ class MLflow:
 
         now, unsent = time.time(), self._open[name]
         unsent.metrics += [Metric(*each, int(1000 * now), epoch) for each in measures.items()]
-        if len(unsent.metrics) > BATCH or now - unsent.sent > BATCH_EVERY:
+        if len(unsent.metrics) > METRICS_A_BATCH or now - unsent.sent > BATCH_EVERY:
             self._send(unsent)
             unsent.sent = now
 
