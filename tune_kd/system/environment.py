@@ -13,7 +13,6 @@ from pathlib import Path
 from tune_kd.system.characters import visible
 from tune_kd.system.errors import UserError, collect, raise_problems
 
-
 PLACES = (
     *("HOME", "TMPDIR", "RAY_TMPDIR", "RAY_AUTH_TOKEN_PATH", "XDG_CACHE_HOME", "XDG_DATA_HOME", "MPLCONFIGDIR"),
     "TORCH_HOME",

@@ -1,7 +1,6 @@
 """Errors that callers handle: mistakes of the user and corrupt files."""
 
 from collections.abc import Callable, Iterable
-
 from typing import TypeVar
 
 T = TypeVar("T")

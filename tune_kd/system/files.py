@@ -153,8 +153,7 @@ def check_regular(path: Path, most: int, *, writes: bool = False, through_links:
     _check(path, found, most, writes=writes)
 
 
-def links
-(folder: Path) -> Iterator[Path]:
+def links(folder: Path) -> Iterator[Path]:
     """Yield all symbolic links in a folder, recursively; only the folder if it is a link itself."""
     if folder.is_symlink():
         yield folder

@@ -29,7 +29,7 @@ from tune_kd.system.secrets import secrets
 
 SCHEMES = ("s3", "gs")
 MARK, RESULTS = "url.json", "results"  # in the folder of a mirror
-PATIENCE = 15  # seconds for one request to Google's store with its retries
+REQUEST_SECONDS = 15  # seconds for one request to Google's store with its retries
 MOST_SENT_BYTES = 2**34  # limit for a file, which is read into memory; any network with its state is smaller
 READS = 5  # attempts to read an object that changes meanwhile
 
@@ -102,7 +102,7 @@ class Mirror:
             return []
         from pyarrow.fs import FileSelector
 
-        store, key = _store(self.url), self._key(folder)
+        store, key = self._at(folder)
         found = patiently(lambda: store.get_file_info(FileSelector(key, allow_not_found=True)))
         return sorted(each.base_name for each in found)
 
@@ -112,7 +112,7 @@ class Mirror:
             return
         from pyarrow.fs import FileType
 
-        store, key = _store(self.url), self._key(path)
+        store, key = self._at(path)
         kind = patiently(lambda: store.get_file_info(key)).type
         with suppress(FileNotFoundError):  # it was removed meanwhile
             if kind == FileType.File:
@@ -123,22 +123,22 @@ class Mirror:
     def _under(self, path: Path) -> str:
         return Path(os.path.abspath(path)).relative_to(self.root).as_posix()
 
-    def _key(self, path: Path) -> str:
+    def _at(self, path: Path) -> tuple[Any, str]:
+        """Return the store and the key of a path in it."""
         assert self.url is not None
-        return f"{_base(self.url)}/{self._under(path)}".removesuffix("/.")
+        store, base = _store(self.url)
+        return store, f"{base}/{self._under(path)}".removesuffix("/.")
 
     def _put(self, path: Path, data: bytes) -> None:
-        assert self.url is not None
-        # Not in a `with`: after an error it would complete the object with half of the data.
-        stream = _store(self.url).open_output_stream(self._key(path))
+        store, key = self._at(path)
+        stream = store.open_output_stream(key)  # without `with`, which completes an object even after an error
         stream.write(data)
         stream.close()
 
     def _get(self, path: Path, most: int) -> bytes | None:
         from pyarrow.fs import FileType
 
-        assert self.url is not None
-        store, key = _store(self.url), self._key(path)
+        store, key = self._at(path)
         before = store.get_file_info(key)
         for _ in range(READS):
             if before.type != FileType.File:
@@ -222,19 +222,14 @@ def _first(error: Exception) -> str:
 
 
 @lru_cache(maxsize=4)
-def _store(url: str) -> Any:
+def _store(url: str) -> tuple[Any, str]:
+    """Return the file system of a URL and the path in it."""
     from pyarrow.fs import FileSystem
 
     # S3: a small object is then one request, not three. Google's client would by default retry for 15 minutes.
 
-    option = {"s3": "allow_delayed_open=true", "gs": f"retry_limit_seconds={PATIENCE}"}[url.partition(":")[0]]
+    option = {"s3": "allow_delayed_open=true", "gs": f"retry_limit_seconds={REQUEST_SECONDS}"}[url.partition(":")[0]]
     if option.partition("=")[0] not in url:
         url = f"{url}{'&' if '?' in url else '?'}{option}"
-    return FileSystem.from_uri(url)[0]
-
-
-@lru_cache(maxsize=4)
-def _base(url: str) -> str:
-    from pyarrow.fs import FileSystem
-
-    return str(FileSystem.from_uri(url)[1]).rstrip("/")
+    store, base = FileSystem.from_uri(url)
+    return store, base.rstrip("/")
