@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_kd.execute.monitoring import asks_for_token
 from tune_kd.system.environment import guard_token, private, ray_folder
-from tune_kd.system.errors import UserError
+from tune_kd.system.errors import UserError, raise_problems
 from tune_kd.system.signals import check, held_back, leave, note
 
 T = TypeVar("T")
@@ -166,8 +166,7 @@ def check_nodes(folder: Path | None, patience: float = 120.0) -> None:
             if there != own[name]:
                 problems.append(f"--address: the node {node} has {name} {there}, and the driver {own[name]}; "
                                 "allowed: the same on all nodes, since results depend on it")  # fmt: skip
-    if problems:
-        raise UserError(*problems)
+    raise_problems(problems)
 
 
 def served_by_mps(patience: float = 60.0) -> bool:

@@ -1,4 +1,4 @@
-"""The second form of execution: one trial after another, here. For tests and debuggers."""
+"""Execution without Ray: one trial after another in this process, for tests and debuggers."""
 
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Failure, Work, Workplace, failure, whereabouts, work
@@ -6,7 +6,7 @@ from tune_kd.training import notices
 
 
 def run_in_process(driver: Driver, place: Workplace, work: Work = work) -> None:
-    """Run a plan to its end in this process: same plan, same records as with Ray. `work` is done with each task."""
+    """Run a plan to its end in this process, with the same records as with Ray. `work` executes a task."""
     while (task := driver.next()) is not None:
         driver.on_start(task)
         problem: Failure | None = None
@@ -14,7 +14,7 @@ def run_in_process(driver: Driver, place: Workplace, work: Work = work) -> None:
         while True:
             try:
                 epoch = next(epochs)
-            except Exception as error:  # whatever a trial raises is a row, not the end of the run
+            except Exception as error:  # a failed trial becomes a row and does not end the run
                 problem = failure(error)
                 break
             driver.hear(notices.take())
