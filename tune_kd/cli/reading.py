@@ -19,7 +19,6 @@ from tune_kd.records.adaptive_plan import with_those_to_come
 from tune_kd.records.ledger import reading
 from tune_kd.records.schema import DECISIONS, LEDGER, TRIALS, Row
 from tune_kd.reporting import terminal
-from tune_kd.reporting.terminal import PHASES, SHOWN
 from tune_kd.study import discover
 from tune_kd.study.trial import Decision
 from tune_kd.system.environment import private
@@ -61,7 +60,7 @@ def status(
         shown = with_those_to_come(opened.plan, opened.name, rows)
     holder = lock.holder(folder)
     if as_json:
-        phases = {phase: dict(Counter(row["status"] for row in rows if row["phase"] == phase)) for phase in PHASES}
+        phases = {phase: Counter(row["status"] for row in rows if row["phase"] == phase) for phase in terminal.PHASES}
         answer = {"run": folder.name, "held_by": holder, "phases": phases, "trials": rows, "decisions": decisions}
         print_json(answer)
         return
@@ -89,10 +88,10 @@ def _print_state(folder: Path, holder: Mapping[str, Any] | None, rows: Sequence[
     elif any(row["status"] in ("pending", "running") for row in rows):
         console.say(f"nobody runs it; go on with: python -m tune_kd resume {quote(str(folder))}")
     failed = [row for row in rows if row["status"] in ("failed", "blocked")]
-    for row in failed[:SHOWN]:
+    for row in failed[: terminal.SHOWN]:
         console.say(f"{row['arm']} seed {row['seed']} {row['status']}: {row['error']}")
-    if len(failed) > SHOWN:
-        console.print(f"and {len(failed) - SHOWN} more; `--json` names all of them")
+    if len(failed) > terminal.SHOWN:
+        console.print(f"and {len(failed) - terminal.SHOWN} more; `--json` names all of them")
 
 
 def _verify(folder: Path, as_json: bool) -> NoReturn:

@@ -50,6 +50,21 @@ if TYPE_CHECKING:
     from tune_kd.execute.session import Ended
     from tune_kd.records.run_folder import Run
 
+Extend = Annotated[
+    bool, typer.Option("--extend", help="Go to the study's next look, or add seeds or levels that it declares now.")
+]
+StudyNow = Annotated[
+    str | None,
+    typer.Option(
+        help="The study, where its file is elsewhere now or was changed: it is executed.",
+        metavar="STUDY",
+        show_default="as on record",
+    ),
+]
+AddressNow = Annotated[
+    str | None, typer.Option(help="As of `run`; or, of a run that was submitted, its URL.", show_default=False)
+]
+
 
 def run(
     study: StudyName,
@@ -102,26 +117,14 @@ def resume(
     context: typer.Context,
     run: RunName,
     out: Out = DEFAULT_OUT,
-    extend: Annotated[
-        bool, typer.Option("--extend", help="Go to the study's next look, or add seeds or levels that it declares now.")
-    ] = False,
+    extend: Extend = False,
     settings: Settings = None,
-    study: Annotated[
-        str | None,
-        typer.Option(
-            help="The study, where its file is elsewhere now or was changed: it is executed.",
-            metavar="STUDY",
-            show_default="as on record",
-        ),
-    ] = None,
+    study: StudyNow = None,
     gpus_per_trial: Gpus = None,
     cpus_per_trial: CpusNow = None,
     max_concurrent: MaxConcurrent = None,
     track: Track = None,
-    address: Annotated[
-        str | None,
-        typer.Option(help="As of `run`; or, of a run that was submitted, its URL.", show_default=False),
-    ] = None,
+    address: AddressNow = None,
     as_json: AsJson = False,
 ) -> None:
     """Run what is missing of a run, from where it stood. Shares are as it began, unless they are given."""
