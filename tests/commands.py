@@ -1,4 +1,4 @@
-"""Commands and runs on Ray, as tests start them, and what to compare of two runs."""
+"""Helpers that start commands and runs on Ray, and compare runs."""
 
 import os
 import subprocess
@@ -11,7 +11,9 @@ from typing import Any
 
 import pandas as pd
 import psutil
+import pytest
 
+from tune_kd import cli
 from tune_kd.data import datasets
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Workplace
@@ -97,6 +99,16 @@ def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         [sys.executable, "-m", "tune_kd", *arguments],
         cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run a command in this process and return its exit status."""
+    monkeypatch.setattr("sys.argv", ["tune-kd", *arguments])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:

@@ -103,6 +103,14 @@ def _tables_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "TABLES_APART", 0.0)
 
 
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory of the test's own, with a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
 ODD_NAMES = (
     "a%2Fb",
     "100 %",

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from commands import call
 from conftest import altered
 from forms import SECRETS
 from tune_kd import cli
@@ -31,24 +32,7 @@ from tune_kd.study.discover import find, from_json, resolve
 from tune_kd.study.plan import plan
 from tune_kd.study.trial import Decision, digest
 
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Each test in a folder of its own, so that `results/` is its own; no caches of the user's are touched."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run the command in this process and return its exit status."""
-    monkeypatch.setattr("sys.argv", ["tune-kd", *arguments])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 MISTAKES = [
     (["run", "ablatoin"], ["STUDY", "'ablatoin'", "ablation"]),

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from commands import call
 from conftest import altered
-from tune_kd import cli
 from tune_kd.execute import preflight
 from tune_kd.execute.verify import verify
 from tune_kd.records import rebuild
@@ -177,18 +177,13 @@ def test_epochs_that_came_after_the_tables_run_again(run: Path) -> None:
 def test_the_command_says_it_and_its_status_too(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def call(*arguments: str) -> int:
-        monkeypatch.setattr("sys.argv", ["tune_kd", "status", str(run), "--verify", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return int(str(left.value.code))
-
-    assert call() == 0
+    command = ("status", str(run), "--verify")
+    assert call(monkeypatch, *command) == 0
     assert "is whole" in capsys.readouterr().out
     flip(run / "trials.parquet")
-    assert call() == 3
+    assert call(monkeypatch, *command) == 3
     assert "trials.parquet was altered since it was written" in capsys.readouterr().out
-    assert call("--json") == 3
+    assert call(monkeypatch, *command, "--json") == 3
     (finding,) = json.loads(capsys.readouterr().out)["findings"]
     assert finding["part"] == "tables"
 

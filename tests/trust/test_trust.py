@@ -35,10 +35,10 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from rich.console import Console
 
+from commands import call
 from conftest import altered, tiny
 from forms import SECRETS, SHORT
 from oddities import at_once
-from tune_kd import cli
 from tune_kd.data import datasets
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
@@ -62,22 +62,7 @@ SMOKE = ("ablation", "--scale", "smoke")
 CLOSED = "http://127.0.0.1:1"  # where nobody answers
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Each attack in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run the command in this process and return its exit status."""
-    monkeypatch.setattr("sys.argv", ["tune-kd", *arguments])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 # Code: `resume` and the file that a study names

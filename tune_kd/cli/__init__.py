@@ -1,4 +1,8 @@
-"""The command line: wiring and words. What takes long to import is imported by the command that needs it."""
+"""The command line: commands, errors and exit statuses.
+
+Slow modules (torch, Ray, pandas), and those of a run's folder, which `plan` does not need, are imported by the commands
+that need them.
+"""
 
 import errno
 import sys
@@ -8,7 +12,7 @@ import typer
 
 from tune_kd.cli import planning, reading, remote, running, watching
 from tune_kd.cli.options import Unread
-from tune_kd.records.ledger import FAILURES
+from tune_kd.records.ledger import FAILURES, damage
 from tune_kd.system import environment, signals
 from tune_kd.system.characters import visible
 from tune_kd.system.errors import UserError
@@ -38,8 +42,9 @@ app.command("list")(reading.list_)
 
 
 def main() -> None:
-    """The entry point: a mistake of the caller's is one message and exit status 2."""
-    with signals.left_by_signals():  # whose status stands, whatever else goes wrong on the way out
+    """Run the command in `sys.argv` and exit: 0 done, 1 failed trials, 2 a mistake of the user, 3 another failure, 128
+    plus the number of a signal."""
+    with signals.left_by_signals():  # its status takes precedence over that of an error while leaving
         _command()
 
 
@@ -51,31 +56,29 @@ def _command() -> None:
         for problem in mistake.problems:
             _complain(problem)
         sys.exit(2)
-    except FAILURES as error:  # of the machine, not of the caller
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # which is the caller's
+    except FAILURES as error:  # of the machine, not of the user
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # a mistake of the user
             _complain(f"{error.filename} has too long a name; allowed: {NAME_BYTES} bytes")
             sys.exit(2)
         _complain(f"{type(error).__name__}: {error}")
         if advice := _advice(error):
             _complain(advice)
         sys.exit(3)
-    except Exception:  # ours: 1 would say that trials failed
+    except Exception:  # an error in tune_kd; status 1 would mean failed trials
         print(visible(masked(traceback.format_exc())), end="", file=sys.stderr)
         _complain("this is an error in tune_kd; what is on record is whole, please report it")
         sys.exit(3)
 
 
 def _complain(sentence: str) -> None:
-    """Say on standard error what is wrong, which may hold a secret, or a name from somebody else's records."""
+    """Print an error to standard error. It may contain a secret, or control characters from others' records."""
     print(f"tune_kd: {visible(masked(sentence))}", file=sys.stderr)
 
 
 def _advice(error: Exception) -> str:
-    """What to do about a failure of the machine. Whatever it was, what is on record stays."""
-    from tune_kd.records.ledger import damage
-
+    """Return what the user can do about a failure of the machine."""
     if damage(error):
         return "`tune_kd status RUN --verify` says what is damaged, and what `tune_kd resume RUN` can make again"
-    if isinstance(error, OSError) and error.errno is None:  # ours, whose words say it
+    if isinstance(error, OSError) and error.errno is None:  # raised by us, with the advice in its message
         return ""
     return "what is on record is whole; see that the disk has room and can be written to, then `tune_kd resume RUN`"

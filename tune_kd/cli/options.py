@@ -1,18 +1,28 @@
-"""What several commands share: their options, and how these are read."""
+"""Options that several commands share, and functions to read and check them."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
+from tune_kd.records.adaptive_plan import to_come
+from tune_kd.records.importer import Adapter, parse_phases
+from tune_kd.reporting.terminal import duration
+from tune_kd.study import discover
+from tune_kd.study.cost import estimate
+from tune_kd.study.plan import plan
 from tune_kd.system.characters import visible
-from tune_kd.system.errors import UserError
+from tune_kd.system.errors import UserError, collect, raise_problems
 from tune_kd.system.object_store import local
 from tune_kd.system.secrets import secrets
+
+if TYPE_CHECKING:
+    from tune_kd.records.reader import Records
 
 T = TypeVar("T")
 
@@ -27,7 +37,7 @@ DataDir = Annotated[
 
 
 class Unread(Exception):
-    """A mistake in an option's text. Not a `UserError`, which the parser of arguments would take for one of its own."""
+    """A mistake in an option's text. Not a `UserError`: typer reports each ValueError of a parser in its own words."""
 
     def __init__(self, mistake: UserError) -> None:
         self.problems = mistake.problems
@@ -35,7 +45,7 @@ class Unread(Exception):
 
 
 def _place(text: str) -> Path:
-    """A folder, or for the URL of one in a store the folder on this disk that stands for it."""
+    """Parse a folder, or the URL of one in an object store, whose local mirror is returned."""
     try:
         return local(str(text))
     except UserError as mistake:
@@ -88,10 +98,14 @@ DEFAULT_OUT = Path("results")
 
 
 class Terminal(Console):
-    """What is printed are data and sentences, never markup, and never a command to the terminal but rich's own."""
+    """A console without markup. Control characters in data are replaced; only rich's own reach the terminal."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, highlight=False, emoji=False)
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence without breaking it into lines."""
+        self.print(sentence, soft_wrap=True)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -99,20 +113,23 @@ class Terminal(Console):
 
 
 def print_json(answer: dict[str, Any]) -> None:
-    """An answer on standard output, in ASCII that can be printed: JSON has an escape for what cannot."""
+    """Print an answer to standard output as JSON in ASCII."""
     print(json.dumps(answer), flush=True)
 
 
-def tracked(count: int, what: str) -> Iterable[int]:
-    """Numbers up to a count, with a bar on standard error where that is a terminal."""
+@contextmanager
+def progress(count: int, what: str) -> Iterator[Callable[[], object]]:
+    """Show a progress bar on standard error if that is a terminal. Yields a function that advances it by one step."""
     from rich.progress import track
 
     shown = Terminal(stderr=True)
-    return track(range(count), what, console=shown, transient=True, disable=not shown.is_terminal)
+    steps = iter(track(range(count), what, console=shown, transient=True, disable=not shown.is_terminal))
+    yield lambda: next(steps)
+    next(steps, None)
 
 
 def naming(option: str, read: Callable[[], T], of: str = "RUN") -> T:
-    """What is read; a mistake in it names the option, and not the argument that it would be elsewhere."""
+    """Return what `read` returns. In its errors, the argument `of` is replaced by the name of the option."""
     try:
         return read()
     except UserError as mistake:
@@ -120,13 +137,12 @@ def naming(option: str, read: Callable[[], T], of: str = "RUN") -> T:
 
 
 def check_secrets(options: Mapping[str, Any]) -> None:
-    """Raise `UserError` for options that go on record, or to a cluster, with a secret in them."""
-    if problems := list(secrets(options)):
-        raise UserError(*problems)
+    """Raise `UserError` for secrets in options that are recorded or sent to a cluster."""
+    raise_problems(secrets(options))
 
 
 def check_address(address: str | None) -> None:
-    """Raise `UserError` for an address that cannot be joined."""
+    """Raise `UserError` for an address that is a URL: a cluster is joined by HOST:PORT."""
     if "://" in (address or ""):
         raise UserError(
             f"--address is {address}; allowed: auto, or HOST:PORT of a cluster that this machine is part of; `tune_kd "
@@ -137,9 +153,7 @@ def check_address(address: str | None) -> None:
 def scale_of(
     path: Path, scale: str, address: str | None, data: str | None = None, settings: Sequence[str] = ()
 ) -> tuple[str, str]:
-    """The scale that `auto` means here, and why: where there is a GPU, with the time that it may take there."""
-    from tune_kd.study import discover
-
+    """Return the scale that `auto` means on this machine, and the reason; with a GPU, also the estimated time."""
     if scale != "auto":
         return scale, ""
     declared = discover.scales(path)
@@ -152,7 +166,7 @@ def scale_of(
 
         cluster = connection.connect(address)
         gpus = cluster.gpus
-        connection.disconnect(cluster)  # to join it again under the run's name
+        connection.disconnect(cluster)  # the run joins again under its own name
     else:
         import torch
 
@@ -167,16 +181,10 @@ def scale_of(
 
 
 def _time(path: Path, scale: str, data: str | None, settings: Sequence[str], gpus: float) -> str:
-    """About how long a scale takes on so many GPUs, each a slot."""
-    from tune_kd.records.adaptive_plan import to_come
-    from tune_kd.reporting.terminal import duration
-    from tune_kd.study import discover
-    from tune_kd.study.cost import estimate
-    from tune_kd.study.plan import plan
-
+    """Return the estimated time that a scale takes on so many GPUs with one trial at a time on each."""
     try:
         study = discover.resolve(path, scale, data, settings)
-    except UserError:  # which is told when the scale is chosen
+    except UserError:  # reported when this scale is chosen
         return "an unknown time"
     planned = plan(study)
     cost = estimate((*planned.trials, *to_come(planned)), planned.answering, study.rate)
@@ -186,19 +194,40 @@ def _time(path: Path, scale: str, data: str | None, settings: Sequence[str], gpu
 def settings_with(
     settings: list[str] | None, margin_from: str | None, path: Path, scale: str, data: str | None, out: Path
 ) -> list[str]:
-    """What is set of a study, with the margins that an earlier run's controls give; they are on record like any other
-    setting."""
+    """Return the settings of a study, plus the margins from the controls of the run `margin_from`, if that is given.
+    They are recorded like any other setting."""
     given = settings or []
     if margin_from is None:
         return given
     if any(setting.partition("=")[0] == "screen.margin" for setting in given):
         raise UserError("--margin-from is given beside --set screen.margin; allowed: one of them")
     from tune_kd.analysis import early_stopping
-    from tune_kd.records.importer import Adapter
     from tune_kd.records.reader import load
-    from tune_kd.study import discover
 
     study = discover.resolve(path, scale, data, given)
     earlier = naming("--margin-from", lambda: load(margin_from, out=out, adapt=Adapter(rest="screen")))
     margins = early_stopping.noise_margins(earlier, study)
     return [*given, f"screen.margin={json.dumps(margins)}"]
+
+
+def read_tables(
+    problems: list[str],
+    names: Sequence[str],
+    out: Path,
+    phases: list[str] | None,
+    *,
+    option: str = "RUN",
+    rest: str | None = None,
+) -> "Records":
+    """Load runs or tables of others, whose phases `--phase` names and `rest` completes. `option` names the argument in
+    errors. Raises `UserError` with these and the earlier problems."""
+    from tune_kd.records.reader import load
+
+    meaning = collect(problems, lambda: parse_phases(phases or ()))
+    adapt = Adapter(phases=meaning or {}, rest=rest)
+    records = collect(problems, lambda: naming(option, lambda: load(*names, out=out, adapt=adapt)))
+    if records is not None and meaning and len(records.studies) == len(records.runs):
+        problems.append(f"--phase is given, and {option} is a run of tune_kd's; allowed: with tables of others only")
+    raise_problems(problems)
+    assert records is not None
+    return records

@@ -1,5 +1,7 @@
-"""Commands that foretell: `plan`, `simulate` and `calibrate`."""
+"""Commands that predict: `plan`, `simulate` and `calibrate`."""
 
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from tune_kd.analysis import grace
+from tune_kd.analysis.statistics import detectable, smallest_exact_p, spent
 from tune_kd.cli.options import (
     DEFAULT_OUT,
     AsJson,
@@ -18,18 +22,25 @@ from tune_kd.cli.options import (
     Settings,
     StudyName,
     Terminal,
-    naming,
     print_json,
+    progress,
+    read_tables,
     scale_of,
     settings_with,
-    tracked,
 )
-from tune_kd.study.spec import DATA_SETS
-from tune_kd.system.errors import UserError, collect
+from tune_kd.records.adaptive_plan import to_come
+from tune_kd.reporting import terminal
+from tune_kd.reporting.terminal import duration, points
+from tune_kd.study import discover
+from tune_kd.study.cost import draws, estimate, views_answered
+from tune_kd.study.plan import Plan
+from tune_kd.study.plan import plan as expand
+from tune_kd.study.spec import DATA_SETS, Study
+from tune_kd.system.errors import UserError
 
 if TYPE_CHECKING:
+    from tune_kd.analysis.simulate import Outcome
     from tune_kd.records.reader import Records
-    from tune_kd.study.plan import Plan
 
 
 def plan(
@@ -42,19 +53,34 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what would run: arms, merged cells, trials, teachers, the price, and what the seeds can show."""
-    from tune_kd.analysis import grace
-    from tune_kd.records.adaptive_plan import to_come
-    from tune_kd.study import discover
-    from tune_kd.study.cost import estimate
-    from tune_kd.study.plan import plan as expand
-
-    path = discover.find(study)
-    chosen, why = scale_of(path, scale, None, data, settings or ())
-    resolved = discover.resolve(path, chosen, data, settings_with(settings, margin_from, path, chosen, data, out))
+    resolved, why = _resolved(discover.find(study), scale, data, settings, margin_from, out)
     planned = expand(resolved)
-    trials = (*planned.trials, *to_come(planned))
+    summary = _summary(planned, out)
+    if as_json:
+        print_json(summary)
+    else:
+        _print_plan(planned, summary, why)
+
+
+def _resolved(
+    path: Path,
+    scale: str,
+    data: str | None,
+    settings: list[str] | None,
+    margin_from: str | None = None,
+    out: Path = DEFAULT_OUT,
+) -> tuple[Study, str]:
+    """Return a study at the chosen scale, and why `auto` means that scale."""
+    chosen, why = scale_of(path, scale, None, data, settings or ())
+    given = settings_with(settings, margin_from, path, chosen, data, out)
+    return discover.resolve(path, chosen, data, given), why
+
+
+def _summary(planned: Plan, out: Path) -> dict[str, Any]:
+    """Return the JSON answer of `plan`."""
+    resolved, trials = planned.study, (*planned.trials, *to_come(planned))
     cost = estimate(trials, planned.answering, resolved.rate)
-    summary = {
+    return {
         "study": resolved.name,
         "scale": resolved.scale,
         "data": asdict(resolved.data),
@@ -70,10 +96,6 @@ def plan(
         "seeds": _seeds(planned),
         "warnings": grace.warnings(planned, out),
     }
-    if as_json:
-        print_json(summary)
-    else:
-        _print_plan(planned, summary, why)
 
 
 def simulate(
@@ -98,25 +120,13 @@ def simulate(
 ) -> None:
     """Replay recorded curves through a study's early stopping: what it would have stopped, saved and lost."""
     from tune_kd.analysis import simulate as simulation
-    from tune_kd.records.importer import Adapter, parse_phases
-    from tune_kd.records.reader import load
-    from tune_kd.reporting import terminal
-    from tune_kd.study import discover
 
-    problems: list[str] = []
     path = discover.find(study)
-    if not 1 <= orders <= 1_000_000:
-        problems.append(f"--orders is {orders}; allowed: from 1 to 1,000,000")
-    meaning = collect(problems, lambda: parse_phases(phases or ()))
-    adapt = Adapter(phases=meaning or {}, rest="screen")
-    records = collect(problems, lambda: naming("--curves", lambda: load(curves, out=out, adapt=adapt)))
-    if records is not None and meaning and records.studies:
-        problems.append("--phase is given, and --curves is a run of tune_kd's; allowed: with tables of others only")
-    if records is None or problems:
-        raise UserError(*problems)
+    problems = [] if 1 <= orders <= 1_000_000 else [f"--orders is {orders}; allowed: from 1 to 1,000,000"]
+    records = read_tables(problems, [curves], out, phases, option="--curves", rest="screen")
     chosen, why = _scale_of_curves(path, scale, records)
     theirs = [name for name in records.trials["dataset"].dropna().unique() if name in DATA_SETS]
-    data = theirs[0] if len(theirs) == 1 else None  # a scale may have other settings for another data set
+    data = theirs[0] if len(theirs) == 1 else None  # a scale may have different settings for another data set
     resolved = discover.resolve(path, chosen, data, settings_with(settings, margin_from, path, chosen, data, out))
     named = resolved.screen.strata if strata is None else None if strata == "none" else strata.split(",")
     recorded = simulation.curves(records, resolved, named)
@@ -125,9 +135,8 @@ def simulate(
     for epochs in sorted({epochs for _, epochs in recorded.grids if not resolved.screen.rungs(epochs)}):
         console.print(f"warning: screen.grace is {resolved.screen.grace}, so in curves of {epochs} epochs nothing is "
                       "compared")  # fmt: skip
-    replays = iter(tracked(orders * len(recorded.grids), "replays"))
-    outcomes = simulation.simulate(resolved.screen, recorded, orders, beat=lambda: next(replays))
-    next(replays, None)
+    with progress(orders * len(recorded.grids), "replays") as beat:
+        outcomes = simulation.simulate(resolved.screen, recorded, orders, beat=beat)
     if as_json:
         answer: dict[str, Any] = {"study": resolved.name, "scale": chosen, "screen": asdict(resolved.screen)}
         answer |= {"curves": curves, "orders": orders, "left_out": recorded.left_out}
@@ -149,35 +158,27 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """How often a study finds something where nothing is: simulated from screen to verdict, beside usual practices."""
-    import os
-
     from tune_kd.analysis import calibrate as calibration
-    from tune_kd.reporting import terminal
-    from tune_kd.study import discover as spaces
 
-    path = spaces.find(study)
+    path = discover.find(study)
     if not 1 <= studies <= 1_000_000:
         raise UserError(f"--studies is {studies}; allowed: from 1 to 1,000,000")
-    chosen, why = scale_of(path, scale, None, data, settings or ())
-    resolved = spaces.resolve(path, chosen, data, settings or ())
-    replays = iter(tracked(studies, "studies"))
-    found = calibration.calibrate(resolved, studies, os.cpu_count() or 1, beat=lambda: next(replays))
-    next(replays, None)
+    resolved, why = _resolved(path, scale, data, settings)
+    with progress(studies, "studies") as beat:
+        found = calibration.calibrate(resolved, studies, os.cpu_count() or 1, beat=beat)
     if as_json:
         practices = {name: asdict(rate) | {"share": rate.share, "standard_error": rate.standard_error}
                      for name, rate in found.rates.items()}  # fmt: skip
         bias = {"finished": found.finished, "bias_in_deviations": found.bias}
-        print_json({"study": resolved.name, "scale": chosen, "practices": practices, "plain_asha": bias})
+        print_json({"study": resolved.name, "scale": resolved.scale, "practices": practices, "plain_asha": bias})
         return
     console = Terminal()
-    console.print(f"{resolved.name} at scale {chosen}{why}")
+    console.print(f"{resolved.name} at scale {resolved.scale}{why}")
     console.print(terminal.calibration(calibration.PRACTICES, found))
 
 
-def _seeds(planned: "Plan") -> dict[str, Any]:
-    """What the seeds of each look can show, at the deviation that the study expects."""
-    from tune_kd.analysis.statistics import detectable, smallest_exact_p, spent
-
+def _seeds(planned: Plan) -> dict[str, Any]:
+    """Return the detectable differences at each look, for the seed-to-seed deviation that the study expects."""
     confirm, deviation = planned.study.confirm, planned.study.deviation
     looks = confirm.looks or (len(confirm.seeds),)
     found = [
@@ -193,92 +194,93 @@ def _seeds(planned: "Plan") -> dict[str, Any]:
     return {"confirm": list(confirm.all_seeds), "deviation": deviation, "looks": found} | found[0]
 
 
-def _answers(planned: "Plan") -> list[dict[str, Any]]:
-    """What each teacher with logit students answers: which views, how many, for how many draws."""
-    from tune_kd.study.cost import draws, views_answered
-
-    found = []
-    for teacher in planned.teachers:
-        if teacher.trial_id in planned.answering:
-            answering = planned.answering[teacher.trial_id]
-            found.append(
-                {
-                    "teacher": teacher.label,
-                    "views": "all" if answering.ahead else "drawn",
-                    "count": round(views_answered(answering, teacher)),
-                    "draws": draws(answering, teacher),
-                }
-            )
-    return found
+def _answers(planned: Plan) -> list[dict[str, Any]]:
+    """Return the views for which each teacher's logits are cached: which, how many, and for how many draws."""
+    return [
+        {
+            "teacher": teacher.label,
+            "views": "all" if answering.ahead else "drawn",
+            "count": round(views_answered(answering, teacher)),
+            "draws": draws(answering, teacher),
+        }
+        for teacher in planned.teachers
+        if (answering := planned.answering.get(teacher.trial_id)) is not None
+    ]
 
 
-def _print_plan(planned: "Plan", summary: dict[str, Any], why: str) -> None:
-    from tune_kd.reporting.terminal import duration, points
-
-    console = Terminal()
-    seeds, cost = summary["seeds"], summary["price"]
+def _print_plan(planned: Plan, summary: dict[str, Any], why: str) -> None:
+    console, cost = Terminal(), summary["price"]
     console.print(f"{summary['study']} at scale {summary['scale']}{why}", style="bold")
     console.print(
         f"{planned.raw_cells} raw cells are {len(planned.arms)} arms; {len(summary['trials'])} trials, of which "
         f"{len(planned.teachers)} are teachers; {len(planned.contrasts)} contrasts",
     )
-    table = Table(box=None, header_style="bold")
-    for title in ("arm", "role", "merged cells"):
-        table.add_column(title, justify="right" if title == "merged cells" else "left")
-    for arm in planned.arms:
-        table.add_row(arm.name, arm.role, str(arm.merged) if arm.merged > 1 else "")
-    console.print(table)
+    arms = ((arm.name, arm.role, str(arm.merged) if arm.merged > 1 else "") for arm in planned.arms)
+    console.print(_table(("arm", "role", "merged cells"), arms))
     if planned.contrasts:
-        contrasts = Table(box=None, header_style="bold")
-        for title in ("contrast", "kind"):
-            contrasts.add_column(title, overflow="fold")
-        for contrast in planned.contrasts:
-            contrasts.add_row(contrast.name, contrast.kind)
-        console.print(contrasts)
+        console.print(_table(("contrast", "kind"), ((each.name, each.kind) for each in planned.contrasts), "fold"))
     for each in summary["answers"]:
-        which = (
-            f"all {each['count']:,} views ahead" if each["views"] == "all" else f"about {each['count']:,} drawn views"
-        )
-        console.print(f"{each['teacher']} answers {which}, for {each['draws']:,} draws of its students.")
+        which = "all {:,} views ahead" if each["views"] == "all" else "about {:,} drawn views"
+        views = which.format(each["count"])
+        console.print(f"{each['teacher']} answers {views}, for {each['draws']:,} draws of its students.")
     console.print(
         f"Price: {cost['flop'] / 1e15:.2g} PFLOP, {duration(cost['slot_seconds'])} of one slot ({cost['how']}).",
     )
-    tuning = planned.study.tuning
-    if tuning is not None:
-        console.print(
+    for sentence in (*_tuning(planned), _stopping(planned.study)):
+        console.print(sentence)
+    for warning in summary["warnings"]:
+        console.say(f"warning: {warning}")
+    for sentence in _detectable(summary["seeds"]):
+        console.print(sentence)
+
+
+def _table(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]], overflow: Any = "ellipsis") -> Table:
+    table = Table(box=None, header_style="bold")
+    for title in titles:
+        table.add_column(title, justify="right" if title == "merged cells" else "left", overflow=overflow)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _tuning(planned: Plan) -> Iterator[str]:
+    if (tuning := planned.study.tuning) is not None:
+        yield (
             f"Each arm is tuned with {tuning.budget} {tuning.budget_unit} ({tuning.sampler}), by validation accuracy "
             f"at seed {planned.study.screen.seed}; its best and its default are confirmed."
         )
         for search in planned.searches:
-            console.print(f"  {search.name}: {', '.join(f'{each.name} {each.over}' for each in search.ranges)}")
-    screen = summary["screen"]
-    rungs = ", ".join(map(str, screen["rungs"])) or "none"
-    margins = screen["margin"] if isinstance(screen["margin"], tuple) else [screen["margin"]]
-    what, peers = ("an arm", " and ".join(screen["strata"] or ["study"])) if tuning is None else ("a draw", "arm")
-    console.print(
+            yield f"  {search.name}: {', '.join(f'{each.name} {each.over}' for each in search.ranges)}"
+
+
+def _stopping(study: Study) -> str:
+    screen = study.screen
+    rungs = ", ".join(map(str, screen.rungs(study.recipe.epochs))) or "none"
+    margins = screen.margin if isinstance(screen.margin, tuple) else [screen.margin]
+    what, peers = ("an arm", " and ".join(screen.strata or ["study"])) if study.tuning is None else ("a draw", "arm")
+    return (
         f"Early stopping of the screen: rungs at epoch {rungs}; {what} stops that is more than "
-        f"{', '.join(points(margin) for margin in margins)} points behind the best 1/{screen['reduction']} of at least "
-        f"{screen['min_peers']} peers of the same {peers}.",
+        f"{', '.join(map(points, margins))} points behind the best 1/{screen.reduction} of at least "
+        f"{screen.min_peers} peers of the same {peers}."
     )
-    for warning in summary["warnings"]:
-        console.print(f"warning: {warning}", soft_wrap=True)
+
+
+def _detectable(seeds: dict[str, Any]) -> Iterator[str]:
     for look in seeds["looks"]:
         if look["detectable_difference"] is None:
-            console.print("One seed to confirm: no difference can be judged.")
+            yield "One seed to confirm: no difference can be judged."
             continue
         level = f" and a level of {look['level']:g}" if len(seeds["looks"]) > 1 else ""
-        console.print(
+        yield (
             f"{look['seeds']} seeds, at a seed-to-seed deviation of {points(seeds['deviation'])} points{level}: a "
             f"paired t test finds true differences from {points(look['detectable_difference'])} points on with 80 % "
             f"power ({points(look['detectable_after_holm'])} where Holm is hardest); the exact sign-flip p cannot fall "
-            f"below {look['smallest_exact_p']:.4f}.",
+            f"below {look['smallest_exact_p']:.4f}."
         )
 
 
 def _scale_of_curves(path: Path, scale: str, records: "Records") -> tuple[str, str]:
-    """The scale whose settings fit recorded curves, and why."""
-    from tune_kd.study import discover
-
+    """Return the scale whose settings fit recorded curves, and the reason."""
     declared = discover.scales(path)
     if scale != "auto":
         return scale, ""
@@ -288,8 +290,8 @@ def _scale_of_curves(path: Path, scale: str, records: "Records") -> tuple[str, s
     return ("paper", ", since the curves name none") if "paper" in declared else (next(iter(declared)), "")
 
 
-def _outcome(outcome: Any) -> dict[str, Any]:
-    """A stratum's outcome as JSON: early stopping's own numbers at the top, the baselines' beneath."""
+def _outcome(outcome: "Outcome") -> dict[str, Any]:
+    """Return a stratum's outcome as JSON: the numbers of early stopping on top, the baselines below."""
     described = asdict(outcome)
     stopping, correlation = described.pop("stopping"), described.pop("rank_correlation")
     baselines = {name: described.pop(name) for name in ("cut", "random")}

@@ -1,4 +1,4 @@
-"""Commands on a cluster that is elsewhere: `submit`, and what `status` and `resume` do with the address of one."""
+"""Commands on a remote cluster: `submit`, and `status` and `resume` with an address."""
 
 import os
 import sys
@@ -28,7 +28,9 @@ from tune_kd.cli.options import (
     check_secrets,
 )
 from tune_kd.execute.monitoring import OPEN, asks_for_token, is_here, is_url
-from tune_kd.system.errors import UserError, collect
+from tune_kd.study import discover
+from tune_kd.study.source import INSTALLED, executed
+from tune_kd.system.errors import UserError, collect, raise_problems
 
 Install = Annotated[
     bool, typer.Option("--install", help="Have Ray install this project's dependencies there first, as they are here.")
@@ -59,8 +61,7 @@ def submit(
     """Run a study on a cluster that is elsewhere, as a job of Ray's, and follow it."""
     from tune_kd.execute import jobs
     from tune_kd.execute.options import Options, check_shares, parse_gpus
-    from tune_kd.records import run_folder as runs
-    from tune_kd.study import discover
+    from tune_kd.records import run_folder
 
     flags = _given(context, "out", "name", "address", "install", "detach")
     # The cluster shows commands and metadata to all its users.
@@ -69,16 +70,15 @@ def submit(
     problems: list[str] = []
     if scale != "auto":
         collect(problems, lambda: discover.resolve(path, scale, data, settings or ()))
-    else:  # which is for the cluster to say
+    else:  # the cluster chooses the scale
         collect(problems, lambda: _all_made(path, data))
     name = name or f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    problems += runs.problems_with_name(name)
+    problems += run_folder.problems_with_name(name)
     gpus = collect(problems, lambda: parse_gpus(gpus_per_trial))
     collect(problems, lambda: check_shares(Options(gpus, cpus_per_trial, max_concurrent), address))
     place = collect(problems, lambda: _place(out, address))
     cluster = collect(problems, lambda: jobs.client(address))
-    if problems:
-        raise UserError(*problems)
+    raise_problems(problems)
     assert cluster is not None and place is not None
     there, files = _sent(study, path)
     arguments = ["run", there, "--address", "auto"]
@@ -91,10 +91,9 @@ def submit(
 def elsewhere(
     context: typer.Context, command: str, run: str | None, address: str, *more: str, study: str | None = None
 ) -> NoReturn:
-    """Run a command about a submitted run where that runs, with the options that it was given here. A named study is
-    sent along."""
+    """Run a command on the cluster of a submitted run, with the options that are given here, and exit with its status.
+    A named study is sent along."""
     from tune_kd.execute import jobs
-    from tune_kd.study import discover
 
     flags = _given(context, "out", "address", "study")
     if flags.get("--json"):
@@ -118,25 +117,22 @@ def elsewhere(
 
 
 def _sent(study: str, path: Path) -> tuple[str, Mapping[str, Path]]:
-    """How a study that was made here is named on a cluster to which it is sent, and its files with what it imported.
-    One that came with tune_kd is there already."""
-    from tune_kd.study.source import INSTALLED, executed
-
+    """Return the name of a study on the cluster, and the files to send: its own and those that it imported. Call it
+    after the study was executed. Studies of tune_kd itself are not sent."""
     if INSTALLED.resolve() in path.resolve().parents:
         return study, {}
     return f"studies/{path.name}", executed(path).files
 
 
 def _all_made(path: Path, data: str | None = None) -> None:
-    """Make the studies of all scales of a file, so that what any of them imports is known."""
-    from tune_kd.study import discover
-
+    """Execute the studies of all scales of a file, so that all its imports are known."""
     for each in discover.scales(path):
         with suppress(UserError):
             discover.resolve(path, each, data)
 
 
 def _follow(cluster: Any, job: str, run: str, address: str, detach: bool = False) -> NoReturn:
+    """Print how to reach a job, show its log, and exit with its status."""
     from tune_kd.execute import jobs
 
     console, at = Terminal(stderr=True), f"--address {quote(address)}"
@@ -146,9 +142,9 @@ def _follow(cluster: Any, job: str, run: str, address: str, detach: bool = False
         f"  stop it:     ray job stop {at} {job}",
         f"  go on then:  python -m tune_kd resume {run} {at}",
     ):
-        console.print(line, soft_wrap=True)
+        console.say(line)
     if not asks_for_token(address):
-        console.print(OPEN, soft_wrap=True)
+        console.say(OPEN)
     raise SystemExit(0 if detach else jobs.follow(cluster, job, _show))
 
 
@@ -158,7 +154,7 @@ def _show(text: str) -> None:
 
 
 def _place(out: str, address: str) -> str:
-    """Where runs are on the cluster: a relative folder means one of this machine, so the cluster has to be here."""
+    """Return the folder of runs on the cluster. A relative one needs a cluster on this machine. Raises `UserError`."""
     if "://" in out or os.path.isabs(out) or not is_url(address):
         return out
     if not is_here(address):
@@ -170,7 +166,7 @@ def _place(out: str, address: str) -> str:
 
 
 def _given(context: typer.Context, *but: str) -> dict[str, Any]:
-    """The options that stand on the command line, by their names there; without those of these parameters."""
+    """Return the options given on the command line, by name, except those of the parameters `but`."""
     found = {}
     for option in context.command.params:
         assert option.name is not None
@@ -181,11 +177,9 @@ def _given(context: typer.Context, *but: str) -> dict[str, Any]:
 
 
 def _words(options: Mapping[str, Any]) -> list[str]:
-    """Options as words of a command line."""
+    """Return options as words of a command line."""
     words: list[str] = []
     for name, value in options.items():
-        if value is True:
-            words.append(name)
-        else:
-            words += [word for each in (value if isinstance(value, list) else [value]) for word in (name, str(each))]
+        values = value if isinstance(value, list) else [value]
+        words += [name] if value is True else [word for each in values for word in (name, str(each))]
     return words

@@ -9,8 +9,8 @@ from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
+from tune_kd.analysis import grace
 from tune_kd.cli.options import (
     DEFAULT_OUT,
     Address,
@@ -39,12 +39,31 @@ from tune_kd.cli.options import (
 )
 from tune_kd.cli.reading import print_report
 from tune_kd.cli.remote import elsewhere
+from tune_kd.execute.monitoring import is_url
+from tune_kd.study import discover
+from tune_kd.study.plan import plan
 from tune_kd.system import signals
-from tune_kd.system.errors import UserError, collect
+from tune_kd.system.errors import collect, raise_problems
 
 if TYPE_CHECKING:
+    from tune_kd.execute.options import Options
     from tune_kd.execute.session import Ended
     from tune_kd.records.run_folder import Run
+
+Extend = Annotated[
+    bool, typer.Option("--extend", help="Go to the study's next look, or add seeds or levels that it declares now.")
+]
+StudyNow = Annotated[
+    str | None,
+    typer.Option(
+        help="The study, where its file is elsewhere now or was changed: it is executed.",
+        metavar="STUDY",
+        show_default="as on record",
+    ),
+]
+AddressNow = Annotated[
+    str | None, typer.Option(help="As of `run`; or, of a run that was submitted, its URL.", show_default=False)
+]
 
 
 def run(
@@ -65,12 +84,9 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Plan a study, train it with Ray Tune, record and report it."""
-    from tune_kd.analysis import grace
     from tune_kd.execute import session
     from tune_kd.execute.options import Options, check, parse_gpus
     from tune_kd.records import run_folder
-    from tune_kd.study import discover
-    from tune_kd.study.plan import plan as expand
 
     check_secrets({"STUDY": study, "--scale": scale, "--data": data, "--data-dir": data_dir and str(data_dir),
                    "--out": str(out), "--name": name, "--set": settings})  # fmt: skip
@@ -87,12 +103,11 @@ def run(
     gpus = collect(problems, lambda: parse_gpus(gpus_per_trial))
     options = Options(gpus, cpus_per_trial, max_concurrent, keep_checkpoints, tuple(track or ()))
     collect(problems, lambda: check(resolved, options, address))
-    if problems:
-        raise UserError(*dict.fromkeys(problems))
+    raise_problems(problems)
     assert resolved is not None and name is not None
     console.print(f"{resolved.name} at scale {chosen}{why}")
-    for warning in grace.warnings(expand(resolved), out):
-        console.print(f"warning: {warning}", soft_wrap=True)
+    for warning in grace.warnings(plan(resolved), out):
+        console.say(f"warning: {warning}")
     source = discover.Source(path, chosen, data, tuple(settings or ()))
     with _resumable(out / name, console):
         _conclude(*session.start(resolved, out / name, data_dir, options, address, console, source), console, as_json)
@@ -102,34 +117,20 @@ def resume(
     context: typer.Context,
     run: RunName,
     out: Out = DEFAULT_OUT,
-    extend: Annotated[
-        bool, typer.Option("--extend", help="Go to the study's next look, or add seeds or levels that it declares now.")
-    ] = False,
+    extend: Extend = False,
     settings: Settings = None,
-    study: Annotated[
-        str | None,
-        typer.Option(
-            help="The study, where its file is elsewhere now or was changed: it is executed.",
-            metavar="STUDY",
-            show_default="as on record",
-        ),
-    ] = None,
+    study: StudyNow = None,
     gpus_per_trial: Gpus = None,
     cpus_per_trial: CpusNow = None,
     max_concurrent: MaxConcurrent = None,
     track: Track = None,
-    address: Annotated[
-        str | None,
-        typer.Option(help="As of `run`; or, of a run that was submitted, its URL.", show_default=False),
-    ] = None,
+    address: AddressNow = None,
     as_json: AsJson = False,
 ) -> None:
     """Run what is missing of a run, from where it stood. Shares are as it began, unless they are given."""
     from tune_kd.execute import session
-    from tune_kd.execute.monitoring import is_url
     from tune_kd.execute.options import check, options_of, parse_gpus
     from tune_kd.records import run_folder
-    from tune_kd.study import discover
 
     file = None if study is None else naming("--study", lambda: discover.find(study), of="STUDY")
     if address is not None and is_url(address):
@@ -142,24 +143,17 @@ def resume(
     collect(problems, lambda: run_folder.check_links(reopened))
     if settings and not extend:
         problems.append("--set is given; allowed: with --extend only, since a run keeps the study that it began with")
-    began = options_of(reopened)
     given: dict[str, Any] = {
         "gpus_per_trial": collect(problems, lambda: parse_gpus(gpus_per_trial)),
         "cpus_per_trial": cpus_per_trial,
         "max_concurrent": max_concurrent,
         "track": None if track is None else tuple(track),
     }
-    options = replace(began, **{name: value for name, value in given.items() if value is not None})
+    options = replace(options_of(reopened), **{name: value for name, value in given.items() if value is not None})
     collect(problems, lambda: check(reopened.study, options, address))
-    if problems:
-        raise UserError(*dict.fromkeys(problems))
-    silent = [name for name in reopened.settings.get("track") or () if name not in options.track]
-    if track is None and silent:
-        console.print(
-            f"{', '.join(silent)} showed this run; it goes on without, unless you say --track {silent[0]}: where "
-            "results are sent is for you to say, and not for their record",
-            soft_wrap=True,
-        )
+    raise_problems(problems)
+    if track is None:
+        _tell_untracked(reopened, options, console)
     with _resumable(reopened.folder, console):
         went = session.go_on(
             reopened, options, address, console, file=file, extend=extend, settings=tuple(settings or ())
@@ -167,9 +161,18 @@ def resume(
         _conclude(*went, console, as_json)
 
 
+def _tell_untracked(run: "Run", options: "Options", console: Terminal) -> None:
+    """Print which trackers of a run are not used now, since they send data elsewhere."""
+    if silent := [name for name in run.settings.get("track") or () if name not in options.track]:
+        console.say(
+            f"{', '.join(silent)} showed this run; it goes on without, unless you say --track {silent[0]}: where "
+            "results are sent is for you to say, and not for their record"
+        )
+
+
 @contextmanager
-def _resumable(folder: Path, console: Console) -> Iterator[None]:
-    """Say how to go on where a signal ends what is done here, if there is something to go on with."""
+def _resumable(folder: Path, console: Terminal) -> Iterator[None]:
+    """Within this context, a command that a signal ends says how to continue, once the run has been created."""
     from tune_kd.records.sync import STUDY
 
     advice = f"go on with: python -m tune_kd resume {quote(str(folder))}"
@@ -178,25 +181,23 @@ def _resumable(folder: Path, console: Console) -> Iterator[None]:
             yield
         except SystemExit:
             if signals.asked() is not None and (folder / STUDY).is_file():
-                console.print(f"interrupted; {advice}", soft_wrap=True)
+                console.say(f"interrupted; {advice}")
             raise
 
 
-def _conclude(run: "Run", ended: "Ended", console: Console, as_json: bool) -> NoReturn:
-    """Report a run that has ended, and exit with what became of it."""
+def _conclude(run: "Run", ended: "Ended", console: Terminal, as_json: bool) -> NoReturn:
+    """Report a run that has ended, and exit with its status."""
     from tune_kd.execute.session import concluded
 
     if ended.signal is not None:
         raise SystemExit(128 + ended.signal)
     print_report(concluded(run), run.folder / "report", console, as_json)
-    looks = run.study.confirm.looks or ()
+    looks, folder = run.study.confirm.looks or (), quote(str(run.folder))
     if run.look + 1 < len(looks):
-        console.print(
+        console.say(
             f"This was look {run.look + 1} of {len(looks)}; go on to {looks[run.look + 1]} seeds with: "
-            f"python -m tune_kd resume {quote(str(run.folder))} --extend",
-            soft_wrap=True,
+            f"python -m tune_kd resume {folder} --extend"
         )
     if ended.failed:
-        sentence = f"{ended.failed} trials failed or were blocked; `tune_kd status {quote(str(run.folder))}` says why"
-        console.print(sentence, soft_wrap=True)
+        console.say(f"{ended.failed} trials failed or were blocked; `tune_kd status {folder}` says why")
     raise SystemExit(1 if ended.failed else 0)

@@ -1,4 +1,4 @@
-"""The command that helps to watch runs from elsewhere: `dashboard`."""
+"""The command about Ray's dashboard, Prometheus and Grafana: `dashboard`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from tune_kd.cli.options import DEFAULT_OUT, Out, Terminal
+from tune_kd.execute import monitoring
 from tune_kd.system.errors import UserError
 
 LOOK_AT = (
@@ -27,16 +28,10 @@ def dashboard(
     out: Out = DEFAULT_OUT,
 ) -> None:
     """Say where Ray's dashboard is and what to look at there; --write sets Prometheus and Grafana up."""
-    from tune_kd.execute import monitoring
-    from tune_kd.records import lock
-    from tune_kd.records import run_folder as runs
+    from tune_kd.records import lock, run_folder
 
-    console = Terminal()
-
-    def say(sentence: str) -> None:
-        console.print(sentence, soft_wrap=True)
-
-    held = {folder.name: holder["dashboard"] for folder in runs.existing(out)
+    say = Terminal().say
+    held = {folder.name: holder["dashboard"] for folder in run_folder.existing(out)
             if (holder := lock.holder(folder)) is not None and holder.get("dashboard")}  # fmt: skip
     url = address or next(iter(held.values()), monitoring.DASHBOARD)
     if write is not None:

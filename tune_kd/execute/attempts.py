@@ -1,25 +1,26 @@
-"""How often a trial is tried again: only after failures that say little about the trial itself."""
+"""Retries of failed trials: only after failures that are probably not caused by the trial itself."""
 
 from collections import Counter
 
 from tune_kd.execute.worker import Failure
 from tune_kd.records.schema import Row
 
-MAX_ATTEMPTS = 3  # of one trial under one driver without a new epoch in between
+MAX_ATTEMPTS = 3  # attempts of a trial that fail for the same reason without a new epoch, under one driver
 
 
 class Attempts:
-    """The failed attempts of each trial since its last new epoch, by reason."""
+    """Counts the failed attempts of each trial since its last new epoch, by reason."""
 
     def __init__(self) -> None:
         self._failed: dict[str, Counter[str]] = {}
 
     def got_on(self, trial_id: str) -> None:
-        """Note that a trial has a new epoch: it may lose its worker again."""
+        """Reset the counts of a trial that has a new epoch."""
         self._failed.pop(trial_id, None)
 
     def again(self, row: Row, failure: Failure) -> bool:
-        """Whether the trial of a row is tried again. Doubles its GPU share where memory ran out."""
+        """Count a failure and return whether the trial is tried again. After an out-of-memory error, its GPU share in
+        `row` is doubled."""
         failed = self._failed.setdefault(row["trial_id"], Counter())
         failed[failure.reason] += 1
         if failed[failure.reason] >= MAX_ATTEMPTS:

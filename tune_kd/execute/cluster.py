@@ -1,4 +1,4 @@
-"""Ray around a run: started here or joined, watched while it serves, and left."""
+"""The Ray cluster of a run: start or join it, check its nodes, watch it, leave it."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_kd.execute.monitoring import asks_for_token
 from tune_kd.system.environment import guard_token, private, ray_folder
-from tune_kd.system.errors import UserError
+from tune_kd.system.errors import UserError, raise_problems
 from tune_kd.system.signals import check, held_back, leave, note
 
 T = TypeVar("T")
@@ -30,30 +30,30 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Part:
-    """A process of Ray without which a run cannot go on, and how long it may not answer."""
+    """A process of Ray that a run cannot do without."""
 
     name: str
     host: str
     port: int
-    patience: float  # seconds
+    patience: float  # seconds without an answer after which it counts as dead
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What Ray has to offer, and where its dashboard is."""
+    """The resources of a connected Ray, its dashboard and its processes."""
 
     cpus: float
     gpus: float
     dashboard: str | None
-    guarded: bool  # whether it asks for Ray's token
-    ours: bool  # started by us, so that we stop it
-    logs: Path  # of this node, which the dashboard shows
-    parts: tuple[Part, ...]  # to be watched
+    guarded: bool  # whether the dashboard asks for Ray's token
+    ours: bool  # connected by `connect`, so that `disconnect` shuts it down
+    logs: Path  # folder with the logs of this node, which the dashboard shows
+    parts: tuple[Part, ...]  # watched by `watched`
 
 
 def connect(address: str | None, metadata: Mapping[str, str] | None = None) -> Cluster:
-    """Start Ray on this machine, or join the cluster at `address`; `metadata` is shown of this process, which is a job
-    there. Raises `UserError` where that cannot be done."""
+    """Join the Ray cluster at `address`; None starts Ray on this machine. `metadata` describes this process, which is a
+    job of Ray's. Raises `UserError` if Ray cannot be reached or started."""
     context: Any
     ours = not ray.is_initialized()
     if ours:
@@ -67,7 +67,7 @@ def connect(address: str | None, metadata: Mapping[str, str] | None = None) -> C
             with held_back(), _own_sigterm(), around():
                 context = ray.init(address=address or "local", **settings)
         except SystemExit as left:
-            if left.code == signal.SIGTERM:  # Ray's own handler leaves with the bare number
+            if left.code == signal.SIGTERM:  # Ray's own handler exits with the bare number
                 note(signal.SIGTERM)
             check()
             raise
@@ -84,7 +84,7 @@ def connect(address: str | None, metadata: Mapping[str, str] | None = None) -> C
         cpus=resources.get("CPU", 0.0),
         gpus=resources.get("GPU", 0.0),
         dashboard=dashboard,
-        guarded=asks_for_token(dashboard, unset="disabled"),  # Ray has set the variable where it asks by itself
+        guarded=asks_for_token(dashboard, unset="disabled"),  # Ray sets RAY_AUTH_MODE if it asks for a token
         ours=ours,
         logs=Path(context.address_info["session_dir"], "logs"),
         parts=_parts(restarts=address is not None),
@@ -93,11 +93,11 @@ def connect(address: str | None, metadata: Mapping[str, str] | None = None) -> C
 
 @contextmanager
 def on_this_machine() -> Iterator[None]:
-    """Have a Ray that starts meanwhile be this user's and this machine's alone: what it makes is closed to others, and
-    all its parts listen on loopback, since they know the machine by no other address."""
+    """Within this context, Ray starts privately: its files are accessible to this user alone, and all its processes
+    listen on loopback, since they use no other address of this machine."""
     name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
     before = os.environ.get(name)
-    os.environ[name] = "0"  # for the processes that it starts, and theirs
+    os.environ[name] = "0"  # inherited by Ray's processes
     try:
         with private(), patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
             yield
@@ -108,8 +108,8 @@ def on_this_machine() -> Iterator[None]:
 
 
 def _is_on_loopback(address: str) -> bool:
-    """Whether the Ray at an address to be joined is one that listens on loopback alone: that of another run here. Ray
-    would take loopback for the address that other machines know this one by."""
+    """Whether the Ray at an address listens on loopback alone, as that of another run here does. Ray would replace
+    loopback by this machine's address on the network."""
     with suppress(ConnectionError):
         found = services.get_ray_address_from_environment(address, None) if address == "auto" else address
         running: frozenset[str] = services.find_gcs_addresses()  # type: ignore[no-untyped-call]
@@ -118,7 +118,7 @@ def _is_on_loopback(address: str) -> bool:
 
 
 def _parts(restarts: bool) -> tuple[Part, ...]:
-    """This node's raylet, which never comes back, and the control store, which a cluster may start again."""
+    """Return this node's raylet, which is never restarted, and the control store, which a cluster may restart."""
     context = ray.get_runtime_context()
     here = next(node for node in _alive() if node["NodeID"] == context.get_node_id())
     host, _, port = context.gcs_address.rpartition(":")
@@ -128,16 +128,16 @@ def _parts(restarts: bool) -> tuple[Part, ...]:
     )
 
 
-ALIKE = ("python", "ray", "tune_kd", "torch", "torchvision", "numpy")  # what results, or Ray itself, depend on
+ALIKE = ("python", "ray", "tune_kd", "torch", "torchvision", "numpy")  # their versions affect results, or Ray itself
 
 
 def check_nodes(folder: Path | None, patience: float = 120.0) -> None:
-    """Raise `UserError` where another node of the connected Ray has other versions than this process, or none, or does
-    not see the folder that all share; null where they share a store."""
+    """Raise `UserError` if another node of the connected Ray lacks a package, has another version of it, or does not
+    see the shared folder. `folder` is None if the nodes share an object store instead."""
     names = tuple(name for name in ALIKE if name != "python")
     shared = None if folder is None else str(folder.absolute())
 
-    def versions() -> dict[str, str]:  # local, so that it is sent as it is: the other node may lack this package
+    def versions() -> dict[str, str]:  # local, so that Ray pickles it by value: the node may lack this package
         import os
         import platform
         from importlib.metadata import PackageNotFoundError, version
@@ -166,14 +166,13 @@ def check_nodes(folder: Path | None, patience: float = 120.0) -> None:
             if there != own[name]:
                 problems.append(f"--address: the node {node} has {name} {there}, and the driver {own[name]}; "
                                 "allowed: the same on all nodes, since results depend on it")  # fmt: skip
-    if problems:
-        raise UserError(*problems)
+    raise_problems(problems)
 
 
 def served_by_mps(patience: float = 60.0) -> bool:
-    """Whether NVIDIA's MPS serves all GPUs of the connected Ray: those of a node that does not say so are not."""
+    """Whether NVIDIA's MPS serves all GPUs of the connected Ray. A node that does not answer counts as not served."""
 
-    def serves() -> bool:  # in a process of its own, since Ray hides the GPUs of a task that asks for none
+    def serves() -> bool:  # in a process of its own; Ray hides the GPUs from a task that requests none
         import os
 
         from tune_kd.execute import mps
@@ -194,8 +193,8 @@ def _alive() -> list[dict[str, Any]]:
 def _asked(
     question: Callable[[], T], nodes: Sequence[Mapping[str, Any]], patience: float
 ) -> tuple[dict[str, T], dict[str, str]]:
-    """What a function returns on each of these nodes, in a process that ends with it; and what is wrong with those
-    that did not answer within `patience` seconds."""
+    """Call a function on each node, in a process of its own. Returns the results by node, and by node the problem with
+    each that did not return within `patience` seconds."""
     asked = {}
     for node in nodes:
         ask: Any = ray.remote(max_calls=1)(question)
@@ -208,13 +207,13 @@ def _asked(
     for each in answered:
         try:
             found[asked[each]] = ray.get(each)
-        except RayError as error:  # the node or its memory was lost, or it cannot read the question
+        except RayError as error:  # the node or the result was lost, or the function cannot be unpickled there
             silent[asked[each]] = f"cannot run a task ({words(error)})"
     return found, silent
 
 
 def slots(cluster: Cluster, cpus: float, gpus: float) -> int:
-    """How many trials of these shares fit on a cluster at a time."""
+    """Return how many trials with these shares fit on a cluster at a time, at least 1."""
     fits = [cluster.cpus / cpus]
     if gpus:
         fits.append(cluster.gpus / gpus)
@@ -229,7 +228,7 @@ def disconnect(cluster: Cluster) -> None:
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Put the handler of SIGTERM back that was there before Ray set its own, or the system's."""
+    """Restore the handler of SIGTERM at the end of this context. Ray replaces it."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -239,19 +238,19 @@ def _own_sigterm() -> Iterator[None]:
 
 
 class RayDied(OSError):
-    """Ray is gone under a run; what its ledger holds is whole."""
+    """Ray died during a run. The ledger is intact."""
 
 
-LEAVE_WITHIN = 10.0  # seconds that an orderly end may take then
+LEAVE_WITHIN = 10.0  # seconds for an orderly end after Ray died
 
 
 @contextmanager
 def watched(cluster: Cluster, advice: str) -> Iterator[Callable[[], None]]:
-    """Notice that the connected Ray died. Without its raylet, Tune waits for ever; without its control store, Ray ends
+    """Watch the connected Ray in a thread. Without its raylet, Tune waits for ever; without its control store, Ray ends
     this process after a minute with status 1, which here means failed trials.
 
-    Yields a function that raises `RayDied` in the thread that calls it. Where nobody calls it any more, or the end
-    that follows hangs, the process is ended from here, with that error's status.
+    Yields a function that raises `RayDied` once Ray is dead. If the process has not left this context `LEAVE_WITHIN`
+    seconds after the death, the thread ends it with the same status.
     """
     died: list[str] = []
     over = threading.Event()
@@ -280,7 +279,7 @@ def watched(cluster: Cluster, advice: str) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def told(advice: str) -> Iterator[None]:
-    """Have what Ray raises end the run as the death of Ray does: what is on record is whole."""
+    """Turn a RayError in this context into `RayDied`."""
     try:
         yield
     except RayError as error:
@@ -288,7 +287,7 @@ def told(advice: str) -> Iterator[None]:
 
 
 def words(error: RayError) -> str:
-    """An error of Ray's in a line. What a task of ours raised stands in the last line, what befell one in the first."""
+    """Return an error of Ray's as one line: the last line for an exception in a task, the first for other errors."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = lines[-1 if isinstance(error, RayTaskError) else 0] if lines else ""
     return f"{type(error).__name__}: {told}" if told else type(error).__name__

@@ -1,4 +1,4 @@
-"""The draws of a tuned study in Optuna's own storage, for `optuna-dashboard` and the like."""
+"""Copy the draws of a tuned study to an Optuna storage, for tools such as `optuna-dashboard`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Draws:
-    """The storage of one run. It is made from the ledger, so a run continues without it, whatever is wrong with it."""
+    """The Optuna storage of a run. It can be rebuilt from the ledger, so errors of the storage do not end the run."""
 
     def __init__(self, folder: Path, run: str, searches: Mapping[str, Search], say: Callable[[str], None]) -> None:
         self._path = folder / sampler.STORAGE
@@ -22,7 +22,7 @@ class Draws:
         self._storage = self._try(lambda: sampler.Storage(self._path, run)) if searches else None
 
     def add(self, row: Row) -> None:
-        """Add a draw that has ended."""
+        """Add a draw that has ended. Other trials are ignored."""
         storage = self._storage
         if storage is not None and row["phase"] == "screen":
             self._try(lambda: storage.add(row["arm"], self._searches[row["arm"]].ranges, row))
@@ -34,7 +34,7 @@ class Draws:
     def _try(self, do: Callable[[], T]) -> T | None:
         try:
             return do()
-        except Exception as error:  # of Optuna, SQLAlchemy, Alembic, SQLite or the disk
+        except Exception as error:  # from Optuna, SQLAlchemy, Alembic, SQLite or the disk
             self._storage = None
             why = masked(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
             self._say(

@@ -1,4 +1,4 @@
-"""How a run uses the machine: what can be asked for, and what keeps it from running here."""
+"""Options of a run: how it uses the machine, and the checks that they fit it."""
 
 import math
 import os
@@ -9,14 +9,14 @@ from typing import Literal
 from tune_kd.records.run_folder import Run
 from tune_kd.study.spec import Study
 from tune_kd.system import environment
-from tune_kd.system.errors import UserError, collect
+from tune_kd.system.errors import UserError, collect, raise_problems
 
 Asked = float | Literal["auto"] | None
-"""A GPU share; "auto" to have it measured; null for the usual one."""
+"""A GPU share; "auto" measures one; None takes the default of `resources.gpu_share`."""
 
 
 def parse_gpus(text: str | None) -> Asked:
-    """What `--gpus-per-trial` says. Raises `UserError`."""
+    """Parse the value of `--gpus-per-trial`. Raises `UserError`."""
     if text is None or text == "auto":
         return text  # type: ignore[return-value]
     try:
@@ -30,17 +30,18 @@ def parse_gpus(text: str | None) -> Asked:
 
 @dataclass(frozen=True)
 class Options:
-    """How a run uses the machine, and what it leaves there. None of these changes a result."""
+    """How a run uses the machine. No option changes a result."""
 
     gpus_per_trial: Asked = None
     cpus_per_trial: float = 1.0  # the whole part is the number of threads, at least 1
     max_concurrent: int | None = None  # trials at a time
-    keep_checkpoints: bool = False  # the last one of each trial
-    track: tuple[str, ...] = ()  # trackers that show the run, too: tensorboard, mlflow, wandb
+    keep_checkpoints: bool = False  # keep the last checkpoint of each trial
+    track: tuple[str, ...] = ()  # trackers that also show the run: tensorboard, mlflow, wandb
 
 
 def check_shares(options: Options, address: str | None) -> None:
-    """Raise `UserError` for what cannot fit on this machine. On a cluster `check_cluster` does so once it is joined."""
+    """Raise `UserError` for shares that do not fit this machine. With an address, `resources.check_cluster` checks them
+    after the cluster is joined."""
     problems = []
     cpus, gpus, most = options.cpus_per_trial, options.gpus_per_trial, options.max_concurrent
     here = os.cpu_count() or 1
@@ -54,29 +55,27 @@ def check_shares(options: Options, address: str | None) -> None:
         problems.append(f"--gpus-per-trial is {gpus:g}; allowed: at most {_gpus_here()} (the GPUs of this machine)")
     if most is not None and most < 1:
         problems.append(f"--max-concurrent is {most}; allowed: at least 1")
-    if problems:
-        raise UserError(*problems)
+    raise_problems(problems)
 
 
 def _gpus_here() -> int:
-    import torch  # takes seconds, and most commands ask for no share
+    import torch  # takes seconds; most commands need no GPU share
 
     return torch.cuda.device_count()
 
 
 def check(study: Study | None, options: Options, address: str | None) -> None:
-    """Raise `UserError` with everything that keeps a study from running here. Makes nothing."""
+    """Raise `UserError` with everything that prevents a study from running here. Creates nothing."""
     problems: list[str] = []
     collect(problems, lambda: _check_compiler(study))
     collect(problems, lambda: check_shares(options, address))
     collect(problems, lambda: check_trackers(options.track))
     collect(problems, lambda: environment.check_places(address))
-    if problems:
-        raise UserError(*dict.fromkeys(problems))
+    raise_problems(problems)
 
 
 def _check_compiler(study: Study | None) -> None:
-    """torch.compile without a compiler would fail in every trial."""
+    """Raise `UserError` if a recipe uses torch.compile and there is no compiler: every trial would fail."""
     if study is None or not (study.recipe.compile or study.teacher_recipe.compile):
         return
     if not any(map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))):
@@ -87,17 +86,17 @@ def _check_compiler(study: Study | None) -> None:
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Raise `UserError` for trackers that this machine does not have."""
+    """Raise `UserError` for trackers that are not installed."""
     if names:
-        environment.home()  # which Ray's own parts need to be imported
+        environment.home()  # Ray, which `trackers` imports, needs a home
         from tune_kd.execute import trackers
 
         trackers.check(list(names))
 
 
 def trackers_unasked(recorded: tuple[str, ...]) -> tuple[str, ...]:
-    """The recorded trackers that send nothing anywhere. A resumed run uses these unasked; its record may be anybody's,
-    and others could send the user's data to an address that it names."""
+    """Return the recorded trackers that write only to this disk. A resumed run uses them without being asked; the
+    others could send the user's data to an address in the record, which may come from others."""
     sends = {
         "mlflow": bool(os.environ.get("MLFLOW_TRACKING_URI")),
         "wandb": os.environ.get("WANDB_MODE") not in ("offline", "disabled"),
@@ -106,6 +105,6 @@ def trackers_unasked(recorded: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def options_of(run: Run) -> Options:
-    """The options that a run began with, and of its trackers those that may be used unasked."""
+    """Return the options that a run began with, limited to the trackers that may be used without being asked."""
     known = Options(**{**run.settings, "track": tuple(run.settings.get("track") or ())})
     return replace(known, track=trackers_unasked(known.track))

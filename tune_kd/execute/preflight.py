@@ -1,4 +1,5 @@
-"""What has to be there before anything trains. Each thing that is not is a sentence with its remedy, all at once."""
+"""Preflight checks: versions, folder, disk space and teachers, before anything trains. All problems are reported at
+once, each with its remedy."""
 
 import fcntl
 import shutil
@@ -12,29 +13,27 @@ from tune_kd.records.run_folder import Run
 from tune_kd.records.schema import Row
 from tune_kd.study.cost import disk_bytes
 from tune_kd.study.trial import ENDED, Trial
-from tune_kd.system.errors import UserError
+from tune_kd.system.errors import raise_problems
 from tune_kd.system.files import MOST_RECORD_BYTES, opened, publish, read
 from tune_kd.training import teachers
 
 FLOORS = {"torch": "2.10", "ray": "2.54"}
-SPARE = 1.2  # so many times the estimated bytes have to be free
+SPARE = 1.2  # required free space as a multiple of the estimated bytes
 
 
 def check(run: Run, rows: list[Row], slots: int) -> None:
-    """Raises `UserError` where a run that this process holds cannot go on here.
+    """Raise `UserError` if a run cannot start or continue on this machine. This process must hold the run.
 
-    `rows` are the ledger's of trials; `slots` is about how many trials run at a time.
+    `rows` are the trials in the ledger; `slots` is the approximate number of trials that run at a time.
     """
     known = {row["trial_id"]: row for row in rows}
     waiting = [trial for trial in grown(run.plan, rows).trials if _is_to_run(known.get(trial.trial_id))]
     growing = [*waiting, *to_come(run.plan, rows)]
-    problems = [*_versions(), *_folder(run.folder), *_room(run, growing, slots), *_teachers(run, waiting, known)]
-    if problems:
-        raise UserError(*problems)
+    raise_problems([*_versions(), *_folder(run.folder), *_room(run, growing, slots), *_teachers(run, waiting, known)])
 
 
 def _is_to_run(row: Row | None) -> bool:
-    """Whether a trial of this row will run: also one that has none yet, or whose teacher was not there."""
+    """Whether a trial with this row will run: one that is new, has not ended, or was blocked by a missing teacher."""
     return row is None or row["status"] not in ENDED or (row["status"] == "blocked" and row["attempts"] > 0)
 
 
@@ -47,7 +46,7 @@ def _versions() -> list[str]:
 
 
 def _folder(folder: Path) -> list[str]:
-    """Whether files can be written, synced, renamed and locked there, as the records need it."""
+    """Check that files in a folder can be written, synced, renamed and locked."""
     probe = folder / ".probe"
     try:
         publish(probe, b"probe")
@@ -67,7 +66,7 @@ def _room(run: Run, waiting: list[Trial], slots: int) -> list[str]:
     planned = run.plan
     needed = disk_bytes(waiting, planned.answering, slots, bool(run.settings.get("keep_checkpoints")))
     answers = [path for each in planned.teachers for path in (run.teachers / each.trial_id).glob("answers/*/*/*.f32")]
-    needed -= sum(512 * path.stat().st_blocks for path in answers)  # as far as they are there already
+    needed -= sum(512 * path.stat().st_blocks for path in answers)  # already on disk
     free = shutil.disk_usage(run.folder).free
     if free >= SPARE * needed:
         return []
@@ -78,14 +77,14 @@ def _room(run: Run, waiting: list[Trial], slots: int) -> list[str]:
 
 
 def _teachers(run: Run, waiting: list[Trial], known: dict[str, Row]) -> list[str]:
-    """Students that are still to run learn from the teacher that the others learned from, or not at all."""
+    """Check that the remaining students can use the same teachers as the earlier ones."""
     problems: list[str] = []
     needed = {trial.teacher_id for trial in waiting}
     for teacher in run.plan.teachers:
         taught = known.get(teacher.trial_id, {}).get("weights_digest")
         if teacher.trial_id not in needed:
-            continue  # nobody needs it any more
-        if taught is None:  # it is to be trained, or adopted
+            continue  # all its students have ended
+        if taught is None:  # to be trained, or reused from another run
             problems += filter(None, [teachers.unfit(run.teachers, teacher)])
             continue
         wrong = teachers.wrong_with(run.teachers, teacher.trial_id, taught)

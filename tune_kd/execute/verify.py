@@ -1,5 +1,4 @@
-"""Is everything in a run's folder what was written? From the plan down to the answers of its teachers; nothing is
-changed."""
+"""Verify that the files in a run's folder are what was written, from the plan to the teachers' logits. Read-only."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from tune_kd.training.checkpoints import Checkpoints
 
 @dataclass(frozen=True)
 class Finding:
-    """Something in a run's folder that is not as it was written."""
+    """A problem with a file or folder of a run."""
 
     part: str  # plan, links, ledger, tables, checkpoints, teachers or answers
     what: str
@@ -27,7 +26,7 @@ class Finding:
 
 
 def verify(folder: Path) -> list[Finding]:
-    """What is wrong with a run, from top to bottom. Empty where all is whole."""
+    """Return the problems of a run, from the plan downwards; empty if there are none."""
     try:
         opened = run_folder.reopen(folder)
     except UserError as mistake:
@@ -68,14 +67,14 @@ def _ledger(opened: run_folder.Run, wrong: str | None, rows: list[Row]) -> Itera
         yield Finding("ledger", f"{folder / COMMITS} is missing or damaged, so that a loss of the last rows would not "
                       "be seen", f"`tune_kd resume {quote(str(folder))}` makes it again")  # fmt: skip
     strange = {row["trial_id"] for row in rows} - {trial.trial_id for trial in grown(opened.plan, rows).trials}
-    if strange:  # those that it lacks come when a driver takes over
+    if strange:  # trials that it lacks are no problem: a driver adds them
         what = f"it holds trials that are not in the plan: {', '.join(sorted(strange))}"
         yield Finding("ledger", what, "put the study.json or the ledger back that belongs to the other")
 
 
 def _tables(folder: Path, wrong: str | None) -> Iterator[Finding]:
     if not commits(folder) and not any((folder / f"{schema.name}.parquet").is_file() for schema in SCHEMAS):
-        return  # not begun
+        return  # the run has not begun
     again = "it is made again from the ledger" if wrong is None else "put it back from a copy"
     try:
         load(folder)
@@ -93,7 +92,7 @@ def _checkpoints(opened: run_folder.Run) -> Iterator[Finding]:
 
 def _teachers(opened: run_folder.Run, rows: list[Row]) -> Iterator[Finding]:
     home, images = opened.teachers, IMAGES[opened.study.data.name]
-    most = max(images.train * images.views, images.test)  # rows of a table: all views there are
+    most = max(images.train * images.views, images.test)  # rows of a table: one for each view
     for teacher in opened.plan.teachers:
         teachers.fetch_teacher(home, teacher.trial_id)
         taught = next((row["weights_digest"] for row in rows if row["trial_id"] == teacher.trial_id), None)

@@ -16,11 +16,10 @@ from rich.text import Text
 from tune_kd.records.eta import time_left
 from tune_kd.records.schema import Row
 from tune_kd.reporting.terminal import duration, points, rich_table
-from tune_kd.study.trial import Decision
+from tune_kd.study.trial import ENDED, Decision, Phase
 from tune_kd.system.characters import visible
 from tune_kd.system.secrets import masked
 
-PHASES = ("teacher", "screen", "confirm")
 SHOWN = 20  # running trials listed one by one
 LAST = 5  # decisions of early stopping listed one by one
 PAUSE_FACTOR = 50.0  # a refresh waits this many times as long as the last one took
@@ -69,7 +68,7 @@ class ProgressDisplay:
             self._took = self._shown - now
         elif self._live is None and now - self._shown >= PLAIN_EVERY:
             counts = Counter(row["status"] for row in rows)
-            ended = sum(counts[status] for status in ("completed", "stopped", "failed", "blocked"))
+            ended = sum(counts[status] for status in ENDED)
             left = time_left(rows)
             after = f", about {duration(left)} left" if left is not None else ""
             self.say(f"{ended} of {len(rows)} trials ended, {counts['running']} running{after}")
@@ -102,7 +101,7 @@ def _phases(rows: Sequence[Row]) -> Table:
     """How many trials of each phase are in which state."""
     shown = rich_table(None, "phase", "done", "running", "stopped", "failed", "waiting", left=("phase",))
     shown.add_column("", ratio=1)
-    for phase in PHASES:
+    for phase in Phase:
         counts = Counter(row["status"] for row in rows if row["phase"] == phase)
         total = counts.total()
         done, running, stopped = counts["completed"], str(counts["running"]), counts["stopped"]

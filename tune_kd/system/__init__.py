@@ -1,1 +1,1 @@
-"""What stands on the operating system: files, stores, signals, the environment, and the errors that they raise."""
+"""Files, object stores, signals, standard streams, the environment, secrets, and the errors that callers handle."""

@@ -1,13 +1,14 @@
-"""Characters that are commands: to a terminal, which obeys them, or to whatever puts letters in order."""
+"""Control characters: terminals obey them, and some change the direction of text."""
 
 import re
 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-"""Unicode's control characters, its separators of lines and paragraphs, and those that turn the direction of a text."""
+"""Unicode control characters, line and paragraph separators, and marks that change the direction of text."""
 
 
 def visible(text: str) -> str:
-    """The text with a picture in the place of each control character, but for the ends of lines and tabs."""
+    """Replace each control character by a visible symbol. Newlines and tabs stay."""
+
     return CONTROL.sub(lambda found: _picture(found[0]), text)
 
 

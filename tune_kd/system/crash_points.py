@@ -1,7 +1,7 @@
-"""Named places at which a test may kill the process that passes them, to see that nothing is lost there.
+"""Named points at which a test can kill the process, to check that no record is lost.
 
-TUNE_KD_CRASH=NAME kills at the first pass of NAME, and NAME:N at the N-th. Without the variable a place costs a
-comparison. Ray's workers inherit the variable.
+TUNE_KD_CRASH=NAME kills the process when it first reaches NAME, NAME:N when it reaches it for the N-th time. Without
+the variable a point costs one comparison. Ray's workers inherit the variable.
 """
 
 import os
@@ -9,22 +9,22 @@ import signal
 import sys
 
 POINTS = {
-    "study.published": "the plan is on disk; Ray has not been started",
+    "study.published": "the plan is on disk; Ray is not started",
     "ledger.begun": "a transaction is open",
     "ledger.written": "its rows are written, not yet committed",
-    "ledger.committed": "it is committed, and the count of commits does not say so yet",
-    "trial.started": "a start is committed; the trial's process does not know",
-    "epoch.committed": "an epoch is committed, and nobody was told",
-    "trial.ended": "an end is committed; its checkpoints are still there",
-    "tables.announced": "the digest of a table is on record, and the table is still the old one",
+    "ledger.committed": "it is committed; the count of commits is not updated yet",
+    "trial.started": "the start of a trial is committed; the trial's process does not know yet",
+    "epoch.committed": "an epoch is committed; nobody knows yet",
+    "trial.ended": "the end of a trial is committed; its checkpoints still exist",
+    "tables.announced": "the new digest of a table is recorded; the table is still the old one",
     "tables.published": "one table is new; the others are not",
-    "drain.begun": "a signal has come; trials end their epoch",
-    "extension.recorded": "what was added is on record, and nothing of it has run",
-    "rebuild.set_aside": "a damaged ledger was set aside; there is none at its place",
-    "publish.written": "a file is written aside and synced, not yet in its place",
-    "checkpoint.published": "a checkpoint is in its place; its epoch was not reported",
+    "drain.begun": "a signal arrived; trials finish their epoch",
+    "extension.recorded": "the extension is recorded; none of its trials has run",
+    "rebuild.set_aside": "a corrupt ledger is backed up; there is no ledger in its place",
+    "publish.written": "the temporary file is written and synced, but not renamed",
+    "checkpoint.published": "a checkpoint is published; its epoch is not reported",
     "teacher.weights": "a teacher's weights are published; its card is not",
-    "answers.written": "a chunk of answers is written; its digest is not",
+    "answers.written": "a chunk of teacher logits is written; its digest is not",
 }
 
 _name, _, _count = os.environ.get("TUNE_KD_CRASH", "").partition(":")
@@ -38,7 +38,8 @@ _left = int(_count or 1)
 
 
 def point(name: str) -> None:
-    """A place of this name is passed."""
+    """Kill this process if TUNE_KD_CRASH names this point and its count is reached."""
+
     global _left
     if name == _name:
         _left -= 1

@@ -1,4 +1,4 @@
-"""What a command finds around it: text that it can read, and places outside of the results that it has to write to."""
+"""The environment of a command: encoding of its arguments, home, temporary folders, and Ray's token."""
 
 import fcntl
 import os
@@ -11,19 +11,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tune_kd.system.characters import visible
-from tune_kd.system.errors import UserError
+from tune_kd.system.errors import UserError, collect, raise_problems
 
 PLACES = (
     *("HOME", "TMPDIR", "RAY_TMPDIR", "RAY_AUTH_TOKEN_PATH", "XDG_CACHE_HOME", "XDG_DATA_HOME", "MPLCONFIGDIR"),
     "TORCH_HOME",
 )
-"""Variables that say where something is written outside of the results."""
-SOCKET_BYTES = 107  # of the path of a socket, as Linux has it
+"""Variables that name folders and files outside the results to which a command writes."""
+SOCKET_BYTES = 107  # limit for the path of a socket on Linux
 
 
 def check_text(arguments: Sequence[str]) -> None:
-    """Raise `UserError` for what a command is given that is no UTF-8, as which SQLite, Parquet, JSON and Ray need it,
-    and for arguments that a terminal would obey."""
+    """Raise `UserError` for arguments, variables and a working directory that are not UTF-8, which SQLite, Parquet,
+    JSON and Ray need, and for arguments with control characters."""
     before = ("tune_kd", *arguments)
     named = [(f"the argument after {before[number]}", text) for number, text in enumerate(arguments)]
     named += [(name, os.environ.get(name, "")) for name in PLACES]
@@ -41,37 +41,34 @@ def check_text(arguments: Sequence[str]) -> None:
     problems += [
         f"the argument after {before[number]} is {text!r}; allowed: text without control characters"
         for number, text in enumerate(arguments)
-        if _is_text(text) and visible(text) != text  # which the parser of arguments would repeat as it is
+        if _is_text(text) and visible(text) != text  # typer's own errors would print them raw
     ]
-    if problems:
-        raise UserError(*problems)
+    raise_problems(problems)
 
 
 def _is_text(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:  # bytes that are no text, as Python keeps them
+    except UnicodeEncodeError:  # surrogates, by which Python represents bytes that it could not decode
         return False
     return True
 
 
 def check_places(address: str | None) -> None:
-    """Raise `UserError` for places outside of the results that a run has to write to, and cannot. It joins the Ray at
-    `address`, or starts one."""
-    home()  # Ray cannot even be imported without
+    """Raise `UserError` for folders outside the results that a run needs and cannot write to.
+
+    `address` is the Ray cluster to join; None starts Ray here, which needs more of them.
+    """
+    home()  # Ray cannot be imported without a home
     problems: list[str] = []
     if address is None:
         for check in (guard_token, ray_folder):
-            try:
-                check()
-            except UserError as mistake:
-                problems += mistake.problems
-    if problems:
-        raise UserError(*problems)
+            collect(problems, check)
+    raise_problems(problems)
 
 
 def home() -> Path:
-    """The user's home. Raises `UserError` where nobody says where that is."""
+    """Return the user's home folder. Raises `UserError` if it is unknown."""
     try:
         return Path.home()
     except RuntimeError:
@@ -82,15 +79,15 @@ def home() -> Path:
 
 
 def token_file() -> Path:
-    """Where Ray has its token, which its dashboard asks for. Raises `UserError` where there is no home for it."""
+    """Return the path of Ray's token, which its dashboard asks for. Raises `UserError` if there is no home folder."""
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or home() / ".ray" / "auth_token")
 
 
 def guard_token() -> None:
-    """Whoever reads Ray's token can run code as this user, and Ray writes it for all to read, and into the home alone:
-    make it, where Ray asks for one, and keep it from others.
+    """Create Ray's token if Ray uses one, and make it readable by this user alone.
 
-    Raises `UserError` where that cannot be done.
+    Whoever reads the token can run code as this user. Ray itself would write it world-readable, and only into the
+    home folder. Raises `UserError` if the file cannot be written or protected.
     """
     asks = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token" and not os.environ.get("RAY_AUTH_TOKEN")
     token = token_file()
@@ -102,20 +99,20 @@ def guard_token() -> None:
             f"Ray's token is to be in {token}, which cannot be written and read there ({error.strerror}); set "
             "RAY_AUTH_TOKEN_PATH to a file in a folder where it can"
         ) from error
-    with suppress(OSError):  # a file that is not ours
+    with suppress(OSError):  # the file belongs to another user
         token.chmod(0o600)
     if token.is_file() and (mode := token.stat().st_mode & 0o777) & 0o077:
         raise UserError(f"{token}, Ray's token, has the mode {mode:04o}, so that others can read it; allowed: 0600")
 
 
 def _fill(token: Path) -> None:
-    """Have a token in a file, once, however many runs begin at a time. Raises OSError."""
+    """Write a token into an empty or missing file, once, even if several runs start together. Raises OSError."""
     if token.is_file() and token.read_bytes():
         return
     make_private(token.parent)
     file = os.open(token, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        with suppress(OSError):  # a disk without locks
+        with suppress(OSError):  # the disk has no locks
             fcntl.flock(file, fcntl.LOCK_EX)
         if not os.fstat(file).st_size:
             os.write(file, secrets.token_hex(32).encode())
@@ -124,7 +121,7 @@ def _fill(token: Path) -> None:
 
 
 def umask() -> int:
-    """Which permissions files of this process lack."""
+    """Return the umask of this process."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
@@ -132,7 +129,7 @@ def umask() -> int:
 
 @contextmanager
 def private() -> Iterator[None]:
-    """Have files and folders that are made meanwhile, also by processes that start now, be this user's alone."""
+    """Within this context, new files and folders are accessible to this user alone, also those of new processes."""
     before = os.umask(0o077)
     try:
         yield
@@ -141,17 +138,17 @@ def private() -> Iterator[None]:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder, with the missing ones above it, for this user alone. One that is there stays as it is."""
+    """Create a folder and its missing parents with mode 0700. Existing folders keep their mode."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     for each in reversed(missing):
         each.mkdir(mode=0o700, exist_ok=True)
 
 
 def own_folder() -> Path:
-    """A folder of this user's alone for what is temporary: `ray-UID` in RAY_TMPDIR, TMPDIR or /tmp.
+    """Create and return this user's private temporary folder: `ray-UID` in RAY_TMPDIR, TMPDIR or /tmp.
 
-    Raises `UserError` where it cannot be made, or others may look into it: it has the same name each time, so that
-    another user may have made it before.
+    Raises `UserError` if it cannot be created, or if others have access: the name is predictable, so another user may
+    have created it first.
     """
     folder = _temporary() / f"ray-{os.getuid()}"
     try:
@@ -169,15 +166,15 @@ def own_folder() -> Path:
 
 
 def guard_code() -> None:
-    """Have PyTorch keep what it compiles in a folder that is closed to others, unless the user names one. It would make
-    one in /tmp whose name anybody can guess, with the first network, and run the code that it finds there."""
+    """Make PyTorch cache compiled code in a private folder, unless the user names one. Its default is a folder in /tmp
+    with a predictable name, and it runs the code that it finds there."""
     if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own_folder() / "torchinductor")
 
 
 def ray_folder() -> Path:
-    """Where the Ray that a run starts has its sockets and logs: in a folder that is closed to others, since Ray opens
-    to all what it makes there. Raises `UserError` where Ray cannot work."""
+    """Create and return the private folder for sockets and logs of the Ray that a run starts. Ray makes its own files
+    there world-accessible. Raises `UserError` if Ray cannot use the folder."""
     folder = _temporary() / f"ray-{os.getuid()}" / "ray"
     longest = folder / f"session_2000-01-01_00-00-00_000000_{os.getpid()}" / "sockets" / "dash_MetricsHead"
     if not folder.is_absolute():
@@ -194,7 +191,8 @@ def ray_folder() -> Path:
 
 
 def _variable() -> str | None:
-    """The variable that says where temporary things are, also one that is empty; null where none does."""
+    """Return the name of the variable that sets the temporary folder, even to an empty text; None if none does."""
+
     return next((each for each in ("RAY_TMPDIR", "TMPDIR") if each in os.environ), None)
 
 

@@ -1,15 +1,15 @@
-"""Errors that callers handle: what the user can mend, and files that are not what was written."""
+"""Errors that callers handle: mistakes of the user and corrupt files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
 class UserError(ValueError):
-    """What the user has to change. `problems` holds a sentence each; the message lists them all.
+    """Mistakes that the user has to correct: `problems` holds one sentence for each, and the message lists them all.
 
-    A sentence names the field, its value and what is allowed. The command line prints them and exits with 2.
+    A sentence names the field, its value and what is allowed. The command line prints them and exits with status 2.
     """
 
     def __init__(self, *problems: str) -> None:
@@ -17,9 +17,15 @@ class UserError(ValueError):
         super().__init__("\n".join(problems))
 
 
+def raise_problems(problems: Iterable[str]) -> None:
+    """Raise `UserError` with each problem once, if there is any."""
+    if found := dict.fromkeys(problems):
+        raise UserError(*found)
+
+
 def collect(problems: list[str], check: Callable[[], T]) -> T | None:
-    """Return what a check returns. Where it raises `UserError`, add its problems to the list and return None, so that
-    all problems can be told at once."""
+    """Return what `check` returns. If it raises `UserError`, append its problems to `problems` and return None, so
+    that all problems can be reported at once."""
     try:
         return check()
     except UserError as error:
@@ -28,11 +34,11 @@ def collect(problems: list[str], check: Callable[[], T]) -> T | None:
 
 
 class CorruptFile(RuntimeError):
-    """A file does not hold the bytes that were written."""
+    """A file does not contain what was written to it."""
 
 
 class UnexpectedFile(OSError, CorruptFile):
-    """A path leads to something that is no regular file, or to a file larger than its kind can be."""
+    """A path is not a regular file, or the file is larger than allowed."""
 
     def __str__(self) -> str:
         return f"{self.filename} {self.strerror}"

@@ -1,8 +1,8 @@
-"""Everything that is written to a results folder outside the ledger: whole, or as it was before, whatever happens.
+"""Atomic writes to a results folder (all but the ledger), and safe reads of files that may come from others.
 
-What comes from others is opened here, too: regular files alone, of a size that is expected of their kind. Nothing is
-written through a link, or into a file that has a second name elsewhere: who made them may mean another file.
-A disk that fails once, as those of networks do, is asked again, a bounded number of times.
+Only regular files up to an expected size are opened. Nothing is written through a link, or to a file with several hard
+links: either may lead to a file outside the results. Failed operations are retried a bounded number of times, since
+network file systems fail now and then.
 """
 
 import errno
@@ -20,8 +20,8 @@ from tune_kd.system.crash_points import point
 from tune_kd.system.errors import CorruptFile, UnexpectedFile
 
 T = TypeVar("T")
-MOST_RECORD_BYTES = 2**26  # of JSON: the `study.json` of 10,000 trials has less than 1 MB
-MOST_DEPTH = 32  # of objects and lists in one another: ours have ten, and Python's own functions fail at hundreds
+MOST_RECORD_BYTES = 2**26  # limit for JSON; the `study.json` of 10,000 trials has less than 1 MB
+MOST_DEPTH = 32  # limit for nesting in JSON; our records have ten levels, and Python's own functions fail at hundreds
 KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -30,13 +30,13 @@ KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-NAME_BYTES = 255  # of a file or a folder, on all disks of Linux
-PAUSES = (0.2, 1.0)  # seconds before what failed is tried again; after that many times it has failed
+NAME_BYTES = 255  # limit for the name of a file or folder on Linux file systems
+PAUSES = (0.2, 1.0)  # seconds before each retry
 
 
 def patiently(do: Callable[[], T], hiccups: tuple[type[Exception], ...] = (OSError,)) -> T:
-    """What `do` returns, where need be at a later try. Raises its last error; a missing file is no hiccup, nor is
-    something else in its place."""
+    """Return what `do` returns; retry if it raises one of `hiccups`. Raises the last error. A missing file and an
+    `UnexpectedFile` are not retried."""
     for pause in PAUSES:
         try:
             return do()
@@ -48,15 +48,16 @@ def patiently(do: Callable[[], T], hiccups: tuple[type[Exception], ...] = (OSErr
 
 
 def publish(path: Path, data: bytes) -> None:
-    """Write aside, sync, rename, sync the folder. Raises OSError; the old file is then untouched."""
+    """Write a file atomically: temporary file, sync, rename, sync of the folder. If it raises OSError, the old file is
+    unchanged."""
     patiently(lambda: _publish(path, data))
 
 
 def _publish(path: Path, data: bytes) -> None:
-    # A leading dot: readers of a whole folder pass over what a killed writer left.
+    # The leading dot hides what a killed writer left from readers of the whole folder.
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.unlink(missing_ok=True)  # of a process of that number that was killed
+        aside.unlink(missing_ok=True)  # left by a killed process with the same id
         _write(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0, data)
         point("publish.written")
         os.replace(aside, path)
@@ -66,7 +67,7 @@ def _publish(path: Path, data: bytes) -> None:
 
 
 def write_at(path: Path, offset: int, data: bytes) -> None:
-    """Write bytes into a file, which is made where there is none, and sync it. Raises OSError."""
+    """Write bytes at an offset of a file, which is created if missing, and sync it. Raises OSError."""
     patiently(lambda: _write(path, os.O_WRONLY | os.O_CREAT, offset, data))
 
 
@@ -74,7 +75,7 @@ def _write(path: Path, flags: int, offset: int, data: bytes) -> None:
     file = _open(path, flags)
     try:
         rest = memoryview(data)
-        while rest:  # one call may write a part only
+        while rest:  # pwrite may write only a part
             written = os.pwrite(file, rest, offset)
             rest, offset = rest[written:], offset + written
         os.fsync(file)
@@ -83,9 +84,9 @@ def _write(path: Path, flags: int, offset: int, data: bytes) -> None:
 
 
 def obstacle(folder: Path) -> Path | None:
-    """What keeps files from being written into a folder, which may still have to be made; null where nothing does.
+    """Return the path that prevents writing into a folder, which need not exist yet; None if nothing does.
 
-    Raises OSError for a name that is too long, before the folders above it are made.
+    Raises OSError for a name that is too long, before its parent folders are created.
     """
     check_names(folder)
     there = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.exists(each))
@@ -93,13 +94,13 @@ def obstacle(folder: Path) -> Path | None:
 
 
 def check_names(path: Path) -> None:
-    """Raise OSError for a path that no disk takes: what asks whether it is there would only say no."""
+    """Raise OSError for a path with a name that is too long. `Path.exists` would only return False."""
     if any(len(os.fsencode(name)) > NAME_BYTES for name in path.parts):
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
 
 
 def sync(folder: Path) -> None:
-    """Have the names in a folder on disk. Raises OSError."""
+    """Sync the directory entries of a folder. Raises OSError."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -108,51 +109,52 @@ def sync(folder: Path) -> None:
 
 
 def opened(path: Path, most: int) -> BufferedReader:
-    """A regular file of at most so many bytes, open to be read. Raises OSError, which for anything else there is
-    `UnexpectedFile`: a FIFO would be waited for, and a device has no end."""
+    """Open a regular file of at most `most` bytes for reading. Raises OSError, which is `UnexpectedFile` for anything
+    else at the path: reading a FIFO would block, and a device has no end."""
     return os.fdopen(_open(path, os.O_RDONLY, most), "rb")
 
 
 def appended(path: Path) -> BufferedWriter:
-    """A regular file, made where there is none, open to be written to at its end. Raises OSError."""
+    """Open a regular file, which is created if missing, for appending. Raises OSError."""
     return os.fdopen(_open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
 
 
 def _open(path: Path, flags: int, most: int | None = None) -> int:
     writes = flags & os.O_WRONLY
     try:
-        # The first two flags change nothing for a regular file.
+        # O_NONBLOCK and O_NOCTTY have no effect on a regular file.
         file = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | (os.O_NOFOLLOW if writes else 0), 0o644)
     except OSError as error:
-        # A socket, a FIFO that nobody reads; a folder, to be written to; a link, to be written through.
+        # In this order: a socket or a FIFO without a reader, a folder opened for writing, a link opened for writing.
         if error.errno in (errno.ENXIO, errno.EISDIR, errno.ELOOP) and os.path.lexists(path):
             raise _unexpected(path, os.lstat(path), most) from error
         raise
-    found = os.fstat(file)
-    if (
-        not stat.S_ISREG(found.st_mode)
-        or (most is not None and found.st_size > most)
-        or (writes and found.st_nlink > 1)
-    ):
+    try:
+        _check(path, os.fstat(file), most, writes=bool(writes))
+    except UnexpectedFile:
         os.close(file)
-        raise _unexpected(path, found, most)
+        raise
     return file
 
 
+def _check(path: Path, found: os.stat_result, most: int | None, *, writes: bool) -> None:
+    too_large = most is not None and found.st_size > most
+    if not stat.S_ISREG(found.st_mode) or too_large or (writes and found.st_nlink > 1):
+        raise _unexpected(path, found, most)
+
+
 def check_regular(path: Path, most: int, *, writes: bool = False, through_links: bool = False) -> None:
-    """Raise `UnexpectedFile` where something else than a regular file of at most so many bytes is at a path that a
-    library is to open, and may write to. Not by opening it: to close one of SQLite's would free the locks that this
-    process has on it."""
+    """Raise `UnexpectedFile` if a path that a library will open exists and is not a regular file of at most `most`
+    bytes. This does not open the file: closing a SQLite file would release this process's locks on it."""
     try:
         found = os.stat(path) if through_links else os.lstat(path)
     except FileNotFoundError:
         return
-    if not stat.S_ISREG(found.st_mode) or found.st_size > most or (writes and found.st_nlink > 1):
-        raise _unexpected(path, found, most)
+    _check(path, found, most, writes=writes)
 
 
 def links(folder: Path) -> Iterator[Path]:
-    """The links in a folder, at any depth; the folder alone where it is one itself."""
+    """Yield all symbolic links in a folder, recursively; only the folder if it is a link itself."""
     if folder.is_symlink():
         yield folder
         return
@@ -171,7 +173,7 @@ def _unexpected(path: Path, found: os.stat_result, most: int | None) -> Unexpect
 
 
 def sha256(path: Path, most: int) -> str:
-    """The digest of a file of at most so many bytes, in hexadecimal. Raises OSError as `read` does."""
+    """Return the hexadecimal SHA-256 of a file of at most `most` bytes. Raises OSError as `read` does."""
 
     def digest() -> str:
         with opened(path, most) as file:
@@ -181,15 +183,14 @@ def sha256(path: Path, most: int) -> str:
 
 
 def read(path: Path, most: int) -> bytes:
-    """A file's bytes, of which there may be so many. Raises OSError, which is `UnexpectedFile` where `opened` says
-    so."""
+    """Return the content of a file of at most `most` bytes. Raises OSError as `opened` does."""
     return patiently(lambda: _read(path, most))
 
 
 def _read(path: Path, most: int) -> bytes:
     with opened(path, most) as file:
         parts = [file.read(said := os.fstat(file.fileno()).st_size)]
-        while part := file.read(2**16):  # it grows, or says less of itself than it has, as those of /proc without end
+        while part := file.read(2**16):  # the file grows, or reports a size that is too small, like files in /proc
             parts.append(part)
             if sum(map(len, parts)) > min(most, said + MOST_RECORD_BYTES):
                 raise _unexpected(path, os.fstat(file.fileno()), most)
@@ -197,12 +198,12 @@ def _read(path: Path, most: int) -> bytes:
 
 
 def sealed(record: Mapping[str, Any]) -> bytes:
-    """A record as JSON that carries its own digest."""
+    """Return a record as JSON that includes its own SHA-256."""
     return json.dumps({**record, "sha256": _seal(record)}, indent=1).encode()
 
 
 def parsed(data: bytes | str) -> Any:
-    """The value in JSON that may be anybody's. Raises `ValueError`, also where it is nested too deeply."""
+    """Parse untrusted JSON. Raises `ValueError`, also if it is nested too deeply."""
     try:
         value = json.loads(data)
     except RecursionError as error:
@@ -217,11 +218,12 @@ def parsed(data: bytes | str) -> Any:
 
 
 def unsealed(data: bytes, name: Path) -> dict[str, Any]:
-    """The record in JSON bytes, without its digest, which those of the first layout lack. Raises `CorruptFile`."""
+    """Parse a sealed record and return it without its digest. Records of layout 1 have none. Raises `CorruptFile`."""
     try:
         record = parsed(data)
         seal = record.pop("sha256", None)
-        lost = seal is None and record.get("layout", 1) > 1  # the name of the digest was what changed
+        lost = seal is None and record.get("layout", 1) > 1  # the key of the digest is what was altered
+
     except (ValueError, AttributeError, TypeError) as error:
         raise CorruptFile(f"{name} cannot be read ({error})") from error
     if lost or seal not in (None, _seal(record)):

@@ -1,13 +1,13 @@
-"""The process around a command that trains. It owns the exit status, which Ray could otherwise decide.
+"""The guard: a parent process around a command that trains, which decides the exit status.
 
-Ray's core runs inside of the driver's process, and ends it with 1, without a word, where it finds that its node is
-gone; here 1 means that trials failed. So the process that a user starts is a small one that starts the driver, passes
-signals on, and says what became of it:
+Ray's core runs inside the driver process. If its node dies, it silently ends the driver with status 1, which here
+means that trials failed. So a user starts a small guard process, which starts the driver, forwards signals and reports
+how the driver ended:
 
-- The driver tells through a pipe how it ended. One that ended without that was ended by Ray: 3, and a sentence.
-- A signal is passed on once, also where the driver got it itself, as with its process group. Where the driver has not
-  ended `WITHIN` seconds later, or a second signal comes, everything is killed, with the status of the first.
-- Where this process is killed, the driver is killed, too. Nothing that a driver started stays after it.
+- The driver sends its exit status through a pipe. If it ends without one, Ray ended it: status 3 and a message.
+- The first signal is forwarded once, even if the driver received it itself (as part of a process group). If the driver
+  has not ended `WITHIN` seconds later, or a second signal arrives, everything is killed, with the status of the first.
+- If the guard is killed, the driver is killed too. No process that a driver started outlives it.
 """
 
 import ctypes
@@ -23,15 +23,15 @@ from typing import NoReturn
 
 from tune_kd.system import signals
 
-WITHIN = 15.0  # seconds from a signal to the end at the latest; SLURM and Kubernetes kill after 30
-ONE = 0.5  # seconds in which signals are one: `timeout` sends its own to the command, and again to its process group
-GLANCE = 0.1  # seconds between looks at the driver
-_PDEATHSIG, _SUBREAPER = 1, 36  # of prctl: be killed with the parent; inherit the orphans of one's descendants
+WITHIN = 15.0  # seconds from a signal to the end at most; SLURM and Kubernetes kill after 30
+ONE = 0.5  # seconds within which signals count as one: `timeout` signals the command, then its process group
+GLANCE = 0.1  # seconds between checks of the driver
+_PDEATHSIG, _SUBREAPER = 1, 36  # prctl options: be killed with the parent; adopt orphaned descendants
 
 
 def guarded(command: Callable[[], None]) -> None:
-    """Run a command in a process of its own and leave with its status. Only called where no thread runs yet."""
-    if sys.platform != "linux":  # which alone has what this needs
+    """Run a command in a child process and exit with its status. Call it before any thread is started."""
+    if sys.platform != "linux":  # prctl exists only there
         command()
         return
     reader, writer = os.pipe()
@@ -48,7 +48,7 @@ def guarded(command: Callable[[], None]) -> None:
 
 
 def _told(command: Callable[[], None]) -> None:
-    """Run a command, and tell how it ended before the interpreter does, whose end may fail for what Ray left in it."""
+    """Run a command and send its exit status before the interpreter shuts down, which may fail after Ray."""
     try:
         command()
     except SystemExit as left:
@@ -59,17 +59,17 @@ def _told(command: Callable[[], None]) -> None:
 
 
 class _Guard:
-    """Watches one driver until its end."""
+    """Watches one driver until it ends."""
 
     def __init__(self, driver: int, reader: int) -> None:
         self._driver = driver
         self._reader = reader
-        self._text = ""  # of what the driver told, each ended by a NUL: a path may have lines
-        self._asked: tuple[int, float] | None = None  # the first signal, and when it came
-        self._again = False  # whether a second one came
+        self._text = ""  # messages of the driver, each ended by NUL, since a path may contain newlines
+        self._asked: tuple[int, float] | None = None  # the first signal and its monotonic time
+        self._again = False  # whether a second signal arrived
 
     def watch(self) -> NoReturn:
-        """Leave with the status of the driver."""
+        """Wait for the driver and exit with its status."""
         for number in signals.SIGNALS:
             signal.signal(number, self._on_signal)
         while (ended := self._ended()) is None:
@@ -88,10 +88,10 @@ class _Guard:
             self._again = True
 
     def _ended(self) -> int | None:
-        """How the driver ended, as `os.waitpid` says it; null while it goes on."""
+        """Return the driver's wait status as `os.waitpid` does; None while it runs."""
         select.select([self._reader] if self._reader >= 0 else [], [], [], GLANCE)
         self._listen()
-        while True:  # also its orphans are waited for
+        while True:  # reap its orphans too
             process, ended = os.waitpid(-1, os.WNOHANG)
             if process == self._driver:
                 return ended
@@ -99,18 +99,18 @@ class _Guard:
                 return None
 
     def _listen(self) -> None:
-        """Read what the driver has told so far."""
+        """Read the messages of the driver so far."""
         while self._reader >= 0 and select.select([self._reader], [], [], 0)[0]:
             told = os.read(self._reader, 4096)
             if not told:
                 os.close(self._reader)
                 self._reader = -1
             self._text += told.decode(errors="replace")
-        if self._asked is None and (number := self._told("asked")):  # it alone was sent a signal
+        if self._asked is None and (number := self._told("asked")):  # only the driver received the signal
             self._asked = int(number), time.monotonic()
 
     def _told(self, what: str) -> str | None:
-        """The last that the driver told of something."""
+        """Return the driver's last message of a kind: asked, advice or ended."""
         lines = [line.partition(" ")[2] for line in self._text.split("\0") if line.startswith(f"{what} ")]
         return lines[-1] if lines else None
 
@@ -123,8 +123,8 @@ class _Guard:
     def _leave_with(self, ended: int) -> NoReturn:
         if (status := self._told("ended")) is not None:
             os._exit(int(status))
-        signals.kill_children()  # of a driver that could not do it
-        if os.WIFSIGNALED(ended) and os.WTERMSIG(ended) == signal.SIGKILL:  # as if it had come to this process
+        signals.kill_children()  # the driver did not
+        if os.WIFSIGNALED(ended) and os.WTERMSIG(ended) == signal.SIGKILL:  # as if this process had received it
             os.kill(os.getpid(), signal.SIGKILL)
         if os.WIFSIGNALED(ended) and os.WTERMSIG(ended) in signals.SIGNALS:
             self._asked = self._asked or (os.WTERMSIG(ended), 0.0)

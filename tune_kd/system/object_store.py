@@ -1,13 +1,12 @@
-"""A results folder in an object store (s3://, gs://): a folder on this disk stands for it, everything works on that,
-and what others need of it is sent to the store, and fetched from there.
+"""Results in an object store (s3://, gs://), mirrored in a local folder.
 
-An object is there whole or not at all. The store has no locks, no appending and no renaming: what needs these stays on
-the disk of the machine that needs it.
+Code works on the local folder; files that other machines need are sent to the store and fetched from it. An object is
+complete or absent. A store has no locks, appends or renames, so files that need them stay on the local disk.
 
-XDG_DATA_HOME/tune_kd/KEY/url.json   the URL of a store's folder: what alone says where things are sent
-XDG_DATA_HOME/tune_kd/KEY/results/   what stands for it
+XDG_DATA_HOME/tune_kd/KEY/url.json   the URL of the folder in the store
+XDG_DATA_HOME/tune_kd/KEY/results/   its local mirror
 
-Results may be anybody's, so nothing in them, beside them or above them is asked where they are to be sent.
+Only `url.json` decides where files are sent. Results may come from others, so nothing in them is trusted for that.
 """
 
 import errno
@@ -30,16 +29,16 @@ from tune_kd.system.secrets import secrets
 
 SCHEMES = ("s3", "gs")
 MARK, RESULTS = "url.json", "results"  # in the folder of a mirror
-REQUEST_SECONDS = 15  # seconds that one request may take with all its repetitions
-MOST_SENT_BYTES = 2**34  # of a file, which is read whole: more than any network and its state has
-READS = 5  # of an object, until it did not change meanwhile
+REQUEST_SECONDS = 15  # seconds for one request to Google's store with its retries
+MOST_SENT_BYTES = 2**34  # limit for a file, which is read into memory; any network with its state is smaller
+READS = 5  # attempts to read an object that changes meanwhile
 
 
 @dataclass(frozen=True)
 class Mirror:
-    """A folder and the URL that it stands for. Without a URL the folder is all there is, and nothing is sent.
+    """A local folder and the URL that it mirrors. If the URL is None, there is no store and nothing is sent.
 
-    Everything raises OSError where the store does not answer, after some tries.
+    All methods retry, then raise OSError if the store does not answer.
     """
 
     root: Path
@@ -47,11 +46,11 @@ class Mirror:
 
     @classmethod
     def of(cls, path: Path) -> "Mirror":
-        """The mirror that a path is in. Raises `CorruptFile` where the URL of that cannot be read."""
+        """Return the mirror that contains a path. Raises `CorruptFile` if its URL cannot be read."""
         here = Path(os.path.abspath(path))
         try:
             home = _home()
-        except UserError:  # without a home nobody has a mirror
+        except UserError:  # without a home there are no mirrors
             return cls(here)
         if not here.is_relative_to(home):
             return cls(here)
@@ -64,25 +63,26 @@ class Mirror:
             raise CorruptFile(f"{mark} cannot be read ({error}); name the store by its URL to write it anew") from error
 
     def place(self, path: Path) -> str:
-        """What people are to see of a path."""
+        """Return a path as shown to users: its URL in the store, or the path itself."""
         if self.url is None:
             return str(path)
         base, _, query = self.url.partition("?")
         return f"{base.rstrip('/')}/{self._under(path)}{'?' if query else ''}{query}"
 
     def send(self, path: Path, data: bytes | None = None) -> None:
-        """Have the store hold a file as it is here now, or with these bytes."""
+        """Send a file to the store, or `data` under its name."""
         if self.url is not None:
             data = read(path, MOST_SENT_BYTES) if data is None else data
             patiently(lambda: self._put(path, data))
 
     def publish(self, path: Path, data: bytes) -> None:
-        """Write a file here, whole or not at all, and have the store hold it."""
+        """Write a local file atomically and send it to the store."""
         publish(path, data)
         self.send(path, data)
 
     def fetch(self, path: Path, most: int) -> bool:
-        """Have a file of at most so many bytes here as the store holds it. Returns whether it is here then."""
+        """Fetch a file of at most `most` bytes from the store. Returns whether the store (without one, this disk) has
+        it."""
         if self.url is None:
             return path.is_file()
         data = self.read(path, most)
@@ -92,29 +92,29 @@ class Mirror:
         return data is not None
 
     def read(self, path: Path, most: int) -> bytes | None:
-        """What the store holds of a file; null where it has none, or there is no store. Raises `UnexpectedFile` for one
-        of more bytes than that."""
+        """Return the content of a file in the store; None if it is absent or there is no store. Raises `UnexpectedFile`
+        if it has more than `most` bytes."""
         return None if self.url is None else patiently(lambda: self._get(path, most))
 
     def names(self, folder: Path) -> list[str]:
-        """The names of files and folders that the store has in a folder, sorted."""
+        """Return the sorted names of files and folders in a folder of the store."""
         if self.url is None:
             return []
         from pyarrow.fs import FileSelector
 
-        store, key = _store(self.url), self._key(folder)
+        store, key = self._at(folder)
         found = patiently(lambda: store.get_file_info(FileSelector(key, allow_not_found=True)))
         return sorted(each.base_name for each in found)
 
     def forget(self, path: Path) -> None:
-        """Remove a file or a folder from the store, if it is there."""
+        """Remove a file or a folder from the store, if it exists."""
         if self.url is None:
             return
         from pyarrow.fs import FileType
 
-        store, key = _store(self.url), self._key(path)
+        store, key = self._at(path)
         kind = patiently(lambda: store.get_file_info(key)).type
-        with suppress(FileNotFoundError):  # it went meanwhile
+        with suppress(FileNotFoundError):  # it was removed meanwhile
             if kind == FileType.File:
                 patiently(lambda: store.delete_file(key))
             elif kind == FileType.Directory:
@@ -123,22 +123,22 @@ class Mirror:
     def _under(self, path: Path) -> str:
         return Path(os.path.abspath(path)).relative_to(self.root).as_posix()
 
-    def _key(self, path: Path) -> str:
+    def _at(self, path: Path) -> tuple[Any, str]:
+        """Return the store and the key of a path in it."""
         assert self.url is not None
-        return f"{_base(self.url)}/{self._under(path)}".removesuffix("/.")
+        store, base = _store(self.url)
+        return store, f"{base}/{self._under(path)}".removesuffix("/.")
 
     def _put(self, path: Path, data: bytes) -> None:
-        assert self.url is not None
-        # Not in a `with`, which would end an object that is there by half as if it were whole.
-        stream = _store(self.url).open_output_stream(self._key(path))
+        store, key = self._at(path)
+        stream = store.open_output_stream(key)  # without `with`, which completes an object even after an error
         stream.write(data)
         stream.close()
 
     def _get(self, path: Path, most: int) -> bytes | None:
         from pyarrow.fs import FileType
 
-        assert self.url is not None
-        store, key = _store(self.url), self._key(path)
+        store, key = self._at(path)
         before = store.get_file_info(key)
         for _ in range(READS):
             if before.type != FileType.File:
@@ -150,19 +150,19 @@ class Mirror:
                 data: bytes = stream.read()
             after = store.get_file_info(key)
             if (after.size, after.mtime_ns) == (before.size, before.mtime_ns) and len(data) == after.size:
-                return data  # it is read in parts, between which another may have come
+                return data  # unchanged: an object is read in parts, and may be replaced between them
             before = after
         raise OSError(f"{self.place(path)} changes all the time")
 
 
 def local(place: str) -> Path:
-    """The folder on this disk for a place of results: that place itself, or the mirror of a URL. Raises `UserError`."""
+    """Return the local folder for a place of results: the path itself, or the mirror of a URL. Raises `UserError`."""
     if "://" not in place:
         return Path(place)
     parts = urlsplit(place)
     base, _, query = place.partition("?")
     names = (parts.netloc, *parts.path.split("/"))
-    # pyarrow takes capitals for another scheme, leaves out what comes after a #, and has no folder above another.
+    # pyarrow takes an upper-case scheme for another one, ignores what follows a '#', and does not resolve '..'.
     if base.partition("://")[0] not in SCHEMES or not parts.netloc or "#" in place or {".", ".."} & {*names}:
         urls = " or ".join(f"{each}://BUCKET/PATH" for each in SCHEMES)
         raise UserError(f"--out is {base}; allowed: a folder, or {urls}, where PATH has no '#' and no folder . or ..")
@@ -194,13 +194,13 @@ def local(place: str) -> Path:
 
 
 def _home() -> Path:
-    """The folder of all mirrors. Raises `UserError` where this user has no home to have it in."""
+    """Return the folder of all mirrors. Raises `UserError` if this user has no home."""
     base = os.environ.get("XDG_DATA_HOME", "")
     return (Path(base) if os.path.isabs(base) else environment.home() / ".local" / "share") / "tune_kd"
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file or a folder is this user's, who alone may write to it."""
+    """Whether this user owns a file or folder, and nobody else may write to it."""
     try:
         found = os.lstat(path)
     except OSError:
@@ -209,7 +209,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def path_of(place: str) -> Path:
-    """The path on this disk of something that is in a folder of results: a path, or a URL. Raises `UserError`."""
+    """Return the local path for something in a results folder, given as a path or a URL. Raises `UserError`."""
     if "://" not in place:
         return Path(place)
     base, mark, query = place.partition("?")
@@ -222,18 +222,14 @@ def _first(error: Exception) -> str:
 
 
 @lru_cache(maxsize=4)
-def _store(url: str) -> Any:
+def _store(url: str) -> tuple[Any, str]:
+    """Return the file system of a URL and the path in it."""
     from pyarrow.fs import FileSystem
 
-    # A small object is then one request, and not three; and Google's client would try for a quarter of an hour.
+    # S3: a small object is then one request, not three. Google's client would by default retry for 15 minutes.
+
     option = {"s3": "allow_delayed_open=true", "gs": f"retry_limit_seconds={REQUEST_SECONDS}"}[url.partition(":")[0]]
     if option.partition("=")[0] not in url:
         url = f"{url}{'&' if '?' in url else '?'}{option}"
-    return FileSystem.from_uri(url)[0]
-
-
-@lru_cache(maxsize=4)
-def _base(url: str) -> str:
-    from pyarrow.fs import FileSystem
-
-    return str(FileSystem.from_uri(url)[1]).rstrip("/")
+    store, base = FileSystem.from_uri(url)
+    return store, base.rstrip("/")

@@ -1,11 +1,11 @@
-"""Text that would let somebody in, were it recorded or shown: found, and masked.
+"""Find and mask passwords, tokens and keys in text.
 
-detect-secrets knows the tokens of many services by their form. Its rules of entropy and of keywords are not used:
-records are full of digests, and questions are prose. The forms that it lacks are `RULES`. A password has no form: it is
-known by the name before it, as in `password=...`.
+detect-secrets recognizes the tokens of many services by their form; `RULES` adds forms that it lacks. Its entropy and
+keyword rules are not used: records are full of digests, and studies contain prose. Passwords have no form, so they are
+recognized by the name before them, as in `password=...`.
 
-The work grows with the length of a text, whatever it holds: no rule here looks at the same long stretch from each of
-its characters, and the library's see pieces of bounded length.
+The time is linear in the length of the text, for any text: no rule here scans the same long stretch again from each of
+its characters, and the library's rules are applied to pieces of bounded length.
 """
 
 import re
@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
-PLUGINS = {  # of detect-secrets, with their modules: those whose rules are the form of a token
+PLUGINS = {  # modules and classes of detect-secrets whose rules are the form of a token
     "aws": "AWSKeyDetector",
     "azure_storage_key": "AzureStorageKeyDetector",
     "cloudant": "CloudantDetector",
@@ -30,12 +30,12 @@ PLUGINS = {  # of detect-secrets, with their modules: those whose rules are the 
     "telegram_token": "TelegramBotTokenDetector",
     "twilio": "TwilioKeyDetector",
 }
-PIECE = 4096  # characters, in which the library's rules look for what begins there
-LONGEST = 1024  # characters after a piece that they see, too: the longest token that is found whole
-HEAD = 200  # characters of a value by which it is judged
-PASSES = 5  # after which a text in which each mask uncovers another secret is not shown at all
+PIECE = 4096  # characters in a piece of text to which the library's rules are applied
+LONGEST = 1024  # characters after a piece that the rules also see: the longest token that is found whole
+HEAD = 200  # characters of a value that decide whether it is a secret
+PASSES = 5  # after so many passes of masking, a text that still contains secrets is replaced entirely
 
-RULES = {  # of a match, the group `secret` is masked, or all of it
+RULES = {  # the group `secret` is masked, or without that group the whole match
     name: re.compile(rule)
     for name, rule in {
         "private key": r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,20}-----"
@@ -53,7 +53,7 @@ RULES = {  # of a match, the group `secret` is masked, or all of it
         r"[A-Za-z0-9_-]*",
     }.items()
 }
-NAMED = re.compile(  # what is written before a secret value
+NAMED = re.compile(  # the name before a secret value
     r"(?P<asked>(?<![\w-])--(?:[a-z]+-){0,4}|\blogin\s{1,3}\S{1,200}\s{1,3})?"
     r"(?:(?P<sure>pass(?:word|wd|phrase)|(?:db|database|user|smtp|mail|key)_?pass"
     r"|(?:secret|api|access|account|auth|signing)[_-]?key|client[_-]?secret"
@@ -63,14 +63,14 @@ NAMED = re.compile(  # what is written before a secret value
     r"\\{0,2}(?P<quote>[\"'`])?",
     re.IGNORECASE,
 )
-NO_SECRET = re.compile(  # what stands where one would be: a mask, a variable, a placeholder, a word of code
+NO_SECRET = re.compile(  # values that are not secrets: masks, variables, placeholders, keywords
     r"[*<{%\[(]|\.\.\.|\$[A-Z_{(]|(?:[A-Z]+_)*(?:PASSWORD|SECRET|TOKEN|KEY|TEXT|VALUE|X+)(?!\w)"
     r"|(?i:none|null|true|false|required|optional|empty|unset|str)(?!\w)"
 )
-REST = re.compile(r"[\w-]*")  # of a token that is longer than the library knows
+REST = re.compile(r"[\w-]*")  # the rest of a token that is longer than the library's rule
 MIXED = re.compile(r"(?=\D*\d)(?=[^A-Za-z]*[A-Za-z])")
 VALUES = {None: re.compile(r"[^\s\"'`]*")} | {quote: re.compile(rf"[^\n{quote}]*") for quote in "\"'`"}
-DIGEST = re.compile(r"[0-9a-f]{0,64}")  # of which records hold thousands: no form of a secret
+DIGEST = re.compile(r"[0-9a-f]{0,64}")  # records hold thousands of digests, and no secret has this form
 RANDOM = re.compile(r"(?=[A-Za-z]*\d)(?=\d*[A-Za-z])[A-Za-z0-9]{16}")
 
 
@@ -84,13 +84,13 @@ class Find(NamedTuple):
 
 @cache
 def _library() -> tuple[tuple[str, re.Pattern[str]], ...]:
-    """The library's rules with their names. Its import takes a quarter of a second, so it comes late."""
+    """Return the library's rules with their names. It is imported here, since that takes a quarter of a second."""
     plugins = (getattr(import_module(f"detect_secrets.plugins.{module}"), name) for module, name in PLUGINS.items())
     return tuple((plugin.secret_type, rule) for plugin in plugins for rule in plugin.denylist)
 
 
 def finds(text: str) -> list[Find]:
-    """What looks like a password, a token or a key in a text, in order; what overlaps is one."""
+    """Return what looks like a password, token or key, in order of position. Overlapping finds are merged."""
     merged: list[Find] = []
     for find in sorted({*_by_form(text), *_by_name(text), *_by_library(text)}):
         if merged and find.start < merged[-1].end:
@@ -110,7 +110,7 @@ def _by_library(text: str) -> Iterator[Find]:
     for start in range(0, len(text), PIECE):
         for name, rule in _library():
             for match in rule.finditer(text, start, start + PIECE + LONGEST):
-                if match.start() >= start + PIECE:  # it is found in the next piece
+                if match.start() >= start + PIECE:  # the next piece finds it
                     break
                 yield Find(match.start(), _end(REST, text, match.end(), LONGEST), name)
 
@@ -125,14 +125,14 @@ def _by_name(text: str) -> Iterator[Find]:
 
 
 def _end(rule: re.Pattern[str], text: str, start: int, most: int) -> int:
-    """Where what a rule takes from `start` on ends, after so many characters at most."""
+    """Return where the match of a rule at `start` ends, limited to `most` characters; `start` without a match."""
     found = rule.match(text, start, start + most)
     return start if found is None else found.end()
 
 
 def _lets_in(named: re.Match[str], value: str) -> bool:
-    """Whether a value after such a name is a secret. What is set or quoted is one after a name of secrets alone;
-    elsewhere, as after a colon in prose, it has letters and digits."""
+    """Whether a value after a match of `NAMED` is a secret. After a sure name, an assigned or quoted value always is;
+    elsewhere, as after a colon in prose, it must mix letters and digits."""
     if NO_SECRET.match(value):
         return False
     if named["sure"] and (named["equals"] or named["quote"]):
@@ -143,7 +143,7 @@ def _lets_in(named: re.Match[str], value: str) -> bool:
 
 
 def masked(text: str) -> str:
-    """The text without what looks like a password, a token or a key."""
+    """Return the text with everything that looks like a password, token or key replaced by `***`."""
     for _ in range(PASSES):
         found = finds(text)
         if not found:
@@ -154,7 +154,7 @@ def masked(text: str) -> str:
 
 
 def secrets(value: Any, name: str = "", key: str = "") -> Iterator[str]:
-    """A sentence for each text inside a value that looks as if it let somebody in. It is not repeated."""
+    """Yield a sentence for each text inside a value that looks like a secret. The sentence does not contain it."""
     if isinstance(value, dict):
         for each, inside in value.items():
             yield from secrets(inside, f"{name}.{each}" if name else str(each), str(each))
@@ -165,7 +165,7 @@ def secrets(value: Any, name: str = "", key: str = "") -> Iterator[str]:
         text = value if isinstance(value, str) else ""
         if DIGEST.fullmatch(text) and _is_plain(key):
             return
-        before = f"{key}=" if key else ""  # since {"password": "..."} gives it away, too
+        before = f"{key}=" if key else ""  # so that {"password": "..."} is found too
         for find in finds(before + text)[:1]:
             place = f"at character {find.start - len(before) + 1}" if find.start >= len(before) else "in its name"
             yield (
@@ -176,5 +176,6 @@ def secrets(value: Any, name: str = "", key: str = "") -> Iterator[str]:
 
 @lru_cache(maxsize=1024)
 def _is_plain(key: str) -> bool:
-    """Whether a field's name neither holds a secret nor says that its value is one."""
+    """Whether a field's name neither contains a secret nor marks its value as one."""
+
     return not NAMED.search(f"{key}=") and not finds(key)

@@ -1,7 +1,6 @@
-"""Signals that ask a command to leave: it drains or unwinds in order, and ends with 128 and the signal's number.
+"""Signals that end a command: it drains or unwinds in order and exits with 128 plus the signal's number.
 
-That the end comes in time, whatever the command waits for, is seen to by the process around it: see
-`tune_kd.system.guard`.
+The parent process makes sure that it ends in time: see `tune_kd.system.guard`.
 """
 
 import os
@@ -16,52 +15,52 @@ from typing import Any, NoReturn
 from tune_kd.system.characters import visible
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""What asks a command to leave; the last is what a cluster's scheduler may send before it takes a machine away."""
+"""Signals that end a command. Cluster schedulers can send SIGUSR1 before they take a machine away."""
 
-_asked: list[int] = []  # by which signal this command was asked to leave
-_advice: list[str] = []  # how to go on, while there is something to go on with
-_guard: list[int] = []  # the pipe to the process around this one, where there is one
+_asked: list[int] = []  # the signal that this command received first
+_advice: list[str] = []  # how to continue, while there is a run to continue
+_guard: list[int] = []  # the pipe to the guard process, if there is one
 
 
 def guarded_through(pipe: int) -> None:
-    """Have the process around this one told, sentence by sentence, what it cannot see."""
+    """Set the pipe through which `tell_guard` sends messages to the guard process."""
     _guard[:] = [pipe]
 
 
 def tell_guard(line: str) -> None:
-    """Tell the process around this one something, where there is one."""
+    """Send a message to the guard process, if there is one."""
     for pipe in _guard:
         with suppress(OSError):
             os.write(pipe, f"{line}\0".encode(errors="backslashreplace"))
 
 
 def process_id() -> int:
-    """The process that a user knows, and may send signals to: the one around this one, or this one."""
+    """Return the id of the process that the user started and can signal: the guard, or this one without a guard."""
     return os.getppid() if _guard else os.getpid()
 
 
 def asked() -> int | None:
-    """The signal that asked this command to leave, or null."""
+    """Return the signal that this command received first, or None."""
     return _asked[0] if _asked else None
 
 
 def note(number: int) -> None:
-    """Take note of the first signal; also of one that another's handler took."""
+    """Record a signal as received, unless one was before. For signals that a library's handler caught, too."""
     if not _asked:
         _asked.append(number)
         tell_guard(f"asked {number}")
 
 
 def check() -> None:
-    """Leave where this command was asked to, and has not done so: what a handler raises is lost where it interrupts
-    what catches everything, such as an import of a library that tries what is installed."""
+    """Exit if a signal was received. The SystemExit that a handler raised may have been swallowed by code that catches
+    everything, such as optional imports of a library."""
     if _asked:
         raise SystemExit(128 + _asked[0])
 
 
 @contextmanager
 def advising(sentence: str) -> Iterator[None]:
-    """Have a command that is ended at once say how to go on."""
+    """Within this context, a command that is killed says how to continue."""
     _advice.append(sentence)
     tell_guard(f"advice {sentence}")
     try:
@@ -72,8 +71,8 @@ def advising(sentence: str) -> Iterator[None]:
 
 @contextmanager
 def handled(handler: Callable[[int], None]) -> Iterator[None]:
-    """Call a handler, in the main thread, with the first signal of a command, and with the others nothing. Elsewhere
-    than in the main thread, which alone may set handlers, do nothing."""
+    """Within this context, call `handler` with the first signal of a command and ignore the others. Does nothing
+    outside the main thread, since only that may set handlers."""
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if not _asked:
@@ -92,7 +91,7 @@ def handled(handler: Callable[[int], None]) -> Iterator[None]:
 
 @contextmanager
 def left_by_signals() -> Iterator[None]:
-    """A signal ends the command with 128 and its number, whatever it is at."""
+    """Within this context, a signal raises SystemExit with 128 plus its number."""
 
     def leave_in_order(number: int) -> None:
         raise SystemExit(128 + number)
@@ -107,12 +106,11 @@ def left_by_signals() -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Deliver signals when this is over, and have the processes that are started meanwhile never get any.
+    """Deliver signals at the end of this context, and block them for good in processes that are started within.
 
-    They inherit that these signals are blocked. So Ray goes on where a signal is sent to all processes of a job, as
-    `timeout` does to a process group, and `scancel`, systemd and Kubernetes to a cgroup, and trials can end their
-    epoch. Ray ends its processes with SIGKILL where SIGTERM does nothing. Its dashboard alone, without which a run goes
-    on, unblocks SIGINT and SIGTERM again.
+    Child processes inherit the signal mask. So Ray survives a signal to all processes of a job (`timeout` signals a
+    process group; `scancel`, systemd and Kubernetes a cgroup), and trials can finish their epoch. Ray falls back to
+    SIGKILL to end its processes. Only its dashboard unblocks SIGINT and SIGTERM; a run continues without it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -131,13 +129,13 @@ def held_back() -> Iterator[None]:
 
 def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
     for number, handler in handlers.items():
-        if handler is not None:  # of a library in C, which cannot be set from here
+        if handler is not None:  # None is a handler set in C, which Python cannot restore
             signal.signal(number, handler)
 
 
 def leave(status: int, sentence: str) -> NoReturn:
-    """End this process and those that it started, at once, whatever its threads wait for. The status is that of the
-    signal that came, where one did."""
+    """Kill the child processes and exit at once, without waiting for threads. If a signal was received, the status is
+    128 plus its number."""
     status = 128 + _asked[0] if _asked else status
     say("; ".join([sentence, *(each for each in _advice[-1:] if each not in sentence)]))
     kill_children()
@@ -146,15 +144,15 @@ def leave(status: int, sentence: str) -> NoReturn:
 
 
 def say(sentence: str) -> None:
-    """Say a last sentence on standard error, where nothing that buffers may work any more."""
-    cursor = "\033[?25h" if sys.stderr.isatty() else ""  # the live view hides it
+    """Write a sentence to standard error without buffering: Python's streams may no longer work."""
+    cursor = "\033[?25h" if sys.stderr.isatty() else ""  # the live view hides the cursor
     with suppress(OSError):
         os.write(2, f"{cursor}tune_kd: {visible(sentence)}\n".encode(errors="backslashreplace"))
 
 
 def kill_children() -> None:
-    """Kill what this process started, and what that started: Ray's agents would stay for a minute."""
-    import psutil  # takes long, and most commands end by themselves
+    """Kill all descendants of this process. Ray's agents would otherwise live on for a minute."""
+    import psutil  # not at the top: the guard process stays small
 
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):

@@ -1,5 +1,5 @@
-"""Standard streams that do not fail. A terminal is closed, a reader leaves, a disk is full: what cannot be said is not
-said, and a run goes on to the status that it would have had.
+"""Standard streams that never raise. If a terminal is closed, a pipe's reader is gone or a disk is full, output is
+dropped and the run ends with the status that it would have had.
 """
 
 import io
@@ -9,22 +9,22 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-WAIT = 5.0  # seconds for which a stream that does not block may be full
+WAIT = 5.0  # seconds that a non-blocking stream may stay full
 
 
 def made_safe() -> None:
-    """Replace standard output and standard error, once a process, before it opens anything else."""
+    """Replace standard output and standard error. Call it once, before the process opens any file."""
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # closed by whoever started this: the next file would be taken for it
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # also in the programs that this one starts
+        except OSError:  # the stream is closed, so the next file opened would get its number
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # for child processes too
     sys.stdout = _unfailing(sys.stdout, 1)
     sys.stderr = _unfailing(sys.stderr, 2)
 
 
 def _unfailing(stream: Any, number: int) -> Any:
-    """A stream to the same file; one that is no file's, such as a notebook's, as it is."""
+    """Return a stream to the same file that never raises; a stream without a file, such as a notebook's, unchanged."""
     try:
         if stream is not None and stream.fileno() != number:
             return stream
@@ -33,21 +33,19 @@ def _unfailing(stream: Any, number: int) -> Any:
     if stream is not None:
         with suppress(OSError):
             stream.flush()
-    raw, at_once = (
-        _Unfailing(number, "w", closefd=False),
-        getattr(stream, "write_through", False),
-    )  # as `python -u` asks
+    raw = _Unfailing(number, "w", closefd=False)
+    at_once = getattr(stream, "write_through", False)  # set by `python -u`
     return io.TextIOWrapper(
         raw if at_once else io.BufferedWriter(raw),
         encoding=getattr(stream, "encoding", "utf-8"),
-        errors="backslashreplace",  # what this terminal has no letter for is no reason to fail, either
+        errors="backslashreplace",  # the terminal's encoding may lack a character
         line_buffering=number == 2 or os.isatty(number),
         write_through=at_once,
     )
 
 
 class _Unfailing(io.FileIO):
-    """Takes everything, and writes what can be written: where it stays full for `WAIT`, the rest is lost."""
+    """Accepts all data and writes what it can. If the file stays full for `WAIT`, the rest is dropped."""
 
     def write(self, data: Any) -> int:
         rest = memoryview(data).cast("B")
