@@ -137,7 +137,7 @@ def test_a_disk_that_does_not_even_take_who_holds_a_new_run_keeps_no_folder_of_i
     def full(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("tune_kd.records.run_folder.publish", full)
+    monkeypatch.setattr("tune_kd.records.lock.publish", full)
     run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
     with pytest.raises(OSError, match="no space left"), begun(run):
         raise AssertionError("it was begun")
@@ -155,7 +155,7 @@ def test_a_run_that_was_begun_and_ended_before_the_lock_was_given_is_left_as_it_
         with held(folder):
             yield
 
-    monkeypatch.setattr("tune_kd.records.lock.held", after_another)
+    monkeypatch.setattr("tune_kd.records.run_folder.held", after_another)
     with pytest.raises(UserError, match="was begun meanwhile"), begun(run):
         raise AssertionError("it was begun twice")
     assert reopen(run.folder).study == study
