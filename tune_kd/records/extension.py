@@ -37,8 +37,8 @@ def with_file(run: Run, file: Path) -> Run:
 def _declared(run: Run) -> Study | None:
     """Return the study as its file declares it now.
 
-    None if the file is gone, or if only the record names it and it is unchanged. Raises `UserError` if only the record
-    names it and it would have to be executed.
+    A file that only the record names is executed only if the study is installed or in the working directory. Otherwise
+    returns None if it is unchanged, and raises `UserError` if not. None, too, if the file is gone.
     """
     source = run.source
     if source is None or not (run.named or os.path.isfile(source.file)):

@@ -13,14 +13,8 @@ if TYPE_CHECKING:
 
 PHASES = TRIALS.levels["phase"]
 LEVELS = ("student", "teacher", "stem", "weights", "width", "method", "temperature", "alpha", "beta")
-CONDITIONS = (
-    "lr",
-    "weight_decay",
-    "recipe_id",
-    "dataset",
-    "scale",
-    "epochs_planned",
-)  # part of an arm's name if arms would mix otherwise
+# Part of an arm's name if arms would mix otherwise.
+CONDITIONS = ("lr", "weight_decay", "recipe_id", "dataset", "scale", "epochs_planned")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Schema:
 
     @property
     def names(self) -> list[str]:
-        """The text columns without control characters."""
+        """The text columns that must not have control characters."""
         return [name for name, kind in self.columns.items() if kind is str and name not in self.free]
 
 

@@ -56,7 +56,7 @@ class Sender:
             raise OSError(f"{self._mirror.place(self._folder)} does not take the records ({error}); {here}") from error
 
     def _tables(self) -> list[tuple[str, bytes]]:
-        """Read the tables at once, so that they fit together in the store."""
+        """Read all tables now, so that they fit together in the store."""
         return [(name, read(self._folder / name, MOST_TABLE_BYTES)) for name in (STUDY, *TABLES)]
 
     def _send(self, tables: list[tuple[str, bytes]]) -> None:
@@ -86,7 +86,7 @@ def send(folder: Path, *names: str) -> None:
 
 
 def pull(folder: Path) -> None:
-    """Fetch a run from its store if the store is ahead, as when it ran on another machine. Raises OSError."""
+    """Fetch a run that is not here, or that went on elsewhere, from its store. Raises OSError."""
     mirror = Mirror.of(folder)
     if mirror.url is None:
         return
