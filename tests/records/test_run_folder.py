@@ -137,7 +137,7 @@ def test_a_disk_that_does_not_even_take_who_holds_a_new_run_keeps_no_folder_of_i
     def full(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("tune_kd.records.run_folder.publish", full)
+    monkeypatch.setattr("tune_kd.records.lock.publish", full)
     run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
     with pytest.raises(OSError, match="no space left"), begun(run):
         raise AssertionError("it was begun")

@@ -20,7 +20,7 @@ from tune_kd.study.plan import arrival_order
 from tune_kd.study.spec import CELL_FIELDS, Screen, Study
 from tune_kd.study.trial import Decision
 from tune_kd.study.validate import margin_problems
-from tune_kd.system.errors import UserError
+from tune_kd.system.errors import UserError, raise_problems
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,7 @@ def check_screen(screen: Screen, curves: Curves) -> None:
             problems.append(f"screen.grace is {screen.grace}, longer than curves of {epochs} epochs")
         else:
             problems += margin_problems(screen, epochs)
-    if problems:
-        raise UserError(*dict.fromkeys(problems))
+    raise_problems(problems)
 
 
 def replay(screen: Screen, grid: Grid, order: Sequence[str]) -> list[Decision]:

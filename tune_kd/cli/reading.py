@@ -20,7 +20,7 @@ from tune_kd.records.ledger import reading
 from tune_kd.records.schema import DECISIONS, LEDGER, TRIALS, Row
 from tune_kd.reporting import progress, terminal
 from tune_kd.study import discover
-from tune_kd.study.trial import Decision, Phase
+from tune_kd.study.trial import UNENDED, UNSUCCESSFUL, Decision, Phase
 from tune_kd.system.environment import private
 from tune_kd.system.errors import UserError
 from tune_kd.system.object_store import Mirror
@@ -85,9 +85,9 @@ def _print_state(folder: Path, holder: Mapping[str, Any] | None, rows: Sequence[
     console = Terminal()
     if holder is not None:
         console.say(f"run by process {holder['pid']} on {holder['host']} since {holder['since']}")
-    elif any(row["status"] in ("pending", "running") for row in rows):
+    elif any(row["status"] in UNENDED for row in rows):
         console.say(f"nobody runs it; go on with: python -m tune_kd resume {quote(str(folder))}")
-    failed = [row for row in rows if row["status"] in ("failed", "blocked")]
+    failed = [row for row in rows if row["status"] in UNSUCCESSFUL]
     for row in failed[: progress.SHOWN]:
         console.say(f"{row['arm']} seed {row['seed']} {row['status']}: {row['error']}")
     if len(failed) > progress.SHOWN:

@@ -26,7 +26,7 @@ from tune_kd.data.cifar_pickles import FORMS
 from tune_kd.data.image_folder import Pixels
 from tune_kd.study.spec import DATA_SETS, Data
 from tune_kd.system.characters import visible
-from tune_kd.system.errors import UserError
+from tune_kd.system.errors import raise_problems
 
 # Mean and standard deviation per channel of the 50,000 training images, in [0, 1]. The deviations are over all pixels;
 # the often quoted 0.2023, 0.1994, 0.2010 for CIFAR-10 are means of per-image deviations.
@@ -212,8 +212,7 @@ def _sized(parts: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], wanted: dict
             problems.append(
                 f"{part}: {size} images are fewer than one for each of {classes} classes; give {classes} to {most}"
             )
-    if problems:
-        raise UserError(*problems)
+    raise_problems(problems)
 
     def cut(images: Tensor, labels: Tensor, ranks: Tensor, member: Tensor, size: int | None) -> Split:
         members = member.nonzero().squeeze(1)

@@ -21,7 +21,7 @@ from tune_kd.records.sync import Sender
 from tune_kd.study import sampler
 from tune_kd.study.early_stopping import Schedule, stratum
 from tune_kd.study.plan import Plan
-from tune_kd.study.trial import ENDED, Decision, Epoch, Trial
+from tune_kd.study.trial import ENDED, UNSUCCESSFUL, Decision, Epoch, Trial, quality
 from tune_kd.system.crash_points import point
 from tune_kd.system.object_store import Mirror
 from tune_kd.system.secrets import masked
@@ -248,9 +248,9 @@ class Driver:
         """Update the row of a trial that has a new epoch."""
         self._attempts.got_on(row["trial_id"])
         row["epochs_run"], row["val_accuracy"] = epoch.epoch, epoch.val_accuracy
-        quality = (epoch.val_accuracy, -epoch.val_loss)
-        if quality > self._best.get(row["trial_id"], (-1.0, 0.0)):
-            self._best[row["trial_id"]] = quality
+        reached = quality(epoch.val_accuracy, epoch.val_loss)
+        if reached > self._best.get(row["trial_id"], (-1.0, 0.0)):
+            self._best[row["trial_id"]] = reached
             row["val_accuracy_best"], row["best_epoch"] = epoch.val_accuracy, epoch.epoch
         row["train_seconds"] = (row["train_seconds"] or 0.0) + epoch.seconds
 
@@ -278,7 +278,7 @@ class Driver:
         self._ledger.put(TRIALS, row)
         self._tables_due = True
         if trial.phase == "screen":
-            if status in ("failed", "blocked"):
+            if status in UNSUCCESSFUL:
                 self._schedule.drop(trial.trial_id)
             self._search_on(trial.arm)
         if status == "failed" and trial.role == "teacher":
@@ -364,11 +364,11 @@ class Driver:
         for decision in self.decisions:
             self._schedule.replay(decision)
         for trial in self.plan.trials:
-            if trial.phase == "screen" and self.rows[trial.trial_id]["status"] in ("failed", "blocked"):
+            if trial.phase == "screen" and self.rows[trial.trial_id]["status"] in UNSUCCESSFUL:
                 self._schedule.drop(trial.trial_id)
         for row in self._ledger.rows(EPOCHS):
-            quality = (row["val_accuracy"], -row["val_loss"])
-            self._best[row["trial_id"]] = max(quality, self._best.get(row["trial_id"], quality))
+            reached = quality(row["val_accuracy"], row["val_loss"])
+            self._best[row["trial_id"]] = max(reached, self._best.get(row["trial_id"], reached))
         self._waiting = [trial for trial in self.plan.trials if self.rows[trial.trial_id]["status"] not in ENDED]
         for trial in self.plan.trials:  # a kill may have left their checkpoints
             self._clear(trial)

@@ -25,8 +25,9 @@ from tune_kd.records.schema import TRIALS
 from tune_kd.study.discover import Source
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
+from tune_kd.study.trial import UNSUCCESSFUL
 from tune_kd.system import environment, signals
-from tune_kd.system.errors import UserError, collect
+from tune_kd.system.errors import UserError, collect, raise_problems
 from tune_kd.system.guard import WITHIN
 from tune_kd.system.object_store import Mirror, local
 
@@ -77,8 +78,7 @@ def run(
     problems: list[str] = []
     made = collect(problems, lambda: run_folder.check_new(results, name, study))
     collect(problems, lambda: check(study, chosen, address))
-    if problems:
-        raise UserError(*problems)
+    raise_problems(problems)
     folder = None if data_dir is None else Path(data_dir).expanduser().absolute()
     begun, ended = start(study, results / str(made), folder, chosen, address, console)
     return _returned(begun, ended)
@@ -104,8 +104,7 @@ def resume(
     collect(problems, lambda: run_folder.check_links(reopened))
     chosen = replace(options_of(reopened), **options)
     collect(problems, lambda: check(reopened.study, chosen, address))
-    if problems:
-        raise UserError(*problems)
+    raise_problems(problems)
     return _returned(*go_on(reopened, chosen, address, console or Console(), extend=extend))
 
 
@@ -242,7 +241,7 @@ def execute(
         slots = clusters.slots(cluster, run.settings["cpus_per_trial"], share.gpus)
         _drive(run, data, driver, slots, _Beat(driver, view, check_ray))
         _send_tracked(run, view)
-    return Ended(signals.asked(), sum(row["status"] in ("failed", "blocked") for row in driver.rows.values()))
+    return Ended(signals.asked(), sum(row["status"] in UNSUCCESSFUL for row in driver.rows.values()))
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""What is on record of a run: its folder, the ledger while it goes on, Parquet tables for everyone else."""
+"""Records of a run: its folder, the SQLite ledger that the driver writes, and the Parquet tables for everyone else."""

@@ -1,34 +1,31 @@
-"""How long trials take, by those that ran: the pace of comparable ones, else of all."""
+"""Estimate training time from trials that ran: of the same kind where there are any, otherwise of all."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-Row = dict[str, Any]  # of the table of trials
+from tune_kd.records.schema import Row as Row
+from tune_kd.study.trial import UNENDED
 
 
 def pace(rows: Sequence[Row]) -> Callable[[Row], float] | None:
-    """Training seconds that an epoch of a trial takes, as a function of its row; null before any trial has run one."""
+    """Return a function from a trial's row to its training seconds per epoch; None before any trial ran an epoch."""
     totals: dict[Any, list[float]] = {}
     for row in rows:
         if row["epochs_run"] and row["train_seconds"]:
             for kind in (_kind(row), None):
                 totals.setdefault(kind, []).append(row["train_seconds"] / row["epochs_run"])
     if not totals:
-        return None  # also where all that ended so far was adopted, or took no time at all
+        return None  # also if every ended trial was adopted or took no time
     means = {kind: sum(each) / len(each) for kind, each in totals.items()}
     return lambda row: means.get(_kind(row), means[None])
 
 
 def time_left(rows: Sequence[Row]) -> float | None:
-    """Seconds that the rest will take over the slots in use; null before the first trial has ended."""
+    """Return the seconds that the remaining trials take on the slots in use; None before a trial has completed."""
     seconds = pace(rows)
     if seconds is None or not any(row["status"] == "completed" for row in rows):
         return None
-    left = sum(
-        (row["epochs_planned"] - row["epochs_run"]) * seconds(row)
-        for row in rows
-        if row["status"] in ("pending", "running")
-    )
+    left = sum((row["epochs_planned"] - row["epochs_run"]) * seconds(row) for row in rows if row["status"] in UNENDED)
     slots = sum(row["status"] == "running" for row in rows)
     return float(left / max(1, slots))
 

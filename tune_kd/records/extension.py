@@ -1,4 +1,4 @@
-"""Extending a run: the next of its declared looks, or seeds and levels that its study declares now."""
+"""Extend a run by its next declared look, or by the seeds and levels that its study declares now."""
 
 import json
 import os
@@ -9,33 +9,36 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from tune_kd.records.run_folder import Run, _source, trials
+from tune_kd.records.run_folder import Run, source_record, trials
 from tune_kd.records.sync import STUDY
 from tune_kd.study.discover import Source
 from tune_kd.study.spec import Study
-from tune_kd.study.trial import digest
+from tune_kd.study.trial import UNENDED, digest
 from tune_kd.system.crash_points import point
-from tune_kd.system.errors import UserError
+from tune_kd.system.errors import UserError, raise_problems
 from tune_kd.system.files import MOST_RECORD_BYTES, read, sealed, unsealed
 from tune_kd.system.object_store import Mirror
 from tune_kd.system.secrets import secrets
 
 
 def changes(run: Run) -> list[str]:
-    """In what the study's file differs from the study that the run began with, a line a field."""
+    """Return how the study's file differs from the study that the run began with, one line per field."""
     now = _declared(run)
     return [] if now is None else _differences(asdict(run.study), asdict(now))
 
 
 def with_file(run: Run, file: Path) -> Run:
-    """The run with its study in a file that the caller names, and so may be executed."""
+    """Return the run with its study in a file that the caller names. Such a file may be executed."""
     source = run.source or Source(file, run.study.scale)
     return replace(run, source=replace(source, file=file, digests=None), named=True)
 
 
 def _declared(run: Run) -> Study | None:
-    """The study as its file declares it now; null where the file is gone, or is not the caller's and holds what it
-    did when the run began. Raises `UserError` where it would have to be executed, and only the record names it."""
+    """Return the study as its file declares it now.
+
+    A file that only the record names is executed only if the study is installed or in the working directory. Otherwise
+    returns None if it is unchanged, and raises `UserError` if not. None, too, if the file is gone.
+    """
     source = run.source
     if source is None or not (run.named or os.path.isfile(source.file)):
         return None
@@ -52,12 +55,11 @@ def _declared(run: Run) -> Study | None:
 
 
 def extended(run: Run, settings: Sequence[str] = ()) -> Run:
-    """The run with what its study allows to be added: the next of its looks, or, where its file or these settings
-    declare them now, seeds after those that it had and levels after those that a factor had.
+    """Return the run with its next look, or with the seeds and levels that its file or these settings append.
 
-    Raises `UserError` where nothing was added, or anything else was changed.
+    Raises `UserError` if nothing was added, or if anything else was changed.
     """
-    waiting = sum(row["status"] in ("pending", "running") for row in trials(run))
+    waiting = sum(row["status"] in UNENDED for row in trials(run))
     if waiting:
         raise UserError(f"RUN is {run.name}, where {waiting} trials are still to run; resume it, and then --extend")
     if run.source is not None:
@@ -82,10 +84,10 @@ def extended(run: Run, settings: Sequence[str] = ()) -> Run:
 
 
 def record_extension(run: Run) -> None:
-    """Write into `study.json` what `extended` added. What the study fixed at first, and its hash, stay beside it."""
+    """Write the result of `extended` into `study.json`. The first study and its hash stay beside it."""
     record = unsealed(read(run.folder / STUDY, MOST_RECORD_BYTES), run.folder / STUDY)
     resolved, planned = asdict(run.study), run.plan
-    record |= {"look": run.look, "trials": [trial.trial_id for trial in planned.trials], "source": _source(run)}
+    record |= {"look": run.look, "trials": [trial.trial_id for trial in planned.trials], "source": source_record(run)}
     if digest(resolved) != record["study_sha256"]:
         arms = [{"name": arm.name, "role": arm.role} for arm in planned.arms]
         at = datetime.now(UTC).isoformat(timespec="seconds")
@@ -93,8 +95,7 @@ def record_extension(run: Run) -> None:
         record["extended"] = {
             "study": resolved, "study_sha256": digest(resolved), "arms": arms, "searches": searches, "at": at
         }  # fmt: skip
-    if problems := list(secrets(record)):
-        raise UserError(*problems)
+    raise_problems(secrets(record))
     Mirror.of(run.folder).publish(run.folder / STUDY, sealed(record))
     point("extension.recorded")
 
@@ -104,7 +105,7 @@ def _file(run: Run) -> str:
 
 
 def _without_additions(before: Study, now: Study) -> Study:
-    """What is declared now, less what may be added to what was declared before."""
+    """Return the study that is declared now without the seeds and levels that may be added to the one before."""
     known = {factor.name: factor for factor in before.factors}
     factors = tuple(
         known[each.name]
@@ -118,8 +119,8 @@ def _without_additions(before: Study, now: Study) -> Study:
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """A line for each field in which two studies, as plain values, differ."""
-    if name == "rate":  # which prices are made with, and no result
+    """Return one line for each field in which two studies, as plain values, differ."""
+    if name == "rate":  # affects prices, not results
         return []
     if name == "factors":
         before, now = ({each["name"]: each["levels"] for each in one} for one in (before, now))

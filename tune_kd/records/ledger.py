@@ -1,7 +1,6 @@
-"""The records of a run: a ledger while it runs, Parquet tables for everyone else (`tables.py` reads them).
+"""The ledger of a run: one SQLite file, which only the driver writes.
 
-The schemas below are the one place that says which columns there are, of which type, and which rows are one.
-The ledger (SQLite, written by the driver alone) is the truth; tables are made from it and can be made again.
+It is the source of truth. The Parquet tables (`reader.py` loads them) are made from it and can be made again.
 """
 
 import hashlib
@@ -40,62 +39,62 @@ from tune_kd.system.overhead import spending
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ASIDE = ("", "-wal", "-shm", "-journal")  # ends of the names of SQLite's files
-
+ASIDE = ("", "-wal", "-shm", "-journal")  # suffixes of SQLite's files
+FAILURES = (CorruptFile, OSError, sqlite3.Error)  # of the machine: damage, a full disk, a lock that is held
 
 Write = tuple[str, list[Any]]  # an SQL statement and its values
 _SQL = {str: "TEXT", int: "INTEGER", float: "REAL"}
 
-
-FAILURES = (CorruptFile, OSError, sqlite3.Error)
-"""What the machine can do to records: damage, a full disk, a lock that is not given."""
+ROW_BYTES = 32  # of a row at least, with its index
+SLACK = 2**24  # bytes by which a ledger may grow between two looks at its size
+MARGIN = 2**20  # bytes by which a table may exceed four times its content
+STEPS = 100_000  # of SQLite's virtual machine between two checks that a statement ends
+MOST_CELL_BYTES = 2**24
+TABLES_APART = 0.5  # least seconds between two writes of the tables
 
 
 def _crc(row: Row) -> int:
     return zlib.crc32(json.dumps(list(row.values())).encode())
 
 
-ROW_BYTES = 32  # of a row at least, with its index
-SLACK = 2**24  # bytes by which a ledger may be larger than it was a moment ago
-MARGIN = 2**20  # bytes by which a table may be larger than four times what it holds
-STEPS = 100_000  # of SQLite's machine, after which it is asked whether it goes on for ever
-MOST_CELL_BYTES = 2**24
-TABLES_APART = 0.5  # seconds at least between two makings of the tables
+def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
+    if not read_only:
+        return sqlite3.connect(path, isolation_level=None)
+    # SQLite creates files beside a ledger to read it. Without the right to do so, read the file alone, which is correct
+    # while no driver has a write-ahead log there.
+    log = path.with_name(f"{path.name}-wal")
+    still = "" if log.exists() or os.access(path.parent, os.W_OK) else "&immutable=1"
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro{still}", uri=True, isolation_level=None)
 
 
 class Ledger:
-    """One SQLite file a run. A row counts once the transaction that holds it is committed.
+    """A run's SQLite file. A row counts once its transaction is committed.
 
-    Each row carries a check sum, and a file beside the ledger how many transactions were committed, so that neither
-    an altered row nor a lost end of the write-ahead log goes unseen.
+    Each row has a checksum, which detects altered rows. A file beside the ledger counts the committed transactions,
+    which detects a lost end of the write-ahead log.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False, after: int = 0) -> None:
-        """`after`: how many transactions were committed to the ledger that this one takes the place of."""
+        """Open or create a ledger. `after`: the transactions committed to the ledger that this one replaces.
+
+        Raises `CorruptFile`, OSError or `sqlite3.Error`.
+        """
         self.path = path
-        self._tables_at = -math.inf  # when this made the tables, by the monotonic clock
-        self._writes: list[Write] | None = None  # of the transaction that is open
-        for end in ASIDE:  # whoever reads writes into one of them, too
-            writes = not read_only or end == "-shm"
+        self._tables_at = -math.inf  # monotonic time at which this wrote the tables
+        self._writes: list[Write] | None = None  # of the open transaction
+        for end in ASIDE:
+            writes = not read_only or end == "-shm"  # which readers write, too
             check_regular(path.with_name(f"{path.name}{end}"), MOST_LEDGER_BYTES, writes=writes)
         journal = path.with_name(f"{path.name}-journal")
-        if os.path.isfile(journal):  # with a write-ahead log there is none, and SQLite removes the files that one names
+        if os.path.isfile(journal):  # a write-ahead log replaces it, and SQLite removes the files that a journal names
             raise CorruptFile(f"{journal} is there, which no run leaves")
-        if read_only:
-            # SQLite writes beside a ledger in order to read it. Whoever may not do so reads it as it stands, which is
-            # right while no driver has its write-ahead log there.
-            log = path.with_name(f"{path.name}-wal")
-            still = "" if log.exists() or os.access(path.parent, os.W_OK) else "&immutable=1"
-            uri = f"{path.absolute().as_uri()}?mode=ro{still}"
-            self._connection = sqlite3.connect(uri, uri=True, isolation_level=None)
-        else:
-            self._connection = sqlite3.connect(path, isolation_level=None)
+        self._connection = _connect(path, read_only=read_only)
         self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MOST_CELL_BYTES)
         self._steps = self._room() // STEPS
         self._connection.set_progress_handler(self._went_on, STEPS)
         try:
             if read_only:
-                self._connection.execute("BEGIN")  # all that is read is of one moment
+                self._connection.execute("BEGIN")  # one snapshot for all reads
                 self._check_made()
                 return
             self._connection.execute("PRAGMA journal_mode=WAL")
@@ -104,12 +103,14 @@ class Ledger:
             self._check_made()
             self._commits = max(after, self.held())
         except BaseException:
-            self._connection.close()  # with what it holds locked
+            self._connection.close()  # which releases its locks
             raise
 
     def _check_made(self) -> None:
-        """Raise `CorruptFile` where the file holds anything but our tables. A view, a trigger or an index is a program:
-        one of somebody else's could go on for ever, or write what nobody asked for."""
+        """Raise `CorruptFile` if the file holds anything but our tables.
+
+        Views, triggers and indices are programs. A foreign one could run forever or write to the file.
+        """
         made = {statement.replace(" IF NOT EXISTS", "") for statement in _CREATE}
         own = {("table", "CREATE TABLE sqlite_sequence(name,seq)"), *(("table", sql) for sql in made)}
         found = {(kind, sql) for kind, sql in self._read("SELECT type, sql FROM sqlite_master", [])}
@@ -120,11 +121,11 @@ class Ledger:
         self._connection.close()
 
     def count_again(self) -> None:
-        """Make the file again that says how many transactions were committed. Raises OSError."""
+        """Rewrite the file that counts the committed transactions. Raises OSError."""
         publish(self.path.with_name(COMMITS), counted(self._commits))
 
     def held(self) -> int:
-        """How many transactions the ledger says it holds. Raises `CorruptFile` where that was altered."""
+        """Return how many transactions the ledger holds. Raises `CorruptFile` if that number was altered."""
         held = self.fact("commits")
         count = 0 if held is None else count_of(held.encode())
         if count is None:
@@ -133,9 +134,9 @@ class Ledger:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Everything that is put inside is on disk together, or not at all. It cannot be read before the end.
+        """Commit everything that is put inside together, or nothing. It can be read only after the end.
 
-        Raises `sqlite3.Error` where a disk refuses it several times.
+        Raises `sqlite3.Error` if the disk fails several times.
         """
         assert self._writes is None, "a transaction is open"
         writes: list[Write] = []
@@ -156,7 +157,7 @@ class Ledger:
         point("ledger.committed")
 
     def _in_one(self, writes: list[Write]) -> None:
-        """All of these statements, or none."""
+        """Execute all of these statements or none."""
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             point("ledger.begun")
@@ -169,28 +170,25 @@ class Ledger:
                 self._connection.execute("ROLLBACK")
             raise
 
-    def _write(self, statement: str, values: list[Any]) -> None:
-        if self._writes is not None:
-            self._writes.append((statement, values))
-            return
-        with self.transaction():
-            self._write(statement, values)
-
     def put(self, schema: Schema, row: Mapping[str, Any]) -> None:
-        """Write a row, in the place of the one with its key. Raises `ValueError` for one that no reader would take."""
+        """Insert a row, or replace the one with its key. Raises `ValueError` for a row that breaks a rule."""
+        if self._writes is None:
+            with self.transaction():
+                self.put(schema, row)
+            return
         cleaned = clean(schema, row)
         if (problem := broken(schema, cleaned)) is not None:
             raise ValueError(f"{problem} (a row of trial {cleaned['trial_id']})")
         names = [*cleaned, "crc"]
         updates = ", ".join(f'"{name}" = excluded."{name}"' for name in names)
-        self._write(
+        statement = (
             f"INSERT INTO {schema.name} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))}) "
-            f"ON CONFLICT ({', '.join(schema.key)}) DO UPDATE SET {updates}",
-            [*cleaned.values(), _crc(cleaned)],
+            f"ON CONFLICT ({', '.join(schema.key)}) DO UPDATE SET {updates}"
         )
+        self._writes.append((statement, [*cleaned.values(), _crc(cleaned)]))
 
     def add_epoch(self, row: Mapping[str, Any]) -> Literal["new", "same", "different"]:
-        """Write an epoch that is not there yet; else say whether the one that is there agrees with it."""
+        """Insert an epoch; if it exists, return whether the two agree in all but `TIMING`."""
         cleaned = clean(EPOCHS, row)
         where = " AND ".join(f"{name} = ?" for name in EPOCHS.key)
         known = self._select(EPOCHS, f"WHERE {where}", [cleaned[name] for name in EPOCHS.key])
@@ -201,11 +199,11 @@ class Ledger:
         return "same" if agrees else "different"
 
     def rows(self, schema: Schema) -> list[Row]:
-        """All rows in the order in which they were first written. Raises `CorruptFile` where one was altered."""
+        """Return all rows in the order of their insertion. Raises `CorruptFile` if one was altered."""
         return self._select(schema, "ORDER BY number", [])
 
     def table(self, schema: Schema) -> "pa.Table":
-        """All rows, made into a table a part at a time: as Python's objects they take ten times as much memory."""
+        """Return all rows as a table. It is built in parts: Python's objects take ten times the memory."""
         import pyarrow as pa
 
         parts = [arrow(schema, [])]
@@ -231,14 +229,13 @@ class Ledger:
         return str(found[0][0]) if found else None
 
     def _read(self, statement: str, values: list[Any]) -> list[tuple[Any, ...]]:
-        """What a statement finds, where need be at a later try. Raises `CorruptFile` where to ask again would not
-        help."""
+        """Return the result of a query, which is repeated if the disk fails. Raises `CorruptFile` for damage."""
 
         def ask() -> list[tuple[Any, ...]]:
             self._steps = self._room() // STEPS
             try:
                 return self._bounded(self._connection.execute(statement, values))
-            except (sqlite3.Error, UnicodeError) as error:  # SQLite's own words on a damage may be no text any more
+            except (sqlite3.Error, UnicodeError) as error:  # of SQLite's message, which quotes damaged bytes
                 if isinstance(error, UnicodeError) or damage(error):
                     raise CorruptFile(f"{self.path} is damaged ({error})") from error
                 raise
@@ -246,18 +243,20 @@ class Ledger:
         return patiently(ask, (sqlite3.OperationalError,))
 
     def _room(self) -> int:
-        """More than the bytes of all rows, and than the steps in which SQLite reads them. Pages can be made to lead to
-        one another, and would be read for ever."""
+        """Return an upper bound on the bytes of all rows, and on the steps that reading them takes.
+
+        Pages can be forged to refer to each other, which SQLite would follow forever.
+        """
         files = (self.path, self.path.with_name(f"{self.path.name}-wal"))
         return SLACK + sum(8 * file.stat().st_size for file in files if file.exists())
 
     def _went_on(self) -> bool:
-        """Whether SQLite is to be interrupted, which asks after so many steps."""
+        """Return whether to interrupt SQLite, which calls this every `STEPS`."""
         self._steps -= 1
         return self._steps < 0
 
     def _bounded(self, cursor: sqlite3.Cursor) -> list[tuple[Any, ...]]:
-        """What a cursor gives. Raises `CorruptFile` where that is more than the files have room for."""
+        """Return the rows of a cursor. Raises `CorruptFile` if they exceed the size of the files."""
         room = self._room()
         rows = []
         for row in cursor:
@@ -268,9 +267,8 @@ class Ledger:
         return rows
 
     def check(self) -> None:
-        """Read everything. Raises `CorruptFile`, or what `damage` makes of an error, where not all is as it was
-        written."""
-        at_least = commits(self.path.parent)  # before the ledger, which may grow meanwhile
+        """Read everything. Raises `CorruptFile`, or an error that `damage` recognises, if anything was altered."""
+        at_least = commits(self.path.parent)  # before the ledger, which may grow
         if versions(self.path) != VERSIONS:
             raise CorruptFile(f"{self.path} is damaged (its header); SQLite would read it, and not write to it")
         found = [text for (text,) in self._read("PRAGMA integrity_check(3)", [])]
@@ -282,7 +280,7 @@ class Ledger:
             theirs.setdefault(row["trial_id"], []).append(row["epoch"])
         for row in trials:
             has, says = theirs.pop(row["trial_id"], []), row["epochs_run"]
-            if len(has) != (says or 0) or sorted(has) != list(range(1, len(has) + 1)):  # what it says may be any number
+            if len(has) != (says or 0) or sorted(has) != list(range(1, len(has) + 1)):  # `says` may be any number
                 what = f"{row['arm']} seed {row['seed']} says {says} epochs and has {len(has)}"
                 raise CorruptFile(f"{self.path} is damaged: {what}")
         if theirs:
@@ -292,39 +290,38 @@ class Ledger:
             raise CorruptFile(f"{self.path} holds {held} transactions, and {at_least} were committed: its end was lost")
 
     def write_tables(self, folder: Path) -> None:
-        """Make the three Parquet tables, each complete or as it was before.
+        """Write the three Parquet tables, each as a whole.
 
-        Not at once after this did so before: a table keeps the pages of one that it replaces (see `to_parquet`), and a
-        reader on a busy machine must not sleep through two.
+        Waits for `TABLES_APART`: a table keeps the pages of only its predecessor (see `to_parquet`), and a reader on a
+        busy machine must not miss two of them.
         """
         with spending("ledger"):
             time.sleep(max(0.0, self._tables_at + TABLES_APART - time.monotonic()))
-            self._write_tables(folder)
+            known = digests(folder) or {}
+            for schema in SCHEMAS:
+                self._write_table(schema, folder, known)
             self._tables_at = time.monotonic()
 
-    def _write_tables(self, folder: Path) -> None:
-        known = digests(folder) or {}
-        for schema in SCHEMAS:
-            path = folder / f"{schema.name}.parquet"
-            before = _before(path)
-            here = None if before is None else hashlib.sha256(before).hexdigest()
-            kept = [each for each in known.get(path.name, []) if each == here]  # what stays there after a kill
-            table = self.table(schema)
-            fits = kept and before is not None and len(before) <= MARGIN + 4 * table.nbytes
-            data = to_parquet(table, before if fits else None)
-            known[path.name] = [hashlib.sha256(data).hexdigest(), *kept[:1]]
-            publish(folder / DIGESTS, sealed(known))
-            point("tables.announced")
-            publish(path, data)
-            point("tables.published")
+    def _write_table(self, schema: Schema, folder: Path, known: dict[str, list[str]]) -> None:
+        path = folder / f"{schema.name}.parquet"
+        table, before = self.table(schema), _contents(path, MOST_TABLE_BYTES)
+        # Valid until the new table is in its place, which a kill may prevent.
+        kept = [each for each in known.get(path.name, []) if before and each == hashlib.sha256(before).hexdigest()][:1]
+        fits = kept and len(before) <= MARGIN + 4 * table.nbytes
+        data = to_parquet(table, before if fits else b"")
+        known[path.name] = [hashlib.sha256(data).hexdigest(), *kept]
+        publish(folder / DIGESTS, sealed(known))
+        point("tables.announced")
+        publish(path, data)
+        point("tables.published")
 
 
-def _before(path: Path) -> bytes | None:
-    """The table that another one is to replace; null where none is there."""
+def _contents(path: Path, most: int) -> bytes:
+    """Return a file's bytes; none if it is missing, larger than `most`, or not a regular file."""
     try:
-        return read(path, MOST_TABLE_BYTES) if path.is_file() else None
-    except UnexpectedFile:  # nobody reads that
-        return None
+        return read(path, most) if path.is_file() else b""
+    except UnexpectedFile:
+        return b""
 
 
 _CREATE = [
@@ -337,62 +334,51 @@ _SET_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
 
 
 def snapshot(path: Path, to: Path) -> int:
-    """Copy a ledger as it is at this moment, also while its driver writes; returns how many transactions it holds."""
+    """Copy a ledger, also while its driver writes. Returns how many transactions the copy holds."""
     check_regular(path, MOST_LEDGER_BYTES)
-    uri = f"{path.absolute().as_uri()}?mode=ro"
-    with closing(sqlite3.connect(uri, uri=True)) as source, closing(sqlite3.connect(to)) as target:
+    with closing(_connect(path, read_only=True)) as source, closing(sqlite3.connect(to)) as target:
         source.backup(target)
     with reading(to) as copy:
         return copy.held()
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[Ledger]:
-    """A ledger to look into, also while its driver writes."""
-    ledger = Ledger(path, read_only=True)
-    try:
-        yield ledger
-    finally:
-        ledger.close()
+def reading(path: Path) -> closing[Ledger]:
+    """Open a ledger for reading, also while its driver writes."""
+    return closing(Ledger(path, read_only=True))
 
 
 def damage(error: Exception) -> bool:
-    """Whether an error says that a record is damaged, and not that the disk is full, slow or locked."""
+    """Return whether an error means a damaged record, and not a full, slow or locked disk."""
     if not isinstance(error, sqlite3.Error):
         return isinstance(error, CorruptFile)
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # none: text that is no text
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # missing: text that cannot be decoded
     wrong = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_INTERRUPT)
     return code & 0xFF in wrong
 
 
 def commits(folder: Path) -> int | None:
-    """How many transactions the ledger in a folder holds at least; null where nothing whole says so."""
-    path = folder / COMMITS
-    try:
-        return count_of(read(path, MOST_RECORD_BYTES)) if path.is_file() else None
-    except UnexpectedFile:
-        return None
+    """Return the least number of transactions of the ledger in a folder; None if its record is missing or damaged."""
+    return count_of(_contents(folder / COMMITS, MOST_RECORD_BYTES))
 
 
 def count_of(text: bytes) -> int | None:
-    """The inverse of `counted`; null where the text was altered."""
+    """Invert `counted`; None if the text was altered."""
     count, _, crc = text.rstrip(b"\n").partition(b" ")
     whole = count.isdigit() and len(count) <= 18 and crc == b"%08x" % zlib.crc32(count)
     return int(count) if whole else None
 
 
 def counted(count: int) -> bytes:
-    """A count with its check sum. Of one length, so that it is written over in one piece."""
+    """Return a count with its checksum, of constant length, so that it can be overwritten in place."""
     text = b"%012d" % count
     return b"%b %08x\n" % (text, zlib.crc32(text))
 
 
 def digests(folder: Path) -> dict[str, list[str]] | None:
-    """The SHA-256 that each table of a run may have, by file name. Null where no whole record says so."""
+    """Return the SHA-256 values that each table of a run may have, by file name; None if the record is damaged."""
     path = folder / DIGESTS
     try:
-        found = unsealed(read(path, MOST_RECORD_BYTES), path) if path.is_file() else None
+        found = unsealed(_contents(path, MOST_RECORD_BYTES), path)
     except CorruptFile:
         return None
-    whole = found is not None and all(isinstance(each, list) for each in found.values())
-    return found if whole else None
+    return found if all(isinstance(each, list) for each in found.values()) else None

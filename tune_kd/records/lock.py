@@ -1,4 +1,4 @@
-"""Who drives a run now: a lock that dies with its process, and a file that says who and where."""
+"""One driver per run: a lock that ends with its process, and a file that names the process and its host."""
 
 import fcntl
 import json
@@ -19,8 +19,8 @@ from tune_kd.system.errors import UserError
 from tune_kd.system.files import MOST_RECORD_BYTES, opened, parsed, publish, read
 from tune_kd.system.object_store import Mirror
 
-UNSEEN = 150.0  # seconds after which a driver elsewhere, which sends every 30, is taken for dead
-WAIT_SECONDS = 2.0  # seconds for which another driver may hold a run before this one gives up
+UNSEEN = 150.0  # seconds without a sign of a driver on another host, which sends one every 30, until it counts as dead
+WAIT_SECONDS = 2.0  # for the lock
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class _Holder:
 
 @contextmanager
 def held(folder: Path) -> Iterator[Callable[[str | None], None]]:
-    """Keep other drivers out while this one runs. The system frees the lock with its process.
+    """Hold a run's lock. The operating system releases it when the process ends. Raises `UserError` if it is held.
 
-    Yields a function that writes down where Ray's dashboard is, for whoever looks at the run.
+    Yields a function that records the URL of Ray's dashboard.
     """
     lock = FileLock(folder / ".lock", timeout=WAIT_SECONDS)
     try:
@@ -51,7 +51,7 @@ def held(folder: Path) -> Iterator[Callable[[str | None], None]]:
     mirror = Mirror.of(folder)
     try:
         _check_unheld(mirror, folder)
-        for aside in folder.glob(".*.[0-9]*"):  # of writers that were killed: nobody else writes here now
+        for aside in folder.glob(".*.[0-9]*"):  # left by killed writers; nobody else writes here now
             aside.unlink(missing_ok=True)
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         ours = _Holder(signals.process_id(), platform.node(), since, None)
@@ -65,14 +65,16 @@ def held(folder: Path) -> Iterator[Callable[[str | None], None]]:
         yield tell
     finally:
         (folder / HOLDER).unlink(missing_ok=True)
-        with suppress(OSError):  # else it is seen to be old
+        with suppress(OSError):  # what stays there expires
             mirror.forget(folder / HOLDER)
         lock.release()
 
 
 def _check_unheld(mirror: Mirror, folder: Path) -> None:
-    """Raise `UserError` where a driver on another machine has this run in a store. It says so again with each sending;
-    a store has no lock that dies with its holder."""
+    """Raise `UserError` if a driver on another machine holds this run in a store.
+
+    A store has no lock that ends with its holder, so a driver renews its claim whenever it sends.
+    """
     there = mirror.read(folder / HOLDER, MOST_RECORD_BYTES)
     try:
         who = {} if there is None else parsed(there)
@@ -87,11 +89,13 @@ def _check_unheld(mirror: Mirror, folder: Path) -> None:
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
-    """Who runs a run now: `pid`, `host`, `since`, and the `dashboard` of its Ray, once that is there. Null where nobody
-    does, also after a kill."""
-    with suppress(OSError, ValueError):  # there is none, it is being written, or just went
+    """Return who drives a run: `pid`, `host`, `since`, and Ray's `dashboard` once it is known.
+
+    None if nobody does, also after a kill.
+    """
+    with suppress(OSError, ValueError):  # missing, partly written, or just removed
         found = asdict(TypeAdapter(_Holder).validate_python(parsed(read(folder / HOLDER, MOST_RECORD_BYTES))))
-        # To be read only: whoever looks may have no right to write.
+        # Open for reading: the caller may lack the right to write.
         with opened(folder / ".lock", MOST_RECORD_BYTES) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)

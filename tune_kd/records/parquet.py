@@ -1,7 +1,8 @@
-"""Parquet files of pandas, PyArrow, polars, DuckDB and fastparquet as DataFrames of the same few types."""
+"""Read Parquet files of pandas, PyArrow, polars, DuckDB and fastparquet into DataFrames with the same few types."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-UNNAMED = re.compile(r"__index_level_\d+__")  # a column in which pandas keeps an index without a name of its own
+UNNAMED = re.compile(r"__index_level_\d+__")  # the column of an index without a name, as pandas writes it
 PLAIN = {
     pa.string(): pd.StringDtype(),
     pa.large_string(): pd.StringDtype(),
@@ -18,44 +19,47 @@ PLAIN = {
     pa.uint64(): pd.UInt64Dtype(),
     pa.bool_(): pd.BooleanDtype(),
 }
-BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+BYTES = (pa.binary(), pa.large_binary())
+TEXT = (pa.string(), pa.large_string(), *BYTES)
+VIEWS = (pa.string_view(), pa.binary_view())
+NO_CAST = (pa.ArrowInvalid, pa.ArrowNotImplementedError)
 
 # The epochs of 10,000 trials with 100 each are a million rows of 16 columns, and 150 MB.
 MOST_ROWS = 2**21
 MOST_COLUMNS = 1000
 MOST_VALUES = 2**25  # of all columns
-MOST_BYTES = 2**30  # of all pages unpacked, and of all values
+MOST_BYTES = 2**30  # of all uncompressed pages, and of all values
 MOST_PAGES = 2**17  # that million rows has 300
-MOST_FOOTER_BYTES = 2**23  # of metadata: 150 for each column of each group of rows
-MOST_DEPTH = 16  # of what is in one another there
-MOST_PARTS = 2**14  # row groups, or columns with what they are nested in
+MOST_FOOTER_BYTES = 2**23  # of metadata: 150 for each column of each row group
+MOST_DEPTH = 16  # of nested metadata
+MOST_PARTS = 2**14  # row groups, or columns with their parents
 MOST_INDICES = 16  # of pandas
 
 Column = Any  # a pyarrow.ChunkedArray
 
 
 def table(data: bytes) -> pd.DataFrame:
-    """A file's table. Text is `string`, whole numbers are `Int64`, other numbers `float64`, truth values `boolean`, and
-    what is none of these is as pandas has it; columns of lists and other nested values are left out. What pandas says
-    of its own types is not asked for, but for an index with a name, which is a column here; one without is not in the
-    table.
+    """Return the table in a file's bytes.
 
-    Raises `ValueError`, `OSError`, `TypeError` or `NotImplementedError` where it cannot be read, and where it would
-    fill the memory.
+    Text is `string`, whole numbers are `Int64`, other numbers `float64`, truth values `boolean`, and all else as pandas
+    reads it. Nested columns are left out. Pandas' notes on its types are ignored. An index with a name becomes a
+    column, one without is left out.
+
+    Raises `ValueError`, `OSError`, `TypeError` or `NotImplementedError` if the file cannot be read or would fill the
+    memory.
     """
-    footer = int.from_bytes(data[-8:-4], "little")
-    _bound("bytes of metadata", footer, MOST_FOOTER_BYTES)
+    _bound("bytes of metadata", _footer_bytes(data), MOST_FOOTER_BYTES)
     source = pa.BufferReader(data)
     limits = {"thrift_string_size_limit": MOST_FOOTER_BYTES, "thrift_container_size_limit": MOST_PARTS}
     about = pq.ParquetFile(source, **limits)
     flat = [field.name for field in about.schema_arrow if not pa.types.is_nested(field.type)]
-    texts = _bounded(data, footer, about.schema)
-    # Text comes as numbers of different texts: a million times one text of a megabyte is then a megabyte.
+    texts = _check_bounds(data, about.schema)
+    # Text is read as dictionaries: a million times one text of a megabyte then takes a megabyte.
     found = pq.ParquetFile(source, metadata=about.metadata, page_checksum_verification=True, read_dictionary=texts,
                            **limits).read(columns=flat if len(flat) < len(about.schema_arrow) else None)  # fmt: skip
     try:
         _bound("bytes of values", sum(map(_value_bytes, found.columns)), MOST_BYTES)
-    except IndexError as error:  # pyarrow's own, for which there is no such text
+    except IndexError as error:  # of pyarrow, for an index that its dictionary lacks
         raise ValueError(f"its dictionaries are damaged: {error}") from error
     named = [(name, column) for name, column in zip(found.column_names, found.columns, strict=True)
              if not UNNAMED.fullmatch(name)]  # fmt: skip
@@ -71,26 +75,25 @@ def _bound(what: str, number: int, most: int) -> None:
         raise ValueError(f"it has {number:,} {what}; at most {most:,} are read")
 
 
-def _bounded(data: bytes, footer: int, schema: Any) -> list[str]:
-    """The columns of text. Raises `ValueError` where the metadata, or pages that say other than they, tell of more
-    than is read.
+def _check_bounds(data: bytes, schema: Any) -> list[str]:
+    """Return the text columns. Raises `ValueError` if the metadata or the headers of the pages exceed a bound.
 
-    The metadata are read here, since some that are damaged end the process where pyarrow is asked for them, and it
-    tells nothing of pages. Ids of fields: parquet.thrift, in Apache Parquet's format.
+    The metadata are decoded here: pyarrow aborts the process for some that are damaged, and it does not expose the
+    headers of pages. Field ids: parquet.thrift, in Apache Parquet's format.
     """
     columns = [schema.column(number) for number in range(len(schema))]
     _bound("columns", len(columns), MOST_COLUMNS)
     try:
-        groups, chunks = _chunks(data, footer)
+        groups, chunks = _chunks(data)
         rows = sum(group[3] for group in groups)
         _bound("rows", rows, MOST_ROWS)
-        chunks = [chunk for chunk in chunks if chunk[5] > 0]  # of others nothing is read, and they may lie nowhere
+        chunks = [chunk for chunk in chunks if chunk[5] > 0]  # empty ones are not read, and may have any offset
         _bound("values", sum(chunk[5] for chunk in chunks), MOST_VALUES)
         wide = sum(column.length for column in columns if column.physical_type == "FIXED_LEN_BYTE_ARRAY")
         _bound("bytes of values", wide * rows, MOST_BYTES)
         _bound("bytes", sum(chunk[6] for chunk in chunks), MOST_BYTES)
         unpacked = 0
-        for number, size in enumerate((size for chunk in chunks for size in _pages(data, chunk)), start=1):
+        for number, size in enumerate((size for chunk in chunks for size in _page_sizes(data, chunk)), start=1):
             unpacked += size
             _bound("bytes", unpacked, MOST_BYTES)
             _bound("pages", number, MOST_PAGES)
@@ -101,33 +104,37 @@ def _bounded(data: bytes, footer: int, schema: Any) -> list[str]:
     ]
 
 
-def spans(data: bytes) -> list[tuple[int, int]]:
-    """Where the pages of each column of each group of rows begin and end. Raises `ValueError` where the metadata that
-    say so are damaged."""
+def extent(data: bytes) -> tuple[int, int]:
+    """Return where the pages of a file start and end; (0, 0) if there are none, or the metadata are damaged."""
     try:
-        return [_span(data, chunk) for chunk in _chunks(data, int.from_bytes(data[-8:-4], "little"))[1]]
-    except (LookupError, TypeError) as error:
-        raise ValueError("its metadata are damaged") from error
+        starts, ends = zip(*(_span(data, chunk) for chunk in _chunks(data)[1]), strict=True)
+        return min(starts), max(ends)
+    except (LookupError, TypeError, ValueError):
+        return 0, 0
 
 
-def _chunks(data: bytes, footer: int) -> tuple[list[dict[int, Any]], list[dict[int, Any]]]:
-    """The metadata of groups of rows, and those of all their columns."""
-    groups = _struct(data, len(data) - 8 - footer)[0].get(4, [])
+def _footer_bytes(data: bytes) -> int:
+    return int.from_bytes(data[-8:-4], "little")
+
+
+def _chunks(data: bytes) -> tuple[list[dict[int, Any]], list[dict[int, Any]]]:
+    """Return the metadata of all row groups, and of all their columns."""
+    groups = _struct(data, len(data) - 8 - _footer_bytes(data))[0].get(4, [])
     return groups, [chunk[3] for group in groups for chunk in group[1]]
 
 
 def _span(data: bytes, chunk: dict[int, Any]) -> tuple[int, int]:
-    """Where the pages of a column begin and end."""
-    # One without rows has an empty dictionary and no page of data, of which it says that it is at 0.
-    start = min(at for at in (chunk.get(9, 0), chunk.get(11, 0)) if at) if chunk.get(9) or chunk.get(11) else 0
+    """Return where the pages of a column start and end."""
+    # A column without rows has an empty dictionary, and 0 as the offset of its data.
+    start = min((at for at in (chunk.get(9), chunk.get(11)) if at), default=0)
     end = start + chunk[7]
     if not 0 <= start <= end <= len(data):
         raise IndexError
     return start, end
 
 
-def _pages(data: bytes, chunk: dict[int, Any]) -> Iterator[int]:
-    """The bytes that each page of a column unpacks to, by the header before it."""
+def _page_sizes(data: bytes, chunk: dict[int, Any]) -> Iterator[int]:
+    """Yield the uncompressed size of each page of a column, from the page's header."""
     at, end = _span(data, chunk)
     while at < end:
         header, at = _struct(data, at)
@@ -138,30 +145,31 @@ def _pages(data: bytes, chunk: dict[int, Any]) -> Iterator[int]:
 
 
 def _struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-    """Whole numbers, structs and lists of structs in a struct of Thrift's compact protocol by the ids of their fields,
-    and where it ends. Raises LookupError where there is none.
+    """Decode a struct of Thrift's compact protocol: return its integers, structs and lists of structs by field id, and
+    where it ends. Raises LookupError if it is damaged.
 
     Format: thrift-compact-protocol.md, in Apache Thrift.
     """
     found: dict[int, Any] = {}
     field = 0
-    if depth > MOST_DEPTH:
-        raise IndexError
     while head := data[at]:
         at, kind = at + 1, head & 15
         if head >> 4:
             field += head >> 4
         else:
             field, at = _number(data, at)
-        if kind not in (1, 2):  # true and false, which in a field have no bytes of their own
+        if kind not in (1, 2):  # true and false, which take no bytes in a field
             value, at = _value(data, at, kind, depth)
-            if value is not None and field < 16:  # what is asked for
+            if value is not None and field < 16:  # no id that is read here is larger
                 found[field] = value
     return found, at + 1
 
 
 def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
-    if kind in (4, 5, 6):  # whole numbers of 16, 32 and 64 bits
+    """Decode a value; None for a kind that nobody reads."""
+    if depth > MOST_DEPTH:
+        raise IndexError
+    if kind in (4, 5, 6):  # integers of 16, 32 and 64 bits
         return _number(data, at)
     if kind == 12:
         return _struct(data, at, depth + 1)
@@ -169,8 +177,6 @@ def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
         count, kind, at = data[at] >> 4, data[at] & 15, at + 1
         if count == 15:
             count, at = _varint(data, at)
-        if depth > MOST_DEPTH:
-            raise IndexError
         several = []
         for _ in range(count):
             value, at = _value(data, at, kind, depth + 1)
@@ -204,22 +210,15 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _value_bytes(column: Column) -> int:
-    """The bytes of a column's values, each text as often as it is there."""
-    if not (pa.types.is_dictionary(column.type) and _is_text(column.type.value_type)):
+    """Return the bytes of a column's values, counting each occurrence of a text."""
+    if not (pa.types.is_dictionary(column.type) and column.type.value_type in TEXT):
         return int(column.nbytes)
     lengths = (pc.sum(pc.take(pc.binary_length(each.dictionary), each.indices)).as_py() for each in column.chunks)
     return sum(length or 0 for length in lengths)
 
 
-def _is_text(kind: Any) -> bool:
-    is_a = pa.types
-    return bool(
-        is_a.is_string(kind) or is_a.is_large_string(kind) or is_a.is_binary(kind) or is_a.is_large_binary(kind)
-    )
-
-
 def _ranges(found: Any) -> Iterator[tuple[str, Column]]:
-    """Indices with a name whose numbers follow one another: pandas writes such a one into its notes alone."""
+    """Yield the range indices with a name, which pandas stores in its notes only."""
     try:
         indices = (found.schema.pandas_metadata or {}).get("index_columns", [])
         _bound("indices", len(indices), MOST_INDICES)
@@ -232,26 +231,19 @@ def _ranges(found: Any) -> Iterator[tuple[str, Column]]:
 
 
 def _plain(column: Column) -> Column:
-    """The column as the first plain type that takes all of its values as they are; else as it is."""
-    for cast in _casts(column.type):
-        try:
-            return cast(column)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            continue
+    """Return the column as a plain type that takes all of its values unchanged, otherwise as it is."""
+    is_a, kind = pa.types, column.type
+    with suppress(*NO_CAST):
+        if is_a.is_dictionary(kind):  # a categorical, an enum
+            return _plain(pa.chunked_array([each.dictionary_decode() for each in column.chunks], kind.value_type))
+        if is_a.is_integer(kind):  # never by float64, which rounds numbers from 2**53 on
+            return column.cast(pa.int64())
+        if is_a.is_floating(kind):
+            return column.cast(pa.float64())
+        if is_a.is_decimal(kind):
+            with suppress(*NO_CAST):
+                return column.cast(pa.int64())
+            return column.cast(pa.string()).cast(pa.float64())  # the nearest number
+        if kind in (*BYTES, *VIEWS) or is_a.is_fixed_size_binary(kind):
+            return column.cast(pa.large_string())
     return column
-
-
-def _casts(kind: Any) -> Iterator[Callable[[Column], Column]]:
-    is_a = pa.types
-    if is_a.is_dictionary(kind):  # a categorical, an enum
-        decoded = kind.value_type
-        yield lambda column: _plain(pa.chunked_array([each.dictionary_decode() for each in column.chunks], decoded))
-    elif is_a.is_integer(kind):  # never through float64, in which numbers from 2**53 on become others
-        yield lambda column: column.cast(pa.int64())
-    elif is_a.is_floating(kind):
-        yield lambda column: column.cast(pa.float64())
-    elif is_a.is_decimal(kind):
-        yield lambda column: column.cast(pa.int64())
-        yield lambda column: column.cast(pa.string()).cast(pa.float64())  # the nearest there is
-    elif is_a.is_string_view(kind) or any(is_bytes(kind) for is_bytes in BYTES):
-        yield lambda column: column.cast(pa.large_string())

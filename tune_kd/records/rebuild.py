@@ -1,12 +1,13 @@
-"""A damaged ledger is set aside and made again from the tables, where those are whole.
+"""Back up a corrupt ledger and rebuild it from intact Parquet tables.
 
-What came after the tables is missing then: it is in the checkpoints of the trials that were under way, which report
-it again, or it is computed again, which on one thread of a CPU gives the same.
+Results newer than the tables are then missing. Running trials report them again from their checkpoints, or they are
+computed again, which on one CPU thread gives the same values.
 """
 
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 
@@ -15,18 +16,18 @@ from tune_kd.records.ledger import ASIDE, Ledger, commits, damage, reading
 from tune_kd.records.reader import Records, load, rows, without_advice
 from tune_kd.records.run_folder import Run
 from tune_kd.records.schema import COMMITS, DECISIONS, EPOCHS, LEDGER, SCHEMAS, TRIALS, Row, first_row
+from tune_kd.study.trial import quality
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import CorruptFile, UserError
 from tune_kd.system.files import sync
 
-REBUILT = ".rebuilt"  # a folder in a run's, for the time that it takes
+REBUILT = ".rebuilt"  # temporary folder in a run's
 
 
 def opened(run: Run, say: Callable[[str], None]) -> Ledger:
-    """A run's ledger to write to. One that is damaged, or gone, is rebuilt first, and that is said. A new one is made
-    aside, so that none is ever there by half.
+    """Open a run's ledger for writing. Creates it, or rebuilds it if it is damaged or missing, and says so.
 
-    Raises `CorruptFile` where the tables are damaged, too, and `UserError` where the ledger is not this plan's.
+    Raises `CorruptFile` if the tables are damaged, too, and `UserError` if the ledger belongs to another plan.
     """
     wrong = wrong_with(run.folder)
     if wrong is not None:
@@ -52,10 +53,10 @@ def opened(run: Run, say: Callable[[str], None]) -> Ledger:
 
 
 def wrong_with(folder: Path) -> str | None:
-    """What is wrong with the ledger in a folder; null where it is whole, or where none was begun."""
+    """Return what is wrong with the ledger in a folder; None if it is intact, or was never created."""
     path = folder / LEDGER
     if not os.path.exists(path):
-        tables = any((folder / f"{schema.name}.parquet").is_file() for schema in SCHEMAS)  # which come after it
+        tables = any((folder / f"{schema.name}.parquet").is_file() for schema in SCHEMAS)  # which are written after it
         return f"{path} is missing, and rows were committed to it" if tables or commits(folder) else None
     try:
         with reading(path) as ledger:
@@ -68,7 +69,7 @@ def wrong_with(folder: Path) -> str | None:
 
 
 def rebuild(run: Run) -> str:
-    """Make the ledger again from the tables, set the old one aside, and tell what the new one holds."""
+    """Rebuild the ledger from the tables and back up the old one. Returns what the new one holds, as a sentence."""
     try:
         records = load(run.folder)
     except UserError as mistake:
@@ -95,28 +96,25 @@ def rebuild(run: Run) -> str:
 
 
 def set_aside(folder: Path) -> list[Path]:
-    """Damaged ledgers that were set aside."""
+    """Return the backups of damaged ledgers."""
     return sorted(folder.glob(f"{LEDGER}.damaged-*"))
 
 
 def _make(run: Run, rows: dict[str, list[Row]]) -> None:
-    """A new ledger of these rows, whole and synced, in a folder of its own."""
+    """Write a ledger of these rows in a folder of its own, so that a kill never leaves part of one."""
     aside = run.folder / REBUILT
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    ledger = Ledger(aside / LEDGER, after=commits(run.folder) or 0)
-    try:
+    with closing(Ledger(aside / LEDGER, after=commits(run.folder) or 0)) as ledger:  # which removes its log
         with ledger.transaction():
             for schema in SCHEMAS:
                 for row in rows[schema.name]:
                     ledger.put(schema, row)
         ledger.count_again()
-    finally:
-        ledger.close()  # which also ends its write-ahead log
 
 
 def _put(run: Run) -> None:
-    """Have the ledger that was made in its place, after its count: a count alone says that a ledger is missing."""
+    """Move the new ledger to its place, after its count: a count alone means that the ledger is missing."""
     for name in (COMMITS, LEDGER):
         (run.folder / REBUILT / name).rename(run.folder / name)
     sync(run.folder)
@@ -124,7 +122,7 @@ def _put(run: Run) -> None:
 
 
 def _consistent(run: Run, records: Records) -> dict[str, list[Row]]:
-    """The rows of tables that a kill may have left of different ages, so that they fit together and the plan."""
+    """Return the tables' rows so that they fit each other and the plan: a kill may leave tables of different ages."""
     trials, epochs, decisions = (rows(table) for table in (records.trials, records.epochs, records.decisions))
     planned = {trial.trial_id: trial for trial in grown(run.plan, trials).trials}
     if strange := {row["trial_id"] for row in trials} - set(planned):
@@ -136,10 +134,10 @@ def _consistent(run: Run, records: Records) -> dict[str, list[Row]]:
         of_trial.setdefault(row["trial_id"], []).append(row)
     for place, row in enumerate(trials):
         theirs = sorted(of_trial.get(row["trial_id"], []), key=lambda each: int(each["epoch"]))
-        underived = row["status"] in ("stopped", "blocked") and not theirs  # a driver finds out again
+        underived = row["status"] in ("stopped", "blocked") and not theirs  # a driver decides again
         if underived or row["epochs_run"] != len(theirs):
             trials[place] = _as_of(first_row(run.name, planned[row["trial_id"]]), row, theirs)
-    # Where a draw runs again, what follows from all of them is not known yet.
+    # Where a draw runs again, the trials that depend on all draws are not known yet.
     known_trials = {trial.trial_id for trial in grown(run.plan, trials).trials}
     trials = [row for row in trials if row["trial_id"] in known_trials]
     epochs = [row for row in epochs if row["trial_id"] in known_trials]
@@ -149,18 +147,18 @@ def _consistent(run: Run, records: Records) -> dict[str, list[Row]]:
 
 
 def _as_of(first: Row, row: Row, epochs: list[Row]) -> Row:
-    """A trial's row as it was when it had these epochs: to be run on."""
-    best = max(epochs, key=lambda each: (each["val_accuracy"], -each["val_loss"]), default=None)
-    names = ("attempts", "started", "host", "device", "threads", "gpu_fraction")
-    kept = {name: row[name] for name in (*names, *(["error"] if row["attempts"] else []))}  # else: why it did not run
-    return (
-        first
-        | kept
-        | {
-            "epochs_run": len(epochs),
-            "val_accuracy": epochs[-1]["val_accuracy"] if epochs else None,
-            "val_accuracy_best": None if best is None else best["val_accuracy"],
-            "best_epoch": None if best is None else best["epoch"],
-            "train_seconds": sum(each["seconds"] for each in epochs) if epochs else None,
-        }
-    )
+    """Return a trial's row as it was after these epochs, to be continued."""
+    names = ["attempts", "started", "host", "device", "threads", "gpu_fraction"]
+    if row["attempts"]:  # otherwise `error` is why it did not run
+        names.append("error")
+    then = first | {name: row[name] for name in names}
+    if not epochs:
+        return then
+    best = max(epochs, key=lambda each: quality(each["val_accuracy"], each["val_loss"]))
+    return then | {
+        "epochs_run": len(epochs),
+        "val_accuracy": epochs[-1]["val_accuracy"],
+        "val_accuracy_best": best["val_accuracy"],
+        "best_epoch": best["epoch"],
+        "train_seconds": sum(each["seconds"] for each in epochs),
+    }

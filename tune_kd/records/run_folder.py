@@ -1,4 +1,4 @@
-"""A run's folder: where it is, who holds it, and the `study.json` that everything else follows from."""
+"""A run's folder: find it, create it with its `study.json`, and open it again."""
 
 import os
 import platform
@@ -28,7 +28,7 @@ from tune_kd.study.source import digests as known_digests
 from tune_kd.study.spec import Study
 from tune_kd.study.trial import digest
 from tune_kd.system.crash_points import point
-from tune_kd.system.errors import UserError
+from tune_kd.system.errors import UserError, raise_problems
 from tune_kd.system.files import check_names, links, obstacle, sealed
 from tune_kd.system.object_store import Mirror, path_of
 from tune_kd.system.secrets import secrets
@@ -39,17 +39,17 @@ RESERVED = ("teachers",)
 
 @dataclass(frozen=True)
 class Run:
-    """A run on disk, and what `resume` needs to go on with it."""
+    """A run on disk, with all that `resume` needs."""
 
     name: str
     folder: Path
     study: Study
     data_digest: str
     data_dir: Path | None
-    settings: dict[str, Any]  # shares and options that do not change results
+    settings: dict[str, Any]  # resources and options that do not affect results
     source: Source | None = None
-    look: int = 0  # up to which of the looks that its study declares
-    named: bool = False  # whether the caller has named the study's file, and not only the record
+    look: int = 0  # index of the last declared look that is planned
+    named: bool = False  # whether the caller named the study's file, not only the record
 
     @property
     def teachers(self) -> Path:
@@ -65,7 +65,7 @@ class Run:
 
 
 def check_new(out: Path, name: str | None, study: Study) -> str:
-    """The name of a new run, given or made from the study and the time. Raises `UserError`; creates nothing."""
+    """Return the name of a new run, by default from the study and the time. Raises `UserError`. Creates nothing."""
     if name is None:
         name = f"{study.name}-{study.scale}-{datetime.now():%Y%m%d-%H%M%S}"
     problems = [*problems_with_name(name), *secrets(asdict(study), "study")]
@@ -76,13 +76,12 @@ def check_new(out: Path, name: str | None, study: Study) -> str:
     if (why := too_long(out / name / LEDGER)) is not None:
         problems.append(f"--out is {out}, where {why}; choose a folder with a shorter path")
     problems += _in_the_way(out, name)
-    if problems:
-        raise UserError(*problems)
+    raise_problems(problems)
     return name
 
 
 def _in_the_way(out: Path, name: str) -> list[str]:
-    """What keeps a new run from being begun in a store, as sentences."""
+    """Return what prevents a new run in a store, as sentences."""
     mirror, probe = Mirror.of(out), out / f".probe-{os.getpid()}"
     if mirror.url is None:
         return []
@@ -102,7 +101,7 @@ def _in_the_way(out: Path, name: str) -> list[str]:
 
 
 def problems_with_name(name: str) -> list[str]:
-    """What keeps a run from having this name, as sentences."""
+    """Return what is wrong with a run's name, as sentences."""
     if RUN_NAME.fullmatch(name) and name not in RESERVED:
         return []
     return [
@@ -112,8 +111,10 @@ def problems_with_name(name: str) -> list[str]:
 
 
 def check_links(run: Run) -> None:
-    """Raise `UserError` for links where the run writes: into its folder, and into those of its teachers. Results may
-    come from anybody, who could have made a link to any file of the caller's."""
+    """Raise `UserError` for links in the folders that a run writes to: its own, and those of its teachers.
+
+    Results may come from a stranger, and a link can lead to any of the caller's files.
+    """
     folders = [run.folder, run.teachers]
     if not run.teachers.is_symlink():
         folders = [run.folder, *(run.teachers / teacher.trial_id for teacher in run.plan.teachers)]
@@ -129,8 +130,8 @@ def check_links(run: Run) -> None:
 
 @contextmanager
 def begun(run: Run) -> Iterator[Callable[[str | None], None]]:
-    """A new run on disk, held by this process. Nothing stays of one whose plan cannot be written, or that a `UserError`
-    ends before a row is written."""
+    """Create a new run and hold it. Removes it if its plan cannot be written, or if a `UserError` ends it before the
+    first row. Yields what `held` yields."""
     check_links(run)
     try:
         run.folder.mkdir(parents=True, exist_ok=_unbegun(run.folder))
@@ -144,23 +145,23 @@ def begun(run: Run) -> Iterator[Callable[[str | None], None]]:
                 create(run)
                 yield tell_dashboard
             except BaseException as error:
-                first = run.folder / "trials.parquet"  # of a driver's files
+                first = run.folder / "trials.parquet"  # the first file of a driver
                 if not (run.folder / STUDY).exists() or (isinstance(error, UserError) and not first.exists()):
                     shutil.rmtree(run.folder)
                 raise
     except OSError:
-        if _unbegun(run.folder):  # the disk has not even taken who holds it
+        if _unbegun(run.folder):  # not even its holder could be written
             shutil.rmtree(run.folder)
         raise
 
 
 def _unbegun(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a kill leaves before the plan is there."""
+    """Return whether a folder holds at most what a kill leaves before the plan is written."""
     return folder.is_dir() and all(path.name.startswith(".") or path.name == HOLDER for path in folder.iterdir())
 
 
 def create(run: Run) -> None:
-    """Write `study.json` into a run's folder: the study, its hash, the contrasts, and what runs where."""
+    """Write `study.json`: the study and its hash, the plan, the settings, versions and the machine."""
     run.folder.mkdir(parents=True, exist_ok=True)
     planned = run.plan
     contrasts = [asdict(contrast) for contrast in planned.contrasts]
@@ -183,20 +184,19 @@ def create(run: Run) -> None:
             "dir": None if run.data_dir is None else str(run.data_dir.absolute()),
         },
         "settings": run.settings,
-        "source": _source(run),
+        "source": source_record(run),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "git_commit": _git_commit(),
         "machine": {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count()},
     }
-    if problems := list(secrets(record)):
-        raise UserError(*problems)
+    raise_problems(secrets(record))
     Mirror.of(run.folder).publish(run.folder / STUDY, sealed(record))
     point("study.published")
 
 
 def trials(run: Run) -> list[Row]:
-    """The rows of the ledger's trials, and of those that come into it when a driver takes the plan over."""
+    """Return the rows of the ledger's trials, and those that a driver adds for the rest of the plan."""
     rows: list[Row] = []
     if os.path.exists(run.folder / LEDGER):
         with reading(run.folder / LEDGER) as ledger:
@@ -205,8 +205,8 @@ def trials(run: Run) -> list[Row]:
     return rows + [first_row(run.name, trial) for trial in grown(run.plan, rows).trials if trial.trial_id not in known]
 
 
-def _source(run: Run) -> dict[str, Any] | None:
-    """Where the study came from, for the record: with digests of what was executed last, if it was."""
+def source_record(run: Run) -> dict[str, Any] | None:
+    """Return where the study came from, with the digests of the files that were executed last."""
     if run.source is None:
         return None
     file = run.source.file.absolute()
@@ -215,51 +215,41 @@ def _source(run: Run) -> dict[str, Any] | None:
 
 
 def find(out: Path, name: str) -> Path:
-    """The folder of a run that is named under `out` or given as a path or URL. Raises `UserError` where there is none,
-    or its ledger cannot be opened there."""
+    """Return the folder of a run, which is given by its name under `out`, its path or URL.
+
+    Raises `UserError` if there is none, or if the path of its ledger is too long.
+    """
     for folder in (out / name, path_of(name)):
         check_names(folder)
         if Mirror.of(folder).url is not None:
             pull(folder)
-        if os.path.exists(folder / STUDY):  # what it is, its reader says
+        if os.path.exists(folder / STUDY):
             if (why := too_long(folder / LEDGER)) is not None:
                 raise UserError(f"RUN is {folder}, where {why}; move it to a folder with a shorter path")
-            return (
-                folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
-            )  # its teachers lie beside it
+            # Its name and its parent are needed: teachers lie beside it.
+            return folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
     names = [folder.name for folder in existing(out)]
     raise UserError(f"RUN is {name!r}; allowed: a run under {out} ({', '.join(names) or 'there is none'}) or its path")
 
 
 def existing(out: Path) -> list[Path]:
-    """The folders of all runs under `out`, the newest first."""
+    """Return the folders of all runs under `out`, the newest first."""
     for name in in_store(out):
-        if RUN_NAME.fullmatch(name) and name not in RESERVED:
+        if not problems_with_name(name):
             pull(out / name)
     found = [path.parent for path in out.glob(f"*/{STUDY}") if os.path.exists(path)]
     return sorted(found, key=lambda folder: (folder / STUDY).stat().st_mtime, reverse=True)
 
 
 def reopen(folder: Path) -> Run:
-    """A run as it was begun. Raises `UserError` where its record does not fit itself or this version."""
+    """Load a run. Raises `UserError` if its record was changed, or does not fit this version."""
     try:
         record = study_record.load(folder / STUDY)
     except UserError as mistake:
-        raise UserError(
-            *(f"{problem.removesuffix('; restore the file')}; restore the file, or start a new run"
-              for problem in mistake.problems)
-        ) from mistake  # fmt: skip
+        told = (problem.removesuffix("; restore the file") for problem in mistake.problems)
+        raise UserError(*(f"{problem}; restore the file, or start a new run" for problem in told)) from mistake
     try:
-        run = Run(
-            name=record["run"],
-            folder=folder,
-            study=from_json((record["extended"] or record)["study"]),
-            data_digest=str(record["data"]["digest"]),
-            data_dir=None if record["data"]["dir"] is None else Path(record["data"]["dir"]),
-            settings=record["settings"],
-            source=None if record["source"] is None else TypeAdapter(Source).validate_python(record["source"]),
-            look=record["look"],
-        )
+        run = _from_record(folder, record)
         begun, here, commit = record["versions"]["tune_kd"], version("tune_kd"), record["git_commit"]
         planned_trials = set(record["trials"])
     except (ValueError, KeyError, TypeError) as error:
@@ -280,7 +270,7 @@ def reopen(folder: Path) -> Run:
             f"RUN is {folder.name}, begun by tune_kd {begun} at commit {commit or 'unknown'}, which "
             f"allowed what this one does not ({'; '.join(mistake.problems)}); finish it with that one, or start anew"
         ) from mistake
-    if {trial.trial_id for trial in planned.trials} != planned_trials:  # their order is this version's
+    if {trial.trial_id for trial in planned.trials} != planned_trials:  # a version may plan them in another order
         raise UserError(
             f"{folder}/study.json was planned by tune_kd {begun}, and this version plans "
             "other trials from it; resume it with that version"
@@ -288,8 +278,23 @@ def reopen(folder: Path) -> Run:
     return run
 
 
+def _from_record(folder: Path, record: dict[str, Any]) -> Run:
+    """Return the run of a `study.json`. Raises `ValueError`, KeyError or TypeError for a record that is not one."""
+    data, source = record["data"], record["source"]
+    return Run(
+        name=record["run"],
+        folder=folder,
+        study=from_json((record["extended"] or record)["study"]),
+        data_digest=str(data["digest"]),
+        data_dir=None if data["dir"] is None else Path(data["dir"]),
+        settings=record["settings"],
+        source=None if source is None else TypeAdapter(Source).validate_python(source),
+        look=record["look"],
+    )
+
+
 def _git_commit() -> str | None:
-    """The commit of the project that runs, marked where files were changed since; null outside a checkout."""
+    """Return the commit of this checkout, marked if files were changed; None outside a checkout."""
     here = Path(__file__).parent
     try:
         commit = subprocess.run(

@@ -1,4 +1,4 @@
-"""The three tables of a run: their columns, types and keys, what has to hold of a row, and how files are named."""
+"""Schemas of a run's three tables: columns, types, keys and rules of a row. Names of the files in a run's folder."""
 
 import math
 import re
@@ -10,55 +10,55 @@ from tune_kd.study.trial import Action, Phase, Role, Status, StopReason, Trial
 from tune_kd.system.characters import CONTROL
 
 Row = dict[str, Any]
-LAYOUT = 2  # of a run's folder: from 2 on there are digests of its tables
+LAYOUT = 2  # version of a run's folder; from 2 on it has digests of the tables
 LEDGER = "ledger.sqlite"  # in a run's folder
-COMMITS = "ledger.commits"  # beside it: how many transactions it holds at least
-DIGESTS = "tables.json"  # beside them: the SHA-256 of each table, and of the one before, which a kill may leave
+COMMITS = "ledger.commits"  # beside it: the least number of transactions that the ledger holds
+DIGESTS = "tables.json"  # beside them: the SHA-256 of each table and of its predecessor, which a kill may leave
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # files and folders are named after runs
 
 
 @dataclass(frozen=True)
 class Schema:
-    """A table: its columns with their types, in order, and what has to hold of its rows. Readers hold them to it."""
+    """A table: its columns in order, with their types, and the rules for its rows. Writers and readers check them."""
 
     name: str
     columns: Mapping[str, type]
-    key: tuple[str, ...]  # never null, and never twice
-    optional: tuple[str, ...] = ()  # columns that a table of an earlier version may lack; they are null then
+    key: tuple[str, ...]  # unique, never null
+    optional: tuple[str, ...] = ()  # null if a table of an earlier version lacks them
     needed: tuple[str, ...] = ()  # never null
-    levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # what a text column may hold, besides null
+    levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # allowed values of text columns, besides null
     fractions: tuple[str, ...] = ()  # from 0 to 1
-    free: tuple[str, ...] = ()  # text that may have control characters, such as lines; other text names something
-    only_completed: tuple[str, ...] = ()  # null unless `status` is completed: nothing poses as a final accuracy
+    free: tuple[str, ...] = ()  # text that may have control characters, such as line breaks
+    only_completed: tuple[str, ...] = ()  # null unless `status` is completed
 
     @property
     def names(self) -> list[str]:
-        """The columns of text that name something."""
+        """The text columns that must not have control characters."""
         return [name for name, kind in self.columns.items() if kind is str and name not in self.free]
 
 
-def _columns(kind: type, names: str) -> dict[str, type]:
+def typed_columns(kind: type, names: str) -> dict[str, type]:
     return dict.fromkeys(names.split(), kind)
 
 
 TRIALS = Schema(
     "trials",
-    _columns(str, "run trial_id arm phase role student teacher teacher_id stem weights")
-    | _columns(float, "width")
-    | _columns(str, "method")
-    | _columns(float, "temperature alpha beta lr weight_decay")
-    | _columns(int, "seed")
-    | _columns(str, "recipe_id dataset data_digest scale device")
-    | _columns(int, "threads")
-    | _columns(str, "status stop_reason")
-    | _columns(int, "epochs_planned epochs_run best_epoch")
-    | _columns(float, "val_accuracy val_accuracy_best test_accuracy test_accuracy_best")
-    | _columns(float, "agreement kl_t1 kl_t4 ece")
-    | _columns(int, "params")
-    | _columns(float, "train_seconds wall_seconds gpu_fraction")
-    | _columns(int, "peak_memory_bytes attempts")
-    | _columns(str, "error teacher_digest weights_digest host")
-    | _columns(float, "started"),
+    typed_columns(str, "run trial_id arm phase role student teacher teacher_id stem weights")
+    | typed_columns(float, "width")
+    | typed_columns(str, "method")
+    | typed_columns(float, "temperature alpha beta lr weight_decay")
+    | typed_columns(int, "seed")
+    | typed_columns(str, "recipe_id dataset data_digest scale device")
+    | typed_columns(int, "threads")
+    | typed_columns(str, "status stop_reason")
+    | typed_columns(int, "epochs_planned epochs_run best_epoch")
+    | typed_columns(float, "val_accuracy val_accuracy_best test_accuracy test_accuracy_best")
+    | typed_columns(float, "agreement kl_t1 kl_t4 ece")
+    | typed_columns(int, "params")
+    | typed_columns(float, "train_seconds wall_seconds gpu_fraction")
+    | typed_columns(int, "peak_memory_bytes attempts")
+    | typed_columns(str, "error teacher_digest weights_digest host")
+    | typed_columns(float, "started"),
     ("run", "trial_id"),
     optional=("teacher_digest", "weights_digest", "host", "started"),
     needed=("arm", "phase", "role", "seed", "status"),
@@ -68,27 +68,19 @@ TRIALS = Schema(
         "status": tuple(Status),
         "stop_reason": tuple(StopReason),
     },
-    fractions=(
-        "val_accuracy",
-        "val_accuracy_best",
-        "test_accuracy",
-        "test_accuracy_best",
-        "agreement",
-        "ece",
-        "alpha",
-    ),
+    fractions=("val_accuracy", "val_accuracy_best", "test_accuracy", "test_accuracy_best", "agreement", "ece", "alpha"),
     free=("error",),
     only_completed=("test_accuracy", "test_accuracy_best"),
 )
-"""`started`: seconds since the Unix epoch at which the first attempt began. `error` also tells of retries."""
+"""`started`: start of the first attempt, in seconds since the Unix epoch. `error` also lists retries."""
 
 EPOCHS = Schema(
     "epochs",
-    _columns(str, "run trial_id")
-    | _columns(int, "epoch attempt")
-    | _columns(float, "val_accuracy val_loss train_loss train_accuracy loss_ce loss_kd lr grad_norm")
-    | _columns(float, "seconds images_per_second answer_seconds")
-    | _columns(int, "views_answered"),
+    typed_columns(str, "run trial_id")
+    | typed_columns(int, "epoch attempt")
+    | typed_columns(float, "val_accuracy val_loss train_loss train_accuracy loss_ce loss_kd lr grad_norm")
+    | typed_columns(float, "seconds images_per_second answer_seconds")
+    | typed_columns(int, "views_answered"),
     ("run", "trial_id", "epoch"),
     optional=("answer_seconds", "views_answered"),
     fractions=("val_accuracy", "train_accuracy"),
@@ -96,11 +88,11 @@ EPOCHS = Schema(
 
 DECISIONS = Schema(
     "decisions",
-    _columns(str, "run trial_id arm phase stratum")
-    | _columns(int, "epoch rung")
-    | _columns(float, "metric cutoff")
-    | _columns(int, "rank peers")
-    | _columns(str, "action reason"),
+    typed_columns(str, "run trial_id arm phase stratum")
+    | typed_columns(int, "epoch rung")
+    | typed_columns(float, "metric cutoff")
+    | typed_columns(int, "rank peers")
+    | typed_columns(str, "action reason"),
     ("run", "trial_id", "epoch"),
     needed=("arm", "phase", "action", "reason"),
     levels={"action": tuple(Action)},
@@ -108,23 +100,17 @@ DECISIONS = Schema(
 )
 
 SCHEMAS = (TRIALS, DECISIONS, EPOCHS)
-"""In the order in which the tables are made, against which they are read: of tables of two ages, as a kill or a reader
-in between finds them, no epoch is there without its trial and its comparison."""
+"""The order in which tables are written. They are read in reverse, so that every epoch has its trial and its decision,
+also if a kill or a reader in between finds tables of different ages."""
 
-
-TIMING = (
-    "attempt",
-    "seconds",
-    "images_per_second",
-    "answer_seconds",
-    "views_answered",
-)  # an epoch that is computed again may differ in these
+# Columns in which an epoch that is computed again may differ.
+TIMING = ("attempt", "seconds", "images_per_second", "answer_seconds", "views_answered")
 
 PANDAS = {str: "string", int: "Int64", float: "float64"}
 
 
 def clean(schema: Schema, row: Mapping[str, Any]) -> Row:
-    """The row in the schema's order and types. A number that is not finite does not apply: it becomes null."""
+    """Return the row in the schema's order and types. Numbers that are not finite become None."""
     unknown = set(row) - set(schema.columns)
     assert not unknown, f"{schema.name} has no column {sorted(unknown)}"
     cleaned: Row = {}
@@ -132,16 +118,18 @@ def clean(schema: Schema, row: Mapping[str, Any]) -> Row:
         value = row.get(name)
         if value is None or (isinstance(value, float) and not math.isfinite(value)):
             cleaned[name] = None
-        else:  # SQLite keeps no sign of zero, and a row's check sum must not depend on it
+        else:  # SQLite drops the sign of zero, and a row's checksum must not depend on it
             cleaned[name] = float(value) + 0.0 if kind is float else kind(value)
-            if kind is str:  # a path may hold bytes that are no text, which neither SQLite nor Parquet takes
+            if kind is str:  # a path may hold bytes that SQLite and Parquet refuse as text
                 cleaned[name] = cleaned[name].encode(errors="backslashreplace").decode()
     return cleaned
 
 
 def broken(schema: Schema, row: Row) -> str | None:
-    """Which rule of its schema a whole row breaks, as a sentence; null where it breaks none. `tables.check` holds whole
-    tables to the same rules."""
+    """Return the first rule that a row breaks, as a sentence; None if it breaks none.
+
+    `reader.check` applies the same rules to whole tables.
+    """
     for name in (*schema.key, *schema.needed):
         if row[name] is None:
             return f"{schema.name}.{name} is null; allowed: a value"
@@ -164,7 +152,7 @@ def broken(schema: Schema, row: Row) -> str | None:
 
 
 def mistyped(schema: Schema, row: Row) -> str | None:
-    """Which value of a whole row has another type than its column, or is no finite number; null where none is."""
+    """Return the first value that is not of its column's type, or not finite, as a sentence; None if there is none."""
     for (name, kind), value in zip(schema.columns.items(), row.values(), strict=True):
         if value is not None and (type(value) is not kind or (isinstance(value, float) and not math.isfinite(value))):
             return f"{schema.name}.{name} is {value!r:.60}"
@@ -172,11 +160,10 @@ def mistyped(schema: Schema, row: Row) -> str | None:
 
 
 def first_row(run: str, trial: Trial) -> Row:
-    """The row of a trial that has not begun: what it is, and null for what is not known yet."""
+    """Return the row of a trial that has not started, with None for what is not known yet."""
     cell, recipe = trial.cell, trial.recipe
     student = trial.role == "student"
-    row: Row = dict.fromkeys(TRIALS.columns)
-    row |= {
+    return dict.fromkeys(TRIALS.columns) | {
         "run": run,
         "trial_id": trial.trial_id,
         "arm": trial.arm,
@@ -204,8 +191,7 @@ def first_row(run: str, trial: Trial) -> Row:
         "epochs_run": 0,
         "attempts": 0,
     }
-    return row
 
 
-MOST_LEDGER_BYTES = 2**36  # a hundred times that of 10,000 trials with 100 epochs each
-MOST_TABLE_BYTES = 2**30  # of a Parquet table, which is read whole: five times the epochs of those trials
+MOST_LEDGER_BYTES = 2**36  # 100 times the ledger of 10,000 trials with 100 epochs each
+MOST_TABLE_BYTES = 2**30  # of a Parquet table, which is read whole: 5 times the epochs table of those trials

@@ -1,8 +1,8 @@
-"""Runs whose results folder is in a store: what is sent there and when, and how another machine comes by it.
+"""Send a run's records to an object store, and fetch them on another machine.
 
-The ledger stays on the disk of its driver, as SQLite needs it. After each making of the tables, a snapshot of it is
-sent behind them; so a driver's disk that is lost costs at most what came after the last tables, which runs again from
-checkpoints. What a driver's own disk has is never older than the store.
+SQLite needs the ledger on the driver's own disk. Each time the tables are written, they are sent, and then a snapshot
+of the ledger. A lost disk thus costs at most what came after the last tables, which runs again from checkpoints. The
+store is never ahead of the driver's disk.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from tune_kd.system.files import MOST_RECORD_BYTES, parsed, publish, read, unsea
 from tune_kd.system.object_store import READS, Mirror
 
 STUDY = "study.json"  # in a run's folder
-HOLDER = "holder.json"  # beside it: who runs it now
-TABLES = (DIGESTS, *(f"{schema.name}.parquet" for schema in SCHEMAS))  # digests before what they are of
+HOLDER = "holder.json"  # beside it: the process that drives the run
+TABLES = (DIGESTS, *(f"{schema.name}.parquet" for schema in SCHEMAS))  # digests before their tables
 
 
 class Sender:
-    """Sends a run to its store while it goes on, beside it: whoever offers does not wait."""
+    """Sends a running run to its store, in a thread of its own."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self._folder = folder
@@ -37,7 +37,7 @@ class Sender:
         self._sending: Future[None] | None = None
 
     def offer(self) -> None:
-        """Send the tables that were just made and a snapshot of the ledger, unless others are still under way."""
+        """Start to send the new tables and a snapshot of the ledger, unless earlier ones are still being sent."""
         if self._mirror.url is None or (self._sending is not None and not self._sending.done()):
             return
         if self._sending is not None and (error := self._sending.exception()) is not None:
@@ -45,7 +45,7 @@ class Sender:
         self._sending = self._pool.submit(self._send, self._tables())
 
     def finish(self) -> None:
-        """Send what there is in the end, and wait for it. Raises OSError where the store does not take it."""
+        """Send the final records and wait. Raises OSError if the store fails."""
         self._pool.shutdown()
         if self._mirror.url is None:
             return
@@ -56,7 +56,7 @@ class Sender:
             raise OSError(f"{self._mirror.place(self._folder)} does not take the records ({error}); {here}") from error
 
     def _tables(self) -> list[tuple[str, bytes]]:
-        """The tables as they are now, so that they fit together in the store, too."""
+        """Read all tables now, so that they fit together in the store."""
         return [(name, read(self._folder / name, MOST_TABLE_BYTES)) for name in (STUDY, *TABLES)]
 
     def _send(self, tables: list[tuple[str, bytes]]) -> None:
@@ -71,12 +71,12 @@ class Sender:
 
 
 def stamped(holder: bytes) -> bytes:
-    """Who holds a run, with the time at which that was still so: a store frees nothing when a process dies."""
+    """Add the current time to the holder of a run: a store releases nothing when a process ends."""
     return json.dumps({**parsed(holder), "seen": time.time()}).encode()
 
 
 def send(folder: Path, *names: str) -> None:
-    """Send files of a run's folder, and folders with all that is in them, as far as they are there. Raises OSError."""
+    """Send files and whole folders of a run's folder, if they exist. Raises OSError."""
     mirror = Mirror.of(folder)
     if mirror.url is not None:
         for path in (folder / name for name in names):
@@ -86,8 +86,7 @@ def send(folder: Path, *names: str) -> None:
 
 
 def pull(folder: Path) -> None:
-    """Have a run here as its store holds it, where that is ahead of what is here: it went on elsewhere, or was never
-    here. Raises OSError."""
+    """Fetch a run that is not here, or that went on elsewhere, from its store. Raises OSError."""
     mirror = Mirror.of(folder)
     if mirror.url is None:
         return
@@ -109,7 +108,7 @@ def pull(folder: Path) -> None:
 
 
 def _of_one_age(mirror: Mirror, folder: Path) -> dict[str, bytes]:
-    """The tables and the ledger of a run that its driver may be sending: read again until they fit their digests."""
+    """Read tables and ledger until they match their digests, as a driver may be sending them."""
     bounds = {**dict.fromkeys(TABLES, MOST_TABLE_BYTES), LEDGER: MOST_LEDGER_BYTES}
     for _ in range(READS):
         found = {name: mirror.read(folder / name, most) for name, most in bounds.items()}
@@ -121,9 +120,9 @@ def _of_one_age(mirror: Mirror, folder: Path) -> dict[str, bytes]:
         fit = [hashlib.sha256(whole.get(name, b"")).hexdigest() in known.get(name, []) for name in TABLES[1:]]
         if all(fit) or len(whole) < len(found):
             break
-    return whole  # what does not fit is told of by those who read it
+    return whole  # a reader reports what does not match
 
 
 def runs(out: Path) -> list[str]:
-    """The names of what the store has in a folder of runs. Raises OSError."""
+    """Return the names in a folder of runs in the store. Raises OSError."""
     return Mirror.of(out).names(out)

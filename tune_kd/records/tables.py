@@ -1,28 +1,46 @@
-"""Parquet bytes of a table: whole row groups, whose pages are those of the table before where nothing changed."""
+"""Convert rows to DataFrames, Arrow tables and the bytes of Parquet files."""
 
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tune_kd.records.schema import PANDAS, SCHEMAS, Row, Schema
+from tune_kd.records.schema import PANDAS, SCHEMAS, Row, Schema, typed_columns
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-
-PART = 2000  # rows that are made into a table at a time
+PART = 2000  # rows that are converted at a time
+# Columns of results that are text, and counts. The others are measures.
+KINDS = typed_columns(
+    str,
+    "run arm role note what contrast kind verdict words context how against setting value host stratum phase method "
+    "status student teacher stem weights",
+) | typed_columns(
+    int,
+    "draws completed failed epochs best_draw n planned tried trials stopped n_treated n_control pairs_needed epoch "
+    "slot seed rung",
+)
 
 
 def frame(schema: Schema, rows: list[Row]) -> "pd.DataFrame":
-    """Rows as a DataFrame with the schema's types: `string`, `Int64` and `float64`."""
+    """Return rows as a DataFrame with the schema's types: `string`, `Int64` and `float64`."""
     import pandas as pd
 
     columns = schema.columns.items()
     return pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype=PANDAS[kind]) for name, kind in columns})
 
 
+def typed(rows: Sequence[Mapping[str, Any]], names: str) -> "pd.DataFrame":
+    """Return rows as a DataFrame with these columns (separated by spaces), typed also if it is empty or all null."""
+    import pandas as pd
+
+    table = pd.DataFrame(rows, columns=names.split())
+    return table.astype({name: PANDAS[KINDS.get(name, float)] for name in table.columns})
+
+
 def arrow(schema: Schema, rows: list[Row]) -> "pa.Table":
-    """Rows as a table of Arrow's, which pandas reads with the types of `frame`."""
+    """Return rows as an Arrow table, which pandas reads with the types of `frame`."""
     import pyarrow as pa
 
     return pa.Table.from_pylist(rows, schema=_arrow_schema(schema.name))
@@ -38,40 +56,30 @@ def _arrow_schema(name: str) -> "pa.Schema":
     return pa.Table.from_pandas(frame(schema, []), schema=types, preserve_index=False).schema
 
 
-def to_parquet(table: "pa.Table", before: bytes | None = None) -> bytes:
-    """A table as the bytes of a Parquet file with page checksums.
+def to_parquet(table: "pa.Table", before: bytes = b"") -> bytes:
+    """Return a table as the bytes of a Parquet file with page checksums, after the file `before`.
 
-    The pages of the file that this one replaces, `before`, stay where they were, though no footer tells of them any
-    more. For pyarrow, and so pandas, opens a file that it is given by name twice, and where it is replaced in between
-    reads its pages by the footer of the one before. The new pages lie in front of those where there is room, else
-    behind them: a file is at most about three times as large as its table.
+    The pages of `before` stay at their offsets, although the new footer does not refer to them: pyarrow (so pandas),
+    polars and DuckDB open a file twice, and would read the new file by the footer of the old one. The new pages lie in
+    front of the old ones if they fit, otherwise behind. A file is at most about three times as large as its table.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    start, kept = (0, b"") if before is None else _pages(before)
+    from tune_kd.records.parquet import extent
+
+    start, end = extent(before)
+    kept = before[start:end]
     for behind in (False, True):
         sink = pa.BufferOutputStream()
         with pq.ParquetWriter(sink, table.schema, write_page_checksum=True) as writer:
+            if not behind:
+                writer.write_table(table)
+            room = start - sink.tell()
+            if kept and room >= 0:
+                sink.write(bytes(room) + kept)
             if behind:
-                sink.write(bytes(start - sink.tell()) + kept)
-            writer.write_table(table)
-            if kept and not behind:
-                if sink.tell() > start:
-                    continue
-                sink.write(bytes(start - sink.tell()) + kept)
-        break
+                writer.write_table(table)
+        if room >= 0 or not kept:
+            break
     return bytes(sink.getvalue())
-
-
-def _pages(data: bytes) -> tuple[int, bytes]:
-    """Where the pages begin that the footer of a Parquet file tells of, and the bytes from there to their end. There
-    are none in what is no such file, which nobody reads."""
-    from tune_kd.records.parquet import spans
-
-    try:
-        found = spans(data)
-    except ValueError:
-        return 0, b""
-    start = min((start for start, _ in found), default=0)
-    return start, data[start : max((end for _, end in found), default=0)]

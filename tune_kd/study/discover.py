@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from tune_kd.study.plan import checked
 from tune_kd.study.source import StudyFile, executed, folders
 from tune_kd.study.spec import DATA_SETS, Data, Factor, Study
-from tune_kd.system.errors import UserError
+from tune_kd.system.errors import UserError, raise_problems
 from tune_kd.system.files import read
 
 
@@ -111,8 +111,7 @@ def _with_settings(path: Path, study: Study, settings: Sequence[str]) -> Study:
             continue
         problem = _assign(value, field.split("."), _parsed(text), field)
         problems += [problem] if problem else []
-    if problems:
-        raise UserError(*problems)
+    raise_problems(problems)
     try:
         return from_json(value)
     except ValidationError as error:

@@ -13,7 +13,7 @@ from tune_kd.study.rules import MOST_TRIALS
 from tune_kd.study.spec import Study
 from tune_kd.study.trial import ArmRole, digest
 from tune_kd.study.validate import check
-from tune_kd.system.errors import CorruptFile, UserError
+from tune_kd.system.errors import CorruptFile, UserError, raise_problems
 from tune_kd.system.files import MOST_RECORD_BYTES, read, unsealed
 
 T = TypeVar("T")
@@ -116,13 +116,11 @@ def load(path: Path) -> dict[str, Any]:
     extended = found.get("extended")
     if extended and extended["study_sha256"] != _digest(record["extended"]["study"]):
         problems.append(f"{path}: its hash does not fit what the study was extended to; restore the file")
-    if problems:
-        raise UserError(*problems)
+    raise_problems(problems)
     for part in [found, *([extended] if extended else [])]:
         declared = _study(path, part["study"])
         problems += _unfit(path, part, declared, found)
-    if problems:
-        raise UserError(*problems)
+    raise_problems(problems)
     return found
 
 

@@ -39,6 +39,7 @@ class Status(StrEnum):
 
 
 UNENDED = (Status.PENDING, Status.RUNNING)
+UNSUCCESSFUL = (Status.FAILED, Status.BLOCKED)
 ENDED = (Status.COMPLETED, Status.STOPPED, Status.FAILED, Status.BLOCKED)  # no driver starts these again by itself
 
 
@@ -174,6 +175,14 @@ class Outcome:
     weights_digest: str  # SHA-256 of the last and of the best-validation weights
     teacher_digest: str | None  # SHA-256 of the teacher's weight file, as checked when it was loaded
     peak_memory_bytes: int | None
+
+
+def quality(val_accuracy: float, val_loss: float) -> tuple[float, float]:
+    """Sort key of epochs: the highest validation accuracy, then the lowest validation loss.
+
+    Accuracies are often equal with few validation images, and the first epoch of these would often be an early one.
+    """
+    return val_accuracy, -val_loss
 
 
 @dataclass(frozen=True)

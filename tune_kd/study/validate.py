@@ -20,13 +20,12 @@ from tune_kd.study.spec import (
     Study,
 )
 from tune_kd.study.tuning import Choice, Integer, Range, Tuning, number
-from tune_kd.system.errors import UserError
+from tune_kd.system.errors import raise_problems
 
 
 def check(study: Study) -> Study:
     """Return the study itself. Raises `UserError` with every problem that it has."""
-    if problems := list(_oversized(study)):  # the other checks could take hours
-        raise UserError(*problems)
+    raise_problems(_oversized(study))  # first: the other checks could take hours
     problems = [
         *broken(study),
         *broken(study.data, "data."),
@@ -40,8 +39,7 @@ def check(study: Study) -> Study:
         *_screen_problems(study),
         *(_tuning_problems(study, study.tuning) if study.tuning else ()),
     ]
-    if problems:
-        raise UserError(*problems)
+    raise_problems(problems)
     return study
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tune_kd.study.spec import ARCHITECTURES, STEMS, WEIGHTS
 from tune_kd.system.environment import make_private
-from tune_kd.system.errors import UnexpectedFile, UserError
+from tune_kd.system.errors import UnexpectedFile, UserError, raise_problems
 from tune_kd.system.files import check_regular, read
 
 MOST_WEIGHTS_BYTES = 2**30  # the largest of torchvision's ResNets has 242 MB
@@ -241,6 +241,5 @@ def _imagenet_state(architecture: str) -> dict[str, Tensor]:
         for finding, names in findings.items()
         if names
     ]
-    if problems:
-        raise UserError(*problems)
+    raise_problems(problems)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}

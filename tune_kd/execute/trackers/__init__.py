@@ -12,7 +12,7 @@ from tune_kd.execute.trackers.background import Background, Tracker
 from tune_kd.execute.trackers.mlflow import DATABASE, MLflow
 from tune_kd.execute.trackers.tensorboard import TensorBoard
 from tune_kd.execute.trackers.wandb import WandB
-from tune_kd.system.errors import UserError
+from tune_kd.system.errors import raise_problems
 
 PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}  # that they import
 Adapter = Callable[[str, str, Path], Tracker]  # of study, run and folder
@@ -30,8 +30,7 @@ def check(names: list[str]) -> None:
             problems.append(
                 f"--track is {name}, whose package is not installed; `pip install 'tune_kd[{name}]'` does that"
             )
-    if problems:
-        raise UserError(*problems)
+    raise_problems(problems)
 
 
 def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[str], None]) -> list[Background]:
