@@ -68,10 +68,7 @@ def train_plain(
     more = {"num_workers": workers, "pin_memory": device.type == "cuda", "persistent_workers": workers > 0}
     torch.manual_seed(seed)
     loader = loading.DataLoader(
-        Pictures(data.train, transforms.Compose([*augment, *after])),
-        batch_size=recipe.batch_size,
-        shuffle=True,
-        **more,
+        Pictures(data.train, transforms.Compose([*augment, *after])), batch_size=recipe.batch_size, shuffle=True, **more
     )
     held_out = loading.DataLoader(
         Pictures(data.validation, transforms.Compose(after)), batch_size=recipe.batch_size, **more

@@ -21,8 +21,7 @@ from rich.console import Console
 
 from benchmarks.measure import Result, result
 from tune_kd.data import datasets
-from tune_kd.execute import cluster as connection
-from tune_kd.execute import ray_tune
+from tune_kd.execute import cluster as connection, ray_tune
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace

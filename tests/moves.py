@@ -33,7 +33,7 @@ MODULES = (
 )  # fmt: skip
 MAKERS = ("tensor", "zeros", "ones", "empty", "arange", "randn", "randint", "randperm", "full")
 ELSEWHERE = {  # and why nothing of it can be seen here
-    ("tune_kd.execute.gpu_probe", "torch.zeros(1, device=device)"): "makes the GPU's context, whose memory is measured",
+    ("tune_kd.execute.gpu_probe", "torch.zeros(1, device=device)"): "makes the GPU's context, whose memory is measured"
 }
 
 

@@ -12,8 +12,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import __main__ as command
-from benchmarks import gpu
+from benchmarks import __main__ as command, gpu
 from benchmarks.gpu import floor
 from benchmarks.measure import Measure, Result, Side, attempted, pairs, result
 from benchmarks.plain import train_plain

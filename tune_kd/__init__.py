@@ -15,17 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tune_kd.analysis.contrasts import compare as compare
-    from tune_kd.execute.session import resume as resume
-    from tune_kd.execute.session import run as run
+    from tune_kd.execute.session import resume as resume, run as run
     from tune_kd.records.importer import Adapter as Adapter
-    from tune_kd.records.reader import Records as Records
-    from tune_kd.records.reader import load as load
+    from tune_kd.records.reader import Records as Records, load as load
     from tune_kd.reporting.report import report as report
     from tune_kd.study import *  # noqa: F403
-    from tune_kd.study.plan import Plan as Plan
-    from tune_kd.study.plan import plan as plan
-    from tune_kd.system.errors import CorruptFile as CorruptFile
-    from tune_kd.system.errors import UserError as UserError
+    from tune_kd.study.plan import Plan as Plan, plan as plan
+    from tune_kd.system.errors import CorruptFile as CorruptFile, UserError as UserError
 
 _HOMES = {
     "analysis.contrasts": "compare",

@@ -9,8 +9,7 @@ from scipy.stats import binom, binomtest
 
 from conftest import tunable
 from search_spaces.ablation import study as ablation
-from tune_kd.analysis import calibrate as calibration
-from tune_kd.analysis import contrasts as results
+from tune_kd.analysis import calibrate as calibration, contrasts as results
 from tune_kd.analysis.calibrate import Rate, calibrate, null_study
 from tune_kd.records.reader import Records
 from tune_kd.study.spec import Confirm

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy import special
-from scipy import stats as scipy_stats
+from hypothesis import given, strategies as st
+from scipy import special, stats as scipy_stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 

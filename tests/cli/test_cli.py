@@ -22,8 +22,7 @@ from conftest import altered
 from forms import SECRETS
 from tune_kd import cli
 from tune_kd.analysis import early_stopping, grace
-from tune_kd.records import extension, lock, reader
-from tune_kd.records import run_folder as runs
+from tune_kd.records import extension, lock, reader, run_folder as runs
 from tune_kd.records.ledger import Ledger, reading
 from tune_kd.records.schema import DECISIONS, EPOCHS, LEDGER, TRIALS, first_row
 from tune_kd.records.sqlite_file import SQLITE_BYTES, too_long

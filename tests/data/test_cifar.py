@@ -13,8 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tune_kd.data import cifar, cifar_pickles, image_folder
-from tune_kd.data import datasets as rooms
+from tune_kd.data import cifar, cifar_pickles, datasets as rooms, image_folder
 from tune_kd.data.cifar import default_cache, load_pixels
 from tune_kd.data.cifar_pickles import CIFAR10, CIFAR100, Origin
 from tune_kd.data.datasets import load

@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision.transforms.functional as reference
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from tune_kd.data import augment
-from tune_kd.data import datasets as rooms
+from tune_kd.data import augment, datasets as rooms
 from tune_kd.data.augment import crop, draw_views, numbered_views, prepare, show, view_numbers
 from tune_kd.data.cifar import CIFAR_CLASSES, recognised
 from tune_kd.data.cifar_pickles import CIFAR100
@@ -280,15 +278,7 @@ def test_sizes_below_one_are_refused_together() -> None:
 # Digest
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"train": 1000},
-        {"validation": 100},
-        {"test": 100},
-        {"split_seed": 1},
-    ],
-)
+@pytest.mark.parametrize("change", [{"train": 1000}, {"validation": 100}, {"test": 100}, {"split_seed": 1}])
 def test_the_digest_covers_split_and_sizes(digits: DataSet, change: dict[str, int]) -> None:
     assert load("digits", **change).digest != digits.digest  # type: ignore[arg-type]
 
@@ -306,8 +296,7 @@ def test_the_digest_covers_every_pixel_and_label(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"pad": 2}, {"flip": True}, {"upsample": 1}, {"mean": (0.3, 0.3, 0.3)}, {"std": (0.3, 0.3, 0.3)}],
+    "change", [{"pad": 2}, {"flip": True}, {"upsample": 1}, {"mean": (0.3, 0.3, 0.3)}, {"std": (0.3, 0.3, 0.3)}]
 )
 def test_the_digest_covers_augmentation_and_normalisation(
     digits: DataSet, change: dict[str, float | bool | tuple[float, ...]]

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from PIL import Image, PngImagePlugin
 
 from tune_kd.data import image_folder
@@ -133,10 +132,7 @@ def without(prefix: str) -> dict[str, bytes]:
         (without("train/"), ["train", "test/CLASS"]),
         (without("test/dog"), ["same classes", "'dog'"]),
         (without("train/cat"), ["same classes", "'cat'"]),
-        (
-            {n: c for n, c in tree().items() if n not in ("train/cat/0.png", "train/cat/1.png")},
-            ["'cat'", "one"],
-        ),
+        ({n: c for n, c in tree().items() if n not in ("train/cat/0.png", "train/cat/1.png")}, ["'cat'", "one"]),
         (tree() | {"train/cat/1.png": png(1, size=31)}, ["train/cat/1.png", "31x31", "32x32"]),
         (tree() | {"train/cat/1.png": png(1, mode="L")}, ["train/cat/1.png", "L 32x32", "RGB"]),
         (tree() | {"train/cat/1.png": png(1)[:-30]}, ["train/cat/1.png", "cannot be read"]),
@@ -144,19 +140,7 @@ def without(prefix: str) -> dict[str, bytes]:
         (tree() | {"train/cat/1.png": png(1, form="GIF")}, ["train/cat/1.png", "cannot be read"]),
         (tree() | {"train/cat/1.png": bytes(2**20 + 1)}, ["train/cat/1.png", "1048577"]),
     ],
-    ids=[
-        "no test",
-        "no train",
-        "test class",
-        "train class",
-        "one",
-        "size",
-        "grey",
-        "cut",
-        "empty",
-        "gif",
-        "huge",
-    ],
+    ids=["no test", "no train", "test class", "train class", "one", "size", "grey", "cut", "empty", "gif", "huge"],
 )
 def test_wrong_layouts_and_pictures_are_named(tmp_path: Path, files: dict[str, bytes], words: list[str]) -> None:
     folder = unpacked(tmp_path / "folder", files)

@@ -248,8 +248,7 @@ def test_a_life_leaves_no_process_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "target", "moment"),
-    [(signal.SIGTERM, "descendants", "training"), (signal.SIGINT, "group", "starting")],
+    ("number", "target", "moment"), [(signal.SIGTERM, "descendants", "training"), (signal.SIGINT, "group", "starting")]
 )
 def test_a_signal_to_a_whole_job_drains_its_trials_and_resume_completes_the_run(
     number: signal.Signals, target: str, moment: str, tmp_path: Path

@@ -16,8 +16,7 @@ from unittest.mock import patch
 
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -28,18 +27,15 @@ from hypothesis.stateful import (
 )
 
 from bench import HERE, epoch
-from tune_kd.execute import driver as driving
-from tune_kd.execute import verify
+from tune_kd.execute import driver as driving, verify
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Failure, Workplace
-from tune_kd.records import extension, lock, reader, rebuild
-from tune_kd.records import run_folder as runs
+from tune_kd.records import extension, lock, reader, rebuild, run_folder as runs
 from tune_kd.records.ledger import FAILURES, Ledger, digests
 from tune_kd.records.schema import LEDGER
 from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
 from tune_kd.study.trial import ENDED, Decision
-from tune_kd.system import crash_points
-from tune_kd.system import files as storage
+from tune_kd.system import crash_points, files as storage
 from tune_kd.system.errors import UserError
 
 MEMORY = Path("/dev/shm")  # where there is one: it syncs in no time, and nobody cuts its power

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tune_kd.execute import cluster as connection
-from tune_kd.execute import mps, session
+from tune_kd.execute import cluster as connection, mps, session
 from tune_kd.execute.resources import gpu_share
 
 

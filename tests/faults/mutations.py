@@ -26,8 +26,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.torch import load as tensors_of
-from safetensors.torch import save as bytes_of
+from safetensors.torch import load as tensors_of, save as bytes_of
 
 from tune_kd.records.ledger import counted
 from tune_kd.records.schema import COMMITS, DIGESTS, LEDGER, SCHEMAS

@@ -50,8 +50,7 @@ from faults.mutations import ALONE, AUDIT, Chance, Mutation, Stranger, chosen, m
 from faults.sentry import PACKAGE, Sentry
 from tune_kd import cli
 from tune_kd.analysis import early_stopping, grace
-from tune_kd.execute import cluster as connection
-from tune_kd.execute import ray_tune
+from tune_kd.execute import cluster as connection, ray_tune
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace, work

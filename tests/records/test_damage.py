@@ -12,8 +12,7 @@ import pytest
 from faults import damage
 from faults.damage import VARIANTS, Scratch, judge, make
 from tune_kd.execute import verify
-from tune_kd.records import ledger, parquet, rebuild
-from tune_kd.records import reader as tables
+from tune_kd.records import ledger, parquet, reader as tables, rebuild
 from tune_kd.records.schema import LEDGER
 from tune_kd.system import files
 from tune_kd.training import checkpoints, logit_cache, teachers

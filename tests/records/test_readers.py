@@ -16,8 +16,7 @@ from pyarrow import dataset
 from pyarrow.fs import LocalFileSystem
 
 from conftest import tiny
-from tune_kd.records import ledger as records
-from tune_kd.records import reader
+from tune_kd.records import ledger as records, reader
 from tune_kd.records.ledger import Ledger
 from tune_kd.records.run_folder import Run, create
 from tune_kd.records.schema import EPOCHS, LEDGER, SCHEMAS, TRIALS, first_row

@@ -11,8 +11,7 @@ from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from matplotlib import colors
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
@@ -22,8 +21,7 @@ from rich.console import Console
 
 from tune_kd.analysis import contrasts
 from tune_kd.records.reader import Records, load
-from tune_kd.reporting import accuracy_figures, figures, style, terminal
-from tune_kd.reporting import report as reporting
+from tune_kd.reporting import accuracy_figures, figures, report as reporting, style, terminal
 from tune_kd.reporting.texts import cell
 
 

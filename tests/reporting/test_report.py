@@ -10,8 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
 
@@ -20,8 +19,7 @@ from tune_kd.records.eta import time_left
 from tune_kd.records.ledger import Ledger
 from tune_kd.records.reader import Records, load
 from tune_kd.records.schema import TRIALS, first_row
-from tune_kd.reporting import progress, terminal, texts
-from tune_kd.reporting import report as reporting
+from tune_kd.reporting import progress, report as reporting, terminal, texts
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
 from tune_kd.study.trial import Decision

@@ -4,8 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from tune_kd.study.early_stopping import Schedule, stratum

@@ -6,8 +6,7 @@ import random
 from dataclasses import asdict, replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from search_spaces.ablation import SCALES
 from tune_kd.study.plan import plan

@@ -45,10 +45,7 @@ def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
             {"contrasts": (Compare("temperature", 2.0, 4.0), Compare("temperature", 4, 2))},
             ("4 with 2", "in one direction"),
         ),
-        (
-            {"reference": (("temperature", 2.0), ("temperature", 4.0))},
-            ("'temperature' more than once",),
-        ),
+        ({"reference": (("temperature", 2.0), ("temperature", 4.0))}, ("'temperature' more than once",)),
         ({"reference": (("temperature", 3.0),)}, ("temperature is 3.0", "2.0, 4.0")),
         ({"moderator": "width"}, ("'width'", "stem, method, temperature")),
         ({"recipe": Recipe(epochs=0)}, ("recipe.epochs is 0", "at least 1")),

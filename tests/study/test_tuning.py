@@ -14,14 +14,12 @@ from typing import Any
 
 import optuna
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from sqlalchemy.exc import OperationalError
 
 from bench import HERE, Bench, epoch
 from conftest import ODD_NAMES, tiny, tunable
-from tune_kd.analysis import contrasts as results
-from tune_kd.analysis import provenance, tuned
+from tune_kd.analysis import contrasts as results, provenance, tuned
 from tune_kd.analysis.simulate import curves
 from tune_kd.execute import preflight
 from tune_kd.execute.session import with_those_to_come
@@ -31,8 +29,7 @@ from tune_kd.records import adaptive_plan, reader, rebuild
 from tune_kd.records.ledger import Ledger, reading
 from tune_kd.records.run_folder import reopen, trials
 from tune_kd.records.schema import LEDGER, TRIALS, Row
-from tune_kd.reporting import figures
-from tune_kd.reporting import report as reporting
+from tune_kd.reporting import figures, report as reporting
 from tune_kd.study import sampler as search
 from tune_kd.study.cost import estimate
 from tune_kd.study.discover import from_json

@@ -7,8 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from forms import HARMLESS, SECRETS, SHORT, WORD, some
 from tune_kd.records.run_folder import Run, create

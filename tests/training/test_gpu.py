@@ -31,8 +31,7 @@ from tune_kd.study.discover import find, resolve
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import PRECISIONS, STEMS, Study
 from tune_kd.study.trial import Answering, Epoch, Trial
-from tune_kd.training import notices
-from tune_kd.training import step as stepping
+from tune_kd.training import notices, step as stepping
 from tune_kd.training.checkpoints import Checkpoints
 from tune_kd.training.device import Captured
 from tune_kd.training.loop import train

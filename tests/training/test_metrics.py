@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tune_kd.training import methods, metrics
@@ -92,10 +91,7 @@ def test_fewer_than_one_bin_is_refused():
         metrics.expected_calibration_error(STUDENT, torch.arange(8), bins=0)
 
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)

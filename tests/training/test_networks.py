@@ -152,12 +152,7 @@ def test_initialisation_is_torchvision_scheme(stem):
 
 def test_projections_have_no_bias_and_map_student_channels_to_teacher_channels():
     ours = networks.projections((8, 16, 32, 64), (32, 64, 128, 256), seed=3)
-    assert [tuple(p.weight.shape) for p in ours] == [
-        (32, 8, 1, 1),
-        (64, 16, 1, 1),
-        (128, 32, 1, 1),
-        (256, 64, 1, 1),
-    ]
+    assert [tuple(p.weight.shape) for p in ours] == [(32, 8, 1, 1), (64, 16, 1, 1), (128, 32, 1, 1), (256, 64, 1, 1)]
     assert all(p.bias is None for p in ours)
     torch.rand(3)
     assert same_weights(ours, networks.projections((8, 16, 32, 64), (32, 64, 128, 256), seed=3))
@@ -324,10 +319,7 @@ def without(state, name):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (
-            lambda state: without(state, "bn1.bias"),
-            "lacks weights of resnet18: 1 of them, the first being bn1.bias",
-        ),
+        (lambda state: without(state, "bn1.bias"), "lacks weights of resnet18: 1 of them, the first being bn1.bias"),
         (
             lambda state: state | {"extra": torch.ones(1)},
             "that resnet18 does not have: 1 of them, the first being extra",

@@ -22,8 +22,7 @@ from tune_kd.execute.worker import Workplace
 from tune_kd.records.ledger import Ledger
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import STEMS, Study
-from tune_kd.training import notices
-from tune_kd.training import step as stepping
+from tune_kd.training import notices, step as stepping
 from tune_kd.training.device import Captured
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -27,8 +27,7 @@ from tune_kd.records.schema import COMMITS, DIGESTS, LEDGER, TRIALS
 from tune_kd.records.sync import HOLDER, STUDY
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
-from tune_kd.system import files as storage
-from tune_kd.system import object_store
+from tune_kd.system import files as storage, object_store
 from tune_kd.system.errors import CorruptFile, UnexpectedFile, UserError
 from tune_kd.system.files import appended, check_regular, links, opened, publish, read, write_at
 from tune_kd.system.object_store import Mirror

@@ -22,8 +22,7 @@ from faults import mutations, stranger
 from faults.mutations import Chance, Mutation, Stranger, mutate
 from faults.stranger import Fuzz
 from tune_kd.analysis import grace
-from tune_kd.records import ledger as records
-from tune_kd.records import schema
+from tune_kd.records import ledger as records, schema
 from tune_kd.records.schema import DIGESTS, SCHEMAS
 from tune_kd.records.sync import HOLDER, STUDY
 from tune_kd.system import files

@@ -45,8 +45,7 @@ from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.trackers.mlflow import MLflow
 from tune_kd.execute.trackers.wandb import WandB
 from tune_kd.execute.worker import Task, Workplace
-from tune_kd.records import ledger as records
-from tune_kd.records import schema, sqlite_file
+from tune_kd.records import ledger as records, schema, sqlite_file
 from tune_kd.records.ledger import Ledger
 from tune_kd.records.lock import held
 from tune_kd.records.schema import LEDGER, TRIALS

@@ -13,7 +13,8 @@ import pandas as pd
 
 from tune_kd.analysis import statistics
 from tune_kd.analysis.statistics import MARGIN
-from tune_kd.records.reader import Records, typed
+from tune_kd.records.reader import Records
+from tune_kd.records.tables import typed
 from tune_kd.study.spec import APPLIES, Confirm
 from tune_kd.study.trial import ENDED
 from tune_kd.system.errors import UserError

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from tune_kd.analysis import statistics
-from tune_kd.records.reader import Records, typed
+from tune_kd.records.reader import Records
+from tune_kd.records.tables import typed
 from tune_kd.study.discover import from_json
 from tune_kd.study.early_stopping import stratum
 from tune_kd.study.spec import Study

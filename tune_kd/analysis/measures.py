@@ -11,7 +11,8 @@ import pandas as pd
 
 from tune_kd.analysis import statistics
 from tune_kd.analysis.contrasts import COMPARABLE, CONTEXT, HEADLINE, by_context, confirmed_trials
-from tune_kd.records.reader import Records, typed
+from tune_kd.records.reader import Records
+from tune_kd.records.tables import typed
 
 MEASURES = ("agreement", "kl_t1", "kl_t4", "ece", "test_accuracy", "val_accuracy_best")
 CONTEXT_SHOWN = tuple(name for name in CONTEXT if name != "teacher")

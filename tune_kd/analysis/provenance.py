@@ -7,7 +7,8 @@ import pandas as pd
 
 from tune_kd.analysis import contrasts, statistics
 from tune_kd.analysis.statistics import MARGIN
-from tune_kd.records.reader import Records, typed
+from tune_kd.records.reader import Records
+from tune_kd.records.tables import typed
 
 
 def provenance(records: Records) -> pd.DataFrame:

@@ -6,8 +6,9 @@ import pandas as pd
 from pydantic import TypeAdapter
 
 from tune_kd.records import adaptive_plan
-from tune_kd.records.reader import Records, rows, typed
+from tune_kd.records.reader import Records, rows
 from tune_kd.records.schema import Row
+from tune_kd.records.tables import typed
 from tune_kd.study.discover import from_json
 from tune_kd.study.plan import Search
 from tune_kd.study.spec import Study

@@ -31,8 +31,7 @@ RunName = Annotated[str, typer.Argument(help="A name under --out or a path.", me
 Scale = Annotated[str, typer.Option(help="auto, or a scale that the study declares (paper, brief, laptop, smoke).")]
 DataName = Annotated[str | None, typer.Option("--data", help="digits, cifar10 or cifar100.", show_default=False)]
 DataDir = Annotated[
-    Path | None,
-    typer.Option(help="CIFAR: torchvision's files, an image folder, or a tar of one.", show_default=False),
+    Path | None, typer.Option(help="CIFAR: torchvision's files, an image folder, or a tar of one.", show_default=False)
 ]
 
 
@@ -69,8 +68,7 @@ MarginFrom = Annotated[
     ),
 ]
 Phases = Annotated[
-    list[str] | None,
-    typer.Option("--phase", help="In tables of others, what a phase is: select=screen. Repeatable."),
+    list[str] | None, typer.Option("--phase", help="In tables of others, what a phase is: select=screen. Repeatable.")
 ]
 Gpus = Annotated[
     str | None, typer.Option(help="GPU share of a trial, such as 0.25; auto measures one.", show_default=False)
@@ -80,12 +78,10 @@ Cpus = Annotated[float, typer.Option(help=CPUS)]
 CpusNow = Annotated[float | None, typer.Option(help=CPUS, show_default="as the run began")]
 MaxConcurrent = Annotated[int | None, typer.Option(help="Most trials at a time.", show_default=False)]
 Address = Annotated[
-    str | None,
-    typer.Option(help="HOST:PORT of a Ray cluster that this machine is part of.", show_default=False),
+    str | None, typer.Option(help="HOST:PORT of a Ray cluster that this machine is part of.", show_default=False)
 ]
 Elsewhere = Annotated[
-    str | None,
-    typer.Option(help="URL of the dashboard of the cluster that it was submitted to.", show_default=False),
+    str | None, typer.Option(help="URL of the dashboard of the cluster that it was submitted to.", show_default=False)
 ]
 Track = Annotated[
     list[str] | None,

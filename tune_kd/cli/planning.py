@@ -11,30 +11,13 @@ from rich.table import Table
 
 from tune_kd.analysis import grace
 from tune_kd.analysis.statistics import detectable, smallest_exact_p, spent
-from tune_kd.cli.options import (
-    DEFAULT_OUT,
-    AsJson,
-    DataName,
-    MarginFrom,
-    Out,
-    Phases,
-    Scale,
-    Settings,
-    StudyName,
-    Terminal,
-    print_json,
-    progress,
-    read_tables,
-    scale_of,
-    settings_with,
-)
+from tune_kd.cli import options
 from tune_kd.records.adaptive_plan import to_come
 from tune_kd.reporting import terminal
 from tune_kd.reporting.terminal import duration, points
 from tune_kd.study import discover
 from tune_kd.study.cost import draws, estimate, views_answered
-from tune_kd.study.plan import Plan
-from tune_kd.study.plan import plan as expand
+from tune_kd.study.plan import Plan, plan as expand
 from tune_kd.study.spec import DATA_SETS, Study
 from tune_kd.system.errors import UserError
 
@@ -44,20 +27,20 @@ if TYPE_CHECKING:
 
 
 def plan(
-    study: StudyName,
-    scale: Scale = "auto",
-    data: DataName = None,
-    out: Out = DEFAULT_OUT,
-    settings: Settings = None,
-    margin_from: MarginFrom = None,
-    as_json: AsJson = False,
+    study: options.StudyName,
+    scale: options.Scale = "auto",
+    data: options.DataName = None,
+    out: options.Out = options.DEFAULT_OUT,
+    settings: options.Settings = None,
+    margin_from: options.MarginFrom = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show what would run: arms, merged cells, trials, teachers, the price, and what the seeds can show."""
     resolved, why = _resolved(discover.find(study), scale, data, settings, margin_from, out)
     planned = expand(resolved)
     summary = _summary(planned, out)
     if as_json:
-        print_json(summary)
+        options.print_json(summary)
     else:
         _print_plan(planned, summary, why)
 
@@ -68,11 +51,11 @@ def _resolved(
     data: str | None,
     settings: list[str] | None,
     margin_from: str | None = None,
-    out: Path = DEFAULT_OUT,
+    out: Path = options.DEFAULT_OUT,
 ) -> tuple[Study, str]:
     """Return a study at the chosen scale, and why `auto` means that scale."""
-    chosen, why = scale_of(path, scale, None, data, settings or ())
-    given = settings_with(settings, margin_from, path, chosen, data, out)
+    chosen, why = options.scale_of(path, scale, None, data, settings or ())
+    given = options.settings_with(settings, margin_from, path, chosen, data, out)
     return discover.resolve(path, chosen, data, given), why
 
 
@@ -99,7 +82,7 @@ def _summary(planned: Plan, out: Path) -> dict[str, Any]:
 
 
 def simulate(
-    study: StudyName,
+    study: options.StudyName,
     curves: Annotated[
         str,
         typer.Option(help="Recorded curves: a run, a folder with trials.parquet, or PREFIX of PREFIX_trials.parquet."),
@@ -112,36 +95,38 @@ def simulate(
     scale: Annotated[
         str, typer.Option(help="auto takes the one of the curves, or paper where they name none.")
     ] = "auto",
-    out: Out = DEFAULT_OUT,
-    settings: Settings = None,
-    margin_from: MarginFrom = None,
-    phases: Phases = None,
-    as_json: AsJson = False,
+    out: options.Out = options.DEFAULT_OUT,
+    settings: options.Settings = None,
+    margin_from: options.MarginFrom = None,
+    phases: options.Phases = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Replay recorded curves through a study's early stopping: what it would have stopped, saved and lost."""
     from tune_kd.analysis import simulate as simulation
 
     path = discover.find(study)
     problems = [] if 1 <= orders <= 1_000_000 else [f"--orders is {orders}; allowed: from 1 to 1,000,000"]
-    records = read_tables(problems, [curves], out, phases, option="--curves", rest="screen")
+    records = options.read_tables(problems, [curves], out, phases, option="--curves", rest="screen")
     chosen, why = _scale_of_curves(path, scale, records)
     theirs = [name for name in records.trials["dataset"].dropna().unique() if name in DATA_SETS]
     data = theirs[0] if len(theirs) == 1 else None  # a scale may have different settings for another data set
-    resolved = discover.resolve(path, chosen, data, settings_with(settings, margin_from, path, chosen, data, out))
+    resolved = discover.resolve(
+        path, chosen, data, options.settings_with(settings, margin_from, path, chosen, data, out)
+    )
     named = resolved.screen.strata if strata is None else None if strata == "none" else strata.split(",")
     recorded = simulation.curves(records, resolved, named)
     simulation.check_screen(resolved.screen, recorded)
-    console = Terminal(stderr=as_json)
+    console = options.Terminal(stderr=as_json)
     for epochs in sorted({epochs for _, epochs in recorded.grids if not resolved.screen.rungs(epochs)}):
         console.print(f"warning: screen.grace is {resolved.screen.grace}, so in curves of {epochs} epochs nothing is "
                       "compared")  # fmt: skip
-    with progress(orders * len(recorded.grids), "replays") as beat:
+    with options.progress(orders * len(recorded.grids), "replays") as beat:
         outcomes = simulation.simulate(resolved.screen, recorded, orders, beat=beat)
     if as_json:
         answer: dict[str, Any] = {"study": resolved.name, "scale": chosen, "screen": asdict(resolved.screen)}
         answer |= {"curves": curves, "orders": orders, "left_out": recorded.left_out}
         answer["strata"] = {name: _outcome(outcome) for name, outcome in outcomes.items()}
-        print_json(answer)
+        options.print_json(answer)
         return
     console.print(f"{resolved.name} at scale {chosen}{why}: early stopping over the curves of {curves}")
     for sentence in recorded.left_out:
@@ -150,12 +135,12 @@ def simulate(
 
 
 def calibrate(
-    study: StudyName,
+    study: options.StudyName,
     studies: Annotated[int, typer.Option(help="Simulated studies of arms that are all alike.")] = 200,
-    scale: Scale = "auto",
-    data: DataName = None,
-    settings: Settings = None,
-    as_json: AsJson = False,
+    scale: options.Scale = "auto",
+    data: options.DataName = None,
+    settings: options.Settings = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """How often a study finds something where nothing is: simulated from screen to verdict, beside usual practices."""
     from tune_kd.analysis import calibrate as calibration
@@ -164,15 +149,17 @@ def calibrate(
     if not 1 <= studies <= 1_000_000:
         raise UserError(f"--studies is {studies}; allowed: from 1 to 1,000,000")
     resolved, why = _resolved(path, scale, data, settings)
-    with progress(studies, "studies") as beat:
+    with options.progress(studies, "studies") as beat:
         found = calibration.calibrate(resolved, studies, os.cpu_count() or 1, beat=beat)
     if as_json:
         practices = {name: asdict(rate) | {"share": rate.share, "standard_error": rate.standard_error}
                      for name, rate in found.rates.items()}  # fmt: skip
         bias = {"finished": found.finished, "bias_in_deviations": found.bias}
-        print_json({"study": resolved.name, "scale": resolved.scale, "practices": practices, "plain_asha": bias})
+        options.print_json(
+            {"study": resolved.name, "scale": resolved.scale, "practices": practices, "plain_asha": bias}
+        )
         return
-    console = Terminal()
+    console = options.Terminal()
     console.print(f"{resolved.name} at scale {resolved.scale}{why}")
     console.print(terminal.calibration(calibration.PRACTICES, found))
 
@@ -209,11 +196,11 @@ def _answers(planned: Plan) -> list[dict[str, Any]]:
 
 
 def _print_plan(planned: Plan, summary: dict[str, Any], why: str) -> None:
-    console, cost = Terminal(), summary["price"]
+    console, cost = options.Terminal(), summary["price"]
     console.print(f"{summary['study']} at scale {summary['scale']}{why}", style="bold")
     console.print(
         f"{planned.raw_cells} raw cells are {len(planned.arms)} arms; {len(summary['trials'])} trials, of which "
-        f"{len(planned.teachers)} are teachers; {len(planned.contrasts)} contrasts",
+        f"{len(planned.teachers)} are teachers; {len(planned.contrasts)} contrasts"
     )
     arms = ((arm.name, arm.role, str(arm.merged) if arm.merged > 1 else "") for arm in planned.arms)
     console.print(_table(("arm", "role", "merged cells"), arms))
@@ -224,7 +211,7 @@ def _print_plan(planned: Plan, summary: dict[str, Any], why: str) -> None:
         views = which.format(each["count"])
         console.print(f"{each['teacher']} answers {views}, for {each['draws']:,} draws of its students.")
     console.print(
-        f"Price: {cost['flop'] / 1e15:.2g} PFLOP, {duration(cost['slot_seconds'])} of one slot ({cost['how']}).",
+        f"Price: {cost['flop'] / 1e15:.2g} PFLOP, {duration(cost['slot_seconds'])} of one slot ({cost['how']})."
     )
     for sentence in (*_tuning(planned), _stopping(planned.study)):
         console.print(sentence)

@@ -11,22 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tune_kd.cli.options import (
-    DEFAULT_OUT,
-    Cpus,
-    DataName,
-    Gpus,
-    Keep,
-    MarginFrom,
-    MaxConcurrent,
-    Name,
-    Scale,
-    Settings,
-    StudyName,
-    Terminal,
-    Track,
-    check_secrets,
-)
+from tune_kd.cli import options
 from tune_kd.execute.monitoring import OPEN, asks_for_token, is_here, is_url
 from tune_kd.study import discover
 from tune_kd.study.source import INSTALLED, executed
@@ -41,20 +26,20 @@ Detach = Annotated[bool, typer.Option("--detach", help="Leave when the job is th
 
 def submit(
     context: typer.Context,
-    study: StudyName,
+    study: options.StudyName,
     address: Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's dashboard.")],
-    scale: Scale = "auto",
-    data: DataName = None,
+    scale: options.Scale = "auto",
+    data: options.DataName = None,
     data_dir: Annotated[str | None, typer.Option(help="Where CIFAR is on the cluster.", show_default=False)] = None,
-    out: ClusterOut = str(DEFAULT_OUT),
-    name: Name = None,
-    settings: Settings = None,
-    margin_from: MarginFrom = None,
-    gpus_per_trial: Gpus = None,
-    cpus_per_trial: Cpus = 1.0,
-    max_concurrent: MaxConcurrent = None,
-    keep_checkpoints: Keep = False,
-    track: Track = None,
+    out: ClusterOut = str(options.DEFAULT_OUT),
+    name: options.Name = None,
+    settings: options.Settings = None,
+    margin_from: options.MarginFrom = None,
+    gpus_per_trial: options.Gpus = None,
+    cpus_per_trial: options.Cpus = 1.0,
+    max_concurrent: options.MaxConcurrent = None,
+    keep_checkpoints: options.Keep = False,
+    track: options.Track = None,
     install: Install = False,
     detach: Detach = False,
 ) -> None:
@@ -65,7 +50,7 @@ def submit(
 
     flags = _given(context, "out", "name", "address", "install", "detach")
     # The cluster shows commands and metadata to all its users.
-    check_secrets({"STUDY": study, "--out": out, "--name": name, **flags})
+    options.check_secrets({"STUDY": study, "--out": out, "--name": name, **flags})
     path = discover.find(study)
     problems: list[str] = []
     if scale != "auto":
@@ -100,7 +85,7 @@ def elsewhere(
         raise UserError("--json is given beside --address; allowed: one of them, since a job's log is no JSON")
     if run is None:
         raise UserError("--address is given without RUN; allowed: the name of a run that was submitted there")
-    check_secrets({"RUN": run, **flags})
+    options.check_secrets({"RUN": run, **flags})
     files: Mapping[str, Path] = {}
     if study is not None:
         path = discover.find(study)
@@ -135,7 +120,7 @@ def _follow(cluster: Any, job: str, run: str, address: str, detach: bool = False
     """Print how to reach a job, show its log, and exit with its status."""
     from tune_kd.execute import jobs
 
-    console, at = Terminal(stderr=True), f"--address {quote(address)}"
+    console, at = options.Terminal(stderr=True), f"--address {quote(address)}"
     for line in (
         f"{run} is job {job} at {address}, and goes on whatever becomes of this terminal",
         f"  look at it:  python -m tune_kd status {run} {at}",
@@ -176,10 +161,10 @@ def _given(context: typer.Context, *but: str) -> dict[str, Any]:
     return found
 
 
-def _words(options: Mapping[str, Any]) -> list[str]:
-    """Return options as words of a command line."""
+def _words(flags: Mapping[str, Any]) -> list[str]:
+    """Return flags as words of a command line."""
     words: list[str] = []
-    for name, value in options.items():
+    for name, value in flags.items():
         values = value if isinstance(value, list) else [value]
         words += [name] if value is True else [word for each in values for word in (name, str(each))]
     return words

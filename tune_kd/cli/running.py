@@ -11,32 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from tune_kd.analysis import grace
-from tune_kd.cli.options import (
-    DEFAULT_OUT,
-    Address,
-    AsJson,
-    Cpus,
-    CpusNow,
-    DataDir,
-    DataName,
-    Gpus,
-    Keep,
-    MarginFrom,
-    MaxConcurrent,
-    Name,
-    Out,
-    RunName,
-    Scale,
-    Settings,
-    StudyName,
-    Terminal,
-    Track,
-    check_address,
-    check_secrets,
-    naming,
-    scale_of,
-    settings_with,
-)
+from tune_kd.cli import options
 from tune_kd.cli.reading import print_report
 from tune_kd.cli.remote import elsewhere
 from tune_kd.execute.monitoring import is_url
@@ -67,42 +42,42 @@ AddressNow = Annotated[
 
 
 def run(
-    study: StudyName,
-    scale: Scale = "auto",
-    data: DataName = None,
-    data_dir: DataDir = None,
-    out: Out = DEFAULT_OUT,
-    name: Name = None,
-    settings: Settings = None,
-    margin_from: MarginFrom = None,
-    gpus_per_trial: Gpus = None,
-    cpus_per_trial: Cpus = 1.0,
-    max_concurrent: MaxConcurrent = None,
-    address: Address = None,
-    keep_checkpoints: Keep = False,
-    track: Track = None,
-    as_json: AsJson = False,
+    study: options.StudyName,
+    scale: options.Scale = "auto",
+    data: options.DataName = None,
+    data_dir: options.DataDir = None,
+    out: options.Out = options.DEFAULT_OUT,
+    name: options.Name = None,
+    settings: options.Settings = None,
+    margin_from: options.MarginFrom = None,
+    gpus_per_trial: options.Gpus = None,
+    cpus_per_trial: options.Cpus = 1.0,
+    max_concurrent: options.MaxConcurrent = None,
+    address: options.Address = None,
+    keep_checkpoints: options.Keep = False,
+    track: options.Track = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Plan a study, train it with Ray Tune, record and report it."""
     from tune_kd.execute import session
     from tune_kd.execute.options import Options, check, parse_gpus
     from tune_kd.records import run_folder
 
-    check_secrets({"STUDY": study, "--scale": scale, "--data": data, "--data-dir": data_dir and str(data_dir),
+    options.check_secrets({"STUDY": study, "--scale": scale, "--data": data, "--data-dir": data_dir and str(data_dir),
                    "--out": str(out), "--name": name, "--set": settings})  # fmt: skip
-    console = Terminal(stderr=as_json)
+    console = options.Terminal(stderr=as_json)
     data_dir = data_dir and Path(os.path.expanduser(data_dir)).absolute()
-    check_address(address)
+    options.check_address(address)
     path = discover.find(study)
-    chosen, why = scale_of(path, scale, address, data, settings or ())
+    chosen, why = options.scale_of(path, scale, address, data, settings or ())
     problems: list[str] = []
-    settings = collect(problems, lambda: settings_with(settings, margin_from, path, chosen, data, out))
+    settings = collect(problems, lambda: options.settings_with(settings, margin_from, path, chosen, data, out))
     resolved = collect(problems, lambda: discover.resolve(path, chosen, data, settings or ()))
     if resolved is not None:
         name = collect(problems, lambda: run_folder.check_new(out, name, resolved))
     gpus = collect(problems, lambda: parse_gpus(gpus_per_trial))
-    options = Options(gpus, cpus_per_trial, max_concurrent, keep_checkpoints, tuple(track or ()))
-    collect(problems, lambda: check(resolved, options, address))
+    asked = Options(gpus, cpus_per_trial, max_concurrent, keep_checkpoints, tuple(track or ()))
+    collect(problems, lambda: check(resolved, asked, address))
     raise_problems(problems)
     assert resolved is not None and name is not None
     console.print(f"{resolved.name} at scale {chosen}{why}")
@@ -110,34 +85,34 @@ def run(
         console.say(f"warning: {warning}")
     source = discover.Source(path, chosen, data, tuple(settings or ()))
     with _resumable(out / name, console):
-        _conclude(*session.start(resolved, out / name, data_dir, options, address, console, source), console, as_json)
+        _conclude(*session.start(resolved, out / name, data_dir, asked, address, console, source), console, as_json)
 
 
 def resume(
     context: typer.Context,
-    run: RunName,
-    out: Out = DEFAULT_OUT,
+    run: options.RunName,
+    out: options.Out = options.DEFAULT_OUT,
     extend: Extend = False,
-    settings: Settings = None,
+    settings: options.Settings = None,
     study: StudyNow = None,
-    gpus_per_trial: Gpus = None,
-    cpus_per_trial: CpusNow = None,
-    max_concurrent: MaxConcurrent = None,
-    track: Track = None,
+    gpus_per_trial: options.Gpus = None,
+    cpus_per_trial: options.CpusNow = None,
+    max_concurrent: options.MaxConcurrent = None,
+    track: options.Track = None,
     address: AddressNow = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Run what is missing of a run, from where it stood. Shares are as it began, unless they are given."""
     from tune_kd.execute import session
     from tune_kd.execute.options import check, options_of, parse_gpus
     from tune_kd.records import run_folder
 
-    file = None if study is None else naming("--study", lambda: discover.find(study), of="STUDY")
+    file = None if study is None else options.naming("--study", lambda: discover.find(study), of="STUDY")
     if address is not None and is_url(address):
         elsewhere(context, "resume", run, address, "--address", "auto", study=study)
-    check_secrets({"--set": settings})
-    check_address(address)
-    console = Terminal(stderr=as_json)
+    options.check_secrets({"--set": settings})
+    options.check_address(address)
+    console = options.Terminal(stderr=as_json)
     reopened = run_folder.reopen(run_folder.find(out, run))
     problems: list[str] = []
     collect(problems, lambda: run_folder.check_links(reopened))
@@ -149,21 +124,21 @@ def resume(
         "max_concurrent": max_concurrent,
         "track": None if track is None else tuple(track),
     }
-    options = replace(options_of(reopened), **{name: value for name, value in given.items() if value is not None})
-    collect(problems, lambda: check(reopened.study, options, address))
+    asked = replace(options_of(reopened), **{name: value for name, value in given.items() if value is not None})
+    collect(problems, lambda: check(reopened.study, asked, address))
     raise_problems(problems)
     if track is None:
-        _tell_untracked(reopened, options, console)
+        _tell_untracked(reopened, asked, console)
     with _resumable(reopened.folder, console):
         went = session.go_on(
-            reopened, options, address, console, file=file, extend=extend, settings=tuple(settings or ())
+            reopened, asked, address, console, file=file, extend=extend, settings=tuple(settings or ())
         )
         _conclude(*went, console, as_json)
 
 
-def _tell_untracked(run: "Run", options: "Options", console: Terminal) -> None:
+def _tell_untracked(run: "Run", asked: "Options", console: options.Terminal) -> None:
     """Print which trackers of a run are not used now, since they send data elsewhere."""
-    if silent := [name for name in run.settings.get("track") or () if name not in options.track]:
+    if silent := [name for name in run.settings.get("track") or () if name not in asked.track]:
         console.say(
             f"{', '.join(silent)} showed this run; it goes on without, unless you say --track {silent[0]}: where "
             "results are sent is for you to say, and not for their record"
@@ -171,7 +146,7 @@ def _tell_untracked(run: "Run", options: "Options", console: Terminal) -> None:
 
 
 @contextmanager
-def _resumable(folder: Path, console: Terminal) -> Iterator[None]:
+def _resumable(folder: Path, console: options.Terminal) -> Iterator[None]:
     """Within this context, a command that a signal ends says how to continue, once the run has been created."""
     from tune_kd.records.sync import STUDY
 
@@ -185,7 +160,7 @@ def _resumable(folder: Path, console: Terminal) -> Iterator[None]:
             raise
 
 
-def _conclude(run: "Run", ended: "Ended", console: Terminal, as_json: bool) -> NoReturn:
+def _conclude(run: "Run", ended: "Ended", console: options.Terminal, as_json: bool) -> NoReturn:
     """Report a run that has ended, and exit with its status."""
     from tune_kd.execute.session import concluded
 

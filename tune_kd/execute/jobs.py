@@ -28,11 +28,7 @@ from tune_kd.system.files import MOST_RECORD_BYTES, read
 
 START = "tune_kd.sh"  # starts a job
 STARTING = 60.0  # seconds to wait until a cluster's dashboard agents are up
-CHATTY = (
-    "ray.dashboard.modules.job.sdk",
-    "ray.dashboard.modules.dashboard_sdk",
-    "ray._private.runtime_env.packaging",
-)
+CHATTY = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 UNREACHABLE = (ConnectionError, RuntimeError, ValueError, OSError)  # what Ray raises for a bad address
 
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from operator import mul
 from typing import Literal
 
-from ray.util.metrics import Counter as RayCounter
-from ray.util.metrics import Gauge
+from ray.util.metrics import Counter as RayCounter, Gauge
 
 from tune_kd.execute.driver import Driver
 from tune_kd.records.adaptive_plan import with_those_to_come

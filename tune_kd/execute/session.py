@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, closing, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -22,6 +22,7 @@ from tune_kd.records import extension, lock, run_folder, sync
 from tune_kd.records.adaptive_plan import to_come, with_those_to_come
 from tune_kd.records.run_folder import Run
 from tune_kd.records.schema import TRIALS
+from tune_kd.reporting.progress import ProgressDisplay
 from tune_kd.study.discover import Source
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from tune_kd.execute.resources import Share
     from tune_kd.records.ledger import Ledger
     from tune_kd.records.reader import Records
-    from tune_kd.reporting.progress import ProgressDisplay
 
 
 IDLE = 60.0  # seconds without a running trial, after which the user is told
@@ -124,20 +124,21 @@ def load_data(study: Study, folder: Path | None, console: Console, *, download: 
     return load_declared(study.data, folder, say=lambda sentence: _say(console, sentence), download=download)
 
 
-def _measured(options: Options, study: Study, data: "DataSet", console: Console) -> Options:
-    """The options with a number for a GPU share of "auto": what a probe of the study's heaviest trial proposes for this
-    machine's GPU, and 0 where there is none."""
+def _settings(options: Options, study: Study, data: "DataSet", console: Console) -> dict[str, Any]:
+    """The options for the record. A GPU share of "auto" becomes what a probe of the study's heaviest trial proposes for
+    this machine's GPU, and 0 where there is none."""
+    settings = asdict(options) | {"track": list(options.track)}
     if options.gpus_per_trial != "auto":
-        return options
+        return settings
     import torch
 
     from tune_kd.execute.gpu_probe import probe
 
     if not torch.cuda.is_available():
         _say(console, "--gpus-per-trial auto: there is no GPU here, so trials run on CPUs")
-        return replace(options, gpus_per_trial=0.0)
+        return settings | {"gpus_per_trial": 0.0}
     share = probe(plan(study, data.digest), data, torch.device("cuda"), lambda sentence: _say(console, sentence))
-    return replace(options, gpus_per_trial=share)
+    return settings | {"gpus_per_trial": share}
 
 
 def _fetch_weights(study: Study) -> None:
@@ -163,7 +164,7 @@ def start(
 ) -> tuple[Run, Ended]:
     """Begin a run of a checked study in a folder that is free, and run it to its end."""
     data = load_data(study, data_dir, console)
-    settings = asdict(_measured(options, study, data, console)) | {"track": list(options.track)}
+    settings = _settings(options, study, data, console)
     begun = Run(folder.name, folder, study, data.digest, data_dir, settings, source)
     _fetch_weights(study)
     with run_folder.begun(begun) as tell_dashboard, _opened(begun, console) as ledger:
@@ -199,8 +200,7 @@ def go_on(
                 f"RUN is {again.name}, begun on data with the digest {again.data_digest[:16]}; the data now have "
                 f"{data.digest[:16]}: put the same data back at {again.data_dir or 'their place'}"
             )
-        shares = asdict(_measured(options, again.study, data, console)) | {"track": list(options.track)}
-        again = replace(again, settings=shares)
+        again = replace(again, settings=_settings(options, again.study, data, console))
         _fetch_weights(again.study)
 
         def connected(dashboard: str | None) -> None:
@@ -224,8 +224,7 @@ def execute(
 
     `connected` is called with the URL of Ray's dashboard once Ray is there and the trials' shares fit into it.
     """
-    from tune_kd.execute import cluster as clusters
-    from tune_kd.execute import preflight
+    from tune_kd.execute import cluster as clusters, preflight
 
     with ExitStack() as around:
         if console.stderr:  # standard output is for the answer alone, and Ray tells there of nodes that were lost
@@ -236,7 +235,8 @@ def execute(
         share = _share_on(run, cluster)
         connected(cluster.dashboard)
         _print_start(run, console, cluster, share.words)
-        view = around.enter_context(_view(run, console, cluster))
+        log = cluster.logs / f"tune_kd-{run.name}.log"
+        view = around.enter_context(ProgressDisplay(console, run.name, log))
         driver = _driver(run, ledger, share.gpus, view)
         slots = clusters.slots(cluster, run.settings["cpus_per_trial"], share.gpus)
         _drive(run, data, driver, slots, _Beat(driver, view, check_ray))
@@ -250,13 +250,10 @@ def _opened(run: Run, console: Console) -> Iterator["Ledger"]:
     from tune_kd.records import rebuild
     from tune_kd.training import teachers
 
-    ledger = rebuild.opened(run, lambda sentence: _say(console, sentence))
-    try:
+    with closing(rebuild.opened(run, lambda sentence: _say(console, sentence))) as ledger:
         for teacher in run.plan.teachers:
             teachers.fetch_teacher(run.teachers, teacher.trial_id)
         yield ledger
-    finally:
-        ledger.close()
 
 
 @contextmanager
@@ -286,13 +283,7 @@ def _share_on(run: Run, cluster: "Cluster") -> "Share":
     return resources.gpu_share(asked, cluster.gpus, clusters.served_by_mps)
 
 
-def _view(run: Run, console: Console, cluster: "Cluster") -> "ProgressDisplay":
-    from tune_kd.reporting.progress import ProgressDisplay
-
-    return ProgressDisplay(console, run.name, cluster.logs / f"tune_kd-{run.name}.log")
-
-
-def _driver(run: Run, ledger: "Ledger", gpus: float, view: "ProgressDisplay") -> "Driver":
+def _driver(run: Run, ledger: "Ledger", gpus: float, view: ProgressDisplay) -> "Driver":
     from tune_kd.execute.driver import Driver
     from tune_kd.execute.worker import Workplace
 
@@ -331,7 +322,7 @@ def _drive(run: Run, data: "DataSet", driver: "Driver", slots: int, beat: "_Beat
 class _Beat:
     """What a driver does about once a second: show the run, see that Ray lives, and say what a user has to know."""
 
-    def __init__(self, driver: "Driver", view: "ProgressDisplay", check_ray: Callable[[], None]) -> None:
+    def __init__(self, driver: "Driver", view: ProgressDisplay, check_ray: Callable[[], None]) -> None:
         self.view = view
         self._driver = driver
         self._check_ray = check_ray
@@ -357,7 +348,7 @@ class _Beat:
             self.view.say(sentence)
 
 
-def _send_tracked(run: Run, view: "ProgressDisplay") -> None:
+def _send_tracked(run: Run, view: ProgressDisplay) -> None:
     """Send what trackers wrote to the store that the run is in."""
     from tune_kd.execute import trackers
 
@@ -388,7 +379,7 @@ def _print_start(run: Run, console: Console, cluster: Any, share: str) -> None:
     trials = len(planned.trials) + len(to_come(planned))
     lines = [
         f"{len(planned.arms)} arms, {trials} trials, {len(planned.teachers)} teachers on "
-        f"{run.study.data.name}; records in {Mirror.of(run.folder).place(run.folder)}",
+        f"{run.study.data.name}; records in {Mirror.of(run.folder).place(run.folder)}"
     ]
     if cluster.gpus:
         lines.append(share)

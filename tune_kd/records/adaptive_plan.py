@@ -104,8 +104,5 @@ def _with(trial: Trial, values: Mapping[str, float]) -> Trial:
     cell: dict[str, Any] = {name: value for name, value in values.items() if name in CELL_FIELDS}
     recipe: dict[str, Any] = {name: value for name, value in values.items() if name not in CELL_FIELDS}
     return replace(
-        trial,
-        cell=replace(trial.cell, **cell),
-        recipe=replace(trial.recipe, **recipe),
-        drawn=tuple(values.items()),
+        trial, cell=replace(trial.cell, **cell), recipe=replace(trial.recipe, **recipe), drawn=tuple(values.items())
     )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tune_kd.records.schema import Row as Row
+from tune_kd.records.schema import Row
 from tune_kd.study.trial import UNENDED
 
 

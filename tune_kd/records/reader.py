@@ -17,7 +17,6 @@ from tune_kd.records.importer import Adapter
 from tune_kd.records.ledger import digests
 from tune_kd.records.schema import DIGESTS, LAYOUT, MOST_TABLE_BYTES, PANDAS, RUN_NAME, SCHEMAS, TRIALS, Row, Schema
 from tune_kd.records.sync import pull
-from tune_kd.records.tables import typed as typed
 from tune_kd.study import record
 from tune_kd.system.characters import CONTROL, visible
 from tune_kd.system.errors import CorruptFile, UserError, raise_problems

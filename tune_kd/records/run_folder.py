@@ -19,8 +19,7 @@ from tune_kd.records.ledger import reading
 from tune_kd.records.lock import held
 from tune_kd.records.schema import LAYOUT, LEDGER, RUN_NAME, TRIALS, Row, first_row
 from tune_kd.records.sqlite_file import too_long
-from tune_kd.records.sync import HOLDER, STUDY, pull
-from tune_kd.records.sync import runs as in_store
+from tune_kd.records.sync import HOLDER, STUDY, pull, runs as in_store
 from tune_kd.study import record as study_record
 from tune_kd.study.discover import Source, from_json
 from tune_kd.study.plan import Plan, plan

@@ -62,12 +62,7 @@ TRIALS = Schema(
     ("run", "trial_id"),
     optional=("teacher_digest", "weights_digest", "host", "started"),
     needed=("arm", "phase", "role", "seed", "status"),
-    levels={
-        "phase": tuple(Phase),
-        "role": tuple(Role),
-        "status": tuple(Status),
-        "stop_reason": tuple(StopReason),
-    },
+    levels={"phase": tuple(Phase), "role": tuple(Role), "status": tuple(Status), "stop_reason": tuple(StopReason)},
     fractions=("val_accuracy", "val_accuracy_best", "test_accuracy", "test_accuracy_best", "agreement", "ece", "alpha"),
     free=("error",),
     only_completed=("test_accuracy", "test_accuracy_best"),

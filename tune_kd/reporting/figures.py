@@ -12,8 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from tune_kd.records.reader import Records
-from tune_kd.reporting import accuracy_figures as accuracy
-from tune_kd.reporting import early_stopping_figures as early_stopping
+from tune_kd.reporting import accuracy_figures as accuracy, early_stopping_figures as early_stopping
 from tune_kd.reporting.style import STYLE, Made, Styles, method_styles
 
 
