@@ -8,7 +8,6 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 def visible(text: str) -> str:
     """Replace each control character by a visible symbol. Newlines and tabs stay."""
-
     return CONTROL.sub(lambda found: _picture(found[0]), text)
 
 

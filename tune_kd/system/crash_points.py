@@ -39,7 +39,6 @@ _left = int(_count or 1)
 
 def point(name: str) -> None:
     """Kill this process if TUNE_KD_CRASH names this point and its count is reached."""
-
     global _left
     if name == _name:
         _left -= 1

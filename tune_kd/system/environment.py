@@ -192,7 +192,6 @@ def ray_folder() -> Path:
 
 def _variable() -> str | None:
     """Return the name of the variable that sets the temporary folder, even to an empty text; None if none does."""
-
     return next((each for each in ("RAY_TMPDIR", "TMPDIR") if each in os.environ), None)
 
 

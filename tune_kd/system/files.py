@@ -223,7 +223,6 @@ def unsealed(data: bytes, name: Path) -> dict[str, Any]:
         record = parsed(data)
         seal = record.pop("sha256", None)
         lost = seal is None and record.get("layout", 1) > 1  # the key of the digest is what was altered
-
     except (ValueError, AttributeError, TypeError) as error:
         raise CorruptFile(f"{name} cannot be read ({error})") from error
     if lost or seal not in (None, _seal(record)):

@@ -227,7 +227,6 @@ def _store(url: str) -> tuple[Any, str]:
     from pyarrow.fs import FileSystem
 
     # S3: a small object is then one request, not three. Google's client would by default retry for 15 minutes.
-
     option = {"s3": "allow_delayed_open=true", "gs": f"retry_limit_seconds={REQUEST_SECONDS}"}[url.partition(":")[0]]
     if option.partition("=")[0] not in url:
         url = f"{url}{'&' if '?' in url else '?'}{option}"

@@ -177,5 +177,4 @@ def secrets(value: Any, name: str = "", key: str = "") -> Iterator[str]:
 @lru_cache(maxsize=1024)
 def _is_plain(key: str) -> bool:
     """Whether a field's name neither contains a secret nor marks its value as one."""
-
     return not NAMED.search(f"{key}=") and not finds(key)
