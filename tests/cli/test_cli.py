@@ -227,7 +227,8 @@ def test_a_run_goes_on_with_its_shares_or_with_those_that_are_given(
     assert call(monkeypatch, "resume", "mine") == 130
     given = ("--cpus-per-trial", "0.5", "--gpus-per-trial", "0", "--max-concurrent", "3")
     assert call(monkeypatch, "resume", "mine", *given) == 130
-    assert used == [SHARES, SHARES | {"cpus_per_trial": 0.5, "gpus_per_trial": 0.0, "max_concurrent": 3}]
+    began = SHARES | {"track": []}
+    assert used == [began, began | {"cpus_per_trial": 0.5, "gpus_per_trial": 0.0, "max_concurrent": 3}]
     assert (folder / "study.json").read_bytes() == recorded
 
 

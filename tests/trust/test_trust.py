@@ -233,15 +233,15 @@ def test_trackers_that_send_are_used_where_the_caller_says_so(
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://192.0.2.1")
     altered(given / "study.json", lambda record: record["settings"].update(track=["tensorboard", "wandb", "mlflow"]))
-    used: list[list[str]] = []
+    used: list[tuple[str, ...]] = []
     monkeypatch.setattr("tune_kd.execute.options.check_trackers", used.append)
     assert call(monkeypatch, "resume", "tiny") == 2
-    assert used == [["tensorboard"]]
+    assert used == [("tensorboard",)]
     assert "wandb, mlflow showed this run; it goes on without, unless you say --track wandb" in " ".join(
         capsys.readouterr().out.split()
     )
     assert call(monkeypatch, "resume", "tiny", "--track", "wandb") == 2
-    assert used[1:] == [["wandb"]]
+    assert used[1:] == [("wandb",)]
 
 
 def test_nothing_is_downloaded_to_a_folder_that_a_record_names(tmp_path: Path) -> None:

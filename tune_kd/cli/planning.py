@@ -110,9 +110,8 @@ def simulate(
     chosen, why = _scale_of_curves(path, scale, records)
     theirs = [name for name in records.trials["dataset"].dropna().unique() if name in DATA_SETS]
     data = theirs[0] if len(theirs) == 1 else None  # a scale may have different settings for another data set
-    resolved = discover.resolve(
-        path, chosen, data, options.settings_with(settings, margin_from, path, chosen, data, out)
-    )
+    given = options.settings_with(settings, margin_from, path, chosen, data, out)
+    resolved = discover.resolve(path, chosen, data, given)
     named = resolved.screen.strata if strata is None else None if strata == "none" else strata.split(",")
     recorded = simulation.curves(records, resolved, named)
     simulation.check_screen(resolved.screen, recorded)
