@@ -11,7 +11,8 @@ from pydantic import TypeAdapter
 from tune_kd.study.early_stopping import stratum
 from tune_kd.study.plan import Plan
 from tune_kd.study.spec import Study
-from tune_kd.system.files import MOST_RECORD_BYTES, publish, read
+from tune_kd.system.files import MOST_RECORD_BYTES, read
+from tune_kd.system.object_store import Mirror
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +59,7 @@ def record(folder: Path, run: str, study: Study, correlations: "pd.DataFrame") -
         found = Correlation(*(row[name] for name in ("n", "rho", "rho_low", "rho_high")))
         strata.setdefault(row["stratum"], {})[row["epoch"]] = found
     audit = Audit(run, *_alike(study), strata)
-    publish(folder / AUDIT, TypeAdapter(Audit).dump_json(audit, indent=1))
+    Mirror.of(folder).publish(folder / AUDIT, TypeAdapter(Audit).dump_json(audit, indent=1))
 
 
 def warnings(plan: Plan, out: Path) -> list[str]:

@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from tune_kd.records.run_folder import Run
@@ -106,5 +106,5 @@ def trackers_unasked(recorded: tuple[str, ...]) -> tuple[str, ...]:
 
 def options_of(run: Run) -> Options:
     """Return the options that a run began with, limited to the trackers that may be used without being asked."""
-    known = Options(**{**run.settings, "track": tuple(run.settings.get("track") or ())})
-    return replace(known, track=trackers_unasked(known.track))
+    known = {field.name: run.settings[field.name] for field in fields(Options) if field.name in run.settings}
+    return Options(**known | {"track": trackers_unasked(tuple(known.get("track") or ()))})

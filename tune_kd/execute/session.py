@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from tune_kd.data.datasets import DataSet
     from tune_kd.execute.cluster import Cluster
     from tune_kd.execute.driver import Driver
-    from tune_kd.execute.resources import Share
     from tune_kd.records.ledger import Ledger
     from tune_kd.records.reader import Records
 
@@ -273,7 +272,7 @@ def _joined(run: Run, address: str | None) -> Iterator[tuple["Cluster", Callable
         yield cluster, check_ray
 
 
-def _share_on(run: Run, cluster: "Cluster") -> "Share":
+def _share_on(run: Run, cluster: "Cluster") -> resources.Share:
     """What each trial gets of the cluster. Raises `UserError` where that does not fit, or a node cannot run trials."""
     from tune_kd.execute import cluster as clusters
 
@@ -287,14 +286,9 @@ def _driver(run: Run, ledger: "Ledger", gpus: float, view: ProgressDisplay) -> "
     from tune_kd.execute.driver import Driver
     from tune_kd.execute.worker import Workplace
 
-    place = Workplace(
-        data_dir=None if run.data_dir is None else run.data_dir.absolute(),
-        cache=None,
-        teachers=run.teachers.absolute(),
-        checkpoints=run.checkpoints.absolute(),
-        url=Mirror.of(run.folder).url,
-        umask=environment.umask(),
-    )
+    data_dir, url = run.data_dir and run.data_dir.absolute(), Mirror.of(run.folder).url
+    folders = (data_dir, None, run.teachers.absolute(), run.checkpoints.absolute())
+    place = Workplace(*folders, url=url, umask=environment.umask())
     return Driver(
         run.plan,
         run.name,
@@ -366,7 +360,6 @@ def concluded(run: Run) -> "Records":
 
     records = load(run.folder)
     grace.record(run.folder, run.name, run.study, early_stopping.rank_correlations(records, everywhere=True))
-    sync.send(run.folder, grace.AUDIT)
     return records
 
 

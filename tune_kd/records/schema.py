@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tune_kd.study.trial import Action, Phase, Role, Status, StopReason, Trial
@@ -156,36 +156,26 @@ def mistyped(schema: Schema, row: Row) -> str | None:
 
 def first_row(run: str, trial: Trial) -> Row:
     """Return the row of a trial that has not started, with None for what is not known yet."""
-    cell, recipe = trial.cell, trial.recipe
-    student = trial.role == "student"
-    return dict.fromkeys(TRIALS.columns) | {
+    student = trial.role == Role.STUDENT
+    known = asdict(trial.recipe) | asdict(trial.cell) | ({} if student else {"student": None, "method": None})
+    known |= {
         "run": run,
         "trial_id": trial.trial_id,
         "arm": trial.arm,
         "phase": trial.phase,
         "role": trial.role,
-        "student": cell.student if student else None,
-        "teacher": cell.teacher,
         "teacher_id": trial.teacher_id if student else trial.trial_id,
-        "stem": cell.stem,
-        "weights": cell.weights,
-        "width": cell.width,
-        "method": cell.method if student else None,
-        "temperature": cell.temperature,
-        "alpha": cell.alpha,
-        "beta": cell.beta,
-        "lr": recipe.lr,
-        "weight_decay": recipe.weight_decay,
         "seed": trial.seed,
         "recipe_id": trial.recipe_id,
         "dataset": trial.data.name,
         "data_digest": trial.data_digest,
         "scale": trial.scale,
-        "status": "pending",
-        "epochs_planned": recipe.epochs,
+        "status": Status.PENDING,
+        "epochs_planned": trial.recipe.epochs,
         "epochs_run": 0,
         "attempts": 0,
     }
+    return {name: known.get(name) for name in TRIALS.columns}
 
 
 MOST_LEDGER_BYTES = 2**36  # 100 times the ledger of 10,000 trials with 100 epochs each

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import CorruptFile, UnexpectedFile
-from tune_kd.system.files import parsed, publish, read, sha256
+from tune_kd.system.files import parsed, read, sha256
 from tune_kd.system.object_store import Mirror
 from tune_kd.system.overhead import spending
 
@@ -58,8 +58,7 @@ class Checkpoints:
             digest = hashlib.sha256(data).hexdigest()
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"{epoch:06d}-{digest}.safetensors"
-            publish(path, data)
-            self._mirror.send(path, data)
+            self._mirror.publish(path, data)
             point("checkpoint.published")
             for old in self._published()[KEPT:]:
                 old.unlink(missing_ok=True)

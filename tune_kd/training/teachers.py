@@ -59,8 +59,7 @@ def publish_teacher(folder: Path, trial: Trial, weights: dict[str, Tensor], epoc
     home.mkdir(parents=True, exist_ok=True)
     data = pack(weights, {"teacher_id": trial.trial_id})
     mirror = Mirror.of(folder)
-    publish(home / "weights.safetensors", data)
-    mirror.send(home / "weights.safetensors", data)
+    mirror.publish(home / "weights.safetensors", data)
     point("teacher.weights")
     card = {
         "teacher_id": trial.trial_id,
@@ -68,8 +67,7 @@ def publish_teacher(folder: Path, trial: Trial, weights: dict[str, Tensor], epoc
         "trial": asdict(trial),
         "epochs": [asdict(epoch) for epoch in epochs],
     }
-    publish(home / "card.json", sealed(card))
-    mirror.send(home / "card.json")
+    mirror.publish(home / "card.json", sealed(card))
 
 
 def fetch_teacher(folder: Path, teacher_id: str) -> None:
