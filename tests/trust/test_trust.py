@@ -244,6 +244,14 @@ def test_trackers_that_send_are_used_where_the_caller_says_so(
     assert used[1:] == [("wandb",)]
 
 
+def test_settings_that_no_run_has_are_passed_over(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
+) -> None:
+    altered(given / "study.json", lambda record: record["settings"].update(more={"a": 1}, track=None))
+    assert call(monkeypatch, "resume", "tiny") == 2
+    assert "it would start Ray" in capsys.readouterr().err
+
+
 def test_nothing_is_downloaded_to_a_folder_that_a_record_names(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     with pytest.raises(
