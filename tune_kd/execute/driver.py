@@ -19,7 +19,7 @@ from tune_kd.records.ledger import Ledger
 from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, Row, broken, clean, first_row
 from tune_kd.records.sync import Sender
 from tune_kd.study import sampler
-from tune_kd.study.early_stopping import Schedule, stratum
+from tune_kd.study.early_stopping import Schedule
 from tune_kd.study.plan import Plan
 from tune_kd.study.trial import ENDED, UNSUCCESSFUL, Decision, Epoch, Trial, quality
 from tune_kd.system.crash_points import point
@@ -66,7 +66,7 @@ class Driver:
         self._waiting = list(self.plan.trials)
         self._screen = {trial.arm: trial.trial_id for trial in self.plan.trials if trial.phase == "screen"}
         self._immune = {arm.name for arm in plan.arms if arm.immune}
-        self._schedule = Schedule(plan.study.screen, plan.study.recipe.epochs)
+        self._schedule = Schedule(plan.study.screen, plan.study.recipe.epochs, self._immune, self._searches)
         self._admitted: dict[str, Task] = {}  # by trial id, from `next` to `on_end`
         self._attempts = Attempts()
         self._heard: set[str] = set()
@@ -287,16 +287,8 @@ class Driver:
     def _search_on(self, arm: str) -> None:
         """Draw the next settings of a tuned arm, or plan the confirmation of its best. This happens in the transaction
         in which a draw ends, so that draws depend only on the order in which they end."""
-        if arm not in self._searches:
-            return
-        here, study = self._searches[arm], self.plan.study
-        assert study.tuning is not None
-        default = {each.name: study.default(each.name) or 0.0 for each in here.ranges}
-        while adaptive_plan.is_due(study.tuning, theirs := adaptive_plan.draws(here, self.rows.values())):
-            drawn = sampler.draw(study.tuning, arm, here.ranges, default, theirs)
-            self._grow(adaptive_plan.drawn(self.plan, here, drawn))
-        if (best := adaptive_plan.best(study.tuning, theirs)) is not None:
-            for trial in adaptive_plan.confirmed(self.plan, here, best):
+        if arm in self._searches:
+            for trial in adaptive_plan.due(self.plan, self._searches[arm], self.rows, sampler.draw):
                 self._grow(trial)
 
     def _grow(self, trial: Trial) -> None:
@@ -307,14 +299,7 @@ class Driver:
         self.rows[trial.trial_id] = first_row(self.run, trial)
         self._ledger.put(TRIALS, self.rows[trial.trial_id])
         self._waiting.insert(0, trial)  # the search of its arm waits for it
-        self._enter(trial)
-
-    def _enter(self, trial: Trial) -> None:
-        """Enter a screen trial into early stopping: draws compete within their arm, arms within their stratum."""
-        if trial.phase == "screen":
-            tuned = trial.arm in self._searches
-            group = trial.arm if tuned else stratum(self.plan.study.screen, asdict(trial.cell))
-            self._schedule.enter(trial.trial_id, group, trial.arm in self._immune)
+        self._schedule.admit(trial)
 
     def _clear(self, trial: Trial) -> None:
         """Remove the checkpoints of a trial whose end is committed."""
@@ -347,7 +332,7 @@ class Driver:
     def _take_over(self, recorded: list[Row]) -> None:
         """Restore the state from the ledger, and add rows for trials that it lacks."""
         for trial in self.plan.trials:
-            self._enter(trial)
+            self._schedule.admit(trial)
         known = {row["trial_id"]: row for row in recorded}
         assert set(known) <= set(self._trials), "the ledger holds trials that are not in the plan"
         with self._ledger.transaction():

@@ -237,9 +237,9 @@ def execute(
         log = cluster.logs / f"tune_kd-{run.name}.log"
         view = around.enter_context(ProgressDisplay(console, run.name, log))
         driver = _driver(run, ledger, share.gpus, view)
+        beat = _Beat(driver, view, check_ray)
         slots = clusters.slots(cluster, run.settings["cpus_per_trial"], share.gpus)
-        _drive(run, data, driver, slots, _Beat(driver, view, check_ray))
-        _send_tracked(run, view)
+        _drive(run, data, driver, slots, beat)
     return Ended(signals.asked(), sum(row["status"] in UNSUCCESSFUL for row in driver.rows.values()))
 
 
@@ -304,13 +304,18 @@ def _driver(run: Run, ledger: "Ledger", gpus: float, view: ProgressDisplay) -> "
 
 
 def _drive(run: Run, data: "DataSet", driver: "Driver", slots: int, beat: "_Beat") -> None:
-    """Run the trials to their end, or until a signal asks to leave."""
+    """Run the trials to their end, or until a signal asks to leave. What trackers wrote then goes to the run's store."""
     from tune_kd.execute import ray_tune, trackers
 
     shown = trackers.made(run.settings["track"], run.study.name, run.name, run.folder, beat.view.say)
     with signals.handled(lambda _: driver.drain()):
         signals.check()
         ray_tune.run_on_ray(driver, driver.place, slots, beat, data=data, trackers=shown)
+    try:
+        if shown:
+            sync.send(run.folder, *trackers.FILES)
+    except OSError as error:
+        beat.view.say(f"warning: the store does not take what trackers wrote ({error}); it is in {run.folder}")
 
 
 class _Beat:
@@ -340,17 +345,6 @@ class _Beat:
         if sentence not in self._said:
             self._said.add(sentence)
             self.view.say(sentence)
-
-
-def _send_tracked(run: Run, view: ProgressDisplay) -> None:
-    """Send what trackers wrote to the store that the run is in."""
-    from tune_kd.execute import trackers
-
-    if run.settings["track"]:
-        try:
-            sync.send(run.folder, *trackers.FILES)
-        except OSError as error:
-            view.say(f"warning: the store does not take what trackers wrote ({error}); it is in {run.folder}")
 
 
 def concluded(run: Run) -> "Records":

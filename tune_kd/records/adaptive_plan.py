@@ -1,6 +1,6 @@
 """The plan of a tuned study, which grows: derive drawn trials and their confirmation from the recorded rows."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,22 @@ from tune_kd.study.tuning import Tuning
 def draws(search: Search, rows: Iterable[Row]) -> list[Row]:
     """Return an arm's draws in order."""
     return [row for row in rows if row["phase"] == "screen" and row["arm"] == search.name]
+
+
+def due(
+    planned: Plan, search: Search, rows: Mapping[str, Row], draw: Callable[..., dict[str, float]]
+) -> Iterator[Trial]:
+    """Yield the trials that a tuned arm adds now: further draws, or the confirmation of its best.
+
+    Each has to be in `rows`, by trial id, before the next one is asked for. `draw` is that of the sampler.
+    """
+    study, tuning = planned.study, planned.study.tuning
+    assert tuning is not None
+    default = {each.name: study.default(each.name) or 0.0 for each in search.ranges}
+    while is_due(tuning, theirs := draws(search, rows.values())):
+        yield drawn(planned, search, draw(tuning, search.name, search.ranges, default, theirs))
+    if (found := best(tuning, theirs)) is not None:
+        yield from confirmed(planned, search, found)
 
 
 def drawn(planned: Plan, search: Search, values: Mapping[str, float]) -> Trial:

@@ -6,12 +6,12 @@ there are enough of them, it is behind the cutoff by more than the margin, it is
 stratum continues.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import numpy as np
 
 from tune_kd.study.spec import Screen
-from tune_kd.study.trial import Action, Decision, DecisionReason, Phase
+from tune_kd.study.trial import Action, Decision, DecisionReason, Phase, Trial
 
 
 def stratum(screen: Screen, levels: Mapping[str, object]) -> str:
@@ -25,8 +25,11 @@ class Schedule:
     """Decides about the trials of a screen, each of which has entered a stratum. Replaying its decisions in order
     restores its state."""
 
-    def __init__(self, screen: Screen, epochs: int) -> None:
-        """`epochs` is the budget of each trial."""
+    def __init__(
+        self, screen: Screen, epochs: int, immune_arms: Container[str] = (), tuned_arms: Container[str] = ()
+    ) -> None:
+        """`epochs` is the budget of each trial. Draws of a tuned arm compete with one another."""
+        self._immune_arms, self._tuned_arms = immune_arms, tuned_arms
         self._screen = screen
         self._rungs = {epoch: rung for rung, epoch in enumerate(screen.rungs(epochs))}
         self._immune: set[str] = set()
@@ -34,6 +37,12 @@ class Schedule:
         self._left: dict[str, set[str]] = {}  # stratum -> trials neither stopped nor failed
         self._scores: dict[tuple[str, int], dict[str, float]] = {}  # (stratum, rung) -> trial id -> metric
         self._made: dict[tuple[str, int], Decision] = {}
+
+    def admit(self, trial: Trial) -> None:
+        """Let a trial of the screen compete: a draw within its arm, an arm within its stratum."""
+        if trial.phase == Phase.SCREEN:
+            group = trial.arm if trial.arm in self._tuned_arms else stratum(self._screen, vars(trial.cell))
+            self.enter(trial.trial_id, group, trial.arm in self._immune_arms)
 
     def enter(self, trial_id: str, stratum: str, immune: bool = False) -> None:
         """Let a trial compete in a stratum. An immune trial is never stopped."""
