@@ -304,7 +304,7 @@ def _driver(run: Run, ledger: "Ledger", gpus: float, view: ProgressDisplay) -> "
 
 
 def _drive(run: Run, data: "DataSet", driver: "Driver", slots: int, beat: "_Beat") -> None:
-    """Run the trials to their end, or until a signal asks to leave. What trackers wrote then goes to the run's store."""
+    """Run the trials to their end, or until a signal asks to leave. Then send what trackers wrote to the store."""
     from tune_kd.execute import ray_tune, trackers
 
     shown = trackers.made(run.settings["track"], run.study.name, run.name, run.folder, beat.view.say)

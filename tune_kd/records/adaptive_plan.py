@@ -10,15 +10,15 @@ from tune_kd.study.spec import CELL_FIELDS
 from tune_kd.study.trial import UNENDED, Phase, Trial
 from tune_kd.study.tuning import Tuning
 
+Draw = Callable[..., dict[str, float]]  # `tune_kd.study.sampler.draw`
+
 
 def draws(search: Search, rows: Iterable[Row]) -> list[Row]:
     """Return an arm's draws in order."""
     return [row for row in rows if row["phase"] == "screen" and row["arm"] == search.name]
 
 
-def due(
-    planned: Plan, search: Search, rows: Mapping[str, Row], draw: Callable[..., dict[str, float]]
-) -> Iterator[Trial]:
+def due(planned: Plan, search: Search, rows: Mapping[str, Row], draw: Draw) -> Iterator[Trial]:
     """Yield the trials that a tuned arm adds now: further draws, or the confirmation of its best.
 
     Each has to be in `rows`, by trial id, before the next one is asked for. `draw` is that of the sampler.
