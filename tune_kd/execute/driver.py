@@ -331,8 +331,6 @@ class Driver:
 
     def _take_over(self, recorded: list[Row]) -> None:
         """Restore the state from the ledger, and add rows for trials that it lacks."""
-        for trial in self.plan.trials:
-            self._schedule.admit(trial)
         known = {row["trial_id"]: row for row in recorded}
         assert set(known) <= set(self._trials), "the ledger holds trials that are not in the plan"
         with self._ledger.transaction():
@@ -345,6 +343,8 @@ class Driver:
                 self.rows[trial.trial_id] = row
                 if row["status"] != known.get(trial.trial_id, {}).get("status"):
                     self._ledger.put(TRIALS, row)
+        for trial in self.plan.trials:
+            self._schedule.admit(trial)
         self.decisions = [Decision.of(row) for row in self._ledger.rows(DECISIONS)]
         for decision in self.decisions:
             self._schedule.replay(decision)
