@@ -203,7 +203,7 @@ def test_a_run_is_held_while_its_extension_is_recorded(
     monkeypatch.setattr("tune_kd.execute.session.load_data", lambda *_, **__: SimpleNamespace(digest=digest))
     monkeypatch.setattr(
         "tune_kd.execute.cluster.connect",
-        lambda *_: SimpleNamespace(cpus=2.0, gpus=0.0, ours=False, parts=(), guarded=True),
+        lambda *_: SimpleNamespace(cpus=2.0, gpus=0.0, dashboard=None, ours=False, parts=(), guarded=True),
     )
     monkeypatch.setattr("tune_kd.execute.cluster.check_nodes", lambda _: None)
     monkeypatch.setattr("tune_kd.execute.resources.check_cluster", lambda *_: None)

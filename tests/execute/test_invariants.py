@@ -97,7 +97,7 @@ class Records(RuleBasedStateMachine):
         self.patches = ExitStack()
         for where, name, value in (
             (storage, "PAUSES", (0.0, 0.0)),
-            (runs, "PATIENCE", 0.0),
+            (lock, "WAIT_SECONDS", 0.0),
             (driving, "TABLES_EVERY", 1e9),
             (driving, "TABLES_AFTER_END", 1e9),
         ):

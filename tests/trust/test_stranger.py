@@ -221,7 +221,8 @@ def plant(folder: str, scratch: str) -> None:
 @pytest.fixture(scope="module")
 def seen(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     scratch = tmp_path_factory.mktemp("planted")
-    ended = python("-c", f"import test_stranger; test_stranger.plant({str(bases)!r}, {str(scratch)!r})")
+    here = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
+    ended = python("-c", f"{here}; import test_stranger; test_stranger.plant({str(bases)!r}, {str(scratch)!r})")
     assert ended.returncode == 0, ended.stderr[-3000:]
     found: dict[str, list[str]] = json.loads(ended.stdout.splitlines()[-1])
     return found
