@@ -89,6 +89,7 @@ def failing() -> Measure:
     raise ValueError("no such thing")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("together", [False, True])
 def test_a_ratio_is_the_median_over_pairs_and_is_held_against_its_bar(together: bool) -> None:
     sides = Side("a", sleeper, (0.02,)), Side("b", sleeper, (0.01,))
@@ -99,6 +100,7 @@ def test_a_ratio_is_the_median_over_pairs_and_is_held_against_its_bar(together: 
     assert result("r", [1.0]).met is None
 
 
+@pytest.mark.long
 def test_sides_have_a_process_each_or_one_together() -> None:
     side = Side("pid", process_id)
     assert pairs("r", side, side, 1, unit="", bar="", together=True).figure == 1.0
@@ -156,6 +158,7 @@ def test_rows_that_failed_are_named_at_the_end_and_in_the_exit_status(monkeypatc
     assert ended.stderr.rstrip().endswith("1 of 2 rows failed:\n  first: RuntimeError: out of luck")
 
 
+@pytest.mark.long
 def test_a_trial_that_dies_beside_others_is_an_error_and_no_endless_wait() -> None:
     with pytest.raises(RuntimeError, match="one of 2 trials at a time died"):
         gpu._together(2, 0, _dies)

@@ -50,6 +50,7 @@ def test_a_difference_that_is_there_is_found(monkeypatch: pytest.MonkeyPatch) ->
     assert found["designed"] and found["until_significant"]
 
 
+@pytest.mark.long
 def test_the_procedure_finds_few_and_adding_seeds_until_something_is_found_more() -> None:
     found = calibrate(LOOKS, 60, 2)
     rates = found.rates

@@ -276,6 +276,7 @@ def unended(records: Records, *, gone: bool = False, **where: Any) -> Records:
     return replace(records, trials=changed)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("gone", [False, True])
 def test_a_look_that_goes_on_spends_nothing_and_changes_no_contrast(study: Study, gone: bool) -> None:
     accuracy = gains(0.010, 0.014, 0.011, 0.013, 0.012)
@@ -293,6 +294,7 @@ def test_a_contrast_whose_trials_go_on_is_not_judged_yet(study: Study) -> None:
     assert row(table, "imagenet: logit - none")["verdict"] == "better"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rest", [0.0, 1e-14, -1e-14])
 def test_what_came_to_nothing_but_for_rounding_is_neither_better_nor_worse(study: Study, rest: float) -> None:
     def accuracy(trial: Trial) -> float:

@@ -544,6 +544,7 @@ def test_the_entry_point_is_installed() -> None:
     assert (Path(sys.executable).parent / "tune-kd").exists()
 
 
+@pytest.mark.long
 def test_a_report_of_two_runs_compares_them_and_says_in_what_they_differ(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path, finished: Path
 ) -> None:

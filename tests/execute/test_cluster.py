@@ -73,6 +73,7 @@ def raylets(of: int) -> list[psutil.Process]:
     return sorted((each for each in under if each.name() == "raylet"), key=psutil.Process.create_time)
 
 
+@pytest.mark.slow
 def test_a_lost_node_costs_nothing_but_time_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +118,7 @@ def on_one_node(run: Path, folder: Path) -> Path:
     return here.folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lost", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "a node is lost"])
 def test_two_nodes_that_share_a_store_alone_give_the_tables_of_one_and_get_data_and_teachers_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
@@ -156,6 +158,7 @@ def test_two_nodes_that_share_a_store_alone_give_the_tables_of_one_and_get_data_
     contiguous(run)
 
 
+@pytest.mark.long
 def test_a_run_whose_ray_died_ends_with_3_and_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(STUDY)
     run = tmp_path / "results" / "cut"
@@ -181,6 +184,7 @@ def test_a_sigterm_while_ray_starts_ends_with_143(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
+@pytest.mark.long
 def test_ray_leaves_its_token_to_its_user_alone_and_signals_to_us(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +206,7 @@ def test_ray_leaves_its_token_to_its_user_alone_and_signals_to_us(
     assert made.stdout.split() == ["True", "True", "0o600", "64"], made.stderr
 
 
+@pytest.mark.long
 def test_ray_takes_the_token_from_where_it_was_moved_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that was not there: Ray itself would make it in the home, which here nobody can write to."""
     (tmp_path / "home").write_text("in the way")

@@ -224,6 +224,7 @@ def test_a_study_to_be_broken_stops_nothing_and_begins_as_it_ends(tmp_path: Path
     assert {row["status"] for row in read(whole).ledger.trials or ()} == {"completed"}
 
 
+@pytest.mark.slow
 def test_a_run_survives_kills_of_its_workers_and_its_drivers_at_random_moments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +248,7 @@ def test_a_life_leaves_no_process_of_its_own(tmp_path: Path) -> None:
     assert not life.home.exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "target", "moment"), [(signal.SIGTERM, "descendants", "training"), (signal.SIGINT, "group", "starting")]
 )
@@ -261,6 +263,7 @@ def test_a_signal_to_a_whole_job_drains_its_trials_and_resume_completes_the_run(
     assert ("drained" if moment == "training" else "nothing to drain") in said[0]
 
 
+@pytest.mark.long
 def test_a_run_whose_agent_of_ray_was_killed_ends_with_3_and_its_sentence(tmp_path: Path) -> None:
     """In a process namespace, where that can be had: there Ray's core would end the driver with 1, without a word."""
     said: list[str] = []

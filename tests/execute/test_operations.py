@@ -10,6 +10,7 @@ from tune_kd.records import ledger
 from tune_kd.system import files
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("onwards", [False, True], ids=["once", "onwards"])
 def test_a_disk_that_fails_costs_nothing_but_time(tmp_path: Path, onwards: bool) -> None:

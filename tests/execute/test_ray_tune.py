@@ -57,6 +57,7 @@ def run_with_ray(study: Study, folder: Path, beat: Callable[[], None] = lambda: 
     return made
 
 
+@pytest.mark.long
 def test_with_ray_and_in_this_process_a_study_gives_the_same_records(
     ray_session: str, study: Study, tmp_path: Path
 ) -> None:
@@ -141,6 +142,7 @@ def ask(url: str, path: str, bearer: str | None) -> Any:
         return json.loads(answer.read())["data"]["result"]["result"]
 
 
+@pytest.mark.long
 def test_a_running_trial_is_in_the_dashboard_under_its_readable_name(
     ray_session: str, one_stem: Study, tmp_path: Path
 ) -> None:
@@ -169,6 +171,7 @@ def test_a_running_trial_is_in_the_dashboard_under_its_readable_name(
         ask(ray_session, "/api/v0/tasks", None)
 
 
+@pytest.mark.long
 def test_a_killed_worker_costs_nothing_but_time(ray_session: str, one_stem: Study, tmp_path: Path) -> None:
     killed: list[int] = []
     calm = without_stops(one_stem)
@@ -257,6 +260,7 @@ def test_a_worker_that_the_memory_monitor_kills_costs_one_attempt(
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_an_error_of_ray_inside_a_worker_costs_one_attempt(ray_session: str, one_stem: Study, tmp_path: Path) -> None:
     """As where the data are lost with the node that had them."""
 
@@ -277,6 +281,7 @@ def test_an_error_of_ray_inside_a_worker_costs_one_attempt(ray_session: str, one
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("moment", ["add_epoch", "put"])
 def test_a_disk_that_refuses_the_ledger_ends_the_run_as_a_disk_does(
     ray_session: str, one_stem: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
@@ -292,6 +297,7 @@ def test_a_disk_that_refuses_the_ledger_ends_the_run_as_a_disk_does(
         ray_tune.run_on_ray(made, place, slots=2, beat=lambda: None)
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_is_completed_by_resume_as_if_nothing_had_happened(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(STUDY)
     run = tmp_path / "results" / "cut"
@@ -317,6 +323,7 @@ def test_a_run_that_was_killed_is_completed_by_resume_as_if_nothing_had_happened
     same_records(run, tmp_path / "other" / "whole")
 
 
+@pytest.mark.slow
 def test_a_tuned_run_that_was_killed_draws_what_it_would_have_drawn(tmp_path: Path) -> None:
     run, changed = tmp_path / "results" / "cut", ("recipe.epochs=4", "screen.grace=2", "tuning.budget=5")
     settings = [part for setting in changed for part in ("--set", setting)]
@@ -335,6 +342,7 @@ def test_a_tuned_run_that_was_killed_draws_what_it_would_have_drawn(tmp_path: Pa
     contiguous(run)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_with_its_signal_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "own.py").write_text(STUDY)

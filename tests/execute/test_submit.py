@@ -74,6 +74,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, answer, errors
 
 
+@pytest.mark.long
 def test_a_study_is_submitted_followed_to_its_end_and_looked_at(cluster: str, tmp_path: Path) -> None:
     at = ("--address", cluster)
     code, answer, errors = ended(command(tmp_path, "submit", "ablation", *CALM, "--name", "far", *at))
@@ -94,6 +95,7 @@ def test_a_study_is_submitted_followed_to_its_end_and_looked_at(cluster: str, tm
     ]
 
 
+@pytest.mark.long
 def test_a_study_of_ones_own_goes_on_after_it_was_stopped_there(cluster: str, tmp_path: Path) -> None:
     (tmp_path / "peers.py").write_text("PEERS = 99\n")  # which is sent along
     (tmp_path / "own.py").write_text(f"from peers import PEERS\n{STUDY.replace('min_peers=99', 'min_peers=PEERS')}")
@@ -130,6 +132,7 @@ def test_a_study_of_ones_own_goes_on_after_it_was_stopped_there(cluster: str, tm
     assert {row["seed"] for row in rows if row["phase"] == "confirm"} == {1, 2}
 
 
+@pytest.mark.long
 def test_a_wrong_token_or_address_or_too_large_a_share_is_one_message(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +203,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.long
 def test_a_node_with_another_version_or_without_the_folder_is_refused_with_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

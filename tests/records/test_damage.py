@@ -27,6 +27,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scratch]:
     return {variant: Scratch(folder / variant) for variant in VARIANTS}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_damage_is_believed(whole: dict[str, Scratch], variant: str) -> None:
     scratch = whole[variant]
@@ -78,6 +79,7 @@ def digests_of_answers_off(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(logit_cache, "damaged", lambda folder, classes: [])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("off", "variant", "target", "reader"),
     [

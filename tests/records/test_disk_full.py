@@ -100,6 +100,7 @@ def judge(full: Path, ended: "subprocess.CompletedProcess[str]", undisturbed: Pa
         pd.testing.assert_frame_equal(table(run.folder, name, free), table(undisturbed, name, free), check_exact=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "limit",
     [each if each in (500, 100_000, 150_000) else pytest.param(each, marks=pytest.mark.slow) for each in LIMITS],

@@ -79,6 +79,7 @@ def test_seeds_that_were_added_change_no_mean_and_no_contrast(tmp_path: Path, mo
     pd.testing.assert_frame_equal(kept, before.trials)
 
 
+@pytest.mark.long
 def test_a_declared_look_counts_its_seeds(tmp_path: Path) -> None:
     run = begun(tmp_path, ", confirm=Confirm((1, 2), looks=(2, 3))")
     first = contrasts.contrasts(reader.load(run.folder))

@@ -226,6 +226,7 @@ def test_a_ledger_is_read_whatever_its_folder_is_called(tmp_path: Path, name: st
     assert pd.read_parquet(tmp_path / "trials.parquet")["error"].tolist() == [row["error"]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mask", [0x01, 0x20])
 def test_a_ledger_that_passes_its_check_can_be_written_to(ledger: Ledger, tmp_path: Path, mask: int) -> None:
     """Whichever byte of SQLite's header changes, or of the rest, which is mostly the definitions of the tables."""

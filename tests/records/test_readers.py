@@ -69,6 +69,7 @@ def changed(path: Path, before: int) -> bool:
     return path.stat().st_ino != before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reads", [1000, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_no_reader_fails_while_the_tables_are_replaced(run: Run, reads: int) -> None:
     with growing(run):

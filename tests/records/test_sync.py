@@ -131,6 +131,7 @@ def slowly(task: Task, place: Workplace) -> Generator[Epoch]:
         time.sleep(0.5)
 
 
+@pytest.mark.long
 def test_what_others_read_from_the_store_is_whole_at_every_moment_and_in_the_end_what_is_here(
     s3: Store, calm: Study, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +191,7 @@ def test_an_object_that_is_larger_than_its_kind_is_refused_before_it_is_fetched(
     assert not file.exists()
 
 
+@pytest.mark.long
 def test_a_store_that_hiccups_costs_nothing_but_time(s3: Store, calm: Study, undisturbed: Path) -> None:
     every = {"denied": 29, "error": 11, "cut": 41, "slow": 13}
     s3.fault = lambda number: next((kind for kind, each in every.items() if number % each == 0), None)
@@ -204,6 +206,7 @@ def test_a_store_that_hiccups_costs_nothing_but_time(s3: Store, calm: Study, und
         assert sent.read(begun.folder / name, MOST_TABLE_BYTES) == (begun.folder / name).read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("epochs", [1, 4, 9, 12])
 def test_a_driver_whose_disk_is_lost_is_followed_by_one_elsewhere(
     s3: Store, calm: Study, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, epochs: int
@@ -390,6 +393,7 @@ def test_a_bucket_that_is_not_there_and_a_name_that_is_are_told_before_anything_
         assert words in told and "--cpus-per-trial is 0" in told
 
 
+@pytest.mark.long
 def test_a_run_in_a_store_is_a_command_like_any_other(s3: Store, tmp_path: Path) -> None:
     """Through the command and Ray: run, look at it from elsewhere, report from there."""
 

@@ -92,6 +92,7 @@ def test_names_and_gaps_that_are_allowed_break_no_picture_and_no_table(records: 
     assert r"a$\frac$b [/x] <i>_%&#" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # there is no place for names as long as these
 @pytest.mark.parametrize("letter", ["x", "$\\frac$ \\", "_"], ids=["long", "formula", "hidden"])
 def test_names_of_any_length_and_sign_make_pictures_of_a_usual_size(records: Records, letter: str) -> None:

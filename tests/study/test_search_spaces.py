@@ -102,6 +102,7 @@ def test_contrasts_of_a_sweep_stay_at_the_reference_and_say_of_which_method_they
     assert found["feature: alpha=0.7 - alpha=0.5"] == ["feature/alpha=0.7", "feature/alpha=0.5"]
 
 
+@pytest.mark.long
 def test_tpe_comes_near_a_known_optimum_where_chance_does_not() -> None:
     """Within 1 % of the optimum's value in 40 draws, for at least 90 of 100 seeds; the page has all samplers."""
     assert samplers.accuracy(samplers.OPTIMUM) == samplers.BEST

@@ -113,6 +113,7 @@ def test_a_stream_that_is_full_for_a_moment_loses_nothing_and_one_that_stays_ful
     os.close(reader)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_to_its_end_after_its_terminal_was_closed(tmp_path: Path) -> None:
     """With SIGHUP ignored, as under nohup, and its terminal gone in the middle of the run."""
     terminal, inside = pty.openpty()

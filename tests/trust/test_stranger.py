@@ -50,6 +50,7 @@ def python(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, *arguments], env=environment, text=True, capture_output=True, check=False)
 
 
+@pytest.mark.long
 def test_nothing_happens_that_must_not(bases: Path) -> None:
     """Two hundred files, each through some of the commands."""
     options = ["--files", "200", "--seed", str(SEED), "--quick", "--jobs", "1", "--bases", str(bases)]

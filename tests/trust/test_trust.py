@@ -604,6 +604,7 @@ def test_a_table_that_would_fill_the_memory_is_refused(kind: str, tmp_path: Path
 JSON = ("study.json", "tables.json", "audit.json", "holder.json", "teachers/card.json")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", JSON)
 @pytest.mark.parametrize("deep", ["[" * 200_000, '{"a":' * 200_000 + "1" + "}" * 200_000, "[" * 900 + "]" * 900])
 def test_json_of_any_depth_is_refused_or_passed_over(
@@ -794,6 +795,7 @@ def test_tables_whose_errors_have_colours_are_reported(tmp_path: Path) -> None:
     assert not OBEYED.search(done.stdout + done.stderr)
 
 
+@pytest.mark.long
 def test_a_run_whose_study_has_commands_for_a_terminal_is_shown_without_them(finished: Path, tmp_path: Path) -> None:
     def commanding(record: dict[str, Any]) -> None:
         for contrast in record["contrasts"]:

@@ -132,6 +132,7 @@ def is_taken(port: int) -> bool:
     return False
 
 
+@pytest.mark.long
 def test_nothing_of_a_runs_ray_is_open_to_other_machines_nor_to_those_without_the_token(tmp_path: Path) -> None:
     taken = {name for name, port in FIXED.items() if is_taken(port)}  # by another Ray, as that of other tests
     with going_on(tmp_path / "r") as (begun, said):
@@ -166,6 +167,7 @@ def dashboard_of(said: str) -> str:
     return found[1]
 
 
+@pytest.mark.long
 def test_of_a_ray_without_a_token_a_run_and_dashboard_warn(tmp_path: Path) -> None:
     with going_on(tmp_path / "r", RAY_AUTH_MODE="disabled") as (begun, said):
         assert monitoring.OPEN in said and "get-auth-token" not in said
@@ -224,6 +226,7 @@ def held_open(of: int, results: str) -> set[str]:
     return found
 
 
+@pytest.mark.long
 def test_what_a_run_makes_outside_of_its_results_is_its_users_alone_also_without_a_umask() -> None:
     """Its results are what the umask says, also those that Ray's workers write."""
     with tempfile.TemporaryDirectory(dir="/tmp") as short:  # sockets have short paths
