@@ -439,6 +439,7 @@ def play(examples: int) -> None:
     run_state_machine_as_test(Records, settings=chosen)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_nothing_is_lost_whatever_happens_in_whatever_order() -> None:
     play(100)

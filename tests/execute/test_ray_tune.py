@@ -235,6 +235,7 @@ def test_private_parts_of_tune_are_as_they_were() -> None:
     assert "epoch" not in trial.last_result
 
 
+@pytest.mark.long
 def test_a_worker_that_the_memory_monitor_kills_costs_one_attempt(
     ray_session: str, one_stem: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,7 @@ def extend(folder: Path) -> None:
     train(reopen(folder))
 
 
+@pytest.mark.long
 def test_seeds_that_were_added_change_no_mean_and_no_contrast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = begun(tmp_path, "")

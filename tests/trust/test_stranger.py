@@ -229,11 +229,13 @@ def seen(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, lis
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PLANTED)
 def test_what_a_missing_defence_lets_through_is_seen(seen: dict[str, list[str]], name: str) -> None:
     assert PLANTED[name][0] in seen[name]
 
 
+@pytest.mark.long
 def test_a_whole_run_is_no_violation(seen: dict[str, list[str]]) -> None:
     assert seen["nothing"] == []
 

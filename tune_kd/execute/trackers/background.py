@@ -102,9 +102,8 @@ def settings_of(task: "Task") -> dict[str, Any]:
     trial = task.trial
     settings = {"arm": trial.arm, "phase": trial.phase, "seed": trial.seed, "attempt": task.attempt}
     cell = {name: value for name, value in asdict(trial.cell).items() if value is not None}
-    return (
-        settings | cell | {name: getattr(trial.recipe, name) for name in ("epochs", "batch_size", "lr", "weight_decay")}
-    )
+    recipe = {name: getattr(trial.recipe, name) for name in ("epochs", "batch_size", "lr", "weight_decay")}
+    return settings | cell | recipe
 
 
 def measures_of(epoch: "Epoch") -> dict[str, float]:
