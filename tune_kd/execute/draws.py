@@ -23,8 +23,7 @@ class Draws:
 
     def add(self, row: Row) -> None:
         """Add a draw that has ended. Other trials are ignored."""
-        storage = self._storage
-        if storage is not None and row["phase"] == "screen":
+        if (storage := self._storage) is not None and row["phase"] == "screen":
             self._try(lambda: storage.add(row["arm"], self._searches[row["arm"]].ranges, row))
 
     def close(self) -> None:
