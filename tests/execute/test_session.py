@@ -47,9 +47,16 @@ def test_a_notebook_runs_resumes_reads_and_reports_a_study(tmp_path: Path) -> No
 def test_all_that_is_wrong_is_said_before_anything_is_made(tmp_path: Path) -> None:
     from search_spaces.ablation import smoke
 
+    wrong = {"gpus_per_trial": "half", "cpus_per_trial": 0, "max_concurrent": 0, "track": ("no",)}
     with pytest.raises(UserError) as found:
-        tune_kd.run(smoke(), out=tmp_path / "results", name="../x", cpus_per_trial=0, max_concurrent=0, track=("no",))
-    for field in ("--name is '../x'", "--cpus-per-trial is 0", "--max-concurrent is 0", "--track is"):
+        tune_kd.run(smoke(), out=tmp_path / "results", name="../x", **wrong)
+    for field in (
+        "--gpus-per-trial is half",
+        "--name is '../x'",
+        "--cpus-per-trial is 0",
+        "--max-concurrent is 0",
+        "--track is",
+    ):
         assert any(field in problem for problem in found.value.problems), found.value.problems
     assert not (tmp_path / "results").exists()
     with pytest.raises(UserError, match="RUN is 'nowhere'"):
@@ -63,5 +70,6 @@ def test_what_the_package_hands_out_is_there(name: str) -> None:
 
 
 def test_another_name_is_no_attribute() -> None:
+    name = "runs"
     with pytest.raises(AttributeError, match="has no attribute 'runs'"):
-        tune_kd.runs  # type: ignore[attr-defined]  # noqa: B018
+        getattr(tune_kd, name)

@@ -15,16 +15,16 @@ Asked = float | Literal["auto"] | None
 """A GPU share; "auto" measures one; None takes the default of `resources.gpu_share`."""
 
 
-def parse_gpus(text: str | None) -> Asked:
+def parse_gpus(given: str | float | None) -> Asked:
     """Parse the value of `--gpus-per-trial`. Raises `UserError`."""
-    if text is None or text == "auto":
-        return text  # type: ignore[return-value]
+    if given is None or given == "auto":
+        return None if given is None else "auto"
     try:
-        share = float(text)
+        share = float(given)
     except ValueError:
         share = math.nan
     if not 0 <= share < math.inf or (share > 1 and share != int(share)):
-        raise UserError(f"--gpus-per-trial is {text}; allowed: auto, 0 to 1, or a whole number")
+        raise UserError(f"--gpus-per-trial is {given}; allowed: auto, 0 to 1, or a whole number")
     return share
 
 
@@ -42,8 +42,9 @@ class Options:
 def check_shares(options: Options, address: str | None) -> None:
     """Raise `UserError` for shares that do not fit this machine. With an address, `resources.check_cluster` checks them
     after the cluster is joined."""
-    problems = []
-    cpus, gpus, most = options.cpus_per_trial, options.gpus_per_trial, options.max_concurrent
+    problems: list[str] = []
+    cpus, most = options.cpus_per_trial, options.max_concurrent
+    gpus = collect(problems, lambda: parse_gpus(options.gpus_per_trial))
     here = os.cpu_count() or 1
     if not 0 < cpus < math.inf or (address is None and cpus > here):
         most_cpus = f", at most {here} (the cores of this machine)" if address is None else ""

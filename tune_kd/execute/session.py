@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,7 @@ def load_data(study: Study, folder: Path | None, console: Console, *, download: 
     """Load the data once, before Ray starts, so that what is wrong with them is told now."""
     from tune_kd.data.datasets import load_declared
 
-    return load_declared(study.data, folder, say=lambda sentence: _say(console, sentence), download=download)
+    return load_declared(study.data, folder, say=partial(console.print, soft_wrap=True), download=download)
 
 
 def _settings(options: Options, study: Study, data: "DataSet", console: Console) -> dict[str, Any]:
@@ -134,9 +135,9 @@ def _settings(options: Options, study: Study, data: "DataSet", console: Console)
     from tune_kd.execute.gpu_probe import probe
 
     if not torch.cuda.is_available():
-        _say(console, "--gpus-per-trial auto: there is no GPU here, so trials run on CPUs")
+        console.print("--gpus-per-trial auto: there is no GPU here, so trials run on CPUs", soft_wrap=True)
         return settings | {"gpus_per_trial": 0.0}
-    share = probe(plan(study, data.digest), data, torch.device("cuda"), lambda sentence: _say(console, sentence))
+    share = probe(plan(study, data.digest), data, torch.device("cuda"), partial(console.print, soft_wrap=True))
     return settings | {"gpus_per_trial": share}
 
 
@@ -249,7 +250,7 @@ def _opened(run: Run, console: Console) -> Iterator["Ledger"]:
     from tune_kd.records import rebuild
     from tune_kd.training import teachers
 
-    with closing(rebuild.opened(run, lambda sentence: _say(console, sentence))) as ledger:
+    with closing(rebuild.opened(run, partial(console.print, soft_wrap=True))) as ledger:
         for teacher in run.plan.teachers:
             teachers.fetch_teacher(run.teachers, teacher.trial_id)
         yield ledger
@@ -375,8 +376,4 @@ def _print_start(run: Run, console: Console, cluster: Any, share: str) -> None:
     if not cluster.guarded:
         lines.append(OPEN)
     for line in lines:
-        _say(console, line)
-
-
-def _say(console: Console, sentence: str) -> None:
-    console.print(sentence, soft_wrap=True)
+        console.print(line, soft_wrap=True)
