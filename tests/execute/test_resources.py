@@ -6,10 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from tune_kd.execute import cluster as connection, mps, session
 from tune_kd.execute.resources import gpu_share
+from tune_kd.reporting.terminal import Terminal
 
 
 def never() -> bool:
@@ -132,5 +132,7 @@ def test_a_run_says_at_its_start_which_share_trials_get_where_there_are_gpus(
     out = StringIO()
     run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
     cluster = SimpleNamespace(gpus=gpus, dashboard=None, guarded=True)
-    session._print_start(run, Console(file=out, width=200), cluster, "Each trial gets a whole GPU, for a reason.")
+    console = Terminal()
+    console.file, console.width = out, 200
+    session._print_start(run, console, cluster, "Each trial gets a whole GPU, for a reason.")
     assert out.getvalue().count("Each trial gets a whole GPU, for a reason.") == lines

@@ -11,6 +11,7 @@ import pytest
 import tune_kd
 from commands import STUDY, contiguous
 from tune_kd import UserError
+from tune_kd.reporting.terminal import Terminal
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = """
@@ -73,3 +74,16 @@ def test_another_name_is_no_attribute() -> None:
     name = "runs"
     with pytest.raises(AttributeError, match="has no attribute 'runs'"):
         getattr(tune_kd, name)
+
+
+def test_what_a_record_says_cannot_command_the_terminal_of_a_notebook(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def say(run: object, options: object, address: object, console: Terminal, **_: object) -> None:
+        console.say("[bold]a \x1b[2J")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tune_kd.execute.session.go_on", say)
+    with pytest.raises(KeyboardInterrupt):
+        tune_kd.resume(finished)
+    assert "\x1b" not in (told := capsys.readouterr().out) and told.startswith("[bold]a ")

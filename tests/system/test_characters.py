@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_kd import cli
-from tune_kd.cli.options import Terminal, print_json
+from tune_kd.cli.options import print_json
 from tune_kd.reporting.progress import ProgressDisplay
+from tune_kd.reporting.terminal import Terminal
 from tune_kd.system import signals
 from tune_kd.system.characters import CONTROL, visible
 

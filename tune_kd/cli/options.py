@@ -1,22 +1,19 @@
 """Options that several commands share, and functions to read and check them."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console, ConsoleOptions, RenderableType
-from rich.segment import Segment
 
 from tune_kd.records.adaptive_plan import to_come
 from tune_kd.records.importer import Adapter, parse_phases
-from tune_kd.reporting.terminal import duration
+from tune_kd.reporting.terminal import Terminal, duration
 from tune_kd.study import discover
 from tune_kd.study.cost import estimate
 from tune_kd.study.plan import plan
-from tune_kd.system.characters import visible
 from tune_kd.system.errors import UserError, collect, raise_problems
 from tune_kd.system.object_store import local
 from tune_kd.system.secrets import secrets
@@ -91,21 +88,6 @@ Keep = Annotated[bool, typer.Option("--keep-checkpoints", help="Keep the final c
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 
 DEFAULT_OUT = Path("results")
-
-
-class Terminal(Console):
-    """A console without markup. Control characters in data are replaced; only rich's own reach the terminal."""
-
-    def __init__(self, *, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, markup=False, highlight=False, emoji=False)
-
-    def say(self, sentence: str) -> None:
-        """Print a sentence without breaking it into lines."""
-        self.print(sentence, soft_wrap=True)
-
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        for segment in super().render(renderable, options):
-            yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
 def print_json(answer: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from tune_kd.analysis.statistics import detectable, smallest_exact_p, spent
 from tune_kd.cli import options
 from tune_kd.records.adaptive_plan import to_come
 from tune_kd.reporting import terminal
-from tune_kd.reporting.terminal import duration, points
+from tune_kd.reporting.terminal import Terminal, duration, points
 from tune_kd.study import discover
 from tune_kd.study.cost import draws, estimate, views_answered
 from tune_kd.study.plan import Plan, plan as expand
@@ -115,7 +115,7 @@ def simulate(
     named = resolved.screen.strata if strata is None else None if strata == "none" else strata.split(",")
     recorded = simulation.curves(records, resolved, named)
     simulation.check_screen(resolved.screen, recorded)
-    console = options.Terminal(stderr=as_json)
+    console = Terminal(stderr=as_json)
     for epochs in sorted({epochs for _, epochs in recorded.grids if not resolved.screen.rungs(epochs)}):
         console.print(f"warning: screen.grace is {resolved.screen.grace}, so in curves of {epochs} epochs nothing is "
                       "compared")  # fmt: skip
@@ -158,7 +158,7 @@ def calibrate(
             {"study": resolved.name, "scale": resolved.scale, "practices": practices, "plain_asha": bias}
         )
         return
-    console = options.Terminal()
+    console = Terminal()
     console.print(f"{resolved.name} at scale {resolved.scale}{why}")
     console.print(terminal.calibration(calibration.PRACTICES, found))
 
@@ -195,7 +195,7 @@ def _answers(planned: Plan) -> list[dict[str, Any]]:
 
 
 def _print_plan(planned: Plan, summary: dict[str, Any], why: str) -> None:
-    console, cost = options.Terminal(), summary["price"]
+    console, cost = Terminal(), summary["price"]
     console.print(f"{summary['study']} at scale {summary['scale']}{why}", style="bold")
     console.print(
         f"{planned.raw_cells} raw cells are {len(planned.arms)} arms; {len(summary['trials'])} trials, of which "

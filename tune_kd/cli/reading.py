@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import RenderableType
 
-from tune_kd.cli.options import DEFAULT_OUT, AsJson, Elsewhere, Out, Phases, Terminal, print_json, read_tables
+from tune_kd.cli.options import DEFAULT_OUT, AsJson, Elsewhere, Out, Phases, print_json, read_tables
 from tune_kd.cli.remote import elsewhere
 from tune_kd.records.adaptive_plan import with_those_to_come
 from tune_kd.records.ledger import reading
 from tune_kd.records.schema import DECISIONS, LEDGER, TRIALS, Row
 from tune_kd.reporting import progress, terminal
+from tune_kd.reporting.terminal import Terminal
 from tune_kd.study import discover
 from tune_kd.study.trial import UNENDED, UNSUCCESSFUL, Decision, Phase
 from tune_kd.system.environment import private

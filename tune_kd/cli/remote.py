@@ -13,6 +13,7 @@ import typer
 
 from tune_kd.cli import options
 from tune_kd.execute.monitoring import OPEN, asks_for_token, is_here, is_url
+from tune_kd.reporting.terminal import Terminal
 from tune_kd.study import discover
 from tune_kd.study.source import INSTALLED, executed
 from tune_kd.system.errors import UserError, collect, raise_problems
@@ -120,7 +121,7 @@ def _follow(cluster: Any, job: str, run: str, address: str, detach: bool = False
     """Print how to reach a job, show its log, and exit with its status."""
     from tune_kd.execute import jobs
 
-    console, at = options.Terminal(stderr=True), f"--address {quote(address)}"
+    console, at = Terminal(stderr=True), f"--address {quote(address)}"
     for line in (
         f"{run} is job {job} at {address}, and goes on whatever becomes of this terminal",
         f"  look at it:  python -m tune_kd status {run} {at}",

@@ -15,6 +15,7 @@ from tune_kd.cli import options
 from tune_kd.cli.reading import print_report
 from tune_kd.cli.remote import elsewhere
 from tune_kd.execute.monitoring import is_url
+from tune_kd.reporting.terminal import Terminal
 from tune_kd.study import discover
 from tune_kd.study.plan import plan
 from tune_kd.system import signals
@@ -65,7 +66,7 @@ def run(
 
     options.check_secrets({"STUDY": study, "--scale": scale, "--data": data, "--data-dir": data_dir and str(data_dir),
                    "--out": str(out), "--name": name, "--set": settings})  # fmt: skip
-    console = options.Terminal(stderr=as_json)
+    console = Terminal(stderr=as_json)
     data_dir = data_dir and Path(os.path.expanduser(data_dir)).absolute()
     options.check_address(address)
     path = discover.find(study)
@@ -112,7 +113,7 @@ def resume(
         elsewhere(context, "resume", run, address, "--address", "auto", study=study)
     options.check_secrets({"--set": settings})
     options.check_address(address)
-    console = options.Terminal(stderr=as_json)
+    console = Terminal(stderr=as_json)
     reopened = run_folder.reopen(run_folder.find(out, run))
     problems: list[str] = []
     collect(problems, lambda: run_folder.check_links(reopened))
@@ -136,7 +137,7 @@ def resume(
         _conclude(*went, console, as_json)
 
 
-def _tell_untracked(run: "Run", asked: "Options", console: options.Terminal) -> None:
+def _tell_untracked(run: "Run", asked: "Options", console: Terminal) -> None:
     """Print which trackers of a run are not used now, since they send data elsewhere."""
     if silent := [name for name in run.settings.get("track") or () if name not in asked.track]:
         console.say(
@@ -146,7 +147,7 @@ def _tell_untracked(run: "Run", asked: "Options", console: options.Terminal) -> 
 
 
 @contextmanager
-def _resumable(folder: Path, console: options.Terminal) -> Iterator[None]:
+def _resumable(folder: Path, console: Terminal) -> Iterator[None]:
     """Within this context, a command that a signal ends says how to continue, once the run has been created."""
     from tune_kd.records.sync import STUDY
 
@@ -160,7 +161,7 @@ def _resumable(folder: Path, console: options.Terminal) -> Iterator[None]:
             raise
 
 
-def _conclude(run: "Run", ended: "Ended", console: options.Terminal, as_json: bool) -> NoReturn:
+def _conclude(run: "Run", ended: "Ended", console: Terminal, as_json: bool) -> NoReturn:
     """Report a run that has ended, and exit with its status."""
     from tune_kd.execute.session import concluded
 

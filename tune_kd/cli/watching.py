@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from tune_kd.cli.options import DEFAULT_OUT, Out, Terminal
+from tune_kd.cli.options import DEFAULT_OUT, Out
 from tune_kd.execute import monitoring
+from tune_kd.reporting.terminal import Terminal
 from tune_kd.system.errors import UserError
 
 LOOK_AT = (

@@ -9,12 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
 
 from tune_kd.execute import resources
 from tune_kd.execute.monitoring import GUARDED, OPEN
@@ -24,6 +21,7 @@ from tune_kd.records.adaptive_plan import to_come, with_those_to_come
 from tune_kd.records.run_folder import Run
 from tune_kd.records.schema import TRIALS
 from tune_kd.reporting.progress import ProgressDisplay
+from tune_kd.reporting.terminal import Terminal
 from tune_kd.study.discover import Source
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
@@ -62,36 +60,29 @@ def run(
     name: str | None = None,
     data_dir: Path | str | None = None,
     address: str | None = None,
-    console: Console | None = None,
     **options: Any,
 ) -> "Records":
     """Train a study with Ray Tune, and return what is on record of it.
 
     `out` is the folder of all runs, or s3://BUCKET/PATH; a `name` of None is made from study and time. `data_dir` is
     where CIFAR is. `address` is that of a Ray cluster to join; None starts Ray here. `options` are the fields of
-    `Options`. Progress goes to `console`.
+    `Options`.
 
     Raises `UserError` with everything that is wrong, before anything is made; KeyboardInterrupt where a signal
     interrupted the run, which `resume` then continues.
     """
-    console, chosen, results = console or Console(), Options(**options), local(str(out))
+    chosen, results = Options(**options), local(str(out))
     problems: list[str] = []
     made = collect(problems, lambda: run_folder.check_new(results, name, study))
     collect(problems, lambda: check(study, chosen, address))
     raise_problems(problems)
     folder = None if data_dir is None else Path(data_dir).expanduser().absolute()
-    begun, ended = start(study, results / str(made), folder, chosen, address, console)
+    begun, ended = start(study, results / str(made), folder, chosen, address, Terminal())
     return _returned(begun, ended)
 
 
 def resume(
-    run: Path | str,
-    *,
-    out: Path | str = "results",
-    extend: bool = False,
-    address: str | None = None,
-    console: Console | None = None,
-    **options: Any,
+    run: Path | str, *, out: Path | str = "results", extend: bool = False, address: str | None = None, **options: Any
 ) -> "Records":
     """Run what is missing of a run, and return what is on record of it.
 
@@ -105,7 +96,7 @@ def resume(
     chosen = replace(options_of(reopened), **options)
     collect(problems, lambda: check(reopened.study, chosen, address))
     raise_problems(problems)
-    return _returned(*go_on(reopened, chosen, address, console or Console(), extend=extend))
+    return _returned(*go_on(reopened, chosen, address, Terminal(), extend=extend))
 
 
 def _returned(run: Run, ended: Ended) -> "Records":
@@ -117,14 +108,14 @@ def _returned(run: Run, ended: Ended) -> "Records":
 # Before a run
 
 
-def load_data(study: Study, folder: Path | None, console: Console, *, download: bool = True) -> "DataSet":
+def load_data(study: Study, folder: Path | None, console: Terminal, *, download: bool = True) -> "DataSet":
     """Load the data once, before Ray starts, so that what is wrong with them is told now."""
     from tune_kd.data.datasets import load_declared
 
-    return load_declared(study.data, folder, say=partial(console.print, soft_wrap=True), download=download)
+    return load_declared(study.data, folder, say=console.say, download=download)
 
 
-def _settings(options: Options, study: Study, data: "DataSet", console: Console) -> dict[str, Any]:
+def _settings(options: Options, study: Study, data: "DataSet", console: Terminal) -> dict[str, Any]:
     """The options for the record. A GPU share of "auto" becomes what a probe of the study's heaviest trial proposes for
     this machine's GPU, and 0 where there is none."""
     settings = asdict(options) | {"track": list(options.track)}
@@ -135,9 +126,9 @@ def _settings(options: Options, study: Study, data: "DataSet", console: Console)
     from tune_kd.execute.gpu_probe import probe
 
     if not torch.cuda.is_available():
-        console.print("--gpus-per-trial auto: there is no GPU here, so trials run on CPUs", soft_wrap=True)
+        console.say("--gpus-per-trial auto: there is no GPU here, so trials run on CPUs")
         return settings | {"gpus_per_trial": 0.0}
-    share = probe(plan(study, data.digest), data, torch.device("cuda"), partial(console.print, soft_wrap=True))
+    share = probe(plan(study, data.digest), data, torch.device("cuda"), console.say)
     return settings | {"gpus_per_trial": share}
 
 
@@ -159,7 +150,7 @@ def start(
     data_dir: Path | None,
     options: Options,
     address: str | None,
-    console: Console,
+    console: Terminal,
     source: Source | None = None,
 ) -> tuple[Run, Ended]:
     """Begin a run of a checked study in a folder that is free, and run it to its end."""
@@ -175,7 +166,7 @@ def go_on(
     run: Run,
     options: Options,
     address: str | None,
-    console: Console,
+    console: Terminal,
     *,
     file: Path | None = None,
     extend: bool = False,
@@ -216,7 +207,7 @@ def execute(
     run: Run,
     ledger: "Ledger",
     data: "DataSet",
-    console: Console,
+    console: Terminal,
     address: str | None,
     connected: Callable[[str | None], None],
 ) -> Ended:
@@ -245,12 +236,12 @@ def execute(
 
 
 @contextmanager
-def _opened(run: Run, console: Console) -> Iterator["Ledger"]:
+def _opened(run: Run, console: Terminal) -> Iterator["Ledger"]:
     """The ledger to write to, rebuilt where it was damaged, with the teachers that a store has fetched."""
     from tune_kd.records import rebuild
     from tune_kd.training import teachers
 
-    with closing(rebuild.opened(run, partial(console.print, soft_wrap=True))) as ledger:
+    with closing(rebuild.opened(run, console.say)) as ledger:
         for teacher in run.plan.teachers:
             teachers.fetch_teacher(run.teachers, teacher.trial_id)
         yield ledger
@@ -362,7 +353,7 @@ def _advice(folder: Path) -> str:
     return f"go on with: python -m tune_kd resume {quote(str(folder))}"
 
 
-def _print_start(run: Run, console: Console, cluster: Any, share: str) -> None:
+def _print_start(run: Run, console: Terminal, cluster: Any, share: str) -> None:
     planned = run.plan
     trials = len(planned.trials) + len(to_come(planned))
     lines = [
@@ -376,4 +367,4 @@ def _print_start(run: Run, console: Console, cluster: Any, share: str) -> None:
     if not cluster.guarded:
         lines.append(OPEN)
     for line in lines:
-        console.print(line, soft_wrap=True)
+        console.say(line)

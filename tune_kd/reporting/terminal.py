@@ -1,13 +1,15 @@
 """Tables of results on a terminal. Formats what `analysis` computed."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from tune_kd.study.tuning import number
+from tune_kd.system.characters import visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,6 +17,21 @@ if TYPE_CHECKING:
     from tune_kd.analysis.calibrate import Calibration
     from tune_kd.analysis.simulate import Outcome
     from tune_kd.study.spec import Screen
+
+
+class Terminal(Console):
+    """A console without markup. Control characters in data are replaced; only rich's own reach the terminal."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, highlight=False, emoji=False)
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence without breaking it into lines."""
+        self.print(sentence, soft_wrap=True)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
 def duration(seconds: float) -> str:
