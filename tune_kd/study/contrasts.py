@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tune_kd.study.arms import arm_name, level_name, levels_name
-from tune_kd.study.spec import APPLIES, CELL_FIELDS, Cell, Compare, Study
+from tune_kd.study.spec import APPLIES, CELL_FIELDS, Cell, Compare, Family, Level, Study
 from tune_kd.system.errors import UserError
 
 Kind = Literal["effect", "moderation"]
@@ -16,12 +16,13 @@ Pairs = Mapping[Compare, Sequence[Pair]]
 
 @dataclass(frozen=True)
 class Contrast:
-    """A linear combination of the arms' means, paired by seed. `weights` maps arms to +1 or -1."""
+    """A linear combination of the arms' means. `weights` maps arms to +1 or -1."""
 
     name: str
     kind: Kind
     factor: str  # the factor that is compared
     weights: tuple[tuple[str, float], ...]
+    family: str = Family.PRIMARY
 
 
 def contrasts(study: Study, cells: Sequence[Cell]) -> tuple[Contrast, ...]:
@@ -40,14 +41,20 @@ def contrasts(study: Study, cells: Sequence[Cell]) -> tuple[Contrast, ...]:
 
 
 def _pairs(study: Study, cells: Sequence[Cell], compare: Compare) -> list[Pair]:
-    """Cells that differ in the one factor alone. Other factors of the reference are at their reference level."""
-    fixed = [(name, level) for name, level in study.reference if name != compare.factor]
+    """Cells that differ in the one factor alone, where the comparison holds them. Other factors of the reference are
+    at their reference level."""
+    fixed = [(name, level) for name, level in _fixed(study, compare).items() if name != compare.factor]
     standing = [cell for cell in cells if all(getattr(cell, name) in (None, level) for name, level in fixed)]
     treated, against = (
         [cell for cell in standing if getattr(cell, compare.factor) == level]
         for level in (compare.treated, compare.against)
     )
     return [(one, other) for one in treated for other in against if _agree(one, other, compare.factor)]
+
+
+def _fixed(study: Study, compare: Compare) -> dict[str, Level]:
+    """The levels at which a comparison holds factors."""
+    return dict(study.reference) | compare.held
 
 
 def _agree(one: Cell, other: Cell, besides: str) -> bool:
@@ -58,14 +65,14 @@ def _agree(one: Cell, other: Cell, besides: str) -> bool:
 
 def _effect(study: Study, compare: Compare, pair: Pair) -> Contrast:
     treated, against = pair
-    context = _context_name(study, _both(pair), compare.factor)
+    context = _context_name(study, _both(pair), compare, compare.factor)
     return _contrast(study, "effect", compare, context, _difference(study, compare), ((treated, 1), (against, -1)))
 
 
 def _moderations(study: Study, compare: Compare, pairs: Sequence[Pair]) -> list[Contrast]:
     """Differences of differences: a contrast at one level of the moderator minus the same at the first level."""
     by = study.moderator
-    if by is None or by == compare.factor:
+    if by is None or by == compare.factor or compare.moderation is None:
         return []
     first = study.levels(by)[0]
     at_first: dict[str, Any] = {by: first}
@@ -78,7 +85,7 @@ def _moderations(study: Study, compare: Compare, pairs: Sequence[Pair]) -> list[
         what = f"({_difference(study, compare)}): {level_name(by, level)} - {level_name(by, first)}"
         signs = ((treated, 1), (against, -1), (other[0], -1), (other[1], 1))
         found.append(
-            _contrast(study, "moderation", compare, _context_name(study, both, compare.factor, by), what, signs)
+            _contrast(study, "moderation", compare, _context_name(study, both, compare, compare.factor, by), what, signs)
         )
     return found
 
@@ -91,6 +98,7 @@ def _contrast(
         weights[arm_name(study, cell)] += sign
     return Contrast(
         name=f"{context}: {what}" if context else what,
+        family=compare.family if kind == "effect" or compare.moderation is None else compare.moderation,
         kind=kind,
         factor=compare.factor,
         # An arm to which the moderator does not apply is on both sides of a moderation and cancels out.
@@ -114,9 +122,9 @@ def _difference(study: Study, compare: Compare) -> str:
     return f"{compare.factor} {what}" if shared and isinstance(compare.treated, str) else what
 
 
-def _context_name(study: Study, both: Cell, *compared: str) -> str:
+def _context_name(study: Study, both: Cell, compare: Compare, *compared: str) -> str:
     """The levels of the factors that are neither compared nor part of the reference."""
-    skip = {*compared, *(name for name, _ in study.reference)}
+    skip = {*compared, *({name for name, _ in study.reference} - set(compare.held))}
     if len(set(APPLIES.get(compared[0], ())) & set(study.levels("method"))) == 1:
         skip.add("method")  # the factor applies to this method alone
     return levels_name(study, both, tuple(name for name in CELL_FIELDS if name not in skip))
@@ -137,8 +145,8 @@ def _why_none(study: Study, cells: Sequence[Cell], compare: Compare) -> str:
             methods = ", ".join(map(str, study.levels("method")))
             because = f": {compare.factor} applies to {', '.join(where)}, and method has {methods}" if where else ""
             return f"no arm has {compare.factor} {level!r}{because}"
-    fixed = ", ".join(f"{name} {level!r}" for name, level in study.reference if name != compare.factor)
-    at = f" with {fixed}, at which reference holds it," if fixed else ""
+    fixed = ", ".join(f"{name} {level!r}" for name, level in _fixed(study, compare).items() if name != compare.factor)
+    at = f" with {fixed}, at which {'where' if compare.where else 'reference'} holds it," if fixed else ""
     return f"no two arms{at} differ in {compare.factor} alone"
 
 
@@ -151,6 +159,8 @@ def _moderates_nothing(study: Study) -> list[str]:
         why = f"reference holds every contrast at {by} {dict(study.reference)[by]!r}"
     elif all(compare.factor == by for compare in study.contrasts):
         why = "no contrast compares another factor"
+    elif all(compare.moderation is None for compare in study.contrasts if compare.factor != by):
+        why = "every contrast has moderation None"
     else:
         why = f"no contrast is held at two levels of {by}"
     return [f"moderator is {by!r}, and {why}; allowed: null, or a factor that the contrasts have at two levels or more"]

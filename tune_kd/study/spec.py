@@ -4,8 +4,10 @@ A study is a value. Building one checks nothing, so that a search space can refi
 `validate.check` checks the rules in the annotations and those across fields, and reports all problems at once.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated
+from enum import StrEnum, auto
+from typing import Annotated, Literal
 
 from tune_kd.study import rules
 from tune_kd.study.rules import MOST_EPOCHS, MOST_SEEDS, at_least, length, most, one_of
@@ -135,13 +137,36 @@ class Confirm:
         return self.all_seeds[: self.looks[look]] if self.looks else self.seeds
 
 
+class Family(StrEnum):
+    """The contrasts over which Holm adjusts p values together."""
+
+    PRIMARY = auto()  # answer the study's question
+    SECONDARY = auto()
+
+
 @dataclass(frozen=True)
 class Compare:
-    """Contrasts of a factor: `treated` against `against`, in every context of the study."""
+    """Contrasts of a factor: `treated` against `against`, in every context of the study, or in those of `where`.
+
+    `where` maps factors to the level at which both arms are held; it may be given as a dictionary. With a moderator,
+    how each contrast changes with it is a contrast, too, of the family `moderation`; None: of no interest.
+    """
 
     factor: str
     treated: Level
     against: Level
+    where: tuple[tuple[str, Level], ...] | Mapping[str, Level] = ()
+    family: Literal["primary", "secondary"] = "primary"
+    moderation: Literal["primary", "secondary"] | None = "secondary"
+
+    @property
+    def held(self) -> dict[str, Level]:
+        """`where` as a dictionary."""
+        return dict(self.where)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.where, Mapping):
+            object.__setattr__(self, "where", tuple(self.where.items()))
 
 
 @dataclass(frozen=True)
@@ -153,6 +178,8 @@ class Study:
     factors: Annotated[tuple[Factor, ...], length(len(CELL_FIELDS))]
     contrasts: Annotated[tuple[Compare, ...], rules.LEVELS_LIMIT]
     moderator: str | None = None  # a factor that may change the effects: adds differences of differences
+    # Arms that are equal in these share a model of the seeds and of the spread, which judges their contrasts.
+    strata: Annotated[tuple[str, ...], length(2 * len(CELL_FIELDS))] = ("stem",)
     cell: Cell = Cell()
     control: str | None = "none"  # the method with which the others are compared; None: no claims
     # The level of a factor at which contrasts of other factors are held.

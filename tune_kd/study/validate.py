@@ -37,6 +37,7 @@ def check(study: Study) -> Study:
         *_recipe_problems(study.teacher_recipe, "teacher_recipe."),
         *_seed_problems(study),
         *_screen_problems(study),
+        *(f"strata names {name!r}; allowed: {', '.join(CELL_FIELDS)}" for name in study.strata if name not in CELL_FIELDS),
         *(_tuning_problems(study, study.tuning) if study.tuning else ()),
     ]
     raise_problems(problems)
@@ -132,8 +133,10 @@ def _control_problems(study: Study) -> list[str]:
 def _contrast_problems(study: Study) -> Iterator[str]:
     varied = [factor.name for factor in study.factors]
     for position, contrast in enumerate(study.contrasts):
-        what, before = f"{contrast.factor} {contrast.treated!r}", study.contrasts[:position]
-        if contrast in before or Compare(contrast.factor, contrast.against, contrast.treated) in before:
+        what = f"{contrast.factor} {contrast.treated!r}"
+        before = [(each.factor, each.where, {each.treated, each.against}) for each in study.contrasts[:position]]
+        yield from broken(contrast, f"contrasts[{position}].")
+        if (contrast.factor, contrast.where, {contrast.treated, contrast.against}) in before:
             yield (f"contrasts compares {what} with {contrast.against!r} more than once; allowed: once, and in one "
                    "direction: each counts as a test")  # fmt: skip
         if contrast.factor not in varied:
@@ -145,8 +148,20 @@ def _contrast_problems(study: Study) -> Iterator[str]:
                 yield f"a contrast names {contrast.factor} {level!r}; allowed: {', '.join(map(str, levels))}"
         if contrast.treated == contrast.against:
             yield f"a contrast compares {what} with itself; allowed: two levels"
+        yield from _where_problems(study, contrast)
     if study.moderator is not None and study.moderator not in varied:
         yield f"moderator is {study.moderator!r}; allowed: null or a factor of the study ({', '.join(varied)})"
+
+
+def _where_problems(study: Study, contrast: Compare) -> Iterator[str]:
+    for name in _repeated([name for name, _ in contrast.where]):
+        yield f"where of a contrast names {name!r} more than once; allowed: once each"
+    for name, level in contrast.held.items():
+        if name not in CELL_FIELDS or name == contrast.factor:
+            others = ", ".join(each for each in CELL_FIELDS if each != contrast.factor)
+            yield f"where of a contrast of {contrast.factor} names {name!r}; allowed: {others}"
+        elif level not in (levels := study.levels(name)):
+            yield f"where of a contrast holds {name} at {level!r}; allowed: {', '.join(map(str, levels))}"
 
 
 def _reference_problems(study: Study) -> Iterator[str]:

@@ -1,0 +1,165 @@
+"""The model that judges contrasts: accuracy = arm + seed + error within a stratum, by least squares.
+
+All arms of a stratum see the same seeds, so a seed is a block. A few pairs tell little of the spread of their
+difference; the residuals of all arms tell much, but of arms that may differ in spread. A contrast's variance is
+therefore moderated: that of its own pairs, drawn towards the model's with `PRIOR_DF` degrees of freedom. This is the
+posterior variance of limma (Smyth 2004, doi:10.2202/1544-6115.1027), with a fixed prior in place of an estimated one:
+docs/statistics.md has the simulations.
+
+Arrays may have leading axes, for many studies at once. Missing trials are the same in all of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+
+PRIOR_DF = 8.0
+NO_SPREAD = 1e-9  # below this standard error, a t statistic would be one rounding error over another
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Least squares in one stratum. `means` [..., A] are known up to a constant, `covariance` [A, A] up to `variance`.
+
+    `variance` [...] is the mean square of the residuals with `df` degrees of freedom; NaN without any.
+    """
+
+    means: Array
+    covariance: Array
+    estimable: Array  # [A, A]: leaves the weights of an estimable contrast as they are
+    variance: Array
+    df: int
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Estimates of C contrasts, each [..., C]. NaN where a contrast cannot be estimated, or has no standard error.
+
+    `pairs` [C] counts seeds that have all arms of a contrast; `spread` is the standard deviation of their differences.
+    """
+
+    pairs: npt.NDArray[np.int64]
+    by_model: Flags  # [C]: weights that sum to 0 in each stratum; the others are judged by their pairs
+    value: Array
+    error: Array
+    df: Array
+    spread: Array
+    paired: Array  # mean of the pairs' differences
+
+    def p(self, at: float = 0.0) -> tuple[Array, Array]:
+        """One-sided p values of a true difference at most, and at least, `at`."""
+        from scipy import special
+
+        with np.errstate(invalid="ignore", divide="ignore"):
+            t = np.where(self.error > NO_SPREAD, (self.value - at) / self.error, np.nan)
+        return special.stdtr(self.df, -t), special.stdtr(self.df, t)
+
+    def two_sided(self) -> Array:
+        """p values of no difference. 1 for a difference of 0 without spread, NaN for another without spread."""
+        same = (self.error <= NO_SPREAD) & (np.abs(self.value) <= NO_SPREAD)
+        return np.where(same, 1.0, 2 * np.minimum(*self.p()))
+
+    def equivalence(self, margin: float) -> Array:
+        """p values of a difference of at least `margin`: two one-sided tests (Schuirmann 1987)."""
+        return np.maximum(self.p(-margin)[0], self.p(margin)[1])
+
+    def interval(self, level: float = 0.95) -> tuple[Array, Array]:
+        """Ends of the two-sided t interval."""
+        from scipy import special
+
+        half = special.stdtrit(self.df, (1 + level) / 2) * self.error
+        return self.value - half, self.value + half
+
+    def paired_interval(self, level: float = 0.95) -> tuple[Array, Array]:
+        """Ends of the t interval of the pairs alone."""
+        from scipy import special
+
+        with np.errstate(invalid="ignore", divide="ignore"):
+            half = special.stdtrit(self.pairs - 1.0, (1 + level) / 2) * self.spread / np.sqrt(self.pairs)
+        return self.paired - half, self.paired + half
+
+
+def fit(values: Array) -> Fit:
+    """Fit accuracies [..., A, S] of A arms at S seeds; NaN where a trial is missing."""
+    present = ~np.isnan(values).reshape(-1, *values.shape[-2:])[0]
+    arms = len(present)
+    counts = present.astype(float)
+    normal = np.block([[np.diag(counts.sum(1)), counts], [counts.T, np.diag(counts.sum(0))]])
+    inverse = np.linalg.pinv(normal, hermitian=True)
+    centre = np.nanmean(values, axis=(-2, -1), keepdims=True) if present.any() else 0.0
+    filled = np.where(present, values - centre, 0.0)  # centred, for the last digits
+    found = np.concatenate([filled.sum(-1), filled.sum(-2)], axis=-1) @ inverse
+    means, seeds = found[..., :arms], found[..., arms:]
+    left = np.where(present, filled - means[..., :, None] - seeds[..., None, :], 0.0)
+    df = int(present.sum()) - int(np.linalg.matrix_rank(normal, hermitian=True))
+    squares = (left**2).sum((-2, -1))
+    return Fit(
+        means,
+        inverse[:arms, :arms],
+        (normal @ inverse)[:, :arms],
+        squares / df if df > 0 else np.full_like(squares, np.nan),
+        df,
+    )
+
+
+def estimate(values: Array, strata: Sequence[Any], weights: Array, prior_df: float = PRIOR_DF) -> Estimates:
+    """Estimate contrasts with `weights` [C, A] from accuracies [..., A, S] of arms in `strata` [A]."""
+    groups = [np.array([each == stratum for each in strata]) for stratum in dict.fromkeys(strata)]
+    within = np.array([[weights[:, group].sum(1)] for group in groups])
+    by_model = np.all(np.abs(within) < 1e-12, axis=(0, 1))
+    pairs, paired, spread = _pairs(values, weights)
+    own = pairs - 1.0
+    shape = paired.shape
+    value, squared, model, ratio, ratios = (np.zeros(shape) for _ in range(5))
+    freedom, known = np.zeros(shape), np.full(len(weights), True)
+    for group in groups:
+        fitted, here = fit(values[..., group, :]), weights[:, group]
+        size = (here**2).sum(1)
+        used = size > 0
+        arms = int(group.sum())
+        padded = np.concatenate([here, np.zeros((len(here), len(fitted.estimable) - arms))], axis=1)
+        known &= ~used | (np.abs(padded[:, :arms] @ fitted.estimable.T - padded) < 1e-9).all(1)
+        scaled = np.einsum("ca,ab,cb->c", here, fitted.covariance, here)
+        variance = np.where(used, fitted.variance[..., None], 0.0)
+        value += fitted.means @ here.T
+        squared += variance * scaled
+        model += variance * size
+        freedom += np.where(used, (variance * size) ** 2 / max(fitted.df, 1), 0.0)
+        ratio += scaled
+        ratios += size
+    with np.errstate(invalid="ignore", divide="ignore"):
+        model_df = np.where(model > 0, model**2 / freedom, 0.0)  # over strata: Satterthwaite 1946
+        prior = np.clip(model_df - own, 0.0, prior_df)  # the model includes the pairs themselves
+        moderated = (prior * model + own * spread**2) / (prior + own)
+        error = np.sqrt(moderated * np.where(model > 0, squared / model, ratio / ratios))
+        alone = spread / np.sqrt(pairs)
+    usable = known & by_model & (pairs > 0)
+    return Estimates(
+        pairs,
+        by_model,
+        np.where(usable, value, paired),
+        np.where(usable, error, alone),
+        np.where(usable, prior + own, own),
+        spread,
+        paired,
+    )
+
+
+def _pairs(values: Array, weights: Array) -> tuple[npt.NDArray[np.int64], Array, Array]:
+    """Number, mean and standard deviation of each contrast's differences over the seeds that have all of its arms."""
+    counts, means, spreads = [], [], []
+    for row in weights:
+        differences = np.einsum("a,...as->...s", row[row != 0], values[..., row != 0, :])
+        differences = differences[..., ~np.isnan(differences).reshape(-1, differences.shape[-1])[0]]
+        n = differences.shape[-1]
+        counts.append(n)
+        nothing = np.full(differences.shape[:-1], np.nan)
+        means.append(differences.mean(-1) if n else nothing)
+        spreads.append(differences.std(-1, ddof=1) if n > 1 else nothing)
+    return np.array(counts), np.stack(means, -1), np.stack(spreads, -1)

@@ -1,0 +1,104 @@
+"""From estimates to verdicts: p values adjusted over families and looks, what the interval rules out, and sentences."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tune_kd.analysis.block_model import NO_SPREAD, Array, Estimates
+
+ALPHA = 0.05
+EARLIER = "as it stood at an earlier look"
+
+
+def holm(p: Array) -> Array:
+    """Adjust the p values of families (Holm 1979) over the last axis.
+
+    A missing p value stays missing, and counts as 1 in its family. That of statsmodels takes one family at a time.
+    """
+    counted = np.where(np.isnan(p), 1.0, p)
+    order = np.argsort(counted, axis=-1)
+    scaled = np.take_along_axis(counted, order, -1) * np.arange(p.shape[-1], 0, -1)
+    adjusted = np.empty_like(counted)
+    np.put_along_axis(adjusted, order, np.minimum(np.maximum.accumulate(scaled, -1), 1.0), -1)
+    return np.where(np.isnan(p), np.nan, adjusted)
+
+
+def adjusted(
+    looks: Sequence[Estimates], levels: Sequence[float], families: Sequence[str], margin: float
+) -> tuple[Array, Array]:
+    """p values [..., C] of no difference, and of a difference of at least `margin`, to be compared with 0.05.
+
+    They are adjusted by Holm within each of the `families` [C]. A look with a share of 0.05 scales them to 0.05; with
+    several, each is the smallest over the looks, so that a finding stands at later ones. A finding lapses if the
+    estimate has since changed sign, become zero, or left the margin.
+    """
+    last, found = looks[-1], []
+    for estimates, level in zip(looks, levels, strict=True):
+        both = [estimates.two_sided(), estimates.equivalence(margin)]
+        for family in dict.fromkeys(families):
+            theirs = [place for place, name in enumerate(families) if name == family]
+            for p in both:
+                p[..., theirs] = holm(p[..., theirs])
+        p, close = (each * ALPHA / level for each in both)
+        turned = (estimates.value * last.value <= 0) | (np.abs(last.value) <= NO_SPREAD)
+        if estimates is not last:
+            p = np.where(turned & ~np.isnan(p), 1.0, p)
+            close = np.where((np.abs(last.value) >= margin) & ~np.isnan(close), 1.0, close)
+        found.append((p, close))
+    smallest = [np.fmin.reduce([each[which] for each in found]) for which in (0, 1)]
+    return np.minimum(smallest[0], 1.0), np.minimum(smallest[1], 1.0)
+
+
+def verdict(row: Mapping[Any, Any]) -> str:
+    """better, worse, equivalent, inconclusive or not judged, at a level of 0.05 over its family and all looks."""
+    if row["n"] == 0:
+        return "not judged"
+    if row["p_holm"] < ALPHA:
+        return "better" if row["estimate"] > 0 else "worse"
+    return "equivalent" if row["p_equivalence"] < ALPHA else "inconclusive"
+
+
+def words(row: Mapping[Any, Any], margin: float) -> str:
+    """The row as a sentence that begins with the verdict, or with what the interval rules out where there is none."""
+    if row["verdict"] == "not judged":
+        return f"not judged: {row['note']}"
+    found = evidence(row)
+    close = f"the difference is less than {100 * margin:g} points"
+    if row["verdict"] == "equivalent":
+        return f"equivalent: {close} ({found})"
+    if row["verdict"] != "inconclusive":
+        return f"{row['verdict']}: {found}{f'; yet {close}' if row['p_equivalence'] < ALPHA else ''}"
+    return f"{ruled_out(row)}: {found}"
+
+
+def evidence(row: Mapping[Any, Any]) -> str:
+    """Estimate, number of seeds and interval: `+0.31 points over 5 seeds, 95 % interval +0.02 to +0.60`."""
+    seeds = f"{row['n']} seed{'s' if row['n'] > 1 else ''}"
+    if row["n"] < row["planned"]:
+        seeds = f"{row['n']} of {row['planned']} seeds"
+    found = f"{points(row['estimate'])} points over {seeds}"
+    if has_interval(row):
+        found += f", 95 % interval {points(row['low'])} to {points(row['high'])}"
+    return f"{found}, {EARLIER}" if EARLIER in row["note"] else found
+
+
+def has_interval(row: Mapping[Any, Any]) -> bool:
+    return not pd.isna(row["low"]) and row["error"] > NO_SPREAD
+
+
+def ruled_out(row: Mapping[Any, Any]) -> str:
+    """What the 95 % interval excludes of a contrast without a finding: `no gain above 0.21 points, no loss above 0.10`."""
+    if row["n"] == 1:
+        return "inconclusive, since one seed shows no spread"
+    if not has_interval(row):
+        return "inconclusive, since without a spread there is nothing to judge it by"
+    ends = [("gain", row["high"]), ("loss", -row["low"])]
+    said = [f"no {what} above {100 * end:.2f}" if end >= 0 else f"no {what}" for what, end in ends]
+    return f"{', '.join(said)} points"
+
+
+def points(difference: float) -> str:
+    """A signed difference in points; +0.00 if it rounds to zero."""
+    return f"{round(100 * difference, 2) + 0.0:+.2f}"
