@@ -24,7 +24,7 @@ from tune_kd.study.contrasts import Contrast
 from tune_kd.study.early_stopping import stratum
 from tune_kd.study.plan import Plan, arrival_order, plan
 from tune_kd.study.spec import Study
-from tune_kd.study.trial import Trial
+from tune_kd.study.trial import Action, ArmRole, Phase, Status, StopReason, Trial
 
 PRACTICES = {
     "designed": "as designed: screen, confirm on fresh seeds, Holm, the declared looks",
@@ -105,7 +105,7 @@ def null_study(study: Study, number: int) -> Found:
         "plain_asha": _differ(everything, finished),
         "until_significant": _until_significant(everything, nature),
     }
-    controls = {arm.name for arm in everything.arms if arm.role == "control"}
+    controls = {arm.name for arm in everything.arms if arm.role == ArmRole.CONTROL}
     competed = [value for arm, values in finished.items() if arm not in controls for value in values]
     return Found(false, tuple(value - ACCURACY for value in competed), tried)
 
@@ -147,14 +147,14 @@ def _designed(study: Study, nature: _Draws, number: int) -> bool:
         for arm in arms
     )
     made = replay(study.screen, grid, arrival_order([arm.name for arm in arms], number))
-    stopped = {decision.arm for decision in made if decision.action == "stop"}
+    stopped = {decision.arm for decision in made if decision.action == Action.STOP}
     return any(_claims(planned, look, stopped, nature) for look, planned in enumerate(at))
 
 
 def _claims(planned: Plan, look: int, stopped: set[str], nature: _Draws) -> bool:
     """Whether the verdict on any contrast of a look is better or worse."""
     trials = (*planned.trials, *to_come(planned))  # as if the best draw of a tuned arm were as good as any
-    rows = [_row(trial, trial.arm in stopped, nature) for trial in trials if trial.phase == "confirm"]
+    rows = [_row(trial, trial.arm in stopped, nature) for trial in trials if trial.phase == Phase.CONFIRM]
     record = {
         "study": asdict(planned.study),
         "look": look,
@@ -168,9 +168,9 @@ def _claims(planned: Plan, look: int, stopped: set[str], nature: _Draws) -> bool
 def _row(trial: Trial, stopped: bool, nature: _Draws) -> dict[str, object]:
     row = first_row("null", trial)
     if stopped:
-        return row | {"status": "stopped", "stop_reason": "asha"}
+        return row | {"status": Status.STOPPED, "stop_reason": StopReason.ASHA}
     test = nature.trial(trial.arm, trial.seed)[1]
-    return row | {"status": "completed", "epochs_run": trial.recipe.epochs, contrasts.HEADLINE: test}
+    return row | {"status": Status.COMPLETED, "epochs_run": trial.recipe.epochs, contrasts.HEADLINE: test}
 
 
 def _finishers(planned: Plan, nature: _Draws, number: int) -> tuple[dict[str, list[float]], int]:
@@ -178,13 +178,13 @@ def _finishers(planned: Plan, nature: _Draws, number: int) -> tuple[dict[str, li
     competing trials. The control is a baseline and always completes."""
     study = planned.study
     screen = replace(study.screen, strata=None, margin=0.0, min_peers=1)
-    controls = {arm.name for arm in planned.arms if arm.role == "control"}
+    controls = {arm.name for arm in planned.arms if arm.role == ArmRole.CONTROL}
     trials = {f"{arm.name} {seed}": (arm.name, seed) for arm in planned.arms for seed in study.confirm.all_seeds}
     grid = tuple(
         Curve(name, name, "all", arm in controls, nature.trial(arm, seed)[0]) for name, (arm, seed) in trials.items()
     )
     made = replay(screen, grid, arrival_order(list(trials), number))
-    stopped = {decision.arm for decision in made if decision.action == "stop"}
+    stopped = {decision.arm for decision in made if decision.action == Action.STOP}
     finished: dict[str, list[float]] = {arm.name: [] for arm in planned.arms}
     for name, (arm, seed) in trials.items():
         if name not in stopped:

@@ -16,7 +16,7 @@ from tune_kd.analysis.statistics import MARGIN
 from tune_kd.records.reader import Records
 from tune_kd.records.tables import typed
 from tune_kd.study.spec import APPLIES, Confirm
-from tune_kd.study.trial import ENDED
+from tune_kd.study.trial import ENDED, Phase, Role, Status
 from tune_kd.system.errors import UserError
 
 HEADLINE = "test_accuracy_best"
@@ -56,7 +56,7 @@ def judged_look(records: Records) -> int:
 
 def confirmed_trials(records: Records) -> pd.DataFrame:
     """Student trials of planned arms with planned confirmation seeds, of any status, by arm in the study's order."""
-    trials = records.trials[(records.trials["phase"] == "confirm") & (records.trials["role"] == "student")]
+    trials = records.trials[(records.trials["phase"] == Phase.CONFIRM) & (records.trials["role"] == Role.STUDENT)]
     kept = []
     for run, of_run in trials.groupby("run", sort=False):
         seeds = planned_seeds(records, str(run))
@@ -75,7 +75,7 @@ def confirmed(records: Records) -> pd.DataFrame:
     Raises `ValueError` if an arm has a seed twice.
     """
     ended = confirmed_trials(records)
-    ended = ended[ended["status"] == "completed"]
+    ended = ended[ended["status"] == Status.COMPLETED]
     if (twice := ended.duplicated(["run", "arm", "seed"])).any():
         first = ended[twice].iloc[0]
         raise ValueError(
@@ -133,16 +133,16 @@ def exploratory(records: Records) -> pd.DataFrame:
 
     `tried` is the number of arms, or draws, that competed: the best of many is biased upwards (selection).
     """
-    trials = records.trials[records.trials["role"] == "student"]
+    trials = records.trials[records.trials["role"] == Role.STUDENT]
     trials = trials[~trials.index.isin(confirmed_trials(records).index)]
     rows = []
     for (run, phase), of_phase in trials.groupby(["run", "phase"], sort=False):
         tried = of_phase["arm"].nunique()
         study = records.studies.get(str(run), {})
         fixed = [arm["name"] for arm in study.get("arms", [])]
-        drawn = bool(study.get("searches")) and phase == "screen"
+        drawn = bool(study.get("searches")) and phase == Phase.SCREEN
         for arm, group in of_phase.groupby("arm", sort=False):
-            ended = group[group["status"] == "completed"]
+            ended = group[group["status"] == Status.COMPLETED]
             rows.append(
                 {
                     "run": run,
@@ -151,7 +151,7 @@ def exploratory(records: Records) -> pd.DataFrame:
                     "tried": len(group) if drawn else tried,
                     "trials": len(group),
                     "n": len(ended),
-                    "stopped": int((group["status"] == "stopped").sum()),
+                    "stopped": int((group["status"] == Status.STOPPED).sum()),
                     "epochs_run": float(group["epochs_run"].astype("float64").mean()),
                     "val_accuracy_best": group["val_accuracy_best"].dropna().mean(),
                     "mean": ended[HEADLINE].dropna().mean(),
@@ -163,7 +163,7 @@ def exploratory(records: Records) -> pd.DataFrame:
 
 
 def _explored(phase: str, fixed: bool) -> str:
-    return "screen" if phase == "screen" else "added seeds" if fixed else "added arm"
+    return "screen" if phase == Phase.SCREEN else "added seeds" if fixed else "added arm"
 
 
 def contrasts(records: Records, margin: float = MARGIN) -> pd.DataFrame:
@@ -250,7 +250,7 @@ def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.Dat
     exploratory, so it has no verdict. Raises `UserError` for an unknown column or level.
     """
     trials = confirmed_trials(records)
-    trials = trials[(trials["status"] == "completed") & trials[HEADLINE].notna()]
+    trials = trials[(trials["status"] == Status.COMPLETED) & trials[HEADLINE].notna()]
     if factor not in trials:
         raise UserError(
             f"factor is {factor!r}; allowed: a column of the trials, such as {', '.join(CONTEXT[1:])}, method"

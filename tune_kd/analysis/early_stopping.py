@@ -11,6 +11,7 @@ from tune_kd.records.tables import typed
 from tune_kd.study.discover import from_json
 from tune_kd.study.early_stopping import stratum
 from tune_kd.study.spec import Study
+from tune_kd.study.trial import Role, Status
 from tune_kd.system.errors import UserError
 
 TOUCH = 0.05  # seconds by which successive trials on a slot may overlap on record
@@ -29,7 +30,7 @@ def audit(records: Records) -> pd.DataFrame:
     epoch. `final` is null for stopped trials, whose final accuracy is unknown.
     """
     trials = records.trials.set_index(["run", "trial_id"])
-    ended = trials.loc[trials["status"] == "completed", "val_accuracy"]
+    ended = trials.loc[trials["status"] == Status.COMPLETED, "val_accuracy"]
     wanted = pd.MultiIndex.from_frame(records.decisions[["run", "trial_id"]])
     columns = ["run", "arm", "stratum", "epoch", "rung", "metric", "cutoff", "rank", "peers", "action", "reason"]
     return records.decisions[columns].assign(final=ended.reindex(wanted).to_numpy(dtype="float64", na_value=np.nan))
@@ -46,7 +47,9 @@ def rank_correlations(records: Records, *, everywhere: bool = False) -> pd.DataF
     rows: list[dict[str, Any]] = []
     for run, study in records.studies.items():
         screen, trials = from_json(study["study"]).screen, records.trials
-        ended = trials[(trials["run"] == run) & (trials["role"] == "student") & (trials["status"] == "completed")]
+        ended = trials[
+            (trials["run"] == run) & (trials["role"] == Role.STUDENT) & (trials["status"] == Status.COMPLETED)
+        ]
         levels: list[dict[Any, Any]] = ended.to_dict("records")
         named = ended.assign(
             stratum=[stratum(screen, row) for row in levels], budget=ended["epochs_planned"].astype(int)
@@ -84,8 +87,8 @@ def noise_margins(records: Records, study: Study) -> list[float]:
     Raises `UserError` unless a control has two completed seeds with the study's data and budget.
     """
     trials, budget, rungs = records.trials, study.recipe.epochs, study.screen.rungs(study.recipe.epochs)
-    controls = trials[(trials["role"] == "student") & (trials["method"] == study.control)
-                      & (trials["status"] == "completed") & (trials["epochs_planned"] == budget)
+    controls = trials[(trials["role"] == Role.STUDENT) & (trials["method"] == study.control)
+                      & (trials["status"] == Status.COMPLETED) & (trials["epochs_planned"] == budget)
                       & (trials["dataset"].isna() | (trials["dataset"] == study.data.name))
                       & (trials["scale"].isna() | (trials["scale"] == study.scale))]  # fmt: skip
     curves = _curves(records.epochs, [*rungs, budget])

@@ -13,6 +13,7 @@ from tune_kd.analysis import statistics
 from tune_kd.analysis.contrasts import COMPARABLE, CONTEXT, HEADLINE, by_context, confirmed_trials
 from tune_kd.records.reader import Records
 from tune_kd.records.tables import typed
+from tune_kd.study.trial import Role, Status
 
 MEASURES = ("agreement", "kl_t1", "kl_t4", "ece", "test_accuracy", "val_accuracy_best")
 CONTEXT_SHOWN = tuple(name for name in CONTEXT if name != "teacher")
@@ -26,7 +27,7 @@ def measures(records: Records) -> pd.DataFrame:
     divergence from the teacher in nats at temperatures 1 and 4.
     """
     ended = confirmed_trials(records)
-    ended = ended[ended["status"] == "completed"]
+    ended = ended[ended["status"] == Status.COMPLETED]
     grouped = ended.groupby(["run", "arm"], sort=False)[list(MEASURES)]
     table = grouped.size().rename("n").to_frame()
     for name, of in (("", "mean"), ("_sd", "std")):
@@ -39,7 +40,7 @@ def measures(records: Records) -> pd.DataFrame:
 def target_accuracy(records: Records) -> float | None:
     """The default target of `costs`: 99 % of the validation accuracy of a run's worst control."""
     controls = confirmed_trials(records)
-    controls = controls[(controls["method"] == "none") & (controls["status"] == "completed")]
+    controls = controls[(controls["method"] == "none") & (controls["status"] == Status.COMPLETED)]
     means = controls.groupby("arm")["val_accuracy_best"].mean().dropna()
     return 0.99 * float(means.min()) if len(means) else None
 
@@ -59,7 +60,7 @@ def costs(records: Records, target: float | None = None) -> pd.DataFrame:
 def _costs_of(records: Records, target: float | None) -> pd.DataFrame:
     target = target_accuracy(records) if target is None else target
     ended = confirmed_trials(records)
-    ended = ended[ended["status"] == "completed"]
+    ended = ended[ended["status"] == Status.COMPLETED]
     wanted = pd.MultiIndex.from_frame(ended[["run", "trial_id"]])
     waited = records.epochs.groupby(["run", "trial_id"])["answer_seconds"].sum(min_count=1).reindex(wanted)
     ended = ended.assign(
@@ -112,7 +113,7 @@ def gaps(records: Records) -> pd.DataFrame:
     """The gap between teacher and control, and the gain of each arm over the control: one row per arm."""
     ended = _ended(records)
     controls = _controls(ended)
-    taught = records.trials[(records.trials["role"] == "teacher") & (records.trials["status"] == "completed")]
+    taught = records.trials[(records.trials["role"] == Role.TEACHER) & (records.trials["status"] == Status.COMPLETED)]
     teachers = taught.set_index(["run", "trial_id"])[HEADLINE].dropna().to_dict()
     rows = []
     for where, group in by_context(ended[ended["method"] != "none"], [*ALIKE_WITH_CONTROL, "teacher", "arm"]):
@@ -128,7 +129,7 @@ def gaps(records: Records) -> pd.DataFrame:
 
 def _ended(records: Records) -> pd.DataFrame:
     trials = confirmed_trials(records)
-    return trials[(trials["status"] == "completed") & trials[HEADLINE].notna()]
+    return trials[(trials["status"] == Status.COMPLETED) & trials[HEADLINE].notna()]
 
 
 def _controls(ended: pd.DataFrame) -> dict[tuple[Any, ...], float]:

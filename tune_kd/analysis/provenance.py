@@ -9,6 +9,7 @@ from tune_kd.analysis import contrasts, statistics
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.records.reader import Records
 from tune_kd.records.tables import typed
+from tune_kd.study.trial import Status
 
 
 def provenance(records: Records) -> pd.DataFrame:
@@ -165,7 +166,7 @@ def between_runs(records: Records) -> pd.DataFrame:
     names the columns.
     """
     trials = contrasts.confirmed_trials(records)
-    ended = trials[(trials["status"] == "completed") & trials[contrasts.HEADLINE].notna()]
+    ended = trials[(trials["status"] == Status.COMPLETED) & trials[contrasts.HEADLINE].notna()]
     first, *others = records.runs
     rows = []
     for run in others:

@@ -18,7 +18,7 @@ from tune_kd.records.reader import Records
 from tune_kd.study.early_stopping import Schedule, stratum
 from tune_kd.study.plan import arrival_order
 from tune_kd.study.spec import CELL_FIELDS, Screen, Study
-from tune_kd.study.trial import Decision
+from tune_kd.study.trial import Action, ArmRole, Decision, Role, Status
 from tune_kd.study.validate import margin_problems
 from tune_kd.system.errors import UserError, raise_problems
 
@@ -88,12 +88,12 @@ def curves(records: Records, study: Study, strata: Sequence[str] | None) -> Curv
         raise UserError(
             "--curves is a run that was tuned, whose draws are no grid of arms; allowed: a run that was not"
         )
-    trials = records.trials[records.trials["role"] == "student"]
+    trials = records.trials[records.trials["role"] == Role.STUDENT]
     if trials.empty:
         raise UserError("--curves has no student's trial; allowed: tables with one, in a phase that is not `teacher`")
     names = list(strata or ())
     _check_strata(names, trials)
-    nowhere, ended = trials[names].isna().any(axis=1), trials["status"] == "completed"
+    nowhere, ended = trials[names].isna().any(axis=1), trials["status"] == Status.COMPLETED
     screen = Screen(strata=None if strata is None else tuple(names))
     grids, gaps = _grids(records, trials[ended & ~nowhere], study, screen)
     kinds = (
@@ -126,7 +126,7 @@ def _grids(records: Records, trials: pd.DataFrame, study: Study, screen: Screen)
         values = accuracy.get(row["trial_id"], pd.Series(dtype="float64"))
         if values.empty or values.isna().any():
             continue
-        immune = roles[row["arm"]] != "compared" if row["arm"] in roles else row["method"] == study.control
+        immune = roles[row["arm"]] != ArmRole.COMPARED if row["arm"] in roles else row["method"] == study.control
         curve = Curve(row["trial_id"], row["arm"], stratum(screen, row), bool(immune), tuple(map(float, values)))
         grids.setdefault((int(row["seed"]), len(values)), []).append(curve)
     gaps = len(rows) - sum(map(len, grids.values()))
@@ -173,7 +173,7 @@ def replay(screen: Screen, grid: Grid, order: Sequence[str]) -> list[Decision]:
             decision = schedule.report(going[arm].trial_id, arm, epoch, going[arm].accuracy[epoch - 1])
             assert decision is not None
             made.append(decision)
-            if decision.action == "stop":
+            if decision.action == Action.STOP:
                 del going[arm]
     return made
 
@@ -188,7 +188,7 @@ def simulate(
         arms = [curve.arm for curve in grid]
         for number in range(orders):
             made = replay(screen, grid, arrival_order(arms, number))
-            stops = {each.arm: each.epoch for each in made if each.action == "stop"}
+            stops = {each.arm: each.epoch for each in made if each.action == Action.STOP}
             for tally in tallies.values():
                 tally.add(grid, stops, np.random.default_rng([number, seed]))
             beat()

@@ -14,6 +14,7 @@ from tune_kd.reporting.terminal import Terminal, duration
 from tune_kd.study import discover
 from tune_kd.study.cost import estimate
 from tune_kd.study.plan import plan
+from tune_kd.study.trial import Phase
 from tune_kd.system.errors import UserError, collect, raise_problems
 from tune_kd.system.object_store import local
 from tune_kd.system.secrets import secrets
@@ -183,7 +184,7 @@ def settings_with(
     from tune_kd.records.reader import load
 
     study = discover.resolve(path, scale, data, given)
-    earlier = naming("--margin-from", lambda: load(margin_from, out=out, adapt=Adapter(rest="screen")))
+    earlier = naming("--margin-from", lambda: load(margin_from, out=out, adapt=Adapter(rest=Phase.SCREEN)))
     margins = early_stopping.noise_margins(earlier, study)
     return [*given, f"screen.margin={json.dumps(margins)}"]
 

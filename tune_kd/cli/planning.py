@@ -19,6 +19,7 @@ from tune_kd.study import discover
 from tune_kd.study.cost import draws, estimate, views_answered
 from tune_kd.study.plan import Plan, plan as expand
 from tune_kd.study.spec import DATA_SETS, Study
+from tune_kd.study.trial import Phase
 from tune_kd.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def simulate(
 
     path = discover.find(study)
     problems = [] if 1 <= orders <= 1_000_000 else [f"--orders is {orders}; allowed: from 1 to 1,000,000"]
-    records = options.read_tables(problems, [curves], out, phases, option="--curves", rest="screen")
+    records = options.read_tables(problems, [curves], out, phases, option="--curves", rest=Phase.SCREEN)
     chosen, why = _scale_of_curves(path, scale, records)
     theirs = [name for name in records.trials["dataset"].dropna().unique() if name in DATA_SETS]
     data = theirs[0] if len(theirs) == 1 else None  # a scale may have different settings for another data set

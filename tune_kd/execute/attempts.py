@@ -4,6 +4,7 @@ from collections import Counter
 
 from tune_kd.execute.worker import Failure
 from tune_kd.records.schema import Row
+from tune_kd.study.trial import StopReason
 
 MAX_ATTEMPTS = 3  # attempts of a trial that fail for the same reason without a new epoch, under one driver
 
@@ -25,7 +26,7 @@ class Attempts:
         failed[failure.reason] += 1
         if failed[failure.reason] >= MAX_ATTEMPTS:
             return False
-        if failure.reason == "out_of_memory" and 0 < row["gpu_fraction"] < 1:
+        if failure.reason == StopReason.OUT_OF_MEMORY and 0 < row["gpu_fraction"] < 1:
             row["gpu_fraction"] = min(1.0, 2 * row["gpu_fraction"])
             return True
         return failure.reason in ("lost", "storage")

@@ -7,6 +7,7 @@ from typing import TypeVar
 from tune_kd.records.schema import Row
 from tune_kd.study import sampler
 from tune_kd.study.plan import Search
+from tune_kd.study.trial import Phase
 from tune_kd.system.secrets import masked
 
 T = TypeVar("T")
@@ -23,7 +24,7 @@ class Draws:
 
     def add(self, row: Row) -> None:
         """Add a draw that has ended. Other trials are ignored."""
-        if (storage := self._storage) is not None and row["phase"] == "screen":
+        if (storage := self._storage) is not None and row["phase"] == Phase.SCREEN:
             self._try(lambda: storage.add(row["arm"], self._searches[row["arm"]].ranges, row))
 
     def close(self) -> None:

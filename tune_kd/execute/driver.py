@@ -21,7 +21,19 @@ from tune_kd.records.sync import Sender
 from tune_kd.study import sampler
 from tune_kd.study.early_stopping import Schedule
 from tune_kd.study.plan import Plan
-from tune_kd.study.trial import ENDED, UNSUCCESSFUL, Decision, Epoch, Trial, quality
+from tune_kd.study.trial import (
+    ENDED,
+    UNSUCCESSFUL,
+    Action,
+    Decision,
+    Epoch,
+    Phase,
+    Role,
+    Status,
+    StopReason,
+    Trial,
+    quality,
+)
 from tune_kd.system.crash_points import point
 from tune_kd.system.object_store import Mirror
 from tune_kd.system.secrets import masked
@@ -64,7 +76,7 @@ class Driver:
         self._searches = {search.name: search for search in plan.searches}
         self._trials = {trial.trial_id: trial for trial in self.plan.trials}
         self._waiting = list(self.plan.trials)
-        self._screen = {trial.arm: trial.trial_id for trial in self.plan.trials if trial.phase == "screen"}
+        self._screen = {trial.arm: trial.trial_id for trial in self.plan.trials if trial.phase == Phase.SCREEN}
         self._immune = {arm.name for arm in plan.arms if arm.immune}
         self._schedule = Schedule(plan.study.screen, plan.study.recipe.epochs, self._immune, self._searches)
         self._admitted: dict[str, Task] = {}  # by trial id, from `next` to `on_end`
@@ -101,7 +113,7 @@ class Driver:
     def on_start(self, task: Task) -> None:
         """Record that an admitted task begins."""
         row = self.rows[task.trial.trial_id]
-        row["status"], row["attempts"] = "running", task.attempt
+        row["status"], row["attempts"] = Status.RUNNING, task.attempt
         row["started"] = row["started"] or time.time()
         row["gpu_fraction"], row["threads"] = task.gpus, task.threads
         self._ledger.put(TRIALS, row)
@@ -142,7 +154,7 @@ class Driver:
     def on_epoch(self, trial_id: str, epoch: Epoch, where: Where) -> bool:
         """Commit an epoch and the decision of early stopping. Returns whether the trial continues."""
         trial, row = self._trials[trial_id], self.rows[trial_id]
-        if row["status"] != "running":
+        if row["status"] != Status.RUNNING:
             return False  # the trial was ended while this report was on its way
         reported = {"run": self.run, "trial_id": trial_id, "attempt": row["attempts"], **asdict(epoch)}
         measured = reported.pop("outcome") or {}
@@ -158,22 +170,22 @@ class Driver:
                 self._advance(row, epoch)
             row["host"], row["device"] = where.host, where.device
             decision = None
-            if trial.phase == "screen":
+            if trial.phase == Phase.SCREEN:
                 decision = self._schedule.report(trial_id, trial.arm, epoch.epoch, epoch.val_accuracy)
             if decision is not None and state == "new":
                 self.decisions.append(decision)
                 self._ledger.put(DECISIONS, {"run": self.run, **asdict(decision)})
             if epoch.outcome is not None:
                 row.update(outcome)
-                self._end(trial, "completed")
-            elif decision is not None and decision.action == "stop":
-                self._end(trial, "stopped", "asha")
+                self._end(trial, Status.COMPLETED)
+            elif decision is not None and decision.action == Action.STOP:
+                self._end(trial, Status.STOPPED, StopReason.ASHA)
                 self._cancel_confirmation(decision)
             else:
                 self._ledger.put(TRIALS, row)
         point("epoch.committed")
         self._committed(trial, decision)
-        return row["status"] == "running" and not self.stopping
+        return row["status"] == Status.RUNNING and not self.stopping
 
     def on_end(self, trial_id: str, failure: Failure | None) -> bool:
         """Record the end of an attempt. `failure` is None if it ended because `on_epoch` returned False. Returns
@@ -184,12 +196,12 @@ class Driver:
             return False
         self._count_time(trial_id)
         if self.stopping:  # to be resumed, also if it failed while stopping
-            row["status"] = "pending"
+            row["status"] = Status.PENDING
             self._waiting.append(trial)
             self._ledger.put(TRIALS, row)
             return False
         assert failure is not None, f"{trial.label} ended without its last epoch"
-        if row["status"] == "pending":  # its worker died before `on_start`
+        if row["status"] == Status.PENDING:  # its worker died before `on_start`
             row["attempts"] += 1
         self._note(row, failure.message)
         again = self._attempts.again(row, failure)
@@ -198,11 +210,11 @@ class Driver:
             self.drain()
         with self._ledger.transaction():
             if again or self.broken is not None:  # an error of the disk is not a failure of the trial
-                row["status"] = "pending"
+                row["status"] = Status.PENDING
                 self._waiting.insert(0, trial)
                 self._ledger.put(TRIALS, row)
             else:
-                blocked = failure.reason == "teacher_failed" and trial.role == "student"
+                blocked = failure.reason == StopReason.TEACHER_FAILED and trial.role == Role.STUDENT
                 reason = "error" if failure.reason == "lost" else failure.reason
                 self._end(trial, "blocked" if blocked else "failed", reason)
         self._committed(trial)
@@ -233,10 +245,10 @@ class Driver:
 
     def _ready(self, trial: Trial) -> bool:
         """Whether a trial's teacher is trained and, for a confirmation, its screen has ended."""
-        if trial.teacher_id is not None and self.rows[trial.teacher_id]["status"] != "completed":
+        if trial.teacher_id is not None and self.rows[trial.teacher_id]["status"] != Status.COMPLETED:
             return False
         # Immune arms are confirmed whatever their screen shows.
-        if trial.phase != "confirm" or trial.arm in self._immune:
+        if trial.phase != Phase.CONFIRM or trial.arm in self._immune:
             return True
         return self.rows[self._screen[trial.arm]]["status"] in ENDED
 
@@ -258,7 +270,7 @@ class Driver:
         """Fail a trial whose report violates the schema now; otherwise the whole run could not be reported later."""
         self._note(self.rows[trial.trial_id], problem)
         with self._ledger.transaction():
-            self._end(trial, "failed", "error")
+            self._end(trial, Status.FAILED, "error")
         self._committed(trial)
 
     def _committed(self, trial: Trial, decision: Decision | None = None) -> None:
@@ -266,7 +278,7 @@ class Driver:
         self._clear(trial)
         if decision is not None:
             self._say(decision.words)
-        if self.rows[trial.trial_id]["status"] != "running":
+        if self.rows[trial.trial_id]["status"] != Status.RUNNING:
             self._say(_ending(trial, self.rows[trial.trial_id]))
         self.tick()
 
@@ -277,11 +289,11 @@ class Driver:
         self._count_time(trial.trial_id)
         self._ledger.put(TRIALS, row)
         self._tables_due = True
-        if trial.phase == "screen":
+        if trial.phase == Phase.SCREEN:
             if status in UNSUCCESSFUL:
                 self._schedule.drop(trial.trial_id)
             self._search_on(trial.arm)
-        if status == "failed" and trial.role == "teacher":
+        if status == Status.FAILED and trial.role == Role.TEACHER:
             self._block_students(trial)
 
     def _search_on(self, arm: str) -> None:
@@ -316,11 +328,13 @@ class Driver:
 
     def _cancel_confirmation(self, stop: Decision) -> None:
         why = f"not run: the screen stopped the arm in epoch {stop.epoch}"
-        self._cancel(lambda each: each.phase == "confirm" and each.arm == stop.arm, why, "stopped", "asha")
+        self._cancel(
+            lambda each: each.phase == Phase.CONFIRM and each.arm == stop.arm, why, Status.STOPPED, StopReason.ASHA
+        )
 
     def _block_students(self, teacher: Trial) -> None:
         why = f"not run: its teacher {teacher.label} failed"
-        self._cancel(lambda each: each.teacher_id == teacher.trial_id, why, "blocked", "teacher_failed")
+        self._cancel(lambda each: each.teacher_id == teacher.trial_id, why, Status.BLOCKED, "teacher_failed")
 
     def _cancel(self, which: Callable[[Trial], bool], why: str, status: str, reason: str) -> None:
         cancelled = [trial for trial in self._waiting if which(trial)]
@@ -336,10 +350,10 @@ class Driver:
         with self._ledger.transaction():
             for trial in self.plan.trials:
                 row = known.get(trial.trial_id) or first_row(self.run, trial)
-                if row["status"] == "running":
-                    row["status"] = "pending"  # its driver died
-                elif row["status"] == "blocked" and row["attempts"]:
-                    row |= {"status": "pending", "stop_reason": None}  # its teacher may be back
+                if row["status"] == Status.RUNNING:
+                    row["status"] = Status.PENDING  # its driver died
+                elif row["status"] == Status.BLOCKED and row["attempts"]:
+                    row |= {"status": Status.PENDING, "stop_reason": None}  # its teacher may be back
                 self.rows[trial.trial_id] = row
                 if row["status"] != known.get(trial.trial_id, {}).get("status"):
                     self._ledger.put(TRIALS, row)
@@ -349,7 +363,7 @@ class Driver:
         for decision in self.decisions:
             self._schedule.replay(decision)
         for trial in self.plan.trials:
-            if trial.phase == "screen" and self.rows[trial.trial_id]["status"] in UNSUCCESSFUL:
+            if trial.phase == Phase.SCREEN and self.rows[trial.trial_id]["status"] in UNSUCCESSFUL:
                 self._schedule.drop(trial.trial_id)
         for row in self._ledger.rows(EPOCHS):
             reached = quality(row["val_accuracy"], row["val_loss"])
@@ -359,10 +373,10 @@ class Driver:
             self._clear(trial)
         with self._ledger.transaction():  # an extension may have added trials to arms that are stopped or blocked
             for decision in self.decisions:
-                if decision.action == "stop":
+                if decision.action == Action.STOP:
                     self._cancel_confirmation(decision)
             for teacher in self.plan.teachers:
-                if self.rows[teacher.trial_id]["status"] == "failed":
+                if self.rows[teacher.trial_id]["status"] == Status.FAILED:
                     self._block_students(teacher)
             for arm in self._searches:
                 self._search_on(arm)
@@ -380,5 +394,5 @@ def _unreadable(row: Row, epoch: Row, outcome: Row) -> str | None:
     """Return the rule of the schema that an epoch, or its trial's row after it, would violate; None if none."""
     after = row | outcome | {"epochs_run": max(row["epochs_run"], epoch["epoch"])}
     if outcome:
-        after["status"] = "completed"
+        after["status"] = Status.COMPLETED
     return broken(EPOCHS, clean(EPOCHS, epoch)) or broken(TRIALS, clean(TRIALS, after))

@@ -15,7 +15,7 @@ from tune_kd.data.datasets import DataSet, Split
 from tune_kd.execute.worker import failure
 from tune_kd.study.cost import flop
 from tune_kd.study.plan import Plan
-from tune_kd.study.trial import Answering, Trial
+from tune_kd.study.trial import Answering, Role, StopReason, Trial
 from tune_kd.system.environment import guard_code
 from tune_kd.system.errors import UserError
 from tune_kd.training import networks, teachers
@@ -58,7 +58,7 @@ def probe(
 ) -> float:
     """Measure one trial, then more at a time while images per second grow; return the share to use."""
     # One share is used for all trials, so measure the most expensive one.
-    student = max((trial for trial in plan.trials if trial.role == "student"), key=flop)
+    student = max((trial for trial in plan.trials if trial.role == Role.STUDENT), key=flop)
     teacher = next((trial for trial in plan.teachers if trial.trial_id == student.teacher_id), None)
     memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 2**63
     found: list[Measured] = []
@@ -105,7 +105,7 @@ def measure(
             process.join()
     for answer in answers:
         if isinstance(answer, Exception):
-            if failure(answer).reason == "out_of_memory":
+            if failure(answer).reason == StopReason.OUT_OF_MEMORY:
                 return None
             raise answer
     return Measured(together, sum(speed for speed, _ in answers), max(peak for _, peak in answers))

@@ -19,7 +19,7 @@ from tune_kd.records.eta import pace
 from tune_kd.records.schema import TRIALS, Row
 from tune_kd.study.cost import images_of
 from tune_kd.study.plan import Plan
-from tune_kd.study.trial import Trial
+from tune_kd.study.trial import Action, Phase, Status, Trial
 from tune_kd.system import overhead
 
 EVERY = 2.0  # seconds between updates of the gauges; Ray drops a gauge that is not set for 2 to 20 seconds
@@ -80,7 +80,7 @@ def samples(plan: Plan, rows: Sequence[Row], stopped: Iterable[str], gpus: float
             yield Sample("tune_kd_trials", counts[phase, status], (("phase", phase), ("status", status)))
     running: dict[str, list[float]] = {}
     for row in rows:
-        if row["status"] == "running" and row["val_accuracy"] is not None:
+        if row["status"] == Status.RUNNING and row["val_accuracy"] is not None:
             running.setdefault(row["arm"], []).append(row["val_accuracy"])
     for arm, accuracies in running.items():
         yield Sample("tune_kd_val_accuracy", sum(accuracies) / len(accuracies), (("arm", arm),))
@@ -93,9 +93,9 @@ def samples(plan: Plan, rows: Sequence[Row], stopped: Iterable[str], gpus: float
 
 def _pairs(plan: Plan, rows: Sequence[Row]) -> tuple[int, int]:
     """Count the pairs of trials with one seed, over the study's effects: completed and planned."""
-    confirm = [row for row in rows if row["phase"] == "confirm"]
+    confirm = [row for row in rows if row["phase"] == Phase.CONFIRM]
     confirmed = {(row["arm"], row["seed"]) for row in confirm}
-    completed = {(row["arm"], row["seed"]) for row in confirm if row["status"] == "completed"}
+    completed = {(row["arm"], row["seed"]) for row in confirm if row["status"] == Status.COMPLETED}
     seeds = {seed for _, seed in confirmed}
     pairs = [
         {(arm, seed) for arm, _ in contrast.weights}
@@ -151,7 +151,7 @@ class Metrics:
         self._set_at = now
         driver = self._driver
         rows = with_those_to_come(driver.plan, driver.run, list(driver.rows.values()))
-        stopped = (decision.arm for decision in driver.decisions if decision.action == "stop")
+        stopped = (decision.arm for decision in driver.decisions if decision.action == Action.STOP)
         for sample in samples(driver.plan, rows, stopped, driver.gpus):
             self._ray[sample.name].set(sample.value, dict(sample.labels))
         self._count("tune_kd_ledger_seconds", overhead.spent["ledger"] - self._ledger_seconds)

@@ -12,7 +12,7 @@ from tune_kd.records.adaptive_plan import grown, to_come
 from tune_kd.records.run_folder import Run
 from tune_kd.records.schema import Row
 from tune_kd.study.cost import disk_bytes
-from tune_kd.study.trial import ENDED, Trial
+from tune_kd.study.trial import ENDED, Status, Trial
 from tune_kd.system.errors import raise_problems
 from tune_kd.system.files import MOST_RECORD_BYTES, opened, publish, read
 from tune_kd.training import teachers
@@ -34,7 +34,7 @@ def check(run: Run, rows: list[Row], slots: int) -> None:
 
 def _is_to_run(row: Row | None) -> bool:
     """Whether a trial with this row will run: one that is new, has not ended, or was blocked by a missing teacher."""
-    return row is None or row["status"] not in ENDED or (row["status"] == "blocked" and row["attempts"] > 0)
+    return row is None or row["status"] not in ENDED or (row["status"] == Status.BLOCKED and row["attempts"] > 0)
 
 
 def _versions() -> list[str]:

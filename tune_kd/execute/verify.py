@@ -11,6 +11,7 @@ from tune_kd.records.ledger import commits, reading
 from tune_kd.records.reader import load, without_advice
 from tune_kd.records.schema import COMMITS, LEDGER, SCHEMAS, TRIALS, Row
 from tune_kd.study.cost import IMAGES
+from tune_kd.study.trial import Role
 from tune_kd.system.errors import UnexpectedFile, UserError
 from tune_kd.training import logit_cache, teachers
 from tune_kd.training.checkpoints import Checkpoints
@@ -100,7 +101,7 @@ def _teachers(opened: run_folder.Run, rows: list[Row]) -> Iterator[Finding]:
         if wrong is not None:
             yield Finding("teachers", wrong, "put it back from a copy, or remove its folder and start a new run")
         theirs = teachers.weights_digest(home, teacher.trial_id)
-        others = [row for row in rows if row["teacher_id"] == teacher.trial_id and row["role"] == "student"
+        others = [row for row in rows if row["teacher_id"] == teacher.trial_id and row["role"] == Role.STUDENT
                   and row["teacher_digest"] not in (None, theirs)]  # fmt: skip
         if others and theirs is not None:
             yield Finding("teachers", f"{len(others)} students learned from another {teacher.label} than the one of "

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from tune_kd.data.datasets import DataSet, load_declared
 from tune_kd.study.spec import Data
-from tune_kd.study.trial import Answering, Epoch, Trial
+from tune_kd.study.trial import Answering, Epoch, Role, StopReason, Trial
 from tune_kd.system.environment import guard_code
 from tune_kd.system.errors import CorruptFile
 from tune_kd.system.object_store import Mirror, local
@@ -106,14 +106,14 @@ def failure(error: BaseException) -> Failure:
     """Classify an exception that a trial raised."""
     message = masked("".join(traceback.format_exception_only(error)).strip())  # before Ray sees it
     if isinstance(error, Diverged):
-        return Failure("diverged", message)
+        return Failure(StopReason.DIVERGED, message)
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
-        return Failure("out_of_memory", message)
+        return Failure(StopReason.OUT_OF_MEMORY, message)
     if isinstance(error, teachers.TeacherChanged):
-        return Failure("teacher_failed", message)
+        return Failure(StopReason.TEACHER_FAILED, message)
     if isinstance(error, OSError | CorruptFile):
         return Failure("storage", message)
-    return Failure("error", message)
+    return Failure(StopReason.ERROR, message)
 
 
 Work = Callable[[Task, Workplace], Generator[Epoch]]  # `work`, or a stand-in in tests
@@ -145,7 +145,7 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
         checkpoint_every=place.checkpoint_every,
         leaving=place.leaving(),
     )
-    if trial.role == "teacher":
+    if trial.role == Role.TEACHER:
         yield from _teach(trial, place, checkpoints, training(None))
         return
     teacher = None

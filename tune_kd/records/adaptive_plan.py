@@ -7,7 +7,7 @@ from typing import Any
 from tune_kd.records.schema import Row, first_row
 from tune_kd.study.plan import Plan, Search
 from tune_kd.study.spec import CELL_FIELDS
-from tune_kd.study.trial import UNENDED, Phase, Trial
+from tune_kd.study.trial import UNENDED, Phase, Role, Status, Trial
 from tune_kd.study.tuning import Tuning
 
 Draw = Callable[..., dict[str, float]]  # `tune_kd.study.sampler.draw`
@@ -15,7 +15,7 @@ Draw = Callable[..., dict[str, float]]  # `tune_kd.study.sampler.draw`
 
 def draws(search: Search, rows: Iterable[Row]) -> list[Row]:
     """Return an arm's draws in order."""
-    return [row for row in rows if row["phase"] == "screen" and row["arm"] == search.name]
+    return [row for row in rows if row["phase"] == Phase.SCREEN and row["arm"] == search.name]
 
 
 def due(planned: Plan, search: Search, rows: Mapping[str, Row], draw: Draw) -> Iterator[Trial]:
@@ -59,7 +59,7 @@ def left(tuning: Tuning, theirs: Sequence[Row]) -> int:
 
     The last draw of a budget of epochs may exceed it; the result is then negative.
     """
-    if any(row["status"] == "blocked" for row in theirs):
+    if any(row["status"] == Status.BLOCKED for row in theirs):
         return 0
     if tuning.budget_unit == "trials":
         return tuning.budget - len(theirs)
@@ -68,7 +68,9 @@ def left(tuning: Tuning, theirs: Sequence[Row]) -> int:
 
 def _epochs(row: Row) -> int:
     """Return the epochs that a draw costs: the planned ones until it ends, then those it began."""
-    return int(row["epochs_planned"] if row["status"] in UNENDED else row["epochs_run"] + (row["status"] == "failed"))
+    return int(
+        row["epochs_planned"] if row["status"] in UNENDED else row["epochs_run"] + (row["status"] == Status.FAILED)
+    )
 
 
 def best(tuning: Tuning, theirs: Sequence[Row]) -> Row | None:
@@ -78,7 +80,7 @@ def best(tuning: Tuning, theirs: Sequence[Row]) -> Row | None:
     """
     if is_due(tuning, theirs) or any(row["status"] in UNENDED for row in theirs):
         return None
-    ended = [row for row in theirs if row["status"] == "completed"]
+    ended = [row for row in theirs if row["status"] == Status.COMPLETED]
     return max(ended, key=lambda row: float(row["val_accuracy_best"]), default=None)
 
 
@@ -91,7 +93,7 @@ def grown(planned: Plan, rows: Sequence[Row]) -> Plan:
         more += [drawn(planned, search, values(search, row)) for row in theirs]
         if (found := best(tuning, theirs)) is not None:
             more += confirmed(planned, search, found)
-    students = (trial for trial in planned.trials if trial.role == "student")
+    students = (trial for trial in planned.trials if trial.role == Role.STUDENT)
     # Draws depend on one another, so they are the critical path and run before the defaults.
     return replace(planned, trials=(*planned.teachers, *more, *students)) if more else planned
 

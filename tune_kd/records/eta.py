@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tune_kd.records.schema import Row
-from tune_kd.study.trial import UNENDED
+from tune_kd.study.trial import UNENDED, Status
 
 
 def pace(rows: Sequence[Row]) -> Callable[[Row], float] | None:
@@ -23,10 +23,10 @@ def pace(rows: Sequence[Row]) -> Callable[[Row], float] | None:
 def time_left(rows: Sequence[Row]) -> float | None:
     """Return the seconds that the remaining trials take on the slots in use; None before a trial has completed."""
     seconds = pace(rows)
-    if seconds is None or not any(row["status"] == "completed" for row in rows):
+    if seconds is None or not any(row["status"] == Status.COMPLETED for row in rows):
         return None
     left = sum((row["epochs_planned"] - row["epochs_run"]) * seconds(row) for row in rows if row["status"] in UNENDED)
-    slots = sum(row["status"] == "running" for row in rows)
+    slots = sum(row["status"] == Status.RUNNING for row in rows)
     return float(left / max(1, slots))
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tune_kd.records.schema import TRIALS
 from tune_kd.study.arms import level_name
+from tune_kd.study.trial import Role
 from tune_kd.system.errors import raise_problems
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _arms(trials: "pd.DataFrame") -> list[str]:
     """Return a name per trial, from its levels in the columns in which students differ: `cifar/logit/T=4`."""
     import pandas as pd
 
-    students = trials[trials["role"] == "student"]
+    students = trials[trials["role"] == Role.STUDENT]
     named = [name for name in LEVELS if name in trials and students[name].nunique(dropna=False) > 1]
     for name in CONDITIONS:
         apart = students.groupby(named, dropna=False) if named else students.groupby(lambda _: 0)

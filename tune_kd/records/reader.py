@@ -18,6 +18,7 @@ from tune_kd.records.ledger import digests
 from tune_kd.records.schema import DIGESTS, LAYOUT, MOST_TABLE_BYTES, PANDAS, RUN_NAME, SCHEMAS, TRIALS, Row, Schema
 from tune_kd.records.sync import pull
 from tune_kd.study import record
+from tune_kd.study.trial import Role, Status
 from tune_kd.system.characters import CONTROL, visible
 from tune_kd.system.errors import CorruptFile, UserError, raise_problems
 from tune_kd.system.files import MOST_RECORD_BYTES, check_names, read, unsealed
@@ -192,7 +193,7 @@ def _study(path: Path, trials: pd.DataFrame) -> dict[str, Any]:
         problems.append(f"{path}: {_told('run', other, len(trials), repr(study['run']))}")
     declared = study.get("extended") or study
     names = [each["name"] for each in (*declared["arms"], *declared.get("searches", ()))]
-    strange = trials.loc[(trials["role"] == "student") & ~trials["arm"].isin(names), "arm"]
+    strange = trials.loc[(trials["role"] == Role.STUDENT) & ~trials["arm"].isin(names), "arm"]
     if len(strange):
         problems.append(f"{path}: {_told('arm', strange, len(trials), 'one of the arms of the study')}")
     raise_problems(problems)
@@ -277,10 +278,10 @@ def _broken(schema: Schema, table: pd.DataFrame) -> Iterator[str]:
         if (wrong := ~(table[name].between(0, 1) | table[name].isna())).any():
             yield _told(name, table.loc[wrong, name], len(table), "a fraction from 0 to 1")
     for name in schema.only_completed:
-        if (wrong := table[name].notna() & (table["status"] != "completed")).any():
+        if (wrong := table[name].notna() & (table["status"] != Status.COMPLETED)).any():
             yield _told(name, table.loc[wrong, name], len(table), "null unless status is completed")
     if "epochs_planned" in table:
-        short = (table["status"] == "completed") & (table["epochs_run"] < table["epochs_planned"])
+        short = (table["status"] == Status.COMPLETED) & (table["epochs_run"] < table["epochs_planned"])
         if (short := short.fillna(False)).any():
             expected = "completed only where all planned epochs ran"
             yield _told("epochs_run", table.loc[short, "epochs_run"], len(table), expected)

@@ -16,7 +16,7 @@ from tune_kd.records.ledger import ASIDE, Ledger, commits, damage, reading
 from tune_kd.records.reader import Records, load, rows, without_advice
 from tune_kd.records.run_folder import Run
 from tune_kd.records.schema import COMMITS, DECISIONS, EPOCHS, LEDGER, SCHEMAS, TRIALS, Row, first_row
-from tune_kd.study.trial import quality
+from tune_kd.study.trial import Status, quality
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import CorruptFile, UserError
 from tune_kd.system.files import sync
@@ -87,7 +87,7 @@ def rebuild(run: Run) -> str:
         old.rename(old.with_name(f"{old.name}.damaged-{number}"))
     point("rebuild.set_aside")
     _put(run)
-    ended = sum(row["status"] == "completed" for row in rows[TRIALS.name])
+    ended = sum(row["status"] == Status.COMPLETED for row in rows[TRIALS.name])
     return (
         f"The ledger was made again from the tables: {len(rows[EPOCHS.name])} epochs of {len(rows[TRIALS.name])} "
         f"trials, of which {ended} are completed; what is missing runs again."

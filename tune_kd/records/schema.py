@@ -138,10 +138,10 @@ def broken(schema: Schema, row: Row) -> str | None:
         if row[name] is not None and not 0 <= row[name] <= 1:
             return f"{schema.name}.{name} is {row[name]}; allowed: null, or from 0 to 1"
     for name in schema.only_completed:
-        if row[name] is not None and row["status"] != "completed":
+        if row[name] is not None and row["status"] != Status.COMPLETED:
             return f"{schema.name}.{name} is {row[name]} while status is {row['status']}; allowed: null"
     ran, planned = row.get("epochs_run"), row.get("epochs_planned")
-    if ran is not None and planned is not None and row["status"] == "completed" and ran < planned:
+    if ran is not None and planned is not None and row["status"] == Status.COMPLETED and ran < planned:
         return f"{schema.name}.status is completed after {ran} of {planned} epochs; allowed: after all"
     return None
 

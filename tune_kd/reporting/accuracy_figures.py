@@ -22,6 +22,7 @@ from tune_kd.reporting import style
 from tune_kd.reporting.style import Made, MethodStyle, Styles
 from tune_kd.study.arms import SYMBOLS
 from tune_kd.study.spec import Study
+from tune_kd.study.trial import Status
 from tune_kd.study.tuning import LogUniform, number
 
 CURVES = 8  # arms in one panel; more cannot be told apart
@@ -78,7 +79,7 @@ def _contrast(axes: Axes, place: int, row: Mapping[Any, Any], look: MethodStyle)
 def curves(records: Records, styles: Styles) -> Made:
     """Validation accuracy over epochs: mean and standard deviation of each arm over confirmed seeds."""
     trials = contrasts.confirmed_trials(records)
-    trials = trials[trials["status"] == "completed"]
+    trials = trials[trials["status"] == Status.COMPLETED]
     trials = trials.assign(stem=trials["stem"].fillna(""), method=trials["method"].map(str))
     rows = trials[["run", "trial_id", "arm", "stem", "method"]].merge(records.epochs, on=["run", "trial_id"])
     if rows.empty:
@@ -193,7 +194,9 @@ def tuning(records: Records, styles: Styles) -> Made:
     """Validation accuracy of the draws over each setting: where an arm is best, and how sharply."""
     found = list(tuned.searches(records))
     settings = list(dict.fromkeys(each.name for _, _, search, _ in found for each in search.ranges))
-    ended = [100 * row["val_accuracy_best"] for *_, draws in found for row in draws if row["status"] == "completed"]
+    ended = [
+        100 * row["val_accuracy_best"] for *_, draws in found for row in draws if row["status"] == Status.COMPLETED
+    ]
     if not ended:
         return None
     floor = max(ended) - 4 * max(0.25, max(ended) - float(np.median(ended)))  # what lies below is drawn at the edge
@@ -231,7 +234,7 @@ def _draws(
         heights = [max(floor, 100 * row["val_accuracy_best"]) for row in rows]
         axes.plot([row[setting] for row in rows], heights, color=look.colour, marker=look.marker, ls="", **how)
 
-    plot([row for row in draws if row["status"] == "completed"], mfc="white", label=label)
+    plot([row for row in draws if row["status"] == Status.COMPLETED], mfc="white", label=label)
     assert study.tuning is not None
     if (best := adaptive_plan.best(study.tuning, draws)) is not None:
         plot([best], zorder=3)

@@ -11,6 +11,7 @@ from tune_kd.reporting import style
 from tune_kd.reporting.style import Made, Styles
 from tune_kd.study.discover import from_json
 from tune_kd.study.early_stopping import stratum
+from tune_kd.study.trial import Action, DecisionReason, Role
 
 MANY = 500  # bars of a timeline; more are drawn as pixels
 
@@ -27,11 +28,11 @@ def rungs(records: Records, _: Styles) -> Made:
     for place, (epoch, group) in enumerate(table.groupby("epoch")):
         colour, mark, label = colours[place % 8], "os^Dv"[place % 5], f"epoch {epoch}"
         ended = group[group["final"].notna()]
-        near = ended["reason"] == "near_tie"
+        near = ended["reason"] == DecisionReason.NEAR_TIE
         for chosen, fill in ((ended[~near], colour), (ended[near], "white")):
             axes.plot(100 * chosen["metric"], 100 * chosen["final"], mark, color=colour, mfc=fill, label=label)
             label = "_"
-        stopped = group[group["final"].isna() & (group["action"] == "stop")]
+        stopped = group[group["final"].isna() & (group["action"] == Action.STOP)]
         axes.plot(100 * stopped["metric"], np.full(len(stopped), floor - 1.0), "x", color=colour)
     axes.set(xlabel="validation accuracy at the rung (%)", ylabel="at the end (%)")
     axes.legend(loc="best")
@@ -77,7 +78,7 @@ def foretelling(records: Records, styles: Styles) -> Made:
 def _methods_by_stratum(records: Records) -> dict[str, list[str]]:
     """The methods of the students in each stratum of early stopping."""
     screen = from_json(records.study["study"]).screen
-    students = records.trials[records.trials["role"] == "student"]
+    students = records.trials[records.trials["role"] == Role.STUDENT]
     methods: dict[str, list[str]] = {}
     levels: list[dict[Any, Any]] = students.drop_duplicates([*(screen.strata or ()), "method"]).to_dict("records")
     for row in levels:

@@ -16,7 +16,7 @@ from rich.text import Text
 from tune_kd.records.eta import time_left
 from tune_kd.records.schema import Row
 from tune_kd.reporting.terminal import duration, points, rich_table
-from tune_kd.study.trial import ENDED, Decision, Phase
+from tune_kd.study.trial import ENDED, Action, Decision, Phase, Status
 from tune_kd.system.characters import visible
 from tune_kd.system.secrets import masked
 
@@ -92,7 +92,7 @@ def progress(run: str, rows: Sequence[Row], decisions: Sequence[Decision], elaps
     parts: list[RenderableType] = [line, _phases(rows)]
     if decisions:
         parts += [Text(""), _decisions(decisions)]
-    if running := [row for row in rows if row["status"] == "running"]:
+    if running := [row for row in rows if row["status"] == Status.RUNNING]:
         parts += [Text(""), _running(running)]
     return Group(*parts)
 
@@ -104,11 +104,11 @@ def _phases(rows: Sequence[Row]) -> Table:
     for phase in Phase:
         counts = Counter(row["status"] for row in rows if row["phase"] == phase)
         total = counts.total()
-        done, running, stopped = counts["completed"], str(counts["running"]), counts["stopped"]
-        failed = counts["failed"] + counts["blocked"]
+        done, running, stopped = counts[Status.COMPLETED], str(counts[Status.RUNNING]), counts[Status.STOPPED]
+        failed = counts[Status.FAILED] + counts[Status.BLOCKED]
         marked = Text(str(failed), style="red" if failed else "")
         bar = ProgressBar(total=max(1, total), completed=done + stopped + failed, width=30)
-        shown.add_row(phase, f"{done}/{total}", running, str(stopped), marked, str(counts["pending"]), bar)
+        shown.add_row(phase, f"{done}/{total}", running, str(stopped), marked, str(counts[Status.PENDING]), bar)
     return shown
 
 
@@ -116,7 +116,7 @@ def _decisions(decisions: Sequence[Decision]) -> Group:
     """How often early stopping decided for which reason, and the last few decisions."""
     counts = Counter(decision.reason for decision in decisions)
     said = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in counts.most_common())
-    stopped = sum(decision.action == "stop" for decision in decisions)
+    stopped = sum(decision.action == Action.STOP for decision in decisions)
     title = Text(f"early stopping: {len(decisions)} comparisons, {stopped} stopped ({said})", style="bold")
     return Group(title, *(Text(decision.words) for decision in decisions[-LAST:]))
 

@@ -6,6 +6,7 @@ from queue import SimpleQueue
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tune_kd.study.trial import Phase
 from tune_kd.system.secrets import masked
 
 if TYPE_CHECKING:  # the processes of Weights & Biases import this, and need no torch
@@ -93,7 +94,7 @@ class Background:
 
 def name_of(task: "Task") -> str:
     """The readable name of an attempt."""
-    screen = " (screen)" if task.trial.phase == "screen" else ""
+    screen = " (screen)" if task.trial.phase == Phase.SCREEN else ""
     return f"{task.trial.label}{screen}{f' attempt {task.attempt}' if task.attempt > 1 else ''}"
 
 
