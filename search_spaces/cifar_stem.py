@@ -43,11 +43,9 @@ def _swept(base: Study) -> Study:
         contrasts=(
             Compare("method", "logit", "none"),
             Compare("method", "feature", "none"),
-            Compare("method", "logit", "feature"),
-            Compare("temperature", 3.0, 2.0),
-            Compare("temperature", 4.0, 2.0),
-            Compare("alpha", 0.3, 0.5),
-            Compare("alpha", 0.7, 0.5),
+            Compare("method", "logit", "feature", family="secondary"),
+            *(Compare("temperature", level, 2.0, family="secondary") for level in (3.0, 4.0)),
+            *(Compare("alpha", level, 0.5, family="secondary") for level in (0.3, 0.7)),
         ),
         moderator=None,
     )

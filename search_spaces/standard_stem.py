@@ -39,8 +39,8 @@ def _standard(base: Study) -> Study:
         cell=replace(base.cell, stem="imagenet"),
         contrasts=(
             *(each for each in base.contrasts if each.factor != "temperature"),
-            Compare("temperature", 2.0, 4.0),
-            Compare("temperature", 8.0, 4.0),
+            Compare("temperature", 2.0, 4.0, family="secondary"),
+            Compare("temperature", 8.0, 4.0, family="secondary"),
         ),
     )
 

@@ -50,7 +50,7 @@ def _tuned(base: Study, tuning: Tuning, screen: Screen) -> Study:
         contrasts=(
             Compare("method", "logit", "none"),
             Compare("method", "feature", "none"),
-            Compare("method", "logit", "feature"),
+            Compare("method", "logit", "feature", family="secondary"),
         ),
         moderator=None,
         screen=screen,

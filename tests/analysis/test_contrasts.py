@@ -9,12 +9,13 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from tune_kd.analysis import contrasts, provenance
+from tune_kd.analysis import accuracy, contrasts, provenance, statistics, verdicts
+from tune_kd.analysis.accuracy import confirmed
 from tune_kd.records.reader import Records
 from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, first_row
 from tune_kd.records.tables import frame
 from tune_kd.study.plan import plan
-from tune_kd.study.spec import Confirm, Study
+from tune_kd.study.spec import Compare, Confirm, Study
 from tune_kd.study.trial import Trial
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -64,43 +65,61 @@ def row(table: pd.DataFrame, name: str) -> dict[Any, Any]:
         (0.02, "cifar: logit - none", "better"),
         (-0.02, "cifar: logit - none", "worse"),
         (0.0, "cifar: feature - none", "equivalent"),
-        (0.0, "cifar: logit - none", "inconclusive"),
+        (0.001, "cifar: logit - none", "inconclusive"),
     ],
 )
 def test_a_verdict_is_what_the_interval_says(study: Study, gain: float, name: str, expected: str) -> None:
     table = contrasts.contrasts(made(study, noisy(gain)))
     found = row(table, name)
     assert found["verdict"] == expected
-    assert found["words"].startswith(expected)
-    assert found["words"].endswith("given one teacher")
+    assert found["words"].startswith({"inconclusive": "no gain above "}.get(expected, expected))
 
 
-def test_an_estimate_is_that_of_a_paired_t_test_and_p_values_are_adjusted_over_the_whole_family(study: Study) -> None:
+def test_the_pairs_keep_their_own_test_and_p_values_are_adjusted_within_a_family(study: Study) -> None:
     records = made(study, noisy(0.001))
     table = contrasts.contrasts(records)
-    values = contrasts.confirmed(records)
+    values = confirmed(records)
     expected = scipy_stats.ttest_rel(values["cifar/logit/T=4"], values["cifar/none"])
     found = row(table, "cifar: logit - none")
     interval = expected.confidence_interval()
-    assert found["p"] == pytest.approx(expected.pvalue)
-    assert (found["low"], found["high"]) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert found["p_pairs"] == pytest.approx(expected.pvalue)
+    assert (found["low_pairs"], found["high_pairs"]) == (pytest.approx(interval.low), pytest.approx(interval.high))
     assert found["smallest_exact_p"] == 0.0625
     assert found["p_exact"] >= 0.0625
-    smallest = table["p"].min()
-    assert table["p_holm"].min() == pytest.approx(min(1.0, smallest * len(table)))
+    for _, family in table.groupby("family"):
+        assert family["p_holm"].min() == pytest.approx(min(1.0, family["p"].min() * len(family)))
+    assert set(table["family"]) == {"primary", "secondary"}
 
 
-def test_inconclusive_says_how_many_pairs_would_do(study: Study) -> None:
+def test_a_contrast_is_judged_by_the_model_and_one_across_strata_by_its_pairs(study: Study) -> None:
+    across = Compare("stem", "cifar", "imagenet", where={"method": "none"})
+    table = contrasts.contrasts(made(replace(study, contrasts=(across, *study.contrasts)), noisy(0.001)))
+    stem, logit = row(table, "none: cifar - imagenet"), row(table, "cifar: logit - none")
+    assert (stem["rule"], stem["df"], stem["p"]) == ("pairs", 4, stem["p_pairs"])
+    assert (logit["rule"], logit["df"]) == ("block model", 12)
+    assert logit["error"] != pytest.approx(logit["sd"] / 5**0.5)
+
+
+def test_a_run_of_an_earlier_version_is_judged_as_it_was_declared(study: Study) -> None:
+    records = made(study, noisy(0.001))
+    for contrast in records.study["contrasts"]:
+        del contrast["family"]
+    table = contrasts.contrasts(records)
+    assert table["p"].tolist() == table["p_pairs"].tolist()
+    assert table["p_holm"].min() == pytest.approx(min(1.0, table["p"].min() * len(table)))
+    assert set(table["rule"]) == {contrasts.DECLARED_EARLIER}
+
+
+def test_no_finding_says_how_many_pairs_would_do(study: Study) -> None:
     found = row(contrasts.contrasts(made(study, noisy(0.0002))), "cifar: logit - none")
-    size = abs(found["estimate"]) / found["sd"]
+    size = abs(found["estimate"]) / (found["error"] * 5**0.5)
     reached = [n for n in (found["pairs_needed"] - 1, found["pairs_needed"]) if _power(size, n) >= 0.8]
     assert reached == [found["pairs_needed"]]
-    assert f"{found['pairs_needed']:,} pairs" in found["words"]
 
 
 def _power(size: float, n: int) -> float:
-    critical = scipy_stats.t.ppf(0.975, n - 1)
-    return float(scipy_stats.nct.sf(critical, n - 1, size * n**0.5))
+    critical = scipy_stats.t.ppf(0.975, n + 7)
+    return float(scipy_stats.nct.sf(critical, n + 7, size * n**0.5))
 
 
 def test_a_sentence_says_how_much_over_how_many_seeds_and_how_sure(study: Study) -> None:
@@ -108,14 +127,20 @@ def test_a_sentence_says_how_much_over_how_many_seeds_and_how_sure(study: Study)
     said = row(table, "cifar: logit - none")["words"]
     assert said.startswith("better: +1.99 points over 5 seeds, 95 % interval +1.9")
     same = row(contrasts.contrasts(made(study, lambda trial: 0.9)), "cifar: logit - none")["words"]
-    assert same.startswith("inconclusive: +0.00 points over 5 seeds")
-    assert "without a spread there is nothing to judge it by" in same
+    assert same == ("inconclusive, since without a spread there is nothing to judge it by: +0.00 points over 5 seeds")
 
 
-def test_several_teachers_are_not_one(study: Study) -> None:
-    several = replace(study, teacher_seeds=(7, 8))
-    found = row(contrasts.contrasts(made(several, noisy(0.02))), "cifar: logit - none")
-    assert "given one teacher" not in found["words"]
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ((-0.001, 0.0021), "no gain above 0.21 points, no loss above 0.10 points"),
+        ((0.0003, 0.0021), "no gain above 0.21 points, no loss"),
+        ((-0.002, -0.0001), "no gain, no loss above 0.20 points"),
+    ],
+)
+def test_no_finding_leads_with_what_the_interval_rules_out(ends: tuple[float, float], said: str) -> None:
+    low, high = ends
+    assert verdicts.ruled_out({"n": 5, "low": low, "high": high, "error": 0.001}) == said
 
 
 @pytest.mark.parametrize(
@@ -133,8 +158,8 @@ def test_arms_that_differ_in_more_than_they_should_are_not_contrasted(study: Stu
 def test_a_stopped_trial_is_in_no_mean(study: Study) -> None:
     stopped = {"status": "stopped", "stop_reason": "asha", "test_accuracy_best": None}
     records = made(study, noisy(0.02), cifar_feature=stopped)
-    assert "cifar/feature" not in contrasts.confirmed(records)
-    arm = contrasts.arms(records).set_index("arm").loc["cifar/feature"]
+    assert "cifar/feature" not in confirmed(records)
+    arm = accuracy.arms(records).set_index("arm").loc["cifar/feature"]
     assert (arm["n"], arm["planned"], arm["note"]) == (0, 5, "stopped in the screen")
     found = row(contrasts.contrasts(records), "cifar: feature - none")
     assert found["words"] == "not judged: cifar/feature has no confirmed trial that ran to its end"
@@ -150,7 +175,7 @@ def test_a_missing_seed_makes_an_arm_incomplete_and_the_contrast_says_so(study: 
         records.trials.loc[lost, "test_accuracy_best"] = None
     else:
         records = replace(records, trials=records.trials[~lost])
-    arm = contrasts.arms(records).set_index("arm").loc["cifar/none"]
+    arm = accuracy.arms(records).set_index("arm").loc["cifar/none"]
     assert (arm["n"], arm["planned"], arm["note"]) == (4, 5, "incomplete")
     found = row(contrasts.contrasts(records), "cifar: logit - none")
     assert (found["n"], found["note"]) == (4, "1 of 5 seeds are missing")
@@ -161,7 +186,7 @@ def test_an_arm_whose_own_trials_differ_has_no_mean(study: Study) -> None:
     records = made(study, noisy(0.02))
     changed = (records.trials["arm"] == "cifar/none") & (records.trials["seed"] == 4)
     records.trials.loc[changed, "epochs_planned"] = 9
-    arm = contrasts.arms(records).set_index("arm").loc["cifar/none"]
+    arm = accuracy.arms(records).set_index("arm").loc["cifar/none"]
     assert pd.isna(arm["mean"])
     assert arm["note"] == "epochs_planned is 2 and 9"
 
@@ -169,17 +194,17 @@ def test_an_arm_whose_own_trials_differ_has_no_mean(study: Study) -> None:
 def test_an_arm_that_waits_is_not_finished(study: Study) -> None:
     waiting = {"status": "pending", "epochs_run": 0, "test_accuracy_best": None}
     records = made(study, noisy(0.02), cifar_feature=waiting)
-    assert contrasts.arms(records).set_index("arm").loc["cifar/feature", "note"] == "not finished"
+    assert accuracy.arms(records).set_index("arm").loc["cifar/feature", "note"] == "not finished"
     assert any("cifar/feature: not finished" in sentence for sentence in provenance.limits(records))
 
 
 def test_the_screen_is_exploratory_and_says_how_many_arms_were_tried(study: Study) -> None:
     records = made(study, noisy(0.02))
-    explored = contrasts.exploratory(records)
+    explored = accuracy.exploratory(records)
     assert explored["what"].tolist() == ["screen"] * 8
     assert explored["tried"].tolist() == [8] * 8
     assert explored["mean"].tolist() == [0.95] * 8
-    assert contrasts.arms(records)["mean"].max() < 0.95
+    assert accuracy.arms(records)["mean"].max() < 0.95
 
 
 def test_seeds_that_were_added_to_the_plan_are_exploratory(study: Study) -> None:
@@ -189,7 +214,7 @@ def test_seeds_that_were_added_to_the_plan_are_exploratory(study: Study) -> None
     )
     more = replace(records, trials=pd.concat([records.trials, added], ignore_index=True))
     pd.testing.assert_frame_equal(contrasts.contrasts(more), contrasts.contrasts(records))
-    explored = contrasts.exploratory(more)
+    explored = accuracy.exploratory(more)
     assert explored.loc[explored["what"] == "added seeds", ["arm", "n", "mean"]].to_numpy().tolist() == [
         ["cifar/logit/T=4", 1, 1.0]
     ]
@@ -201,8 +226,8 @@ def test_an_arm_that_was_added_later_is_exploratory_and_in_no_contrast(study: St
     added = added.assign(trial_id=[f"added {number}" for number in range(len(added))])
     more = replace(records, trials=pd.concat([records.trials, added], ignore_index=True))
     pd.testing.assert_frame_equal(contrasts.contrasts(more), contrasts.contrasts(records))
-    pd.testing.assert_frame_equal(contrasts.arms(more), contrasts.arms(records))
-    explored = contrasts.exploratory(more)
+    pd.testing.assert_frame_equal(accuracy.arms(more), accuracy.arms(records))
+    explored = accuracy.exploratory(more)
     assert explored.loc[explored["what"] == "added arm", ["arm", "n"]].to_numpy().tolist() == [["cifar/logit/T=8", 5]]
     assert any("Arms that were added later (cifar/logit/T=8) are exploratory" in each
                for each in provenance.limits(more))  # fmt: skip
@@ -238,15 +263,18 @@ NAME = "cifar: logit - none"
 def test_each_look_has_its_share_of_the_level_and_p_values_are_scaled_to_the_whole(study: Study) -> None:
     accuracy = gains(0.010, 0.014, 0.011)
     table = contrasts.contrasts(looked(study, accuracy, 0))
-    values = contrasts.confirmed(looked(study, accuracy, 0))
+    values = confirmed(looked(study, accuracy, 0))
     test = scipy_stats.ttest_rel(values["cifar/logit/T=4"], values["cifar/none"])
     found = row(table, NAME)
     share = 0.05 * 3 / 10
     interval = test.confidence_interval(1 - share)
     assert found["planned"] == found["n"] == 3
-    assert (found["low"], found["high"]) == (pytest.approx(interval.low), pytest.approx(interval.high))
-    holm = dict(zip(table["contrast"], contrasts.holm(table["p"]), strict=True))
-    assert found["p_holm"] == pytest.approx(min(1.0, holm[NAME] * 10 / 3))
+    assert (found["low_pairs"], found["high_pairs"]) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    half = scipy_stats.t.ppf(1 - share / 2, found["df"]) * found["error"]
+    assert found["high"] - found["estimate"] == pytest.approx(half)
+    family = table[table["family"] == found["family"]]
+    adjusted = dict(zip(family["contrast"], statistics.holm(family["p"]), strict=True))
+    assert found["p_holm"] == pytest.approx(min(1.0, adjusted[NAME] * 10 / 3))
 
 
 def test_what_stood_at_a_look_goes_on_standing_unless_it_turns(study: Study) -> None:
@@ -329,7 +357,7 @@ def test_two_trials_of_one_arm_and_seed_are_refused(study: Study) -> None:
     records = made(study, noisy(0.02))
     twice = pd.concat([records.trials, records.trials.assign(trial_id="again")], ignore_index=True)
     with pytest.raises(ValueError, match="40 confirmed trials have the run, arm and seed of another"):
-        contrasts.confirmed(replace(records, trials=twice))
+        confirmed(replace(records, trials=twice))
 
 
 def test_levels_are_compared_wherever_everything_else_is_alike_paired_where_all_seeds_have_both(study: Study) -> None:
@@ -358,7 +386,7 @@ def test_arms_of_two_runs_are_compared_after_welch_and_what_differs_is_said(stud
         one.studies | other.studies,
     )  # fmt: skip
     table = provenance.between_runs(both).set_index("arm")
-    values = contrasts.confirmed(both)
+    values = confirmed(both)
     expected = scipy_stats.ttest_ind(values.loc["two", "cifar/logit/T=4"], values.loc["one", "cifar/logit/T=4"],
                                      equal_var=False)  # fmt: skip
     assert table.loc["cifar/logit/T=4", "p"] == pytest.approx(expected.pvalue)

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tune_kd.analysis import contrasts, provenance
+from tune_kd.analysis import accuracy, contrasts, provenance
 from tune_kd.data import datasets
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
@@ -69,11 +69,11 @@ def test_seeds_that_were_added_change_no_mean_and_no_contrast(tmp_path: Path, mo
     declare(tmp_path, ", confirm=Confirm((1, 2, 3))")
     extend(run.folder)
     after = reader.load(run.folder)
-    for table in (contrasts.contrasts, contrasts.arms):
+    for table in (contrasts.contrasts, accuracy.arms):
         pd.testing.assert_frame_equal(table(before), table(after))
-    added = contrasts.exploratory(after).query("what == 'added seeds'")
+    added = accuracy.exploratory(after).query("what == 'added seeds'")
     assert set(added["arm"]) == {"cifar/none", "cifar/logit/T=4", "cifar/feature"} | set(
-        contrasts.arms(after).query("n == 2")["arm"]
+        accuracy.arms(after).query("n == 2")["arm"]
     )
     assert any("added without a declared look" in sentence for sentence in provenance.limits(after))
     kept = after.trials[after.trials["trial_id"].isin(before.trials["trial_id"])].reset_index(drop=True)
@@ -90,5 +90,5 @@ def test_a_declared_look_counts_its_seeds(tmp_path: Path) -> None:
     assert second["planned"].unique().tolist() == [3]
     judged = second[second["n"] > 0]
     assert judged["n"].unique().tolist() == [3]
-    assert contrasts.exploratory(reader.load(run.folder))["what"].unique().tolist() == ["screen"]
+    assert accuracy.exploratory(reader.load(run.folder))["what"].unique().tolist() == ["screen"]
     assert judged["p"].notna().all() and pytest.approx(1.0) == judged["p_holm"].max()

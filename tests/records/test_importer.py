@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from conftest import SHARED
-from tune_kd.analysis import contrasts
+from tune_kd.analysis import accuracy, contrasts
 from tune_kd.cli import main
 from tune_kd.records import parquet
 from tune_kd.records.importer import Adapter, parse_phases
@@ -60,7 +60,7 @@ def test_the_published_tables_are_read_through_an_adapter(published: Records) ->
 def test_the_published_stem_ablation_comes_out_to_the_printed_digits(
     published: Records, arm: str, printed: str
 ) -> None:
-    row = contrasts.arms(published).set_index("arm").loc[arm]
+    row = accuracy.arms(published).set_index("arm").loc[arm]
     assert row["n"] == 3
     assert f"{100 * row['mean']:.2f} ± {100 * row['sd']:.2f}" == printed
 
@@ -77,12 +77,12 @@ def test_the_published_effect_of_the_stem_is_about_seven_points_with_its_interva
 
 @needs_published
 def test_the_published_selection_grid_is_exploratory_and_claims_nothing(published: Records) -> None:
-    explored = contrasts.exploratory(published)
+    explored = accuracy.exploratory(published)
     assert len(explored) == 48
     assert set(explored["what"]) == {"screen"}
     assert set(explored["tried"]) == {48}
     assert contrasts.contrasts(published).empty
-    assert not set(contrasts.arms(published)["arm"]) & set(explored["arm"])
+    assert not set(accuracy.arms(published)["arm"]) & set(explored["arm"])
 
 
 @needs_published
@@ -118,7 +118,7 @@ def test_columns_of_other_names_are_renamed_and_missing_ones_made(tmp_path: Path
     assert records.trials[["phase", "role", "status", "arm"]].drop_duplicates().to_numpy().tolist() == [
         ["confirm", "student", "completed", "all"]
     ]
-    assert contrasts.arms(records).loc[0, "mean"] == pytest.approx(0.55)
+    assert accuracy.arms(records).loc[0, "mean"] == pytest.approx(0.55)
     assert records.epochs["val_accuracy"].tolist() == [0.1, 0.2, 0.3]
 
 
@@ -132,7 +132,7 @@ def test_a_trial_that_ran_less_than_planned_counts_as_stopped_and_is_in_no_mean(
     trials.assign(epochs_run=[7, 100], epochs_planned=100).to_parquet(tmp_path / "t_trials.parquet")
     records = load(tmp_path / "t")
     assert records.trials["status"].tolist() == ["stopped", "completed"]
-    assert contrasts.confirmed(records)["all"].tolist() == [0.9]
+    assert accuracy.confirmed(records)["all"].tolist() == [0.9]
 
 
 def test_arms_of_other_data_or_budgets_are_other_arms(tmp_path: Path) -> None:

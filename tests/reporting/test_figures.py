@@ -19,7 +19,7 @@ from matplotlib.text import Text
 from PIL import Image
 from rich.console import Console
 
-from tune_kd.analysis import contrasts
+from tune_kd.analysis import accuracy, contrasts
 from tune_kd.records.reader import Records, load
 from tune_kd.reporting import accuracy_figures, figures, report as reporting, style, terminal
 from tune_kd.reporting.texts import cell
@@ -86,7 +86,7 @@ def test_names_and_gaps_that_are_allowed_break_no_picture_and_no_table(records: 
     page = reporting.report(strange, tmp_path).read_text()
     assert "<i>" not in page
     console = Console(file=io.StringIO(), width=200)
-    console.print(terminal.arms(contrasts.arms(strange)))
+    console.print(terminal.arms(accuracy.arms(strange)))
     console.print(terminal.effects(contrasts.contrasts(strange), 1))
     assert "[red]x" in console.file.getvalue()  # type: ignore[attr-defined]
     assert r"a$\frac$b [/x] <i>_%&#" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from hypothesis import given, strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from tune_kd.analysis import contrasts as results
+from tune_kd.analysis import accuracy, contrasts as results
 from tune_kd.records.eta import time_left
 from tune_kd.records.ledger import Ledger
 from tune_kd.records.reader import Records, load
@@ -74,7 +74,7 @@ def contrast(table: pd.DataFrame, name: str) -> dict[str, Any]:
 
 
 def test_a_stopped_arm_has_no_mean_and_a_failed_seed_makes_an_arm_incomplete(records: Records) -> None:
-    arms = results.arms(records).set_index("arm")
+    arms = accuracy.arms(records).set_index("arm")
     assert arms.loc["cifar/none", ["n", "planned", "note"]].tolist() == [3, 3, ""]
     assert arms.loc["cifar/none", "mean"] == pytest.approx(0.952)
     assert arms.loc["cifar/logit/T=2", "note"] == "stopped in the screen"
@@ -110,7 +110,7 @@ def test_a_study_without_contrasts_has_a_report_too(run: Path) -> None:
 
 
 def test_screening_seeds_are_in_no_estimate(records: Records) -> None:
-    assert results.confirmed(records).index.tolist() == [("r", 1), ("r", 2), ("r", 3)]
+    assert accuracy.confirmed(records).index.tolist() == [("r", 1), ("r", 2), ("r", 3)]
 
 
 def test_the_report_is_written_in_every_form(run: Path, records: Records) -> None:

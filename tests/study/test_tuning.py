@@ -19,7 +19,7 @@ from sqlalchemy.exc import OperationalError
 
 from bench import HERE, Bench, epoch
 from conftest import ODD_NAMES, tiny, tunable
-from tune_kd.analysis import contrasts as results, provenance, tuned
+from tune_kd.analysis import accuracy, contrasts as results, provenance, tuned
 from tune_kd.analysis.simulate import curves
 from tune_kd.execute import preflight
 from tune_kd.execute.session import with_those_to_come
@@ -446,11 +446,11 @@ def test_a_tuned_run_reports_budgets_what_was_found_and_verdicts_between_tuned_a
         assert found.loc[(arm, "lr"), "default"] == 0.05
     contrasts = results.contrasts(records).set_index("contrast")
     assert contrasts["n"].tolist() == [2] * 5  # whose recipes differ, as they may here
-    values = results.confirmed(records)
+    values = accuracy.confirmed(records)
     gain = float((values["logit/tuned"] - values["none/tuned"]).mean())
     assert contrasts.loc["logit - none, tuned", "estimate"] == pytest.approx(gain)
     assert "exploratory" in " ".join(provenance.limits(records))
-    assert set(results.exploratory(records)["what"]) == {"draws"}
+    assert set(accuracy.exploratory(records)["what"]) == {"draws"}
 
 
 def test_a_tuned_run_is_written_and_drawn(fair: Path, tmp_path: Path) -> None:

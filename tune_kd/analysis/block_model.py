@@ -10,13 +10,13 @@ Arrays may have leading axes, for many studies at once. Missing trials are the s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
+Array = npt.NDArray[np.floating[Any]]
 Flags = npt.NDArray[np.bool_]
 
 PRIOR_DF = 8.0
@@ -32,9 +32,19 @@ class Fit:
 
     means: Array
     covariance: Array
-    estimable: Array  # [A, A]: leaves the weights of an estimable contrast as they are
+    rows: Array  # [A, A + S]: projection of weights onto what the trials can tell
     variance: Array
     df: int
+
+    def leverage(self, weights: Array) -> Array:
+        """Squared standard errors of contrasts [C, A], over `variance`."""
+        return np.asarray(np.einsum("ca,ab,cb->c", weights, self.covariance, weights))
+
+    def estimates(self, weights: Array) -> Flags:
+        """Which contrasts [C, A] the trials can tell: those that the projection leaves as they are."""
+        left = weights @ self.rows
+        left[:, : weights.shape[1]] -= weights
+        return np.asarray((np.abs(left) < 1e-9).all(1))
 
 
 @dataclass(frozen=True)
@@ -76,13 +86,10 @@ class Estimates:
         half = special.stdtrit(self.df, (1 + level) / 2) * self.error
         return self.value - half, self.value + half
 
-    def paired_interval(self, level: float = 0.95) -> tuple[Array, Array]:
-        """Ends of the t interval of the pairs alone."""
-        from scipy import special
-
+    def pairs_alone(self) -> "Estimates":
+        """The estimates from the pairs alone: paired t tests."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            half = special.stdtrit(self.pairs - 1.0, (1 + level) / 2) * self.spread / np.sqrt(self.pairs)
-        return self.paired - half, self.paired + half
+            return replace(self, value=self.paired, error=self.spread / np.sqrt(self.pairs), df=self.pairs - 1.0)
 
 
 def fit(values: Array) -> Fit:
@@ -102,60 +109,75 @@ def fit(values: Array) -> Fit:
     return Fit(
         means,
         inverse[:arms, :arms],
-        (normal @ inverse)[:, :arms],
+        (inverse @ normal)[:arms],
         squares / df if df > 0 else np.full_like(squares, np.nan),
         df,
     )
 
 
-def estimate(values: Array, strata: Sequence[Any], weights: Array, prior_df: float = PRIOR_DF) -> Estimates:
-    """Estimate contrasts with `weights` [C, A] from accuracies [..., A, S] of arms in `strata` [A]."""
+def estimate(
+    values: Array, strata: Sequence[Any], weights: Array, *, prior_df: float = PRIOR_DF, pairs_alone: bool = False
+) -> Estimates:
+    """Estimate contrasts with `weights` [C, A] from accuracies [..., A, S] of arms in `strata` [A].
+
+    A contrast whose weights are all 0 is not estimated. With `pairs_alone` all are judged by their pairs.
+    """
     groups = [np.array([each == stratum for each in strata]) for stratum in dict.fromkeys(strata)]
     within = np.array([[weights[:, group].sum(1)] for group in groups])
     by_model = np.all(np.abs(within) < 1e-12, axis=(0, 1))
     pairs, paired, spread = _pairs(values, weights)
+    found = Estimates(pairs, by_model, paired, paired, paired, spread, paired).pairs_alone()
+    if pairs_alone or not by_model.any():
+        return replace(found, by_model=np.zeros_like(by_model))
+    model = _Sums.of(values, groups, weights)
     own = pairs - 1.0
-    shape = paired.shape
-    value, squared, model, ratio, ratios = (np.zeros(shape) for _ in range(5))
-    freedom, known = np.zeros(shape), np.full(len(weights), True)
-    for group in groups:
-        fitted, here = fit(values[..., group, :]), weights[:, group]
-        size = (here**2).sum(1)
-        used = size > 0
-        arms = int(group.sum())
-        padded = np.concatenate([here, np.zeros((len(here), len(fitted.estimable) - arms))], axis=1)
-        known &= ~used | (np.abs(padded[:, :arms] @ fitted.estimable.T - padded) < 1e-9).all(1)
-        scaled = np.einsum("ca,ab,cb->c", here, fitted.covariance, here)
-        variance = np.where(used, fitted.variance[..., None], 0.0)
-        value += fitted.means @ here.T
-        squared += variance * scaled
-        model += variance * size
-        freedom += np.where(used, (variance * size) ** 2 / max(fitted.df, 1), 0.0)
-        ratio += scaled
-        ratios += size
     with np.errstate(invalid="ignore", divide="ignore"):
-        model_df = np.where(model > 0, model**2 / freedom, 0.0)  # over strata: Satterthwaite 1946
-        prior = np.clip(model_df - own, 0.0, prior_df)  # the model includes the pairs themselves
-        moderated = (prior * model + own * spread**2) / (prior + own)
-        error = np.sqrt(moderated * np.where(model > 0, squared / model, ratio / ratios))
-        alone = spread / np.sqrt(pairs)
-    usable = known & by_model & (pairs > 0)
-    return Estimates(
-        pairs,
-        by_model,
-        np.where(usable, value, paired),
-        np.where(usable, error, alone),
-        np.where(usable, prior + own, own),
-        spread,
-        paired,
+        prior = np.clip(model.df - own, 0.0, prior_df)  # the model includes the pairs themselves
+        moderated = (prior * model.spread**2 + np.where(own > 0, own * spread**2, 0.0)) / (prior + own)
+        error = np.sqrt(moderated * model.scale)
+    usable = model.estimable & by_model & (pairs > 0)
+    return replace(
+        found,
+        by_model=usable,
+        value=np.where(usable, model.value, paired),
+        error=np.where(usable, error, found.error),
+        df=np.where(usable, prior + own, own),
     )
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What the fits of all strata say of each contrast [..., C]."""
+
+    value: Array
+    spread: Array  # standard deviation of the difference of one pair
+    scale: Array  # squared error over squared spread: 1 over the number of pairs, where no trial is missing
+    df: Array  # of the spread; over several strata by Satterthwaite (1946)
+    estimable: Flags  # [C]
+
+    @classmethod
+    def of(cls, values: Array, groups: Sequence[Flags], weights: Array) -> "_Sums":
+        fits = [fit(values[..., group, :]) for group in groups]
+        parts = [weights[:, group] for group in groups]
+        sizes = np.stack([(part**2).sum(1) for part in parts])  # [K, C], of K strata
+        leverages = np.stack([each.leverage(part) for part, each in zip(parts, fits, strict=True)])
+        variances = np.stack([each.variance[..., None] for each in fits], axis=-2)  # [..., K, 1]
+        shares = np.where(sizes > 0, variances * sizes, 0.0)
+        total, freedoms = shares.sum(-2), np.array([[max(each.df, 1)] for each in fits])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            squared = np.where(sizes > 0, variances * leverages, 0.0).sum(-2)
+            scale = np.where(total > 0, squared / total, leverages.sum(0) / sizes.sum(0))
+            df = np.where(total > 0, total**2 / (shares**2 / freedoms).sum(-2), 0.0)
+        known = [each.estimates(part) for part, each in zip(parts, fits, strict=True)]
+        value = np.stack([each.means @ part.T for part, each in zip(parts, fits, strict=True)]).sum(0)
+        return cls(value, np.sqrt(total), scale, df, np.all(known, axis=0))
 
 
 def _pairs(values: Array, weights: Array) -> tuple[npt.NDArray[np.int64], Array, Array]:
     """Number, mean and standard deviation of each contrast's differences over the seeds that have all of its arms."""
     counts, means, spreads = [], [], []
     for row in weights:
-        differences = np.einsum("a,...as->...s", row[row != 0], values[..., row != 0, :])
+        differences = np.einsum("a,...as->...s", row, np.where(row[:, None] != 0, values, 0.0 if row.any() else np.nan))
         differences = differences[..., ~np.isnan(differences).reshape(-1, differences.shape[-1])[0]]
         n = differences.shape[-1]
         counts.append(n)

@@ -14,8 +14,9 @@ from multiprocessing import get_context
 
 import numpy as np
 
-from tune_kd.analysis import contrasts, statistics
+from tune_kd.analysis import accuracy, contrasts, statistics
 from tune_kd.analysis.simulate import Curve, replay
+from tune_kd.analysis.verdicts import ALPHA
 from tune_kd.records.adaptive_plan import to_come
 from tune_kd.records.reader import Records
 from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, first_row
@@ -170,7 +171,7 @@ def _row(trial: Trial, stopped: bool, nature: _Draws) -> dict[str, object]:
     if stopped:
         return row | {"status": Status.STOPPED, "stop_reason": StopReason.ASHA}
     test = nature.trial(trial.arm, trial.seed)[1]
-    return row | {"status": Status.COMPLETED, "epochs_run": trial.recipe.epochs, contrasts.HEADLINE: test}
+    return row | {"status": Status.COMPLETED, "epochs_run": trial.recipe.epochs, accuracy.HEADLINE: test}
 
 
 def _finishers(planned: Plan, nature: _Draws, number: int) -> tuple[dict[str, list[float]], int]:
@@ -217,4 +218,4 @@ def _paired_p(contrast: Contrast, seeds: tuple[int, ...], nature: _Draws) -> flo
 
 
 def _significant(p_values: list[float | None]) -> bool:
-    return any(p < contrasts.ALPHA for p in statistics.holm([1.0 if p is None else p for p in p_values]))
+    return bool((statistics.holm([math.nan if p is None else p for p in p_values]) < ALPHA).any())

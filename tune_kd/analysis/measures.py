@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from tune_kd.analysis import statistics
-from tune_kd.analysis.contrasts import COMPARABLE, CONTEXT, HEADLINE, by_context, confirmed_trials
+from tune_kd.analysis.accuracy import COMPARABLE, CONTEXT, HEADLINE, by_context, confirmed_trials
 from tune_kd.records.reader import Records
 from tune_kd.records.tables import typed
 from tune_kd.study.trial import Role, Status

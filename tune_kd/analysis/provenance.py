@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from tune_kd.analysis import contrasts, statistics
+from tune_kd.analysis import accuracy, statistics
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.records.reader import Records
 from tune_kd.records.tables import typed
@@ -52,7 +52,7 @@ def _limits_of(run: Records) -> list[str]:
     if not run.studies:
         return ["No study came with these tables: nothing shows which comparisons were fixed before the data were "
                 "seen, so nothing here is a claim."]  # fmt: skip
-    look = contrasts.judged_look(run)
+    look = accuracy.judged_look(run)
     return [
         *_limits_of_seeds(run.study, look),
         *_limits_of_scope(run.study),
@@ -63,7 +63,7 @@ def _limits_of(run: Records) -> list[str]:
 
 def _limits_of_seeds(study: dict[str, Any], look: int) -> list[str]:
     """The power of the seeds that are judged, and the level of their look."""
-    confirm, deviation, family = contrasts.confirmation(study), study["study"]["deviation"], len(study["contrasts"])
+    confirm, deviation, family = accuracy.confirmation(study), study["study"]["deviation"], len(study["contrasts"])
     seeds = len(confirm.seeds_at(look))
     said = ["One seed confirms: no difference can be judged."]
     if seeds > 1:
@@ -106,7 +106,7 @@ def _limits_of_scope(study: dict[str, Any]) -> list[str]:
 
 def _limits_of_arms(run: Records) -> list[str]:
     """Arms that are not judged, or on fewer seeds than planned."""
-    table = contrasts.arms(run)
+    table = accuracy.arms(run)
     meanings = {
         "stopped in the screen": "no final accuracy and no verdict",
         "incomplete": "fewer seeds than planned",
@@ -118,7 +118,7 @@ def _limits_of_arms(run: Records) -> list[str]:
 
 def _limits_of_exploration(run: Records) -> list[str]:
     """Added seeds and arms, the screen, and draws."""
-    found, said = contrasts.exploratory(run), []
+    found, said = accuracy.exploratory(run), []
     added = found.loc[found["what"] == "added seeds", "arm"].tolist()
     if added:
         said.append(f"Seeds that were added without a declared look ({', '.join(added)}) are exploratory: they are in "
@@ -145,7 +145,7 @@ def differences(records: Records) -> pd.DataFrame:
             for path, value in _leaves(name, study.get(name)):
                 facts.setdefault(path, {})[run] = str(value)
         trials = records.trials[records.trials["run"] == run]
-        for name in (*contrasts.COMPARABLE, "device", "threads"):
+        for name in (*accuracy.COMPARABLE, "device", "threads"):
             facts.setdefault(name, {})[run] = ", ".join(map(str, trials[name].dropna().unique().tolist()))
     rows = [{"what differs": what, **{run: of.get(run, "") for run in records.runs}} for what, of in facts.items()
             if len({of.get(run, "") for run in records.runs}) > 1]  # fmt: skip
@@ -165,19 +165,19 @@ def between_runs(records: Records) -> pd.DataFrame:
     the data, planned epochs, scale or recipe of an arm differ, the row has both means but no difference, and `note`
     names the columns.
     """
-    trials = contrasts.confirmed_trials(records)
-    ended = trials[(trials["status"] == Status.COMPLETED) & trials[contrasts.HEADLINE].notna()]
+    trials = accuracy.confirmed_trials(records)
+    ended = trials[(trials["status"] == Status.COMPLETED) & trials[accuracy.HEADLINE].notna()]
     first, *others = records.runs
     rows = []
     for run in others:
         for arm, both in ended[ended["run"].isin([first, run])].groupby("arm", sort=False):
-            there, here = (both.loc[both["run"] == name, contrasts.HEADLINE].tolist() for name in (run, first))
+            there, here = (both.loc[both["run"] == name, accuracy.HEADLINE].tolist() for name in (run, first))
             if not there or not here:
                 continue
-            note = contrasts.differing(both)
+            note = accuracy.differing(both)
             welch = asdict(statistics.welch(there, here)) if not note else {"n": len(both)}
             means = {"mean": statistics.summary(there).mean, "control": statistics.summary(here).mean}
             rows.append({"arm": arm, "run": run, "against": first, **means, **welch, "note": note})
     table = typed(rows, "arm run against mean control n n_treated n_control estimate low high p effect_size note")
-    table["p_holm"] = contrasts.holm(table["p"])
+    table["p_holm"] = statistics.holm(table["p"])
     return table.rename(columns={"control": "mean_against"})

@@ -135,11 +135,13 @@ def equivalence(values: Sequence[float], margin: float = MARGIN) -> float | None
     return float(DescrStatsW(values).ttost_mean(-margin, margin)[0])
 
 
-def pairs_needed(estimate: float, sd: float, *, power: float = 0.8, alpha: float = 0.05) -> int | None:
+def pairs_needed(
+    estimate: float, sd: float, *, prior: float = 0.0, power: float = 0.8, alpha: float = 0.05
+) -> int | None:
     """The number of pairs for which a two-sided paired t test finds a true difference `estimate` with `power`.
 
-    `sd` is the standard deviation of the differences. None where either is zero, and above 2**20 pairs. As in
-    `detectable`, the far tail is left out.
+    `sd` is the standard deviation of the differences, and `prior` the degrees of freedom that it has beside those of
+    the pairs. None where either is zero, and above 2**20 pairs. As in `detectable`, the far tail is left out.
     """
     from scipy import special
 
@@ -148,8 +150,9 @@ def pairs_needed(estimate: float, sd: float, *, power: float = 0.8, alpha: float
     size = abs(estimate) / sd
 
     def reached(n: int) -> bool:
-        critical = special.stdtrit(n - 1, 1 - alpha / 2)
-        return bool(special.nctdtr(n - 1, size * math.sqrt(n), critical) <= 1 - power)
+        df = n - 1 + prior
+        critical = special.stdtrit(df, 1 - alpha / 2)
+        return bool(special.nctdtr(df, size * math.sqrt(n), critical) <= 1 - power)
 
     # Bracket from below: nctdtr is NaN for large noncentralities. TTestPower.solve_power of statsmodels returns NaN or
     # too few pairs for differences of over five standard deviations.
@@ -228,11 +231,21 @@ def noise_margin(groups: Sequence[Sequence[float]], level: float = 0.95) -> floa
     return float(special.stdtrit(free, level)) * math.sqrt(2 * squares / free)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust the p values of a family (Holm 1979), in the same order."""
-    from statsmodels.stats.multitest import multipletests
+def holm(p: Any) -> Any:
+    """Adjust p values [..., n] over the last axis, each row a family (Holm 1979).
 
-    return [float(p) for p in multipletests(p_values, method="holm")[1]] if len(p_values) else []
+    A missing p value (NaN) stays missing, and counts as 1 in its family. That of statsmodels takes one family at a
+    time; simulations have thousands.
+    """
+    import numpy as np
+
+    p = np.asarray(p, dtype=float)
+    counted = np.where(np.isnan(p), 1.0, p)
+    order = np.argsort(counted, axis=-1)
+    scaled = np.take_along_axis(counted, order, -1) * np.arange(p.shape[-1], 0, -1)
+    adjusted = np.empty_like(counted)
+    np.put_along_axis(adjusted, order, np.minimum(np.maximum.accumulate(scaled, -1), 1.0), -1)
+    return np.where(np.isnan(p), np.nan, adjusted)
 
 
 def detectable(n: int, deviation: float, *, power: float = 0.8, alpha: float = 0.05) -> float | None:

@@ -7,22 +7,10 @@ import numpy as np
 import pandas as pd
 
 from tune_kd.analysis.block_model import NO_SPREAD, Array, Estimates
+from tune_kd.analysis.statistics import holm
 
 ALPHA = 0.05
 EARLIER = "as it stood at an earlier look"
-
-
-def holm(p: Array) -> Array:
-    """Adjust the p values of families (Holm 1979) over the last axis.
-
-    A missing p value stays missing, and counts as 1 in its family. That of statsmodels takes one family at a time.
-    """
-    counted = np.where(np.isnan(p), 1.0, p)
-    order = np.argsort(counted, axis=-1)
-    scaled = np.take_along_axis(counted, order, -1) * np.arange(p.shape[-1], 0, -1)
-    adjusted = np.empty_like(counted)
-    np.put_along_axis(adjusted, order, np.minimum(np.maximum.accumulate(scaled, -1), 1.0), -1)
-    return np.where(np.isnan(p), np.nan, adjusted)
 
 
 def adjusted(
@@ -89,14 +77,13 @@ def has_interval(row: Mapping[Any, Any]) -> bool:
 
 
 def ruled_out(row: Mapping[Any, Any]) -> str:
-    """What the 95 % interval excludes of a contrast without a finding: `no gain above 0.21 points, no loss above 0.10`."""
+    """What the 95 % interval excludes, where nothing was found: `no gain above 0.21 points, no loss`."""
     if row["n"] == 1:
         return "inconclusive, since one seed shows no spread"
     if not has_interval(row):
         return "inconclusive, since without a spread there is nothing to judge it by"
     ends = [("gain", row["high"]), ("loss", -row["low"])]
-    said = [f"no {what} above {100 * end:.2f}" if end >= 0 else f"no {what}" for what, end in ends]
-    return f"{', '.join(said)} points"
+    return ", ".join(f"no {what} above {100 * end:.2f} points" if end >= 0 else f"no {what}" for what, end in ends)
 
 
 def points(difference: float) -> str:

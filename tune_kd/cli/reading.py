@@ -164,7 +164,7 @@ def print_report(
     records: "Records", folder: Path, console: Terminal, as_json: bool, formats: Sequence[str] | None = None
 ) -> Path:
     """Write a report, print a summary, and return the file to read first."""
-    from tune_kd.analysis import contrasts, provenance, tuned
+    from tune_kd.analysis import accuracy, contrasts, provenance, tuned
     from tune_kd.records import sync
 
     with private():  # Matplotlib creates folders in the home for its configuration and list of fonts
@@ -175,7 +175,7 @@ def print_report(
         sync.send(folder.parent, folder.name)
     except ValueError as error:  # tables of others may not support some statistic
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
-    effects, arms, explored = contrasts.contrasts(records), contrasts.arms(records), contrasts.exploratory(records)
+    effects, arms, explored = contrasts.contrasts(records), accuracy.arms(records), accuracy.exploratory(records)
     settings, budgets = tuned.settings(records), tuned.budgets(records)
     if as_json:
         answer: dict[str, Any] = {"runs": records.runs, "report": str(first)}

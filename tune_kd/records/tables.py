@@ -15,7 +15,7 @@ PART = 2000  # rows that are converted at a time
 KINDS = typed_columns(
     str,
     "run arm role note what contrast kind verdict words context how against setting value host stratum phase method "
-    "status student teacher stem weights",
+    "status student teacher stem weights family rule factor",
 ) | typed_columns(
     int,
     "draws completed failed epochs best_draw n planned tried trials stopped n_treated n_control pairs_needed epoch "
@@ -35,7 +35,12 @@ def typed(rows: Sequence[Mapping[str, Any]], names: str) -> "pd.DataFrame":
     """Return rows as a DataFrame with these columns (separated by spaces), typed also if it is empty or all null."""
     import pandas as pd
 
-    table = pd.DataFrame(rows, columns=names.split())
+    return as_typed(pd.DataFrame(rows, columns=names.split()), names)
+
+
+def as_typed(table: "pd.DataFrame", names: str) -> "pd.DataFrame":
+    """Return these columns (separated by spaces) of a table, with the types of results."""
+    table = table[names.split()]
     return table.astype({name: PANDAS[KINDS.get(name, float)] for name in table.columns})
 
 

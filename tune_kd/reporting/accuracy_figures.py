@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from tune_kd.analysis import contrasts, measures, tuned
+from tune_kd.analysis import accuracy, contrasts, measures, tuned
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.records import adaptive_plan
 from tune_kd.records.reader import Records
@@ -78,7 +78,7 @@ def _contrast(axes: Axes, place: int, row: Mapping[Any, Any], look: MethodStyle)
 
 def curves(records: Records, styles: Styles) -> Made:
     """Validation accuracy over epochs: mean and standard deviation of each arm over confirmed seeds."""
-    trials = contrasts.confirmed_trials(records)
+    trials = accuracy.confirmed_trials(records)
     trials = trials[trials["status"] == Status.COMPLETED]
     trials = trials.assign(stem=trials["stem"].fillna(""), method=trials["method"].map(str))
     rows = trials[["run", "trial_id", "arm", "stem", "method"]].merge(records.epochs, on=["run", "trial_id"])
@@ -159,11 +159,11 @@ def response(records: Records, styles: Styles, factor: str) -> Made:
 
 def cost(records: Records, styles: Styles) -> Made:
     """Accuracy against the training time of a trial."""
-    costs, arms = measures.costs(records), contrasts.arms(records).set_index("arm")
+    costs, arms = measures.costs(records), accuracy.arms(records).set_index("arm")
     costs = costs[costs["train_seconds"].notna()]
     if costs.empty:
         return None
-    trials = contrasts.confirmed_trials(records).drop_duplicates("arm").set_index("arm")
+    trials = accuracy.confirmed_trials(records).drop_duplicates("arm").set_index("arm")
     arms = arms[["mean", "low", "high"]].join(trials["method"].map(str)).join(trials["stem"].fillna(""))
     table = costs[["arm", "train_seconds"]].join(arms, on="arm")
     stems, more = style.first_panels(trials["stem"].fillna("").unique().tolist(), "stems")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from tune_kd.analysis import contrasts, early_stopping, measures, provenance, tuned
+from tune_kd.analysis import accuracy, contrasts, early_stopping, measures, provenance, tuned
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.records.reader import Records
 from tune_kd.reporting import figures, page, texts
@@ -15,10 +15,10 @@ from tune_kd.system.files import obstacle, publish
 FORMATS = ("html", "md", "csv", "tex", "png", "svg")
 TABLES: dict[str, tuple[str, Callable[[Records], pd.DataFrame]]] = {
     "contrasts": ("Contrasts that the study fixed", contrasts.contrasts),
-    "arms": ("Test accuracy of each arm", contrasts.arms),
+    "arms": ("Test accuracy of each arm", accuracy.arms),
     "settings": ("What was tuned, and what mattered", tuned.settings),
     "budgets": ("What each arm was tuned with", tuned.budgets),
-    "exploratory": ("Exploratory: the screen, draws, and seeds added later", contrasts.exploratory),
+    "exploratory": ("Exploratory: the screen, draws, and seeds added later", accuracy.exploratory),
     "measures": ("Likeness to the teacher, and calibration", measures.measures),
     "costs": ("What a trial cost, without its teacher", measures.costs),
     "temperature": ("Accuracy by temperature", lambda records: measures.response(records, "temperature")),

@@ -85,7 +85,9 @@ def _moderations(study: Study, compare: Compare, pairs: Sequence[Pair]) -> list[
         what = f"({_difference(study, compare)}): {level_name(by, level)} - {level_name(by, first)}"
         signs = ((treated, 1), (against, -1), (other[0], -1), (other[1], 1))
         found.append(
-            _contrast(study, "moderation", compare, _context_name(study, both, compare, compare.factor, by), what, signs)
+            _contrast(
+                study, "moderation", compare, _context_name(study, both, compare, compare.factor, by), what, signs
+            )
         )
     return found
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 from tune_kd.study.arms import Arm, arm_name, levels_name, raw_cells
 from tune_kd.study.contrasts import Contrast, contrasts
 from tune_kd.study.cost import answering, flop
-from tune_kd.study.spec import Cell, Study
+from tune_kd.study.spec import Cell, Family, Study
 from tune_kd.study.trial import Answering, ArmRole, Phase, Role, Trial
 from tune_kd.study.tuning import Range
 from tune_kd.study.validate import check
@@ -114,7 +114,13 @@ def _of_tuned(searches: tuple[Search, ...], declared: tuple[Contrast, ...]) -> t
             for each in declared
         ),
         *(
-            Contrast(f"{each.name}: tuned - default", "effect", "tuning", ((each.tuned, 1.0), (each.default, -1.0)))
+            Contrast(
+                f"{each.name}: tuned - default",
+                "effect",
+                "tuning",
+                ((each.tuned, 1.0), (each.default, -1.0)),
+                Family.SECONDARY,
+            )
             for each in searches
         ),
     )

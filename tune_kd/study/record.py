@@ -10,7 +10,7 @@ from tune_kd.study.contrasts import Kind
 from tune_kd.study.discover import from_json
 from tune_kd.study.plan import Search
 from tune_kd.study.rules import MOST_TRIALS
-from tune_kd.study.spec import Study
+from tune_kd.study.spec import Family, Study
 from tune_kd.study.trial import ArmRole, digest
 from tune_kd.study.validate import check
 from tune_kd.system.errors import CorruptFile, UserError, raise_problems
@@ -35,6 +35,8 @@ class _Contrast(_Part):
     name: Annotated[str, Field(max_length=10_000)]
     kind: Kind
     weights: Annotated[list[tuple[Name, FiniteFloat]], Field(min_length=1, max_length=100)]
+    family: Family | None = None  # None: declared by a version before 0.7
+    factor: Name | None = None
 
 
 class _Data(_Part):

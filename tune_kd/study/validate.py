@@ -37,7 +37,11 @@ def check(study: Study) -> Study:
         *_recipe_problems(study.teacher_recipe, "teacher_recipe."),
         *_seed_problems(study),
         *_screen_problems(study),
-        *(f"strata names {name!r}; allowed: {', '.join(CELL_FIELDS)}" for name in study.strata if name not in CELL_FIELDS),
+        *(
+            f"strata names {name!r}; allowed: {', '.join(CELL_FIELDS)}"
+            for name in study.strata
+            if name not in CELL_FIELDS
+        ),
         *(_tuning_problems(study, study.tuning) if study.tuning else ()),
     ]
     raise_problems(problems)
@@ -154,7 +158,7 @@ def _contrast_problems(study: Study) -> Iterator[str]:
 
 
 def _where_problems(study: Study, contrast: Compare) -> Iterator[str]:
-    for name in _repeated([name for name, _ in contrast.where]):
+    for name in _repeated([str(each[0]) for each in contrast.where]):
         yield f"where of a contrast names {name!r} more than once; allowed: once each"
     for name, level in contrast.held.items():
         if name not in CELL_FIELDS or name == contrast.factor:

@@ -1,0 +1,125 @@
+"""The block model against statsmodels, and what it finds in studies of which the truth is known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, strategies as st
+from numpy.testing import assert_allclose
+from scipy import stats as scipy_stats
+from statsmodels.formula.api import ols
+
+from tune_kd.analysis import block_model
+from tune_kd.analysis.block_model import estimate
+
+ARMS, SEEDS = 5, 6
+CONTRAST = np.array([[0.0, 1.0, -1.0, 0.0, 0.0]])
+
+
+def accuracies(seed: int, arms: int = ARMS, seeds: int = SEEDS, studies: int | None = None) -> np.ndarray:
+    """Accuracies [arms, seeds], or of many studies [studies, arms, seeds]: seeds move all arms together."""
+    drawn = np.random.default_rng(seed)
+    shape = (arms, seeds) if studies is None else (studies, arms, seeds)
+    blocks = 0.002 * drawn.standard_normal((*shape[:-2], 1, seeds))
+    return 0.95 + blocks + 0.0015 * drawn.standard_normal(shape)
+
+
+def by_statsmodels(values: np.ndarray) -> tuple[float, float, float, int]:
+    """The contrast of arms 1 and 2 by least squares with categorical arm and seed."""
+    arms, seeds = np.nonzero(~np.isnan(values))
+    table = pd.DataFrame({"y": values[arms, seeds], "arm": arms.astype(str), "seed": seeds.astype(str)})
+    fitted = ols("y ~ C(arm) + C(seed)", table).fit()
+    tested = fitted.t_test("C(arm)[T.1] - C(arm)[T.2] = 0")
+    return tested.effect.item(), tested.sd.item(), fitted.mse_resid, int(fitted.df_resid)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 8))
+def test_the_model_is_that_of_statsmodels_also_with_missing_trials(seed: int, lost: int) -> None:
+    values = accuracies(seed)
+    places = np.random.default_rng(seed).permutation(ARMS * SEEDS)[:lost]
+    values[np.unravel_index(places, values.shape)] = np.nan
+    if np.isnan(values[1:3]).any(0).all() or np.isnan(values).all(1).any():
+        return
+    expected, error, variance, df = by_statsmodels(values)
+    fitted = block_model.fit(values)
+    weights = CONTRAST[0]
+    assert_allclose(fitted.means @ weights, expected, atol=1e-10)
+    assert_allclose(np.sqrt(fitted.variance * fitted.leverage(CONTRAST)[0]), error, atol=1e-10)
+    assert_allclose(fitted.variance, variance, atol=1e-10)
+    assert fitted.df == df
+    assert_allclose(estimate(values, ["s"] * ARMS, CONTRAST).value, [expected], atol=1e-10)
+
+
+def test_two_arms_have_a_paired_t_test() -> None:
+    values = accuracies(1, arms=2)
+    found = estimate(values, ["s", "s"], np.array([[1.0, -1.0]]))
+    expected = scipy_stats.ttest_rel(*values)
+    assert found.by_model.tolist() == [True]
+    assert found.df.tolist() == [SEEDS - 1]
+    assert found.two_sided()[0] == pytest.approx(expected.pvalue)
+    interval = expected.confidence_interval()
+    assert [end[0] for end in found.interval()] == pytest.approx([interval.low, interval.high])
+
+
+def test_a_variance_is_that_of_the_pairs_drawn_to_the_model_by_8_degrees_of_freedom() -> None:
+    values = accuracies(2)
+    found = estimate(values, ["s"] * ARMS, CONTRAST)
+    own, model = np.var(values[1] - values[2], ddof=1), 2 * block_model.fit(values).variance
+    assert found.error[0] ** 2 * SEEDS == pytest.approx((8 * model + 5 * own) / 13)
+    assert found.df[0] == 13
+
+
+def test_strata_have_a_spread_of_their_own_and_one_across_them_is_judged_by_its_pairs() -> None:
+    values = np.concatenate([accuracies(3), 10 * accuracies(4)])
+    strata = ["one"] * ARMS + ["other"] * ARMS
+    inside, across, change = (np.zeros(2 * ARMS) for _ in range(3))
+    inside[[0, 1]], change[[0, 1, ARMS, ARMS + 1]], across[[0, ARMS]] = (1, -1), (1, -1, -1, 1), (1, -1)
+    found = estimate(values, strata, np.stack([inside, across, change]))
+    alone = estimate(values[:ARMS], ["one"] * ARMS, inside[None, :ARMS])
+    assert found.by_model.tolist() == [True, False, True]
+    assert found.error[0] == alone.error[0]
+    paired = scipy_stats.ttest_rel(values[0], values[ARMS])
+    assert found.two_sided()[1] == pytest.approx(paired.pvalue)
+    assert 5 + 8 >= found.df[2] > 5
+
+
+def test_seeds_that_lack_an_arm_are_not_dropped() -> None:
+    values = accuracies(5)
+    values[1, 0] = np.nan
+    found = estimate(values, ["s"] * ARMS, CONTRAST)
+    assert found.pairs.tolist() == [SEEDS - 1]
+    assert found.value[0] != pytest.approx(found.paired[0])
+
+
+def test_a_contrast_of_arms_that_share_no_seed_is_not_judged() -> None:
+    values = accuracies(6, arms=3)
+    values[0, :3] = values[1, 3:] = np.nan
+    found = estimate(values, ["s"] * 3, np.array([[1.0, -1.0, 0.0]]))
+    assert found.pairs.tolist() == [0]
+    assert np.isnan(found.two_sided()).all()
+
+
+def test_many_studies_at_once_are_each_of_them_alone() -> None:
+    many = accuracies(7, studies=20)
+    many[:, 3, 2] = np.nan
+    weights = np.array([[1.0, -1.0, 0, 0, 0], [0, 1.0, 0, -1.0, 0]])
+    strata = ["s", "s", "s", "s", "t"]
+    together = estimate(many, strata, weights)
+    for place, values in enumerate(many):
+        alone = estimate(values, strata, weights)
+        for name in ("value", "error", "df", "spread", "paired"):
+            assert_allclose(getattr(together, name)[place], getattr(alone, name), atol=1e-14)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_intervals_cover_and_findings_of_nothing_are_rare(seeds: int) -> None:
+    values = accuracies(8, seeds=seeds, studies=4000)
+    found = estimate(values, ["s"] * ARMS, CONTRAST)
+    low, high = found.interval()
+    assert 0.94 < np.mean((low < 0) & (high > 0)) < 0.97
+    assert np.mean(found.two_sided() < 0.05) < 0.06
+
+
+def test_one_seed_has_no_error() -> None:
+    found = estimate(accuracies(9, seeds=1), ["s"] * ARMS, CONTRAST)
+    assert found.pairs.tolist() == [1]
+    assert np.isnan(found.error).all() and np.isnan(found.two_sided()).all()
