@@ -98,7 +98,7 @@ class Where:
 class Failure:
     """Why an attempt ended early. `lost` (a dead worker) and `storage` (a disk) are not the trial's fault."""
 
-    reason: Literal["diverged", "out_of_memory", "teacher_failed", "error", "lost", "storage"]
+    reason: StopReason | Literal["lost", "storage"]
     message: str
 
 

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tune_kd.records.schema import (
     COMMITS,
@@ -23,7 +23,7 @@ from tune_kd.records.schema import (
     MOST_TABLE_BYTES,
     SCHEMAS,
     TIMING,
-    Row,
+    R,
     Schema,
     broken,
     clean,
@@ -53,7 +53,7 @@ MOST_CELL_BYTES = 2**24
 TABLES_APART = 0.5  # least seconds between two writes of the tables
 
 
-def _crc(row: Row) -> int:
+def _crc(row: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(list(row.values())).encode())
 
 
@@ -170,7 +170,7 @@ class Ledger:
                 self._connection.execute("ROLLBACK")
             raise
 
-    def put(self, schema: Schema, row: Mapping[str, Any]) -> None:
+    def put(self, schema: Schema[Any], row: Mapping[str, Any]) -> None:
         """Insert a row, or replace the one with its key. Raises `ValueError` for a row that breaks a rule."""
         if self._writes is None:
             with self.transaction():
@@ -198,11 +198,11 @@ class Ledger:
         agrees = all(known[0][name] == value for name, value in cleaned.items() if name not in TIMING)
         return "same" if agrees else "different"
 
-    def rows(self, schema: Schema) -> list[Row]:
+    def rows(self, schema: Schema[R]) -> list[R]:
         """Return all rows in the order of their insertion. Raises `CorruptFile` if one was altered."""
         return self._select(schema, "ORDER BY number", [])
 
-    def table(self, schema: Schema) -> "pa.Table":
+    def table(self, schema: Schema[Any]) -> "pa.Table":
         """Return all rows as a table. It is built in parts: Python's objects take ten times the memory."""
         import pyarrow as pa
 
@@ -211,7 +211,7 @@ class Ledger:
             parts.append(arrow(schema, rows))
         return pa.concat_tables(parts)
 
-    def _select(self, schema: Schema, which: str, values: list[Any]) -> list[Row]:
+    def _select(self, schema: Schema[R], which: str, values: list[Any]) -> list[R]:
         names = ", ".join(f'"{name}"' for name in schema.columns)
         rows = []
         for *cells, crc in self._read(f"SELECT {names}, crc FROM {schema.name} {which}", values):
@@ -222,7 +222,7 @@ class Ledger:
             if (problem := mistyped(schema, row) or broken(schema, row)) is not None:
                 raise CorruptFile(f"{self.path}: {problem}, which no run writes")
             rows.append(row)
-        return rows
+        return cast(list[R], rows)
 
     def fact(self, name: str) -> str | None:
         found = self._read("SELECT value FROM facts WHERE name = ?", [name])
@@ -302,7 +302,7 @@ class Ledger:
                 self._write_table(schema, folder, known)
             self._tables_at = time.monotonic()
 
-    def _write_table(self, schema: Schema, folder: Path, known: dict[str, list[str]]) -> None:
+    def _write_table(self, schema: Schema[Any], folder: Path, known: dict[str, list[str]]) -> None:
         path = folder / f"{schema.name}.parquet"
         table, before = self.table(schema), _contents(path, MOST_TABLE_BYTES)
         # Valid until the new table is in its place, which a kill may prevent.

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from tune_kd.records.adaptive_plan import grown
 from tune_kd.records.ledger import reading
 from tune_kd.records.lock import held
-from tune_kd.records.schema import LAYOUT, LEDGER, RUN_NAME, TRIALS, Row, first_row
+from tune_kd.records.schema import LAYOUT, LEDGER, RUN_NAME, TRIALS, TrialRow, first_row
 from tune_kd.records.sqlite_file import too_long
 from tune_kd.records.sync import HOLDER, STUDY, pull, runs as in_store
 from tune_kd.study import record as study_record
@@ -194,9 +194,9 @@ def create(run: Run) -> None:
     point("study.published")
 
 
-def trials(run: Run) -> list[Row]:
+def trials(run: Run) -> list[TrialRow]:
     """Return the rows of the ledger's trials, and those that a driver adds for the rest of the plan."""
-    rows: list[Row] = []
+    rows: list[TrialRow] = []
     if os.path.exists(run.folder / LEDGER):
         with reading(run.folder / LEDGER) as ledger:
             rows = ledger.rows(TRIALS)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from tune_kd.records.schema import PANDAS, SCHEMAS, Row, Schema, typed_columns
+from tune_kd.records.schema import PANDAS, SCHEMAS, Schema, typed_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +23,7 @@ KINDS = typed_columns(
 )
 
 
-def frame(schema: Schema, rows: list[Row]) -> "pd.DataFrame":
+def frame(schema: Schema[Any], rows: Sequence[Mapping[str, Any]]) -> "pd.DataFrame":
     """Return rows as a DataFrame with the schema's types: `string`, `Int64` and `float64`."""
     import pandas as pd
 
@@ -39,7 +39,7 @@ def typed(rows: Sequence[Mapping[str, Any]], names: str) -> "pd.DataFrame":
     return table.astype({name: PANDAS[KINDS.get(name, float)] for name in table.columns})
 
 
-def arrow(schema: Schema, rows: list[Row]) -> "pa.Table":
+def arrow(schema: Schema[Any], rows: Sequence[Mapping[str, Any]]) -> "pa.Table":
     """Return rows as an Arrow table, which pandas reads with the types of `frame`."""
     import pyarrow as pa
 

@@ -17,7 +17,7 @@ from tune_kd.analysis import contrasts, measures, tuned
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.records import adaptive_plan
 from tune_kd.records.reader import Records
-from tune_kd.records.schema import Row
+from tune_kd.records.schema import TrialRow
 from tune_kd.reporting import style
 from tune_kd.reporting.style import Made, MethodStyle, Styles
 from tune_kd.study.arms import SYMBOLS
@@ -195,7 +195,10 @@ def tuning(records: Records, styles: Styles) -> Made:
     found = list(tuned.searches(records))
     settings = list(dict.fromkeys(each.name for _, _, search, _ in found for each in search.ranges))
     ended = [
-        100 * row["val_accuracy_best"] for *_, draws in found for row in draws if row["status"] == Status.COMPLETED
+        100 * (row["val_accuracy_best"] or 0.0)
+        for *_, draws in found
+        for row in draws
+        if row["status"] == Status.COMPLETED
     ]
     if not ended:
         return None
@@ -226,11 +229,11 @@ def tuning(records: Records, styles: Styles) -> Made:
 
 
 def _draws(
-    axes: Axes, setting: str, study: Study, draws: Sequence[Row], floor: float, look: MethodStyle, label: str
+    axes: Axes, setting: str, study: Study, draws: Sequence[TrialRow], floor: float, look: MethodStyle, label: str
 ) -> None:
     """Draw an arm's completed draws over a setting, the best of them filled, and the setting's default."""
 
-    def plot(rows: Sequence[Row], **how: Any) -> None:
+    def plot(rows: Sequence[Mapping[str, Any]], **how: Any) -> None:
         heights = [max(floor, 100 * row["val_accuracy_best"]) for row in rows]
         axes.plot([row[setting] for row in rows], heights, color=look.colour, marker=look.marker, ls="", **how)
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum, auto
 from functools import cached_property
 from typing import Any
@@ -177,14 +177,6 @@ class Outcome:
     peak_memory_bytes: int | None
 
 
-def quality(val_accuracy: float, val_loss: float) -> tuple[float, float]:
-    """Sort key of epochs: the highest validation accuracy, then the lowest validation loss.
-
-    Accuracies are often equal with few validation images, and the first epoch of these would often be an early one.
-    """
-    return val_accuracy, -val_loss
-
-
 @dataclass(frozen=True)
 class Epoch:
     """One epoch of a trial. The last one holds the outcome."""
@@ -203,6 +195,19 @@ class Epoch:
     answer_seconds: float | None = None  # wait for the teacher's logits, not part of `seconds`; None without
     views_answered: int | None = None  # views whose logits the teacher computed; None without logits
     outcome: Outcome | None = None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Epoch":
+        """The epoch in a row of the epochs table, without the outcome."""
+        return cls(**{field.name: row[field.name] for field in fields(cls) if field.name in row})
+
+    @property
+    def quality(self) -> tuple[float, float]:
+        """Sort key of epochs: the highest validation accuracy, then the lowest validation loss.
+
+        Accuracies are often equal with few validation images, and the first epoch of these would often be an early one.
+        """
+        return self.val_accuracy, -self.val_loss
 
 
 @dataclass(frozen=True)
@@ -228,12 +233,16 @@ class Decision:
         return cls(**{name: value for name, value in row.items() if name != "run"})
 
     @property
+    def stops(self) -> bool:
+        return self.action == Action.STOP
+
+    @property
     def words(self) -> str:
         """The comparison as a sentence."""
         beside = "the first there"
         if self.cutoff is not None:
             beside = f"cutoff {100 * self.cutoff:.2f}, rank {self.rank} of {self.peers + 1}"
-        action = "stopped" if self.action == Action.STOP else "goes on"
+        action = "stopped" if self.stops else "goes on"
         return (
             f"{self.arm} at epoch {self.epoch}: {100 * self.metric:.2f} %, {beside} in {self.stratum}; {action}: "
             f"{self.reason.replace('_', ' ')}"
