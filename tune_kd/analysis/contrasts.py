@@ -7,7 +7,7 @@ with planned confirmation seeds; everything else is exploratory and labelled so.
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 import pandas as pd
 
@@ -19,7 +19,7 @@ from tune_kd.study.spec import APPLIES, Confirm
 from tune_kd.study.trial import ENDED, Phase, Role, Status
 from tune_kd.system.errors import UserError
 
-HEADLINE = "test_accuracy_best"
+HEADLINE: Final = "test_accuracy_best"
 ALPHA = 0.05
 ADJUSTED = ["p_holm", "p_equivalence"]
 EARLIER = "as it stood at an earlier look"
@@ -69,13 +69,18 @@ def confirmed_trials(records: Records) -> pd.DataFrame:
     return pd.concat(kept) if kept else trials
 
 
+def completed_trials(records: Records) -> pd.DataFrame:
+    """The completed ones of `confirmed_trials`."""
+    trials = confirmed_trials(records)
+    return trials[trials["status"] == Status.COMPLETED]
+
+
 def confirmed(records: Records) -> pd.DataFrame:
     """The headline accuracy of completed confirmed trials, by run and seed (rows) and arm (columns).
 
     Raises `ValueError` if an arm has a seed twice.
     """
-    ended = confirmed_trials(records)
-    ended = ended[ended["status"] == Status.COMPLETED]
+    ended = completed_trials(records)
     if (twice := ended.duplicated(["run", "arm", "seed"])).any():
         first = ended[twice].iloc[0]
         raise ValueError(
@@ -102,7 +107,7 @@ def arms(records: Records) -> pd.DataFrame:
         note = differing(tried)
         if note:
             known = []
-        elif statuses == {"stopped"}:
+        elif statuses == {Status.STOPPED}:
             note = "stopped in the screen"
         elif not statuses <= set(ENDED):
             note = "not finished"
@@ -249,8 +254,7 @@ def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.Dat
     seed has both levels, else by Welch's test; p values are adjusted by Holm over the rows. The comparison is
     exploratory, so it has no verdict. Raises `UserError` for an unknown column or level.
     """
-    trials = confirmed_trials(records)
-    trials = trials[(trials["status"] == Status.COMPLETED) & trials[HEADLINE].notna()]
+    trials = completed_trials(records).dropna(subset=HEADLINE)
     if factor not in trials:
         raise UserError(
             f"factor is {factor!r}; allowed: a column of the trials, such as {', '.join(CONTEXT[1:])}, method"

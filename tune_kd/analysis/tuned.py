@@ -15,7 +15,7 @@ from tune_kd.study.spec import Study
 from tune_kd.study.trial import Status
 from tune_kd.study.tuning import Choice
 
-ENDS = (Status.COMPLETED, Status.STOPPED, Status.FAILED)
+ENDS: tuple[str, ...] = (Status.COMPLETED, Status.STOPPED, Status.FAILED)
 
 
 def budgets(records: Records) -> pd.DataFrame:

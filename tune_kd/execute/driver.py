@@ -17,7 +17,7 @@ from tune_kd.execute.draws import Draws
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.records import adaptive_plan
 from tune_kd.records.ledger import Ledger
-from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, Row, TrialRow, broken, clean, first_row
+from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, Row, TrialRow, first_row
 from tune_kd.records.sync import Sender
 from tune_kd.study import sampler
 from tune_kd.study.early_stopping import Schedule
@@ -384,4 +384,4 @@ def _unreadable(row: TrialRow, epoch: Row, outcome: Row) -> str | None:
     after: Row = {**row, **outcome, "epochs_run": max(row["epochs_run"], epoch["epoch"])}
     if outcome:
         after["status"] = Status.COMPLETED
-    return broken(EPOCHS, clean(EPOCHS, epoch)) or broken(TRIALS, clean(TRIALS, after))
+    return EPOCHS.broken(EPOCHS.clean(epoch)) or TRIALS.broken(TRIALS.clean(after))

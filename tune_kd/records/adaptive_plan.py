@@ -68,9 +68,7 @@ def left(tuning: Tuning, theirs: Sequence[TrialRow]) -> int:
 
 def _epochs(row: TrialRow) -> int:
     """Return the epochs that a draw costs: the planned ones until it ends, then those it began."""
-    if row["status"] in UNENDED:
-        return row["epochs_planned"]
-    return row["epochs_run"] + (row["status"] == Status.FAILED)
+    return row["epochs_planned"] if row["status"] in UNENDED else row["epochs_run"] + (row["status"] == Status.FAILED)
 
 
 def best(tuning: Tuning, theirs: Sequence[TrialRow]) -> TrialRow | None:

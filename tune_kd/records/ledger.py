@@ -15,20 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from tune_kd.records.schema import (
-    COMMITS,
-    DIGESTS,
-    EPOCHS,
-    MOST_LEDGER_BYTES,
-    MOST_TABLE_BYTES,
-    SCHEMAS,
-    TIMING,
-    R,
-    Schema,
-    broken,
-    clean,
-    mistyped,
-)
+from tune_kd.records.schema import COMMITS, DIGESTS, EPOCHS, MOST_LEDGER_BYTES, MOST_TABLE_BYTES, SCHEMAS, R, Schema
 from tune_kd.records.sqlite_file import VERSIONS, versions
 from tune_kd.records.tables import PART, arrow, to_parquet
 from tune_kd.system.crash_points import point
@@ -176,8 +163,8 @@ class Ledger:
             with self.transaction():
                 self.put(schema, row)
             return
-        cleaned = clean(schema, row)
-        if (problem := broken(schema, cleaned)) is not None:
+        cleaned = schema.clean(row)
+        if (problem := schema.broken(cleaned)) is not None:
             raise ValueError(f"{problem} (a row of trial {cleaned['trial_id']})")
         names = [*cleaned, "crc"]
         updates = ", ".join(f'"{name}" = excluded."{name}"' for name in names)
@@ -188,14 +175,14 @@ class Ledger:
         self._writes.append((statement, [*cleaned.values(), _crc(cleaned)]))
 
     def add_epoch(self, row: Mapping[str, Any]) -> Literal["new", "same", "different"]:
-        """Insert an epoch; if it exists, return whether the two agree in all but `TIMING`."""
-        cleaned = clean(EPOCHS, row)
+        """Insert an epoch; if it exists, return whether the two agree in all but their timing."""
+        cleaned = EPOCHS.clean(row)
         where = " AND ".join(f"{name} = ?" for name in EPOCHS.key)
         known = self._select(EPOCHS, f"WHERE {where}", [cleaned[name] for name in EPOCHS.key])
         if not known:
             self.put(EPOCHS, cleaned)
             return "new"
-        agrees = all(known[0][name] == value for name, value in cleaned.items() if name not in TIMING)
+        agrees = all(known[0][name] == value for name, value in cleaned.items() if name not in EPOCHS.timing)
         return "same" if agrees else "different"
 
     def rows(self, schema: Schema[R]) -> list[R]:
@@ -219,7 +206,7 @@ class Ledger:
             if any(isinstance(cell, bytes) for cell in cells) or _crc(row) != crc:
                 key = ", ".join(f"{name}={row[name]!r}" for name in schema.key)
                 raise CorruptFile(f"{self.path}: the row {key} of {schema.name} was altered since it was written")
-            if (problem := mistyped(schema, row) or broken(schema, row)) is not None:
+            if (problem := schema.mistyped(row) or schema.broken(row)) is not None:
                 raise CorruptFile(f"{self.path}: {problem}, which no run writes")
             rows.append(row)
         return cast(list[R], rows)

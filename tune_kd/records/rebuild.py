@@ -131,8 +131,8 @@ def _consistent(run: Run, records: Records) -> dict[str, Sequence[Mapping[str, A
             f"{run.folder}: the tables hold trials that are not in the plan: {', '.join(sorted(strange))}"
         )
     of_trial: dict[str, list[Epoch]] = {}
-    for row in epochs:
-        of_trial.setdefault(row["trial_id"], []).append(Epoch.of(row))
+    for each in epochs:
+        of_trial.setdefault(each["trial_id"], []).append(Epoch.of(each))
     for place, row in enumerate(trials):
         theirs = sorted(of_trial.get(row["trial_id"], []), key=lambda each: each.epoch)
         underived = row["status"] in (Status.STOPPED, Status.BLOCKED) and not theirs  # a driver decides again

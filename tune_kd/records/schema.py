@@ -32,15 +32,59 @@ class Schema(Generic[R]):
     fractions: tuple[str, ...] = ()  # from 0 to 1
     free: tuple[str, ...] = ()  # text that may have control characters, such as line breaks
     only_completed: tuple[str, ...] = ()  # null unless `status` is completed
+    timing: tuple[str, ...] = ()  # in which a row that is computed again may differ
 
     @property
     def names(self) -> list[str]:
         """The text columns that must not have control characters."""
         return [name for name, kind in self.columns.items() if kind is str and name not in self.free]
 
+    def clean(self, row: Mapping[str, Any]) -> Row:
+        """Return the row in the schema's order and types. Numbers that are not finite become None."""
+        unknown = set(row) - set(self.columns)
+        assert not unknown, f"{self.name} has no column {sorted(unknown)}"
+        cleaned: Row = {}
+        for name, kind in self.columns.items():
+            value = row.get(name)
+            if value is None or (isinstance(value, float) and not math.isfinite(value)):
+                cleaned[name] = None
+            else:  # SQLite drops the sign of zero, and a row's checksum must not depend on it
+                cleaned[name] = float(value) + 0.0 if kind is float else kind(value)
+                if kind is str:  # a path may hold bytes that SQLite and Parquet refuse as text
+                    cleaned[name] = cleaned[name].encode(errors="backslashreplace").decode()
+        return cleaned
 
-def typed_columns(kind: type, names: str) -> dict[str, type]:
-    return dict.fromkeys(names.split(), kind)
+    def broken(self, row: Mapping[str, Any]) -> str | None:
+        """Return the first rule that a row breaks, as a sentence; None if it breaks none.
+
+        `reader.check` applies the same rules to whole tables.
+        """
+        for name in (*self.key, *self.needed):
+            if row[name] is None:
+                return f"{self.name}.{name} is null; allowed: a value"
+        for name, levels in self.levels.items():
+            if row[name] is not None and row[name] not in levels:
+                return f"{self.name}.{name} is {row[name]!r}; allowed: null, {', '.join(levels)}"
+        for name in self.names:
+            if row[name] is not None and CONTROL.search(row[name]):
+                return f"{self.name}.{name} is {row[name]!r}; allowed: text without control characters"
+        for name in self.fractions:
+            if row[name] is not None and not 0 <= row[name] <= 1:
+                return f"{self.name}.{name} is {row[name]}; allowed: null, or from 0 to 1"
+        for name in self.only_completed:
+            if row[name] is not None and row["status"] != Status.COMPLETED:
+                return f"{self.name}.{name} is {row[name]} while status is {row['status']}; allowed: null"
+        ran, planned = row.get("epochs_run"), row.get("epochs_planned")
+        if ran is not None and planned is not None and row["status"] == Status.COMPLETED and ran < planned:
+            return f"{self.name}.status is completed after {ran} of {planned} epochs; allowed: after all"
+        return None
+
+    def mistyped(self, row: Row) -> str | None:
+        """Return the first value that is not of its column's type or not finite, as a sentence; `None` without one."""
+        for (name, kind), value in zip(self.columns.items(), row.values(), strict=True):
+            if value is not None and (type(value) is not kind or (kind is float and not math.isfinite(value))):
+                return f"{self.name}.{name} is {value!r:.60}"
+        return None
 
 
 def columns_of(row: type) -> dict[str, type]:
@@ -120,6 +164,7 @@ EPOCHS: Schema[Row] = Schema(
     ("run", "trial_id", "epoch"),
     optional=("answer_seconds", "views_answered"),
     fractions=("val_accuracy", "train_accuracy"),
+    timing=("attempt", "seconds", "images_per_second", "answer_seconds", "views_answered"),
 )
 
 DECISIONS: Schema[Row] = Schema(
@@ -135,76 +180,18 @@ SCHEMAS: tuple[Schema[Any], ...] = (TRIALS, DECISIONS, EPOCHS)
 """The order in which tables are written. They are read in reverse, so that every epoch has its trial and its decision,
 also if a kill or a reader in between finds tables of different ages."""
 
-# Columns in which an epoch that is computed again may differ.
-TIMING = ("attempt", "seconds", "images_per_second", "answer_seconds", "views_answered")
-
-
-def clean(schema: Schema[Any], row: Mapping[str, Any]) -> Row:
-    """Return the row in the schema's order and types. Numbers that are not finite become None."""
-    unknown = set(row) - set(schema.columns)
-    assert not unknown, f"{schema.name} has no column {sorted(unknown)}"
-    cleaned: Row = {}
-    for name, kind in schema.columns.items():
-        value = row.get(name)
-        if value is None or (isinstance(value, float) and not math.isfinite(value)):
-            cleaned[name] = None
-        else:  # SQLite drops the sign of zero, and a row's checksum must not depend on it
-            cleaned[name] = float(value) + 0.0 if kind is float else kind(value)
-            if kind is str:  # a path may hold bytes that SQLite and Parquet refuse as text
-                cleaned[name] = cleaned[name].encode(errors="backslashreplace").decode()
-    return cleaned
-
-
-def broken(schema: Schema[Any], row: Mapping[str, Any]) -> str | None:
-    """Return the first rule that a row breaks, as a sentence; None if it breaks none.
-
-    `reader.check` applies the same rules to whole tables.
-    """
-    for name in (*schema.key, *schema.needed):
-        if row[name] is None:
-            return f"{schema.name}.{name} is null; allowed: a value"
-    for name, levels in schema.levels.items():
-        if row[name] is not None and row[name] not in levels:
-            return f"{schema.name}.{name} is {row[name]!r}; allowed: null, {', '.join(levels)}"
-    for name in schema.names:
-        if row[name] is not None and CONTROL.search(row[name]):
-            return f"{schema.name}.{name} is {row[name]!r}; allowed: text without control characters"
-    for name in schema.fractions:
-        if row[name] is not None and not 0 <= row[name] <= 1:
-            return f"{schema.name}.{name} is {row[name]}; allowed: null, or from 0 to 1"
-    for name in schema.only_completed:
-        if row[name] is not None and row["status"] != Status.COMPLETED:
-            return f"{schema.name}.{name} is {row[name]} while status is {row['status']}; allowed: null"
-    ran, planned = row.get("epochs_run"), row.get("epochs_planned")
-    if ran is not None and planned is not None and row["status"] == Status.COMPLETED and ran < planned:
-        return f"{schema.name}.status is completed after {ran} of {planned} epochs; allowed: after all"
-    return None
-
-
-def mistyped(schema: Schema[Any], row: Row) -> str | None:
-    """Return the first value that is not of its column's type, or not finite, as a sentence; None if there is none."""
-    for (name, kind), value in zip(schema.columns.items(), row.values(), strict=True):
-        if value is not None and (type(value) is not kind or (isinstance(value, float) and not math.isfinite(value))):
-            return f"{schema.name}.{name} is {value!r:.60}"
-    return None
-
 
 def first_row(run: str, trial: Trial) -> TrialRow:
     """Return the row of a trial that has not started, with None for what is not known yet."""
-    student = trial.role == Role.STUDENT
-    known = asdict(trial.recipe) | asdict(trial.cell) | ({} if student else {"student": None, "method": None})
+    known = vars(trial) | asdict(trial.recipe) | asdict(trial.cell)
+    if trial.role == Role.TEACHER:
+        known |= {"student": None, "method": None, "teacher_id": trial.trial_id}
     known |= {
         "run": run,
         "trial_id": trial.trial_id,
-        "arm": trial.arm,
-        "phase": trial.phase,
         "role": trial.role,
-        "teacher_id": trial.teacher_id if student else trial.trial_id,
-        "seed": trial.seed,
         "recipe_id": trial.recipe_id,
         "dataset": trial.data.name,
-        "data_digest": trial.data_digest,
-        "scale": trial.scale,
         "status": Status.PENDING,
         "epochs_planned": trial.recipe.epochs,
         "epochs_run": 0,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from tune_kd.records.schema import PANDAS, SCHEMAS, Schema, typed_columns
+from tune_kd.records.schema import PANDAS, SCHEMAS, Schema
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 PART = 2000  # rows that are converted at a time
 # Columns of results that are text, and counts. The others are measures.
-KINDS = typed_columns(
-    str,
+TEXTS = (
     "run arm role note what contrast kind verdict words context how against setting value host stratum phase method "
-    "status student teacher stem weights",
-) | typed_columns(
-    int,
-    "draws completed failed epochs best_draw n planned tried trials stopped n_treated n_control pairs_needed epoch "
-    "slot seed rung",
+    "status student teacher stem weights"
 )
+COUNTS = (
+    "draws completed failed epochs best_draw n planned tried trials stopped n_treated n_control pairs_needed epoch "
+    "slot seed rung"
+)
+KINDS = dict.fromkeys(TEXTS.split(), str) | dict.fromkeys(COUNTS.split(), int)
 
 
 def frame(schema: Schema[Any], rows: Sequence[Mapping[str, Any]]) -> "pd.DataFrame":

@@ -78,8 +78,7 @@ def _contrast(axes: Axes, place: int, row: Mapping[Any, Any], look: MethodStyle)
 
 def curves(records: Records, styles: Styles) -> Made:
     """Validation accuracy over epochs: mean and standard deviation of each arm over confirmed seeds."""
-    trials = contrasts.confirmed_trials(records)
-    trials = trials[trials["status"] == Status.COMPLETED]
+    trials = contrasts.completed_trials(records)
     trials = trials.assign(stem=trials["stem"].fillna(""), method=trials["method"].map(str))
     rows = trials[["run", "trial_id", "arm", "stem", "method"]].merge(records.epochs, on=["run", "trial_id"])
     if rows.empty:
@@ -194,14 +193,10 @@ def tuning(records: Records, styles: Styles) -> Made:
     """Validation accuracy of the draws over each setting: where an arm is best, and how sharply."""
     found = list(tuned.searches(records))
     settings = list(dict.fromkeys(each.name for _, _, search, _ in found for each in search.ranges))
-    ended = [
-        100 * (row["val_accuracy_best"] or 0.0)
-        for *_, draws in found
-        for row in draws
-        if row["status"] == Status.COMPLETED
-    ]
-    if not ended:
+    completed = [row for *_, draws in found for row in draws if row["status"] == Status.COMPLETED]
+    if not completed:
         return None
+    ended = [100 * (row["val_accuracy_best"] or 0.0) for row in completed]
     floor = max(ended) - 4 * max(0.25, max(ended) - float(np.median(ended)))  # what lies below is drawn at the edge
     methods = [str(draws[0]["method"]) for *_, draws in found]
     looks = [styles[method] for method in methods]

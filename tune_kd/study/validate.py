@@ -4,21 +4,10 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tune_kd.study.rules import LEVELS_LIMIT, MOST_SEEDS, MOST_TRIALS, SEED, TRIALS_LIMIT, broken, rules_of
-from tune_kd.study.spec import (
-    APPLIES,
-    CELL_FIELDS,
-    METHOD_NAMES,
-    NUMERIC,
-    TUNABLE,
-    Cell,
-    Compare,
-    Level,
-    Recipe,
-    Screen,
-    Study,
-)
+from tune_kd.study.spec import APPLIES, CELL_FIELDS, METHOD_NAMES, NUMERIC, TUNABLE, Cell, Level, Recipe, Screen, Study
 from tune_kd.study.tuning import Choice, Integer, Range, Tuning, number
 from tune_kd.system.errors import raise_problems
 
@@ -133,7 +122,7 @@ def _contrast_problems(study: Study) -> Iterator[str]:
     varied = [factor.name for factor in study.factors]
     for position, contrast in enumerate(study.contrasts):
         what, before = f"{contrast.factor} {contrast.treated!r}", study.contrasts[:position]
-        if contrast in before or Compare(contrast.factor, contrast.against, contrast.treated) in before:
+        if contrast in before or replace(contrast, treated=contrast.against, against=contrast.treated) in before:
             yield (f"contrasts compares {what} with {contrast.against!r} more than once; allowed: once, and in one "
                    "direction: each counts as a test")  # fmt: skip
         if contrast.factor not in varied:
