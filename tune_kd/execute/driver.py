@@ -17,12 +17,12 @@ from tune_kd.execute.draws import Draws
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.records import adaptive_plan
 from tune_kd.records.ledger import Ledger
-from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, Row, TrialRow, first_row
+from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, TrialRow, first_row
 from tune_kd.records.sync import Sender
 from tune_kd.study import sampler
 from tune_kd.study.early_stopping import Schedule
 from tune_kd.study.plan import Plan
-from tune_kd.study.trial import ENDED, UNSUCCESSFUL, Decision, Epoch, Phase, Role, Status, StopReason, Trial
+from tune_kd.study.trial import ENDED, UNSUCCESSFUL, Decision, Epoch, Phase, Role, Row, Status, StopReason, Trial
 from tune_kd.system.crash_points import point
 from tune_kd.system.object_store import Mirror
 from tune_kd.system.secrets import masked
@@ -146,8 +146,7 @@ class Driver:
         if row["status"] != Status.RUNNING:
             return False  # the trial was ended while this report was on its way
         reported = {"run": self.run, "trial_id": trial_id, "attempt": row["attempts"], **asdict(epoch)}
-        measured = reported.pop("outcome") or {}
-        outcome = {name: value for name, value in measured.items() if name in row}
+        outcome = reported.pop("outcome") or {}
         if (problem := _unreadable(row, reported, outcome)) is not None:
             self._refuse(trial, problem)
             return False
@@ -381,7 +380,7 @@ def _ending(trial: Trial, row: TrialRow) -> str:
 
 def _unreadable(row: TrialRow, epoch: Row, outcome: Row) -> str | None:
     """Return the rule of the schema that an epoch, or its trial's row after it, would violate; None if none."""
-    after: Row = {**row, **outcome, "epochs_run": max(row["epochs_run"], epoch["epoch"])}
+    after = {**row, **outcome, "epochs_run": max(row["epochs_run"], epoch["epoch"])}
     if outcome:
         after["status"] = Status.COMPLETED
     return EPOCHS.broken(EPOCHS.clean(epoch)) or TRIALS.broken(TRIALS.clean(after))

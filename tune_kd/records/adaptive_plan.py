@@ -7,7 +7,7 @@ from typing import Any
 from tune_kd.records.schema import TrialRow, first_row
 from tune_kd.study.plan import Plan, Search
 from tune_kd.study.spec import CELL_FIELDS
-from tune_kd.study.trial import UNENDED, Phase, Role, Status, Trial
+from tune_kd.study.trial import UNENDED, Phase, Role, Row, Status, Trial
 from tune_kd.study.tuning import Tuning
 
 Draw = Callable[..., dict[str, float]]  # `tune_kd.study.sampler.draw`
@@ -44,7 +44,7 @@ def confirmed(planned: Plan, search: Search, best: TrialRow) -> list[Trial]:
     return [replace(_with(trial, values(search, best)), arm=search.tuned) for trial in defaults]
 
 
-def values(search: Search, row: Mapping[str, Any]) -> dict[str, float]:
+def values(search: Search, row: Row) -> dict[str, float]:
     """Return the drawn values by the names of their ranges."""
     return {each.name: row[each.name] for each in search.ranges}
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tune_kd.records.schema import TRIALS
 from tune_kd.study.arms import level_name
 from tune_kd.study.trial import Phase, Role, Status
 from tune_kd.system.errors import raise_problems
@@ -12,7 +11,7 @@ from tune_kd.system.errors import raise_problems
 if TYPE_CHECKING:
     import pandas as pd
 
-PHASES = TRIALS.levels["phase"]
+PHASES = tuple(Phase)
 LEVELS = ("student", "teacher", "stem", "weights", "width", "method", "temperature", "alpha", "beta")
 # Part of an arm's name if arms would mix otherwise.
 CONDITIONS = ("lr", "weight_decay", "recipe_id", "dataset", "scale", "epochs_planned")

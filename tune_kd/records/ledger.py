@@ -10,7 +10,7 @@ import os
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from tune_kd.records.schema import COMMITS, DIGESTS, EPOCHS, MOST_LEDGER_BYTES, MOST_TABLE_BYTES, SCHEMAS, R, Schema
 from tune_kd.records.sqlite_file import VERSIONS, versions
 from tune_kd.records.tables import PART, arrow, to_parquet
+from tune_kd.study.trial import Row
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import CorruptFile, UnexpectedFile
 from tune_kd.system.files import MOST_RECORD_BYTES, check_regular, patiently, publish, read, sealed, unsealed, write_at
@@ -40,7 +41,7 @@ MOST_CELL_BYTES = 2**24
 TABLES_APART = 0.5  # least seconds between two writes of the tables
 
 
-def _crc(row: Mapping[str, Any]) -> int:
+def _crc(row: Row) -> int:
     return zlib.crc32(json.dumps(list(row.values())).encode())
 
 
@@ -157,7 +158,7 @@ class Ledger:
                 self._connection.execute("ROLLBACK")
             raise
 
-    def put(self, schema: Schema[Any], row: Mapping[str, Any]) -> None:
+    def put(self, schema: Schema[Any], row: Row) -> None:
         """Insert a row, or replace the one with its key. Raises `ValueError` for a row that breaks a rule."""
         if self._writes is None:
             with self.transaction():
@@ -174,7 +175,7 @@ class Ledger:
         )
         self._writes.append((statement, [*cleaned.values(), _crc(cleaned)]))
 
-    def add_epoch(self, row: Mapping[str, Any]) -> Literal["new", "same", "different"]:
+    def add_epoch(self, row: Row) -> Literal["new", "same", "different"]:
         """Insert an epoch; if it exists, return whether the two agree in all but their timing."""
         cleaned = EPOCHS.clean(row)
         where = " AND ".join(f"{name} = ?" for name in EPOCHS.key)

@@ -310,5 +310,4 @@ def _strays(trials: pd.DataFrame, epochs: pd.DataFrame) -> Iterator[str]:
 def rows(schema: Schema[R], table: pd.DataFrame) -> list[R]:
     """Return a table's rows as the ledger does: plain values, and None for null."""
     plain = table.astype(object).where(table.notna(), None)
-    found = (dict(zip(schema.columns, values, strict=True)) for values in plain.itertuples(index=False, name=None))
-    return cast(list[R], list(found))
+    return cast(list[R], plain[list(schema.columns)].to_dict("records"))

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from tune_kd.records.adaptive_plan import grown
 from tune_kd.records.ledger import ASIDE, Ledger, commits, damage, reading
 from tune_kd.records.reader import Records, load, rows, without_advice
 from tune_kd.records.run_folder import Run
 from tune_kd.records.schema import COMMITS, DECISIONS, EPOCHS, LEDGER, SCHEMAS, TRIALS, TrialRow, first_row
-from tune_kd.study.trial import Epoch, Status
+from tune_kd.study.trial import Epoch, Row, Status
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import CorruptFile, UserError
 from tune_kd.system.files import sync
@@ -101,7 +101,7 @@ def set_aside(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{LEDGER}.damaged-*"))
 
 
-def _make(run: Run, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def _make(run: Run, rows: Mapping[str, Sequence[Row]]) -> None:
     """Write a ledger of these rows in a folder of its own, so that a kill never leaves part of one."""
     aside = run.folder / REBUILT
     shutil.rmtree(aside, ignore_errors=True)
@@ -122,7 +122,7 @@ def _put(run: Run) -> None:
     shutil.rmtree(run.folder / REBUILT)
 
 
-def _consistent(run: Run, records: Records) -> dict[str, Sequence[Mapping[str, Any]]]:
+def _consistent(run: Run, records: Records) -> dict[str, Sequence[Row]]:
     """Return the tables' rows so that they fit each other and the plan: a kill may leave tables of different ages."""
     trials, epochs = rows(TRIALS, records.trials), rows(EPOCHS, records.epochs)
     planned = {trial.trial_id: trial for trial in grown(run.plan, trials).trials}

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypedDict, TypeVar, cast, get_args, get_type_hints
 
-from tune_kd.study.trial import Action, Decision, Epoch, Phase, Role, Status, StopReason, Trial
+from tune_kd.study.trial import Action, Decision, Epoch, Phase, Role, Row, Status, StopReason, Trial
 from tune_kd.system.characters import CONTROL
 
-Row = dict[str, Any]  # of any table
-R = TypeVar("R", bound=Mapping[str, Any])
+R = TypeVar("R", bound=Row)
 PANDAS = {str: "string", int: "Int64", float: "float64"}
 LAYOUT = 2  # version of a run's folder; from 2 on it has digests of the tables
 LEDGER = "ledger.sqlite"  # in a run's folder
@@ -39,22 +38,22 @@ class Schema(Generic[R]):
         """The text columns that must not have control characters."""
         return [name for name, kind in self.columns.items() if kind is str and name not in self.free]
 
-    def clean(self, row: Mapping[str, Any]) -> Row:
+    def clean(self, row: Row) -> dict[str, Any]:
         """Return the row in the schema's order and types. Numbers that are not finite become None."""
         unknown = set(row) - set(self.columns)
         assert not unknown, f"{self.name} has no column {sorted(unknown)}"
-        cleaned: Row = {}
+        cleaned: dict[str, Any] = {}
         for name, kind in self.columns.items():
             value = row.get(name)
             if value is None or (isinstance(value, float) and not math.isfinite(value)):
                 cleaned[name] = None
+            elif kind is str:  # a path may hold bytes that SQLite and Parquet refuse as text
+                cleaned[name] = str(value).encode(errors="backslashreplace").decode()
             else:  # SQLite drops the sign of zero, and a row's checksum must not depend on it
-                cleaned[name] = float(value) + 0.0 if kind is float else kind(value)
-                if kind is str:  # a path may hold bytes that SQLite and Parquet refuse as text
-                    cleaned[name] = cleaned[name].encode(errors="backslashreplace").decode()
+                cleaned[name] = kind(value) + 0
         return cleaned
 
-    def broken(self, row: Mapping[str, Any]) -> str | None:
+    def broken(self, row: Row) -> str | None:
         """Return the first rule that a row breaks, as a sentence; None if it breaks none.
 
         `reader.check` applies the same rules to whole tables.
@@ -82,7 +81,8 @@ class Schema(Generic[R]):
     def mistyped(self, row: Row) -> str | None:
         """Return the first value that is not of its column's type or not finite, as a sentence; `None` without one."""
         for (name, kind), value in zip(self.columns.items(), row.values(), strict=True):
-            if value is not None and (type(value) is not kind or (kind is float and not math.isfinite(value))):
+            finite = not isinstance(value, float) or math.isfinite(value)
+            if value is not None and (type(value) is not kind or not finite):
                 return f"{self.name}.{name} is {value!r:.60}"
         return None
 

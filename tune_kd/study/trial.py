@@ -11,6 +11,8 @@ from typing import Any
 from tune_kd.study.spec import Cell, Data, Recipe
 from tune_kd.study.tuning import number
 
+Row = Mapping[str, Any]  # of a table
+
 
 class Phase(StrEnum):
     """The part of a study that a trial belongs to, in the order in which they run."""
@@ -197,7 +199,7 @@ class Epoch:
     outcome: Outcome | None = None
 
     @classmethod
-    def of(cls, row: Mapping[str, Any]) -> "Epoch":
+    def of(cls, row: Row) -> "Epoch":
         """The epoch in a row of the epochs table, without the outcome."""
         return cls(**{field.name: row[field.name] for field in fields(cls) if field.name in row})
 
@@ -228,7 +230,7 @@ class Decision:
     reason: DecisionReason
 
     @classmethod
-    def of(cls, row: Mapping[str, Any]) -> "Decision":
+    def of(cls, row: Row) -> "Decision":
         """The decision in a row of the decisions table."""
         return cls(**{name: value for name, value in row.items() if name != "run"})
 
