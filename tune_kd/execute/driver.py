@@ -203,7 +203,7 @@ class Driver:
                 self._ledger.put(TRIALS, row)
             else:
                 blocked = failure.reason == StopReason.TEACHER_FAILED and trial.role == Role.STUDENT
-                reason = failure.reason if isinstance(failure.reason, StopReason) else StopReason.ERROR  # `lost`
+                reason = StopReason.ERROR if failure.reason == "lost" else StopReason(failure.reason)
                 self._end(trial, Status.BLOCKED if blocked else Status.FAILED, reason)
         self._committed(trial)
         return again
