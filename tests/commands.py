@@ -18,7 +18,7 @@ from tune_kd.data import datasets
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.worker import Workplace
 from tune_kd.records.ledger import Ledger
-from tune_kd.records.schema import EPOCHS, TIMING
+from tune_kd.records.schema import EPOCHS
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
 
@@ -27,7 +27,7 @@ FREE = ["run", "train_seconds", "wall_seconds", "gpu_fraction", "peak_memory_byt
         "started"]  # fmt: skip
 
 
-EPOCH_FREE = ["run", *TIMING]  # which of several students asked a teacher for a view first is chance, too
+EPOCH_FREE = ["run", *EPOCHS.timing]  # which of several students asked a teacher for a view first is chance, too
 
 
 def driver(study: Study, folder: Path, **options: Any) -> tuple[Driver, Workplace]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tune_kd.data.datasets import DataSet
-from tune_kd.records.schema import TIMING
+from tune_kd.records.schema import EPOCHS
 from tune_kd.study.spec import Cell, Data, Recipe
 from tune_kd.study.trial import Epoch, Trial
 from tune_kd.training.checkpoints import Checkpoints
@@ -15,7 +15,7 @@ from tune_kd.training.loop import train
 from tune_kd.training.teachers import Teacher
 
 CPU = torch.device("cpu")
-TIMES = (*TIMING, "peak_memory_bytes")
+TIMES = (*EPOCHS.timing, "peak_memory_bytes")
 
 
 def trial(method: str, seed: int = 1, teacher_id: str | None = None, **cell: Any) -> Trial:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from tune_kd.records import tables
 from tune_kd.records.ledger import Ledger, damage, reading
 from tune_kd.records.reader import check
-from tune_kd.records.schema import DECISIONS, EPOCHS, SCHEMAS, TRIALS, Schema, broken, clean
+from tune_kd.records.schema import DECISIONS, EPOCHS, SCHEMAS, TRIALS, Schema
 from tune_kd.records.tables import arrow, frame, to_parquet
 from tune_kd.system.characters import CONTROL
 from tune_kd.system.errors import CorruptFile
@@ -51,7 +51,7 @@ def epoch(number: int, **values: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.name)
-def test_tables_begin_with_the_columns_of_the_contract_in_their_types(schema: Schema) -> None:
+def test_tables_begin_with_the_columns_of_the_contract_in_their_types(schema: Schema[Any]) -> None:
     names = CONTRACT[schema.name].split()
     assert list(schema.columns)[: len(names)] == names
     read = pq.read_schema(pa.BufferReader(to_parquet(arrow(schema, []))))
@@ -97,7 +97,7 @@ def test_rows_come_back_from_the_ledger_as_they_were(ledger: Ledger, row: dict[s
     assert ledger.rows(TRIALS) == [row]
 
 
-def near_the_rules(schema: Schema) -> st.SearchStrategy[dict[str, Any]]:
+def near_the_rules(schema: Schema[Any]) -> st.SearchStrategy[dict[str, Any]]:
     """Rows that break rules of a schema, or just do not."""
     some: dict[str, st.SearchStrategy[Any]] = {}
     for name, kind in schema.columns.items():
@@ -115,7 +115,7 @@ def near_the_rules(schema: Schema) -> st.SearchStrategy[dict[str, Any]]:
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.name)
 @given(data=st.data())
 def test_a_row_is_refused_when_written_if_and_only_if_readers_would_refuse_it(
-    schema: Schema, data: st.DataObject
+    schema: Schema[Any], data: st.DataObject
 ) -> None:
     row = data.draw(near_the_rules(schema))
     if data.draw(st.booleans()):  # else hardly any is good
@@ -128,7 +128,7 @@ def test_a_row_is_refused_when_written_if_and_only_if_readers_would_refuse_it(
     if name := data.draw(st.none() | st.sampled_from([name for name, kind in schema.columns.items() if kind is str])):
         row[name] = data.draw(st.sampled_from(["two\nlines", "\x1b[2J", "\x9b2J", "\u202etxt"]))
     _, problems = check(schema, frame(schema, [row]))
-    assert (broken(schema, row) is None) == (problems == []), (broken(schema, row), problems)
+    assert (schema.broken(row) is None) == (problems == []), (schema.broken(row), problems)
 
 
 def test_the_text_of_an_error_may_have_lines_and_colours_and_a_name_may_not(ledger: Ledger) -> None:
@@ -146,7 +146,7 @@ def test_a_row_that_no_reader_would_take_is_not_written(ledger: Ledger) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_not_finite_is_null(value: float) -> None:
-    assert clean(EPOCHS, epoch(1, loss_kd=value))["loss_kd"] is None
+    assert EPOCHS.clean(epoch(1, loss_kd=value))["loss_kd"] is None
 
 
 def test_pandas_reads_counts_as_integers_although_some_are_null(ledger: Ledger, tmp_path: Path) -> None:

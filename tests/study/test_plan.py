@@ -57,7 +57,8 @@ def test_controls_and_what_contrasts_refer_to_are_immune() -> None:
 
 def test_contrasts_are_every_comparison_in_every_stem_and_how_it_changes_with_the_stem() -> None:
     contrasts = {contrast.name: dict(contrast.weights) for contrast in plan(SCALES["paper"]()).contrasts}
-    assert len(contrasts) == 7 * 2 + 7
+    assert len(contrasts) == 1 + 7 * 2 + 7
+    assert contrasts["none: cifar - imagenet"] == {"cifar/none": 1, "imagenet/none": -1}
     assert contrasts["cifar: logit - none"] == {"cifar/logit/T=4": 1, "cifar/none": -1}
     assert contrasts["imagenet: T=16 - T=4"] == {"imagenet/logit/T=16": 1, "imagenet/logit/T=4": -1}
     assert contrasts["(logit - feature): cifar - imagenet"] == {
@@ -68,6 +69,33 @@ def test_contrasts_are_every_comparison_in_every_stem_and_how_it_changes_with_th
     }
 
 
+def test_the_questions_of_the_study_are_its_primary_family() -> None:
+    declared = plan(SCALES["paper"]()).contrasts
+    assert [each.name for each in declared if each.family == "primary"] == [
+        "none: cifar - imagenet",
+        "imagenet: logit - none",
+        "cifar: logit - none",
+        "imagenet: feature - none",
+        "cifar: feature - none",
+        "(logit - none): cifar - imagenet",
+    ]
+
+
+def test_a_comparison_can_be_held_at_a_level_and_have_no_moderation() -> None:
+    held = Compare("method", "logit", "none", where={"stem": "cifar", "temperature": 2.0}, moderation=None)
+    declared = plan(replace(SCALES["paper"](), contrasts=(held,), moderator=None)).contrasts
+    assert [(each.name, dict(each.weights)) for each in declared] == [
+        ("cifar/T=2: logit - none", {"cifar/logit/T=2": 1, "cifar/none": -1})
+    ]
+    everywhere = replace(
+        SCALES["paper"](), contrasts=(Compare("method", "logit", "none", moderation=None), TEMPERATURE)
+    )
+    assert [each.name for each in plan(everywhere).contrasts if each.kind == "moderation"] == [
+        "(T=1 - T=4): cifar - imagenet"
+    ]
+
+
+TEMPERATURE = Compare("temperature", 1.0, 4.0)
 BETA = Factor("beta", (0.0, 1.0))
 PAIR = Factor("method", ("none", "logit"))
 THREE = Factor("temperature", (1.0, 2.0, 4.0))

@@ -828,7 +828,7 @@ def test_a_ledger_with_commands_for_a_terminal_is_shown_without_them(
     ledger = records.Ledger(folder / schema.LEDGER)
     row, other = ledger.rows(schema.TRIALS)[-2:]
     ended = dict.fromkeys(schema.TRIALS.only_completed) | {"status": "failed", "error": f"{COMMANDS}\nred"}
-    monkeypatch.setattr(records, "broken", lambda *_: None)  # a stranger's ledger was not written by `put`
+    monkeypatch.setattr(schema.Schema, "broken", lambda *_: None)  # a stranger's ledger was not written by `put`
     ledger.put(schema.TRIALS, row | ended)
     for refused in (False, True):
         if refused:

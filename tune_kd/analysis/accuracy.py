@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 import pandas as pd
 
@@ -12,9 +12,7 @@ from tune_kd.records.tables import typed
 from tune_kd.study.spec import Confirm
 from tune_kd.study.trial import ENDED, Phase, Role, Status
 
-HEADLINE = "test_accuracy_best"
-
-
+HEADLINE: Final = "test_accuracy_best"
 COMPARABLE = ("epochs_planned", "dataset", "data_digest", "scale", "recipe_id")  # equal in arms that are compared
 CONTEXT = ("run", "student", "teacher", "stem", "weights", "width")  # arms of one context differ in other settings
 
@@ -57,13 +55,18 @@ def confirmed_trials(records: Records) -> pd.DataFrame:
     return pd.concat(kept) if kept else trials
 
 
+def completed_trials(records: Records) -> pd.DataFrame:
+    """The completed ones of `confirmed_trials`."""
+    trials = confirmed_trials(records)
+    return trials[trials["status"] == Status.COMPLETED]
+
+
 def confirmed(records: Records) -> pd.DataFrame:
     """The headline accuracy of completed confirmed trials, by run and seed (rows) and arm (columns).
 
     Raises `ValueError` if an arm has a seed twice.
     """
-    ended = confirmed_trials(records)
-    ended = ended[ended["status"] == Status.COMPLETED]
+    ended = completed_trials(records)
     if (twice := ended.duplicated(["run", "arm", "seed"])).any():
         first = ended[twice].iloc[0]
         raise ValueError(

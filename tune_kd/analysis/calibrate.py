@@ -19,13 +19,13 @@ from tune_kd.analysis.simulate import Curve, replay
 from tune_kd.analysis.verdicts import ALPHA
 from tune_kd.records.adaptive_plan import to_come
 from tune_kd.records.reader import Records
-from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, first_row
+from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, TrialRow, first_row
 from tune_kd.records.tables import frame
 from tune_kd.study.contrasts import Contrast
 from tune_kd.study.early_stopping import stratum
 from tune_kd.study.plan import Plan, arrival_order, plan
 from tune_kd.study.spec import Study
-from tune_kd.study.trial import Action, ArmRole, Phase, Status, StopReason, Trial
+from tune_kd.study.trial import ArmRole, Phase, Status, StopReason, Trial
 
 PRACTICES = {
     "designed": "as designed: screen, confirm on fresh seeds, Holm, the declared looks",
@@ -148,7 +148,7 @@ def _designed(study: Study, nature: _Draws, number: int) -> bool:
         for arm in arms
     )
     made = replay(study.screen, grid, arrival_order([arm.name for arm in arms], number))
-    stopped = {decision.arm for decision in made if decision.action == Action.STOP}
+    stopped = {decision.arm for decision in made if decision.stops}
     return any(_claims(planned, look, stopped, nature) for look, planned in enumerate(at))
 
 
@@ -166,7 +166,7 @@ def _claims(planned: Plan, look: int, stopped: set[str], nature: _Draws) -> bool
     return bool(contrasts.contrasts(records)["verdict"].isin(["better", "worse"]).any())
 
 
-def _row(trial: Trial, stopped: bool, nature: _Draws) -> dict[str, object]:
+def _row(trial: Trial, stopped: bool, nature: _Draws) -> TrialRow:
     row = first_row("null", trial)
     if stopped:
         return row | {"status": Status.STOPPED, "stop_reason": StopReason.ASHA}
@@ -185,7 +185,7 @@ def _finishers(planned: Plan, nature: _Draws, number: int) -> tuple[dict[str, li
         Curve(name, name, "all", arm in controls, nature.trial(arm, seed)[0]) for name, (arm, seed) in trials.items()
     )
     made = replay(screen, grid, arrival_order(list(trials), number))
-    stopped = {decision.arm for decision in made if decision.action == Action.STOP}
+    stopped = {decision.arm for decision in made if decision.stops}
     finished: dict[str, list[float]] = {arm.name: [] for arm in planned.arms}
     for name, (arm, seed) in trials.items():
         if name not in stopped:

@@ -18,6 +18,7 @@ from tune_kd.analysis.accuracy import (
     CONTEXT,
     HEADLINE,
     by_context,
+    completed_trials,
     confirmation,
     confirmed,
     confirmed_trials,
@@ -30,7 +31,7 @@ from tune_kd.analysis.verdicts import ALPHA, EARLIER
 from tune_kd.records.reader import Records
 from tune_kd.records.tables import as_typed, typed
 from tune_kd.study.spec import APPLIES
-from tune_kd.study.trial import ENDED, Status
+from tune_kd.study.trial import ENDED
 from tune_kd.system.errors import UserError
 
 CONTRAST_COLUMNS = (
@@ -171,8 +172,7 @@ def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.Dat
     seed has both levels, else by Welch's test; p values are adjusted by Holm over the rows. The comparison is
     exploratory, so it has no verdict. Raises `UserError` for an unknown column or level.
     """
-    trials = confirmed_trials(records)
-    trials = trials[(trials["status"] == Status.COMPLETED) & trials[HEADLINE].notna()]
+    trials = completed_trials(records).dropna(subset=HEADLINE)
     if factor not in trials:
         raise UserError(
             f"factor is {factor!r}; allowed: a column of the trials, such as {', '.join(CONTEXT[1:])}, method"

@@ -46,10 +46,8 @@ def rank_correlations(records: Records, *, everywhere: bool = False) -> pd.DataF
     """
     rows: list[dict[str, Any]] = []
     for run, study in records.studies.items():
-        screen, trials = from_json(study["study"]).screen, records.trials
-        ended = trials[
-            (trials["run"] == run) & (trials["role"] == Role.STUDENT) & (trials["status"] == Status.COMPLETED)
-        ]
+        screen, trials = from_json(study["study"]).screen, records.trials[records.trials["run"] == run]
+        ended = trials[(trials["role"] == Role.STUDENT) & (trials["status"] == Status.COMPLETED)]
         levels: list[dict[Any, Any]] = ended.to_dict("records")
         named = ended.assign(
             stratum=[stratum(screen, row) for row in levels], budget=ended["epochs_planned"].astype(int)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from tune_kd.analysis import statistics
-from tune_kd.analysis.accuracy import COMPARABLE, CONTEXT, HEADLINE, by_context, confirmed_trials
+from tune_kd.analysis.accuracy import COMPARABLE, CONTEXT, HEADLINE, by_context, completed_trials
 from tune_kd.records.reader import Records
 from tune_kd.records.tables import typed
 from tune_kd.study.trial import Role, Status
@@ -26,8 +26,7 @@ def measures(records: Records) -> pd.DataFrame:
     `agreement` with the teacher and `ece` (expected calibration error) are fractions, `kl_t1` and `kl_t4` the KL
     divergence from the teacher in nats at temperatures 1 and 4.
     """
-    ended = confirmed_trials(records)
-    ended = ended[ended["status"] == Status.COMPLETED]
+    ended = completed_trials(records)
     grouped = ended.groupby(["run", "arm"], sort=False)[list(MEASURES)]
     table = grouped.size().rename("n").to_frame()
     for name, of in (("", "mean"), ("_sd", "std")):
@@ -39,8 +38,8 @@ def measures(records: Records) -> pd.DataFrame:
 
 def target_accuracy(records: Records) -> float | None:
     """The default target of `costs`: 99 % of the validation accuracy of a run's worst control."""
-    controls = confirmed_trials(records)
-    controls = controls[(controls["method"] == "none") & (controls["status"] == Status.COMPLETED)]
+    controls = completed_trials(records)
+    controls = controls[controls["method"] == "none"]
     means = controls.groupby("arm")["val_accuracy_best"].mean().dropna()
     return 0.99 * float(means.min()) if len(means) else None
 
@@ -59,8 +58,7 @@ def costs(records: Records, target: float | None = None) -> pd.DataFrame:
 
 def _costs_of(records: Records, target: float | None) -> pd.DataFrame:
     target = target_accuracy(records) if target is None else target
-    ended = confirmed_trials(records)
-    ended = ended[ended["status"] == Status.COMPLETED]
+    ended = completed_trials(records)
     wanted = pd.MultiIndex.from_frame(ended[["run", "trial_id"]])
     waited = records.epochs.groupby(["run", "trial_id"])["answer_seconds"].sum(min_count=1).reindex(wanted)
     ended = ended.assign(
@@ -95,7 +93,7 @@ def response(records: Records, factor: str) -> pd.DataFrame:
     Empty unless a method has several levels of it. `control` is the mean of the context's control, null if there is
     none with the same data, budget and recipe.
     """
-    ended = _ended(records)
+    ended = completed_trials(records).dropna(subset=HEADLINE)
     controls = _controls(ended)
     others = [name for name in ("teacher", "method", "temperature", "alpha", "beta") if name != factor]
     rows = []
@@ -111,7 +109,7 @@ def response(records: Records, factor: str) -> pd.DataFrame:
 
 def gaps(records: Records) -> pd.DataFrame:
     """The gap between teacher and control, and the gain of each arm over the control: one row per arm."""
-    ended = _ended(records)
+    ended = completed_trials(records).dropna(subset=HEADLINE)
     controls = _controls(ended)
     taught = records.trials[(records.trials["role"] == Role.TEACHER) & (records.trials["status"] == Status.COMPLETED)]
     teachers = taught.set_index(["run", "trial_id"])[HEADLINE].dropna().to_dict()
@@ -125,11 +123,6 @@ def gaps(records: Records) -> pd.DataFrame:
         found = {"teacher_accuracy": teacher, "control": control, "mean": mean}
         rows.append(where | {"n": len(group), **found, "gap": teacher - control, "gain": mean - control})
     return typed(rows, " ".join([*CONTEXT_SHOWN, "teacher", "arm", "n teacher_accuracy control mean gap gain"]))
-
-
-def _ended(records: Records) -> pd.DataFrame:
-    trials = confirmed_trials(records)
-    return trials[(trials["status"] == Status.COMPLETED) & trials[HEADLINE].notna()]
 
 
 def _controls(ended: pd.DataFrame) -> dict[tuple[Any, ...], float]:

@@ -9,7 +9,6 @@ from tune_kd.analysis import accuracy, statistics
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.records.reader import Records
 from tune_kd.records.tables import typed
-from tune_kd.study.trial import Status
 
 
 def provenance(records: Records) -> pd.DataFrame:
@@ -165,8 +164,7 @@ def between_runs(records: Records) -> pd.DataFrame:
     the data, planned epochs, scale or recipe of an arm differ, the row has both means but no difference, and `note`
     names the columns.
     """
-    trials = accuracy.confirmed_trials(records)
-    ended = trials[(trials["status"] == Status.COMPLETED) & trials[accuracy.HEADLINE].notna()]
+    ended = accuracy.completed_trials(records).dropna(subset=accuracy.HEADLINE)
     first, *others = records.runs
     rows = []
     for run in others:

@@ -18,7 +18,7 @@ from tune_kd.records.reader import Records
 from tune_kd.study.early_stopping import Schedule, stratum
 from tune_kd.study.plan import arrival_order
 from tune_kd.study.spec import CELL_FIELDS, Screen, Study
-from tune_kd.study.trial import Action, ArmRole, Decision, Role, Status
+from tune_kd.study.trial import ArmRole, Decision, Role, Status
 from tune_kd.study.validate import margin_problems
 from tune_kd.system.errors import UserError, raise_problems
 
@@ -173,7 +173,7 @@ def replay(screen: Screen, grid: Grid, order: Sequence[str]) -> list[Decision]:
             decision = schedule.report(going[arm].trial_id, arm, epoch, going[arm].accuracy[epoch - 1])
             assert decision is not None
             made.append(decision)
-            if decision.action == Action.STOP:
+            if decision.stops:
                 del going[arm]
     return made
 
@@ -188,7 +188,7 @@ def simulate(
         arms = [curve.arm for curve in grid]
         for number in range(orders):
             made = replay(screen, grid, arrival_order(arms, number))
-            stops = {each.arm: each.epoch for each in made if each.action == Action.STOP}
+            stops = {each.arm: each.epoch for each in made if each.stops}
             for tally in tallies.values():
                 tally.add(grid, stops, np.random.default_rng([number, seed]))
             beat()

@@ -7,14 +7,15 @@ from pydantic import TypeAdapter
 
 from tune_kd.records import adaptive_plan
 from tune_kd.records.reader import Records, rows
-from tune_kd.records.schema import Row
+from tune_kd.records.schema import TRIALS, TrialRow
 from tune_kd.records.tables import typed
 from tune_kd.study.discover import from_json
 from tune_kd.study.plan import Search
 from tune_kd.study.spec import Study
+from tune_kd.study.trial import Status
 from tune_kd.study.tuning import Choice
 
-ENDS = ("completed", "stopped", "failed")
+ENDS: tuple[str, ...] = (Status.COMPLETED, Status.STOPPED, Status.FAILED)
 
 
 def budgets(records: Records) -> pd.DataFrame:
@@ -58,18 +59,18 @@ def settings(records: Records) -> pd.DataFrame:
                     "default": study.default(each.name),
                     "least": min(ends),
                     "most": max(ends),
-                    "tuned": None if best is None else best[each.name],
+                    "tuned": None if best is None else adaptive_plan.values(search, best)[each.name],
                     "importance": shares.get(each.name),
                 }
             )
     return typed(found, "run arm setting default least most tuned importance")
 
 
-def searches(records: Records) -> Iterator[tuple[str, Study, Search, list[Row]]]:
+def searches(records: Records) -> Iterator[tuple[str, Study, Search, list[TrialRow]]]:
     """Run, study, search and ordered draws of each tuned arm of each run."""
     for run in records.runs:
         declared = records.studies.get(run, {})
         declared = declared.get("extended") or declared
-        of_run = rows(records.trials[records.trials["run"] == run])
+        of_run = rows(TRIALS, records.trials[records.trials["run"] == run])
         for search in TypeAdapter(tuple[Search, ...]).validate_python(declared.get("searches", ())):
             yield run, from_json(declared["study"]), search, adaptive_plan.draws(search, of_run)

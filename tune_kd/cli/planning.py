@@ -155,9 +155,8 @@ def calibrate(
         practices = {name: asdict(rate) | {"share": rate.share, "standard_error": rate.standard_error}
                      for name, rate in found.rates.items()}  # fmt: skip
         bias = {"finished": found.finished, "bias_in_deviations": found.bias}
-        options.print_json(
-            {"study": resolved.name, "scale": resolved.scale, "practices": practices, "plain_asha": bias}
-        )
+        answer = {"study": resolved.name, "scale": resolved.scale, "practices": practices, "plain_asha": bias}
+        options.print_json(answer)
         return
     console = Terminal()
     console.print(f"{resolved.name} at scale {resolved.scale}{why}")

@@ -17,7 +17,7 @@ from tune_kd.cli.options import DEFAULT_OUT, AsJson, Elsewhere, Out, Phases, pri
 from tune_kd.cli.remote import elsewhere
 from tune_kd.records.adaptive_plan import with_those_to_come
 from tune_kd.records.ledger import reading
-from tune_kd.records.schema import DECISIONS, LEDGER, TRIALS, Row
+from tune_kd.records.schema import DECISIONS, LEDGER, TRIALS, TrialRow
 from tune_kd.reporting import progress, terminal
 from tune_kd.reporting.terminal import Terminal
 from tune_kd.study import discover
@@ -81,7 +81,7 @@ def _found(out: Path, run: str | None) -> Path:
     return run_folder.find(out, run)
 
 
-def _print_state(folder: Path, holder: Mapping[str, Any] | None, rows: Sequence[Row]) -> None:
+def _print_state(folder: Path, holder: Mapping[str, Any] | None, rows: Sequence[TrialRow]) -> None:
     """Print who executes a run, and its failed trials."""
     console = Terminal()
     if holder is not None:

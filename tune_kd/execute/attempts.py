@@ -3,7 +3,7 @@
 from collections import Counter
 
 from tune_kd.execute.worker import Failure
-from tune_kd.records.schema import Row
+from tune_kd.records.schema import TrialRow
 from tune_kd.study.trial import StopReason
 
 MAX_ATTEMPTS = 3  # attempts of a trial that fail for the same reason without a new epoch, under one driver
@@ -19,14 +19,14 @@ class Attempts:
         """Reset the counts of a trial that has a new epoch."""
         self._failed.pop(trial_id, None)
 
-    def again(self, row: Row, failure: Failure) -> bool:
+    def again(self, row: TrialRow, failure: Failure) -> bool:
         """Count a failure and return whether the trial is tried again. After an out-of-memory error, its GPU share in
         `row` is doubled."""
         failed = self._failed.setdefault(row["trial_id"], Counter())
         failed[failure.reason] += 1
         if failed[failure.reason] >= MAX_ATTEMPTS:
             return False
-        if failure.reason == StopReason.OUT_OF_MEMORY and 0 < row["gpu_fraction"] < 1:
-            row["gpu_fraction"] = min(1.0, 2 * row["gpu_fraction"])
+        if failure.reason == StopReason.OUT_OF_MEMORY and 0 < (share := row["gpu_fraction"] or 0.0) < 1:
+            row["gpu_fraction"] = min(1.0, 2 * share)
             return True
         return failure.reason in ("lost", "storage")

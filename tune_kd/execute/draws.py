@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from tune_kd.records.schema import Row
+from tune_kd.records.schema import TrialRow
 from tune_kd.study import sampler
 from tune_kd.study.plan import Search
 from tune_kd.study.trial import Phase
@@ -22,7 +22,7 @@ class Draws:
         self._say = say
         self._storage = self._try(lambda: sampler.Storage(self._path, run)) if searches else None
 
-    def add(self, row: Row) -> None:
+    def add(self, row: TrialRow) -> None:
         """Add a draw that has ended. Other trials are ignored."""
         if (storage := self._storage) is not None and row["phase"] == Phase.SCREEN:
             self._try(lambda: storage.add(row["arm"], self._searches[row["arm"]].ranges, row))

@@ -10,30 +10,19 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
+from typing import cast
 
 from tune_kd.execute.attempts import MAX_ATTEMPTS, Attempts
 from tune_kd.execute.draws import Draws
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.records import adaptive_plan
 from tune_kd.records.ledger import Ledger
-from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, Row, broken, clean, first_row
+from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, TrialRow, first_row
 from tune_kd.records.sync import Sender
 from tune_kd.study import sampler
 from tune_kd.study.early_stopping import Schedule
 from tune_kd.study.plan import Plan
-from tune_kd.study.trial import (
-    ENDED,
-    UNSUCCESSFUL,
-    Action,
-    Decision,
-    Epoch,
-    Phase,
-    Role,
-    Status,
-    StopReason,
-    Trial,
-    quality,
-)
+from tune_kd.study.trial import ENDED, UNSUCCESSFUL, Decision, Epoch, Phase, Role, Row, Status, StopReason, Trial
 from tune_kd.system.crash_points import point
 from tune_kd.system.object_store import Mirror
 from tune_kd.system.secrets import masked
@@ -62,7 +51,7 @@ class Driver:
     ) -> None:
         recorded = ledger.rows(TRIALS)
         self.plan = adaptive_plan.grown(plan, recorded)
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, TrialRow] = {}
         self.decisions: list[Decision] = []  # of early stopping, in order
         self.stopping = False  # no trial starts any more, and running trials stop after their epoch
         self.broken: str | None = None  # the error of the disk that ended the run
@@ -157,8 +146,7 @@ class Driver:
         if row["status"] != Status.RUNNING:
             return False  # the trial was ended while this report was on its way
         reported = {"run": self.run, "trial_id": trial_id, "attempt": row["attempts"], **asdict(epoch)}
-        measured = reported.pop("outcome") or {}
-        outcome = {name: value for name, value in measured.items() if name in row}
+        outcome = reported.pop("outcome") or {}
         if (problem := _unreadable(row, reported, outcome)) is not None:
             self._refuse(trial, problem)
             return False
@@ -176,9 +164,9 @@ class Driver:
                 self.decisions.append(decision)
                 self._ledger.put(DECISIONS, {"run": self.run, **asdict(decision)})
             if epoch.outcome is not None:
-                row.update(outcome)
+                row.update(cast(TrialRow, outcome))
                 self._end(trial, Status.COMPLETED)
-            elif decision is not None and decision.action == Action.STOP:
+            elif decision is not None and decision.stops:
                 self._end(trial, Status.STOPPED, StopReason.ASHA)
                 self._cancel_confirmation(decision)
             else:
@@ -215,8 +203,8 @@ class Driver:
                 self._ledger.put(TRIALS, row)
             else:
                 blocked = failure.reason == StopReason.TEACHER_FAILED and trial.role == Role.STUDENT
-                reason = "error" if failure.reason == "lost" else failure.reason
-                self._end(trial, "blocked" if blocked else "failed", reason)
+                reason = StopReason.ERROR if failure.reason == "lost" else StopReason(failure.reason)
+                self._end(trial, Status.BLOCKED if blocked else Status.FAILED, reason)
         self._committed(trial)
         return again
 
@@ -252,15 +240,15 @@ class Driver:
             return True
         return self.rows[self._screen[trial.arm]]["status"] in ENDED
 
-    def _note(self, row: Row, what: str) -> None:
+    def _note(self, row: TrialRow, what: str) -> None:
         """Append a sentence about the current attempt to the row's `error`."""
         row["error"] = "; ".join(filter(None, [row["error"], masked(f"attempt {row['attempts']}: {what}")]))
 
-    def _advance(self, row: Row, epoch: Epoch) -> None:
+    def _advance(self, row: TrialRow, epoch: Epoch) -> None:
         """Update the row of a trial that has a new epoch."""
         self._attempts.got_on(row["trial_id"])
         row["epochs_run"], row["val_accuracy"] = epoch.epoch, epoch.val_accuracy
-        reached = quality(epoch.val_accuracy, epoch.val_loss)
+        reached = epoch.quality
         if reached > self._best.get(row["trial_id"], (-1.0, 0.0)):
             self._best[row["trial_id"]] = reached
             row["val_accuracy_best"], row["best_epoch"] = epoch.val_accuracy, epoch.epoch
@@ -270,7 +258,7 @@ class Driver:
         """Fail a trial whose report violates the schema now; otherwise the whole run could not be reported later."""
         self._note(self.rows[trial.trial_id], problem)
         with self._ledger.transaction():
-            self._end(trial, Status.FAILED, "error")
+            self._end(trial, Status.FAILED, StopReason.ERROR)
         self._committed(trial)
 
     def _committed(self, trial: Trial, decision: Decision | None = None) -> None:
@@ -282,7 +270,7 @@ class Driver:
             self._say(_ending(trial, self.rows[trial.trial_id]))
         self.tick()
 
-    def _end(self, trial: Trial, status: str, reason: str | None = None) -> None:
+    def _end(self, trial: Trial, status: Status, reason: StopReason | None = None) -> None:
         """Record how a trial ended, and what follows for its arm and its students. Call it in a transaction."""
         row = self.rows[trial.trial_id]
         row["status"], row["stop_reason"] = status, reason
@@ -334,16 +322,16 @@ class Driver:
 
     def _block_students(self, teacher: Trial) -> None:
         why = f"not run: its teacher {teacher.label} failed"
-        self._cancel(lambda each: each.teacher_id == teacher.trial_id, why, Status.BLOCKED, "teacher_failed")
+        self._cancel(lambda each: each.teacher_id == teacher.trial_id, why, Status.BLOCKED, StopReason.TEACHER_FAILED)
 
-    def _cancel(self, which: Callable[[Trial], bool], why: str, status: str, reason: str) -> None:
+    def _cancel(self, which: Callable[[Trial], bool], why: str, status: Status, reason: StopReason) -> None:
         cancelled = [trial for trial in self._waiting if which(trial)]
         self._waiting = [trial for trial in self._waiting if not which(trial)]
         for trial in cancelled:
             self.rows[trial.trial_id]["error"] = why
             self._end(trial, status, reason)
 
-    def _take_over(self, recorded: list[Row]) -> None:
+    def _take_over(self, recorded: list[TrialRow]) -> None:
         """Restore the state from the ledger, and add rows for trials that it lacks."""
         known = {row["trial_id"]: row for row in recorded}
         assert set(known) <= set(self._trials), "the ledger holds trials that are not in the plan"
@@ -355,7 +343,7 @@ class Driver:
                 elif row["status"] == Status.BLOCKED and row["attempts"]:
                     row |= {"status": Status.PENDING, "stop_reason": None}  # its teacher may be back
                 self.rows[trial.trial_id] = row
-                if row["status"] != known.get(trial.trial_id, {}).get("status"):
+                if trial.trial_id not in known:
                     self._ledger.put(TRIALS, row)
         for trial in self.plan.trials:
             self._schedule.admit(trial)
@@ -365,15 +353,15 @@ class Driver:
         for trial in self.plan.trials:
             if trial.phase == Phase.SCREEN and self.rows[trial.trial_id]["status"] in UNSUCCESSFUL:
                 self._schedule.drop(trial.trial_id)
-        for row in self._ledger.rows(EPOCHS):
-            reached = quality(row["val_accuracy"], row["val_loss"])
-            self._best[row["trial_id"]] = max(reached, self._best.get(row["trial_id"], reached))
+        for each in self._ledger.rows(EPOCHS):
+            reached = Epoch.of(each).quality
+            self._best[each["trial_id"]] = max(reached, self._best.get(each["trial_id"], reached))
         self._waiting = [trial for trial in self.plan.trials if self.rows[trial.trial_id]["status"] not in ENDED]
         for trial in self.plan.trials:  # a kill may have left their checkpoints
             self._clear(trial)
         with self._ledger.transaction():  # an extension may have added trials to arms that are stopped or blocked
             for decision in self.decisions:
-                if decision.action == Action.STOP:
+                if decision.stops:
                     self._cancel_confirmation(decision)
             for teacher in self.plan.teachers:
                 if self.rows[teacher.trial_id]["status"] == Status.FAILED:
@@ -382,7 +370,7 @@ class Driver:
                 self._search_on(arm)
 
 
-def _ending(trial: Trial, row: Row) -> str:
+def _ending(trial: Trial, row: TrialRow) -> str:
     """Return the message about how a trial or an attempt ended."""
     text = f"{trial.label} ({trial.phase}) {row['status']}"
     if row["test_accuracy_best"] is not None:
@@ -390,9 +378,9 @@ def _ending(trial: Trial, row: Row) -> str:
     return f"{text} ({row['stop_reason'] or 'will be tried again'}): {row['error']}" if row["error"] else text
 
 
-def _unreadable(row: Row, epoch: Row, outcome: Row) -> str | None:
+def _unreadable(row: TrialRow, epoch: Row, outcome: Row) -> str | None:
     """Return the rule of the schema that an epoch, or its trial's row after it, would violate; None if none."""
-    after = row | outcome | {"epochs_run": max(row["epochs_run"], epoch["epoch"])}
+    after = {**row, **outcome, "epochs_run": max(row["epochs_run"], epoch["epoch"])}
     if outcome:
         after["status"] = Status.COMPLETED
-    return broken(EPOCHS, clean(EPOCHS, epoch)) or broken(TRIALS, clean(TRIALS, after))
+    return EPOCHS.broken(EPOCHS.clean(epoch)) or TRIALS.broken(TRIALS.clean(after))

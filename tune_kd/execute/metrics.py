@@ -16,10 +16,10 @@ from ray.util.metrics import Counter as RayCounter, Gauge
 from tune_kd.execute.driver import Driver
 from tune_kd.records.adaptive_plan import with_those_to_come
 from tune_kd.records.eta import pace
-from tune_kd.records.schema import TRIALS, Row
+from tune_kd.records.schema import TRIALS, TrialRow
 from tune_kd.study.cost import images_of
 from tune_kd.study.plan import Plan
-from tune_kd.study.trial import Action, Phase, Status, Trial
+from tune_kd.study.trial import Phase, Status, Trial
 from tune_kd.system import overhead
 
 EVERY = 2.0  # seconds between updates of the gauges; Ray drops a gauge that is not set for 2 to 20 seconds
@@ -68,7 +68,7 @@ class Sample:
     labels: tuple[tuple[str, str], ...] = ()
 
 
-def samples(plan: Plan, rows: Sequence[Row], stopped: Iterable[str], gpus: float) -> Iterator[Sample]:
+def samples(plan: Plan, rows: Sequence[TrialRow], stopped: Iterable[str], gpus: float) -> Iterator[Sample]:
     """Yield the gauges of a run.
 
     `rows` are its trials, including those still to be drawn; `stopped` the arms that early stopping stopped; `gpus` the
@@ -91,7 +91,7 @@ def samples(plan: Plan, rows: Sequence[Row], stopped: Iterable[str], gpus: float
     yield from _seconds(rows, gpus)
 
 
-def _pairs(plan: Plan, rows: Sequence[Row]) -> tuple[int, int]:
+def _pairs(plan: Plan, rows: Sequence[TrialRow]) -> tuple[int, int]:
     """Count the pairs of trials with one seed, over the study's effects: completed and planned."""
     confirm = [row for row in rows if row["phase"] == Phase.CONFIRM]
     confirmed = {(row["arm"], row["seed"]) for row in confirm}
@@ -106,7 +106,7 @@ def _pairs(plan: Plan, rows: Sequence[Row]) -> tuple[int, int]:
     return sum(pair <= completed for pair in pairs), sum(pair <= confirmed for pair in pairs)
 
 
-def _seconds(rows: Sequence[Row], gpus: float) -> Iterator[Sample]:
+def _seconds(rows: Sequence[TrialRow], gpus: float) -> Iterator[Sample]:
     """Yield the seconds spent and, once a trial has run an epoch, those of the whole plan at this run's pace."""
     spent = [max(row["wall_seconds"] or 0.0, row["train_seconds"] or 0.0) for row in rows]
     shares = [gpus if row["gpu_fraction"] is None else row["gpu_fraction"] for row in rows]
@@ -151,7 +151,7 @@ class Metrics:
         self._set_at = now
         driver = self._driver
         rows = with_those_to_come(driver.plan, driver.run, list(driver.rows.values()))
-        stopped = (decision.arm for decision in driver.decisions if decision.action == Action.STOP)
+        stopped = (decision.arm for decision in driver.decisions if decision.stops)
         for sample in samples(driver.plan, rows, stopped, driver.gpus):
             self._ray[sample.name].set(sample.value, dict(sample.labels))
         self._count("tune_kd_ledger_seconds", overhead.spent["ledger"] - self._ledger_seconds)

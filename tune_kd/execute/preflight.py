@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from tune_kd.records.adaptive_plan import grown, to_come
 from tune_kd.records.run_folder import Run
-from tune_kd.records.schema import Row
+from tune_kd.records.schema import TrialRow
 from tune_kd.study.cost import disk_bytes
 from tune_kd.study.trial import ENDED, Status, Trial
 from tune_kd.system.errors import raise_problems
@@ -21,7 +21,7 @@ FLOORS = {"torch": "2.10", "ray": "2.54"}
 SPARE = 1.2  # required free space as a multiple of the estimated bytes
 
 
-def check(run: Run, rows: list[Row], slots: int) -> None:
+def check(run: Run, rows: list[TrialRow], slots: int) -> None:
     """Raise `UserError` if a run cannot start or continue on this machine. This process must hold the run.
 
     `rows` are the trials in the ledger; `slots` is the approximate number of trials that run at a time.
@@ -32,7 +32,7 @@ def check(run: Run, rows: list[Row], slots: int) -> None:
     raise_problems([*_versions(), *_folder(run.folder), *_room(run, growing, slots), *_teachers(run, waiting, known)])
 
 
-def _is_to_run(row: Row | None) -> bool:
+def _is_to_run(row: TrialRow | None) -> bool:
     """Whether a trial with this row will run: one that is new, has not ended, or was blocked by a missing teacher."""
     return row is None or row["status"] not in ENDED or (row["status"] == Status.BLOCKED and row["attempts"] > 0)
 
@@ -76,12 +76,12 @@ def _room(run: Run, waiting: list[Trial], slots: int) -> list[str]:
     ]
 
 
-def _teachers(run: Run, waiting: list[Trial], known: dict[str, Row]) -> list[str]:
+def _teachers(run: Run, waiting: list[Trial], known: dict[str, TrialRow]) -> list[str]:
     """Check that the remaining students can use the same teachers as the earlier ones."""
     problems: list[str] = []
     needed = {trial.teacher_id for trial in waiting}
     for teacher in run.plan.teachers:
-        taught = known.get(teacher.trial_id, {}).get("weights_digest")
+        taught = known[teacher.trial_id]["weights_digest"] if teacher.trial_id in known else None
         if teacher.trial_id not in needed:
             continue  # all its students have ended
         if taught is None:  # to be trained, or reused from another run

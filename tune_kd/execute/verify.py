@@ -9,7 +9,7 @@ from tune_kd.records import rebuild, run_folder
 from tune_kd.records.adaptive_plan import grown
 from tune_kd.records.ledger import commits, reading
 from tune_kd.records.reader import load, without_advice
-from tune_kd.records.schema import COMMITS, LEDGER, SCHEMAS, TRIALS, Row
+from tune_kd.records.schema import COMMITS, LEDGER, SCHEMAS, TRIALS, TrialRow
 from tune_kd.study.cost import IMAGES
 from tune_kd.study.trial import Role
 from tune_kd.system.errors import UnexpectedFile, UserError
@@ -33,7 +33,7 @@ def verify(folder: Path) -> list[Finding]:
     except UserError as mistake:
         return [Finding("plan", problem, "nothing else can be judged before") for problem in mistake.problems]
     wrong = rebuild.wrong_with(folder)
-    rows: list[Row] = []
+    rows: list[TrialRow] = []
     if wrong is None and (folder / LEDGER).is_file():
         with reading(folder / LEDGER) as ledger:
             rows = ledger.rows(TRIALS)
@@ -54,7 +54,7 @@ def _links(opened: run_folder.Run) -> Iterator[Finding]:
             yield Finding("links", problem, "`tune_kd resume` writes nothing while they are there")
 
 
-def _ledger(opened: run_folder.Run, wrong: str | None, rows: list[Row]) -> Iterator[Finding]:
+def _ledger(opened: run_folder.Run, wrong: str | None, rows: list[TrialRow]) -> Iterator[Finding]:
     folder = opened.folder
     if wrong is not None:
         try:
@@ -91,7 +91,7 @@ def _checkpoints(opened: run_folder.Run) -> Iterator[Finding]:
                           "the one before is used; where there is none, the trial starts again")  # fmt: skip
 
 
-def _teachers(opened: run_folder.Run, rows: list[Row]) -> Iterator[Finding]:
+def _teachers(opened: run_folder.Run, rows: list[TrialRow]) -> Iterator[Finding]:
     home, images = opened.teachers, IMAGES[opened.study.data.name]
     most = max(images.train * images.views, images.test)  # rows of a table: one for each view
     for teacher in opened.plan.teachers:

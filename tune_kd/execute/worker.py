@@ -98,7 +98,7 @@ class Where:
 class Failure:
     """Why an attempt ended early. `lost` (a dead worker) and `storage` (a disk) are not the trial's fault."""
 
-    reason: Literal["diverged", "out_of_memory", "teacher_failed", "error", "lost", "storage"]
+    reason: StopReason | Literal["lost", "storage"]
     message: str
 
 
@@ -135,15 +135,9 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
             f"the data have the digest {dataset.digest[:16]}, the plan says {str(trial.data_digest)[:16]}: "
             f"{place.data_dir or trial.data.name} is not the same here as where the run was started"
         )
-    checkpoints = Checkpoints(place.checkpoints / trial.trial_id)
+    checkpoints, every = Checkpoints(place.checkpoints / trial.trial_id), place.checkpoint_every
     training = partial(
-        train,
-        trial,
-        dataset,
-        device=device,
-        checkpoints=checkpoints,
-        checkpoint_every=place.checkpoint_every,
-        leaving=place.leaving(),
+        train, trial, dataset, device=device, checkpoints=checkpoints, checkpoint_every=every, leaving=place.leaving()
     )
     if trial.role == Role.TEACHER:
         yield from _teach(trial, place, checkpoints, training(None))

@@ -4,21 +4,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tune_kd.records.schema import Row, first_row
+from tune_kd.records.schema import TrialRow, first_row
 from tune_kd.study.plan import Plan, Search
 from tune_kd.study.spec import CELL_FIELDS
-from tune_kd.study.trial import UNENDED, Phase, Role, Status, Trial
+from tune_kd.study.trial import UNENDED, Phase, Role, Row, Status, Trial
 from tune_kd.study.tuning import Tuning
 
 Draw = Callable[..., dict[str, float]]  # `tune_kd.study.sampler.draw`
 
 
-def draws(search: Search, rows: Iterable[Row]) -> list[Row]:
+def draws(search: Search, rows: Iterable[TrialRow]) -> list[TrialRow]:
     """Return an arm's draws in order."""
     return [row for row in rows if row["phase"] == Phase.SCREEN and row["arm"] == search.name]
 
 
-def due(planned: Plan, search: Search, rows: Mapping[str, Row], draw: Draw) -> Iterator[Trial]:
+def due(planned: Plan, search: Search, rows: Mapping[str, TrialRow], draw: Draw) -> Iterator[Trial]:
     """Yield the trials that a tuned arm adds now: further draws, or the confirmation of its best.
 
     Each has to be in `rows`, by trial id, before the next one is asked for. `draw` is that of the sampler.
@@ -38,7 +38,7 @@ def drawn(planned: Plan, search: Search, values: Mapping[str, float]) -> Trial:
     return replace(_with(default, values), arm=search.name, phase=Phase.SCREEN, seed=planned.study.screen.seed)
 
 
-def confirmed(planned: Plan, search: Search, best: Row) -> list[Trial]:
+def confirmed(planned: Plan, search: Search, best: TrialRow) -> list[Trial]:
     """Return the trials that confirm a draw, on the seeds and with the teachers of the default's trials."""
     defaults = [trial for trial in planned.trials if trial.arm == search.default]
     return [replace(_with(trial, values(search, best)), arm=search.tuned) for trial in defaults]
@@ -49,12 +49,12 @@ def values(search: Search, row: Row) -> dict[str, float]:
     return {each.name: row[each.name] for each in search.ranges}
 
 
-def is_due(tuning: Tuning, theirs: Sequence[Row]) -> bool:
+def is_due(tuning: Tuning, theirs: Sequence[TrialRow]) -> bool:
     """Return whether an arm needs another draw now. Failed draws count against the budget."""
     return sum(row["status"] in UNENDED for row in theirs) < tuning.parallel and left(tuning, theirs) > 0
 
 
-def left(tuning: Tuning, theirs: Sequence[Row]) -> int:
+def left(tuning: Tuning, theirs: Sequence[TrialRow]) -> int:
     """Return what is left of an arm's budget, in its unit; 0 if a failed teacher blocks the arm.
 
     The last draw of a budget of epochs may exceed it; the result is then negative.
@@ -66,14 +66,12 @@ def left(tuning: Tuning, theirs: Sequence[Row]) -> int:
     return tuning.budget - sum(map(_epochs, theirs))
 
 
-def _epochs(row: Row) -> int:
+def _epochs(row: TrialRow) -> int:
     """Return the epochs that a draw costs: the planned ones until it ends, then those it began."""
-    return int(
-        row["epochs_planned"] if row["status"] in UNENDED else row["epochs_run"] + (row["status"] == Status.FAILED)
-    )
+    return row["epochs_planned"] if row["status"] in UNENDED else row["epochs_run"] + (row["status"] == Status.FAILED)
 
 
-def best(tuning: Tuning, theirs: Sequence[Row]) -> Row | None:
+def best(tuning: Tuning, theirs: Sequence[TrialRow]) -> TrialRow | None:
     """Return the draw with the highest validation accuracy, the first of equal ones.
 
     None until the arm's budget is spent, and if no draw completed.
@@ -81,10 +79,10 @@ def best(tuning: Tuning, theirs: Sequence[Row]) -> Row | None:
     if is_due(tuning, theirs) or any(row["status"] in UNENDED for row in theirs):
         return None
     ended = [row for row in theirs if row["status"] == Status.COMPLETED]
-    return max(ended, key=lambda row: float(row["val_accuracy_best"]), default=None)
+    return max(ended, key=lambda row: row["val_accuracy_best"] or 0.0, default=None)
 
 
-def grown(planned: Plan, rows: Sequence[Row]) -> Plan:
+def grown(planned: Plan, rows: Sequence[TrialRow]) -> Plan:
     """Return the plan with the draws in these rows of trials, and with the trials that confirm them."""
     tuning, more = planned.study.tuning, []
     for search in planned.searches:
@@ -98,7 +96,7 @@ def grown(planned: Plan, rows: Sequence[Row]) -> Plan:
     return replace(planned, trials=(*planned.teachers, *more, *students)) if more else planned
 
 
-def to_come(planned: Plan, rows: Sequence[Row] = ()) -> list[Trial]:
+def to_come(planned: Plan, rows: Sequence[TrialRow] = ()) -> list[Trial]:
     """Return the trials that the plan can still add at most, with default values for those not drawn yet."""
     tuning, found = planned.study.tuning, []
     for search in planned.searches:
@@ -112,7 +110,7 @@ def to_come(planned: Plan, rows: Sequence[Row] = ()) -> list[Trial]:
     return found
 
 
-def with_those_to_come(planned: Plan, run: str, rows: list[Row]) -> list[Row]:
+def with_those_to_come(planned: Plan, run: str, rows: list[TrialRow]) -> list[TrialRow]:
     """Return the rows and those of trials that a tuned study has still to draw, for display."""
     return rows + [first_row(run, trial) for trial in to_come(planned, rows)]
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tune_kd.records.schema import Row
+from tune_kd.records.schema import TrialRow
 from tune_kd.study.trial import UNENDED, Status
 
 
-def pace(rows: Sequence[Row]) -> Callable[[Row], float] | None:
+def pace(rows: Sequence[TrialRow]) -> Callable[[TrialRow], float] | None:
     """Return a function from a trial's row to its training seconds per epoch; None before any trial ran an epoch."""
     totals: dict[Any, list[float]] = {}
     for row in rows:
@@ -20,7 +20,7 @@ def pace(rows: Sequence[Row]) -> Callable[[Row], float] | None:
     return lambda row: means.get(_kind(row), means[None])
 
 
-def time_left(rows: Sequence[Row]) -> float | None:
+def time_left(rows: Sequence[TrialRow]) -> float | None:
     """Return the seconds that the remaining trials take on the slots in use; None before a trial has completed."""
     seconds = pace(rows)
     if seconds is None or not any(row["status"] == Status.COMPLETED for row in rows):
@@ -30,5 +30,5 @@ def time_left(rows: Sequence[Row]) -> float | None:
     return float(left / max(1, slots))
 
 
-def _kind(row: Row) -> tuple[Any, ...]:
+def _kind(row: TrialRow) -> tuple[Any, ...]:
     return row["role"], row["stem"], row["method"]

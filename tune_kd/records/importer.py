@@ -4,15 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tune_kd.records.schema import TRIALS
 from tune_kd.study.arms import level_name
-from tune_kd.study.trial import Role
+from tune_kd.study.trial import Phase, Role, Status
 from tune_kd.system.errors import raise_problems
 
 if TYPE_CHECKING:
     import pandas as pd
 
-PHASES = TRIALS.levels["phase"]
+PHASES = tuple(Phase)
 LEVELS = ("student", "teacher", "stem", "weights", "width", "method", "temperature", "alpha", "beta")
 # Part of an arm's name if arms would mix otherwise.
 CONDITIONS = ("lr", "weight_decay", "recipe_id", "dataset", "scale", "epochs_planned")
@@ -46,10 +45,10 @@ class Adapter:
             if "run" not in named[name]:
                 named[name] = named[name].assign(run=run)
         trials = named["trials"]
-        trials = trials.assign(phase=self._phases(trials["phase"]) if "phase" in trials else "confirm")
+        trials = trials.assign(phase=self._phases(trials["phase"]) if "phase" in trials else Phase.CONFIRM)
         if "role" not in trials:
-            taught = trials["phase"].isin(["teacher"])
-            trials = trials.assign(role=["teacher" if each else "student" for each in taught])
+            taught = trials["phase"].isin([Phase.TEACHER])
+            trials = trials.assign(role=[Role.TEACHER if each else Role.STUDENT for each in taught])
         if "epochs_planned" not in trials and "epochs_run" in trials:
             trials = trials.assign(epochs_planned=trials["epochs_run"])
         if "status" not in trials:
@@ -82,11 +81,11 @@ def parse_phases(settings: Sequence[str]) -> dict[str, str]:
 def _with_status(trials: "pd.DataFrame") -> "pd.DataFrame":
     """Add `status`: completed, or stopped for trials that ran fewer epochs than planned, without a final accuracy."""
     if "epochs_run" not in trials:
-        return trials.assign(status="completed")
+        return trials.assign(status=Status.COMPLETED)
     short = (trials["epochs_run"] < trials["epochs_planned"]).fillna(False).astype(bool)
     final = [name for name in ("test_accuracy", "test_accuracy_best") if name in trials]
     return trials.assign(
-        status=["stopped" if each else "completed" for each in short],
+        status=[Status.STOPPED if each else Status.COMPLETED for each in short],
         **{name: trials[name].mask(short) for name in final},
     )
 

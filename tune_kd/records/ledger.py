@@ -10,27 +10,15 @@ import os
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from tune_kd.records.schema import (
-    COMMITS,
-    DIGESTS,
-    EPOCHS,
-    MOST_LEDGER_BYTES,
-    MOST_TABLE_BYTES,
-    SCHEMAS,
-    TIMING,
-    Row,
-    Schema,
-    broken,
-    clean,
-    mistyped,
-)
+from tune_kd.records.schema import COMMITS, DIGESTS, EPOCHS, MOST_LEDGER_BYTES, MOST_TABLE_BYTES, SCHEMAS, R, Schema
 from tune_kd.records.sqlite_file import VERSIONS, versions
 from tune_kd.records.tables import PART, arrow, to_parquet
+from tune_kd.study.trial import Row
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import CorruptFile, UnexpectedFile
 from tune_kd.system.files import MOST_RECORD_BYTES, check_regular, patiently, publish, read, sealed, unsealed, write_at
@@ -170,14 +158,14 @@ class Ledger:
                 self._connection.execute("ROLLBACK")
             raise
 
-    def put(self, schema: Schema, row: Mapping[str, Any]) -> None:
+    def put(self, schema: Schema[Any], row: Row) -> None:
         """Insert a row, or replace the one with its key. Raises `ValueError` for a row that breaks a rule."""
         if self._writes is None:
             with self.transaction():
                 self.put(schema, row)
             return
-        cleaned = clean(schema, row)
-        if (problem := broken(schema, cleaned)) is not None:
+        cleaned = schema.clean(row)
+        if (problem := schema.broken(cleaned)) is not None:
             raise ValueError(f"{problem} (a row of trial {cleaned['trial_id']})")
         names = [*cleaned, "crc"]
         updates = ", ".join(f'"{name}" = excluded."{name}"' for name in names)
@@ -187,22 +175,22 @@ class Ledger:
         )
         self._writes.append((statement, [*cleaned.values(), _crc(cleaned)]))
 
-    def add_epoch(self, row: Mapping[str, Any]) -> Literal["new", "same", "different"]:
-        """Insert an epoch; if it exists, return whether the two agree in all but `TIMING`."""
-        cleaned = clean(EPOCHS, row)
+    def add_epoch(self, row: Row) -> Literal["new", "same", "different"]:
+        """Insert an epoch; if it exists, return whether the two agree in all but their timing."""
+        cleaned = EPOCHS.clean(row)
         where = " AND ".join(f"{name} = ?" for name in EPOCHS.key)
         known = self._select(EPOCHS, f"WHERE {where}", [cleaned[name] for name in EPOCHS.key])
         if not known:
             self.put(EPOCHS, cleaned)
             return "new"
-        agrees = all(known[0][name] == value for name, value in cleaned.items() if name not in TIMING)
+        agrees = all(known[0][name] == value for name, value in cleaned.items() if name not in EPOCHS.timing)
         return "same" if agrees else "different"
 
-    def rows(self, schema: Schema) -> list[Row]:
+    def rows(self, schema: Schema[R]) -> list[R]:
         """Return all rows in the order of their insertion. Raises `CorruptFile` if one was altered."""
         return self._select(schema, "ORDER BY number", [])
 
-    def table(self, schema: Schema) -> "pa.Table":
+    def table(self, schema: Schema[Any]) -> "pa.Table":
         """Return all rows as a table. It is built in parts: Python's objects take ten times the memory."""
         import pyarrow as pa
 
@@ -211,7 +199,7 @@ class Ledger:
             parts.append(arrow(schema, rows))
         return pa.concat_tables(parts)
 
-    def _select(self, schema: Schema, which: str, values: list[Any]) -> list[Row]:
+    def _select(self, schema: Schema[R], which: str, values: list[Any]) -> list[R]:
         names = ", ".join(f'"{name}"' for name in schema.columns)
         rows = []
         for *cells, crc in self._read(f"SELECT {names}, crc FROM {schema.name} {which}", values):
@@ -219,10 +207,10 @@ class Ledger:
             if any(isinstance(cell, bytes) for cell in cells) or _crc(row) != crc:
                 key = ", ".join(f"{name}={row[name]!r}" for name in schema.key)
                 raise CorruptFile(f"{self.path}: the row {key} of {schema.name} was altered since it was written")
-            if (problem := mistyped(schema, row) or broken(schema, row)) is not None:
+            if (problem := schema.mistyped(row) or schema.broken(row)) is not None:
                 raise CorruptFile(f"{self.path}: {problem}, which no run writes")
             rows.append(row)
-        return rows
+        return cast(list[R], rows)
 
     def fact(self, name: str) -> str | None:
         found = self._read("SELECT value FROM facts WHERE name = ?", [name])
@@ -302,7 +290,7 @@ class Ledger:
                 self._write_table(schema, folder, known)
             self._tables_at = time.monotonic()
 
-    def _write_table(self, schema: Schema, folder: Path, known: dict[str, list[str]]) -> None:
+    def _write_table(self, schema: Schema[Any], folder: Path, known: dict[str, list[str]]) -> None:
         path = folder / f"{schema.name}.parquet"
         table, before = self.table(schema), _contents(path, MOST_TABLE_BYTES)
         # Valid until the new table is in its place, which a kill may prevent.

@@ -15,7 +15,7 @@ import pandas as pd
 from tune_kd.records import parquet
 from tune_kd.records.importer import Adapter
 from tune_kd.records.ledger import digests
-from tune_kd.records.schema import DIGESTS, LAYOUT, MOST_TABLE_BYTES, PANDAS, RUN_NAME, SCHEMAS, TRIALS, Row, Schema
+from tune_kd.records.schema import DIGESTS, LAYOUT, MOST_TABLE_BYTES, PANDAS, RUN_NAME, SCHEMAS, TRIALS, R, Schema
 from tune_kd.records.sync import pull
 from tune_kd.study import record
 from tune_kd.study.trial import Role, Status
@@ -209,7 +209,7 @@ def _visible(value: Any) -> Any:
     return visible(value) if isinstance(value, str) else value
 
 
-def check(schema: Schema, table: pd.DataFrame, *, lenient: bool = False) -> tuple[pd.DataFrame, list[str]]:
+def check(schema: Schema[Any], table: pd.DataFrame, *, lenient: bool = False) -> tuple[pd.DataFrame, list[str]]:
     """Return the table with the schema's columns and types, and a sentence for each rule that it breaks.
 
     Missing columns become nulls if they are optional, in a `lenient` table if they may be null. Use the table only if
@@ -261,7 +261,7 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _broken(schema: Schema, table: pd.DataFrame) -> Iterator[str]:
+def _broken(schema: Schema[Any], table: pd.DataFrame) -> Iterator[str]:
     """Yield a sentence for each rule of the schema that some rows break."""
     for name in dict.fromkeys((*schema.key, *schema.needed)):
         if (null := table[name].isna()).any():
@@ -307,7 +307,7 @@ def _strays(trials: pd.DataFrame, epochs: pd.DataFrame) -> Iterator[str]:
         yield f"epoch: {int(gaps.sum()):,} of {len(spans):,} trials do not count up from 1; {examples}"
 
 
-def rows(table: pd.DataFrame) -> list[Row]:
+def rows(schema: Schema[R], table: pd.DataFrame) -> list[R]:
     """Return a table's rows as the ledger does: plain values, and None for null."""
     plain = table.astype(object).where(table.notna(), None)
-    return [dict(zip(plain.columns, values, strict=True)) for values in plain.itertuples(index=False, name=None)]
+    return cast(list[R], plain[list(schema.columns)].to_dict("records"))

@@ -6,17 +6,18 @@ computed again, which on one CPU thread gives the same values.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from itertools import count
 from pathlib import Path
+from typing import cast
 
 from tune_kd.records.adaptive_plan import grown
 from tune_kd.records.ledger import ASIDE, Ledger, commits, damage, reading
 from tune_kd.records.reader import Records, load, rows, without_advice
 from tune_kd.records.run_folder import Run
-from tune_kd.records.schema import COMMITS, DECISIONS, EPOCHS, LEDGER, SCHEMAS, TRIALS, Row, first_row
-from tune_kd.study.trial import Status, quality
+from tune_kd.records.schema import COMMITS, DECISIONS, EPOCHS, LEDGER, SCHEMAS, TRIALS, TrialRow, first_row
+from tune_kd.study.trial import Epoch, Row, Status
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import CorruptFile, UserError
 from tune_kd.system.files import sync
@@ -100,7 +101,7 @@ def set_aside(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{LEDGER}.damaged-*"))
 
 
-def _make(run: Run, rows: dict[str, list[Row]]) -> None:
+def _make(run: Run, rows: Mapping[str, Sequence[Row]]) -> None:
     """Write a ledger of these rows in a folder of its own, so that a kill never leaves part of one."""
     aside = run.folder / REBUILT
     shutil.rmtree(aside, ignore_errors=True)
@@ -121,20 +122,20 @@ def _put(run: Run) -> None:
     shutil.rmtree(run.folder / REBUILT)
 
 
-def _consistent(run: Run, records: Records) -> dict[str, list[Row]]:
+def _consistent(run: Run, records: Records) -> dict[str, Sequence[Row]]:
     """Return the tables' rows so that they fit each other and the plan: a kill may leave tables of different ages."""
-    trials, epochs, decisions = (rows(table) for table in (records.trials, records.epochs, records.decisions))
+    trials, epochs = rows(TRIALS, records.trials), rows(EPOCHS, records.epochs)
     planned = {trial.trial_id: trial for trial in grown(run.plan, trials).trials}
     if strange := {row["trial_id"] for row in trials} - set(planned):
         raise CorruptFile(
             f"{run.folder}: the tables hold trials that are not in the plan: {', '.join(sorted(strange))}"
         )
-    of_trial: dict[str, list[Row]] = {}
-    for row in epochs:
-        of_trial.setdefault(row["trial_id"], []).append(row)
+    of_trial: dict[str, list[Epoch]] = {}
+    for each in epochs:
+        of_trial.setdefault(each["trial_id"], []).append(Epoch.of(each))
     for place, row in enumerate(trials):
-        theirs = sorted(of_trial.get(row["trial_id"], []), key=lambda each: int(each["epoch"]))
-        underived = row["status"] in ("stopped", "blocked") and not theirs  # a driver decides again
+        theirs = sorted(of_trial.get(row["trial_id"], []), key=lambda each: each.epoch)
+        underived = row["status"] in (Status.STOPPED, Status.BLOCKED) and not theirs  # a driver decides again
         if underived or row["epochs_run"] != len(theirs):
             trials[place] = _as_of(first_row(run.name, planned[row["trial_id"]]), row, theirs)
     # Where a draw runs again, the trials that depend on all draws are not known yet.
@@ -142,23 +143,23 @@ def _consistent(run: Run, records: Records) -> dict[str, list[Row]]:
     trials = [row for row in trials if row["trial_id"] in known_trials]
     epochs = [row for row in epochs if row["trial_id"] in known_trials]
     known = {(row["trial_id"], row["epoch"]) for row in epochs}
-    kept = [row for row in decisions if (row["trial_id"], row["epoch"]) in known]
+    kept = [row for row in rows(DECISIONS, records.decisions) if (row["trial_id"], row["epoch"]) in known]
     return {TRIALS.name: trials, EPOCHS.name: epochs, DECISIONS.name: kept}
 
 
-def _as_of(first: Row, row: Row, epochs: list[Row]) -> Row:
+def _as_of(first: TrialRow, row: TrialRow, epochs: list[Epoch]) -> TrialRow:
     """Return a trial's row as it was after these epochs, to be continued."""
     names = ["attempts", "started", "host", "device", "threads", "gpu_fraction"]
     if row["attempts"]:  # otherwise `error` is why it did not run
         names.append("error")
-    then = first | {name: row[name] for name in names}
+    then = first | cast(TrialRow, {name: value for name, value in row.items() if name in names})
     if not epochs:
         return then
-    best = max(epochs, key=lambda each: quality(each["val_accuracy"], each["val_loss"]))
+    best = max(epochs, key=lambda each: each.quality)
     return then | {
         "epochs_run": len(epochs),
-        "val_accuracy": epochs[-1]["val_accuracy"],
-        "val_accuracy_best": best["val_accuracy"],
-        "best_epoch": best["epoch"],
-        "train_seconds": sum(each["seconds"] for each in epochs),
+        "val_accuracy": epochs[-1].val_accuracy,
+        "val_accuracy_best": best.val_accuracy,
+        "best_epoch": best.epoch,
+        "train_seconds": sum(each.seconds for each in epochs),
     }

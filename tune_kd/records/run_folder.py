@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from tune_kd.records.adaptive_plan import grown
 from tune_kd.records.ledger import reading
 from tune_kd.records.lock import held
-from tune_kd.records.schema import LAYOUT, LEDGER, RUN_NAME, TRIALS, Row, first_row
+from tune_kd.records.schema import LAYOUT, LEDGER, RUN_NAME, TRIALS, TrialRow, first_row
 from tune_kd.records.sqlite_file import too_long
 from tune_kd.records.sync import HOLDER, STUDY, pull, runs as in_store
 from tune_kd.study import record as study_record
@@ -194,9 +194,9 @@ def create(run: Run) -> None:
     point("study.published")
 
 
-def trials(run: Run) -> list[Row]:
+def trials(run: Run) -> list[TrialRow]:
     """Return the rows of the ledger's trials, and those that a driver adds for the rest of the plan."""
-    rows: list[Row] = []
+    rows: list[TrialRow] = []
     if os.path.exists(run.folder / LEDGER):
         with reading(run.folder / LEDGER) as ledger:
             rows = ledger.rows(TRIALS)
@@ -294,15 +294,9 @@ def _from_record(folder: Path, record: dict[str, Any]) -> Run:
 
 def _git_commit() -> str | None:
     """Return the commit of this checkout, marked if files were changed; None outside a checkout."""
-    here = Path(__file__).parent
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.stdout.strip()

@@ -4,12 +4,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Generic, TypedDict, TypeVar, cast, get_args, get_type_hints
 
-from tune_kd.study.trial import Action, Phase, Role, Status, StopReason, Trial
+from tune_kd.study.trial import Action, Decision, Epoch, Phase, Role, Row, Status, StopReason, Trial
 from tune_kd.system.characters import CONTROL
 
-Row = dict[str, Any]
+R = TypeVar("R", bound=Row)
+PANDAS = {str: "string", int: "Int64", float: "float64"}
 LAYOUT = 2  # version of a run's folder; from 2 on it has digests of the tables
 LEDGER = "ledger.sqlite"  # in a run's folder
 COMMITS = "ledger.commits"  # beside it: the least number of transactions that the ledger holds
@@ -18,7 +19,7 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # files and folders a
 
 
 @dataclass(frozen=True)
-class Schema:
+class Schema(Generic[R]):
     """A table: its columns in order, with their types, and the rules for its rows. Writers and readers check them."""
 
     name: str
@@ -30,35 +31,124 @@ class Schema:
     fractions: tuple[str, ...] = ()  # from 0 to 1
     free: tuple[str, ...] = ()  # text that may have control characters, such as line breaks
     only_completed: tuple[str, ...] = ()  # null unless `status` is completed
+    timing: tuple[str, ...] = ()  # in which a row that is computed again may differ
 
     @property
     def names(self) -> list[str]:
         """The text columns that must not have control characters."""
         return [name for name, kind in self.columns.items() if kind is str and name not in self.free]
 
+    def clean(self, row: Row) -> dict[str, Any]:
+        """Return the row in the schema's order and types. Numbers that are not finite become None."""
+        unknown = set(row) - set(self.columns)
+        assert not unknown, f"{self.name} has no column {sorted(unknown)}"
+        cleaned: dict[str, Any] = {}
+        for name, kind in self.columns.items():
+            value = row.get(name)
+            if value is None or (isinstance(value, float) and not math.isfinite(value)):
+                cleaned[name] = None
+            elif kind is str:  # a path may hold bytes that SQLite and Parquet refuse as text
+                cleaned[name] = str(value).encode(errors="backslashreplace").decode()
+            else:  # SQLite drops the sign of zero, and a row's checksum must not depend on it
+                cleaned[name] = kind(value) + 0
+        return cleaned
 
-def typed_columns(kind: type, names: str) -> dict[str, type]:
-    return dict.fromkeys(names.split(), kind)
+    def broken(self, row: Row) -> str | None:
+        """Return the first rule that a row breaks, as a sentence; None if it breaks none.
+
+        `reader.check` applies the same rules to whole tables.
+        """
+        for name in (*self.key, *self.needed):
+            if row[name] is None:
+                return f"{self.name}.{name} is null; allowed: a value"
+        for name, levels in self.levels.items():
+            if row[name] is not None and row[name] not in levels:
+                return f"{self.name}.{name} is {row[name]!r}; allowed: null, {', '.join(levels)}"
+        for name in self.names:
+            if row[name] is not None and CONTROL.search(row[name]):
+                return f"{self.name}.{name} is {row[name]!r}; allowed: text without control characters"
+        for name in self.fractions:
+            if row[name] is not None and not 0 <= row[name] <= 1:
+                return f"{self.name}.{name} is {row[name]}; allowed: null, or from 0 to 1"
+        for name in self.only_completed:
+            if row[name] is not None and row["status"] != Status.COMPLETED:
+                return f"{self.name}.{name} is {row[name]} while status is {row['status']}; allowed: null"
+        ran, planned = row.get("epochs_run"), row.get("epochs_planned")
+        if ran is not None and planned is not None and row["status"] == Status.COMPLETED and ran < planned:
+            return f"{self.name}.status is completed after {ran} of {planned} epochs; allowed: after all"
+        return None
+
+    def mistyped(self, row: Row) -> str | None:
+        """Return the first value that is not of its column's type or not finite, as a sentence; `None` without one."""
+        for (name, kind), value in zip(self.columns.items(), row.values(), strict=True):
+            finite = not isinstance(value, float) or math.isfinite(value)
+            if value is not None and (type(value) is not kind or not finite):
+                return f"{self.name}.{name} is {value!r:.60}"
+        return None
 
 
-TRIALS = Schema(
+def columns_of(row: type) -> dict[str, type]:
+    """Return the columns that the fields of a dataclass or TypedDict describe: text, whole numbers and numbers."""
+    kinds = {name: (*get_args(hint), hint)[0] for name, hint in get_type_hints(row).items()}  # `T` of `T | None`
+    return {name: plain for name, kind in kinds.items() for plain in PANDAS if issubclass(kind, plain)}
+
+
+class TrialRow(TypedDict):
+    """A row of the trials table as a run writes it. Tables of other tools may lack all values that are not `needed`."""
+
+    run: str
+    trial_id: str
+    arm: str
+    phase: str
+    role: str
+    student: str | None  # None for a teacher
+    teacher: str | None
+    teacher_id: str | None
+    stem: str
+    weights: str
+    width: float
+    method: str | None
+    temperature: float | None
+    alpha: float | None
+    beta: float | None
+    lr: float
+    weight_decay: float
+    seed: int
+    recipe_id: str
+    dataset: str
+    data_digest: str | None
+    scale: str
+    device: str | None
+    threads: int | None
+    status: str
+    stop_reason: str | None
+    epochs_planned: int
+    epochs_run: int
+    best_epoch: int | None
+    val_accuracy: float | None
+    val_accuracy_best: float | None
+    test_accuracy: float | None
+    test_accuracy_best: float | None
+    agreement: float | None
+    kl_t1: float | None
+    kl_t4: float | None
+    ece: float | None
+    params: int | None
+    train_seconds: float | None
+    wall_seconds: float | None
+    gpu_fraction: float | None
+    peak_memory_bytes: int | None
+    attempts: int
+    error: str | None  # of all attempts, also of those that were tried again
+    teacher_digest: str | None
+    weights_digest: str | None
+    host: str | None
+    started: float | None  # start of the first attempt, in seconds since the Unix epoch
+
+
+TRIALS: Schema[TrialRow] = Schema(
     "trials",
-    typed_columns(str, "run trial_id arm phase role student teacher teacher_id stem weights")
-    | typed_columns(float, "width")
-    | typed_columns(str, "method")
-    | typed_columns(float, "temperature alpha beta lr weight_decay")
-    | typed_columns(int, "seed")
-    | typed_columns(str, "recipe_id dataset data_digest scale device")
-    | typed_columns(int, "threads")
-    | typed_columns(str, "status stop_reason")
-    | typed_columns(int, "epochs_planned epochs_run best_epoch")
-    | typed_columns(float, "val_accuracy val_accuracy_best test_accuracy test_accuracy_best")
-    | typed_columns(float, "agreement kl_t1 kl_t4 ece")
-    | typed_columns(int, "params")
-    | typed_columns(float, "train_seconds wall_seconds gpu_fraction")
-    | typed_columns(int, "peak_memory_bytes attempts")
-    | typed_columns(str, "error teacher_digest weights_digest host")
-    | typed_columns(float, "started"),
+    columns_of(TrialRow),
     ("run", "trial_id"),
     optional=("teacher_digest", "weights_digest", "host", "started"),
     needed=("arm", "phase", "role", "seed", "status"),
@@ -67,115 +157,47 @@ TRIALS = Schema(
     free=("error",),
     only_completed=("test_accuracy", "test_accuracy_best"),
 )
-"""`started`: start of the first attempt, in seconds since the Unix epoch. `error` also lists retries."""
 
-EPOCHS = Schema(
+EPOCHS: Schema[Row] = Schema(
     "epochs",
-    typed_columns(str, "run trial_id")
-    | typed_columns(int, "epoch attempt")
-    | typed_columns(float, "val_accuracy val_loss train_loss train_accuracy loss_ce loss_kd lr grad_norm")
-    | typed_columns(float, "seconds images_per_second answer_seconds")
-    | typed_columns(int, "views_answered"),
+    {"run": str, "trial_id": str, "epoch": int, "attempt": int} | columns_of(Epoch),
     ("run", "trial_id", "epoch"),
     optional=("answer_seconds", "views_answered"),
     fractions=("val_accuracy", "train_accuracy"),
+    timing=("attempt", "seconds", "images_per_second", "answer_seconds", "views_answered"),
 )
 
-DECISIONS = Schema(
+DECISIONS: Schema[Row] = Schema(
     "decisions",
-    typed_columns(str, "run trial_id arm phase stratum")
-    | typed_columns(int, "epoch rung")
-    | typed_columns(float, "metric cutoff")
-    | typed_columns(int, "rank peers")
-    | typed_columns(str, "action reason"),
+    {"run": str} | columns_of(Decision),
     ("run", "trial_id", "epoch"),
     needed=("arm", "phase", "action", "reason"),
     levels={"action": tuple(Action)},
     fractions=("metric",),
 )
 
-SCHEMAS = (TRIALS, DECISIONS, EPOCHS)
+SCHEMAS: tuple[Schema[Any], ...] = (TRIALS, DECISIONS, EPOCHS)
 """The order in which tables are written. They are read in reverse, so that every epoch has its trial and its decision,
 also if a kill or a reader in between finds tables of different ages."""
 
-# Columns in which an epoch that is computed again may differ.
-TIMING = ("attempt", "seconds", "images_per_second", "answer_seconds", "views_answered")
 
-PANDAS = {str: "string", int: "Int64", float: "float64"}
-
-
-def clean(schema: Schema, row: Mapping[str, Any]) -> Row:
-    """Return the row in the schema's order and types. Numbers that are not finite become None."""
-    unknown = set(row) - set(schema.columns)
-    assert not unknown, f"{schema.name} has no column {sorted(unknown)}"
-    cleaned: Row = {}
-    for name, kind in schema.columns.items():
-        value = row.get(name)
-        if value is None or (isinstance(value, float) and not math.isfinite(value)):
-            cleaned[name] = None
-        else:  # SQLite drops the sign of zero, and a row's checksum must not depend on it
-            cleaned[name] = float(value) + 0.0 if kind is float else kind(value)
-            if kind is str:  # a path may hold bytes that SQLite and Parquet refuse as text
-                cleaned[name] = cleaned[name].encode(errors="backslashreplace").decode()
-    return cleaned
-
-
-def broken(schema: Schema, row: Row) -> str | None:
-    """Return the first rule that a row breaks, as a sentence; None if it breaks none.
-
-    `reader.check` applies the same rules to whole tables.
-    """
-    for name in (*schema.key, *schema.needed):
-        if row[name] is None:
-            return f"{schema.name}.{name} is null; allowed: a value"
-    for name, levels in schema.levels.items():
-        if row[name] is not None and row[name] not in levels:
-            return f"{schema.name}.{name} is {row[name]!r}; allowed: null, {', '.join(levels)}"
-    for name in schema.names:
-        if row[name] is not None and CONTROL.search(row[name]):
-            return f"{schema.name}.{name} is {row[name]!r}; allowed: text without control characters"
-    for name in schema.fractions:
-        if row[name] is not None and not 0 <= row[name] <= 1:
-            return f"{schema.name}.{name} is {row[name]}; allowed: null, or from 0 to 1"
-    for name in schema.only_completed:
-        if row[name] is not None and row["status"] != Status.COMPLETED:
-            return f"{schema.name}.{name} is {row[name]} while status is {row['status']}; allowed: null"
-    ran, planned = row.get("epochs_run"), row.get("epochs_planned")
-    if ran is not None and planned is not None and row["status"] == Status.COMPLETED and ran < planned:
-        return f"{schema.name}.status is completed after {ran} of {planned} epochs; allowed: after all"
-    return None
-
-
-def mistyped(schema: Schema, row: Row) -> str | None:
-    """Return the first value that is not of its column's type, or not finite, as a sentence; None if there is none."""
-    for (name, kind), value in zip(schema.columns.items(), row.values(), strict=True):
-        if value is not None and (type(value) is not kind or (isinstance(value, float) and not math.isfinite(value))):
-            return f"{schema.name}.{name} is {value!r:.60}"
-    return None
-
-
-def first_row(run: str, trial: Trial) -> Row:
+def first_row(run: str, trial: Trial) -> TrialRow:
     """Return the row of a trial that has not started, with None for what is not known yet."""
-    student = trial.role == Role.STUDENT
-    known = asdict(trial.recipe) | asdict(trial.cell) | ({} if student else {"student": None, "method": None})
+    known = vars(trial) | asdict(trial.recipe) | asdict(trial.cell)
+    if trial.role == Role.TEACHER:
+        known |= {"student": None, "method": None, "teacher_id": trial.trial_id}
     known |= {
         "run": run,
         "trial_id": trial.trial_id,
-        "arm": trial.arm,
-        "phase": trial.phase,
         "role": trial.role,
-        "teacher_id": trial.teacher_id if student else trial.trial_id,
-        "seed": trial.seed,
         "recipe_id": trial.recipe_id,
         "dataset": trial.data.name,
-        "data_digest": trial.data_digest,
-        "scale": trial.scale,
         "status": Status.PENDING,
         "epochs_planned": trial.recipe.epochs,
         "epochs_run": 0,
         "attempts": 0,
     }
-    return {name: known.get(name) for name in TRIALS.columns}
+    return cast(TrialRow, {name: known.get(name) for name in TRIALS.columns})
 
 
 MOST_LEDGER_BYTES = 2**36  # 100 times the ledger of 10,000 trials with 100 epochs each

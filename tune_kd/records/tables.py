@@ -1,10 +1,11 @@
 """Convert rows to DataFrames, Arrow tables and the bytes of Parquet files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from tune_kd.records.schema import PANDAS, SCHEMAS, Row, Schema, typed_columns
+from tune_kd.records.schema import PANDAS, SCHEMAS, Schema
+from tune_kd.study.trial import Row
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -12,18 +13,18 @@ if TYPE_CHECKING:
 
 PART = 2000  # rows that are converted at a time
 # Columns of results that are text, and counts. The others are measures.
-KINDS = typed_columns(
-    str,
+TEXTS = (
     "run arm role note what contrast kind verdict words context how against setting value host stratum phase method "
-    "status student teacher stem weights family rule factor",
-) | typed_columns(
-    int,
-    "draws completed failed epochs best_draw n planned tried trials stopped n_treated n_control pairs_needed epoch "
-    "slot seed rung",
+    "status student teacher stem weights family rule factor"
 )
+COUNTS = (
+    "draws completed failed epochs best_draw n planned tried trials stopped n_treated n_control pairs_needed epoch "
+    "slot seed rung"
+)
+KINDS = dict.fromkeys(TEXTS.split(), str) | dict.fromkeys(COUNTS.split(), int)
 
 
-def frame(schema: Schema, rows: list[Row]) -> "pd.DataFrame":
+def frame(schema: Schema[Any], rows: Sequence[Row]) -> "pd.DataFrame":
     """Return rows as a DataFrame with the schema's types: `string`, `Int64` and `float64`."""
     import pandas as pd
 
@@ -31,7 +32,7 @@ def frame(schema: Schema, rows: list[Row]) -> "pd.DataFrame":
     return pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype=PANDAS[kind]) for name, kind in columns})
 
 
-def typed(rows: Sequence[Mapping[str, Any]], names: str) -> "pd.DataFrame":
+def typed(rows: Sequence[Row], names: str) -> "pd.DataFrame":
     """Return rows as a DataFrame with these columns (separated by spaces), typed also if it is empty or all null."""
     import pandas as pd
 
@@ -44,7 +45,7 @@ def as_typed(table: "pd.DataFrame", names: str) -> "pd.DataFrame":
     return table.astype({name: PANDAS[KINDS.get(name, float)] for name in table.columns})
 
 
-def arrow(schema: Schema, rows: list[Row]) -> "pa.Table":
+def arrow(schema: Schema[Any], rows: Sequence[Row]) -> "pa.Table":
     """Return rows as an Arrow table, which pandas reads with the types of `frame`."""
     import pyarrow as pa
 

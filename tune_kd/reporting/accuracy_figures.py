@@ -17,7 +17,7 @@ from tune_kd.analysis import accuracy, contrasts, measures, tuned
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.records import adaptive_plan
 from tune_kd.records.reader import Records
-from tune_kd.records.schema import Row
+from tune_kd.records.schema import TrialRow
 from tune_kd.reporting import style
 from tune_kd.reporting.style import Made, MethodStyle, Styles
 from tune_kd.study.arms import SYMBOLS
@@ -78,8 +78,7 @@ def _contrast(axes: Axes, place: int, row: Mapping[Any, Any], look: MethodStyle)
 
 def curves(records: Records, styles: Styles) -> Made:
     """Validation accuracy over epochs: mean and standard deviation of each arm over confirmed seeds."""
-    trials = accuracy.confirmed_trials(records)
-    trials = trials[trials["status"] == Status.COMPLETED]
+    trials = accuracy.completed_trials(records)
     trials = trials.assign(stem=trials["stem"].fillna(""), method=trials["method"].map(str))
     rows = trials[["run", "trial_id", "arm", "stem", "method"]].merge(records.epochs, on=["run", "trial_id"])
     if rows.empty:
@@ -194,11 +193,10 @@ def tuning(records: Records, styles: Styles) -> Made:
     """Validation accuracy of the draws over each setting: where an arm is best, and how sharply."""
     found = list(tuned.searches(records))
     settings = list(dict.fromkeys(each.name for _, _, search, _ in found for each in search.ranges))
-    ended = [
-        100 * row["val_accuracy_best"] for *_, draws in found for row in draws if row["status"] == Status.COMPLETED
-    ]
-    if not ended:
+    completed = [row for *_, draws in found for row in draws if row["status"] == Status.COMPLETED]
+    if not completed:
         return None
+    ended = [100 * (row["val_accuracy_best"] or 0.0) for row in completed]
     floor = max(ended) - 4 * max(0.25, max(ended) - float(np.median(ended)))  # what lies below is drawn at the edge
     methods = [str(draws[0]["method"]) for *_, draws in found]
     looks = [styles[method] for method in methods]
@@ -226,11 +224,11 @@ def tuning(records: Records, styles: Styles) -> Made:
 
 
 def _draws(
-    axes: Axes, setting: str, study: Study, draws: Sequence[Row], floor: float, look: MethodStyle, label: str
+    axes: Axes, setting: str, study: Study, draws: Sequence[TrialRow], floor: float, look: MethodStyle, label: str
 ) -> None:
     """Draw an arm's completed draws over a setting, the best of them filled, and the setting's default."""
 
-    def plot(rows: Sequence[Row], **how: Any) -> None:
+    def plot(rows: Sequence[Mapping[str, Any]], **how: Any) -> None:
         heights = [max(floor, 100 * row["val_accuracy_best"]) for row in rows]
         axes.plot([row[setting] for row in rows], heights, color=look.colour, marker=look.marker, ls="", **how)
 

@@ -40,7 +40,7 @@ def rungs(records: Records, _: Styles) -> Made:
         "Every comparison of early stopping: accuracy then, and at the end. White markers were near ties; crosses "
         "below were stopped, and nobody knows their end.",
         f"Scatter of {int(table['final'].notna().sum())} comparisons whose trials ran to the end, and "
-        f"{int((table['action'] == 'stop').sum())} that stopped a trial.",
+        f"{int((table['action'] == Action.STOP).sum())} that stopped a trial.",
         figure,
     )
 

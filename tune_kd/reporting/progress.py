@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_kd.records.eta import time_left
-from tune_kd.records.schema import Row
+from tune_kd.records.schema import TrialRow
 from tune_kd.reporting.terminal import duration, points, rich_table
-from tune_kd.study.trial import ENDED, Action, Decision, Phase, Status
+from tune_kd.study.trial import ENDED, Decision, Phase, Status
 from tune_kd.system.characters import visible
 from tune_kd.system.secrets import masked
 
@@ -59,7 +59,7 @@ class ProgressDisplay:
             ):
                 log.write(f"{visible(line)}\n")
 
-    def show(self, rows: Sequence[Row], decisions: Sequence[Decision]) -> None:
+    def show(self, rows: Sequence[TrialRow], decisions: Sequence[Decision]) -> None:
         """Refresh the table at most twice a second, and less often where many trials make that slow."""
         now = time.monotonic()
         if self._live is not None and now - self._shown >= max(0.5, PAUSE_FACTOR * self._took):
@@ -71,7 +71,7 @@ class ProgressDisplay:
             ended = sum(counts[status] for status in ENDED)
             left = time_left(rows)
             after = f", about {duration(left)} left" if left is not None else ""
-            self.say(f"{ended} of {len(rows)} trials ended, {counts['running']} running{after}")
+            self.say(f"{ended} of {len(rows)} trials ended, {counts[Status.RUNNING]} running{after}")
             self._shown = now
 
 
@@ -81,7 +81,7 @@ def _open_log(log: str, flags: int) -> int:
     return os.open(log, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
 
 
-def progress(run: str, rows: Sequence[Row], decisions: Sequence[Decision], elapsed: float | None) -> Group:
+def progress(run: str, rows: Sequence[TrialRow], decisions: Sequence[Decision], elapsed: float | None) -> Group:
     """The progress of a run: a line a phase, the decisions of early stopping, then the running trials.
 
     `elapsed` is in seconds; None leaves it out.
@@ -97,7 +97,7 @@ def progress(run: str, rows: Sequence[Row], decisions: Sequence[Decision], elaps
     return Group(*parts)
 
 
-def _phases(rows: Sequence[Row]) -> Table:
+def _phases(rows: Sequence[TrialRow]) -> Table:
     """How many trials of each phase are in which state."""
     shown = rich_table(None, "phase", "done", "running", "stopped", "failed", "waiting", left=("phase",))
     shown.add_column("", ratio=1)
@@ -116,17 +116,17 @@ def _decisions(decisions: Sequence[Decision]) -> Group:
     """How often early stopping decided for which reason, and the last few decisions."""
     counts = Counter(decision.reason for decision in decisions)
     said = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in counts.most_common())
-    stopped = sum(decision.action == Action.STOP for decision in decisions)
+    stopped = sum(decision.stops for decision in decisions)
     title = Text(f"early stopping: {len(decisions)} comparisons, {stopped} stopped ({said})", style="bold")
     return Group(title, *(Text(decision.words) for decision in decisions[-LAST:]))
 
 
-def _running(running: Sequence[Row]) -> Table:
+def _running(running: Sequence[TrialRow]) -> Table:
     """The epoch, accuracy and remaining time of running trials."""
     shown = rich_table(None, "running", "epoch", "val. accuracy", "left", left=("running",))
     for row in running[:SHOWN]:
         left = ""
-        if row["epochs_run"]:
+        if row["epochs_run"] and row["train_seconds"] is not None:
             left = duration((row["epochs_planned"] - row["epochs_run"]) * row["train_seconds"] / row["epochs_run"])
         trial, epoch = Text(f"{row['arm']} seed {row['seed']}"), f"{row['epochs_run']}/{row['epochs_planned']}"
         shown.add_row(trial, epoch, points(row["val_accuracy"]), left)

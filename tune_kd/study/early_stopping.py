@@ -68,7 +68,7 @@ class Schedule:
         """Record a decision, of this schedule or from before a resume."""
         self._made[decision.trial_id, decision.rung] = decision
         self._scores.setdefault((decision.stratum, decision.rung), {})[decision.trial_id] = decision.metric
-        if decision.action == Action.STOP:
+        if decision.stops:
             self.drop(decision.trial_id)
 
     def drop(self, trial_id: str) -> None:

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import optuna
@@ -18,7 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL
 
-from tune_kd.study.trial import UNENDED, Status, StopReason
+from tune_kd.study.trial import UNENDED, Row, Status, StopReason
 from tune_kd.study.tuning import Choice, Integer, LogUniform, Over, Range, Tuning
 
 STORAGE = "optuna.sqlite"  # in a run's folder, for Optuna's dashboard; made from the ledger and never read
@@ -26,7 +25,6 @@ TRIES = 20  # to draw a new configuration
 DIGITS = 4  # of a drawn number, so that people can copy it
 WORDS = logging.getLogger("optuna")
 
-Row = Mapping[str, Any]  # of the trials table
 Ranges = Sequence[Range]
 
 

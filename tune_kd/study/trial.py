@@ -3,13 +3,15 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum, auto
 from functools import cached_property
 from typing import Any
 
 from tune_kd.study.spec import Cell, Data, Recipe
 from tune_kd.study.tuning import number
+
+Row = Mapping[str, Any]  # of a table
 
 
 class Phase(StrEnum):
@@ -177,14 +179,6 @@ class Outcome:
     peak_memory_bytes: int | None
 
 
-def quality(val_accuracy: float, val_loss: float) -> tuple[float, float]:
-    """Sort key of epochs: the highest validation accuracy, then the lowest validation loss.
-
-    Accuracies are often equal with few validation images, and the first epoch of these would often be an early one.
-    """
-    return val_accuracy, -val_loss
-
-
 @dataclass(frozen=True)
 class Epoch:
     """One epoch of a trial. The last one holds the outcome."""
@@ -203,6 +197,19 @@ class Epoch:
     answer_seconds: float | None = None  # wait for the teacher's logits, not part of `seconds`; None without
     views_answered: int | None = None  # views whose logits the teacher computed; None without logits
     outcome: Outcome | None = None
+
+    @classmethod
+    def of(cls, row: Row) -> "Epoch":
+        """The epoch in a row of the epochs table, without the outcome."""
+        return cls(**{field.name: row[field.name] for field in fields(cls) if field.name in row})
+
+    @property
+    def quality(self) -> tuple[float, float]:
+        """Sort key of epochs: the highest validation accuracy, then the lowest validation loss.
+
+        Accuracies are often equal with few validation images, and the first epoch of these would often be an early one.
+        """
+        return self.val_accuracy, -self.val_loss
 
 
 @dataclass(frozen=True)
@@ -223,9 +230,13 @@ class Decision:
     reason: DecisionReason
 
     @classmethod
-    def of(cls, row: Mapping[str, Any]) -> "Decision":
+    def of(cls, row: Row) -> "Decision":
         """The decision in a row of the decisions table."""
         return cls(**{name: value for name, value in row.items() if name != "run"})
+
+    @property
+    def stops(self) -> bool:
+        return self.action == Action.STOP
 
     @property
     def words(self) -> str:
@@ -233,7 +244,7 @@ class Decision:
         beside = "the first there"
         if self.cutoff is not None:
             beside = f"cutoff {100 * self.cutoff:.2f}, rank {self.rank} of {self.peers + 1}"
-        action = "stopped" if self.action == Action.STOP else "goes on"
+        action = "stopped" if self.stops else "goes on"
         return (
             f"{self.arm} at epoch {self.epoch}: {100 * self.metric:.2f} %, {beside} in {self.stratum}; {action}: "
             f"{self.reason.replace('_', ' ')}"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tune_kd.data.augment import draw_views, prepare
 from tune_kd.data.datasets import DataSet, Split
 from tune_kd.study.spec import Recipe
-from tune_kd.study.trial import Epoch, Outcome, Trial, quality
+from tune_kd.study.trial import Epoch, Outcome, Trial
 from tune_kd.system.errors import CorruptFile
 from tune_kd.training import metrics, networks
 from tune_kd.training.checkpoints import Checkpoints, pack
@@ -44,8 +44,8 @@ class _Progress:
 
     @property
     def best_row(self) -> Epoch:
-        """The best epoch so far, by its validation `quality`."""
-        return max(self.rows, key=lambda row: quality(row.val_accuracy, row.val_loss))
+        """The best epoch so far, by its `quality`."""
+        return max(self.rows, key=lambda row: row.quality)
 
     def tensors(self) -> dict[str, Tensor]:
         """The best weights by name. Empty if they are the last ones, which a checkpoint holds anyway."""
