@@ -9,6 +9,7 @@ docs/statistics.md has the simulations.
 Arrays may have leading axes, for many studies at once. Missing trials are the same in all of them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -171,6 +172,23 @@ class _Sums:
         known = [each.estimates(part) for part, each in zip(parts, fits, strict=True)]
         value = np.stack([each.means @ part.T for part, each in zip(parts, fits, strict=True)]).sum(0)
         return cls(value, np.sqrt(total), scale, df, np.all(known, axis=0))
+
+
+def joint(values: Array, weights: Array) -> tuple[float, float, int, float]:
+    """F test of contrasts [Q, A] of one stratum together: F, its two degrees of freedom, and the p value.
+
+    NaN where the model has no residuals, or where the trials cannot tell all of the contrasts.
+    """
+    from scipy import special
+
+    fitted = fit(values)
+    effects = weights @ fitted.means
+    covariance = weights @ fitted.covariance @ weights.T * fitted.variance
+    df = float(np.linalg.matrix_rank(weights))
+    if fitted.df < 1 or fitted.variance <= NO_SPREAD**2 or not fitted.estimates(weights).all():
+        return math.nan, df, fitted.df, math.nan
+    found = float(effects @ np.linalg.pinv(covariance, hermitian=True) @ effects) / df
+    return found, df, fitted.df, float(special.fdtrc(df, fitted.df, found))
 
 
 def _pairs(values: Array, weights: Array) -> tuple[npt.NDArray[np.int64], Array, Array]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tune_kd.analysis import statistics, verdicts
+from tune_kd.analysis import block_model, statistics, verdicts
 from tune_kd.analysis.accuracy import (
     COMPARABLE,
     CONTEXT,
@@ -36,7 +36,7 @@ from tune_kd.system.errors import UserError
 
 CONTRAST_COLUMNS = (
     "run contrast family verdict n planned estimate low high sd error df p_holm p p_equivalence low_pairs high_pairs "
-    "p_pairs p_exact smallest_exact_p effect_size pairs_needed rule kind factor note words"
+    "p_pairs p_exact smallest_exact_p effect_size pairs_needed rules_out rule kind factor note words"
 )
 BY_MODEL = "block model"
 BY_PAIRS = "pairs"
@@ -110,6 +110,7 @@ def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
     table = pd.DataFrame(columns).assign(**_of_pairs(last, values, weights))
     verdict = [verdicts.verdict(row) for row in table.to_dict("records")]
     table = table.assign(verdict=verdict)
+    table["rules_out"] = [verdicts.rules_out(row) for row in table.to_dict("records")]
     table["words"] = [verdicts.words(row, margin) for row in table.to_dict("records")]
     return as_typed(table, CONTRAST_COLUMNS)
 
@@ -163,6 +164,36 @@ def _of_pairs(found: Estimates, values: Array, weights: Array) -> dict[str, list
         spread, prior = found.error[place] * n**0.5, found.df[place] - (n - 1)
         needed.append(statistics.pairs_needed(found.value[place], spread, prior=prior) if spread > 0 else None)
     return {"p_exact": exact, "smallest_exact_p": smallest, "pairs_needed": needed}
+
+
+def factors(records: Records) -> pd.DataFrame:
+    """Whether a factor matters at all: one F test by the block model for each context with several of its contrasts.
+
+    For reading beside the contrasts; no verdict depends on it. Arms that have no accuracy at a seed are handled as in
+    the contrasts; those that were stopped are left out.
+    """
+    rows = []
+    for run in records.runs:
+        if run not in records.studies:
+            continue
+        one = records.of(run)
+        seeds = confirmation(one.study).seeds_at(judged_look(one))
+        groups: dict[tuple[str, str], list[Any]] = {}
+        for contrast, note in zip(one.study["contrasts"], _notes(one, seeds), strict=True):
+            if contrast["kind"] == "effect" and not note and contrast.get("factor"):
+                against = min(contrast["weights"], key=lambda arm: arm[1])[0]
+                groups.setdefault((contrast["factor"], against), []).append(contrast)
+        for (factor, _), declared in groups.items():
+            values, strata, weights = _arrays(one, seeds, declared)
+            inside = {stratum for stratum, weight in zip(strata, np.abs(weights).sum(0), strict=True) if weight}
+            if len(declared) < 2 or len(inside) > 1:
+                continue
+            own = np.array([stratum in inside for stratum in strata])
+            f, df, df_error, p = block_model.joint(values[own], weights[:, own])
+            context = declared[0]["name"].rpartition(": ")[0]
+            row = {"run": run, "factor": factor, "context": context, "contrasts": len(declared)}
+            rows.append(row | {"F": f, "df": df, "df_error": df_error, "p": p})
+    return typed(rows, "run factor context contrasts F df df_error p")
 
 
 def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.DataFrame:

@@ -63,17 +63,26 @@ def words(row: Mapping[Any, Any], margin: float) -> str:
 
 def evidence(row: Mapping[Any, Any]) -> str:
     """Estimate, number of seeds and interval: `+0.31 points over 5 seeds, 95 % interval +0.02 to +0.60`."""
-    seeds = f"{row['n']} seed{'s' if row['n'] > 1 else ''}"
-    if row["n"] < row["planned"]:
-        seeds = f"{row['n']} of {row['planned']} seeds"
-    found = f"{points(row['estimate'])} points over {seeds}"
+    found = f"{points(row['estimate'])} points over {seeds(row)}"
     if has_interval(row):
         found += f", 95 % interval {points(row['low'])} to {points(row['high'])}"
     return f"{found}, {EARLIER}" if EARLIER in row["note"] else found
 
 
+def seeds(row: Mapping[Any, Any]) -> str:
+    """`5 seeds`, or `4 of 5 seeds`."""
+    if row["n"] < row["planned"]:
+        return f"{row['n']} of {row['planned']} seeds"
+    return f"{row['n']} seed{'s' if row['n'] > 1 else ''}"
+
+
 def has_interval(row: Mapping[Any, Any]) -> bool:
     return not pd.isna(row["low"]) and row["error"] > NO_SPREAD
+
+
+def rules_out(row: Mapping[Any, Any]) -> str:
+    """`ruled_out` of a contrast without a finding that has an interval; empty otherwise."""
+    return ruled_out(row) if row["verdict"] == "inconclusive" and has_interval(row) else ""
 
 
 def ruled_out(row: Mapping[Any, Any]) -> str:

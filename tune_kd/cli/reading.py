@@ -164,7 +164,7 @@ def print_report(
     records: "Records", folder: Path, console: Terminal, as_json: bool, formats: Sequence[str] | None = None
 ) -> Path:
     """Write a report, print a summary, and return the file to read first."""
-    from tune_kd.analysis import accuracy, contrasts, provenance, tuned
+    from tune_kd.analysis import accuracy, contrasts, provenance, summary, tuned
     from tune_kd.records import sync
 
     with private():  # Matplotlib creates folders in the home for its configuration and list of fonts
@@ -179,16 +179,18 @@ def print_report(
     settings, budgets = tuned.settings(records), tuned.budgets(records)
     if as_json:
         answer: dict[str, Any] = {"runs": records.runs, "report": str(first)}
+        answer["summary"] = summary.summary(records)
         tables = {"arms": arms, "contrasts": effects, "exploratory": explored, "settings": settings, "budgets": budgets}
         answer |= {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
         if len(records.runs) > 1:
             answer["differences"] = provenance.differences(records).to_dict("records")
         print_json(answer)
         return first
-    parts: list[RenderableType] = [terminal.arms(arms)]
+    parts: list[RenderableType] = []
     if len(effects):
-        teachers = {len(study["study"]["teacher_seeds"]) for study in records.studies.values()}
-        parts.append(terminal.effects(effects, max(teachers)))
+        parts = ["\n".join(f"- {sentence}" for sentence in summary.summary(records)), terminal.effects(effects)]
+        parts.append("\n".join([*summary.method(records), *summary.holds_for(records)]))
+    parts.append(terminal.arms(arms))
     if len(settings):
         parts.append(terminal.settings(settings, budgets))
     if len(records.runs) > 1:

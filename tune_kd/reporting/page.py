@@ -3,16 +3,17 @@
 import base64
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, StrictUndefined, select_autoescape
 
+from tune_kd.analysis import summary
 from tune_kd.records.reader import Records
 from tune_kd.reporting import figures
-from tune_kd.reporting.texts import ROWS, Titled, cell, heading, named, questions, shown
+from tune_kd.reporting.texts import ROWS, Titled, cell, heading, questions, shown, verdicts
 
 TEMPLATE = Path(__file__).with_name("page.html")
 VERDICTS = ("better", "worse", "equivalent", "inconclusive", "not judged")
@@ -23,14 +24,17 @@ def html(records: Records, tables: Titled, pictures: Sequence[figures.Picture], 
     """The whole page. Of a long table it shows the first `ROWS` rows, and says so."""
     environment = Environment(autoescape=select_autoescape(default=True), undefined=StrictUndefined, trim_blocks=True)
     source = TEMPLATE.read_text(encoding="utf-8")
-    rows = tables["contrasts"][1].to_dict("records") if "contrasts" in tables else []
+    found = tables["contrasts"][1]["verdict"].tolist() if "contrasts" in tables else []
     return environment.from_string(source).render(
         policy=_policy(source),
         title=", ".join(records.runs),
         questions=questions(records),
-        verdicts=_verdicts(rows, records),
+        counts={name: count for name in VERDICTS if (count := found.count(name))},
+        verdicts=None if not found else _table("", verdicts(tables["contrasts"][1])),
+        summary=summary.summary(records),
+        method=[*summary.method(records), *summary.holds_for(records)],
         fixed=all(study.get("contrasts_sha256") for study in records.studies.values()),
-        contrasts=None if not rows else _table(*tables["contrasts"]),
+        contrasts=None if not found else _table(*tables["contrasts"]),
         tables={name: _table(*tables[name]) for name in tables if name not in ("contrasts", *AT_THE_END)},
         checks={name: _table(*tables[name]) for name in AT_THE_END if name in tables},
         pictures=[_picture(each) for each in pictures],
@@ -54,22 +58,14 @@ def _policy(source: str) -> str:
     return f"default-src 'none'; img-src data:;{allowed} base-uri 'none'; form-action 'none'"
 
 
-def _verdicts(rows: Sequence[Mapping[Any, Any]], records: Records) -> dict[str, list[dict[str, str]]]:
-    """Names and sentences of the contrasts by verdict, the most informative verdicts first."""
-    found: dict[str, list[dict[str, str]]] = {}
-    for row in rows:
-        sentence = row["words"].removeprefix(row["verdict"]).lstrip(": ")
-        found.setdefault(row["verdict"], []).append({"contrast": named(row, records), "sentence": sentence})
-    return {verdict: found[verdict] for verdict in VERDICTS if verdict in found}
-
-
 def _table(title: str, table: pd.DataFrame) -> dict[str, Any]:
     """A table's cells as text, each with its sort key."""
     table = shown(table).drop(columns=["words"], errors="ignore")
     names = [str(name) for name in table.columns]
     numeric = [bool(pd.api.types.is_numeric_dtype(table[name])) for name in table.columns]
     rows = [
-        [{"text": cell(name, value), "key": "" if pd.isna(value) else value, "number": number}
+        [{"text": cell(name, value), "key": "" if pd.isna(value) else value, "number": number,
+          "mark": value.replace(" ", "-") if name == "verdict" and value in VERDICTS else ""}
          for name, value, number in zip(names, row, numeric, strict=True)]
         for row in table.head(ROWS).itertuples(index=False)
     ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Tables of results on a terminal. Formats what `analysis` computed."""
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
@@ -55,39 +55,37 @@ def rich_table(title: str | None, *names: str, left: Collection[str], no_wrap: C
     return made
 
 
-def effects(table: "pd.DataFrame", teachers: int) -> Group:
-    """The contrasts in points of test accuracy: effects, then moderations."""
+def effects(table: "pd.DataFrame") -> Group:
+    """The contrasts in points of test accuracy, by family."""
     table = _with_runs(table, "contrast")
-    given = ", given one teacher" if teachers == 1 else ""
     parts: list[Table | Text] = []
-    for kind, title in (("effect", "Effects"), ("moderation", "How effects change")):
-        chosen = table[(table["kind"] == kind) & (table["n"] > 0)]
-        if len(chosen):
-            parts += [_contrasts(f"{title}, in points of test accuracy{given}", chosen), Text("")]
+    for family, whole in table.groupby("family", sort=False):
+        title = {"primary": "Primary contrasts", "secondary": "Secondary contrasts"}.get(str(family), "Contrasts")
+        if len(chosen := whole[whole["n"] > 0]):
+            title = f"{title}, in points of test accuracy; p adjusted by Holm over these {len(whole)}"
+            parts += [_contrasts(title, chosen), Text("")]
     unjudged = table[table["n"] == 0]
     for note, group in unjudged.groupby("note", sort=False):
         parts.append(Text(f"Not judged, since {note}: {'; '.join(group['contrast'])}"))
-    rows = table[table["verdict"] == "inconclusive"].to_dict("records")
-    needed = [f"{row['contrast']} {row['pairs_needed']:,}" for row in rows if isinstance(row["pairs_needed"], int)]
-    if needed:
-        parts.append(
-            Text(f"Pairs that would give the test 80 % power at the difference and spread seen: {'; '.join(needed)}")
-        )
-    parts.append(
-        Text("Paired by seed; 95 % t intervals; p adjusted by Holm over all contrasts; both allow for declared looks.")
-    )
     return Group(*parts)
 
 
 def _contrasts(title: str, table: "pd.DataFrame") -> Table:
-    names = ("effect", "95 % interval", "sd", "n", "p", "verdict")
+    names = ("effect", "95 % interval", "n", "p", "verdict")
     shown = rich_table(title, "contrast", *names, left=("contrast", "verdict"), no_wrap=names)
     for row in table.to_dict("records"):
         interval = f"{points(row['low'])} to {points(row['high'])}" if row["low"] == row["low"] else ""
         p = f"{row['p_holm']:.3f}" if row["p_holm"] == row["p_holm"] else ""
         effect = f"{round(100 * row['estimate'], 2) + 0.0:+.2f}"  # adding 0.0 turns -0.0 into 0.0
-        shown.add_row(Text(row["contrast"]), effect, interval, points(row["sd"]), str(row["n"]), p, row["verdict"])
+        shown.add_row(Text(row["contrast"]), effect, interval, str(row["n"]), p, _short(row))
     return shown
+
+
+def _short(row: "Mapping[Any, Any]") -> str:
+    """The verdict, or where there is none the largest gain that the interval leaves."""
+    if row["verdict"] != "inconclusive" or not row["rules_out"]:
+        return str(row["verdict"])
+    return f"no gain > {points(row['high'])}" if row["high"] >= 0 else "no gain"
 
 
 def _with_runs(table: "pd.DataFrame", name: str) -> "pd.DataFrame":

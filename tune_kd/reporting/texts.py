@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from tune_kd.analysis import summary
 from tune_kd.records.reader import Records
 
 IN_POINTS = (
@@ -18,6 +19,7 @@ IN_POINTS = (
 """Columns of fractions, shown in points (hundredths)."""
 NOT_FOR_PAPERS = ("provenance", "differences")
 LEFT_OUT = ["words", "note", "kind", "planned", "smallest_exact_p", "pairs_needed"]  # of a table in a paper
+VERDICTS = "run family contrast verdict estimate low high n p_holm rules_out note"
 ROWS = 200  # shown of a table; CSV files have all
 FORMULA = re.compile(r"(?:^|(?<=[;\t\r\n]))(?=[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20])")
 """Where a spreadsheet may see a formula: at the start of a cell, or after a character that may end one."""
@@ -63,9 +65,9 @@ def questions(records: Records) -> list[str]:
     return list(dict.fromkeys(study["study"]["question"] for study in records.studies.values()))
 
 
-def named(row: Mapping[Any, Any], records: Records) -> str:
-    """A contrast's name, with its run if there are several."""
-    return f"{row['run']}: {row['contrast']}" if len(records.runs) > 1 else str(row["contrast"])
+def verdicts(contrasts: pd.DataFrame) -> pd.DataFrame:
+    """The columns of the contrasts that people read first."""
+    return contrasts[VERDICTS.split()]
 
 
 def markdown(records: Records, tables: Titled, limits: Sequence[str]) -> str:
@@ -74,14 +76,9 @@ def markdown(records: Records, tables: Titled, limits: Sequence[str]) -> str:
     for question in questions(records):
         lines += [_line(question), ""]
     if "contrasts" in tables:
-        lines += ["## Verdicts", ""]
-        rows = tables["contrasts"][1].to_dict("records")
-        lines += [f"- **{_inline(named(row, records))}**: {_inline(row['words'])}" for row in rows[:ROWS]]
-        lines += [
-            "",
-            "Paired by seed; 95 % t intervals; p adjusted by Holm over all contrasts; both allow for declared looks.",
-            "",
-        ]
+        lines += ["## Summary", "", *(f"- {_line(sentence)}" for sentence in summary.summary(records)), ""]
+        lines += ["## Verdicts", "", *_rows(shown(verdicts(tables["contrasts"][1]))), ""]
+        lines += [f"{_line(sentence)}\n" for sentence in (*summary.method(records), *summary.holds_for(records))]
     lines += ["## Limits of the evidence", "", *(f"- {_line(sentence)}" for sentence in limits), ""]
     for title, table in tables.values():
         lines += [f"## {title}", "", *_rows(shown(table)), ""]

@@ -1,0 +1,187 @@
+"""A study's answer in plain words: a few sentences, made from its verdicts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from tune_kd.analysis import contrasts, verdicts
+from tune_kd.analysis.statistics import MARGIN
+from tune_kd.records.reader import Records
+from tune_kd.study.spec import Family
+
+CONTEXTS_SHOWN = 3  # of a comparison, in one sentence
+NAMED = 3  # contrasts of the secondary family with a finding
+Row = Mapping[Any, Any]
+
+
+def summary(records: Records, margin: float = MARGIN) -> list[str]:
+    """Three to six sentences on each run that declared contrasts: the primary ones, then what the others show."""
+    table, tests = contrasts.contrasts(records, margin), contrasts.factors(records)
+    said = []
+    for run in records.runs:
+        if run in records.studies:
+            rows = table[table["run"] == run].to_dict("records")
+            words = _Words(records.studies[run]["study"], margin)
+            sentences = [*_primary(words, rows), *_factors(words, rows, tests[tests["run"] == run]), _others(rows)]
+            before = f"{run}: " if len(records.runs) > 1 else ""
+            said += [f"{before}{sentence}" for sentence in sentences if sentence]
+    return said
+
+
+def holds_for(records: Records) -> list[str]:
+    """For which images and teachers the verdicts hold; empty without a study."""
+    said = []
+    for run in records.runs:
+        if run in records.studies and records.studies[run]["contrasts"]:
+            teachers = len(records.studies[run]["study"]["teacher_seeds"])
+            whom = ", and for one teacher of each kind" if teachers == 1 else ""
+            before = f"{run}: v" if len(records.runs) > 1 else "V"
+            said.append(
+                f"{before}erdicts hold for these test images, which all arms share and seeds do not vary{whom}."
+            )
+    return said
+
+
+def method(records: Records) -> list[str]:
+    """How the contrasts were judged, for the foot of their table."""
+    rules = set(contrasts.contrasts(records)["rule"])
+    said = []
+    if rules - {contrasts.DECLARED_EARLIER}:
+        said = [
+            "95 % t intervals; p adjusted by Holm within a family; both allow for declared looks. Contrasts within a "
+            "stratum are judged by the block model, with seeds as blocks; contrasts across strata by their pairs.",
+            "The chance of any false finding is about 5 % at most in the primary family, which answers the study's "
+            "question, and by itself in the secondary one, which explains.",
+        ]
+    if contrasts.DECLARED_EARLIER in rules:
+        said.append(
+            "Contrasts that a version before 0.7 declared are judged as they were declared: by their pairs, with p "
+            "adjusted by Holm over all of a run."
+        )
+    return said
+
+
+class _Words:
+    """Names of arms and contexts in a sentence."""
+
+    def __init__(self, study: Mapping[str, Any], margin: float) -> None:
+        self._factors = {str(level): each["name"] for each in study["factors"] for level in each["levels"]}
+        self._control, self.margin = study["control"], margin
+
+    def level(self, name: str) -> str:
+        """`stem cifar`, `logit`, `no distillation`; a level that has its factor in it stays: `T=4`."""
+        factor = self._factors.get(name)
+        if factor == "method":
+            return "no distillation" if name == "none" else name
+        return name if factor is None else f"{factor} {name}"
+
+    def context(self, contrast: str) -> str:
+        """` with stem cifar`, ` without distillation`; empty where the study has no context."""
+        levels = contrast.rpartition(": ")[0].split("/")
+        named = [self.level(level) for level in levels if level]
+        bare = "without distillation" if "no distillation" in named else ""
+        held = ", ".join(each for each in named if each != "no distillation")
+        return "".join(f" {each}" for each in (held and f"with {held}", bare) if each)
+
+    def sides(self, contrast: str) -> tuple[str, str]:
+        """The two levels that an effect compares."""
+        treated, _, against = contrast.rpartition(": ")[2].partition(" - ")
+        return self.level(treated), self.level(against)
+
+
+def _primary(words: _Words, rows: Sequence[Row]) -> list[str]:
+    """A sentence for each comparison, over its contexts, and for each way in which one changes."""
+    primary = [row for row in rows if row["family"] != Family.SECONDARY]
+    effects: dict[str, list[Row]] = {}
+    for row in primary:
+        if row["kind"] == "effect":
+            effects.setdefault(row["contrast"].rpartition(": ")[2], []).append(row)
+    said = [_effect(words, group) for group in effects.values()]
+    return said + [_moderation(words, row) for row in primary if row["kind"] == "moderation"]
+
+
+def _effect(words: _Words, rows: Sequence[Row]) -> str:
+    treated, against = words.sides(rows[0]["contrast"])
+    clauses = [f"{_finding(row, words.margin)}{words.context(row['contrast'])}{_figures(row)}"
+               for row in rows[:CONTEXTS_SHOWN]]  # fmt: skip
+    if len(rows) > CONTEXTS_SHOWN:
+        better = sum(row["verdict"] == "better" for row in rows)
+        clauses.append(f"in all, better in {better} of {len(rows)} contexts")
+    return f"{_capital(treated)} against {against}: {'; '.join(clauses)}."
+
+
+def _moderation(words: _Words, row: Row) -> str:
+    context, _, levels = row["contrast"].rpartition(": ")
+    what = context.rpartition(": ")[2].strip("()").partition(" - ")
+    treated, against = words.level(what[0]), words.level(what[2])
+    at, first = (words.level(level) for level in levels.split(" - ", 1))
+    effect = f"the effect of {treated} against {against}{words.context(context.rpartition(': ')[0] + ': ')}"
+    if row["verdict"] in ("better", "worse"):
+        more = "larger" if row["verdict"] == "better" else "smaller"
+        return f"{_capital(effect)} is {more} with {at} than with {first}{_figures(row)}."
+    if row["verdict"] == "equivalent":
+        return f"{_capital(effect)} is the same with {at} and with {first}{_figures(row)}."
+    return f"That {effect} differs between {first} and {at} is not shown: {_finding(row, words.margin)}{_figures(row)}."
+
+
+def _finding(row: Row, margin: float) -> str:
+    """The verdict as a clause."""
+    if row["verdict"] in ("better", "worse"):
+        return f"{row['verdict']} by {100 * abs(row['estimate']):.2f} points"
+    if row["verdict"] == "equivalent":
+        return f"the same within {100 * margin:g} points"
+    return f"not judged ({row['note']})" if row["verdict"] == "not judged" else verdicts.ruled_out(row)
+
+
+def _figures(row: Row) -> str:
+    """` (+0.31, 95 % interval +0.02 to +0.60, 5 seeds)`; without the difference where the finding has it."""
+    if row["verdict"] == "not judged":
+        return ""
+    said = [] if row["verdict"] in ("better", "worse") else [verdicts.points(row["estimate"])]
+    if verdicts.has_interval(row):
+        said.append(f"95 % interval {verdicts.points(row['low'])} to {verdicts.points(row['high'])}")
+    return f" ({', '.join([*said, verdicts.seeds(row)])})"
+
+
+def _factors(words: _Words, rows: Sequence[Row], tests: pd.DataFrame) -> list[str]:
+    """A sentence for each factor of which the secondary family compares several levels."""
+    secondary = [row for row in rows if row["family"] == Family.SECONDARY and row["kind"] == "effect"]
+    primary = {row["factor"] for row in rows if row["family"] != Family.SECONDARY}
+    said = []
+    for factor in dict.fromkeys(str(row["factor"]) for row in secondary if row["factor"] not in primary):
+        theirs = tests[tests["factor"] == factor].to_dict("records")
+        if not theirs:
+            continue
+        compared = [row for row in secondary if row["factor"] == factor]
+        found = [row for row in compared if row["verdict"] in ("better", "worse")]
+        each = "; ".join(f"p = {_p(test['p'])}{words.context(test['context'] + ': ')}" for test in theirs[:3])
+        against = compared[0]["contrast"].partition(" - ")[2]
+        said.append(
+            f"Does {factor} matter at all? One F test each: {each}; of {len(compared)} comparisons with {against}, "
+            f"{len(found) or 'none'} show{'s' if len(found) == 1 else ''} a difference."
+        )
+    return said
+
+
+def _others(rows: Sequence[Row]) -> str:
+    """What the secondary family found, by name."""
+    secondary = [row for row in rows if row["family"] == Family.SECONDARY]
+    found = [row for row in secondary if row["verdict"] in ("better", "worse")]
+    if not secondary:
+        return ""
+    if not found:
+        return f"None of the {len(secondary)} secondary contrasts shows a difference."
+    named = "; ".join(f"{row['contrast']} ({row['verdict']} by {100 * abs(row['estimate']):.2f} points)"
+                      for row in found[:NAMED])  # fmt: skip
+    more = f"; {len(found) - NAMED} more" if len(found) > NAMED else ""
+    shown = f"{len(found)} show{'s' if len(found) == 1 else ''} a difference"
+    return f"Of the {len(secondary)} secondary contrasts, {shown}: {named}{more}."
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
