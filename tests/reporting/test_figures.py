@@ -87,7 +87,7 @@ def test_names_and_gaps_that_are_allowed_break_no_picture_and_no_table(records: 
     assert "<i>" not in page
     console = Console(file=io.StringIO(), width=200)
     console.print(terminal.arms(accuracy.arms(strange)))
-    console.print(terminal.effects(contrasts.contrasts(strange), 1))
+    console.print(terminal.effects(contrasts.contrasts(strange)))
     assert "[red]x" in console.file.getvalue()  # type: ignore[attr-defined]
     assert r"a$\frac$b [/x] <i>_%&#" in console.file.getvalue()  # type: ignore[attr-defined]
 

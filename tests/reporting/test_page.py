@@ -152,5 +152,5 @@ def test_cells_with_any_signs_are_shown_and_sorted_as_text(browser: Any, hostile
 def test_what_matters_comes_first(browser: Any, page: Path) -> None:
     show(browser, page)
     heads = [each.text for each in browser.find_elements("css selector", "h2")]
-    assert heads == ["Verdicts", "Limits of the evidence", "Figures", "Tables", "For those who check"]
+    assert heads == ["Summary", "Verdicts", "Figures", "Limits of the evidence", "Tables", "For those who check"]
     assert browser.find_element("css selector", "p.question").text == "Does it work?"

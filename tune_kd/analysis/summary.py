@@ -24,6 +24,8 @@ def summary(records: Records, margin: float = MARGIN) -> list[str]:
             rows = table[table["run"] == run].to_dict("records")
             words = _Words(records.studies[run]["study"], margin)
             sentences = [*_primary(words, rows), *_factors(words, rows, tests[tests["run"] == run]), _others(rows)]
+            if rows and max(row["planned"] for row in rows) == 1:
+                sentences = ["One seed confirms, which shows no spread: no difference can be judged."]
             before = f"{run}: " if len(records.runs) > 1 else ""
             said += [f"{before}{sentence}" for sentence in sentences if sentence]
     return said

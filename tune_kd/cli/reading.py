@@ -188,7 +188,7 @@ def print_report(
         return first
     parts: list[RenderableType] = []
     if len(effects):
-        parts = ["\n".join(f"- {sentence}" for sentence in summary.summary(records)), terminal.effects(effects)]
+        parts = [terminal.sentences(summary.summary(records)), terminal.effects(effects)]
         parts.append("\n".join([*summary.method(records), *summary.holds_for(records)]))
     parts.append(terminal.arms(arms))
     if len(settings):

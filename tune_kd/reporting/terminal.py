@@ -62,12 +62,20 @@ def effects(table: "pd.DataFrame") -> Group:
     for family, whole in table.groupby("family", sort=False):
         title = {"primary": "Primary contrasts", "secondary": "Secondary contrasts"}.get(str(family), "Contrasts")
         if len(chosen := whole[whole["n"] > 0]):
-            title = f"{title}, in points of test accuracy; p adjusted by Holm over these {len(whole)}"
+            title = f"{title} (points of test accuracy; p by Holm over {len(whole)})"
             parts += [_contrasts(title, chosen), Text("")]
     unjudged = table[table["n"] == 0]
     for note, group in unjudged.groupby("note", sort=False):
         parts.append(Text(f"Not judged, since {note}: {'; '.join(group['contrast'])}"))
     return Group(*parts)
+
+
+def sentences(said: Iterable[str]) -> Table:
+    """Sentences as a list."""
+    shown = Table.grid(padding=(0, 1))
+    for sentence in said:
+        shown.add_row("-", Text(sentence))
+    return shown
 
 
 def _contrasts(title: str, table: "pd.DataFrame") -> Table:

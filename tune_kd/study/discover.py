@@ -111,11 +111,27 @@ def _with_settings(path: Path, study: Study, settings: Sequence[str]) -> Study:
             continue
         problem = _assign(value, field.split("."), _parsed(text), field)
         problems += [problem] if problem else []
+        if not problem and field.startswith("factors."):
+            _narrow(study, value, field.removeprefix("factors."))
     raise_problems(problems)
     try:
         return from_json(value)
     except ValidationError as error:
         raise UserError(*_type_problems(path, value, settings, error)) from error
+
+
+def _narrow(study: Study, value: dict[str, Any], factor: str) -> None:
+    """Drop the contrasts of levels that a setting took from a factor, and a moderator that it left with one level."""
+    left = next(each["levels"] for each in value["factors"] if each["name"] == factor)
+    gone = [level for level in study.levels(factor) if isinstance(left, list) and level not in left]
+    value["contrasts"] = [
+        each
+        for each in value["contrasts"]
+        if not (each["factor"] == factor and {each["treated"], each["against"]} & set(gone))
+        and dict(each["where"]).get(factor) not in gone
+    ]
+    if gone and len(left) == 1 and value["moderator"] == factor:
+        value["moderator"] = None
 
 
 def _type_problems(path: Path, value: dict[str, Any], settings: Sequence[str], error: ValidationError) -> list[str]:
