@@ -165,6 +165,7 @@ def create(run: Run) -> None:
     planned = run.plan
     contrasts = [asdict(contrast) for contrast in planned.contrasts]
     resolved = asdict(run.study)
+    data_dir = None if run.data_dir is None else str(run.data_dir.absolute())
     record = {
         "run": run.name,
         "layout": LAYOUT,
@@ -177,11 +178,7 @@ def create(run: Run) -> None:
         "arms": [{"name": arm.name, "role": arm.role, "merged": arm.merged} for arm in planned.arms],
         "searches": [asdict(search) for search in planned.searches],
         "trials": [trial.trial_id for trial in planned.trials],
-        "data": {
-            "name": run.study.data.name,
-            "digest": run.data_digest,
-            "dir": None if run.data_dir is None else str(run.data_dir.absolute()),
-        },
+        "data": {"name": run.study.data.name, "digest": run.data_digest, "dir": data_dir},
         "settings": run.settings,
         "source": source_record(run),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
