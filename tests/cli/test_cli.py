@@ -302,7 +302,8 @@ def test_plan_tells_of_rungs_margins_looks_and_short_grace_periods(
     shown = " ".join(capsys.readouterr().out.split())
     assert "rungs at epoch 6; an arm stops that is more than 6.00 points behind" in shown
     assert "warning: screen.grace is 6, shorter than the run before supports: in cifar/logit" in shown
-    assert "3 seeds, at a seed-to-seed deviation of 0.50 points and a level of 0.025" in shown
+    assert "at a seed-to-seed deviation of 0.50 and a level of 0.025 and 0.025:" in shown
+    assert "primary contrast 3 seeds 6 seeds 0.10 0.20 0.30 0.50 none: cifar - imagenet " in shown
     assert "6 seeds" in shown
     assert call(monkeypatch, *arguments, "--json") == 0
     answer = json.loads(capsys.readouterr().out)
@@ -415,7 +416,7 @@ def test_the_plan_tells_people_what_was_merged_what_it_costs_and_what_seeds_can_
     for words in ("30 raw cells are 14 arms", "58 trials", "2 are teachers", "assumes", "80 % power", "0.2500"):
         assert words in said
     for contrast in plan(resolve(find("ablation"), "laptop")).contrasts:
-        assert f"{contrast.name} {contrast.kind}" in said
+        assert f"{contrast.name} {contrast.family} {contrast.kind}" in said
 
 
 @pytest.mark.parametrize(

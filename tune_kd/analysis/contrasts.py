@@ -7,6 +7,7 @@ with planned confirmation seeds; everything else is exploratory and labelled so.
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -162,7 +163,8 @@ def _of_pairs(found: Estimates, values: Array, weights: Array) -> dict[str, list
         exact.append(statistics.sign_flip(paired[~np.isnan(paired)].tolist()) if n else None)
         smallest.append(statistics.smallest_exact_p(int(n)) if n else None)
         spread, prior = found.error[place] * n**0.5, found.df[place] - (n - 1)
-        needed.append(statistics.pairs_needed(found.value[place], spread, prior=prior) if spread > 0 else None)
+        df = partial(statistics.less_one, more=prior)
+        needed.append(statistics.pairs_needed(found.value[place], spread, df=df) if spread > 0 else None)
     return {"p_exact": exact, "smallest_exact_p": smallest, "pairs_needed": needed}
 
 

@@ -62,18 +62,13 @@ def _limits_of(run: Records) -> list[str]:
 
 def _limits_of_seeds(study: dict[str, Any], look: int) -> list[str]:
     """The power of the seeds that are judged, and the level of their look."""
-    confirm, deviation, family = accuracy.confirmation(study), study["study"]["deviation"], len(study["contrasts"])
+    confirm = accuracy.confirmation(study)
     seeds = len(confirm.seeds_at(look))
     said = ["One seed confirms: no difference can be judged."]
     if seeds > 1:
-        least = 100 * (statistics.detectable(seeds, deviation) or 0.0)
-        hardest = 100 * (statistics.detectable(seeds, deviation, alpha=0.05 / max(1, family)) or 0.0)
         said = [
-            f"With {seeds} seeds, at the seed-to-seed deviation that the study expected ({100 * deviation:.2f} "
-            f"points), a paired test finds true differences from {least:.2f} points on with 80 % power by itself, "
-            f"and from {hardest:.2f} points on where Holm, over {family} contrasts, is hardest; a difference of "
-            "differences needs more. The exact sign-flip p cannot fall below "
-            f"{statistics.smallest_exact_p(seeds):.4f}."
+            f"With {seeds} seeds the exact sign-flip p of a contrast, which needs no model, cannot fall below "
+            f"{statistics.smallest_exact_p(seeds):.4f}. Which true differences the seeds find, `tune_kd plan` says."
         ]
     if confirm.looks:
         said.append(

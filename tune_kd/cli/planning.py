@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 
 from tune_kd.analysis import grace
-from tune_kd.analysis.statistics import detectable, smallest_exact_p, spent
+from tune_kd.analysis.power import DIFFERENCES, powers, slot_seconds
+from tune_kd.analysis.statistics import smallest_exact_p, spent
 from tune_kd.cli import options
 from tune_kd.records.adaptive_plan import to_come
 from tune_kd.reporting import terminal
@@ -75,6 +76,7 @@ def _summary(planned: Plan, out: Path) -> dict[str, Any]:
         "trials": [{"arm": each.arm, "phase": each.phase, "seed": each.seed} for each in trials],
         "tuning": None if resolved.tuning is None else asdict(resolved.tuning),
         "contrasts": [contrast.name for contrast in planned.contrasts],
+        "families": {contrast.name: contrast.family for contrast in planned.contrasts},
         "price": {"flop": cost.flop, "slot_seconds": cost.slot_seconds, "how": cost.how},
         "screen": asdict(resolved.screen) | {"rungs": resolved.screen.rungs(resolved.recipe.epochs)},
         "seeds": _seeds(planned),
@@ -164,20 +166,21 @@ def calibrate(
 
 
 def _seeds(planned: Plan) -> dict[str, Any]:
-    """Return the detectable differences at each look, for the seed-to-seed deviation that the study expects."""
+    """Return what the seeds can show at each look, for the seed-to-seed deviation that the study expects."""
     confirm, deviation = planned.study.confirm, planned.study.deviation
     looks = confirm.looks or (len(confirm.seeds),)
     found = [
         {
             "seeds": seeds,
             "level": level,
-            "detectable_difference": detectable(seeds, deviation, alpha=level),
-            "detectable_after_holm": detectable(seeds, deviation, alpha=level / max(1, len(planned.contrasts))),
+            "power": [asdict(each) for each in powers(planned, seeds, level)],
             "smallest_exact_p": smallest_exact_p(seeds),
         }
         for seeds, level in zip(looks, spent(looks), strict=True)
     ]
-    return {"confirm": list(confirm.all_seeds), "deviation": deviation, "looks": found} | found[0]
+    whole, more = slot_seconds(planned)
+    costs = {"slot_seconds": whole, "slot_seconds_per_seed": more}
+    return {"confirm": list(confirm.all_seeds), "deviation": deviation, "looks": found} | found[0] | costs
 
 
 def _answers(planned: Plan) -> list[dict[str, Any]]:
@@ -204,7 +207,9 @@ def _print_plan(planned: Plan, summary: dict[str, Any], why: str) -> None:
     arms = ((arm.name, arm.role, str(arm.merged) if arm.merged > 1 else "") for arm in planned.arms)
     console.print(_table(("arm", "role", "merged cells"), arms))
     if planned.contrasts:
-        console.print(_table(("contrast", "kind"), ((each.name, each.kind) for each in planned.contrasts), "fold"))
+        declared = sorted(planned.contrasts, key=lambda each: each.family)
+        rows = ((each.name, each.family, each.kind) for each in declared)
+        console.print(_table(("contrast", "family", "kind"), rows, "fold", left=3))
     for each in summary["answers"]:
         which = "all {:,} views ahead" if each["views"] == "all" else "about {:,} drawn views"
         views = which.format(each["count"])
@@ -216,14 +221,17 @@ def _print_plan(planned: Plan, summary: dict[str, Any], why: str) -> None:
         console.print(sentence)
     for warning in summary["warnings"]:
         console.say(f"warning: {warning}")
-    for sentence in _detectable(summary["seeds"]):
-        console.print(sentence)
+    for part in _powers(summary["seeds"]):
+        console.print(part)
 
 
-def _table(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]], overflow: Any = "ellipsis") -> Table:
+def _table(
+    titles: tuple[str, ...], rows: Iterable[tuple[str, ...]], overflow: Any = "ellipsis", left: int = 2
+) -> Table:
+    """Return a table whose first `left` columns are text."""
     table = Table(box=None, header_style="bold")
-    for title in titles:
-        table.add_column(title, justify="right" if title == "merged cells" else "left", overflow=overflow)
+    for place, title in enumerate(titles):
+        table.add_column(title, justify="left" if place < left else "right", overflow=overflow)
     for row in rows:
         table.add_row(*row)
     return table
@@ -251,18 +259,32 @@ def _stopping(study: Study) -> str:
     )
 
 
-def _detectable(seeds: dict[str, Any]) -> Iterator[str]:
-    for look in seeds["looks"]:
-        if look["detectable_difference"] is None:
-            yield "One seed to confirm: no difference can be judged."
-            continue
-        level = f" and a level of {look['level']:g}" if len(seeds["looks"]) > 1 else ""
+def _powers(seeds: dict[str, Any]) -> Iterator[str | Table]:
+    """Return what each look can show, as a table a look; the seeds for other differences stand in the first."""
+    deviation = points(seeds["deviation"])
+    if seeds["seeds"] < 2:
+        yield "One seed to confirm: no difference can be judged."
+        return
+    columns = ("primary contrast", *(f"{look['seeds']} seeds" for look in seeds["looks"]), *map(points, DIFFERENCES))
+    rows = []
+    for place, first in enumerate(seeds["power"]):
+        found = [points(look["power"][place]["detectable"]) for look in seeds["looks"]]
+        rows.append((first["contrast"], *found, *("" if n is None else f"{n:,}" for n in first["seeds"].values())))
+    if rows:
+        levels = " and ".join(f"{look['level']:g}" for look in seeds["looks"])
         yield (
-            f"{look['seeds']} seeds, at a seed-to-seed deviation of {points(seeds['deviation'])} points{level}: a "
-            f"paired t test finds true differences from {points(look['detectable_difference'])} points on with 80 % "
-            f"power ({points(look['detectable_after_holm'])} where Holm is hardest); the exact sign-flip p cannot fall "
-            f"below {look['smallest_exact_p']:.4f}."
+            f"True differences (points) that are found with 80 % power, and the seeds that find {points(DIFFERENCES[0])} "
+            f"to {points(DIFFERENCES[-1])}, at a seed-to-seed deviation of {deviation} and a level of {levels}:"
         )
+        yield _table(columns, rows, "fold", left=1)
+        needed = sorted({n for each in seeds["power"] for n in each["seeds"].values() if n is not None})
+        yield f"The whole study in one slot: {', '.join(f'{n:,} seeds {_slot(n, seeds)}' for n in needed)}."
+    least = ", ".join(f"{look['smallest_exact_p']:.4f} at {look['seeds']} seeds" for look in seeds["looks"])
+    yield f"The exact sign-flip p cannot fall below {least}."
+
+
+def _slot(n: int, seeds: dict[str, Any]) -> str:
+    return duration(seeds["slot_seconds"] + (n - seeds["seeds"]) * seeds["slot_seconds_per_seed"])
 
 
 def _scale_of_curves(path: Path, scale: str, records: "Records") -> tuple[str, str]:
