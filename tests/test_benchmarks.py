@@ -90,7 +90,7 @@ def failing() -> Measure:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("together", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_ratio_is_the_median_over_pairs_and_is_held_against_its_bar(together: bool) -> None:
     sides = Side("a", sleeper, (0.02,)), Side("b", sleeper, (0.01,))
     found = pairs("r", *sides, 3, unit="s", bar=">= 1.9", together=together)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from commands import call, command, contiguous, same_records, without_stops
+from conftest import tiny
 from stores import KEYS, Store, google, store
 from tune_kd.cli import main
 from tune_kd.data import datasets
