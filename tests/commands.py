@@ -16,9 +16,11 @@ import pytest
 from tune_kd import cli
 from tune_kd.data import datasets
 from tune_kd.execute.driver import Driver
+from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace
 from tune_kd.records.ledger import Ledger
-from tune_kd.records.schema import EPOCHS
+from tune_kd.records.run_folder import Run, create, reopen
+from tune_kd.records.schema import EPOCHS, LEDGER
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
 
@@ -59,6 +61,17 @@ def contiguous(folder: Path) -> None:
     for trial_id, each in epochs.groupby("trial_id"):
         assert sorted(each["epoch"]) == list(range(1, len(each) + 1))
         assert trials.loc[trial_id, "epochs_run"] == len(each)
+
+
+def in_this_process(run: Path, folder: Path) -> Path:
+    """Run the study of a run again, in this process; returns its folder."""
+    planned = reopen(run)
+    here = Run("here", folder / "here", planned.study, planned.data_digest, None, planned.settings)
+    create(here)
+    place = Workplace(None, None, here.teachers / "apart", here.checkpoints)
+    ledger = Ledger(here.folder / LEDGER)
+    run_in_process(Driver(here.plan, "here", here.folder, ledger, place, cpus=1.0, gpus=0.0), place)
+    return here.folder
 
 
 def without_stops(study: Study) -> Study:

@@ -52,11 +52,11 @@ def test_a_difference_that_is_there_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.long
 def test_the_procedure_finds_few_and_adding_seeds_until_something_is_found_more() -> None:
-    found = calibrate(LOOKS, 60, 2)
+    found = calibrate(LOOKS, 30, 1)
     rates = found.rates
     # A procedure that kept to 0.05 would be beyond this once in a thousand times; one that did not adjust for its 21
     # contrasts finds something in most studies.
-    assert rates["designed"].found <= binom.ppf(0.999, 60, 0.05)
+    assert rates["designed"].found <= binom.ppf(0.999, 30, 0.05)
     assert rates["designed"].found <= rates["until_significant"].found
     # What plain ASHA lets finish was selected by validation accuracy, so its test accuracy is too high.
     assert 0.05 < found.finished < 0.3

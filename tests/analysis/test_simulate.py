@@ -15,6 +15,7 @@ from hypothesis import given, strategies as st
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+import commands
 from conftest import SHARED
 from search_spaces.ablation import study as ablation
 from tune_kd.analysis import simulate as simulation
@@ -297,12 +298,17 @@ def test_on_a_terminal_it_says_what_would_be_stopped_when(tmp_path: Path) -> Non
         (["--strata", "stem,stem"], ("--strata is 'stem,stem'", "each column once")),
     ],
 )
-def test_wrong_input_is_one_message(tmp_path: Path, arguments: list[str], words: tuple[str, ...]) -> None:
-    given_ = ["--curves", str(some(tmp_path)), *arguments]
-    done = call("ablation", *given_)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_input_is_one_message(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: tuple[str, ...],
+) -> None:
+    assert commands.call(monkeypatch, "simulate", "ablation", "--curves", str(some(tmp_path)), *arguments) == 2
+    errors = capsys.readouterr().err
+    assert all(word in errors for word in words), errors
+    assert "Traceback" not in errors
 
 
 def test_a_runs_own_curves_are_replayed_with_its_roles_and_scale(finished: Path) -> None:

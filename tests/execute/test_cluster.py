@@ -13,13 +13,9 @@ import pandas as pd
 import psutil
 import pytest
 
-from commands import STUDY, command, contiguous, epochs_on_record, same_records, wait_for
+from commands import STUDY, command, contiguous, epochs_on_record, in_this_process, same_records, wait_for
 from stores import KEYS, store
-from tune_kd.execute.driver import Driver
-from tune_kd.execute.in_process import run_in_process
-from tune_kd.execute.worker import Workplace
 from tune_kd.records.ledger import Ledger
-from tune_kd.records.run_folder import Run, create, reopen
 from tune_kd.records.schema import LEDGER, TRIALS
 from tune_kd.system import environment
 from tune_kd.system.errors import UserError
@@ -104,18 +100,7 @@ def test_a_lost_node_costs_nothing_but_time_and_leaves_nothing_behind(
     assert sorted(rows["attempts"])[-2:] == [1, 2]
     assert rows["error"].dropna().tolist() == ["attempt 1: its worker died"]
 
-    same_records(run, on_one_node(run, tmp_path))
-
-
-def on_one_node(run: Path, folder: Path) -> Path:
-    """The same study in this process; returns its run's folder."""
-    planned = reopen(run)
-    here = Run("here", folder / "here", planned.study, planned.data_digest, None, planned.settings)
-    create(here)
-    place = Workplace(None, None, here.teachers / "apart", here.checkpoints)
-    ledger = Ledger(here.folder / LEDGER)
-    run_in_process(Driver(here.plan, "here", here.folder, ledger, place, cpus=1.0, gpus=0.0), place)
-    return here.folder
+    same_records(run, in_this_process(run, tmp_path))
 
 
 @pytest.mark.long
@@ -154,11 +139,11 @@ def test_two_nodes_that_share_a_store_alone_give_the_tables_of_one_and_get_data_
     size = 192 * (100 + 50 + 50)  # bytes of the images, each 3 x 8 x 8
     for got in json.loads(told.splitlines()[-1]):  # Ray writes there, too
         assert size < got < 2 * size, "the data came to this node once, whatever ran on it"
-    same_records(run, on_one_node(run, tmp_path))
+    same_records(run, in_this_process(run, tmp_path))
     contiguous(run)
 
 
-@pytest.mark.long
+@pytest.mark.slow  # in short: `test_a_run_without_its_ray_ends_with_its_sentence_and_its_records_are_whole`
 def test_a_run_whose_ray_died_ends_with_3_and_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(STUDY)
     run = tmp_path / "results" / "cut"

@@ -248,9 +248,13 @@ def test_a_life_leaves_no_process_of_its_own(tmp_path: Path) -> None:
     assert not life.home.exists()
 
 
+STARTING = (signal.SIGINT, "group", "starting")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("number", "target", "moment"), [(signal.SIGTERM, "descendants", "training"), (signal.SIGINT, "group", "starting")]
+    ("number", "target", "moment"),
+    [(signal.SIGTERM, "descendants", "training"), pytest.param(*STARTING, marks=pytest.mark.slow)],
 )
 def test_a_signal_to_a_whole_job_drains_its_trials_and_resume_completes_the_run(
     number: signal.Signals, target: str, moment: str, tmp_path: Path
@@ -263,10 +267,23 @@ def test_a_signal_to_a_whole_job_drains_its_trials_and_resume_completes_the_run(
     assert ("drained" if moment == "training" else "nothing to drain") in said[0]
 
 
+LONGER = study.settings(seeds=1, epochs=12)  # than what a run can still do without Ray
+KILLED = ("the agent", lambda life: leaving.kill(life, "agent"))
+
+
 @pytest.mark.long
-def test_a_run_whose_agent_of_ray_was_killed_ends_with_3_and_its_sentence(tmp_path: Path) -> None:
-    """In a process namespace, where that can be had: there Ray's core would end the driver with 1, without a word."""
+@pytest.mark.parametrize("case", [leaving.signalled(*STARTING, 108), KILLED], ids=lambda case: case[0])
+def test_a_run_without_its_ray_ends_with_its_sentence_and_its_records_are_whole(
+    case: leaving.Case, tmp_path: Path
+) -> None:
+    """The killed one in a process namespace, where that can be had: there Ray's core would end the driver with 1,
+    without a word."""
+    with Life(tmp_path / "life", study.write(tmp_path), LONGER) as life:
+        left = case[1](life)
+        assert left.found == [] and life.check_between() == []
+
+
+@pytest.mark.slow
+def test_a_run_whose_agent_of_ray_was_killed_is_completed_by_resume(tmp_path: Path) -> None:
     said: list[str] = []
-    cases = [("the agent", lambda life: leaving.kill(life, "agent"))]
-    longer = study.settings(seeds=1, epochs=12)  # than what a run can still do without Ray
-    assert leaving.rounds(tmp_path, cases, longer, said.append) == [], "\n".join(said)
+    assert leaving.rounds(tmp_path, [KILLED], LONGER, said.append) == [], "\n".join(said)

@@ -14,9 +14,9 @@ from tune_kd.system import files
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("onwards", [False, True], ids=["once", "onwards"])
 def test_a_disk_that_fails_costs_nothing_but_time(tmp_path: Path, onwards: bool) -> None:
-    """Every fortieth operation; `python tests/faults operations` fails each."""
+    """Every sixtieth operation; `python tests/faults operations` fails each."""
     with patch.object(files, "PAUSES", (0.0, 0.0)):
-        score = operations.fail_each(tmp_path, 40, onwards, lambda _: None)
+        score = operations.fail_each(tmp_path, 60, onwards, lambda _: None)
     assert score.found == []
     assert score.passes >= 10
     assert (score.resumed if onwards else score.unharmed) >= score.passes // 2

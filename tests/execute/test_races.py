@@ -22,6 +22,6 @@ def test_a_race_that_both_win_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_runs_that_need_one_teacher_train_it_once(number: int, tmp_path: Path) -> None:
     assert for_a_teacher(tmp_path) is None

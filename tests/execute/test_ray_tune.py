@@ -30,6 +30,7 @@ from commands import (
     contiguous,
     driver,
     epochs_on_record,
+    in_this_process,
     kill_a_worker,
     same_records,
     token,
@@ -283,7 +284,7 @@ def test_an_error_of_ray_inside_a_worker_costs_one_attempt(ray_session: str, one
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("moment", ["add_epoch", "put"])
+@pytest.mark.parametrize("moment", ["add_epoch", pytest.param("put", marks=pytest.mark.slow)])
 def test_a_disk_that_refuses_the_ledger_ends_the_run_as_a_disk_does(
     ray_session: str, one_stem: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -309,19 +310,15 @@ def test_a_run_that_was_killed_is_completed_by_resume_as_if_nothing_had_happened
     before = Ledger(run / "ledger.sqlite", read_only=True).rows(EPOCHS)
     assert len(pd.read_parquet(run / "trials.parquet")) == 9  # a teacher, and four arms on two seeds
 
-    resumed = command(tmp_path, "resume", "cut")
-    _, errors = resumed.communicate(timeout=200)
+    resumed = command(tmp_path, "resume", "cut", "--json")
+    answer, errors = resumed.communicate(timeout=200)
     assert resumed.returncode == 0, errors
     assert "Traceback" not in errors
     after = Ledger(run / "ledger.sqlite", read_only=True).rows(EPOCHS)
     assert after[: len(before)] == before
     contiguous(run)
-
-    whole = command(tmp_path, "run", "own.py", "--scale", "own", "--name", "whole", "--out", "other", "--json")
-    answer, errors = whole.communicate(timeout=200)
-    assert whole.returncode == 0, errors
     assert set(json.loads(answer)) == {"runs", "report", "arms", "contrasts", "exploratory", "settings", "budgets"}
-    same_records(run, tmp_path / "other" / "whole")
+    same_records(run, in_this_process(run, tmp_path))
 
 
 @pytest.mark.slow
@@ -343,8 +340,8 @@ def test_a_tuned_run_that_was_killed_draws_what_it_would_have_drawn(tmp_path: Pa
     contiguous(run)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.slow  # in short: `test_a_signal_to_a_whole_job_drains_its_trials_and_resume_completes_the_run`
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_an_interrupted_run_ends_with_its_signal_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "own.py").write_text(STUDY)
     run = tmp_path / "results" / "cut"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tune_kd.execute import cluster as connection, mps, session
+from tune_kd.execute.monitoring import OPEN
 from tune_kd.execute.resources import gpu_share
 from tune_kd.reporting.terminal import Terminal
 
@@ -123,16 +124,17 @@ def test_a_node_that_cannot_answer_is_said_to_with_the_reason(ray_session: str) 
     assert all("cannot run a task" in why and "no such thing here" in why for why in silent.values())
 
 
-@pytest.mark.parametrize(("gpus", "lines"), [(0.0, 0), (1.0, 1)])
-def test_a_run_says_at_its_start_which_share_trials_get_where_there_are_gpus(
-    gpus: float, lines: int, study: Any, tmp_path: Any
+@pytest.mark.parametrize(("gpus", "lines", "guarded"), [(0.0, 0, True), (1.0, 1, False)])
+def test_a_run_says_at_its_start_which_share_trials_get_where_there_are_gpus_and_whether_ray_is_open(
+    gpus: float, lines: int, guarded: bool, study: Any, tmp_path: Any
 ) -> None:
     from tune_kd.records.run_folder import Run
 
     out = StringIO()
     run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
-    cluster = SimpleNamespace(gpus=gpus, dashboard=None, guarded=True)
+    cluster = SimpleNamespace(gpus=gpus, dashboard=None, guarded=guarded)
     console = Terminal()
     console.file, console.width = out, 200
     session._print_start(run, console, cluster, "Each trial gets a whole GPU, for a reason.")
     assert out.getvalue().count("Each trial gets a whole GPU, for a reason.") == lines
+    assert (OPEN in out.getvalue()) is not guarded

@@ -95,16 +95,16 @@ def test_a_study_is_submitted_followed_to_its_end_and_looked_at(cluster: str, tm
     ]
 
 
-@pytest.mark.long
-def test_a_study_of_ones_own_goes_on_after_it_was_stopped_there(cluster: str, tmp_path: Path) -> None:
-    (tmp_path / "peers.py").write_text("PEERS = 99\n")  # which is sent along
-    (tmp_path / "own.py").write_text(f"from peers import PEERS\n{STUDY.replace('min_peers=99', 'min_peers=PEERS')}")
-    run, at = tmp_path / "results" / "cut", ("--address", cluster)
-    long = ("--set", "recipe.epochs=40")
-    code, answer, errors = ended(command(tmp_path, "submit", "own.py", "--name", "cut", *long, *at, "--detach"))
+def stopped(cluster: str, folder: Path) -> Path:
+    """The folder of a run of a study of one's own that was stopped on the cluster."""
+    (folder / "peers.py").write_text("PEERS = 99\n")  # which is sent along
+    (folder / "own.py").write_text(f"from peers import PEERS\n{STUDY.replace('min_peers=99', 'min_peers=PEERS')}")
+    run, at = folder / "results" / "cut", ("--address", cluster)
+    long = ("--set", "recipe.epochs=20")
+    code, answer, errors = ended(command(folder, "submit", "own.py", "--name", "cut", *long, *at, "--detach"))
     assert (code, answer) == (0, ""), errors
     wait_for(lambda: epochs_on_record(run) >= 10)
-    (job,) = (each for each in jobs(cluster) if each["metadata"].get("job_name") == "cut")
+    (job,) = (each for each in jobs(cluster) if each["metadata"].get("out") == str(folder / "results"))
     stop = urllib.request.Request(
         f"{cluster}/api/jobs/{job['submission_id']}/stop", b"", {"Authorization": f"Bearer {token()}"}
     )
@@ -113,23 +113,39 @@ def test_a_study_of_ones_own_goes_on_after_it_was_stopped_there(cluster: str, tm
     shown: list[str] = []
     assert follow(client(cluster), job["submission_id"], shown.append) == 143  # as of one that SIGTERM ended
     assert "records in" in "".join(shown)
-    assert any(
-        row["status"] in ("pending", "running") for row in Ledger(run / "ledger.sqlite", read_only=True).rows(TRIALS)
-    )
+    assert {"pending", "running"} & {row["status"] for row in rows_of(run)}
+    return run
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    return Ledger(run / "ledger.sqlite", read_only=True).rows(TRIALS)
+
+
+@pytest.mark.long
+def test_a_study_of_ones_own_goes_on_after_it_was_stopped_there(cluster: str, tmp_path: Path) -> None:
+    run = stopped(cluster, tmp_path)
+    # A study that is named goes along, with what it imports, and is executed there.
+    (tmp_path / "peers.py").write_text("PEERS = 99\nprint('peers of', __file__)\n")
+    code, answer, errors = ended(command(tmp_path, "resume", "cut", "--study", "own.py", "--address", cluster))
+    assert code == 0, answer + errors
+    (place,) = {line for line in answer.splitlines() if line.startswith("peers of")}
+    assert str(tmp_path) not in place
+    contiguous(run)
+    assert {row["status"] for row in rows_of(run)} == {"completed"}
+
+
+@pytest.mark.slow
+def test_a_study_of_ones_own_is_extended_there(cluster: str, tmp_path: Path) -> None:
+    run, at = stopped(cluster, tmp_path), ("--address", cluster)
     code, answer, errors = ended(command(tmp_path, "resume", "cut", *at))
     assert code == 0, answer + errors
-    contiguous(run)
-    assert {row["status"] for row in Ledger(run / "ledger.sqlite", read_only=True).rows(TRIALS)} == {"completed"}
-
-    # A study that is named goes along, with what it imports, and is executed there.
     (tmp_path / "peers.py").write_text("PEERS = 99\nSEEDS = (1, 2)\n")
     changed = (tmp_path / "own.py").read_text().replace("import PEERS", "import PEERS, SEEDS")
     (tmp_path / "own.py").write_text(f"{changed.rstrip()[:-1]}    confirm=replace(base.confirm, seeds=SEEDS),\n    )\n")
     code, answer, errors = ended(command(tmp_path, "resume", "cut", "--study", "own.py", "--extend", *at))
     assert code == 0, answer + errors
     contiguous(run)
-    rows = Ledger(run / "ledger.sqlite", read_only=True).rows(TRIALS)
-    assert {row["seed"] for row in rows if row["phase"] == "confirm"} == {1, 2}
+    assert {row["seed"] for row in rows_of(run) if row["phase"] == "confirm"} == {1, 2}
 
 
 @pytest.mark.long

@@ -285,9 +285,15 @@ def damages(content: bytes, truncations: int, flips: int, chance: random.Random)
 
 
 def judge(
-    scratch: Scratch, target: str, truncations: int, flips: int, used: list[Callable[[Scratch], Reading]] | None = None
+    scratch: Scratch,
+    target: str,
+    truncations: int,
+    flips: int,
+    used: list[Callable[[Scratch], Reading]] | None = None,
+    until: str | None = None,
 ) -> Score:
-    """Damage one file again and again, and see what its readers make of it: all, or those that are to be used."""
+    """Damage one file again and again, and see what its readers make of it: all, or those that are to be used.
+    Stop at the first verdict `until`."""
     path, used = scratch.targets()[target], used or readers(target)
     content = scratch.bytes_of(path)
     before = []
@@ -317,6 +323,8 @@ def judge(
         worst = next(each for each in ("silent", "escaped", "seen", "harmless") if each in verdicts)
         score.counts[worst] += 1
         scratch.restore()
+        if worst == until:
+            break
     return score
 
 

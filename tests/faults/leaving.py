@@ -64,6 +64,10 @@ class Left:
     found: list[str]  # what was wrong
 
 
+Case = tuple[str, Callable[[Life], Left]]
+"""What is done to a run, and its name."""
+
+
 def leave(life: Life, number: signal.Signals, target: str, moment: str, epochs: int) -> Left:
     """Run to a moment, send a signal, wait for the end."""
     driver = life.go_on()
@@ -119,12 +123,7 @@ def kill(life: Life, part: str) -> Left:
     return Left(seconds, None, found)
 
 
-def rounds(
-    folder: Path,
-    cases: Sequence[tuple[str, Callable[[Life], Left]]],
-    settings: Sequence[str],
-    say: Callable[[str], None],
-) -> list[str]:
+def rounds(folder: Path, cases: Sequence[Case], settings: Sequence[str], say: Callable[[str], None]) -> list[str]:
     """Each case in a run of its own, which is then resumed and held against one that was never disturbed. Returns all
     findings."""
     path, all_found = study.write(folder), list[str]()
@@ -152,8 +151,7 @@ def rounds(
     return all_found
 
 
-def signalled(number: signal.Signals, target: str, moment: str, epochs: int) -> tuple[str, Callable[[Life], Left]]:
-    """A case, and its name."""
+def signalled(number: signal.Signals, target: str, moment: str, epochs: int) -> Case:
     return f"{number.name} to the {target} while {moment}", lambda life: leave(life, number, target, moment, epochs)
 
 

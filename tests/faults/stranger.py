@@ -547,6 +547,8 @@ class Fuzz:
                 used = READERS.get(kind, ("list", "plan", "status", *LONG))
                 left_out = chance.choice(LONG) if {*LONG} <= {*used} else None
                 todo = [each for each in todo if each[0] in used and each[0] != left_out]
+                if todo[-1] in todo[:-1] and not any(each[0] == "resume" for each in todo):
+                    todo.pop()  # what nothing has changed is not checked again
             self._through(stranger, outcome, todo, listener)
             after = fingerprint(stranger)
             changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
@@ -648,8 +650,7 @@ def _one(number: int) -> Outcome:
 
 
 def measured(fuzz: Fuzz, numbers: Sequence[int], jobs: int, say: Callable[[str], None] = lambda _: None) -> Score:
-    """Go through files of these numbers, several at a time, in processes that fork from this one."""
-    _ready(fuzz)
+    """Go through files of these numbers, several at a time, in processes that fork from this one, which is `ready`."""
     score, began, told = Score(), time.monotonic(), time.monotonic()
     with get_context("fork").Pool(jobs, _begin, (fuzz,)) as pool:
         for outcome in pool.imap_unordered(_one, numbers):
@@ -666,7 +667,7 @@ def measured(fuzz: Fuzz, numbers: Sequence[int], jobs: int, say: Callable[[str],
     return score
 
 
-def _ready(fuzz: Fuzz) -> None:
+def ready(fuzz: Fuzz) -> None:
     """Run all commands over whole runs in this process, so that all is imported that they import and children are ready
     at once; and leave it to no collection of garbage."""
     torch.set_num_threads(1)
@@ -709,6 +710,7 @@ def main() -> None:
         scratch = given.keep or Path(folder) / "scratch"
         fuzz = Fuzz(bases.absolute(), scratch.absolute(), given.seed, keep=given.keep is not None, quick=given.quick)
         numbers = given.only or range(given.files)
+        ready(fuzz)
         score = measured(fuzz, numbers, given.jobs, lambda line: print(line, file=sys.stderr, flush=True))
     print(score.told())
     sys.stdout.flush()

@@ -102,7 +102,8 @@ def test_each_detector_is_needed(
 ) -> None:
     """Without it, damages of its file are believed, and that is seen."""
     off(monkeypatch)
-    assert judge(whole[variant], target, truncations=1, flips=128, used=[reader]).counts["silent"] > 0
+    score = judge(whole[variant], target, truncations=1, flips=128, used=[reader], until="silent")
+    assert score.counts["silent"] > 0
 
 
 def test_words_of_sqlite_that_are_no_text_tell_of_damage(whole: dict[str, Scratch]) -> None:

@@ -102,8 +102,7 @@ def judge(full: Path, ended: "subprocess.CompletedProcess[str]", undisturbed: Pa
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "limit",
-    [each if each in (500, 100_000, 150_000) else pytest.param(each, marks=pytest.mark.slow) for each in LIMITS],
+    "limit", [each if each in (500, 100_000) else pytest.param(each, marks=pytest.mark.slow) for each in LIMITS]
 )
 def test_a_full_disk_ends_a_run_clearly_and_costs_nothing_but_time(
     limit: int, tmp_path: Path, undisturbed: Path

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from commands import contiguous, same_records, without_stops
+from commands import call, command, contiguous, same_records, without_stops
+from conftest import tiny
 from stores import KEYS, Store, google, store
 from tune_kd.cli import main
 from tune_kd.data import datasets
@@ -28,7 +29,7 @@ from tune_kd.records.ledger import reading
 from tune_kd.records.reader import load
 from tune_kd.records.run_folder import Run
 from tune_kd.records.schema import EPOCHS, MOST_TABLE_BYTES, TRIALS
-from tune_kd.study.spec import Study
+from tune_kd.study.spec import Factor, Study
 from tune_kd.study.trial import Epoch
 from tune_kd.system import object_store
 from tune_kd.system.errors import UnexpectedFile, UserError
@@ -46,9 +47,10 @@ def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Store]:
         yield found
 
 
-@pytest.fixture
-def calm(one_stem: Study) -> Study:
-    return without_stops(one_stem)
+@pytest.fixture(scope="module")
+def calm() -> Study:
+    study = tiny()
+    return without_stops(replace(study, factors=(Factor("stem", ("cifar",)), *study.factors[1:]), moderator=None))
 
 
 def begin(study: Study, url: str, name: str = "kept") -> Run:
@@ -92,12 +94,12 @@ def cut_after(epochs: int) -> Any:
     return cut
 
 
-@pytest.fixture
-def undisturbed(calm: Study, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def undisturbed(calm: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same study on this disk alone."""
     spec = calm.data
     digest = datasets.load(spec.name, train=spec.train, validation=spec.validation, test=spec.test).digest
-    begun = Run("here", tmp_path / "alone" / "here", calm, digest, None, {})
+    begun = Run("here", tmp_path_factory.mktemp("alone") / "here", calm, digest, None, {})
     run_folder.create(begun)
     go_on(begun)
     return begun.folder
@@ -207,7 +209,7 @@ def test_a_store_that_hiccups_costs_nothing_but_time(s3: Store, calm: Study, und
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("epochs", [1, 4, 9, 12])
+@pytest.mark.parametrize("epochs", [1, 9, *(pytest.param(each, marks=pytest.mark.slow) for each in (4, 12))])
 def test_a_driver_whose_disk_is_lost_is_followed_by_one_elsewhere(
     s3: Store, calm: Study, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, epochs: int
 ) -> None:
@@ -394,20 +396,20 @@ def test_a_bucket_that_is_not_there_and_a_name_that_is_are_told_before_anything_
 
 
 @pytest.mark.long
-def test_a_run_in_a_store_is_a_command_like_any_other(s3: Store, tmp_path: Path) -> None:
+def test_a_run_in_a_store_is_a_command_like_any_other(
+    s3: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Through the command and Ray: run, look at it from elsewhere, report from there."""
 
     def tune_kd(home: str, *arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "tune_kd", *arguments, "--out", s3.url("kd")],
-            cwd=tmp_path, env={**os.environ, "XDG_DATA_HOME": str(tmp_path / home)},
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        elsewhere(monkeypatch, tmp_path, home)
+        assert call(monkeypatch, *arguments, "--out", s3.url("kd")) == 0
+        return capsys.readouterr().out
 
     track = ("--track", "tensorboard", "--track", "mlflow")
-    told = tune_kd("home", "run", "ablation", "--scale", "smoke", "--name", "far", *track)
+    begun = command(tmp_path, "run", "ablation", "--scale", "smoke", "--name", "far", *track, "--out", s3.url("kd"))
+    told, errors = begun.communicate(timeout=300)
+    assert begun.returncode == 0, errors
     assert "records in s3://bucket/kd/far?" in told and "also at s3://bucket/kd/far/report/report.html?" in told
     assert "far" in tune_kd("other", "list")
     assert "is whole, from its plan to its teachers' answers" in tune_kd("other", "status", "far", "--verify")

@@ -113,7 +113,39 @@ def test_a_stream_that_is_full_for_a_moment_loses_nothing_and_one_that_stays_ful
     os.close(reader)
 
 
-@pytest.mark.long
+VIEW = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from tune_kd.reporting.progress import ProgressDisplay
+from tune_kd.system.streams import made_safe
+
+made_safe()
+with ProgressDisplay(Console(stderr=True), "r", Path("log")) as view:
+    view.say("hello")
+    sys.stdin.readline()
+    for _ in range(9):
+        view.say("anybody?")
+        print("anybody?")
+"""
+
+
+def test_a_view_goes_on_after_its_terminal_was_closed(tmp_path: Path) -> None:
+    terminal, inside = pty.openpty()
+    here = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    with subprocess.Popen([sys.executable, "-c", VIEW], cwd=tmp_path, env=here, start_new_session=True,
+                          stdin=subprocess.PIPE, stdout=inside, stderr=inside) as process:  # fmt: skip
+        os.close(inside)
+        seen = b""
+        while b"hello" not in seen:
+            seen += os.read(terminal, 4096)
+        os.close(terminal)
+        process.communicate(b"\n", timeout=60)
+    assert process.returncode == 0
+    assert (tmp_path / "log").read_text().count("anybody?") == 9
+
+
+@pytest.mark.slow  # in short: the test before
 def test_a_run_goes_on_to_its_end_after_its_terminal_was_closed(tmp_path: Path) -> None:
     """With SIGHUP ignored, as under nohup, and its terminal gone in the middle of the run."""
     terminal, inside = pty.openpty()

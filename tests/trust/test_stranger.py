@@ -9,11 +9,13 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import closing, suppress
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -43,20 +45,62 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def python(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    """A process of its own, since one that has trained must not fork."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+@contextmanager
+def harness(*arguments: str) -> Iterator[Callable[[str], Any]]:
+    """A process of its own, since one that has trained must not fork. What is given asks it for an answer of `ANSWERS`:
+    all that is asked shares its imports and its first run through all commands."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], env=environment, text=True, capture_output=True, check=False)
+    code = "import sys, test_stranger; test_stranger.answer(*sys.argv[1:])"
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, text=True, stderr=errors,
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process,
+    ):  # fmt: skip
+        assert process.stdin is not None and process.stdout is not None
+
+        def ask(what: str) -> Any:
+            print(what, file=process.stdin, flush=True)
+            if not (told := process.stdout.readline()):
+                errors.seek(0)
+                raise AssertionError(errors.read()[-3000:])
+            return json.loads(told)
+
+        try:
+            yield ask
+        finally:
+            process.stdin.close()
+
+
+def answer(bases: str, scratch: str) -> None:
+    """In that process: an answer a line, in JSON, for each line that asks for one."""
+    fuzz = Fuzz(Path(bases), Path(scratch), SEED, quick=True)
+    stranger.ready(fuzz)
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(ANSWERS[line.strip()](fuzz)) + "\n")
+        sys.stdout.flush()
+    os._exit(0)  # at an ordinary end, libraries that were imported tell of their own leaks
+
+
+@pytest.fixture(scope="module")
+def ask(bases: Path) -> Iterator[Callable[[str], Any]]:
+    memory = Path("/dev/shm")  # where a sync costs nothing
+    with (
+        tempfile.TemporaryDirectory(prefix="stranger-", dir=memory if memory.is_dir() else None) as scratch,
+        harness(str(bases), scratch) as asked,
+    ):
+        yield asked
 
 
 @pytest.mark.long
-def test_nothing_happens_that_must_not(bases: Path) -> None:
+def test_nothing_happens_that_must_not(ask: Callable[[str], Any]) -> None:
     """Two hundred files, each through some of the commands."""
-    options = ["--files", "200", "--seed", str(SEED), "--quick", "--jobs", "1", "--bases", str(bases)]
-    ended = python(str(ROOT / "tests" / "faults" / "stranger.py"), *options)
-    assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr[-2000:]}"
-    assert "0 files of 200 with violations" in ended.stdout
+    told = ask("files")
+    assert "0 files of 200 with violations" in told, told
+
+
+def files_tried(fuzz: Fuzz) -> str:
+    return stranger.measured(fuzz, range(200), 1).told()
 
 
 # Each kind of violation is seen
@@ -206,26 +250,23 @@ PLANTED: dict[str, tuple[str, Callable[[], None], str, Callable[[Stranger, Chanc
 """Where a defence is off: the kind of violation that is seen, what turns it off, and the file that then does harm."""
 
 
-def plant(folder: str, scratch: str) -> None:
-    """In a process of its own: print which kinds of violations are seen of each, and of nothing at all."""
-    stranger.WITHIN, stranger.IDLE = 5.0, 1.0
-    fuzz = Fuzz(Path(folder), Path(scratch), SEED, quick=True)
-    stranger._ready(fuzz)
-    listener, seen = stranger.nobody_comes(), {}
+def planted(fuzz: Fuzz) -> dict[str, list[str]]:
+    """Which kinds of violations are seen of each, and of nothing at all."""
+    listener, kinds = stranger.nobody_comes(), {}
     nothing = ("", lambda: None, "holder.json", as_it_is)
-    for number, (name, (_, meet, kind, mutation)) in enumerate([("nothing", nothing), *PLANTED.items()], 1):
-        outcome = replace(fuzz, meet=meet).outcome(number, listener, kind, mutation)
-        seen[name] = sorted({each.kind for each in outcome.violations})
-    sys.stdout.write(json.dumps(seen))
+    with patch.multiple(stranger, WITHIN=3.0, IDLE=1.0):
+        for number, (name, (_, meet, kind, mutation)) in enumerate([("nothing", nothing), *PLANTED.items()], 1):
+            outcome = replace(fuzz, meet=meet).outcome(number, listener, kind, mutation)
+            kinds[name] = sorted({each.kind for each in outcome.violations})
+    return kinds
+
+
+ANSWERS: dict[str, Callable[[Fuzz], Any]] = {"files": files_tried, "planted": planted}
 
 
 @pytest.fixture(scope="module")
-def seen(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    scratch = tmp_path_factory.mktemp("planted")
-    here = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
-    ended = python("-c", f"{here}; import test_stranger; test_stranger.plant({str(bases)!r}, {str(scratch)!r})")
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    found: dict[str, list[str]] = json.loads(ended.stdout.splitlines()[-1])
+def seen(ask: Callable[[str], Any]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = ask("planted")
     return found
 
 

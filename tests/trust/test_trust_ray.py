@@ -24,7 +24,7 @@ import pytest
 import ray
 from rich.console import Console
 
-from commands import STUDY, command, epochs_on_record, token, wait_for
+from commands import STUDY, call, command, epochs_on_record, token, wait_for
 from tune_kd import cli
 from tune_kd.execute import monitoring
 from tune_kd.reporting.progress import ProgressDisplay
@@ -167,7 +167,38 @@ def dashboard_of(said: str) -> str:
     return found[1]
 
 
+OPEN = """
+import sys
+from tune_kd.execute import cluster as connection
+cluster = connection.connect(None)
+print(cluster.guarded, cluster.dashboard, flush=True)
+sys.stdin.read()
+connection.disconnect(cluster)
+"""
+
+
 @pytest.mark.long
+def test_a_ray_without_a_token_is_known_to_be_open(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    around = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", OPEN], env=around, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:  # fmt: skip
+        assert process.stdout is not None
+        guarded, url = process.stdout.readline().split()
+        assert guarded == "False"
+        for name in ("control store", "dashboard"):  # as the warning says
+            part, request = DOORS[name]
+            answers = {asked(port, request) for words, _, port in listening(process.pid) if part in words}
+            assert answers - {"unknown"} == {"answered"}
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")  # which is not that of this Ray
+        assert call(monkeypatch, "dashboard", "--address", url) == 0
+        process.communicate(timeout=60)
+    told = capsys.readouterr().out.replace("\n", " ")
+    assert monitoring.OPEN in told and "get-auth-token" not in told
+
+
+@pytest.mark.slow  # in short: the test before
 def test_of_a_ray_without_a_token_a_run_and_dashboard_warn(tmp_path: Path) -> None:
     with going_on(tmp_path / "r", RAY_AUTH_MODE="disabled") as (begun, said):
         assert monitoring.OPEN in said and "get-auth-token" not in said

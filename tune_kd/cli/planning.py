@@ -273,8 +273,9 @@ def _powers(seeds: dict[str, Any]) -> Iterator[str | Table]:
     if rows:
         levels = " and ".join(f"{look['level']:g}" for look in seeds["looks"])
         yield (
-            f"True differences (points) that are found with 80 % power, and the seeds that find {points(DIFFERENCES[0])} "
-            f"to {points(DIFFERENCES[-1])}, at a seed-to-seed deviation of {deviation} and a level of {levels}:"
+            "True differences (points) that are found with 80 % power, and the seeds that find "
+            f"{points(DIFFERENCES[0])} to {points(DIFFERENCES[-1])}, at a seed-to-seed deviation of {deviation} and a "
+            f"level of {levels}:"
         )
         yield _table(columns, rows, "fold", left=1)
         needed = sorted({n for each in seeds["power"] for n in each["seeds"].values() if n is not None})
