@@ -93,6 +93,7 @@ def ask(bases: Path) -> Iterator[Callable[[str], Any]]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_nothing_happens_that_must_not(ask: Callable[[str], Any]) -> None:
     """Two hundred files, each through some of the commands."""
     told = ask("files")
