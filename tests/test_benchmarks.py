@@ -89,7 +89,7 @@ def failing() -> Measure:
     raise ValueError("no such thing")
 
 
-@pytest.mark.slow  # in short: the next two tests
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [False, True])
 def test_a_ratio_of_seconds_is_the_median_over_pairs(together: bool) -> None:
     sides = Side("a", sleeper, (0.02,)), Side("b", sleeper, (0.01,))
@@ -104,7 +104,7 @@ def test_a_ratio_is_the_median_and_is_held_against_its_bar() -> None:
     assert result("r", [1.0]).met is None
 
 
-@pytest.mark.long
+@pytest.mark.slow  # each process imports torch
 def test_sides_have_a_process_each_or_one_together() -> None:
     side = Side("pid", process_id)
     found = pairs("r", side, side, 3, unit="", bar="<= 1", together=True)

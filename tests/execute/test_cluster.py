@@ -143,7 +143,7 @@ def test_two_nodes_that_share_a_store_alone_give_the_tables_of_one_and_get_data_
     contiguous(run)
 
 
-@pytest.mark.slow  # in short: `test_a_run_without_its_ray_ends_with_its_sentence_and_its_records_are_whole`
+@pytest.mark.slow  # in short: `test_a_run_that_is_left_ends_as_it_should_and_its_records_are_whole`
 def test_a_run_whose_ray_died_ends_with_3_and_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(STUDY)
     run = tmp_path / "results" / "cut"

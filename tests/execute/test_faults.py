@@ -248,14 +248,12 @@ def test_a_life_leaves_no_process_of_its_own(tmp_path: Path) -> None:
     assert not life.home.exists()
 
 
+TRAINING = (signal.SIGTERM, "descendants", "training")
 STARTING = (signal.SIGINT, "group", "starting")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("number", "target", "moment"),
-    [(signal.SIGTERM, "descendants", "training"), pytest.param(*STARTING, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow  # in short: `test_a_run_that_is_left_ends_as_it_should_and_its_records_are_whole`
+@pytest.mark.parametrize(("number", "target", "moment"), [TRAINING, STARTING])
 def test_a_signal_to_a_whole_job_drains_its_trials_and_resume_completes_the_run(
     number: signal.Signals, target: str, moment: str, tmp_path: Path
 ) -> None:
@@ -272,15 +270,16 @@ KILLED = ("the agent", lambda life: leaving.kill(life, "agent"))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", [leaving.signalled(*STARTING, 108), KILLED], ids=lambda case: case[0])
-def test_a_run_without_its_ray_ends_with_its_sentence_and_its_records_are_whole(
-    case: leaving.Case, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "case", [leaving.signalled(*TRAINING, 108), leaving.signalled(*STARTING, 108), KILLED], ids=lambda case: case[0]
+)
+def test_a_run_that_is_left_ends_as_it_should_and_its_records_are_whole(case: leaving.Case, tmp_path: Path) -> None:
     """The killed one in a process namespace, where that can be had: there Ray's core would end the driver with 1,
     without a word."""
     with Life(tmp_path / "life", study.write(tmp_path), LONGER) as life:
         left = case[1](life)
         assert left.found == [] and life.check_between() == []
+        assert left.drained is (True if "training" in case[0] else None)
 
 
 @pytest.mark.slow

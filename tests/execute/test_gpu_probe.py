@@ -49,7 +49,7 @@ def test_a_proposed_share_is_one_that_was_measured_and_fits(rows: list[tuple[flo
     assert chosen.together * chosen.bytes_each <= 0.9 * memory
 
 
-@pytest.mark.long
+@pytest.mark.slow  # in short: the next test
 def test_a_real_probe_trains_the_heaviest_student_and_says_what_it_found(one_stem: Study) -> None:
     said: list[str] = []
     digits = datasets.load("digits", train=60, validation=20, test=20)

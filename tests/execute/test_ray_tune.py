@@ -340,7 +340,7 @@ def test_a_tuned_run_that_was_killed_draws_what_it_would_have_drawn(tmp_path: Pa
     contiguous(run)
 
 
-@pytest.mark.slow  # in short: `test_a_signal_to_a_whole_job_drains_its_trials_and_resume_completes_the_run`
+@pytest.mark.slow  # in short: `test_a_run_that_is_left_ends_as_it_should_and_its_records_are_whole`
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_an_interrupted_run_ends_with_its_signal_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "own.py").write_text(STUDY)

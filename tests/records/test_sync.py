@@ -416,6 +416,7 @@ def test_a_run_in_a_store_is_a_command_like_any_other(
     assert "Effects" in tune_kd("third", "report", "far")
     here, there = (next((tmp_path / home).glob("tune_kd/s3-bucket-kd-*/results/far")) for home in ("home", "other"))
     assert (here / "trials.parquet").read_bytes() == (there / "trials.parquet").read_bytes()
+    elsewhere(monkeypatch, tmp_path, "home")
     assert {sync.STUDY, "tensorboard", "mlflow.db"} <= set(Mirror.of(here).names(here))
     with reading(there / "ledger.sqlite") as ledger, reading(here / "ledger.sqlite") as original:
         assert ledger.rows(EPOCHS) == original.rows(EPOCHS)

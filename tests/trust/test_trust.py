@@ -805,7 +805,10 @@ def test_tables_whose_errors_have_colours_are_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_run_whose_study_has_commands_for_a_terminal_is_shown_without_them(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reporting", ["report", pytest.param("resume", marks=pytest.mark.slow)])
+def test_a_run_whose_study_has_commands_for_a_terminal_is_shown_without_them(
+    finished: Path, tmp_path: Path, reporting: str
+) -> None:
     def commanding(record: dict[str, Any]) -> None:
         for contrast in record["contrasts"]:
             contrast["name"] += f"{COMMANDS}<b>"
@@ -816,7 +819,7 @@ def test_a_run_whose_study_has_commands_for_a_terminal_is_shown_without_them(fin
 
     shutil.copytree(finished, tmp_path / "results" / "tiny")
     altered(tmp_path / "results" / "tiny" / "study.json", commanding)
-    for arguments in (("status", "tiny"), ("status", "tiny", "--verify"), ("resume", "tiny")):  # which reports
+    for arguments in (("status", "tiny"), ("status", "tiny", "--verify"), (reporting, "tiny")):
         done = command(tmp_path, *arguments)
         assert "Traceback" not in done.stderr and done.returncode in (0, 2, 3), done.stderr
         assert not OBEYED.search(done.stdout + done.stderr), arguments
