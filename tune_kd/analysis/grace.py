@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import TypeAdapter
-
 from tune_kd.study.early_stopping import stratum
 from tune_kd.study.plan import Plan
 from tune_kd.study.spec import Study
+from tune_kd.system.adapters import adapter
 from tune_kd.system.files import MOST_RECORD_BYTES, read
 from tune_kd.system.object_store import Mirror
 
@@ -59,7 +58,7 @@ def record(folder: Path, run: str, study: Study, correlations: "pd.DataFrame") -
         found = Correlation(*(row[name] for name in ("n", "rho", "rho_low", "rho_high")))
         strata.setdefault(row["stratum"], {})[row["epoch"]] = found
     audit = Audit(run, *_alike(study), strata)
-    Mirror.of(folder).publish(folder / AUDIT, TypeAdapter(Audit).dump_json(audit, indent=1))
+    Mirror.of(folder).publish(folder / AUDIT, adapter(Audit).dump_json(audit, indent=1))
 
 
 def warnings(plan: Plan, out: Path) -> list[str]:
@@ -95,7 +94,7 @@ def _audits(out: Path) -> list[Audit]:
     there = [path for path in out.glob(f"*/{AUDIT}") if os.path.isfile(path)]
     for path in sorted(there, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            found.append(TypeAdapter(Audit).validate_json(read(path, MOST_RECORD_BYTES)))
+            found.append(adapter(Audit).validate_json(read(path, MOST_RECORD_BYTES)))
         except (OSError, ValueError):
             continue
     return found

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import pandas as pd
-from pydantic import TypeAdapter
 
 from tune_kd.records import adaptive_plan
 from tune_kd.records.reader import Records, rows
@@ -14,6 +13,7 @@ from tune_kd.study.plan import Search
 from tune_kd.study.spec import Study
 from tune_kd.study.trial import Status
 from tune_kd.study.tuning import Choice
+from tune_kd.system.adapters import adapter
 
 ENDS: tuple[str, ...] = (Status.COMPLETED, Status.STOPPED, Status.FAILED)
 
@@ -72,5 +72,5 @@ def searches(records: Records) -> Iterator[tuple[str, Study, Search, list[TrialR
         declared = records.studies.get(run, {})
         declared = declared.get("extended") or declared
         of_run = rows(TRIALS, records.trials[records.trials["run"] == run])
-        for search in TypeAdapter(tuple[Search, ...]).validate_python(declared.get("searches", ())):
+        for search in adapter(tuple[Search, ...]).validate_python(declared.get("searches", ())):
             yield run, from_json(declared["study"]), search, adaptive_plan.draws(search, of_run)

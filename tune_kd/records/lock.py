@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter
 
 from tune_kd.records.sync import HOLDER, stamped
 from tune_kd.system import signals
+from tune_kd.system.adapters import adapter
 from tune_kd.system.errors import UserError
 from tune_kd.system.files import MOST_RECORD_BYTES, opened, parsed, publish, read
 from tune_kd.system.object_store import Mirror
@@ -94,7 +94,7 @@ def holder(folder: Path) -> dict[str, Any] | None:
     None if nobody does, also after a kill.
     """
     with suppress(OSError, ValueError):  # missing, partly written, or just removed
-        found = asdict(TypeAdapter(_Holder).validate_python(parsed(read(folder / HOLDER, MOST_RECORD_BYTES))))
+        found = asdict(adapter(_Holder).validate_python(parsed(read(folder / HOLDER, MOST_RECORD_BYTES))))
         # Open for reading: the caller may lack the right to write.
         with opened(folder / ".lock", MOST_RECORD_BYTES) as lock:
             try:

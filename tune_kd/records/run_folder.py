@@ -12,8 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from tune_kd.records.adaptive_plan import grown
 from tune_kd.records.ledger import reading
 from tune_kd.records.lock import held
@@ -26,6 +24,7 @@ from tune_kd.study.plan import Plan, plan
 from tune_kd.study.source import digests as known_digests
 from tune_kd.study.spec import Study
 from tune_kd.study.trial import digest
+from tune_kd.system.adapters import adapter
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import UserError, raise_problems
 from tune_kd.system.files import check_names, links, obstacle, sealed
@@ -284,7 +283,7 @@ def _from_record(folder: Path, record: dict[str, Any]) -> Run:
         data_digest=str(data["digest"]),
         data_dir=None if data["dir"] is None else Path(data["dir"]),
         settings=record["settings"],
-        source=None if source is None else TypeAdapter(Source).validate_python(source),
+        source=None if source is None else adapter(Source).validate_python(source),
         look=record["look"],
     )
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from tune_kd.study.plan import checked
 from tune_kd.study.source import StudyFile, executed, folders
 from tune_kd.study.spec import DATA_SETS, Data, Factor, Study
+from tune_kd.system.adapters import adapter
 from tune_kd.system.errors import UserError, raise_problems
 from tune_kd.system.files import read
 
@@ -93,7 +94,7 @@ def _made(file: StudyFile, make: Callable[..., Study], data: str | None) -> Stud
 
 def from_json(value: Any) -> Study:
     """The study in `study.json`: the inverse of `dataclasses.asdict`."""
-    return TypeAdapter(Study).validate_python(value)
+    return adapter(Study).validate_python(value)
 
 
 def _with_settings(path: Path, study: Study, settings: Sequence[str]) -> Study:
@@ -197,7 +198,7 @@ def _example(name: str, kind: Any, got: Any) -> str:
     if any(get_origin(each) is tuple for each in _members(kind)):
         right = [_parsed(text.strip()) for text in str(got).split(",")]
     try:
-        TypeAdapter(kind).validate_python(right)
+        adapter(kind).validate_python(right)
     except ValidationError:
         return ""
     return f", such as {shlex.quote(f'{name}={json.dumps(right)}')}"

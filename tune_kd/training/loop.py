@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from tune_kd.data.augment import draw_views, prepare
 from tune_kd.data.datasets import DataSet, Split
 from tune_kd.study.spec import Recipe
 from tune_kd.study.trial import Epoch, Outcome, Trial
+from tune_kd.system.adapters import adapter
 from tune_kd.system.errors import CorruptFile
 from tune_kd.training import metrics, networks
 from tune_kd.training.checkpoints import Checkpoints, pack
@@ -80,7 +80,7 @@ def train(
         if saved is not None:
             _check_whose(saved[1], whose)
             step.restore(saved[0])
-            progress = _Progress(_best(saved[0]), TypeAdapter(list[Epoch]).validate_python(saved[1]["rows"]))
+            progress = _Progress(_best(saved[0]), adapter(list[Epoch]).validate_python(saved[1]["rows"]))
         yield from (row for row in progress.rows if row.epoch > acknowledged)
 
         saved_at = time.monotonic()

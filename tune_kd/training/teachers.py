@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from filelock import FileLock
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 from tune_kd.data.augment import Views, draw_views, numbered_views, prepare, show, view_numbers
 from tune_kd.data.datasets import DataSet, on_device
 from tune_kd.study.trial import Answering, Epoch, Trial
+from tune_kd.system.adapters import adapter
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import CorruptFile, UnexpectedFile
 from tune_kd.system.files import MOST_RECORD_BYTES, publish, read, sealed, sha256, unsealed
@@ -167,7 +168,7 @@ def _read_card(folder: Path, teacher_id: str) -> Card | None:
     path = folder / teacher_id / "card.json"
     if not path.is_file():
         return None
-    return TypeAdapter(Card).validate_python(unsealed(read(path, MOST_RECORD_BYTES), path))
+    return adapter(Card).validate_python(unsealed(read(path, MOST_RECORD_BYTES), path))
 
 
 def _digest(path: Path) -> str | None:
