@@ -6,9 +6,14 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 T = TypeVar("T")
-_built = cache(TypeAdapter[Any])
 
 
 def adapter(kind: type[T]) -> TypeAdapter[T]:
     """The validator of a type, such as `Study` or `list[Epoch]`."""
-    return _built(kind)
+    found: TypeAdapter[T] = _built(kind)
+    return found
+
+
+@cache
+def _built(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
