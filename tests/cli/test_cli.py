@@ -521,7 +521,7 @@ def test_the_studys_only_scale_is_what_auto_means_and_ints_and_floats_are_one_va
 def test_a_field_can_be_set_from_the_command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = ["--set", "factors.stem=[\"cifar\"]", "--set", "moderator=null", "--set", "confirm.seeds=[4,5]",
+    settings = ["--set", "factors.stem=[\"cifar\"]", "--set", "confirm.seeds=[4,5]",
                 "--set", "data.train=100"]  # fmt: skip
     assert call(monkeypatch, "plan", "ablation", "--scale", "laptop", "--json", *settings) == 0
     planned = json.loads(capsys.readouterr().out)

@@ -42,6 +42,27 @@ def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
         ({"contrasts": (Compare("method", "none", "none"),)}, ("'none'", "itself")),
         ({"contrasts": (Compare("stem", "cifar", "imagenet"),) * 2}, ("stem 'cifar' with 'imagenet' more than once",)),
         (
+            {"contrasts": (Compare("stem", "cifar", "imagenet", family="main"),)},  # type: ignore[arg-type]
+            ("contrasts[0].family is 'main'", "primary, secondary"),
+        ),
+        (
+            {"contrasts": (Compare("stem", "cifar", "imagenet", moderation="no"),)},  # type: ignore[arg-type]
+            ("contrasts[0].moderation is 'no'", "primary, secondary"),
+        ),
+        (
+            {"contrasts": (Compare("stem", "cifar", "imagenet", where={"depth": 1}),)},
+            ("where of a contrast of stem names 'depth'", "method"),
+        ),
+        (
+            {"contrasts": (Compare("stem", "cifar", "imagenet", where={"stem": "cifar"}),)},
+            ("where of a contrast of stem names 'stem'",),
+        ),
+        (
+            {"contrasts": (Compare("stem", "cifar", "imagenet", where={"method": "dkd"}),)},
+            ("where of a contrast holds method at 'dkd'", "none, logit, feature"),
+        ),
+        ({"strata": ("depth",)}, ("strata names 'depth'", "stem")),
+        (
             {"contrasts": (Compare("temperature", 2.0, 4.0), Compare("temperature", 4, 2))},
             ("4 with 2", "in one direction"),
         ),

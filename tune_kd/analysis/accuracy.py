@@ -101,6 +101,8 @@ def arms(records: Records) -> pd.DataFrame:
             note = "incomplete"
         described = asdict(statistics.summary(known))
         n = described.pop("n")
+        for end in ("low", "high"):  # an interval by Student's t may leave what an accuracy can be
+            described[end] = None if described[end] is None else min(1.0, max(0.0, described[end]))
         rows.append({"run": run, "arm": name, "role": role, "n": n, "planned": planned, **described, "note": note})
     return typed(rows, "run arm role n planned mean sd low high note")
 

@@ -120,8 +120,7 @@ def _moderation(words: _Words, row: Row) -> str:
     at, first = (words.level(level) for level in levels.split(" - ", 1))
     effect = f"the effect of {treated} against {against}{words.context(context.rpartition(': ')[0] + ': ')}"
     if row["verdict"] in ("better", "worse"):
-        more = "larger" if row["verdict"] == "better" else "smaller"
-        return f"{_capital(effect)} is {more} with {at} than with {first}{_figures(row)}."
+        return f"{_capital(effect)} is {_by(row)} with {at} than with {first}{_figures(row)}."
     if row["verdict"] == "equivalent":
         return f"{_capital(effect)} is the same with {at} and with {first}{_figures(row)}."
     return f"That {effect} differs between {first} and {at} is not shown: {_finding(row, words.margin)}{_figures(row)}."
@@ -130,10 +129,16 @@ def _moderation(words: _Words, row: Row) -> str:
 def _finding(row: Row, margin: float) -> str:
     """The verdict as a clause."""
     if row["verdict"] in ("better", "worse"):
-        return f"{row['verdict']} by {100 * abs(row['estimate']):.2f} points"
+        return _by(row)
     if row["verdict"] == "equivalent":
         return f"the same within {100 * margin:g} points"
     return f"not judged ({row['note']})" if row["verdict"] == "not judged" else verdicts.ruled_out(row)
+
+
+def _by(row: Row) -> str:
+    """`better by 0.31 points`; of a moderation, `larger by 0.31 points`."""
+    words = {"better": "larger", "worse": "smaller"} if row["kind"] == "moderation" else {}
+    return f"{words.get(row['verdict'], row['verdict'])} by {100 * abs(row['estimate']):.2f} points"
 
 
 def _figures(row: Row) -> str:
@@ -157,7 +162,7 @@ def _factors(words: _Words, rows: Sequence[Row], tests: pd.DataFrame) -> list[st
             continue
         compared = [row for row in secondary if row["factor"] == factor]
         found = [row for row in compared if row["verdict"] in ("better", "worse")]
-        each = "; ".join(f"p = {_p(test['p'])}{words.context(test['context'] + ': ')}" for test in theirs[:3])
+        each = "; ".join(f"{_p(test['p'])}{words.context(test['context'] + ': ')}" for test in theirs[:3])
         against = compared[0]["contrast"].partition(" - ")[2]
         said.append(
             f"Does {factor} matter at all? One F test each: {each}; of {len(compared)} comparisons with {against}, "
@@ -174,15 +179,14 @@ def _others(rows: Sequence[Row]) -> str:
         return ""
     if not found:
         return f"None of the {len(secondary)} secondary contrasts shows a difference."
-    named = "; ".join(f"{row['contrast']} ({row['verdict']} by {100 * abs(row['estimate']):.2f} points)"
-                      for row in found[:NAMED])  # fmt: skip
+    named = "; ".join(f"{row['contrast']} ({_by(row)})" for row in found[:NAMED])
     more = f"; {len(found) - NAMED} more" if len(found) > NAMED else ""
     shown = f"{len(found)} show{'s' if len(found) == 1 else ''} a difference"
     return f"Of the {len(secondary)} secondary contrasts, {shown}: {named}{more}."
 
 
 def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def _capital(text: str) -> str:
