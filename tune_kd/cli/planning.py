@@ -72,7 +72,10 @@ def _summary(planned: Plan, out: Path) -> dict[str, Any]:
         "arms": [{"name": arm.name, "role": arm.role, "merged_cells": arm.merged} for arm in planned.arms],
         "teachers": [{"arm": each.arm, "seed": each.seed, "epochs": each.recipe.epochs} for each in planned.teachers],
         "answers": _answers(planned),
-        "trials": [{"arm": each.arm, "phase": each.phase, "seed": each.seed} for each in trials],
+        "trials": [
+            {"arm": each.arm, "phase": each.phase, "seed": each.seed, "teacher_seed": each.teacher_seed}
+            for each in trials
+        ],
         "tuning": None if resolved.tuning is None else asdict(resolved.tuning),
         "contrasts": [contrast.name for contrast in planned.contrasts],
         "price": {"flop": cost.flop, "slot_seconds": cost.slot_seconds, "how": cost.how},

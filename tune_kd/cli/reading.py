@@ -17,7 +17,7 @@ from tune_kd.cli.options import DEFAULT_OUT, AsJson, Elsewhere, Out, Phases, pri
 from tune_kd.cli.remote import elsewhere
 from tune_kd.records.adaptive_plan import with_those_to_come
 from tune_kd.records.ledger import reading
-from tune_kd.records.schema import DECISIONS, LEDGER, TRIALS, TrialRow
+from tune_kd.records.schema import DECISIONS, LEDGER, TRIALS, TrialRow, labels
 from tune_kd.reporting import progress, terminal
 from tune_kd.reporting.terminal import Terminal
 from tune_kd.study import discover
@@ -88,9 +88,9 @@ def _print_state(folder: Path, holder: Mapping[str, Any] | None, rows: Sequence[
         console.say(f"run by process {holder['pid']} on {holder['host']} since {holder['since']}")
     elif any(row["status"] in UNENDED for row in rows):
         console.say(f"nobody runs it; go on with: python -m tune_kd resume {quote(str(folder))}")
-    failed = [row for row in rows if row["status"] in UNSUCCESSFUL]
+    failed, names = [row for row in rows if row["status"] in UNSUCCESSFUL], labels(rows)
     for row in failed[: progress.SHOWN]:
-        console.say(f"{row['arm']} seed {row['seed']} {row['status']}: {row['error']}")
+        console.say(f"{names[row['trial_id']]} {row['status']}: {row['error']}")
     if len(failed) > progress.SHOWN:
         console.print(f"and {len(failed) - progress.SHOWN} more; `--json` names all of them")
 
