@@ -11,6 +11,7 @@ from statistics import NormalDist
 from typing import Any
 
 MARGIN = 0.001  # accuracy: arms that differ by less than 0.1 points are equivalent
+FEW_TEACHERS = 5  # below this number, the spread between teachers is hardly known
 NO_SPREAD = 1e-9  # below this standard deviation, a t statistic would be one rounding error over another
 
 

@@ -62,10 +62,15 @@ def words(row: Mapping[Any, Any], margin: float) -> str:
 
 
 def evidence(row: Mapping[Any, Any]) -> str:
-    """Estimate, number of seeds and interval: `+0.31 points over 5 seeds, 95 % interval +0.02 to +0.60`."""
+    """Estimate, number of seeds and interval: `+0.31 points over 5 seeds, 95 % interval +0.02 to +0.60`.
+
+    A verdict over several teachers has their number, too: `over 5 seeds and 3 teachers`.
+    """
     seeds = f"{row['n']} seed{'s' if row['n'] > 1 else ''}"
     if row["n"] < row["planned"]:
         seeds = f"{row['n']} of {row['planned']} seeds"
+    if not pd.isna(row.get("teachers")):
+        seeds += f" and {row['teachers']} teacher{'s' if row['teachers'] > 1 else ''}"
     found = f"{points(row['estimate'])} points over {seeds}"
     if has_interval(row):
         found += f", 95 % interval {points(row['low'])} to {points(row['high'])}"
@@ -80,6 +85,8 @@ def ruled_out(row: Mapping[Any, Any]) -> str:
     """What the 95 % interval excludes, where nothing was found: `no gain above 0.21 points, no loss`."""
     if row["n"] == 1:
         return "inconclusive, since one seed shows no spread"
+    if not pd.isna(count := row.get("teachers")) and count == 1:
+        return "inconclusive, since one teacher shows no spread between teachers"
     if not has_interval(row):
         return "inconclusive, since without a spread there is nothing to judge it by"
     ends = [("gain", row["high"]), ("loss", -row["low"])]

@@ -176,10 +176,11 @@ def print_report(
     except ValueError as error:  # tables of others may not support some statistic
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
     effects, arms, explored = contrasts.contrasts(records), accuracy.arms(records), accuracy.exploratory(records)
-    settings, budgets = tuned.settings(records), tuned.budgets(records)
+    settings, budgets, spreads = tuned.settings(records), tuned.budgets(records), contrasts.variances(records)
     if as_json:
         answer: dict[str, Any] = {"runs": records.runs, "report": str(first)}
         tables = {"arms": arms, "contrasts": effects, "exploratory": explored, "settings": settings, "budgets": budgets}
+        tables |= {"variances": spreads} if len(spreads) else {}
         answer |= {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
         if len(records.runs) > 1:
             answer["differences"] = provenance.differences(records).to_dict("records")
@@ -189,6 +190,8 @@ def print_report(
     if len(effects):
         teachers = {len(study["study"]["teacher_seeds"]) for study in records.studies.values()}
         parts.append(terminal.effects(effects, max(teachers)))
+    if len(spreads):
+        parts.append(terminal.variances(spreads))
     if len(settings):
         parts.append(terminal.settings(settings, budgets))
     if len(records.runs) > 1:
