@@ -16,7 +16,7 @@ from scipy import special, stats as scipy_stats
 from statsmodels.regression.mixed_linear_model import MixedLM
 
 from conftest import tiny, trained
-from tune_kd.analysis import accuracy, contrasts, measures, provenance, simulate
+from tune_kd.analysis import accuracy, contrasts, measures, provenance, simulate, statistics
 from tune_kd.analysis.teachers import crossed
 from tune_kd.cli.reading import print_report
 from tune_kd.execute import metrics
@@ -154,6 +154,19 @@ def test_intervals_hold_for_other_teachers(
 def test_the_degrees_of_freedom_are_those_of_the_teachers_where_these_dominate() -> None:
     for teachers in (2, 3, 5):
         assert_allclose(np.median(crossed(differences(1, teachers, 5, 50.0, studies=500)).df), teachers - 1, rtol=0.01)
+
+
+@pytest.mark.parametrize(("teachers", "seeds"), [(2, 5), (3, 5), (5, 5), (10, 5)])
+def test_the_gain_that_teachers_can_show_is_that_of_the_noncentral_t(teachers: int, seeds: int) -> None:
+    gain = statistics.detectable_over_teachers(teachers, seeds, teachers, 0.15)
+    df = min(teachers, seeds) - 1
+    critical = scipy_stats.t.ppf(0.975, df)
+    error = 0.15 * (1 / teachers + 1 / seeds + 1 / (teachers * seeds)) ** 0.5
+    assert gain is not None and statistics.t_quantile(df) == pytest.approx(critical, rel=1e-5)
+    assert scipy_stats.nct.sf(critical, df, gain / error) == pytest.approx(0.8, abs=1e-4)
+    found = crossed(gain + differences(teachers, teachers, seeds, 0.15, studies=4000))
+    assert float((found.mean - special.stdtrit(found.df, 0.975) * found.error > 0).mean()) > 0.78
+    assert statistics.detectable_over_teachers(1, seeds, 1, 0.15) is None
 
 
 def made(

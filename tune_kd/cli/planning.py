@@ -10,7 +10,14 @@ import typer
 from rich.table import Table
 
 from tune_kd.analysis import grace
-from tune_kd.analysis.statistics import detectable, smallest_exact_p, spent
+from tune_kd.analysis.statistics import (
+    FEW_TEACHERS,
+    detectable,
+    detectable_over_teachers,
+    smallest_exact_p,
+    spent,
+    t_quantile,
+)
 from tune_kd.cli import options
 from tune_kd.records.adaptive_plan import to_come
 from tune_kd.reporting import terminal
@@ -81,7 +88,7 @@ def _summary(planned: Plan, out: Path) -> dict[str, Any]:
         "price": {"flop": cost.flop, "slot_seconds": cost.slot_seconds, "how": cost.how},
         "screen": asdict(resolved.screen) | {"rungs": resolved.screen.rungs(resolved.recipe.epochs)},
         "seeds": _seeds(planned),
-        "warnings": grace.warnings(planned, out),
+        "warnings": [*grace.warnings(planned, out), *_few_teachers(planned)],
     }
 
 
@@ -168,7 +175,8 @@ def calibrate(
 
 def _seeds(planned: Plan) -> dict[str, Any]:
     """Return the detectable differences at each look, for the seed-to-seed deviation that the study expects."""
-    confirm, deviation = planned.study.confirm, planned.study.deviation
+    study, confirm, deviation = planned.study, planned.study.confirm, planned.study.deviation
+    teachers, per_seed = len(study.teacher_seeds), study.teachers_per_seed
     looks = confirm.looks or (len(confirm.seeds),)
     found = [
         {
@@ -177,10 +185,25 @@ def _seeds(planned: Plan) -> dict[str, Any]:
             "detectable_difference": detectable(seeds, deviation, alpha=level),
             "detectable_after_holm": detectable(seeds, deviation, alpha=level / max(1, len(planned.contrasts))),
             "smallest_exact_p": smallest_exact_p(seeds),
+            "detectable_over_teachers": detectable_over_teachers(teachers, seeds, per_seed, deviation, alpha=level),
         }
         for seeds, level in zip(looks, spent(looks), strict=True)
     ]
-    return {"confirm": list(confirm.all_seeds), "deviation": deviation, "looks": found} | found[0]
+    told = {"confirm": list(confirm.all_seeds), "deviation": deviation, "teachers": teachers, "looks": found}
+    return told | found[0]
+
+
+def _few_teachers(planned: Plan) -> list[str]:
+    """Return a warning for several teachers that are too few to show how teachers differ."""
+    count = len(planned.study.teacher_seeds)
+    if not 1 < count < FEW_TEACHERS or not planned.teachers or not planned.contrasts:
+        return []
+    df = count - 1
+    return [
+        f"teacher_seeds has {count} seeds: verdicts are about teachers of their kind, and {count} show little of how "
+        f"these differ (t = {t_quantile(df):.1f} at {df} degree{'s' if df > 1 else ''} of freedom; with "
+        f"{FEW_TEACHERS} teachers {t_quantile(FEW_TEACHERS - 1):.1f})"
+    ]
 
 
 def _answers(planned: Plan) -> list[dict[str, Any]]:
@@ -221,6 +244,10 @@ def _print_plan(planned: Plan, summary: dict[str, Any], why: str) -> None:
         console.say(f"warning: {warning}")
     for sentence in _detectable(summary["seeds"]):
         console.print(sentence)
+    if planned.teachers and planned.contrasts and len(planned.study.teacher_seeds) == 1:
+        console.print(
+            "One teacher for all students of a context: verdicts hold given that teacher (see teacher_seeds)."
+        )
 
 
 def _table(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]], overflow: Any = "ellipsis") -> Table:
@@ -266,6 +293,12 @@ def _detectable(seeds: dict[str, Any]) -> Iterator[str]:
             f"power ({points(look['detectable_after_holm'])} where Holm is hardest); the exact sign-flip p cannot fall "
             f"below {look['smallest_exact_p']:.4f}."
         )
+        if seeds["teachers"] > 1:
+            yield (
+                f"Over the {seeds['teachers']} teachers: a gain over a control is found from "
+                f"{points(look['detectable_over_teachers'])} points on with 80 % power, if students differ as much "
+                "between teachers as between seeds."
+            )
 
 
 def _scale_of_curves(path: Path, scale: str, records: "Records") -> tuple[str, str]:
