@@ -1,6 +1,7 @@
 """Teachers as a random effect: against the analysis of variance, statsmodels, studies of which the truth is known, and
 in a run from plan to report."""
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -20,15 +21,18 @@ from tune_kd.analysis import accuracy, contrasts, measures, provenance, simulate
 from tune_kd.analysis.teachers import crossed
 from tune_kd.cli.reading import print_report
 from tune_kd.execute import metrics
-from tune_kd.records import reader
+from tune_kd.execute.trackers.background import settings_of
+from tune_kd.execute.worker import Task
+from tune_kd.records import adaptive_plan, reader
 from tune_kd.records.reader import Records, load
 from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, first_row, labels
 from tune_kd.records.tables import frame
 from tune_kd.reporting import report
 from tune_kd.reporting.terminal import Terminal
 from tune_kd.study.plan import plan
-from tune_kd.study.spec import Confirm, Factor, Study
+from tune_kd.study.spec import Compare, Confirm, Factor, Study
 from tune_kd.study.trial import Trial
+from tune_kd.study.tuning import LogUniform, Range, Tuning
 
 LOGIT = "cifar: logit - none"
 
@@ -233,14 +237,22 @@ def test_a_contrast_of_an_arm_with_teachers_is_judged_over_them(several: Study) 
 
 
 def test_the_stem_is_judged_as_with_one_teacher(several: Study) -> None:
-    from tune_kd.study.spec import Compare
-
     across = Compare("stem", "cifar", "imagenet", where={"method": "none"})
     table = contrasts.contrasts(made(replace(several, contrasts=(across, *several.contrasts)), drawn))
     stem = row(table, "none: cifar - imagenet")
     assert (stem["rule"], stem["df"], pd.isna(stem["teachers"])) == ("pairs", 3, True)
     assert "teacher" not in stem["words"]
     assert set(table["rule"]) == {"pairs", "random teachers"}
+
+
+def test_the_block_model_is_of_arms_without_teachers_alone(several: Study) -> None:
+    """Means over teachers of a seed spread less than single trials, and would make its variance too small."""
+    wider = Compare("width", 0.125, 0.0625, where={"method": "none"})
+    widths = (*several.factors, Factor("width", (0.0625, 0.125)))
+    records = made(replace(several, factors=widths, contrasts=(wider,), moderator=None, reference=()), drawn)
+    for found in contrasts.contrasts(records).to_dict("records"):
+        assert (found["rule"], found["df"], found["n"]) == ("block model", 3, 4)
+        assert found["error"] == pytest.approx(found["sd"] / 2)
 
 
 def test_a_change_with_the_stem_and_two_methods_with_the_same_teachers_are_judged_over_them(several: Study) -> None:
@@ -336,6 +348,7 @@ def test_limits_and_sentences_do_not_say_given_one_teacher(several: Study) -> No
     said = " ".join(provenance.limits(made(several, drawn)))
     assert "given that teacher" not in said
     assert "how much the 3 teachers of the study differ is part of each interval. 3 show little" in said
+    assert "Over 3 teachers, a gain over a control is found from" in said
 
 
 def test_a_trial_of_several_teachers_is_named_with_its_teacher(several: Study) -> None:
@@ -344,6 +357,29 @@ def test_a_trial_of_several_teachers_is_named_with_its_teacher(several: Study) -
     assert names == {trial.trial_id: trial.label for trial in trials}
     alone = plan(replace(several, teacher_seeds=(7,))).trials
     assert not any(", teacher seed" in name for name in labels([first_row("r", trial) for trial in alone]).values())
+
+
+def test_a_tracker_gets_the_seed_of_the_teacher(several: Study) -> None:
+    for trial in plan(several).trials:
+        settings = settings_of(Task(trial, 1, 0, 1.0, 0.0))
+        assert settings.get("teacher_seed") == trial.teacher_seed
+
+
+def test_a_tuned_arm_is_drawn_with_the_first_teacher_and_confirmed_with_all(several: Study) -> None:
+    tuned = replace(
+        several,
+        factors=(Factor("method", ("none", "logit")),),
+        contrasts=several.contrasts[:1],
+        moderator=None,
+        tuning=Tuning((Range("lr", LogUniform(0.01, 0.5)),), budget=2, startup=1),
+    )
+    planned = plan(tuned)
+    logit = next(each for each in planned.searches if each.name == "logit")
+    draw = adaptive_plan.drawn(planned, logit, {"lr": 0.1})
+    assert (draw.teacher_seed, draw.seed) == (7, 0)
+    best = first_row("r", draw) | {"lr": 0.1}
+    confirmed = [(trial.seed, trial.teacher_seed) for trial in adaptive_plan.confirmed(planned, logit, best)]
+    assert sorted(confirmed) == list(itertools.product((1, 2, 3, 4), (7, 8, 9)))
 
 
 def test_a_pair_of_a_seed_is_complete_with_all_of_its_teachers(several: Study) -> None:

@@ -26,10 +26,10 @@ def planned_seeds(records: Records, run: str) -> list[int] | None:
 
 
 def confirmation(study: Mapping[str, Any]) -> Confirm:
-    """The confirmation seeds and looks that a run's `study.json` declares."""
+    """The confirmation seeds, looks and layout that a run's `study.json` declares."""
     declared = study["study"]["confirm"]
     looks = declared.get("looks")
-    return Confirm(tuple(declared["seeds"]), None if looks is None else tuple(looks))
+    return Confirm(tuple(declared["seeds"]), None if looks is None else tuple(looks), declared.get("teachers_per_seed"))
 
 
 def judged_look(records: Records) -> int:
@@ -110,6 +110,8 @@ def cells(records: Records, run: str, ended: pd.DataFrame, seeds: Sequence[int])
     rows = {seed: place for place, seed in enumerate(random_teachers(records, run))}
     columns = {seed: place for place, seed in enumerate(seeds)}
     found = np.full((len(rows), len(columns)), np.nan)
+    if not rows:
+        return found
     known = ended[ended["seed"].isin(seeds) & ended[HEADLINE].notna()]
     for teacher_id, seed, value in zip(known["teacher_id"], known["seed"], known[HEADLINE], strict=True):
         if pd.isna(teacher_id):
