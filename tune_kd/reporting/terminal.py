@@ -77,7 +77,9 @@ def effects(table: "pd.DataFrame", teachers: int) -> Group:
         Text("Paired by seed; 95 % t intervals; p adjusted by Holm over all contrasts; both allow for declared looks.")
     )
     if table["teachers"].notna().any():
-        parts.append(Text("Of arms that have a teacher: teachers are a random effect, verdicts are about others, too."))
+        parts.append(
+            Text("Where arms have teachers, these are a random effect: verdicts are about teachers of their kind.")
+        )
     return Group(*parts)
 
 
