@@ -312,6 +312,23 @@ def test_plan_tells_of_rungs_margins_looks_and_short_grace_periods(
     assert answer["screen"]["rungs"] == [6]
 
 
+@pytest.mark.parametrize(("count", "t"), [(1, None), (2, "12.7"), (3, "4.3"), (4, "3.2"), (5, None)])
+def test_plan_tells_what_teachers_show_and_warns_of_two_to_four(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path, count: int, t: str | None
+) -> None:
+    arguments = ["plan", "ablation", "--scale", "laptop", "--set", f"teacher_seeds={list(range(7, 7 + count))}"]
+    assert call(monkeypatch, *arguments) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("One teacher for all students of a context: verdicts hold given that teacher") == (count == 1)
+    assert shown.count(f"Over {count} teachers a gain over a control is found from") == (count > 1)
+    assert (f"warning: teacher_seeds has {count} seeds" in shown) == (t is not None)
+    assert t is None or f"(t = {t} at {count - 1} degree" in shown
+    assert call(monkeypatch, *arguments, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert {each["teacher_seed"] for each in answer["trials"]} == {None, *(range(7, 7 + count) if count > 1 else ())}
+    assert (answer["seeds"]["detectable_over_teachers"] is None) == (count == 1)
+
+
 def test_margins_of_an_earlier_runs_controls_are_on_record_as_a_setting(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path
 ) -> None:

@@ -6,27 +6,31 @@ with planned confirmation seeds; everything else is exploratory and labelled so.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from tune_kd.analysis import block_model, statistics, verdicts
+from tune_kd.analysis import block_model, statistics, teachers, verdicts
 from tune_kd.analysis.accuracy import (
     COMPARABLE,
     CONTEXT,
     HEADLINE,
     by_context,
+    by_seed,
+    cells,
     completed_trials,
     confirmation,
     confirmed,
     confirmed_trials,
     differing,
     judged_look,
+    random_teachers,
+    teachers_per_seed,
 )
-from tune_kd.analysis.block_model import NO_SPREAD, Array, Estimates, estimate
+from tune_kd.analysis.block_model import NO_SPREAD, Array, Estimates, Flags, estimate
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.analysis.verdicts import ALPHA, EARLIER
 from tune_kd.records.reader import Records
@@ -36,11 +40,12 @@ from tune_kd.study.trial import ENDED
 from tune_kd.system.errors import UserError
 
 CONTRAST_COLUMNS = (
-    "run contrast family verdict n planned estimate low high sd error df p_holm p p_equivalence low_pairs high_pairs "
-    "p_pairs p_exact smallest_exact_p effect_size pairs_needed rules_out rule kind factor note words"
+    "run contrast family verdict n planned teachers estimate low high sd error df p_holm p p_equivalence low_pairs "
+    "high_pairs p_pairs p_exact smallest_exact_p effect_size pairs_needed rules_out rule kind factor note words"
 )
 BY_MODEL = "block model"
 BY_PAIRS = "pairs"
+OVER_TEACHERS = "random teachers"
 DECLARED_EARLIER = "pairs, one family, as declared by an earlier version"
 
 
@@ -48,19 +53,21 @@ def contrasts(records: Records, margin: float = MARGIN) -> pd.DataFrame:
     """One row per declared contrast: its estimate, and a verdict.
 
     A contrast within strata is judged by the block model (`rule`), which uses all seeds; `n` counts those that have all
-    of its arms. One across strata is judged by its pairs, since blocks need not cancel there. `error` and `df` are of
-    the test; `low_pairs`, `high_pairs` and `p_pairs` are of the t test of the pairs alone. `p_holm` and
-    `p_equivalence` are adjusted by Holm over the contrasts of the `family`, also those without a p value: a family that
-    shrank with the data would make p values too small. `pairs_needed` are the seeds for 80 % power at this difference
-    and error, and an unadjusted level of 0.05. A contrast has no estimate if an arm was stopped, or if its arms differ
-    in other settings (`note` names them).
+    of its arms. One across strata is judged by its pairs, since blocks need not cancel there. Where students are
+    crossed with several teachers, one of arms that have a teacher is judged with teachers as a random effect
+    (`teachers` counts them; null elsewhere), by its own cells of teacher and seed. Its pairs are the means over
+    teachers, and their test holds for these teachers alone. `error` and `df` are of the test; `low_pairs`, `high_pairs`
+    and `p_pairs` are of the t test of the pairs alone. `p_holm` and `p_equivalence` are adjusted by Holm over the
+    contrasts of the `family`, also those without a p value: a family that shrank with the data would make p values too
+    small. `pairs_needed` are the seeds for 80 % power at this difference and error, and an unadjusted level of 0.05. A
+    contrast has no estimate if an arm was stopped, or if its arms differ in other settings (`note` names them).
 
     With declared looks, each look has a share of 0.05 (`statistics.spent`). An adjusted p value is then the minimum
     over the looks so far, each scaled from its share to 0.05, so that a finding stands at later looks; the intervals of
     all looks hold jointly at 95 %. Estimates, errors and `p` use all seeds so far.
 
     A run whose record has no families was declared by a version before 0.7: all of its contrasts are one family, and
-    are judged by their pairs.
+    are judged by their pairs. If its seeds took turns over several teachers, its verdicts are given these.
     """
     found = [_contrasts_of(records.of(run), margin) for run in records.runs if run in records.studies]
     return pd.concat(found, ignore_index=True) if found else typed([], CONTRAST_COLUMNS)
@@ -77,10 +84,8 @@ def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
     families = ["all" if earlier else str(contrast["family"]) for contrast in declared]
     notes = _notes(records, seeds)
     judged = np.array([not note for note in notes])
-    values, strata, weights = _arrays(records, seeds, declared)
-    weights[~judged] = 0.0
-    counts = [len(confirm.seeds_at(each)) for each in range(len(levels))]
-    looks = [estimate(values[:, :count], strata, weights, pairs_alone=earlier) for count in counts]
+    evidence = _Evidence.of(records, seeds, declared, judged)
+    looks = [evidence.at(len(confirm.seeds_at(each)), pairs_alone=earlier) for each in range(len(levels))]
     last, now = looks[-1], verdicts.adjusted(looks[-1:], levels[-1:], families, margin)
     p_holm, p_equivalence = verdicts.adjusted(looks, levels, families, margin)
     before = (np.fmin(p_holm, p_equivalence) < ALPHA) & ~(np.fmin(*now) < ALPHA)
@@ -92,6 +97,7 @@ def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
         "family": families,
         "n": last.pairs,
         "planned": len(seeds),
+        "teachers": pd.array(evidence.counts, dtype="Int64"),
         "estimate": last.value,
         "error": last.error,
         "df": np.where(judged, last.df, np.nan),
@@ -101,19 +107,84 @@ def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
         "p_holm": p_holm,
         "p_equivalence": p_equivalence,
         "p_pairs": last.pairs_alone().two_sided(),
-        "rule": [DECLARED_EARLIER if earlier else BY_MODEL if each else BY_PAIRS for each in last.by_model],
+        "rule": evidence.rules(last, earlier),
     }
     columns["low"], columns["high"] = last.interval(1 - levels[-1])
     columns["low_pairs"], columns["high_pairs"] = last.pairs_alone().interval(1 - levels[-1])
-    missing = [f"{len(seeds) - n} of {len(seeds)} seeds are missing" if n < len(seeds) else "" for n in last.pairs]
+    missing = evidence.missing(last, teachers_per_seed(records, run))
     said = [[note or lost, EARLIER if old else ""] for note, lost, old in zip(notes, missing, before, strict=True)]
     columns["note"] = ["; ".join(filter(None, each)) for each in said]
-    table = pd.DataFrame(columns).assign(**_of_pairs(last, values, weights))
+    table = pd.DataFrame(columns).assign(**_of_pairs(last, evidence))
     verdict = [verdicts.verdict(row) for row in table.to_dict("records")]
     table = table.assign(verdict=verdict)
     table["rules_out"] = [verdicts.rules_out(row) for row in table.to_dict("records")]
     table["words"] = [verdicts.words(row, margin) for row in table.to_dict("records")]
     return as_typed(table, CONTRAST_COLUMNS)
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What the contrasts of a run are judged by: `_arrays`, and the differences of those that are judged over teachers.
+
+    `taught` [contrasts] marks these; `differences` [contrasts, teachers, seeds] are NaN where a trial is missing.
+    """
+
+    values: Array
+    strata: list[Any]
+    weights: Array
+    taught: Flags
+    differences: Array
+
+    @classmethod
+    def of(cls, records: Records, seeds: Sequence[int], declared: Any, judged: Flags) -> "_Evidence":
+        (run,), arms = records.runs, [arm["name"] for arm in records.study["arms"]]
+        values, strata, weights = _arrays(records, seeds, declared)
+        weights[~judged] = 0.0
+        trials = confirmed_trials(records)
+        has_teacher = set(trials.loc[trials["teacher_id"].notna(), "arm"]) if random_teachers(records, run) else set()
+        with_one = np.array([arm in has_teacher for arm in arms], dtype=bool)
+        # The means over teachers of a seed have a smaller spread than single trials: they are not for the block model.
+        values[with_one] = np.nan
+        ended = completed_trials(records)
+        known = np.stack([cells(records, run, ended[ended["arm"] == arm], seeds) for arm in arms])
+        differences = np.stack([np.tensordot(row[row != 0], known[row != 0], 1) for row in weights])
+        return cls(values, strata, weights, (weights[:, with_one] != 0).any(1), differences)
+
+    def at(self, count: int, pairs_alone: bool) -> Estimates:
+        """The estimates from the first `count` seeds."""
+        found = estimate(self.values[:, :count], self.strata, self.weights, pairs_alone=pairs_alone)
+        return teachers.judged(found, self.differences[..., :count], self.taught)
+
+    @property
+    def counts(self) -> list[int | None]:
+        """The number of teachers of each contrast that is judged over them."""
+        counts = (~np.isnan(self.differences)).any(-1).sum(-1)
+        return [int(count) if taught else None for count, taught in zip(counts, self.taught, strict=True)]
+
+    def rules(self, found: Estimates, earlier: bool) -> list[str]:
+        """The rule by which each contrast is judged."""
+        if earlier:
+            return [DECLARED_EARLIER] * len(self.taught)
+        by = zip(self.taught, found.by_model, strict=True)
+        return [OVER_TEACHERS if taught else BY_MODEL if model else BY_PAIRS for taught, model in by]
+
+    def missing(self, found: Estimates, per_seed: int) -> list[str]:
+        """What each contrast lacks of its seeds, or of its pairs of seed and teacher."""
+        seeds, there = self.values.shape[1], (~np.isnan(self.differences)).sum((1, 2))
+        said = []
+        for taught, n, pairs in zip(self.taught, found.pairs, there, strict=True):
+            planned, what = (seeds * per_seed, "pairs of seed and teacher") if taught else (seeds, "seeds")
+            lost = planned - int(pairs if taught else n)
+            said.append(f"{lost} of {planned} {what} are missing" if lost > 0 else "")
+        return said
+
+    def by_seed(self, contrast: int) -> Array:
+        """The known differences of a contrast by seed: the means over teachers, where there are several."""
+        row = self.weights[contrast]
+        paired = row[row != 0] @ self.values[row != 0]
+        if self.taught[contrast]:
+            paired = teachers.by_seed(self.differences[contrast])
+        return np.asarray(paired[~np.isnan(paired)])
 
 
 def _arrays(records: Records, seeds: Sequence[int], declared: Any) -> tuple[Array, list[Any], Array]:
@@ -155,16 +226,18 @@ def _notes(records: Records, seeds: Sequence[int]) -> list[str]:
     return notes
 
 
-def _of_pairs(found: Estimates, values: Array, weights: Array) -> dict[str, list[Any]]:
-    """The sign-flip test of each contrast's pairs, its least p value, and the pairs that a finding would need."""
+def _of_pairs(found: Estimates, evidence: _Evidence) -> dict[str, list[Any]]:
+    """The sign-flip test of each contrast's pairs, its least p value, and the pairs that a finding would need.
+
+    Over teachers no number of pairs is given: seeds alone do not lower the error below that of the teachers.
+    """
     exact, smallest, needed = [], [], []
-    for place, (row, n) in enumerate(zip(weights, found.pairs, strict=True)):
-        paired = row[row != 0] @ values[row != 0]
-        exact.append(statistics.sign_flip(paired[~np.isnan(paired)].tolist()) if n else None)
+    for place, n in enumerate(found.pairs):
+        exact.append(statistics.sign_flip(evidence.by_seed(place).tolist()) if n else None)
         smallest.append(statistics.smallest_exact_p(int(n)) if n else None)
         spread, prior = found.error[place] * n**0.5, found.df[place] - (n - 1)
-        df = partial(statistics.less_one, more=prior)
-        needed.append(statistics.pairs_needed(found.value[place], spread, df=df) if spread > 0 else None)
+        df, judgeable = partial(statistics.less_one, more=prior), spread > 0 and not evidence.taught[place]
+        needed.append(statistics.pairs_needed(found.value[place], spread, df=df) if judgeable else None)
     return {"p_exact": exact, "smallest_exact_p": smallest, "pairs_needed": needed}
 
 
@@ -172,11 +245,11 @@ def factors(records: Records) -> pd.DataFrame:
     """Whether a factor matters at all: one F test by the block model for each context with several of its contrasts.
 
     For reading beside the contrasts; no verdict depends on it. Arms that have no accuracy at a seed are handled as in
-    the contrasts; those that were stopped are left out.
+    the contrasts; those that were stopped are left out, and so are runs that are judged over several teachers.
     """
     rows = []
     for run in records.runs:
-        if run not in records.studies:
+        if run not in records.studies or random_teachers(records, run):
             continue
         one = records.of(run)
         seeds = confirmation(one.study).seeds_at(judged_look(one))
@@ -196,6 +269,32 @@ def factors(records: Records) -> pd.DataFrame:
             row = {"run": run, "factor": factor, "context": context, "contrasts": len(declared)}
             rows.append(row | {"F": f, "df": df, "df_error": df_error, "p": p})
     return typed(rows, "run factor context contrasts F df df_error p")
+
+
+def variances(records: Records) -> pd.DataFrame:
+    """One row per contrast that is judged over several teachers: the spread of its differences between teachers,
+    between seeds (of students and control) and in the rest, as standard deviations, and the share of each in the
+    variance of one difference.
+
+    Null where there are not two of both, and for what the layout cannot tell from the rest: seeds that take turns.
+    """
+    rows = []
+    for run in (run for run in records.runs if random_teachers(records, run)):
+        of_run = records.of(run)
+        declared, seeds = of_run.study["contrasts"], confirmation(of_run.study).seeds_at(judged_look(of_run))
+        if not declared:
+            continue
+        judged = np.array([not note for note in _notes(of_run, seeds)])
+        evidence = _Evidence.of(of_run, seeds, declared, judged)
+        for place in np.flatnonzero(evidence.taught):
+            found = teachers.crossed(evidence.differences[place])
+            total = np.nansum(found.variances)
+            row = {"run": run, "contrast": declared[place]["name"], "n": found.seeds, "teachers": found.teachers}
+            for name, variance in zip(teachers.COMPONENTS, found.variances, strict=True):
+                row |= {f"sd_{name}": variance**0.5, f"share_{name}": variance / total if total > 0 else np.nan}
+            rows.append(row)
+    sizes = " ".join(f"{what}_{name}" for what in ("sd", "share") for name in teachers.COMPONENTS)
+    return typed(rows, f"run contrast n teachers {sizes}")
 
 
 def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.DataFrame:
@@ -225,7 +324,7 @@ def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.Dat
         both = {name: there[name] if where[name] is None else where[name] for name in context}
         named = "/".join(str(both[name]) for name in context if both[name] is not None and trials[name].nunique() > 1)
         row = {"context": named, "contrast": f"{treated} - {against}", "n_treated": len(one), "n_control": len(other)}
-        rows.append(row | _compared(one.set_index("seed")[HEADLINE], other.set_index("seed")[HEADLINE]))
+        rows.append(row | _compared(by_seed(one), by_seed(other)))
     table = typed(rows, "context contrast how n n_treated n_control estimate low high p effect_size")
     table["p_holm"] = statistics.holm(table["p"])
     return table

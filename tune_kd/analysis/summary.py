@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from tune_kd.analysis import contrasts, verdicts
+from tune_kd.analysis import accuracy, contrasts, verdicts
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.records.reader import Records
 from tune_kd.study.spec import Family
@@ -36,13 +36,18 @@ def holds_for(records: Records) -> list[str]:
     said = []
     for run in records.runs:
         if run in records.studies and records.studies[run]["contrasts"]:
-            teachers = len(records.studies[run]["study"]["teacher_seeds"])
-            whom = ", and for one teacher of each kind" if teachers == 1 else ""
+            whom = f", and for {_teachers(records, run)}"
             before = f"{run}: v" if len(records.runs) > 1 else "V"
             said.append(
                 f"{before}erdicts hold for these test images, which all arms share and seeds do not vary{whom}."
             )
     return said
+
+
+def _teachers(records: Records, run: str) -> str:
+    if len(records.studies[run]["study"]["teacher_seeds"]) == 1:
+        return "one teacher of each kind"
+    return "teachers of their kind" if accuracy.random_teachers(records, run) else "these teachers"
 
 
 def method(records: Records) -> list[str]:

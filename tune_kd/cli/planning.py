@@ -11,7 +11,7 @@ from rich.table import Table
 
 from tune_kd.analysis import grace
 from tune_kd.analysis.power import DIFFERENCES, powers, slot_seconds
-from tune_kd.analysis.statistics import smallest_exact_p, spent
+from tune_kd.analysis.statistics import FEW_TEACHERS, detectable_over_teachers, smallest_exact_p, spent, t_quantile
 from tune_kd.cli import options
 from tune_kd.records.adaptive_plan import to_come
 from tune_kd.reporting import terminal
@@ -73,14 +73,17 @@ def _summary(planned: Plan, out: Path) -> dict[str, Any]:
         "arms": [{"name": arm.name, "role": arm.role, "merged_cells": arm.merged} for arm in planned.arms],
         "teachers": [{"arm": each.arm, "seed": each.seed, "epochs": each.recipe.epochs} for each in planned.teachers],
         "answers": _answers(planned),
-        "trials": [{"arm": each.arm, "phase": each.phase, "seed": each.seed} for each in trials],
+        "trials": [
+            {"arm": each.arm, "phase": each.phase, "seed": each.seed, "teacher_seed": each.teacher_seed}
+            for each in trials
+        ],
         "tuning": None if resolved.tuning is None else asdict(resolved.tuning),
         "contrasts": [contrast.name for contrast in planned.contrasts],
         "families": {contrast.name: contrast.family for contrast in planned.contrasts},
         "price": {"flop": cost.flop, "slot_seconds": cost.slot_seconds, "how": cost.how},
         "screen": asdict(resolved.screen) | {"rungs": resolved.screen.rungs(resolved.recipe.epochs)},
         "seeds": _seeds(planned),
-        "warnings": grace.warnings(planned, out),
+        "warnings": [*grace.warnings(planned, out), *_few_teachers(planned)],
     }
 
 
@@ -167,7 +170,8 @@ def calibrate(
 
 def _seeds(planned: Plan) -> dict[str, Any]:
     """Return what the seeds can show at each look, for the seed-to-seed deviation that the study expects."""
-    confirm, deviation = planned.study.confirm, planned.study.deviation
+    study, confirm, deviation = planned.study, planned.study.confirm, planned.study.deviation
+    teachers, per_seed = len(study.teacher_seeds), study.teachers_per_seed
     looks = confirm.looks or (len(confirm.seeds),)
     found = [
         {
@@ -175,12 +179,26 @@ def _seeds(planned: Plan) -> dict[str, Any]:
             "level": level,
             "power": [asdict(each) for each in powers(planned, seeds, level)],
             "smallest_exact_p": smallest_exact_p(seeds),
+            "detectable_over_teachers": detectable_over_teachers(teachers, seeds, per_seed, deviation, alpha=level),
         }
         for seeds, level in zip(looks, spent(looks), strict=True)
     ]
     whole, more = slot_seconds(planned)
-    costs = {"slot_seconds": whole, "slot_seconds_per_seed": more}
-    return {"confirm": list(confirm.all_seeds), "deviation": deviation, "looks": found} | found[0] | costs
+    told = {"confirm": list(confirm.all_seeds), "deviation": deviation, "teachers": teachers, "looks": found}
+    return told | found[0] | {"slot_seconds": whole, "slot_seconds_per_seed": more}
+
+
+def _few_teachers(planned: Plan) -> list[str]:
+    """Return a warning for several teachers that are too few to show how teachers differ."""
+    count = len(planned.study.teacher_seeds)
+    if not 1 < count < FEW_TEACHERS or not planned.teachers or not planned.contrasts:
+        return []
+    df = count - 1
+    return [
+        f"teacher_seeds has {count} seeds: verdicts are about teachers of their kind, and {count} show little of how "
+        f"these differ (t = {t_quantile(df):.1f} at {df} degree{'s' if df > 1 else ''} of freedom; with "
+        f"{FEW_TEACHERS} teachers {t_quantile(FEW_TEACHERS - 1):.1f})"
+    ]
 
 
 def _answers(planned: Plan) -> list[dict[str, Any]]:
@@ -223,6 +241,10 @@ def _print_plan(planned: Plan, summary: dict[str, Any], why: str) -> None:
         console.say(f"warning: {warning}")
     for part in _powers(summary["seeds"]):
         console.print(part)
+    if planned.teachers and planned.contrasts and len(planned.study.teacher_seeds) == 1:
+        console.print(
+            "One teacher for all students of a context: verdicts hold given that teacher (see teacher_seeds)."
+        )
 
 
 def _table(
@@ -280,6 +302,12 @@ def _powers(seeds: dict[str, Any]) -> Iterator[str | Table]:
         yield _table(columns, rows, "fold", left=1)
         needed = sorted({n for each in seeds["power"] for n in each["seeds"].values() if n is not None})
         yield f"The whole study in one slot: {', '.join(f'{n:,} seeds {_slot(n, seeds)}' for n in needed)}."
+    if seeds["teachers"] > 1:
+        found = [f"{points(look['detectable_over_teachers'])} at {look['seeds']} seeds" for look in seeds["looks"]]
+        yield (
+            f"Over {seeds['teachers']} teachers a gain over a control is found from {', '.join(found)} on with 80 % "
+            "power, if students differ as much between teachers as between seeds; the table is for one teacher."
+        )
     least = ", ".join(f"{look['smallest_exact_p']:.4f} at {look['seeds']} seeds" for look in seeds["looks"])
     yield f"The exact sign-flip p cannot fall below {least}."
 

@@ -19,7 +19,7 @@ TEXTS = (
 )
 COUNTS = (
     "draws completed failed epochs best_draw n planned tried trials stopped n_treated n_control pairs_needed epoch "
-    "slot seed rung contrasts df_error"
+    "slot seed rung contrasts df_error teachers"
 )
 KINDS = dict.fromkeys(TEXTS.split(), str) | dict.fromkeys(COUNTS.split(), int)
 

@@ -52,9 +52,10 @@ def effects(records: Records, styles: Styles) -> Made:
     axes.set_yticks(range(len(rows)), names)
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="points of test accuracy")
     said = "; ".join(f"{row['contrast']} {100 * row['estimate']:+.2f}, {row['verdict']}" for row in rows)
+    over = "; over teachers, too, where arms have several" if table["teachers"].notna().any() else ""
     return (
-        "Effects with 95 % intervals, paired by seed. A full marker is a difference that stands after Holm, a diamond "
-        f"is equivalence; the grey band is the margin of {100 * MARGIN:g} points.{more}",
+        f"Effects with 95 % intervals, paired by seed{over}. A full marker is a difference that stands after Holm, a "
+        f"diamond is equivalence; the grey band is the margin of {100 * MARGIN:g} points.{more}",
         f"Forest plot of {len(rows)} contrasts in points of test accuracy. {said}.",
         figure,
     )

@@ -16,6 +16,7 @@ FORMATS = ("html", "md", "csv", "tex", "png", "svg")
 TABLES: dict[str, tuple[str, Callable[[Records], pd.DataFrame]]] = {
     "contrasts": ("Contrasts that the study fixed", contrasts.contrasts),
     "arms": ("Test accuracy of each arm", accuracy.arms),
+    "variances": ("Spread between teachers, between seeds, and of the rest", contrasts.variances),
     "settings": ("What was tuned, and what mattered", tuned.settings),
     "budgets": ("What each arm was tuned with", tuned.budgets),
     "exploratory": ("Exploratory: the screen, draws, and seeds added later", accuracy.exploratory),

@@ -78,6 +78,18 @@ def sentences(said: Iterable[str]) -> Table:
     return shown
 
 
+def variances(table: "pd.DataFrame") -> Table:
+    """The spread of contrasts between teachers, between seeds, and of the rest, with its share of the variance."""
+    names = ("teachers", "seeds", "rest")
+    title = "Spread in points of test accuracy (share of the variance)"
+    shown = rich_table(title, "contrast", *names, left=("contrast",), no_wrap=names)
+    for row in _with_runs(table, "contrast").to_dict("records"):
+        found = [(points(row[f"sd_{name}"]), row[f"share_{name}"]) for name in ("teacher", "seed", "rest")]
+        cells = [f"{spread} ({100 * share:.0f} %)" if share == share else spread for spread, share in found]
+        shown.add_row(Text(row["contrast"]), *cells)
+    return shown
+
+
 def _contrasts(title: str, table: "pd.DataFrame") -> Table:
     names = ("effect", "95 % interval", "n", "p", "verdict")
     shown = rich_table(title, "contrast", *names, left=("contrast", "verdict"), no_wrap=names)

@@ -14,7 +14,7 @@ from tune_kd.records.reader import Records
 
 IN_POINTS = (
     "estimate", "sd", "low", "high", "mean", "control", "gap", "gain", "teacher_accuracy", "val_accuracy_best",
-    "test_accuracy", "test_accuracy_best", "agreement", "ece", "target",
+    "test_accuracy", "test_accuracy_best", "agreement", "ece", "target", "sd_teacher", "sd_seed", "sd_rest",
 )  # fmt: skip
 """Columns of fractions, shown in points (hundredths)."""
 NOT_FOR_PAPERS = ("provenance", "differences")
