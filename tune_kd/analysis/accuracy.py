@@ -61,8 +61,9 @@ def completed_trials(records: Records) -> pd.DataFrame:
     return trials[trials["status"] == Status.COMPLETED]
 
 
-def confirmed(records: Records) -> pd.DataFrame:
-    """The headline accuracy of completed confirmed trials, by run and seed (rows) and arm (columns).
+def confirmed(records: Records, column: str = HEADLINE) -> pd.DataFrame:
+    """The headline accuracy, or another measure, of completed confirmed trials, by run and seed (rows) and arm
+    (columns).
 
     Raises `ValueError` if an arm has a seed twice.
     """
@@ -73,7 +74,7 @@ def confirmed(records: Records) -> pd.DataFrame:
             f"{int(twice.sum())} confirmed trials have the run, arm and seed of another, such as {first['arm']} "
             f"at seed {first['seed']}; an arm has to name all in which its trials differ"
         )
-    table = ended.pivot(index=["run", "seed"], columns="arm", values=HEADLINE)
+    table = ended.pivot(index=["run", "seed"], columns="arm", values=column)
     return table.astype("float64")
 
 

@@ -67,18 +67,16 @@ def contrasts(records: Records, margin: float = MARGIN) -> pd.DataFrame:
 
 def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
     (run,), study = records.runs, records.study
-    confirm, look, declared = confirmation(study), judged_look(records), study["contrasts"]
+    declared = study["contrasts"]
     if not declared:
         return typed([], CONTRAST_COLUMNS)
-    levels = statistics.spent(confirm.looks)[: look + 1] if confirm.looks else [ALPHA]
-    seeds = confirm.seeds_at(look)
+    levels, seeds, counts = looks_so_far(records)
     earlier = any(contrast.get("family") is None for contrast in declared)
     families = ["all" if earlier else str(contrast["family"]) for contrast in declared]
-    notes = _notes(records, seeds)
+    notes = reasons(records, seeds, declared)
     judged = np.array([not note for note in notes])
-    values, strata, weights = _arrays(records, seeds, declared)
+    values, strata, weights = arrays(records, seeds, declared)
     weights[~judged] = 0.0
-    counts = [len(confirm.seeds_at(each)) for each in range(len(levels))]
     looks = [estimate(values[:, :count], strata, weights, pairs_alone=earlier) for count in counts]
     last, now = looks[-1], verdicts.adjusted(looks[-1:], levels[-1:], families, margin)
     p_holm, p_equivalence = verdicts.adjusted(looks, levels, families, margin)
@@ -114,14 +112,23 @@ def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
     return as_typed(table, CONTRAST_COLUMNS)
 
 
-def _arrays(records: Records, seeds: Sequence[int], declared: Any) -> tuple[Array, list[Any], Array]:
-    """Accuracies [arms, seeds] with NaN where a trial is missing, the stratum of each arm, weights [contrasts, arms].
+def looks_so_far(records: Records) -> tuple[list[float], list[int], list[int]]:
+    """The share of 0.05 of each look that is judged, the seeds of the last one, and the number of seeds of each."""
+    confirm, look = confirmation(records.study), judged_look(records)
+    levels = statistics.spent(confirm.looks)[: look + 1] if confirm.looks else [ALPHA]
+    return levels, list(confirm.seeds_at(look)), [len(confirm.seeds_at(each)) for each in range(len(levels))]
 
-    An arm whose own trials differ in other settings has no accuracies.
+
+def arrays(
+    records: Records, seeds: Sequence[int], declared: Sequence[Any], column: str = HEADLINE
+) -> tuple[Array, list[Any], Array]:
+    """Values [arms, seeds] with NaN where a trial is missing, the stratum of each arm, weights [contrasts, arms].
+
+    `column` of the trials has the values. An arm whose own trials differ in other settings has none.
     """
     (run,), study, trials = records.runs, records.study, confirmed_trials(records)
     arms = [arm["name"] for arm in study["arms"]]
-    values = confirmed(records).reindex(pd.MultiIndex.from_product([[run], seeds]), columns=arms)
+    values = confirmed(records, column).reindex(pd.MultiIndex.from_product([[run], seeds]), columns=arms)
     found = values.to_numpy(dtype=float, na_value=np.nan).T.copy()
     of_arm, strata = dict(list(trials.groupby("arm"))), []
     for place, arm in enumerate(arms):
@@ -134,14 +141,14 @@ def _arrays(records: Records, seeds: Sequence[int], declared: Any) -> tuple[Arra
     return found, strata, weights.reshape(len(declared), len(arms))
 
 
-def _notes(records: Records, seeds: Sequence[int]) -> list[str]:
-    """Why a contrast cannot be judged; empty where it can."""
+def reasons(records: Records, seeds: Sequence[int], declared: Sequence[Any]) -> list[str]:
+    """Why each contrast cannot be judged; empty where it can."""
     study, trials = records.study, confirmed_trials(records)
     trials, ended = trials[trials["seed"].isin(seeds)], set(confirmed(records).columns)
     unended = trials.loc[~trials["status"].isin(ENDED), "arm"]
     alike = COMPARABLE[:-1] if study["study"].get("tuning") else COMPARABLE  # tuned arms differ in their recipes
     notes = []
-    for contrast in study["contrasts"]:
+    for contrast in declared:
         arms = [arm for arm, _ in contrast["weights"]]
         missing = [arm for arm in arms if arm not in ended]
         if waiting := int(unended.isin(arms).sum()):
