@@ -126,11 +126,11 @@ def sentence(records: Records) -> str | None:
     if alike.empty:
         shown, what = both, "one is found to agree with its teacher more often"
     count = f"{len(without if len(without) else alike)} of {len(both)} comparison{'s' if len(both) > 1 else ''}"
-    row = shown.loc[shown["estimate"].abs().idxmax()]
+    row = max(shown.to_dict("records"), key=lambda each: abs(each["estimate"]))
     name = f"{row['run']}: {row['contrast']}" if len(records.runs) > 1 else row["contrast"]
     return (
-        f"In {count} of distilled students, {what} (exploratory); the largest such difference is {name}, with agreement "
-        f"{_figures(row)} and accuracy {_figures(row, '_accuracy')}, over {row['n']} seeds."
+        f"In {count} of distilled students, {what} (exploratory); the largest such difference is {name}, with "
+        f"agreement {_figures(row)} and accuracy {_figures(row, '_accuracy')}, over {row['n']} seeds."
     )
 
 
