@@ -28,10 +28,10 @@ COLUMNS = "run contrast measure verdict n planned estimate low high error df p_h
 def fidelity(records: Records) -> pd.DataFrame:
     """One row per declared effect and measure: the difference in `agreement`, `kl_t1`, `kl_t4` and `ece`.
 
-    Agreement and ECE are fractions, KL is in nats. Each measure is estimated by the block model, as accuracy is in
-    `contrasts`. `p_holm` is adjusted over all rows of a run. They are a family of their own: exploratory beside the
-    verdicts on accuracy, from which they take no power. A row without data stays in the family, without a p value.
-    Rows of agreement and KL are left out where an arm has no teacher.
+    Agreement and ECE are fractions, KL is in nats; each student is compared with its own teacher. Each measure is
+    estimated by the block model, as accuracy is in `contrasts`. `p_holm` is adjusted over all rows of a run. They are a
+    family of their own: exploratory beside the verdicts on accuracy, from which they take no power. A row without data
+    stays in the family, without a p value. Rows of agreement and KL are left out where an arm has no teacher.
     """
     found = [_fidelity_of(records.of(run)) for run in records.runs if run in records.studies]
     return pd.concat(found, ignore_index=True) if found else typed([], COLUMNS)
@@ -45,7 +45,6 @@ def _fidelity_of(records: Records) -> pd.DataFrame:
     notes = reasons(records, seeds, [contrast for contrast, _ in asked])
     looks = _estimates(records, seeds, counts, asked, [not note for note in notes])
     last = looks[-1]
-    missing = [f"{len(seeds) - n} of {len(seeds)} seeds are missing" if n < len(seeds) else "" for n in last.pairs]
     columns: dict[str, Any] = {
         "run": run,
         "contrast": [contrast["name"] for contrast, _ in asked],
@@ -57,11 +56,12 @@ def _fidelity_of(records: Records) -> pd.DataFrame:
         "df": np.where(np.isnan(last.error), np.nan, last.df),
         "p": last.two_sided(),
         "p_holm": verdicts.adjusted(looks, levels, ["fidelity"] * len(asked), MARGIN)[0],
-        "note": [note or lost for note, lost in zip(notes, missing, strict=True)],
     }
     columns["low"], columns["high"] = last.interval(1 - levels[-1])
     table = pd.DataFrame(columns)
-    table["verdict"] = [_verdict(row) for row in table.to_dict("records")]
+    rows = table.to_dict("records")
+    table["verdict"] = [_verdict(row) for row in rows]
+    table["note"] = [note or _note(row) for note, row in zip(notes, rows, strict=True)]
     return as_typed(table, COLUMNS)
 
 
@@ -104,6 +104,12 @@ def _verdict(row: Any) -> str:
     if row["measure"] == "ece":
         return "better calibrated" if good else "worse calibrated"
     return "more alike" if good else "less alike"
+
+
+def _note(row: Any) -> str:
+    if row["n"] < row["planned"]:
+        return f"{row['planned'] - row['n']} of {row['planned']} seeds are missing"
+    return "no spread to judge it by" if pd.isna(row["p"]) else ""
 
 
 def sentence(records: Records) -> str | None:

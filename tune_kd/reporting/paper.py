@@ -11,8 +11,8 @@ from tune_kd.records.reader import Records
 from tune_kd.study.cost import IMAGES
 
 BOLD = (
-    "Bold: better than the control of its row, by a contrast of the study's primary family at a level of 0.05 over the "
-    "family. No other difference is a claim."
+    "Bold: better than the control of its row, by a contrast of the study's primary family, at a level of 0.05 over "
+    "that family. A higher number that is not bold is not found to be better than the control."
 )
 
 

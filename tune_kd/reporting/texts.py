@@ -45,7 +45,8 @@ def cell(name: str, value: Any, measure: str = "") -> str:
         return heading(str(value))
     if isinstance(value, float):
         if name in IN_POINTS and measure in IN_NATS:
-            return f"{value:+.4f}" if name == "estimate" else f"{value:.4f}"
+            nats = round(value, 4) + 0.0
+            return f"{nats:+.4f}" if name == "estimate" else f"{nats:.4f}"
         if name.removesuffix("_sd") in IN_POINTS:
             signed = name in ("estimate", "gain", "gap")
             points = round(100 * value, 2) + 0.0  # adding 0.0 turns -0.0 into 0.0
