@@ -120,6 +120,18 @@ def test_a_look_has_its_share_of_the_level_here_too(study: Study) -> None:
     assert each["high"] - each["estimate"] == pytest.approx(half)
 
 
+def test_what_stood_at_a_look_goes_on_standing(study: Study) -> None:
+    def faded(records: Records) -> Records:
+        trials = measured(records, agreement=0.05).trials
+        later = trials["arm"].eq("cifar/logit/T=2") & trials["seed"].isin([4, 5])
+        return replace(records, trials=trials.assign(agreement=trials["agreement"].where(~later, 0.44)))
+
+    first = of(fidelity.fidelity(faded(looked(study, lambda trial: 0.9, 0))), "agreement")
+    second = of(fidelity.fidelity(faded(looked(study, lambda trial: 0.9, 1))), "agreement")
+    assert first["verdict"] == second["verdict"] == "more alike"
+    assert second["n"] == 5 and second["p"] > 0.05
+
+
 def test_without_a_study_or_effects_there_is_nothing(study: Study) -> None:
     records = made(study, noisy(0.01))
     alone = replace(records, studies={})

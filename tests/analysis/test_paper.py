@@ -87,7 +87,7 @@ def test_a_verdict_is_of_a_primary_contrast_with_the_control_of_the_row(study: S
         Compare("stem", "cifar", "imagenet", where={"method": "none"}),
         Compare("method", "logit", "none"),
         Compare("method", "feature", "none", family="secondary"),
-        Compare("method", "logit", "feature"),
+        Compare("method", "feature", "logit"),
         Compare("temperature", 2.0, 4.0),
     )
     found = cells(made(replace(study, contrasts=declared), noisy(0.02)), "stem")
