@@ -14,7 +14,7 @@ import pandas as pd
 
 from tune_kd.analysis import verdicts
 from tune_kd.analysis.accuracy import confirmed_trials
-from tune_kd.analysis.block_model import Estimates, estimate
+from tune_kd.analysis.block_model import Estimates, estimate, joined
 from tune_kd.analysis.contrasts import arrays, contrasts, looks_so_far, reasons
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.analysis.verdicts import ALPHA, points
@@ -26,7 +26,7 @@ COLUMNS = "run contrast measure verdict n planned estimate low high error df p_h
 
 
 def fidelity(records: Records) -> pd.DataFrame:
-    """One row per declared effect and measure: the difference in `agreement`, `kl_t1`, `kl_t4` and `ece`.
+    """One row per measure and declared effect: the difference in `agreement`, `kl_t1`, `kl_t4` and `ece`.
 
     Agreement and ECE are fractions, KL is in nats; each student is compared with its own teacher. Each measure is
     estimated by the block model, as accuracy is in `contrasts`. `p_holm` is adjusted over all rows of a run. They are a
@@ -42,13 +42,13 @@ def _fidelity_of(records: Records) -> pd.DataFrame:
     if not asked:
         return typed([], COLUMNS)
     levels, seeds, counts = looks_so_far(records)
-    notes = reasons(records, seeds, [contrast for contrast, _ in asked])
-    looks = _estimates(records, seeds, counts, asked, [not note for note in notes])
+    notes = reasons(records, seeds, [contrast for _, contrast in asked])
+    looks = _estimates(records, seeds, counts, asked, notes)
     last = looks[-1]
     columns: dict[str, Any] = {
         "run": run,
-        "contrast": [contrast["name"] for contrast, _ in asked],
-        "measure": [measure for _, measure in asked],
+        "contrast": [contrast["name"] for _, contrast in asked],
+        "measure": [measure for measure, _ in asked],
         "n": last.pairs,
         "planned": len(seeds),
         "estimate": last.value,
@@ -65,16 +65,15 @@ def _fidelity_of(records: Records) -> pd.DataFrame:
     return as_typed(table, COLUMNS)
 
 
-def _asked(records: Records) -> list[tuple[Any, str]]:
-    """Each declared effect with each measure that all of its arms have."""
+def _asked(records: Records) -> list[tuple[str, Any]]:
+    """Each measure with each declared effect whose arms all have it."""
     trials = confirmed_trials(records)
     taught = set(trials.loc[trials["teacher_id"].notna(), "arm"])
     return [
-        (contrast, measure)
-        for contrast in records.study["contrasts"]
-        if contrast["kind"] == "effect"
+        (measure, contrast)
         for measure in MEASURES
-        if measure == "ece" or all(arm in taught for arm, _ in contrast["weights"])
+        for contrast in records.study["contrasts"]
+        if contrast["kind"] == "effect" and (measure == "ece" or all(arm in taught for arm, _ in contrast["weights"]))
     ]
 
 
@@ -82,16 +81,19 @@ def _estimates(
     records: Records,
     seeds: Sequence[int],
     counts: Sequence[int],
-    asked: Sequence[tuple[Any, str]],
-    judged: Sequence[bool],
+    asked: Sequence[tuple[str, Any]],
+    notes: Sequence[str],
 ) -> list[Estimates]:
-    """The estimates at each look. A measure of an arm counts as an arm, in a stratum of the measure."""
-    found = [arrays(records, seeds, [contrast for contrast, _ in asked], measure) for measure in MEASURES]
-    values = np.concatenate([each for each, _, _ in found])
-    strata = [(name, each) for name, (_, of, _) in zip(MEASURES, found, strict=True) for each in of]
-    chosen = [[known and name == of for name in MEASURES] for known, (_, of) in zip(judged, asked, strict=True)]
-    weights = np.hstack([mine[:, None] * each for mine, (_, _, each) in zip(np.array(chosen).T, found, strict=True)])
-    return [estimate(values[:, :count], strata, weights) for count in counts]
+    """The estimates at each look, in the order of `asked`, whose measures come one after another."""
+    parts = []
+    for measure in dict.fromkeys(measure for measure, _ in asked):
+        places = [place for place, (name, _) in enumerate(asked) if name == measure]
+        values, strata, weights = arrays(records, seeds, [asked[place][1] for place in places], measure)
+        weights[[bool(notes[place]) for place in places]] = 0.0
+        parts.append((values, strata, weights))
+    return [
+        joined([estimate(values[:, :count], strata, weights) for values, strata, weights in parts]) for count in counts
+    ]
 
 
 def _verdict(row: Any) -> str:
