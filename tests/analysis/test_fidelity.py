@@ -152,31 +152,45 @@ def warm(gain: float) -> Callable[[Any], float]:
     return accuracy
 
 
+NOT_BETTER = "one is more like its teacher and is not found to be more accurate"
+BETTER = "one is more like its teacher, and it is the more accurate one"
+NEITHER = "one is found to be more like its teacher"
+
+
 @pytest.mark.parametrize(
-    ("gain", "agreement", "expected"),
+    ("gain", "shifts", "count", "expected"),
     [
-        (0.0, 0.05, "In 1 of 2 comparisons of distilled students, one agrees with its teacher more often and is not "
-                    "found to be more accurate (exploratory); the largest such difference is cifar: T=2 - T=4, with "
-                    "agreement +4.90 points (95 % interval +4.78 to +5.01) and accuracy -0.01 points"),
-        (-0.02, 0.05, "In 1 of 2 comparisons of distilled students, one agrees with its teacher more often and is not"),
-        (0.02, -0.05, "In 1 of 2 comparisons of distilled students, one agrees with its teacher more often and is not"),
-        (0.02, 0.05, "In 1 of 2 comparisons of distilled students, one agrees with its teacher more often, and it is "
-                     "the more accurate one"),
-        (-0.02, -0.05, "In 1 of 2 comparisons of distilled students, one agrees with its teacher more often, and it is "
-                       "the more accurate one"),
-        (0.02, 0.0, "In 0 of 2 comparisons of distilled students, one is found to agree with its teacher more often"),
+        (0.0, {"agreement": 0.05}, 1, NOT_BETTER),
+        (-0.02, {"agreement": 0.05}, 1, NOT_BETTER),
+        (0.02, {"agreement": -0.05}, 1, NOT_BETTER),
+        (0.0, {"kl_t4": -0.05}, 1, NOT_BETTER),
+        (0.02, {"agreement": 0.05}, 1, BETTER),
+        (-0.02, {"kl_t1": 0.05, "kl_t4": 0.02}, 1, BETTER),
+        (0.02, {}, 0, NEITHER),
+        (0.0, {"ece": -0.05}, 0, NEITHER),
+        (0.0, {"kl_t1": 0.05, "kl_t4": -0.05}, 0, NEITHER),
     ],
-)  # fmt: skip
+)
 def test_the_sentence_says_whether_likeness_comes_without_accuracy(
-    study: Study, gain: float, agreement: float, expected: str
+    study: Study, gain: float, shifts: dict[str, float], count: int, expected: str
 ) -> None:
-    records = measured(made(study, warm(gain)), agreement=agreement)
+    said = fidelity.sentence(measured(made(study, warm(gain)), **shifts))
+    assert said is not None
+    assert said.startswith(f"In {count} of 2 comparisons of students with a teacher, {expected} (exploratory)")
+
+
+@pytest.mark.parametrize("measure", fidelity.LIKENESS)
+def test_the_sentence_has_the_figures_of_the_clearest_difference(study: Study, measure: str) -> None:
+    records = measured(made(study, warm(0.0)), **{measure: 0.05})
+    each, accuracy = of(fidelity.fidelity(records), measure), row(contrasts.contrasts(records), PAIR)
     said = fidelity.sentence(records)
-    assert said is not None and said.startswith(expected)
-    accuracy = row(contrasts.contrasts(records), PAIR)
-    if agreement:
-        points = [f"{100 * accuracy[name]:+.2f}" for name in ("estimate", "low", "high")]
-        assert f"accuracy {points[0]} points (95 % interval {points[1]} to {points[2]}), over 5 seeds." in said
+    ends = [f"{100 * accuracy[name]:+.2f}" for name in ("estimate", "low", "high")]
+    expected = f"accuracy {ends[0]} points (95 % interval {ends[1]} to {ends[2]}), over 5 seeds."
+    assert said is not None and said.endswith(expected)
+    scale, unit = (100, "points") if measure == "agreement" else (1, "nats")
+    digits = 2 if measure == "agreement" else 4
+    value, low, high = (f"{scale * each[name]:+.{digits}f}" for name in ("estimate", "low", "high"))
+    assert f"is {PAIR}, with {fidelity.LIKENESS[measure]} {value} {unit} (95 % interval {low} to {high})" in said
 
 
 def test_the_sentence_names_the_run_of_several(study: Study) -> None:

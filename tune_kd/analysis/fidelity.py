@@ -22,6 +22,8 @@ from tune_kd.records.reader import Records
 from tune_kd.records.tables import as_typed, typed
 
 MEASURES: Final = ("agreement", "kl_t1", "kl_t4", "ece")
+LIKENESS = {"agreement": "agreement", "kl_t1": "KL divergence at T=1", "kl_t4": "KL divergence at T=4"}
+GAINS = {"more alike": "better", "less alike": "worse"}  # the verdict on accuracy that goes with one on likeness
 COLUMNS = "run contrast measure verdict n planned estimate low high error df p_holm p note"
 
 
@@ -117,32 +119,38 @@ def _note(row: Any) -> str:
 def sentence(records: Records) -> str | None:
     """Whether a student becomes more like its teacher where it does not become more accurate, with figures.
 
-    `None` if no contrast is judged on both agreement and accuracy, such as where all of them are with a control.
+    A student is more like its teacher than another if a measure of likeness says so and none says the opposite, as KL
+    at two temperatures may. `None` if no contrast is judged on both likeness and accuracy, such as where all of them
+    are with a control.
     """
     likeness = fidelity(records)
-    likeness = likeness[(likeness["measure"] == "agreement") & (likeness["verdict"] != "not judged")]
+    likeness = likeness[likeness["measure"].isin(list(LIKENESS)) & (likeness["verdict"] != "not judged")]
     both = likeness.merge(contrasts(records), on=["run", "contrast"], suffixes=("", "_accuracy"))
     both = both[both["verdict_accuracy"] != "not judged"]
-    if both.empty:
+    compared = [group.sort_values("p_holm") for _, group in both.groupby(["run", "contrast"], sort=False)]
+    if not compared:
         return None
-    alike = both[both["verdict"] != "no difference found"]
-    gained = alike["verdict_accuracy"] == alike["estimate"].gt(0).map({True: "better", False: "worse"})
-    without = alike[~gained]
-    shown, what = without, "one agrees with its teacher more often and is not found to be more accurate"
-    if without.empty:
-        shown, what = alike, "one agrees with its teacher more often, and it is the more accurate one"
-    if alike.empty:
-        shown, what = both, "one is found to agree with its teacher more often"
-    count = f"{len(without if len(without) else alike)} of {len(both)} comparison{'s' if len(both) > 1 else ''}"
-    row = max(shown.to_dict("records"), key=lambda each: abs(each["estimate"]))
-    name = f"{row['run']}: {row['contrast']}" if len(records.runs) > 1 else row["contrast"]
+    alike = [group.iloc[0] for group in compared if len(set(group["verdict"]) & set(GAINS)) == 1]
+    without = [row for row in alike if row["verdict_accuracy"] != GAINS[row["verdict"]]]
+    shown, what = without, "one is more like its teacher and is not found to be more accurate"
+    if not without:
+        shown, what = alike, "one is more like its teacher, and it is the more accurate one"
+    if not alike:
+        shown, what = [group.iloc[0] for group in compared], "one is found to be more like its teacher"
+    clearest = min(shown, key=lambda row: float(row["p_holm"]))
+    count = f"{len(without or alike)} of {len(compared)} comparison{'s' if len(compared) > 1 else ''}"
+    name = f"{clearest['run']}: {clearest['contrast']}" if len(records.runs) > 1 else clearest["contrast"]
     return (
-        f"In {count} of distilled students, {what} (exploratory); the largest such difference is {name}, with "
-        f"agreement {_figures(row)} and accuracy {_figures(row, '_accuracy')}, over {row['n']} seeds."
+        f"In {count} of students with a teacher, {what} (exploratory); the clearest is {name}, with "
+        f"{LIKENESS[clearest['measure']]} {_figures(clearest)} and accuracy {_figures(clearest, '_accuracy')}, over "
+        f"{clearest['n']} seeds."
     )
 
 
 def _figures(row: Any, suffix: str = "") -> str:
-    value, low, high = (points(row[f"{name}{suffix}"]) for name in ("estimate", "low", "high"))
-    interval = "" if pd.isna(row[f"low{suffix}"]) else f" (95 % interval {low} to {high})"
-    return f"{value} points{interval}"
+    """An estimate with its unit and interval, of the measure of a row or of its accuracy."""
+    ends = [row[f"{name}{suffix}"] for name in ("estimate", "low", "high")]
+    in_nats = row["measure"].startswith("kl") and not suffix
+    value, low, high = (f"{round(end, 4) + 0.0:+.4f}" if in_nats else points(end) for end in ends)
+    interval = "" if pd.isna(ends[1]) else f" (95 % interval {low} to {high})"
+    return f"{value} {'nats' if in_nats else 'points'}{interval}"
