@@ -98,7 +98,7 @@ def test_a_verdict_is_of_a_primary_contrast_with_the_control_of_the_row(study: S
 def test_the_one_family_of_an_earlier_version_counts(study: Study) -> None:
     records = made(study, noisy(0.02))
     for contrast in records.study["contrasts"]:
-        del contrast["family"]
+        del contrast["family"], contrast["factor"]
     assert cells(records, "stem")["cifar", "logit T=4"]["verdict"] == "better"
 
 
@@ -127,6 +127,12 @@ def test_tuned_arms_and_their_defaults_have_columns_of_their_own(study: Study) -
     found = cells(records)
     assert {column for (column,) in found} == columns
     assert [column for (column,), each in found.items() if each["verdict"] == "better"] == ["logit tuned"]
+
+
+def test_tables_that_lack_settings_have_columns_of_what_is_known(study: Study) -> None:
+    records = made(study, noisy(0.01))
+    records.trials["method"] = None
+    assert "T=2" in set(paper(records)["column"])
 
 
 @pytest.mark.parametrize("what", ["no study", "one arm", "nothing completed"])

@@ -75,7 +75,7 @@ def _column(study: Row, arm: Row) -> str:
     names = [each["name"] for each in study["factors"] if each["name"] not in (*CONTEXT, "method")]
     levels = [level_name(name, arm[name]) for name in names if arm[name] is not None]
     tuned = [arm["arm"].rpartition("/")[2]] if study.get("tuning") else []
-    return " ".join([arm["method"], *levels, *tuned])
+    return " ".join([arm["method"] or "", *levels, *tuned]).strip()
 
 
 def _teacher(records: Records, arms: list[str]) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _verdicts(records: Records) -> dict[str, str]:
     found: dict[str, str] = {}
     for each, verdict in zip(records.study["contrasts"], contrasts(records)["verdict"], strict=True):
         treated, against = ([arm for arm, weight in each["weights"] if sign * weight > 0] for sign in (1, -1))
-        of_method = each["kind"] == "effect" and each["factor"] == "method" and each.get("family") != Family.SECONDARY
-        if of_method and [methods.get(arm) for arm in against] == [control]:
+        with_control = [methods.get(arm) for arm in against] == [control] != [methods.get(arm) for arm in treated]
+        if with_control and each.get("family") != Family.SECONDARY:
             found |= dict.fromkeys(treated, str(verdict))
     return found
