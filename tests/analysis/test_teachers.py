@@ -428,10 +428,7 @@ def test_a_run_with_two_teachers_and_two_seeds_is_trained_and_reported(
     assert students.loc[students["arm"] == "logit", "weights_digest"].nunique() == 4
     print_report(records, tmp_path / "report", Terminal(), as_json=False)
     shown = " ".join(capsys.readouterr().out.split())
-    assert (
-        "and for teachers of their kind" in shown
-        and "given one teacher" not in shown
-    )
+    assert "and for teachers of their kind" in shown and "given one teacher" not in shown
     assert "Spread in points of test accuracy" in shown
     for name in ("report.md", "report.html", "tables/contrasts.csv", "tables/variances.csv", "tables/variances.tex"):
         assert "given one teacher" not in (tmp_path / "report" / name).read_text()

@@ -63,8 +63,9 @@ def completed_trials(records: Records) -> pd.DataFrame:
     return trials[trials["status"] == Status.COMPLETED]
 
 
-def confirmed(records: Records) -> pd.DataFrame:
-    """The headline accuracy of completed confirmed trials, by run and seed (rows) and arm (columns).
+def confirmed(records: Records, column: str = HEADLINE) -> pd.DataFrame:
+    """The headline accuracy, or another measure, of completed confirmed trials, by run and seed (rows) and arm
+    (columns).
 
     An arm with several teachers at a seed has the mean over them. Raises `ValueError` if an arm has a seed twice with
     one teacher.
@@ -76,7 +77,7 @@ def confirmed(records: Records) -> pd.DataFrame:
             f"{int(twice.sum())} confirmed trials have the run, arm and seed of another, such as {first['arm']} "
             f"at seed {first['seed']}; an arm has to name all in which its trials differ"
         )
-    return ended.groupby(["run", "seed", "arm"])[HEADLINE].mean().unstack("arm").astype("float64")
+    return ended.groupby(["run", "seed", "arm"])[column].mean().unstack("arm").astype("float64")
 
 
 def random_teachers(records: Records, run: str) -> list[int]:

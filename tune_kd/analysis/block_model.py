@@ -11,7 +11,7 @@ Arrays may have leading axes, for many studies at once. Missing trials are the s
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -144,6 +144,11 @@ def estimate(
         error=np.where(usable, error, found.error),
         df=np.where(usable, prior + own, own),
     )
+
+
+def joined(parts: Sequence[Estimates]) -> Estimates:
+    """Estimates one after another, of contrasts of different values."""
+    return Estimates(*(np.concatenate([getattr(part, each.name) for part in parts], -1) for each in fields(Estimates)))
 
 
 @dataclass(frozen=True)

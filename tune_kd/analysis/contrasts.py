@@ -5,8 +5,7 @@ with planned confirmation seeds; everything else is exploratory and labelled so.
 """
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -20,33 +19,25 @@ from tune_kd.analysis.accuracy import (
     HEADLINE,
     by_context,
     by_seed,
-    cells,
     completed_trials,
     confirmation,
-    confirmed,
-    confirmed_trials,
-    differing,
     judged_look,
     random_teachers,
     teachers_per_seed,
 )
-from tune_kd.analysis.block_model import NO_SPREAD, Array, Estimates, Flags, estimate
+from tune_kd.analysis.block_model import NO_SPREAD, Estimates
+from tune_kd.analysis.evidence import Evidence, arrays, looks_so_far, reasons
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.analysis.verdicts import ALPHA, EARLIER
 from tune_kd.records.reader import Records
 from tune_kd.records.tables import as_typed, typed
 from tune_kd.study.spec import APPLIES
-from tune_kd.study.trial import ENDED
 from tune_kd.system.errors import UserError
 
 CONTRAST_COLUMNS = (
     "run contrast family verdict n planned teachers estimate low high sd error df p_holm p p_equivalence low_pairs "
     "high_pairs p_pairs p_exact smallest_exact_p effect_size pairs_needed rules_out rule kind factor note words"
 )
-BY_MODEL = "block model"
-BY_PAIRS = "pairs"
-OVER_TEACHERS = "random teachers"
-DECLARED_EARLIER = "pairs, one family, as declared by an earlier version"
 
 
 def contrasts(records: Records, margin: float = MARGIN) -> pd.DataFrame:
@@ -75,17 +66,16 @@ def contrasts(records: Records, margin: float = MARGIN) -> pd.DataFrame:
 
 def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
     (run,), study = records.runs, records.study
-    confirm, look, declared = confirmation(study), judged_look(records), study["contrasts"]
+    declared = study["contrasts"]
     if not declared:
         return typed([], CONTRAST_COLUMNS)
-    levels = statistics.spent(confirm.looks)[: look + 1] if confirm.looks else [ALPHA]
-    seeds = confirm.seeds_at(look)
+    levels, seeds, counts = looks_so_far(records)
     earlier = any(contrast.get("family") is None for contrast in declared)
     families = ["all" if earlier else str(contrast["family"]) for contrast in declared]
-    notes = _notes(records, seeds)
+    notes = reasons(records, seeds, declared)
     judged = np.array([not note for note in notes])
-    evidence = _Evidence.of(records, seeds, declared, judged)
-    looks = [evidence.at(len(confirm.seeds_at(each)), pairs_alone=earlier) for each in range(len(levels))]
+    evidence = Evidence.of(records, seeds, declared, judged)
+    looks = [evidence.at(count, pairs_alone=earlier) for count in counts]
     last, now = looks[-1], verdicts.adjusted(looks[-1:], levels[-1:], families, margin)
     p_holm, p_equivalence = verdicts.adjusted(looks, levels, families, margin)
     before = (np.fmin(p_holm, p_equivalence) < ALPHA) & ~(np.fmin(*now) < ALPHA)
@@ -122,111 +112,7 @@ def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
     return as_typed(table, CONTRAST_COLUMNS)
 
 
-@dataclass(frozen=True)
-class _Evidence:
-    """What the contrasts of a run are judged by: `_arrays`, and the differences of those that are judged over teachers.
-
-    `taught` [contrasts] marks these; `differences` [contrasts, teachers, seeds] are NaN where a trial is missing.
-    """
-
-    values: Array
-    strata: list[Any]
-    weights: Array
-    taught: Flags
-    differences: Array
-
-    @classmethod
-    def of(cls, records: Records, seeds: Sequence[int], declared: Any, judged: Flags) -> "_Evidence":
-        (run,), arms = records.runs, [arm["name"] for arm in records.study["arms"]]
-        values, strata, weights = _arrays(records, seeds, declared)
-        weights[~judged] = 0.0
-        trials = confirmed_trials(records)
-        has_teacher = set(trials.loc[trials["teacher_id"].notna(), "arm"]) if random_teachers(records, run) else set()
-        with_one = np.array([arm in has_teacher for arm in arms], dtype=bool)
-        # The means over teachers of a seed have a smaller spread than single trials: they are not for the block model.
-        values[with_one] = np.nan
-        ended = completed_trials(records)
-        known = np.stack([cells(records, run, ended[ended["arm"] == arm], seeds) for arm in arms])
-        differences = np.stack([np.tensordot(row[row != 0], known[row != 0], 1) for row in weights])
-        return cls(values, strata, weights, (weights[:, with_one] != 0).any(1), differences)
-
-    def at(self, count: int, pairs_alone: bool) -> Estimates:
-        """The estimates from the first `count` seeds."""
-        found = estimate(self.values[:, :count], self.strata, self.weights, pairs_alone=pairs_alone)
-        return teachers.judged(found, self.differences[..., :count], self.taught)
-
-    @property
-    def counts(self) -> list[int | None]:
-        """The number of teachers of each contrast that is judged over them."""
-        counts = (~np.isnan(self.differences)).any(-1).sum(-1)
-        return [int(count) if taught else None for count, taught in zip(counts, self.taught, strict=True)]
-
-    def rules(self, found: Estimates, earlier: bool) -> list[str]:
-        """The rule by which each contrast is judged."""
-        if earlier:
-            return [DECLARED_EARLIER] * len(self.taught)
-        by = zip(self.taught, found.by_model, strict=True)
-        return [OVER_TEACHERS if taught else BY_MODEL if model else BY_PAIRS for taught, model in by]
-
-    def missing(self, found: Estimates, per_seed: int) -> list[str]:
-        """What each contrast lacks of its seeds, or of its pairs of seed and teacher."""
-        seeds, there = self.values.shape[1], (~np.isnan(self.differences)).sum((1, 2))
-        said = []
-        for taught, n, pairs in zip(self.taught, found.pairs, there, strict=True):
-            planned, what = (seeds * per_seed, "pairs of seed and teacher") if taught else (seeds, "seeds")
-            lost = planned - int(pairs if taught else n)
-            said.append(f"{lost} of {planned} {what} are missing" if lost > 0 else "")
-        return said
-
-    def by_seed(self, contrast: int) -> Array:
-        """The known differences of a contrast by seed: the means over teachers, where there are several."""
-        row = self.weights[contrast]
-        paired = row[row != 0] @ self.values[row != 0]
-        if self.taught[contrast]:
-            paired = teachers.by_seed(self.differences[contrast])
-        return np.asarray(paired[~np.isnan(paired)])
-
-
-def _arrays(records: Records, seeds: Sequence[int], declared: Any) -> tuple[Array, list[Any], Array]:
-    """Accuracies [arms, seeds] with NaN where a trial is missing, the stratum of each arm, weights [contrasts, arms].
-
-    An arm whose own trials differ in other settings has no accuracies.
-    """
-    (run,), study, trials = records.runs, records.study, confirmed_trials(records)
-    arms = [arm["name"] for arm in study["arms"]]
-    values = confirmed(records).reindex(pd.MultiIndex.from_product([[run], seeds]), columns=arms)
-    found = values.to_numpy(dtype=float, na_value=np.nan).T.copy()
-    of_arm, strata = dict(list(trials.groupby("arm"))), []
-    for place, arm in enumerate(arms):
-        theirs = of_arm.get(arm)
-        first = None if theirs is None else theirs[list(study["study"].get("strata", ["stem"]))].iloc[0]
-        strata.append(None if first is None else tuple(map(str, first)))
-        if theirs is not None and differing(theirs):
-            found[place] = np.nan
-    weights = np.array([[dict(each["weights"]).get(arm, 0.0) for arm in arms] for each in declared])
-    return found, strata, weights.reshape(len(declared), len(arms))
-
-
-def _notes(records: Records, seeds: Sequence[int]) -> list[str]:
-    """Why a contrast cannot be judged; empty where it can."""
-    study, trials = records.study, confirmed_trials(records)
-    trials, ended = trials[trials["seed"].isin(seeds)], set(confirmed(records).columns)
-    unended = trials.loc[~trials["status"].isin(ENDED), "arm"]
-    alike = COMPARABLE[:-1] if study["study"].get("tuning") else COMPARABLE  # tuned arms differ in their recipes
-    notes = []
-    for contrast in study["contrasts"]:
-        arms = [arm for arm, _ in contrast["weights"]]
-        missing = [arm for arm in arms if arm not in ended]
-        if waiting := int(unended.isin(arms).sum()):
-            notes.append(f"{waiting} of its trials wait or run")
-        elif missing:
-            notes.append(f"{missing[0]} has no confirmed trial that ran to its end")
-        else:
-            notes.append(differing(trials[trials["arm"].isin(arms)], alike))
-    return notes
-
-
-def _of_pairs(found: Estimates, evidence: _Evidence) -> dict[str, list[Any]]:
+def _of_pairs(found: Estimates, evidence: Evidence) -> dict[str, list[Any]]:
     """The sign-flip test of each contrast's pairs, its least p value, and the pairs that a finding would need.
 
     Over teachers no number of pairs is given: seeds alone do not lower the error below that of the teachers.
@@ -254,12 +140,12 @@ def factors(records: Records) -> pd.DataFrame:
         one = records.of(run)
         seeds = confirmation(one.study).seeds_at(judged_look(one))
         groups: dict[tuple[str, str], list[Any]] = {}
-        for contrast, note in zip(one.study["contrasts"], _notes(one, seeds), strict=True):
+        for contrast, note in zip(one.study["contrasts"], reasons(one, seeds, one.study["contrasts"]), strict=True):
             if contrast["kind"] == "effect" and not note and contrast.get("factor"):
                 against = min(contrast["weights"], key=lambda arm: arm[1])[0]
                 groups.setdefault((contrast["factor"], against), []).append(contrast)
         for (factor, _), declared in groups.items():
-            values, strata, weights = _arrays(one, seeds, declared)
+            values, strata, weights = arrays(one, seeds, declared)
             inside = {stratum for stratum, weight in zip(strata, np.abs(weights).sum(0), strict=True) if weight}
             if len(declared) < 2 or len(inside) > 1:
                 continue
@@ -284,8 +170,8 @@ def variances(records: Records) -> pd.DataFrame:
         declared, seeds = of_run.study["contrasts"], confirmation(of_run.study).seeds_at(judged_look(of_run))
         if not declared:
             continue
-        judged = np.array([not note for note in _notes(of_run, seeds)])
-        evidence = _Evidence.of(of_run, seeds, declared, judged)
+        judged = np.array([not note for note in reasons(of_run, seeds, declared)])
+        evidence = Evidence.of(of_run, seeds, declared, judged)
         for place in np.flatnonzero(evidence.taught):
             found = teachers.crossed(evidence.differences[place])
             total = np.nansum(found.variances)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from tune_kd.analysis import accuracy, contrasts, verdicts
+from tune_kd.analysis import accuracy, contrasts, evidence, fidelity, verdicts
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.records.reader import Records
 from tune_kd.study.spec import Family
@@ -24,6 +24,7 @@ def summary(records: Records, margin: float = MARGIN) -> list[str]:
             rows = table[table["run"] == run].to_dict("records")
             words = _Words(records.studies[run]["study"], margin)
             sentences = [*_primary(words, rows), *_factors(words, rows, tests[tests["run"] == run]), _others(rows)]
+            sentences.append(fidelity.sentence(records.of(run)) or "")
             if rows and max(row["planned"] for row in rows) == 1:
                 sentences = ["One seed confirms, which shows no spread: no difference can be judged."]
             before = f"{run}: " if len(records.runs) > 1 else ""
@@ -54,14 +55,14 @@ def method(records: Records) -> list[str]:
     """How the contrasts were judged, for the foot of their table."""
     rules = set(contrasts.contrasts(records)["rule"])
     said = []
-    if rules - {contrasts.DECLARED_EARLIER}:
+    if rules - {evidence.DECLARED_EARLIER}:
         said = [
             "95 % t intervals; p adjusted by Holm within a family; both allow for declared looks. Contrasts within a "
             "stratum are judged by the block model, with seeds as blocks; contrasts across strata by their pairs.",
             "The chance of any false finding is about 5 % at most in the primary family, which answers the study's "
             "question, and by itself in the secondary one, which explains.",
         ]
-    if contrasts.DECLARED_EARLIER in rules:
+    if evidence.DECLARED_EARLIER in rules:
         said.append(
             "Contrasts that a version before 0.7 declared are judged as they were declared: by their pairs, with p "
             "adjusted by Holm over all of a run."
