@@ -129,3 +129,18 @@ def test_an_interval_of_an_accuracy_stays_within_what_it_can_be() -> None:
     table = accuracy.arms(made(ablation.study(), lambda cell: 0.0495 if cell.stem == "cifar" else 0.0))
     assert table["high"].max() == 1.0
     assert table["low"].min() >= 0.0
+
+
+def test_what_the_stem_changes_in_teachers_is_a_row_of_their_table() -> None:
+    one = contrasts.teachers_compared(made(ablation.study(), lambda cell: 0.0)).set_index("teacher")
+    assert one.loc["imagenet/teacher", "n"] == 1
+    effect = one.loc["stem cifar - imagenet"]
+    expected = one.loc["cifar/teacher", "mean"] - one.loc["imagenet/teacher", "mean"]
+    assert effect["estimate"] == pytest.approx(expected)
+    assert effect[["low", "high", "p"]].isna().all()
+    three = replace(ablation.study(), teacher_seeds=(1000, 1001, 1002))
+    effect = (
+        contrasts.teachers_compared(made(three, lambda cell: 0.0)).set_index("teacher").loc["stem cifar - imagenet"]
+    )
+    assert effect["n"] == 3
+    assert 0.07 < effect["low"] < effect["estimate"] < effect["high"] < 0.09

@@ -31,7 +31,9 @@ from tune_kd.analysis.statistics import MARGIN
 from tune_kd.analysis.verdicts import ALPHA, EARLIER
 from tune_kd.records.reader import Records
 from tune_kd.records.tables import as_typed, typed
+from tune_kd.study.plan import TEACHER_FIELDS
 from tune_kd.study.spec import APPLIES
+from tune_kd.study.trial import Role, Status
 from tune_kd.system.errors import UserError
 
 CONTRAST_COLUMNS = (
@@ -199,6 +201,37 @@ def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.Dat
     if unknown := [level for level in (treated, against) if level not in levels]:
         named = " and ".join(map(repr, unknown))
         raise UserError(f"{factor} has no level {named}; allowed: {', '.join(map(str, levels))}")
+    table = typed(
+        _levels_compared(trials, factor, treated, against),
+        "context contrast how n n_treated n_control estimate low high p effect_size",
+    )
+    table["p_holm"] = statistics.holm(table["p"])
+    return table
+
+
+def teachers_compared(records: Records) -> pd.DataFrame:
+    """The accuracy of each kind of teacher, then the effects of the declared factors that teachers have, on teachers.
+
+    They are in no family: with one seed a teacher, an effect has neither interval nor p value.
+    """
+    rows: list[dict[str, Any]] = []
+    for run in records.runs:
+        of_run = records.of(run)
+        taught = of_run.trials[(of_run.trials["role"] == Role.TEACHER) & (of_run.trials["status"] == Status.COMPLETED)]
+        taught = taught.dropna(subset=HEADLINE)
+        for arm, group in taught.groupby("arm", sort=False):
+            rows.append({"run": run, "teacher": arm} | asdict(statistics.summary(group[HEADLINE].tolist())))
+        declared = records.studies[run]["study"]["contrasts"] if run in records.studies else []
+        effects = [each for each in declared if each["factor"] in TEACHER_FIELDS]
+        for each in dict.fromkeys((each["factor"], each["treated"], each["against"]) for each in effects):
+            for found in _levels_compared(taught, *each):
+                context = f"{found['context']}: " if found["context"] else ""
+                rows.append(found | {"run": run, "teacher": f"{context}{each[0]} {found['contrast']}"})
+    return typed(rows, "run teacher n mean sd estimate low high p")
+
+
+def _levels_compared(trials: pd.DataFrame, factor: str, treated: Any, against: Any) -> list[dict[str, Any]]:
+    """A row for each pair of groups of trials that differ in one factor alone."""
     studied = dict.fromkeys((*CONTEXT, "method", *APPLIES, "lr", "weight_decay", *COMPARABLE))
     context = [name for name in studied if name != factor]
     sides = [list(by_context(trials[trials[factor] == level], context)) for level in (treated, against)]
@@ -211,9 +244,7 @@ def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.Dat
         named = "/".join(str(both[name]) for name in context if both[name] is not None and trials[name].nunique() > 1)
         row = {"context": named, "contrast": f"{treated} - {against}", "n_treated": len(one), "n_control": len(other)}
         rows.append(row | _compared(by_seed(one), by_seed(other)))
-    table = typed(rows, "context contrast how n n_treated n_control estimate low high p effect_size")
-    table["p_holm"] = statistics.holm(table["p"])
-    return table
+    return rows
 
 
 def _compared(treated: "pd.Series[float]", control: "pd.Series[float]") -> dict[str, Any]:

@@ -22,6 +22,11 @@ TABLES: dict[str, tuple[str, Callable[[Records], pd.DataFrame]]] = {
         fidelity.fidelity,
     ),
     "arms": ("Test accuracy of each arm", accuracy.arms),
+    "teachers": ("Test accuracy of the teachers, and what their settings change", contrasts.teachers_compared),
+    "factors": (
+        "Whether a factor matters at all: one F test a context, on which no verdict depends",
+        contrasts.factors,
+    ),
     "variances": ("Spread between teachers, between seeds, and of the rest", contrasts.variances),
     "settings": ("What was tuned, and what mattered", tuned.settings),
     "budgets": ("What each arm was tuned with", tuned.budgets),
