@@ -185,11 +185,11 @@ def _rank_correlations(screen: "Screen", outcomes: Mapping[str, "Outcome"]) -> T
 
 
 def calibration(practices: Mapping[str, str], found: "Calibration") -> Group:
-    """What verdicts are worth by scenario, and practices beside them, in % of simulated studies."""
+    """False findings, coverage and power by scenario, and practices beside them, in % of simulated studies."""
     sizes = [f"{100 * size:g}" for size in next(iter(found.before.power.values()), {})]
-    heads = ("scenario", "primary", "secondary", "coverage", "least", *sizes)
+    heads = ("scenario", "primary", "secondary", "coverage", "worst", *sizes)
     studies = found.before.false["any"].studies
-    title = f"Any false finding by family, coverage of 95 % intervals, and power, in % of {studies:,} studies"
+    title = f"False findings by family, coverage, and power, in % of {studies:,} studies"
     shown = rich_table(title, *heads, left=("scenario",), no_wrap=("scenario",))
     for each in found.scenarios.values():
         false = (_percent(each.false[family]) for family in ("primary", "secondary"))
@@ -197,7 +197,7 @@ def calibration(practices: Mapping[str, str], found: "Calibration") -> Group:
         coverage = (f"{100 * share:.1f}" for share in covered)
         shown.add_row(each.scenario.words, *false, *(coverage if covered else ("", "")), *_power(found, each))
     heads = ("what is done where all arms are alike", "false", "± se", "studies", *sizes)
-    beside = rich_table("Any false finding of all", *heads, left=heads[:1])
+    beside = rich_table("False findings of any family, and power, in %", *heads, left=heads[:1])
     performances = {"designed": found.scenarios["alike"], "before_0_7": found.before}
     for name, words in practices.items():
         rate, power = found.false[name], _power(found, performances[name]) if name in performances else []
@@ -216,11 +216,11 @@ def _percent(rate: "Rate") -> str:
 
 def _notes(found: "Calibration") -> Iterable[str]:
     yield (
-        "All arms are alike, so whatever is found is false; the level allows 5 % in each family. Coverage is the mean "
-        "and the least of all contrasts, over all looks together."
+        "Where all arms are equally good, any finding is false; the level allows 5 % in each family. Coverage is that "
+        "of 95 % intervals: the mean over the contrasts, and the worst of them."
     )
     if found.shown is not None:
-        yield f"Power: how often a true difference of so many points is found in {found.shown}."
+        yield f"Power: how often {found.shown} is found, by its true difference in points."
 
 
 def _bias(found: "Calibration") -> str:
