@@ -253,7 +253,7 @@ def _only(found: Estimates, places: Any) -> Estimates:
 
 def _shifted(found: Estimates, by: Array) -> Estimates:
     """The estimates where the true difference of each contrast [C] is larger by `by`; errors stay as they are."""
-    return replace(found, value=found.value + by, paired=found.paired + by)
+    return replace(found, value=found.value + by)
 
 
 def _until_significant(design: Design, studies: int, beat: Callable[[], object]) -> Rate:
