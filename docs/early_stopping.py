@@ -313,7 +313,7 @@ def calibration() -> None:
         f"{shares['primary']} have a false finding among their primary contrasts and {shares['secondary']} among their "
         "secondary ones; adding seeds until something is significant finds one in "
         f"{shares['until_significant']}; plain ASHA over arms and seeds, averaging those that finish, in "
-        f"{shares['plain_asha']}, with means {found.bias:.2f} standard deviations too high."
+        f"{shares['plain_asha']} of {calibrate.MOST_ASHA}, with means {found.bias:.2f} standard deviations too high."
     )
     put(README, "calibration", textwrap.fill(text, 120) + "\n")
 

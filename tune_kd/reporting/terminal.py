@@ -193,7 +193,7 @@ def calibration(practices: Mapping[str, str], found: "Calibration") -> Group:
     shown = rich_table(title, *heads, left=("scenario",), no_wrap=("scenario",))
     for each in found.scenarios.values():
         false = (_percent(each.false[family]) for family in ("primary", "secondary"))
-        covered = each.covered([contrast.name for contrast in found.contrasts]) or ()
+        covered = each.covered(found.groups["primary"]) or ()
         coverage = (f"{100 * share:.1f}" for share in covered)
         shown.add_row(each.scenario.words, *false, *(coverage if covered else ("", "")), *_power(found, each))
     heads = ("what is done where all arms are alike", "false", "± se", "studies", *sizes)
@@ -217,7 +217,7 @@ def _percent(rate: "Rate") -> str:
 def _notes(found: "Calibration") -> Iterable[str]:
     yield (
         "Where all arms are equally good, any finding is false; the level allows 5 % in each family. Coverage is that "
-        "of 95 % intervals: the mean over the contrasts, and the worst of them."
+        "of 95 % intervals of primary contrasts: the mean, and the worst."
     )
     if found.shown is not None:
         yield f"Power: how often {found.shown} is found, by its true difference in points."
