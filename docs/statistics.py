@@ -1,13 +1,14 @@
-"""`python -m docs.statistics`: make the tables of docs/statistics.md by simulation, with six minutes of a
+"""`python -m docs.statistics`: make the tables of docs/statistics.md by simulation, with ten minutes of a
 processor's time.
 
-20,000 studies a row. `--only NAME` makes one part again: priors, across, shipped.
+20,000 studies a row. `--only NAME` makes one part again: priors, seeds, across, shipped.
 """
 
 import argparse
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -36,9 +37,10 @@ RULES = {
 }
 HARD = ("equal", "unequal_arms", "unequal_methods", "very_unequal_methods", "correlated", "very_correlated")
 LOGIT, STEM = "cifar: logit - none", "none: cifar - imagenet"
+SEEDS = (3, 4, 5, 10)
 SIZES = (0.001, 0.002, 0.003, 0.005)
 
-Work = tuple[str, Rule]
+Work = tuple[str, Rule, int | None]  # scenario, rule, and the number of seeds where it is not the scenario's
 
 
 @cache
@@ -52,8 +54,9 @@ def _stopped() -> np.ndarray:
 
 
 def _simulated(work: Work) -> Performance:
-    name, rule = work
-    return performance(_design(), name, SCENARIOS[name], _stopped(), rule)
+    name, rule, seeds = work
+    scenario = replace(SCENARIOS[name], looks=(seeds,)) if seeds else SCENARIOS[name]
+    return performance(_design(), name, scenario, _stopped(), rule)
 
 
 def simulated(pool: ProcessPoolExecutor, work: Iterable[Work]) -> dict[Work, Performance]:
@@ -79,10 +82,10 @@ def covered(found: Performance, family: str) -> str:
 
 def priors(pool: ProcessPoolExecutor) -> None:
     """False findings and power by the prior's degrees of freedom."""
-    found = simulated(pool, ((name, rule) for rule in RULES.values() for name in HARD))
+    found = simulated(pool, ((name, rule, None) for rule in RULES.values() for name in HARD))
     rows = []
     for called, rule in RULES.items():
-        theirs = [found[name, rule] for name in HARD]
+        theirs = [found[name, rule, None] for name in HARD]
         family = "any" if rule.pairs_alone else "primary"
         power = theirs[0].power[LOGIT]
         rows.append([called, *(percent(each.false[family]) for each in theirs),
@@ -91,12 +94,24 @@ def priors(pool: ProcessPoolExecutor) -> None:
     put(PAGE, "priors", table(heads, rows))
 
 
+def seeds(pool: ProcessPoolExecutor) -> None:
+    """False findings by the number of seeds, with the prior that is shipped and with half of it."""
+    rules = {"4": Rule(prior_df=4.0), "8": Rule()}
+    found = simulated(pool, ((name, rule, count) for count in SEEDS for rule in rules.values() for name in HARD))
+    rows = [
+        [str(count), prior, *(percent(found[name, rule, count].false["primary"]) for name in HARD)]
+        for count in SEEDS
+        for prior, rule in rules.items()
+    ]
+    put(PAGE, "seeds", table(["seeds", "prior", *(SCENARIOS[name].words for name in HARD)], rows))
+
+
 def shipped(pool: ProcessPoolExecutor) -> None:
     """What is shipped in each scenario, beside the rule before 0.7."""
-    found = simulated(pool, ((name, rule) for name in SCENARIOS for rule in (Rule(), BEFORE)))
+    found = simulated(pool, ((name, rule, None) for name in SCENARIOS for rule in (Rule(), BEFORE)))
     rows = []
     for name, scenario in SCENARIOS.items():
-        new, old = found[name, Rule()], found[name, BEFORE]
+        new, old = found[name, Rule(), None], found[name, BEFORE, None]
         rows.append([
             scenario.words, percent(new.false["primary"]), percent(new.false["secondary"]), percent(old.false["any"]),
             covered(new, "primary"), covered(new, "secondary"), percent(new.coverage[STEM]),
@@ -142,7 +157,7 @@ def main(names: Sequence[str]) -> None:
             PARTS[name](pool)
 
 
-PARTS = {"priors": priors, "across": across, "shipped": shipped}
+PARTS = {"priors": priors, "seeds": seeds, "across": across, "shipped": shipped}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
