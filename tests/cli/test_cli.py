@@ -112,6 +112,35 @@ def test_a_mistake_gets_one_clear_message_exit_2_and_starts_nothing(
     assert not (elsewhere / "results").exists()
 
 
+def test_calibrate_prints_rates_with_their_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "calibrate", "ablation", "--scale", "smoke", "--studies", "4", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    across = [each["name"] for each in found["contrasts"] if each["across_strata"]]
+    assert across == ["none: cifar - imagenet"]
+    first = found["scenarios"]["equal"]
+    assert first["looks"] == [1]
+    assert first["any_false_finding"]["primary"] == {"found": 0, "studies": 4, "share": 0.0, "standard_error": 0.0}
+    assert first["coverage"]["primary"] is None  # one seed has no interval
+    looks = found["scenarios"]["looks_5_10_20"]
+    assert set(looks["power_by_points"]["cifar: logit - none"]) == {"0.1", "0.2", "0.3", "0.5"}
+    assert looks["coverage"]["across_strata"]["worst"] <= looks["coverage"]["across_strata"]["mean"]
+    assert set(found["practices"]) == {"designed", "before_0_7", "until_significant", "plain_asha"}
+    assert set(found["plain_asha"]) == {"finished", "bias_in_deviations"}
+
+
+def test_the_tables_of_calibrate_fit_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call(monkeypatch, "calibrate", "ablation", "--scale", "paper", "--studies", "4") == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert "scenario                 primary  secondary  coverage  worst" in shown
+    assert "Power: how often cifar: logit - none is found" in shown
+
+
 def test_a_run_of_another_version_is_not_resumed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:

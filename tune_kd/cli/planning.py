@@ -1,6 +1,5 @@
 """Commands that predict: `plan`, `simulate` and `calibrate`."""
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +23,7 @@ from tune_kd.study.trial import Phase
 from tune_kd.system.errors import UserError
 
 if TYPE_CHECKING:
+    from tune_kd.analysis.calibrate import Calibration, Performance, Rate
     from tune_kd.analysis.simulate import Outcome
     from tune_kd.records.reader import Records
 
@@ -141,31 +141,61 @@ def simulate(
 
 def calibrate(
     study: options.StudyName,
-    studies: Annotated[int, typer.Option(help="Simulated studies of arms that are all alike.")] = 200,
+    studies: Annotated[int, typer.Option(help="Simulated studies of each scenario.")] = 2000,
     scale: options.Scale = "auto",
     data: options.DataName = None,
     settings: options.Settings = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """How often a study finds something where nothing is: simulated from screen to verdict, beside usual practices."""
+    """What a study's verdicts are worth: false findings, coverage and power in simulated studies, beside usual
+    practices."""
     from tune_kd.analysis import calibrate as calibration
 
     path = discover.find(study)
     if not 1 <= studies <= 1_000_000:
         raise UserError(f"--studies is {studies}; allowed: from 1 to 1,000,000")
     resolved, why = _resolved(path, scale, data, settings)
-    with options.progress(studies, "studies") as beat:
-        found = calibration.calibrate(resolved, studies, os.cpu_count() or 1, beat=beat)
+    with options.progress(calibration.steps(resolved, studies), "simulations") as beat:
+        found = calibration.calibrate(resolved, studies, beat=beat)
     if as_json:
-        practices = {name: asdict(rate) | {"share": rate.share, "standard_error": rate.standard_error}
-                     for name, rate in found.rates.items()}  # fmt: skip
-        bias = {"finished": found.finished, "bias_in_deviations": found.bias}
-        answer = {"study": resolved.name, "scale": resolved.scale, "practices": practices, "plain_asha": bias}
-        options.print_json(answer)
+        options.print_json({"study": resolved.name, "scale": resolved.scale} | _calibrated(found))
         return
     console = Terminal()
     console.print(f"{resolved.name} at scale {resolved.scale}{why}")
     console.print(terminal.calibration(calibration.PRACTICES, found))
+
+
+def _calibrated(found: "Calibration") -> dict[str, Any]:
+    """Return the JSON answer of `calibrate`, without the study."""
+
+    def rate(each: "Rate") -> dict[str, Any]:
+        return asdict(each) | {"share": each.share, "standard_error": each.standard_error}
+
+    def performance(each: "Performance") -> dict[str, Any]:
+        covered = {group: each.covered(names) for group, names in found.groups.items()}
+        return {
+            "scenario": asdict(each.scenario),
+            "looks": each.looks,
+            "any_false_finding": {family: rate(one) for family, one in each.false.items()},
+            "coverage": {
+                group: {"mean": both[0], "worst": both[1]} if both else None for group, both in covered.items()
+            },
+            "coverage_by_contrast": {name: rate(one) for name, one in each.coverage.items()},
+            "power_by_points": {
+                name: {f"{100 * size:g}": rate(one) for size, one in row.items()} for name, row in each.power.items()
+            },
+        }
+
+    return {
+        "contrasts": [
+            {"name": each.name, "family": each.family, "across_strata": each.name in found.across}
+            for each in found.contrasts
+        ],
+        "scenarios": {name: performance(each) for name, each in found.scenarios.items()},
+        "before_0_7": performance(found.before),
+        "practices": {name: rate(one) for name, one in found.false.items()},
+        "plain_asha": {"finished": found.finished, "bias_in_deviations": found.bias},
+    }
 
 
 def _seeds(planned: Plan) -> dict[str, Any]:
