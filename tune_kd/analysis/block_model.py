@@ -3,8 +3,8 @@
 All arms of a stratum see the same seeds, so a seed is a block. A few pairs tell little of the spread of their
 difference; the residuals of all arms tell much, but of arms that may differ in spread. A contrast's variance is
 therefore moderated: that of its own pairs, drawn towards the model's with `shipped_prior` degrees of freedom. This is
-the posterior variance of limma (Smyth 2004, doi:10.2202/1544-6115.1027), with a fixed prior in place of an estimated one:
-docs/statistics.md has the simulations.
+the posterior variance of limma (Smyth 2004, doi:10.2202/1544-6115.1027), with a fixed prior in place of an estimated
+one: docs/statistics.md has the simulations.
 
 Arrays may have leading axes, for many studies at once. Missing trials are the same in all of them.
 """

@@ -323,7 +323,7 @@ def _powers(seeds: dict[str, Any]) -> Iterator[str | Table]:
         found = [points(look["power"][place]["detectable"]) for look in seeds["looks"]]
         rows.append((first["contrast"], *found, *("" if n is None else f"{n:,}" for n in first["seeds"].values())))
     if rows:
-        levels = " and ".join(f"{look['level']:g}" for look in seeds["looks"])
+        levels = " and ".join(f"{look['level']:.4g}" for look in seeds["looks"])
         yield (
             "True differences (points) that are found with 80 % power, and the seeds that find "
             f"{points(DIFFERENCES[0])} to {points(DIFFERENCES[-1])}, at a seed-to-seed deviation of {deviation} and a "
