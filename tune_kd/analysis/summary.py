@@ -12,6 +12,8 @@ from tune_kd.study.spec import Family
 
 CONTEXTS_SHOWN = 3  # of a comparison, in one sentence
 NAMED = 3  # contrasts of the secondary family with a finding
+SENTENCES = 4  # on the primary family
+FINDINGS = ("better", "worse", "equivalent")
 Row = Mapping[Any, Any]
 
 
@@ -23,7 +25,7 @@ def summary(records: Records, margin: float = MARGIN) -> list[str]:
         if run in records.studies:
             rows = table[table["run"] == run].to_dict("records")
             words = _Words(records.studies[run]["study"], margin)
-            sentences = [*_primary(words, rows), *_factors(words, rows, tests[tests["run"] == run]), _others(rows)]
+            sentences = [*_primary(words, rows), _secondary(words, rows, tests[tests["run"] == run])]
             sentences.append(fidelity.sentence(records.of(run)) or "")
             if rows and max(row["planned"] for row in rows) == 1:
                 sentences = ["One seed confirms, which shows no spread: no difference can be judged."]
@@ -105,8 +107,14 @@ def _primary(words: _Words, rows: Sequence[Row]) -> list[str]:
     for row in primary:
         if row["kind"] == "effect":
             effects.setdefault(row["contrast"].rpartition(": ")[2], []).append(row)
-    said = [_effect(words, group) for group in effects.values()]
-    return said + [_moderation(words, row) for row in primary if row["kind"] == "moderation"]
+    said = [(group, _effect(words, group)) for group in effects.values()]
+    said += [([row], _moderation(words, row)) for row in primary if row["kind"] == "moderation"]
+    if len(said) <= SENTENCES:
+        return [sentence for _, sentence in said]
+    telling = [each for each in said if any(row["verdict"] in FINDINGS for row in each[0])][:SENTENCES]
+    rest = sum(len(group) for group, _ in said) - sum(len(group) for group, _ in telling)
+    which = "other contrasts" if telling else "contrasts"
+    return [*(sentence for _, sentence in telling), f"Of the {rest} {which} none shows a difference."]
 
 
 def _effect(words: _Words, rows: Sequence[Row]) -> str:
@@ -138,7 +146,9 @@ def _finding(row: Row, margin: float) -> str:
         return _by(row)
     if row["verdict"] == "equivalent":
         return f"the same within {100 * margin:g} points"
-    return f"not judged ({row['note']})" if row["verdict"] == "not judged" else verdicts.ruled_out(row)
+    if row["verdict"] == "not judged" or not verdicts.has_interval(row):
+        return f"not judged ({row['note'] or 'no spread to judge it by'})"
+    return verdicts.short(row)
 
 
 def _by(row: Row) -> str:
@@ -157,38 +167,23 @@ def _figures(row: Row) -> str:
     return f" ({', '.join([*said, verdicts.seeds(row)])})"
 
 
-def _factors(words: _Words, rows: Sequence[Row], tests: pd.DataFrame) -> list[str]:
-    """A sentence for each factor of which the secondary family compares several levels."""
-    secondary = [row for row in rows if row["family"] == Family.SECONDARY and row["kind"] == "effect"]
-    primary = {row["factor"] for row in rows if row["family"] != Family.SECONDARY}
-    said = []
-    for factor in dict.fromkeys(str(row["factor"]) for row in secondary if row["factor"] not in primary):
-        theirs = tests[tests["factor"] == factor].to_dict("records")
-        if not theirs:
-            continue
-        compared = [row for row in secondary if row["factor"] == factor]
-        found = [row for row in compared if row["verdict"] in ("better", "worse")]
-        each = "; ".join(f"{_p(test['p'])}{words.context(test['context'] + ': ')}" for test in theirs[:3])
-        against = compared[0]["contrast"].partition(" - ")[2]
-        said.append(
-            f"Does {factor} matter at all? One F test each: {each}; of {len(compared)} comparisons with {against}, "
-            f"{len(found) or 'none'} show{'s' if len(found) == 1 else ''} a difference."
-        )
-    return said
-
-
-def _others(rows: Sequence[Row]) -> str:
-    """What the secondary family found, by name."""
+def _secondary(words: _Words, rows: Sequence[Row], tests: pd.DataFrame) -> str:
+    """What the secondary family found, by name, and whether the factors of which it has several levels matter."""
     secondary = [row for row in rows if row["family"] == Family.SECONDARY]
-    found = [row for row in secondary if row["verdict"] in ("better", "worse")]
     if not secondary:
         return ""
-    if not found:
-        return f"None of the {len(secondary)} secondary contrasts shows a difference."
-    named = "; ".join(f"{row['contrast']} ({_by(row)})" for row in found[:NAMED])
-    more = f"; {len(found) - NAMED} more" if len(found) > NAMED else ""
-    shown = f"{len(found)} show{'s' if len(found) == 1 else ''} a difference"
-    return f"Of the {len(secondary)} secondary contrasts, {shown}: {named}{more}."
+    found = [row for row in secondary if row["verdict"] in FINDINGS]
+    shown = f"{len(found) or 'none'} show{'' if len(found) > 1 else 's'} a difference"
+    if found:
+        named = "; ".join(f"{row['contrast']} ({_by(row)})" for row in found[:NAMED])
+        shown += f": {named}{f'; {len(found) - NAMED} more' if len(found) > NAMED else ''}"
+    asked = {row["factor"] for row in rows if row["family"] != Family.SECONDARY}
+    said = [f"Of the {len(secondary)} secondary contrasts, {shown}."]
+    for factor, theirs in tests[~tests["factor"].isin(asked)].groupby("factor", sort=False):
+        each = "; ".join(f"{_p(test['p'])}{words.context(test['context'] + ': ')}"
+                         for test in theirs.head(NAMED).to_dict("records"))  # fmt: skip
+        said.append(f"Whether {factor} matters at all, by one F test each: {each}.")
+    return " ".join(said)
 
 
 def _p(p: float) -> str:

@@ -83,6 +83,13 @@ def has_interval(row: Mapping[Any, Any]) -> bool:
     return not pd.isna(row["low"]) and row["error"] > NO_SPREAD
 
 
+def short(row: Mapping[Any, Any]) -> str:
+    """The verdict, or where there is none the largest gain that the interval leaves: `no gain above 0.21 points`."""
+    if row["verdict"] != "inconclusive" or not has_interval(row):
+        return str(row["verdict"])
+    return f"no gain above {100 * row['high']:.2f} points" if row["high"] >= 0 else "no gain"
+
+
 def rules_out(row: Mapping[Any, Any]) -> str:
     """`ruled_out` of a contrast without a finding that has an interval; empty otherwise."""
     return ruled_out(row) if row["verdict"] == "inconclusive" and has_interval(row) else ""

@@ -1,7 +1,7 @@
 """Tables of results on a terminal. Formats what `analysis` computed."""
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
@@ -91,21 +91,16 @@ def variances(table: "pd.DataFrame") -> Table:
 
 
 def _contrasts(title: str, table: "pd.DataFrame") -> Table:
+    from tune_kd.analysis.verdicts import short  # imports pandas, which `plan` does not need
+
     names = ("effect", "95 % interval", "n", "p", "verdict")
     shown = rich_table(title, "contrast", *names, left=("contrast", "verdict"), no_wrap=names)
     for row in table.to_dict("records"):
         interval = f"{points(row['low'])} to {points(row['high'])}" if row["low"] == row["low"] else ""
         p = f"{row['p_holm']:.3f}" if row["p_holm"] == row["p_holm"] else ""
         effect = f"{round(100 * row['estimate'], 2) + 0.0:+.2f}"  # adding 0.0 turns -0.0 into 0.0
-        shown.add_row(Text(row["contrast"]), effect, interval, str(row["n"]), p, _short(row))
+        shown.add_row(Text(row["contrast"]), effect, interval, str(row["n"]), p, short(row).removesuffix(" points"))
     return shown
-
-
-def _short(row: "Mapping[Any, Any]") -> str:
-    """The verdict, or where there is none the largest gain that the interval leaves."""
-    if row["verdict"] != "inconclusive" or not row["rules_out"]:
-        return str(row["verdict"])
-    return f"no gain > {points(row['high'])}" if row["high"] >= 0 else "no gain"
 
 
 def _with_runs(table: "pd.DataFrame", name: str) -> "pd.DataFrame":

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from tune_kd.analysis import summary
+from tune_kd.analysis.verdicts import short
 from tune_kd.records.reader import Records
 from tune_kd.reporting.paper import Grid
 
@@ -22,7 +23,7 @@ IN_POINTS = (
 IN_NATS = ("kl_t1", "kl_t4")
 NOT_FOR_PAPERS = ("provenance", "differences")
 LEFT_OUT = ["words", "note", "kind", "planned", "smallest_exact_p", "pairs_needed"]  # of a table in a paper
-VERDICTS = "run family contrast verdict estimate low high n p_holm rules_out note"
+VERDICTS = "run family contrast verdict estimate low high n p_holm note"
 ROWS = 200  # shown of a table; CSV files have all
 FORMULA = re.compile(r"(?:^|(?<=[;\t\r\n]))(?=[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20])")
 """Where a spreadsheet may see a formula: at the start of a cell, or after a character that may end one."""
@@ -94,8 +95,11 @@ def questions(records: Records) -> list[str]:
 
 
 def verdicts(contrasts: pd.DataFrame) -> pd.DataFrame:
-    """The columns of the contrasts that people read first."""
-    return contrasts[VERDICTS.split()]
+    """The columns of the contrasts that people read first, by family. Where there is no verdict, it says what gain is
+    ruled out."""
+    ordered = contrasts.sort_values(["run", "family"], kind="stable")
+    ordered = ordered.assign(verdict=[short(row) for row in ordered.to_dict("records")])
+    return ordered[VERDICTS.split()]
 
 
 def markdown(records: Records, tables: Titled, limits: Sequence[str], paper: Grid | None) -> str:
