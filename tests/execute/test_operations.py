@@ -12,13 +12,14 @@ from tune_kd.system import files
 
 @pytest.mark.long
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("every", [120, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("onwards", [False, True], ids=["once", "onwards"])
-def test_a_disk_that_fails_costs_nothing_but_time(tmp_path: Path, onwards: bool) -> None:
-    """Every sixtieth operation; `python tests/faults operations` fails each."""
+def test_a_disk_that_fails_costs_nothing_but_time(tmp_path: Path, onwards: bool, every: int) -> None:
+    """Every so many operations; `python tests/faults operations` fails each."""
     with patch.object(files, "PAUSES", (0.0, 0.0)):
-        score = operations.fail_each(tmp_path, 60, onwards, lambda _: None)
+        score = operations.fail_each(tmp_path, every, onwards, lambda _: None)
     assert score.found == []
-    assert score.passes >= 10
+    assert score.passes >= 600 // every
     assert (score.resumed if onwards else score.unharmed) >= score.passes // 2
 
 

@@ -108,6 +108,7 @@ class Scratch:
 
     results: Path
     _whole: dict[Path, tuple[bytes, tuple[int, int]]] = field(default_factory=dict)
+    _read: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for path in self.results.rglob("*"):
@@ -120,6 +121,14 @@ class Scratch:
 
     def bytes_of(self, path: Path) -> bytes:
         return self._whole[path][0]
+
+    def read_by(self, reader: "Callable[[Scratch], Reading]") -> Any:
+        """What a reader returns of the whole run, which it is asked for once."""
+        if reader.__name__ not in self._read:
+            self._read[reader.__name__], reported = reader(self)
+            assert not reported, f"{reader.__name__} reports a whole run as damaged"
+            self.restore()
+        return self._read[reader.__name__]
 
     def restore(self) -> None:
         """Everything as it was; what has not been touched since is not written again."""
@@ -296,12 +305,7 @@ def judge(
     Stop at the first verdict `until`."""
     path, used = scratch.targets()[target], used or readers(target)
     content = scratch.bytes_of(path)
-    before = []
-    for reader in used:
-        returned, reported = reader(scratch)
-        assert not reported, f"{reader.__name__} reports a whole run as damaged"
-        before.append(returned)
-    scratch.restore()
+    before = [scratch.read_by(reader) for reader in used]
     score = Score(target, len(content))
     for words, altered in damages(content, truncations, flips, random.Random(target)):
         path.write_bytes(altered)

@@ -67,6 +67,7 @@ IDLE = 3.0  # seconds without work after which a process waits
 MOST_BYTES = 2 * 2**30  # of memory
 MOST_EPOCHS = 3  # that a resumed run trains here
 TEXTS = ("md", "csv", "tex")  # that reports have
+FORMATS = reporting.FORMATS
 FIGURES_EVERY = 25  # files whose report has figures, too
 SAID = 2000  # characters of what a command said last that are kept
 STATUSES = (0, 1, 2, 3)
@@ -121,10 +122,16 @@ def _as_by_command(path: Path, file: Path | None) -> None:
     path.write_bytes(mutations.sealed(record))
 
 
-def commands(stranger: Stranger, number: int, kind: str, study: Path) -> list[list[str]]:
-    """What is run over a folder, in this order: `resume` may change it."""
-    folder, out = str(stranger.run), ["--out", str(stranger.results)]
-    formats = [] if number % FIGURES_EVERY == 0 else ["--format", ",".join(TEXTS)]
+def forms(number: int, quick: bool) -> tuple[str, ...]:
+    """What reports of a file consist of; in short, files take turns."""
+    if number % FIGURES_EVERY == 0:
+        return FORMATS
+    return (TEXTS[number % len(TEXTS)],) if quick else TEXTS
+
+
+def commands(stranger: Stranger, made: Sequence[str], kind: str, study: Path) -> list[list[str]]:
+    """What is run over a folder, in this order: `resume` may change it. Reports are made in these forms."""
+    folder, out, formats = str(stranger.run), ["--out", str(stranger.results)], ["--format", ",".join(made)]
     if kind == "tables of others":
         return [["report", str(stranger.results / ALONE), "--to", str(stranger.results / "report"), *formats]]
     return [
@@ -223,7 +230,6 @@ class Outcome:
 
 def child(
     stranger: Stranger,
-    number: int,
     todo: Sequence[Sequence[str]],
     to: int,
     meet: Callable[[], None],
@@ -241,8 +247,6 @@ def child(
         _settle(stranger)
         tmp = stranger.root / "tmp"
         without_ray(tmp)
-        if number % FIGURES_EVERY:  # also in what `resume` reports
-            reporting.FORMATS = TEXTS
         if before is not None:
             say(begun="mutation")
             mutation = before()
@@ -422,7 +426,7 @@ def observed(
     pid = os.fork()
     if pid == 0:
         os.close(here)
-        child(stranger, outcome.number, todo, there, meet, before)
+        child(stranger, todo, there, meet, before)
     os.close(there)
     watch = Watch(pid, here, listener)
 
@@ -522,7 +526,7 @@ class Fuzz:
     seed: int
     meet: Callable[[], None] = lambda: None
     keep: bool = False
-    quick: bool = False  # a file goes only through commands that are known to open it, and one of those that take long
+    quick: bool = False  # only commands that are known to open a file, one that takes long, and one form of a report
 
     def outcome(
         self, number: int, listener: socket.socket, kind: str | None = None, mutation: Made | None = None
@@ -542,7 +546,7 @@ class Fuzz:
             outcome.violations = [each for each in outcome.violations if each.kind == "harness"]
             outcome.ended.clear()
             before = fingerprint(stranger)
-            todo = commands(stranger, number, kind, self.bases / "tiny.py")
+            todo = commands(stranger, forms(number, self.quick), kind, self.bases / "tiny.py")
             if self.quick:
                 used = READERS.get(kind, ("list", "plan", "status", *LONG))
                 left_out = chance.choice(LONG) if {*LONG} <= {*used} else None
@@ -563,8 +567,13 @@ class Fuzz:
 
     def _through(self, stranger: Stranger, outcome: Outcome, todo: list[list[str]], listener: socket.socket) -> None:
         """Run all commands, in another child where one was lost."""
+
+        def meet() -> None:
+            reporting.FORMATS = forms(outcome.number, self.quick)  # of what `resume` reports
+            self.meet()
+
         while todo:
-            lost = observed(stranger, outcome, todo, listener, self.meet, None)
+            lost = observed(stranger, outcome, todo, listener, meet, None)
             todo = [] if lost is None else todo[max(0, lost) + 1 :]
 
     def copy(self, stranger: Stranger, base: str) -> None:
@@ -678,11 +687,13 @@ def ready(fuzz: Fuzz) -> None:
         for base in BASES:
             stranger = Stranger(fuzz.scratch / base, 0)
             fuzz.copy(stranger, base)
-            for arguments in commands(stranger, 1, base, fuzz.bases / "tiny.py"):
+            reporting.FORMATS = FORMATS if base == "cut" else TEXTS
+            for arguments in commands(stranger, TEXTS, base, fuzz.bases / "tiny.py"):
                 with suppress(SystemExit), patch.object(sys, "argv", ["tune_kd", *arguments]):
                     cli.main()
     gc.collect()
     gc.freeze()
+    gc.disable()  # a collection would copy what children share
 
 
 def made_bases(folder: Path) -> Path:

@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from functools import cache
+from itertools import cycle
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -92,12 +94,22 @@ def test_names_and_gaps_that_are_allowed_break_no_picture_and_no_table(records: 
     assert r"a$\frac$b [/x] <i>_%&#" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+SIGNS = {"long": "x", "formula": "$\\frac$ \\", "hidden": "_"}
+
+
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # there is no place for names as long as these
-@pytest.mark.parametrize("letter", ["x", "$\\frac$ \\", "_"], ids=["long", "formula", "hidden"])
-def test_names_of_any_length_and_sign_make_pictures_of_a_usual_size(records: Records, letter: str) -> None:
+@pytest.mark.parametrize(
+    "letters",
+    [tuple(SIGNS.values()), *(pytest.param((sign,), id=each, marks=pytest.mark.slow) for each, sign in SIGNS.items())],
+)
+def test_names_of_any_length_and_sign_make_pictures_of_a_usual_size(records: Records, letters: tuple[str, ...]) -> None:
+    """Names with each kind of sign, by turns."""
+    turns = cycle(letters)
+
+    @cache
     def strange(name: str) -> str:
-        return f"{(letter * 10_000)[:10_000]}{name}"
+        return f"{(next(turns) * 10_000)[:10_000]}{name}"
 
     names = ["arm", "stem", "method", "student", "teacher"]
     (study,) = (json.loads(json.dumps(each)) for each in records.studies.values())

@@ -299,14 +299,26 @@ def test_the_same_seed_draws_the_same_however_many_run_at_a_time_and_another_see
     assert len({draws[0][0] for draws in found[0].values()}) == 3  # each arm has a sampler of its own
 
 
-@pytest.mark.parametrize("parallel", [1, 2])
+ONCE, OFTEN = (7, 20), (1, 1, 30, 1, 25)  # reports between kills
+
+
+@pytest.mark.parametrize(
+    ("parallel", "all_kills"),
+    [
+        (1, (ONCE,)),
+        (2, (OFTEN,)),
+        *(pytest.param(parallel, ((3,), ONCE, OFTEN), marks=pytest.mark.slow) for parallel in (1, 2)),
+    ],
+)
 @pytest.mark.parametrize("sampler", ["tpe", "random", "quasi-random"])
-def test_after_a_kill_anywhere_the_same_configurations_are_drawn(sampler: Any, parallel: int, tmp_path: Path) -> None:
+def test_after_a_kill_anywhere_the_same_configurations_are_drawn(
+    sampler: Any, parallel: int, all_kills: tuple[tuple[int, ...], ...], tmp_path: Path
+) -> None:
     """The same order of reports, with and without kills: the ledger is all that the samplers are told."""
     declared = tunable(Tuning(RANGES, 6, sampler=sampler, startup=3, parallel=parallel))
     whole = Bench(declared, tmp_path)
     play(whole, "an order")
-    for kills in ((3,), (7, 20), (1, 1, 30, 1, 25)):
+    for kills in all_kills:
         folder = tmp_path / "-".join(map(str, kills))
         folder.mkdir()
         for reports in kills:
