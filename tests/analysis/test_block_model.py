@@ -128,6 +128,15 @@ def test_a_seed_that_only_the_control_has_changes_no_contrast_with_it() -> None:
         assert_allclose(getattr(other, name), getattr(one, name))
 
 
+def test_a_stratum_of_thousands_of_arms_is_judged_by_pairs() -> None:
+    values = accuracies(11, arms=block_model.MOST_ARMS + 1, seeds=3)
+    weights = np.zeros((1, len(values)))
+    weights[0, :2] = 1, -1
+    found = estimate(values, ["s"] * len(values), weights)
+    assert found.by_model.tolist() == [False]
+    assert found.two_sided()[0] == pytest.approx(scipy_stats.ttest_rel(values[0], values[1]).pvalue)
+
+
 def test_one_seed_has_no_error() -> None:
     found = estimate(accuracies(9, seeds=1), ["s"] * ARMS, CONTRAST)
     assert found.pairs.tolist() == [1]

@@ -6,6 +6,7 @@ import pytest
 
 from search_spaces.ablation import SCALES
 from tune_kd.study.discover import find, resolve
+from tune_kd.study.plan import plan
 from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
 from tune_kd.study.tuning import Tuning
 from tune_kd.study.validate import check
@@ -180,3 +181,11 @@ def test_seeds_of_later_looks_are_counted_up_from_the_last_that_is_listed() -> N
     assert confirm.all_seeds == (3, 7, 8, 9, 10)
     assert [confirm.seeds_at(look) for look in range(3)] == [(3, 7), (3, 7, 8), (3, 7, 8, 9, 10)]
     assert Confirm(seeds=(3, 7)).seeds_at(0) == (3, 7)
+
+
+def test_contrasts_that_no_analysis_could_hold_are_refused_before_they_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tune_kd.study.contrasts.MOST_WEIGHTS", 100)
+    with pytest.raises(UserError, match="contrasts come to 22 over 14 arms, 308 weights; allowed: 100"):
+        plan(SCALES["paper"]())

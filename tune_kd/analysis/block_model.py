@@ -20,6 +20,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.floating[Any]]
 Flags = npt.NDArray[np.bool_]
 
+MOST_ARMS = 2_000  # of a stratum; the model's matrix grows with their square, and more are judged by their pairs
 NO_SPREAD = 1e-9  # below this standard error, a t statistic would be one rounding error over another
 
 
@@ -132,7 +133,8 @@ def estimate(
     """
     groups = [np.array([each == stratum for each in strata]) for stratum in dict.fromkeys(strata)]
     within = np.array([[weights[:, group].sum(1)] for group in groups])
-    by_model = np.all(np.abs(within) < 1e-12, axis=(0, 1))
+    small = np.array([group.sum() <= MOST_ARMS or not weights[:, group].any() for group in groups])
+    by_model = np.all(np.abs(within) < 1e-12, axis=(0, 1)) & small.all()
     pairs, paired, spread = _pairs(values, weights)
     found = Estimates(pairs, by_model, paired, paired, paired, spread, paired).pairs_alone()
     if pairs_alone or not by_model.any():
@@ -208,7 +210,10 @@ def _pairs(values: Array, weights: Array) -> tuple[npt.NDArray[np.int64], Array,
     """Number, mean and standard deviation of each contrast's differences over the seeds that have all of its arms."""
     counts, means, spreads = [], [], []
     for row in weights:
-        differences = np.einsum("a,...as->...s", row, np.where(row[:, None] != 0, values, 0.0 if row.any() else np.nan))
+        used = row != 0
+        differences = np.einsum("a,...as->...s", row[used], values[..., used, :])
+        if not used.any():
+            differences = np.full_like(differences, np.nan)
         differences = differences[..., ~np.isnan(differences).reshape(-1, differences.shape[-1])[0]]
         n = differences.shape[-1]
         counts.append(n)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tune_kd.study.arms import arm_name, level_name, levels_name
+from tune_kd.study.rules import MOST_WEIGHTS
 from tune_kd.study.spec import APPLIES, CELL_FIELDS, Cell, Compare, Family, Level, Study
 from tune_kd.system.errors import UserError
 
@@ -35,6 +36,10 @@ def contrasts(study: Study, cells: Sequence[Cell]) -> tuple[Contrast, ...]:
     moderations = [each for compare, found in pairs.items() for each in _moderations(study, compare, found)]
     both = (*effects, *moderations)
     vanished = _vanished(study, cells, pairs) or ([] if moderations else _moderates_nothing(study))
+    if (weights := len(both) * len(cells)) > MOST_WEIGHTS:
+        raise UserError(
+            f"contrasts come to {len(both):,} over {len(cells):,} arms, {weights:,} weights; allowed: {MOST_WEIGHTS:,}"
+        )
     if problems := [*vanished, *_same_names(study, cells, both), *_repeated(both)]:
         raise UserError(*problems)
     return both

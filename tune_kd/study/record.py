@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from tune_kd.study.contrasts import Kind
 from tune_kd.study.discover import from_json
 from tune_kd.study.plan import Search
-from tune_kd.study.rules import MOST_TRIALS
+from tune_kd.study.rules import MOST_TRIALS, MOST_WEIGHTS
 from tune_kd.study.spec import Family, Study
 from tune_kd.study.trial import ArmRole, digest
 from tune_kd.study.validate import check
@@ -149,6 +149,8 @@ def _unfit(path: Path, part: dict[str, Any], study: Study, record: dict[str, Any
     ranges = [asdict(each) for each in study.tuning.ranges] if study.tuning else []
     if any(each not in ranges for search in part.get("searches", ()) for each in search["ranges"]):
         problems.append(f"{path}: searches has a range that the study does not declare; restore the file")
+    if (weights := len(part["arms"]) * len(part.get("contrasts", ()))) > MOST_WEIGHTS:
+        problems.append(f"{path}: its contrasts and arms come to {weights:,} weights; allowed: {MOST_WEIGHTS:,}")
     arms = {arm["name"] for arm in part["arms"]}
     if strange := sorted({arm for each in part.get("contrasts", ()) for arm, _ in each["weights"]} - arms):
         problems.append(f"{path}: contrasts refers to {_shown(strange[0])}, which is no arm of the study")

@@ -17,6 +17,7 @@ MOST_SEEDS = 10_000
 MOST_TRIALS = 100_000
 MOST_EPOCHS = 1_000_000  # of a trial; patient teachers take thousands (Beyer et al. 2022)
 MOST_LEVELS = 1_000  # of a factor
+MOST_WEIGHTS = 20_000_000  # contrasts times arms, which the analysis holds as a matrix
 
 
 @dataclass(frozen=True)

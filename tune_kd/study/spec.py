@@ -195,7 +195,7 @@ class Study:
     data: Data = Data()
     recipe: Recipe = Recipe()
     teacher_recipe: Recipe = Recipe(epochs=200)
-    teacher_seeds: Annotated[tuple[int, ...], length(MOST_SEEDS)] = (1000,)
+    teacher_seeds: Annotated[tuple[int, ...], length(100)] = (1000,)
     screen: Screen = Screen()
     confirm: Confirm = Confirm()
     tuning: Tuning | None = None
