@@ -1,5 +1,6 @@
 """Parts of documents that commands make: between `<!-- NAME: made by a command -->` and `<!-- end NAME -->`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -11,3 +12,9 @@ def put(document: Path, name: str, text: str) -> None:
     if not found or not ended:
         raise ValueError(f"{document} has no part {name!r}")
     document.write_text(f"{before}{begin}{text}{end}{after}")
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

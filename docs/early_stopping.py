@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
-from docs.blocks import put
+from docs.blocks import put, table
 from search_spaces.ablation import study
 from tune_kd import Confirm, Screen, load
 from tune_kd.analysis import calibrate
@@ -40,7 +40,7 @@ CENTRES = (10, 20, 30, 50, 60, 70, 80)
 AROUND = (0.8, 0.9, 1.0, 1.1, 1.2)  # grace periods that are looked at beside the one in question
 MARGINS = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05)
 FEW, MANY = 200, 1000  # arrival orders
-STUDIES = 1000
+STUDIES = 2000
 USUAL = Screen(grace=10, reduction=3, margin=0.0, min_peers=1)
 PROCESSES = os.cpu_count() or 1
 
@@ -55,11 +55,6 @@ def name(pair: str) -> str:
     """`R50 to R18`."""
     student, teacher = (part.replace("resnet", "R") for part in pair.split("/"))
     return f"{teacher} to {student}"
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def points(accuracy: float) -> str:
@@ -297,10 +292,11 @@ def calibration() -> None:
     """Studies of nothing."""
     rows = []
     for called, confirm in (("5 seeds", Confirm()), ("looks at 5, 10, 20", Confirm(looks=(5, 10, 20)))):
-        replays = iter(track(range(STUDIES), called, console=Console(stderr=True)))
-        found = calibrate.calibrate(replace(study(), confirm=confirm), STUDIES, PROCESSES, partial(next, replays))
+        declared = replace(study(), confirm=confirm)
+        beats = iter(track(range(calibrate.steps(declared, STUDIES)), called, console=Console(stderr=True)))
+        found = calibrate.calibrate(declared, STUDIES, partial(next, beats))
         for practice, words in calibrate.PRACTICES.items():
-            rate = found.rates[practice]
+            rate = found.false[practice]
             rows.append([called, words, f"{rate.found} of {rate.studies}",
                          f"{100 * rate.share:.1f} % ± {100 * rate.standard_error:.1f}"])  # fmt: skip
     heads = ["study", "what is done", "studies with a false finding", "share ± standard error"]
@@ -310,13 +306,14 @@ def calibration() -> None:
         "average.\n"
     )
     put(PAGE, "calibration", f"{table(heads, rows)}\n{bias}")
-    shares = {practice: f"{100 * rate.share:.1f} % (standard error {100 * rate.standard_error:.1f})"
-              for practice, rate in found.rates.items()}  # fmt: skip
+    shares = {name: f"{100 * rate.share:.1f} % (standard error {100 * rate.standard_error:.1f})"
+              for name, rate in (found.false | found.scenarios["alike"].false).items()}  # fmt: skip
     text = (
-        f"Of {STUDIES:,} simulated studies of arms that are all alike, one with looks at 5, 10 and 20 seeds found a "
-        f"difference that is not there in {shares['designed']}; adding seeds until something is significant did in "
+        f"Of {STUDIES:,} simulated studies of arms that are all alike, with looks at 5, 10 and 20 seeds, "
+        f"{shares['primary']} have a false finding among their primary contrasts and {shares['secondary']} among their "
+        "secondary ones; adding seeds until something is significant finds one in "
         f"{shares['until_significant']}; plain ASHA over arms and seeds, averaging those that finish, in "
-        f"{shares['plain_asha']}, with means {found.bias:.2f} standard deviations too high."
+        f"{shares['plain_asha']} of {calibrate.MOST_ASHA}, with means {found.bias:.2f} standard deviations too high."
     )
     put(README, "calibration", textwrap.fill(text, 120) + "\n")
 

@@ -1,4 +1,7 @@
-"""`python -m docs.readme [RUN]`: put a laptop run's figure and verdicts into the README; makes one if none is named."""
+"""`python -m docs.readme [RUN]`: put a laptop run's summary, figure and verdicts into the README.
+
+It makes a run if none is named.
+"""
 
 import subprocess
 import sys
@@ -8,6 +11,7 @@ from pathlib import Path
 from docs.blocks import put
 from tune_kd import load, report
 from tune_kd.analysis import contrasts as results
+from tune_kd.analysis.summary import summary
 
 ROOT = Path(__file__).parents[1]
 FIGURE = Path("docs/effects.png")
@@ -21,19 +25,17 @@ def section(run: Path) -> str:
         (ROOT / FIGURE).write_bytes(Path(name, "figures", "effects.png").read_bytes())
     contrasts = results.contrasts(records)
     judged = contrasts[contrasts["n"] > 0]
-    lines = [f"![Effects with 95 % intervals of the laptop run]({FIGURE})", ""]
+    lines = [*(f"> - {sentence}" for sentence in summary(records)), ""]
+    lines += [f"![Effects with 95 % intervals of the laptop run]({FIGURE})", ""]
     lines += [
-        "| contrast | difference (points) | 95 % interval | seeds | p (Holm) | verdict |",
+        "| primary contrast | difference (points) | 95 % interval | seeds | p (Holm) | verdict |",
         "|---|---|---|---|---|---|",
     ]
-    for row in judged.to_dict("records"):
-        low, high = 100 * row["low"], 100 * row["high"]
-        p = f"{row['p_holm']:.3f}" if row["p_holm"] == row["p_holm"] else ""
-        lines.append(f"| {row['contrast']} | {100 * row['estimate']:+.2f} | {low:.2f} to {high:.2f} | {row['n']} "
-                     f"| {p} | {row['verdict']} |")  # fmt: skip
-    stopped = contrasts.loc[contrasts["n"] == 0, "contrast"].tolist()
-    if stopped:
-        lines += ["", f"Not judged, since the screen stopped an arm: {'; '.join(stopped)}."]
+    for row in judged[judged["family"] == "primary"].to_dict("records"):
+        p = "< 0.001" if row["p_holm"] < 0.001 else f"{row['p_holm']:.3f}"
+        verdict = row["rules_out"] or row["verdict"]
+        lines.append(f"| {row['contrast']} | {100 * row['estimate']:+.2f} | {100 * row['low']:.2f} to "
+                     f"{100 * row['high']:.2f} | {row['n']} | {p} | {verdict} |")  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

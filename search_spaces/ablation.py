@@ -67,7 +67,7 @@ def brief() -> Study:
 
 
 def laptop(data: str = "digits") -> Study:
-    """Every stage in minutes on two cores: networks of 1/8 width, three seeds, scikit-learn's digits.
+    """Every stage in minutes on two cores: networks of 1/8 width, seven seeds, scikit-learn's digits.
 
     On CIFAR-10 or CIFAR-100, a fixed subset of 4,000 training images.
     """
@@ -79,8 +79,8 @@ def laptop(data: str = "digits") -> Study:
         # Controls of this scale differ between seeds so much that equals may seem 6 points apart at epoch 6 of 8, and
         # 30 before it (`--margin-from` a run).
         screen=Screen(seed=0, grace=6, reduction=2, margin=0.06),
-        confirm=Confirm(seeds=(1, 2, 3)),
-        deviation=0.005,
+        confirm=Confirm(seeds=(11, 12, 13, 14, 15, 16, 17)),  # not those on which the recipe was chosen
+        deviation=0.01,
         rate=2e10,
     )
     if data != "digits":
@@ -90,10 +90,12 @@ def laptop(data: str = "digits") -> Study:
             recipe=Recipe(epochs=6, batch_size=128, lr=0.1),
             teacher_recipe=Recipe(epochs=12, batch_size=64, lr=0.1),
             screen=replace(small.screen, grace=4),
+            confirm=Confirm(seeds=(1, 2, 3)),
         )
     return replace(
         small,
         data=Data("digits"),
+        # With 16 epochs a student of the ImageNet stem is as good as its teacher, which then has nothing to teach.
         recipe=Recipe(epochs=8, batch_size=64, lr=0.2),
         # More and smaller batches than the students have: with 20 epochs of 64 the teacher of the ImageNet stem was, by
         # seed and processor, better or worse than its own control.

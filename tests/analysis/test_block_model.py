@@ -119,6 +119,15 @@ def test_intervals_cover_and_findings_of_nothing_are_rare(seeds: int) -> None:
     assert np.mean(found.two_sided() < 0.05) < 0.06
 
 
+def test_a_seed_that_only_the_control_has_changes_no_contrast_with_it() -> None:
+    values = accuracies(10)
+    more = np.concatenate([values, np.full((ARMS, 3), np.nan)], axis=1)
+    more[2, SEEDS:] = 0.99
+    one, other = (estimate(each, ["s"] * ARMS, CONTRAST) for each in (values, more))
+    for name in ("value", "error", "df"):
+        assert_allclose(getattr(other, name), getattr(one, name))
+
+
 def test_one_seed_has_no_error() -> None:
     found = estimate(accuracies(9, seeds=1), ["s"] * ARMS, CONTRAST)
     assert found.pairs.tolist() == [1]

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from tune_kd.analysis import accuracy, contrasts, provenance, statistics, verdicts
+from tune_kd.analysis import accuracy, contrasts, evidence, provenance, statistics, verdicts
 from tune_kd.analysis.accuracy import confirmed
 from tune_kd.records.reader import Records
 from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, first_row
@@ -107,7 +107,7 @@ def test_a_run_of_an_earlier_version_is_judged_as_it_was_declared(study: Study) 
     table = contrasts.contrasts(records)
     assert table["p"].tolist() == table["p_pairs"].tolist()
     assert table["p_holm"].min() == pytest.approx(min(1.0, table["p"].min() * len(table)))
-    assert set(table["rule"]) == {contrasts.DECLARED_EARLIER}
+    assert set(table["rule"]) == {evidence.DECLARED_EARLIER}
 
 
 def test_no_finding_says_how_many_pairs_would_do(study: Study) -> None:

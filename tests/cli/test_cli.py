@@ -112,6 +112,35 @@ def test_a_mistake_gets_one_clear_message_exit_2_and_starts_nothing(
     assert not (elsewhere / "results").exists()
 
 
+def test_calibrate_prints_rates_with_their_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "calibrate", "ablation", "--scale", "smoke", "--studies", "4", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    across = [each["name"] for each in found["contrasts"] if each["across_strata"]]
+    assert across == ["none: cifar - imagenet"]
+    first = found["scenarios"]["equal"]
+    assert first["looks"] == [1]
+    assert first["any_false_finding"]["primary"] == {"found": 0, "studies": 4, "share": 0.0, "standard_error": 0.0}
+    assert first["coverage"]["primary"] is None  # one seed has no interval
+    looks = found["scenarios"]["looks_5_10_20"]
+    assert set(looks["power_by_points"]["cifar: logit - none"]) == {"0.1", "0.2", "0.3", "0.5"}
+    assert looks["coverage"]["across_strata"]["worst"] <= looks["coverage"]["across_strata"]["mean"]
+    assert set(found["practices"]) == {"designed", "before_0_7", "until_significant", "plain_asha"}
+    assert set(found["plain_asha"]) == {"finished", "bias_in_deviations"}
+
+
+def test_the_tables_of_calibrate_fit_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call(monkeypatch, "calibrate", "ablation", "--scale", "paper", "--studies", "4") == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert "scenario                 primary  secondary  coverage  worst" in shown
+    assert "Power: how often cifar: logit - none is found" in shown
+
+
 def test_a_run_of_another_version_is_not_resumed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
@@ -297,19 +326,36 @@ def test_plan_tells_of_rungs_margins_looks_and_short_grace_periods(
             for epoch in range(1, 8)]  # fmt: skip
     (elsewhere / "results" / "before").mkdir(parents=True)
     grace.record(elsewhere / "results" / "before", "before", study, pd.DataFrame(rows))
-    arguments = ["plan", "ablation", "--scale", "laptop", "--set", "confirm.looks=[3,6]"]
+    arguments = ["plan", "ablation", "--scale", "laptop", "--set", "confirm.looks=[3,7]"]
     assert call(monkeypatch, *arguments) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "rungs at epoch 6; an arm stops that is more than 6.00 points behind" in shown
     assert "warning: screen.grace is 6, shorter than the run before supports: in cifar/logit" in shown
-    assert "at a seed-to-seed deviation of 0.50 and a level of 0.025 and 0.025:" in shown
-    assert "primary contrast 3 seeds 6 seeds 0.10 0.20 0.30 0.50 none: cifar - imagenet " in shown
-    assert "6 seeds" in shown
+    assert "at a seed-to-seed deviation of 1.00 and a level of 0.02143 and 0.02857:" in shown
+    assert "primary contrast 3 seeds 7 seeds 0.10 0.20 0.30 0.50 none: cifar - imagenet " in shown
+    assert "7 seeds" in shown
     assert call(monkeypatch, *arguments, "--json") == 0
     answer = json.loads(capsys.readouterr().out)
     assert len(answer["warnings"]) == 1
-    assert [look["level"] for look in answer["seeds"]["looks"]] == pytest.approx([0.025, 0.025])
+    assert [look["level"] for look in answer["seeds"]["looks"]] == pytest.approx([0.15 / 7, 0.2 / 7])
     assert answer["screen"]["rungs"] == [6]
+
+
+@pytest.mark.parametrize(("count", "t"), [(1, None), (2, "12.7"), (3, "4.3"), (4, "3.2"), (5, None)])
+def test_plan_tells_what_teachers_show_and_warns_of_two_to_four(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path, count: int, t: str | None
+) -> None:
+    arguments = ["plan", "ablation", "--scale", "laptop", "--set", f"teacher_seeds={list(range(7, 7 + count))}"]
+    assert call(monkeypatch, *arguments) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("One teacher for all students of a context: verdicts hold given that teacher") == (count == 1)
+    assert shown.count(f"Over {count} teachers a gain over a control is found from") == (count > 1)
+    assert (f"warning: teacher_seeds has {count} seeds" in shown) == (t is not None)
+    assert t is None or f"(t = {t} at {count - 1} degree" in shown
+    assert call(monkeypatch, *arguments, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert {each["teacher_seed"] for each in answer["trials"]} == {None, *(range(7, 7 + count) if count > 1 else ())}
+    assert (answer["seeds"]["detectable_over_teachers"] is None) == (count == 1)
 
 
 def test_margins_of_an_earlier_runs_controls_are_on_record_as_a_setting(
@@ -413,7 +459,7 @@ def test_the_plan_tells_people_what_was_merged_what_it_costs_and_what_seeds_can_
 ) -> None:
     assert call(monkeypatch, "plan", "ablation", "--scale", "laptop") == 0
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("30 raw cells are 14 arms", "58 trials", "2 are teachers", "assumes", "80 % power", "0.2500"):
+    for words in ("30 raw cells are 14 arms", "114 trials", "2 are teachers", "assumes", "80 % power", "0.0156"):
         assert words in said
     for contrast in plan(resolve(find("ablation"), "laptop")).contrasts:
         assert f"{contrast.name} {contrast.family} {contrast.kind}" in said
@@ -521,7 +567,7 @@ def test_the_studys_only_scale_is_what_auto_means_and_ints_and_floats_are_one_va
 def test_a_field_can_be_set_from_the_command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = ["--set", "factors.stem=[\"cifar\"]", "--set", "moderator=null", "--set", "confirm.seeds=[4,5]",
+    settings = ["--set", "factors.stem=[\"cifar\"]", "--set", "confirm.seeds=[4,5]",
                 "--set", "data.train=100"]  # fmt: skip
     assert call(monkeypatch, "plan", "ablation", "--scale", "laptop", "--json", *settings) == 0
     planned = json.loads(capsys.readouterr().out)

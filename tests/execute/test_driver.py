@@ -310,6 +310,15 @@ def test_a_new_driver_goes_on_where_a_killed_one_stood(study: Study, tmp_path: P
     assert len(whole.ledger.rows(EPOCHS)) == len(second.ledger.rows(EPOCHS))
 
 
+def test_a_trial_whose_driver_died_waits_on_record_too(study: Study, tmp_path: Path) -> None:
+    bench = Bench(study, tmp_path)
+    trial = bench.start().trial.trial_id
+    assert bench.rows(trial_id=trial)[0]["status"] == "running"
+    bench.ledger.close()
+    after = Bench(study, tmp_path)
+    assert after.rows(trial_id=trial)[0]["status"] == "pending"
+
+
 def test_an_epoch_that_comes_again_with_other_numbers_is_recorded_as_a_violation(bench: Bench) -> None:
     task = bench.start()
     bench.driver.on_epoch(task.trial.trial_id, epoch(1, 0.5), HERE)

@@ -7,8 +7,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from tune_kd.analysis.paper import paper
 from tune_kd.records.reader import load
 from tune_kd.reporting import report as reporting
+from tune_kd.reporting.page import html as page_html
+from tune_kd.reporting.paper import grid
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +148,27 @@ def test_cells_with_any_signs_are_shown_and_sorted_as_text(browser: Any, hostile
         browser.execute_script("return document.querySelectorAll('main script, main a, main iframe, main b').length")
         == 0
     )
+    assert browser.execute_script("return window.strange") is None
+    assert browser.get_log("browser") == []
+
+
+def test_the_table_of_a_paper_is_bold_where_a_verdict_is_and_names_in_it_are_text(
+    browser: Any, finished: Path, tmp_path: Path
+) -> None:
+    records = load(finished)
+    for name, theirs in zip(("cifar", "imagenet"), HOSTILE, strict=False):
+        records.trials["stem"] = records.trials["stem"].replace(name, theirs)
+    printed = grid(paper(records).assign(verdict=["better", *[None] * 7]), records)
+    made = reporting.tables(records)
+    titled = {name: (reporting.TABLES[name][0], table) for name, table in made.items()}
+    (tmp_path / "report.html").write_text(page_html(records, titled, [], [], printed))
+    browser.get_log("browser")
+    show(browser, tmp_path / "report.html", width=360)
+    region = browser.find_element("css selector", f"[aria-label='{reporting.TABLES['paper'][0]}']")
+    assert [each.text for each in region.find_elements("css selector", "strong")] == [printed.rows[0][2].text]
+    labels = [each.text for each in region.find_elements("css selector", "tbody td:first-child")]
+    assert labels == [HOSTILE[1], HOSTILE[0]]
+    assert browser.execute_script("const e = document.documentElement; return e.scrollWidth - e.clientWidth") == 0
     assert browser.execute_script("return window.strange") is None
     assert browser.get_log("browser") == []
 

@@ -3,11 +3,13 @@
 import itertools
 import json
 import random
+from collections import Counter
 from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given, strategies as st
 
+from conftest import tiny
 from search_spaces.ablation import SCALES
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import APPLIES, Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
@@ -238,11 +240,66 @@ def test_alpha_is_in_the_arms_name_only_where_it_varies(study: Study) -> None:
     assert "cifar/none" in names
 
 
-def test_several_teacher_seeds_take_turns_over_the_replicates(one_stem: Study) -> None:
-    planned = plan(replace(one_stem, teacher_seeds=(7, 8), confirm=Confirm(seeds=(1, 2, 3))))
+def layout(study: Study) -> dict[str, list[tuple[int, int | None]]]:
+    """The seed and the teacher's seed of each confirmed trial, by arm."""
+    planned = plan(study)
     seeds = {trial.trial_id: trial.seed for trial in planned.teachers}
-    drawn = {trial.seed: seeds[trial.teacher_id] for trial in planned.trials if trial.teacher_id}
-    assert drawn == {0: 7, 1: 7, 2: 8, 3: 7}
+    assert len(planned.teachers) == len(study.teacher_seeds)
+    found: dict[str, list[tuple[int, int | None]]] = {}
+    for trial in planned.trials:
+        if trial.role == "student":
+            taught_by = None if trial.teacher_id is None else seeds[trial.teacher_id]
+            assert trial.teacher_seed == taught_by
+            if trial.phase == "confirm":
+                found.setdefault(trial.arm, []).append((trial.seed, taught_by))
+            else:
+                assert taught_by in (None, study.teacher_seeds[0])
+    return found
+
+
+def test_students_are_crossed_with_several_teachers_and_controls_are_one_trial_a_seed(one_stem: Study) -> None:
+    study = replace(one_stem, teacher_seeds=(7, 8), confirm=Confirm(seeds=(1, 2, 3)))
+    crossed = set(itertools.product((1, 2, 3), (7, 8)))
+    for arm, cells in layout(study).items():
+        assert set(cells) == ({(1, None), (2, None), (3, None)} if arm == "cifar/none" else crossed)
+        assert len(cells) == len(set(cells))
+    names = {trial.label for trial in plan(study).trials if trial.phase == "confirm"}
+    assert {"cifar/none seed 1", "cifar/feature seed 1, teacher seed 7", "cifar/feature seed 1, teacher seed 8"} < names
+
+
+@given(st.integers(2, 6), st.integers(1, 6), st.integers(1, 3), st.booleans())
+def test_a_layout_with_fewer_teachers_a_seed_is_balanced_at_every_look(
+    teachers: int, per_seed: int, rounds: int, looks: bool
+) -> None:
+    counts = (teachers, teachers * (rounds + 1)) if looks else None
+    confirm = Confirm(tuple(range(1, teachers * rounds + 1)), counts, teachers_per_seed=min(per_seed, teachers))
+    study = replace(tiny(), teacher_seeds=tuple(range(100, 100 + teachers)), confirm=confirm)
+    for look in range(len(counts or (0,))):
+        met = [(seed, each) for number, seed in enumerate(confirm.seeds_at(look)) for each in study.teachers_of(number)]
+        assert set(Counter(seed for seed, _ in met).values()) == {min(per_seed, teachers)}
+        assert len(set(Counter(each for _, each in met).values())) == 1
+        assert len(Counter(each for _, each in met)) == teachers
+        assert len(met) == len(set(met))
+
+
+def test_trials_of_a_smaller_layout_are_among_those_of_the_larger(one_stem: Study) -> None:
+    """So a study that takes turns, or has one teacher, keeps its trials when it is crossed."""
+    base = replace(one_stem, teacher_seeds=(7, 8), confirm=Confirm(seeds=(1, 2)))
+    alone, turns, crossed = (
+        {trial.trial_id for trial in plan(each).trials}
+        for each in (
+            replace(base, teacher_seeds=(7,)),
+            replace(base, confirm=replace(base.confirm, teachers_per_seed=1)),
+            base,
+        )
+    )
+    assert alone < crossed
+    assert turns < crossed
+
+
+def test_with_one_teacher_a_seed_they_take_turns(one_stem: Study) -> None:
+    study = replace(one_stem, teacher_seeds=(7, 8), confirm=Confirm(seeds=(1, 2, 3, 4), teachers_per_seed=1))
+    assert layout(study)["cifar/feature"] == [(1, 7), (2, 8), (3, 7), (4, 8)]
 
 
 def test_the_longest_remaining_path_starts_first(study: Study) -> None:

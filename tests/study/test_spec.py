@@ -42,6 +42,27 @@ def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
         ({"contrasts": (Compare("method", "none", "none"),)}, ("'none'", "itself")),
         ({"contrasts": (Compare("stem", "cifar", "imagenet"),) * 2}, ("stem 'cifar' with 'imagenet' more than once",)),
         (
+            {"contrasts": (Compare("stem", "cifar", "imagenet", family="main"),)},  # type: ignore[arg-type]
+            ("contrasts[0].family is 'main'", "primary, secondary"),
+        ),
+        (
+            {"contrasts": (Compare("stem", "cifar", "imagenet", moderation="no"),)},  # type: ignore[arg-type]
+            ("contrasts[0].moderation is 'no'", "primary, secondary"),
+        ),
+        (
+            {"contrasts": (Compare("stem", "cifar", "imagenet", where={"depth": 1}),)},
+            ("where of a contrast of stem names 'depth'", "method"),
+        ),
+        (
+            {"contrasts": (Compare("stem", "cifar", "imagenet", where={"stem": "cifar"}),)},
+            ("where of a contrast of stem names 'stem'",),
+        ),
+        (
+            {"contrasts": (Compare("stem", "cifar", "imagenet", where={"method": "dkd"}),)},
+            ("where of a contrast holds method at 'dkd'", "none, logit, feature"),
+        ),
+        ({"strata": ("depth",)}, ("strata names 'depth'", "stem")),
+        (
             {"contrasts": (Compare("temperature", 2.0, 4.0), Compare("temperature", 4, 2))},
             ("4 with 2", "in one direction"),
         ),
@@ -56,6 +77,15 @@ def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
         ({"confirm": Confirm(seeds=(1, 1))}, ("confirm.seeds is [1, 1]", "each seed once")),
         ({"confirm": Confirm(seeds=(-1,))}, ("confirm.seeds has -1",)),
         ({"teacher_seeds": ()}, ("teacher_seeds is empty",)),
+        ({"confirm": Confirm((1, 2), teachers_per_seed=0)}, ("confirm.teachers_per_seed is 0", "at least 1, or null")),
+        (
+            {"confirm": Confirm((1, 2), teachers_per_seed=2)},
+            ("confirm.teachers_per_seed is 2 with 1 teacher_seeds", "null for all of them, or at most 1"),
+        ),
+        (
+            {"teacher_seeds": (7, 8), "confirm": Confirm((1, 2), (2, 3), teachers_per_seed=1)},
+            ("confirm.teachers_per_seed is 1 with 2 teacher_seeds and 2, 3 seeds", "a multiple of 2"),
+        ),
         ({"screen": Screen(grace=3)}, ("screen.grace is 3", "recipe.epochs = 2", "1 to 2")),
         ({"screen": Screen(grace=0)}, ("screen.grace is 0",)),
         ({"screen": Screen(grace=1, reduction=1)}, ("screen.reduction is 1", "at least 2")),
@@ -113,6 +143,10 @@ def test_a_bad_study_is_refused_with_field_value_and_what_is_allowed(
         (
             {"confirm": Confirm(seeds=tuple(range(9000)))},
             "factors have 12 combinations of levels, which with 9000 seeds",
+        ),
+        (
+            {"confirm": Confirm(seeds=tuple(range(900))), "teacher_seeds": tuple(range(10))},
+            "factors have 12 combinations of levels, which with 900 seeds and 10 teachers each come to as many as",
         ),
     ],
 )

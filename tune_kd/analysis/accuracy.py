@@ -1,12 +1,14 @@
 """Test accuracy of the confirmed trials, on which claims rest, and of the exploratory others, as DataFrames."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Final
 
+import numpy as np
 import pandas as pd
 
-from tune_kd.analysis import statistics
+from tune_kd.analysis import statistics, teachers
+from tune_kd.analysis.block_model import Array
 from tune_kd.records.reader import Records
 from tune_kd.records.tables import typed
 from tune_kd.study.spec import Confirm
@@ -24,10 +26,10 @@ def planned_seeds(records: Records, run: str) -> list[int] | None:
 
 
 def confirmation(study: Mapping[str, Any]) -> Confirm:
-    """The confirmation seeds and looks that a run's `study.json` declares."""
+    """The confirmation seeds, looks and layout that a run's `study.json` declares."""
     declared = study["study"]["confirm"]
     looks = declared.get("looks")
-    return Confirm(tuple(declared["seeds"]), None if looks is None else tuple(looks))
+    return Confirm(tuple(declared["seeds"]), None if looks is None else tuple(looks), declared.get("teachers_per_seed"))
 
 
 def judged_look(records: Records) -> int:
@@ -61,46 +63,106 @@ def completed_trials(records: Records) -> pd.DataFrame:
     return trials[trials["status"] == Status.COMPLETED]
 
 
-def confirmed(records: Records) -> pd.DataFrame:
-    """The headline accuracy of completed confirmed trials, by run and seed (rows) and arm (columns).
+def confirmed(records: Records, column: str = HEADLINE) -> pd.DataFrame:
+    """The headline accuracy, or another measure, of completed confirmed trials, by run and seed (rows) and arm
+    (columns).
 
-    Raises `ValueError` if an arm has a seed twice.
+    An arm with several teachers at a seed has the mean over them. Raises `ValueError` if an arm has a seed twice with
+    one teacher.
     """
     ended = completed_trials(records)
-    if (twice := ended.duplicated(["run", "arm", "seed"])).any():
+    if (twice := ended.duplicated(["run", "arm", "seed", "teacher_id"])).any():
         first = ended[twice].iloc[0]
         raise ValueError(
             f"{int(twice.sum())} confirmed trials have the run, arm and seed of another, such as {first['arm']} "
             f"at seed {first['seed']}; an arm has to name all in which its trials differ"
         )
-    table = ended.pivot(index=["run", "seed"], columns="arm", values=HEADLINE)
-    return table.astype("float64")
+    return ended.groupby(["run", "seed", "arm"])[column].mean().unstack("arm").astype("float64")
+
+
+def random_teachers(records: Records, run: str) -> list[int]:
+    """The seeds of the teachers over which the verdicts of a run generalise.
+
+    Empty with one teacher, and if a version before 0.7 declared the study: its seeds took turns over the teachers, and
+    its verdicts hold given those.
+    """
+    study = records.studies.get(run)
+    return study["study"]["teacher_seeds"] if study is not None and is_crossed(study) else []
+
+
+def is_crossed(study: Mapping[str, Any]) -> bool:
+    """Whether a run's `study.json` declares several teachers over which verdicts generalise."""
+    return len(study["study"]["teacher_seeds"]) > 1 and "teachers_per_seed" in study["study"]["confirm"]
+
+
+def teachers_per_seed(records: Records, run: str) -> int:
+    """The number of planned trials a confirmation seed of an arm that has a teacher."""
+    count = len(random_teachers(records, run))
+    return min(records.studies[run]["study"]["confirm"]["teachers_per_seed"] or count, count) if count else 1
+
+
+def cells(records: Records, run: str, ended: pd.DataFrame, seeds: Sequence[int]) -> Array:
+    """The accuracies of an arm's completed trials by `random_teachers` and seed [T, S]; NaN where there is none.
+
+    Those of an arm without a teacher are the same for every teacher.
+    """
+    of_run = records.trials[(records.trials["run"] == run) & (records.trials["role"] == Role.TEACHER)]
+    seed_of = dict(zip(of_run["trial_id"], of_run["seed"], strict=True))
+    rows = {seed: place for place, seed in enumerate(random_teachers(records, run))}
+    columns = {seed: place for place, seed in enumerate(seeds)}
+    found = np.full((len(rows), len(columns)), np.nan)
+    if not rows:
+        return found
+    known = ended[ended["seed"].isin(seeds) & ended[HEADLINE].notna()]
+    for teacher_id, seed, value in zip(known["teacher_id"], known["seed"], known[HEADLINE], strict=True):
+        if pd.isna(teacher_id):
+            found[:, columns[seed]] = value
+        elif seed_of.get(teacher_id) in rows:
+            found[rows[seed_of[teacher_id]], columns[seed]] = value
+    return found
+
+
+def summary(records: Records, run: str, ended: pd.DataFrame) -> statistics.Summary:
+    """Mean, standard deviation and 95 % interval of an arm's completed trials.
+
+    Where students are crossed with several teachers, the interval is that of the mean over teachers and seeds.
+    """
+    described = statistics.summary(ended[HEADLINE].dropna().tolist())
+    if not random_teachers(records, run) or ended["teacher_id"].isna().all():
+        return described
+    low, high = teachers.crossed(cells(records, run, ended, ended["seed"].unique().tolist())).interval()
+    return replace(described, low=float(low), high=float(high))
 
 
 def arms(records: Records) -> pd.DataFrame:
     """One row per arm: n, mean, sd and 95 % interval of its confirmed accuracy, and a note if seeds are missing.
 
-    `planned` counts the seeds of the study, or the seeds present in tables without a study. An arm whose own trials
+    `planned` counts the trials of the study, or the seeds present in tables without a study. An arm whose own trials
     differ in planned epochs, data or recipe has no mean, and the note names the columns.
     """
-    trials, values = confirmed_trials(records), confirmed(records)
+    trials = confirmed_trials(records)
+    confirmed(records)  # raises if a trial is there twice
     rows: list[dict[str, Any]] = []
     for run, name, role, tried in _arms(records, trials):
-        known = values.loc[[run], name].dropna().tolist() if name in values and run in values.index else []
+        ended = tried[(tried["status"] == Status.COMPLETED) & tried[HEADLINE].notna()]
         seeds = planned_seeds(records, run)
         planned = tried["seed"].nunique() if seeds is None else len(seeds)
+        if seeds is not None and tried["teacher_id"].notna().any():
+            planned *= teachers_per_seed(records, run)
         statuses = set(tried["status"])
         note = differing(tried)
         if note:
-            known = []
+            ended = ended.iloc[:0]
         elif statuses == {"stopped"}:
             note = "stopped in the screen"
         elif not statuses <= set(ENDED):
             note = "not finished"
-        elif len(known) < planned:
+        elif len(ended) < planned:
             note = "incomplete"
-        described = asdict(statistics.summary(known))
+        described = asdict(summary(records, run, ended))
         n = described.pop("n")
+        for end in ("low", "high"):  # an interval by Student's t may leave what an accuracy can be
+            described[end] = None if described[end] is None else min(1.0, max(0.0, described[end]))
         rows.append({"run": run, "arm": name, "role": role, "n": n, "planned": planned, **described, "note": note})
     return typed(rows, "run arm role n planned mean sd low high note")
 
@@ -155,6 +217,12 @@ def exploratory(records: Records) -> pd.DataFrame:
 
 def _explored(phase: str, fixed: bool) -> str:
     return "screen" if phase == Phase.SCREEN else "added seeds" if fixed else "added arm"
+
+
+def by_seed(trials: pd.DataFrame) -> "pd.Series[float]":
+    """The accuracies of an arm's trials by seed: the mean over teachers where a seed has several."""
+    again = trials.groupby(["seed", "teacher_id"], dropna=False).cumcount()  # of a seed and a teacher: as they are
+    return trials.groupby([trials["seed"], again])[HEADLINE].mean().droplevel(1)
 
 
 def by_context(trials: pd.DataFrame, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:

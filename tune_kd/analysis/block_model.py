@@ -2,16 +2,16 @@
 
 All arms of a stratum see the same seeds, so a seed is a block. A few pairs tell little of the spread of their
 difference; the residuals of all arms tell much, but of arms that may differ in spread. A contrast's variance is
-therefore moderated: that of its own pairs, drawn towards the model's with `PRIOR_DF` degrees of freedom. This is the
-posterior variance of limma (Smyth 2004, doi:10.2202/1544-6115.1027), with a fixed prior in place of an estimated one:
-docs/statistics.md has the simulations.
+therefore moderated: that of its own pairs, drawn towards the model's with `shipped_prior` degrees of freedom. This is
+the posterior variance of limma (Smyth 2004, doi:10.2202/1544-6115.1027), with a fixed prior in place of an estimated
+one: docs/statistics.md has the simulations.
 
 Arrays may have leading axes, for many studies at once. Missing trials are the same in all of them.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ import numpy.typing as npt
 Array = npt.NDArray[np.floating[Any]]
 Flags = npt.NDArray[np.bool_]
 
-PRIOR_DF = 8.0
 NO_SPREAD = 1e-9  # below this standard error, a t statistic would be one rounding error over another
 
 
@@ -93,6 +92,14 @@ class Estimates:
             return replace(self, value=self.paired, error=self.spread / np.sqrt(self.pairs), df=self.pairs - 1.0)
 
 
+def shipped_prior(own: Any) -> Any:
+    """Degrees of freedom of the prior, for pairs that have `own`: twice as many, and 8 at most.
+
+    So it is 4 at three seeds and 8 from five on: with few pairs a prior of 8 would decide nearly alone.
+    """
+    return np.minimum(8.0, 2.0 * own)
+
+
 def fit(values: Array) -> Fit:
     """Fit accuracies [..., A, S] of A arms at S seeds; NaN where a trial is missing."""
     present = ~np.isnan(values).reshape(-1, *values.shape[-2:])[0]
@@ -117,7 +124,7 @@ def fit(values: Array) -> Fit:
 
 
 def estimate(
-    values: Array, strata: Sequence[Any], weights: Array, *, prior_df: float = PRIOR_DF, pairs_alone: bool = False
+    values: Array, strata: Sequence[Any], weights: Array, *, prior_df: float | None = None, pairs_alone: bool = False
 ) -> Estimates:
     """Estimate contrasts with `weights` [C, A] from accuracies [..., A, S] of arms in `strata` [A].
 
@@ -133,7 +140,8 @@ def estimate(
     model = _Sums.of(values, groups, weights)
     own = pairs - 1.0
     with np.errstate(invalid="ignore", divide="ignore"):
-        prior = np.clip(model.df - own, 0.0, prior_df)  # the model includes the pairs themselves
+        most = shipped_prior(own) if prior_df is None else prior_df
+        prior = np.clip(model.df - own, 0.0, most)  # the model includes the pairs themselves
         moderated = (prior * model.spread**2 + np.where(own > 0, own * spread**2, 0.0)) / (prior + own)
         error = np.sqrt(moderated * model.scale)
     usable = model.estimable & by_model & (pairs > 0)
@@ -144,6 +152,11 @@ def estimate(
         error=np.where(usable, error, found.error),
         df=np.where(usable, prior + own, own),
     )
+
+
+def joined(parts: Sequence[Estimates]) -> Estimates:
+    """Estimates one after another, of contrasts of different values."""
+    return Estimates(*(np.concatenate([getattr(part, each.name) for part in parts], -1) for each in fields(Estimates)))
 
 
 @dataclass(frozen=True)

@@ -1,44 +1,47 @@
-"""Simulated false-positive rate of a study when all arms are identical, from screen to verdict.
+"""What a study's verdicts are worth: false findings, coverage and power in simulated studies, by scenario.
 
-A trial's learning curve and test accuracy are drawn; scheduling and analysis are those of real runs. Two common
-alternative practices are applied to the same draws.
+The screen, the estimates and the verdicts are those of real runs, for many studies at once.
 """
 
-import gc
 import math
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from multiprocessing import get_context
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
-from tune_kd.analysis import accuracy, contrasts, statistics
-from tune_kd.analysis.simulate import Curve, replay
+from tune_kd.analysis import practices, verdicts
+from tune_kd.analysis.block_model import Array, Estimates, Flags, estimate
+from tune_kd.analysis.scenarios import SCENARIOS, Design, Scenario, draw, looks, scenarios, spreads
+from tune_kd.analysis.statistics import MARGIN, spent
 from tune_kd.analysis.verdicts import ALPHA
-from tune_kd.records.adaptive_plan import to_come
-from tune_kd.records.reader import Records
-from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, TrialRow, first_row
-from tune_kd.records.tables import frame
 from tune_kd.study.contrasts import Contrast
-from tune_kd.study.early_stopping import stratum
-from tune_kd.study.plan import Plan, arrival_order, plan
-from tune_kd.study.spec import Study
-from tune_kd.study.trial import ArmRole, Phase, Status, StopReason, Trial
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Family, Study
+from tune_kd.system.errors import UserError
 
+DIFFERENCES = (0.001, 0.002, 0.003, 0.005)  # true differences, of which the power is simulated
+CHUNK = 2_000  # studies that are judged at once
+MOST_ASHA = 200  # studies of plain ASHA, which cannot be simulated at once
 PRACTICES = {
-    "designed": "as designed: screen, confirm on fresh seeds, Holm, the declared looks",
-    "plain_asha": "plain ASHA over arms and seeds, means of those that finish, Welch, Holm",
+    "designed": "as designed: screen, confirm on fresh seeds, block model, Holm in each family",
+    "before_0_7": "as before 0.7: the same trials, paired t tests, Holm over all contrasts",
     "until_significant": "no screen, paired t tests, Holm; more seeds until something is significant",
+    "plain_asha": "plain ASHA over arms and seeds, means of those that finish, Welch, Holm",
 }
-ACCURACY = 0.95  # at the end, of every arm
-EARLY_NOISE = 15  # sd of validation accuracy at the full learning rate, in standard deviations between seeds
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How contrasts are judged. With `pairs_alone`, by paired t tests with Holm over all: the rule before 0.7."""
+
+    prior_df: float | None = None  # of the block model; None for the one that is shipped
+    pairs_alone: bool = False
 
 
 @dataclass(frozen=True)
 class Rate:
-    """How many of `studies` null studies had at least one false finding."""
+    """How many of `studies` simulated studies have something."""
 
     found: int
     studies: int
@@ -54,168 +57,213 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """The false-positive rate of each practice, and the selection bias of plain ASHA."""
+class Performance:
+    """What a rule finds in the simulated studies of a scenario."""
 
-    rates: dict[str, Rate]
-    finished: float  # fraction of plain ASHA's trials that complete
-    bias: float  # mean error of their accuracy, in standard deviations between seeds
+    scenario: Scenario
+    looks: tuple[int, ...]
+    false: dict[str, Rate]  # by family, and `any`: at least one finding, where all arms are equally good
+    coverage: dict[str, Rate]  # by contrast: its intervals hold the true difference, at all looks
+    power: dict[str, dict[float, Rate]]  # by primary contrast of two arms and true difference: found, with its sign
+
+    def covered(self, names: Sequence[str]) -> tuple[float, float] | None:
+        """Mean and least coverage of some contrasts. None where no study has an interval of any."""
+        shares = [self.coverage[name].share for name in names if name in self.coverage]
+        return (float(np.mean(shares)), min(shares)) if shares else None
 
 
 @dataclass(frozen=True)
-class Found:
-    """The outcome of one null study."""
+class Calibration:
+    """The performance of a study in each scenario, and common practices beside it where all arms are alike."""
 
-    false: dict[str, bool]  # by practice: whether it claims a difference
-    finished: tuple[float, ...]  # plain ASHA: accuracy of each completed trial minus the true one
-    tried: int  # plain ASHA: number of competing trials
+    contrasts: tuple[Contrast, ...]
+    across: tuple[str, ...]  # contrasts across strata
+    shown: str | None  # the primary contrast whose power stands for all: the one that is most easily found
+    scenarios: dict[str, Performance]
+    before: Performance  # the rule before 0.7
+    false: dict[str, Rate]  # by practice
+    finished: float  # fraction of plain ASHA's trials that complete
+    bias: float  # mean error of their accuracy, in standard deviations between seeds
 
-
-def calibrate(study: Study, studies: int, processes: int, beat: Callable[[], object] = lambda: None) -> Calibration:
-    """The false-positive rate of each practice over `studies` replays of a study whose arms are identical.
-
-    `beat` is called after each replay. Replay i is seeded with i alone.
-    """
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_prepare) as pool:
-        found = []
-        for one in pool.map(partial(null_study, study), range(studies), chunksize=4):
-            found.append(one)
-            beat()
-    errors = [error for one in found for error in one.finished]
-    return Calibration(
-        {name: Rate(sum(one.false[name] for one in found), studies) for name in PRACTICES},
-        len(errors) / max(1, sum(one.tried for one in found)),
-        float(np.mean(errors)) / study.deviation if errors else 0.0,
-    )
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Contrasts by what their coverage is reported for: each family, and those across strata."""
+        found: dict[str, list[str]] = {str(family): [] for family in Family}
+        for each in self.contrasts:
+            found[str(each.family)].append(each.name)
+        return found | {"across_strata": list(self.across)}
 
 
-def _prepare() -> None:
-    """Exclude imported modules from garbage collection, which statsmodels triggers at every Holm adjustment (0.1 s)."""
-    import statsmodels.stats.multitest  # noqa: F401
-
-    gc.freeze()
+def steps(study: Study, studies: int) -> int:
+    """How often `calibrate` calls `beat`."""
+    return studies + min(studies, MOST_ASHA) + (len(scenarios(study)) + 2) * math.ceil(studies / CHUNK)
 
 
-def null_study(study: Study, number: int) -> Found:
-    """Draw a null study with this seed and apply each practice to it."""
-    everything = plan(study, "0" * 64, len(study.confirm.looks or (0,)) - 1)
-    nature = _Draws(study, number)
-    finished, tried = _finishers(everything, nature, number)
+def calibrate(study: Study, studies: int, beat: Callable[[], object] = lambda: None) -> Calibration:
+    """Simulate `studies` studies of each scenario. Raises `UserError` for a study without contrasts."""
+    design = Design.of(plan(study, "0" * 64))
+    if not len(design.weights):
+        raise UserError(f"STUDY is {study.name}, which declares no contrasts; allowed: a study with one or more")
+    stopped = screened(design, studies, beat)
+    found = {name: performance(design, name, each, stopped, beat=beat) for name, each in scenarios(study).items()}
+    before = performance(design, "alike", SCENARIOS["alike"], stopped, Rule(pairs_alone=True), beat)
+    asha = []
+    for number in range(min(studies, MOST_ASHA)):
+        asha.append(practices.plain_asha(design.planned, number))
+        beat()
+    errors = [error for one in asha for error in one.errors]
     false = {
-        "designed": _designed(study, nature, number),
-        "plain_asha": _differ(everything, finished),
-        "until_significant": _until_significant(everything, nature),
+        "designed": found["alike"].false["any"],
+        "before_0_7": before.false["any"],
+        "until_significant": _until_significant(design, studies, beat),
+        "plain_asha": Rate(sum(one.claims for one in asha), len(asha)),
     }
-    controls = {arm.name for arm in everything.arms if arm.role == ArmRole.CONTROL}
-    competed = [value for arm, values in finished.items() if arm not in controls for value in values]
-    return Found(false, tuple(value - ACCURACY for value in competed), tried)
+    across = tuple(
+        each.name for each, is_across in zip(design.planned.contrasts, design.across, strict=True) if is_across
+    )
+    finished = len(errors) / max(1, sum(one.tried for one in asha))
+    bias = float(np.mean(errors)) / study.deviation if errors else 0.0
+    return Calibration(design.planned.contrasts, across, _shown(design), found, before, false, finished, bias)
 
 
-class _Draws:
-    """Draws learning curves and test accuracies with the same distribution for every arm.
+def screened(design: Design, studies: int, beat: Callable[[], object] = lambda: None) -> Flags:
+    """The arms that each study's screen stops [studies, A]; the same in all scenarios."""
+    found = []
+    for number in range(studies):
+        found.append(practices.stopped(design.planned, number))
+        beat()
+    return np.array(found)
 
-    As in the published curves, validation and test accuracy share half of the variance between seeds; the other half
-    affects the test accuracy alone. The noise of validation accuracy is proportional to the learning rate.
+
+def performance(
+    design: Design,
+    name: str,
+    scenario: Scenario,
+    stopped: Flags,
+    rule: Rule = Rule(),
+    beat: Callable[[], object] = lambda: None,
+) -> Performance:
+    """Judge as many studies of a scenario as `stopped` [studies, A] has rows."""
+    counts = looks(design.planned.study, scenario)
+    found = []
+    for first in range(0, len(stopped), CHUNK):
+        chunk = stopped[first : first + CHUNK]
+        values = draw(name, scenario, design, first, len(chunk))
+        at = [estimates(values[..., :count], chunk, design, rule) for count in counts]
+        found.append((*_false(at, counts, design, rule), _power(at, counts, design, rule)))
+        beat()
+    false, covered, judged, powers = (np.sum([each[part] for each in found], axis=0) for part in range(4))
+    contrasts, studies = design.planned.contrasts, len(stopped)
+    return Performance(
+        scenario,
+        counts,
+        {str(name): Rate(int(count), studies) for name, count in zip((*Family, "any"), false, strict=True)},
+        {each.name: Rate(int(held), int(n)) for each, held, n in zip(contrasts, covered, judged, strict=True) if n},
+        {
+            contrasts[place].name: {size: Rate(int(n), studies) for size, n in zip(DIFFERENCES, row, strict=True)}
+            for place, row in zip(_effects(design), powers, strict=True)
+        },
+    )
+
+
+def estimates(values: Array, stopped: Flags, design: Design, rule: Rule) -> Estimates:
+    """Estimate the contrasts in each study of `values` [N, A, S], without the arms that are `stopped` [N, A].
+
+    All fields of the result are [N, C]. Studies with the same arms are estimated together.
     """
-
-    def __init__(self, study: Study, number: int) -> None:
-        recipe = study.recipe
-        epochs = np.arange(1, recipe.epochs + 1)
-        rate = (1 + np.cos(np.pi * epochs / recipe.epochs)) / 2
-        self._noise = study.deviation * EARLY_NOISE * rate
-        self._mean = ACCURACY * (1 - np.exp(-3 * epochs / recipe.epochs) / 2)
-        self._half = study.deviation / math.sqrt(2)
-        self._number = number
-        self._drawn: dict[tuple[str, int], tuple[tuple[float, ...], float]] = {}
-
-    def trial(self, arm: str, seed: int) -> tuple[tuple[float, ...], float]:
-        """Validation accuracy by epoch, and test accuracy."""
-        if (arm, seed) not in self._drawn:
-            chance = np.random.default_rng([self._number, seed, *arm.encode()])
-            luck = self._half * chance.standard_normal()
-            curve = self._mean + luck + self._noise * chance.standard_normal(len(self._mean))
-            test = ACCURACY + luck + self._half * chance.standard_normal()
-            self._drawn[arm, seed] = tuple(np.clip(curve, 0, 1).tolist()), float(test)
-        return self._drawn[arm, seed]
+    patterns, which = np.unique(stopped, axis=0, return_inverse=True)
+    shape = len(values), len(design.weights)
+    whole: dict[str, Any] = {}
+    for number, pattern in enumerate(patterns):
+        theirs = which == number
+        kept = np.where(pattern[:, None], np.nan, values[theirs])
+        part = estimate(kept, design.strata, design.weights, prior_df=rule.prior_df, pairs_alone=rule.pairs_alone)
+        for each in fields(Estimates):
+            value = np.asarray(getattr(part, each.name))
+            whole.setdefault(each.name, np.empty(shape, value.dtype))[theirs] = value
+    return Estimates(**whole)
 
 
-def _designed(study: Study, nature: _Draws, number: int) -> bool:
-    """Whether the designed procedure claims a difference: screen, confirmation, contrasts and Holm at each look."""
-    at = [plan(study, "0" * 64, look) for look in range(len(study.confirm.looks or (0,)))]
-    arms, seed = at[0].arms, study.screen.seed
-    grid = tuple(
-        Curve(arm.name, arm.name, stratum(study.screen, asdict(arm.cell)), arm.immune, nature.trial(arm.name, seed)[0])
-        for arm in arms
-    )
-    made = replay(study.screen, grid, arrival_order([arm.name for arm in arms], number))
-    stopped = {decision.arm for decision in made if decision.stops}
-    return any(_claims(planned, look, stopped, nature) for look, planned in enumerate(at))
+def p_values(at: Sequence[Estimates], counts: Sequence[int], families: Sequence[str]) -> Array:
+    """Adjusted p values [N, C] of no difference, after all looks."""
+    return verdicts.adjusted(at, spent(counts), families, MARGIN)[0]
 
 
-def _claims(planned: Plan, look: int, stopped: set[str], nature: _Draws) -> bool:
-    """Whether the verdict on any contrast of a look is better or worse."""
-    trials = (*planned.trials, *to_come(planned))  # as if the best draw of a tuned arm were as good as any
-    rows = [_row(trial, trial.arm in stopped, nature) for trial in trials if trial.phase == Phase.CONFIRM]
-    record = {
-        "study": asdict(planned.study),
-        "look": look,
-        "contrasts": [asdict(contrast) for contrast in planned.contrasts],
-        "arms": [{"name": arm.name, "role": arm.role} for arm in planned.arms],
-    }
-    records = Records(frame(TRIALS, rows), frame(EPOCHS, []), frame(DECISIONS, []), {"null": record})
-    return bool(contrasts.contrasts(records)["verdict"].isin(["better", "worse"]).any())
+def _false(at: Sequence[Estimates], counts: Sequence[int], design: Design, rule: Rule) -> tuple[Array, Array, Array]:
+    """Studies with a false finding, by family and in any; and studies in which each contrast's intervals hold 0, and
+    in which it has them."""
+    families = np.array(design.families)
+    claims = p_values(at, counts, _families(design, rule)) < ALPHA
+    within = [claims[:, families == family].any(1).sum() for family in Family]
+    missed = np.zeros_like(claims)
+    for each, level in zip(at, spent(counts), strict=True):
+        low, high = each.interval(1 - level)
+        missed |= (low > 0) | (high < 0)
+    judged = ~np.isnan(low)
+    return np.array([*within, claims.any(1).sum()]), (judged & ~missed).sum(0), judged.sum(0)
 
 
-def _row(trial: Trial, stopped: bool, nature: _Draws) -> TrialRow:
-    row = first_row("null", trial)
-    if stopped:
-        return row | {"status": Status.STOPPED, "stop_reason": StopReason.ASHA}
-    test = nature.trial(trial.arm, trial.seed)[1]
-    return row | {"status": Status.COMPLETED, "epochs_run": trial.recipe.epochs, accuracy.HEADLINE: test}
+def _power(at: Sequence[Estimates], counts: Sequence[int], design: Design, rule: Rule) -> Array:
+    """Studies in which each primary contrast of two arms is found, by true difference [E, D]."""
+    families = np.array(_families(design, rule))
+    found = []
+    for place in _effects(design):
+        theirs = np.flatnonzero(families == families[place])
+        shift = design.weights[theirs] @ _treated(design, place)
+        here = int(np.flatnonzero(theirs == place)[0])
+        parts = [_only(each, theirs) for each in at]
+        row = []
+        for size in DIFFERENCES:
+            moved = [_shifted(each, size * shift) for each in parts]
+            p = p_values(moved, counts, families[theirs].tolist())
+            row.append(((p[:, here] < ALPHA) & (moved[-1].value[:, here] > 0)).sum())
+        found.append(row)
+    return np.array(found, dtype=int).reshape(len(found), len(DIFFERENCES))
 
 
-def _finishers(planned: Plan, nature: _Draws, number: int) -> tuple[dict[str, list[float]], int]:
-    """Plain ASHA over all arms and seeds together: test accuracies of completed trials by arm, and the number of
-    competing trials. The control is a baseline and always completes."""
-    study = planned.study
-    screen = replace(study.screen, strata=None, margin=0.0, min_peers=1)
-    controls = {arm.name for arm in planned.arms if arm.role == ArmRole.CONTROL}
-    trials = {f"{arm.name} {seed}": (arm.name, seed) for arm in planned.arms for seed in study.confirm.all_seeds}
-    grid = tuple(
-        Curve(name, name, "all", arm in controls, nature.trial(arm, seed)[0]) for name, (arm, seed) in trials.items()
-    )
-    made = replay(screen, grid, arrival_order(list(trials), number))
-    stopped = {decision.arm for decision in made if decision.stops}
-    finished: dict[str, list[float]] = {arm.name: [] for arm in planned.arms}
-    for name, (arm, seed) in trials.items():
-        if name not in stopped:
-            finished[arm].append(nature.trial(arm, seed)[1])
-    return finished, sum(arm not in controls for arm, _ in trials.values())
+def _families(design: Design, rule: Rule) -> list[str]:
+    return ["all"] * len(design.weights) if rule.pairs_alone else design.families
 
 
-def _differ(planned: Plan, finished: dict[str, list[float]]) -> bool:
-    """Whether Welch's tests on the completed trials claim a difference."""
-    effects = [contrast for contrast in planned.contrasts if contrast.kind == "effect"]
-    return _significant([statistics.welch(*(finished[arm] for arm, _ in effect.weights)).p for effect in effects])
+def _effects(design: Design) -> list[int]:
+    """The places of the primary contrasts of two arms."""
+    contrasts = design.planned.contrasts
+    return [place for place, each in enumerate(contrasts) if each.family == Family.PRIMARY and len(each.weights) == 2]
 
 
-def _until_significant(planned: Plan, nature: _Draws) -> bool:
-    """Whether a contrast becomes significant as seeds are added; without looks, their number doubles twice."""
-    confirm = planned.study.confirm
+def _shown(design: Design) -> str | None:
+    """The name of the contrast of two arms that spreads least where spreads are equal. None without any."""
+    variances = design.weights**2 @ spreads(SCENARIOS["equal"], design) ** 2
+    places = sorted(_effects(design), key=lambda place: (design.across[place], variances[place]))
+    return design.planned.contrasts[places[0]].name if places else None
+
+
+def _treated(design: Design, place: int) -> Flags:
+    """Which arms [A] a true difference of this contrast moves: the treated one, and of methods all of its stratum."""
+    planned, treated = design.planned, np.asarray(design.weights[place] > 0)
+    if planned.contrasts[place].factor != "method":
+        return treated
+    alike = [(arm.cell.method, stratum) for arm, stratum in zip(planned.arms, design.strata, strict=True)]
+    return np.array([each == alike[int(treated.argmax())] for each in alike])
+
+
+def _only(found: Estimates, places: Any) -> Estimates:
+    return Estimates(**{each.name: getattr(found, each.name)[:, places] for each in fields(Estimates)})
+
+
+def _shifted(found: Estimates, by: Array) -> Estimates:
+    """The estimates where the true difference of each contrast [C] is larger by `by`; errors stay as they are."""
+    return replace(found, value=found.value + by)
+
+
+def _until_significant(design: Design, studies: int, beat: Callable[[], object]) -> Rate:
+    """Without declared looks, the number of seeds doubles twice."""
+    confirm, found = design.planned.study.confirm, 0
     first = len(confirm.seeds)
-    looks = confirm.looks or (first, 2 * first, 4 * first)
-    seeds = replace(confirm, looks=looks).all_seeds
-    return any(
-        _significant([_paired_p(contrast, seeds[:count], nature) for contrast in planned.contrasts]) for count in looks
-    )
-
-
-def _paired_p(contrast: Contrast, seeds: tuple[int, ...], nature: _Draws) -> float | None:
-    from scipy.stats import ttest_1samp
-
-    values = [sum(weight * nature.trial(arm, seed)[1] for arm, weight in contrast.weights) for seed in seeds]
-    return float(ttest_1samp(values, 0.0).pvalue) if len(values) > 1 else None
-
-
-def _significant(p_values: list[float | None]) -> bool:
-    return bool((statistics.holm([math.nan if p is None else p for p in p_values]) < ALPHA).any())
+    counts = confirm.looks or (first, 2 * first, 4 * first)
+    scenario = replace(SCENARIOS["alike"], looks=counts)
+    for start in range(0, studies, CHUNK):
+        values = draw("until_significant", scenario, design, start, min(CHUNK, studies - start))
+        found += int(practices.until_significant(design, values, counts).sum())
+        beat()
+    return Rate(found, studies)

@@ -5,7 +5,6 @@ with planned confirmation seeds; everything else is exploratory and labelled so.
 """
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -13,54 +12,55 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tune_kd.analysis import block_model, statistics, verdicts
+from tune_kd.analysis import block_model, statistics, teachers, verdicts
 from tune_kd.analysis.accuracy import (
     COMPARABLE,
     CONTEXT,
     HEADLINE,
     by_context,
+    by_seed,
     completed_trials,
     confirmation,
-    confirmed,
-    confirmed_trials,
-    differing,
     judged_look,
+    random_teachers,
+    teachers_per_seed,
 )
-from tune_kd.analysis.block_model import NO_SPREAD, Array, Estimates, estimate
+from tune_kd.analysis.block_model import NO_SPREAD, Estimates
+from tune_kd.analysis.evidence import Evidence, arrays, looks_so_far, reasons
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.analysis.verdicts import ALPHA, EARLIER
 from tune_kd.records.reader import Records
 from tune_kd.records.tables import as_typed, typed
+from tune_kd.study.plan import TEACHER_FIELDS
 from tune_kd.study.spec import APPLIES
-from tune_kd.study.trial import ENDED
+from tune_kd.study.trial import Role, Status
 from tune_kd.system.errors import UserError
 
 CONTRAST_COLUMNS = (
-    "run contrast family verdict n planned estimate low high sd error df p_holm p p_equivalence low_pairs high_pairs "
-    "p_pairs p_exact smallest_exact_p effect_size pairs_needed rules_out rule kind factor note words"
+    "run contrast family verdict n planned teachers estimate low high sd error df p_holm p p_equivalence low_pairs "
+    "high_pairs p_pairs p_exact smallest_exact_p effect_size pairs_needed rules_out rule kind factor note words"
 )
-BY_MODEL = "block model"
-BY_PAIRS = "pairs"
-DECLARED_EARLIER = "pairs, one family, as declared by an earlier version"
 
 
 def contrasts(records: Records, margin: float = MARGIN) -> pd.DataFrame:
     """One row per declared contrast: its estimate, and a verdict.
 
     A contrast within strata is judged by the block model (`rule`), which uses all seeds; `n` counts those that have all
-    of its arms. One across strata is judged by its pairs, since blocks need not cancel there. `error` and `df` are of
-    the test; `low_pairs`, `high_pairs` and `p_pairs` are of the t test of the pairs alone. `p_holm` and
-    `p_equivalence` are adjusted by Holm over the contrasts of the `family`, also those without a p value: a family that
-    shrank with the data would make p values too small. `pairs_needed` are the seeds for 80 % power at this difference
-    and error, and an unadjusted level of 0.05. A contrast has no estimate if an arm was stopped, or if its arms differ
-    in other settings (`note` names them).
+    of its arms. One across strata is judged by its pairs, since blocks need not cancel there. Where students are
+    crossed with several teachers, one of arms that have a teacher is judged with teachers as a random effect
+    (`teachers` counts them; null elsewhere), by its own cells of teacher and seed. Its pairs are the means over
+    teachers, and their test holds for these teachers alone. `error` and `df` are of the test; `low_pairs`, `high_pairs`
+    and `p_pairs` are of the t test of the pairs alone. `p_holm` and `p_equivalence` are adjusted by Holm over the
+    contrasts of the `family`, also those without a p value: a family that shrank with the data would make p values too
+    small. `pairs_needed` are the seeds for 80 % power at this difference and error, and an unadjusted level of 0.05. A
+    contrast has no estimate if an arm was stopped, or if its arms differ in other settings (`note` names them).
 
     With declared looks, each look has a share of 0.05 (`statistics.spent`). An adjusted p value is then the minimum
     over the looks so far, each scaled from its share to 0.05, so that a finding stands at later looks; the intervals of
     all looks hold jointly at 95 %. Estimates, errors and `p` use all seeds so far.
 
     A run whose record has no families was declared by a version before 0.7: all of its contrasts are one family, and
-    are judged by their pairs.
+    are judged by their pairs. If its seeds took turns over several teachers, its verdicts are given these.
     """
     found = [_contrasts_of(records.of(run), margin) for run in records.runs if run in records.studies]
     return pd.concat(found, ignore_index=True) if found else typed([], CONTRAST_COLUMNS)
@@ -68,19 +68,16 @@ def contrasts(records: Records, margin: float = MARGIN) -> pd.DataFrame:
 
 def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
     (run,), study = records.runs, records.study
-    confirm, look, declared = confirmation(study), judged_look(records), study["contrasts"]
+    declared = study["contrasts"]
     if not declared:
         return typed([], CONTRAST_COLUMNS)
-    levels = statistics.spent(confirm.looks)[: look + 1] if confirm.looks else [ALPHA]
-    seeds = confirm.seeds_at(look)
+    levels, seeds, counts = looks_so_far(records)
     earlier = any(contrast.get("family") is None for contrast in declared)
     families = ["all" if earlier else str(contrast["family"]) for contrast in declared]
-    notes = _notes(records, seeds)
+    notes = reasons(records, seeds, declared)
     judged = np.array([not note for note in notes])
-    values, strata, weights = _arrays(records, seeds, declared)
-    weights[~judged] = 0.0
-    counts = [len(confirm.seeds_at(each)) for each in range(len(levels))]
-    looks = [estimate(values[:, :count], strata, weights, pairs_alone=earlier) for count in counts]
+    evidence = Evidence.of(records, seeds, declared, judged)
+    looks = [evidence.at(count, pairs_alone=earlier) for count in counts]
     last, now = looks[-1], verdicts.adjusted(looks[-1:], levels[-1:], families, margin)
     p_holm, p_equivalence = verdicts.adjusted(looks, levels, families, margin)
     before = (np.fmin(p_holm, p_equivalence) < ALPHA) & ~(np.fmin(*now) < ALPHA)
@@ -92,6 +89,7 @@ def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
         "family": families,
         "n": last.pairs,
         "planned": len(seeds),
+        "teachers": pd.array(evidence.counts, dtype="Int64"),
         "estimate": last.value,
         "error": last.error,
         "df": np.where(judged, last.df, np.nan),
@@ -101,14 +99,14 @@ def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
         "p_holm": p_holm,
         "p_equivalence": p_equivalence,
         "p_pairs": last.pairs_alone().two_sided(),
-        "rule": [DECLARED_EARLIER if earlier else BY_MODEL if each else BY_PAIRS for each in last.by_model],
+        "rule": evidence.rules(last, earlier),
     }
     columns["low"], columns["high"] = last.interval(1 - levels[-1])
     columns["low_pairs"], columns["high_pairs"] = last.pairs_alone().interval(1 - levels[-1])
-    missing = [f"{len(seeds) - n} of {len(seeds)} seeds are missing" if n < len(seeds) else "" for n in last.pairs]
+    missing = evidence.missing(last, teachers_per_seed(records, run))
     said = [[note or lost, EARLIER if old else ""] for note, lost, old in zip(notes, missing, before, strict=True)]
     columns["note"] = ["; ".join(filter(None, each)) for each in said]
-    table = pd.DataFrame(columns).assign(**_of_pairs(last, values, weights))
+    table = pd.DataFrame(columns).assign(**_of_pairs(last, evidence))
     verdict = [verdicts.verdict(row) for row in table.to_dict("records")]
     table = table.assign(verdict=verdict)
     table["rules_out"] = [verdicts.rules_out(row) for row in table.to_dict("records")]
@@ -116,55 +114,18 @@ def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
     return as_typed(table, CONTRAST_COLUMNS)
 
 
-def _arrays(records: Records, seeds: Sequence[int], declared: Any) -> tuple[Array, list[Any], Array]:
-    """Accuracies [arms, seeds] with NaN where a trial is missing, the stratum of each arm, weights [contrasts, arms].
+def _of_pairs(found: Estimates, evidence: Evidence) -> dict[str, list[Any]]:
+    """The sign-flip test of each contrast's pairs, its least p value, and the pairs that a finding would need.
 
-    An arm whose own trials differ in other settings has no accuracies.
+    Over teachers no number of pairs is given: seeds alone do not lower the error below that of the teachers.
     """
-    (run,), study, trials = records.runs, records.study, confirmed_trials(records)
-    arms = [arm["name"] for arm in study["arms"]]
-    values = confirmed(records).reindex(pd.MultiIndex.from_product([[run], seeds]), columns=arms)
-    found = values.to_numpy(dtype=float, na_value=np.nan).T.copy()
-    of_arm, strata = dict(list(trials.groupby("arm"))), []
-    for place, arm in enumerate(arms):
-        theirs = of_arm.get(arm)
-        first = None if theirs is None else theirs[list(study["study"].get("strata", ["stem"]))].iloc[0]
-        strata.append(None if first is None else tuple(map(str, first)))
-        if theirs is not None and differing(theirs):
-            found[place] = np.nan
-    weights = np.array([[dict(each["weights"]).get(arm, 0.0) for arm in arms] for each in declared])
-    return found, strata, weights.reshape(len(declared), len(arms))
-
-
-def _notes(records: Records, seeds: Sequence[int]) -> list[str]:
-    """Why a contrast cannot be judged; empty where it can."""
-    study, trials = records.study, confirmed_trials(records)
-    trials, ended = trials[trials["seed"].isin(seeds)], set(confirmed(records).columns)
-    unended = trials.loc[~trials["status"].isin(ENDED), "arm"]
-    alike = COMPARABLE[:-1] if study["study"].get("tuning") else COMPARABLE  # tuned arms differ in their recipes
-    notes = []
-    for contrast in study["contrasts"]:
-        arms = [arm for arm, _ in contrast["weights"]]
-        missing = [arm for arm in arms if arm not in ended]
-        if waiting := int(unended.isin(arms).sum()):
-            notes.append(f"{waiting} of its trials wait or run")
-        elif missing:
-            notes.append(f"{missing[0]} has no confirmed trial that ran to its end")
-        else:
-            notes.append(differing(trials[trials["arm"].isin(arms)], alike))
-    return notes
-
-
-def _of_pairs(found: Estimates, values: Array, weights: Array) -> dict[str, list[Any]]:
-    """The sign-flip test of each contrast's pairs, its least p value, and the pairs that a finding would need."""
     exact, smallest, needed = [], [], []
-    for place, (row, n) in enumerate(zip(weights, found.pairs, strict=True)):
-        paired = row[row != 0] @ values[row != 0]
-        exact.append(statistics.sign_flip(paired[~np.isnan(paired)].tolist()) if n else None)
+    for place, n in enumerate(found.pairs):
+        exact.append(statistics.sign_flip(evidence.by_seed(place).tolist()) if n else None)
         smallest.append(statistics.smallest_exact_p(int(n)) if n else None)
         spread, prior = found.error[place] * n**0.5, found.df[place] - (n - 1)
-        df = partial(statistics.less_one, more=prior)
-        needed.append(statistics.pairs_needed(found.value[place], spread, df=df) if spread > 0 else None)
+        df, judgeable = partial(statistics.less_one, more=prior), spread > 0 and not evidence.taught[place]
+        needed.append(statistics.pairs_needed(found.value[place], spread, df=df) if judgeable else None)
     return {"p_exact": exact, "smallest_exact_p": smallest, "pairs_needed": needed}
 
 
@@ -172,21 +133,21 @@ def factors(records: Records) -> pd.DataFrame:
     """Whether a factor matters at all: one F test by the block model for each context with several of its contrasts.
 
     For reading beside the contrasts; no verdict depends on it. Arms that have no accuracy at a seed are handled as in
-    the contrasts; those that were stopped are left out.
+    the contrasts; those that were stopped are left out, and so are runs that are judged over several teachers.
     """
     rows = []
     for run in records.runs:
-        if run not in records.studies:
+        if run not in records.studies or random_teachers(records, run):
             continue
         one = records.of(run)
         seeds = confirmation(one.study).seeds_at(judged_look(one))
         groups: dict[tuple[str, str], list[Any]] = {}
-        for contrast, note in zip(one.study["contrasts"], _notes(one, seeds), strict=True):
+        for contrast, note in zip(one.study["contrasts"], reasons(one, seeds, one.study["contrasts"]), strict=True):
             if contrast["kind"] == "effect" and not note and contrast.get("factor"):
                 against = min(contrast["weights"], key=lambda arm: arm[1])[0]
                 groups.setdefault((contrast["factor"], against), []).append(contrast)
         for (factor, _), declared in groups.items():
-            values, strata, weights = _arrays(one, seeds, declared)
+            values, strata, weights = arrays(one, seeds, declared)
             inside = {stratum for stratum, weight in zip(strata, np.abs(weights).sum(0), strict=True) if weight}
             if len(declared) < 2 or len(inside) > 1:
                 continue
@@ -196,6 +157,32 @@ def factors(records: Records) -> pd.DataFrame:
             row = {"run": run, "factor": factor, "context": context, "contrasts": len(declared)}
             rows.append(row | {"F": f, "df": df, "df_error": df_error, "p": p})
     return typed(rows, "run factor context contrasts F df df_error p")
+
+
+def variances(records: Records) -> pd.DataFrame:
+    """One row per contrast that is judged over several teachers: the spread of its differences between teachers,
+    between seeds (of students and control) and in the rest, as standard deviations, and the share of each in the
+    variance of one difference.
+
+    Null where there are not two of both, and for what the layout cannot tell from the rest: seeds that take turns.
+    """
+    rows = []
+    for run in (run for run in records.runs if random_teachers(records, run)):
+        of_run = records.of(run)
+        declared, seeds = of_run.study["contrasts"], confirmation(of_run.study).seeds_at(judged_look(of_run))
+        if not declared:
+            continue
+        judged = np.array([not note for note in reasons(of_run, seeds, declared)])
+        evidence = Evidence.of(of_run, seeds, declared, judged)
+        for place in np.flatnonzero(evidence.taught):
+            found = teachers.crossed(evidence.differences[place])
+            total = np.nansum(found.variances)
+            row = {"run": run, "contrast": declared[place]["name"], "n": found.seeds, "teachers": found.teachers}
+            for name, variance in zip(teachers.COMPONENTS, found.variances, strict=True):
+                row |= {f"sd_{name}": variance**0.5, f"share_{name}": variance / total if total > 0 else np.nan}
+            rows.append(row)
+    sizes = " ".join(f"{what}_{name}" for what in ("sd", "share") for name in teachers.COMPONENTS)
+    return typed(rows, f"run contrast n teachers {sizes}")
 
 
 def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.DataFrame:
@@ -214,6 +201,37 @@ def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.Dat
     if unknown := [level for level in (treated, against) if level not in levels]:
         named = " and ".join(map(repr, unknown))
         raise UserError(f"{factor} has no level {named}; allowed: {', '.join(map(str, levels))}")
+    table = typed(
+        _levels_compared(trials, factor, treated, against),
+        "context contrast how n n_treated n_control estimate low high p effect_size",
+    )
+    table["p_holm"] = statistics.holm(table["p"])
+    return table
+
+
+def teachers_compared(records: Records) -> pd.DataFrame:
+    """The accuracy of each kind of teacher, then the effects of the declared factors that teachers have, on teachers.
+
+    They are in no family: with one seed a teacher, an effect has neither interval nor p value.
+    """
+    rows: list[dict[str, Any]] = []
+    for run in records.runs:
+        of_run = records.of(run)
+        taught = of_run.trials[(of_run.trials["role"] == Role.TEACHER) & (of_run.trials["status"] == Status.COMPLETED)]
+        taught = taught.dropna(subset=HEADLINE)
+        for arm, group in taught.groupby("arm", sort=False):
+            rows.append({"run": run, "teacher": arm} | asdict(statistics.summary(group[HEADLINE].tolist())))
+        declared = records.studies[run]["study"]["contrasts"] if run in records.studies else []
+        effects = [each for each in declared if each["factor"] in TEACHER_FIELDS]
+        for each in dict.fromkeys((each["factor"], each["treated"], each["against"]) for each in effects):
+            for found in _levels_compared(taught, *each):
+                context = f"{found['context']}: " if found["context"] else ""
+                rows.append(found | {"run": run, "teacher": f"{context}{each[0]} {found['contrast']}"})
+    return typed(rows, "run teacher n mean sd estimate low high p")
+
+
+def _levels_compared(trials: pd.DataFrame, factor: str, treated: Any, against: Any) -> list[dict[str, Any]]:
+    """A row for each pair of groups of trials that differ in one factor alone."""
     studied = dict.fromkeys((*CONTEXT, "method", *APPLIES, "lr", "weight_decay", *COMPARABLE))
     context = [name for name in studied if name != factor]
     sides = [list(by_context(trials[trials[factor] == level], context)) for level in (treated, against)]
@@ -225,10 +243,8 @@ def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.Dat
         both = {name: there[name] if where[name] is None else where[name] for name in context}
         named = "/".join(str(both[name]) for name in context if both[name] is not None and trials[name].nunique() > 1)
         row = {"context": named, "contrast": f"{treated} - {against}", "n_treated": len(one), "n_control": len(other)}
-        rows.append(row | _compared(one.set_index("seed")[HEADLINE], other.set_index("seed")[HEADLINE]))
-    table = typed(rows, "context contrast how n n_treated n_control estimate low high p effect_size")
-    table["p_holm"] = statistics.holm(table["p"])
-    return table
+        rows.append(row | _compared(by_seed(one), by_seed(other)))
+    return rows
 
 
 def _compared(treated: "pd.Series[float]", control: "pd.Series[float]") -> dict[str, Any]:

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tune_kd.analysis import statistics
-from tune_kd.analysis.accuracy import COMPARABLE, CONTEXT, HEADLINE, by_context, completed_trials
+from tune_kd.analysis.accuracy import COMPARABLE, CONTEXT, HEADLINE, by_context, completed_trials, summary
 from tune_kd.records.reader import Records
 from tune_kd.records.tables import typed
 from tune_kd.study.trial import Role, Status
@@ -102,7 +101,7 @@ def response(records: Records, factor: str) -> pd.DataFrame:
             continue
         control = controls.get(tuple(where[name] for name in ALIKE_WITH_CONTROL))
         for level, of_level in group.groupby(factor):
-            described = asdict(statistics.summary(of_level[HEADLINE].tolist()))
+            described = asdict(summary(records, str(where["run"]), of_level))
             rows.append(where | {factor: level, **described, "control": control})
     return typed(rows, " ".join([*CONTEXT_SHOWN, *others, factor, "n mean sd low high control"]))
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 from tune_kd.analysis import statistics
-from tune_kd.analysis.block_model import PRIOR_DF
+from tune_kd.analysis.block_model import shipped_prior
 from tune_kd.records.adaptive_plan import to_come
 from tune_kd.study.contrasts import Contrast
 from tune_kd.study.cost import estimate
@@ -56,7 +56,7 @@ def _spare(planned: Plan, contrast: Contrast) -> int:
 
 
 def _freedom(spare: int) -> Callable[[int], float]:
-    return lambda n: n - 1 + min(PRIOR_DF, spare * (n - 1))
+    return lambda n: n - 1 + min(float(shipped_prior(n - 1)), spare * (n - 1))
 
 
 def slot_seconds(planned: Plan) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from tune_kd.analysis import accuracy, statistics
-from tune_kd.analysis.statistics import MARGIN
+from tune_kd.analysis.statistics import FEW_TEACHERS, MARGIN
 from tune_kd.records.reader import Records
 from tune_kd.records.tables import typed
 
@@ -82,11 +82,8 @@ def _limits_of_seeds(study: dict[str, Any], look: int) -> list[str]:
 
 
 def _limits_of_scope(study: dict[str, Any]) -> list[str]:
-    """The teacher, data and recipe for which the verdicts hold."""
-    inner, said = study["study"], []
-    if len(inner["teacher_seeds"]) == 1:
-        said.append("All students of a context have one teacher: another one might teach otherwise. Every verdict "
-                    "holds given that teacher.")  # fmt: skip
+    """The teachers, data and recipe for which the verdicts hold."""
+    inner, said = study["study"], [_limit_of_teachers(study)]
     where, tuned = f"scale {inner['scale']} on {study['data'].get('name')}", inner.get("tuning")
     if tuned is None:
         said.append(f"What was measured is {where}, with one recipe for all arms: a method that needs another one is "
@@ -96,6 +93,19 @@ def _limits_of_scope(study: dict[str, Any]) -> list[str]:
                     "inside the study's ranges, on one seed: a method that needs more, or lies outside, is judged by "
                     "what was found.")  # fmt: skip
     return said
+
+
+def _limit_of_teachers(study: dict[str, Any]) -> str:
+    """The teachers for which the verdicts hold."""
+    count = len(study["study"]["teacher_seeds"])
+    if count == 1:
+        return ("All students of a context have one teacher: another one might teach otherwise. Every verdict holds "
+                "given that teacher.")  # fmt: skip
+    if not accuracy.is_crossed(study):
+        return f"Seeds took turns over {count} teachers: every verdict holds given these teachers."
+    few = f" {count} show little of the spread between teachers." if count < FEW_TEACHERS else ""
+    return (f"Verdicts on arms that have a teacher are about teachers of this kind: how much the {count} teachers of "
+            f"the study differ is part of each interval.{few}")  # fmt: skip
 
 
 def _limits_of_arms(run: Records) -> list[str]:
@@ -164,7 +174,7 @@ def between_runs(records: Records) -> pd.DataFrame:
     rows = []
     for run in others:
         for arm, both in ended[ended["run"].isin([first, run])].groupby("arm", sort=False):
-            there, here = (both.loc[both["run"] == name, accuracy.HEADLINE].tolist() for name in (run, first))
+            there, here = (accuracy.by_seed(both[both["run"] == name]).tolist() for name in (run, first))
             if not there or not here:
                 continue
             note = accuracy.differing(both)

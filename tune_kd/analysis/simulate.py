@@ -95,15 +95,23 @@ def curves(records: Records, study: Study, strata: Sequence[str] | None) -> Curv
     _check_strata(names, trials)
     nowhere, ended = trials[names].isna().any(axis=1), trials["status"] == Status.COMPLETED
     screen = Screen(strata=None if strata is None else tuple(names))
-    grids, gaps = _grids(records, trials[ended & ~nowhere], study, screen)
+    again = _with_another_teacher(trials)
+    grids, gaps = _grids(records, trials[ended & ~nowhere & ~again], study, screen)
     kinds = (
         (nowhere.sum(), f"trials without a level of {' or '.join(names)} belong to no stratum"),
-        ((~ended & ~nowhere).sum(), "trials did not run to their end"),
+        ((again & ~nowhere).sum(), "trials repeat an arm and a seed with another teacher; a screen has one"),
+        ((~ended & ~nowhere & ~again).sum(), "trials did not run to their end"),
         (gaps, "trials have no whole curve of val_accuracy"),
     )
     found = Curves(grids, tuple(f"{count} {what}" for count, what in kinds if count))
     _check(found)
     return found
+
+
+def _with_another_teacher(trials: pd.DataFrame) -> "pd.Series[bool]":
+    """Which trials repeat an arm and a seed with another teacher than that of the first."""
+    first = trials.groupby(["arm", "seed"])["teacher_id"].transform("first")
+    return (trials["teacher_id"] != first).fillna(False).astype(bool)
 
 
 def _check_strata(names: Sequence[str], trials: pd.DataFrame) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MARGIN = 0.001  # accuracy: arms that differ by less than 0.1 points are equivalent
+FEW_TEACHERS = 5  # below this number, the spread between teachers is hardly known
 NO_SPREAD = 1e-9  # below this standard deviation, a t statistic would be one rounding error over another
 
 
@@ -259,12 +260,35 @@ def detectable(
     `sd` is the standard deviation of the differences, with `df` degrees of freedom for a number of pairs. The far tail
     is left out: below 1e-5 at a power of 0.8. None for fewer than two pairs.
     """
+    return None if n < 2 else noncentrality(df(n), power, alpha) * sd / math.sqrt(n)
+
+
+def detectable_over_teachers(
+    teachers: int, seeds: int, per_seed: int, deviation: float, *, power: float = 0.8, alpha: float = 0.05
+) -> float | None:
+    """The smallest gain over a control without a teacher that is found with `power`, by a verdict over teachers.
+
+    Each of `seeds` meets `per_seed` of the `teachers`, whose students differ by `deviation` between teachers as well as
+    between seeds. The degrees of freedom are the least there may be, those of the teachers or of the seeds. None for
+    fewer than two of either.
+    """
+    fewest = min(teachers, seeds)
+    error = deviation * math.sqrt(1 / teachers + 1 / seeds + 1 / (seeds * per_seed))
+    return None if fewest < 2 else noncentrality(fewest - 1, power, alpha) * error
+
+
+def t_quantile(df: float, alpha: float = 0.05) -> float:
+    """The t statistic from which a two-sided test finds a difference: 12.7 at 1 degree of freedom, 4.3 at 2."""
     from scipy import special
 
-    if n < 2:
-        return None
-    critical = special.stdtrit(df(n), 1 - alpha / 2)
-    return float(special.nctdtrinc(df(n), 1 - power, critical)) * sd / math.sqrt(n)
+    return float(special.stdtrit(df, 1 - alpha / 2))
+
+
+def noncentrality(df: float, power: float, alpha: float) -> float:
+    """The true difference, in standard errors, that a two-sided t test finds with `power`."""
+    from scipy import special
+
+    return float(special.nctdtrinc(df, 1 - power, t_quantile(df, alpha)))
 
 
 def smallest_exact_p(n: int) -> float:

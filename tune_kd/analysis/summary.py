@@ -5,13 +5,15 @@ from typing import Any
 
 import pandas as pd
 
-from tune_kd.analysis import contrasts, verdicts
+from tune_kd.analysis import accuracy, contrasts, evidence, fidelity, verdicts
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.records.reader import Records
 from tune_kd.study.spec import Family
 
 CONTEXTS_SHOWN = 3  # of a comparison, in one sentence
 NAMED = 3  # contrasts of the secondary family with a finding
+SENTENCES = 4  # on the primary family
+FINDINGS = ("better", "worse", "equivalent")
 Row = Mapping[Any, Any]
 
 
@@ -23,7 +25,8 @@ def summary(records: Records, margin: float = MARGIN) -> list[str]:
         if run in records.studies:
             rows = table[table["run"] == run].to_dict("records")
             words = _Words(records.studies[run]["study"], margin)
-            sentences = [*_primary(words, rows), *_factors(words, rows, tests[tests["run"] == run]), _others(rows)]
+            sentences = [*_primary(words, rows), _secondary(words, rows, tests[tests["run"] == run])]
+            sentences.append(fidelity.sentence(records.of(run)) or "")
             if rows and max(row["planned"] for row in rows) == 1:
                 sentences = ["One seed confirms, which shows no spread: no difference can be judged."]
             before = f"{run}: " if len(records.runs) > 1 else ""
@@ -36,8 +39,7 @@ def holds_for(records: Records) -> list[str]:
     said = []
     for run in records.runs:
         if run in records.studies and records.studies[run]["contrasts"]:
-            teachers = len(records.studies[run]["study"]["teacher_seeds"])
-            whom = ", and for one teacher of each kind" if teachers == 1 else ""
+            whom = f", and for {_teachers(records, run)}"
             before = f"{run}: v" if len(records.runs) > 1 else "V"
             said.append(
                 f"{before}erdicts hold for these test images, which all arms share and seeds do not vary{whom}."
@@ -45,18 +47,24 @@ def holds_for(records: Records) -> list[str]:
     return said
 
 
+def _teachers(records: Records, run: str) -> str:
+    if len(records.studies[run]["study"]["teacher_seeds"]) == 1:
+        return "one teacher of each kind"
+    return "teachers of their kind" if accuracy.random_teachers(records, run) else "these teachers"
+
+
 def method(records: Records) -> list[str]:
     """How the contrasts were judged, for the foot of their table."""
     rules = set(contrasts.contrasts(records)["rule"])
     said = []
-    if rules - {contrasts.DECLARED_EARLIER}:
+    if rules - {evidence.DECLARED_EARLIER}:
         said = [
             "95 % t intervals; p adjusted by Holm within a family; both allow for declared looks. Contrasts within a "
             "stratum are judged by the block model, with seeds as blocks; contrasts across strata by their pairs.",
             "The chance of any false finding is about 5 % at most in the primary family, which answers the study's "
             "question, and by itself in the secondary one, which explains.",
         ]
-    if contrasts.DECLARED_EARLIER in rules:
+    if evidence.DECLARED_EARLIER in rules:
         said.append(
             "Contrasts that a version before 0.7 declared are judged as they were declared: by their pairs, with p "
             "adjusted by Holm over all of a run."
@@ -99,8 +107,14 @@ def _primary(words: _Words, rows: Sequence[Row]) -> list[str]:
     for row in primary:
         if row["kind"] == "effect":
             effects.setdefault(row["contrast"].rpartition(": ")[2], []).append(row)
-    said = [_effect(words, group) for group in effects.values()]
-    return said + [_moderation(words, row) for row in primary if row["kind"] == "moderation"]
+    said = [(group, _effect(words, group)) for group in effects.values()]
+    said += [([row], _moderation(words, row)) for row in primary if row["kind"] == "moderation"]
+    if len(said) <= SENTENCES:
+        return [sentence for _, sentence in said]
+    telling = [each for each in said if any(row["verdict"] in FINDINGS for row in each[0])][:SENTENCES]
+    rest = sum(len(group) for group, _ in said) - sum(len(group) for group, _ in telling)
+    which = "other contrasts" if telling else "contrasts"
+    return [*(sentence for _, sentence in telling), f"Of the {rest} {which} none shows a difference."]
 
 
 def _effect(words: _Words, rows: Sequence[Row]) -> str:
@@ -120,8 +134,7 @@ def _moderation(words: _Words, row: Row) -> str:
     at, first = (words.level(level) for level in levels.split(" - ", 1))
     effect = f"the effect of {treated} against {against}{words.context(context.rpartition(': ')[0] + ': ')}"
     if row["verdict"] in ("better", "worse"):
-        more = "larger" if row["verdict"] == "better" else "smaller"
-        return f"{_capital(effect)} is {more} with {at} than with {first}{_figures(row)}."
+        return f"{_capital(effect)} is {_by(row)} with {at} than with {first}{_figures(row)}."
     if row["verdict"] == "equivalent":
         return f"{_capital(effect)} is the same with {at} and with {first}{_figures(row)}."
     return f"That {effect} differs between {first} and {at} is not shown: {_finding(row, words.margin)}{_figures(row)}."
@@ -130,10 +143,18 @@ def _moderation(words: _Words, row: Row) -> str:
 def _finding(row: Row, margin: float) -> str:
     """The verdict as a clause."""
     if row["verdict"] in ("better", "worse"):
-        return f"{row['verdict']} by {100 * abs(row['estimate']):.2f} points"
+        return _by(row)
     if row["verdict"] == "equivalent":
         return f"the same within {100 * margin:g} points"
-    return f"not judged ({row['note']})" if row["verdict"] == "not judged" else verdicts.ruled_out(row)
+    if row["verdict"] == "not judged" or not verdicts.has_interval(row):
+        return f"not judged ({row['note'] or 'no spread to judge it by'})"
+    return verdicts.short(row)
+
+
+def _by(row: Row) -> str:
+    """`better by 0.31 points`; of a moderation, `larger by 0.31 points`."""
+    words = {"better": "larger", "worse": "smaller"} if row["kind"] == "moderation" else {}
+    return f"{words.get(row['verdict'], row['verdict'])} by {100 * abs(row['estimate']):.2f} points"
 
 
 def _figures(row: Row) -> str:
@@ -146,43 +167,27 @@ def _figures(row: Row) -> str:
     return f" ({', '.join([*said, verdicts.seeds(row)])})"
 
 
-def _factors(words: _Words, rows: Sequence[Row], tests: pd.DataFrame) -> list[str]:
-    """A sentence for each factor of which the secondary family compares several levels."""
-    secondary = [row for row in rows if row["family"] == Family.SECONDARY and row["kind"] == "effect"]
-    primary = {row["factor"] for row in rows if row["family"] != Family.SECONDARY}
-    said = []
-    for factor in dict.fromkeys(str(row["factor"]) for row in secondary if row["factor"] not in primary):
-        theirs = tests[tests["factor"] == factor].to_dict("records")
-        if not theirs:
-            continue
-        compared = [row for row in secondary if row["factor"] == factor]
-        found = [row for row in compared if row["verdict"] in ("better", "worse")]
-        each = "; ".join(f"p = {_p(test['p'])}{words.context(test['context'] + ': ')}" for test in theirs[:3])
-        against = compared[0]["contrast"].partition(" - ")[2]
-        said.append(
-            f"Does {factor} matter at all? One F test each: {each}; of {len(compared)} comparisons with {against}, "
-            f"{len(found) or 'none'} show{'s' if len(found) == 1 else ''} a difference."
-        )
-    return said
-
-
-def _others(rows: Sequence[Row]) -> str:
-    """What the secondary family found, by name."""
+def _secondary(words: _Words, rows: Sequence[Row], tests: pd.DataFrame) -> str:
+    """What the secondary family found, by name, and whether the factors of which it has several levels matter."""
     secondary = [row for row in rows if row["family"] == Family.SECONDARY]
-    found = [row for row in secondary if row["verdict"] in ("better", "worse")]
     if not secondary:
         return ""
-    if not found:
-        return f"None of the {len(secondary)} secondary contrasts shows a difference."
-    named = "; ".join(f"{row['contrast']} ({row['verdict']} by {100 * abs(row['estimate']):.2f} points)"
-                      for row in found[:NAMED])  # fmt: skip
-    more = f"; {len(found) - NAMED} more" if len(found) > NAMED else ""
-    shown = f"{len(found)} show{'s' if len(found) == 1 else ''} a difference"
-    return f"Of the {len(secondary)} secondary contrasts, {shown}: {named}{more}."
+    found = [row for row in secondary if row["verdict"] in FINDINGS]
+    shown = f"{len(found) or 'none'} show{'' if len(found) > 1 else 's'} a difference"
+    if found:
+        named = "; ".join(f"{row['contrast']} ({_by(row)})" for row in found[:NAMED])
+        shown += f": {named}{f'; {len(found) - NAMED} more' if len(found) > NAMED else ''}"
+    asked = {row["factor"] for row in rows if row["family"] != Family.SECONDARY}
+    said = [f"Of the {len(secondary)} secondary contrasts, {shown}."]
+    for factor, theirs in tests[~tests["factor"].isin(asked)].groupby("factor", sort=False):
+        each = "; ".join(f"{_p(test['p'])}{words.context(test['context'] + ': ')}"
+                         for test in theirs.head(NAMED).to_dict("records"))  # fmt: skip
+        said.append(f"Whether {factor} matters at all, by one F test each: {each}.")
+    return " ".join(said)
 
 
 def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def _capital(text: str) -> str:

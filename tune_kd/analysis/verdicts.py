@@ -70,14 +70,24 @@ def evidence(row: Mapping[Any, Any]) -> str:
 
 
 def seeds(row: Mapping[Any, Any]) -> str:
-    """`5 seeds`, or `4 of 5 seeds`."""
+    """`5 seeds`, or `4 of 5 seeds`; of a verdict over several teachers `5 seeds and 3 teachers`."""
+    said = f"{row['n']} seed{'s' if row['n'] > 1 else ''}"
     if row["n"] < row["planned"]:
-        return f"{row['n']} of {row['planned']} seeds"
-    return f"{row['n']} seed{'s' if row['n'] > 1 else ''}"
+        said = f"{row['n']} of {row['planned']} seeds"
+    if not pd.isna(row.get("teachers")):
+        said += f" and {row['teachers']} teacher{'s' if row['teachers'] > 1 else ''}"
+    return said
 
 
 def has_interval(row: Mapping[Any, Any]) -> bool:
     return not pd.isna(row["low"]) and row["error"] > NO_SPREAD
+
+
+def short(row: Mapping[Any, Any]) -> str:
+    """The verdict, or where there is none the largest gain that the interval leaves: `no gain above 0.21 points`."""
+    if row["verdict"] != "inconclusive" or not has_interval(row):
+        return str(row["verdict"])
+    return f"no gain above {100 * row['high']:.2f} points" if row["high"] >= 0 else "no gain"
 
 
 def rules_out(row: Mapping[Any, Any]) -> str:
@@ -89,6 +99,8 @@ def ruled_out(row: Mapping[Any, Any]) -> str:
     """What the 95 % interval excludes, where nothing was found: `no gain above 0.21 points, no loss`."""
     if row["n"] == 1:
         return "inconclusive, since one seed shows no spread"
+    if not pd.isna(count := row.get("teachers")) and count == 1:
+        return "inconclusive, since one teacher shows no spread between teachers"
     if not has_interval(row):
         return "inconclusive, since without a spread there is nothing to judge it by"
     ends = [("gain", row["high"]), ("loss", -row["low"])]

@@ -1,6 +1,5 @@
 """Commands that predict: `plan`, `simulate` and `calibrate`."""
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from tune_kd.analysis import grace
 from tune_kd.analysis.power import DIFFERENCES, powers, slot_seconds
-from tune_kd.analysis.statistics import smallest_exact_p, spent
+from tune_kd.analysis.statistics import FEW_TEACHERS, detectable_over_teachers, smallest_exact_p, spent, t_quantile
 from tune_kd.cli import options
 from tune_kd.records.adaptive_plan import to_come
 from tune_kd.reporting import terminal
@@ -24,6 +23,7 @@ from tune_kd.study.trial import Phase
 from tune_kd.system.errors import UserError
 
 if TYPE_CHECKING:
+    from tune_kd.analysis.calibrate import Calibration, Performance, Rate
     from tune_kd.analysis.simulate import Outcome
     from tune_kd.records.reader import Records
 
@@ -73,14 +73,17 @@ def _summary(planned: Plan, out: Path) -> dict[str, Any]:
         "arms": [{"name": arm.name, "role": arm.role, "merged_cells": arm.merged} for arm in planned.arms],
         "teachers": [{"arm": each.arm, "seed": each.seed, "epochs": each.recipe.epochs} for each in planned.teachers],
         "answers": _answers(planned),
-        "trials": [{"arm": each.arm, "phase": each.phase, "seed": each.seed} for each in trials],
+        "trials": [
+            {"arm": each.arm, "phase": each.phase, "seed": each.seed, "teacher_seed": each.teacher_seed}
+            for each in trials
+        ],
         "tuning": None if resolved.tuning is None else asdict(resolved.tuning),
         "contrasts": [contrast.name for contrast in planned.contrasts],
         "families": {contrast.name: contrast.family for contrast in planned.contrasts},
         "price": {"flop": cost.flop, "slot_seconds": cost.slot_seconds, "how": cost.how},
         "screen": asdict(resolved.screen) | {"rungs": resolved.screen.rungs(resolved.recipe.epochs)},
         "seeds": _seeds(planned),
-        "warnings": grace.warnings(planned, out),
+        "warnings": [*grace.warnings(planned, out), *_few_teachers(planned)],
     }
 
 
@@ -138,36 +141,67 @@ def simulate(
 
 def calibrate(
     study: options.StudyName,
-    studies: Annotated[int, typer.Option(help="Simulated studies of arms that are all alike.")] = 200,
+    studies: Annotated[int, typer.Option(help="Simulated studies of each scenario.")] = 2000,
     scale: options.Scale = "auto",
     data: options.DataName = None,
     settings: options.Settings = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """How often a study finds something where nothing is: simulated from screen to verdict, beside usual practices."""
+    """What a study's verdicts are worth: false findings, coverage and power in simulated studies, beside usual
+    practices."""
     from tune_kd.analysis import calibrate as calibration
 
     path = discover.find(study)
     if not 1 <= studies <= 1_000_000:
         raise UserError(f"--studies is {studies}; allowed: from 1 to 1,000,000")
     resolved, why = _resolved(path, scale, data, settings)
-    with options.progress(studies, "studies") as beat:
-        found = calibration.calibrate(resolved, studies, os.cpu_count() or 1, beat=beat)
+    with options.progress(calibration.steps(resolved, studies), "simulations") as beat:
+        found = calibration.calibrate(resolved, studies, beat=beat)
     if as_json:
-        practices = {name: asdict(rate) | {"share": rate.share, "standard_error": rate.standard_error}
-                     for name, rate in found.rates.items()}  # fmt: skip
-        bias = {"finished": found.finished, "bias_in_deviations": found.bias}
-        answer = {"study": resolved.name, "scale": resolved.scale, "practices": practices, "plain_asha": bias}
-        options.print_json(answer)
+        options.print_json({"study": resolved.name, "scale": resolved.scale} | _calibrated(found))
         return
     console = Terminal()
     console.print(f"{resolved.name} at scale {resolved.scale}{why}")
     console.print(terminal.calibration(calibration.PRACTICES, found))
 
 
+def _calibrated(found: "Calibration") -> dict[str, Any]:
+    """Return the JSON answer of `calibrate`, without the study."""
+
+    def rate(each: "Rate") -> dict[str, Any]:
+        return asdict(each) | {"share": each.share, "standard_error": each.standard_error}
+
+    def performance(each: "Performance") -> dict[str, Any]:
+        covered = {group: each.covered(names) for group, names in found.groups.items()}
+        return {
+            "scenario": asdict(each.scenario),
+            "looks": each.looks,
+            "any_false_finding": {family: rate(one) for family, one in each.false.items()},
+            "coverage": {
+                group: {"mean": both[0], "worst": both[1]} if both else None for group, both in covered.items()
+            },
+            "coverage_by_contrast": {name: rate(one) for name, one in each.coverage.items()},
+            "power_by_points": {
+                name: {f"{100 * size:g}": rate(one) for size, one in row.items()} for name, row in each.power.items()
+            },
+        }
+
+    return {
+        "contrasts": [
+            {"name": each.name, "family": each.family, "across_strata": each.name in found.across}
+            for each in found.contrasts
+        ],
+        "scenarios": {name: performance(each) for name, each in found.scenarios.items()},
+        "before_0_7": performance(found.before),
+        "practices": {name: rate(one) for name, one in found.false.items()},
+        "plain_asha": {"finished": found.finished, "bias_in_deviations": found.bias},
+    }
+
+
 def _seeds(planned: Plan) -> dict[str, Any]:
     """Return what the seeds can show at each look, for the seed-to-seed deviation that the study expects."""
-    confirm, deviation = planned.study.confirm, planned.study.deviation
+    study, confirm, deviation = planned.study, planned.study.confirm, planned.study.deviation
+    teachers, per_seed = len(study.teacher_seeds), study.teachers_per_seed
     looks = confirm.looks or (len(confirm.seeds),)
     found = [
         {
@@ -175,12 +209,26 @@ def _seeds(planned: Plan) -> dict[str, Any]:
             "level": level,
             "power": [asdict(each) for each in powers(planned, seeds, level)],
             "smallest_exact_p": smallest_exact_p(seeds),
+            "detectable_over_teachers": detectable_over_teachers(teachers, seeds, per_seed, deviation, alpha=level),
         }
         for seeds, level in zip(looks, spent(looks), strict=True)
     ]
     whole, more = slot_seconds(planned)
-    costs = {"slot_seconds": whole, "slot_seconds_per_seed": more}
-    return {"confirm": list(confirm.all_seeds), "deviation": deviation, "looks": found} | found[0] | costs
+    told = {"confirm": list(confirm.all_seeds), "deviation": deviation, "teachers": teachers, "looks": found}
+    return told | found[0] | {"slot_seconds": whole, "slot_seconds_per_seed": more}
+
+
+def _few_teachers(planned: Plan) -> list[str]:
+    """Return a warning for several teachers that are too few to show how teachers differ."""
+    count = len(planned.study.teacher_seeds)
+    if not 1 < count < FEW_TEACHERS or not planned.teachers or not planned.contrasts:
+        return []
+    df = count - 1
+    return [
+        f"teacher_seeds has {count} seeds: verdicts are about teachers of their kind, and {count} show little of how "
+        f"these differ (t = {t_quantile(df):.1f} at {df} degree{'s' if df > 1 else ''} of freedom; with "
+        f"{FEW_TEACHERS} teachers {t_quantile(FEW_TEACHERS - 1):.1f})"
+    ]
 
 
 def _answers(planned: Plan) -> list[dict[str, Any]]:
@@ -223,6 +271,10 @@ def _print_plan(planned: Plan, summary: dict[str, Any], why: str) -> None:
         console.say(f"warning: {warning}")
     for part in _powers(summary["seeds"]):
         console.print(part)
+    if planned.teachers and planned.contrasts and len(planned.study.teacher_seeds) == 1:
+        console.print(
+            "One teacher for all students of a context: verdicts hold given that teacher (see teacher_seeds)."
+        )
 
 
 def _table(
@@ -271,7 +323,7 @@ def _powers(seeds: dict[str, Any]) -> Iterator[str | Table]:
         found = [points(look["power"][place]["detectable"]) for look in seeds["looks"]]
         rows.append((first["contrast"], *found, *("" if n is None else f"{n:,}" for n in first["seeds"].values())))
     if rows:
-        levels = " and ".join(f"{look['level']:g}" for look in seeds["looks"])
+        levels = " and ".join(f"{look['level']:.4g}" for look in seeds["looks"])
         yield (
             "True differences (points) that are found with 80 % power, and the seeds that find "
             f"{points(DIFFERENCES[0])} to {points(DIFFERENCES[-1])}, at a seed-to-seed deviation of {deviation} and a "
@@ -280,6 +332,12 @@ def _powers(seeds: dict[str, Any]) -> Iterator[str | Table]:
         yield _table(columns, rows, "fold", left=1)
         needed = sorted({n for each in seeds["power"] for n in each["seeds"].values() if n is not None})
         yield f"The whole study in one slot: {', '.join(f'{n:,} seeds {_slot(n, seeds)}' for n in needed)}."
+    if seeds["teachers"] > 1:
+        found = [f"{points(look['detectable_over_teachers'])} at {look['seeds']} seeds" for look in seeds["looks"]]
+        yield (
+            f"Over {seeds['teachers']} teachers a gain over a control is found from {', '.join(found)} on with 80 % "
+            "power, if students differ as much between teachers as between seeds; the table is for one teacher."
+        )
     least = ", ".join(f"{look['smallest_exact_p']:.4f} at {look['seeds']} seeds" for look in seeds["looks"])
     yield f"The exact sign-flip p cannot fall below {least}."
 

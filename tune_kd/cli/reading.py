@@ -17,7 +17,7 @@ from tune_kd.cli.options import DEFAULT_OUT, AsJson, Elsewhere, Out, Phases, pri
 from tune_kd.cli.remote import elsewhere
 from tune_kd.records.adaptive_plan import with_those_to_come
 from tune_kd.records.ledger import reading
-from tune_kd.records.schema import DECISIONS, LEDGER, TRIALS, TrialRow
+from tune_kd.records.schema import DECISIONS, LEDGER, TRIALS, TrialRow, labels
 from tune_kd.reporting import progress, terminal
 from tune_kd.reporting.terminal import Terminal
 from tune_kd.study import discover
@@ -88,9 +88,9 @@ def _print_state(folder: Path, holder: Mapping[str, Any] | None, rows: Sequence[
         console.say(f"run by process {holder['pid']} on {holder['host']} since {holder['since']}")
     elif any(row["status"] in UNENDED for row in rows):
         console.say(f"nobody runs it; go on with: python -m tune_kd resume {quote(str(folder))}")
-    failed = [row for row in rows if row["status"] in UNSUCCESSFUL]
+    failed, names = [row for row in rows if row["status"] in UNSUCCESSFUL], labels(rows)
     for row in failed[: progress.SHOWN]:
-        console.say(f"{row['arm']} seed {row['seed']} {row['status']}: {row['error']}")
+        console.say(f"{names[row['trial_id']]} {row['status']}: {row['error']}")
     if len(failed) > progress.SHOWN:
         console.print(f"and {len(failed) - progress.SHOWN} more; `--json` names all of them")
 
@@ -176,11 +176,12 @@ def print_report(
     except ValueError as error:  # tables of others may not support some statistic
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
     effects, arms, explored = contrasts.contrasts(records), accuracy.arms(records), accuracy.exploratory(records)
-    settings, budgets = tuned.settings(records), tuned.budgets(records)
+    settings, budgets, spreads = tuned.settings(records), tuned.budgets(records), contrasts.variances(records)
     if as_json:
         answer: dict[str, Any] = {"runs": records.runs, "report": str(first)}
         answer["summary"] = summary.summary(records)
         tables = {"arms": arms, "contrasts": effects, "exploratory": explored, "settings": settings, "budgets": budgets}
+        tables |= {"variances": spreads} if len(spreads) else {}
         answer |= {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
         if len(records.runs) > 1:
             answer["differences"] = provenance.differences(records).to_dict("records")
@@ -190,6 +191,8 @@ def print_report(
     if len(effects):
         parts = [terminal.sentences(summary.summary(records)), terminal.effects(effects)]
         parts.append("\n".join([*summary.method(records), *summary.holds_for(records)]))
+    if len(spreads):
+        parts.append(terminal.variances(spreads))
     parts.append(terminal.arms(arms))
     if len(settings):
         parts.append(terminal.settings(settings, budgets))

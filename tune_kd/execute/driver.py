@@ -338,12 +338,13 @@ class Driver:
         with self._ledger.transaction():
             for trial in self.plan.trials:
                 row = known.get(trial.trial_id) or first_row(self.run, trial)
-                if row["status"] == Status.RUNNING:
+                before = row["status"] if trial.trial_id in known else None
+                if before == Status.RUNNING:
                     row["status"] = Status.PENDING  # its driver died
-                elif row["status"] == Status.BLOCKED and row["attempts"]:
+                elif before == Status.BLOCKED and row["attempts"]:
                     row |= {"status": Status.PENDING, "stop_reason": None}  # its teacher may be back
                 self.rows[trial.trial_id] = row
-                if trial.trial_id not in known:
+                if row["status"] != before:
                     self._ledger.put(TRIALS, row)
         for trial in self.plan.trials:
             self._schedule.admit(trial)

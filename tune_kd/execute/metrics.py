@@ -95,7 +95,8 @@ def _pairs(plan: Plan, rows: Sequence[TrialRow]) -> tuple[int, int]:
     """Count the pairs of trials with one seed, over the study's effects: completed and planned."""
     confirm = [row for row in rows if row["phase"] == Phase.CONFIRM]
     confirmed = {(row["arm"], row["seed"]) for row in confirm}
-    completed = {(row["arm"], row["seed"]) for row in confirm if row["status"] == Status.COMPLETED}
+    # With several teachers, an arm has a trial with each of them at a seed.
+    completed = confirmed - {(row["arm"], row["seed"]) for row in confirm if row["status"] != Status.COMPLETED}
     seeds = {seed for _, seed in confirmed}
     pairs = [
         {(arm, seed) for arm, _ in contrast.weights}

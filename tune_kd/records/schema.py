@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypedDict, TypeVar, cast, get_args, get_type_hints
 
@@ -198,6 +198,19 @@ def first_row(run: str, trial: Trial) -> TrialRow:
         "attempts": 0,
     }
     return cast(TrialRow, {name: known.get(name) for name in TRIALS.columns})
+
+
+def labels(rows: Iterable[TrialRow]) -> dict[str, str]:
+    """Return the names of trials for people, by trial id: as `Trial.label` has them, without what was drawn."""
+    rows = list(rows)
+    seeds = {row["trial_id"]: row["seed"] for row in rows if row["role"] == Role.TEACHER}
+    several = len(set(seeds.values())) > 1
+    found = {}
+    for row in rows:
+        taught = several and row["role"] == Role.STUDENT and row["teacher_id"] in seeds
+        after = f", teacher seed {seeds[row['teacher_id'] or '']}" if taught else ""
+        found[row["trial_id"]] = f"{row['arm']} seed {row['seed']}{after}"
+    return found
 
 
 MOST_LEDGER_BYTES = 2**36  # 100 times the ledger of 10,000 trials with 100 epochs each

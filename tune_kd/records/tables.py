@@ -15,11 +15,11 @@ PART = 2000  # rows that are converted at a time
 # Columns of results that are text, and counts. The others are measures.
 TEXTS = (
     "run arm role note what contrast kind verdict words context how against setting value host stratum phase method "
-    "status student teacher stem weights family rule factor rules_out"
+    "status student teacher stem weights family rule factor rules_out measure column"
 )
 COUNTS = (
     "draws completed failed epochs best_draw n planned tried trials stopped n_treated n_control pairs_needed epoch "
-    "slot seed rung contrasts df_error"
+    "slot seed rung contrasts df_error teachers teacher_n"
 )
 KINDS = dict.fromkeys(TEXTS.split(), str) | dict.fromkeys(COUNTS.split(), int)
 

@@ -31,7 +31,7 @@ MODERATION = MethodStyle("#000000", "o", "-")
 
 
 def effects(records: Records, styles: Styles) -> Made:
-    """Each contrast with its interval; effects by context, then moderations."""
+    """Each contrast with its interval, by family; in each, effects by context, then moderations."""
     table = contrasts.contrasts(records)
     table = table[table["n"] > 0]
     if table.empty:
@@ -39,6 +39,7 @@ def effects(records: Records, styles: Styles) -> Made:
     context = table["contrast"].str.partition(":")[0].where(table["kind"] == "effect", "")
     places = {name: place for place, name in enumerate([*context[context != ""].unique(), ""])}
     table = table.iloc[context.map(places).argsort(kind="stable")]  # one context after another
+    table = table.sort_values("family", kind="stable")
     more = style.left_out(len(table) - LINES_SHOWN, "contrasts")
     rows = table.head(LINES_SHOWN).to_dict("records")
     names = ["\n".join(textwrap.wrap(style.readable(row["contrast"]), style.NAME_LETTERS)) for row in rows]
@@ -49,12 +50,17 @@ def effects(records: Records, styles: Styles) -> Made:
     treated = _treated_methods(records)
     for place, row in enumerate(rows):
         _contrast(axes, place, row, styles[treated[row["contrast"]]] if row["kind"] == "effect" else MODERATION)
+    families = [row["family"] for row in rows]
+    if ended := families.count("primary") if len(set(families)) > 1 else 0:
+        axes.axhline(ended - 0.5, color="#666666", lw=0.8, ls=":")
     axes.set_yticks(range(len(rows)), names)
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="points of test accuracy")
     said = "; ".join(f"{row['contrast']} {100 * row['estimate']:+.2f}, {row['verdict']}" for row in rows)
+    over = "; over teachers, too, where arms have several" if table["teachers"].notna().any() else ""
     return (
-        "Effects with 95 % intervals, paired by seed. A full marker is a difference that stands after Holm, a diamond "
-        f"is equivalence; the grey band is the margin of {100 * MARGIN:g} points.{more}",
+        f"Effects with 95 % intervals over seeds{over}. A full marker is a difference that stands after Holm, a "
+        f"diamond is equivalence; the grey band is the margin of {100 * MARGIN:g} points."
+        f"{' The primary contrasts are above the dotted line.' if ended else ''}{more}",
         f"Forest plot of {len(rows)} contrasts in points of test accuracy. {said}.",
         figure,
     )

@@ -13,15 +13,19 @@ from jinja2 import Environment, StrictUndefined, select_autoescape
 from tune_kd.analysis import summary
 from tune_kd.records.reader import Records
 from tune_kd.reporting import figures
-from tune_kd.reporting.texts import ROWS, Titled, cell, heading, questions, shown, verdicts
+from tune_kd.reporting.paper import Grid
+from tune_kd.reporting.texts import ROWS, Titled, cells, headings, questions, shown, verdicts
 
 TEMPLATE = Path(__file__).with_name("page.html")
 VERDICTS = ("better", "worse", "equivalent", "inconclusive", "not judged")
 AT_THE_END = ("decisions", "rungs", "provenance")  # of the page
 
 
-def html(records: Records, tables: Titled, pictures: Sequence[figures.Picture], limits: Sequence[str]) -> str:
-    """The whole page. Of a long table it shows the first `ROWS` rows, and says so."""
+def html(
+    records: Records, tables: Titled, pictures: Sequence[figures.Picture], limits: Sequence[str], paper: Grid | None
+) -> str:
+    """The whole page. Of a long table it shows the first `ROWS` rows, and says so. `paper` is the grid of the table of
+    that name."""
     environment = Environment(autoescape=select_autoescape(default=True), undefined=StrictUndefined, trim_blocks=True)
     source = TEMPLATE.read_text(encoding="utf-8")
     found = tables["contrasts"][1]["verdict"].tolist() if "contrasts" in tables else []
@@ -35,7 +39,9 @@ def html(records: Records, tables: Titled, pictures: Sequence[figures.Picture], 
         method=[*summary.method(records), *summary.holds_for(records)],
         fixed=all(study.get("contrasts_sha256") for study in records.studies.values()),
         contrasts=None if not found else _table(*tables["contrasts"]),
-        tables={name: _table(*tables[name]) for name in tables if name not in ("contrasts", *AT_THE_END)},
+        paper=paper,
+        paper_title="" if paper is None else tables["paper"][0],
+        tables={name: _table(*tables[name]) for name in tables if name not in ("contrasts", "paper", *AT_THE_END)},
         checks={name: _table(*tables[name]) for name in AT_THE_END if name in tables},
         pictures=[_picture(each) for each in pictures],
         limits=limits,
@@ -61,15 +67,14 @@ def _policy(source: str) -> str:
 def _table(title: str, table: pd.DataFrame) -> dict[str, Any]:
     """A table's cells as text, each with its sort key."""
     table = shown(table).drop(columns=["words"], errors="ignore")
-    names = [str(name) for name in table.columns]
     numeric = [bool(pd.api.types.is_numeric_dtype(table[name])) for name in table.columns]
     rows = [
-        [{"text": cell(name, value), "key": "" if pd.isna(value) else value, "number": number,
+        [{"text": text, "key": "" if pd.isna(value) else value, "number": number,
           "mark": value.replace(" ", "-") if name == "verdict" and value in VERDICTS else ""}
-         for name, value, number in zip(names, row, numeric, strict=True)]
-        for row in table.head(ROWS).itertuples(index=False)
+         for name, text, value, number in zip(table.columns, texts, row, numeric, strict=True)]
+         for texts, row in zip(cells(table), table.head(ROWS).itertuples(index=False), strict=True)
     ]  # fmt: skip
-    heads = [{"text": heading(name), "number": number} for name, number in zip(names, numeric, strict=True)]
+    heads = [{"text": text, "number": number} for text, number in zip(headings(table), numeric, strict=True)]
     return {"title": title, "heads": heads, "rows": rows, "total": len(table)}
 
 

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_kd.records.eta import time_left
-from tune_kd.records.schema import TrialRow
+from tune_kd.records.schema import TrialRow, labels
 from tune_kd.reporting.terminal import duration, points, rich_table
 from tune_kd.study.trial import ENDED, Decision, Phase, Status
 from tune_kd.system.characters import visible
@@ -93,7 +93,7 @@ def progress(run: str, rows: Sequence[TrialRow], decisions: Sequence[Decision], 
     if decisions:
         parts += [Text(""), _decisions(decisions)]
     if running := [row for row in rows if row["status"] == Status.RUNNING]:
-        parts += [Text(""), _running(running)]
+        parts += [Text(""), _running(running, labels(rows))]
     return Group(*parts)
 
 
@@ -121,14 +121,14 @@ def _decisions(decisions: Sequence[Decision]) -> Group:
     return Group(title, *(Text(decision.words) for decision in decisions[-LAST:]))
 
 
-def _running(running: Sequence[TrialRow]) -> Table:
+def _running(running: Sequence[TrialRow], names: Mapping[str, str]) -> Table:
     """The epoch, accuracy and remaining time of running trials."""
     shown = rich_table(None, "running", "epoch", "val. accuracy", "left", left=("running",))
     for row in running[:SHOWN]:
         left = ""
         if row["epochs_run"] and row["train_seconds"] is not None:
             left = duration((row["epochs_planned"] - row["epochs_run"]) * row["train_seconds"] / row["epochs_run"])
-        trial, epoch = Text(f"{row['arm']} seed {row['seed']}"), f"{row['epochs_run']}/{row['epochs_planned']}"
+        trial, epoch = Text(names[row["trial_id"]]), f"{row['epochs_run']}/{row['epochs_planned']}"
         shown.add_row(trial, epoch, points(row["val_accuracy"]), left)
     if len(running) > SHOWN:
         shown.add_row(f"and {len(running) - SHOWN} more")

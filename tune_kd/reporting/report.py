@@ -5,17 +5,29 @@ from pathlib import Path
 
 import pandas as pd
 
-from tune_kd.analysis import accuracy, contrasts, early_stopping, measures, provenance, tuned
+from tune_kd.analysis import accuracy, contrasts, early_stopping, fidelity, measures, paper, provenance, tuned
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.records.reader import Records
 from tune_kd.reporting import figures, page, texts
+from tune_kd.reporting.paper import grid
 from tune_kd.system.errors import UserError
 from tune_kd.system.files import obstacle, publish
 
 FORMATS = ("html", "md", "csv", "tex", "png", "svg")
 TABLES: dict[str, tuple[str, Callable[[Records], pd.DataFrame]]] = {
     "contrasts": ("Contrasts that the study fixed", contrasts.contrasts),
+    "paper": ("Test accuracy by method, as a paper prints it", paper.paper),
+    "fidelity": (
+        "Exploratory: likeness to the teacher, and calibration (a family of its own, beside the verdicts on accuracy)",
+        fidelity.fidelity,
+    ),
     "arms": ("Test accuracy of each arm", accuracy.arms),
+    "teachers": ("Test accuracy of the teachers, and what their settings change", contrasts.teachers_compared),
+    "factors": (
+        "Whether a factor matters at all: one F test a context, on which no verdict depends",
+        contrasts.factors,
+    ),
+    "variances": ("Spread between teachers, between seeds, and of the rest", contrasts.variances),
     "settings": ("What was tuned, and what mattered", tuned.settings),
     "budgets": ("What each arm was tuned with", tuned.budgets),
     "exploratory": ("Exploratory: the screen, draws, and seeds added later", accuracy.exploratory),
@@ -55,6 +67,7 @@ def report(records: Records, to: Path | str, formats: Sequence[str] = FORMATS) -
         raise UserError(f"--to is {folder}, where {found[0]} is a link, through which nothing is written; remove it")
     made = tables(records)
     titled = {name: (TABLES[name][0], table) for name, table in made.items()}
+    printed = grid(made["paper"], records) if "paper" in made else None
     drawn = figures.draw(records) if {"html", "png", "svg"} & set(formats) else []
     limits = provenance.limits(records, MARGIN)
     kinds = [kind for kind in ("png", "svg") if kind in formats]
@@ -62,11 +75,11 @@ def report(records: Records, to: Path | str, formats: Sequence[str] = FORMATS) -
     if "csv" in formats:
         files |= {f"tables/{name}.csv": texts.csv(table).encode() for name, table in made.items()}
     if "tex" in formats:
-        files |= {f"tables/{name}.tex": text.encode() for name, text in texts.latex(titled).items()}
+        files |= {f"tables/{name}.tex": text.encode() for name, text in texts.latex(titled, printed).items()}
     if "md" in formats:
-        files["report.md"] = texts.markdown(records, titled, limits).encode()
+        files["report.md"] = texts.markdown(records, titled, limits, printed).encode()
     if "html" in formats:
-        files["report.html"] = page.html(records, titled, drawn, limits).encode()
+        files["report.html"] = page.html(records, titled, drawn, limits, printed).encode()
     _forget(folder, formats)
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Tables of results on a terminal. Formats what `analysis` computed."""
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
@@ -14,7 +14,7 @@ from tune_kd.system.characters import visible
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tune_kd.analysis.calibrate import Calibration
+    from tune_kd.analysis.calibrate import Calibration, Performance, Rate
     from tune_kd.analysis.simulate import Outcome
     from tune_kd.study.spec import Screen
 
@@ -78,22 +78,29 @@ def sentences(said: Iterable[str]) -> Table:
     return shown
 
 
+def variances(table: "pd.DataFrame") -> Table:
+    """The spread of contrasts between teachers, between seeds, and of the rest, with its share of the variance."""
+    names = ("teachers", "seeds", "rest")
+    title = "Spread in points of test accuracy (share of the variance)"
+    shown = rich_table(title, "contrast", *names, left=("contrast",), no_wrap=names)
+    for row in _with_runs(table, "contrast").to_dict("records"):
+        found = [(points(row[f"sd_{name}"]), row[f"share_{name}"]) for name in ("teacher", "seed", "rest")]
+        cells = [f"{spread} ({100 * share:.0f} %)" if share == share else spread for spread, share in found]
+        shown.add_row(Text(row["contrast"]), *cells)
+    return shown
+
+
 def _contrasts(title: str, table: "pd.DataFrame") -> Table:
+    from tune_kd.analysis.verdicts import short  # imports pandas, which `plan` does not need
+
     names = ("effect", "95 % interval", "n", "p", "verdict")
     shown = rich_table(title, "contrast", *names, left=("contrast", "verdict"), no_wrap=names)
     for row in table.to_dict("records"):
         interval = f"{points(row['low'])} to {points(row['high'])}" if row["low"] == row["low"] else ""
         p = f"{row['p_holm']:.3f}" if row["p_holm"] == row["p_holm"] else ""
         effect = f"{round(100 * row['estimate'], 2) + 0.0:+.2f}"  # adding 0.0 turns -0.0 into 0.0
-        shown.add_row(Text(row["contrast"]), effect, interval, str(row["n"]), p, _short(row))
+        shown.add_row(Text(row["contrast"]), effect, interval, str(row["n"]), p, short(row).removesuffix(" points"))
     return shown
-
-
-def _short(row: "Mapping[Any, Any]") -> str:
-    """The verdict, or where there is none the largest gain that the interval leaves."""
-    if row["verdict"] != "inconclusive" or not row["rules_out"]:
-        return str(row["verdict"])
-    return f"no gain > {points(row['high'])}" if row["high"] >= 0 else "no gain"
 
 
 def _with_runs(table: "pd.DataFrame", name: str) -> "pd.DataFrame":
@@ -191,18 +198,46 @@ def _rank_correlations(screen: "Screen", outcomes: Mapping[str, "Outcome"]) -> T
 
 
 def calibration(practices: Mapping[str, str], found: "Calibration") -> Group:
-    """The false-positive rate of each practice when all arms are identical."""
-    title = "Studies of nothing with at least one false finding"
-    shown = rich_table(title, "what is done", "studies", "share", "standard error", left=("what is done",))
+    """False findings, coverage and power by scenario, and practices beside them, in % of simulated studies."""
+    sizes = [f"{100 * size:g}" for size in next(iter(found.before.power.values()), {})]
+    heads = ("scenario", "primary", "secondary", "coverage", "worst", *sizes)
+    studies = found.before.false["any"].studies
+    title = f"False findings by family, coverage, and power, in % of {studies:,} studies"
+    shown = rich_table(title, *heads, left=("scenario",), no_wrap=("scenario",))
+    for each in found.scenarios.values():
+        false = (_percent(each.false[family]) for family in ("primary", "secondary"))
+        covered = each.covered(found.groups["primary"]) or ()
+        coverage = (f"{100 * share:.1f}" for share in covered)
+        shown.add_row(each.scenario.words, *false, *(coverage if covered else ("", "")), *_power(found, each))
+    heads = ("what is done where all arms are alike", "false", "± se", "studies", *sizes)
+    beside = rich_table("False findings of any family, and power, in %", *heads, left=heads[:1])
+    performances = {"designed": found.scenarios["alike"], "before_0_7": found.before}
     for name, words in practices.items():
-        rate = found.rates[name]
-        share, error = (f"{100 * each:.1f} %" for each in (rate.share, rate.standard_error))
-        shown.add_row(words, f"{rate.found} of {rate.studies}", share, error)
-    return Group(
-        shown,
-        Text("All arms are alike in them, so whatever is found is false; the level allows 5 %."),
-        Text(
-            f"Of plain ASHA's trials {100 * found.finished:.0f} % finish, and their accuracies are {found.bias:.2f} "
-            "standard deviations between seeds too high on average."
-        ),
+        rate, power = found.false[name], _power(found, performances[name]) if name in performances else []
+        error = f"{100 * rate.standard_error:.1f}"
+        beside.add_row(words, _percent(rate), error, f"{rate.studies:,}", *(power or [""] * len(sizes)))
+    return Group(shown, *map(Text, _notes(found)), Text(""), beside, Text(_bias(found)))
+
+
+def _power(found: "Calibration", performance: "Performance") -> list[str]:
+    return [f"{100 * rate.share:.0f}" for rate in performance.power.get(found.shown or "", {}).values()]
+
+
+def _percent(rate: "Rate") -> str:
+    return f"{100 * rate.share:.1f}"
+
+
+def _notes(found: "Calibration") -> Iterable[str]:
+    yield (
+        "Where all arms are equally good, any finding is false; the level allows 5 % in each family. Coverage is that "
+        "of 95 % intervals of primary contrasts: the mean, and the worst."
+    )
+    if found.shown is not None:
+        yield f"Power: how often {found.shown} is found, by its true difference in points."
+
+
+def _bias(found: "Calibration") -> str:
+    return (
+        f"Of plain ASHA's trials {100 * found.finished:.0f} % finish, and their accuracies are {found.bias:.2f} "
+        "standard deviations between seeds too high on average."
     )

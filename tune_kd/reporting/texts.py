@@ -4,22 +4,26 @@ Text from records is escaped in each: it is never markup, a command, or a formul
 """
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from tune_kd.analysis import summary
+from tune_kd.analysis.verdicts import short
 from tune_kd.records.reader import Records
+from tune_kd.reporting.paper import Grid
 
 IN_POINTS = (
-    "estimate", "sd", "low", "high", "mean", "control", "gap", "gain", "teacher_accuracy", "val_accuracy_best",
-    "test_accuracy", "test_accuracy_best", "agreement", "ece", "target",
+    "estimate", "sd", "error", "low", "high", "mean", "control", "gap", "gain", "teacher_accuracy", "val_accuracy_best",
+    "test_accuracy", "test_accuracy_best", "agreement", "ece", "target", "sd_teacher", "sd_seed", "sd_rest",
 )  # fmt: skip
 """Columns of fractions, shown in points (hundredths)."""
+IN_NATS = ("kl_t1", "kl_t4")
 NOT_FOR_PAPERS = ("provenance", "differences")
 LEFT_OUT = ["words", "note", "kind", "planned", "smallest_exact_p", "pairs_needed"]  # of a table in a paper
-VERDICTS = "run family contrast verdict estimate low high n p_holm rules_out note"
+VERDICTS = "run family contrast verdict estimate low high n p_holm note"
 ROWS = 200  # shown of a table; CSV files have all
 FORMULA = re.compile(r"(?:^|(?<=[;\t\r\n]))(?=[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20])")
 """Where a spreadsheet may see a formula: at the start of a cell, or after a character that may end one."""
@@ -33,11 +37,19 @@ BLOCK = re.compile(r"^(?:([#+=-])|(\d+)([.)]))")  # starts a heading, a rule, or
 Titled = Mapping[str, tuple[str, pd.DataFrame]]
 
 
-def cell(name: str, value: Any) -> str:
-    """A value as text: fractions in points, p values to three digits, empty for None and NaN."""
+def cell(name: str, value: Any, measure: str = "") -> str:
+    """A value as text: fractions in points, p values to three digits, empty for None and NaN.
+
+    `measure` is that of the row, in a table with rows of several; it may be in nats.
+    """
     if value is None or value is pd.NA or value != value:
         return ""
+    if name == "measure":
+        return heading(str(value))
     if isinstance(value, float):
+        if name in IN_POINTS and measure in IN_NATS:
+            nats = round(value, 4) + 0.0
+            return f"{nats:+.4f}" if name == "estimate" else f"{nats:.4f}"
         if name.removesuffix("_sd") in IN_POINTS:
             signed = name in ("estimate", "gain", "gap")
             points = round(100 * value, 2) + 0.0  # adding 0.0 turns -0.0 into 0.0
@@ -50,8 +62,25 @@ def cell(name: str, value: Any) -> str:
 
 def heading(name: str) -> str:
     """A column's heading, with its unit."""
-    unit = " (points)" if name.removesuffix("_sd") in IN_POINTS else ""
+    plain = name.removesuffix("_sd")
+    unit = " (points)" if plain in IN_POINTS else " (nats)" if plain in IN_NATS else ""
     return name.replace("_", " ") + unit
+
+
+def headings(table: pd.DataFrame) -> list[str]:
+    """The headings of a table. Where each row has its own measure, that has the unit."""
+    names = [str(name) for name in table.columns]
+    return [name.replace("_", " ") if "measure" in names else heading(name) for name in names]
+
+
+def cells(table: pd.DataFrame) -> list[list[str]]:
+    """The first `ROWS` rows of a table as text."""
+    table = table.head(ROWS)
+    measures = table["measure"] if "measure" in table else [""] * len(table)
+    return [
+        [cell(str(name), value, measure) for name, value in zip(table.columns, row, strict=True)]
+        for row, measure in zip(table.itertuples(index=False), measures, strict=True)
+    ]
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
@@ -66,12 +95,15 @@ def questions(records: Records) -> list[str]:
 
 
 def verdicts(contrasts: pd.DataFrame) -> pd.DataFrame:
-    """The columns of the contrasts that people read first."""
-    return contrasts[VERDICTS.split()]
+    """The columns of the contrasts that people read first, by family. Where there is no verdict, it says what gain is
+    ruled out."""
+    ordered = contrasts.sort_values(["run", "family"], kind="stable")
+    ordered = ordered.assign(verdict=[short(row) for row in ordered.to_dict("records")])
+    return ordered[VERDICTS.split()]
 
 
-def markdown(records: Records, tables: Titled, limits: Sequence[str]) -> str:
-    """The whole report as Markdown."""
+def markdown(records: Records, tables: Titled, limits: Sequence[str], paper: Grid | None) -> str:
+    """The whole report as Markdown. `paper` is the grid of the table of that name."""
     lines = [f"# {_inline(', '.join(records.runs))}", ""]
     for question in questions(records):
         lines += [_line(question), ""]
@@ -80,20 +112,26 @@ def markdown(records: Records, tables: Titled, limits: Sequence[str]) -> str:
         lines += ["## Verdicts", "", *_rows(shown(verdicts(tables["contrasts"][1]))), ""]
         lines += [f"{_line(sentence)}\n" for sentence in (*summary.method(records), *summary.holds_for(records))]
     lines += ["## Limits of the evidence", "", *(f"- {_line(sentence)}" for sentence in limits), ""]
-    for title, table in tables.values():
-        lines += [f"## {title}", "", *_rows(shown(table)), ""]
+    for name, (title, table) in tables.items():
+        lines += [f"## {title}", "", *(_grid(paper) if paper and name == "paper" else _rows(shown(table))), ""]
     return "\n".join(lines)
 
 
 def _rows(table: pd.DataFrame) -> list[str]:
-    names = [str(name) for name in table.columns]
-    lines = ["| " + " | ".join(_inline(heading(name)) for name in names) + " |", "|" + " --- |" * len(names)]
-    for row in table.head(ROWS).itertuples(index=False):
-        cells = (_inline(cell(name, value)) for name, value in zip(names, row, strict=True))
-        lines.append("| " + " | ".join(cells) + " |")
+    rows = [headings(table), *cells(table)]
+    lines = ["| " + " | ".join(map(_inline, row)) + " |" for row in rows]
+    lines.insert(1, "|" + " --- |" * len(table.columns))
     if len(table) > ROWS:
         lines += ["", f"The first {ROWS} of {len(table):,} rows; the others are in tables/."]
     return lines
+
+
+def _grid(grid: Grid) -> list[str]:
+    rows = [[f"**{_inline(each.text)}**" if each.bold else _inline(each.text) for each in row] for row in grid.rows]
+    aligned = [" --- " if place < grid.labels else " ---: " for place in range(len(grid.heads))]
+    lines = ["| " + " | ".join(row) + " |" for row in [[_inline(head) for head in grid.heads], *rows]]
+    lines.insert(1, f"|{'|'.join(aligned)}|")
+    return [*lines, *(line for note in grid.notes for line in ("", _line(note)))]
 
 
 def _inline(text: str) -> str:
@@ -120,13 +158,15 @@ def _no_formula(text: str) -> str:
     return FORMULA.sub("'", text)
 
 
-def latex(tables: Titled) -> dict[str, str]:
+def latex(tables: Titled, paper: Grid | None) -> dict[str, str]:
     """Each table as a `tabular` with booktabs rules, for `\\input` in a paper; `all` is a complete document with all of
     them."""
     tables = {name: each for name, each in tables.items() if name not in NOT_FOR_PAPERS}
     files = {
         name: _tabular(shown(table).drop(columns=LEFT_OUT, errors="ignore")) for name, (_, table) in tables.items()
     }
+    if paper:
+        files["paper"] = _tabular_of(paper)
     body = "\n".join(
         f"\\section*{{{_escaped(title)}}}\n\\resizebox{{\\textwidth}}{{!}}{{\\input{{{name}.tex}}}}"
         for name, (title, _) in tables.items()
@@ -140,19 +180,38 @@ def latex(tables: Titled) -> dict[str, str]:
 
 
 def _tabular(table: pd.DataFrame) -> str:
-    names = [str(name) for name in table.columns]
-    numbers = ["r" if pd.api.types.is_numeric_dtype(table[name]) else "l" for name in names]
-    lines = [f"% needs \\usepackage{{booktabs}}\n\\begin{{tabular}}{{{''.join(numbers)}}}", "\\toprule"]
-    lines += [" & ".join(_escaped(heading(name)) for name in names) + " \\\\", "\\midrule"]
-    for row in table.head(ROWS).itertuples(index=False):
-        lines.append(" & ".join(_escaped(cell(name, value)) for name, value in zip(names, row, strict=True)) + " \\\\")
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+    numbers = "".join("r" if pd.api.types.is_numeric_dtype(table[name]) else "l" for name in table.columns)
+    return _ruled(numbers, [[_escaped(text) for text in row] for row in [headings(table), *cells(table)]])
+
+
+def _tabular_of(grid: Grid) -> str:
+    """The grid with its notes in rows of their own, broken so that they are no wider than the columns."""
+    texts = [grid.heads, *([each.text for each in row] for row in grid.rows)]
+    width = sum(max(map(len, column)) + 2 for column in zip(*texts, strict=True))
+    notes = [_escaped(line) for note in grid.notes for line in textwrap.wrap(note, width)]
+    below = [f"\\multicolumn{{{len(grid.heads)}}}{{l}}{{\\footnotesize {line}}} \\\\" for line in notes]
+    rows = [[f"\\textbf{{{_escaped(each.text)}}}" if each.bold else _escaped(each.text) for each in row]
+            for row in grid.rows]  # fmt: skip
+    columns = "l" * grid.labels + "r" * (len(grid.heads) - grid.labels)
+    return _ruled(columns, [[_escaped(head) for head in grid.heads], *rows], below)
+
+
+def _ruled(columns: str, rows: Sequence[Sequence[str]], below: Sequence[str] = ()) -> str:
+    head, *body = (" & ".join(row) + " \\\\" for row in rows)
+    begin = f"% needs \\usepackage{{booktabs}}\n\\begin{{tabular}}{{{columns}}}"
+    return "\n".join([begin, "\\toprule", head, "\\midrule", *body, "\\bottomrule", *below, "\\end{tabular}", ""])
 
 
 def _escaped(text: str) -> str:
     """Text escaped for LaTeX."""
     special = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "$<$",
                ">": "$>$", "|": "$|$"}  # fmt: skip
-    special |= {"[": "{[}", "*": "{*}", "\n": " ", "\t": " "}  # after `\\`, the first two would be its arguments
+    special |= {
+        "[": "{[}",
+        "*": "{*}",
+        "\n": " ",
+        "\t": " ",
+        "±": "$\\pm$",
+    }  # after `\\`, the first two would be its arguments
     special |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
     return "".join(special.get(sign, sign) for sign in text)

@@ -141,22 +141,26 @@ def arrival_order(arms: Sequence[T], seed: int) -> list[T]:
 def _trials(study: Study, arms: tuple[Arm, ...], data_digest: str | None, seeds: tuple[int, ...]) -> tuple[Trial, ...]:
     teachers: dict[str, Trial] = {}
 
-    def student(arm: Arm, phase: Phase, seed: int, replicate: int) -> Trial:
-        teacher_id = None
-        if arm.cell.teacher is not None:
-            teacher = _teacher(study, arm.cell, data_digest, replicate)
-            teacher_id = teachers.setdefault(teacher.trial_id, teacher).trial_id
-        return Trial(arm.name, phase, arm.cell, study.recipe, seed, study.data, data_digest, study.scale, teacher_id)
+    def student(arm: Arm, phase: Phase, seed: int, teacher_seed: int) -> Trial:
+        trial = Trial(arm.name, phase, arm.cell, study.recipe, seed, study.data, data_digest, study.scale)
+        if arm.cell.teacher is None:
+            return trial
+        teacher = _teacher(study, arm.cell, data_digest, teacher_seed)
+        teacher = teachers.setdefault(teacher.trial_id, teacher)
+        several = len(study.teacher_seeds) > 1
+        return replace(trial, teacher_id=teacher.trial_id, teacher_seed=teacher_seed if several else None)
 
     order = arrival_order(arms, study.screen.order_seed)
-    students = [student(arm, Phase.SCREEN, study.screen.seed, 0) for arm in order]
+    students = [student(arm, Phase.SCREEN, study.screen.seed, study.teacher_seeds[0]) for arm in order]
     for replicate, seed in enumerate(seeds):
-        students += [student(arm, Phase.CONFIRM, seed, replicate) for arm in order]
+        for number, teacher_seed in enumerate(study.teachers_of(replicate)):  # a trial without a teacher is one a seed
+            taught = (arm for arm in order if number == 0 or arm.cell.teacher is not None)
+            students += [student(arm, Phase.CONFIRM, seed, teacher_seed) for arm in taught]
     return (*teachers.values(), *students)
 
 
-def _teacher(study: Study, cell: Cell, data_digest: str | None, replicate: int) -> Trial:
-    """The teacher of a student. With several teacher seeds, replicates take turns."""
+def _teacher(study: Study, cell: Cell, data_digest: str | None, seed: int) -> Trial:
+    """The teacher of students with this cell."""
     kept = {name: getattr(cell, name) for name in TEACHER_FIELDS}
     name = levels_name(study, cell, TEACHER_FIELDS)
     return Trial(
@@ -164,7 +168,7 @@ def _teacher(study: Study, cell: Cell, data_digest: str | None, replicate: int) 
         phase=Phase.TEACHER,
         cell=Cell(student=study.cell.student, **kept, method="none", temperature=None, alpha=None, beta=None),
         recipe=study.teacher_recipe,
-        seed=study.teacher_seeds[replicate % len(study.teacher_seeds)],
+        seed=seed,
         data=study.data,
         data_digest=data_digest,
         scale=study.scale,

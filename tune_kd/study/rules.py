@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tune_kd.system.characters import CONTROL, visible
@@ -80,9 +81,15 @@ TRIALS_LIMIT = most(MOST_TRIALS)
 
 @cache
 def rules_of(kind: type, name: str) -> tuple[Rule, ...]:
-    """The rules of a field of a dataclass. The values of a `Literal` are one."""
+    """The rules of a field of a dataclass. The values of a `Literal`, or None beside it, are one."""
     hint = get_type_hints(kind, include_extras=True)[name]
-    return (one_of(get_args(hint)),) if get_origin(hint) is Literal else getattr(hint, "__metadata__", ())
+    literals = [each for each in (hint, *get_args(hint)) if get_origin(each) is Literal]
+    if not literals:
+        return getattr(hint, "__metadata__", ())
+    allowed = one_of(get_args(literals[0]))
+    if NoneType not in get_args(hint):
+        return (allowed,)
+    return (Rule(f"null, {allowed.allowed}", lambda value: value is None or allowed.holds(value)),)
 
 
 def broken(part: Any, where: str = "", limits: bool = False) -> Iterator[str]:

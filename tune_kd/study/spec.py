@@ -121,10 +121,15 @@ class Confirm:
     `looks` are the numbers of seeds at which the study is judged, fixed before it begins. A run ends at the first;
     `resume --extend` continues to the next; the level of 0.05 is spent over all of them. Seeds beyond those listed
     count up from the largest. None means one look, at all seeds.
+
+    Where `teacher_seeds` are several, students of a seed learn from each teacher. Where that is too dear, they learn
+    from `teachers_per_seed` of them, in a cyclic layout in which all teachers meet as many seeds; with 1 they take
+    turns.
     """
 
     seeds: Annotated[tuple[int, ...], length(MOST_SEEDS)] = (1, 2, 3, 4, 5)
     looks: Annotated[tuple[int, ...] | None, length(100)] = None
+    teachers_per_seed: Annotated[int | None, rules.SIZE] = None  # None: all
 
     @property
     def all_seeds(self) -> tuple[int, ...]:
@@ -196,6 +201,16 @@ class Study:
     tuning: Tuning | None = None
     deviation: Annotated[float, rules.DEVIATION] = 0.0015  # expected, of accuracy between seeds; for the plan
     rate: Annotated[float, rules.RATE] = 5e13  # assumed floating-point operations a second of one slot; for the cost
+
+    @property
+    def teachers_per_seed(self) -> int:
+        """The number of teachers from which the students of a confirmation seed learn."""
+        return min(self.confirm.teachers_per_seed or len(self.teacher_seeds), len(self.teacher_seeds))
+
+    def teachers_of(self, replicate: int) -> tuple[int, ...]:
+        """The seeds of the teachers from which students of a confirmation seed learn, by its number (from 0)."""
+        count = len(self.teacher_seeds)
+        return tuple(self.teacher_seeds[(replicate + place) % count] for place in range(self.teachers_per_seed))
 
     def levels(self, factor: str) -> tuple[Level, ...]:
         """The levels of a factor, or the one value of a field that no factor varies."""

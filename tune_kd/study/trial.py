@@ -101,6 +101,7 @@ class Trial:
     scale: str
     teacher_id: str | None = None  # the trial that trains this student's teacher; None without one
     drawn: tuple[tuple[str, float], ...] = ()  # tuned settings by name; cell and recipe hold them too
+    teacher_seed: int | None = None  # where the study has several teachers; names the trial, as `teacher_id` does
 
     @property
     def role(self) -> Role:
@@ -115,9 +116,13 @@ class Trial:
 
     @property
     def label(self) -> str:
-        """The trial's name for people: `cifar/logit/T=4 seed 1`, or `cifar/logit (temperature=3.1, lr=0.08) seed 0`."""
+        """The trial's name for people: `cifar/logit/T=4 seed 1`, or `cifar/logit (temperature=3.1, lr=0.08) seed 0`.
+
+        Where there are several teachers, that of its teacher's seed follows: `cifar/logit/T=4 seed 1, teacher seed 7`.
+        """
         drawn = ", ".join(f"{name}={number(value)}" for name, value in self.drawn)
-        return f"{self.arm}{f' ({drawn})' if drawn else ''} seed {self.seed}"
+        taught = "" if self.teacher_seed is None else f", teacher seed {self.teacher_seed}"
+        return f"{self.arm}{f' ({drawn})' if drawn else ''} seed {self.seed}{taught}"
 
     @property
     def recipe_id(self) -> str:

@@ -35,6 +35,7 @@ def check(study: Study) -> Study:
         *_reference_problems(study),
         *_recipe_problems(study.recipe, "recipe."),
         *_recipe_problems(study.teacher_recipe, "teacher_recipe."),
+        *broken(study.confirm, "confirm."),
         *_seed_problems(study),
         *_screen_problems(study),
         *(
@@ -68,10 +69,11 @@ def _oversized(study: Study) -> Iterator[str]:
     if tuning.budget_unit == "epochs":
         draws //= max(1, study.recipe.epochs)
     seeds = max(len(study.confirm.seeds), (study.confirm.looks or (0,))[-1])
-    trials = cells * (1 + seeds + draws + len(study.teacher_seeds))
+    trials = cells * (1 + seeds * study.teachers_per_seed + draws + len(study.teacher_seeds))
     if trials > MOST_TRIALS:
-        yield (f"factors have {cells:,} combinations of levels, which with {seeds} seeds come to as many as {trials:,} "
-               f"trials; allowed: {MOST_TRIALS:,}")  # fmt: skip
+        taught = f" and {study.teachers_per_seed} teachers each" if study.teachers_per_seed > 1 else ""
+        yield (f"factors have {cells:,} combinations of levels, which with {seeds} seeds{taught} come to as many as "
+               f"{trials:,} trials; allowed: {MOST_TRIALS:,}")  # fmt: skip
 
 
 def _repeated(names: list[str]) -> list[str]:
@@ -203,6 +205,7 @@ def _seed_problems(study: Study) -> list[str]:
         )
     if not study.teacher_seeds:
         problems.append("teacher_seeds is empty; allowed: at least one seed")
+    problems += _layout_problems(study)
     drawn = confirm.all_seeds if confirm.seeds else ()
     for name, listed, used in (
         ("confirm.seeds", confirm.seeds, drawn),
@@ -212,6 +215,21 @@ def _seed_problems(study: Study) -> list[str]:
             problems.append(f"{name} is {list(listed)}; allowed: each seed once")
         problems += [f"{name} has {seed}; allowed: {SEED.allowed}" for seed in used if not SEED.holds(seed)]
     return problems
+
+
+def _layout_problems(study: Study) -> Iterator[str]:
+    """Messages for a layout of teachers and seeds that is not balanced."""
+    per_seed, teachers, confirm = study.confirm.teachers_per_seed, len(study.teacher_seeds), study.confirm
+    if per_seed is None or not teachers:
+        return
+    where = f"confirm.teachers_per_seed is {per_seed} with {teachers} teacher_seeds"
+    if per_seed > teachers:
+        yield f"{where}; allowed: null for all of them, or at most {teachers}"
+    counts = confirm.looks or (len(confirm.seeds),)
+    if per_seed < teachers and any(count % teachers for count in counts):
+        seeds = ", ".join(map(str, counts))
+        yield (f"{where} and {seeds} seeds to confirm; allowed: null for all teachers, or a number of seeds (at each "
+               f"look) that is a multiple of {teachers}, so that every teacher meets as many seeds")  # fmt: skip
 
 
 def _look_problems(seeds: tuple[int, ...], looks: tuple[int, ...]) -> list[str]:

@@ -102,6 +102,8 @@ def settings_of(task: "Task") -> dict[str, Any]:
     """The settings of an attempt: arm, phase, seed, attempt, those of the cell and the main ones of the recipe."""
     trial = task.trial
     settings = {"arm": trial.arm, "phase": trial.phase, "seed": trial.seed, "attempt": task.attempt}
+    if trial.teacher_seed is not None:
+        settings["teacher_seed"] = trial.teacher_seed
     cell = {name: value for name, value in asdict(trial.cell).items() if value is not None}
     recipe = {name: getattr(trial.recipe, name) for name in ("epochs", "batch_size", "lr", "weight_decay")}
     return settings | cell | recipe

@@ -1,0 +1,162 @@
+"""The summary answers the question of a study, in sentences that hold for its verdicts."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+
+from search_spaces import ablation
+from tune_kd.analysis import accuracy, contrasts, summary
+from tune_kd.records.reader import Records
+from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, first_row
+from tune_kd.records.tables import frame
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Cell, Confirm, Study
+
+STEM = {"imagenet": 0.87, "cifar": 0.95}
+
+
+def made(study: Study, gain: Callable[[Cell], float], run: str = "r") -> Records:
+    """The records of a run of which the truth is known, with a spread of 0.1 points between seeds."""
+    drawn = np.random.default_rng(5)
+    planned = plan(study, "0" * 64)
+    rows = []
+    for trial in planned.trials:
+        value = STEM[trial.cell.stem] + gain(trial.cell) + 0.001 * drawn.standard_normal()
+        rows.append(
+            first_row(run, trial)
+            | {"status": "completed", "epochs_run": trial.recipe.epochs, "test_accuracy_best": min(value, 1.0)}
+        )
+    record = {
+        "study": asdict(study),
+        "contrasts": [asdict(contrast) for contrast in planned.contrasts],
+        "arms": [{"name": arm.name, "role": arm.role} for arm in planned.arms],
+    }
+    return Records(frame(TRIALS, rows), frame(EPOCHS, []), frame(DECISIONS, []), {run: record})
+
+
+def helps_under_one_stem(cell: Cell) -> float:
+    """Logit gains a point under the CIFAR stem, half of it at T=16, and nothing under the other."""
+    if cell.method != "logit" or cell.stem != "cifar":
+        return 0.0
+    return 0.005 if cell.temperature == 16 else 0.01
+
+
+def test_each_question_of_the_ablation_has_its_sentence() -> None:
+    said = summary.summary(made(ablation.study(), helps_under_one_stem))
+    assert 3 <= len(said) <= 6
+    stem, logit, feature, change, others = said
+    assert stem.startswith("Stem cifar against stem imagenet: better by 8.0")
+    assert " without distillation (95 % interval +7." in stem and stem.endswith("5 seeds).")
+    assert "no gain above" in logit and "better by 0.9" in logit and "points with stem cifar" in logit
+    assert feature.count("no gain above") == 2
+    assert change.startswith("The effect of logit against no distillation is larger by 1.0")
+    assert " points with stem cifar than with stem imagenet (95 % interval +0." in change
+    assert "by one F test each: p = 0." in others and "p < 0.001 with stem cifar." in others
+    assert others.startswith("Of the 16 secondary contrasts, 4 show a difference: ")
+    assert "cifar: T=16 - T=4 (worse by 0.5" in others and "; 1 more. Whether temperature" in others
+
+
+def test_where_nothing_is_it_says_what_is_ruled_out_and_finds_nothing() -> None:
+    said = " ".join(summary.summary(made(ablation.study(), lambda cell: 0.0)))
+    assert (
+        "That the effect of logit against no distillation differs between stem imagenet and stem cifar is not" in said
+    )
+    assert "Of the 16 secondary contrasts, none shows a difference." in said
+    assert "logit against no distillation: better" not in said.lower()
+
+
+def test_one_seed_is_told_in_one_sentence() -> None:
+    alone = replace(ablation.study(), confirm=Confirm(seeds=(1,)))
+    assert summary.summary(made(alone, helps_under_one_stem)) == [
+        "One seed confirms, which shows no spread: no difference can be judged."
+    ]
+
+
+def test_many_contexts_are_counted() -> None:
+    study = ablation.study()
+    pairs = replace(study.factors[0], name="student", levels=("resnet18", "resnet34"))
+    many = replace(study, factors=(*study.factors[:2], pairs), contrasts=study.contrasts[1:2], moderator=None)
+    (said,) = summary.summary(made(many, helps_under_one_stem))
+    assert "in all, better in 2 of 4 contexts" in said
+
+
+def test_several_runs_are_told_apart_and_tables_without_a_study_have_no_summary() -> None:
+    one, other = (made(ablation.study(), helps_under_one_stem, run) for run in ("a", "b"))
+    both = Records(*(_stacked(one, other, name) for name in ("trials", "epochs", "decisions")),
+                   {**one.studies, **other.studies})  # fmt: skip
+    assert [each[:3] for each in summary.summary(both)] == ["a: "] * 5 + ["b: "] * 5
+    assert summary.summary(replace(one, studies={})) == summary.holds_for(replace(one, studies={})) == []
+
+
+def _stacked(one: Records, other: Records, name: str) -> object:
+    import pandas as pd
+
+    return pd.concat([getattr(one, name), getattr(other, name)], ignore_index=True)
+
+
+def test_verdicts_hold_for_these_images_and_this_teacher() -> None:
+    records = made(ablation.study(), helps_under_one_stem)
+    assert summary.holds_for(records) == [
+        "Verdicts hold for these test images, which all arms share and seeds do not vary, and for one teacher of each "
+        "kind."
+    ]
+
+
+def test_a_factor_is_tested_once_a_context_as_in_a_textbook() -> None:
+    from statsmodels.formula.api import ols
+    from statsmodels.stats.anova import anova_lm
+
+    records = made(ablation.study(), helps_under_one_stem)
+    table = contrasts.factors(records)
+    found = table[(table["factor"] == "temperature") & (table["context"] == "cifar")].to_dict("records")[0]
+    trials = accuracy.completed_trials(records)
+    cifar = trials[trials["stem"] == "cifar"].assign(
+        arm=lambda each: each["arm"].astype(object),
+        seed=lambda each: each["seed"].astype(object),
+        y=lambda each: each["test_accuracy_best"].astype(float),
+    )
+    pooled = cifar.assign(arm=cifar["arm"].where(cifar["method"] != "logit", "logit"))
+    full, restricted = (ols("y ~ C(arm) + C(seed)", each).fit() for each in (cifar, pooled))
+    expected = anova_lm(restricted, full).iloc[1]
+    assert (found["df"], found["df_error"]) == (4, 24)
+    assert found["F"] == pytest.approx(expected["F"])
+    assert found["p"] == pytest.approx(expected["Pr(>F)"])
+
+
+def test_an_interval_of_an_accuracy_stays_within_what_it_can_be() -> None:
+    table = accuracy.arms(made(ablation.study(), lambda cell: 0.0495 if cell.stem == "cifar" else 0.0))
+    assert table["high"].max() == 1.0
+    assert table["low"].min() >= 0.0
+
+
+def test_what_the_stem_changes_in_teachers_is_a_row_of_their_table() -> None:
+    one = contrasts.teachers_compared(made(ablation.study(), lambda cell: 0.0)).set_index("teacher")
+    assert one.loc["imagenet/teacher", "n"] == 1
+    effect = one.loc["stem cifar - imagenet"]
+    expected = one.loc["cifar/teacher", "mean"] - one.loc["imagenet/teacher", "mean"]
+    assert effect["estimate"] == pytest.approx(expected)
+    assert effect[["low", "high", "p"]].isna().all()
+    three = replace(ablation.study(), teacher_seeds=(1000, 1001, 1002))
+    effect = (
+        contrasts.teachers_compared(made(three, lambda cell: 0.0)).set_index("teacher").loc["stem cifar - imagenet"]
+    )
+    assert effect["n"] == 3
+    assert 0.07 < effect["low"] < effect["estimate"] < effect["high"] < 0.09
+
+
+def test_a_run_with_many_contrasts_in_one_family_names_what_it_found_and_counts_the_rest() -> None:
+    records = made(ablation.study(), helps_under_one_stem)
+    for contrast in records.study["contrasts"]:
+        del contrast["family"]
+    said = summary.summary(records)
+    assert len(said) <= 6
+    assert said[0].startswith("Stem cifar against stem imagenet: better by 8.0")
+    assert any(
+        each.startswith("Of the ") and each.endswith(" other contrasts none shows a difference.") for each in said
+    )
+    nothing = made(ablation.study(), lambda cell: 0.0 if cell.stem == "cifar" else 0.08)
+    for contrast in nothing.study["contrasts"]:
+        del contrast["family"]
+    assert "Of the 22 contrasts none shows a difference." in summary.summary(nothing, margin=1e-6)

@@ -1,0 +1,144 @@
+"""What contrasts are judged by: accuracies by arm and seed, and differences by teacher and seed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tune_kd.analysis import statistics, teachers
+from tune_kd.analysis.accuracy import (
+    COMPARABLE,
+    HEADLINE,
+    cells,
+    completed_trials,
+    confirmation,
+    confirmed,
+    confirmed_trials,
+    differing,
+    judged_look,
+    random_teachers,
+)
+from tune_kd.analysis.block_model import Array, Estimates, Flags, estimate
+from tune_kd.analysis.verdicts import ALPHA
+from tune_kd.records.reader import Records
+from tune_kd.study.trial import ENDED
+
+BY_MODEL = "block model"
+BY_PAIRS = "pairs"
+OVER_TEACHERS = "random teachers"
+DECLARED_EARLIER = "pairs, one family, as declared by an earlier version"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the contrasts of a run are judged by: `arrays`, and the differences of those that are judged over teachers.
+
+    `taught` [contrasts] marks these; `differences` [contrasts, teachers, seeds] are NaN where a trial is missing.
+    """
+
+    values: Array
+    strata: list[Any]
+    weights: Array
+    taught: Flags
+    differences: Array
+
+    @classmethod
+    def of(cls, records: Records, seeds: Sequence[int], declared: Any, judged: Flags) -> "Evidence":
+        (run,), arms = records.runs, [arm["name"] for arm in records.study["arms"]]
+        values, strata, weights = arrays(records, seeds, declared)
+        weights[~judged] = 0.0
+        trials = confirmed_trials(records)
+        has_teacher = set(trials.loc[trials["teacher_id"].notna(), "arm"]) if random_teachers(records, run) else set()
+        with_one = np.array([arm in has_teacher for arm in arms], dtype=bool)
+        # The means over teachers of a seed have a smaller spread than single trials: they are not for the block model.
+        values[with_one] = np.nan
+        ended = completed_trials(records)
+        known = np.stack([cells(records, run, ended[ended["arm"] == arm], seeds) for arm in arms])
+        differences = np.stack([np.tensordot(row[row != 0], known[row != 0], 1) for row in weights])
+        return cls(values, strata, weights, (weights[:, with_one] != 0).any(1), differences)
+
+    def at(self, count: int, pairs_alone: bool) -> Estimates:
+        """The estimates from the first `count` seeds."""
+        found = estimate(self.values[:, :count], self.strata, self.weights, pairs_alone=pairs_alone)
+        return teachers.judged(found, self.differences[..., :count], self.taught)
+
+    @property
+    def counts(self) -> list[int | None]:
+        """The number of teachers of each contrast that is judged over them."""
+        counts = (~np.isnan(self.differences)).any(-1).sum(-1)
+        return [int(count) if taught else None for count, taught in zip(counts, self.taught, strict=True)]
+
+    def rules(self, found: Estimates, earlier: bool) -> list[str]:
+        """The rule by which each contrast is judged."""
+        if earlier:
+            return [DECLARED_EARLIER] * len(self.taught)
+        by = zip(self.taught, found.by_model, strict=True)
+        return [OVER_TEACHERS if taught else BY_MODEL if model else BY_PAIRS for taught, model in by]
+
+    def missing(self, found: Estimates, per_seed: int) -> list[str]:
+        """What each contrast lacks of its seeds, or of its pairs of seed and teacher."""
+        seeds, there = self.values.shape[1], (~np.isnan(self.differences)).sum((1, 2))
+        said = []
+        for taught, n, pairs in zip(self.taught, found.pairs, there, strict=True):
+            planned, what = (seeds * per_seed, "pairs of seed and teacher") if taught else (seeds, "seeds")
+            lost = planned - int(pairs if taught else n)
+            said.append(f"{lost} of {planned} {what} are missing" if lost > 0 else "")
+        return said
+
+    def by_seed(self, contrast: int) -> Array:
+        """The known differences of a contrast by seed: the means over teachers, where there are several."""
+        row = self.weights[contrast]
+        paired = row[row != 0] @ self.values[row != 0]
+        if self.taught[contrast]:
+            paired = teachers.by_seed(self.differences[contrast])
+        return np.asarray(paired[~np.isnan(paired)])
+
+
+def looks_so_far(records: Records) -> tuple[list[float], list[int], list[int]]:
+    """The share of 0.05 of each look that is judged, the seeds of the last one, and the number of seeds of each."""
+    confirm, look = confirmation(records.study), judged_look(records)
+    levels = statistics.spent(confirm.looks)[: look + 1] if confirm.looks else [ALPHA]
+    return levels, list(confirm.seeds_at(look)), [len(confirm.seeds_at(each)) for each in range(len(levels))]
+
+
+def arrays(
+    records: Records, seeds: Sequence[int], declared: Sequence[Any], column: str = HEADLINE
+) -> tuple[Array, list[Any], Array]:
+    """Values [arms, seeds] with NaN where a trial is missing, the stratum of each arm, weights [contrasts, arms].
+
+    `column` of the trials has the values. An arm whose own trials differ in other settings has none.
+    """
+    (run,), study, trials = records.runs, records.study, confirmed_trials(records)
+    arms = [arm["name"] for arm in study["arms"]]
+    values = confirmed(records, column).reindex(pd.MultiIndex.from_product([[run], seeds]), columns=arms)
+    found = values.to_numpy(dtype=float, na_value=np.nan).T.copy()
+    of_arm, strata = dict(list(trials.groupby("arm"))), []
+    for place, arm in enumerate(arms):
+        theirs = of_arm.get(arm)
+        first = None if theirs is None else theirs[list(study["study"].get("strata", ["stem"]))].iloc[0]
+        strata.append(None if first is None else tuple(map(str, first)))
+        if theirs is not None and differing(theirs):
+            found[place] = np.nan
+    weights = np.array([[dict(each["weights"]).get(arm, 0.0) for arm in arms] for each in declared])
+    return found, strata, weights.reshape(len(declared), len(arms))
+
+
+def reasons(records: Records, seeds: Sequence[int], declared: Sequence[Any]) -> list[str]:
+    """Why each contrast cannot be judged; empty where it can."""
+    study, trials = records.study, confirmed_trials(records)
+    trials, ended = trials[trials["seed"].isin(seeds)], set(confirmed(records).columns)
+    unended = trials.loc[~trials["status"].isin(ENDED), "arm"]
+    alike = COMPARABLE[:-1] if study["study"].get("tuning") else COMPARABLE  # tuned arms differ in their recipes
+    notes = []
+    for contrast in declared:
+        arms = [arm for arm, _ in contrast["weights"]]
+        missing = [arm for arm in arms if arm not in ended]
+        if waiting := int(unended.isin(arms).sum()):
+            notes.append(f"{waiting} of its trials wait or run")
+        elif missing:
+            notes.append(f"{missing[0]} has no confirmed trial that ran to its end")
+        else:
+            notes.append(differing(trials[trials["arm"].isin(arms)], alike))
+    return notes
