@@ -415,7 +415,7 @@ def test_a_run_in_a_store_is_a_command_like_any_other(
     assert "records in s3://bucket/kd/far?" in told and "also at s3://bucket/kd/far/report/report.html?" in told
     assert "far" in tune_kd("other", "list")
     assert "is whole, from its plan to its teachers' answers" in tune_kd("other", "status", "far", "--verify")
-    assert "Effects" in tune_kd("third", "report", "far", "--format", "md")
+    assert "Primary contrasts" in tune_kd("third", "report", "far", "--format", "md")
     here, there = (next((tmp_path / home).glob("tune_kd/s3-bucket-kd-*/results/far")) for home in ("home", "other"))
     assert (here / "trials.parquet").read_bytes() == (there / "trials.parquet").read_bytes()
     elsewhere(monkeypatch, tmp_path, "home")
