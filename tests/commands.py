@@ -102,6 +102,7 @@ def study():
     return replace(
         base, scale="own", moderator=None, screen=replace(base.screen, min_peers=99),
         factors=(Factor("stem", ("cifar",)), *base.factors[1:]), recipe=replace(base.recipe, epochs=4),
+        contrasts=(Compare("method", "logit", "none"), Compare("method", "feature", "none")),
     )
 """
 

@@ -1,6 +1,7 @@
 """What tests share: a tiny study, a tiny data set, and one Ray for the whole session."""
 
 import hashlib
+import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
@@ -211,18 +213,28 @@ def trained(study: Study, folder: Path) -> Path:
     return folder
 
 
+def trained_once(study: Study, name: str, folders: pytest.TempPathFactory) -> Path:
+    """A copy of a run that is trained once for all processes of a session."""
+    base = folders.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"trained-{name}"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            trained(study, shared.with_suffix(".part") / name)
+            shared.with_suffix(".part").rename(shared)
+    return Path(shutil.copytree(shared, folders.mktemp("results"), dirs_exist_ok=True)) / name
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run that was really trained."""
-    return trained(replace(tiny(), confirm=Confirm(seeds=(1, 2, 3))), tmp_path_factory.mktemp("results") / "tiny")
+    return trained_once(replace(tiny(), confirm=Confirm(seeds=(1, 2, 3))), "tiny", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def fair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run that was really tuned and confirmed."""
     ranges = (Range("lr", LogUniform(0.01, 0.5)), Range("alpha", Uniform(0.1, 0.9)))
-    study = tunable(Tuning(ranges, budget=5, startup=3))
-    return trained(study, tmp_path_factory.mktemp("results") / "fair")
+    return trained_once(tunable(Tuning(ranges, budget=5, startup=3)), "fair", tmp_path_factory)
 
 
 @pytest.fixture

@@ -317,7 +317,8 @@ def test_a_run_that_was_killed_is_completed_by_resume_as_if_nothing_had_happened
     after = Ledger(run / "ledger.sqlite", read_only=True).rows(EPOCHS)
     assert after[: len(before)] == before
     contiguous(run)
-    assert set(json.loads(answer)) == {"runs", "report", "arms", "contrasts", "exploratory", "settings", "budgets"}
+    told = {"runs", "report", "summary", "arms", "contrasts", "exploratory", "settings", "budgets"}
+    assert set(json.loads(answer)) == told
     same_records(run, in_this_process(run, tmp_path))
 
 

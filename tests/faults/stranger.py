@@ -31,6 +31,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
@@ -223,6 +224,7 @@ class Outcome:
     mutation: Mutation
     ended: list[Ended] = field(default_factory=list)
     violations: list[Violation] = field(default_factory=list)
+    around: dict[str, str] = field(default_factory=dict)  # what lay around it before the commands
 
 
 # In the child
@@ -250,7 +252,7 @@ def child(
         if before is not None:
             say(begun="mutation")
             mutation = before()
-            say(what=mutation.what, fits=mutation.fits)
+            say(what=mutation.what, fits=mutation.fits, around=fingerprint(stranger))
         resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_BYTES, MOST_BYTES))
         meet()
         sentry = Sentry(stranger.root, (stranger.results, tmp, stranger.root / "cwd"))
@@ -474,7 +476,7 @@ def _heard(line: dict[str, Any], watch: Watch, outcome: Outcome, wrong: Callable
         watch.begins(line["begun"], line.get("number", -1))
         return
     if "what" in line:
-        outcome.mutation = Mutation(line["what"], line["fits"])
+        outcome.mutation, outcome.around = Mutation(line["what"], line["fits"]), line["around"]
         return
     outcome.ended.append(Ended(watch.now, line["status"], line["seconds"]))
     for sight in line["seen"]:
@@ -504,16 +506,16 @@ def _lines(frames: list[tuple[str, str, str]]) -> tuple[str, str]:
     return next(iter([*lines[:-2:-1], *inner]), ""), " < ".join([*inner, *lines[:-9:-1]])
 
 
-def fingerprint(stranger: Stranger) -> dict[str, Any]:
+def fingerprint(stranger: Stranger) -> dict[str, str]:
     """All that lies around the folder, and what is in it."""
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
     for path in sorted(stranger.root.rglob("*")):
         top = path.relative_to(stranger.root).parts[0]
         if top in ("results", "tmp", "cwd") and path.name != "ran":
             continue
         at = path.lstat()
         content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() and at.st_size < 2**28 else ""
-        found[str(path.relative_to(stranger.root))] = (at.st_mode, content)
+        found[str(path.relative_to(stranger.root))] = f"{at.st_mode} {content}"
     return found
 
 
@@ -540,12 +542,7 @@ class Fuzz:
         stranger = Stranger(self.scratch / str(number), listener.getsockname()[1])
         try:
             self.copy(stranger, base)
-            made = mutation or mutate
-            observed(stranger, outcome, [], listener, lambda: None, lambda: made(stranger, chance, kind))
-            # What it takes to make a file is the harness's affair.
-            outcome.violations = [each for each in outcome.violations if each.kind == "harness"]
-            outcome.ended.clear()
-            before = fingerprint(stranger)
+            made, of_file = mutation or mutate, copy(chance)
             todo = commands(stranger, forms(number, self.quick), kind, self.bases / "tiny.py")
             if self.quick:
                 used = READERS.get(kind, ("list", "plan", "status", *LONG))
@@ -553,7 +550,8 @@ class Fuzz:
                 todo = [each for each in todo if each[0] in used and each[0] != left_out]
                 if todo[-1] in todo[:-1] and not any(each[0] == "resume" for each in todo):
                     todo.pop()  # what nothing has changed is not checked again
-            self._through(stranger, outcome, todo, listener)
+            self._through(stranger, outcome, todo, listener, lambda: made(stranger, of_file, kind))
+            before = outcome.around
             after = fingerprint(stranger)
             changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
             if changed and not any(each.kind in ("outside", "code") for each in outcome.violations):
@@ -565,16 +563,29 @@ class Fuzz:
                 shutil.rmtree(stranger.root, ignore_errors=True)
         return outcome
 
-    def _through(self, stranger: Stranger, outcome: Outcome, todo: list[list[str]], listener: socket.socket) -> None:
-        """Run all commands, in another child where one was lost."""
+    def _through(
+        self,
+        stranger: Stranger,
+        outcome: Outcome,
+        todo: list[list[str]],
+        listener: socket.socket,
+        before: Callable[[], Mutation] | None,
+    ) -> None:
+        """Mutate the folder and run all commands, in another child where one was lost."""
 
         def meet() -> None:
             reporting.FORMATS = forms(outcome.number, self.quick)  # of what `resume` reports
             self.meet()
 
         while todo:
-            lost = observed(stranger, outcome, todo, listener, meet, None)
-            todo = [] if lost is None else todo[max(0, lost) + 1 :]
+            lost = observed(stranger, outcome, todo, listener, meet, before)
+            if before is not None and lost is not None and lost < 0:
+                outcome.violations.clear()  # what it takes to make a file is the harness's affair
+                outcome.ended.clear()
+                outcome.around = fingerprint(stranger)
+            else:
+                todo = [] if lost is None else todo[max(0, lost) + 1 :]
+            before = None
 
     def copy(self, stranger: Stranger, base: str) -> None:
         """A folder that may be altered, with things around it that may not."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from commands import call, command, contiguous, same_records, without_stops
+from commands import STUDY, call, command, contiguous, same_records, without_stops
 from conftest import tiny
 from stores import KEYS, Store, google, store
 from tune_kd.cli import main
@@ -407,13 +407,15 @@ def test_a_run_in_a_store_is_a_command_like_any_other(
         return capsys.readouterr().out
 
     track = ("--track", "tensorboard", "--track", "mlflow")
-    begun = command(tmp_path, "run", "ablation", "--scale", "smoke", "--name", "far", *track, "--out", s3.url("kd"))
+    (tmp_path / "own.py").write_text(STUDY)
+    short = ("--set", "recipe.epochs=1")
+    begun = command(tmp_path, "run", "own.py", "--scale", "own", "--name", "far", *short, *track, "--out", s3.url("kd"))
     told, errors = begun.communicate(timeout=300)
     assert begun.returncode == 0, errors
     assert "records in s3://bucket/kd/far?" in told and "also at s3://bucket/kd/far/report/report.html?" in told
     assert "far" in tune_kd("other", "list")
     assert "is whole, from its plan to its teachers' answers" in tune_kd("other", "status", "far", "--verify")
-    assert "Effects" in tune_kd("third", "report", "far")
+    assert "Primary contrasts" in tune_kd("third", "report", "far", "--format", "md")
     here, there = (next((tmp_path / home).glob("tune_kd/s3-bucket-kd-*/results/far")) for home in ("home", "other"))
     assert (here / "trials.parquet").read_bytes() == (there / "trials.parquet").read_bytes()
     elsewhere(monkeypatch, tmp_path, "home")
