@@ -22,6 +22,7 @@ def study():
         moderator=None,
         screen=replace(base.screen, min_peers=99),
         factors=(Factor("stem", ("cifar",)), *base.factors[1:]),
+        contrasts=base.contrasts[1:],
     )
 """
 
