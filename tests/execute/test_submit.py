@@ -79,7 +79,7 @@ def test_a_study_is_submitted_followed_to_its_end_and_looked_at(cluster: str, tm
     at = ("--address", cluster)
     code, answer, errors = ended(command(tmp_path, "submit", "ablation", *CALM, "--name", "far", *at))
     assert code == 0, answer + errors
-    assert "Effects, in points of test accuracy" in answer  # the driver's own words
+    assert "Primary contrasts (points of test accuracy" in answer  # the driver's own words
     assert "stop it:     ray job stop" in errors and "Traceback" not in errors
     contiguous(tmp_path / "results" / "far")
     assert (tmp_path / "results" / "far" / "report" / "report.html").is_file()
