@@ -12,8 +12,9 @@ from tune_kd.system import files
 
 @pytest.mark.long
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("every", [120, pytest.param(60, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("onwards", [False, True], ids=["once", "onwards"])
+@pytest.mark.parametrize(
+    ("onwards", "every"), [(False, 60), (True, 120), pytest.param(True, 60, marks=pytest.mark.slow)]
+)
 def test_a_disk_that_fails_costs_nothing_but_time(tmp_path: Path, onwards: bool, every: int) -> None:
     """Every so many operations; `python tests/faults operations` fails each."""
     with patch.object(files, "PAUSES", (0.0, 0.0)):
