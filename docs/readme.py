@@ -25,7 +25,7 @@ def section(run: Path) -> str:
         (ROOT / FIGURE).write_bytes(Path(name, "figures", "effects.png").read_bytes())
     contrasts = results.contrasts(records)
     judged = contrasts[contrasts["n"] > 0]
-    lines = [*(f"> - {sentence}" for sentence in summary(records)), ""]
+    lines = [*(f"> - {sentence}" for sentence in summary(records).sentences), ""]
     lines += [f"![Effects with 95 % intervals of the laptop run]({FIGURE})", ""]
     lines += [
         "| primary contrast | difference (points) | 95 % interval | seeds | p (Holm) | verdict |",

@@ -60,6 +60,27 @@ def test_two_arms_have_a_paired_t_test() -> None:
     assert [end[0] for end in found.interval()] == pytest.approx([interval.low, interval.high])
 
 
+@given(st.integers(0, 2**32 - 1), st.floats(0.0005, 0.01))
+def test_equivalence_is_the_larger_of_two_one_sided_t_tests(seed: int, margin: float) -> None:
+    values = accuracies(seed, arms=2)
+    apart = values[0] - values[1]
+    above = scipy_stats.ttest_1samp(apart, -margin, alternative="greater").pvalue
+    below = scipy_stats.ttest_1samp(apart, margin, alternative="less").pvalue
+    found = estimate(values, ["s", "s"], np.array([[1.0, -1.0]])).equivalence(margin)
+    assert_allclose(found, [max(above, below)], atol=1e-12)
+
+
+@pytest.mark.parametrize("values", [np.full((2, 0), np.nan), np.full((2, 1), 0.9), np.full((2, 3), 0.9)])
+def test_equivalence_of_what_has_no_spread_is_not_known(values: np.ndarray) -> None:
+    assert np.isnan(estimate(values, ["s", "s"], np.array([[1.0, -1.0]])).equivalence(0.001)).all()
+
+
+@pytest.mark.parametrize("margin", [0.0, -0.001, float("inf"), float("nan")])
+def test_a_margin_that_is_none_is_refused(margin: float) -> None:
+    with pytest.raises(ValueError, match=r"margin is .*; allowed: above 0"):
+        estimate(accuracies(1), ["s"] * ARMS, CONTRAST).equivalence(margin)
+
+
 def test_a_variance_is_that_of_the_pairs_drawn_to_the_model_by_8_degrees_of_freedom() -> None:
     values = accuracies(2)
     found = estimate(values, ["s"] * ARMS, CONTRAST)

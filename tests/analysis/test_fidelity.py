@@ -106,7 +106,7 @@ def test_one_seed_is_no_verdict(study: Study) -> None:
     found = of(fidelity.fidelity(records), "agreement")
     assert (found["n"], found["verdict"], found["note"]) == (1, "not judged", "no spread to judge it by")
     assert found["estimate"] == pytest.approx(0.1, abs=0.01)
-    assert fidelity.sentence(records) is None
+    assert fidelity.sentence(records, contrasts.contrasts(records)) is None
 
 
 def test_a_look_has_its_share_of_the_level_here_too(study: Study) -> None:
@@ -139,7 +139,7 @@ def test_without_a_study_or_effects_there_is_nothing(study: Study) -> None:
     for each in (alone, records):
         table = fidelity.fidelity(each)
         assert table.empty and list(table.columns) == fidelity.COLUMNS.split()
-        assert fidelity.sentence(each) is None
+        assert fidelity.sentence(each, contrasts.contrasts(each)) is None
 
 
 def warm(gain: float) -> Callable[[Any], float]:
@@ -174,7 +174,8 @@ NEITHER = "one is found to be more like its teacher"
 def test_the_sentence_says_whether_likeness_comes_without_accuracy(
     study: Study, gain: float, shifts: dict[str, float], count: int, expected: str
 ) -> None:
-    said = fidelity.sentence(measured(made(study, warm(gain)), **shifts))
+    records = measured(made(study, warm(gain)), **shifts)
+    said = fidelity.sentence(records, contrasts.contrasts(records))
     assert said is not None
     assert said.startswith(f"In {count} of 2 comparisons of students with a teacher, {expected} (exploratory)")
 
@@ -183,7 +184,7 @@ def test_the_sentence_says_whether_likeness_comes_without_accuracy(
 def test_the_sentence_has_the_figures_of_the_clearest_difference(study: Study, measure: str) -> None:
     records = measured(made(study, warm(0.0)), **{measure: 0.05})
     each, accuracy = of(fidelity.fidelity(records), measure), row(contrasts.contrasts(records), PAIR)
-    said = fidelity.sentence(records)
+    said = fidelity.sentence(records, contrasts.contrasts(records))
     ends = [f"{100 * accuracy[name]:+.2f}" for name in ("estimate", "low", "high")]
     expected = f"accuracy {ends[0]} points (95 % interval {ends[1]} to {ends[2]}), over 5 seeds."
     assert said is not None and said.endswith(expected)
@@ -202,5 +203,5 @@ def test_the_sentence_names_the_run_of_several(study: Study) -> None:
         ),
         one.studies | other.studies,
     )
-    said = fidelity.sentence(both)
+    said = fidelity.sentence(both, contrasts.contrasts(both))
     assert said is not None and said.startswith("In 2 of 4 comparisons") and "one: cifar: T=2 - T=4" in said

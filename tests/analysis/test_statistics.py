@@ -147,28 +147,6 @@ def test_welch_says_nothing_of_what_has_no_spread(some: list[float], other: list
     assert found.estimate == (None if not some else pytest.approx(np.mean(some) - np.mean(other)))
 
 
-@given(values, st.floats(0.001, 0.5))
-def test_equivalence_is_the_larger_of_two_one_sided_t_tests(some: list[float], margin: float) -> None:
-    other = [0.1 * value for value in reversed(some)]
-    apart = np.subtract(some, other)
-    if np.std(apart) < 1e-6:
-        return
-    above = scipy_stats.ttest_1samp(apart, -margin, alternative="greater").pvalue
-    below = scipy_stats.ttest_1samp(apart, margin, alternative="less").pvalue
-    assert statistics.equivalence(apart.tolist(), margin) == pytest.approx(max(above, below))
-
-
-@pytest.mark.parametrize("few", [[], [0.1], [0.1, 0.1]])
-def test_equivalence_of_what_has_no_spread_is_not_known(few: list[float]) -> None:
-    assert statistics.equivalence(few) is None
-
-
-@pytest.mark.parametrize("margin", [0.0, -0.001, float("inf"), float("nan")])
-def test_a_margin_that_is_none_is_refused(margin: float) -> None:
-    with pytest.raises(ValueError, match=r"margin is .*; allowed: above 0"):
-        statistics.equivalence([0.0, 0.1], margin)
-
-
 @pytest.mark.parametrize(("estimate", "sd"), [(0.001, 0.0015), (-0.001, 0.0015 * 2**0.5), (0.005, 0.002), (0.1, 0.05)])
 def test_the_pairs_needed_are_those_of_statsmodels(estimate: float, sd: float) -> None:
     needed = statistics.pairs_needed(estimate, sd)

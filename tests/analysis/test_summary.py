@@ -12,7 +12,7 @@ from tune_kd.records.reader import Records
 from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, first_row
 from tune_kd.records.tables import frame
 from tune_kd.study.plan import plan
-from tune_kd.study.spec import Cell, Confirm, Study
+from tune_kd.study.spec import Cell, Compare, Confirm, Study
 
 STEM = {"imagenet": 0.87, "cifar": 0.95}
 
@@ -44,7 +44,7 @@ def helps_under_one_stem(cell: Cell) -> float:
 
 
 def test_each_question_of_the_ablation_has_its_sentence() -> None:
-    said = summary.summary(made(ablation.study(), helps_under_one_stem))
+    said = summary.summary(made(ablation.study(), helps_under_one_stem)).sentences
     assert 3 <= len(said) <= 6
     stem, logit, feature, change, others = said
     assert stem.startswith("Stem cifar against stem imagenet: better by 8.0")
@@ -59,7 +59,7 @@ def test_each_question_of_the_ablation_has_its_sentence() -> None:
 
 
 def test_where_nothing_is_it_says_what_is_ruled_out_and_finds_nothing() -> None:
-    said = " ".join(summary.summary(made(ablation.study(), lambda cell: 0.0)))
+    said = " ".join(summary.summary(made(ablation.study(), lambda cell: 0.0)).sentences)
     assert (
         "That the effect of logit against no distillation differs between stem imagenet and stem cifar is not" in said
     )
@@ -69,7 +69,7 @@ def test_where_nothing_is_it_says_what_is_ruled_out_and_finds_nothing() -> None:
 
 def test_one_seed_is_told_in_one_sentence() -> None:
     alone = replace(ablation.study(), confirm=Confirm(seeds=(1,)))
-    assert summary.summary(made(alone, helps_under_one_stem)) == [
+    assert summary.summary(made(alone, helps_under_one_stem)).sentences == [
         "One seed confirms, which shows no spread: no difference can be judged."
     ]
 
@@ -78,7 +78,7 @@ def test_many_contexts_are_counted() -> None:
     study = ablation.study()
     pairs = replace(study.factors[0], name="student", levels=("resnet18", "resnet34"))
     many = replace(study, factors=(*study.factors[:2], pairs), contrasts=study.contrasts[1:2], moderator=None)
-    (said,) = summary.summary(made(many, helps_under_one_stem))
+    (said,) = summary.summary(made(many, helps_under_one_stem)).sentences
     assert "in all, better in 2 of 4 contexts" in said
 
 
@@ -86,8 +86,8 @@ def test_several_runs_are_told_apart_and_tables_without_a_study_have_no_summary(
     one, other = (made(ablation.study(), helps_under_one_stem, run) for run in ("a", "b"))
     both = Records(*(_stacked(one, other, name) for name in ("trials", "epochs", "decisions")),
                    {**one.studies, **other.studies})  # fmt: skip
-    assert [each[:3] for each in summary.summary(both)] == ["a: "] * 5 + ["b: "] * 5
-    assert summary.summary(replace(one, studies={})) == summary.holds_for(replace(one, studies={})) == []
+    assert [each[:3] for each in summary.summary(both).sentences] == ["a: "] * 5 + ["b: "] * 5
+    assert summary.summary(replace(one, studies={})) == summary.Summary([], [], [])
 
 
 def _stacked(one: Records, other: Records, name: str) -> object:
@@ -98,10 +98,11 @@ def _stacked(one: Records, other: Records, name: str) -> object:
 
 def test_verdicts_hold_for_these_images_and_this_teacher() -> None:
     records = made(ablation.study(), helps_under_one_stem)
-    assert summary.holds_for(records) == [
-        "Verdicts hold for these test images, which all arms share and seeds do not vary, and for one teacher of each "
-        "kind."
+    assert summary.summary(records).holds_for == [
+        "These verdicts hold for these test images, which all arms share and seeds do not vary, and for one teacher of "
+        "each kind."
     ]
+    assert "more where arms spread very differently (docs/statistics.md)" in summary.summary(records).method[1]
 
 
 def test_a_factor_is_tested_once_a_context_as_in_a_textbook() -> None:
@@ -150,13 +151,48 @@ def test_a_run_with_many_contrasts_in_one_family_names_what_it_found_and_counts_
     records = made(ablation.study(), helps_under_one_stem)
     for contrast in records.study["contrasts"]:
         del contrast["family"]
-    said = summary.summary(records)
+    said = summary.summary(records).sentences
     assert len(said) <= 6
     assert said[0].startswith("Stem cifar against stem imagenet: better by 8.0")
-    assert any(
-        each.startswith("Of the ") and each.endswith(" other contrasts none shows a difference.") for each in said
-    )
+    assert said[-1] == "Of the 15 other contrasts, 3 show a difference."
     nothing = made(ablation.study(), lambda cell: 0.0 if cell.stem == "cifar" else 0.08)
     for contrast in nothing.study["contrasts"]:
         del contrast["family"]
-    assert "Of the 22 contrasts none shows a difference." in summary.summary(nothing, margin=1e-6)
+    assert "Of the 22 contrasts, none shows a difference." in summary.summary(nothing, margin=1e-6).sentences
+
+
+def test_findings_beyond_those_that_are_named_are_counted() -> None:
+    records = made(ablation.study(), lambda cell: 0.0 if cell.method == "none" else 0.01 * (cell.temperature or 8.0))
+    for contrast in records.study["contrasts"]:
+        del contrast["family"]
+    said = summary.summary(records).sentences
+    found = contrasts.contrasts(records)["verdict"].isin(["better", "worse"]).sum()
+    named = sum(each.count("better by") + each.count("worse by") for each in said[:-1])
+    assert len(said) == 5 and found > named
+    assert f" other contrasts, {found - named} show a difference." in said[-1]
+
+
+def test_equivalence_is_no_difference() -> None:
+    alike = made(ablation.study(), lambda cell: 0.0)
+    rows = contrasts.contrasts(alike, margin=0.02)
+    assert set(rows.loc[rows["family"] == "secondary", "verdict"]) == {"equivalent"}
+    said = summary.summary(alike, margin=0.02).sentences
+    assert said[-1].startswith("Of the 16 secondary contrasts, none shows a difference.")
+
+
+def test_a_level_of_two_factors_has_no_wrong_name() -> None:
+    study = ablation.study()
+    networks = ("resnet18", "resnet34")
+    both = replace(
+        study,
+        factors=(
+            study.factors[1],
+            *(replace(study.factors[0], name=name, levels=networks) for name in ("student", "teacher")),
+        ),
+        contrasts=(Compare("teacher", "resnet34", "resnet18", where={"method": "feature"}),),
+        moderator=None,
+        reference=(),
+    )
+    (said,) = summary.summary(made(both, lambda cell: 0.0)).sentences
+    assert said.startswith("Teacher resnet34 against resnet18: no gain above ")
+    assert "student" not in said

@@ -13,14 +13,15 @@ from tune_kd.system import files
 @pytest.mark.long
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
-    ("onwards", "every"), [(False, 60), (True, 120), pytest.param(True, 60, marks=pytest.mark.slow)]
+    ("onwards", "every"),
+    [(False, 60), (True, 120), *(pytest.param(each, 40, marks=pytest.mark.slow) for each in (False, True))],
 )
 def test_a_disk_that_fails_costs_nothing_but_time(tmp_path: Path, onwards: bool, every: int) -> None:
     """Every so many operations; `python tests/faults operations` fails each."""
     with patch.object(files, "PAUSES", (0.0, 0.0)):
         score = operations.fail_each(tmp_path, every, onwards, lambda _: None)
     assert score.found == []
-    assert score.passes >= 600 // every
+    assert score.passes >= {40: 10, 60: 10, 120: 5}[every]
     assert (score.resumed if onwards else score.unharmed) >= score.passes // 2
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from tune_kd.analysis.paper import paper
+from tune_kd.analysis.summary import summary
 from tune_kd.records.reader import load
 from tune_kd.reporting import report as reporting
 from tune_kd.reporting.page import html as page_html
@@ -161,7 +162,7 @@ def test_the_table_of_a_paper_is_bold_where_a_verdict_is_and_names_in_it_are_tex
     printed = grid(paper(records).assign(verdict=["better", *[None] * 7]), records)
     made = reporting.tables(records)
     titled = {name: (reporting.TABLES[name][0], table) for name, table in made.items()}
-    (tmp_path / "report.html").write_text(page_html(records, titled, [], [], printed))
+    (tmp_path / "report.html").write_text(page_html(records, titled, [], [], printed, summary(records)))
     browser.get_log("browser")
     show(browser, tmp_path / "report.html", width=360)
     region = browser.find_element("css selector", f"[aria-label='{reporting.TABLES['paper'][0]}']")

@@ -43,11 +43,11 @@ def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
         ({"contrasts": (Compare("method", "none", "none"),)}, ("'none'", "itself")),
         ({"contrasts": (Compare("stem", "cifar", "imagenet"),) * 2}, ("stem 'cifar' with 'imagenet' more than once",)),
         (
-            {"contrasts": (Compare("stem", "cifar", "imagenet", family="main"),)},  # type: ignore[arg-type]
+            {"contrasts": (Compare("stem", "cifar", "imagenet", family="main"),)},
             ("contrasts[0].family is 'main'", "primary, secondary"),
         ),
         (
-            {"contrasts": (Compare("stem", "cifar", "imagenet", moderation="no"),)},  # type: ignore[arg-type]
+            {"contrasts": (Compare("stem", "cifar", "imagenet", moderation="no"),)},
             ("contrasts[0].moderation is 'no'", "primary, secondary"),
         ),
         (

@@ -274,7 +274,7 @@ def test_what_a_run_makes_outside_of_its_results_is_its_users_alone_also_without
         )  # fmt: skip
         while begun.poll() is None:
             open_ |= {*open_to_others(own), *held_open(begun.pid, str(work))}
-            time.sleep(1)
+            time.sleep(0.2)
         assert begun.stdout is not None
         with begun.stdout as said:
             assert begun.returncode == 0, said.read()

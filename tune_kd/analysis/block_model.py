@@ -77,7 +77,12 @@ class Estimates:
         return np.where(same, 1.0, 2 * np.minimum(*self.p()))
 
     def equivalence(self, margin: float) -> Array:
-        """p values of a difference of at least `margin`: two one-sided tests (Schuirmann 1987)."""
+        """p values of a difference of at least `margin`: two one-sided tests (Schuirmann 1987).
+
+        Raises `ValueError` unless `margin` is above 0 and finite.
+        """
+        if not 0 < margin < math.inf:
+            raise ValueError(f"margin is {margin}; allowed: above 0 (accuracy, 0.001 is 0.1 points)")
         return np.maximum(self.p(-margin)[0], self.p(margin)[1])
 
     def interval(self, level: float = 0.95) -> tuple[Array, Array]:
@@ -103,7 +108,7 @@ def shipped_prior(own: Any) -> Any:
 
 def fit(values: Array) -> Fit:
     """Fit accuracies [..., A, S] of A arms at S seeds; NaN where a trial is missing."""
-    present = ~np.isnan(values).reshape(-1, *values.shape[-2:])[0]
+    present = ~np.isnan(values[(0,) * (values.ndim - 2)])
     arms = len(present)
     counts = present.astype(float)
     normal = np.block([[np.diag(counts.sum(1)), counts], [counts.T, np.diag(counts.sum(0))]])
@@ -132,9 +137,9 @@ def estimate(
     A contrast whose weights are all 0 is not estimated. With `pairs_alone` all are judged by their pairs.
     """
     groups = [np.array([each == stratum for each in strata]) for stratum in dict.fromkeys(strata)]
-    within = np.array([[weights[:, group].sum(1)] for group in groups])
+    within = np.array([weights[:, group].sum(1) for group in groups])
     small = np.array([group.sum() <= MOST_ARMS or not weights[:, group].any() for group in groups])
-    by_model = np.all(np.abs(within) < 1e-12, axis=(0, 1)) & small.all()
+    by_model = np.all(np.abs(within) < 1e-12, axis=0) & small.all()
     pairs, paired, spread = _pairs(values, weights)
     found = Estimates(pairs, by_model, paired, paired, paired, spread, paired).pairs_alone()
     if pairs_alone or not by_model.any():
@@ -214,7 +219,7 @@ def _pairs(values: Array, weights: Array) -> tuple[npt.NDArray[np.int64], Array,
         differences = np.einsum("a,...as->...s", row[used], values[..., used, :])
         if not used.any():
             differences = np.full_like(differences, np.nan)
-        differences = differences[..., ~np.isnan(differences).reshape(-1, differences.shape[-1])[0]]
+        differences = differences[..., ~np.isnan(differences[(0,) * (differences.ndim - 1)])]
         n = differences.shape[-1]
         counts.append(n)
         nothing = np.full(differences.shape[:-1], np.nan)

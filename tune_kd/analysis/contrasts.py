@@ -20,8 +20,6 @@ from tune_kd.analysis.accuracy import (
     by_context,
     by_seed,
     completed_trials,
-    confirmation,
-    judged_look,
     random_teachers,
     teachers_per_seed,
 )
@@ -135,28 +133,33 @@ def factors(records: Records) -> pd.DataFrame:
     For reading beside the contrasts; no verdict depends on it. Arms that have no accuracy at a seed are handled as in
     the contrasts; those that were stopped are left out, and so are runs that are judged over several teachers.
     """
+    alone = [run for run in records.runs if run in records.studies and not random_teachers(records, run)]
+    return typed(
+        [row for run in alone for row in _factors_of(records.of(run))], "run factor context contrasts F df df_error p"
+    )
+
+
+def _factors_of(records: Records) -> list[dict[str, Any]]:
+    (run,), declared = records.runs, records.study["contrasts"]
+    _, seeds, _ = looks_so_far(records)
+    values, strata, weights = arrays(records, seeds, declared)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for place, (contrast, note) in enumerate(zip(declared, reasons(records, seeds, declared), strict=True)):
+        if contrast["kind"] == "effect" and not note and contrast.get("factor"):
+            against = min(contrast["weights"], key=lambda arm: arm[1])[0]
+            groups.setdefault((contrast["factor"], against), []).append(place)
     rows = []
-    for run in records.runs:
-        if run not in records.studies or random_teachers(records, run):
+    for (factor, _), places in groups.items():
+        theirs = weights[places]
+        inside = {stratum for stratum, used in zip(strata, (theirs != 0).any(0), strict=True) if used}
+        if len(places) < 2 or len(inside) > 1:
             continue
-        one = records.of(run)
-        seeds = confirmation(one.study).seeds_at(judged_look(one))
-        groups: dict[tuple[str, str], list[Any]] = {}
-        for contrast, note in zip(one.study["contrasts"], reasons(one, seeds, one.study["contrasts"]), strict=True):
-            if contrast["kind"] == "effect" and not note and contrast.get("factor"):
-                against = min(contrast["weights"], key=lambda arm: arm[1])[0]
-                groups.setdefault((contrast["factor"], against), []).append(contrast)
-        for (factor, _), declared in groups.items():
-            values, strata, weights = arrays(one, seeds, declared)
-            inside = {stratum for stratum, weight in zip(strata, np.abs(weights).sum(0), strict=True) if weight}
-            if len(declared) < 2 or len(inside) > 1:
-                continue
-            own = np.array([stratum in inside for stratum in strata])
-            f, df, df_error, p = block_model.joint(values[own], weights[:, own])
-            context = declared[0]["name"].rpartition(": ")[0]
-            row = {"run": run, "factor": factor, "context": context, "contrasts": len(declared)}
-            rows.append(row | {"F": f, "df": df, "df_error": df_error, "p": p})
-    return typed(rows, "run factor context contrasts F df df_error p")
+        own = np.array([stratum in inside for stratum in strata])
+        f, df, df_error, p = block_model.joint(values[own], theirs[:, own])
+        context = declared[places[0]]["name"].rpartition(": ")[0]
+        row = {"run": run, "factor": factor, "context": context, "contrasts": len(places)}
+        rows.append(row | {"F": f, "df": df, "df_error": df_error, "p": p})
+    return rows
 
 
 def variances(records: Records) -> pd.DataFrame:
@@ -169,7 +172,7 @@ def variances(records: Records) -> pd.DataFrame:
     rows = []
     for run in (run for run in records.runs if random_teachers(records, run)):
         of_run = records.of(run)
-        declared, seeds = of_run.study["contrasts"], confirmation(of_run.study).seeds_at(judged_look(of_run))
+        declared, (_, seeds, _) = of_run.study["contrasts"], looks_so_far(of_run)
         if not declared:
             continue
         judged = np.array([not note for note in reasons(of_run, seeds, declared)])

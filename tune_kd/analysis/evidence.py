@@ -54,10 +54,13 @@ class Evidence:
         with_one = np.array([arm in has_teacher for arm in arms], dtype=bool)
         # The means over teachers of a seed have a smaller spread than single trials: they are not for the block model.
         values[with_one] = np.nan
+        taught = (weights[:, with_one] != 0).any(1)
+        if not taught.any():
+            return cls(values, strata, weights, taught, np.empty((len(weights), 0, len(seeds))))
         ended = completed_trials(records)
         known = np.stack([cells(records, run, ended[ended["arm"] == arm], seeds) for arm in arms])
         differences = np.stack([np.tensordot(row[row != 0], known[row != 0], 1) for row in weights])
-        return cls(values, strata, weights, (weights[:, with_one] != 0).any(1), differences)
+        return cls(values, strata, weights, taught, differences)
 
     def at(self, count: int, pairs_alone: bool) -> Estimates:
         """The estimates from the first `count` seeds."""

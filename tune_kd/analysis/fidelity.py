@@ -15,7 +15,6 @@ import pandas as pd
 from tune_kd.analysis import verdicts
 from tune_kd.analysis.accuracy import confirmed_trials
 from tune_kd.analysis.block_model import Estimates, estimate, joined
-from tune_kd.analysis.contrasts import contrasts
 from tune_kd.analysis.evidence import arrays, looks_so_far, reasons
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.analysis.verdicts import ALPHA, points
@@ -31,7 +30,8 @@ COLUMNS = "run contrast measure verdict n planned estimate low high error df p_h
 def fidelity(records: Records) -> pd.DataFrame:
     """One row per measure and declared effect: the difference in `agreement`, `kl_t1`, `kl_t4` and `ece`.
 
-    Agreement and ECE are fractions, KL is in nats; each student is compared with its own teacher. Each measure is
+    Agreement and ECE are fractions, KL is in nats; each student is compared with its own teacher, and where it has
+    several its values are means over these, so that the rows hold for these teachers. Each measure is
     estimated by the block model, as accuracy is in `contrasts`. `p_holm` is adjusted over all rows of a run. They are a
     family of their own: exploratory beside the verdicts on accuracy, from which they take no power. A row without data
     stays in the family, without a p value. Rows of agreement and KL are left out where an arm has no teacher.
@@ -117,16 +117,16 @@ def _note(row: Any) -> str:
     return "no spread to judge it by" if pd.isna(row["p"]) else ""
 
 
-def sentence(records: Records) -> str | None:
+def sentence(records: Records, verdicts_on_accuracy: pd.DataFrame) -> str | None:
     """Whether a student becomes more like its teacher where it does not become more accurate, with figures.
 
     A student is more like its teacher than another if a measure of likeness says so and none says the opposite, as KL
-    at two temperatures may. `None` if no contrast is judged on both likeness and accuracy, such as where all of them
-    are with a control.
+    at two temperatures may. `verdicts_on_accuracy` are the `contrasts` of the records. `None` if no contrast is judged
+    on both likeness and accuracy, such as where all of them are with a control.
     """
     likeness = fidelity(records)
     likeness = likeness[likeness["measure"].isin(list(LIKENESS)) & (likeness["verdict"] != "not judged")]
-    both = likeness.merge(contrasts(records), on=["run", "contrast"], suffixes=("", "_accuracy"))
+    both = likeness.merge(verdicts_on_accuracy, on=["run", "contrast"], suffixes=("", "_accuracy"))
     both = both[both["verdict_accuracy"] != "not judged"]
     compared = [group.sort_values("p_holm") for _, group in both.groupby(["run", "contrast"], sort=False)]
     if not compared:

@@ -46,7 +46,7 @@ def _rows(records: Records) -> dict[tuple[Any, ...], dict[str, str]]:
     """The columns of each row by arm, and the rows by context, in the study's order of arms."""
     study, trials = records.study, confirmed_trials(records).drop_duplicates("arm").astype(object)
     compared = {name for each in study["contrasts"] if each["kind"] == "effect" for name, _ in each["weights"]}
-    found: list[Row] = trials.where(trials.notna(), None).to_dict("records")  # type: ignore[assignment]
+    found = [dict(zip(trials.columns, row, strict=True)) for row in trials.where(trials.notna(), None).to_numpy()]
     shown = [arm for arm in found if arm["arm"] in compared or _at_reference(study["study"], arm)]
     teachers: dict[tuple[Any, ...], list[str]] = {}
     for arm in shown:

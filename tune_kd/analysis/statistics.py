@@ -120,21 +120,6 @@ def welch(treated: Sequence[float], control: Sequence[float]) -> Welch:
     return Welch(n, one.n, other.n, estimate, low, high, p, df, estimate / math.hypot(one.sd, other.sd) * math.sqrt(2))
 
 
-def equivalence(values: Sequence[float], margin: float = MARGIN) -> float | None:
-    """p value of the equivalence of paired differences [n] to zero: two one-sided t tests (TOST, Schuirmann 1987).
-
-    `margin` is an accuracy. None for one pair and for equal differences. Raises `ValueError` unless `margin` is above 0
-    and finite.
-    """
-    from statsmodels.stats.weightstats import DescrStatsW
-
-    if not 0 < margin < math.inf:
-        raise ValueError(f"margin is {margin}; allowed: above 0 (accuracy, 0.001 is 0.1 points)")
-    if (summary(values).sd or 0.0) <= NO_SPREAD:
-        return None
-    return float(DescrStatsW(values).ttost_mean(-margin, margin)[0])
-
-
 def less_one(n: int, more: float = 0.0) -> float:
     """Degrees of freedom of a standard deviation of `n` values, with `more` from elsewhere."""
     return n - 1.0 + more

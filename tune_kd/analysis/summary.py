@@ -1,6 +1,8 @@
 """A study's answer in plain words: a few sentences, made from its verdicts."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -13,38 +15,40 @@ from tune_kd.study.spec import Family
 CONTEXTS_SHOWN = 3  # of a comparison, in one sentence
 NAMED = 3  # contrasts of the secondary family with a finding
 SENTENCES = 4  # on the primary family
-FINDINGS = ("better", "worse", "equivalent")
+FINDINGS = ("better", "worse")
 Row = Mapping[Any, Any]
 
 
-def summary(records: Records, margin: float = MARGIN) -> list[str]:
-    """Three to six sentences on each run that declared contrasts: the primary ones, then what the others show."""
+@dataclass(frozen=True)
+class Summary:
+    """What a report says in words, above and below the table of verdicts. Empty without a study."""
+
+    sentences: list[str]  # three to six on each run, if it declared contrasts
+    method: list[str]  # how the contrasts were judged
+    holds_for: list[str]  # the images and teachers for which the verdicts hold
+
+
+def summary(records: Records, margin: float = MARGIN) -> Summary:
+    """Put the verdicts of each run into words: the primary family's, then what the others show."""
     table, tests = contrasts.contrasts(records, margin), contrasts.factors(records)
-    said = []
+    sentences, holds = [], []
     for run in records.runs:
-        if run in records.studies:
-            rows = table[table["run"] == run].to_dict("records")
-            words = _Words(records.studies[run]["study"], margin)
-            sentences = [*_primary(words, rows), _secondary(words, rows, tests[tests["run"] == run])]
-            sentences.append(fidelity.sentence(records.of(run)) or "")
-            if rows and max(row["planned"] for row in rows) == 1:
-                sentences = ["One seed confirms, which shows no spread: no difference can be judged."]
-            before = f"{run}: " if len(records.runs) > 1 else ""
-            said += [f"{before}{sentence}" for sentence in sentences if sentence]
-    return said
+        theirs = table[table["run"] == run]
+        if theirs.empty:
+            continue
+        before = f"{run}: " if len(records.runs) > 1 else ""
+        said = _sentences(records.of(run), theirs, tests[tests["run"] == run], margin)
+        sentences += [f"{before}{each}" for each in said if each]
+        holds.append(f"{before}These verdicts hold for these test images, which all arms share and seeds do not vary, "
+                     f"and for {_teachers(records, run)}.")  # fmt: skip
+    return Summary(sentences, _method(set(table["rule"])), holds)
 
 
-def holds_for(records: Records) -> list[str]:
-    """For which images and teachers the verdicts hold; empty without a study."""
-    said = []
-    for run in records.runs:
-        if run in records.studies and records.studies[run]["contrasts"]:
-            whom = f", and for {_teachers(records, run)}"
-            before = f"{run}: v" if len(records.runs) > 1 else "V"
-            said.append(
-                f"{before}erdicts hold for these test images, which all arms share and seeds do not vary{whom}."
-            )
-    return said
+def _sentences(records: Records, table: pd.DataFrame, tests: pd.DataFrame, margin: float) -> list[str]:
+    rows, words = table.to_dict("records"), _Words(records.study["study"], margin)
+    if max(row["planned"] for row in rows) == 1:
+        return ["One seed confirms, which shows no spread: no difference can be judged."]
+    return [*_primary(words, rows), _secondary(words, rows, tests), fidelity.sentence(records, table) or ""]
 
 
 def _teachers(records: Records, run: str) -> str:
@@ -53,17 +57,17 @@ def _teachers(records: Records, run: str) -> str:
     return "teachers of their kind" if accuracy.random_teachers(records, run) else "these teachers"
 
 
-def method(records: Records) -> list[str]:
-    """How the contrasts were judged, for the foot of their table."""
-    rules = set(contrasts.contrasts(records)["rule"])
+def _method(rules: set[str]) -> list[str]:
     said = []
     if rules - {evidence.DECLARED_EARLIER}:
         said = [
             "95 % t intervals; p adjusted by Holm within a family; both allow for declared looks. Contrasts within a "
             "stratum are judged by the block model, with seeds as blocks; contrasts across strata by their pairs.",
-            "The chance of any false finding is about 5 % at most in the primary family, which answers the study's "
-            "question, and by itself in the secondary one, which explains.",
+            "The primary family answers the study's question, and the secondary one explains. In each, the chance of "
+            "any false finding is about 5 % at most, and more where arms spread very differently (docs/statistics.md).",
         ]
+    if evidence.OVER_TEACHERS in rules:
+        said.append("Contrasts of arms with several teachers are judged with these as a random effect.")
     if evidence.DECLARED_EARLIER in rules:
         said.append(
             "Contrasts that a version before 0.7 declared are judged as they were declared: by their pairs, with p "
@@ -76,8 +80,10 @@ class _Words:
     """Names of arms and contexts in a sentence."""
 
     def __init__(self, study: Mapping[str, Any], margin: float) -> None:
-        self._factors = {str(level): each["name"] for each in study["factors"] for level in each["levels"]}
-        self._control, self.margin = study["control"], margin
+        named = Counter(str(level) for each in study["factors"] for level in each["levels"])
+        self._factors = {str(level): each["name"] for each in study["factors"] for level in each["levels"]
+                         if named[str(level)] == 1}  # of another, the name says which one it is  # fmt: skip
+        self.margin = margin
 
     def level(self, name: str) -> str:
         """`stem cifar`, `logit`, `no distillation`; a level that has its factor in it stays: `T=4`."""
@@ -111,10 +117,14 @@ def _primary(words: _Words, rows: Sequence[Row]) -> list[str]:
     said += [([row], _moderation(words, row)) for row in primary if row["kind"] == "moderation"]
     if len(said) <= SENTENCES:
         return [sentence for _, sentence in said]
-    telling = [each for each in said if any(row["verdict"] in FINDINGS for row in each[0])][:SENTENCES]
-    rest = sum(len(group) for group, _ in said) - sum(len(group) for group, _ in telling)
-    which = "other contrasts" if telling else "contrasts"
-    return [*(sentence for _, sentence in telling), f"Of the {rest} {which} none shows a difference."]
+    telling = [each for each in said if any(row["verdict"] in (*FINDINGS, "equivalent") for row in each[0])]
+    shown = telling[:SENTENCES]
+    told = [group for group, _ in shown]
+    rest = [row for group, _ in said for row in group if group not in told]
+    found = sum(row["verdict"] in FINDINGS for row in rest)
+    which = "other contrasts" if shown else "contrasts"
+    last = f"Of the {len(rest)} {which}, {_show(found)} a difference." if rest else ""
+    return [*(sentence for _, sentence in shown), last]
 
 
 def _effect(words: _Words, rows: Sequence[Row]) -> str:
@@ -133,7 +143,7 @@ def _moderation(words: _Words, row: Row) -> str:
     treated, against = words.level(what[0]), words.level(what[2])
     at, first = (words.level(level) for level in levels.split(" - ", 1))
     effect = f"the effect of {treated} against {against}{words.context(context.rpartition(': ')[0] + ': ')}"
-    if row["verdict"] in ("better", "worse"):
+    if row["verdict"] in FINDINGS:
         return f"{_capital(effect)} is {_by(row)} with {at} than with {first}{_figures(row)}."
     if row["verdict"] == "equivalent":
         return f"{_capital(effect)} is the same with {at} and with {first}{_figures(row)}."
@@ -142,7 +152,7 @@ def _moderation(words: _Words, row: Row) -> str:
 
 def _finding(row: Row, margin: float) -> str:
     """The verdict as a clause."""
-    if row["verdict"] in ("better", "worse"):
+    if row["verdict"] in FINDINGS:
         return _by(row)
     if row["verdict"] == "equivalent":
         return f"the same within {100 * margin:g} points"
@@ -161,7 +171,7 @@ def _figures(row: Row) -> str:
     """` (+0.31, 95 % interval +0.02 to +0.60, 5 seeds)`; without the difference where the finding has it."""
     if row["verdict"] == "not judged":
         return ""
-    said = [] if row["verdict"] in ("better", "worse") else [verdicts.points(row["estimate"])]
+    said = [] if row["verdict"] in FINDINGS else [verdicts.points(row["estimate"])]
     if verdicts.has_interval(row):
         said.append(f"95 % interval {verdicts.points(row['low'])} to {verdicts.points(row['high'])}")
     return f" ({', '.join([*said, verdicts.seeds(row)])})"
@@ -173,7 +183,7 @@ def _secondary(words: _Words, rows: Sequence[Row], tests: pd.DataFrame) -> str:
     if not secondary:
         return ""
     found = [row for row in secondary if row["verdict"] in FINDINGS]
-    shown = f"{len(found) or 'none'} show{'' if len(found) > 1 else 's'} a difference"
+    shown = f"{_show(len(found))} a difference"
     if found:
         named = "; ".join(f"{row['contrast']} ({_by(row)})" for row in found[:NAMED])
         shown += f": {named}{f'; {len(found) - NAMED} more' if len(found) > NAMED else ''}"
@@ -184,6 +194,11 @@ def _secondary(words: _Words, rows: Sequence[Row], tests: pd.DataFrame) -> str:
                          for test in theirs.head(NAMED).to_dict("records"))  # fmt: skip
         said.append(f"Whether {factor} matters at all, by one F test each: {each}.")
     return " ".join(said)
+
+
+def _show(count: int) -> str:
+    """`none shows`, `1 shows`, `2 show`."""
+    return f"{count or 'none'} show{'' if count > 1 else 's'}"
 
 
 def _p(p: float) -> str:

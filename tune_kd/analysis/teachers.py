@@ -98,7 +98,7 @@ def crossed(values: Array) -> Crossed:
 
     NaN where a cell is missing, which is the same in all studies of leading axes.
     """
-    known = ~np.isnan(values).reshape(-1, *values.shape[-2:])[0]
+    known = ~np.isnan(values[(0,) * (values.ndim - 2)])
     values = values[..., known.any(1), :][..., known.any(0)]
     present = known[known.any(1)][:, known.any(0)].astype(float)
     (teachers, seeds), cells = present.shape, int(present.sum())

@@ -312,7 +312,7 @@ def _stopping(study: Study) -> str:
 
 
 def _powers(seeds: dict[str, Any]) -> Iterator[str | Table]:
-    """Return what each look can show, as a table a look; the seeds for other differences stand in the first."""
+    """Return what the looks can show, and the seeds that other differences need."""
     deviation = points(seeds["deviation"])
     if seeds["seeds"] < 2:
         yield "One seed to confirm: no difference can be judged."

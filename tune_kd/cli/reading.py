@@ -179,7 +179,7 @@ def print_report(
     settings, budgets, spreads = tuned.settings(records), tuned.budgets(records), contrasts.variances(records)
     if as_json:
         answer: dict[str, Any] = {"runs": records.runs, "report": str(first)}
-        answer["summary"] = summary.summary(records)
+        answer["summary"] = summary.summary(records).sentences
         tables = {"arms": arms, "contrasts": effects, "exploratory": explored, "settings": settings, "budgets": budgets}
         tables |= {"variances": spreads} if len(spreads) else {}
         answer |= {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
@@ -189,8 +189,8 @@ def print_report(
         return first
     parts: list[RenderableType] = []
     if len(effects):
-        parts = [terminal.sentences(summary.summary(records)), terminal.effects(effects)]
-        parts.append("\n".join([*summary.method(records), *summary.holds_for(records)]))
+        said = summary.summary(records)
+        parts = [terminal.sentences(said.sentences), terminal.effects(effects), "\n".join(said.method + said.holds_for)]
     if len(spreads):
         parts.append(terminal.variances(spreads))
     parts.append(terminal.arms(arms))

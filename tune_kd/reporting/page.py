@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, StrictUndefined, select_autoescape
 
-from tune_kd.analysis import summary
+from tune_kd.analysis.summary import Summary
 from tune_kd.records.reader import Records
 from tune_kd.reporting import figures
 from tune_kd.reporting.paper import Grid
@@ -22,7 +22,12 @@ AT_THE_END = ("decisions", "rungs", "provenance")  # of the page
 
 
 def html(
-    records: Records, tables: Titled, pictures: Sequence[figures.Picture], limits: Sequence[str], paper: Grid | None
+    records: Records,
+    tables: Titled,
+    pictures: Sequence[figures.Picture],
+    limits: Sequence[str],
+    paper: Grid | None,
+    summary: Summary,
 ) -> str:
     """The whole page. Of a long table it shows the first `ROWS` rows, and says so. `paper` is the grid of the table of
     that name."""
@@ -35,8 +40,7 @@ def html(
         questions=questions(records),
         counts={name: count for name in VERDICTS if (count := found.count(name))},
         verdicts=None if not found else _table("", verdicts(tables["contrasts"][1])),
-        summary=summary.summary(records),
-        method=[*summary.method(records), *summary.holds_for(records)],
+        summary=summary,
         fixed=all(study.get("contrasts_sha256") for study in records.studies.values()),
         contrasts=None if not found else _table(*tables["contrasts"]),
         paper=paper,

@@ -7,6 +7,7 @@ import pandas as pd
 
 from tune_kd.analysis import accuracy, contrasts, early_stopping, fidelity, measures, paper, provenance, tuned
 from tune_kd.analysis.statistics import MARGIN
+from tune_kd.analysis.summary import summary
 from tune_kd.records.reader import Records
 from tune_kd.reporting import figures, page, texts
 from tune_kd.reporting.paper import grid
@@ -69,7 +70,7 @@ def report(records: Records, to: Path | str, formats: Sequence[str] = FORMATS) -
     titled = {name: (TABLES[name][0], table) for name, table in made.items()}
     printed = grid(made["paper"], records) if "paper" in made else None
     drawn = figures.draw(records) if {"html", "png", "svg"} & set(formats) else []
-    limits = provenance.limits(records, MARGIN)
+    limits, said = provenance.limits(records, MARGIN), summary(records)
     kinds = [kind for kind in ("png", "svg") if kind in formats]
     files = {f"figures/{each.name}.{kind}": figures.rendered(each.figure, kind) for each in drawn for kind in kinds}
     if "csv" in formats:
@@ -77,9 +78,9 @@ def report(records: Records, to: Path | str, formats: Sequence[str] = FORMATS) -
     if "tex" in formats:
         files |= {f"tables/{name}.tex": text.encode() for name, text in texts.latex(titled, printed).items()}
     if "md" in formats:
-        files["report.md"] = texts.markdown(records, titled, limits, printed).encode()
+        files["report.md"] = texts.markdown(records, titled, limits, printed, said).encode()
     if "html" in formats:
-        files["report.html"] = page.html(records, titled, drawn, limits, printed).encode()
+        files["report.html"] = page.html(records, titled, drawn, limits, printed, said).encode()
     _forget(folder, formats)
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

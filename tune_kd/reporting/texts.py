@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from tune_kd.analysis import summary
+from tune_kd.analysis.summary import Summary
 from tune_kd.analysis.verdicts import short
 from tune_kd.records.reader import Records
 from tune_kd.reporting.paper import Grid
@@ -102,15 +102,15 @@ def verdicts(contrasts: pd.DataFrame) -> pd.DataFrame:
     return ordered[VERDICTS.split()]
 
 
-def markdown(records: Records, tables: Titled, limits: Sequence[str], paper: Grid | None) -> str:
+def markdown(records: Records, tables: Titled, limits: Sequence[str], paper: Grid | None, summary: Summary) -> str:
     """The whole report as Markdown. `paper` is the grid of the table of that name."""
     lines = [f"# {_inline(', '.join(records.runs))}", ""]
     for question in questions(records):
         lines += [_line(question), ""]
     if "contrasts" in tables:
-        lines += ["## Summary", "", *(f"- {_line(sentence)}" for sentence in summary.summary(records)), ""]
+        lines += ["## Summary", "", *(f"- {_line(sentence)}" for sentence in summary.sentences), ""]
         lines += ["## Verdicts", "", *_rows(shown(verdicts(tables["contrasts"][1]))), ""]
-        lines += [f"{_line(sentence)}\n" for sentence in (*summary.method(records), *summary.holds_for(records))]
+        lines += [f"{_line(sentence)}\n" for sentence in (*summary.method, *summary.holds_for)]
     lines += ["## Limits of the evidence", "", *(f"- {_line(sentence)}" for sentence in limits), ""]
     for name, (title, table) in tables.items():
         lines += [f"## {title}", "", *(_grid(paper) if paper and name == "paper" else _rows(shown(table))), ""]
