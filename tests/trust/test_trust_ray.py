@@ -230,15 +230,13 @@ def open_to_others(top: Path) -> list[str]:
     """What is below a folder and others can use, but for what is below a folder that is closed to them."""
     found = []
     for folder, inner, files in os.walk(top):
-        with suppress(FileNotFoundError):
-            inner[:] = [name for name in inner if not os.path.islink(Path(folder, name))
-                        and os.stat(Path(folder, name)).st_mode & 0o077]  # fmt: skip
+        modes = {}
         for name in (*inner, *files):
-            path = Path(folder, name)
             with suppress(FileNotFoundError):  # it was temporary
-                status = os.lstat(path)
-                if not stat.S_ISLNK(status.st_mode) and status.st_mode & 0o077:
-                    found.append(f"{stat.filemode(status.st_mode)} {path}")
+                modes[name] = os.lstat(Path(folder, name)).st_mode
+        used = {name: mode for name, mode in modes.items() if mode & 0o077 and not stat.S_ISLNK(mode)}
+        inner[:] = [name for name in inner if name in used]
+        found += [f"{stat.filemode(mode)} {Path(folder, name)}" for name, mode in used.items()]
     return found
 
 

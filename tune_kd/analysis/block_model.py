@@ -39,7 +39,7 @@ class Fit:
 
     def leverage(self, weights: Array) -> Array:
         """Squared standard errors of contrasts [C, A], over `variance`."""
-        return np.asarray(np.einsum("ca,ab,cb->c", weights, self.covariance, weights))
+        return np.asarray(((weights @ self.covariance) * weights).sum(1))
 
     def estimates(self, weights: Array) -> Flags:
         """Which contrasts [C, A] the trials can tell: those that the projection leaves as they are."""

@@ -1,5 +1,6 @@
 """What contrasts are judged by: accuracies by arm and seed, and differences by teacher and seed."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,31 +118,36 @@ def arrays(
     arms = [arm["name"] for arm in study["arms"]]
     values = confirmed(records, column).reindex(pd.MultiIndex.from_product([[run], seeds]), columns=arms)
     found = values.to_numpy(dtype=float, na_value=np.nan).T.copy()
-    of_arm, strata = dict(list(trials.groupby("arm"))), []
-    for place, arm in enumerate(arms):
-        theirs = of_arm.get(arm)
-        first = None if theirs is None else theirs[list(study["study"].get("strata", ["stem"]))].iloc[0]
-        strata.append(None if first is None else tuple(map(str, first)))
-        if theirs is not None and differing(theirs):
-            found[place] = np.nan
-    weights = np.array([[dict(each["weights"]).get(arm, 0.0) for arm in arms] for each in declared])
-    return found, strata, weights.reshape(len(declared), len(arms))
+    unlike = (trials.groupby("arm")[list(COMPARABLE)].nunique() > 1).any(axis=1)
+    found[[arm in unlike.index and bool(unlike[arm]) for arm in arms]] = np.nan
+    named = trials.drop_duplicates("arm").set_index("arm")[list(study["study"].get("strata", ["stem"]))]
+    strata = {arm: tuple(map(str, row)) for arm, *row in named.itertuples()}
+    weights, places = np.zeros((len(declared), len(arms))), {arm: place for place, arm in enumerate(arms)}
+    for row, each in zip(weights, declared, strict=True):
+        for arm, weight in each["weights"]:
+            row[places[arm]] = weight
+    return found, [strata.get(arm) for arm in arms], weights
 
 
 def reasons(records: Records, seeds: Sequence[int], declared: Sequence[Any]) -> list[str]:
     """Why each contrast cannot be judged; empty where it can."""
     study, trials = records.study, confirmed_trials(records)
     trials, ended = trials[trials["seed"].isin(seeds)], set(confirmed(records).columns)
-    unended = trials.loc[~trials["status"].isin(ENDED), "arm"]
+    unended = Counter(trials.loc[~trials["status"].isin(ENDED), "arm"])
     alike = COMPARABLE[:-1] if study["study"].get("tuning") else COMPARABLE  # tuned arms differ in their recipes
+    kinds = trials[["arm", *alike]].drop_duplicates()
+    of_arm = dict(list(kinds.groupby("arm", sort=False)))
+    one_kind = kinds[list(alike)].nunique().max() <= 1  # as in nearly every study: no two arms differ
     notes = []
     for contrast in declared:
         arms = [arm for arm, _ in contrast["weights"]]
         missing = [arm for arm in arms if arm not in ended]
-        if waiting := int(unended.isin(arms).sum()):
+        if waiting := sum(unended[arm] for arm in arms):
             notes.append(f"{waiting} of its trials wait or run")
         elif missing:
             notes.append(f"{missing[0]} has no confirmed trial that ran to its end")
         else:
-            notes.append(differing(trials[trials["arm"].isin(arms)], alike))
+            notes.append(
+                "" if one_kind else differing(pd.concat([of_arm[arm] for arm in of_arm if arm in arms]), alike)
+            )
     return notes
