@@ -1,5 +1,6 @@
 """The ledger and the tables: what is written is read, and nothing else."""
 
+import hashlib
 import math
 import os
 import sqlite3
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from tune_kd.records import tables
+from tune_kd.records import ledger as ledgers, tables
 from tune_kd.records.ledger import Ledger, damage, reading
 from tune_kd.records.reader import check
 from tune_kd.records.schema import DECISIONS, EPOCHS, SCHEMAS, TRIALS, Schema
@@ -276,6 +277,26 @@ def test_tables_are_replaced_whole_and_leave_nothing_beside_them(ledger: Ledger,
         ledger.write_tables(tmp_path)
         assert len(pd.read_parquet(tmp_path / "epochs.parquet")) == number
     assert {path.name for path in tmp_path.glob("*epochs*")} == {"epochs.parquet"}
+
+
+@pytest.mark.parametrize("place", ["tables.announced", "tables.published"])
+def test_tables_have_a_digest_on_record_wherever_their_writer_dies(
+    place: str, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def passed(name: str) -> None:
+        if name == place:
+            raise KeyboardInterrupt
+
+    ledger.write_tables(tmp_path)
+    ledger.add_epoch(epoch(1))
+    monkeypatch.setattr(ledgers, "point", passed)
+    for _ in range(2):  # another writer dies there again
+        with pytest.raises(KeyboardInterrupt):
+            ledger.write_tables(tmp_path)
+        known = ledgers.digests(tmp_path)
+        assert known is not None
+        for path in tmp_path.glob("*.parquet"):
+            assert hashlib.sha256(path.read_bytes()).hexdigest() in known[path.name]
 
 
 def test_a_table_is_the_same_however_many_rows_are_read_at_a_time(

@@ -80,6 +80,10 @@ def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
         ({"teacher_seeds": ()}, ("teacher_seeds is empty",)),
         ({"confirm": Confirm((1, 2), teachers_per_seed=0)}, ("confirm.teachers_per_seed is 0", "at least 1, or null")),
         (
+            {"teacher_seeds": (7, 8), "confirm": Confirm(tuple(range(1, 1002)))},
+            ("confirm.seeds has 1,001 seeds with 2 teacher_seeds", "at most 1,000 seeds, or one teacher seed"),
+        ),
+        (
             {"confirm": Confirm((1, 2), teachers_per_seed=2)},
             ("confirm.teachers_per_seed is 2 with 1 teacher_seeds", "null for all of them, or at most 1"),
         ),

@@ -33,7 +33,7 @@ class Fit:
 
     means: Array
     covariance: Array
-    rows: Array  # [A, A + S]: projection of weights onto what the trials can tell
+    projection: Array  # [A, A]: of weights onto what the trials can tell
     variance: Array
     df: int
 
@@ -43,9 +43,7 @@ class Fit:
 
     def estimates(self, weights: Array) -> Flags:
         """Which contrasts [C, A] the trials can tell: those that the projection leaves as they are."""
-        left = weights @ self.rows
-        left[:, : weights.shape[1]] -= weights
-        return np.asarray((np.abs(left) < 1e-9).all(1))
+        return np.asarray((np.abs(weights @ self.projection - weights) < 1e-9).all(1))
 
 
 @dataclass(frozen=True)
@@ -107,26 +105,24 @@ def shipped_prior(own: Any) -> Any:
 
 
 def fit(values: Array) -> Fit:
-    """Fit accuracies [..., A, S] of A arms at S seeds; NaN where a trial is missing."""
+    """Fit accuracies [..., A, S] of A arms at S seeds; NaN where a trial is missing.
+
+    The seeds' means are eliminated first, so that only a system of A equations is left to solve.
+    """
     present = ~np.isnan(values[(0,) * (values.ndim - 2)])
-    arms = len(present)
     counts = present.astype(float)
-    normal = np.block([[np.diag(counts.sum(1)), counts], [counts.T, np.diag(counts.sum(0))]])
+    shares = counts / np.maximum(counts.sum(0), 1.0)  # of each arm in its seeds' means
+    normal = np.diag(counts.sum(1)) - shares @ counts.T
     inverse = np.linalg.pinv(normal, hermitian=True)
     centre = np.nanmean(values, axis=(-2, -1), keepdims=True) if present.any() else 0.0
     filled = np.where(present, values - centre, 0.0)  # centred, for the last digits
-    found = np.concatenate([filled.sum(-1), filled.sum(-2)], axis=-1) @ inverse
-    means, seeds = found[..., :arms], found[..., arms:]
+    means = (filled.sum(-1) - filled.sum(-2) @ shares.T) @ inverse
+    seeds = filled.sum(-2) / np.maximum(counts.sum(0), 1.0) - means @ shares
     left = np.where(present, filled - means[..., :, None] - seeds[..., None, :], 0.0)
-    df = int(present.sum()) - int(np.linalg.matrix_rank(normal, hermitian=True))
+    df = int(present.sum() - present.any(0).sum()) - int(np.linalg.matrix_rank(normal, hermitian=True))
     squares = (left**2).sum((-2, -1))
-    return Fit(
-        means,
-        inverse[:arms, :arms],
-        (inverse @ normal)[:arms],
-        squares / df if df > 0 else np.full_like(squares, np.nan),
-        df,
-    )
+    variance = squares / df if df > 0 else np.full_like(squares, np.nan)
+    return Fit(means, inverse, inverse @ normal, variance, df)
 
 
 def estimate(

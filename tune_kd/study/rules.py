@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from tune_kd.system.characters import CONTROL, visible
 
 MOST_SEEDS = 10_000
+MOST_TAUGHT_SEEDS = 1_000  # to confirm with several teachers: their variances take the cube of teachers and seeds
 MOST_TRIALS = 100_000
 MOST_EPOCHS = 1_000_000  # of a trial; patient teachers take thousands (Beyer et al. 2022)
 MOST_LEVELS = 1_000  # of a factor

@@ -5,7 +5,16 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from tune_kd.study.rules import LEVELS_LIMIT, MOST_SEEDS, MOST_TRIALS, SEED, TRIALS_LIMIT, broken, rules_of
+from tune_kd.study.rules import (
+    LEVELS_LIMIT,
+    MOST_SEEDS,
+    MOST_TAUGHT_SEEDS,
+    MOST_TRIALS,
+    SEED,
+    TRIALS_LIMIT,
+    broken,
+    rules_of,
+)
 from tune_kd.study.spec import (
     APPLIES,
     CELL_FIELDS,
@@ -218,8 +227,11 @@ def _seed_problems(study: Study) -> list[str]:
 
 
 def _layout_problems(study: Study) -> Iterator[str]:
-    """Messages for a layout of teachers and seeds that is not balanced."""
+    """Messages for a layout of teachers and seeds that is not balanced, or too large to analyse."""
     per_seed, teachers, confirm = study.confirm.teachers_per_seed, len(study.teacher_seeds), study.confirm
+    if teachers > 1 and confirm.seeds and len(confirm.all_seeds) > MOST_TAUGHT_SEEDS:
+        yield (f"confirm.seeds has {len(confirm.all_seeds):,} seeds with {teachers} teacher_seeds; allowed: at most "
+               f"{MOST_TAUGHT_SEEDS:,} seeds, or one teacher seed")  # fmt: skip
     if per_seed is None or not teachers:
         return
     where = f"confirm.teachers_per_seed is {per_seed} with {teachers} teacher_seeds"
