@@ -19,7 +19,9 @@ from torchvision.models import ResNet
 
 from tune_kd.data.datasets import DataSet, Split
 from tune_kd.study.spec import Cell, Recipe
-from tune_kd.training import methods, networks
+from tune_kd.training import networks
+from tune_kd.training.methods.feature import feature
+from tune_kd.training.methods.logit import kd
 
 
 class Pictures(loading.Dataset[tuple[Tensor, int]]):
@@ -79,8 +81,12 @@ def train_plain(
     projections = nn.ModuleList()
     if cell.method == "feature":
         assert teacher is not None
-        channels = networks.feature_channels(student), networks.feature_channels(teacher)
-        projections = networks.projections(*channels, seed=seed).to(device)
+        blank = torch.zeros(1, 3, height, width, device=device)
+        shown = [networks.forward_with_features(each.eval(), blank).features for each in (student, teacher)]
+        projections.extend(
+            nn.Conv2d(one.shape[1], other.shape[1], 1, bias=False) for one, other in zip(*shown, strict=True)
+        )
+        projections.to(device)
     parameters = [*student.parameters(), *projections.parameters()]
     optimizer = torch.optim.SGD(
         parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
@@ -95,17 +101,17 @@ def train_plain(
             images, labels = images.to(device), labels.to(device)
             if cell.method == "feature":
                 assert teacher is not None and cell.alpha is not None and cell.beta is not None
-                logits, features = networks.forward_with_features(student, images)
+                passed = networks.forward_with_features(student, images)
                 with torch.no_grad():
-                    _, wanted = networks.forward_with_features(teacher, images)
-                loss_kd = methods.feature(features, wanted, projections, cell.beta)
+                    wanted = networks.forward_with_features(teacher, images).features
+                logits, loss_kd = passed.logits, feature(passed.features, wanted, projections, cell.beta)
                 loss = cell.alpha * loss_kd + (1 - cell.alpha) * F.cross_entropy(logits, labels)
             elif cell.method == "logit":
                 assert teacher is not None and cell.alpha is not None and cell.temperature is not None
                 logits = student(images)
                 with torch.no_grad():
                     answers = teacher(images)
-                loss_kd = methods.kd(logits, answers, cell.temperature)
+                loss_kd = kd(logits, answers, cell.temperature)
                 loss = cell.alpha * loss_kd + (1 - cell.alpha) * F.cross_entropy(logits, labels)
             else:
                 loss = F.cross_entropy(student(images), labels)

@@ -24,7 +24,8 @@ MODULES = (
     "tune_kd.data.augment",
     "tune_kd.data.datasets",
     *(f"tune_kd.training.{module}" for module in (
-        "teachers", "logit_cache", "step", "loop", "methods", "metrics", "networks", "device", "checkpoints")),
+        "teachers", "logit_cache", "step", "loop", "loss", "methods.logit", "methods.feature", "metrics", "networks",
+        "device", "checkpoints")),
     "tune_kd.execute.gpu_probe",
     "tune_kd.execute.worker",
     "benchmarks.gpu",
@@ -139,7 +140,8 @@ def everything() -> None:
         for method in METHODS:
             benchmarked(device, method, "cifar")
         carried(device, noise())
-        assert {each.device.type for each in numbers_of_a_step(device, noise())} == {"cuda"}, "a number is on the CPU"
+        numbers = numbers_of_a_step(device, noise(), Path(name, "numbers"))
+        assert {each.device.type for each in numbers} == {"cuda"}, "a number is on the CPU"
         for rate in RATES:
             before = busy[0]
             rate(device)

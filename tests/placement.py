@@ -98,8 +98,9 @@ def carried(device: torch.device, data: DataSet) -> DataSet:
     return there
 
 
-def numbers_of_a_step(device: torch.device, data: DataSet) -> list[Any]:
-    """What a step reads anew each time: alpha, temperature, beta, and the learning rate."""
-    with stepping(pupil("none", "cifar", None), data, None, device) as step:
+def numbers_of_a_step(device: torch.device, data: DataSet, folder: Path) -> list[Any]:
+    """What a step reads anew each time: alpha, temperature, progress, epoch, and the learning rate."""
+    teacher = taught_on(device, data, "cifar", folder, WIDTH)
+    with stepping(pupil("logit", "cifar", teacher), data, teacher, device) as step:
         rates = [group["lr"] for group in step._optimizer.param_groups]
-        return [*step._settings.values(), *rates]
+        return [*step._settings.values(), step._progress, step._epoch, *rates]

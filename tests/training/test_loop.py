@@ -184,7 +184,7 @@ def test_projections_are_trained_clipped_and_saved_with_the_student(
     last = checkpoints.load()
     assert first is not None
     assert last is not None
-    names = [name for name in last[0] if name.startswith("projections.")]
+    names = [name for name in last[0] if name.startswith("loss.")]
     assert len(names) == 4
     assert all(not torch.equal(first[0][name], last[0][name]) for name in names)
     students = len([name for name in last[0] if name.startswith("momentum.")])

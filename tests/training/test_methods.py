@@ -1,8 +1,11 @@
 """Losses of the methods, against published values, formulas written out in numpy, and laws."""
 
+import importlib
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,12 @@ from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import rel_entr, softmax
 
-from tune_kd.study.spec import APPLIES, METHOD_NAMES
-from tune_kd.training import methods, metrics
+from tune_kd.study.methods import built_in
+from tune_kd.study.spec import APPLIES
+from tune_kd.system.errors import UserError
+from tune_kd.training import metrics
+from tune_kd.training.loss import Context, Shapes, loss_class, step_settings
+from tune_kd.training.methods import feature, logit
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "data" / "losses.json"
 
@@ -47,7 +54,7 @@ def reference():
 @pytest.mark.parametrize("temperature", [1, 2, 4])
 def test_kd_has_the_reference_value(reference, temperature):
     expected = reference["values"][f"kd(ls,lt,T={temperature})"]
-    assert methods.kd(STUDENT, TEACHER, temperature).item() == pytest.approx(expected, rel=1e-9)
+    assert logit.kd(STUDENT, TEACHER, temperature).item() == pytest.approx(expected, rel=1e-9)
     assert metrics.kl(STUDENT, TEACHER, temperature).item() == pytest.approx(expected / temperature**2, rel=1e-9)
 
 
@@ -59,9 +66,9 @@ def test_cross_entropy_that_goes_with_kd_has_the_reference_value(reference):
 
 def test_feature_has_the_reference_value(reference):
     block = reference["feature"]
-    parts = methods.feature_parts(STUDENT_FEATURES, TEACHER_FEATURES, PROJECTIONS)
+    parts = feature.feature_parts(STUDENT_FEATURES, TEACHER_FEATURES, PROJECTIONS)
     assert [part.item() for part in parts] == pytest.approx([block["mse"], block["cosine"]], rel=1e-9)
-    total = methods.feature(STUDENT_FEATURES, TEACHER_FEATURES, PROJECTIONS, block["inputs"]["beta"])
+    total = feature.feature(STUDENT_FEATURES, TEACHER_FEATURES, PROJECTIONS, block["inputs"]["beta"])
     assert total.item() == pytest.approx(block["total"], rel=1e-9)
 
 
@@ -69,7 +76,7 @@ def test_feature_has_the_reference_value(reference):
 def test_kd_is_its_formula(pair, temperature):
     student, teacher = (softmax(values / temperature, axis=1) for values in pair)
     expected = temperature**2 * np.mean(np.sum(rel_entr(teacher, student), axis=1))
-    ours = methods.kd(torch.from_numpy(pair[0]), torch.from_numpy(pair[1]), temperature)
+    ours = logit.kd(torch.from_numpy(pair[0]), torch.from_numpy(pair[1]), temperature)
     assert ours.item() == pytest.approx(expected, rel=1e-9, abs=1e-11)
 
 
@@ -77,41 +84,41 @@ def test_kd_of_a_case_worked_by_hand():
     # Teacher (3/4, 1/4), student (1/2, 1/2), at T = 2 when the logits are twice the logarithms.
     student, teacher = torch.zeros(1, 2), 2 * torch.tensor([[0.75, 0.25]]).log()
     divergence = 0.75 * np.log(0.75 / 0.5) + 0.25 * np.log(0.25 / 0.5)
-    assert methods.kd(student, teacher, 2).item() == pytest.approx(4 * divergence, rel=1e-5)
+    assert logit.kd(student, teacher, 2).item() == pytest.approx(4 * divergence, rel=1e-5)
     assert metrics.kl(student, teacher, 2).item() == pytest.approx(divergence, rel=1e-5)
 
 
 @given(pairs, temperatures)
 def test_kd_is_never_negative(pair, temperature):
-    assert methods.kd(*map(torch.from_numpy, pair), temperature).item() >= -1e-11
+    assert logit.kd(*map(torch.from_numpy, pair), temperature).item() >= -1e-11
 
 
 @given(logits, temperatures)
 def test_kd_of_equal_logits_is_zero(values, temperature):
     both = torch.from_numpy(values)
-    assert methods.kd(both, both.clone(), temperature).item() == 0
+    assert logit.kd(both, both.clone(), temperature).item() == 0
 
 
 @given(pairs, temperatures, st.floats(-50, 50), st.floats(-50, 50))
 def test_a_constant_added_to_a_row_does_not_change_kd(pair, temperature, to_student, to_teacher):
     student, teacher = map(torch.from_numpy, pair)
     rows = torch.arange(1.0, len(student) + 1, dtype=torch.float64)[:, None]
-    shifted = methods.kd(student + to_student * rows, teacher + to_teacher / rows, temperature)
-    assert shifted.item() == pytest.approx(methods.kd(student, teacher, temperature).item(), rel=1e-8, abs=1e-9)
+    shifted = logit.kd(student + to_student * rows, teacher + to_teacher / rows, temperature)
+    assert shifted.item() == pytest.approx(logit.kd(student, teacher, temperature).item(), rel=1e-8, abs=1e-9)
 
 
 @given(pairs)
 def test_kd_at_a_high_temperature_is_half_the_mean_square_between_centred_logits(pair):
     student, teacher = (values - values.mean(axis=1, keepdims=True) for values in pair)
     limit = np.mean((student - teacher) ** 2) / 2
-    ours = methods.kd(*map(torch.from_numpy, pair), temperature=1e5)
+    ours = logit.kd(*map(torch.from_numpy, pair), temperature=1e5)
     # The next term is smaller by a factor of about |logits| / T; below 1e-5 rounding is seen, times T^2.
     assert ours.item() == pytest.approx(limit, rel=2e-3, abs=1e-4)
 
 
 def test_only_the_student_gets_a_gradient():
     student, teacher = STUDENT.clone().requires_grad_(), TEACHER.clone().requires_grad_()
-    methods.kd(student, teacher, 4).backward()
+    logit.kd(student, teacher, 4).backward()
     # d/ds of T^2 KL is T (softmax(s/T) - softmax(t/T)) / B.
     expected = 4 * ((STUDENT / 4).softmax(1) - (TEACHER / 4).softmax(1)) / 8
     torch.testing.assert_close(student.grad, expected)
@@ -119,12 +126,12 @@ def test_only_the_student_gets_a_gradient():
 
 
 def test_only_student_and_projections_get_a_gradient_from_features():
-    student = [feature.clone().requires_grad_() for feature in STUDENT_FEATURES]
-    teacher = [feature.clone().requires_grad_() for feature in TEACHER_FEATURES]
+    student = [each.clone().requires_grad_() for each in STUDENT_FEATURES]
+    teacher = [each.clone().requires_grad_() for each in TEACHER_FEATURES]
     projections = torch.nn.ModuleList(
         torch.nn.Conv2d(m.shape[1], m.shape[0], 1, bias=False, dtype=torch.float64) for m in MATRICES
     )
-    methods.feature(student, teacher, projections, beta=0.5).backward()
+    feature.feature(student, teacher, projections, beta=0.5).backward()
     assert all(stage.grad.abs().sum() > 0 for stage in [*student, *projections.parameters()])
     assert all(stage.grad is None for stage in teacher)
 
@@ -133,25 +140,25 @@ def test_only_student_and_projections_get_a_gradient_from_features():
 def test_large_logits_in_single_precision_give_the_double_precision_loss(temperature):
     student, teacher = (1e3 * x for x in (STUDENT, TEACHER))
     single = student.float().requires_grad_()
-    loss = methods.kd(single, teacher.float(), temperature)
+    loss = logit.kd(single, teacher.float(), temperature)
     loss.backward()
-    assert loss.item() == pytest.approx(methods.kd(student, teacher, temperature).item(), rel=1e-5)
+    assert loss.item() == pytest.approx(logit.kd(student, teacher, temperature).item(), rel=1e-5)
     assert single.grad.isfinite().all()
 
 
 def test_half_precision_logits_are_divided_by_the_temperature_in_single_precision():
     student, teacher = STUDENT.bfloat16(), TEACHER.bfloat16()
-    loss = methods.kd(student, teacher, 3)
+    loss = logit.kd(student, teacher, 3)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(methods.kd(student.double(), teacher.double(), 3).item(), rel=1e-5)
+    assert loss.item() == pytest.approx(logit.kd(student.double(), teacher.double(), 3).item(), rel=1e-5)
 
 
 def test_half_precision_features_are_compared_in_single_precision():
-    student = [feature.bfloat16() for feature in TEACHER_FEATURES]
-    teacher = [0.5 * feature.bfloat16() + 1 for feature in TEACHER_FEATURES]
+    student = [each.bfloat16() for each in TEACHER_FEATURES]
+    teacher = [0.5 * each.bfloat16() + 1 for each in TEACHER_FEATURES]
     same = [lambda x: x] * 2
-    exact = methods.feature([x.double() for x in student], [x.double() for x in teacher], same, 0.5)
-    loss = methods.feature(student, teacher, same, 0.5)
+    exact = feature.feature([x.double() for x in student], [x.double() for x in teacher], same, 0.5)
+    loss = feature.feature(student, teacher, same, 0.5)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
 
@@ -164,27 +171,27 @@ def test_feature_parts_are_their_formulas_in_numpy():
         s, t = s.mean((2, 3)), t.mean((2, 3))
         norms = np.linalg.norm(s, axis=1) * np.linalg.norm(t, axis=1)
         angles.append((1 - (s * t).sum(1) / norms).mean())
-    mse, cosine = methods.feature_parts(STUDENT_FEATURES, TEACHER_FEATURES, PROJECTIONS)
+    mse, cosine = feature.feature_parts(STUDENT_FEATURES, TEACHER_FEATURES, PROJECTIONS)
     assert mse.item() == pytest.approx(np.mean(squares), rel=1e-9)
     assert cosine.item() == pytest.approx(np.mean(angles), rel=1e-9)
-    total = methods.feature(STUDENT_FEATURES, TEACHER_FEATURES, PROJECTIONS, 0.25)
+    total = feature.feature(STUDENT_FEATURES, TEACHER_FEATURES, PROJECTIONS, 0.25)
     assert total.item() == pytest.approx(np.mean(squares) + 0.25 * np.mean(angles), rel=1e-9)
 
 
 def test_the_cosine_part_ignores_the_scale_of_the_student():
-    _, cosine = methods.feature_parts([3 * t for t in TEACHER_FEATURES], TEACHER_FEATURES, [lambda x: x] * 2)
+    _, cosine = feature.feature_parts([3 * t for t in TEACHER_FEATURES], TEACHER_FEATURES, [lambda x: x] * 2)
     assert cosine.item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize(
     ("compare", "student", "teacher", "message"),
     [
-        (lambda s, t: methods.kd(s, t, 4), (8, 10), (8, 1), "[8, 10]; expected the teacher's, [8, 1]"),
-        (lambda s, t: methods.kd(s, t, 4), (10,), (10,), "[10]; expected the teacher's, [10], of axes [B, K]"),
+        (lambda s, t: logit.kd(s, t, 4), (8, 10), (8, 1), "[8, 10]; expected the teacher's, [8, 1]"),
+        (lambda s, t: logit.kd(s, t, 4), (10,), (10,), "[10]; expected the teacher's, [10], of axes [B, K]"),
         (lambda s, t: metrics.kl(s, t, 4), (8, 10), (4, 10), "[8, 10]; expected the teacher's, [4, 10]"),
         (metrics.agreement, (8, 10), (1, 10), "[8, 10]; expected the teacher's, [1, 10]"),
         (
-            lambda s, t: methods.feature([s], [t], [lambda x: x], 0.5),
+            lambda s, t: feature.feature([s], [t], [lambda x: x], 0.5),
             (2, 8, 4, 4),
             (2, 8, 1, 1),
             "stage 1, projected, has shape [2, 8, 4, 4]; expected the teacher's, [2, 8, 1, 1]",
@@ -197,7 +204,7 @@ def test_shapes_that_would_broadcast_are_refused(compare, student, teacher, mess
         compare(torch.zeros(student), torch.zeros(teacher))
 
 
-@pytest.mark.parametrize("measure", [methods.kd, metrics.kl])
+@pytest.mark.parametrize("measure", [logit.kd, metrics.kl])
 @pytest.mark.parametrize("temperature", [0, -1, float("nan"), float("inf")])
 def test_a_temperature_that_is_not_above_zero_is_refused(measure, temperature):
     with pytest.raises(ValueError, match=f"temperature is {temperature}; expected a finite number above 0"):
@@ -208,12 +215,44 @@ def test_a_temperature_that_is_not_above_zero_is_refused(measure, temperature):
 def test_different_numbers_of_stages_are_refused(counts):
     students, teachers, projections = counts
     with pytest.raises(ValueError, match="have {}, {} and {} stages; expected the same".format(*counts)):
-        methods.feature(STUDENT_FEATURES[:students], TEACHER_FEATURES[:teachers], PROJECTIONS[:projections], 0.5)
+        feature.feature(STUDENT_FEATURES[:students], TEACHER_FEATURES[:teachers], PROJECTIONS[:projections], 0.5)
 
 
-def test_every_method_of_a_study_has_a_loss_with_settings_of_its_own():
-    assert tuple(methods.METHODS) == METHOD_NAMES
-    for name, method in methods.METHODS.items():
-        assert (method.needs == "nothing") == (method.loss is None)
-        assert {"teacher", "alpha", *method.settings} >= {field for field, names in APPLIES.items() if name in names}
-        assert all(name in APPLIES[setting] for setting in method.settings)
+def shapes(*channels: int) -> Shapes:
+    return Shapes(tuple((count, 4, 4) for count in channels), channels[-1], 10)
+
+
+def context(student: Shapes, teacher: Shapes) -> Context:
+    return Context(student, teacher, classes=10, train_labels=torch.zeros(8), epochs=2, steps_per_epoch=3)
+
+
+def test_projections_have_no_bias_and_map_student_channels_to_teacher_channels():
+    loss = feature.Feature(context(shapes(8, 16, 32, 64), shapes(32, 64, 128, 256)))
+    sizes = [tuple(each.weight.shape) for each in loss.projections]
+    assert sizes == [(32, 8, 1, 1), (64, 16, 1, 1), (128, 32, 1, 1), (256, 64, 1, 1)]
+    assert all(each.bias is None for each in loss.projections)
+
+
+def test_networks_of_different_numbers_of_stages_are_refused():
+    with pytest.raises(UserError, match="the teacher has 1 stages; the student has 2"):
+        feature.Feature(context(shapes(8, 16), shapes(32)))
+
+
+def test_a_declaration_is_read_without_its_loss_and_is_the_one_of_its_file():
+    for name, method in built_in().items():
+        module = importlib.import_module(f"tune_kd.training.methods.{name}")
+        assert method == module.METHOD
+    there = "import sys; from tune_kd.study.methods import built_in; built_in(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", there], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_every_loss_takes_settings_that_its_method_declares():
+    for name, method in built_in().items():
+        if method.loss is None:
+            assert not method.defaults
+            continue
+        kind = loss_class(method.loss)
+        assert kind.__module__ == f"tune_kd.training.methods.{name}"
+        assert {*step_settings(kind)} <= {*method.defaults}
+        applying = {setting for setting, names in APPLIES.items() if name in names}
+        assert applying == {*method.defaults, "alpha"} | ({"teacher"} if method.is_taught else set())

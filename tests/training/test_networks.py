@@ -69,16 +69,35 @@ def test_width_scales_stem_and_all_stages_to_the_nearest_whole_channel(architect
     net = networks._blueprint(architecture, stem="cifar", classes=10, width=width)
     expansion = 1 if architecture in ("resnet18", "resnet34") else 4
     assert net.conv1.out_channels == planes[0]
-    assert networks.feature_channels(net) == tuple(expansion * count for count in planes)
+    shapes = networks.shapes(architecture, stem="cifar", classes=10, width=width, size=(32, 32))
+    assert [channels for channels, _, _ in shapes.taps] == [expansion * count for count in planes]
 
 
 @pytest.mark.parametrize(("stem", "first"), [("cifar", 32), ("imagenet", 8)])
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
 def test_features_are_the_four_stages_that_halve_in_size(architecture, stem, first):
     net = small(architecture=architecture, stem=stem)
-    _, features = networks.forward_with_features(net, torch.rand(2, 3, 32, 32))
-    sizes = [(2, c, first // 2**i, first // 2**i) for i, c in enumerate(networks.feature_channels(net))]
-    assert [tuple(stage.shape) for stage in features] == sizes
+    passed = networks.forward_with_features(net, torch.rand(2, 3, 32, 32))
+    shapes = networks.shapes(architecture, stem=stem, classes=10, width=0.125, size=(32, 32))
+    assert [tuple(stage.shape) for stage in passed.features] == [(2, *tap) for tap in shapes.taps]
+    assert [tap[1:] for tap in shapes.taps] == [(first // 2**i, first // 2**i) for i in range(4)]
+    assert passed.embedding.shape == (2, shapes.embedding)
+    assert passed.logits.shape == (2, shapes.logits)
+    torch.testing.assert_close(passed.embedding, passed.features[-1].mean((2, 3)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
+def test_features_before_their_relu_give_the_same_logits_and_features(architecture, training):
+    net, twin = (small(architecture=architecture).train(training) for _ in range(2))
+    images = torch.rand(4, 3, 32, 32)
+    plain, passed = networks.forward_with_features(net, images), networks.forward_with_features(twin, images, True)
+    assert torch.equal(passed.logits, plain.logits)
+    for before, after, expected in zip(passed.before_relu, passed.features, plain.features, strict=True):
+        assert before.min() < 0
+        assert torch.equal(torch.relu(before), after)
+        assert torch.equal(after, expected)
+    assert all(torch.equal(one, other) for one, other in zip(net.buffers(), twin.buffers(), strict=True))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -87,7 +106,7 @@ def test_logits_beside_features_are_exactly_those_of_the_network(stem, training)
     net = small(stem=stem).train(training)
     images = torch.rand(4, 3, 32, 32)
     expected = net(images)
-    logits, _ = networks.forward_with_features(net, images)
+    logits = networks.forward_with_features(net, images).logits
     assert torch.equal(logits, expected)
 
 
@@ -97,7 +116,7 @@ def test_returned_features_are_what_the_stages_put_out():
     seen = []
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
         stage.register_forward_hook(lambda module, arguments, output: seen.append(output.clone()))
-    _, features = networks.forward_with_features(net, torch.rand(2, 3, 32, 32))
+    features = networks.forward_with_features(net, torch.rand(2, 3, 32, 32)).features
     assert all(torch.equal(feature, output) for feature, output in zip(features, seen, strict=True))
 
 
@@ -124,8 +143,10 @@ def test_the_weights_of_a_seed_are_pinned():
 def test_building_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
     net = small()
-    networks.projections(networks.feature_channels(net), (8, 16, 32, 64), seed=0)
+    with networks.stream("projections", 0):
+        nn.Conv2d(3, 3, 1)
     assert torch.equal(torch.get_rng_state(), before)
+    assert net is not None
 
 
 @pytest.mark.parametrize("stem", networks.STEMS)
@@ -150,25 +171,11 @@ def test_initialisation_is_torchvision_scheme(stem):
     assert 0 < net.fc.bias.abs().max() <= bound
 
 
-def test_projections_have_no_bias_and_map_student_channels_to_teacher_channels():
-    ours = networks.projections((8, 16, 32, 64), (32, 64, 128, 256), seed=3)
-    assert [tuple(p.weight.shape) for p in ours] == [(32, 8, 1, 1), (64, 16, 1, 1), (128, 32, 1, 1), (256, 64, 1, 1)]
-    assert all(p.bias is None for p in ours)
-    torch.rand(3)
-    assert same_weights(ours, networks.projections((8, 16, 32, 64), (32, 64, 128, 256), seed=3))
-    assert not same_weights(ours, networks.projections((8, 16, 32, 64), (32, 64, 128, 256), seed=4))
-
-
-def test_projections_of_different_numbers_of_stages_are_refused():
-    with pytest.raises(UserError, match=r"teacher_channels has 1 stages; student_channels has 2"):
-        networks.projections((8, 16), (32,), seed=0)
-
-
 def test_the_streams_of_network_and_projections_differ():
     # With one stream for both, the first projection would repeat the first draws of the stem.
-    with networks._stream("network", 0):
+    with networks.stream("network", 0):
         network = torch.rand(8)
-    with networks._stream("projections", 0):
+    with networks.stream("projections", 0):
         assert not torch.equal(torch.rand(8), network)
 
 

@@ -119,9 +119,9 @@ def test_the_rates_of_a_benchmark_are_those_of_the_device(rate: Callable[..., fl
 
 
 def test_what_a_step_reads_anew_is_on_the_device_where_a_captured_step_finds_it(
-    gpu: torch.device, pixels: DataSet
+    gpu: torch.device, pixels: DataSet, tmp_path: Path
 ) -> None:
-    assert [each.device.type for each in numbers_of_a_step(gpu, pixels)] == ["cuda"] * 4
+    assert [each.device.type for each in numbers_of_a_step(gpu, pixels, tmp_path)] == ["cuda"] * 5
 
 
 def test_data_that_were_on_a_device_come_to_another_process_without_it(gpu: torch.device, pixels: DataSet) -> None:

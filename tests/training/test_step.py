@@ -71,7 +71,7 @@ def others(method: str, teacher: Teacher) -> tuple[Trial, Trial]:
     one = trial(method) if method == "none" else distilling(method, teacher)
     numbers = {"none": {}, "logit": {"temperature": 2.0, "alpha": 0.3}, "feature": {"beta": 0.1, "alpha": 0.3}}
     cell = replace(one.cell, **numbers[method])
-    return one, replace(one, seed=2, arm="other", cell=cell, recipe=replace(one.recipe, epochs=3, lr=0.02, lr_min=0.01))
+    return one, replace(one, seed=2, arm="other", cell=cell, recipe=replace(one.recipe, lr=0.02, lr_min=0.01))
 
 
 @pytest.mark.parametrize("method", ["none", "logit", "feature"])

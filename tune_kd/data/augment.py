@@ -26,18 +26,18 @@ class Views:
         return Views(*(each.to(device) for each in (self.order, self.top, self.left, self.flip)))
 
 
-def draw_views(seed: int, epoch: int, count: int, *, pad: int, flip: bool) -> Views:
+def draw_views(seed: int, epoch: int, count: int, *, pad: int, flip: bool, view: int = 0) -> Views:
     """Draw order, crops and flips of one epoch over `count` images: four CPU tensors of shape [count].
 
     Depends on the arguments alone: the global generator is neither read nor advanced. The order is the same for any
-    `pad` and `flip`, and the flips are the same for any `pad`.
+    `pad`, `flip` and `view`, and the flips are the same for any `pad`. `view` counts views of the same images, from 0.
 
     Raises `ValueError` for a negative `count` or `pad`.
     """
     if count < 0 or pad < 0:
         raise ValueError(f"count and pad must be 0 or more, not {count} and {pad}")
     order = torch.randperm(count, generator=generator("order", seed, epoch), device="cpu")
-    stream = generator("augmentation", seed, epoch)
+    stream = generator("augmentation" if view == 0 else f"augmentation {view}", seed, epoch)
     top = torch.randint(0, 2 * pad + 1, (count,), generator=stream, device="cpu")
     left = torch.randint(0, 2 * pad + 1, (count,), generator=stream, device="cpu")
     mirrored = torch.randint(0, 2, (count,), generator=stream, device="cpu").bool()

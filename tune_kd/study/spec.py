@@ -10,12 +10,14 @@ from enum import StrEnum, auto
 from typing import Annotated, Literal
 
 from tune_kd.study import rules
+from tune_kd.study.methods import built_in
 from tune_kd.study.rules import MOST_EPOCHS, MOST_SEEDS, at_least, length, most, one_of
 from tune_kd.study.tuning import Range, Tuning
 
 Level = str | int | float
 
-METHOD_NAMES = ("none", "logit", "feature")
+METHODS = built_in()
+METHOD_NAMES = tuple(METHODS)
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
 STEMS = ("imagenet", "cifar")
 WEIGHTS = ("none", "imagenet")
@@ -23,10 +25,12 @@ DATA_SETS = ("digits", "cifar10", "cifar100")
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 APPLIES: dict[str, tuple[str, ...]] = {
-    "teacher": ("logit", "feature"),
-    "alpha": ("logit", "feature"),
-    "temperature": ("logit",),
-    "beta": ("feature",),
+    "teacher": tuple(name for name, method in METHODS.items() if method.is_taught),
+    "alpha": tuple(name for name, method in METHODS.items() if method.loss),
+    **{
+        setting: tuple(name for name, method in METHODS.items() if setting in method.defaults)
+        for setting in dict.fromkeys(setting for method in METHODS.values() for setting in method.defaults)
+    },
 }
 """The methods to which a factor applies. Factors that are not listed apply to all."""
 
@@ -70,7 +74,9 @@ class Recipe:
     lr_min: float = 1e-4  # at the last step
     momentum: Annotated[float, rules.MOMENTUM] = 0.9
     weight_decay: Annotated[float, rules.FROM_0] = 5e-4
-    clip: Annotated[float, rules.ABOVE_0] = 1.0  # largest norm of the gradient, with the projections of `feature`
+    clip: Annotated[float, rules.ABOVE_0] = (
+        1.0  # largest norm of the gradient, with the parameters of the method's loss
+    )
     # Of matrix products and convolutions. Weights and their updates are always float32.
     precision: Annotated[str, one_of(PRECISIONS)] = "float32"
     compile: bool = False  # with torch.compile, at the cost of a slower first epoch

@@ -17,15 +17,14 @@ from torch import Tensor, nn
 
 from tune_kd.data.augment import draw_views, prepare
 from tune_kd.data.datasets import DataSet, Split
-from tune_kd.study.spec import Recipe
+from tune_kd.study.spec import METHODS, Recipe
 from tune_kd.study.trial import Epoch, Outcome, Trial
 from tune_kd.system.adapters import adapter
 from tune_kd.system.errors import CorruptFile
 from tune_kd.training import metrics, networks
 from tune_kd.training.checkpoints import Checkpoints, pack
 from tune_kd.training.device import autocast, float32_as, peak_memory, start_measuring
-from tune_kd.training.methods import METHODS
-from tune_kd.training.step import Step, part, stepping
+from tune_kd.training.step import Step, batches, part, stepping
 from tune_kd.training.teachers import Teacher, TeacherChanged
 
 EVALUATION_BATCH = 512
@@ -130,36 +129,31 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     return recipe.lr_min + 0.5 * (recipe.lr - recipe.lr_min) * (1 + math.cos(math.pi * part))
 
 
-def batches(count: int, size: int) -> list[slice]:
-    """Slices of `size` over `count` images. A last batch of one image joins the one before, because batch norm is
-    undefined for one value."""
-    starts = list(range(0, count, size))
-    if len(starts) > 1 and count - starts[-1] == 1:
-        starts.pop()
-    return [slice(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
-
-
 def _epoch(trial: Trial, epoch: int, teacher: Teacher | None, step: Step) -> Epoch:
     """Train one epoch and evaluate on the validation images."""
     recipe, data = trial.recipe, step.data
     count, device = len(data.train.labels), data.train.images.device
-    views = draw_views(trial.seed, epoch, count, pad=data.pad, flip=data.flip)
+    method = METHODS[trial.cell.method]
+    views, *others = (
+        draw_views(trial.seed, epoch, count, pad=data.pad, flip=data.flip, view=view) for view in range(method.views)
+    )
     logits = answer_seconds = views_answered = None
-    if teacher is not None and METHODS[trial.cell.method].needs == "logits":
+    if teacher is not None and method.uses_cached_logits:
         asked = time.perf_counter()
         logits, views_answered = teacher.logits(views)
         answer_seconds = time.perf_counter() - asked
 
     started = time.perf_counter()
-    views = views.to(device)
+    views, others = views.to(device), [each.to(device) for each in others]
     logits = None if logits is None else logits.to(device)
     slices = batches(count, recipe.batch_size)
     lr = recipe.lr
-    step.student.train()
-    step.sums.zero_()
+    step.train()
     for number, each in enumerate(slices):
-        lr = learning_rate(recipe, (epoch - 1) * len(slices) + number, recipe.epochs * len(slices))
-        step(views[each], None if logits is None else logits[each], lr)
+        done, steps = (epoch - 1) * len(slices) + number, recipe.epochs * len(slices)
+        lr = learning_rate(recipe, done, steps)
+        step.at(lr, epoch, done / max(1, steps - 1))
+        step(views[each], None if logits is None else logits[each], *(other[each] for other in others))
     *sums, norms = step.sums.tolist()  # the only synchronization of an epoch
     train_loss, train_ce, train_kd, train_accuracy = (each / count for each in sums)
     trained = time.perf_counter() - started

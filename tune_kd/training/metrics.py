@@ -6,7 +6,7 @@ Axes in tensor names: B batch, K classes, M bins. Computed in 64 bits on any dev
 import torch
 from torch import Tensor
 
-from tune_kd.training.methods import check_shape, divergence
+from tune_kd.training.loss import check_shape, divergence
 
 
 @torch.no_grad()

@@ -9,11 +9,12 @@ import hashlib
 import io
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from tune_kd.study.spec import ARCHITECTURES, STEMS, WEIGHTS
 from tune_kd.system.environment import make_private
 from tune_kd.system.errors import UnexpectedFile, UserError, raise_problems
 from tune_kd.system.files import check_regular, read
+from tune_kd.training.loss import Shapes
 
 MOST_WEIGHTS_BYTES = 2**30  # the largest of torchvision's ResNets has 242 MB
 
@@ -83,41 +85,53 @@ def in_layout_of(net: nn.Module, images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last) if last else images
 
 
-def forward_with_features(net: ResNet, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The logits [B, K], exactly those of `net(images)`, and the outputs [B, C_i, H_i, W_i] of the four stages."""
+class Passed(NamedTuple):
+    """What a forward pass yields. What was not asked for is empty or None."""
+
+    logits: Tensor  # [B, K]
+    features: tuple[Tensor, ...] = ()  # outputs of the four stages, [B, C_i, H_i, W_i]
+    before_relu: tuple[Tensor, ...] = ()  # the same before each stage's last ReLU
+    embedding: Tensor | None = None  # [B, E], input of the classifier
+
+
+def forward(net: nn.Module, images: Tensor) -> Passed:
+    """The logits alone."""
+    return Passed(net(images))
+
+
+def forward_with_features(net: ResNet, images: Tensor, before_relu: bool = False) -> Passed:
+    """The logits, exactly those of `net(images)`, with the features of the stages."""
     stage_BCHW = net.maxpool(net.relu(net.bn1(net.conv1(images))))
-    features = []
+    features, before = [], []
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
-        stage_BCHW = stage(stage_BCHW)
+        if before_relu:
+            before.append(_without_last_relu(stage[-1], stage[:-1](stage_BCHW)))
+            stage_BCHW = torch.relu(before[-1])
+        else:
+            stage_BCHW = stage(stage_BCHW)
         features.append(stage_BCHW)
-    logits_BK = net.fc(torch.flatten(net.avgpool(stage_BCHW), 1))
-    return logits_BK, tuple(features)
+    embedding_BE = torch.flatten(net.avgpool(stage_BCHW), 1)
+    return Passed(net.fc(embedding_BE), tuple(features), tuple(before), embedding_BE)
 
 
-def feature_channels(net: ResNet) -> tuple[int, int, int, int]:
-    """The channel counts of the four residual stages' outputs."""
-    # A stage's output channels are the next one's input channels, for either kind of block.
-    second, third, fourth = (stage[0].conv1.in_channels for stage in (net.layer2, net.layer3, net.layer4))
-    return second, third, fourth, net.fc.in_features
+def _without_last_relu(block: nn.Module, images: Tensor) -> Tensor:
+    """A block of torchvision's ResNets before the ReLU at its end."""
+    parts = dict(block.named_children())
+    pairs = [(parts[f"conv{number}"], parts[f"bn{number}"]) for number in (1, 2, 3) if f"conv{number}" in parts]
+    out = images
+    for number, (convolution, norm) in enumerate(pairs, start=1):
+        out = norm(convolution(out))
+        out = torch.relu(out) if number < len(pairs) else out
+    return out + (parts["downsample"](images) if "downsample" in parts else images)
 
 
-def projections(student_channels: Sequence[int], teacher_channels: Sequence[int], *, seed: int) -> nn.ModuleList:
-    """One bias-free 1x1 convolution per stage, [B, C_student, H, W] to [B, C_teacher, H, W].
-
-    They have a random stream of their own, so a student has the same initial weights with and without them, and
-    PyTorch's default initialisation, because no ReLU follows for which Kaiming's gain would compensate.
-    Raises `UserError` for different numbers of stages.
-    """
-    if len(student_channels) != len(teacher_channels):
-        raise UserError(
-            f"teacher_channels has {len(teacher_channels)} stages; "
-            f"student_channels has {len(student_channels)}, and the two must match"
-        )
-    with _stream("projections", seed):
-        return nn.ModuleList(
-            nn.Conv2d(student, teacher, kernel_size=1, bias=False)
-            for student, teacher in zip(student_channels, teacher_channels, strict=True)
-        )
+@lru_cache(maxsize=16)
+def shapes(architecture: str, *, stem: str, classes: int, width: float, size: tuple[int, int]) -> Shapes:
+    """The shapes that a network yields for an image of this height and width. Nothing is computed."""
+    net = _blueprint(architecture, stem, classes, width).eval()
+    passed = forward_with_features(net, torch.zeros(1, 3, *size, device="meta"))
+    taps = tuple((each.shape[1], each.shape[2], each.shape[3]) for each in passed.features)
+    return Shapes(taps, net.fc.in_features, classes)
 
 
 def imagenet_url(architecture: str) -> str:
@@ -189,7 +203,7 @@ def _blueprint(architecture: str, stem: str, classes: int, width: float) -> ResN
 
 def _initialise(net: nn.Module, seed: int) -> None:
     """Initialise as torchvision does its ResNets: Kaiming-normal convolutions, batch norms at 1 and 0."""
-    with _stream("network", seed):
+    with stream("network", seed):
         for module in net.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -198,7 +212,7 @@ def _initialise(net: nn.Module, seed: int) -> None:
 
 
 @contextmanager
-def _stream(name: str, seed: int) -> Iterator[None]:
+def stream(name: str, seed: int) -> Iterator[None]:
     """Seed CPU draws by `name` and `seed` inside the context. The global generator is restored at the end."""
     digest = hashlib.sha256(f"{name} {seed}".encode()).digest()
     with torch.random.fork_rng(devices=[]):

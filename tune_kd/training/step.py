@@ -1,12 +1,14 @@
 """The training step: forward pass, loss, backward pass and update of a student.
 
 Creating a step takes seconds on a GPU, where it is captured, and a minute where it is compiled. A process therefore
-keeps the last one for a trial that differs only in seed, settings of the loss, epochs or learning rate.
+keeps the last one for a trial that differs only in seed, learning rate and the settings that the loss takes at each
+step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +17,11 @@ from torch import Tensor, nn
 
 from tune_kd.data.augment import Views, prepare, show
 from tune_kd.data.datasets import DataSet, on_device
+from tune_kd.study.spec import METHODS
 from tune_kd.study.trial import Trial
 from tune_kd.training import networks
 from tune_kd.training.device import Captured, autocast
-from tune_kd.training.methods import METHODS, SETTINGS, Batch
+from tune_kd.training.loss import Batch, Context, loss_class, step_settings
 from tune_kd.training.teachers import Teacher
 
 _idle: dict[tuple[Any, ...], "Step"] = {}  # at most one: the next trial needs its memory
@@ -27,8 +30,8 @@ _idle: dict[tuple[Any, ...], "Step"] = {}  # at most one: the next trial needs i
 @contextmanager
 def stepping(trial: Trial, data: DataSet, teacher: Teacher | None, device: torch.device) -> Iterator["Step"]:
     """The step of a trial, with a student at its initial weights: the kept one if it fits, else a new one."""
-    baked = tuple(value for name, value in asdict(trial.cell).items() if name not in SETTINGS)
-    recipe = replace(trial.recipe, epochs=0, lr=0.0, lr_min=0.0)
+    baked = tuple(value for name, value in asdict(trial.cell).items() if name not in _settings(trial))
+    recipe = replace(trial.recipe, lr=0.0, lr_min=0.0)
     fits = (trial.architecture, baked, recipe, data, teacher, device)
     step = _idle.pop(fits, None)
     _idle.clear()  # frees its memory before another step is created
@@ -52,12 +55,12 @@ class Step:
     def __init__(self, trial: Trial, data: DataSet, teacher: Teacher | None, device: torch.device) -> None:
         self.data = on_device(data, device)
         self.sums = torch.zeros(5, device=device, dtype=torch.float64)  # loss, ce, kd, correct; gradient norms
-        self.student, self.projections = _networks(trial, data, teacher)
-        for network in (self.student, self.projections):
-            networks.to_device(network, device)
+        self.student, self.loss = _networks(trial, data, teacher)
+        networks.to_device(self.student, device)
+        networks.to_device(self.loss, device)
         self._teacher, self._recipe, self._device = teacher, trial.recipe, device
         self._method = METHODS[trial.cell.method]
-        self._parameters = [*self.student.parameters(), *self.projections.parameters()]
+        self._parameters = [*self.student.parameters(), *self.loss.parameters()]
         self._optimizer = torch.optim.SGD(
             self._parameters,
             lr=self._number(trial.recipe.lr),
@@ -67,7 +70,10 @@ class Step:
             fused=True,
         )
         self._settings = {name: self._number(value) for name, value in _settings(trial).items()}
-        forward = networks.forward_with_features if self._method.needs == "features" else _forward
+        self._progress, self._epoch = torch.zeros((), device=device), torch.ones((), device=device)
+        forward = networks.forward
+        if self._method.needs in ("features", "before_relu"):
+            forward = partial(networks.forward_with_features, before_relu=self._method.needs == "before_relu")
         self._forward = torch.compile(forward, dynamic=False) if trial.recipe.compile else forward
         self._run = Captured(self._train, device) if device.type == "cuda" else self._train
 
@@ -78,32 +84,46 @@ class Step:
 
     def begin(self, trial: Trial) -> None:
         """Restart for another trial. All tensors keep their addresses, which a captured step reads."""
-        student, projections = _networks(trial, self.data, self._teacher)
+        student, loss = _networks(trial, self.data, self._teacher)
         self.student.load_state_dict(student.state_dict())
-        self.projections.load_state_dict(projections.state_dict())
+        self.loss.load_state_dict(loss.state_dict())
         for each in self._parameters:
             self._momentum(each).zero_()
         self._settings = {name: self._set(self._settings[name], value) for name, value in _settings(trial).items()}
 
-    def __call__(self, views: Views, teacher_logits: Tensor | None, lr: float) -> None:
-        """Train on one batch, with the teacher's logits [B, K] for its views if the method needs them."""
+    def train(self) -> None:
+        """Begin an epoch."""
+        self.student.train()
+        self.loss.train()
+        self.sums.zero_()
+
+    def at(self, lr: float, epoch: int, progress: float) -> None:
+        """Set what the next step depends on beside its batch: `epoch` from 1, `progress` from 0 to 1."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._set(group["lr"], lr)
+        if self._method.loss is not None:
+            self._epoch.fill_(epoch)
+            self._progress.fill_(progress)
+
+    def __call__(self, views: Views, teacher_logits: Tensor | None, *others: Views) -> None:
+        """Train on one batch: its views, other views of the same images where the method has several, and the teacher's
+        logits [B, K] for the first where they are cached."""
         logits = [] if teacher_logits is None else [teacher_logits]
-        self._run(views.order, views.top, views.left, views.flip, *logits)
+        crops = [part for other in others for part in (other.top, other.left, other.flip)]
+        self._run(views.order, views.top, views.left, views.flip, *crops, *logits)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state of the student, the projections and the optimizer, by name."""
+        """The state of the student, the loss and the optimizer, by name."""
         return {
             **{f"student.{name}": tensor for name, tensor in self.student.state_dict().items()},
-            **{f"projections.{name}": tensor for name, tensor in self.projections.state_dict().items()},
+            **{f"loss.{name}": tensor for name, tensor in self.loss.state_dict().items()},
             **{f"momentum.{number}": self._momentum(each) for number, each in enumerate(self._parameters)},
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Load what `tensors` returned; other names are ignored."""
         self.student.load_state_dict(part("student.", tensors))
-        self.projections.load_state_dict(part("projections.", tensors))
+        self.loss.load_state_dict(part("loss.", tensors))
         for number, each in enumerate(self._parameters):
             self._momentum(each).copy_(tensors[f"momentum.{number}"])
 
@@ -122,20 +142,22 @@ class Step:
     def _set(self, number: float | Tensor, value: float) -> float | Tensor:
         return number.fill_(value) if isinstance(number, Tensor) else value
 
-    def _train(
-        self, order: Tensor, top: Tensor, left: Tensor, flip: Tensor, teacher_logits: Tensor | None = None
-    ) -> None:
-        shown = prepare(show(Views(order, top, left, flip), self.data), self.data)
-        shown = networks.in_layout_of(self.student, shown)
+    def _train(self, order: Tensor, *views: Tensor) -> None:
+        """One step. `views` are top, left and flip of each view, and the cached logits where there are any."""
+        crops = [Views(order, *views[at : at + 3]) for at in range(0, 3 * self._method.views, 3)]
+        cached = views[3 * self._method.views :]
         targets = self.data.train.labels[order]
         with autocast(self._recipe.precision, self._device):
-            logits, features = self._forward(self.student, shown)
+            images = [self._shown(crop) for crop in crops]
+            passed = [self._forward(self.student, each) for each in images]
+            logits = passed[0].logits
             loss_ce = loss = F.cross_entropy(logits, targets)
             loss_kd = torch.zeros_like(loss_ce)
-            if self._teacher is not None and self._method.loss is not None:
-                theirs = self._teacher.features(shown) if self._method.needs == "features" else ()
-                batch = Batch(logits, teacher_logits, features, theirs, self.projections)
-                loss_kd = self._method.loss(batch, **{name: self._settings[name] for name in self._method.settings})
+            if self._method.loss is not None:
+                theirs = [self._passed_by_teacher(each) for each in images]
+                batch = self._batch(order, targets, passed, theirs, *cached)
+                settings = {name: value for name, value in self._settings.items() if name != "alpha"}
+                loss_kd = self.loss(batch, **settings)
                 alpha = self._settings["alpha"]
                 loss = alpha * loss_kd + (1 - alpha) * loss_ce
         self._optimizer.zero_grad(set_to_none=True)
@@ -148,24 +170,72 @@ class Step:
             self.sums[:4] += means * len(targets)
             self.sums[4] += norm
 
+    def _shown(self, views: Views) -> Tensor:
+        return networks.in_layout_of(self.student, prepare(show(views, self.data), self.data))
+
+    def _passed_by_teacher(self, images: Tensor) -> networks.Passed | None:
+        """What the teacher yields for images, where it runs beside the student."""
+        if self._teacher is None or not self._method.runs_teacher:
+            return None
+        return self._teacher.passed(images, before_relu=self._method.needs == "before_relu")
+
+    def _batch(
+        self,
+        order: Tensor,
+        targets: Tensor,
+        passed: Sequence[networks.Passed],
+        theirs: Sequence[networks.Passed | None],
+        cached: Tensor | None = None,
+    ) -> Batch:
+        """What the loss sees, with the other view inside."""
+        second = self._batch(order, targets, passed[1:], theirs[1:]) if len(passed) > 1 else None
+        mine, teacher = passed[0], theirs[0]
+        return Batch(
+            order,
+            targets,
+            mine.logits,
+            teacher.logits if teacher else cached,
+            mine.features,
+            teacher.features if teacher else (),
+            mine.before_relu,
+            teacher.before_relu if teacher else (),
+            mine.embedding,
+            teacher.embedding if teacher else None,
+            self._progress,
+            self._epoch,
+            second,
+        )
+
 
 def part(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with `prefix`, by name without it."""
     return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
 
 
-def _forward(net: nn.Module, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return net(images), ()
+def batches(count: int, size: int) -> list[slice]:
+    """Slices of `size` over `count` images. A last batch of one image joins the one before, because batch norm is
+    undefined for one value."""
+    starts = list(range(0, count, size))
+    if len(starts) > 1 and count - starts[-1] == 1:
+        starts.pop()
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
 
 
 def _settings(trial: Trial) -> dict[str, float]:
-    """The settings of the loss by name; one that does not apply is never read."""
-    return {name: getattr(trial.cell, name) or 0.0 for name in SETTINGS}
+    """The numbers of the loss that a step reads anew, by name."""
+    method = METHODS[trial.cell.method]
+    if method.loss is None:
+        return {}
+    names = ("alpha", *step_settings(loss_class(method.loss)))
+    return {name: getattr(trial.cell, name) for name in names}
 
 
-def _networks(trial: Trial, data: DataSet, teacher: Teacher | None) -> tuple[nn.Module, nn.ModuleList]:
-    """The student and its projections, on the CPU, as the seed initialises them. Only features need projections."""
-    cell = trial.cell
+def _networks(trial: Trial, data: DataSet, teacher: Teacher | None) -> tuple[nn.Module, nn.Module]:
+    """The student and the loss of its method, on the CPU, as the seed initialises them.
+
+    The loss has a random stream of its own, so a student has the same initial weights whatever its method.
+    """
+    cell, method = trial.cell, METHODS[trial.cell.method]
     student = networks.build(
         trial.architecture,
         stem=cell.stem,
@@ -174,7 +244,20 @@ def _networks(trial: Trial, data: DataSet, teacher: Teacher | None) -> tuple[nn.
         weights=cell.weights,
         seed=trial.seed,
     )
-    if teacher is None or METHODS[cell.method].needs != "features":
-        return student, nn.ModuleList()
-    channels = networks.feature_channels(student), networks.feature_channels(teacher.net)
-    return student, networks.projections(*channels, seed=trial.seed)
+    if method.loss is None:
+        return student, nn.Identity()
+    kind, size = loss_class(method.loss), tuple(side * data.upsample for side in data.train.images.shape[-2:])
+    passed = step_settings(kind)
+    shapes = partial(networks.shapes, stem=cell.stem, classes=len(data.classes), width=cell.width, size=size)
+    context = Context(
+        student=shapes(trial.architecture),
+        teacher=None if teacher is None else shapes(str(cell.teacher)),
+        classes=len(data.classes),
+        train_labels=data.train.labels.cpu(),
+        epochs=trial.recipe.epochs,
+        steps_per_epoch=len(batches(len(data.train.labels), trial.recipe.batch_size)),
+        classifier=teacher.net.fc if teacher is not None and method.runs_teacher else None,
+        settings={name: getattr(cell, name) for name in method.defaults if name not in passed},
+    )
+    with networks.stream("projections", trial.seed):
+        return student, kind(context)

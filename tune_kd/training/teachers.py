@@ -226,9 +226,9 @@ class Teacher:
         return cache.take(torch.arange(len(images)))[0]
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Outputs [B, C_i, H_i, W_i] of the four residual stages for prepared images [B, 3, H, W]."""
-        return networks.forward_with_features(self.net, images)[1]
+    def passed(self, images: Tensor, before_relu: bool = False) -> networks.Passed:
+        """Logits and features for prepared images [B, 3, H, W]."""
+        return networks.forward_with_features(self.net, images, before_relu)
 
     @cached_property
     def _drawn(self) -> Tensor | None:
