@@ -106,7 +106,7 @@ def test_one_recorded_sequence_gives_the_same_decisions_three_ways(
 
     ids = {trial.arm: trial.trial_id for trial in here.plan.trials if trial.phase == "screen"}
     grid = tuple(
-        Curve(ids[arm.name], arm.name, stratum(study.screen, vars(arm.cell)), arm.immune,
+        Curve(ids[arm.name], arm.name, stratum(study.screen, arm.cell.levels), arm.immune,
               tuple(metrics[arm.name, number] for number in range(1, 9)))
         for arm in here.plan.arms
     )  # fmt: skip

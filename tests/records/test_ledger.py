@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from tune_kd.records import ledger as ledgers, tables
 from tune_kd.records.ledger import Ledger, damage, reading
 from tune_kd.records.reader import check
-from tune_kd.records.schema import DECISIONS, EPOCHS, SCHEMAS, TRIALS, Schema
+from tune_kd.records.schema import DECISIONS, EPOCHS, SCHEMAS, TRIALS, Schema, as_further
 from tune_kd.records.tables import arrow, frame, to_parquet
+from tune_kd.study.trial import FURTHER
 from tune_kd.system.characters import CONTROL
 from tune_kd.system.errors import CorruptFile
 
@@ -89,6 +90,7 @@ def named(text: str | None) -> str | None:
 
 @given(row=st.fixed_dictionaries(
     {name: cells(kind).map(named) if name in TRIALS.names else cells(kind) for name, kind in TRIALS.columns.items()}
+    | {"further": st.dictionaries(st.sampled_from("abc"), st.floats(-9, 9) | st.just("x")).map(as_further)}
 ))  # fmt: skip
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_rows_come_back_from_the_ledger_as_they_were(ledger: Ledger, row: dict[str, Any]) -> None:
@@ -108,6 +110,8 @@ def near_the_rules(schema: Schema[Any]) -> st.SearchStrategy[dict[str, Any]]:
             some[name] = {str: st.just("x"), int: st.integers(0, 3), float: st.sampled_from([-0.1, 0.0, 0.5, 1.0])}[
                 kind
             ]
+        if name == FURTHER:
+            some[name] = st.just(as_further({"weight": 2.0}))
         if name not in ("run", "trial_id"):
             some[name] |= st.none()
     return st.fixed_dictionaries(some)
@@ -126,8 +130,11 @@ def test_a_row_is_refused_when_written_if_and_only_if_readers_would_refuse_it(
                  (*schema.key, *schema.needed) if name not in good}  # fmt: skip
         row |= {name: value for name, value in good.items() if name in row}
         row |= data.draw(st.fixed_dictionaries({}, optional={"epochs_planned": st.just(2)})) if "status" in row else {}
-    if name := data.draw(st.none() | st.sampled_from([name for name, kind in schema.columns.items() if kind is str])):
-        row[name] = data.draw(st.sampled_from(["two\nlines", "\x1b[2J", "\x9b2J", "\u202etxt"]))
+    texts = [name for name, kind in schema.columns.items() if kind is str]
+    if name := data.draw(st.none() | st.sampled_from(texts)):
+        row[name] = (lambda text: as_further({"weight": text}) if name == FURTHER else text)(
+            data.draw(st.sampled_from(["two\nlines", "\x1b[2J", "\x9b2J", "\u202etxt"]))
+        )
     _, problems = check(schema, frame(schema, [row]))
     assert (schema.broken(row) is None) == (problems == []), (schema.broken(row), problems)
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings, strategies as st
 
 import tune_kd
 from conftest import tiny
-from tune_kd.records.reader import check, load
-from tune_kd.records.schema import DECISIONS, EPOCHS, PANDAS, SCHEMAS, TRIALS, Schema
+from tune_kd.records.reader import check, load, rows as rows_of
+from tune_kd.records.schema import DECISIONS, EPOCHS, PANDAS, SCHEMAS, TRIALS, Schema, as_further
 from tune_kd.records.tables import arrow, frame, to_parquet
 from tune_kd.system.characters import CONTROL
 from tune_kd.system.errors import UserError
@@ -55,16 +55,23 @@ def test_a_run_is_read_with_its_types_by_path_and_by_name(tmp_path: Path) -> Non
         assert records.runs == ["r"]
         for schema in SCHEMAS:
             table = getattr(records, schema.name)
-            assert list(table.columns) == list(schema.columns)
-            assert [str(each) for each in table.dtypes] == [PANDAS[kind] for kind in schema.columns.values()]
+            assert list(table.columns) == list(schema.in_parquet)
+            assert [str(each) for each in table.dtypes] == [PANDAS[kind] for kind in schema.in_parquet.values()]
     assert records.study["run"] == "r"
 
 
 def test_what_a_ledger_writes_is_read_as_it_was(tmp_path: Path) -> None:
     folder = write(tmp_path / "r")
-    rows = [trial(1, temperature=4.0, alpha=0.5, val_accuracy=0.25), trial(2, peak_memory_bytes=2**40)]
-    (folder / "trials.parquet").write_bytes(to_parquet(arrow(TRIALS, rows)))
-    pd.testing.assert_frame_equal(load(folder).trials, frame(TRIALS, rows))
+    rows = [
+        trial(1, temperature=4.0, alpha=0.5, val_accuracy=0.25),
+        trial(2, peak_memory_bytes=2**40, further=as_further({"weight": 1000.0, "precision": "tf32"})),
+    ]
+    more = {"weight": float, "precision": str}
+    (folder / "trials.parquet").write_bytes(to_parquet(arrow(TRIALS, rows, more)))
+    found = load(folder).trials
+    pd.testing.assert_frame_equal(found, frame(TRIALS, rows), check_like=True)
+    assert found["weight"].tolist()[1:] == [1000.0] and found["weight"].isna().tolist() == [True, False]
+    assert rows_of(TRIALS, found) == rows
 
 
 def test_several_runs_come_as_one_and_can_be_had_one_by_one(tmp_path: Path) -> None:
@@ -172,7 +179,7 @@ def test_a_table_of_any_rows_that_fit_is_taken_as_it_is(schema: Schema, data: st
         never = name in (*schema.key, *schema.needed)
         return fits if never else st.none() | fits
 
-    row = st.fixed_dictionaries({name: value(name, kind) for name, kind in schema.columns.items()})
+    row = st.fixed_dictionaries({name: value(name, kind) for name, kind in schema.in_parquet.items()})
     rows = data.draw(st.lists(row, max_size=4, unique_by=lambda row: tuple(row[name] for name in schema.key)))
     for each in rows:
         for name in schema.only_completed:

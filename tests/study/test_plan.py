@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 from conftest import tiny
 from search_spaces.ablation import SCALES
 from tune_kd.study.plan import plan
-from tune_kd.study.spec import APPLIES, Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
+from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
 from tune_kd.study.trial import Trial, digest
 from tune_kd.system.errors import UserError
 
@@ -461,6 +461,6 @@ def test_an_expansion_keeps_every_raw_cell_and_no_arm_twice(
     assert len({arm.name for arm in planned.arms}) == len(planned.arms)
     assert len(planned.contrasts) == len(contrasts) * len(drawn["stem"])
     for arm in planned.arms:
-        for name, methods in APPLIES.items():
-            assert (getattr(arm.cell, name) is None) == (arm.cell.method not in methods)
+        for name in ("teacher", "alpha", "temperature", "beta"):
+            assert (arm.cell.level(name) is None) == (arm.cell.method not in planned.study.applies(name))
     assert json.dumps([asdict(contrast) for contrast in planned.contrasts])

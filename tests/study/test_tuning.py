@@ -64,7 +64,10 @@ def study() -> Study:
 @pytest.mark.parametrize(
     ("ranges", "says"),
     [
-        ((Range("momentum", Uniform(0, 1)),), "tuning.ranges names 'momentum'; allowed: temperature, alpha, beta, lr"),
+        (
+            (Range("momentum", Uniform(0, 1)),),
+            "tuning.ranges names 'momentum'; allowed: temperature, beta, alpha, ce_weight, kd_weight, lr",
+        ),
         ((LR, Range("beta", Uniform(0, 1), ("logit",))), "beta for logit, and no method of the study uses it"),
         ((LR, Range("alpha", Uniform(0.5, 0.5))), "alpha over .* which is no range; allowed: low below high"),
         ((LR, Range("temperature", LogUniform(0, 8))), "temperature over .* allowed: low above 0"),

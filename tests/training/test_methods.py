@@ -17,7 +17,6 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import rel_entr, softmax
 
 from tune_kd.study.methods import built_in
-from tune_kd.study.spec import APPLIES
 from tune_kd.system.errors import UserError
 from tune_kd.training import metrics
 from tune_kd.training.loss import Context, Shapes, loss_class, step_settings
@@ -254,5 +253,3 @@ def test_every_loss_takes_settings_that_its_method_declares():
         kind = loss_class(method.loss)
         assert kind.__module__ == f"tune_kd.training.methods.{name}"
         assert {*step_settings(kind)} <= {*method.defaults}
-        applying = {setting for setting, names in APPLIES.items() if name in names}
-        assert applying == {*method.defaults, "alpha"} | ({"teacher"} if method.is_taught else set())

@@ -28,9 +28,9 @@ from tune_kd.analysis.evidence import Evidence, arrays, looks_so_far, reasons
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.analysis.verdicts import ALPHA, EARLIER
 from tune_kd.records.reader import Records
+from tune_kd.records.schema import TRIALS
 from tune_kd.records.tables import as_typed, typed
 from tune_kd.study.plan import TEACHER_FIELDS
-from tune_kd.study.spec import APPLIES
 from tune_kd.study.trial import Role, Status
 from tune_kd.system.errors import UserError
 
@@ -235,12 +235,14 @@ def teachers_compared(records: Records) -> pd.DataFrame:
 
 def _levels_compared(trials: pd.DataFrame, factor: str, treated: Any, against: Any) -> list[dict[str, Any]]:
     """A row for each pair of groups of trials that differ in one factor alone."""
-    studied = dict.fromkeys((*CONTEXT, "method", *APPLIES, "lr", "weight_decay", *COMPARABLE))
+    further = [str(name) for name in trials if name not in TRIALS.columns]
+    partial = ("teacher", "temperature", "alpha", "beta", *further)  # which do not apply to every method
+    studied = dict.fromkeys((*CONTEXT, "method", *partial, "lr", "weight_decay", *COMPARABLE))
     context = [name for name in studied if name != factor]
     sides = [list(by_context(trials[trials[factor] == level], context)) for level in (treated, against)]
     rows = []
     for (where, one), (there, other) in itertools.product(*sides):
-        if any(where[name] != there[name] and not (name in APPLIES and None in (where[name], there[name]))
+        if any(where[name] != there[name] and not (name in partial and None in (where[name], there[name]))
                for name in context):  # fmt: skip
             continue
         both = {name: there[name] if where[name] is None else where[name] for name in context}

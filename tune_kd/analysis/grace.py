@@ -105,5 +105,5 @@ def _contested(plan: Plan) -> list[str]:
     screen = plan.study.screen
     strata: dict[str, list[bool]] = {}
     for arm in plan.arms:
-        strata.setdefault(stratum(screen, vars(arm.cell)), []).append(arm.immune)
+        strata.setdefault(stratum(screen, arm.cell.levels), []).append(arm.immune)
     return [name for name, immune in strata.items() if len(immune) > screen.min_peers and not all(immune)]

@@ -1,7 +1,7 @@
 """What the seeds of a plan can show: the power of its primary contrasts, by the rule that will judge them."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from tune_kd.analysis import statistics
 from tune_kd.analysis.block_model import shipped_prior
@@ -46,7 +46,7 @@ def _spare(planned: Plan, contrast: Contrast) -> int:
 
     0 across strata, where the pairs alone judge.
     """
-    strata = {arm.name: tuple(asdict(arm.cell)[name] for name in planned.study.strata) for arm in planned.arms}
+    strata = {arm.name: tuple(arm.cell.level(name) for name in planned.study.strata) for arm in planned.arms}
     sums: dict[tuple[object, ...], float] = {}
     for arm, weight in contrast.weights:
         sums[strata[arm]] = sums.get(strata[arm], 0.0) + weight

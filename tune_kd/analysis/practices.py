@@ -5,7 +5,7 @@ Scheduling is that of real runs, so these replay one study at a time. Study i is
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -47,7 +47,7 @@ def stopped(planned: Plan, number: int) -> Flags:
     study, arms = planned.study, planned.arms
     curves, _ = trials(study, len(arms), np.random.default_rng([number, *b"screen"]))
     grid = tuple(
-        Curve(arm.name, arm.name, stratum(study.screen, asdict(arm.cell)), arm.immune, tuple(curve))
+        Curve(arm.name, arm.name, stratum(study.screen, arm.cell.levels), arm.immune, tuple(curve))
         for arm, curve in zip(arms, curves.tolist(), strict=True)
     )
     made = replay(study.screen, grid, arrival_order([arm.name for arm in arms], number))

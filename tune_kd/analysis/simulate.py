@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from tune_kd.analysis import statistics
 from tune_kd.records.reader import Records
+from tune_kd.records.schema import TRIALS
 from tune_kd.study.early_stopping import Schedule, stratum
 from tune_kd.study.plan import arrival_order
 from tune_kd.study.spec import CELL_FIELDS, Screen, Study
@@ -115,10 +116,14 @@ def _with_another_teacher(trials: pd.DataFrame) -> "pd.Series[bool]":
 
 
 def _check_strata(names: Sequence[str], trials: pd.DataFrame) -> None:
-    unknown = [name for name in names if name not in CELL_FIELDS or trials[name].isna().all()]
-    if unknown:
-        known = ", ".join(name for name in CELL_FIELDS if trials[name].notna().any())
-        raise UserError(f"--strata is {','.join(names)!r}; allowed: none, or columns of the curves ({known})")
+    further = (str(name) for name in trials if name not in TRIALS.columns)
+    known = [
+        name for name in (*CELL_FIELDS, "lr", "weight_decay", *further) if name in trials and trials[name].notna().any()
+    ]
+    if any(name not in known for name in names):
+        raise UserError(
+            f"--strata is {','.join(names)!r}; allowed: none, or columns of the curves ({', '.join(known)})"
+        )
     if len(set(names)) < len(names):
         raise UserError(f"--strata is {','.join(names)!r}; allowed: each column once")
 

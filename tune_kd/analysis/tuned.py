@@ -49,6 +49,7 @@ def settings(records: Records) -> pd.DataFrame:
         assert study.tuning is not None
         best = adaptive_plan.best(study.tuning, theirs)
         shares = importances(search.ranges, theirs)
+        method = str(theirs[0]["method"]) if theirs else ""
         for each in search.ranges:
             ends = each.over.levels if isinstance(each.over, Choice) else (each.over.low, each.over.high)
             found.append(
@@ -56,7 +57,7 @@ def settings(records: Records) -> pd.DataFrame:
                     "run": run,
                     "arm": search.name,
                     "setting": each.name,
-                    "default": study.default(each.name),
+                    "default": study.value(each.name, method) if theirs else None,
                     "least": min(ends),
                     "most": max(ends),
                     "tuned": None if best is None else adaptive_plan.values(search, best)[each.name],

@@ -6,8 +6,8 @@ from typing import Any
 
 from tune_kd.records.schema import TrialRow, first_row
 from tune_kd.study.plan import Plan, Search
-from tune_kd.study.spec import CELL_FIELDS
-from tune_kd.study.trial import UNENDED, Phase, Role, Row, Status, Trial
+from tune_kd.study.spec import RECIPE_FACTORS
+from tune_kd.study.trial import UNENDED, Phase, Role, Row, Status, Trial, level_in
 from tune_kd.study.tuning import Tuning
 
 Draw = Callable[..., dict[str, float]]  # `tune_kd.study.sampler.draw`
@@ -23,13 +23,19 @@ def due(planned: Plan, search: Search, rows: Mapping[str, TrialRow], draw: Draw)
 
     Each has to be in `rows`, by trial id, before the next one is asked for. `draw` is that of the sampler.
     """
-    study, tuning = planned.study, planned.study.tuning
+    tuning = planned.study.tuning
     assert tuning is not None
-    default = {each.name: study.default(each.name) or 0.0 for each in search.ranges}
+    default = defaults(planned, search)
     while is_due(tuning, theirs := draws(search, rows.values())):
         yield drawn(planned, search, draw(tuning, search.name, search.ranges, default, theirs))
     if (found := best(tuning, theirs)) is not None:
         yield from confirmed(planned, search, found)
+
+
+def defaults(planned: Plan, search: Search) -> dict[str, float]:
+    """Return the published values of what is drawn for an arm."""
+    method = next(arm.cell.method for arm in planned.arms if arm.name == search.default)
+    return {each.name: float(planned.study.value(each.name, method) or 0.0) for each in search.ranges}
 
 
 def drawn(planned: Plan, search: Search, values: Mapping[str, float]) -> Trial:
@@ -46,7 +52,7 @@ def confirmed(planned: Plan, search: Search, best: TrialRow) -> list[Trial]:
 
 def values(search: Search, row: Row) -> dict[str, float]:
     """Return the drawn values by the names of their ranges."""
-    return {each.name: row[each.name] for each in search.ranges}
+    return {each.name: level_in(row, each.name) for each in search.ranges}
 
 
 def is_due(tuning: Tuning, theirs: Sequence[TrialRow]) -> bool:
@@ -117,8 +123,8 @@ def with_those_to_come(planned: Plan, run: str, rows: list[TrialRow]) -> list[Tr
 
 def _with(trial: Trial, values: Mapping[str, float]) -> Trial:
     """Return the trial with these settings."""
-    cell: dict[str, Any] = {name: value for name, value in values.items() if name in CELL_FIELDS}
-    recipe: dict[str, Any] = {name: value for name, value in values.items() if name not in CELL_FIELDS}
-    return replace(
-        trial, cell=replace(trial.cell, **cell), recipe=replace(trial.recipe, **recipe), drawn=tuple(values.items())
-    )
+    cell = trial.cell
+    recipe: dict[str, Any] = {name: value for name, value in values.items() if name in RECIPE_FACTORS}
+    for name in values.keys() - recipe.keys():
+        cell = cell.at(name, values[name])
+    return replace(trial, cell=cell, recipe=replace(trial.recipe, **recipe), drawn=tuple(values.items()))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from tune_kd.records.schema import COMMITS, DIGESTS, EPOCHS, MOST_LEDGER_BYTES, MOST_TABLE_BYTES, SCHEMAS, R, Schema
 from tune_kd.records.sqlite_file import VERSIONS, versions
 from tune_kd.records.tables import PART, arrow, to_parquet
-from tune_kd.study.trial import Row
+from tune_kd.study.trial import FURTHER, Row, further
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import CorruptFile, UnexpectedFile
 from tune_kd.system.files import MOST_RECORD_BYTES, check_regular, patiently, publish, read, sealed, unsealed, write_at
@@ -87,7 +87,7 @@ class Ledger:
                 return
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
-            self._in_one([(statement, []) for statement in _CREATE])
+            self._in_one([(statement, []) for statement in _creating(False)])
             self._check_made()
             self._commits = max(after, self.held())
         except BaseException:
@@ -99,11 +99,18 @@ class Ledger:
 
         Views, triggers and indices are programs. A foreign one could run forever or write to the file.
         """
-        made = {statement.replace(" IF NOT EXISTS", "") for statement in _CREATE}
-        own = {("table", "CREATE TABLE sqlite_sequence(name,seq)"), *(("table", sql) for sql in made)}
         found = {(kind, sql) for kind, sql in self._read("SELECT type, sql FROM sqlite_master", [])}
-        if found - {("index", None)} != own:
-            raise CorruptFile(f"{self.path} is damaged: its tables are not those that were made")
+        for earlier in (False, True):
+            made = {statement.replace(" IF NOT EXISTS", "") for statement in _creating(earlier)}
+            own = {("table", "CREATE TABLE sqlite_sequence(name,seq)"), *(("table", sql) for sql in made)}
+            if found - {("index", None)} == own:
+                self._earlier = earlier
+                return
+        raise CorruptFile(f"{self.path} is damaged: its tables are not those that were made")
+
+    def _names(self, schema: Schema[Any]) -> list[str]:
+        """The columns of a table of this ledger."""
+        return _columns(schema, self._earlier)
 
     def close(self) -> None:
         self._connection.close()
@@ -167,6 +174,7 @@ class Ledger:
         cleaned = schema.clean(row)
         if (problem := schema.broken(cleaned)) is not None:
             raise ValueError(f"{problem} (a row of trial {cleaned['trial_id']})")
+        cleaned = {name: cleaned[name] for name in self._names(schema)}
         names = [*cleaned, "crc"]
         updates = ", ".join(f'"{name}" = excluded."{name}"' for name in names)
         statement = (
@@ -194,19 +202,29 @@ class Ledger:
         """Return all rows as a table. It is built in parts: Python's objects take ten times the memory."""
         import pyarrow as pa
 
-        parts = [arrow(schema, [])]
-        while rows := self._select(schema, "ORDER BY number LIMIT ? OFFSET ?", [PART, PART * (len(parts) - 1)]):
-            parts.append(arrow(schema, rows))
-        return pa.concat_tables(parts)
+        more = self._further() if FURTHER in schema.columns else {}
+        parts: list[pa.Table] = []
+        while rows := self._select(schema, "ORDER BY number LIMIT ? OFFSET ?", [PART, PART * len(parts)]):
+            parts.append(arrow(schema, rows, more))
+        return pa.concat_tables(parts or [arrow(schema, [], more)])
+
+    def _further(self) -> dict[str, type]:
+        """The further settings of the trials and their types, in the order of their columns."""
+        found: dict[str, type] = {}
+        if not self._earlier:
+            for (text,) in self._read(f"SELECT DISTINCT {FURTHER} FROM {SCHEMAS[0].name}", []):
+                found |= {name: type(value) for name, value in further({FURTHER: text}).items()}
+        return found
 
     def _select(self, schema: Schema[R], which: str, values: list[Any]) -> list[R]:
-        names = ", ".join(f'"{name}"' for name in schema.columns)
-        rows = []
+        present, rows = self._names(schema), []
+        names = ", ".join(f'"{name}"' for name in present)
         for *cells, crc in self._read(f"SELECT {names}, crc FROM {schema.name} {which}", values):
-            row = dict(zip(schema.columns, cells, strict=True))
+            row = dict(zip(present, cells, strict=True))
             if any(isinstance(cell, bytes) for cell in cells) or _crc(row) != crc:
                 key = ", ".join(f"{name}={row[name]!r}" for name in schema.key)
                 raise CorruptFile(f"{self.path}: the row {key} of {schema.name} was altered since it was written")
+            row = {name: row.get(name) for name in schema.columns}
             if (problem := schema.mistyped(row) or schema.broken(row)) is not None:
                 raise CorruptFile(f"{self.path}: {problem}, which no run writes")
             rows.append(row)
@@ -312,12 +330,21 @@ def _contents(path: Path, most: int) -> bytes:
         return b""
 
 
-_CREATE = [
-    f"CREATE TABLE IF NOT EXISTS {schema.name} (number INTEGER PRIMARY KEY AUTOINCREMENT, "
-    + "".join(f'"{name}" {_SQL[kind]}, ' for name, kind in schema.columns.items())
-    + f"crc INTEGER NOT NULL, UNIQUE ({', '.join(schema.key)}))"
-    for schema in SCHEMAS
-] + ["CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)"]
+def _columns(schema: Schema[Any], earlier: bool) -> list[str]:
+    """The columns of a table in a ledger; `earlier`: of a version whose studies brought no settings of their own."""
+    return [name for name in schema.columns if not (earlier and name == FURTHER)]
+
+
+def _creating(earlier: bool) -> list[str]:
+    """The statements that create the tables."""
+    return [
+        f"CREATE TABLE IF NOT EXISTS {schema.name} (number INTEGER PRIMARY KEY AUTOINCREMENT, "
+        + "".join(f'"{name}" {_SQL[schema.columns[name]]}, ' for name in _columns(schema, earlier))
+        + f"crc INTEGER NOT NULL, UNIQUE ({', '.join(schema.key)}))"
+        for schema in SCHEMAS
+    ] + ["CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)"]
+
+
 _SET_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
 
 

@@ -15,10 +15,21 @@ import pandas as pd
 from tune_kd.records import parquet
 from tune_kd.records.importer import Adapter
 from tune_kd.records.ledger import digests
-from tune_kd.records.schema import DIGESTS, LAYOUT, MOST_TABLE_BYTES, PANDAS, RUN_NAME, SCHEMAS, TRIALS, R, Schema
+from tune_kd.records.schema import (
+    DIGESTS,
+    LAYOUT,
+    MOST_TABLE_BYTES,
+    PANDAS,
+    RUN_NAME,
+    SCHEMAS,
+    TRIALS,
+    R,
+    Schema,
+    as_further,
+)
 from tune_kd.records.sync import pull
 from tune_kd.study import record
-from tune_kd.study.trial import Role, Status
+from tune_kd.study.trial import FURTHER, Role, Status
 from tune_kd.system.characters import CONTROL, visible
 from tune_kd.system.errors import CorruptFile, UserError, raise_problems
 from tune_kd.system.files import MOST_RECORD_BYTES, check_names, read, unsealed
@@ -221,12 +232,16 @@ def check(schema: Schema[Any], table: pd.DataFrame, *, lenient: bool = False) ->
     required = (*schema.key, *schema.needed) if lenient else {*schema.columns} - {*schema.optional}
     if refused := [name for name in schema.columns if name in required and name not in table]:
         return table, [f"lacks the columns {', '.join(refused)}; has {', '.join(map(str, table.columns))}"]
-    there = {name: kind for name, kind in schema.columns.items() if name in table}
+    columns = schema.in_parquet
+    if not lenient and FURTHER in schema.columns:  # each further setting is a column
+        columns |= {str(name): str if pd.api.types.is_string_dtype(table[name].dropna()) else float
+                    for name in table if name not in schema.columns}  # fmt: skip
+    there = {name: kind for name, kind in columns.items() if name in table}
     if problems := [problem for name, kind in there.items() if (problem := _type_problem(name, table[name], kind))]:
         return table, problems
     nulls = pd.Series([None] * len(table), index=table.index)
-    typed = {name: table[name] if name in there and table[name].notna().any() else nulls for name in schema.columns}
-    checked = pd.DataFrame(typed).astype({name: PANDAS[kind] for name, kind in schema.columns.items()})
+    typed = {name: table[name] if name in there and table[name].notna().any() else nulls for name in columns}
+    checked = pd.DataFrame(typed).astype({name: PANDAS[kind] for name, kind in columns.items()})
     return checked, list(_broken(schema, checked))
 
 
@@ -269,7 +284,7 @@ def _broken(schema: Schema[Any], table: pd.DataFrame) -> Iterator[str]:
     for name, levels in schema.levels.items():
         if (wrong := table[name].notna() & ~table[name].isin(levels)).any():
             yield _told(name, table.loc[wrong, name], len(table), f"one of {', '.join(levels)}")
-    for name in schema.names:
+    for name in (str(name) for name in table if name not in schema.free and table[name].dtype == PANDAS[str]):
         strange = [text for text in table[name].dropna().unique() if CONTROL.search(text)]
         if strange:
             wrong = table[name].isin(strange)
@@ -310,4 +325,8 @@ def _strays(trials: pd.DataFrame, epochs: pd.DataFrame) -> Iterator[str]:
 def rows(schema: Schema[R], table: pd.DataFrame) -> list[R]:
     """Return a table's rows as the ledger does: plain values, and None for null."""
     plain = table.astype(object).where(table.notna(), None)
+    if FURTHER in schema.columns:
+        more = plain[[name for name in plain if name not in schema.columns]].to_dict("records")
+        texts = [as_further({str(name): each for name, each in row.items() if each is not None}) for row in more]
+        plain = plain.assign(**{FURTHER: pd.Series(texts, index=plain.index, dtype=object)})
     return cast(list[R], plain[list(schema.columns)].to_dict("records"))

@@ -1,12 +1,14 @@
 """Schemas of a run's three tables: columns, types, keys and rules of a row. Names of the files in a run's folder."""
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypedDict, TypeVar, cast, get_args, get_type_hints
 
-from tune_kd.study.trial import Action, Decision, Epoch, Phase, Role, Row, Status, StopReason, Trial
+from tune_kd.study.spec import Level
+from tune_kd.study.trial import FURTHER, Action, Decision, Epoch, Phase, Role, Row, Status, StopReason, Trial
 from tune_kd.system.characters import CONTROL
 
 R = TypeVar("R", bound=Row)
@@ -32,6 +34,11 @@ class Schema(Generic[R]):
     free: tuple[str, ...] = ()  # text that may have control characters, such as line breaks
     only_completed: tuple[str, ...] = ()  # null unless `status` is completed
     timing: tuple[str, ...] = ()  # in which a row that is computed again may differ
+
+    @property
+    def in_parquet(self) -> dict[str, type]:
+        """The columns of the Parquet table, after which come those of further settings."""
+        return {name: kind for name, kind in self.columns.items() if name != FURTHER}
 
     @property
     def names(self) -> list[str]:
@@ -73,6 +80,8 @@ class Schema(Generic[R]):
         for name in self.only_completed:
             if row[name] is not None and row["status"] != Status.COMPLETED:
                 return f"{self.name}.{name} is {row[name]} while status is {row['status']}; allowed: null"
+        if row.get(FURTHER) is not None and not _is_further(row[FURTHER]):
+            return f"{self.name}.{FURTHER} is {row[FURTHER]!r:.60}; allowed: null, or JSON of names with levels"
         ran, planned = row.get("epochs_run"), row.get("epochs_planned")
         if ran is not None and planned is not None and row["status"] == Status.COMPLETED and ran < planned:
             return f"{self.name}.status is completed after {ran} of {planned} epochs; allowed: after all"
@@ -85,6 +94,18 @@ class Schema(Generic[R]):
             if value is not None and (type(value) is not kind or not finite):
                 return f"{self.name}.{name} is {value!r:.60}"
         return None
+
+
+def _is_further(text: str) -> bool:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and all(
+        name.isidentifier()
+        and ((isinstance(each, str) and not CONTROL.search(each)) or (type(each) is float and math.isfinite(each)))
+        for name, each in found.items()
+    )
 
 
 def columns_of(row: type) -> dict[str, type]:
@@ -144,13 +165,14 @@ class TrialRow(TypedDict):
     weights_digest: str | None
     host: str | None
     started: float | None  # start of the first attempt, in seconds since the Unix epoch
+    further: str | None  # settings without a column here, as JSON; in Parquet each has a column of its own
 
 
 TRIALS: Schema[TrialRow] = Schema(
     "trials",
     columns_of(TrialRow),
     ("run", "trial_id"),
-    optional=("teacher_digest", "weights_digest", "host", "started"),
+    optional=("teacher_digest", "weights_digest", "host", "started", FURTHER),
     needed=("arm", "phase", "role", "seed", "status"),
     levels={"phase": tuple(Phase), "role": tuple(Role), "status": tuple(Status), "stop_reason": tuple(StopReason)},
     fractions=("val_accuracy", "val_accuracy_best", "test_accuracy", "test_accuracy_best", "agreement", "ece", "alpha"),
@@ -197,7 +219,15 @@ def first_row(run: str, trial: Trial) -> TrialRow:
         "epochs_run": 0,
         "attempts": 0,
     }
+    own = {*TRIALS.columns, "epochs"}
+    known |= {FURTHER: as_further({name: each for name, each in trial.cell.levels.items() if name not in own})}
     return cast(TrialRow, {name: known.get(name) for name in TRIALS.columns})
+
+
+def as_further(settings: Mapping[str, Level]) -> str | None:
+    """Return settings as a ledger has them; `None` without any."""
+    plain = {name: level if isinstance(level, str) else float(level) for name, level in settings.items()}
+    return json.dumps(plain, sort_keys=True) if plain else None
 
 
 def labels(rows: Iterable[TrialRow]) -> dict[str, str]:

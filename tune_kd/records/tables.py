@@ -1,11 +1,12 @@
 """Convert rows to DataFrames, Arrow tables and the bytes of Parquet files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from tune_kd.records.schema import PANDAS, SCHEMAS, Schema
-from tune_kd.study.trial import Row
+from tune_kd.records.schema import PANDAS, Schema
+from tune_kd.study.trial import Row, further
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,8 +29,11 @@ def frame(schema: Schema[Any], rows: Sequence[Row]) -> "pd.DataFrame":
     """Return rows as a DataFrame with the schema's types: `string`, `Int64` and `float64`."""
     import pandas as pd
 
-    columns = schema.columns.items()
-    return pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype=PANDAS[kind]) for name, kind in columns})
+    whole = [{**row, **further(row)} for row in rows]
+    columns = schema.in_parquet | {name: type(each) for row in rows for name, each in further(row).items()}
+    return pd.DataFrame(
+        {name: pd.Series([row.get(name) for row in whole], dtype=PANDAS[kind]) for name, kind in columns.items()}
+    )
 
 
 def typed(rows: Sequence[Row], names: str) -> "pd.DataFrame":
@@ -45,21 +49,25 @@ def as_typed(table: "pd.DataFrame", names: str) -> "pd.DataFrame":
     return table.astype({name: PANDAS[KINDS.get(name, float)] for name in table.columns})
 
 
-def arrow(schema: Schema[Any], rows: Sequence[Row]) -> "pa.Table":
-    """Return rows as an Arrow table, which pandas reads with the types of `frame`."""
+def arrow(schema: Schema[Any], rows: Sequence[Row], more: Mapping[str, type] = MappingProxyType({})) -> "pa.Table":
+    """Return rows as an Arrow table, which pandas reads with the types of `frame`. `more` are further settings, which
+    become columns."""
     import pyarrow as pa
 
-    return pa.Table.from_pylist(rows, schema=_arrow_schema(schema.name))
+    columns = schema.in_parquet | dict(more)
+    whole = [{**row, **further(row)} for row in rows] if more else list(rows)
+    return pa.Table.from_pylist(whole, schema=_arrow_schema(tuple(columns.items())))
 
 
 @cache
-def _arrow_schema(name: str) -> "pa.Schema":
+def _arrow_schema(columns: tuple[tuple[str, type], ...]) -> "pa.Schema":
+    import pandas as pd
     import pyarrow as pa
 
-    schema = next(schema for schema in SCHEMAS if schema.name == name)
     kinds = {str: pa.string(), int: pa.int64(), float: pa.float64()}
-    types = pa.schema([pa.field(column, kinds[kind]) for column, kind in schema.columns.items()])
-    return pa.Table.from_pandas(frame(schema, []), schema=types, preserve_index=False).schema
+    types = pa.schema([pa.field(column, kinds[kind]) for column, kind in columns])
+    empty = pd.DataFrame({column: pd.Series([], dtype=PANDAS[kind]) for column, kind in columns})
+    return pa.Table.from_pandas(empty, schema=types, preserve_index=False).schema
 
 
 def to_parquet(table: "pa.Table", before: bytes = b"") -> bytes:

@@ -242,7 +242,8 @@ def _draws(
     assert study.tuning is not None
     if (best := adaptive_plan.best(study.tuning, draws)) is not None:
         plot([best], zorder=3)
-    axes.axvline(study.default(setting) or 0.0, color="#666666", lw=0.8, ls=":")
+    default = study.value(setting, str(draws[0]["method"]))
+    axes.axvline(float(default or 0.0), color="#666666", lw=0.8, ls=":")
 
 
 def _log_scale(axes: Axes) -> None:

@@ -1,10 +1,11 @@
 """Arms: the cells of the factors that a study compares, and their names."""
 
 import itertools
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from tune_kd.study.spec import APPLIES, CELL_FIELDS, NUMERIC, Cell, Level, Study
+from tune_kd.study.spec import CELL_FIELDS, NUMERIC, RECIPE_FACTORS, WEIGHTED, Cell, Level, Study
 from tune_kd.study.trial import ArmRole
 from tune_kd.study.tuning import number
 
@@ -28,20 +29,31 @@ class Arm:
 
 def raw_cells(study: Study) -> list[Cell]:
     """Every combination of levels, or those that vary `swept` factors one at a time. Equal cells occur repeatedly."""
-    crossed = (_cell(study, levels) for levels in itertools.product(*(factor.levels for factor in study.factors)))
+    applying = {name: frozenset(study.applies(name)) for name in study.factor_names}
+    names = [factor.name for factor in study.factors]
+    chosen = (dict(zip(names, levels, strict=True)) for levels in itertools.product(*(f.levels for f in study.factors)))
+    crossed = (_cell(study, applying, levels) for levels in chosen)
     swept = [(name, level) for name, level in study.reference if name in study.swept]
-    return [cell for cell in crossed if sum(getattr(cell, name) not in (None, level) for name, level in swept) <= 1]
+    return [cell for cell in crossed if sum(cell.level(name) not in (None, level) for name, level in swept) <= 1]
 
 
-def _cell(study: Study, levels: tuple[Level, ...]) -> Cell:
+def _cell(study: Study, applying: Mapping[str, frozenset[str]], chosen: Mapping[str, Level]) -> Cell:
     """One raw cell, with None for settings that do not apply to its method, so that equal arms have equal cells."""
-    chosen: dict[str, Any] = {
-        factor.name: float(level) if factor.name in NUMERIC else level
-        for factor, level in zip(study.factors, levels, strict=True)
-    }
-    cell = replace(study.cell, **chosen)
-    inert: dict[str, Any] = dict.fromkeys(name for name, where in APPLIES.items() if cell.method not in where)
-    return replace(cell, **inert)
+    method = str(chosen.get("method", study.cell.method))
+    weighted = any(study.levels(name) for name in WEIGHTED[1:])
+
+    def level(name: str) -> Any:
+        if method not in applying[name] or (name == "alpha" and weighted):
+            return None
+        value = chosen.get(name, study.value(name, method))
+        if value is None and weighted and name in WEIGHTED:
+            return 1.0
+        return value if value is None or name not in (*NUMERIC, *study.settings) else float(value)
+
+    settings = {name: value for name in study.settings if (value := level(name)) is not None}
+    varied = {name: value for name, value in chosen.items() if name in RECIPE_FACTORS}
+    found = {name: level(name) for name in CELL_FIELDS}
+    return Cell(**found, settings=tuple(sorted(settings.items())), recipe=tuple(sorted(varied.items())))
 
 
 def level_name(factor: str, level: Level) -> str:
@@ -51,11 +63,11 @@ def level_name(factor: str, level: Level) -> str:
 
 def arm_name(study: Study, cell: Cell) -> str:
     """The levels that apply, in the order of the study's factors: `cifar/logit/T=4`. Without any, the method."""
-    return levels_name(study, cell, CELL_FIELDS) or cell.method
+    return levels_name(study, cell, study.factor_names) or cell.method
 
 
-def levels_name(study: Study, cell: Cell, among: tuple[str, ...]) -> str:
+def levels_name(study: Study, cell: Cell, among: Sequence[str]) -> str:
     """As `arm_name`, from the factors `among` alone. Empty where the study has none of them."""
     varied = [factor.name for factor in study.factors if factor.name in among]
-    levels = [level_name(name, getattr(cell, name)) for name in varied if getattr(cell, name) is not None]
+    levels = [level_name(name, level) for name in varied if (level := cell.level(name)) is not None]
     return "/".join(levels) or (cell.method if varied else "")

@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from tune_kd.study.arms import arm_name, level_name, levels_name
 from tune_kd.study.rules import MOST_WEIGHTS
-from tune_kd.study.spec import APPLIES, CELL_FIELDS, Cell, Compare, Family, Level, Study
+from tune_kd.study.spec import Cell, Compare, Family, Level, Study
 from tune_kd.system.errors import UserError
 
 Kind = Literal["effect", "moderation"]
@@ -49,12 +49,12 @@ def _pairs(study: Study, cells: Sequence[Cell], compare: Compare) -> list[Pair]:
     """Cells that differ in the one factor alone, where the comparison holds them. Other factors of the reference are
     at their reference level."""
     fixed = [(name, level) for name, level in _fixed(study, compare).items() if name != compare.factor]
-    standing = [cell for cell in cells if all(getattr(cell, name) in (None, level) for name, level in fixed)]
+    standing = [cell for cell in cells if all(cell.level(name) in (None, level) for name, level in fixed)]
     treated, against = (
-        [cell for cell in standing if getattr(cell, compare.factor) == level]
+        [cell for cell in standing if cell.level(compare.factor) == level]
         for level in (compare.treated, compare.against)
     )
-    return [(one, other) for one in treated for other in against if _agree(one, other, compare.factor)]
+    return [(one, other) for one in treated for other in against if _agree(study, one, other, compare.factor)]
 
 
 def _fixed(study: Study, compare: Compare) -> dict[str, Level]:
@@ -62,9 +62,9 @@ def _fixed(study: Study, compare: Compare) -> dict[str, Level]:
     return dict(study.reference) | compare.held
 
 
-def _agree(one: Cell, other: Cell, besides: str) -> bool:
+def _agree(study: Study, one: Cell, other: Cell, besides: str) -> bool:
     """Whether two cells have equal settings wherever both have one."""
-    values = ((getattr(one, name), getattr(other, name)) for name in CELL_FIELDS if name != besides)
+    values = ((one.level(name), other.level(name)) for name in study.factor_names if name != besides)
     return all(first == second or None in (first, second) for first, second in values)
 
 
@@ -80,11 +80,10 @@ def _moderations(study: Study, compare: Compare, pairs: Sequence[Pair]) -> list[
     if by is None or by == compare.factor or compare.moderation is None:
         return []
     first = study.levels(by)[0]
-    at_first: dict[str, Any] = {by: first}
     standing = {_both(pair): pair for pair in pairs}
     found = []
     for both, (treated, against) in standing.items():
-        level, other = getattr(both, by), standing.get(replace(both, **at_first))
+        level, other = both.level(by), standing.get(both.at(by, first))
         if level in (None, first) or other is None:
             continue
         what = f"({_difference(study, compare)}): {level_name(by, level)} - {level_name(by, first)}"
@@ -116,8 +115,9 @@ def _contrast(
 def _both(pair: Pair) -> Cell:
     """The levels of the treated cell, and those that only the other one has."""
     treated, against = pair
-    only: dict[str, Any] = {name: getattr(against, name) for name in CELL_FIELDS if getattr(treated, name) is None}
-    return replace(treated, **only)
+    for name, level in against.levels.items():
+        treated = treated if name in treated.levels else treated.at(name, level)
+    return treated
 
 
 def _difference(study: Study, compare: Compare) -> str:
@@ -132,9 +132,15 @@ def _difference(study: Study, compare: Compare) -> str:
 def _context_name(study: Study, both: Cell, compare: Compare, *compared: str) -> str:
     """The levels of the factors that are neither compared nor part of the reference."""
     skip = {*compared, *({name for name, _ in study.reference} - set(compare.held))}
-    if len(set(APPLIES.get(compared[0], ())) & set(study.levels("method"))) == 1:
+    if len({*_some(study, compared[0])} & {*study.levels("method")}) == 1:
         skip.add("method")  # the factor applies to this method alone
-    return levels_name(study, both, tuple(name for name in CELL_FIELDS if name not in skip))
+    return levels_name(study, both, tuple(name for name in study.factor_names if name not in skip))
+
+
+def _some(study: Study, factor: str) -> tuple[str, ...]:
+    """The methods to which a factor applies, where these are not all."""
+    found = study.applies(factor)
+    return () if len(found) == len(study.known) else found
 
 
 def _vanished(study: Study, cells: Sequence[Cell], pairs: Pairs) -> list[str]:
@@ -147,9 +153,8 @@ def _vanished(study: Study, cells: Sequence[Cell], pairs: Pairs) -> list[str]:
 def _why_none(study: Study, cells: Sequence[Cell], compare: Compare) -> str:
     """Why there are no two arms to compare."""
     for level in (compare.treated, compare.against):
-        if not any(getattr(cell, compare.factor) == level for cell in cells):
-            where = APPLIES.get(compare.factor, ())
-            methods = ", ".join(map(str, study.levels("method")))
+        if not any(cell.level(compare.factor) == level for cell in cells):
+            where, methods = _some(study, compare.factor), ", ".join(map(str, study.levels("method")))
             because = f": {compare.factor} applies to {', '.join(where)}, and method has {methods}" if where else ""
             return f"no arm has {compare.factor} {level!r}{because}"
     fixed = ", ".join(f"{name} {level!r}" for name, level in _fixed(study, compare).items() if name != compare.factor)

@@ -124,7 +124,7 @@ def disk_bytes(trials: Iterable[Trial], answering: Mapping[str, Answering], slot
 def estimate(trials: Iterable[Trial], answering: Mapping[str, Answering], rate: float) -> Cost:
     """Estimate the cost of a plan at `rate` operations a second in a slot, without what early stopping saves."""
     trials = tuple(trials)
-    students = {trial.teacher_id: trial for trial in trials if trial.cell.method == "logit"}
+    students = {trial.teacher_id: trial for trial in trials if trial.method.uses_cached_logits}
     answers = sum(
         _forward(student, _teacher(student)) * views_answered(answering[teacher_id], student)
         for teacher_id, student in students.items()
@@ -133,18 +133,19 @@ def estimate(trials: Iterable[Trial], answering: Mapping[str, Answering], rate: 
     total = sum(flop(trial) for trial in trials) + answers
     how = (
         "3 forward passes' operations a training image, 1 an evaluated one; a teacher answers each view once for all "
-        f"logit arms and runs beside each feature arm; assumes {rate:.0e} operations a second in a slot, "
-        "nothing saved by early stopping, teachers not there yet"
+        f"arms that need its logits alone, and runs beside all others; assumes {rate:.0e} operations a second in a "
+        "slot, nothing saved by early stopping, teachers not there yet"
     )
     return Cost(total, total / rate, how)
 
 
 def flop(trial: Trial) -> float:
-    """Floating-point operations of a trial: training, evaluation, and the teacher of a feature arm."""
+    """Floating-point operations of a trial: training, evaluation, and the teacher where it runs beside the student."""
     images, epochs = images_of(trial), trial.recipe.epochs
-    total = _forward(trial, trial.architecture) * (epochs * (3 * images.train + images.validation) + 2 * images.test)
-    if trial.cell.method == "feature":
-        total += _forward(trial, _teacher(trial)) * epochs * images.train
+    trained = epochs * (3 * images.train * trial.method.views + images.validation)
+    total = _forward(trial, trial.architecture) * (trained + 2 * images.test)
+    if trial.method.runs_teacher:
+        total += _forward(trial, _teacher(trial)) * epochs * images.train * trial.method.views
     return total
 
 

@@ -18,7 +18,13 @@ def stratum(screen: Screen, levels: Mapping[str, object]) -> str:
     """The stratum in which an arm competes: its levels, joined. Without strata, `all`."""
     if screen.strata is None:
         return "all"
-    return "/".join(str(levels[name]) for name in screen.strata)
+    # A row of a table has the epochs of its recipe as `epochs_planned`.
+    return "/".join(str(levels.get(name, levels.get(f"{name}_planned"))) for name in screen.strata)
+
+
+def levels_of(trial: Trial) -> dict[str, object]:
+    """The levels of a trial by name, with those of its recipe."""
+    return vars(trial.recipe) | dict(trial.cell.levels)
 
 
 class Schedule:
@@ -41,7 +47,7 @@ class Schedule:
     def admit(self, trial: Trial) -> None:
         """Let a trial of the screen compete: a draw within its arm, an arm within its stratum."""
         if trial.phase == Phase.SCREEN:
-            group = trial.arm if trial.arm in self._tuned_arms else stratum(self._screen, vars(trial.cell))
+            group = trial.arm if trial.arm in self._tuned_arms else stratum(self._screen, levels_of(trial))
             self.enter(trial.trial_id, group, trial.arm in self._immune_arms)
 
     def enter(self, trial_id: str, stratum: str, immune: bool = False) -> None:

@@ -4,7 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tune_kd.study.arms import Arm, arm_name, levels_name, raw_cells
 from tune_kd.study.contrasts import Contrast, contrasts
@@ -140,9 +140,12 @@ def arrival_order(arms: Sequence[T], seed: int) -> list[T]:
 
 def _trials(study: Study, arms: tuple[Arm, ...], data_digest: str | None, seeds: tuple[int, ...]) -> tuple[Trial, ...]:
     teachers: dict[str, Trial] = {}
+    own = {method.name: method for method in study.methods}
 
     def student(arm: Arm, phase: Phase, seed: int, teacher_seed: int) -> Trial:
-        trial = Trial(arm.name, phase, arm.cell, study.recipe, seed, study.data, data_digest, study.scale)
+        varied: dict[str, Any] = dict(arm.cell.recipe)
+        recipe, brought = replace(study.recipe, **varied), own.get(arm.cell.method)
+        trial = Trial(arm.name, phase, arm.cell, recipe, seed, study.data, data_digest, study.scale, brought=brought)
         if arm.cell.teacher is None:
             return trial
         teacher = _teacher(study, arm.cell, data_digest, teacher_seed)
@@ -166,7 +169,7 @@ def _teacher(study: Study, cell: Cell, data_digest: str | None, seed: int) -> Tr
     return Trial(
         arm=f"{name}/teacher" if name else "teacher",
         phase=Phase.TEACHER,
-        cell=Cell(student=study.cell.student, **kept, method="none", temperature=None, alpha=None, beta=None),
+        cell=Cell(student=study.cell.student, **kept, alpha=None),
         recipe=study.teacher_recipe,
         seed=seed,
         data=study.data,
@@ -196,6 +199,6 @@ def _longest_path_first(trials: tuple[Trial, ...]) -> tuple[Trial, ...]:
 def _answering(trials: tuple[Trial, ...]) -> dict[str, Answering]:
     students: dict[str, list[Trial]] = {}
     for trial in trials:
-        if trial.cell.method == "logit" and trial.teacher_id is not None:
+        if trial.method.uses_cached_logits and trial.teacher_id is not None:
             students.setdefault(trial.teacher_id, []).append(trial)
     return {teacher_id: answering(each) for teacher_id, each in students.items()}

@@ -6,7 +6,7 @@ fields are checked, and problems are to be reported all at once.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -96,7 +96,8 @@ def rules_of(kind: type, name: str) -> tuple[Rule, ...]:
 
 def broken(part: Any, where: str = "", limits: bool = False) -> Iterator[str]:
     """A message for each rule, or limit, that a field of a dataclass breaks. `where` precedes the fields' names."""
-    for name, value in vars(part).items():
+    for name in (field.name for field in fields(part)):
+        value = getattr(part, name)
         for rule in rules_of(part.__class__, name):
             if rule.is_limit == limits and not rule.holds(value):
                 yield rule.problem(f"{where}{name}", value)

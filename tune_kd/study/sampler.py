@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL
 
-from tune_kd.study.trial import UNENDED, Row, Status, StopReason
+from tune_kd.study.trial import UNENDED, Row, Status, StopReason, level_in
 from tune_kd.study.tuning import Choice, Integer, LogUniform, Over, Range, Tuning
 
 STORAGE = "optuna.sqlite"  # in a run's folder, for Optuna's dashboard; made from the ledger and never read
@@ -37,7 +37,7 @@ def draw(
     seed = _seed(tuning, arm, number)
     study = _study(ranges, theirs)
     study.sampler = _sampler(tuning, seed)
-    seen = [tuple(float(row[each.name]) for each in ranges) for row in (default, *theirs)]
+    seen = [tuple(float(level_in(row, each.name)) for each in ranges) for row in (default, *theirs)]
     for attempt in range(TRIES):
         if tuning.sampler == "quasi-random":
             study.enqueue_trial(_quasi_random(tuning, arm, ranges, number + attempt * tuning.budget))
@@ -105,7 +105,8 @@ def _study(ranges: Ranges, theirs: Sequence[Row]) -> optuna.Study:
 def _trial(ranges: Ranges, row: Row) -> FrozenTrial:
     """A draw as Optuna's trial. Stopped and diverged draws rank below completed ones, by their last accuracy; a failed
     draw says nothing."""
-    params = {each.name: int(row[each.name]) if isinstance(each.over, Integer) else row[each.name] for each in ranges}
+    values = {each: level_in(row, each.name) for each in ranges}
+    params = {each.name: int(value) if isinstance(each.over, Integer) else value for each, value in values.items()}
     steps = {int(row["epochs_run"]): float(row["val_accuracy"] or 0.0)}
     if row["status"] == Status.COMPLETED:
         state, value = TrialState.COMPLETE, float(row["val_accuracy_best"])

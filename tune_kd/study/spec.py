@@ -5,60 +5,87 @@ A study is a value. Building one checks nothing, so that a search space can refi
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum, auto
-from typing import Annotated, Literal
+from functools import cached_property
+from typing import Annotated, Any, Literal
 
 from tune_kd.study import rules
-from tune_kd.study.methods import built_in
+from tune_kd.study.methods import Method, built_in
 from tune_kd.study.rules import MOST_EPOCHS, MOST_SEEDS, at_least, length, most, one_of
 from tune_kd.study.tuning import Range, Tuning
 
 Level = str | int | float
 
-METHODS = built_in()
-METHOD_NAMES = tuple(METHODS)
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
 STEMS = ("imagenet", "cifar")
 WEIGHTS = ("none", "imagenet")
 DATA_SETS = ("digits", "cifar10", "cifar100")
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
-APPLIES: dict[str, tuple[str, ...]] = {
-    "teacher": tuple(name for name, method in METHODS.items() if method.is_taught),
-    "alpha": tuple(name for name, method in METHODS.items() if method.loss),
-    **{
-        setting: tuple(name for name, method in METHODS.items() if setting in method.defaults)
-        for setting in dict.fromkeys(setting for method in METHODS.values() for setting in method.defaults)
-    },
-}
-"""The methods to which a factor applies. Factors that are not listed apply to all."""
-
-TUNABLE = ("temperature", "alpha", "beta", "lr", "weight_decay")  # fields of `Cell` and `Recipe`
+RECIPE_FACTORS = ("epochs", "batch_size", "lr", "lr_min", "momentum", "weight_decay", "clip", "precision")
+"""The fields of `Recipe` in which arms can differ."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The settings in which arms can differ. A study's `cell` has the values of those that no factor varies."""
+    """The settings in which arms can differ. A study's `cell` has the values of those that no factor varies.
+
+    In an arm's cell, None stands for what does not apply to its method. In a study's, a setting of a method that is
+    None has the method's own default.
+    """
 
     student: Annotated[str, one_of(ARCHITECTURES)] = "resnet18"
     teacher: Annotated[str | None, one_of(ARCHITECTURES)] = "resnet50"  # None where the method has no teacher
     stem: Annotated[str, one_of(STEMS)] = "cifar"
     weights: Annotated[str, one_of(WEIGHTS)] = "none"  # initial weights: random, or torchvision's for ImageNet
     width: Annotated[float, rules.WIDTH_RANGE] = 1.0  # multiple of the standard channel counts, of student and teacher
-    method: Annotated[str, one_of(METHOD_NAMES)] = "none"
-    temperature: Annotated[float | None, rules.ABOVE_0] = 4.0
-    alpha: Annotated[float | None, rules.SHARE] = 0.5  # weight of the distillation loss
-    beta: Annotated[float | None, rules.FROM_0] = 0.5  # weight of the cosine part of the feature loss
+    method: str = "none"
+    temperature: Annotated[float | None, rules.ABOVE_0] = None
+    alpha: Annotated[float | None, rules.SHARE] = 0.5  # weight of the method's loss; cross-entropy has the rest
+    beta: Annotated[float | None, rules.FROM_0] = None  # weight of the cosine part of the feature loss
+    ce_weight: Annotated[float | None, rules.FROM_0] = None  # of cross-entropy, and of the method's loss, in place of
+    kd_weight: Annotated[float | None, rules.FROM_0] = None  # alpha; 1 where only the other one is set
+    settings: tuple[tuple[str, float], ...] | Mapping[str, float] = ()  # of methods, beside those above
+    recipe: tuple[tuple[str, Level], ...] = ()  # fields of `Recipe` that factors vary; not of a study's own cell
+
+    def __post_init__(self) -> None:
+        if isinstance(self.settings, Mapping):
+            object.__setattr__(self, "settings", tuple(self.settings.items()))
+
+    @cached_property
+    def levels(self) -> dict[str, Level]:
+        """The levels of factors that apply, by name."""
+        known = {name: getattr(self, name) for name in CELL_FIELDS} | dict((*self.settings, *self.recipe))
+        return {name: level for name, level in known.items() if level is not None}
+
+    def level(self, name: str) -> Level | None:
+        """The level of a factor. None where it does not apply."""
+        return self.levels.get(name)
+
+    def at(self, name: str, level: Level) -> "Cell":
+        """The same cell with another level of a factor."""
+        if name in CELL_FIELDS:
+            changed: dict[str, Any] = {name: level}
+        elif name in RECIPE_FACTORS:
+            changed = {"recipe": _with(self.recipe, name, level)}
+        else:
+            changed = {"settings": _with(tuple(dict(self.settings).items()), name, level)}
+        return replace(self, **changed)
 
 
-CELL_FIELDS = tuple(field.name for field in fields(Cell))
-NUMERIC = ("width", "temperature", "alpha", "beta")
+def _with(pairs: tuple[tuple[str, Any], ...], name: str, level: Level) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted((dict(pairs) | {name: level}).items()))
+
+
+CELL_FIELDS = tuple(field.name for field in fields(Cell) if field.name not in ("settings", "recipe"))
+WEIGHTED = ("alpha", "ce_weight", "kd_weight")  # of the two losses
+NUMERIC = ("width", "temperature", "beta", *WEIGHTED)
 
 
 @dataclass(frozen=True)
 class Factor:
-    """A field of `Cell` and the levels that the study gives it."""
+    """A field of `Cell`, a setting of a method or a field of `Recipe`, and the levels that the study gives it."""
 
     name: str
     levels: tuple[Level, ...]
@@ -192,6 +219,7 @@ class Study:
     # Arms that are equal in these share a model of the seeds and of the spread, which judges their contrasts.
     strata: Annotated[tuple[str, ...], length(2 * len(CELL_FIELDS))] = ("stem",)
     cell: Cell = Cell()
+    methods: Annotated[tuple[Method, ...], length(1000)] = ()  # beside those that come with tune_kd
     control: str | None = "none"  # the method with which the others are compared; None: no claims
     # The level of a factor at which contrasts of other factors are held.
     reference: Annotated[tuple[tuple[str, Level], ...], length(2 * len(CELL_FIELDS))] = (("temperature", 4.0),)
@@ -218,12 +246,46 @@ class Study:
         count = len(self.teacher_seeds)
         return tuple(self.teacher_seeds[(replicate + place) % count] for place in range(self.teachers_per_seed))
 
+    @cached_property
+    def known(self) -> dict[str, Method]:
+        """The methods by name: those that come with tune_kd, and its own."""
+        return built_in() | {method.name: method for method in self.methods}
+
+    @cached_property
+    def settings(self) -> tuple[str, ...]:
+        """The settings of its methods that are no fields of `Cell`. Built-in methods count where the study has them."""
+        names = {*map(str, self.levels("method")), *(method.name for method in self.methods)}
+        found = (name for method in self.known.values() if method.name in names for name in method.defaults)
+        return tuple(dict.fromkeys(name for name in found if name not in CELL_FIELDS))
+
+    @cached_property
+    def factor_names(self) -> tuple[str, ...]:
+        """All in which its arms can differ: fields of `Cell`, settings of its methods, fields of `Recipe`."""
+        return (*CELL_FIELDS, *self.settings, *RECIPE_FACTORS)
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """The settings and varied fields of the recipe that get a column of their own in the trials table."""
+        varied = [each.name for each in self.factors if each.name in RECIPE_FACTORS]
+        weights = [name for name in ("ce_weight", "kd_weight") if self.levels(name)]
+        return (*weights, *self.settings, *(name for name in varied if name not in ("lr", "weight_decay", "epochs")))
+
+    def applies(self, factor: str) -> tuple[str, ...]:
+        """The methods to which a factor applies."""
+        if factor in WEIGHTED:
+            return tuple(name for name, method in self.known.items() if method.loss)
+        if factor == "teacher":
+            return tuple(name for name, method in self.known.items() if method.is_taught)
+        if factor in ("temperature", "beta", *self.settings):
+            return tuple(name for name, method in self.known.items() if factor in method.defaults)
+        return tuple(self.known)
+
     def levels(self, factor: str) -> tuple[Level, ...]:
-        """The levels of a factor, or the one value of a field that no factor varies."""
+        """The levels of a factor, or the one value that the study sets where no factor varies it."""
         for each in self.factors:
             if each.name == factor:
                 return each.levels
-        value = getattr(self.cell, factor)
+        value = getattr(self.recipe, factor) if factor in RECIPE_FACTORS else self.cell.level(factor)
         return () if value is None else (value,)
 
     def ranges(self, method: str) -> tuple[Range, ...]:
@@ -231,10 +293,10 @@ class Study:
         return tuple(
             each
             for each in (self.tuning.ranges if self.tuning else ())
-            if method in APPLIES.get(each.name, METHOD_NAMES) and method in (each.methods or METHOD_NAMES)
+            if method in self.applies(each.name) and method in (each.methods or tuple(self.known))
         )
 
-    def default(self, name: str) -> float | None:
-        """The published value of a setting that can be tuned."""
-        value: float | None = getattr(self.cell if name in CELL_FIELDS else self.recipe, name)
-        return value
+    def value(self, name: str, method: str) -> Level | None:
+        """What no factor varies: the study's value, or the method's own default."""
+        value = getattr(self.recipe, name) if name in RECIPE_FACTORS else self.cell.level(name)
+        return self.known[method].defaults.get(name) if value is None else value

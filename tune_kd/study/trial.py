@@ -8,10 +8,12 @@ from enum import StrEnum, auto
 from functools import cached_property
 from typing import Any
 
+from tune_kd.study.methods import Method, built_in
 from tune_kd.study.spec import Cell, Data, Recipe
 from tune_kd.study.tuning import number
 
 Row = Mapping[str, Any]  # of a table
+FURTHER = "further"  # column of the trials in a ledger: settings, as JSON, for which Parquet has a column each
 
 
 class Phase(StrEnum):
@@ -81,6 +83,18 @@ class DecisionReason(StrEnum):
     LAST_OF_STRATUM = auto()
 
 
+def further(row: Row) -> dict[str, Any]:
+    """The settings of a trial's row that have no column of their own."""
+    text = row.get(FURTHER)
+    found: dict[str, Any] = json.loads(text) if text else {}
+    return found
+
+
+def level_in(row: Row, name: str) -> Any:
+    """The level of a factor in a trial's row."""
+    return row[name] if name in row else further(row).get(name)
+
+
 def digest(value: Any) -> str:
     """SHA-256, in hexadecimal, of a value as canonical JSON (sorted keys, no spaces, no NaN)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -101,11 +115,17 @@ class Trial:
     scale: str
     teacher_id: str | None = None  # the trial that trains this student's teacher; None without one
     drawn: tuple[tuple[str, float], ...] = ()  # tuned settings by name; cell and recipe hold them too
+    brought: Method | None = None  # the study's own method, if the cell has one
     teacher_seed: int | None = None  # where the study has several teachers; names the trial, as `teacher_id` does
 
     @property
     def role(self) -> Role:
         return Role.TEACHER if self.phase == Phase.TEACHER else Role.STUDENT
+
+    @property
+    def method(self) -> Method:
+        """The method of the cell."""
+        return self.brought or built_in()[self.cell.method]
 
     @property
     def architecture(self) -> str:
@@ -126,33 +146,45 @@ class Trial:
 
     @property
     def recipe_id(self) -> str:
-        return digest(self._schedule | {"precision": self._precision})[:16]
-
-    @property
-    def _schedule(self) -> dict[str, Any]:
-        """The recipe without the precision."""
-        return {name: value for name, value in asdict(self.recipe).items() if name not in ("precision", "compile")}
-
-    @property
-    def _precision(self) -> str:
-        return f"{self.recipe.precision} compiled" if self.recipe.compile else self.recipe.precision
+        return recipe_id(asdict(self.recipe))
 
     @cached_property
     def trial_id(self) -> str:
         """The first 16 hexadecimal digits of the SHA-256 of everything that changes the result, and of nothing else."""
         cell = asdict(self.cell)
-        del cell["student"], cell["teacher"]
+        del cell["student"], cell["teacher"], cell["recipe"]  # which the architecture, the teacher and the recipe have
+        for name in ("ce_weight", "kd_weight"):  # so that what has none keeps the id that it had without them
+            if cell[name] is None:
+                del cell[name]
+        settings = dict(cell.pop("settings"))
+        more: dict[str, Any] = {"settings": settings} if settings else {}
+        more |= {"version": self.method.version} if self.method.version > 1 else {}
         identity = {
             "role": self.role,
             "architecture": self.architecture,
             "cell": cell if self.role == Role.STUDENT else {key: cell[key] for key in ("stem", "weights", "width")},
-            "recipe": self._schedule,
+            "recipe": _schedule(asdict(self.recipe)),
             "seed": self.seed,
             "data": self.data_digest,
             "teacher": self.teacher_id,
-            "precision": self._precision,
+            "precision": _precision(asdict(self.recipe)),
         }
-        return digest(identity)[:16]
+        return digest(identity | more)[:16]
+
+
+def recipe_id(recipe: Row) -> str:
+    """The first 16 digits of the digest of a recipe, or of some of its fields."""
+    return digest(_schedule(recipe) | {"precision": _precision(recipe)})[:16]
+
+
+def _schedule(recipe: Row) -> dict[str, Any]:
+    """The recipe without the precision."""
+    return {name: value for name, value in recipe.items() if name not in ("precision", "compile")}
+
+
+def _precision(recipe: Row) -> str:
+    precision = str(recipe.get("precision"))
+    return f"{precision} compiled" if recipe.get("compile") else precision
 
 
 @dataclass(frozen=True)

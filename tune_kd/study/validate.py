@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
+from tune_kd.study.methods import built_in
 from tune_kd.study.rules import (
     LEVELS_LIMIT,
     MOST_SEEDS,
@@ -13,21 +14,10 @@ from tune_kd.study.rules import (
     SEED,
     TRIALS_LIMIT,
     broken,
+    one_of,
     rules_of,
 )
-from tune_kd.study.spec import (
-    APPLIES,
-    CELL_FIELDS,
-    METHOD_NAMES,
-    NUMERIC,
-    TUNABLE,
-    Cell,
-    Compare,
-    Level,
-    Recipe,
-    Screen,
-    Study,
-)
+from tune_kd.study.spec import CELL_FIELDS, RECIPE_FACTORS, WEIGHTED, Cell, Compare, Level, Recipe, Screen, Study
 from tune_kd.study.tuning import Choice, Integer, Range, Tuning, number
 from tune_kd.system.errors import raise_problems
 
@@ -38,6 +28,7 @@ def check(study: Study) -> Study:
     problems = [
         *broken(study),
         *broken(study.data, "data."),
+        *_method_problems(study),
         *_factor_problems(study),
         *_control_problems(study),
         *_contrast_problems(study),
@@ -48,9 +39,9 @@ def check(study: Study) -> Study:
         *_seed_problems(study),
         *_screen_problems(study),
         *(
-            f"strata names {name!r}; allowed: {', '.join(CELL_FIELDS)}"
+            f"strata names {name!r}; allowed: {', '.join(study.factor_names)}"
             for name in study.strata
-            if name not in CELL_FIELDS
+            if name not in study.factor_names
         ),
         *(_tuning_problems(study, study.tuning) if study.tuning else ()),
     ]
@@ -65,6 +56,8 @@ def _oversized(study: Study) -> Iterator[str]:
     for name in ("recipe", "teacher_recipe", "screen", "confirm"):
         yield from broken(getattr(study, name), f"{name}.", limits=True)
     yield from broken(tuning, "tuning.", limits=True)
+    for method in study.methods:
+        yield from broken(method, "methods.", limits=True)
     lists = [(f"factor {each.name!r}", each.levels) for each in study.factors]
     lists += [(f"tuning.ranges has {each.name}, which", each.over.levels)
               for each in tuning.ranges if isinstance(each.over, Choice)]  # fmt: skip
@@ -89,33 +82,69 @@ def _repeated(names: list[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-def _level_problem(name: str, level: Level | None) -> str | None:
+def _level_problem(study: Study, name: str, level: Level | None) -> str | None:
     """What is wrong with a level of a factor, or None."""
-    if name in NUMERIC and (not isinstance(level, int | float) or isinstance(level, bool) or not math.isfinite(level)):
-        return f"{name} is {level!r}; allowed: a finite number"
-    (rule,) = rules_of(Cell, name)
-    return None if rule.holds(level) else rule.problem(name, level)
+    if name == "method":
+        allowed = one_of(tuple(study.known))
+        return None if allowed.holds(level) else allowed.problem(name, level)
+    whole, kind = name in ("epochs", "batch_size"), (Recipe if name in RECIPE_FACTORS else Cell)
+    text = name in ("student", "teacher", "stem", "weights", "precision")
+    if not text and (
+        not isinstance(level, int if whole else int | float) or isinstance(level, bool) or not _finite(level)
+    ):
+        return f"{name} is {level!r}; allowed: a {'whole' if whole else 'finite'} number"
+    if name in study.settings:
+        return None
+    return next((rule.problem(name, level) for rule in rules_of(kind, name) if not rule.holds(level)), None)
+
+
+def _finite(level: Level | None) -> bool:
+    return not isinstance(level, float) or math.isfinite(level)
 
 
 def _factor_problems(study: Study) -> list[str]:
     names = [factor.name for factor in study.factors]
     problems = [f"factors names {name!r} more than once; allowed: once each" for name in _repeated(names)]
     for factor in study.factors:
-        if factor.name not in CELL_FIELDS:
-            problems.append(f"factors names {factor.name!r}; allowed: {', '.join(CELL_FIELDS)}")
+        if factor.name not in study.factor_names:
+            problems.append(f"factors names {factor.name!r}; allowed: {', '.join(study.factor_names)}")
             continue
         if not factor.levels:
             problems.append(f"factor {factor.name!r} has no levels, so no arm is left; allowed: at least one")
         if len(set(factor.levels)) < len(factor.levels):
             problems.append(f"factor {factor.name!r} has levels {list(factor.levels)}; allowed: each level once")
-        found = (_level_problem(factor.name, level) for level in factor.levels)
+        found = (_level_problem(study, factor.name, level) for level in factor.levels)
         problems += [f"factor {problem}" for problem in found if problem]
-    for name in CELL_FIELDS:
-        value = getattr(study.cell, name)
-        if name not in names and not (value is None and name in APPLIES):
-            problem = _level_problem(name, value)
+    for name in (*CELL_FIELDS, *dict(study.cell.settings)):
+        value = study.cell.level(name)
+        if name not in study.factor_names:
+            problems.append(f"cell.settings names {name!r}; allowed: {', '.join(study.settings) or 'there is none'}")
+        elif name not in names and not (value is None and len(study.applies(name)) < len(study.known)):
+            problem = _level_problem(study, name, value)
             problems += [f"cell.{problem}"] if problem else []
+    if study.cell.recipe:
+        problems.append("cell.recipe is set; allowed: recipe for all arms, or a factor")
     return problems + _combination_problems(study)
+
+
+def _method_problems(study: Study) -> Iterator[str]:
+    """Messages for the methods that the study brings."""
+    taken = {*CELL_FIELDS, *RECIPE_FACTORS, *WEIGHTED} - {"temperature", "beta"}
+    for name in _repeated([method.name for method in study.methods]):
+        yield f"methods has {name!r} more than once; allowed: once each"
+    for position, method in enumerate(study.methods):
+        where = f"methods[{position}]"
+        yield from broken(method, f"{where}.")
+        if method.name in built_in():
+            yield f"{where}.name is {method.name!r}, which comes with tune_kd; allowed: another name"
+        if method.loss is None:
+            yield f"{where}.loss is null; allowed: FILE.py:CLASS, or package.module:CLASS"
+        for name, value in method.defaults.items():
+            if not name.isidentifier() or name in taken:
+                yield (f"{where}.settings has {name!r}; allowed: a name as Python's, and none of "
+                       f"{', '.join(sorted(taken))}")  # fmt: skip
+            if isinstance(value, bool) or not math.isfinite(value):
+                yield f"{where}.settings has {name} {value!r}; allowed: a finite number"
 
 
 def _combination_problems(study: Study) -> list[str]:
@@ -124,10 +153,16 @@ def _combination_problems(study: Study) -> list[str]:
     if "imagenet" in study.levels("weights") and any(width != 1 for width in study.levels("width")):
         problems.append("weights is 'imagenet' while width is not 1; allowed: torchvision's weights at width 1 only")
     methods = study.levels("method")
-    for name, where in APPLIES.items():
-        needing = [method for method in methods if method in where]
-        if needing and not study.levels(name):
+    weights = [name for name in WEIGHTED[1:] if study.levels(name)]
+    for name in ("teacher", "alpha"):
+        needing = [method for method in methods if method in study.applies(name)]
+        if needing and not study.levels(name) and not (name == "alpha" and weights):
             problems.append(f"{name} is null while method has {needing[0]!r}; allowed: a value for {name}")
+    if weights and "alpha" in [factor.name for factor in study.factors]:
+        problems.append(f"alpha is a factor while {weights[0]} is set; allowed: alpha, or ce_weight and kd_weight")
+    if len(study.levels("epochs")) > 1 and study.screen.strata is not None and "epochs" not in study.screen.strata:
+        problems.append("epochs is a factor while screen.strata lacks it; allowed: screen.strata with epochs, since an "
+                        "arm is behind another one of fewer epochs at the same epoch")  # fmt: skip
     return problems
 
 
@@ -172,8 +207,8 @@ def _where_problems(study: Study, contrast: Compare) -> Iterator[str]:
     for name in _repeated([str(each[0]) for each in contrast.where]):
         yield f"where of a contrast names {name!r} more than once; allowed: once each"
     for name, level in contrast.held.items():
-        if name not in CELL_FIELDS or name == contrast.factor:
-            others = ", ".join(each for each in CELL_FIELDS if each != contrast.factor)
+        if name not in study.factor_names or name == contrast.factor:
+            others = ", ".join(each for each in study.factor_names if each != contrast.factor)
             yield f"where of a contrast of {contrast.factor} names {name!r}; allowed: {others}"
         elif level not in (levels := study.levels(name)):
             yield f"where of a contrast holds {name} at {level!r}; allowed: {', '.join(map(str, levels))}"
@@ -183,8 +218,8 @@ def _reference_problems(study: Study) -> Iterator[str]:
     named = [name for name, _ in study.reference]
     yield from (f"reference names {name!r} more than once; allowed: once each" for name in _repeated(named))
     for name, level in study.reference:
-        if name not in CELL_FIELDS:
-            yield f"reference names {name!r}; allowed: {', '.join(CELL_FIELDS)}"
+        if name not in study.factor_names:
+            yield f"reference names {name!r}; allowed: {', '.join(study.factor_names)}"
         elif (levels := study.levels(name)) and level not in levels:
             yield f"reference {name} is {level!r}; allowed: {', '.join(map(str, levels))}"
     fixed = sorted({*named} & {factor.name for factor in study.factors})
@@ -262,10 +297,11 @@ def _screen_problems(study: Study) -> list[str]:
         )
     elif screen.grace >= 1 and screen.reduction >= 2:  # otherwise there are no rungs
         problems += margin_problems(screen, epochs)
-    unknown = [name for name in screen.strata or () if name not in CELL_FIELDS]
+    known = study.factor_names
+    unknown = [name for name in screen.strata or () if name not in known]
     if screen.strata == ():
-        problems.append("screen.strata is empty; allowed: null for all with all, or some of " + ", ".join(CELL_FIELDS))
-    return problems + [f"screen.strata names {name!r}; allowed: {', '.join(CELL_FIELDS)}" for name in unknown]
+        problems.append("screen.strata is empty; allowed: null for all with all, or some of " + ", ".join(known))
+    return problems + [f"screen.strata names {name!r}; allowed: {', '.join(known)}" for name in unknown]
 
 
 def margin_problems(screen: Screen, epochs: int) -> list[str]:
@@ -294,27 +330,29 @@ def _tuning_problems(study: Study, tuning: Tuning) -> list[str]:
 def _range_problems(study: Study, each: Range) -> list[str]:
     """Messages for one range."""
     where, over = f"tuning.ranges has {each.name}", each.over
-    if each.name not in TUNABLE:
-        return [f"tuning.ranges names {each.name!r}; allowed: {', '.join(TUNABLE)}"]
+    tunable = ("temperature", "beta", *WEIGHTED, *study.settings, "lr", "weight_decay")
+    if each.name not in tunable:
+        return [f"tuning.ranges names {each.name!r}; allowed: {', '.join(tunable)}"]
     if each.name in [factor.name for factor in study.factors]:
         return [f"{where}, which is a factor too; allowed: one of both"]
     users = [method for method in study.levels("method") if each in study.ranges(str(method))]
     if not users:
-        there = ", ".join(method for method in APPLIES.get(each.name, METHOD_NAMES) if method in study.levels("method"))
+        there = ", ".join(method for method in study.applies(each.name) if method in study.levels("method"))
         return [f"{where} for {', '.join(each.methods or ('every method',))}, and no method of the study uses it; "
                 f"allowed: a range for one that does ({there or 'there is none'})"]  # fmt: skip
     if over.problem is not None:
         return [f"{where} over {over!r}, which is no range; allowed: {over.problem}"]
     ends = over.levels if isinstance(over, Choice) else (over.low, over.high)
     lowest = study.recipe.lr_min if each.name == "lr" else 0.0
-    if each.name in CELL_FIELDS:
-        problems = [problem for end in ends if (problem := _level_problem(each.name, end))]
+    if each.name not in RECIPE_FACTORS:
+        problems = [problem for end in ends if (problem := _level_problem(study, each.name, end))]
     else:
         problems = [f"{each.name} is {end}; allowed: {number(lowest)} or more" for end in ends if end < lowest]
         problems += [f"lr is {end}; allowed: above 0" for end in ends if each.name == "lr" and end == 0 == lowest]
-    default = study.default(each.name)
-    if not problems and (default is None or not over.holds(default)):
-        problems = [f"its default {default} lies outside of {over}; allowed: a range with the default in it, which is "
+    defaults = [study.value(each.name, str(method)) for method in users]
+    wrong = [value for value in defaults if not isinstance(value, int | float) or not over.holds(value)]
+    if not problems and wrong:
+        problems = [f"its default {wrong[0]} lies outside of {over}; allowed: a range with the default in it, which is "
                     "confirmed beside what is tuned"]  # fmt: skip
     return [f"{where}: {problem}" for problem in problems]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tune_kd.data.augment import draw_views, prepare
 from tune_kd.data.datasets import DataSet, Split
-from tune_kd.study.spec import METHODS, Recipe
+from tune_kd.study.spec import Recipe
 from tune_kd.study.trial import Epoch, Outcome, Trial
 from tune_kd.system.adapters import adapter
 from tune_kd.system.errors import CorruptFile
@@ -133,7 +133,7 @@ def _epoch(trial: Trial, epoch: int, teacher: Teacher | None, step: Step) -> Epo
     """Train one epoch and evaluate on the validation images."""
     recipe, data = trial.recipe, step.data
     count, device = len(data.train.labels), data.train.images.device
-    method = METHODS[trial.cell.method]
+    method = trial.method
     views, *others = (
         draw_views(trial.seed, epoch, count, pad=data.pad, flip=data.flip, view=view) for view in range(method.views)
     )

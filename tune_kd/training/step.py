@@ -7,7 +7,7 @@ step.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tune_kd.data.augment import Views, prepare, show
 from tune_kd.data.datasets import DataSet, on_device
-from tune_kd.study.spec import METHODS
+from tune_kd.study.spec import WEIGHTED
 from tune_kd.study.trial import Trial
 from tune_kd.training import networks
 from tune_kd.training.device import Captured, autocast
@@ -30,7 +30,8 @@ _idle: dict[tuple[Any, ...], "Step"] = {}  # at most one: the next trial needs i
 @contextmanager
 def stepping(trial: Trial, data: DataSet, teacher: Teacher | None, device: torch.device) -> Iterator["Step"]:
     """The step of a trial, with a student at its initial weights: the kept one if it fits, else a new one."""
-    baked = tuple(value for name, value in asdict(trial.cell).items() if name not in _settings(trial))
+    anew = _settings(trial)
+    baked = tuple((name, level) for name, level in trial.cell.levels.items() if name not in anew), trial.method, *anew
     recipe = replace(trial.recipe, lr=0.0, lr_min=0.0)
     fits = (trial.architecture, baked, recipe, data, teacher, device)
     step = _idle.pop(fits, None)
@@ -59,7 +60,7 @@ class Step:
         networks.to_device(self.student, device)
         networks.to_device(self.loss, device)
         self._teacher, self._recipe, self._device = teacher, trial.recipe, device
-        self._method = METHODS[trial.cell.method]
+        self._method = trial.method
         self._parameters = [*self.student.parameters(), *self.loss.parameters()]
         self._optimizer = torch.optim.SGD(
             self._parameters,
@@ -156,10 +157,7 @@ class Step:
             if self._method.loss is not None:
                 theirs = [self._passed_by_teacher(each) for each in images]
                 batch = self._batch(order, targets, passed, theirs, *cached)
-                settings = {name: value for name, value in self._settings.items() if name != "alpha"}
-                loss_kd = self.loss(batch, **settings)
-                alpha = self._settings["alpha"]
-                loss = alpha * loss_kd + (1 - alpha) * loss_ce
+                loss_kd, loss = self._weighed(batch, loss_ce)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self._parameters, self._recipe.clip)
@@ -169,6 +167,15 @@ class Step:
             means = torch.stack([loss.double(), loss_ce.double(), loss_kd.double(), correct])
             self.sums[:4] += means * len(targets)
             self.sums[4] += norm
+
+    def _weighed(self, batch: Batch, loss_ce: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of the method, and its sum with cross-entropy."""
+        weights = {name: self._settings[name] for name in WEIGHTED if name in self._settings}
+        settings = {name: value for name, value in self._settings.items() if name not in weights}
+        loss_kd: Tensor = self.loss(batch, **settings)
+        if "alpha" in weights:
+            return loss_kd, weights["alpha"] * loss_kd + (1 - weights["alpha"]) * loss_ce
+        return loss_kd, weights["kd_weight"] * loss_kd + weights["ce_weight"] * loss_ce
 
     def _shown(self, views: Views) -> Tensor:
         return networks.in_layout_of(self.student, prepare(show(views, self.data), self.data))
@@ -223,11 +230,11 @@ def batches(count: int, size: int) -> list[slice]:
 
 def _settings(trial: Trial) -> dict[str, float]:
     """The numbers of the loss that a step reads anew, by name."""
-    method = METHODS[trial.cell.method]
+    method = trial.method
     if method.loss is None:
         return {}
-    names = ("alpha", *step_settings(loss_class(method.loss)))
-    return {name: getattr(trial.cell, name) for name in names}
+    names = (*WEIGHTED, *step_settings(loss_class(method.loss)))
+    return {name: float(level) for name in names if (level := trial.cell.level(name)) is not None}
 
 
 def _networks(trial: Trial, data: DataSet, teacher: Teacher | None) -> tuple[nn.Module, nn.Module]:
@@ -235,7 +242,7 @@ def _networks(trial: Trial, data: DataSet, teacher: Teacher | None) -> tuple[nn.
 
     The loss has a random stream of its own, so a student has the same initial weights whatever its method.
     """
-    cell, method = trial.cell, METHODS[trial.cell.method]
+    cell, method = trial.cell, trial.method
     student = networks.build(
         trial.architecture,
         stem=cell.stem,
@@ -257,7 +264,7 @@ def _networks(trial: Trial, data: DataSet, teacher: Teacher | None) -> tuple[nn.
         epochs=trial.recipe.epochs,
         steps_per_epoch=len(batches(len(data.train.labels), trial.recipe.batch_size)),
         classifier=teacher.net.fc if teacher is not None and method.runs_teacher else None,
-        settings={name: getattr(cell, name) for name in method.defaults if name not in passed},
+        settings={name: float(cell.levels[name]) for name in method.defaults if name not in passed},
     )
     with networks.stream("projections", trial.seed):
         return student, kind(context)

@@ -104,7 +104,7 @@ def settings_of(task: "Task") -> dict[str, Any]:
     settings = {"arm": trial.arm, "phase": trial.phase, "seed": trial.seed, "attempt": task.attempt}
     if trial.teacher_seed is not None:
         settings["teacher_seed"] = trial.teacher_seed
-    cell = {name: value for name, value in asdict(trial.cell).items() if value is not None}
+    cell = trial.cell.levels
     recipe = {name: getattr(trial.recipe, name) for name in ("epochs", "batch_size", "lr", "weight_decay")}
     return settings | cell | recipe
 
