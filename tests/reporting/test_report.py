@@ -230,8 +230,8 @@ def test_effects_are_shown_with_n_spread_and_interval_within_80_columns(records:
 
 def test_a_p_value_that_rounds_up_to_a_thousandth_is_below_it(records: Records) -> None:
     shown = screen(terminal.effects(results.contrasts(records).assign(p_holm=0.0006)))
-    assert "< 0.001" in shown
-    assert "0.001" not in shown.replace("< 0.001", "")
+    assert "<0.001" in shown
+    assert "0.001" not in shown.replace("<0.001", "")
 
 
 def test_the_live_picture_counts_each_phase_and_names_the_running_trials(records: Records) -> None:

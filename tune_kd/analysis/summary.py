@@ -66,7 +66,8 @@ def _method(rules: set[str]) -> list[str]:
             "within a stratum are judged by the block model, with seeds as blocks; contrasts across strata by their "
             "pairs.",
             "The primary family answers the study's question, and the secondary one explains. In each, the chance of "
-            "any false finding is about 5 % at most, and more where arms spread very differently (docs/statistics.md).",
+            "any false finding is about 5 % at most, unless arms spread very differently or correlate strongly "
+            "(docs/statistics.md).",
         ]
     if evidence.OVER_TEACHERS in rules:
         said.append("Contrasts of arms with several teachers are judged with these as a random effect.")

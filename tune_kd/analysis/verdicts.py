@@ -109,7 +109,7 @@ def ruled_out(row: Mapping[Any, Any]) -> str:
 
 def _ends(row: Mapping[Any, Any]) -> list[tuple[str, float]]:
     """What is above and below zero, and how far the interval reaches there. An effect may rise and be no gain."""
-    up, down = ("increase", "decrease") if row.get("kind") == "moderation" else ("gain", "loss")
+    up, down = ("rise", "fall") if row.get("kind") == "moderation" else ("gain", "loss")
     return [(up, row["high"]), (down, -row["low"])]
 
 
