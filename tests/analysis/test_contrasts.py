@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from tune_kd.analysis import accuracy, contrasts, evidence, provenance, statistics, verdicts
+from tune_kd.analysis import accuracy, contrasts, evidence, provenance, statistics, summary, verdicts
 from tune_kd.analysis.accuracy import confirmed
 from tune_kd.records.reader import Records
 from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, first_row
@@ -286,6 +286,8 @@ def test_what_stood_at_a_look_goes_on_standing_unless_it_turns(study: Study) -> 
     assert faded["p_holm"] == pytest.approx(first["p_holm"])
     assert faded["p"] > 0.05
     assert "as it stood at an earlier look" in faded["words"]
+    said = summary.summary(looked(study, gains(*strong, -0.009, 0.012), 1)).sentences
+    assert ", 5 seeds, as it stood at an earlier look)" in " ".join(said)
     assert "earlier" not in first["words"]
     turned = row(contrasts.contrasts(looked(study, gains(*strong, -0.1, 0.04), 1)), NAME)
     assert (turned["estimate"] < 0, turned["verdict"]) == (True, "inconclusive")

@@ -152,8 +152,8 @@ def warm(gain: float) -> Callable[[Any], float]:
     return accuracy
 
 
-NOT_BETTER = "one is more like its teacher and is not found to be more accurate"
-BETTER = "one is more like its teacher, and it is the more accurate one"
+NOT_BETTER = "one is more like its teacher by at least one of 3 measures and is not found to be more accurate"
+BETTER = "one is more like its teacher by at least one of 3 measures, and it is the more accurate one"
 NEITHER = "one is found to be more like its teacher"
 
 

@@ -51,7 +51,7 @@ def test_each_question_of_the_ablation_has_its_sentence() -> None:
     assert " without distillation (95 % interval +7." in stem and stem.endswith("5 seeds).")
     assert "no gain above" in logit and "better by 0.9" in logit and "points with stem cifar" in logit
     assert feature.count("no gain above") == 2
-    assert change.startswith("The effect of logit against no distillation is larger by 1.0")
+    assert change.startswith("The effect of logit against no distillation is higher by 1.0")
     assert " points with stem cifar than with stem imagenet (95 % interval +0." in change
     assert "by one F test each: p = 0." in others and "p < 0.001 with stem cifar." in others
     assert others.startswith("Of the 16 secondary contrasts, 4 show a difference: ")
@@ -79,7 +79,52 @@ def test_many_contexts_are_counted() -> None:
     pairs = replace(study.factors[0], name="student", levels=("resnet18", "resnet34"))
     many = replace(study, factors=(*study.factors[:2], pairs), contrasts=study.contrasts[1:2], moderator=None)
     (said,) = summary.summary(made(many, helps_under_one_stem)).sentences
-    assert "in all, better in 2 of 4 contexts" in said
+    assert "in all, better in 2 and worse in 1 of 4 contexts" in said
+
+
+def test_a_loss_in_a_context_that_is_not_shown_is_counted() -> None:
+    study = ablation.study()
+    pairs = replace(study.factors[0], name="student", levels=("resnet18", "resnet34"))
+    many = replace(study, factors=(*study.factors[:2], pairs), contrasts=study.contrasts[1:2], moderator=None)
+    (said,) = summary.summary(
+        made(many, lambda cell: -0.01 * (cell.method == "logit" and cell.stem == "cifar"))
+    ).sentences
+    assert "in all, better in 0 and worse in 3 of 4 contexts" in said
+
+
+def test_an_effect_that_is_a_larger_loss_is_lower_and_not_smaller() -> None:
+    said = summary.summary(made(ablation.study(), lambda cell: -helps_under_one_stem(cell))).sentences
+    assert "worse by 1.0" in said[1]
+    assert said[3].startswith("The effect of logit against no distillation is lower by 0.9")
+    assert not any("smaller" in each for each in said)
+
+
+def test_an_effect_that_is_the_same_says_within_which_margin() -> None:
+    said = summary.summary(made(ablation.study(), lambda cell: 0.0), margin=0.02).sentences
+    assert "no distillation is the same within 2 points with stem cifar and with stem imagenet (" in said[3]
+
+
+def test_a_change_of_an_effect_that_is_not_shown_is_no_gain_or_loss() -> None:
+    records = made(ablation.study(), lambda cell: 0.0)
+    assert ": no rise above 0." in summary.summary(records).sentences[3]
+    table = contrasts.contrasts(records).set_index("kind")
+    assert table.loc["moderation", "rules_out"].str.match("no rise .*, no fall").all()
+    assert table.loc["effect", "rules_out"].str.contains("rise|fall").sum() == 0
+
+
+def test_a_factor_that_cannot_be_tested_has_no_p_value() -> None:
+    records = made(ablation.study(), lambda cell: 0.0)
+    records.trials.loc[records.trials["stem"] == "cifar", "test_accuracy_best"] = 0.95
+    others = summary.summary(records).sentences[-1]
+    assert others.endswith(" with stem imagenet; not tested with stem cifar.")
+
+
+def test_one_contrast_is_not_several() -> None:
+    study = ablation.study()
+    few = replace(study, factors=(*study.factors[1:],), contrasts=study.contrasts[3:4], moderator=None,
+                  cell=replace(study.cell, stem="cifar"))  # fmt: skip
+    (said,) = summary.summary(made(few, lambda cell: 0.0)).sentences
+    assert said == "Of 1 secondary contrast, none shows a difference."
 
 
 def test_several_runs_are_told_apart_and_tables_without_a_study_have_no_summary() -> None:
@@ -102,7 +147,11 @@ def test_verdicts_hold_for_these_images_and_this_teacher() -> None:
         "These verdicts hold for these test images, which all arms share and seeds do not vary, and for one teacher of "
         "each kind."
     ]
-    assert "more where arms spread very differently (docs/statistics.md)" in summary.summary(records).method[1]
+    assert "an interval may exclude 0 where p is not below 0.05, and that is no" in summary.summary(records).method[0]
+    assert (
+        "unless arms spread very differently or correlate strongly (docs/statistics.md)"
+        in summary.summary(records).method[1]
+    )
 
 
 def test_a_factor_is_tested_once_a_context_as_in_a_textbook() -> None:

@@ -288,7 +288,8 @@ def test_every_printed_table_is_a_function_of_the_records(records: Records) -> N
 
 @pytest.mark.parametrize(
     ("name", "value", "text"),
-    [("estimate", 0.0123, "+1.23"), ("mean", 0.5, "50.00"), ("p_holm", 0.0004, "< 0.001"), ("p", 0.25, "0.250"),
+    [("estimate", 0.0123, "+1.23"), ("mean", 0.5, "50.00"), ("low_pairs", -0.0142, "-1.42"),
+     ("p_holm", 0.0004, "< 0.001"), ("p", 0.25, "0.250"),
      ("n", 1200, "1,200"), ("seed", 1200, "1200"), ("sd", float("nan"), ""), ("note", None, ""),
      ("train_seconds", 12345.6, "12,346"), ("kl_t1", 0.01234, "0.0123")],
 )  # fmt: skip

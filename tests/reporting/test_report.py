@@ -228,6 +228,12 @@ def test_effects_are_shown_with_n_spread_and_interval_within_80_columns(records:
     assert max(len(line) for line in shown.splitlines()) <= 80
 
 
+def test_a_p_value_that_rounds_up_to_a_thousandth_is_below_it(records: Records) -> None:
+    shown = screen(terminal.effects(results.contrasts(records).assign(p_holm=0.0006)))
+    assert "<0.001" in shown
+    assert "0.001" not in shown.replace("<0.001", "")
+
+
 def test_the_live_picture_counts_each_phase_and_names_the_running_trials(records: Records) -> None:
     rows = records.trials.astype(object).where(records.trials.notna(), None).to_dict("records")
     rows[3] |= {"status": "running", "epochs_run": 1, "val_accuracy": 0.5, "train_seconds": 2.0}

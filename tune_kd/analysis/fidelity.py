@@ -133,9 +133,10 @@ def sentence(records: Records, verdicts_on_accuracy: pd.DataFrame) -> str | None
         return None
     alike = [group.iloc[0] for group in compared if len(set(group["verdict"]) & set(GAINS)) == 1]
     without = [row for row in alike if row["verdict_accuracy"] != GAINS[row["verdict"]]]
-    shown, what = without, "one is more like its teacher and is not found to be more accurate"
+    alone = f"one is more like its teacher by at least one of {len(LIKENESS)} measures"
+    shown, what = without, f"{alone} and is not found to be more accurate"
     if not without:
-        shown, what = alike, "one is more like its teacher, and it is the more accurate one"
+        shown, what = alike, f"{alone}, and it is the more accurate one"
     if not alike:
         shown, what = [group.iloc[0] for group in compared], "one is found to be more like its teacher"
     clearest = min(shown, key=lambda row: float(row["p_holm"]))

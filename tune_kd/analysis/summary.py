@@ -61,10 +61,13 @@ def _method(rules: set[str]) -> list[str]:
     said = []
     if rules - {evidence.DECLARED_EARLIER}:
         said = [
-            "95 % t intervals; p adjusted by Holm within a family; both allow for declared looks. Contrasts within a "
-            "stratum are judged by the block model, with seeds as blocks; contrasts across strata by their pairs.",
+            "95 % t intervals, each for one contrast alone; p adjusted by Holm within a family; both allow for "
+            "declared looks. So an interval may exclude 0 where p is not below 0.05, and that is no finding. Contrasts "
+            "within a stratum are judged by the block model, with seeds as blocks; contrasts across strata by their "
+            "pairs.",
             "The primary family answers the study's question, and the secondary one explains. In each, the chance of "
-            "any false finding is about 5 % at most, and more where arms spread very differently (docs/statistics.md).",
+            "any false finding is about 5 % at most, unless arms spread very differently or correlate strongly "
+            "(docs/statistics.md).",
         ]
     if evidence.OVER_TEACHERS in rules:
         said.append("Contrasts of arms with several teachers are judged with these as a random effect.")
@@ -122,8 +125,8 @@ def _primary(words: _Words, rows: Sequence[Row]) -> list[str]:
     told = [group for group, _ in shown]
     rest = [row for group, _ in said for row in group if group not in told]
     found = sum(row["verdict"] in FINDINGS for row in rest)
-    which = "other contrasts" if shown else "contrasts"
-    last = f"Of the {len(rest)} {which}, {_show(found)} a difference." if rest else ""
+    which = "other contrast" if shown else "contrast"
+    last = f"{_of_the(len(rest), which)}, {_show(found)} a difference." if rest else ""
     return [*(sentence for _, sentence in shown), last]
 
 
@@ -132,8 +135,8 @@ def _effect(words: _Words, rows: Sequence[Row]) -> str:
     clauses = [f"{_finding(row, words.margin)}{words.context(row['contrast'])}{_figures(row)}"
                for row in rows[:CONTEXTS_SHOWN]]  # fmt: skip
     if len(rows) > CONTEXTS_SHOWN:
-        better = sum(row["verdict"] == "better" for row in rows)
-        clauses.append(f"in all, better in {better} of {len(rows)} contexts")
+        better, worse = (sum(row["verdict"] == each for row in rows) for each in FINDINGS)
+        clauses.append(f"in all, better in {better} and worse in {worse} of {len(rows)} contexts")
     return f"{_capital(treated)} against {against}: {'; '.join(clauses)}."
 
 
@@ -146,7 +149,7 @@ def _moderation(words: _Words, row: Row) -> str:
     if row["verdict"] in FINDINGS:
         return f"{_capital(effect)} is {_by(row)} with {at} than with {first}{_figures(row)}."
     if row["verdict"] == "equivalent":
-        return f"{_capital(effect)} is the same with {at} and with {first}{_figures(row)}."
+        return f"{_capital(effect)} is {_finding(row, words.margin)} with {at} and with {first}{_figures(row)}."
     return f"That {effect} differs between {first} and {at} is not shown: {_finding(row, words.margin)}{_figures(row)}."
 
 
@@ -162,8 +165,8 @@ def _finding(row: Row, margin: float) -> str:
 
 
 def _by(row: Row) -> str:
-    """`better by 0.31 points`; of a moderation, `larger by 0.31 points`."""
-    words = {"better": "larger", "worse": "smaller"} if row["kind"] == "moderation" else {}
+    """`better by 0.31 points`; of a moderation, `higher by 0.31 points`, since an effect may be negative."""
+    words = {"better": "higher", "worse": "lower"} if row["kind"] == "moderation" else {}
     return f"{words.get(row['verdict'], row['verdict'])} by {100 * abs(row['estimate']):.2f} points"
 
 
@@ -174,7 +177,8 @@ def _figures(row: Row) -> str:
     said = [] if row["verdict"] in FINDINGS else [verdicts.points(row["estimate"])]
     if verdicts.has_interval(row):
         said.append(f"95 % interval {verdicts.points(row['low'])} to {verdicts.points(row['high'])}")
-    return f" ({', '.join([*said, verdicts.seeds(row)])})"
+    said.append(verdicts.seeds(row))
+    return f" ({', '.join([*said, verdicts.EARLIER] if verdicts.EARLIER in row['note'] else said)})"
 
 
 def _secondary(words: _Words, rows: Sequence[Row], tests: pd.DataFrame) -> str:
@@ -188,12 +192,16 @@ def _secondary(words: _Words, rows: Sequence[Row], tests: pd.DataFrame) -> str:
         named = "; ".join(f"{row['contrast']} ({_by(row)})" for row in found[:NAMED])
         shown += f": {named}{f'; {len(found) - NAMED} more' if len(found) > NAMED else ''}"
     asked = {row["factor"] for row in rows if row["family"] != Family.SECONDARY}
-    said = [f"Of the {len(secondary)} secondary contrasts, {shown}."]
+    said = [f"{_of_the(len(secondary), 'secondary contrast')}, {shown}."]
     for factor, theirs in tests[~tests["factor"].isin(asked)].groupby("factor", sort=False):
         each = "; ".join(f"{_p(test['p'])}{words.context(test['context'] + ': ')}"
                          for test in theirs.head(NAMED).to_dict("records"))  # fmt: skip
         said.append(f"Whether {factor} matters at all, by one F test each: {each}.")
     return " ".join(said)
+
+
+def _of_the(count: int, what: str) -> str:
+    return f"Of the {count} {what}s" if count > 1 else f"Of 1 {what}"
 
 
 def _show(count: int) -> str:
@@ -202,6 +210,8 @@ def _show(count: int) -> str:
 
 
 def _p(p: float) -> str:
+    if pd.isna(p):
+        return "not tested"
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 

@@ -87,7 +87,8 @@ def short(row: Mapping[Any, Any]) -> str:
     """The verdict, or where there is none the largest gain that the interval leaves: `no gain above 0.21 points`."""
     if row["verdict"] != "inconclusive" or not has_interval(row):
         return str(row["verdict"])
-    return f"no gain above {100 * row['high']:.2f} points" if row["high"] >= 0 else "no gain"
+    (gain, high), _ = _ends(row)
+    return _no(gain, high)
 
 
 def rules_out(row: Mapping[Any, Any]) -> str:
@@ -103,8 +104,17 @@ def ruled_out(row: Mapping[Any, Any]) -> str:
         return "inconclusive, since one teacher shows no spread between teachers"
     if not has_interval(row):
         return "inconclusive, since without a spread there is nothing to judge it by"
-    ends = [("gain", row["high"]), ("loss", -row["low"])]
-    return ", ".join(f"no {what} above {100 * end:.2f} points" if end >= 0 else f"no {what}" for what, end in ends)
+    return ", ".join(_no(what, end) for what, end in _ends(row))
+
+
+def _ends(row: Mapping[Any, Any]) -> list[tuple[str, float]]:
+    """What is above and below zero, and how far the interval reaches there. An effect may rise and be no gain."""
+    up, down = ("rise", "fall") if row.get("kind") == "moderation" else ("gain", "loss")
+    return [(up, row["high"]), (down, -row["low"])]
+
+
+def _no(what: str, end: float) -> str:
+    return f"no {what} above {100 * end:.2f} points" if end >= 0 else f"no {what}"
 
 
 def points(difference: float) -> str:

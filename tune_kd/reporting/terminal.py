@@ -97,7 +97,7 @@ def _contrasts(title: str, table: "pd.DataFrame") -> Table:
     shown = rich_table(title, "contrast", *names, left=("contrast", "verdict"), no_wrap=names)
     for row in table.to_dict("records"):
         interval = f"{points(row['low'])} to {points(row['high'])}" if row["low"] == row["low"] else ""
-        p = f"{row['p_holm']:.3f}" if row["p_holm"] == row["p_holm"] else ""
+        p = "" if row["p_holm"] != row["p_holm"] else "<0.001" if row["p_holm"] < 0.001 else f"{row['p_holm']:.3f}"
         effect = f"{round(100 * row['estimate'], 2) + 0.0:+.2f}"  # adding 0.0 turns -0.0 into 0.0
         shown.add_row(Text(row["contrast"]), effect, interval, str(row["n"]), p, short(row).removesuffix(" points"))
     return shown

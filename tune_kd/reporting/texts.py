@@ -16,8 +16,9 @@ from tune_kd.records.reader import Records
 from tune_kd.reporting.paper import Grid
 
 IN_POINTS = (
-    "estimate", "sd", "error", "low", "high", "mean", "control", "gap", "gain", "teacher_accuracy", "val_accuracy_best",
-    "test_accuracy", "test_accuracy_best", "agreement", "ece", "target", "sd_teacher", "sd_seed", "sd_rest",
+    "estimate", "sd", "error", "low", "high", "low_pairs", "high_pairs", "mean", "control", "gap", "gain",
+    "teacher_accuracy", "val_accuracy_best", "test_accuracy", "test_accuracy_best", "agreement", "ece", "target",
+    "sd_teacher", "sd_seed", "sd_rest",
 )  # fmt: skip
 """Columns of fractions, shown in points (hundredths)."""
 IN_NATS = ("kl_t1", "kl_t4")
