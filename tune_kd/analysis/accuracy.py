@@ -11,8 +11,8 @@ from tune_kd.analysis import statistics, teachers
 from tune_kd.analysis.block_model import Array
 from tune_kd.records.reader import Records
 from tune_kd.records.tables import typed
-from tune_kd.study.spec import Confirm
-from tune_kd.study.trial import ENDED, Phase, Role, Status
+from tune_kd.study.spec import RECIPE_FACTORS, Confirm
+from tune_kd.study.trial import ENDED, Phase, Role, Status, recipe_id
 
 HEADLINE: Final = "test_accuracy_best"
 COMPARABLE = ("epochs_planned", "dataset", "data_digest", "scale", "recipe_id")  # equal in arms that are compared
@@ -230,6 +230,43 @@ def by_context(trials: pd.DataFrame, columns: Sequence[str]) -> Iterator[tuple[d
     for levels, group in trials.groupby(list(columns), dropna=False, sort=False):
         known: list[Any] = list(levels)
         yield {name: None if pd.isna(level) else level for name, level in zip(columns, known, strict=True)}, group
+
+
+def column_of(factor: str) -> str:
+    """The column of the trials that has a factor's levels."""
+    return "epochs_planned" if factor == "epochs" else factor
+
+
+def varied(study: Mapping[str, Any]) -> list[str]:
+    """The fields of the recipe that a run's factors vary."""
+    return [each["name"] for each in study["study"].get("factors", ()) if each["name"] in RECIPE_FACTORS]
+
+
+def without_factors(records: Records, trials: pd.DataFrame) -> pd.DataFrame:
+    """The trials with `recipe_id` of what their recipes have beside the fields that factors vary.
+
+    Arms of such a factor differ in their recipes on purpose. A recipe that differs in more keeps its own id.
+    """
+    ids = trials["recipe_id"].copy()
+    for run, of_run in trials.groupby("run", sort=False):
+        study = records.studies.get(str(run))
+        names = [] if study is None else varied(study)
+        if study is None or not names:
+            continue
+        recipe = study["study"]["recipe"]
+        rest = recipe_id({name: value for name, value in recipe.items() if name not in names})
+        columns = [column_of(name) for name in names]
+        for levels, group in of_run.groupby([*columns, "recipe_id"], dropna=False, sort=False):
+            *values, found = tuple(levels)
+            as_declared = {name: _as_in(recipe[name], value) for name, value in zip(names, values, strict=True)}
+            if found == recipe_id(recipe | as_declared):
+                ids[group.index] = rest
+    return trials.assign(recipe_id=ids)
+
+
+def _as_in(declared: Any, value: Any) -> Any:
+    """A level from a table in the type that the recipe has it in."""
+    return value if pd.isna(value) else type(declared)(value)
 
 
 def differing(trials: pd.DataFrame, columns: Sequence[str] = COMPARABLE) -> str:

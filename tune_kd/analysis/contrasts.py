@@ -19,9 +19,11 @@ from tune_kd.analysis.accuracy import (
     HEADLINE,
     by_context,
     by_seed,
+    column_of,
     completed_trials,
     random_teachers,
     teachers_per_seed,
+    without_factors,
 )
 from tune_kd.analysis.block_model import NO_SPREAD, Estimates
 from tune_kd.analysis.evidence import Evidence, arrays, looks_so_far, reasons
@@ -195,7 +197,8 @@ def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.Dat
     seed has both levels, else by Welch's test; p values are adjusted by Holm over the rows. The comparison is
     exploratory, so it has no verdict. Raises `UserError` for an unknown column or level.
     """
-    trials = completed_trials(records).dropna(subset=HEADLINE)
+    trials = without_factors(records, completed_trials(records).dropna(subset=HEADLINE))
+    factor = column_of(factor)
     if factor not in trials:
         raise UserError(
             f"factor is {factor!r}; allowed: a column of the trials, such as {', '.join(CONTEXT[1:])}, method"

@@ -13,6 +13,7 @@ from tune_kd.analysis.accuracy import (
     COMPARABLE,
     HEADLINE,
     cells,
+    column_of,
     completed_trials,
     confirmation,
     confirmed,
@@ -20,6 +21,8 @@ from tune_kd.analysis.accuracy import (
     differing,
     judged_look,
     random_teachers,
+    varied,
+    without_factors,
 )
 from tune_kd.analysis.block_model import Array, Estimates, Flags, estimate
 from tune_kd.analysis.verdicts import ALPHA
@@ -120,7 +123,9 @@ def arrays(
     found = values.to_numpy(dtype=float, na_value=np.nan).T.copy()
     unlike = (trials.groupby("arm")[list(COMPARABLE)].nunique() > 1).any(axis=1)
     found[[arm in unlike.index and bool(unlike[arm]) for arm in arms]] = np.nan
-    named = trials.drop_duplicates("arm").set_index("arm")[list(study["study"].get("strata", ["stem"]))]
+    named = trials.drop_duplicates("arm").set_index("arm")[
+        [column_of(name) for name in study["study"].get("strata", ["stem"])]
+    ]
     strata = {arm: tuple(map(str, row)) for arm, *row in named.itertuples()}
     weights, places = np.zeros((len(declared), len(arms))), {arm: place for place, arm in enumerate(arms)}
     for row, each in zip(weights, declared, strict=True):
@@ -132,12 +137,14 @@ def arrays(
 def reasons(records: Records, seeds: Sequence[int], declared: Sequence[Any]) -> list[str]:
     """Why each contrast cannot be judged; empty where it can."""
     study, trials = records.study, confirmed_trials(records)
-    trials, ended = trials[trials["seed"].isin(seeds)], set(confirmed(records).columns)
+    trials = without_factors(records, trials[trials["seed"].isin(seeds)])
+    ended = set(confirmed(records).columns)
     unended = Counter(trials.loc[~trials["status"].isin(ENDED), "arm"])
     alike = COMPARABLE[:-1] if study["study"].get("tuning") else COMPARABLE  # tuned arms differ in their recipes
-    kinds = trials[["arm", *alike]].drop_duplicates()
+    factors = varied(study)
+    kinds = trials[["arm", *dict.fromkeys([*alike, *map(column_of, factors)])]].drop_duplicates()
     of_arm = dict(list(kinds.groupby("arm", sort=False)))
-    one_kind = kinds[list(alike)].nunique().max() <= 1  # as in nearly every study: no two arms differ
+    one_kind = kinds.drop(columns="arm").nunique().max() <= 1  # as in nearly every study: no two arms differ
     notes = []
     for contrast in declared:
         arms = [arm for arm, _ in contrast["weights"]]
@@ -147,7 +154,9 @@ def reasons(records: Records, seeds: Sequence[int], declared: Sequence[Any]) -> 
         elif missing:
             notes.append(f"{missing[0]} has no confirmed trial that ran to its end")
         else:
-            notes.append(
-                "" if one_kind else differing(pd.concat([of_arm[arm] for arm in of_arm if arm in arms]), alike)
-            )
+            compared = {contrast.get("factor"), study["study"].get("moderator")}
+            same = [name for name in alike if name != "epochs_planned" or "epochs" not in compared]
+            same += [column_of(name) for name in factors if name not in compared]
+            theirs = () if one_kind else [of_arm[arm] for arm in of_arm if arm in arms]
+            notes.append(differing(pd.concat(theirs), list(dict.fromkeys(same))) if theirs else "")
     return notes
