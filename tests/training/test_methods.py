@@ -1,12 +1,9 @@
 """Losses of the methods, against published values, formulas written out in numpy, and laws."""
 
 import importlib
-import json
-import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,56 +13,39 @@ from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import rel_entr, softmax
 
+from losses import STUDENT, TEACHER, context, numbers, reference, taps, temperatures, wave
 from tune_kd.study.methods import built_in
 from tune_kd.study.spec import APPLIES
 from tune_kd.system.errors import UserError
 from tune_kd.training import metrics
-from tune_kd.training.loss import Context, Shapes, loss_class, step_settings
+from tune_kd.training.loss import loss_class, step_settings
 from tune_kd.training.methods import feature, logit
 
-REFERENCE = Path(__file__).parents[3] / "shared" / "data" / "losses.json"
-
-temperatures = st.floats(0.5, 20)
 shapes = st.tuples(st.integers(1, 6), st.integers(2, 7))
-numbers = st.floats(-20, 20, width=32).map(float)
 logits = shapes.flatmap(lambda shape: arrays(np.float64, shape, elements=numbers))
 pairs = shapes.flatmap(lambda shape: st.tuples(*[arrays(np.float64, shape, elements=numbers)] * 2))
 
-
-def wave(shape: tuple[int, ...], frequency: float, phase: float, scale: float = 1.0) -> torch.Tensor:
-    steps = torch.arange(math.prod(shape), dtype=torch.float64)
-    return scale * torch.sin(frequency * steps + phase).reshape(shape)
-
-
-STUDENT, TEACHER = wave((8, 10), 0.7, 0.1, 3), wave((8, 10), 0.9, 0.5, 5)
 STUDENT_FEATURES = wave((4, 8, 8, 8), 0.013, 0.3), wave((4, 16, 4, 4), 0.019, 0.5)
 TEACHER_FEATURES = wave((4, 32, 8, 8), 0.017, 0.8), wave((4, 64, 4, 4), 0.029, 0.9)
 MATRICES = wave((32, 8), 0.37, 0.2, 0.3), wave((64, 16), 0.41, 0.6, 0.2)
 PROJECTIONS = [lambda x, m=matrix: F.conv2d(x, m[:, :, None, None]) for matrix in MATRICES]
 
 
-@pytest.fixture(scope="module")
-def reference():
-    if not REFERENCE.exists():
-        pytest.skip("the file of reference values is not beside this checkout")
-    return json.loads(REFERENCE.read_text())
-
-
 @pytest.mark.parametrize("temperature", [1, 2, 4])
-def test_kd_has_the_reference_value(reference, temperature):
-    expected = reference["values"][f"kd(ls,lt,T={temperature})"]
+def test_kd_has_the_reference_value(temperature):
+    expected = reference()["values"][f"kd(ls,lt,T={temperature})"]
     assert logit.kd(STUDENT, TEACHER, temperature).item() == pytest.approx(expected, rel=1e-9)
     assert metrics.kl(STUDENT, TEACHER, temperature).item() == pytest.approx(expected / temperature**2, rel=1e-9)
 
 
-def test_cross_entropy_that_goes_with_kd_has_the_reference_value(reference):
+def test_cross_entropy_that_goes_with_kd_has_the_reference_value():
     assert F.cross_entropy(STUDENT, torch.arange(8)).item() == pytest.approx(
-        reference["values"]["cross_entropy(ls,y)"], rel=1e-9
+        reference()["values"]["cross_entropy(ls,y)"], rel=1e-9
     )
 
 
-def test_feature_has_the_reference_value(reference):
-    block = reference["feature"]
+def test_feature_has_the_reference_value():
+    block = reference()["feature"]
     parts = feature.feature_parts(STUDENT_FEATURES, TEACHER_FEATURES, PROJECTIONS)
     assert [part.item() for part in parts] == pytest.approx([block["mse"], block["cosine"]], rel=1e-9)
     total = feature.feature(STUDENT_FEATURES, TEACHER_FEATURES, PROJECTIONS, block["inputs"]["beta"])
@@ -218,16 +198,8 @@ def test_different_numbers_of_stages_are_refused(counts):
         feature.feature(STUDENT_FEATURES[:students], TEACHER_FEATURES[:teachers], PROJECTIONS[:projections], 0.5)
 
 
-def shapes(*channels: int) -> Shapes:
-    return Shapes(tuple((count, 4, 4) for count in channels), channels[-1], 10)
-
-
-def context(student: Shapes, teacher: Shapes) -> Context:
-    return Context(student, teacher, classes=10, train_labels=torch.zeros(8), epochs=2, steps_per_epoch=3)
-
-
 def test_projections_have_no_bias_and_map_student_channels_to_teacher_channels():
-    loss = feature.Feature(context(shapes(8, 16, 32, 64), shapes(32, 64, 128, 256)))
+    loss = feature.Feature(context(taps(8, 16, 32, 64), taps(32, 64, 128, 256)))
     sizes = [tuple(each.weight.shape) for each in loss.projections]
     assert sizes == [(32, 8, 1, 1), (64, 16, 1, 1), (128, 32, 1, 1), (256, 64, 1, 1)]
     assert all(each.bias is None for each in loss.projections)
@@ -235,7 +207,7 @@ def test_projections_have_no_bias_and_map_student_channels_to_teacher_channels()
 
 def test_networks_of_different_numbers_of_stages_are_refused():
     with pytest.raises(UserError, match="the teacher has 1 stages; the student has 2"):
-        feature.Feature(context(shapes(8, 16), shapes(32)))
+        feature.Feature(context(taps(8, 16), taps(32)))
 
 
 def test_a_declaration_is_read_without_its_loss_and_is_the_one_of_its_file():

@@ -227,7 +227,13 @@ def _settings(trial: Trial) -> dict[str, float]:
     if method.loss is None:
         return {}
     names = ("alpha", *step_settings(loss_class(method.loss)))
-    return {name: getattr(trial.cell, name) for name in names}
+    return {name: _level(trial, name) for name in names}
+
+
+def _level(trial: Trial, name: str) -> float:
+    """The value of a setting: the cell's, or the default of the method where the cell has none."""
+    value: float | None = getattr(trial.cell, name, None)
+    return METHODS[trial.cell.method].defaults[name] if value is None else value
 
 
 def _networks(trial: Trial, data: DataSet, teacher: Teacher | None) -> tuple[nn.Module, nn.Module]:
@@ -257,7 +263,7 @@ def _networks(trial: Trial, data: DataSet, teacher: Teacher | None) -> tuple[nn.
         epochs=trial.recipe.epochs,
         steps_per_epoch=len(batches(len(data.train.labels), trial.recipe.batch_size)),
         classifier=teacher.net.fc if teacher is not None and method.runs_teacher else None,
-        settings={name: getattr(cell, name) for name in method.defaults if name not in passed},
+        settings={name: _level(trial, name) for name in method.defaults if name not in passed},
     )
     with networks.stream("projections", trial.seed):
         return student, kind(context)
