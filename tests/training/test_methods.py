@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import rel_entr, softmax
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from losses import STUDENT, TEACHER, context, numbers, reference, taps, temperatures, wave
 from tune_kd.study.methods import built_in
 from tune_kd.study.spec import APPLIES
 from tune_kd.system.errors import UserError
 from tune_kd.training import metrics
-from tune_kd.training.loss import loss_class, step_settings
+from tune_kd.training.loss import Batch, loss_class, step_settings
 from tune_kd.training.methods import feature, logit
 
 shapes = st.tuples(st.integers(1, 6), st.integers(2, 7))
@@ -228,3 +229,22 @@ def test_every_loss_takes_settings_that_its_method_declares():
         assert {*step_settings(kind)} <= {*method.defaults}
         applying = {setting for setting, names in APPLIES.items() if name in names}
         assert applying == {*method.defaults, "alpha"} | ({"teacher"} if method.is_taught else set())
+
+
+@pytest.mark.parametrize("name", [name for name, method in built_in().items() if method.loss])
+def test_no_loss_reads_a_value_or_makes_a_shape_of_one(name):
+    """Either would synchronize, and could not be captured as a CUDA graph."""
+    method, labels = built_in()[name], torch.tensor([0, 1, 2, 1, 0, 2])
+    kind = loss_class(method.loss)
+    fixed = {each: value for each, value in method.defaults.items() if each not in step_settings(kind)}
+    built = kind(context(taps(8, 16), taps(32, 64), labels, **fixed))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        logits, features = torch.rand(4, 10, requires_grad=True), lambda *c: tuple(torch.rand(4, n, 4, 4) for n in c)
+        batch = Batch(
+            torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64), logits, torch.rand(4, 10),
+            features(8, 16), features(32, 64), features(8, 16), features(32, 64),
+            torch.rand(4, 16, requires_grad=True), torch.rand(4, 64), torch.rand(()), torch.ones(()),
+        )  # fmt: skip
+        loss = built(batch, **{each: torch.tensor(method.defaults[each]) for each in step_settings(kind)})
+        assert loss.shape == ()
+        loss.backward()
