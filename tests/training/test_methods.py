@@ -245,6 +245,6 @@ def test_no_loss_reads_a_value_or_makes_a_shape_of_one(name):
             features(8, 16), features(32, 64), features(8, 16), features(32, 64),
             torch.rand(4, 16, requires_grad=True), torch.rand(4, 64), torch.rand(()), torch.ones(()),
         )  # fmt: skip
-        loss = built(batch, **{each: torch.tensor(method.defaults[each]) for each in step_settings(kind)})
+        loss = built(batch, **{each: torch.full((), method.defaults[each]) for each in step_settings(kind)})
         assert loss.shape == ()
         loss.backward()
