@@ -135,6 +135,7 @@ def played() -> Iterator[torch.device]:
         "get_device_name": lambda device=None: "played device",
         "is_current_stream_capturing": lambda: False,
         "empty_cache": lambda: None,
+        "manual_seed": torch.default_generator.manual_seed,  # the played device draws on the CPU
         "synchronize": lambda device=None: None,
         "reset_peak_memory_stats": lambda device=None: None,
         "max_memory_allocated": lambda device=None: MEMORY // 2,

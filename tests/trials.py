@@ -43,6 +43,18 @@ def run(each: Trial, data: DataSet, teacher: Teacher | None, folder: Path, **opt
     return list(train(each, data, teacher, device=CPU, checkpoints=Checkpoints(folder), **options))
 
 
+def two_epochs(each: Trial) -> Trial:
+    return replace(each, recipe=replace(each.recipe, epochs=2))
+
+
+def interrupted(each: Trial, data: DataSet, teacher: Teacher | None, folder: Path) -> list[Epoch]:
+    """The epochs of a trial that is ended after the first, and resumed from its checkpoint."""
+    begun = train(each, data, teacher, device=CPU, checkpoints=Checkpoints(folder), checkpoint_every=0.0)
+    first = next(begun)
+    begun.close()
+    return [first, *run(each, data, teacher, folder, acknowledged=1)]
+
+
 def exact(epoch: Epoch, *without: str) -> dict[str, Any]:
     """What of an epoch must be the same to the bit."""
     values = asdict(epoch)

@@ -179,6 +179,13 @@ def test_the_streams_of_network_and_projections_differ():
         assert not torch.equal(torch.rand(8), network)
 
 
+def test_a_stream_of_two_numbers_is_the_sha256_of_its_name_and_both():
+    seed = int.from_bytes(hashlib.sha256(b"loss 3 2").digest()[:8], "big")
+    with networks.stream("loss", 3, 2):
+        drawn = torch.rand(8)
+    assert torch.equal(drawn, torch.rand(8, generator=torch.Generator().manual_seed(seed)))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

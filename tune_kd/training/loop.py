@@ -8,6 +8,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tune_kd.data.augment import draw_views, prepare
+from tune_kd.data.augment import Views, draw_views, prepare
 from tune_kd.data.datasets import DataSet, Split
 from tune_kd.study.spec import Recipe
 from tune_kd.study.trial import Epoch, Outcome, Trial
@@ -147,13 +148,9 @@ def _epoch(trial: Trial, epoch: int, teacher: Teacher | None, step: Step) -> Epo
     views, others = views.to(device), [each.to(device) for each in others]
     logits = None if logits is None else logits.to(device)
     slices = batches(count, recipe.batch_size)
-    lr = recipe.lr
-    step.train()
-    for number, each in enumerate(slices):
-        done, steps = (epoch - 1) * len(slices) + number, recipe.epochs * len(slices)
-        lr = learning_rate(recipe, done, steps)
-        step.at(lr, epoch, done / max(1, steps - 1))
-        step(views[each], None if logits is None else logits[each], *(other[each] for other in others))
+    # What the loss draws depends on (seed, epoch) alone, too.
+    with networks.stream("loss", trial.seed, epoch, device=device) if method.loss else nullcontext():
+        lr = _train_epoch(recipe, epoch, step, slices, logits, views, *others)
     *sums, norms = step.sums.tolist()  # the only synchronization of an epoch
     train_loss, train_ce, train_kd, train_accuracy = (each / count for each in sums)
     trained = time.perf_counter() - started
@@ -179,6 +176,20 @@ def _epoch(trial: Trial, epoch: int, teacher: Teacher | None, step: Step) -> Epo
         answer_seconds=answer_seconds,
         views_answered=views_answered,
     )
+
+
+def _train_epoch(
+    recipe: Recipe, epoch: int, step: Step, slices: list[slice], logits: Tensor | None, views: Views, *others: Views
+) -> float:
+    """Train on each slice of the views, and return the last learning rate."""
+    lr = recipe.lr
+    step.train()
+    for number, each in enumerate(slices):
+        done, steps = (epoch - 1) * len(slices) + number, recipe.epochs * len(slices)
+        lr = learning_rate(recipe, done, steps)
+        step.at(lr, epoch, done / max(1, steps - 1))
+        step(views[each], None if logits is None else logits[each], *(other[each] for other in others))
+    return lr
 
 
 @torch.no_grad()

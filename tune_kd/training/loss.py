@@ -97,3 +97,8 @@ def check_shape(name: str, got: Tensor, expected: Tensor, axes: str) -> None:
 def at_least_32_bits(tensor: Tensor) -> Tensor:
     """The tensor in its own precision, or in float32 if that is higher."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """A context in which matrix products on the tensor's device keep the precision of their factors."""
+    return torch.autocast(tensor.device.type, enabled=False)

@@ -212,12 +212,18 @@ def _initialise(net: nn.Module, seed: int) -> None:
 
 
 @contextmanager
-def stream(name: str, seed: int) -> Iterator[None]:
-    """Seed CPU draws by `name` and `seed` inside the context. The global generator is restored at the end."""
-    digest = hashlib.sha256(f"{name} {seed}".encode()).digest()
+def stream(name: str, *seeds: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed draws on the CPU, and on `device` if that is a GPU, by `name` and `seeds` inside the context.
+
+    The global generator of the CPU is restored at the end; of a GPU's, only losses draw.
+    """
+    digest = hashlib.sha256(" ".join([name, *map(str, seeds)]).encode()).digest()
+    seed = int.from_bytes(digest[:8], "big")
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would also reseed the accelerators, and they are not restored.
-        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big"))
+        # Not torch.manual_seed, which would also reseed the other accelerators, and they are not restored.
+        torch.default_generator.manual_seed(seed)
+        if device is not None and device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         yield
 
 

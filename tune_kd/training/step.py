@@ -233,8 +233,13 @@ def _settings(trial: Trial) -> dict[str, float]:
     method = trial.method
     if method.loss is None:
         return {}
-    names = (*WEIGHTED, *step_settings(loss_class(method.loss)))
-    return {name: float(level) for name in names if (level := trial.cell.level(name)) is not None}
+    weights = {name: float(level) for name in WEIGHTED if (level := trial.cell.level(name)) is not None}
+    return weights | {name: _level(trial, name) for name in step_settings(loss_class(method.loss))}
+
+
+def _level(trial: Trial, name: str) -> float:
+    """The value of a setting: the cell's, or the default of the method where the cell has none."""
+    return float(trial.cell.levels.get(name, trial.method.defaults[name]))
 
 
 def _networks(trial: Trial, data: DataSet, teacher: Teacher | None) -> tuple[nn.Module, nn.Module]:
@@ -264,7 +269,7 @@ def _networks(trial: Trial, data: DataSet, teacher: Teacher | None) -> tuple[nn.
         epochs=trial.recipe.epochs,
         steps_per_epoch=len(batches(len(data.train.labels), trial.recipe.batch_size)),
         classifier=teacher.net.fc if teacher is not None and method.runs_teacher else None,
-        settings={name: float(cell.levels[name]) for name in method.defaults if name not in passed},
+        settings={name: _level(trial, name) for name in method.defaults if name not in passed},
     )
     with networks.stream("projections", trial.seed):
         return student, kind(context)
