@@ -223,7 +223,7 @@ def test_every_loss_takes_settings_that_its_method_declares():
         if method.loss is None:
             assert not method.defaults
             continue
-        kind = loss_class(method.loss)
+        kind = loss_class(method)
         assert kind.__module__ == f"tune_kd.training.methods.{name}"
         assert {*step_settings(kind)} <= {*method.defaults}
 
@@ -232,7 +232,7 @@ def test_every_loss_takes_settings_that_its_method_declares():
 def test_no_loss_reads_a_value_or_makes_a_shape_of_one(name):
     """Either would synchronize, and could not be captured as a CUDA graph."""
     method, labels = built_in()[name], torch.tensor([0, 1, 2, 1, 0, 2])
-    kind = loss_class(method.loss)
+    kind = loss_class(method)
     fixed = {each: value for each, value in method.defaults.items() if each not in step_settings(kind)}
     built = kind(context(taps(8, 16), taps(32, 64), labels, **fixed))
     with FakeTensorMode(allow_non_fake_inputs=True):

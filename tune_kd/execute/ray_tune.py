@@ -33,11 +33,13 @@ from tune_kd.execute.trackers.background import Background
 from tune_kd.execute.tune_internals import every_ray_error_a_lost_worker, forget, signals_left_alone
 from tune_kd.execute.worker import Failure, Task, Work, Workplace, failure, whereabouts, work
 from tune_kd.records.ledger import FAILURES
+from tune_kd.study.brought import Code
 from tune_kd.study.trial import Epoch
 from tune_kd.system import overhead
 from tune_kd.training import notices
 
 Trials = list[tune.experiment.Trial]
+Shared = tuple[DataSet, tuple[Code, ...]]  # what goes to each node once
 
 
 class TrialRunner(tune.Trainable):
@@ -57,7 +59,7 @@ class TrialRunner(tune.Trainable):
         self._begin(config)
         if self._place.umask is not None:  # Ray's processes have one that makes their files private
             os.umask(self._place.umask)
-        self._data: DataSet | None = None
+        self._fetched: Shared | None = None
         self._thread = ThreadPoolExecutor(max_workers=1)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -68,7 +70,7 @@ class TrialRunner(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         self._task: Task = config["task"]
         self._place: Workplace = config["place"]
-        self._shared: ray.ObjectRef[DataSet] | None = config["data"]
+        self._shared: ray.ObjectRef[Shared] | None = config["shared"]
         self._work: Work = config["work"]
         self._epochs: Generator[Epoch] | None = None
         self._ended: asyncio.Event | None = None
@@ -88,10 +90,11 @@ class TrialRunner(tune.Trainable):
     def step(self) -> dict[str, Any]:
         before = overhead.spent["checkpoint"]
         try:
-            if self._shared is not None and self._data is None:
-                self._data = ray.get(self._shared)
+            if self._shared is not None and self._fetched is None:
+                self._fetched = ray.get(self._shared)
             if self._epochs is None:
-                self._epochs = self._work(self._task, replace(self._place, data=self._data))
+                data, codes = self._fetched or (None, ())
+                self._epochs = self._work(self._task, replace(self._place, data=data, codes=codes))
             epoch = next(self._epochs)
         except RayError as error:  # of a node or the object store; not the trial's fault
             return {"failure": Failure("lost", f"Ray failed it: {words(error)}")}
@@ -245,10 +248,11 @@ def run_on_ray(
 ) -> None:
     """Run a plan to its end on the connected Ray. Calls `beat` about once a second, in this thread.
 
-    `slots` is the number of trials that fit at a time; `work` is what a worker does with a task; `data` go to each node
-    once, through Ray's object store. Raises what the records raise, and `RayError`.
+    `slots` is the number of trials that fit at a time; `work` is what a worker does with a task; `data` and the code of
+    the study go to each node once, through Ray's object store. Raises what the records raise, and `RayError`.
     """
-    config = {"place": place, "work": work, "data": None if data is None else ray.put(data)}
+    shared = None if data is None else ray.put((data, place.codes))
+    config = {"place": replace(place, codes=()), "work": work, "shared": shared}
     bridge = _Bridge(driver, config, beat, trackers)
     decisions = _Decisions(bridge)
     # Start the actors of all slots together. One by one, the next would still be starting when the first has ended its

@@ -22,6 +22,7 @@ from tune_kd.records.run_folder import Run
 from tune_kd.records.schema import TRIALS
 from tune_kd.reporting.progress import ProgressDisplay
 from tune_kd.reporting.terminal import Terminal
+from tune_kd.study.brought import codes, with_sources
 from tune_kd.study.discover import Source
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
@@ -72,6 +73,7 @@ def run(
     interrupted the run, which `resume` then continues.
     """
     chosen, results = Options(**options), local(str(out))
+    study = with_sources(study, Path.cwd())
     problems: list[str] = []
     made = collect(problems, lambda: run_folder.check_new(results, name, study))
     collect(problems, lambda: check(study, chosen, address))
@@ -156,7 +158,8 @@ def start(
     """Begin a run of a checked study in a folder that is free, and run it to its end."""
     data = load_data(study, data_dir, console)
     settings = _settings(options, study, data, console)
-    begun = Run(folder.name, folder, study, data.digest, data_dir, settings, source)
+    brought = codes(study, Path.cwd() if source is None else source.file.absolute().parent)
+    begun = Run(folder.name, folder, study, data.digest, data_dir, settings, source, codes=brought)
     _fetch_weights(study)
     with run_folder.begun(begun) as tell_dashboard, _opened(begun, console) as ledger:
         return begun, execute(begun, ledger, data, console, address, tell_dashboard)
@@ -184,6 +187,7 @@ def go_on(
                 f"RUN is {again.name}, whose study was changed since it began: {'; '.join(changes)}. Put the study "
                 "back, start a new run, or, where only seeds or levels were added, resume with --extend"
             )
+        again = run_folder.with_codes(again)
         # Nothing is written to a folder that only the record names.
         data = load_data(again.study, again.data_dir, console, download=again.data_dir is None)
         if data.digest != again.data_digest:
@@ -280,7 +284,7 @@ def _driver(run: Run, ledger: "Ledger", gpus: float, view: ProgressDisplay) -> "
 
     data_dir, url = run.data_dir and run.data_dir.absolute(), Mirror.of(run.folder).url
     folders = (data_dir, None, run.teachers.absolute(), run.checkpoints.absolute())
-    place = Workplace(*folders, url=url, umask=environment.umask())
+    place = Workplace(*folders, url=url, codes=run.codes, umask=environment.umask())
     return Driver(
         run.plan,
         run.name,

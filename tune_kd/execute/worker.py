@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from tune_kd.data.datasets import DataSet, load_declared
+from tune_kd.study.brought import Code
 from tune_kd.study.spec import Data
 from tune_kd.study.trial import Answering, Epoch, Role, StopReason, Trial
 from tune_kd.system.environment import guard_code
@@ -25,6 +26,7 @@ from tune_kd.training import teachers
 from tune_kd.training.checkpoints import Checkpoints
 from tune_kd.training.device import keep_freed_blocks
 from tune_kd.training.loop import Diverged, best_weights, train
+from tune_kd.training.loss import bring
 
 ASK_EVERY = 2.0  # seconds between checks of a store for the request to leave
 
@@ -41,6 +43,7 @@ class Workplace:
     checkpoint_every: float = 30.0  # seconds between the checkpoints of a trial
     url: str | None = None  # of the folder of all runs
     data: DataSet | None = None  # if None, each process loads it from `data_dir`
+    codes: tuple[Code, ...] = ()  # that the study brings
     umask: int | None = None  # of the user who started the run, for result files; None for the process's own
 
     @property
@@ -129,6 +132,7 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
     torch.set_num_threads(task.threads)
     keep_freed_blocks()
     guard_code()
+    bring(place.codes)
     dataset = place.data or _dataset(trial.data, place.data_dir, place.cache)
     if trial.data_digest != dataset.digest:
         raise RuntimeError(

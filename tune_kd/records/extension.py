@@ -124,6 +124,12 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
         return []
     if name == "factors":
         before, now = ({each["name"]: each["levels"] for each in one} for one in (before, now))
+    if name == "methods":
+        before, now = ({each["name"]: each for each in one} for one in (before, now))
+    if name.startswith("methods.") and name.endswith(".source"):
+        return (
+            [] if before == now else [f"{name.removesuffix('.source')}: its loss, or a file that this imports, changed"]
+        )
     if isinstance(before, dict) and isinstance(now, dict):
         found = []
         for field in dict.fromkeys((*before, *now)):

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from tune_kd.records.schema import LAYOUT, LEDGER, RUN_NAME, TRIALS, TrialRow, f
 from tune_kd.records.sqlite_file import too_long
 from tune_kd.records.sync import HOLDER, STUDY, pull, runs as in_store
 from tune_kd.study import record as study_record
+from tune_kd.study.brought import Code, codes, packages
 from tune_kd.study.discover import Source, from_json
 from tune_kd.study.plan import Plan, plan
 from tune_kd.study.source import digests as known_digests
@@ -33,6 +34,7 @@ from tune_kd.system.secrets import secrets
 
 PACKAGES = ("tune_kd", "torch", "torchvision", "ray", "numpy", "pandas", "pyarrow", "scipy")
 RESERVED = ("teachers",)
+SOURCE = "source"  # folder of a run with the code that its study brings
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Run:
     settings: dict[str, Any]  # resources and options that do not affect results
     source: Source | None = None
     look: int = 0  # index of the last declared look that is planned
+    codes: tuple[Code, ...] = ()  # that the study brings; not of a run that is only read
     named: bool = False  # whether the caller named the study's file, not only the record
 
     @property
@@ -155,7 +158,8 @@ def begun(run: Run) -> Iterator[Callable[[str | None], None]]:
 
 def _unbegun(folder: Path) -> bool:
     """Return whether a folder holds at most what a kill leaves before the plan is written."""
-    return folder.is_dir() and all(path.name.startswith(".") or path.name == HOLDER for path in folder.iterdir())
+    left = (HOLDER, SOURCE)
+    return folder.is_dir() and all(path.name.startswith(".") or path.name in left for path in folder.iterdir())
 
 
 def create(run: Run) -> None:
@@ -183,11 +187,57 @@ def create(run: Run) -> None:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "git_commit": _git_commit(),
+        "code": _code_record(run),
         "machine": {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count()},
     }
     raise_problems(secrets(record))
+    for code in run.codes:
+        for name, content in code.files:  # for the record: it is never executed from there
+            path = run.folder / SOURCE / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Mirror.of(run.folder).publish(path, content)
     Mirror.of(run.folder).publish(run.folder / STUDY, sealed(record))
     point("study.published")
+
+
+def _code_record(run: Run) -> dict[str, Any] | None:
+    """Return where the study's own code came from, and the versions of what it imports."""
+    if not run.codes:
+        return None
+    folder = Path.cwd() if run.source is None else run.source.file.absolute().parent
+    return {"folder": str(folder), "packages": packages(run.codes)}
+
+
+def with_codes(run: Run) -> Run:
+    """Return the run with the code that its study brings, as it is where the run began.
+
+    Raises `UserError` where it was changed, where a package that it imports has another version, and where only the
+    record names its folder: nothing is executed that a stranger may have put there.
+    """
+    if not run.study.methods:
+        return run
+    record = study_record.load(run.folder / STUDY).get("code") or {}
+    folder, file = Path(str(record.get("folder", Path.cwd()))), None
+    if run.source is not None:
+        folder, file = run.source.file.absolute().parent, run.source.file.absolute()
+    trusted = run.named or (
+        folder == Path.cwd() if run.source is None else run.source.may_be_executed(run.folder.parent)
+    )
+    if not trusted:
+        raise UserError(
+            f"RUN is {run.name}, whose study brings code of its own from {folder}; only code in the working directory "
+            "is executed without being named: look at it, and resume there, or with --study"
+        )
+    found = codes(run.study, folder, file)
+    here, problems = packages(found), []
+    for name, had in dict(record.get("packages", {})).items():
+        if here.get(name) != had:
+            problems.append(
+                f"RUN is {run.name}, whose study's code imports {name}, of version {had} when it began and "
+                f"{here.get(name, 'none')} now; put that version back, or start a new run"
+            )
+    raise_problems(problems)
+    return replace(run, codes=found)
 
 
 def trials(run: Run) -> list[TrialRow]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ValidationError
 
+from tune_kd.study import brought
 from tune_kd.study.plan import checked
 from tune_kd.study.source import StudyFile, executed, folders
 from tune_kd.study.spec import DATA_SETS, Data, Factor, Study
@@ -74,6 +75,7 @@ def resolve(path: Path, scale: str, data: str | None = None, settings: Sequence[
     study = _made(file, declared[scale], data)
     if data is not None and data != study.data.name:
         study = replace(study, data=Data(data))
+    study = brought.with_sources(study, path.parent, path)
     with file.running("whose study cannot be read"):
         return checked(_with_settings(file.path, study, settings))
 

@@ -23,12 +23,13 @@ class Method:
     """
 
     name: Annotated[str, rules.ENCODABLE, rules.LINE, length(100, "characters")]
-    loss: Annotated[str | None, length(1000, "characters")] = None
+    loss: Annotated[str | type | None, length(1000, "characters")] = None
     # What the loss is given: of the teacher logits; of both networks also features, or those before their ReLU, too.
     needs: Literal["nothing", "logits", "features", "before_relu"] = "logits"
     settings: tuple[tuple[str, float], ...] | Mapping[str, float] = ()  # numbers that the loss takes, with defaults
     views: Annotated[int, at_least(1), most(2)] = 1  # of each image that the student sees in a step
     version: Annotated[int, at_least(1)] = 1  # counts corrections that change results: they get ids of their own
+    source: str | None = None  # SHA-256 of the source that a study brings; found when the study is read
 
     def __post_init__(self) -> None:
         if isinstance(self.settings, Mapping):

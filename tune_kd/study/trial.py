@@ -159,6 +159,7 @@ class Trial:
         settings = dict(cell.pop("settings"))
         more: dict[str, Any] = {"settings": settings} if settings else {}
         more |= {"version": self.method.version} if self.method.version > 1 else {}
+        more |= {"source": self.method.source} if self.method.source else {}
         identity = {
             "role": self.role,
             "architecture": self.architecture,

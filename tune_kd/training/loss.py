@@ -4,15 +4,26 @@ Axes in tensor names: B batch, K classes, C channels, H height, W width. Losses 
 their own parameters, and never to the teacher. Reductions over 16-bit inputs are computed in 32 bits.
 """
 
+import atexit
 import inspect
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tune_kd.study.brought import Code
+from tune_kd.study.methods import Method
 
 
 @dataclass(frozen=True)
@@ -57,11 +68,68 @@ class Batch:
     second: "Batch | None" = None  # of the same images in other crops, where the method has two views
 
 
-def loss_class(name: str) -> type[nn.Module]:
-    """The class that `package.module:CLASS` names."""
-    module, _, attribute = name.partition(":")
-    found: type[nn.Module] = getattr(import_module(module), attribute)
+_brought: dict[str, type[nn.Module]] = {}  # classes of studies, by the digest of their source
+
+
+def loss_class(method: Method) -> type[nn.Module]:
+    """The class of a method's loss. One that a study brings has to be there by `bring`."""
+    if method.source is not None:
+        return _brought[method.source]
+    module, _, name = str(method.loss).partition(":")
+    found: type[nn.Module] = getattr(import_module(module), name)
     return found
+
+
+def bring(codes: Iterable[Code]) -> None:
+    """Import the classes that a study brings, from copies of their files in a private folder of this process.
+
+    Raises what their modules raise, and `RuntimeError` where an installed module is not the one of the study.
+    """
+    for code in codes:
+        if code.digest not in _brought:
+            module = _installed(code) if code.is_installed else _unpacked(code)
+            _brought[code.digest] = getattr(module, code.name)
+
+
+def _installed(code: Code) -> ModuleType:
+    module = import_module(code.main)
+    here = Path(str(module.__file__))
+    if replace(code, files=((here.name, here.read_bytes()),)).digest != code.digest:
+        raise RuntimeError(f"{here} is not the file with which the study was planned: install the same version")
+    return module
+
+
+def _unpacked(code: Code) -> ModuleType:
+    folder = Path(tempfile.mkdtemp(prefix="tune_kd-code-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name, content in code.files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    sys.path.insert(0, str(folder))  # as the folder of a script is
+    spec = spec_from_file_location(f"{Path(code.main).stem}_{code.digest[:16]}", folder / code.main)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def brought(codes: Sequence[Code]) -> Iterator[None]:
+    """Classes that a study brings, for as long as this lasts: another study may have modules of the same names."""
+    modules, path, before = dict(sys.modules), list(sys.path), dict(_brought)
+    try:
+        bring(codes)
+        yield
+    finally:
+        mine = [name for name in sys.path if name not in path]
+        for name, module in list(sys.modules.items()):
+            file = getattr(module, "__file__", None)
+            if name not in modules and any(str(file).startswith(each) for each in mine):
+                del sys.modules[name]
+        sys.path[:] = path
+        _brought.clear()
+        _brought.update(before)
 
 
 def step_settings(kind: type[nn.Module]) -> tuple[str, ...]:

@@ -234,7 +234,7 @@ def _settings(trial: Trial) -> dict[str, float]:
     if method.loss is None:
         return {}
     weights = {name: float(level) for name in WEIGHTED if (level := trial.cell.level(name)) is not None}
-    return weights | {name: _level(trial, name) for name in step_settings(loss_class(method.loss))}
+    return weights | {name: _level(trial, name) for name in step_settings(loss_class(method))}
 
 
 def _level(trial: Trial, name: str) -> float:
@@ -258,7 +258,7 @@ def _networks(trial: Trial, data: DataSet, teacher: Teacher | None) -> tuple[nn.
     )
     if method.loss is None:
         return student, nn.Identity()
-    kind, size = loss_class(method.loss), tuple(side * data.upsample for side in data.train.images.shape[-2:])
+    kind, size = loss_class(method), tuple(side * data.upsample for side in data.train.images.shape[-2:])
     passed = step_settings(kind)
     shapes = partial(networks.shapes, stem=cell.stem, classes=len(data.classes), width=cell.width, size=size)
     context = Context(

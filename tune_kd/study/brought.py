@@ -1,0 +1,165 @@
+"""Code that a study brings: its source, found without executing it. The digest enters the ids of its trials."""
+
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from importlib.machinery import PathFinder
+from importlib.metadata import packages_distributions, version
+from modulefinder import ModuleFinder
+from pathlib import Path
+from typing import Any
+
+from tune_kd.study.methods import Method
+from tune_kd.study.spec import Study
+from tune_kd.system.errors import UserError
+from tune_kd.system.files import read
+
+MOST_SOURCE_BYTES = 2**22  # of a file
+ALLOWED = "FILE.py:CLASS below the study's folder, package.module:CLASS, or the class itself"
+
+
+@dataclass(frozen=True)
+class Code:
+    """The source of a class that a study brings: its module, and what that imports from the study's folder."""
+
+    name: str  # of the class
+    main: str  # the module's path below the folder; of an installed one its name, under which workers import it
+    files: tuple[tuple[str, bytes], ...]  # contents by path below the folder
+    packages: tuple[tuple[str, str], ...] = ()  # versions of the distributions that it imports
+
+    @property
+    def is_installed(self) -> bool:
+        return not self.main.endswith(".py")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the source and the name of the class."""
+        files = [(path, hashlib.sha256(content).hexdigest()) for path, content in self.files]
+        return hashlib.sha256(json.dumps([self.name, files]).encode()).hexdigest()
+
+
+def with_sources(study: Study, folder: Path, file: Path | None = None) -> Study:
+    """The study with each method's loss as text, and the digest of its source.
+
+    `folder` is the study's, to which paths are relative; `file` is its own. Raises `UserError` for losses that cannot
+    be found. Executes nothing.
+    """
+    problems: list[str] = []
+    methods = []
+    for position, method in enumerate(study.methods):
+        try:
+            text = _as_text(method.loss, folder, file)
+            methods.append(replace(method, loss=text, source=_code(text, folder, file).digest))
+        except UserError as mistake:
+            problems += [f"methods[{position}].loss of {method.name!r} {each}" for each in mistake.problems]
+    if problems:
+        raise UserError(*problems)
+    return replace(study, methods=tuple(methods)) if methods else study
+
+
+def codes(study: Study, folder: Path, file: Path | None = None) -> tuple[Code, ...]:
+    """The code of each method that a study brings. Raises `UserError` where it is not what the study was made with."""
+    found = []
+    for method in study.methods:
+        code = _code(str(method.loss), folder, file)
+        if method.source not in (None, code.digest):
+            raise UserError(
+                f"the loss of {method.name!r} is not what it was: {method.loss}, or a file that it imports, was changed"
+            )
+        found.append(code)
+    return tuple(found)
+
+
+def _as_text(loss: Any, folder: Path, file: Path | None) -> str:
+    """A loss as `FILE.py:CLASS` or `package.module:CLASS`. Raises `UserError`."""
+    if isinstance(loss, str):
+        return loss
+    if not isinstance(loss, type):
+        raise UserError(f"is {loss!r:.60}; allowed: {ALLOWED}")
+    if loss.__qualname__ != loss.__name__:
+        raise UserError(f"is {loss.__qualname__}, a class inside of something; allowed: a class of a module")
+    try:
+        home = Path(inspect.getfile(loss)).resolve()
+    except (TypeError, OSError) as error:
+        raise UserError(f"is {loss.__qualname__}, which is in no file; allowed: {ALLOWED}") from error
+    if file is not None and home == file.resolve():
+        raise UserError(
+            f"is {loss.__name__}, which is in the study's own file; allowed: a file beside it, since every edit of the "
+            "study would change the ids of its trials"
+        )
+    if home.is_relative_to(folder.resolve()):
+        return f"{home.relative_to(folder.resolve()).as_posix()}:{loss.__name__}"
+    return f"{loss.__module__}:{loss.__name__}"
+
+
+def _code(text: str, folder: Path, file: Path | None) -> Code:
+    """The code that a text names. Raises `UserError`."""
+    where, colon, name = text.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise UserError(f"is {text!r}; allowed: {ALLOWED}")
+    folder = folder.resolve()
+    path = (folder / where).resolve() if where.endswith(".py") else _module(where, folder)
+    if path is None or not path.is_file():
+        raise UserError(f"is {text!r}, and there is no {where} {'in ' + str(folder) if where.endswith('.py') else ''}"
+                        f"; allowed: {ALLOWED}".replace(" ;", ";"))  # fmt: skip
+    if not path.is_relative_to(folder):
+        if where.endswith(".py"):
+            raise UserError(f"is {text!r}, outside of {folder}; allowed: {ALLOWED}")
+        return Code(name, where, ((path.name, _source(path)),), _versions([where.partition(".")[0]]))
+    finder = ModuleFinder(path=[str(folder)])
+    try:
+        finder.run_script(str(path))
+    except SyntaxError as error:
+        raise UserError(f"is {text!r}, and {error.filename}, line {error.lineno}: {error.msg}") from error
+    named = (vars(module)["__file__"] for module in finder.modules.values())
+    imported = {Path(each) for each in named if each}
+    inside = {each for each in imported | {path} if each.is_relative_to(folder)}
+    if file is not None and file.resolve() in inside:
+        raise UserError(
+            f"is {text!r}, which imports the study's own file; allowed: what both need in a file of its own, since "
+            "every edit of the study would change the ids of its trials"
+        )
+    files = sorted((each.relative_to(folder).as_posix(), _source(each)) for each in inside)
+    elsewhere = {name.partition(".")[0] for name in finder.badmodules} - {*sys.stdlib_module_names}
+    return Code(name, path.relative_to(folder).as_posix(), tuple(files), _versions(elsewhere))
+
+
+def _module(name: str, folder: Path) -> Path | None:
+    """The file of a module, of the folder or installed. None without one. Executes nothing."""
+    places: Iterable[str] | None = [str(folder), *sys.path]
+    spec = None
+    for part in name.split("."):
+        spec = None if places is None else PathFinder.find_spec(part, list(places))
+        if spec is None:
+            return None
+        places = spec.submodule_search_locations
+    return Path(spec.origin).resolve() if spec is not None and spec.origin else None
+
+
+def _source(path: Path) -> bytes:
+    if path.suffix != ".py":
+        raise UserError(f"imports {path}, which is compiled; allowed: Python files, or an installed package")
+    try:
+        return read(path, MOST_SOURCE_BYTES)
+    except OSError as error:
+        raise UserError(f"is in {path}, which cannot be read ({error})") from error
+
+
+def _versions(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """The versions of the distributions that have these packages."""
+    known = packages_distributions()
+    found = {each for name in names for each in known.get(name, ()) if each != "tune_kd"}
+    return tuple(sorted((each, version(each)) for each in found))
+
+
+def packages(brought: Iterable[Code]) -> dict[str, str]:
+    """The versions of all distributions that code imports."""
+    return dict(each for code in brought for each in code.packages)
+
+
+def by_name(study: Study, brought: Iterable[Code]) -> Iterator[tuple[Method, Code]]:
+    """The methods that a study brings, with their code."""
+    return zip(study.methods, brought, strict=True)
