@@ -30,6 +30,7 @@ _HOMES = {
     "records.reader": "Records load",
     "reporting.report": "report",
     "study": "Cell Choice Compare Confirm Data Factor Integer LogUniform Range Recipe Screen Study Tuning Uniform",
+    "study.methods": "Method",
     "study.plan": "Plan plan",
     "system.errors": "CorruptFile UserError",
 }

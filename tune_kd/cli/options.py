@@ -12,8 +12,9 @@ from tune_kd.records.adaptive_plan import to_come
 from tune_kd.records.importer import Adapter, parse_phases
 from tune_kd.reporting.terminal import Terminal, duration
 from tune_kd.study import discover
+from tune_kd.study.brought import codes
 from tune_kd.study.cost import estimate
-from tune_kd.study.plan import plan
+from tune_kd.study.plan import Plan, plan
 from tune_kd.study.trial import Phase
 from tune_kd.system.errors import UserError, collect, raise_problems
 from tune_kd.system.object_store import local
@@ -86,6 +87,9 @@ Track = Annotated[
     typer.Option(help="Show the run in a tracker, too: tensorboard, mlflow or wandb. Repeatable.", show_default=False),
 ]
 Keep = Annotated[bool, typer.Option("--keep-checkpoints", help="Keep the final checkpoint of each trial.")]
+NoDryRun = Annotated[
+    bool, typer.Option("--no-dry-run", help="Skip the two steps that try each loss which the study brings.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 
 DEFAULT_OUT = Path("results")
@@ -210,3 +214,11 @@ def read_tables(
     raise_problems(problems)
     assert records is not None
     return records
+
+
+def dry_run(planned: Plan, file: Path) -> None:
+    """Try each loss that a study brings. Raises `UserError`."""
+    if planned.study.methods:
+        from tune_kd.training import dry_run
+
+        dry_run.check(planned, codes(planned.study, file.parent, file))

@@ -35,11 +35,15 @@ def plan(
     out: options.Out = options.DEFAULT_OUT,
     settings: options.Settings = None,
     margin_from: options.MarginFrom = None,
+    no_dry_run: options.NoDryRun = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Show what would run: arms, merged cells, trials, teachers, the price, and what the seeds can show."""
-    resolved, why = _resolved(discover.find(study), scale, data, settings, margin_from, out)
+    path = discover.find(study)
+    resolved, why = _resolved(path, scale, data, settings, margin_from, out)
     planned = expand(resolved)
+    if not no_dry_run:
+        options.dry_run(planned, path)
     summary = _summary(planned, out)
     if as_json:
         options.print_json(summary)

@@ -15,6 +15,7 @@ from tune_kd.cli import options
 from tune_kd.execute.monitoring import OPEN, asks_for_token, is_here, is_url
 from tune_kd.reporting.terminal import Terminal
 from tune_kd.study import discover
+from tune_kd.study.brought import codes, with_sources
 from tune_kd.study.source import INSTALLED, executed
 from tune_kd.system.errors import UserError, collect, raise_problems
 
@@ -103,11 +104,17 @@ def elsewhere(
 
 
 def _sent(study: str, path: Path) -> tuple[str, Mapping[str, Path]]:
-    """Return the name of a study on the cluster, and the files to send: its own and those that it imported. Call it
-    after the study was executed. Studies of tune_kd itself are not sent."""
+    """Return the name of a study on the cluster, and the files to send: its own, those that it imported, and
+    the losses that it brings. Call it after the study was executed. Studies of tune_kd itself are not sent."""
     if INSTALLED.resolve() in path.resolve().parents:
         return study, {}
-    return f"studies/{path.name}", executed(path).files
+    files, made = dict(executed(path).files), executed(path).made.values()
+    for each in made:
+        found = codes(with_sources(each, path.parent, path), path.parent, path)
+        files |= {
+            f"studies/{name}": path.parent / name for code in found if not code.is_installed for name, _ in code.files
+        }
+    return f"studies/{path.name}", files
 
 
 def _all_made(path: Path, data: str | None = None) -> None:

@@ -57,6 +57,7 @@ def run(
     address: options.Address = None,
     keep_checkpoints: options.Keep = False,
     track: options.Track = None,
+    no_dry_run: options.NoDryRun = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Plan a study, train it with Ray Tune, record and report it."""
@@ -81,6 +82,8 @@ def run(
     collect(problems, lambda: check(resolved, asked, address))
     raise_problems(problems)
     assert resolved is not None and name is not None
+    if not no_dry_run:
+        options.dry_run(plan(resolved), path)
     console.print(f"{resolved.name} at scale {chosen}{why}")
     for warning in grace.warnings(plan(resolved), out):
         console.say(f"warning: {warning}")

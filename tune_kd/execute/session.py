@@ -61,13 +61,14 @@ def run(
     name: str | None = None,
     data_dir: Path | str | None = None,
     address: str | None = None,
+    dry_run: bool = True,
     **options: Any,
 ) -> "Records":
     """Train a study with Ray Tune, and return what is on record of it.
 
     `out` is the folder of all runs, or s3://BUCKET/PATH; a `name` of None is made from study and time. `data_dir` is
-    where CIFAR is. `address` is that of a Ray cluster to join; None starts Ray here. `options` are the fields of
-    `Options`.
+    where CIFAR is. `address` is that of a Ray cluster to join; None starts Ray here. Losses that the study brings are
+    found from the working directory, and tried first unless `dry_run` is False. `options` are the fields of `Options`.
 
     Raises `UserError` with everything that is wrong, before anything is made; KeyboardInterrupt where a signal
     interrupted the run, which `resume` then continues.
@@ -78,6 +79,10 @@ def run(
     made = collect(problems, lambda: run_folder.check_new(results, name, study))
     collect(problems, lambda: check(study, chosen, address))
     raise_problems(problems)
+    if dry_run and study.methods:
+        from tune_kd.training import dry_run as losses
+
+        losses.check(plan(study), codes(study, Path.cwd()))
     folder = None if data_dir is None else Path(data_dir).expanduser().absolute()
     begun, ended = start(study, results / str(made), folder, chosen, address, Terminal())
     return _returned(begun, ended)

@@ -126,10 +126,10 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
         before, now = ({each["name"]: each["levels"] for each in one} for one in (before, now))
     if name == "methods":
         before, now = ({each["name"]: each for each in one} for one in (before, now))
-    if name.startswith("methods.") and name.endswith(".source"):
-        return (
-            [] if before == now else [f"{name.removesuffix('.source')}: its loss, or a file that this imports, changed"]
-        )
+        changed = [each for each in before.keys() & now.keys() if before[each]["source"] != now[each]["source"]]
+        if changed:
+            files = sorted({now[each]["loss"].partition(":")[0] for each in changed})
+            return [f"{file}, or a file that it imports, is not what it was" for file in files]
     if isinstance(before, dict) and isinstance(now, dict):
         found = []
         for field in dict.fromkeys((*before, *now)):

@@ -1,5 +1,6 @@
 """What a study declares, and its plan: arms, trials, teachers, cost. Imports neither torch nor Ray."""
 
+from tune_kd.study.methods import Method
 from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
 from tune_kd.study.tuning import Choice, Integer, LogUniform, Range, Tuning, Uniform
 
@@ -12,6 +13,7 @@ __all__ = [
     "Factor",
     "Integer",
     "LogUniform",
+    "Method",
     "Range",
     "Recipe",
     "Screen",

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.machinery import PathFinder
 from importlib.metadata import packages_distributions, version
@@ -14,7 +14,7 @@ from typing import Any
 
 from tune_kd.study.methods import Method
 from tune_kd.study.spec import Study
-from tune_kd.system.errors import UserError
+from tune_kd.system.errors import UserError, raise_problems
 from tune_kd.system.files import read
 
 MOST_SOURCE_BYTES = 2**22  # of a file
@@ -41,22 +41,29 @@ class Code:
         return hashlib.sha256(json.dumps([self.name, files]).encode()).hexdigest()
 
 
-def with_sources(study: Study, folder: Path, file: Path | None = None) -> Study:
-    """The study with each method's loss as text, and the digest of its source.
+def with_names(study: Study, folder: Path, file: Path | None = None) -> Study:
+    """The study with each method's loss as the text that names it. Raises `UserError` where nothing can.
 
-    `folder` is the study's, to which paths are relative; `file` is its own. Raises `UserError` for losses that cannot
-    be found. Executes nothing.
+    `folder` is the study's, to which paths are relative; `file` is its own.
     """
+    return _with(study, lambda method: replace(method, loss=_as_text(method.loss, folder, file)))
+
+
+def with_sources(study: Study, folder: Path, file: Path | None = None) -> Study:
+    """As `with_names`, and with the digests of the losses' source. Executes nothing."""
+    named = with_names(study, folder, file)
+    return _with(named, lambda method: replace(method, source=_code(str(method.loss), folder, file).digest))
+
+
+def _with(study: Study, found: Callable[[Method], Method]) -> Study:
     problems: list[str] = []
     methods = []
     for position, method in enumerate(study.methods):
         try:
-            text = _as_text(method.loss, folder, file)
-            methods.append(replace(method, loss=text, source=_code(text, folder, file).digest))
+            methods.append(found(method))
         except UserError as mistake:
             problems += [f"methods[{position}].loss of {method.name!r} {each}" for each in mistake.problems]
-    if problems:
-        raise UserError(*problems)
+    raise_problems(problems)
     return replace(study, methods=tuple(methods)) if methods else study
 
 
@@ -158,8 +165,3 @@ def _versions(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
 def packages(brought: Iterable[Code]) -> dict[str, str]:
     """The versions of all distributions that code imports."""
     return dict(each for code in brought for each in code.packages)
-
-
-def by_name(study: Study, brought: Iterable[Code]) -> Iterator[tuple[Method, Code]]:
-    """The methods that a study brings, with their code."""
-    return zip(study.methods, brought, strict=True)

@@ -90,7 +90,7 @@ def _made(file: StudyFile, make: Callable[..., Study], data: str | None) -> Stud
             made = make(data=data) if takes_data else make()
             if not isinstance(made, Study):
                 raise UserError(f"STUDY is {file.path}, where {name}() returns {type(made).__name__}; allowed: a Study")
-            file.made[key] = made
+            file.made[key] = brought.with_names(made, file.path.parent, file.path)
         return file.made[key]
 
 

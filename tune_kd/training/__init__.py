@@ -1,1 +1,22 @@
-"""Train one trial, epoch by epoch: networks, methods, teachers and their cached logits, checkpoints, devices."""
+"""Train one trial, epoch by epoch: networks, methods, teachers and their cached logits, checkpoints, devices.
+
+from tune_kd.training import Batch, Context     what a loss is made from, and what it sees
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tune_kd.training.loss import Batch as Batch, Context as Context, Shapes as Shapes
+
+__all__ = ["Batch", "Context", "Shapes"]
+
+
+if not TYPE_CHECKING:  # where it would hide misspelt names
+
+    def __getattr__(name: str) -> Any:
+        """Import late: the folder has modules that need no torch."""
+        if name not in __all__:
+            raise AttributeError(f"module 'tune_kd.training' has no attribute {name!r}")
+        from tune_kd.training import loss
+
+        return getattr(loss, name)

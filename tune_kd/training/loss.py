@@ -88,7 +88,9 @@ def bring(codes: Iterable[Code]) -> None:
     for code in codes:
         if code.digest not in _brought:
             module = _installed(code) if code.is_installed else _unpacked(code)
-            _brought[code.digest] = getattr(module, code.name)
+            if not isinstance(found := getattr(module, code.name, None), type):
+                raise RuntimeError(f"{code.main} has no class {code.name}")
+            _brought[code.digest] = found
 
 
 def _installed(code: Code) -> ModuleType:

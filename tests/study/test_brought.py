@@ -1,0 +1,166 @@
+"""Code that a study brings: how it is found, what of it counts, and what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from conftest import tiny
+from tune_kd.study import brought
+from tune_kd.study.discover import resolve
+from tune_kd.study.methods import Method
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Factor, Study
+from tune_kd.system.errors import UserError
+
+LOSS = """
+from torch import nn
+from helper import half
+
+class Half(nn.Module):
+    def __init__(self, context):
+        super().__init__()
+
+    def forward(self, batch, *, weight):
+        return half(weight) * (batch.student_logits - batch.teacher_logits).pow(2).mean()
+"""
+STUDY = """
+from dataclasses import replace
+from conftest import tiny
+from tune_kd import Compare, Factor, Method
+{imports}
+
+def study():
+    methods = (Method("half", loss={loss}, settings={{"weight": 2.0}}),)
+    return replace(tiny(), methods=methods, factors=(Factor("method", ("none", "logit", "half")),), reference=(),
+                   contrasts=(Compare("method", "half", "none"),), moderator=None)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "half.py").write_text(LOSS)
+    (tmp_path / "helper.py").write_text("def half(x):\n    return x / 2\n")
+    (tmp_path / "other.py").write_text("nobody = 'imports it'\n")
+    write(tmp_path)
+    return tmp_path
+
+
+def write(folder: Path, loss: str = "'half.py:Half'", imports: str = "") -> Path:
+    file = folder / "study.py"
+    file.write_text(STUDY.format(loss=loss, imports=imports))
+    return file
+
+
+def study_of(folder: Path) -> Study:
+    return resolve(folder / "study.py", "test")
+
+
+def ids(study: Study) -> dict[tuple[str, str, int], str]:
+    return {(each.arm, each.phase, each.seed): each.trial_id for each in plan(study, "0" * 64).trials}
+
+
+def test_a_loss_is_found_with_what_it_imports_from_the_study_s_folder(folder: Path) -> None:
+    (code,) = brought.codes(study_of(folder), folder)
+    assert (code.name, code.main, [name for name, _ in code.files]) == ("Half", "half.py", ["half.py", "helper.py"])
+    assert [name for name, _ in code.packages] == ["torch"]
+    assert study_of(folder).methods[0].source == code.digest
+
+
+@pytest.mark.parametrize("edited", ["half.py", "helper.py"])
+def test_an_edit_of_a_loss_or_of_what_it_imports_changes_the_ids_of_its_arms_alone(folder: Path, edited: str) -> None:
+    before = ids(study_of(folder))
+    (folder / edited).write_text((folder / edited).read_text() + "# more\n")
+    after = ids(study_of(folder))
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {key for key in before if key[0].endswith("half")}
+    assert changed
+
+
+def test_an_edit_elsewhere_changes_no_id(folder: Path) -> None:
+    before = ids(study_of(folder))
+    (folder / "other.py").write_text("x = 1\n")
+    write(folder, imports="# a comment\n")
+    assert ids(study_of(folder)) == before
+
+
+def test_a_class_is_taken_as_the_text_that_names_it(folder: Path) -> None:
+    as_text = study_of(folder)
+    write(folder, loss="Half", imports="from half import Half")
+    assert study_of(folder) == as_text
+
+
+def test_an_installed_class_counts_with_its_module_alone(tmp_path: Path) -> None:
+    method = Method("mine", loss="tune_kd.training.methods.logit:Logit", settings={"temperature": 4.0})
+    study = brought.with_sources(replace(tiny(), methods=(method,)), tmp_path)
+    (code,) = brought.codes(study, tmp_path)
+    assert code.is_installed
+    assert (code.main, [name for name, _ in code.files]) == ("tune_kd.training.methods.logit", ["logit.py"])
+
+
+def test_a_study_that_brings_nothing_is_left_as_it_is(tmp_path: Path) -> None:
+    assert brought.with_sources(tiny(), tmp_path) == tiny()
+    assert all(trial.brought is None for trial in plan(tiny()).trials)
+
+
+def test_changed_code_is_not_what_the_study_was_made_with(folder: Path) -> None:
+    study = study_of(folder)
+    (folder / "helper.py").write_text("def half(x):\n    return x / 3\n")
+    with pytest.raises(UserError, match=r"half\.py:Half, or a file that it imports, was changed"):
+        brought.codes(study, folder)
+
+
+@pytest.mark.parametrize(
+    ("loss", "imports", "words"),
+    [
+        ("'half.py'", "", "'half.py'; allowed: FILE.py:CLASS"),
+        ("'gone.py:Half'", "", "there is no gone.py in"),
+        ("'nowhere.at_all:Half'", "", "there is no nowhere.at_all; allowed"),
+        ("'../outside.py:Half'", "", "outside of"),
+        ("'bad.py:Half'", "", "bad.py, line 1"),
+        ("'round.py:Half'", "", "imports the study's own file"),
+        ("3", "", "is 3; allowed"),
+        ("Own", "class Own: pass", "in the study's own file"),
+        ("outer()", "def outer():\n    class Inner: pass\n    return Inner", "a class inside of something"),
+    ],
+)
+def test_what_cannot_be_a_loss_is_refused_and_named(folder: Path, loss: str, imports: str, words: str) -> None:
+    (folder.parent / "outside.py").write_text(LOSS)
+    (folder / "bad.py").write_text("def f(:\n")
+    (folder / "round.py").write_text("import study\nclass Half: pass\n")
+    write(folder, loss, imports)
+    with pytest.raises(UserError) as caught:
+        study_of(folder)
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith("methods[0].loss of 'half' ")
+    assert words in caught.value.problems[0]
+
+
+def test_all_losses_that_cannot_be_are_told_at_once(tmp_path: Path) -> None:
+    methods = (Method("a", loss="a.py:A"), Method("b", loss="b.py:B"))
+    with pytest.raises(UserError) as caught:
+        brought.with_sources(replace(tiny(), methods=methods), tmp_path)
+    assert len(caught.value.problems) == 2
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(st.sampled_from(["a.py", "b.py", "c/d.py"]), st.binary(max_size=4)), unique_by=lambda x: x[0])
+)
+def test_codes_are_equal_in_their_digest_if_and_only_if_their_source_is(files: list[tuple[str, bytes]]) -> None:
+    code = brought.Code("A", "a.py", tuple(sorted(files)))
+    assert replace(code, packages=(("numpy", "1"),)).digest == code.digest
+    assert replace(code, name="B").digest != code.digest
+    for place, (name, content) in enumerate(code.files):
+        changed = list(code.files)
+        changed[place] = (name, content + b" ")
+        assert replace(code, files=tuple(changed)).digest != code.digest
+
+
+def test_a_factor_of_a_setting_that_a_study_brings_is_part_of_the_ids(folder: Path) -> None:
+    study = study_of(folder)
+    swept = replace(study, factors=(*study.factors, Factor("weight", (1.0, 2.0))), reference=(("weight", 2.0),))
+    one, other = ids(study), ids(swept)
+    assert one["half", "confirm", 1] == other["half/weight=2", "confirm", 1] != other["half/weight=1", "confirm", 1]
+    assert one["logit", "confirm", 1] == other["logit", "confirm", 1]

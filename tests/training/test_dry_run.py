@@ -1,0 +1,155 @@
+"""Losses that a study brings are tried before anything trains, and what is wrong is told in one message."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conftest import tiny
+from tune_kd.study import brought
+from tune_kd.study.methods import Method
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Compare, Factor, Study
+from tune_kd.system.errors import UserError
+from tune_kd.training import dry_run
+
+LOSSES = """
+import torch
+from torch import nn
+
+class Base(nn.Module):
+    def __init__(self, context):
+        super().__init__()
+        self.context = context
+
+class Good(Base):
+    def __init__(self, context):
+        super().__init__(context)
+        shapes = zip(context.student.taps, context.teacher.taps, strict=True)
+        self.maps = nn.ModuleList(nn.Conv2d(one[0], other[0], 1) for one, other in shapes)
+        assert context.classes == 10 and len(context.train_labels) == 8
+    def forward(self, batch, *, weight):
+        pairs = zip(self.maps, batch.student_features, batch.teacher_features, strict=True)
+        assert 0 <= batch.progress <= 1 and batch.epoch == 1 and batch.index.shape == batch.labels.shape == (8,)
+        return weight * sum((each(one) - other).pow(2).mean() for each, one, other in pairs)
+
+class TwoViews(Base):
+    def forward(self, batch, *, weight):
+        assert not torch.equal(batch.student_logits, batch.second.student_logits)
+        assert (batch.second.teacher_before_relu[0] < 0).any()
+        return (batch.student_logits - batch.second.teacher_logits).pow(2).mean()
+
+class Rows(Base):
+    def forward(self, batch, *, weight):
+        return (batch.student_logits - batch.teacher_logits).pow(2).mean(1)
+
+class NoGradient(Base):
+    def forward(self, batch, *, weight):
+        return batch.teacher_logits.mean()
+
+class OwnAlone(Base):
+    def __init__(self, context):
+        super().__init__(context)
+        self.scale = nn.Parameter(torch.ones(()))
+    def forward(self, batch, *, weight):
+        return self.scale * batch.teacher_logits.mean()
+
+class NotANumber(Base):
+    def forward(self, batch, *, weight):
+        return (batch.student_logits * 0 / 0).mean()
+
+class NoTap(Base):
+    def forward(self, batch, *, weight):
+        return batch.student_features[7].mean()
+
+class Unknown(Base):
+    def forward(self, batch, *, gamma):
+        return gamma * batch.student_logits.mean()
+
+class NoContext(nn.Module):
+    def __init__(self):
+        super().__init__()
+
+class Word(Base):
+    def forward(self, batch, *, weight):
+        return "0.5"
+
+class Second(Base):
+    calls = 0
+    def forward(self, batch, *, weight):
+        self.calls += 1
+        if self.calls == 2:
+            raise RuntimeError("at the second step")
+        return batch.student_logits.mean()
+
+class Explodes(Base):
+    def __init__(self, context):
+        super().__init__(context)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("seen", torch.ones(()))
+    def forward(self, batch, *, weight):
+        with torch.no_grad():
+            self.seen.mul_(float("inf"))
+        return self.scale * batch.student_logits.mean()
+"""
+
+
+def tried(folder: Path, loss: str, needs: str = "features", **more: object) -> Study:
+    (folder / "losses.py").write_text(LOSSES)
+    method = Method("mine", loss=loss, needs=needs, settings={"weight": 2.0}, **more)
+    study = replace(
+        tiny(), methods=(method,), factors=(Factor("method", ("none", "mine")),), reference=(), moderator=None,
+        contrasts=(Compare("method", "mine", "none"),),
+    )  # fmt: skip
+    study = brought.with_sources(study, folder)
+    dry_run.check(plan(study), brought.codes(study, folder))
+    return study
+
+
+def test_a_loss_that_works_passes_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    modules, path = set(sys.modules), list(sys.path)
+    tried(tmp_path, "losses.py:Good")
+    tried(tmp_path, "losses.py:TwoViews", "before_relu", views=2)
+    assert sys.path == path
+    assert not [name for name in set(sys.modules) - modules if name.startswith("losses")]
+    assert [each.name for each in tmp_path.iterdir()] == ["losses.py"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ("Rows", "returns a tensor of shape [8]; allowed: one without axes, such as a mean"),
+        ("NoGradient", "has no gradient for the student"),
+        ("OwnAlone", "has no gradient for the student"),
+        ("NotANumber", "is nan; allowed: a finite number"),
+        ("NoTap", "fails in its dry run at losses.py, line 48: IndexError"),
+        ("Unknown", "takes gamma; allowed: settings that the method declares (weight)"),
+        ("NoContext", "TypeError"),
+        ("Word", "returns str; allowed: a tensor without axes"),
+        ("Second", "RuntimeError: at the second step"),
+        ("Explodes", "leads to numbers that are not finite (loss.seen)"),
+        ("Nobody", "losses.py has no class Nobody"),
+    ],
+)
+def test_what_is_wrong_with_a_loss_is_one_message_that_names_it(tmp_path: Path, loss: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        tried(tmp_path, f"losses.py:{loss}")
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"the loss losses.py:{loss} of method 'mine' ")
+    assert words in problem
+
+
+def test_the_line_of_a_module_that_fails_where_it_is_imported_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import nowhere_at_all\nclass A: pass\n")
+    with pytest.raises(UserError, match=r"broken\.py, line 1: ModuleNotFoundError"):
+        tried(tmp_path, "broken.py:A")
+
+
+def test_what_a_loss_reads_beside_its_file_is_missed_where_the_run_is_planned(tmp_path: Path) -> None:
+    (tmp_path / "reads.py").write_text(
+        "from pathlib import Path\nTABLE = (Path(__file__).parent / 'table.txt').read_text()\nclass A: pass\n"
+    )
+    (tmp_path / "table.txt").write_text("1")
+    with pytest.raises(UserError, match=r"reads\.py, line 2: FileNotFoundError"):
+        tried(tmp_path, "reads.py:A")

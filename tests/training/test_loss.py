@@ -1,0 +1,142 @@
+"""Losses that a study brings, in a process that trains: the same numbers as a built-in one, also after a break."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from trials import distilling, exact, interrupted, run, two_epochs
+from tune_kd.data.datasets import DataSet
+from tune_kd.study.brought import Code
+from tune_kd.study.methods import Method
+from tune_kd.study.trial import Trial
+from tune_kd.training import loss as losses
+from tune_kd.training.checkpoints import Checkpoints
+from tune_kd.training.loss import bring
+from tune_kd.training.teachers import Teacher
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SOURCE = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+from beside import squared
+
+class KD(nn.Module):
+    def __init__(self, context):
+        super().__init__()
+    def forward(self, batch, *, temperature):
+        s = F.log_softmax(batch.student_logits / temperature, 1)
+        t = F.log_softmax(batch.teacher_logits / temperature, 1)
+        return squared(temperature) * F.kl_div(s, t, reduction="batchmean", log_target=True)
+
+class Dropped(nn.Module):
+    def __init__(self, context):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(context.classes, context.classes)
+    def forward(self, batch):
+        return (self.head(self.drop(batch.student_logits)) - batch.teacher_logits).pow(2).mean()
+
+class Remembers(nn.Module):
+    def __init__(self, context):
+        super().__init__()
+        self.register_buffer("bank", torch.randn(len(context.train_labels), context.classes))
+    def forward(self, batch):
+        before = self.bank[batch.index]
+        self.bank[batch.index] = batch.student_logits.detach()
+        return (batch.student_logits - before).pow(2).mean() + batch.progress * batch.student_logits.mean()
+"""
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    """What is imported here is no module of the tests that follow."""
+    with losses.brought([]):
+        yield
+
+
+def code(name: str, *, extra: str = "") -> Code:
+    return Code(
+        name, "mine.py", (("beside.py", b"def squared(x):\n    return x**2\n"), ("mine.py", (SOURCE + extra).encode()))
+    )
+
+
+def with_loss(trial: Trial, name: str, needs: str = "logits", **settings: float) -> Trial:
+    own = code(name)
+    bring([own])
+    method = Method("mine", loss=f"mine.py:{name}", needs=needs, settings=settings, source=own.digest)
+    return replace(trial, cell=replace(trial.cell, method="mine", **settings), brought=method)
+
+
+def test_the_formula_of_kd_gives_the_numbers_of_logit_bit_for_bit(
+    pixels: DataSet, teacher: Teacher, tmp_path: Path
+) -> None:
+    built_in = distilling("logit", teacher)
+    expected = run(built_in, pixels, teacher, tmp_path / "logit")
+    ours = run(with_loss(built_in, "KD", temperature=4.0), pixels, teacher, tmp_path / "mine")
+    assert [exact(epoch) for epoch in ours] == [exact(epoch) for epoch in expected]
+
+
+@pytest.mark.parametrize("name", ["Dropped", "Remembers"])
+def test_a_resumed_trial_equals_an_uninterrupted_one_bit_for_bit(
+    name: str, pixels: DataSet, teacher: Teacher, tmp_path: Path
+) -> None:
+    each = two_epochs(with_loss(distilling("logit", teacher), name))
+    whole = run(each, pixels, teacher, tmp_path / "whole")
+    torch.rand(3)  # what else is drawn must not matter
+    cut = interrupted(each, pixels, teacher, tmp_path / "cut")
+    assert [exact(epoch) for epoch in cut] == [exact(epoch) for epoch in whole]
+    states = [Checkpoints(tmp_path / name).load() for name in ("whole", "cut")]
+    assert states[0] is not None and states[1] is not None
+    assert states[0][0].keys() == states[1][0].keys()
+    assert all(torch.equal(tensor, states[1][0][name]) for name, tensor in states[0][0].items())
+    assert any(name.startswith("loss.") for name in states[0][0])
+
+
+def test_dropout_draws_anew_in_each_epoch(pixels: DataSet, teacher: Teacher, tmp_path: Path) -> None:
+    """Otherwise the test above would hold without any draws."""
+    each = two_epochs(with_loss(distilling("logit", teacher), "Dropped"))
+    first = run(each, pixels, teacher, tmp_path / "first")
+    other = run(replace(each, seed=5), pixels, teacher, tmp_path / "other")
+    assert first[0].loss_kd != other[0].loss_kd
+
+
+def test_copies_are_private_and_have_the_digest_in_their_name() -> None:
+    own = code("KD")
+    bring([own])
+    method = Method("mine", loss="mine.py:KD", settings={"temperature": 4.0}, source=own.digest)
+    module = sys.modules[losses.loss_class(method).__module__]
+    assert own.digest[:16] in module.__name__
+    folder = Path(str(module.__file__)).parent
+    assert folder.stat().st_mode & 0o077 == 0
+    assert {each.name for each in folder.iterdir() if each.suffix == ".py"} == {"mine.py", "beside.py"}
+
+
+def test_an_edited_loss_is_another_class(tmp_path: Path) -> None:
+    old, new = code("KD"), code("KD", extra="\nKD.edited = True\n")
+    bring([old, new])
+    classes = [losses.loss_class(Method("mine", loss="mine.py:KD", source=each.digest)) for each in (old, new)]
+    assert [hasattr(each, "edited") for each in classes] == [False, True]
+
+
+def test_an_installed_module_that_is_another_one_here_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "installed_there.py").write_text("class A: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    there = Code("A", "installed_there", (("installed_there.py", b"class A: pass\n"),))
+    bring([there])
+    other = replace(there, files=(("installed_there.py", b"class A: x = 1\n"),))
+    with pytest.raises(RuntimeError, match="not the file with which the study was planned"):
+        bring([other])
+
+
+def test_modules_of_another_study_are_not_seen() -> None:
+    with losses.brought([code("KD")]):
+        assert "beside" in sys.modules
+    assert "beside" not in sys.modules
