@@ -765,3 +765,21 @@ def test_the_longest_path_that_a_run_is_begun_in_is_one_that_sqlite_opens(tmp_pa
         assert ledger.rows(TRIALS) == []
     with pytest.raises(sqlite3.OperationalError):
         sqlite3.connect(folder / f"{LEDGER}x")
+
+
+def test_new_writes_a_study_that_can_be_planned_and_overwrites_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "new", "mine.py") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.py", "mine_loss.py"]
+    assert all(word not in path.read_text() for path in tmp_path.iterdir() for word in ("STUDY_", "LOSS_FILE"))
+    capsys.readouterr()
+    assert call(monkeypatch, "plan", "mine.py", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert [arm["name"] for arm in planned["arms"]] == ["none", "logit", "at/weight=100", "at/weight=1000"]
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    for name, words in (("mine.py", "mine.py exists"), ("a.txt", "as of a Python module"), ("x/y.py", "no folder x")):
+        assert call(monkeypatch, "new", name) == 2
+        assert words in capsys.readouterr().err
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == before

@@ -10,7 +10,7 @@ import traceback
 
 import typer
 
-from tune_kd.cli import planning, reading, remote, running, watching
+from tune_kd.cli import planning, reading, remote, running, watching, writing
 from tune_kd.cli.options import Unread
 from tune_kd.records.ledger import FAILURES, damage
 from tune_kd.system import environment, signals
@@ -30,6 +30,7 @@ for command in (
     running.run,
     running.resume,
     planning.plan,
+    writing.new,
     reading.status,
     reading.report,
     planning.simulate,
