@@ -186,7 +186,8 @@ def _where_problems(study: Study, contrast: Compare) -> Iterator[str]:
             others = ", ".join(each for each in study.factor_names if each != contrast.factor)
             yield f"where of a contrast of {contrast.factor} names {name!r}; allowed: {others}"
         elif level not in (levels := study.levels(name)):
-            yield f"where of a contrast holds {name} at {level!r}; allowed: {', '.join(map(str, levels))}"
+            allowed = ", ".join(map(str, levels)) or "a factor, and no factor varies it"
+            yield f"where of a contrast holds {name} at {level!r}; allowed: {allowed}"
 
 
 def _reference_problems(study: Study) -> Iterator[str]:
