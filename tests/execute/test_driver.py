@@ -18,7 +18,7 @@ from tune_kd.records.reader import check
 from tune_kd.records.run_folder import Run, create
 from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS
 from tune_kd.study.plan import plan
-from tune_kd.study.spec import Confirm, Screen, Study
+from tune_kd.study.spec import Confirm, Factor, Screen, Study
 from tune_kd.study.trial import Decision, Epoch
 from tune_kd.system import crash_points
 
@@ -87,6 +87,17 @@ def test_a_stopped_arm_has_no_final_accuracy_and_is_not_confirmed(study: Study, 
     assert stopped["test_accuracy"] is stopped["test_accuracy_best"] is stopped["ece"] is None
     confirm = bench.rows(arm="cifar/logit/T=2", phase="confirm")
     assert [(row["status"], row["stop_reason"], row["epochs_run"]) for row in confirm] == [("stopped", "asha", 0)] * 2
+
+
+def test_arms_of_several_budgets_are_compared_at_the_rungs_of_the_longest(study: Study, tmp_path: Path) -> None:
+    screen = replace(study.screen, grace=2, strata=("stem", "method", "epochs"))
+    varied = replace(study, factors=(*study.factors, Factor("epochs", (4, 8))), screen=screen)
+    bench = Bench(varied, tmp_path)
+    bench.run()
+    assert {row["status"] for row in bench.rows()} == {"completed"}
+    at = {(f"epochs={budget}" in each.arm, each.epoch) for budget in (4,) for each in bench.driver.decisions}
+    assert at == {(True, 2), (False, 2), (False, 4)}
+    assert {each.stratum for each in bench.driver.decisions} >= {"cifar/logit/4", "cifar/logit/8"}
 
 
 def test_every_comparison_is_a_row(bench: Bench) -> None:

@@ -8,8 +8,8 @@ from hypothesis import given, strategies as st
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from tune_kd.study.early_stopping import Schedule, stratum
-from tune_kd.study.spec import Screen
-from tune_kd.study.trial import Decision
+from tune_kd.study.spec import Cell, Data, Recipe, Screen
+from tune_kd.study.trial import Decision, Phase, Trial
 
 SCREEN = Screen(seed=0, grace=2, reduction=2, margin=0.01, min_peers=2)
 ARMS = {f"cifar/logit/T={level}": {"stem": "cifar", "method": "logit"} for level in (1, 2, 4, 8, 16)}
@@ -39,6 +39,21 @@ def test_rungs_grow_by_the_reduction_factor_and_end_before_the_budget() -> None:
     assert replace(SCREEN, grace=10, reduction=3).rungs(100) == [10, 30, 90]
     assert replace(SCREEN, grace=1, reduction=2).rungs(8) == [1, 2, 4]
     assert replace(SCREEN, grace=8).rungs(8) == []
+
+
+def test_a_trial_is_not_decided_about_at_its_own_last_epoch_or_later() -> None:
+    """Where epochs are a factor, the rungs are those of the longest arms."""
+    schedule = Schedule(SCREEN, 9)
+    shorter, longer = (
+        Trial(f"{epochs}", Phase.SCREEN, Cell(), Recipe(epochs=epochs), 0, Data(), None, "test") for epochs in (4, 9)
+    )
+    for trial in (shorter, longer):
+        schedule.admit(trial)
+
+    def decided(trial: Trial) -> list[int]:
+        return [at for at in range(1, 10) if schedule.report(trial.trial_id, trial.arm, at, 0.5) is not None]
+
+    assert (decided(shorter), decided(longer)) == ([2], [2, 4, 8])
 
 
 def test_an_arm_far_behind_enough_peers_is_stopped(schedule: Schedule) -> None:

@@ -239,7 +239,9 @@ def teachers_compared(records: Records) -> pd.DataFrame:
 def _levels_compared(trials: pd.DataFrame, factor: str, treated: Any, against: Any) -> list[dict[str, Any]]:
     """A row for each pair of groups of trials that differ in one factor alone."""
     further = [str(name) for name in trials if name not in TRIALS.columns]
-    partial = ("teacher", "temperature", "alpha", "beta", *further)  # which do not apply to every method
+    settings = [name for name in ("temperature", "alpha", "beta", *further) if trials[name].nunique() > 1]
+    of_method = trials.groupby(["run", "method"])[settings].nunique().max()  # 1: methods differ in it by their defaults
+    partial = ("teacher", *(name for name in settings if of_method[name] > 1))  # which do not apply to every method
     studied = dict.fromkeys((*CONTEXT, "method", *partial, "lr", "weight_decay", *COMPARABLE))
     context = [name for name in studied if name != factor]
     sides = [list(by_context(trials[trials[factor] == level], context)) for level in (treated, against)]

@@ -84,7 +84,7 @@ def noise_margins(records: Records, study: Study) -> list[float]:
 
     Raises `UserError` unless a control has two completed seeds with the study's data and budget.
     """
-    trials, budget, rungs = records.trials, study.recipe.epochs, study.screen.rungs(study.recipe.epochs)
+    trials, budget, rungs = records.trials, study.most_epochs, study.screen.rungs(study.most_epochs)
     controls = trials[(trials["role"] == Role.STUDENT) & (trials["method"] == study.control)
                       & (trials["status"] == Status.COMPLETED) & (trials["epochs_planned"] == budget)
                       & (trials["dataset"].isna() | (trials["dataset"] == study.data.name))

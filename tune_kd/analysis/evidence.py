@@ -124,7 +124,7 @@ def arrays(
     unlike = (trials.groupby("arm")[list(COMPARABLE)].nunique() > 1).any(axis=1)
     found[[arm in unlike.index and bool(unlike[arm]) for arm in arms]] = np.nan
     named = trials.drop_duplicates("arm").set_index("arm")[
-        [column_of(name) for name in study["study"].get("strata", ["stem"])]
+        [column for name in study["study"].get("strata", ["stem"]) if (column := column_of(name)) in trials]
     ]
     strata = {arm: tuple(map(str, row)) for arm, *row in named.itertuples()}
     weights, places = np.zeros((len(declared), len(arms))), {arm: place for place, arm in enumerate(arms)}
@@ -154,7 +154,8 @@ def reasons(records: Records, seeds: Sequence[int], declared: Sequence[Any]) -> 
         elif missing:
             notes.append(f"{missing[0]} has no confirmed trial that ran to its end")
         else:
-            compared = {contrast.get("factor"), study["study"].get("moderator")}
+            compared = [contrast.get("factor")]
+            compared += [study["study"].get("moderator")] if contrast.get("kind") == "moderation" else []
             same = [name for name in alike if name != "epochs_planned" or "epochs" not in compared]
             same += [column_of(name) for name in factors if name not in compared]
             theirs = () if one_kind else [of_arm[arm] for arm in of_arm if arm in arms]

@@ -65,7 +65,7 @@ def warnings(plan: Plan, out: Path) -> list[str]:
     """A warning for each stratum whose grace period is shorter than the newest comparable run under `out` supports: at
     the grace period or a later epoch, the interval of the rank correlation contains zero."""
     screen = plan.study.screen
-    if not screen.rungs(plan.study.recipe.epochs):
+    if not screen.rungs(plan.study.most_epochs):
         return []
     audits = [each for each in _audits(out) if (each.data, each.scale, each.epochs) == _alike(plan.study)]
     said = []
@@ -85,7 +85,7 @@ def warnings(plan: Plan, out: Path) -> list[str]:
 
 
 def _alike(study: Study) -> tuple[str, str, int]:
-    return study.data.name, study.scale, study.recipe.epochs
+    return study.data.name, study.scale, study.most_epochs
 
 
 def _audits(out: Path) -> list[Audit]:

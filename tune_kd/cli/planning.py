@@ -85,7 +85,7 @@ def _summary(planned: Plan, out: Path) -> dict[str, Any]:
         "contrasts": [contrast.name for contrast in planned.contrasts],
         "families": {contrast.name: contrast.family for contrast in planned.contrasts},
         "price": {"flop": cost.flop, "slot_seconds": cost.slot_seconds, "how": cost.how},
-        "screen": asdict(resolved.screen) | {"rungs": resolved.screen.rungs(resolved.recipe.epochs)},
+        "screen": asdict(resolved.screen) | {"rungs": resolved.screen.rungs(resolved.most_epochs)},
         "seeds": _seeds(planned),
         "warnings": [*grace.warnings(planned, out), *_few_teachers(planned)],
     }
@@ -305,7 +305,7 @@ def _tuning(planned: Plan) -> Iterator[str]:
 
 def _stopping(study: Study) -> str:
     screen = study.screen
-    rungs = ", ".join(map(str, screen.rungs(study.recipe.epochs))) or "none"
+    rungs = ", ".join(map(str, screen.rungs(study.most_epochs))) or "none"
     margins = screen.margin if isinstance(screen.margin, tuple) else [screen.margin]
     what, peers = ("an arm", " and ".join(screen.strata or ["study"])) if study.tuning is None else ("a draw", "arm")
     return (

@@ -67,7 +67,7 @@ class Driver:
         self._waiting = list(self.plan.trials)
         self._screen = {trial.arm: trial.trial_id for trial in self.plan.trials if trial.phase == Phase.SCREEN}
         self._immune = {arm.name for arm in plan.arms if arm.immune}
-        self._schedule = Schedule(plan.study.screen, plan.study.recipe.epochs, self._immune, self._searches)
+        self._schedule = Schedule(plan.study.screen, plan.study.most_epochs, self._immune, self._searches)
         self._admitted: dict[str, Task] = {}  # by trial id, from `next` to `on_end`
         self._attempts = Attempts()
         self._heard: set[str] = set()

@@ -108,8 +108,9 @@ def to_come(planned: Plan, rows: Sequence[TrialRow] = ()) -> list[Trial]:
     for search in planned.searches:
         assert tuning is not None
         theirs = draws(search, rows)
-        size = 1 if tuning.budget_unit == "trials" else planned.study.recipe.epochs
-        found += [drawn(planned, search, {})] * -(-max(0, left(tuning, theirs)) // size)
+        another = drawn(planned, search, {})
+        size = 1 if tuning.budget_unit == "trials" else another.recipe.epochs
+        found += [another] * -(-max(0, left(tuning, theirs)) // size)
         goes_on = left(tuning, theirs) > 0 or any(row["status"] in UNENDED for row in theirs)
         if goes_on:
             found += [replace(each, arm=search.tuned) for each in planned.trials if each.arm == search.default]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tune_kd.study.spec import CELL_FIELDS, NUMERIC, RECIPE_FACTORS, WEIGHTED, Cell, Level, Study
+from tune_kd.study.spec import CELL_FIELDS, COUNTS, RECIPE_FACTORS, TEXTS, Cell, Level, Study
 from tune_kd.study.trial import ArmRole
 from tune_kd.study.tuning import number
 
@@ -40,18 +40,13 @@ def raw_cells(study: Study) -> list[Cell]:
 def _cell(study: Study, applying: Mapping[str, frozenset[str]], chosen: Mapping[str, Level]) -> Cell:
     """One raw cell, with None for settings that do not apply to its method, so that equal arms have equal cells."""
     method = str(chosen.get("method", study.cell.method))
-    weighted = any(study.levels(name) for name in WEIGHTED[1:])
 
     def level(name: str) -> Any:
-        if method not in applying[name] or (name == "alpha" and weighted):
-            return None
-        value = chosen.get(name, study.value(name, method))
-        if value is None and weighted and name in WEIGHTED:
-            return 1.0
-        return value if value is None or name not in (*NUMERIC, *study.settings) else float(value)
+        value = chosen.get(name, study.value(name, method)) if method in applying[name] else None
+        return value if value is None or name in (*TEXTS, *COUNTS) else float(value)
 
     settings = {name: value for name in study.settings if (value := level(name)) is not None}
-    varied = {name: value for name, value in chosen.items() if name in RECIPE_FACTORS}
+    varied = {name: level(name) for name in chosen if name in RECIPE_FACTORS}
     found = {name: level(name) for name in CELL_FIELDS}
     return Cell(**found, settings=tuple(sorted(settings.items())), recipe=tuple(sorted(varied.items())))
 

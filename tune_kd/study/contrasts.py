@@ -58,13 +58,15 @@ def _pairs(study: Study, cells: Sequence[Cell], compare: Compare) -> list[Pair]:
 
 
 def _fixed(study: Study, compare: Compare) -> dict[str, Level]:
-    """The levels at which a comparison holds factors."""
-    return dict(study.reference) | compare.held
+    """The levels at which a comparison holds factors. What no factor varies may differ between methods."""
+    varied = [factor.name for factor in study.factors]
+    return {name: level for name, level in study.reference if name in varied} | compare.held
 
 
 def _agree(study: Study, one: Cell, other: Cell, besides: str) -> bool:
-    """Whether two cells have equal settings wherever both have one."""
-    values = ((one.level(name), other.level(name)) for name in study.factor_names if name != besides)
+    """Whether two cells have equal levels of the other factors wherever both have one."""
+    varied = [factor.name for factor in study.factors if factor.name != besides]
+    values = ((one.level(name), other.level(name)) for name in varied)
     return all(first == second or None in (first, second) for first, second in values)
 
 

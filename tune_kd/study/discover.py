@@ -21,6 +21,8 @@ from tune_kd.system.adapters import adapter
 from tune_kd.system.errors import UserError, raise_problems
 from tune_kd.system.files import read
 
+SETTINGS = "cell.settings."  # start of the name of a method's setting in `--set`
+
 
 def available() -> dict[str, Path]:
     """Studies by name. Those of the working directory hide those installed with tune_kd."""
@@ -112,7 +114,10 @@ def _with_settings(path: Path, study: Study, settings: Sequence[str]) -> Study:
         if not equals:
             problems.append(f"--set is {setting!r}; allowed: field=value, such as recipe.epochs=4")
             continue
-        problem = _assign(value, field.split("."), _parsed(text), field)
+        if field.startswith(SETTINGS):
+            problem = _assign_setting(value, field.removeprefix(SETTINGS), _parsed(text))
+        else:
+            problem = _assign(value, field.split("."), _parsed(text), field)
         problems += [problem] if problem else []
         if not problem and field.startswith("factors."):
             _narrow(study, value, field.removeprefix("factors."))
@@ -243,6 +248,14 @@ def _assign(value: dict[str, Any], path: list[str], new: Any, whole: str) -> str
     if not isinstance(value[head], dict):
         return f"--set names {whole!r}; {head} has no fields of its own"
     return _assign(value[head], rest, new, whole)
+
+
+def _assign_setting(value: dict[str, Any], name: str, new: Any) -> str | None:
+    """Set a setting of methods, which the study's check names if there is none. Returns what is wrong, or None."""
+    if isinstance(new, bool) or not isinstance(new, int | float):
+        return f"--set {SETTINGS}{name} is {_shown(new)}; allowed: a number"
+    value["cell"]["settings"] = dict(value["cell"]["settings"]) | {name: new}
+    return None
 
 
 def _holds_truth(value: Any) -> bool:

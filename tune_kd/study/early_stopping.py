@@ -34,12 +34,13 @@ class Schedule:
     def __init__(
         self, screen: Screen, epochs: int, immune_arms: Container[str] = (), tuned_arms: Container[str] = ()
     ) -> None:
-        """`epochs` is the budget of each trial. Draws of a tuned arm compete with one another."""
+        """`epochs` is the largest budget of a trial. Draws of a tuned arm compete with one another."""
         self._immune_arms, self._tuned_arms = immune_arms, tuned_arms
         self._screen = screen
         self._rungs = {epoch: rung for rung, epoch in enumerate(screen.rungs(epochs))}
         self._immune: set[str] = set()
         self._stratum: dict[str, str] = {}  # by trial id
+        self._last: dict[str, int] = {}  # trial id -> its last epoch, where no decision is left to make
         self._left: dict[str, set[str]] = {}  # stratum -> trials neither stopped nor failed
         self._scores: dict[tuple[str, int], dict[str, float]] = {}  # (stratum, rung) -> trial id -> metric
         self._made: dict[tuple[str, int], Decision] = {}
@@ -49,6 +50,7 @@ class Schedule:
         if trial.phase == Phase.SCREEN:
             group = trial.arm if trial.arm in self._tuned_arms else stratum(self._screen, levels_of(trial))
             self.enter(trial.trial_id, group, trial.arm in self._immune_arms)
+            self._last[trial.trial_id] = trial.recipe.epochs
 
     def enter(self, trial_id: str, stratum: str, immune: bool = False) -> None:
         """Let a trial compete in a stratum. An immune trial is never stopped."""
@@ -60,10 +62,10 @@ class Schedule:
     def report(self, trial_id: str, arm: str, epoch: int, metric: float) -> Decision | None:
         """Decide about a trial that reached an epoch with this validation accuracy.
 
-        Returns None between rungs. A score belongs to its exact epoch: a trial that continues after a pause does not
-        fill the rungs before it. A repeated report gets the same decision.
+        Returns None between rungs and at the trial's last epoch. A score belongs to its exact epoch: a trial that
+        continues after a pause does not fill the rungs before it. A repeated report gets the same decision.
         """
-        if epoch not in self._rungs:
+        if epoch not in self._rungs or epoch >= self._last.get(trial_id, epoch + 1):
             return None
         rung = self._rungs[epoch]
         if (trial_id, rung) not in self._made:

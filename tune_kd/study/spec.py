@@ -80,7 +80,8 @@ def _with(pairs: tuple[tuple[str, Any], ...], name: str, level: Level) -> tuple[
 
 CELL_FIELDS = tuple(field.name for field in fields(Cell) if field.name not in ("settings", "recipe"))
 WEIGHTED = ("alpha", "ce_weight", "kd_weight")  # of the two losses
-NUMERIC = ("width", "temperature", "beta", *WEIGHTED)
+TEXTS = ("student", "teacher", "stem", "weights", "method", "precision")  # factors whose levels are text
+COUNTS = ("epochs", "batch_size")  # and whole numbers; those of all others are numbers
 
 
 @dataclass(frozen=True)
@@ -264,14 +265,19 @@ class Study:
         return (*CELL_FIELDS, *self.settings, *RECIPE_FACTORS)
 
     @cached_property
-    def columns(self) -> tuple[str, ...]:
-        """The settings and varied fields of the recipe that get a column of their own in the trials table."""
-        varied = [each.name for each in self.factors if each.name in RECIPE_FACTORS]
-        weights = [name for name in ("ce_weight", "kd_weight") if self.levels(name)]
-        return (*weights, *self.settings, *(name for name in varied if name not in ("lr", "weight_decay", "epochs")))
+    def most_epochs(self) -> int:
+        """The epochs of the arms that train for longest."""
+        return max((each for each in self.levels("epochs") if isinstance(each, int)), default=self.recipe.epochs)
+
+    @cached_property
+    def weighing(self) -> tuple[str, ...]:
+        """The fields that weigh the two losses: alpha, or both weights where one of them is set."""
+        return WEIGHTED[1:] if any(self.levels(name) for name in WEIGHTED[1:]) else WEIGHTED[:1]
 
     def applies(self, factor: str) -> tuple[str, ...]:
         """The methods to which a factor applies."""
+        if factor in WEIGHTED and factor not in self.weighing:
+            return ()
         if factor in WEIGHTED:
             return tuple(name for name, method in self.known.items() if method.loss)
         if factor == "teacher":
@@ -299,4 +305,6 @@ class Study:
     def value(self, name: str, method: str) -> Level | None:
         """What no factor varies: the study's value, or the method's own default."""
         value = getattr(self.recipe, name) if name in RECIPE_FACTORS else self.cell.level(name)
+        if value is None and name in self.weighing and name != "alpha":
+            return 1.0
         return self.known[method].defaults.get(name) if value is None else value

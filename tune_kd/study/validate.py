@@ -4,20 +4,12 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
+from keyword import iskeyword
 
-from tune_kd.study.methods import built_in
-from tune_kd.study.rules import (
-    LEVELS_LIMIT,
-    MOST_SEEDS,
-    MOST_TAUGHT_SEEDS,
-    MOST_TRIALS,
-    SEED,
-    TRIALS_LIMIT,
-    broken,
-    one_of,
-    rules_of,
-)
-from tune_kd.study.spec import CELL_FIELDS, RECIPE_FACTORS, WEIGHTED, Cell, Compare, Level, Recipe, Screen, Study
+from tune_kd.study.levels import level_problem, numbers
+from tune_kd.study.methods import COLUMNS, built_in
+from tune_kd.study.rules import LEVELS_LIMIT, MOST_SEEDS, MOST_TAUGHT_SEEDS, MOST_TRIALS, SEED, TRIALS_LIMIT, broken
+from tune_kd.study.spec import CELL_FIELDS, RECIPE_FACTORS, WEIGHTED, Compare, Recipe, Screen, Study
 from tune_kd.study.tuning import Choice, Integer, Range, Tuning, number
 from tune_kd.system.errors import raise_problems
 
@@ -69,7 +61,7 @@ def _oversized(study: Study) -> Iterator[str]:
     cells = math.prod(max(1, len(each.levels)) for each in study.factors)
     draws = tuning.budget if study.tuning else 0
     if tuning.budget_unit == "epochs":
-        draws //= max(1, study.recipe.epochs)
+        draws //= max(1, min((each for each in study.levels("epochs") if isinstance(each, int)), default=1))
     seeds = max(len(study.confirm.seeds), (study.confirm.looks or (0,))[-1])
     trials = cells * (1 + seeds * study.teachers_per_seed + draws + len(study.teacher_seeds))
     if trials > MOST_TRIALS:
@@ -80,26 +72,6 @@ def _oversized(study: Study) -> Iterator[str]:
 
 def _repeated(names: list[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
-
-
-def _level_problem(study: Study, name: str, level: Level | None) -> str | None:
-    """What is wrong with a level of a factor, or None."""
-    if name == "method":
-        allowed = one_of(tuple(study.known))
-        return None if allowed.holds(level) else allowed.problem(name, level)
-    whole, kind = name in ("epochs", "batch_size"), (Recipe if name in RECIPE_FACTORS else Cell)
-    text = name in ("student", "teacher", "stem", "weights", "precision")
-    if not text and (
-        not isinstance(level, int if whole else int | float) or isinstance(level, bool) or not _finite(level)
-    ):
-        return f"{name} is {level!r}; allowed: a {'whole' if whole else 'finite'} number"
-    if name in study.settings:
-        return None
-    return next((rule.problem(name, level) for rule in rules_of(kind, name) if not rule.holds(level)), None)
-
-
-def _finite(level: Level | None) -> bool:
-    return not isinstance(level, float) or math.isfinite(level)
 
 
 def _factor_problems(study: Study) -> list[str]:
@@ -113,14 +85,15 @@ def _factor_problems(study: Study) -> list[str]:
             problems.append(f"factor {factor.name!r} has no levels, so no arm is left; allowed: at least one")
         if len(set(factor.levels)) < len(factor.levels):
             problems.append(f"factor {factor.name!r} has levels {list(factor.levels)}; allowed: each level once")
-        found = (_level_problem(study, factor.name, level) for level in factor.levels)
+        found = (level_problem(study, factor.name, level) for level in factor.levels)
         problems += [f"factor {problem}" for problem in found if problem]
-    for name in (*CELL_FIELDS, *dict(study.cell.settings)):
+    allowed = ", ".join(study.settings) or "there is none"
+    problems += [f"cell.settings names {name!r}; allowed: settings of methods that are no fields of cell ({allowed})"
+                 for name in dict(study.cell.settings) if name not in study.settings]  # fmt: skip
+    for name in (*CELL_FIELDS, *study.settings):
         value = study.cell.level(name)
-        if name not in study.factor_names:
-            problems.append(f"cell.settings names {name!r}; allowed: {', '.join(study.settings) or 'there is none'}")
-        elif name not in names and not (value is None and len(study.applies(name)) < len(study.known)):
-            problem = _level_problem(study, name, value)
+        if name not in names and not (value is None and len(study.applies(name)) < len(study.known)):
+            problem = level_problem(study, name, value)
             problems += [f"cell.{problem}"] if problem else []
     if study.cell.recipe:
         problems.append("cell.recipe is set; allowed: recipe for all arms, or a factor")
@@ -129,7 +102,7 @@ def _factor_problems(study: Study) -> list[str]:
 
 def _method_problems(study: Study) -> Iterator[str]:
     """Messages for the methods that the study brings."""
-    taken = {*CELL_FIELDS, *RECIPE_FACTORS, *WEIGHTED} - {"temperature", "beta"}
+    taken = {*CELL_FIELDS, *RECIPE_FACTORS, *COLUMNS} - {"temperature", "beta"}
     for name in _repeated([method.name for method in study.methods]):
         yield f"methods has {name!r} more than once; allowed: once each"
     for position, method in enumerate(study.methods):
@@ -140,9 +113,8 @@ def _method_problems(study: Study) -> Iterator[str]:
         if method.loss is None:
             yield f"{where}.loss is null; allowed: FILE.py:CLASS, or package.module:CLASS"
         for name, value in method.defaults.items():
-            if not name.isidentifier() or name in taken:
-                yield (f"{where}.settings has {name!r}; allowed: a name as Python's, and none of "
-                       f"{', '.join(sorted(taken))}")  # fmt: skip
+            if not name.isidentifier() or iskeyword(name) or name in taken:
+                yield f"{where}.settings has {name!r}; allowed: a name as Python's that is no other column or factor"
             if isinstance(value, bool) or not math.isfinite(value):
                 yield f"{where}.settings has {name} {value!r}; allowed: a finite number"
 
@@ -152,14 +124,17 @@ def _combination_problems(study: Study) -> list[str]:
     problems = []
     if "imagenet" in study.levels("weights") and any(width != 1 for width in study.levels("width")):
         problems.append("weights is 'imagenet' while width is not 1; allowed: torchvision's weights at width 1 only")
-    methods = study.levels("method")
-    weights = [name for name in WEIGHTED[1:] if study.levels(name)]
     for name in ("teacher", "alpha"):
-        needing = [method for method in methods if method in study.applies(name)]
-        if needing and not study.levels(name) and not (name == "alpha" and weights):
+        needing = [method for method in study.levels("method") if method in study.applies(name)]
+        if needing and not study.levels(name):
             problems.append(f"{name} is null while method has {needing[0]!r}; allowed: a value for {name}")
-    if weights and "alpha" in [factor.name for factor in study.factors]:
-        problems.append(f"alpha is a factor while {weights[0]} is set; allowed: alpha, or ce_weight and kd_weight")
+    if "alpha" not in study.weighing and "alpha" in [factor.name for factor in study.factors]:
+        given = next(name for name in study.weighing if study.levels(name))
+        problems.append(f"alpha is a factor while {given} is set; allowed: alpha, or ce_weight and kd_weight")
+    lowest, varied = numbers(study, "lr"), {factor.name for factor in study.factors} & {"lr", "lr_min"}
+    if varied and lowest and any(not 0 <= level <= min(lowest) for level in numbers(study, "lr_min")):
+        problems.append(f"lr_min is {max(numbers(study, 'lr_min'))} while lr is {min(lowest)}; allowed: lr_min from 0 "
+                        "to the smallest lr")  # fmt: skip
     if len(study.levels("epochs")) > 1 and study.screen.strata is not None and "epochs" not in study.screen.strata:
         problems.append("epochs is a factor while screen.strata lacks it; allowed: screen.strata with epochs, since an "
                         "arm is behind another one of fewer epochs at the same epoch")  # fmt: skip
@@ -211,7 +186,8 @@ def _where_problems(study: Study, contrast: Compare) -> Iterator[str]:
             others = ", ".join(each for each in study.factor_names if each != contrast.factor)
             yield f"where of a contrast of {contrast.factor} names {name!r}; allowed: {others}"
         elif level not in (levels := study.levels(name)):
-            yield f"where of a contrast holds {name} at {level!r}; allowed: {', '.join(map(str, levels))}"
+            allowed = ", ".join(map(str, levels)) or "a factor, and no factor varies it"
+            yield f"where of a contrast holds {name} at {level!r}; allowed: {allowed}"
 
 
 def _reference_problems(study: Study) -> Iterator[str]:
@@ -289,12 +265,11 @@ def _look_problems(seeds: tuple[int, ...], looks: tuple[int, ...]) -> list[str]:
 
 
 def _screen_problems(study: Study) -> list[str]:
-    screen, epochs = study.screen, study.recipe.epochs
+    screen, epochs = study.screen, study.most_epochs
     problems = list(broken(screen, "screen."))
     if screen.grace > epochs:
-        problems.append(
-            f"screen.grace is {screen.grace}, longer than the budget recipe.epochs = {epochs}; allowed: 1 to {epochs}"
-        )
+        budget = f"recipe.epochs = {epochs}" if len(study.levels("epochs")) == 1 else f"of at most {epochs} epochs"
+        problems.append(f"screen.grace is {screen.grace}, longer than the budget {budget}; allowed: 1 to {epochs}")
     elif screen.grace >= 1 and screen.reduction >= 2:  # otherwise there are no rungs
         problems += margin_problems(screen, epochs)
     known = study.factor_names
@@ -343,9 +318,9 @@ def _range_problems(study: Study, each: Range) -> list[str]:
     if over.problem is not None:
         return [f"{where} over {over!r}, which is no range; allowed: {over.problem}"]
     ends = over.levels if isinstance(over, Choice) else (over.low, over.high)
-    lowest = study.recipe.lr_min if each.name == "lr" else 0.0
+    lowest = max(numbers(study, "lr_min"), default=0.0) if each.name == "lr" else 0.0
     if each.name not in RECIPE_FACTORS:
-        problems = [problem for end in ends if (problem := _level_problem(study, each.name, end))]
+        problems = [problem for end in ends if (problem := level_problem(study, each.name, end))]
     else:
         problems = [f"{each.name} is {end}; allowed: {number(lowest)} or more" for end in ends if end < lowest]
         problems += [f"lr is {end}; allowed: above 0" for end in ends if each.name == "lr" and end == 0 == lowest]
@@ -361,7 +336,7 @@ def _budget_problems(study: Study, tuning: Tuning) -> Iterator[str]:
     """Messages for a budget below what the sampler needs, or above what there is to draw."""
     draws, unit = tuning.budget, ""
     if tuning.budget_unit == "epochs":
-        draws, unit = tuning.budget // study.recipe.epochs, f" (of {study.recipe.epochs} epochs a trial)"
+        draws, unit = tuning.budget // study.most_epochs, f" (of {study.most_epochs} epochs a trial)"
     least = tuning.startup + 1 if tuning.sampler == "tpe" else 1
     if draws < least:
         why = f", since TPE begins after tuning.startup = {tuning.startup} draws" if tuning.sampler == "tpe" else ""

@@ -1,0 +1,119 @@
+"""Arms that differ in their recipes on purpose are compared, and what differs beside that is refused by name."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from test_summary import made
+
+from conftest import tiny
+from tune_kd.analysis import contrasts, summary
+from tune_kd.records.reader import Records
+from tune_kd.study.methods import Method
+from tune_kd.study.spec import Cell, Compare, Confirm, Factor, Level, Study
+from tune_kd.system.errors import UserError
+
+
+def varying(name: str, *levels: Level, **changes: Any) -> Study:
+    few = replace(
+        tiny(),
+        factors=(Factor("method", ("none", "logit")), Factor(name, levels)),
+        contrasts=(Compare("method", "logit", "none"), Compare(name, levels[1], levels[0], where={"method": "none"})),
+        moderator=None,
+        reference=(),
+        screen=replace(tiny().screen, strata=("method", "epochs")),
+        confirm=Confirm(seeds=(1, 2, 3, 4, 5)),
+    )
+    return replace(few, **changes)
+
+
+def gaining(cell: Cell) -> float:
+    """A point from logit, half a point from the second level of what else is varied."""
+    second = (0.1, 32, 4, 1e-3, "bfloat16", 0.95)
+    return 0.01 * (cell.method == "logit") - 0.1 + 0.005 * any(level in second for _, level in cell.recipe)
+
+
+LEVELS: list[tuple[str, tuple[Level, Level]]] = [
+    ("lr", (0.05, 0.1)), ("batch_size", (16, 32)), ("epochs", (2, 4)), ("weight_decay", (5e-4, 1e-3)),
+    ("precision", ("float32", "bfloat16")), ("momentum", (0.9, 0.95)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "levels"), LEVELS)
+def test_a_field_of_the_recipe_is_judged_alone_and_as_a_moderator(name: str, levels: tuple[Level, Level]) -> None:
+    table = contrasts.contrasts(made(varying(name, *levels), gaining)).set_index("contrast")
+    assert set(table["note"]) == {""} and set(table["verdict"]) == {"better"}
+    (of_recipe,) = (contrast for contrast in table.index if contrast.startswith("none: "))
+    assert table.loc[of_recipe, "estimate"] == pytest.approx(0.005, abs=0.002)
+    both = contrasts.contrasts(made(varying(name, *levels, moderator=name), gaining))
+    assert set(both["note"]) == {""} and both["kind"].tolist().count("moderation") == 1
+
+
+def altered(records: Records, arm: str, column: str, value: object) -> Records:
+    """The records in which the trials of an arm have another value."""
+    trials = records.trials.copy()
+    trials.loc[trials["arm"] == arm, column] = value
+    return replace(records, trials=trials)
+
+
+@pytest.mark.parametrize(("column", "value", "words"), [
+    ("recipe_id", "x", "recipe_id is "), ("lr", 0.4, "lr is 0.05 and 0.4"), ("epochs_planned", 1, "epochs_planned is "),
+    ("dataset", "cifar10", "dataset is digits and cifar10"), ("data_digest", "1", "data_digest is "),
+])  # fmt: skip
+def test_what_differs_beside_what_is_compared_is_refused_by_name(column: str, value: object, words: str) -> None:
+    records = altered(made(varying("lr", 0.05, 0.1), gaining), "logit/lr=0.05", column, value)
+    table = contrasts.contrasts(records).set_index("contrast")
+    assert table.loc["lr=0.05: logit - none", "verdict"] == "not judged"
+    assert words in table.loc["lr=0.05: logit - none", "note"]
+    assert table.loc["lr=0.1: logit - none", "verdict"] == "better"
+
+
+def test_only_a_moderation_is_exempt_from_equal_levels_of_the_moderator() -> None:
+    study = varying("epochs", 2, 4, moderator="epochs", contrasts=(Compare("method", "logit", "none"),))
+    records = altered(made(study, gaining), "logit/epochs=2", "epochs_planned", 1)
+    table = contrasts.contrasts(records).set_index("contrast")
+    assert "epochs_planned is " in table.loc["epochs=2: logit - none", "note"]
+
+
+def test_a_comparison_that_no_study_declares_is_of_a_field_of_the_recipe_too() -> None:
+    for name, (first, second) in LEVELS:
+        records = made(varying(name, first, second), gaining)
+        table = contrasts.compare(records, name, second, first)
+        assert table["context"].tolist() == ["none", "logit"]
+        assert table["estimate"].tolist() == pytest.approx([0.005, 0.005], abs=0.002)
+        assert len(contrasts.compare(records, "method", "logit", "none")) == 2
+    with pytest.raises(UserError, match="factor is 'clip'; allowed: a column of the trials"):
+        contrasts.compare(records, "clip", 1.0, 2.0)
+
+
+def test_methods_whose_defaults_differ_are_compared_without_a_declaration() -> None:
+    mine = Method("mine", "tune_kd.training.methods.logit:Logit", settings={"temperature": 3.0, "weight": 7.0})
+    other = replace(mine, name="other", settings={"temperature": 2.0, "weight": 9.0})
+    study = varying("lr", 0.05, 0.1, methods=(mine, other), contrasts=(Compare("method", "mine", "other"),))
+    study = replace(study, factors=(Factor("method", ("none", "mine", "other")), study.factors[1]))
+    records = made(study, gaining)
+    assert contrasts.contrasts(records)["note"].tolist() == ["", ""]
+    assert contrasts.compare(records, "method", "mine", "other")["context"].tolist() == ["0.05", "0.1"]
+
+
+def test_a_further_setting_is_a_column_of_numbers_that_is_null_where_it_does_not_apply() -> None:
+    mine = Method("mine", "tune_kd.training.methods.logit:Logit", settings={"weight": 7})
+    study = varying("weight", 1, 2, methods=(mine,), contrasts=(Compare("weight", 2, 1),))
+    study = replace(study, factors=(Factor("method", ("none", "mine")), study.factors[1]))
+    records = made(study, lambda cell: 0.01 * (cell.level("weight") == 2) - 0.1)
+    students = records.trials[records.trials["role"] == "student"].drop_duplicates("arm").set_index("arm")
+    assert records.trials["weight"].dtype == "float64"
+    assert students["weight"].dropna().to_dict() == {"mine/weight=1": 1.0, "mine/weight=2": 2.0}
+    (row,) = contrasts.contrasts(records).to_dict("records")
+    assert (row["contrast"], row["verdict"]) == ("weight=2 - weight=1", "better")
+    assert contrasts.compare(records, "weight", 2.0, 1.0)["estimate"].tolist() == pytest.approx([0.01], abs=0.002)
+
+
+def test_a_stratum_that_is_no_column_of_the_trials_is_the_same_for_all() -> None:
+    study = varying("lr", 0.05, 0.1, strata=("stem", "momentum", "kd_weight"))
+    assert set(contrasts.contrasts(made(study, gaining))["rule"]) == {"block model"}
+
+
+def test_the_answer_names_levels_of_the_recipe() -> None:
+    said = " ".join(summary.summary(made(varying("lr", 0.05, 0.1), gaining)).sentences)
+    assert "Lr=0.1 against lr=0.05: better by 0.5" in said and "with lr=0.05" in said
