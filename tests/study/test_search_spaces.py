@@ -10,12 +10,14 @@ from docs import tuning as samplers
 from tune_kd import cli
 from tune_kd.study import discover
 from tune_kd.study.cost import IMAGES
+from tune_kd.study.methods import built_in
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import DATA_SETS, Data
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "search-spaces.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE, re.S)
+METHODS = (ROOT / "docs" / "methods.md").read_text()
 SPACES = sorted((ROOT / "search_spaces").glob("[!_]*.py"))
 
 
@@ -38,6 +40,29 @@ def test_an_example_of_the_documents_is_planned_as_they_say(
         found = shown.find(re.sub(r"\s+", " ", line.strip()), place)
         assert found >= 0, f"{line!r} is not in: {shown[place:]}"
         place = found
+
+
+def test_the_method_of_the_documents_is_planned_as_they_say_and_its_loss_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = re.findall(r"`(\w+\.py)`.{0,20}:\n\n```python\n(.*?)```", METHODS, re.S)
+    assert [name for name, _ in files] == ["at.py", "study.py"]
+    for name, code in files:
+        (tmp_path / name).write_text(code)
+    assert sum(bool(line.strip()) for _, code in files for line in code.splitlines()) < 40
+    shown = planned(tmp_path / "study.py", monkeypatch, capsys)
+    for line in re.findall(r"```text\n(.*?)```", METHODS, re.S)[0].splitlines():
+        assert re.sub(r"\s+", " ", line.strip()) in shown
+
+
+def test_the_documents_list_all_methods_with_their_settings() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| ([\w ]+) \| (.*?) ?\|$", METHODS, re.M)
+    assert {name for name, *_ in rows} == set(built_in())
+    for name, needs, said in rows:
+        method = built_in()[name]
+        assert needs == method.needs
+        found = {each: float(value.replace(",", "")) for each, value in re.findall(r"([a-z_]+) ([\d,.]+\d|\d)", said)}
+        assert found == method.defaults
 
 
 def test_every_kind_of_thing_that_the_documents_explain_has_its_example() -> None:

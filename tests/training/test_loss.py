@@ -50,6 +50,26 @@ class Remembers(nn.Module):
         before = self.bank[batch.index]
         self.bank[batch.index] = batch.student_logits.detach()
         return (batch.student_logits - before).pow(2).mean() + batch.progress * batch.student_logits.mean()
+
+class Reuses(nn.Module):  # as SimKD (Chen et al. 2022): the teacher's classifier on mapped features
+    def __init__(self, context):
+        super().__init__()
+    def student(self, net, context):
+        return WithTheClassifier(net, context)
+    def forward(self, batch):
+        assert len(batch.student_features) == 4
+        return (batch.student_embedding.mean() - batch.teacher_embedding.mean()) ** 2
+
+class WithTheClassifier(nn.Module):
+    def __init__(self, net, context):
+        super().__init__()
+        self.net, self.classifier = net, context.classifier
+        self.map = nn.Linear(context.student.embedding, context.teacher.embedding)
+    def forward(self, images):
+        out = self.net.maxpool(self.net.relu(self.net.bn1(self.net.conv1(images))))
+        for stage in (self.net.layer1, self.net.layer2, self.net.layer3, self.net.layer4):
+            out = stage(out)
+        return self.classifier(self.map(self.net.avgpool(out).flatten(1)))
 """
 
 
@@ -96,6 +116,24 @@ def test_a_resumed_trial_equals_an_uninterrupted_one_bit_for_bit(
     assert states[0][0].keys() == states[1][0].keys()
     assert all(torch.equal(tensor, states[1][0][name]) for name, tensor in states[0][0].items())
     assert any(name.startswith("loss.") for name in states[0][0])
+
+
+def test_a_method_may_change_what_is_trained_and_evaluated(pixels: DataSet, teacher: Teacher, tmp_path: Path) -> None:
+    each = two_epochs(with_loss(distilling("feature", teacher), "Reuses", needs="features"))
+    before = teacher.net.fc.weight.clone()
+    whole = run(each, pixels, teacher, tmp_path / "whole")
+    assert [exact(epoch) for epoch in interrupted(each, pixels, teacher, tmp_path / "cut")] == [
+        exact(epoch) for epoch in whole
+    ]
+    saved = Checkpoints(tmp_path / "whole").load()
+    assert saved is not None
+    assert {"student.map.weight", "student.net.conv1.weight"} <= set(saved[0])
+    assert torch.equal(saved[0]["student.classifier.weight"], before)  # the teacher's, which is not trained
+    assert torch.equal(teacher.net.fc.weight, before)
+    assert whole[-1].outcome is not None
+    own = run(two_epochs(distilling("feature", teacher)), pixels, teacher, tmp_path / "own")[-1].outcome
+    assert own is not None
+    assert whole[-1].outcome.params != own.params
 
 
 def test_dropout_draws_anew_in_each_epoch(pixels: DataSet, teacher: Teacher, tmp_path: Path) -> None:

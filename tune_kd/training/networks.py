@@ -9,9 +9,9 @@ import hashlib
 import io
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -112,6 +112,30 @@ def forward_with_features(net: ResNet, images: Tensor, before_relu: bool = False
         features.append(stage_BCHW)
     embedding_BE = torch.flatten(net.avgpool(stage_BCHW), 1)
     return Passed(net.fc(embedding_BE), tuple(features), tuple(before), embedding_BE)
+
+
+def passing(student: nn.Module, needs: str) -> Callable[[nn.Module, Tensor], Passed]:
+    """The forward pass of a student that yields what a method needs."""
+    from torchvision.models import ResNet
+
+    if needs not in ("features", "before_relu"):
+        return forward
+    if isinstance(student, ResNet):
+        return partial(forward_with_features, before_relu=needs == "before_relu")
+    return _watched(student, next(each for each in student.modules() if isinstance(each, ResNet)))
+
+
+def _watched(student: nn.Module, net: ResNet) -> Callable[[nn.Module, Tensor], Passed]:
+    """As `forward_with_features` for a network that a method made of a ResNet, whose parts it calls."""
+    seen: dict[int, Tensor] = {}
+    for place, module in enumerate((net.layer1, net.layer2, net.layer3, net.layer4, net.avgpool)):
+        module.register_forward_hook(lambda _, __, out, place=place: seen.update({place: out}))
+
+    def forward_watched(student: nn.Module, images: Tensor) -> Passed:
+        logits = student(images)
+        return Passed(logits, tuple(seen[place] for place in range(4)), (), torch.flatten(seen[4], 1))
+
+    return forward_watched
 
 
 def _without_last_relu(block: nn.Module, images: Tensor) -> Tensor:

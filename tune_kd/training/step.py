@@ -61,7 +61,8 @@ class Step:
         networks.to_device(self.loss, device)
         self._teacher, self._recipe, self._device = teacher, trial.recipe, device
         self._method = trial.method
-        self._parameters = [*self.student.parameters(), *self.loss.parameters()]
+        both = (*self.student.parameters(), *self.loss.parameters())
+        self._parameters = [each for each in both if each.requires_grad]
         self._optimizer = torch.optim.SGD(
             self._parameters,
             lr=self._number(trial.recipe.lr),
@@ -72,9 +73,7 @@ class Step:
         )
         self._settings = {name: self._number(value) for name, value in _settings(trial).items()}
         self._progress, self._epoch = torch.zeros((), device=device), torch.ones((), device=device)
-        forward = networks.forward
-        if self._method.needs in ("features", "before_relu"):
-            forward = partial(networks.forward_with_features, before_relu=self._method.needs == "before_relu")
+        forward = networks.passing(self.student, self._method.needs)
         self._forward = torch.compile(forward, dynamic=False) if trial.recipe.compile else forward
         self._run = Captured(self._train, device) if device.type == "cuda" else self._train
 
@@ -272,4 +271,6 @@ def _networks(trial: Trial, data: DataSet, teacher: Teacher | None) -> tuple[nn.
         settings={name: _level(trial, name) for name in method.defaults if name not in passed},
     )
     with networks.stream("projections", trial.seed):
-        return student, kind(context)
+        loss = kind(context)
+        wrap = getattr(loss, "student", None)  # a method may change what is evaluated
+        return student if wrap is None else wrap(student, context), loss
