@@ -1,6 +1,6 @@
 """Do newer distillation methods do better than plain distillation from logits?
 
-Question: DKD, RKD, CRD and CTKD beside `logit` and no distillation, ResNet-50 to ResNet-18, with their published weights.
+Question: DKD, RKD, CRD and CTKD beside `logit` and no distillation, ResNet-50 to ResNet-18, published weights.
 Source: Zhao et al. 2022, Park et al. 2019, Tian et al. 2020, Li et al. 2023 (docs/methods.md has the settings).
 Command: python -m tune_kd run methods [--scale paper|laptop|smoke] [--data cifar10|cifar100]
 Cost: laptop takes minutes on two cores; smoke shows every stage in about one; `plan` says what paper costs.
@@ -36,7 +36,7 @@ def _of(base: Study) -> Study:
         name="methods",
         question="Do newer distillation methods do better than plain distillation from logits?",
         factors=(Factor("method", ("none", "logit", *TRIED)),),
-        # Published weights stand beside cross-entropy with weight 1, but for plain distillation's 0.1 and 0.9.
+        # The published weights of all but CTKD stand beside cross-entropy with weight 1.
         cell=replace(base.cell, alpha=None, ce_weight=1.0, kd_weight=1.0),
         reference=(),
         moderator=None,

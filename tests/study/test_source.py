@@ -286,7 +286,7 @@ def test_installed_studies_are_found_whatever_the_path_says_and_those_of_the_wor
 
     assert told("list")["studies"] == {
         name: str((tmp_path if name == "ablation" else ROOT) / "search_spaces" / f"{name}.py")
-        for name in ("ablation", "cifar_stem", "standard_stem", "tuned")
+        for name in ("ablation", "cifar_stem", "methods", "standard_stem", "tuned")
     }
     assert told("plan", "ablation", "--scale", "smoke")["study"] == "of the working directory"
     assert told("plan", "cifar_stem", "--scale", "smoke")["study"] == "cifar_stem"
