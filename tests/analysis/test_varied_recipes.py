@@ -1,14 +1,17 @@
 """Arms that differ in their recipes on purpose are compared, and what differs beside that is refused by name."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from test_summary import made
 
 from conftest import tiny
-from tune_kd.analysis import contrasts, summary
+from tune_kd.analysis import contrasts, measures, summary
 from tune_kd.records.reader import Records
+from tune_kd.reporting.report import report
 from tune_kd.study.methods import Method
 from tune_kd.study.spec import Cell, Compare, Confirm, Factor, Level, Study
 from tune_kd.system.errors import UserError
@@ -117,3 +120,84 @@ def test_a_stratum_that_is_no_column_of_the_trials_is_the_same_for_all() -> None
 def test_the_answer_names_levels_of_the_recipe() -> None:
     said = " ".join(summary.summary(made(varying("lr", 0.05, 0.1), gaining)).sentences)
     assert "Lr=0.1 against lr=0.05: better by 0.5" in said and "with lr=0.05" in said
+
+
+def test_a_response_to_a_field_of_the_recipe_has_the_control_of_each_level() -> None:
+    for name, (first, second) in LEVELS:
+        if isinstance(first, str):
+            continue
+        study = varying(name, first, second)
+        study = replace(study, factors=(*study.factors, Factor("temperature", (2.0, 4.0))), reference=())
+        records = made(study, gaining)
+        assert measures.responses(records) == ["temperature", "alpha", name]
+        table = measures.response(records, name)
+        assert table["n"].tolist() == [5] * 6 and table["method"].tolist() == ["none"] * 2 + ["logit"] * 4
+        assert table[name].tolist() == [first, second] * 3
+        assert table["control"].isna().tolist() == [True] * 2 + [False] * 4  # the control has none beside it
+        assert table["control"].tolist()[2:] == pytest.approx(table["mean"].tolist()[:2] * 2)
+        by_temperature = measures.response(records, "temperature")
+        assert by_temperature["n"].tolist() == [5] * 4 and by_temperature["control"].nunique() == 2
+
+
+def test_a_response_does_not_mix_arms_that_differ_in_another_setting() -> None:
+    mine = Method("mine", "tune_kd.training.methods.logit:Logit", settings={"weight": 7.0, "power": 1.0})
+    factors = (Factor("method", ("none", "mine")), Factor("weight", (1.0, 2.0)), Factor("power", (1.0, 2.0, 3.0)))
+    study = varying("lr", 0.05, 0.1, methods=(mine,), contrasts=())
+    study = replace(study, factors=(*factors, study.factors[1]))
+    records = made(study, gaining)
+    assert measures.responses(records) == ["temperature", "alpha", "weight", "power", "lr"]
+    for name, count in (("weight", 2), ("power", 3), ("lr", 2)):
+        table = measures.response(records, name)
+        assert set(table["n"]) == {5} and len(table) == 12 + 2 * (name == "lr")
+        assert not table.duplicated(["method", "weight", "power", "lr"]).any()
+        assert table[name].nunique() == count
+
+
+def test_a_recipe_that_differs_in_more_is_in_no_response() -> None:
+    records = altered(made(varying("lr", 0.05, 0.1), gaining), "logit/lr=0.1", "recipe_id", "x")
+    assert measures.response(records, "lr")["method"].tolist() == ["none", "none"]
+
+
+def test_gaps_and_costs_are_beside_the_control_that_the_study_declares() -> None:
+    mine = Method("mine", "tune_kd.training.methods.logit:Logit")
+    study = varying("lr", 0.05, 0.1, methods=(mine,), control="logit", contrasts=(Compare("method", "mine", "logit"),))
+    study = replace(study, factors=(Factor("method", ("none", "logit", "mine")), study.factors[1]))
+    records = made(study, gaining)
+    gaps = measures.gaps(records)
+    assert gaps["arm"].tolist() == ["mine/lr=0.05", "mine/lr=0.1"]
+    assert gaps["gain"].tolist() == pytest.approx([-0.01, -0.01], abs=0.002)
+    trials = records.trials.assign(val_accuracy_best=[0.9 if "logit" in arm else 0.5 for arm in records.trials["arm"]])
+    assert measures.target_accuracy(replace(records, trials=trials)) == pytest.approx(0.99 * 0.9)
+    without = Records(records.trials, records.epochs, records.decisions, {})
+    assert set(measures.gaps(without)["arm"]) == {"logit/lr=0.05", "logit/lr=0.1", "mine/lr=0.05", "mine/lr=0.1"}
+
+
+def test_a_report_has_a_table_and_a_picture_of_each_number_that_is_varied(tmp_path: Path) -> None:
+    mine = Method("mine", "tune_kd.training.methods.logit:Logit", settings={"weight": 7.0})
+    factors = (
+        Factor("method", ("none", "mine")),
+        Factor("weight", (1.0, 20.0)),
+        Factor("precision", ("float32", "tf32")),
+    )
+    study = varying("epochs", 2, 4, methods=(mine,), contrasts=())
+    reference = (("epochs", 2), ("momentum", 0.9), ("weight", 1.0), ("temperature", 4.0))
+    report(reportable(replace(study, factors=(*factors, study.factors[1]), reference=reference)), tmp_path)
+    for kind, folder in (("csv", "tables"), ("svg", "figures")):
+        found = {path.stem for path in (tmp_path / folder).glob(f"response_*.{kind}")}
+        assert found == {"response_weight", "response_epochs"}
+    assert "Accuracy by weight" in (tmp_path / "report.md").read_text()
+    picture = (tmp_path / "figures" / "response_epochs.svg").read_text()
+    assert "mine, float32, weight=1" in picture or "weight=1" in picture
+    paper = pd.read_csv(tmp_path / "tables" / "paper.csv")  # at the reference
+    assert paper["column"].tolist() == [
+        "none float32 epochs=2", "none tf32 epochs=2", "mine weight=1 float32 epochs=2", "mine weight=1 tf32 epochs=2",
+    ]  # fmt: skip
+    report(reportable(varying("lr", 0.05, 0.1)), tmp_path)  # of another study: nothing is left
+    assert {path.stem for path in tmp_path.glob("*/response_*")} == {"response_lr"}
+
+
+def reportable(study: Study) -> Records:
+    """The records of a run, with what `study.json` says about the data."""
+    records = made(study, gaining)
+    records.studies["r"]["data"] = {"name": "digits", "digest": "0" * 64}
+    return records

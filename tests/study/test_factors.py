@@ -298,7 +298,7 @@ def test_an_id_depends_on_settings_and_not_on_their_order(values: dict[str, floa
         (study(methods=(replace(MINE, settings={"lambda": 1.0}),)), ("methods[0].settings has 'lambda'",)),
         (
             study(methods=(replace(MINE, settings={"seed": 1.0}),)),
-            ("methods[0].settings has 'seed'", "no other column"),
+            ("methods[0].settings has 'seed'", "no other column or factor"),
         ),
         (study(methods=(replace(MINE, settings={"lr": 1.0}),)), ("methods[0].settings has 'lr'",)),
         (study(methods=(replace(MINE, settings={"w": float("nan")}),)), ("methods[0].settings has w nan",)),

@@ -11,12 +11,18 @@ from tune_kd.analysis import statistics, teachers
 from tune_kd.analysis.block_model import Array
 from tune_kd.records.reader import Records
 from tune_kd.records.tables import typed
-from tune_kd.study.spec import RECIPE_FACTORS, Confirm
+from tune_kd.study.spec import RECIPE_FACTORS, Confirm, Study
 from tune_kd.study.trial import ENDED, Phase, Role, Status, recipe_id
 
 HEADLINE: Final = "test_accuracy_best"
 COMPARABLE = ("epochs_planned", "dataset", "data_digest", "scale", "recipe_id")  # equal in arms that are compared
 CONTEXT = ("run", "student", "teacher", "stem", "weights", "width")  # arms of one context differ in other settings
+
+
+def control_of(records: Records, run: str) -> str:
+    """The method with which a run compares the others; the default in tables without a study, or with no control."""
+    declared = records.studies[run]["study"].get("control") if run in records.studies else None
+    return str(declared or Study.control)
 
 
 def planned_seeds(records: Records, run: str) -> list[int] | None:

@@ -3,15 +3,29 @@
 Each function returns a DataFrame over completed confirmed trials. Null: does not apply.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from tune_kd.analysis.accuracy import COMPARABLE, CONTEXT, HEADLINE, by_context, completed_trials, summary
+from tune_kd.analysis.accuracy import (
+    COMPARABLE,
+    CONTEXT,
+    HEADLINE,
+    by_context,
+    column_of,
+    completed_trials,
+    control_of,
+    summary,
+    varied,
+    without_factors,
+)
 from tune_kd.records.reader import Records
+from tune_kd.records.schema import TRIALS
 from tune_kd.records.tables import typed
+from tune_kd.study.spec import TEXTS
 from tune_kd.study.trial import Role, Status
 
 MEASURES = ("agreement", "kl_t1", "kl_t4", "ece", "test_accuracy", "val_accuracy_best")
@@ -37,8 +51,8 @@ def measures(records: Records) -> pd.DataFrame:
 
 def target_accuracy(records: Records) -> float | None:
     """The default target of `costs`: 99 % of the validation accuracy of a run's worst control."""
-    controls = completed_trials(records)
-    controls = controls[controls["method"] == "none"]
+    ended = completed_trials(records)
+    controls = ended[_is_control(records, ended)]
     means = controls.groupby("arm")["val_accuracy_best"].mean().dropna()
     return 0.99 * float(means.min()) if len(means) else None
 
@@ -90,41 +104,59 @@ def response(records: Records, factor: str) -> pd.DataFrame:
     """The confirmed accuracy over the levels of a numeric factor: one row per context, method and level.
 
     Empty unless a method has several levels of it. `control` is the mean of the context's control, null if there is
-    none with the same data, budget and recipe.
+    none with the same data, budget and recipe, and for the control itself.
     """
-    ended = completed_trials(records).dropna(subset=HEADLINE)
-    controls = _controls(ended)
-    others = [name for name in ("teacher", "method", "temperature", "alpha", "beta") if name != factor]
+    column, ended = column_of(factor), without_factors(records, completed_trials(records).dropna(subset=HEADLINE))
+    in_recipe = [column_of(name) for study in records.studies.values() for name in varied(study)]
+    further = [str(name) for name in ended if name not in TRIALS.columns]
+    alike = list(dict.fromkeys((*ALIKE_WITH_CONTROL, *in_recipe)))
+    settings = dict.fromkeys(("teacher", "method", "temperature", "alpha", "beta", *further, *in_recipe))
+    others, controls = [name for name in settings if name != column], _controls(records, ended, alike)
     rows = []
-    for where, group in by_context(ended[ended[factor].notna()], [*ALIKE_WITH_CONTROL, *others]):
-        if group[factor].nunique() < 2:
+    together = [name for name in dict.fromkeys((*alike, *others)) if name != column]
+    for where, group in by_context(ended[ended[column].notna()], together):
+        if group[column].nunique() < 2:
             continue
-        control = controls.get(tuple(where[name] for name in ALIKE_WITH_CONTROL))
-        for level, of_level in group.groupby(factor):
+        of_control = where["method"] == control_of(records, str(where["run"]))
+        for level, of_level in group.groupby(column):
             described = asdict(summary(records, str(where["run"]), of_level))
-            rows.append(where | {factor: level, **described, "control": control})
+            beside = None if of_control else controls.get(tuple((where | {column: level})[name] for name in alike))
+            rows.append(where | {factor: level, **described, "control": beside})
     return typed(rows, " ".join([*CONTEXT_SHOWN, *others, factor, "n mean sd low high control"]))
+
+
+def responses(records: Records) -> list[str]:
+    """The factors for which there is a `response`: temperature, alpha, and the settings and fields of the recipe that
+    are numbers and that factors vary."""
+    declared = [each["name"] for study in records.studies.values() for each in study["study"].get("factors", ())]
+    numbers = (name for name in declared if name not in (*TEXTS, *CONTEXT) and column_of(name) in records.trials)
+    return list(dict.fromkeys(("temperature", "alpha", *numbers)))
 
 
 def gaps(records: Records) -> pd.DataFrame:
     """The gap between teacher and control, and the gain of each arm over the control: one row per arm."""
     ended = completed_trials(records).dropna(subset=HEADLINE)
-    controls = _controls(ended)
+    controls = _controls(records, ended, ALIKE_WITH_CONTROL)
     taught = records.trials[(records.trials["role"] == Role.TEACHER) & (records.trials["status"] == Status.COMPLETED)]
     teachers = taught.set_index(["run", "trial_id"])[HEADLINE].dropna().to_dict()
     rows = []
-    for where, group in by_context(ended[ended["method"] != "none"], [*ALIKE_WITH_CONTROL, "teacher", "arm"]):
+    for where, group in by_context(ended[~_is_control(records, ended)], [*ALIKE_WITH_CONTROL, "teacher", "arm"]):
         known = [teachers.get(key) for key in zip(group["run"], group["teacher_id"], strict=True)]
-        control = controls.get(tuple(where[name] for name in ALIKE_WITH_CONTROL))
-        if control is None or None in known:
+        beside = controls.get(tuple(where[name] for name in ALIKE_WITH_CONTROL))
+        if beside is None or None in known:
             continue
         teacher, mean = float(np.mean(np.asarray(known, dtype=float))), float(group[HEADLINE].mean())
-        found = {"teacher_accuracy": teacher, "control": control, "mean": mean}
-        rows.append(where | {"n": len(group), **found, "gap": teacher - control, "gain": mean - control})
+        found = {"teacher_accuracy": teacher, "control": beside, "mean": mean}
+        rows.append(where | {"n": len(group), **found, "gap": teacher - beside, "gain": mean - beside})
     return typed(rows, " ".join([*CONTEXT_SHOWN, "teacher", "arm", "n teacher_accuracy control mean gap gain"]))
 
 
-def _controls(ended: pd.DataFrame) -> dict[tuple[Any, ...], float]:
-    """The mean accuracy of the controls, by the settings in `ALIKE_WITH_CONTROL`."""
-    found = by_context(ended[ended["method"] == "none"], ALIKE_WITH_CONTROL)
+def _is_control(records: Records, trials: pd.DataFrame) -> "pd.Series[bool]":
+    """Which trials have the method with which their run compares the others."""
+    return (trials["method"] == trials["run"].map(lambda run: control_of(records, run))).fillna(False).astype(bool)
+
+
+def _controls(records: Records, ended: pd.DataFrame, alike: Sequence[str]) -> dict[tuple[Any, ...], float]:
+    """The mean accuracy of the controls, by the settings in which they are like the arms that are compared."""
+    found = by_context(ended[_is_control(records, ended)], alike)
     return {tuple(where.values()): float(group[HEADLINE].mean()) for where, group in found}

@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from tune_kd.analysis.accuracy import CONTEXT, HEADLINE, arms, confirmed_trials
+from tune_kd.analysis.accuracy import CONTEXT, HEADLINE, arms, column_of, confirmed_trials, control_of
 from tune_kd.analysis.contrasts import contrasts
 from tune_kd.analysis.statistics import summary
 from tune_kd.records.reader import Records
@@ -66,14 +66,15 @@ def _context(arm: Row, teacher: str | None) -> tuple[Any, ...]:
 
 
 def _at_reference(study: Row, arm: Row) -> bool:
-    fixed = [(name, level) for name, level in study.get("reference", ()) if name not in CONTEXT]
-    return all(arm[name] in (None, level) for name, level in fixed)
+    varied = [each["name"] for each in study["factors"] if each["name"] not in CONTEXT]
+    fixed = [(name, level) for name, level in study.get("reference", ()) if name in varied]
+    return all(arm[column_of(name)] in (None, level) for name, level in fixed)
 
 
 def _column(study: Row, arm: Row) -> str:
     """The method, and the levels of other factors that are not in the context: `logit T=4`."""
     names = [each["name"] for each in study["factors"] if each["name"] not in (*CONTEXT, "method")]
-    levels = [level_name(name, arm[name]) for name in names if arm[name] is not None]
+    levels = [level_name(name, level) for name in names if (level := arm[column_of(name)]) is not None]
     tuned = [arm["arm"].rpartition("/")[2]] if study.get("tuning") else []
     return " ".join([arm["method"] or "", *levels, *tuned]).strip()
 
@@ -93,7 +94,7 @@ def _verdicts(records: Records) -> dict[str, str]:
     A run of a version before 0.7 has one family, which counts as primary.
     """
     methods = confirmed_trials(records).drop_duplicates("arm").set_index("arm")["method"].to_dict()
-    control = records.study["study"].get("control", "none")
+    control = control_of(records, records.runs[0])
     found: dict[str, str] = {}
     for each, verdict in zip(records.study["contrasts"], contrasts(records)["verdict"], strict=True):
         treated, against = ([arm for arm, weight in each["weights"] if sign * weight > 0] for sign in (1, -1))

@@ -10,12 +10,14 @@ import pandas as pd
 from tune_kd.analysis import accuracy, contrasts, evidence, fidelity, verdicts
 from tune_kd.analysis.statistics import MARGIN
 from tune_kd.records.reader import Records
+from tune_kd.study.methods import built_in
 from tune_kd.study.spec import Family
 
 CONTEXTS_SHOWN = 3  # of a comparison, in one sentence
 NAMED = 3  # contrasts of the secondary family with a finding
 SENTENCES = 4  # on the primary family
 FINDINGS = ("better", "worse")
+UNTAUGHT = [name for name, method in built_in().items() if not method.is_taught]
 Row = Mapping[Any, Any]
 
 
@@ -92,7 +94,7 @@ class _Words:
         """`stem cifar`, `logit`, `no distillation`; a level that has its factor in it stays: `T=4`."""
         factor = self._factors.get(name)
         if factor == "method":
-            return "no distillation" if name == "none" else name
+            return "no distillation" if name in UNTAUGHT else name
         return name if factor is None else f"{factor} {name}"
 
     def context(self, contrast: str) -> str:

@@ -15,10 +15,20 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from tune_kd.records.schema import COMMITS, DIGESTS, EPOCHS, MOST_LEDGER_BYTES, MOST_TABLE_BYTES, SCHEMAS, R, Schema
-from tune_kd.records.sqlite_file import VERSIONS, versions
+from tune_kd.records.schema import (
+    COMMITS,
+    DIGESTS,
+    EPOCHS,
+    MOST_LEDGER_BYTES,
+    MOST_TABLE_BYTES,
+    SCHEMAS,
+    R,
+    Schema,
+    further_kinds,
+)
+from tune_kd.records.sqlite_file import VERSIONS, columns, creating, versions
 from tune_kd.records.tables import PART, arrow, to_parquet
-from tune_kd.study.trial import FURTHER, Row, further
+from tune_kd.study.trial import FURTHER, Row
 from tune_kd.system.crash_points import point
 from tune_kd.system.errors import CorruptFile, UnexpectedFile
 from tune_kd.system.files import MOST_RECORD_BYTES, check_regular, patiently, publish, read, sealed, unsealed, write_at
@@ -31,7 +41,6 @@ ASIDE = ("", "-wal", "-shm", "-journal")  # suffixes of SQLite's files
 FAILURES = (CorruptFile, OSError, sqlite3.Error)  # of the machine: damage, a full disk, a lock that is held
 
 Write = tuple[str, list[Any]]  # an SQL statement and its values
-_SQL = {str: "TEXT", int: "INTEGER", float: "REAL"}
 
 ROW_BYTES = 32  # of a row at least, with its index
 SLACK = 2**24  # bytes by which a ledger may grow between two looks at its size
@@ -87,7 +96,7 @@ class Ledger:
                 return
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
-            self._in_one([(statement, []) for statement in _creating(False)])
+            self._in_one([(statement, []) for statement in creating(False)])
             self._check_made()
             self._commits = max(after, self.held())
         except BaseException:
@@ -101,7 +110,7 @@ class Ledger:
         """
         found = {(kind, sql) for kind, sql in self._read("SELECT type, sql FROM sqlite_master", [])}
         for earlier in (False, True):
-            made = {statement.replace(" IF NOT EXISTS", "") for statement in _creating(earlier)}
+            made = {statement.replace(" IF NOT EXISTS", "") for statement in creating(earlier)}
             own = {("table", "CREATE TABLE sqlite_sequence(name,seq)"), *(("table", sql) for sql in made)}
             if found - {("index", None)} == own:
                 self._earlier = earlier
@@ -110,7 +119,7 @@ class Ledger:
 
     def _names(self, schema: Schema[Any]) -> list[str]:
         """The columns of a table of this ledger."""
-        return _columns(schema, self._earlier)
+        return columns(schema, self._earlier)
 
     def close(self) -> None:
         self._connection.close()
@@ -210,11 +219,13 @@ class Ledger:
 
     def _further(self) -> dict[str, type]:
         """The further settings of the trials and their types, in the order of their columns."""
-        found: dict[str, type] = {}
-        if not self._earlier:
-            for (text,) in self._read(f"SELECT DISTINCT {FURTHER} FROM {SCHEMAS[0].name}", []):
-                found |= {name: type(value) for name, value in further({FURTHER: text}).items()}
-        return found
+        if self._earlier:
+            return {}
+        which = f"SELECT DISTINCT {FURTHER} FROM {SCHEMAS[0].name} WHERE {FURTHER} IS NOT NULL"
+        kinds = further_kinds([text for (text,) in self._read(which, [])])
+        if kinds is None:
+            raise CorruptFile(f"{self.path} is damaged: its trials have further settings that no run writes")
+        return kinds
 
     def _select(self, schema: Schema[R], which: str, values: list[Any]) -> list[R]:
         present, rows = self._names(schema), []
@@ -328,21 +339,6 @@ def _contents(path: Path, most: int) -> bytes:
         return read(path, most) if path.is_file() else b""
     except UnexpectedFile:
         return b""
-
-
-def _columns(schema: Schema[Any], earlier: bool) -> list[str]:
-    """The columns of a table in a ledger; `earlier`: of a version whose studies brought no settings of their own."""
-    return [name for name in schema.columns if not (earlier and name == FURTHER)]
-
-
-def _creating(earlier: bool) -> list[str]:
-    """The statements that create the tables."""
-    return [
-        f"CREATE TABLE IF NOT EXISTS {schema.name} (number INTEGER PRIMARY KEY AUTOINCREMENT, "
-        + "".join(f'"{name}" {_SQL[schema.columns[name]]}, ' for name in _columns(schema, earlier))
-        + f"crc INTEGER NOT NULL, UNIQUE ({', '.join(schema.key)}))"
-        for schema in SCHEMAS
-    ] + ["CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)"]
 
 
 _SET_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"

@@ -18,6 +18,7 @@ from tune_kd.records.ledger import digests
 from tune_kd.records.schema import (
     DIGESTS,
     LAYOUT,
+    MOST_FURTHER,
     MOST_TABLE_BYTES,
     PANDAS,
     RUN_NAME,
@@ -234,6 +235,10 @@ def check(schema: Schema[Any], table: pd.DataFrame, *, lenient: bool = False) ->
         return table, [f"lacks the columns {', '.join(refused)}; has {', '.join(map(str, table.columns))}"]
     columns = schema.in_parquet
     if not lenient and FURTHER in schema.columns:  # each further setting is a column
+        strange = [str(name) for name in table if not str(name).isidentifier()]
+        if strange or len(table.columns) > len(schema.columns) + MOST_FURTHER:
+            return table, [f"has the columns {', '.join(map(repr, [*strange, *table.columns][:EXAMPLES]))} and others; "
+                           f"expected names of settings, {MOST_FURTHER} at most"]  # fmt: skip
         columns |= {str(name): str if pd.api.types.is_string_dtype(table[name].dropna()) else float
                     for name in table if name not in schema.columns}  # fmt: skip
     there = {name: kind for name, kind in columns.items() if name in table}

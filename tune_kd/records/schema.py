@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypedDict, TypeVar, cast, get_args, get_type_hints
 
 from tune_kd.study.spec import Level
-from tune_kd.study.trial import FURTHER, Action, Decision, Epoch, Phase, Role, Row, Status, StopReason, Trial
+from tune_kd.study.trial import FURTHER, Action, Decision, Epoch, Phase, Role, Row, Status, StopReason, Trial, further
 from tune_kd.system.characters import CONTROL
 
 R = TypeVar("R", bound=Row)
 PANDAS = {str: "string", int: "Int64", float: "float64"}
+MOST_FURTHER = 1000  # further settings of the trials of a run
 LAYOUT = 2  # version of a run's folder; from 2 on it has digests of the tables
 LEDGER = "ledger.sqlite"  # in a run's folder
 COMMITS = "ledger.commits"  # beside it: the least number of transactions that the ledger holds
@@ -80,7 +81,7 @@ class Schema(Generic[R]):
         for name in self.only_completed:
             if row[name] is not None and row["status"] != Status.COMPLETED:
                 return f"{self.name}.{name} is {row[name]} while status is {row['status']}; allowed: null"
-        if row.get(FURTHER) is not None and not _is_further(row[FURTHER]):
+        if row.get(FURTHER) is not None and not is_further(row[FURTHER]):
             return f"{self.name}.{FURTHER} is {row[FURTHER]!r:.60}; allowed: null, or JSON of names with levels"
         ran, planned = row.get("epochs_run"), row.get("epochs_planned")
         if ran is not None and planned is not None and row["status"] == Status.COMPLETED and ran < planned:
@@ -96,16 +97,35 @@ class Schema(Generic[R]):
         return None
 
 
-def _is_further(text: str) -> bool:
+def is_further(text: Any) -> bool:
+    """Return whether a text is what `as_further` makes of settings that have no column of their own."""
     try:
-        found = json.loads(text)
+        found = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and all(
-        name.isidentifier()
-        and ((isinstance(each, str) and not CONTROL.search(each)) or (type(each) is float and math.isfinite(each)))
-        for name, each in found.items()
-    )
+    return isinstance(found, dict) and all(map(_is_setting, found.items())) and as_further(found) == text
+
+
+def further_kinds(texts: Iterable[str]) -> dict[str, type] | None:
+    """Return the further settings of trials, by name, and their types; None for what no run writes."""
+    found: dict[str, type] = {}
+    for text in texts:
+        settings = further({FURTHER: text}) if is_further(text) else None
+        if settings is None or any(
+            found.setdefault(name, type(each)) is not type(each) for name, each in settings.items()
+        ):
+            return None
+    return dict(sorted(found.items())) if len(found) <= MOST_FURTHER else None
+
+
+def _is_setting(item: tuple[str, Any]) -> bool:
+    name, level = item
+    known = name in TRIALS.columns or not name.isidentifier()
+    return not known and (not CONTROL.search(level) if isinstance(level, str) else _is_number(level))
+
+
+def _is_number(level: Any) -> bool:
+    return type(level) is float and math.isfinite(level)
 
 
 def columns_of(row: type) -> dict[str, type]:

@@ -1,15 +1,18 @@
-"""Checks of a file before SQLite opens it: its journal, its header, the length of its path."""
+"""What is in a ledger's file, and checks before SQLite opens it: its journal, its header, the length of its path."""
 
 import os
 from pathlib import Path
+from typing import Any
 
-from tune_kd.records.schema import MOST_LEDGER_BYTES
+from tune_kd.records.schema import MOST_LEDGER_BYTES, SCHEMAS, Schema
+from tune_kd.study.trial import FURTHER
 from tune_kd.system.errors import CorruptFile
 from tune_kd.system.files import opened
 
 SQLITE_BYTES = 504  # limit of the path: SQLite's 512, less the suffix of its journal
 VERSIONS = b"\x02\x02"  # of a file with a write-ahead log
 SUPER = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"  # last bytes of a journal that names another file (fileformat.html)
+_SQL = {str: "TEXT", int: "INTEGER", float: "REAL"}
 
 
 def versions(path: Path) -> bytes:
@@ -36,3 +39,18 @@ def too_long(path: Path) -> str | None:
     if length <= SQLITE_BYTES:
         return None
     return f"the path of its ledger has {length} bytes, and SQLite opens those of at most {SQLITE_BYTES}"
+
+
+def columns(schema: Schema[Any], earlier: bool) -> list[str]:
+    """The columns of a table in a ledger; `earlier`: of a version whose studies brought no settings of their own."""
+    return [name for name in schema.columns if not (earlier and name == FURTHER)]
+
+
+def creating(earlier: bool) -> list[str]:
+    """The statements that create the tables."""
+    return [
+        f"CREATE TABLE IF NOT EXISTS {schema.name} (number INTEGER PRIMARY KEY AUTOINCREMENT, "
+        + "".join(f'"{name}" {_SQL[schema.columns[name]]}, ' for name in columns(schema, earlier))
+        + f"crc INTEGER NOT NULL, UNIQUE ({', '.join(schema.key)}))"
+        for schema in SCHEMAS
+    ] + ["CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)"]

@@ -16,7 +16,7 @@ PART = 2000  # rows that are converted at a time
 # Columns of results that are text, and counts. The others are measures.
 TEXTS = (
     "run arm role note what contrast kind verdict words context how against setting value host stratum phase method "
-    "status student teacher stem weights family rule factor rules_out measure column"
+    "status student teacher stem weights family rule factor rules_out measure column precision"
 )
 COUNTS = (
     "draws completed failed epochs best_draw n planned tried trials stopped n_treated n_control pairs_needed epoch "

@@ -132,9 +132,10 @@ def response(records: Records, styles: Styles, factor: str) -> Made:
     table = measures.response(records, factor)
     if table.empty:
         return None
-    where = ("student", "teacher", "stem", "weights", "width", "method")
-    contexts = [name for name in where if table[name].nunique() > 1]
-    grouped: list[Any] = list(table.groupby(contexts, sort=False)) if contexts else [((), table)]
+    columns = list(table)[: list(table).index(factor)]
+    within = table.groupby("method")[[name for name in columns if name != "method"]].nunique(dropna=False).max() > 1
+    contexts = [name for name in columns if (table[name].nunique() > 1 if name == "method" else within[name])]
+    grouped: list[Any] = list(table.groupby(contexts, sort=False, dropna=False)) if contexts else [((), table)]
     grouped, more = style.first_panels(grouped, "contexts")
     ticks = sorted(table[factor].unique())
     figure, panels = style.stacked(len(grouped), 1.5, 0.4, sharex=True)
@@ -143,13 +144,18 @@ def response(records: Records, styles: Styles, factor: str) -> Made:
         look = styles[str(group["method"].iloc[0])]
         error = [mean - low, high - mean]
         axes.errorbar(group[factor].to_numpy(float), mean, error, color=look.colour, marker=look.marker, capsize=2)
-        if group["control"].notna().any():
+        if group["control"].nunique() > 1:  # of a field of the recipe, which the control has, too
+            axes.plot(group[factor].to_numpy(float), 100 * group["control"], color="#000000", ls=":", label="control")
+            axes.legend(loc="best")
+        elif group["control"].notna().any():
             axes.axhline(100 * float(group["control"].iloc[0]), color="#000000", ls=":", label="control")
             axes.legend(loc="best")
-        if factor == "temperature" and min(ticks) > 0:
+        if min(ticks) > 0 and (factor == "temperature" or max(ticks) > 10 * min(ticks)):
             axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, list(map(number, ticks)))
-        axes.set_title(", ".join(map(style.readable, levels)), loc="left")
+        named = [level if isinstance(level, str) else f"{name}={number(level)}"
+                 for name, level in zip(contexts, levels, strict=True) if pd.notna(level)]  # fmt: skip
+        axes.set_title(", ".join(map(style.readable, named)), loc="left")
         axes.set_ylabel("test acc. (%)")
     panels[-1].set_xlabel(factor)
     rows = table.to_dict("records")

@@ -11,6 +11,7 @@ from functools import partial
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from tune_kd.analysis import measures
 from tune_kd.records.reader import Records
 from tune_kd.reporting import accuracy_figures as accuracy, early_stopping_figures as early_stopping
 from tune_kd.reporting.style import STYLE, Made, Styles, method_styles
@@ -33,7 +34,9 @@ def draw(records: Records) -> list[Picture]:
     for run in records.runs:
         one = records.of(run)
         ending, of = (f"-{run}", f" ({run})") if len(records.runs) > 1 else ("", "")
-        for name, make in PICTURES.items():
+        more = [name for name in measures.responses(one) if name not in PICTURES]
+        responses = {f"response_{name}": partial(accuracy.response, factor=name) for name in more}
+        for name, make in (PICTURES | responses).items():
             with rc_context(STYLE):
                 made = make(one, styles)
             if made is not None:

@@ -1,6 +1,7 @@
 """Write a report of a run's records: an HTML page, Markdown, tables and figures."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +16,8 @@ from tune_kd.system.errors import UserError
 from tune_kd.system.files import obstacle, publish
 
 FORMATS = ("html", "md", "csv", "tex", "png", "svg")
-TABLES: dict[str, tuple[str, Callable[[Records], pd.DataFrame]]] = {
+Table = tuple[str, Callable[[Records], pd.DataFrame]]
+TABLES: dict[str, Table] = {
     "contrasts": ("Contrasts that the study fixed", contrasts.contrasts),
     "paper": ("Test accuracy by method, as a paper prints it", paper.paper),
     "fidelity": (
@@ -48,8 +50,15 @@ TABLES: dict[str, tuple[str, Callable[[Records], pd.DataFrame]]] = {
 
 def tables(records: Records) -> dict[str, pd.DataFrame]:
     """The tables that are not empty, by name."""
-    made = {name: make(records) for name, (_, make) in TABLES.items()}
+    made = {name: make(records) for name, (_, make) in _tables(records).items()}
     return {name: table for name, table in made.items() if len(table)}
+
+
+def _tables(records: Records) -> dict[str, Table]:
+    """`TABLES`, with a response to each number that factors vary."""
+    more = [name for name in measures.responses(records) if name not in TABLES]
+    return TABLES | {f"response_{name}": (f"Accuracy by {name}", partial(measures.response, factor=name))
+                     for name in more}  # fmt: skip
 
 
 def report(records: Records, to: Path | str, formats: Sequence[str] = FORMATS) -> Path:
@@ -67,7 +76,7 @@ def report(records: Records, to: Path | str, formats: Sequence[str] = FORMATS) -
     if found := [path for path in (folder / "tables", folder / "figures") if path.is_symlink()]:
         raise UserError(f"--to is {folder}, where {found[0]} is a link, through which nothing is written; remove it")
     made = tables(records)
-    titled = {name: (TABLES[name][0], table) for name, table in made.items()}
+    titled = {name: (_tables(records)[name][0], table) for name, table in made.items()}
     printed = grid(made["paper"], records) if "paper" in made else None
     drawn = figures.draw(records) if {"html", "png", "svg"} & set(formats) else []
     limits, said = provenance.limits(records, MARGIN), summary(records)
@@ -94,5 +103,6 @@ def _forget(folder: Path, formats: Sequence[str]) -> None:
     for kind, names in (("tables", [*TABLES, "all"]), ("figures", list(figures.PICTURES))):
         for form in formats:
             for path in (folder / kind).glob(f"*.{form}"):
-                if path.stem in names or path.stem.partition("-")[0] in names:
+                name = path.stem.partition("-")[0]
+                if path.stem in names or name in names or name.startswith("response_"):
                     path.unlink()

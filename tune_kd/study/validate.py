@@ -113,8 +113,9 @@ def _method_problems(study: Study) -> Iterator[str]:
         if method.loss is None:
             yield f"{where}.loss is null; allowed: FILE.py:CLASS, or package.module:CLASS"
         for name, value in method.defaults.items():
-            if not name.isidentifier() or iskeyword(name) or name in taken:
-                yield f"{where}.settings has {name!r}; allowed: a name as Python's that is no other column or factor"
+            if not name.isidentifier() or len(name) > 100 or iskeyword(name) or name in taken:
+                yield (f"{where}.settings has {name!r}; allowed: a name as Python's of at most 100 characters that is "
+                       "no other column or factor")  # fmt: skip
             if isinstance(value, bool) or not math.isfinite(value):
                 yield f"{where}.settings has {name} {value!r}; allowed: a finite number"
 

@@ -1,0 +1,131 @@
+"""Further settings of trials: JSON in the ledger, columns in Parquet, and nothing that no run writes in either."""
+
+import sqlite3
+from contextlib import closing
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from tune_kd.records import ledger as ledgers
+from tune_kd.records.ledger import Ledger
+from tune_kd.records.reader import check, rows as rows_of
+from tune_kd.records.schema import TRIALS, as_further
+from tune_kd.records.sqlite_file import creating
+from tune_kd.records.tables import frame
+from tune_kd.study.trial import FURTHER
+from tune_kd.system.errors import CorruptFile
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "ledger.sqlite")
+
+
+def pending(trial_id: str, **values: Any) -> dict[str, Any]:
+    """A row that readers take."""
+    least = {"run": "r", "arm": "a", "phase": "confirm", "role": "student", "seed": 1, "status": "pending"}
+    return {"trial_id": trial_id, **least, **values}
+
+
+COUNTER = count()
+FURTHER_ROWS = [
+    pending("a"),
+    pending("b", further=as_further({"weight": 2, "precision": "tf32"})),
+    pending("c", further=as_further({"weight": 0.5, "momentum": 0.0})),
+]
+
+
+def test_each_further_setting_is_a_column_of_the_table_and_null_where_it_does_not_apply(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    for row in FURTHER_ROWS:
+        ledger.put(TRIALS, row)
+    ledger.write_tables(tmp_path)
+    table = pd.read_parquet(tmp_path / "trials.parquet")
+    assert list(table)[: len(TRIALS.in_parquet)] == list(TRIALS.in_parquet) and FURTHER not in table
+    assert [str(table[name].dtype) for name in ("weight", "momentum", "precision")] == ["float64", "float64", "string"]
+    assert table["weight"].isna().tolist() == [True, False, False] and table["weight"].tolist()[1:] == [2.0, 0.5]
+    assert table["precision"].tolist() == [pd.NA, "tf32", pd.NA]
+    pd.testing.assert_frame_equal(table, frame(TRIALS, ledger.rows(TRIALS))[list(table)])
+
+
+def test_a_further_setting_of_two_types_is_damage(ledger: Ledger) -> None:
+    ledger.put(TRIALS, pending("a", further=as_further({"weight": 2.0})))
+    ledger.put(TRIALS, pending("b", further=as_further({"weight": "heavy"})))
+    with pytest.raises(CorruptFile, match="further settings that no run writes"):
+        ledger.table(TRIALS)
+
+
+def test_more_further_settings_than_any_run_has_are_damage(ledger: Ledger) -> None:
+    for number in range(2):
+        ledger.put(TRIALS, pending(f"{number}", further=as_further({f"s{number}_{each}": 1.0 for each in range(501)})))
+    with pytest.raises(CorruptFile, match="further settings that no run writes"):
+        ledger.table(TRIALS)
+    more = pd.DataFrame({f"s{each}": [1.0] for each in range(1002)})
+    wide = pd.concat([frame(TRIALS, [pending("a")]), more], axis=1)
+    _, problems = check(TRIALS, wide)
+    assert "expected names of settings, 1000 at most" in problems[0]
+
+
+@given(st.lists(st.dictionaries(
+    st.sampled_from(["weight", "momentum", "nce_k"]), st.floats(allow_nan=False, allow_infinity=False), max_size=3,
+), max_size=4))  # fmt: skip
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rows_with_further_settings_come_back_from_the_table_as_they_were(
+    tmp_path: Path, every: list[dict[str, float]]
+) -> None:
+    with closing(Ledger(tmp_path / f"{next(COUNTER)}.sqlite")) as ledger:
+        for number, known in enumerate(every):
+            ledger.put(TRIALS, pending(f"t{number}", further=as_further(known)))
+        written, table = ledger.rows(TRIALS), ledger.table(TRIALS)
+    checked, problems = check(TRIALS, table.to_pandas())
+    assert problems == [] and rows_of(TRIALS, checked) == written
+
+
+def test_a_ledger_of_an_earlier_version_is_read_and_written_without_the_column(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with closing(sqlite3.connect(path)) as made:
+        for statement in creating(earlier=True):
+            made.execute(statement)
+    before = path.read_bytes()
+    for number in range(2):  # opened again as its own kind
+        with closing(Ledger(path)) as earlier:
+            earlier.put(TRIALS, pending(f"t{number}"))
+            earlier.write_tables(tmp_path)
+            assert [row["further"] for row in earlier.rows(TRIALS)] == [None] * (number + 1)
+            earlier.check()
+    assert path.read_bytes() != before
+    with closing(sqlite3.connect(path)) as found:
+        assert FURTHER not in [column for _, column, *_ in found.execute("PRAGMA table_info(trials)")]
+    assert list(pd.read_parquet(tmp_path / "trials.parquet")) == list(TRIALS.in_parquet)
+
+
+@pytest.mark.parametrize("text", [
+    "{", "[]", "1", "null", '"x"', "[" * 10_000, '{"a": 1}', '{"a": null}', '{"a": true}', '{"a": [1.0]}', '{"a": {}}',
+    '{"a": NaN}', '{"a": Infinity}', '{"a b": 1.0}', '{"": 1.0}', '{"a-b": 1.0}', '{"a": "\\u001b[2J"}',
+    '{"\\u001b": 1.0}', '{"seed": 1.0}', '{"further": 1.0}', '{"a": 1.0, "a": 2.0}',
+], ids=lambda text: text[:20])  # fmt: skip
+def test_hostile_further_settings_are_refused_by_writer_and_reader(ledger: Ledger, text: str) -> None:
+    with pytest.raises(ValueError, match=r"trials\.further is .*; allowed: null, or JSON of names with levels"):
+        ledger.put(TRIALS, pending("t", further=text))
+    row = {**ledger_row(ledger), FURTHER: text}
+    other = sqlite3.connect(ledger.path)
+    del row["number"]
+    crc = ledgers._crc({name: row[name] for name in TRIALS.columns})
+    other.execute(f"UPDATE trials SET {FURTHER} = ?, crc = ?", [text, crc])
+    other.commit()
+    for read in (lambda: ledger.rows(TRIALS), lambda: ledger.table(TRIALS)):
+        with pytest.raises(CorruptFile, match="no run writes"):
+            read()
+
+
+def ledger_row(ledger: Ledger) -> dict[str, Any]:
+    """The cells of a pending trial that is put, as SQLite has them."""
+    ledger.put(TRIALS, pending("u"))
+    with closing(sqlite3.connect(ledger.path)) as found:
+        found.row_factory = sqlite3.Row
+        return dict(found.execute("SELECT * FROM trials").fetchone())
