@@ -34,6 +34,19 @@ class KD(nn.Module):
         t = F.log_softmax(batch.teacher_logits / temperature, 1)
         return squared(temperature) * F.kl_div(s, t, reduction="batchmean", log_target=True)
 
+class Stages(nn.Module):
+    def __init__(self, context):
+        super().__init__()
+        pairs = zip(context.student.taps, context.teacher.taps)
+        self.maps = nn.ModuleList(nn.Conv2d(one[0], other[0], 1, bias=False) for one, other in pairs)
+    def forward(self, batch, *, beta):
+        pairs = zip((each(one) for each, one in zip(self.maps, batch.student_features)), batch.teacher_features)
+        squares, angles = zip(*(
+            (F.mse_loss(one, other), (1 - F.cosine_similarity(one.mean((2, 3)), other.mean((2, 3)))).mean())
+            for one, other in pairs
+        ))
+        return torch.stack(squares).mean() + beta * torch.stack(angles).mean()
+
 class Dropped(nn.Module):
     def __init__(self, context):
         super().__init__()
@@ -93,12 +106,16 @@ def with_loss(trial: Trial, name: str, needs: str = "logits", **settings: float)
     return replace(trial, cell=replace(trial.cell, method="mine", **settings), brought=method)
 
 
-def test_the_formula_of_kd_gives_the_numbers_of_logit_bit_for_bit(
-    pixels: DataSet, teacher: Teacher, tmp_path: Path
+@pytest.mark.parametrize(
+    ("method", "name", "needs", "settings"),
+    [("logit", "KD", "logits", {"temperature": 4.0}), ("feature", "Stages", "features", {"beta": 0.5})],
+)
+def test_a_formula_of_ones_own_gives_the_numbers_of_the_built_in_method_bit_for_bit(
+    method: str, name: str, needs: str, settings: dict[str, float], pixels: DataSet, teacher: Teacher, tmp_path: Path
 ) -> None:
-    built_in = distilling("logit", teacher)
-    expected = run(built_in, pixels, teacher, tmp_path / "logit")
-    ours = run(with_loss(built_in, "KD", temperature=4.0), pixels, teacher, tmp_path / "mine")
+    built_in = distilling(method, teacher)
+    expected = run(built_in, pixels, teacher, tmp_path / "built_in")
+    ours = run(with_loss(built_in, name, needs, **settings), pixels, teacher, tmp_path / "mine")
     assert [exact(epoch) for epoch in ours] == [exact(epoch) for epoch in expected]
 
 
