@@ -132,7 +132,7 @@ def response(records: Records, styles: Styles, factor: str) -> Made:
     table = measures.response(records, factor)
     if table.empty:
         return None
-    columns = list(table)[: list(table).index(factor)]
+    columns = list(map(str, table))[: list(table).index(factor)]
     within = table.groupby("method")[[name for name in columns if name != "method"]].nunique(dropna=False).max() > 1
     contexts = [name for name in columns if (table[name].nunique() > 1 if name == "method" else within[name])]
     grouped: list[Any] = list(table.groupby(contexts, sort=False, dropna=False)) if contexts else [((), table)]
