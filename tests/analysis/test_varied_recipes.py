@@ -9,8 +9,11 @@ import pytest
 from test_summary import made
 
 from conftest import tiny
-from tune_kd.analysis import contrasts, measures, summary
+from tune_kd.analysis import calibrate, contrasts, measures, simulate, summary
 from tune_kd.records.reader import Records
+from tune_kd.records.schema import EPOCHS
+from tune_kd.records.tables import frame
+from tune_kd.reporting import figures
 from tune_kd.reporting.report import report
 from tune_kd.study.methods import Method
 from tune_kd.study.spec import Cell, Compare, Confirm, Factor, Level, Study
@@ -186,14 +189,28 @@ def test_a_report_has_a_table_and_a_picture_of_each_number_that_is_varied(tmp_pa
         found = {path.stem for path in (tmp_path / folder).glob(f"response_*.{kind}")}
         assert found == {"response_weight", "response_epochs"}
     assert "Accuracy by weight" in (tmp_path / "report.md").read_text()
-    picture = (tmp_path / "figures" / "response_epochs.svg").read_text()
-    assert "mine, float32, weight=1" in picture or "weight=1" in picture
     paper = pd.read_csv(tmp_path / "tables" / "paper.csv")  # at the reference
     assert paper["column"].tolist() == [
         "none float32 epochs=2", "none tf32 epochs=2", "mine weight=1 float32 epochs=2", "mine weight=1 tf32 epochs=2",
     ]  # fmt: skip
     report(reportable(varying("lr", 0.05, 0.1)), tmp_path)  # of another study: nothing is left
     assert {path.stem for path in tmp_path.glob("*/response_*")} == {"response_lr"}
+
+
+def test_strata_of_a_recipe_have_pictures_simulations_and_scenarios() -> None:
+    study = varying("epochs", 2, 4, strata=("epochs", "method"))
+    records = made(study, gaining)
+    key, rows = {"run": "r", "attempt": 1}, records.trials.to_dict("records")
+    curves = [key | {"trial_id": row["trial_id"], "epoch": epoch, "val_accuracy": 0.5 + epoch * row["seed"] / 100}
+              for row in rows for epoch in range(1, row["epochs_planned"] + 1)]  # fmt: skip
+    records = replace(records, epochs=frame(EPOCHS, [dict.fromkeys(EPOCHS.columns) | row for row in curves]))
+    (picture,) = (each for each in figures.draw(records) if each.name == "foretelling")
+    assert "in 4 strata" in picture.alternative
+    found = simulate.curves(records, study, study.screen.strata)
+    assert sorted(found.strata) == ["logit/2", "logit/4", "none/2", "none/4"]
+    with pytest.raises(UserError, match=r"columns of the curves .*method.*epochs, lr"):
+        simulate.curves(records, study, ("momentum",))
+    assert calibrate.calibrate(study, 10).scenarios
 
 
 def reportable(study: Study) -> Records:

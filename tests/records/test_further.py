@@ -2,6 +2,7 @@
 
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,17 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from tune_kd.records import ledger as ledgers
+from bench import Bench
+from conftest import tiny
+from tune_kd.records import ledger as ledgers, rebuild
 from tune_kd.records.ledger import Ledger
 from tune_kd.records.reader import check, rows as rows_of
+from tune_kd.records.run_folder import Run, create
 from tune_kd.records.schema import TRIALS, as_further
 from tune_kd.records.sqlite_file import creating
 from tune_kd.records.tables import frame
+from tune_kd.study.methods import Method
+from tune_kd.study.spec import Factor
 from tune_kd.study.trial import FURTHER
 from tune_kd.system.errors import CorruptFile
 
@@ -129,3 +135,27 @@ def ledger_row(ledger: Ledger) -> dict[str, Any]:
     with closing(sqlite3.connect(ledger.path)) as found:
         found.row_factory = sqlite3.Row
         return dict(found.execute("SELECT * FROM trials").fetchone())
+
+
+def test_a_ledger_with_settings_and_varied_recipes_is_made_again_from_its_tables(tmp_path: Path) -> None:
+    mine = Method("mine", "tune_kd.training.methods.logit:Logit", settings={"weight": 7.0})
+    factors = (
+        Factor("method", ("none", "mine")),
+        Factor("weight", (1.0, 2.0)),
+        Factor("precision", ("float32", "tf32")),
+    )
+    study = replace(tiny(), factors=factors, methods=(mine,), contrasts=(), moderator=None)
+    run = Run("r", tmp_path, study, "0" * 64, None, {})
+    create(run)
+    bench = Bench(run.study, tmp_path)
+    bench.run()
+    bench.driver.write_tables()
+    before = {row["trial_id"]: row for row in bench.ledger.rows(TRIALS)}
+    assert {row["further"] for row in before.values()} == {
+        None, *(as_further({"precision": each}) for each in ("float32", "tf32")),
+        *(as_further({"weight": weight, "precision": each}) for weight in (1, 2) for each in ("float32", "tf32")),
+    }  # fmt: skip
+    bench.ledger.close()
+    bench.ledger.path.write_bytes(b"")
+    with closing(rebuild.opened(run, lambda _: None)) as again:
+        assert {row["trial_id"]: row for row in again.rows(TRIALS)} == before

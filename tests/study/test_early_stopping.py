@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from tune_kd.study.early_stopping import Schedule, stratum
+from tune_kd.study.early_stopping import Schedule, levels_of, stratum
 from tune_kd.study.spec import Cell, Data, Recipe, Screen
 from tune_kd.study.trial import Decision, Phase, Trial
 
@@ -54,6 +54,14 @@ def test_a_trial_is_not_decided_about_at_its_own_last_epoch_or_later() -> None:
         return [at for at in range(1, 10) if schedule.report(trial.trial_id, trial.arm, at, 0.5) is not None]
 
     assert (decided(shorter), decided(longer)) == ([2], [2, 4, 8])
+
+
+def test_a_stratum_has_one_name_for_a_trial_and_for_its_row() -> None:
+    screen = replace(SCREEN, strata=("method", "epochs", "batch_size", "lr", "weight"))
+    cell = Cell(settings={"weight": 2.0}, recipe=(("batch_size", 16),))
+    trial = Trial("a", Phase.SCREEN, cell, Recipe(epochs=4, batch_size=16), 0, Data(), None, "test")
+    row = {"method": "none", "epochs_planned": 4, "batch_size": 16.0, "lr": 0.1, "weight": 2.0}
+    assert stratum(screen, levels_of(trial)) == stratum(screen, row) == "none/4/16/0.1/2.0"
 
 
 def test_an_arm_far_behind_enough_peers_is_stopped(schedule: Schedule) -> None:

@@ -28,9 +28,9 @@ def trials(study: Study, count: int, chance: np.random.Generator) -> tuple[Array
     As in the published curves, validation and test accuracy share half of the variance between seeds; the other half
     affects the test accuracy alone. The noise of validation accuracy is proportional to the learning rate.
     """
-    epochs = np.arange(1, study.recipe.epochs + 1)
-    rate = (1 + np.cos(np.pi * epochs / study.recipe.epochs)) / 2
-    mean = ACCURACY * (1 - np.exp(-3 * epochs / study.recipe.epochs) / 2)
+    epochs = np.arange(1, study.most_epochs + 1)
+    rate = (1 + np.cos(np.pi * epochs / study.most_epochs)) / 2
+    mean = ACCURACY * (1 - np.exp(-3 * epochs / study.most_epochs) / 2)
     half = study.deviation / math.sqrt(2)
     luck = half * chance.standard_normal(count)
     noise = study.deviation * EARLY_NOISE * rate * chance.standard_normal((count, len(epochs)))

@@ -71,7 +71,7 @@ class Design:
 
     @classmethod
     def of(cls, planned: Plan) -> "Design":
-        levels = [[str(getattr(arm.cell, name)) for name in planned.study.strata] for arm in planned.arms]
+        levels = [[str(arm.cell.level(name)) for name in planned.study.strata] for arm in planned.arms]
         weights = [[dict(each.weights).get(arm.name, 0.0) for arm in planned.arms] for each in planned.contrasts]
         return cls(planned, tuple(map(tuple, levels)), np.array(weights))
 

@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tune_kd.analysis import statistics
+from tune_kd.analysis.accuracy import column_of
 from tune_kd.records.reader import Records
 from tune_kd.records.schema import TRIALS
 from tune_kd.study.early_stopping import Schedule, stratum
@@ -94,7 +95,7 @@ def curves(records: Records, study: Study, strata: Sequence[str] | None) -> Curv
         raise UserError("--curves has no student's trial; allowed: tables with one, in a phase that is not `teacher`")
     names = list(strata or ())
     _check_strata(names, trials)
-    nowhere, ended = trials[names].isna().any(axis=1), trials["status"] == Status.COMPLETED
+    nowhere, ended = trials[list(map(column_of, names))].isna().any(axis=1), trials["status"] == Status.COMPLETED
     screen = Screen(strata=None if strata is None else tuple(names))
     again = _with_another_teacher(trials)
     grids, gaps = _grids(records, trials[ended & ~nowhere & ~again], study, screen)
@@ -117,9 +118,8 @@ def _with_another_teacher(trials: pd.DataFrame) -> "pd.Series[bool]":
 
 def _check_strata(names: Sequence[str], trials: pd.DataFrame) -> None:
     further = (str(name) for name in trials if name not in TRIALS.columns)
-    known = [
-        name for name in (*CELL_FIELDS, "lr", "weight_decay", *further) if name in trials and trials[name].notna().any()
-    ]
+    possible = dict.fromkeys((*CELL_FIELDS, "epochs", "lr", "weight_decay", *further))
+    known = [name for name in possible if (each := column_of(name)) in trials and trials[each].notna().any()]
     if any(name not in known for name in names):
         raise UserError(
             f"--strata is {','.join(names)!r}; allowed: none, or columns of the curves ({', '.join(known)})"

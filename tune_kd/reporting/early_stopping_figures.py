@@ -80,9 +80,10 @@ def _methods_by_stratum(records: Records) -> dict[str, list[str]]:
     screen = from_json(records.study["study"]).screen
     students = records.trials[records.trials["role"] == Role.STUDENT]
     methods: dict[str, list[str]] = {}
-    levels: list[dict[Any, Any]] = students.drop_duplicates([*(screen.strata or ()), "method"]).to_dict("records")
-    for row in levels:
-        methods.setdefault(stratum(screen, row), []).append(str(row["method"]))
+    rows: list[dict[Any, Any]] = students.drop_duplicates("arm").to_dict("records")
+    for row in rows:
+        found = methods.setdefault(stratum(screen, row), [])
+        found += [] if row["method"] in found else [str(row["method"])]
     return methods
 
 

@@ -10,7 +10,7 @@ from collections.abc import Container, Mapping
 
 import numpy as np
 
-from tune_kd.study.spec import Screen
+from tune_kd.study.spec import COUNTS, Screen
 from tune_kd.study.trial import Action, Decision, DecisionReason, Phase, Trial
 
 
@@ -18,8 +18,12 @@ def stratum(screen: Screen, levels: Mapping[str, object]) -> str:
     """The stratum in which an arm competes: its levels, joined. Without strata, `all`."""
     if screen.strata is None:
         return "all"
-    # A row of a table has the epochs of its recipe as `epochs_planned`.
-    return "/".join(str(levels.get(name, levels.get(f"{name}_planned"))) for name in screen.strata)
+    # A row of a table has the epochs of its recipe as `epochs_planned`, and a batch size of 16 as 16.0.
+    found = {name: levels.get(name, levels.get(f"{name}_planned")) for name in screen.strata}
+    return "/".join(
+        str(int(level)) if name in COUNTS and isinstance(level, float) and level.is_integer() else str(level)
+        for name, level in found.items()
+    )
 
 
 def levels_of(trial: Trial) -> dict[str, object]:
