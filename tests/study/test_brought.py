@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -76,6 +77,14 @@ def test_an_edit_of_a_loss_or_of_what_it_imports_changes_the_ids_of_its_arms_alo
     changed = {key for key in before if before[key] != after[key]}
     assert changed == {key for key in before if key[0].endswith("half")}
     assert changed
+
+
+@pytest.mark.parametrize("change", [{"views": 2}, {"needs": "features"}, {"version": 2}])
+def test_what_a_loss_is_given_is_part_of_the_ids_too(folder: Path, change: dict[str, Any]) -> None:
+    study = study_of(folder)
+    other = replace(study, methods=(replace(study.methods[0], **change),))
+    before, after = ids(study), ids(other)
+    assert {key for key in before if before[key] != after[key]} == {key for key in before if key[0].endswith("half")}
 
 
 def test_an_edit_elsewhere_changes_no_id(folder: Path) -> None:

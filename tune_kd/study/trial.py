@@ -159,7 +159,8 @@ class Trial:
         settings = dict(cell.pop("settings"))
         more: dict[str, Any] = {"settings": settings} if settings else {}
         more |= {"version": self.method.version} if self.method.version > 1 else {}
-        more |= {"source": self.method.source} if self.method.source else {}
+        if (brought := self.method).source is not None:
+            more |= {"source": brought.source, "needs": brought.needs, "views": brought.views}
         identity = {
             "role": self.role,
             "architecture": self.architecture,
