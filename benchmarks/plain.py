@@ -81,11 +81,12 @@ def train_plain(
     projections = nn.ModuleList()
     if cell.method == "feature":
         assert teacher is not None
-        blank = torch.zeros(1, 3, height, width, device=device)
-        shown = [networks.forward_with_features(each.eval(), blank).features for each in (student, teacher)]
-        projections.extend(
-            nn.Conv2d(one.shape[1], other.shape[1], 1, bias=False) for one, other in zip(*shown, strict=True)
-        )
+        widths = [
+            [max(norm.num_features for norm in stage.modules() if isinstance(norm, nn.BatchNorm2d))
+             for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
+            for net in (student, teacher)
+        ]  # fmt: skip
+        projections.extend(nn.Conv2d(one, other, 1, bias=False) for one, other in zip(*widths, strict=True))
         projections.to(device)
     parameters = [*student.parameters(), *projections.parameters()]
     optimizer = torch.optim.SGD(

@@ -12,6 +12,7 @@ EXCEPTIONS = {
     "reporting/style.py": NAMES,  # the palette
     "analysis/scenarios.py": NAMES,  # spreads that were measured; and no effect of seeds
     "training/networks.py": {"none"},  # random initial weights
+    "training/dry_run.py": {"none"},
     "study/validate.py": {"none"},  # as a word, as in the next two: there is none
     "analysis/simulate.py": {"none"},
     "analysis/summary.py": {"none"},

@@ -236,7 +236,7 @@ def with_codes(run: Run) -> Run:
         if here.get(name) != had:
             problems.append(
                 f"RUN is {run.name}, whose study's code imports {name}, of version {had} when it began and "
-                f"{here.get(name, 'none')} now; put that version back, or start a new run"
+                f"{here.get(name) or 'not there'} now; put that version back, or start a new run"
             )
     raise_problems(problems)
     return replace(run, codes=found)
