@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.machinery import PathFinder
-from importlib.metadata import packages_distributions, version
 from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
@@ -157,6 +156,8 @@ def _source(path: Path) -> bytes:
 
 def _versions(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """The versions of the distributions that have these packages."""
+    from importlib.metadata import packages_distributions, version  # most studies bring no code
+
     known = packages_distributions()
     found = {each for name in names for each in known.get(name, ()) if each != "tune_kd"}
     return tuple(sorted((each, version(each)) for each in found))
