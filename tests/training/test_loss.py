@@ -161,15 +161,25 @@ def test_dropout_draws_anew_in_each_epoch(pixels: DataSet, teacher: Teacher, tmp
     assert first[0].loss_kd != other[0].loss_kd
 
 
-def test_copies_are_private_and_have_the_digest_in_their_name() -> None:
-    own = code("KD")
+def test_copies_are_private_have_the_digest_in_their_name_and_do_not_stay() -> None:
+    """A worker is killed without a chance to remove what it left."""
+    own = code("KD", extra="""
+import os
+MODE, FILES = os.stat(os.path.dirname(__file__)).st_mode, os.listdir(os.path.dirname(__file__))
+def late():
+    import beside
+    return beside.squared(3)
+""")  # fmt: skip
+    path = list(sys.path)
     bring([own])
     method = Method("mine", loss="mine.py:KD", settings={"temperature": 4.0}, source=own.digest)
     module = sys.modules[losses.loss_class(method).__module__]
     assert own.digest[:16] in module.__name__
-    folder = Path(str(module.__file__)).parent
-    assert folder.stat().st_mode & 0o077 == 0
-    assert {each.name for each in folder.iterdir() if each.suffix == ".py"} == {"mine.py", "beside.py"}
+    assert module.MODE & 0o077 == 0
+    assert {each for each in module.FILES if each.endswith(".py")} == {"mine.py", "beside.py"}
+    assert not Path(str(module.__file__)).parent.exists()
+    assert sys.path == path
+    assert module.late() == 9
 
 
 def test_an_edited_loss_is_another_class(tmp_path: Path) -> None:

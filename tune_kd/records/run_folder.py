@@ -70,8 +70,6 @@ def check_new(out: Path, name: str | None, study: Study) -> str:
     if name is None:
         name = f"{study.name}-{study.scale}-{datetime.now():%Y%m%d-%H%M%S}"
     problems = [*problems_with_name(name), *secrets(asdict(study), "study")]
-    problems += [f"methods have a setting {each!r}, which is a column of the trials; allowed: another name"
-                 for each in study.settings if each in TRIALS.columns]  # fmt: skip
     if not problems and os.path.exists(out / name) and not _unbegun(out / name):
         problems.append(f"--name is {name!r}, and {out / name} exists; resume that run or choose another name")
     if (there := obstacle(out)) is not None:

@@ -4,14 +4,12 @@ Axes in tensor names: B batch, K classes, C channels, H height, W width. Losses 
 their own parameters, and never to the teacher. Reductions over 16-bit inputs are computed in 32 bits.
 """
 
-import atexit
 import inspect
 import math
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -83,6 +81,7 @@ def loss_class(method: Method) -> type[nn.Module]:
 def bring(codes: Iterable[Code]) -> None:
     """Import the classes that a study brings, from copies of their files in a private folder of this process.
 
+    The folder does not outlast the import.
     Raises what their modules raise, and `RuntimeError` where an installed module is not the one of the study.
     """
     for code in codes:
@@ -102,34 +101,38 @@ def _installed(code: Code) -> ModuleType:
 
 
 def _unpacked(code: Code) -> ModuleType:
-    folder = Path(tempfile.mkdtemp(prefix="tune_kd-code-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for name, content in code.files:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    sys.path.insert(0, str(folder))  # as the folder of a script is
-    spec = spec_from_file_location(f"{Path(code.main).stem}_{code.digest[:16]}", folder / code.main)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    """The module of the class. All files are imported now, and their copies removed: a worker may be killed later."""
+    with tempfile.TemporaryDirectory(prefix="tune_kd-code-") as name:
+        folder = Path(name)
+        for path, content in code.files:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+        sys.path.insert(0, name)  # as the folder of a script is
+        try:
+            spec = spec_from_file_location(f"{Path(code.main).stem}_{code.digest[:16]}", folder / code.main)
+            assert spec is not None and spec.loader is not None
+            module = module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+            for path in (path for path, _ in code.files if path != code.main):
+                with suppress(Exception):  # which it raises again where a function imports it, if one does
+                    import_module(path.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+        finally:
+            sys.path.remove(name)
     return module
 
 
 @contextmanager
 def brought(codes: Sequence[Code]) -> Iterator[None]:
     """Classes that a study brings, for as long as this lasts: another study may have modules of the same names."""
-    modules, path, before = dict(sys.modules), list(sys.path), dict(_brought)
+    modules, before = dict(sys.modules), dict(_brought)
     try:
         bring(codes)
         yield
     finally:
-        mine = [name for name in sys.path if name not in path]
         for name, module in list(sys.modules.items()):
-            file = getattr(module, "__file__", None)
-            if name not in modules and any(str(file).startswith(each) for each in mine):
+            if name not in modules and "tune_kd-code-" in str(getattr(module, "__file__", "")):
                 del sys.modules[name]
-        sys.path[:] = path
         _brought.clear()
         _brought.update(before)
 
