@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tune_kd.study import rules
 from tune_kd.study.rules import at_least, length, most
@@ -76,9 +76,10 @@ def _declared(file: Path) -> Method:
     """The value of `METHOD` in a file. The rest, which imports torch, is not executed: a plan is made in less time."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     (statement,) = (each for each in tree.body if isinstance(each, ast.Assign) and _names(each) == ["METHOD"])
-    scope = {"Method": Method}
+    scope: dict[str, Any] = {"Method": Method}
     exec(compile(ast.Module([statement], []), str(file), "exec"), scope)
-    return scope["METHOD"]  # type: ignore[return-value]
+    found: Method = scope["METHOD"]
+    return found
 
 
 def _names(statement: ast.Assign) -> list[str]:
