@@ -217,10 +217,13 @@ def test_a_study_with_methods_and_settings_comes_back_from_json() -> None:
 
 FILE = """
 from dataclasses import replace
-from test_factors import varying
+from test_factors import MINE, varying
+from tune_kd import Factor, Method
 
 def study():
-    return varying("lr", 0.05, 0.1)
+    other = Method("other", "tune_kd.training.methods.logit:Logit", settings={"temperature": 3.0, "margin": 2.0})
+    varied = varying("lr", 0.05, 0.1, methods=(MINE, other))
+    return replace(varied, factors=(*varied.factors, Factor("margin", (1.0, 3.0))))
 """
 
 
@@ -240,6 +243,10 @@ def test_settings_and_levels_are_set_on_the_command_line(tmp_path: Path) -> None
         ("cell.settings.sharpness=high", "--set cell.settings.sharpness is 'high'; allowed: a number"),
         ("cell.settings.sharpness=true", "--set cell.settings.sharpness is true; allowed: a number"),
         ("cell.settings=3", "--set cell.settings is 3; allowed: "),
+        ("recipe.lr=0.5", "--set recipe.lr is 0.5, and lr is a factor; allowed: --set factors.lr=[...]"),
+        ('recipe={"lr": 0.5}', "--set recipe.lr is 0.5, and lr is a factor"),
+        ("cell.method=dkd", "--set cell.method is 'dkd', and method is a factor"),
+        ("cell.settings.margin=9", "--set cell.settings.margin is 9.0, and margin is a factor"),
     ):
         with pytest.raises(UserError) as caught:
             at(setting)

@@ -5,7 +5,7 @@ import inspect
 import json
 import os
 import shlex
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from tune_kd.study import brought
 from tune_kd.study.plan import checked
 from tune_kd.study.source import StudyFile, executed, folders
-from tune_kd.study.spec import DATA_SETS, Data, Factor, Study
+from tune_kd.study.spec import CELL_FIELDS, DATA_SETS, RECIPE_FACTORS, Data, Factor, Study
 from tune_kd.system.adapters import adapter
 from tune_kd.system.errors import UserError, raise_problems
 from tune_kd.system.files import read
@@ -123,9 +123,22 @@ def _with_settings(path: Path, study: Study, settings: Sequence[str]) -> Study:
             _narrow(study, value, field.removeprefix("factors."))
     raise_problems(problems)
     try:
-        return from_json(value)
+        changed = from_json(value)
+        raise_problems([*_ineffective(study, changed)])
+        return changed
     except ValidationError as error:
         raise UserError(*_type_problems(path, value, settings, error)) from error
+
+
+def _ineffective(before: Study, after: Study) -> Iterator[str]:
+    """Messages for what settings gave to all arms, where a factor gives each arm a level of its own."""
+    for name in (factor.name for factor in after.factors):
+        where = "recipe" if name in RECIPE_FACTORS else "cell" if name in CELL_FIELDS else "cell.settings"
+        was, new = (
+            getattr(study.recipe, name) if where == "recipe" else study.cell.level(name) for study in (before, after)
+        )
+        if new != was:
+            yield f"--set {where}.{name} is {_shown(new)}, and {name} is a factor; allowed: --set factors.{name}=[...]"
 
 
 def _narrow(study: Study, value: dict[str, Any], factor: str) -> None:
