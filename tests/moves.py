@@ -24,8 +24,8 @@ MODULES = (
     "tune_kd.data.augment",
     "tune_kd.data.datasets",
     *(f"tune_kd.training.{module}" for module in (
-        "teachers", "logit_cache", "step", "loop", "loss", "methods.logit", "methods.feature", "metrics", "networks",
-        "device", "checkpoints")),
+        "teachers", "logit_cache", "step", "loop", "loss", "metrics", "networks", "device", "checkpoints")),
+    *(f"tune_kd.training.methods.{file.stem}" for file in sorted(ROOT.glob("tune_kd/training/methods/[!_]*.py"))),
     "tune_kd.execute.gpu_probe",
     "tune_kd.execute.worker",
     "benchmarks.gpu",
@@ -124,20 +124,21 @@ def everything() -> None:
     import torch
 
     from conftest import noise
-    from placement import METHODS, RATES, benchmarked, carried, distil, numbers_of_a_step, probe_one
+    from placement import BENCHMARKED, METHODS, RATES, benchmarked, carried, distil, numbers_of_a_step, probe_one
     from second_device import busy, played
     from trials import as_teacher, trial
-    from tune_kd.study.spec import STEMS
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name, played() as device:
-        for stem in STEMS:
-            for method in METHODS:
-                distil(device, noise(), method, stem, Path(name, stem, method))
+        for method, stem in (
+            *((method, "cifar") for method in METHODS),
+            *((method, "imagenet") for method in BENCHMARKED),
+        ):
+            distil(device, noise(), method, stem, Path(name, stem, method))
         taught = as_teacher(trial("none"))
         probe_one(device, noise(), trial("feature", teacher_id=taught.trial_id), taught)
-        for method in METHODS:
+        for method in BENCHMARKED:
             benchmarked(device, method, "cifar")
         carried(device, noise())
         numbers = numbers_of_a_step(device, noise(), Path(name, "numbers"))

@@ -12,20 +12,66 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks import gpu as benchmark
 from trials import as_teacher, trial
 from tune_kd.data.datasets import DataSet, on_device
 from tune_kd.execute.gpu_probe import _train as probed
+from tune_kd.study.methods import Method, built_in
 from tune_kd.study.trial import Answering, Epoch, Trial
 from tune_kd.training.checkpoints import Checkpoints
 from tune_kd.training.loop import best_weights, train
+from tune_kd.training.loss import Batch, Context, divergence
 from tune_kd.training.step import stepping
 from tune_kd.training.teachers import Teacher, load_teacher, publish_teacher
 
-METHODS = ("none", "logit", "feature")
+BROUGHT = {  # what a study's loss can need and the losses of tune_kd do not
+    "views": Method("views", loss="placement:Views", needs="before_relu", settings={"weight": 2.0}, views=2),
+    "wrapped": Method("wrapped", loss="placement:Wrapped", needs="features"),
+}
+METHODS = (*built_in(), *BROUGHT)
+DRAWING = ("crd", "views")  # random numbers, of which a captured step has others than one that is launched
+BENCHMARKED = ("none", "logit", "feature")  # between them they take all the ways that a step has on a GPU
 RATES = partial(benchmark.matrix_rate, size=8, repeats=1), partial(benchmark.bandwidth, size=64, repeats=1)
 WIDTH = 0.0625
+
+
+class Views(nn.Module):
+    """Of two views, with maps before the ReLU, dropout and a memory."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__()
+        assert context.teacher is not None
+        self.map = nn.Conv2d(context.student.taps[-1][0], context.teacher.taps[-1][0], 1)
+        self.dropout = nn.Dropout()
+        self.register_buffer("memory", torch.randn(len(context.train_labels), context.classes))
+        self.memory: Tensor
+
+    def forward(self, batch: Batch, *, weight: float | Tensor) -> Tensor:
+        assert batch.second is not None and batch.second.teacher_logits is not None and batch.progress is not None
+        maps = self.dropout(self.map(batch.student_before_relu[-1]))
+        logits = batch.student_logits
+        past = nn.functional.mse_loss(logits, self.memory[batch.index])
+        self.memory.index_copy_(0, batch.index, logits.detach().to(self.memory.dtype))
+        other = divergence(batch.second.student_logits, batch.second.teacher_logits, 4.0)
+        return weight * other + batch.progress * past + nn.functional.mse_loss(maps, batch.teacher_before_relu[-1])
+
+
+class Wrapped(nn.Module):
+    """Changes what is evaluated: a student whose classifier is the teacher's."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__()
+
+    def student(self, net: nn.Module, context: Context) -> nn.Module:
+        assert context.teacher is not None and context.classifier is not None
+        net.fc = nn.Linear(context.student.embedding, context.teacher.embedding)
+        return nn.Sequential(net, context.classifier)
+
+    def forward(self, batch: Batch) -> Tensor:
+        assert batch.student_embedding is not None and batch.teacher_logits is not None
+        return divergence(batch.student_logits, batch.teacher_logits, 4.0) + batch.student_embedding.square().mean()
 
 
 def taught_on(device: torch.device, data: DataSet, stem: str, folder: Path, width: float = WIDTH) -> Teacher:
@@ -40,7 +86,7 @@ def taught_on(device: torch.device, data: DataSet, stem: str, folder: Path, widt
 def pupil(method: str, stem: str, teacher: Teacher | None, width: float = WIDTH, **recipe: Any) -> Trial:
     """A student of a teacher, or a control."""
     one = trial(method, teacher_id=teacher.teacher_id if teacher else None, stem=stem, width=width)
-    return replace(one, recipe=replace(one.recipe, epochs=2, **recipe))
+    return replace(one, recipe=replace(one.recipe, epochs=2, **recipe), brought=BROUGHT.get(method))
 
 
 def distil(

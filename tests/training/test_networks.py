@@ -100,6 +100,24 @@ def test_features_before_their_relu_give_the_same_logits_and_features(architectu
     assert all(torch.equal(one, other) for one, other in zip(net.buffers(), twin.buffers(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "needs"), [("resnet18", "features"), ("resnet18", "before_relu"), ("resnet50", "before_relu")]
+)
+def test_a_network_inside_another_yields_what_it_does_alone_and_the_same_gradients(architecture, needs):
+    net, twin = (small(architecture=architecture) for _ in range(2))
+    alone, inside = networks.passing(net, needs), networks.passing(wrapped := torch.nn.Sequential(twin), needs)
+    images = torch.rand(4, 3, 16, 16)
+    for _ in range(2):  # the second time, what was kept of the first is replaced
+        expected, passed = alone(net, images), inside(wrapped, images)
+        assert len(passed.before_relu) == (4 if needs == "before_relu" else 0)
+        tensors = [[each.logits, each.embedding, *each.features, *each.before_relu] for each in (expected, passed)]
+        assert all(torch.equal(one, other) for one, other in zip(*tensors, strict=True))
+        for part in tensors:
+            sum(each.square().mean() for each in part).backward()
+        pairs = zip(net.parameters(), twin.parameters(), strict=True)
+        assert all(torch.equal(one.grad, other.grad) for one, other in pairs)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("stem", networks.STEMS)
 def test_logits_beside_features_are_exactly_those_of_the_network(stem, training):

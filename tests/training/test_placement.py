@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from placement import METHODS, RATES, benchmarked, carried, distil, numbers_of_a_step, probe_one, pupil, taught_on
+from placement import (
+    BENCHMARKED,
+    METHODS,
+    RATES,
+    benchmarked,
+    carried,
+    distil,
+    numbers_of_a_step,
+    probe_one,
+    pupil,
+    taught_on,
+)
 from second_device import busy, is_there, played
 from trials import CPU, as_teacher, exact, trial
 from tune_kd.data.augment import draw_views, show
@@ -21,7 +32,7 @@ from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Workplace
 from tune_kd.records.ledger import Ledger
 from tune_kd.study.plan import plan
-from tune_kd.study.spec import STEMS, Study
+from tune_kd.study.spec import Study
 from tune_kd.training import notices, step as stepping
 from tune_kd.training.device import Captured
 
@@ -40,8 +51,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     stepping._idle.clear()
 
 
-@pytest.mark.parametrize("stem", STEMS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "stem"), [*((method, "cifar") for method in METHODS), *((method, "imagenet") for method in BENCHMARKED)]
+)
 def test_a_student_of_each_method_and_stem_trains_and_is_judged_on_its_device(
     method: str, stem: str, gpu: torch.device, pixels: DataSet, tmp_path: Path
 ) -> None:
@@ -106,7 +118,7 @@ def test_a_step_that_cannot_be_captured_is_launched_and_says_so_once(
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BENCHMARKED)
 def test_the_benchmark_of_a_gpu_measures_there(method: str, gpu: torch.device) -> None:
     assert all(each > 0 for each in benchmarked(gpu, method, "cifar"))
 
@@ -149,7 +161,7 @@ def test_a_study_runs_to_its_end_on_a_share_of_the_device_and_says_once_what_it_
 
 @pytest.mark.slow
 def test_each_move_to_the_device_is_missed_when_it_is_taken_out() -> None:
-    """About 32 of them, each in a process of its own: four minutes."""
+    """About 40 of them, each in a process of its own: eight minutes."""
     done = subprocess.run([sys.executable, str(Path(__file__).parents[1] / "moves.py")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("\nnoticed  ") >= 30

@@ -122,18 +122,29 @@ def passing(student: nn.Module, needs: str) -> Callable[[nn.Module, Tensor], Pas
         return forward
     if isinstance(student, ResNet):
         return partial(forward_with_features, before_relu=needs == "before_relu")
-    return _watched(student, next(each for each in student.modules() if isinstance(each, ResNet)))
+    net = next(each for each in student.modules() if isinstance(each, ResNet))
+    return _watched(net, before_relu=needs == "before_relu")
 
 
-def _watched(student: nn.Module, net: ResNet) -> Callable[[nn.Module, Tensor], Passed]:
+def _watched(net: ResNet, before_relu: bool) -> Callable[[nn.Module, Tensor], Passed]:
     """As `forward_with_features` for a network that a method made of a ResNet, whose parts it calls."""
-    seen: dict[int, Tensor] = {}
-    for place, module in enumerate((net.layer1, net.layer2, net.layer3, net.layer4, net.avgpool)):
-        module.register_forward_hook(lambda _, __, out, place=place: seen.update({place: out}))
+    seen: dict[str, Tensor] = {}
+    before: dict[str, Tensor] = {}
+    stages = "layer1", "layer2", "layer3", "layer4"
+
+    def keep(name: str, _: nn.Module, given: tuple[Tensor]) -> Tensor:
+        before[name] = given[0]  # of the last call of the block, which has one ReLU for all its sums
+        return given[0].clone()  # since it writes to what it is given
+
+    for name in (*stages, "avgpool"):
+        getattr(net, name).register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
+        if before_relu and name in stages:
+            getattr(net, name)[-1].relu.register_forward_pre_hook(partial(keep, name))
 
     def forward_watched(student: nn.Module, images: Tensor) -> Passed:
         logits = student(images)
-        return Passed(logits, tuple(seen[place] for place in range(4)), (), torch.flatten(seen[4], 1))
+        maps, embedding = tuple(seen[name] for name in stages), torch.flatten(seen["avgpool"], 1)
+        return Passed(logits, maps, tuple(before[name] for name in stages) if before_relu else (), embedding)
 
     return forward_watched
 
