@@ -45,7 +45,7 @@ class Views(nn.Module):
         assert context.teacher is not None
         self.map = nn.Conv2d(context.student.taps[-1][0], context.teacher.taps[-1][0], 1)
         self.dropout = nn.Dropout()
-        self.register_buffer("memory", torch.randn(len(context.train_labels), context.classes))
+        self.register_buffer("memory", torch.randn(context.classes, context.classes)[context.train_labels])
         self.memory: Tensor
 
     def forward(self, batch: Batch, *, weight: float | Tensor) -> Tensor:
