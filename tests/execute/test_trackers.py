@@ -3,6 +3,7 @@
 import math
 import sqlite3
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -313,3 +314,18 @@ def test_an_attempt_that_never_started_has_no_end(study: Study, tmp_path: Path) 
     shown.on_end(tasks(study, tmp_path)[0], failed=True)
     shown.close()
     assert said == []
+
+
+def test_a_trackers_package_is_imported_in_the_thread_that_imports_tunes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune imports MLflow where it is installed; while two threads do so at once, one of them sees half of it."""
+    (tmp_path / "shown_there.py").write_text("import threading\nTHREAD = threading.current_thread()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(trackers.PACKAGES, "there", "shown_there")
+    monkeypatch.setitem(trackers.PACKAGES, "broken", "not_there")
+    for name in ("there", "broken"):
+        monkeypatch.setitem(trackers.ADAPTERS, name, lambda *_: Brittle())
+    for each in trackers.made(["broken", "there"], "study", "run", tmp_path, print):
+        each.close()
+    assert sys.modules["shown_there"].THREAD is threading.current_thread()

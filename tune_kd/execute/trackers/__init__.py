@@ -4,7 +4,9 @@ A tracker is for looking; the ledger is the record. If a tracker fails, the user
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,4 +41,7 @@ def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[st
     MLflow writes to the server of `MLFLOW_TRACKING_URI` instead, if that is set. Weights & Biases also sends to its
     servers, unless `WANDB_MODE` forbids it.
     """
+    for name in names:  # in this thread: Tune imports some of them in it, and of two at once one may see half a module
+        with suppress(Exception):  # which the tracker's thread raises again, and tells
+            import_module(PACKAGES[name])
     return [Background(name, partial(ADAPTERS[name], study, run, folder), say) for name in dict.fromkeys(names)]
