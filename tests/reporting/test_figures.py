@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 from hypothesis import given, strategies as st
-from matplotlib import colors
+from matplotlib import colors, rc_context
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.text import Text
@@ -70,6 +70,26 @@ def test_nothing_written_lies_outside_its_picture(pictures: dict[str, figures.Pi
             assert box is not None
             assert inside.x0 <= box.x0 and box.x1 <= inside.x1, picture.name
             assert inside.y0 <= box.y0 and box.y1 <= inside.y1, picture.name
+
+
+def test_a_legend_of_long_names_hides_no_curve(records: Records) -> None:
+    """As of a study that varies its recipe, too. Matplotlib would warn of a panel that its legend left no room."""
+    (study,) = (json.loads(json.dumps(each)) for each in records.studies.values())
+    for arm in study["arms"]:
+        arm["name"] += "/lr=0.1/kd_weight=1"
+    trials = records.trials.assign(arm=records.trials["arm"] + "/lr=0.1/kd_weight=1")
+    longer = replace(records, trials=trials, studies={"tiny": study})
+    with rc_context(style.STYLE):
+        made = accuracy_figures.curves(longer, style.method_styles(trials["method"].dropna()))
+        assert made is not None
+        figure = made[2]
+        figure.draw_without_rendering()
+    panels = [axes for axes in figure.axes if axes.axison]
+    legends = figure.findobj(Legend)
+    assert len(panels) == len(legends) == 2
+    assert min(panel.bbox.height for panel in panels) > figure.dpi  # an inch
+    assert not any(legend.get_window_extent().overlaps(panel.bbox) for legend in legends for panel in panels)
+    assert all(figure.bbox.x1 >= legend.get_window_extent().x1 for legend in legends)
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # a font that lacks a sign is not ours
@@ -140,7 +160,7 @@ def test_a_picture_of_more_than_can_be_seen_says_what_it_leaves_out(
     monkeypatch.setattr(accuracy_figures, "LINES_SHOWN", 4)
     trials = records.trials.assign(stem=[f"stem {number}" for number in range(len(records.trials))])
     pictures = {each.name: each for each in figures.draw(replace(records, trials=trials))}
-    assert max(len(each.figure.axes) for each in pictures.values()) == 5
+    assert max(sum(axes.axison for axes in each.figure.axes) for each in pictures.values()) == 5
     assert len(pictures["effects"].figure.axes[0].get_yticks()) == 4
     for name, what in (("effects", "contrasts"), ("curves", "stems"), ("cost", "stems")):
         assert re.search(rf" \d+ more {what} are left out\.", pictures[name].caption), pictures[name].caption

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from tune_kd.analysis import accuracy, contrasts, measures, tuned
 from tune_kd.analysis.statistics import MARGIN
@@ -26,6 +26,7 @@ from tune_kd.study.trial import Status
 from tune_kd.study.tuning import LogUniform, number
 
 CURVES = 8  # arms in one panel; more cannot be told apart
+SHORT = 14  # characters of an arm's name; with longer ones, a legend would hide the curves
 LINES_SHOWN = 200  # contrasts in one figure
 MODERATION = MethodStyle("#000000", "o", "-")
 
@@ -90,12 +91,19 @@ def curves(records: Records, styles: Styles) -> Made:
     if rows.empty:
         return None
     stems, more = style.first_panels(rows["stem"].unique().tolist(), "stems")
-    figure, panels = style.stacked(len(stems), 2.1, sharex=True)
-    hidden = 0
-    for axes, stem in zip(panels, stems, strict=True):
-        hidden += _curves_of_stem(axes, rows[rows["stem"] == stem], stem, styles)
+    names = {stem: rows.loc[rows["stem"] == stem, "arm"].unique().tolist() for stem in stems}
+    figure, panels, legends = _with_legends([[_within(name, stem) for name in names[stem][:CURVES]] for stem in stems])
+    for axes, legend, stem in zip(panels, legends, stems, strict=True):
+        _curves_of_stem(axes, rows[rows["stem"] == stem], stem, styles)
+        legend.legend(
+            *axes.get_legend_handles_labels(),
+            loc="lower right" if legend is axes else "upper left",
+            ncols=2 if legend is axes and len(names[stem]) > 4 else 1,
+            handlelength=2.4,
+            borderaxespad=0.2,
+        )
     panels[-1].set_xlabel("epoch")
-    more += style.left_out(hidden, "arms")
+    more += style.left_out(sum(max(0, len(each) - CURVES) for each in names.values()), "arms")
     return (
         "Learning curves: mean over confirmed seeds, the band is one standard deviation; cut below, where arms begin."
         f"{more}",
@@ -105,8 +113,29 @@ def curves(records: Records, styles: Styles) -> Made:
     )
 
 
-def _curves_of_stem(axes: Axes, rows: pd.DataFrame, stem: str, styles: Styles) -> int:
-    """Draw one panel. Returns how many arms it leaves out."""
+def _within(arm: str, stem: str) -> str:
+    """The name of an arm where its stem is known."""
+    return style.readable("/".join(part for part in arm.split("/") if part != stem) or arm)
+
+
+def _with_legends(labels: list[list[str]]) -> tuple[Figure, list[Axes], list[Axes]]:
+    """A figure of panels with these labels, and where the legend of each is: in it, or below it where it is large."""
+    large = any(len(label) > SHORT for each in labels for label in each)
+    if not large:
+        figure, panels = style.stacked(len(labels), 2.1, sharex=True)
+        return figure, panels, panels
+    heights = [height for each in labels for height in (2.1, 0.13 * sum(1 + label.count("\n") for label in each))]
+    figure = Figure(figsize=(style.COLUMN_INCHES, sum(heights)))
+    axes = figure.subplots(len(heights), 1, height_ratios=heights)
+    for panel in axes[2::2]:
+        panel.sharex(axes[0])
+    for legend in axes[1::2]:
+        legend.axis("off")
+    return figure, list(axes[::2]), list(axes[1::2])
+
+
+def _curves_of_stem(axes: Axes, rows: pd.DataFrame, stem: str, styles: Styles) -> None:
+    """Draw one panel."""
     methods = dict(zip(rows["arm"], rows["method"], strict=True))
     names = list(methods)
     for name in names[:CURVES]:
@@ -116,15 +145,14 @@ def _curves_of_stem(axes: Axes, rows: pd.DataFrame, stem: str, styles: Styles) -
         alike = [each for each in names if methods[each] == methods[name]]
         if len(alike) > 1:  # arms of a method differ in their dashes
             line = (0, (1 + 2 * alike.index(name), 1))
-        label = style.readable("/".join(part for part in name.split("/") if part != stem) or name)
         high = np.minimum(mean + std, 100)
-        style.band(axes, spread.index.to_numpy(float), mean, mean - std, high, colour, ls=line, label=label)
+        style.band(
+            axes, spread.index.to_numpy(float), mean, mean - std, high, colour, ls=line, label=_within(name, stem)
+        )
     lower = rows.groupby("arm")["val_accuracy"].quantile(0.25).min()
     style.stem_title(axes, stem)
     axes.set(ylim=(max(0.0, 100 * float(lower) - 2), None), ylabel="val. accuracy (%)")
-    narrow = len(names) > 4 and max(map(len, names)) <= 2 * style.NAME_LETTERS
-    axes.legend(loc="lower right", ncols=2 if narrow else 1, handlelength=2.4)
-    return max(0, len(names) - CURVES)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def response(records: Records, styles: Styles, factor: str) -> Made:
