@@ -127,7 +127,8 @@ def _primary(words: _Words, rows: Sequence[Row]) -> list[str]:
     told = [group for group, _ in shown]
     rest = [row for group, _ in said for row in group if group not in told]
     found = sum(row["verdict"] in FINDINGS for row in rest)
-    which = "other contrast" if shown else "contrast"
+    declared = any(row["family"] == Family.PRIMARY for row in primary)  # which records before 0.7 have not
+    which = f"{'other ' if shown else ''}{'primary ' if declared else ''}contrast"
     last = f"{_of_the(len(rest), which)}, {_show(found)} a difference." if rest else ""
     return [*(sentence for _, sentence in shown), last]
 
