@@ -95,14 +95,35 @@ def test_a_study_is_submitted_followed_to_its_end_and_looked_at(cluster: str, tm
     ]
 
 
+LOSS = """
+from torch import nn
+from pulls import pull
+
+class Pull(nn.Module):
+    def __init__(self, context):
+        super().__init__()
+    def forward(self, batch):
+        return pull(batch.student_logits, batch.teacher_logits)
+"""
+BRINGING = f"from peers import PEERS\nfrom tune_kd import Method\n{STUDY}".replace("min_peers=99", "min_peers=PEERS")
+BRINGING = BRINGING.replace("*base.factors[1:]", 'Factor("method", ("none", "logit", "pull")), *base.factors[2:]')
+BRINGING = BRINGING.replace(
+    '"feature", "none")),', '"pull", "none")), methods=(Method("pull", "losses/pull.py:Pull"),),'
+)
+
+
 def stopped(cluster: str, folder: Path) -> Path:
     """The folder of a run of a study of one's own that was stopped on the cluster."""
     (folder / "peers.py").write_text("PEERS = 99\n")  # which is sent along
-    (folder / "own.py").write_text(f"from peers import PEERS\n{STUDY.replace('min_peers=99', 'min_peers=PEERS')}")
+    (folder / "losses").mkdir()
+    (folder / "losses" / "pull.py").write_text(LOSS)
+    (folder / "pulls.py").write_text("def pull(one, other):\n    return (one - other).pow(2).mean()\n")
+    (folder / "own.py").write_text(BRINGING)
     run, at = folder / "results" / "cut", ("--address", cluster)
     long = ("--set", "recipe.epochs=20")
     code, answer, errors = ended(command(folder, "submit", "own.py", "--name", "cut", *long, *at, "--detach"))
     assert (code, answer) == (0, ""), errors
+    assert f"resume cut --address {cluster} --study own.py" in errors  # since only then its losses are sent again
     wait_for(lambda: epochs_on_record(run) >= 10)
     (job,) = (each for each in jobs(cluster) if each["metadata"].get("out") == str(folder / "results"))
     stop = urllib.request.Request(
@@ -114,6 +135,7 @@ def stopped(cluster: str, folder: Path) -> Path:
     assert follow(client(cluster), job["submission_id"], shown.append) == 143  # as of one that SIGTERM ended
     assert "records in" in "".join(shown)
     assert {"pending", "running"} & {row["status"] for row in rows_of(run)}
+    assert (run / "source" / "losses" / "pull.py").read_text() == LOSS
     return run
 
 
@@ -131,6 +153,7 @@ def test_a_study_of_ones_own_goes_on_after_it_was_stopped_there(cluster: str, tm
     (place,) = {line for line in answer.splitlines() if line.startswith("peers of")}
     assert str(tmp_path) not in place
     contiguous(run)
+    assert {row["method"] for row in rows_of(run) if row["phase"] != "teacher"} == {"none", "logit", "pull"}
     assert {row["status"] for row in rows_of(run)} == {"completed"}
 
 
@@ -138,6 +161,8 @@ def test_a_study_of_ones_own_goes_on_after_it_was_stopped_there(cluster: str, tm
 def test_a_study_of_ones_own_is_extended_there(cluster: str, tmp_path: Path) -> None:
     run, at = stopped(cluster, tmp_path), ("--address", cluster)
     code, answer, errors = ended(command(tmp_path, "resume", "cut", *at))
+    assert code == 2 and "whose study brings code of its own" in answer and "or with --study" in answer
+    code, answer, errors = ended(command(tmp_path, "resume", "cut", "--study", "own.py", *at))
     assert code == 0, answer + errors
     (tmp_path / "peers.py").write_text("PEERS = 99\nSEEDS = (1, 2)\n")
     changed = (tmp_path / "own.py").read_text().replace("import PEERS", "import PEERS, SEEDS")

@@ -72,7 +72,8 @@ def submit(
     arguments += _words(flags | {"--out": place, "--name": name})
     metadata = {"job_name": name, "run": name, "study": path.stem, "scale": scale, "out": place}
     job = jobs.submit(cluster, arguments, metadata, study=files, install=install)
-    _follow(cluster, job, name, address, detach)
+    brings = any(each.methods for each in executed(path).made.values())
+    _follow(cluster, job, name, address, detach, study if brings else None)
 
 
 def elsewhere(
@@ -100,7 +101,7 @@ def elsewhere(
     job = jobs.submit(cluster, arguments, {**found, "job_name": f"{command} {run}"}, study=files)
     if command == "status":
         raise SystemExit(jobs.follow(cluster, job, _show))
-    _follow(cluster, job, run, address)
+    _follow(cluster, job, run, address, study=study)
 
 
 def _sent(study: str, path: Path) -> tuple[str, Mapping[str, Path]]:
@@ -124,16 +125,17 @@ def _all_made(path: Path, data: str | None = None) -> None:
             discover.resolve(path, each, data)
 
 
-def _follow(cluster: Any, job: str, run: str, address: str, detach: bool = False) -> NoReturn:
-    """Print how to reach a job, show its log, and exit with its status."""
+def _follow(cluster: Any, job: str, run: str, address: str, detach: bool = False, study: str | None = None) -> NoReturn:
+    """Print how to reach a job, show its log, and exit with its status. `study` has to be named to go on."""
     from tune_kd.execute import jobs
 
     console, at = Terminal(stderr=True), f"--address {quote(address)}"
+    named = f" --study {quote(study)}" if study else ""
     for line in (
         f"{run} is job {job} at {address}, and goes on whatever becomes of this terminal",
         f"  look at it:  python -m tune_kd status {run} {at}",
         f"  stop it:     ray job stop {at} {job}",
-        f"  go on then:  python -m tune_kd resume {run} {at}",
+        f"  go on then:  python -m tune_kd resume {run} {at}{named}",
     ):
         console.say(line)
     if not asks_for_token(address):
