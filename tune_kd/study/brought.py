@@ -7,16 +7,14 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.machinery import PathFinder
-from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
+from tune_kd.study.imports import ELSEWHERE, modules, source, sources
 from tune_kd.study.methods import Method
 from tune_kd.study.spec import Study
 from tune_kd.system.errors import UserError, raise_problems
-from tune_kd.system.files import read
 
-MOST_SOURCE_BYTES = 2**22  # of a file
 ALLOWED = "FILE.py:CLASS below the study's folder, package.module:CLASS, or the class itself"
 
 
@@ -66,11 +64,15 @@ def _with(study: Study, found: Callable[[Method], Method]) -> Study:
     return replace(study, methods=tuple(methods)) if methods else study
 
 
-def codes(study: Study, folder: Path, file: Path | None = None) -> tuple[Code, ...]:
-    """The code of each method that a study brings. Raises `UserError` where it is not what the study was made with."""
+def codes(study: Study, folder: Path, file: Path | None = None, but: Path | None = None) -> tuple[Code, ...]:
+    """The code of each method that a study brings. Raises `UserError` where it is not what the study was made with, and
+    where it is below `but`."""
     found = []
     for method in study.methods:
-        code = _code(str(method.loss), folder, file)
+        try:
+            code = _code(str(method.loss), folder, file, but)
+        except UserError as mistake:
+            raise UserError(*(f"the loss of {method.name!r} {each}" for each in mistake.problems)) from mistake
         if method.source not in (None, code.digest):
             raise UserError(
                 f"the loss of {method.name!r} is not what it was: {method.loss}, or a file that it imports, was changed"
@@ -96,46 +98,64 @@ def _as_text(loss: Any, folder: Path, file: Path | None) -> str:
             f"is {loss.__name__}, which is in the study's own file; allowed: a file beside it, since every edit of the "
             "study would change the ids of its trials"
         )
-    if home.is_relative_to(folder.resolve()):
+    if home.is_relative_to(folder.resolve()) and not _is_installed(loss, home):
         return f"{home.relative_to(folder.resolve()).as_posix()}:{loss.__name__}"
     return f"{loss.__module__}:{loss.__name__}"
 
 
-def _code(text: str, folder: Path, file: Path | None) -> Code:
-    """The code that a text names. Raises `UserError`."""
+def _is_installed(loss: type, home: Path) -> bool:
+    """Whether a class is of an installed package, which may be below the study's folder in an environment there."""
+    return loss.__module__.partition(".")[0] in ELSEWHERE or bool({"site-packages", "dist-packages"} & {*home.parts})
+
+
+def _code(text: str, folder: Path, file: Path | None, but: Path | None = None) -> Code:
+    """The code that a text names, which must not be below `but`. Raises `UserError`."""
     where, colon, name = text.rpartition(":")
     if not colon or not name.isidentifier():
         raise UserError(f"is {text!r}; allowed: {ALLOWED}")
     folder = folder.resolve()
-    path = (folder / where).resolve() if where.endswith(".py") else _module(where, folder)
-    if path is None or not path.is_file():
-        raise UserError(f"is {text!r}, and there is no {where} {'in ' + str(folder) if where.endswith('.py') else ''}"
-                        f"; allowed: {ALLOWED}".replace(" ;", ";"))  # fmt: skip
+    path = _path(where, folder)
+    if path is None:
+        place = f" in {folder}" if where.endswith(".py") else ""
+        raise UserError(f"is {text!r}, and there is no {where}{place}; allowed: {ALLOWED}")
+    if but is not None and path.resolve().is_relative_to(but.resolve()):
+        raise UserError(f"is {text!r}, which is among the results; allowed: code of your own")
+    is_file = where.endswith(".py") or path in modules(where, folder)
+    if not is_file:
+        return Code(name, where, ((path.name, source(path)),), _versions([where.partition(".")[0]]))
     if not path.is_relative_to(folder):
-        if where.endswith(".py"):
-            raise UserError(f"is {text!r}, outside of {folder}; allowed: {ALLOWED}")
-        return Code(name, where, ((path.name, _source(path)),), _versions([where.partition(".")[0]]))
-    finder = ModuleFinder(path=[str(folder)])
+        raise UserError(f"is {text!r}, outside of {folder}; allowed: {ALLOWED}")
     try:
-        finder.run_script(str(path))
-    except SyntaxError as error:
-        raise UserError(f"is {text!r}, and {error.filename}, line {error.lineno}: {error.msg}") from error
-    named = (vars(module)["__file__"] for module in finder.modules.values())
-    imported = {Path(each) for each in named if each}
-    inside = {each for each in imported | {path} if each.is_relative_to(folder)}
-    if file is not None and file.resolve() in inside:
+        found, elsewhere = sources(path, folder)
+    except UserError as mistake:
+        raise UserError(f"is {text!r}, and {mistake}") from mistake
+    if file is not None and file.resolve() in found:
         raise UserError(
             f"is {text!r}, which imports the study's own file; allowed: what both need in a file of its own, since "
             "every edit of the study would change the ids of its trials"
         )
-    files = sorted((each.relative_to(folder).as_posix(), _source(each)) for each in inside)
-    elsewhere = {name.partition(".")[0] for name in finder.badmodules} - {*sys.stdlib_module_names}
+    files = sorted((each.relative_to(folder).as_posix(), content) for each, content in found.items())
     return Code(name, path.relative_to(folder).as_posix(), tuple(files), _versions(elsewhere))
 
 
-def _module(name: str, folder: Path) -> Path | None:
-    """The file of a module, of the folder or installed. None without one. Executes nothing."""
-    places: Iterable[str] | None = [str(folder), *sys.path]
+def _path(where: str, folder: Path) -> Path | None:
+    """The file of a loss: a path below the folder, a module of the folder, or an installed one. None without one."""
+    try:
+        if where.endswith(".py"):
+            path = (folder / where).resolve()
+            return path if path.is_file() else None
+        if not all(part.isidentifier() for part in where.split(".")):
+            return None
+        stem = folder.joinpath(*where.split("."))
+        here = [each for each in modules(where, folder)[-1:] if stem in (each.parent, each.with_suffix(""))]
+        return here[0] if here else _installed(where)
+    except (OSError, RuntimeError, ValueError):  # a name that no file can have, or a loop of links
+        return None
+
+
+def _installed(name: str) -> Path | None:
+    """The file of an installed module. None without one. Executes nothing."""
+    places: Iterable[str] | None = sys.path
     spec = None
     for part in name.split("."):
         spec = None if places is None else PathFinder.find_spec(part, list(places))
@@ -143,15 +163,6 @@ def _module(name: str, folder: Path) -> Path | None:
             return None
         places = spec.submodule_search_locations
     return Path(spec.origin).resolve() if spec is not None and spec.origin else None
-
-
-def _source(path: Path) -> bytes:
-    if path.suffix != ".py":
-        raise UserError(f"imports {path}, which is compiled; allowed: Python files, or an installed package")
-    try:
-        return read(path, MOST_SOURCE_BYTES)
-    except OSError as error:
-        raise UserError(f"is in {path}, which cannot be read ({error})") from error
 
 
 def _versions(names: Iterable[str]) -> tuple[tuple[str, str], ...]:

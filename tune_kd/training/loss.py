@@ -102,14 +102,16 @@ def _installed(code: Code) -> ModuleType:
 
 def _unpacked(code: Code) -> ModuleType:
     """The module of the class. All files are imported now, and their copies removed: a worker may be killed later."""
-    with tempfile.TemporaryDirectory(prefix="tune_kd-code-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="tune_kd-code-") as place:
+        folder = Path(place)
         for path, content in code.files:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)
-        sys.path.insert(0, name)  # as the folder of a script is
+        sys.path.insert(0, place)  # as the folder of a script is
         try:
-            spec = spec_from_file_location(f"{Path(code.main).stem}_{code.digest[:16]}", folder / code.main)
+            package = ".".join(Path(code.main).parent.parts)  # to which its relative imports are relative
+            name = f"{package}.{Path(code.main).stem}_{code.digest[:16]}".removeprefix(".")
+            spec = spec_from_file_location(name, folder / code.main)
             assert spec is not None and spec.loader is not None
             module = module_from_spec(spec)
             sys.modules[spec.name] = module
@@ -118,7 +120,7 @@ def _unpacked(code: Code) -> ModuleType:
                 with suppress(Exception):  # which it raises again where a function imports it, if one does
                     import_module(path.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
         finally:
-            sys.path.remove(name)
+            sys.path.remove(place)
     return module
 
 
@@ -131,7 +133,9 @@ def brought(codes: Sequence[Code]) -> Iterator[None]:
         yield
     finally:
         for name, module in list(sys.modules.items()):
-            if name not in modules and "tune_kd-code-" in str(getattr(module, "__file__", "")):
+            # A package without `__init__.py` has no file.
+            places = getattr(module, "__file__", ""), getattr(module, "__path__", "")
+            if name not in modules and "tune_kd-code-" in repr(places):
                 del sys.modules[name]
         _brought.clear()
         _brought.update(before)

@@ -1,0 +1,110 @@
+"""What a loss imports from the study's folder is found in the source, whatever lies there."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conftest import tiny
+from tune_kd.study import brought
+from tune_kd.study.brought import Code
+from tune_kd.study.methods import Method
+from tune_kd.system.errors import UserError
+from tune_kd.training import loss as losses
+
+CLASS = "class Loss:\n    pass\n"
+
+
+def code_of(folder: Path, loss: str | type) -> Code:
+    study = brought.with_sources(replace(tiny(), methods=(Method("mine", loss=loss),)), folder)
+    return brought.codes(study, folder)[0]
+
+
+def made(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def found(folder: Path, files: dict[str, str], loss: str = "a.py:Loss") -> list[str]:
+    made(folder, files)
+    code = code_of(folder, loss)
+    with losses.brought([code]):  # workers can import it
+        pass
+    return [name for name, _ in code.files]
+
+
+@pytest.mark.parametrize(
+    ("files", "loss", "expected"),
+    [
+        ({"a.py": f"from own.b import x\n{CLASS}", "own/b.py": "x = 1\n"}, "a.py:Loss", ["a.py", "own/b.py"]),
+        ({"a.py": f"import numpy\n{CLASS}", "numpy/c.txt": ""}, "a.py:Loss", ["a.py"]),
+        ({"a.py": f"import pytest\n{CLASS}", "pytest/c.txt": ""}, "a.py:Loss", ["a.py"]),
+        ({"a.py": f"import json\n{CLASS}", "json.py": "x = 1\n"}, "a.py:Loss", ["a.py"]),
+        ({"a.py": f"from tune_kd.training import Batch\n{CLASS}", "tune_kd/training.py": ""}, "a.py:Loss", ["a.py"]),
+        (
+            {"p/a.py": f"from .b import x\n{CLASS}", "p/b.py": "from . import c\nx = 1\n", "p/c.py": ""},
+            "p/a.py:Loss",
+            ["p/a.py", "p/b.py", "p/c.py"],
+        ),
+        (
+            {"p/a.py": f"from .b import x\n{CLASS}", "p/b.py": "x = 1\n", "p/__init__.py": ""},
+            "p.a:Loss",
+            ["p/__init__.py", "p/a.py", "p/b.py"],
+        ),
+        ({"a.py": f"from p import *\n{CLASS}", "p/__init__.py": "", "p/b.py": ""}, "a.py:Loss",
+         ["a.py", "p/__init__.py", "p/b.py"]),
+        ({"a.py": f"import b\n{CLASS}", "b.py": "import a\n"}, "a.py:Loss", ["a.py", "b.py"]),
+    ],
+)  # fmt: skip
+def test_imports_are_found_as_python_finds_them(
+    tmp_path: Path, files: dict[str, str], loss: str, expected: list[str]
+) -> None:
+    assert found(tmp_path, files, loss) == expected
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda file: file.write_bytes(b"x = " + b"-" * 200_000 + b"1\n"), "Python cannot read"),
+        (lambda file: file.write_bytes(b"x = a" + b".a" * 200_000 + b"\n"), "Python cannot read"),
+        (lambda file: file.write_bytes(b"x = 1\0\n"), "no Python"),
+        (lambda file: file.write_text("def f(:\n"), "line 1, which is no Python: invalid syntax"),
+        (lambda file: (file.write_text(""), os.truncate(file, 2**40)), "expected a regular file of at most"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.py", "b.py"])
+def test_a_file_that_python_cannot_read_is_named(
+    tmp_path: Path, name: str, make: Callable[[Path], object], words: str
+) -> None:
+    made(tmp_path, {"a.py": f"def later():\n    import b\n{CLASS}"})
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=rf"^methods\[0\]\.loss of 'mine' is 'a\.py:Loss', and .*{name}") as caught:
+        code_of(tmp_path, "a.py:Loss")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("loss", ["l\0.py:Loss", f"{'l' * 300}.py:Loss", "\ud800.py:Loss", "loop.py:Loss", "a..b:Loss"])
+def test_a_name_that_no_file_has_is_refused(tmp_path: Path, loss: str) -> None:
+    (tmp_path / "loop.py").symlink_to("loop.py")
+    with pytest.raises(UserError, match=r"methods\[0\]\.loss of 'mine' is .*, and there is no "):
+        code_of(tmp_path, loss)
+
+
+def test_a_package_of_an_environment_in_the_study_s_folder_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = ".venv/lib/python3/site-packages"
+    made(tmp_path, {f"{packages}/lent/__init__.py": "", f"{packages}/lent/a.py": f"from . import b\n{CLASS}"})
+    made(tmp_path, {f"{packages}/lent/b.py": ""})
+    monkeypatch.syspath_prepend(tmp_path / packages)
+    code = code_of(tmp_path, "lent.a:Loss")
+    assert (code.main, code.is_installed) == ("lent.a", True)
+    from lent.a import Loss  # type: ignore[import-not-found]
+
+    assert code_of(tmp_path, Loss) == code
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lent"]:
+        del sys.modules[name]
