@@ -108,3 +108,11 @@ def test_a_package_of_an_environment_in_the_study_s_folder_is_installed(
     assert code_of(tmp_path, Loss) == code
     for name in [name for name in sys.modules if name.partition(".")[0] == "lent"]:
         del sys.modules[name]
+
+
+def test_losses_of_one_name_in_files_that_import_each_other_are_two(tmp_path: Path) -> None:
+    made(tmp_path, {"p/__init__.py": "from p import a, b\n"})
+    made(tmp_path, {f"p/{name}.py": f"import p\n{CLASS}    name = {name!r}\n" for name in "ab"})
+    both = [code_of(tmp_path, f"p/{name}.py:Loss") for name in "ab"]
+    assert both[0].files == both[1].files
+    assert both[0].digest != both[1].digest

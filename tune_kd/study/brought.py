@@ -33,9 +33,9 @@ class Code:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the source and the name of the class."""
+        """SHA-256 of the source, and of where in it the class is."""
         files = [(path, hashlib.sha256(content).hexdigest()) for path, content in self.files]
-        return hashlib.sha256(json.dumps([self.name, files]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.name, self.main, files]).encode()).hexdigest()
 
 
 def with_names(study: Study, folder: Path, file: Path | None = None) -> Study:
