@@ -11,6 +11,7 @@ import pytest
 from conftest import tiny
 from tune_kd.study import brought
 from tune_kd.study.brought import Code
+from tune_kd.study.discover import resolve
 from tune_kd.study.methods import Method
 from tune_kd.system.errors import UserError
 from tune_kd.training import loss as losses
@@ -116,3 +117,9 @@ def test_losses_of_one_name_in_files_that_import_each_other_are_two(tmp_path: Pa
     both = [code_of(tmp_path, f"p/{name}.py:Loss") for name in "ab"]
     assert both[0].files == both[1].files
     assert both[0].digest != both[1].digest
+
+
+def test_methods_that_are_set_have_the_digest_of_their_source(tmp_path: Path) -> None:
+    made(tmp_path, {"a.py": CLASS, "study.py": "from conftest import tiny as study\n"})
+    study = resolve(tmp_path / "study.py", "test", None, ('methods=[{"name": "mine", "loss": "a.py:Loss"}]',))
+    assert study.methods[0].source == code_of(tmp_path, "a.py:Loss").digest

@@ -73,7 +73,7 @@ def codes(study: Study, folder: Path, file: Path | None = None, but: Path | None
             code = _code(str(method.loss), folder, file, but)
         except UserError as mistake:
             raise UserError(*(f"the loss of {method.name!r} {each}" for each in mistake.problems)) from mistake
-        if method.source not in (None, code.digest):
+        if method.source != code.digest:
             raise UserError(
                 f"the loss of {method.name!r} is not what it was: {method.loss}, or a file that it imports, was changed"
             )

@@ -77,9 +77,11 @@ def resolve(path: Path, scale: str, data: str | None = None, settings: Sequence[
     study = _made(file, declared[scale], data)
     if data is not None and data != study.data.name:
         study = replace(study, data=Data(data))
+    with file.running("whose study cannot be read"):
+        study = _with_settings(file.path, study, settings)
     study = brought.with_sources(study, path.parent, path)
     with file.running("whose study cannot be read"):
-        return checked(_with_settings(file.path, study, settings))
+        return checked(study)
 
 
 def _made(file: StudyFile, make: Callable[..., Study], data: str | None) -> Study:
