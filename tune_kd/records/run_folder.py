@@ -217,20 +217,20 @@ def with_codes(run: Run) -> Run:
     if not run.study.methods:
         return run
     record = study_record.load(run.folder / STUDY).get("code") or {}
-    folder, file = Path(str(record.get("folder", Path.cwd()))), None
+    folder, file = Path(record.get("folder", "an unknown folder")), None
     if run.source is not None:
         folder, file = run.source.file.absolute().parent, run.source.file.absolute()
-    trusted = run.named or (
-        folder == Path.cwd() if run.source is None else run.source.may_be_executed(run.folder.parent)
+    refused = UserError(
+        f"RUN is {run.name}, whose study brings code of its own from {folder}; only code in the working directory "
+        "is executed without being named: look at it, and resume there, or with --study"
     )
-    if not trusted:
-        raise UserError(
-            f"RUN is {run.name}, whose study brings code of its own from {folder}; only code in the working directory "
-            "is executed without being named: look at it, and resume there, or with --study"
-        )
-    found = codes(run.study, folder, file)
+    if not (run.named or _is_trusted(run, folder)):
+        raise refused
+    found = codes(run.study, folder, file, None if run.named else run.folder.parent)
+    if run.source is None and any(code.is_installed for code in found):
+        raise refused
     here, problems = packages(found), []
-    for name, had in dict(record.get("packages", {})).items():
+    for name, had in record.get("packages", {}).items():
         if here.get(name) != had:
             problems.append(
                 f"RUN is {run.name}, whose study's code imports {name}, of version {had} when it began and "
@@ -238,6 +238,17 @@ def with_codes(run: Run) -> Run:
             )
     raise_problems(problems)
     return replace(run, codes=found)
+
+
+def _is_trusted(run: Run, folder: Path) -> bool:
+    """Return whether a study that only the record names brings code of the user's.
+
+    A study's file that is there was compared with the record, which cannot name other code then, unless by `--set`.
+    """
+    if run.source is None:
+        return folder == Path.cwd()
+    told = any(each.partition("=")[0] == "methods" for each in run.source.settings)
+    return not told and os.path.isfile(run.source.file) and run.source.may_be_executed(run.folder.parent)
 
 
 def trials(run: Run) -> list[TrialRow]:

@@ -68,6 +68,11 @@ class _Source(_Part):
     digests: Annotated[dict[str, Name], Field(max_length=100)] | None = None
 
 
+class _Code(_Part):
+    folder: Annotated[str, Field(max_length=10_000, pattern="^/")]
+    packages: Annotated[dict[Name, Name], Field(max_length=1000)] = {}
+
+
 class _Record(_Part):
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     study: dict[str, Any]
@@ -83,6 +88,7 @@ class _Record(_Part):
     trials: Some[Name] = []
     settings: _Settings = _Settings()
     source: _Source | None = None
+    code: _Code | None = None
     created: Name | None = None
     git_commit: Name | None = None
     versions: dict[Name, Name] | None = None
