@@ -76,6 +76,13 @@ def test_the_gauges_of_a_run_follow_from_its_rows(one_stem: Study) -> None:
     assert after["tune_kd_val_accuracy", (("arm", "cifar/feature"),)] == pytest.approx(0.7)
 
 
+def test_names_that_are_not_ascii_are_labels_that_ray_takes(one_stem: Study) -> None:
+    planned = plan(one_stem)
+    row = first_row("r", planned.trials[-1]) | {"arm": "cifar/n\u043ene", "status": "running", "val_accuracy": 0.5}
+    labels = [each.labels for each in samples(planned, [row], [], 0.5) if each.name == "tune_kd_val_accuracy"]
+    assert labels == [(("arm", "cifar/n\\u043ene"),)]
+
+
 def test_the_table_of_metrics_in_the_documents_is_the_list_of_metrics() -> None:
     text = (ROOT / "docs" / "monitoring.md").read_text()
     shown = re.findall(r"^\| `(ray_tune_kd_\w+)` \| (\w+) \| ([\w ]+) \| ([\w, `]*) \| (.+) \|$", text, re.MULTILINE)

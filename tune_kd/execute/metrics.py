@@ -83,7 +83,8 @@ def samples(plan: Plan, rows: Sequence[TrialRow], stopped: Iterable[str], gpus: 
         if row["status"] == Status.RUNNING and row["val_accuracy"] is not None:
             running.setdefault(row["arm"], []).append(row["val_accuracy"])
     for arm, accuracies in running.items():
-        yield Sample("tune_kd_val_accuracy", sum(accuracies) / len(accuracies), (("arm", arm),))
+        name = arm.encode("ascii", errors="backslashreplace").decode()  # Ray refuses other text
+        yield Sample("tune_kd_val_accuracy", sum(accuracies) / len(accuracies), (("arm", name),))
     yield Sample("tune_kd_arms_stopped", len(set(stopped)))
     done, planned = _pairs(plan, rows)
     yield Sample("tune_kd_confirm_pairs", done)
