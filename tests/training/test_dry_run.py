@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import tiny
 from tune_kd.study import brought
@@ -12,7 +13,8 @@ from tune_kd.study.methods import Method
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Compare, Factor, Study
 from tune_kd.system.errors import UserError
-from tune_kd.training import dry_run
+from tune_kd.training import dry_run, loss as losses
+from tune_kd.training.step import Step
 
 LOSSES = """
 import torch
@@ -92,6 +94,60 @@ class Explodes(Base):
         with torch.no_grad():
             self.seen.mul_(float("inf"))
         return self.scale * batch.student_logits.mean()
+
+class Position(Base):
+    def forward(self, batch, weight=2.0):
+        return weight * batch.student_logits.mean()
+
+class Keywords(Base):
+    def forward(self, batch, **settings):
+        return batch.student_logits.mean()
+
+class Leaves(Base):
+    def forward(self, batch, *, weight):
+        raise SystemExit(0)
+
+class Interrupts(Base):
+    def forward(self, batch, *, weight):
+        raise KeyboardInterrupt
+
+class Late(Base):
+    def forward(self, batch, *, weight):
+        if not hasattr(self, "late"):
+            self.late = nn.Linear(10, 10)
+        return self.late(batch.student_logits).mean()
+
+class LateBuffer(Base):
+    def forward(self, batch, *, weight):
+        self.register_buffer("seen", batch.student_logits.detach().mean())
+        return batch.student_logits.mean()
+
+class Grows(Base):
+    def __init__(self, context):
+        super().__init__(context)
+        self.register_buffer("seen", torch.zeros(0))
+    def forward(self, batch, *, weight):
+        self.seen = torch.cat([self.seen, torch.ones(1)])
+        return batch.student_logits.mean()
+
+class NoModule:
+    def __init__(self, context):
+        pass
+    def forward(self, batch, *, weight):
+        return batch.student_logits.mean()
+
+class Prints(Base):
+    def forward(self, batch, *, weight):
+        print("noise")
+        return batch.student_logits.mean()
+
+class Changes(Base):
+    def __init__(self, context):
+        super().__init__(context)
+        context.train_labels.zero_()
+        nn.init.zeros_(context.classifier.weight)
+    def forward(self, batch, *, weight):
+        return batch.student_logits.mean()
 """
 
 
@@ -129,6 +185,14 @@ def test_a_loss_that_works_passes_and_leaves_nothing_behind(tmp_path: Path) -> N
         ("Word", "returns str; allowed: a tensor without axes"),
         ("Second", "RuntimeError: at the second step"),
         ("Explodes", "leads to numbers that are not finite (loss.seen)"),
+        ("Position", "takes weight by position, which no trial sets; allowed: settings after *"),
+        ("Keywords", "takes **settings, which gets nothing; allowed: settings by name, after * (weight)"),
+        ("Leaves", "fails in its dry run at losses.py"),
+        ("Interrupts", "KeyboardInterrupt"),
+        ("Late", "makes loss.late.weight in a step"),
+        ("LateBuffer", "makes loss.seen in a step"),
+        ("Grows", "makes loss.seen in a step"),
+        ("NoModule", "is NoModule, which is no nn.Module"),
         ("Nobody", "losses.py has no class Nobody"),
     ],
 )
@@ -153,3 +217,21 @@ def test_what_a_loss_reads_beside_its_file_is_missed_where_the_run_is_planned(tm
     (tmp_path / "table.txt").write_text("1")
     with pytest.raises(UserError, match=r"reads\.py, line 2: FileNotFoundError"):
         tried(tmp_path, "reads.py:A")
+
+
+def test_what_a_loss_prints_is_no_part_of_the_answer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tried(tmp_path, "losses.py:Prints")
+    assert capfd.readouterr().out == ""
+
+
+def test_a_loss_cannot_change_the_teacher_or_the_labels_of_other_trials(tmp_path: Path) -> None:
+    study = tried(tmp_path, "losses.py:Changes")
+    trial = next(each for each in plan(study).trials if each.brought is not None)
+    data = dry_run._images(trial)
+    teacher = dry_run._teacher(trial, data)
+    assert teacher is not None
+    before, labels = teacher.net.fc.weight.clone(), data.train.labels.clone()
+    with losses.brought(brought.codes(study, tmp_path)):
+        Step(trial, data, teacher, torch.device("cpu"))
+    assert torch.equal(teacher.net.fc.weight, before)
+    assert torch.equal(data.train.labels, labels)

@@ -92,7 +92,7 @@ class StudyFile:
         finders = list(sys.meta_path)
         sys.meta_path.insert(0, self._finder)
         try:
-            with _to_standard_error():
+            with to_standard_error():
                 yield
         except BaseException as error:
             signals.check()  # the error may come from a signal to this command
@@ -185,7 +185,7 @@ class _SearchSpaces(MetaPathFinder):
 
 
 @contextmanager
-def _to_standard_error() -> Iterator[None]:
+def to_standard_error() -> Iterator[None]:
     """Redirect standard output to standard error, also for child processes."""
     with redirect_stdout(sys.stderr):
         try:

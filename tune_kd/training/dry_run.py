@@ -1,6 +1,7 @@
 """Two steps of each loss that a study brings, on a few made images, before anything trains."""
 
 import hashlib
+import inspect
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,8 +17,11 @@ from tune_kd.data.augment import draw_views
 from tune_kd.data.datasets import DataSet, Split
 from tune_kd.study.brought import Code
 from tune_kd.study.cost import images_of
+from tune_kd.study.methods import Method
 from tune_kd.study.plan import Plan
+from tune_kd.study.source import to_standard_error
 from tune_kd.study.trial import Trial
+from tune_kd.system import signals
 from tune_kd.system.errors import raise_problems
 from tune_kd.training import loss as losses, networks
 from tune_kd.training.step import Step
@@ -42,19 +46,31 @@ def _problems(trial: Trial, code: Code) -> Iterator[str]:
     method = trial.method
     where = f"the loss {method.loss} of method {method.name!r}"
     try:
-        with losses.brought([code]):
-            taken = losses.step_settings(losses.loss_class(method))
-            if unknown := [name for name in taken if name not in method.defaults]:
-                declared = ", ".join(method.defaults) or "there is none"
-                yield f"{where} takes {', '.join(unknown)}; allowed: settings that the method declares ({declared})"
-                return
+        with to_standard_error(), losses.brought([code]):
+            _check_arguments(method)
             _try(trial)
     except _Wrong as wrong:
         yield f"{where} {wrong}"
-    except Exception as error:
+    except BaseException as error:  # a loss may raise SystemExit, too
+        signals.check()  # unless it comes from a signal to this command
         line = _line(error, code)
         said = " ".join("".join(traceback.format_exception_only(error)).split())
         yield f"{where} fails in its dry run{f' at {line}' if line else ''}: {said[:500]}"
+
+
+def _check_arguments(method: Method) -> None:
+    """Raise `_Wrong` unless what `forward` takes are settings, of which each trial sets the value."""
+    kind = losses.loss_class(method)
+    if not issubclass(kind, nn.Module):
+        raise _Wrong(f"is {kind.__name__}, which is no nn.Module; allowed: a class of torch's modules")
+    declared = ", ".join(method.defaults) or "there is none"
+    if unknown := [name for name in losses.step_settings(kind) if name not in method.defaults]:
+        raise _Wrong(f"takes {', '.join(unknown)}; allowed: settings that the method declares ({declared})")
+    for each in inspect.signature(kind.forward).parameters.values():
+        if each.kind is each.VAR_KEYWORD:
+            raise _Wrong(f"takes **{each.name}, which gets nothing; allowed: settings by name, after * ({declared})")
+        if each.kind is not each.KEYWORD_ONLY and each.name in method.defaults:
+            raise _Wrong(f"takes {each.name} by position, which no trial sets; allowed: settings after *")
 
 
 def _line(error: BaseException, code: Code) -> str | None:
@@ -75,6 +91,7 @@ def _try(trial: Trial) -> None:
     step = Step(replace(trial, cell=cell, recipe=recipe), data, _teacher(trial, data), torch.device("cpu"))
     step.loss.register_forward_hook(partial(_look, step))
     step.train()
+    had = {name: (each.shape, each.dtype) for name, each in step.tensors().items()}
     views = [draw_views(trial.seed, 1, IMAGES, pad=data.pad, flip=data.flip, view=view)
              for view in range(trial.method.views)]  # fmt: skip
     logits = torch.randn(IMAGES, len(data.classes)) if trial.method.uses_cached_logits else None
@@ -82,7 +99,12 @@ def _try(trial: Trial) -> None:
         for number in range(STEPS):
             step.at(recipe.lr, 1, number / (STEPS - 1))
             step(views[0], logits, *views[1:])
-    for name, tensor in step.tensors().items():
+    tensors = step.tensors()
+    for name in dict.fromkeys((*had, *tensors)):
+        if name not in had or name not in tensors or had[name] != (tensors[name].shape, tensors[name].dtype):
+            raise _Wrong(f"makes {name} in a step, where it is not trained, and is lost where a trial is interrupted; "
+                         "allowed: parameters and buffers that __init__ makes, in their final shape")  # fmt: skip
+    for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise _Wrong(f"leads to numbers that are not finite ({name})")
 

@@ -43,7 +43,7 @@ class Context:
     train_labels: Tensor  # int64 [N], by position in the training split
     epochs: int
     steps_per_epoch: int
-    classifier: nn.Module | None = None  # the teacher's, frozen; None where the method needs no features
+    classifier: nn.Module | None = None  # a copy of the teacher's, frozen; None where the method needs no features
     settings: Mapping[str, float] = field(default_factory=dict)  # those that `forward` does not take
 
 

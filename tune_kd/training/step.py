@@ -7,6 +7,7 @@ step.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -264,10 +265,10 @@ def _networks(trial: Trial, data: DataSet, teacher: Teacher | None) -> tuple[nn.
         student=shapes(trial.architecture),
         teacher=None if teacher is None else shapes(str(cell.teacher)),
         classes=len(data.classes),
-        train_labels=data.train.labels.cpu(),
+        train_labels=data.train.labels.cpu().clone(),
         epochs=trial.recipe.epochs,
         steps_per_epoch=len(batches(len(data.train.labels), trial.recipe.batch_size)),
-        classifier=teacher.net.fc if teacher is not None and method.runs_teacher else None,
+        classifier=deepcopy(teacher.net.fc) if teacher is not None and method.runs_teacher else None,
         settings={name: _level(trial, name) for name in method.defaults if name not in passed},
     )
     with networks.stream("projections", trial.seed):
