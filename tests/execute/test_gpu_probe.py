@@ -1,6 +1,7 @@
 """The share of a GPU that is proposed: the rule by hand, the measurement for real on the CPU."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from tune_kd.data import datasets
 from tune_kd.data.datasets import DataSet
 from tune_kd.execute import gpu_probe as probing
 from tune_kd.execute.gpu_probe import Measured, measure, probe, propose
+from tune_kd.study.brought import codes, with_sources
+from tune_kd.study.methods import Method
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Factor, Study
 from tune_kd.study.trial import Trial
@@ -117,3 +120,16 @@ def test_more_at_a_time_are_not_tried_once_they_bring_nothing(one_stem: Study, m
     digits = datasets.load("digits", train=60, validation=20, test=20)
     assert probe(plan(one_stem, digits.digest), digits, torch.device("cpu"), lambda _: None) == 1.0
     assert asked == [1, 2]
+
+
+def test_a_loss_that_the_study_brings_is_there_in_the_processes_that_measure(one_stem: Study, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(
+        "from torch import nn\nclass Loss(nn.Module):\n    def __init__(self, context):\n        super().__init__()\n"
+        "    def forward(self, batch):\n        return batch.student_logits.mean()\n"
+    )
+    method = Method("mine", loss="a.py:Loss")
+    study = replace(one_stem, methods=(method,), factors=(Factor("method", ("mine",)),), contrasts=(), reference=(),
+                    control=None, moderator=None)  # fmt: skip
+    study = with_sources(study, tmp_path)
+    share = probe(plan(study, digits.digest), digits, torch.device("cpu"), lambda _: None, (1,), codes(study, tmp_path))
+    assert share == 1

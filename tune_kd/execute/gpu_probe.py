@@ -13,6 +13,7 @@ import torch
 
 from tune_kd.data.datasets import DataSet, Split
 from tune_kd.execute.worker import failure
+from tune_kd.study.brought import Code
 from tune_kd.study.cost import flop
 from tune_kd.study.plan import Plan
 from tune_kd.study.trial import Answering, Role, StopReason, Trial
@@ -22,6 +23,7 @@ from tune_kd.training import networks, teachers
 from tune_kd.training.checkpoints import Checkpoints
 from tune_kd.training.device import peak_memory, start_measuring
 from tune_kd.training.loop import train
+from tune_kd.training.loss import bring
 
 NUMBERS = (1, 2, 4, 8)  # of concurrent trials to try
 PROBE_STEPS = 40  # of a probing epoch: about a second, without the capture of a step
@@ -54,16 +56,22 @@ def propose(measured: Sequence[Measured], memory: int) -> float:
 
 
 def probe(
-    plan: Plan, data: DataSet, device: torch.device, say: Callable[[str], None], numbers: Sequence[int] = NUMBERS
+    plan: Plan,
+    data: DataSet,
+    device: torch.device,
+    say: Callable[[str], None],
+    numbers: Sequence[int] = NUMBERS,
+    codes: Sequence[Code] = (),
 ) -> float:
-    """Measure one trial, then more at a time while images per second grow; return the share to use."""
+    """Measure one trial, then more at a time while images per second grow; return the share to use. `codes` are what
+    the study brings."""
     # One share is used for all trials, so measure the most expensive one.
     student = max((trial for trial in plan.trials if trial.role == Role.STUDENT), key=flop)
     teacher = next((trial for trial in plan.teachers if trial.trial_id == student.teacher_id), None)
     memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 2**63
     found: list[Measured] = []
     for together in numbers:
-        one = measure(student, teacher, data, device, together)
+        one = measure(student, teacher, data, device, together, codes)
         if one is None:
             say(f"{together} at a time: out of memory")
             break
@@ -77,13 +85,18 @@ def probe(
 
 
 def measure(
-    student: Trial, teacher: Trial | None, data: DataSet, device: torch.device, together: int
+    student: Trial,
+    teacher: Trial | None,
+    data: DataSet,
+    device: torch.device,
+    together: int,
+    codes: Sequence[Code] = (),
 ) -> Measured | None:
     """Train `together` copies of a student at once, one per process. Returns None if one runs out of memory."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(together)]
     processes = [
-        context.Process(target=_train, args=(student, teacher, data, device, together, there), daemon=True)
+        context.Process(target=_train, args=(student, teacher, data, device, together, codes, there), daemon=True)
         for _, there in pipes
     ]
     for process in processes:
@@ -112,12 +125,19 @@ def measure(
 
 
 def _train(
-    student: Trial, teacher: Trial | None, data: DataSet, device: torch.device, together: int, pipe: Connection
+    student: Trial,
+    teacher: Trial | None,
+    data: DataSet,
+    device: torch.device,
+    together: int,
+    codes: Sequence[Code],
+    pipe: Connection,
 ) -> None:
     """Send "ready" after an epoch, wait, then send (images per second, peak bytes) of the next epochs, or the error."""
     with tempfile.TemporaryDirectory() as name, suppress(EOFError):
         try:
             guard_code()
+            bring(codes)
             torch.set_num_threads(1)
             before = 0
             if device.type == "cuda":

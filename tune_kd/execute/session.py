@@ -6,7 +6,7 @@ Modules that take long to import (torch, Ray, pandas) are imported late, so that
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from tune_kd.records.run_folder import Run
 from tune_kd.records.schema import TRIALS
 from tune_kd.reporting.progress import ProgressDisplay
 from tune_kd.reporting.terminal import Terminal
-from tune_kd.study.brought import codes, with_sources
+from tune_kd.study.brought import Code, codes, with_sources
 from tune_kd.study.discover import Source
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
@@ -74,7 +74,8 @@ def run(
     interrupted the run, which `resume` then continues.
     """
     chosen, results = Options(**options), local(str(out))
-    study = with_sources(study, Path.cwd())
+    script = getattr(sys.modules["__main__"], "__file__", None)  # a copy of it would run the study again
+    study = with_sources(study, Path.cwd(), None if script is None else Path(script))
     problems: list[str] = []
     made = collect(problems, lambda: run_folder.check_new(results, name, study))
     collect(problems, lambda: check(study, chosen, address))
@@ -122,7 +123,9 @@ def load_data(study: Study, folder: Path | None, console: Terminal, *, download:
     return load_declared(study.data, folder, say=console.say, download=download)
 
 
-def _settings(options: Options, study: Study, data: "DataSet", console: Terminal) -> dict[str, Any]:
+def _settings(
+    options: Options, study: Study, data: "DataSet", console: Terminal, brought: Sequence[Code] = ()
+) -> dict[str, Any]:
     """The options for the record. A GPU share of "auto" becomes what a probe of the study's heaviest trial proposes for
     this machine's GPU, and 0 where there is none."""
     settings = asdict(options) | {"track": list(options.track)}
@@ -135,7 +138,7 @@ def _settings(options: Options, study: Study, data: "DataSet", console: Terminal
     if not torch.cuda.is_available():
         console.say("--gpus-per-trial auto: there is no GPU here, so trials run on CPUs")
         return settings | {"gpus_per_trial": 0.0}
-    share = probe(plan(study, data.digest), data, torch.device("cuda"), console.say)
+    share = probe(plan(study, data.digest), data, torch.device("cuda"), console.say, codes=brought)
     return settings | {"gpus_per_trial": share}
 
 
@@ -162,8 +165,8 @@ def start(
 ) -> tuple[Run, Ended]:
     """Begin a run of a checked study in a folder that is free, and run it to its end."""
     data = load_data(study, data_dir, console)
-    settings = _settings(options, study, data, console)
     brought = codes(study, Path.cwd() if source is None else source.file.absolute().parent)
+    settings = _settings(options, study, data, console, brought)
     begun = Run(folder.name, folder, study, data.digest, data_dir, settings, source, codes=brought)
     _fetch_weights(study)
     with run_folder.begun(begun) as tell_dashboard, _opened(begun, console) as ledger:
@@ -200,7 +203,7 @@ def go_on(
                 f"RUN is {again.name}, begun on data with the digest {again.data_digest[:16]}; the data now have "
                 f"{data.digest[:16]}: put the same data back at {again.data_dir or 'their place'}"
             )
-        again = replace(again, settings=_settings(options, again.study, data, console))
+        again = replace(again, settings=_settings(options, again.study, data, console, again.codes))
         _fetch_weights(again.study)
 
         def connected(dashboard: str | None) -> None:
