@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from conftest import tiny
+from tune_kd.execute.session import run
 from tune_kd.study import brought
 from tune_kd.study.brought import Code
 from tune_kd.study.discover import resolve
 from tune_kd.study.methods import Method
+from tune_kd.study.validate import check
 from tune_kd.system.errors import UserError
 from tune_kd.training import loss as losses
 
@@ -123,3 +125,35 @@ def test_methods_that_are_set_have_the_digest_of_their_source(tmp_path: Path) ->
     made(tmp_path, {"a.py": CLASS, "study.py": "from conftest import tiny as study\n"})
     study = resolve(tmp_path / "study.py", "test", None, ('methods=[{"name": "mine", "loss": "a.py:Loss"}]',))
     assert study.methods[0].source == code_of(tmp_path, "a.py:Loss").digest
+
+
+@pytest.mark.parametrize("value", ["True", "'3'", "10**400"])
+def test_a_setting_that_is_no_number_is_refused(tmp_path: Path, value: str) -> None:
+    study = "from conftest import tiny\nfrom dataclasses import replace\nfrom tune_kd import Method\n"
+    study += f"def study():\n    method = Method('mine', loss='a.py:Loss', settings={{'weight': {value}}})\n"
+    made(tmp_path, {"a.py": CLASS, "study.py": f"{study}    return replace(tiny(), methods=(method,))\n"})
+    with pytest.raises(UserError, match=r"methods\[0\]\.settings has weight .*; allowed: a finite number"):
+        resolve(tmp_path / "study.py", "test")
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (Method("mine", loss="a.py:Loss", settings=(("weight", 1.0), ("weight", 2.0))), "'weight' more than once"),
+        (Method("", loss="a.py:Loss"), "name is ''; allowed: text that neither is empty"),
+        (Method(" mine", loss="a.py:Loss"), "name is ' mine'; allowed: text that neither is empty"),
+    ],
+)
+def test_a_method_that_cannot_be_told_from_another_is_refused(method: Method, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check(replace(tiny(), methods=(method,)))
+
+
+def test_a_class_of_the_script_that_runs_a_study_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(tmp_path, {"script.py": CLASS})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "script.py"))
+    study = replace(tiny(), methods=(Method("mine", loss="script.py:Loss"),))
+    with pytest.raises(UserError, match="the study's own file"):
+        run(study)
+    assert [each.name for each in tmp_path.iterdir()] == ["script.py"]

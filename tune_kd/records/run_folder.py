@@ -220,9 +220,10 @@ def with_codes(run: Run) -> Run:
     folder, file = Path(record.get("folder", "an unknown folder")), None
     if run.source is not None:
         folder, file = run.source.file.absolute().parent, run.source.file.absolute()
+    gone = "" if file is None or os.path.isfile(file) else f", where {file.name} is gone"
     refused = UserError(
-        f"RUN is {run.name}, whose study brings code of its own from {folder}; only code in the working directory "
-        "is executed without being named: look at it, and resume there, or with --study"
+        f"RUN is {run.name}, whose study brings code of its own from {folder}{gone}; only code in the working "
+        "directory is executed without being named: look at it, and resume there, or with --study"
     )
     if not (run.named or _is_trusted(run, folder)):
         raise refused

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -15,6 +15,7 @@ from tune_kd.study.methods import Method
 from tune_kd.study.spec import Study
 from tune_kd.system.errors import UserError, raise_problems
 
+MOST_SETTING = 2**53  # of an integer: beyond, a float would be another number
 ALLOWED = "FILE.py:CLASS below the study's folder, package.module:CLASS, or the class itself"
 
 
@@ -43,7 +44,17 @@ def with_names(study: Study, folder: Path, file: Path | None = None) -> Study:
 
     `folder` is the study's, to which paths are relative; `file` is its own.
     """
+    raise_problems(_untyped(study))
     return _with(study, lambda method: replace(method, loss=_as_text(method.loss, folder, file)))
+
+
+def _untyped(study: Study) -> Iterator[str]:
+    """Messages for settings that are no numbers, which reading a study would turn into some."""
+    for position, method in enumerate(study.methods):
+        settings = method.settings if isinstance(method.settings, tuple) else ()
+        for name, value in (each for each in settings if isinstance(each, tuple | list) and len(each) == 2):
+            if isinstance(value, bool | str) or (isinstance(value, int) and abs(value) > MOST_SETTING):
+                yield f"methods[{position}].settings has {name} {value!r:.60}; allowed: a finite number"
 
 
 def with_sources(study: Study, folder: Path, file: Path | None = None) -> Study:

@@ -31,7 +31,7 @@ class Method:
     trains on labels alone.
     """
 
-    name: Annotated[str, rules.ENCODABLE, rules.LINE, length(100, "characters")]
+    name: Annotated[str, rules.ENCODABLE, rules.LINE, rules.NAME, length(100, "characters")]
     loss: Annotated[str | type | None, length(1000, "characters")] = None
     # What the loss is given: of the teacher logits; of both networks also features, or those before their ReLU, too.
     needs: Literal["nothing", "logits", "features", "before_relu"] = "logits"

@@ -76,6 +76,9 @@ ENCODABLE = Rule(
     "text that can be encoded as UTF-8", lambda text: not any("\ud800" <= each <= "\udfff" for each in text)
 )
 LINE = Rule("text without control characters", lambda text: not CONTROL.search(text))
+NAME = Rule(
+    "text that neither is empty nor begins or ends with a space", lambda text: text != "" and text == text.strip()
+)
 LINES = Rule(LINE.allowed, lambda text: visible(text) == text)
 LEVELS_LIMIT = length(MOST_LEVELS)
 TRIALS_LIMIT = most(MOST_TRIALS)

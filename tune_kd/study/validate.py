@@ -112,6 +112,8 @@ def _method_problems(study: Study) -> Iterator[str]:
             yield f"{where}.name is {method.name!r}, which comes with tune_kd; allowed: another name"
         if method.loss is None:
             yield f"{where}.loss is null; allowed: FILE.py:CLASS, or package.module:CLASS"
+        for name in _repeated([str(each[0]) for each in method.settings]):
+            yield f"{where}.settings has {name!r} more than once; allowed: once each"
         for name, value in method.defaults.items():
             if not name.isidentifier() or len(name) > 100 or iskeyword(name) or name in taken:
                 yield (f"{where}.settings has {name!r}; allowed: a name as Python's of at most 100 characters that is "
