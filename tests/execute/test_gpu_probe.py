@@ -99,7 +99,7 @@ def test_another_failure_of_a_probing_process_is_raised_here(one_stem: Study) ->
 
 def test_numbers_that_run_out_of_memory_end_the_search(one_stem: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(*arguments: object) -> Measured | None:
-        together = int(str(arguments[-1]))
+        together = int(str(arguments[4]))
         return Measured(together, 100.0 * together, 1) if together < 4 else None
 
     said: list[str] = []
@@ -113,7 +113,7 @@ def test_more_at_a_time_are_not_tried_once_they_bring_nothing(one_stem: Study, m
     asked: list[int] = []
 
     def fake(*arguments: object) -> Measured:
-        asked.append(int(str(arguments[-1])))
+        asked.append(int(str(arguments[4])))
         return Measured(asked[-1], 100.0, 1)
 
     monkeypatch.setattr(probing, "measure", fake)
@@ -123,6 +123,7 @@ def test_more_at_a_time_are_not_tried_once_they_bring_nothing(one_stem: Study, m
 
 
 def test_a_loss_that_the_study_brings_is_there_in_the_processes_that_measure(one_stem: Study, tmp_path: Path) -> None:
+    digits = datasets.load("digits", train=60, validation=20, test=20)
     (tmp_path / "a.py").write_text(
         "from torch import nn\nclass Loss(nn.Module):\n    def __init__(self, context):\n        super().__init__()\n"
         "    def forward(self, batch):\n        return batch.student_logits.mean()\n"

@@ -152,7 +152,7 @@ def test_a_method_that_cannot_be_told_from_another_is_refused(method: Method, wo
 def test_a_class_of_the_script_that_runs_a_study_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made(tmp_path, {"script.py": CLASS})
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "script.py"))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "script.py"), raising=False)
     study = replace(tiny(), methods=(Method("mine", loss="script.py:Loss"),))
     with pytest.raises(UserError, match="the study's own file"):
         run(study)
