@@ -98,7 +98,7 @@ class TrialRunner(tune.Trainable):
             epoch = next(self._epochs)
         except RayError as error:  # of a node or the object store; not the trial's fault
             return {"failure": Failure("lost", f"Ray failed it: {words(error)}")}
-        except (Exception, SystemExit, KeyboardInterrupt) as error:  # the driver decides whether to try again
+        except Exception as error:  # the driver decides whether to try again
             return {"failure": failure(error)}
         if epoch.outcome is not None:
             self._epochs.close()  # frees its memory and a teacher's lock before the next trial
