@@ -61,6 +61,13 @@ class NotANumber(Base):
     def forward(self, batch, *, weight):
         return (batch.student_logits * 0 / 0).mean()
 
+class TeachersClassifier(Base):
+    def student(self, net, context):
+        net.fc = nn.Sequential(nn.Linear(context.student.embedding, context.teacher.embedding), context.classifier)
+        return net
+    def forward(self, batch, *, weight):
+        return weight * (batch.student_logits - batch.teacher_logits).pow(2).mean()
+
 class NoTap(Base):
     def forward(self, batch, *, weight):
         return batch.student_features[7].mean()
@@ -167,6 +174,7 @@ def test_a_loss_that_works_passes_and_leaves_nothing_behind(tmp_path: Path) -> N
     modules, path = set(sys.modules), list(sys.path)
     tried(tmp_path, "losses.py:Good")
     tried(tmp_path, "losses.py:TwoViews", "before_relu", views=2)
+    tried(tmp_path, "losses.py:TeachersClassifier")
     assert sys.path == path
     assert not [name for name in set(sys.modules) - modules if name.startswith("losses")]
     assert [each.name for each in tmp_path.iterdir()] == ["losses.py"]
@@ -179,7 +187,7 @@ def test_a_loss_that_works_passes_and_leaves_nothing_behind(tmp_path: Path) -> N
         ("NoGradient", "has no gradient for the student"),
         ("OwnAlone", "has no gradient for the student"),
         ("NotANumber", "is nan; allowed: a finite number"),
-        ("NoTap", "fails in its dry run at losses.py, line 48: IndexError"),
+        ("NoTap", "fails in its dry run at losses.py, line 55: IndexError"),
         ("Unknown", "takes gamma; allowed: settings that the method declares (weight)"),
         ("NoContext", "TypeError"),
         ("Word", "returns str; allowed: a tensor without axes"),

@@ -117,7 +117,7 @@ def _look(step: Step, module: nn.Module, inputs: Any, found: Any) -> None:
         raise _Wrong(f"returns a tensor of shape {list(found.shape)}; allowed: one without axes, such as a mean")
     if not found.isfinite():
         raise _Wrong(f"is {found.item()}; allowed: a finite number")
-    student = list(step.student.parameters())
+    student = [each for each in step.student.parameters() if each.requires_grad]
     if not found.requires_grad or all(
         each is None for each in torch.autograd.grad(found, student, retain_graph=True, allow_unused=True)
     ):
