@@ -73,6 +73,27 @@ class Reuses(nn.Module):  # as SimKD (Chen et al. 2022): the teacher's classifie
         assert len(batch.student_features) == 4
         return (batch.student_embedding.mean() - batch.teacher_embedding.mean()) ** 2
 
+class Shares(nn.Module):  # the mapping is a part of the student and of the loss
+    def __init__(self, context):
+        super().__init__()
+        self.map = nn.Linear(context.student.embedding, context.teacher.embedding)
+    def student(self, net, context):
+        net.fc = nn.Sequential(self.map, context.classifier)
+        return net
+    def forward(self, batch):
+        return (self.map(batch.student_embedding) - batch.teacher_embedding).pow(2).mean()
+
+class Alone(Shares):  # the same, where the loss holds no module of its own
+    def __init__(self, context):
+        super().__init__(context)
+        self.held = [self.map]
+        del self.map
+    def student(self, net, context):
+        net.fc = nn.Sequential(self.held[0], context.classifier)
+        return net
+    def forward(self, batch):
+        return (self.held[0](batch.student_embedding) - batch.teacher_embedding).pow(2).mean()
+
 class WithTheClassifier(nn.Module):
     def __init__(self, net, context):
         super().__init__()
@@ -151,6 +172,21 @@ def test_a_method_may_change_what_is_trained_and_evaluated(pixels: DataSet, teac
     own = run(two_epochs(distilling("feature", teacher)), pixels, teacher, tmp_path / "own")[-1].outcome
     assert own is not None
     assert whole[-1].outcome.params != own.params
+
+
+def test_a_part_that_student_and_loss_share_is_trained_once_and_saved(
+    pixels: DataSet, teacher: Teacher, tmp_path: Path
+) -> None:
+    each, other = (
+        two_epochs(with_loss(distilling("feature", teacher), name, needs="features")) for name in ("Shares", "Alone")
+    )
+    whole = run(each, pixels, teacher, tmp_path / "whole")
+    cut = interrupted(each, pixels, teacher, tmp_path / "cut")
+    alone = run(other, pixels, teacher, tmp_path / "alone")
+    assert [exact(epoch) for epoch in whole] == [exact(epoch) for epoch in cut] == [exact(epoch) for epoch in alone]
+    saved = Checkpoints(tmp_path / "whole").load()
+    assert saved is not None
+    assert torch.equal(saved[0]["student.fc.0.weight"], saved[0]["loss.map.weight"])
 
 
 def test_dropout_draws_anew_in_each_epoch(pixels: DataSet, teacher: Teacher, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ class Step:
         networks.to_device(self.loss, device)
         self._teacher, self._recipe, self._device = teacher, trial.recipe, device
         self._method = trial.method
-        both = (*self.student.parameters(), *self.loss.parameters())
+        both = dict.fromkeys((*self.student.parameters(), *self.loss.parameters()))  # once, where they share a part
         self._parameters = [each for each in both if each.requires_grad]
         self._optimizer = torch.optim.SGD(
             self._parameters,
@@ -114,10 +114,16 @@ class Step:
         self._run(views.order, views.top, views.left, views.flip, *crops, *logits)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state of the student, the loss and the optimizer, by name."""
+        """The state of the student, the loss and the optimizer, by name. What the first two share is copied for one."""
+        student = self.student.state_dict()
+        theirs = {tensor.untyped_storage().data_ptr() for tensor in student.values()}
+        loss = {
+            name: tensor.clone() if tensor.untyped_storage().data_ptr() in theirs else tensor
+            for name, tensor in self.loss.state_dict().items()
+        }
         return {
-            **{f"student.{name}": tensor for name, tensor in self.student.state_dict().items()},
-            **{f"loss.{name}": tensor for name, tensor in self.loss.state_dict().items()},
+            **{f"student.{name}": tensor for name, tensor in student.items()},
+            **{f"loss.{name}": tensor for name, tensor in loss.items()},
             **{f"momentum.{number}": self._momentum(each) for number, each in enumerate(self._parameters)},
         }
 
