@@ -68,6 +68,12 @@ class TeachersClassifier(Base):
     def forward(self, batch, *, weight):
         return weight * (batch.student_logits - batch.teacher_logits).pow(2).mean()
 
+class OfItsOwn(Base):
+    def student(self, net, context):
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, context.classes))
+    def forward(self, batch, *, weight):
+        return weight * batch.student_logits.mean()
+
 class NoTap(Base):
     def forward(self, batch, *, weight):
         return batch.student_features[7].mean()
@@ -187,7 +193,11 @@ def test_a_loss_that_works_passes_and_leaves_nothing_behind(tmp_path: Path) -> N
         ("NoGradient", "has no gradient for the student"),
         ("OwnAlone", "has no gradient for the student"),
         ("NotANumber", "is nan; allowed: a finite number"),
-        ("NoTap", "fails in its dry run at losses.py, line 55: IndexError"),
+        ("NoTap", "fails in its dry run at losses.py, line 61: IndexError"),
+        (
+            "OfItsOwn",
+            "needs 'features', and the student that it returns, Sequential, has not the network that it was given",
+        ),
         ("Unknown", "takes gamma; allowed: settings that the method declares (weight)"),
         ("NoContext", "TypeError"),
         ("Word", "returns str; allowed: a tensor without axes"),

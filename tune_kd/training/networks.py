@@ -115,14 +115,19 @@ def forward_with_features(net: ResNet, images: Tensor, before_relu: bool = False
 
 
 def passing(student: nn.Module, needs: str) -> Callable[[nn.Module, Tensor], Passed]:
-    """The forward pass of a student that yields what a method needs."""
+    """The forward pass of a student that yields what a method needs. Raises ValueError where the student cannot."""
     from torchvision.models import ResNet
 
     if needs not in ("features", "before_relu"):
         return forward
     if isinstance(student, ResNet):
         return partial(forward_with_features, before_relu=needs == "before_relu")
-    net = next(each for each in student.modules() if isinstance(each, ResNet))
+    net = next((each for each in student.modules() if isinstance(each, ResNet)), None)
+    if net is None:
+        raise ValueError(
+            f"the method needs {needs!r}, and the student that it returns, {type(student).__name__}, has not the "
+            "network that it was given, whose stages yield them"
+        )
     return _watched(net, before_relu=needs == "before_relu")
 
 
