@@ -270,6 +270,23 @@ def test_a_tuned_method_that_nobody_has_seen_is_drawn(fair: Path) -> None:
     assert shown == {(looks[name].colour, looks[name].marker) for name in ("none", *UNSEEN.values())}
 
 
+def test_a_tuned_setting_without_a_column_of_its_own_is_drawn(fair: Path) -> None:
+    """It broke the report of every study that tunes a setting which it brings."""
+    records = load(fair)
+    (run,) = records.runs
+    study = json.loads(json.dumps(records.studies[run]).replace('"name": "alpha"', '"name": "kd_weight"'))
+    trials = records.trials.rename(columns={"alpha": "kd_weight"}).assign(alpha=None)
+    (tuning,) = [
+        each.figure
+        for each in figures.draw(replace(records, trials=trials, studies={run: study}))
+        if each.name == "tuning"
+    ]
+    (panel,) = [axes for axes in tuning.axes if axes.get_xlabel() == "kd_weight"]
+    drawn = trials[(trials["phase"] == "screen") & (trials["status"] == "completed")]["kd_weight"].dropna()
+    shown = {x for line in panel.lines if line.get_marker() != "None" for x in line.get_xdata()}
+    assert shown == set(drawn)
+
+
 def test_tables_without_methods_have_learning_curves(tmp_path: Path) -> None:
     """They broke the report: null is equal to nothing."""
     ids = [(f"{arm}{seed}", arm, seed) for arm in "ab" for seed in (1, 2)]

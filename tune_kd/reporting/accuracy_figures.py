@@ -22,7 +22,7 @@ from tune_kd.reporting import style
 from tune_kd.reporting.style import Made, MethodStyle, Styles
 from tune_kd.study.arms import SYMBOLS
 from tune_kd.study.spec import Study
-from tune_kd.study.trial import Status
+from tune_kd.study.trial import Status, level_in
 from tune_kd.study.tuning import LogUniform, number
 
 CURVES = 8  # arms in one panel; more cannot be told apart
@@ -270,7 +270,9 @@ def _draws(
 
     def plot(rows: Sequence[Mapping[str, Any]], **how: Any) -> None:
         heights = [max(floor, 100 * row["val_accuracy_best"]) for row in rows]
-        axes.plot([row[setting] for row in rows], heights, color=look.colour, marker=look.marker, ls="", **how)
+        axes.plot(
+            [level_in(row, setting) for row in rows], heights, color=look.colour, marker=look.marker, ls="", **how
+        )
 
     plot([row for row in draws if row["status"] == Status.COMPLETED], mfc="white", label=label)
     assert study.tuning is not None
