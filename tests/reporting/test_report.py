@@ -218,6 +218,14 @@ def screen(what: Any, width: int = 80) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
+def test_arms_that_differ_at_the_end_of_a_long_name_are_told_apart_within_80_columns(records: Records) -> None:
+    arms = accuracy.arms(records).head(2)
+    name = "dist/epochs=3/batch_size=64/kd_weight=1/ce_weight="
+    shown = screen(terminal.arms(arms.assign(arm=[f"{name}0", f"{name}1"], note="stopped in the screen")))
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    assert "".join(line.split(" ")[0] for line in shown.splitlines()[2:]) == f"{name}0{name}1"
+
+
 def test_effects_are_shown_with_n_spread_and_interval_within_80_columns(records: Records) -> None:
     shown = screen(terminal.effects(results.contrasts(records)))
     (line,) = [line for line in shown.splitlines() if line.startswith("imagenet: logit - none")]

@@ -1,7 +1,7 @@
 """Tables of results on a terminal. Formats what `analysis` computed."""
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
@@ -51,7 +51,8 @@ def rich_table(title: str | None, *names: str, left: Collection[str], no_wrap: C
     """An empty table without borders. Columns are aligned to the right, except those in `left`."""
     made = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="bold", pad_edge=False)
     for name in names:
-        made.add_column(name, justify="left" if name in left else "right", no_wrap=name in no_wrap)
+        justify: Literal["left", "right"] = "left" if name in left else "right"  # an ellipsis would make names alike
+        made.add_column(name, justify=justify, no_wrap=name in no_wrap, overflow="fold")
     return made
 
 
