@@ -86,6 +86,13 @@ def test_a_response_has_a_row_a_level_beside_the_control_of_its_context() -> Non
     assert measures.response(some, "alpha").empty
 
 
+def test_intervals_of_a_response_stay_within_0_and_1() -> None:
+    wide = {("cifar/logit/T=1", 1): 0.1, ("cifar/logit/T=1", 3): 0.9, ("cifar/logit/T=4", 1): 0.5}
+    table = measures.response(records([trial(arm, seed, value) for (arm, seed), value in wide.items()]), "temperature")
+    assert (table["low"][0], table["high"][0]) == (0.0, 1.0)
+    assert table[["low", "high"]].iloc[1].isna().all()
+
+
 def test_the_teachers_lead_stands_beside_the_gain() -> None:
     some = records([TEACHER, trial("cifar/none", 1, 0.90), trial("cifar/logit/T=4", 1, 0.92)])
     (row,) = measures.gaps(some).to_dict("records")

@@ -129,15 +129,18 @@ def cells(records: Records, run: str, ended: pd.DataFrame, seeds: Sequence[int])
 
 
 def summary(records: Records, run: str, ended: pd.DataFrame) -> statistics.Summary:
-    """Mean, standard deviation and 95 % interval of an arm's completed trials.
+    """Mean, standard deviation and 95 % interval, within 0 and 1, of an arm's completed trials.
 
     Where students are crossed with several teachers, the interval is that of the mean over teachers and seeds.
     """
     described = statistics.summary(ended[HEADLINE].dropna().tolist())
-    if not random_teachers(records, run) or ended["teacher_id"].isna().all():
+    if random_teachers(records, run) and ended["teacher_id"].notna().any():
+        low, high = teachers.crossed(cells(records, run, ended, ended["seed"].unique().tolist())).interval()
+        described = replace(described, low=float(low), high=float(high))
+    # An interval by Student's t may leave what an accuracy can be.
+    if described.low is None or described.high is None:
         return described
-    low, high = teachers.crossed(cells(records, run, ended, ended["seed"].unique().tolist())).interval()
-    return replace(described, low=float(low), high=float(high))
+    return replace(described, low=max(0.0, described.low), high=min(1.0, described.high))
 
 
 def arms(records: Records) -> pd.DataFrame:
@@ -167,8 +170,6 @@ def arms(records: Records) -> pd.DataFrame:
             note = "incomplete"
         described = asdict(summary(records, run, ended))
         n = described.pop("n")
-        for end in ("low", "high"):  # an interval by Student's t may leave what an accuracy can be
-            described[end] = None if described[end] is None else min(1.0, max(0.0, described[end]))
         rows.append({"run": run, "arm": name, "role": role, "n": n, "planned": planned, **described, "note": note})
     return typed(rows, "run arm role n planned mean sd low high note")
 
