@@ -287,6 +287,17 @@ def test_a_tuned_setting_without_a_column_of_its_own_is_drawn(fair: Path) -> Non
     assert shown == set(drawn)
 
 
+def test_draws_are_drawn_whole_and_no_accuracy_below_0(fair: Path) -> None:
+    records = load(fair)
+    trials = records.trials.assign(val_accuracy_best=records.trials["val_accuracy_best"].rank(pct=True) ** 3)
+    (tuning,) = [each.figure for each in figures.draw(replace(records, trials=trials)) if each.name == "tuning"]
+    for axes in tuning.axes:
+        low, high = axes.get_ylim()
+        heights = [y for line in axes.lines if line.get_marker() != "None" for y in line.get_ydata()]
+        assert -0.1 * high < low < min(heights)
+        assert high > 1.05 * max(heights)
+
+
 def test_tables_without_methods_have_learning_curves(tmp_path: Path) -> None:
     """They broke the report: null is equal to nothing."""
     ids = [(f"{arm}{seed}", arm, seed) for arm in "ab" for seed in (1, 2)]

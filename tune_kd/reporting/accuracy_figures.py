@@ -237,7 +237,9 @@ def tuning(records: Records, styles: Styles) -> Made:
     if not completed:
         return None
     ended = [100 * (row["val_accuracy_best"] or 0.0) for row in completed]
-    floor = max(ended) - 4 * max(0.25, max(ended) - float(np.median(ended)))  # what lies below is drawn at the edge
+    # What lies below is drawn at the edge.
+    floor = max(0.0, max(ended) - 4 * max(0.25, max(ended) - float(np.median(ended))))
+    margin = 0.08 * (max(ended) - floor)
     methods = [str(draws[0]["method"]) for *_, draws in found]
     looks = [styles[method] for method in methods]
     for place, method in enumerate(methods):
@@ -250,7 +252,7 @@ def tuning(records: Records, styles: Styles) -> Made:
                 _draws(axes, setting, study, draws, floor, look, style.readable(search.name))
                 if isinstance(over, LogUniform):
                     _log_scale(axes)
-        axes.set(ylim=(floor - 0.05 * (max(ended) - floor), None), xlabel=SYMBOLS.get(setting, setting))
+        axes.set(ylim=(floor - margin, max(ended) + margin), xlabel=SYMBOLS.get(setting, setting))
     figure.supylabel("validation accuracy (%)", size=style.STYLE["axes.labelsize"])
     style.legend_above(figure, 3)
     rows = tuned.settings(records).dropna(subset=["tuned"]).to_dict("records")
