@@ -105,7 +105,10 @@ def test_an_installed_class_counts_with_its_module_alone(tmp_path: Path) -> None
     study = brought.with_sources(replace(tiny(), methods=(method,)), tmp_path)
     (code,) = brought.codes(study, tmp_path)
     assert code.is_installed
-    assert (code.main, [name for name, _ in code.files]) == ("tune_kd.training.methods.logit", ["logit.py"])
+    assert (code.main, [name for name, _ in code.files]) == (
+        "tune_kd.training.methods.logit",
+        ["tune_kd/training/methods/logit.py"],
+    )
 
 
 def test_a_study_that_brings_nothing_is_left_as_it_is(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
     torch.set_num_threads(task.threads)
     keep_freed_blocks()
     guard_code()
-    bring(place.codes)
+    bring(code for code in place.codes if trial.brought and code.digest == trial.brought.source)  # no other's effects
     dataset = place.data or _dataset(trial.data, place.data_dir, place.cache)
     if trial.data_digest != dataset.digest:
         raise RuntimeError(

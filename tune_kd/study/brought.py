@@ -133,7 +133,9 @@ def _code(text: str, folder: Path, file: Path | None, but: Path | None = None) -
         raise UserError(f"is {text!r}, which is among the results; allowed: code of your own")
     is_file = where.endswith(".py") or path in modules(where, folder)
     if not is_file:
-        return Code(name, where, ((path.name, source(path)),), _versions([where.partition(".")[0]]))
+        return Code(
+            name, where, ((f"{where.replace('.', '/')}.py", source(path)),), _versions([where.partition(".")[0]])
+        )
     if not path.is_relative_to(folder):
         raise UserError(f"is {text!r}, outside of {folder}; allowed: {ALLOWED}")
     try:

@@ -95,7 +95,7 @@ def bring(codes: Iterable[Code]) -> None:
 def _installed(code: Code) -> ModuleType:
     module = import_module(code.main)
     here = Path(str(module.__file__))
-    if replace(code, files=((here.name, here.read_bytes()),)).digest != code.digest:
+    if replace(code, files=((code.files[0][0], here.read_bytes()),)).digest != code.digest:
         raise RuntimeError(f"{here} is not the file with which the study was planned: install the same version")
     return module
 
