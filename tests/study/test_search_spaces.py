@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tune_kd.study.cost import IMAGES
 from tune_kd.study.methods import built_in
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import DATA_SETS, Data
+from tune_kd.training.loss import Batch, Context
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "search-spaces.md").read_text()
@@ -45,14 +47,24 @@ def test_an_example_of_the_documents_is_planned_as_they_say(
 def test_the_method_of_the_documents_is_planned_as_they_say_and_its_loss_is_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = re.findall(r"`(\w+\.py)`.{0,20}:\n\n```python\n(.*?)```", METHODS, re.S)
-    assert [name for name, _ in files] == ["at.py", "study.py"]
+    files = re.findall(r"`(\w+\.py)`.{0,30}:\n\n```python\n(.*?)```", METHODS, re.S)
+    assert [name for name, _ in files] == ["at.py", "study.py", "simkd.py"]
     for name, code in files:
         (tmp_path / name).write_text(code)
-    assert sum(bool(line.strip()) for _, code in files for line in code.splitlines()) < 40
+    assert sum(bool(line.strip()) for _, code in files[:2] for line in code.splitlines()) < 40
     shown = planned(tmp_path / "study.py", monkeypatch, capsys)
     for line in re.findall(r"```text\n(.*?)```", METHODS, re.S)[0].splitlines():
         assert re.sub(r"\s+", " ", line.strip()) in shown
+    simkd = 'Method("simkd", loss="simkd.py:SimKD", needs="features"), Method("at"'
+    study = files[1][1].replace('Method("at"', simkd).replace('"logit", "at"', '"logit", "at", "simkd"')
+    (tmp_path / "study.py").write_text(study)
+    assert " simkd " in planned(tmp_path / "study.py", monkeypatch, capsys)
+
+
+def test_the_documents_tell_of_all_that_a_loss_is_given() -> None:
+    rows = [re.findall(r"`(\w+)`", row) for row in re.findall(r"^\| (`\w+`.*?) \|", METHODS, re.M)]
+    told = {name for names in rows for name in names}
+    assert {field.name for kind in (Batch, Context) for field in fields(kind)} <= told
 
 
 def test_the_documents_list_all_methods_with_their_settings() -> None:
