@@ -86,6 +86,7 @@ def test_all_rows_are_one_family_which_takes_no_power_from_accuracy(study: Study
 def test_what_is_not_judged_stays_in_the_family_and_says_why(study: Study) -> None:
     records = measured(made(study, noisy(0.01)), agreement=0.002)
     whole = fidelity.fidelity(records)
+    records = replace(records, trials=records.trials.copy())
     waiting = (records.trials["arm"] == "imagenet/logit/T=2") & (records.trials["seed"] == 2)
     records.trials.loc[waiting, "status"] = "running"
     lost = (records.trials["arm"] == "cifar/none") & (records.trials["seed"] == 4)

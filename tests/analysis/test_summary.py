@@ -206,7 +206,7 @@ def test_a_run_with_many_contrasts_in_one_family_names_what_it_found_and_counts_
     assert said[-1] == "Of the 15 other contrasts, 3 show a difference."
     for contrast in records.study["contrasts"]:
         contrast["family"] = "primary"
-    assert " other primary contrasts, " in summary.summary(records).sentences[-1]
+    assert " other primary contrasts, " in summary.summary(replace(records)).sentences[-1]
     nothing = made(ablation.study(), lambda cell: 0.0 if cell.stem == "cifar" else 0.08)
     for contrast in nothing.study["contrasts"]:
         del contrast["family"]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +262,19 @@ def test_a_run_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r" / "study.json").unlink()
     with pytest.raises(UserError, match=r"RUN holds a run named '\.\./\.\./x'; allowed: letters"):
         load(tmp_path / "r")
+
+
+def test_a_table_is_made_of_records_once_and_what_is_handed_out_is_a_copy(finished: Path) -> None:
+    records, made = load(finished), list[int]()
+
+    def make() -> pd.DataFrame:
+        made.append(1)
+        return pd.DataFrame({"x": [1, 2]})
+
+    first = records.kept("table", make)
+    first.loc[0, "x"] = 9
+    assert records.kept("table", make)["x"].tolist() == [1, 2] and made == [1]
+    other = replace(records, trials=records.trials.head(1))
+    assert other.kept("table", make)["x"].tolist() == [1, 2] and made == [1, 1]
+    (run,) = records.runs
+    assert records.of(run) is records

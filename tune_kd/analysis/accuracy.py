@@ -50,6 +50,10 @@ def judged_look(records: Records) -> int:
 
 def confirmed_trials(records: Records) -> pd.DataFrame:
     """Student trials of planned arms with planned confirmation seeds, of any status, by arm in the study's order."""
+    return records.kept("confirmed trials", lambda: _confirmed_trials(records))
+
+
+def _confirmed_trials(records: Records) -> pd.DataFrame:
     trials = records.trials[(records.trials["phase"] == Phase.CONFIRM) & (records.trials["role"] == Role.STUDENT)]
     kept = []
     for run, of_run in trials.groupby("run", sort=False):

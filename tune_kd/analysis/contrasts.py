@@ -62,6 +62,10 @@ def contrasts(records: Records, margin: float = MARGIN) -> pd.DataFrame:
     A run whose record has no families was declared by a version before 0.7: all of its contrasts are one family, and
     are judged by their pairs. If its seeds took turns over several teachers, its verdicts are given these.
     """
+    return records.kept(f"contrasts within {margin}", lambda: _contrasts(records, margin))
+
+
+def _contrasts(records: Records, margin: float) -> pd.DataFrame:
     found = [_contrasts_of(records.of(run), margin) for run in records.runs if run in records.studies]
     return pd.concat(found, ignore_index=True) if found else typed([], CONTRAST_COLUMNS)
 

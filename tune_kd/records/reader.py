@@ -3,8 +3,9 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from shlex import quote
 from typing import Any, cast
@@ -45,7 +46,8 @@ READS = 5  # attempts to read a table that matches its digest
 class Records:
     """The tables of runs as DataFrames, and each run's `study.json`.
 
-    Text is `string`, counts are `Int64`, measures `float64`. A value that does not apply is null.
+    Text is `string`, counts are `Int64`, measures `float64`. A value that does not apply is null. Records are a value:
+    what is computed from them is kept, so make others with `dataclasses.replace` instead of changing these.
     """
 
     trials: pd.DataFrame
@@ -53,13 +55,25 @@ class Records:
     decisions: pd.DataFrame
     studies: dict[str, dict[str, Any]]  # by run; empty for tables of other tools
 
-    @property
+    def kept(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """A table that is made from these records once, by name: a report asks for some a hundred times."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name].copy()
+
+    @cached_property
+    def _kept(self) -> dict[str, pd.DataFrame]:
+        return {}
+
+    @cached_property
     def runs(self) -> list[str]:
         """The names of the runs, in the order of loading."""
         return list(dict.fromkeys(self.trials["run"]))
 
     def of(self, run: str) -> "Records":
         """Return the records of one run."""
+        if self.runs == [run] and {*self.studies} <= {run}:
+            return self
         trials, epochs, decisions = (each[each["run"] == run] for each in (self.trials, self.epochs, self.decisions))
         return Records(trials, epochs, decisions, {name: of for name, of in self.studies.items() if name == run})
 
