@@ -26,7 +26,7 @@ from tune_kd.study.spec import Study
 
 # What may differ between two computations of one trial (RELIABILITY: times, rates, hosts, attempts, memory, shares).
 FREE = ["run", "train_seconds", "wall_seconds", "gpu_fraction", "peak_memory_bytes", "attempts", "error", "host",
-        "started"]  # fmt: skip
+        "started", "fast_paths"]  # fmt: skip
 
 
 EPOCH_FREE = ["run", *EPOCHS.timing]  # which of several students asked a teacher for a view first is chance, too

@@ -34,7 +34,7 @@ ENDED = {"completed", "stopped", "failed", "blocked"}
 # What may differ between two computations of one trial: times, rates, hosts, attempts, memory, shares, notes.
 EPOCH_FREE = {"number", "crc", "run", "attempt", "seconds", "images_per_second", "answer_seconds", "views_answered"}
 FREE = {"number", "crc", "run", "train_seconds", "wall_seconds", "gpu_fraction", "peak_memory_bytes", "attempts",
-        "error", "host", "started"}  # fmt: skip
+        "error", "host", "started", "fast_paths"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ COUNTS = {
 TEXTS = {
     "run", "trial_id", "arm", "phase", "role", "student", "teacher", "teacher_id", "stem", "weights", "method",
     "recipe_id", "dataset", "data_digest", "scale", "device", "status", "stop_reason", "error", "stratum", "action",
-    "reason", "teacher_digest", "weights_digest", "host",
+    "reason", "teacher_digest", "weights_digest", "host", "fast_paths",
 }  # fmt: skip
 
 

@@ -110,12 +110,45 @@ def test_a_network_inside_another_yields_what_it_does_alone_and_the_same_gradien
     for _ in range(2):  # the second time, what was kept of the first is replaced
         expected, passed = alone(net, images), inside(wrapped, images)
         assert len(passed.before_relu) == (4 if needs == "before_relu" else 0)
-        tensors = [[each.logits, each.embedding, *each.features, *each.before_relu] for each in (expected, passed)]
+        tensors = [parts(each) for each in (expected, passed)]
         assert all(torch.equal(one, other) for one, other in zip(*tensors, strict=True))
         for part in tensors:
             sum(each.square().mean() for each in part).backward()
         pairs = zip(net.parameters(), twin.parameters(), strict=True)
         assert all(torch.equal(one.grad, other.grad) for one, other in pairs)
+
+
+@pytest.mark.parametrize("stem", networks.STEMS)
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
+def test_a_network_with_folded_batch_norms_yields_the_same_but_for_rounding(architecture, stem):
+    net = small(architecture=architecture, stem=stem).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for norm in (each for each in net.modules() if isinstance(each, torch.nn.BatchNorm2d)):
+            torch.nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+            torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+            torch.nn.init.uniform_(norm.weight, -1, 1)
+            torch.nn.init.uniform_(norm.bias, -0.5, 0.5)
+        images = torch.rand(4, 3, 32, 32)
+    before = {name: each.clone() for name, each in net.state_dict().items()}
+    folded = networks.folded(net)
+    assert not any(isinstance(each, torch.nn.BatchNorm2d) for each in folded.modules())
+    with torch.no_grad():
+        for before_relu in (False, True):
+            expected, found = (networks.forward_with_features(each, images, before_relu) for each in (net, folded))
+            for one, other in zip(parts(expected), parts(found), strict=True):
+                scale = one.abs().max()
+                torch.testing.assert_close(other / scale, one / scale, rtol=0, atol=1e-5)
+    assert all(torch.equal(each, before[name]) for name, each in net.state_dict().items()), "the original stays"
+
+
+def parts(passed):
+    return [passed.logits, passed.embedding, *passed.features, *passed.before_relu]
+
+
+def test_a_batch_norm_that_follows_no_convolution_is_not_folded():
+    with pytest.raises(RuntimeError, match="1 follows no convolution"):
+        networks.folded(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.BatchNorm2d(3)).eval())
 
 
 @pytest.mark.parametrize("training", [True, False])

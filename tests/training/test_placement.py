@@ -5,8 +5,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from tune_kd.execute.worker import Workplace
 from tune_kd.records.ledger import Ledger
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
-from tune_kd.training import notices, step as stepping
+from tune_kd.training import networks, notices, step as stepping
 from tune_kd.training.device import Captured
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,6 +62,7 @@ def test_a_student_of_each_method_and_stem_trains_and_is_judged_on_its_device(
     assert [exact(row) for row in resumed] == [exact(row) for row in whole]
     outcome = whole[-1].outcome
     assert outcome is not None and outcome.peak_memory_bytes
+    assert outcome.fast_paths == (None if method == "none" else "folded")  # no graph on a played device
     compared = [outcome.agreement, outcome.kl_t1, outcome.kl_t4]
     assert [each is None for each in compared] == [method == "none"] * 3
     assert all(math.isfinite(row.train_loss) for row in whole)
@@ -95,6 +97,41 @@ def test_views_are_cropped_where_the_images_are_and_no_copy_of_them_is_made_for_
         assert step.data.train.images is teacher.data.train.images
     logits, _ = teacher.logits(views)
     assert not is_there(logits), "a table of answers is on disk, and so is what is taken of it"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_teacher_answers_there_with_folded_batch_norms_in_a_cache_of_its_own(
+    precision: str, gpu: torch.device, pixels: DataSet, tmp_path: Path
+) -> None:
+    teacher = taught_on(gpu, pixels, "cifar", tmp_path)
+    card = replace(teacher.card, trial=replace(teacher.card.trial, recipe=replace(teacher.card.trial.recipe,
+                                                                                  precision=precision)))  # fmt: skip
+    there = replace(teacher, card=card)
+    kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    assert {each.dtype for each in there.frozen(precision).parameters()} == {kind}
+    assert there.frozen(precision) is there.frozen(precision) and there.is_folded and not teacher.is_folded
+    with patch.object(networks, "folded", side_effect=RuntimeError("not here")):
+        expected = replace(teacher, card=card).test_logits()
+    found = there.test_logits()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1 if precision == "bfloat16" else 1e-4)
+    assert len(list((teacher.home / "answers").iterdir())) == 2
+
+
+def test_a_teacher_that_cannot_be_folded_answers_as_it_is_and_says_so_once(
+    gpu: torch.device, pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(net: torch.nn.Module) -> None:
+        raise RuntimeError("bn1 follows no convolution")
+
+    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(networks, "folded", refuses)
+    notices.take()
+    for method in ("logit", "feature"):
+        whole, _ = distil(gpu, pixels, method, "cifar", tmp_path / method)
+        assert whole[-1].outcome is not None and whole[-1].outcome.fast_paths is None
+    told = [each for each in notices.take() if "folded" in each]
+    assert told == ["a teacher's batch norms cannot be folded into its convolutions here (bn1 follows no convolution); "
+                    "it answers as it is, which is slower"]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["feature", "logit"])

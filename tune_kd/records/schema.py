@@ -185,6 +185,7 @@ class TrialRow(TypedDict):
     weights_digest: str | None
     host: str | None
     started: float | None  # start of the first attempt, in seconds since the Unix epoch
+    fast_paths: str | None  # of a GPU that the trial used at its end: `graph`, `folded`
     further: str | None  # settings without a column here, as JSON; in Parquet each has a column of its own
 
 
@@ -192,7 +193,7 @@ TRIALS: Schema[TrialRow] = Schema(
     "trials",
     columns_of(TrialRow),
     ("run", "trial_id"),
-    optional=("teacher_digest", "weights_digest", "host", "started", FURTHER),
+    optional=("teacher_digest", "weights_digest", "host", "started", "fast_paths", FURTHER),
     needed=("arm", "phase", "role", "seed", "status"),
     levels={"phase": tuple(Phase), "role": tuple(Role), "status": tuple(Status), "stop_reason": tuple(StopReason)},
     fractions=("val_accuracy", "val_accuracy_best", "test_accuracy", "test_accuracy_best", "agreement", "ece", "alpha"),

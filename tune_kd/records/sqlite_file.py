@@ -41,9 +41,12 @@ def too_long(path: Path) -> str | None:
     return f"the path of its ledger has {length} bytes, and SQLite opens those of at most {SQLITE_BYTES}"
 
 
+SINCE_0_7 = ("fast_paths", FURTHER)  # columns of trials
+
+
 def columns(schema: Schema[Any], earlier: bool) -> list[str]:
-    """The columns of a table in a ledger; `earlier`: of a version whose studies brought no settings of their own."""
-    return [name for name in schema.columns if not (earlier and name == FURTHER)]
+    """The columns of a table in a ledger; `earlier`: of a version before 0.7."""
+    return [name for name in schema.columns if not (earlier and name in SINCE_0_7)]
 
 
 def creating(earlier: bool) -> list[str]:

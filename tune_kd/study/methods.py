@@ -16,7 +16,7 @@ _COLUMNS = """
     run trial_id arm phase role teacher_id seed recipe_id dataset data_digest scale device threads status stop_reason
     epochs_planned epochs_run best_epoch val_accuracy val_accuracy_best test_accuracy test_accuracy_best agreement kl_t1
     kl_t4 ece params train_seconds wall_seconds gpu_fraction peak_memory_bytes attempts error teacher_digest
-    weights_digest host started further n mean sd low high control
+    weights_digest host started fast_paths further n mean sd low high control
 """
 COLUMNS = frozenset(_COLUMNS.split())
 """Columns of tables that are no factors, so that a setting, which is a column, too, must not have their names."""

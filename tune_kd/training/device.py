@@ -100,6 +100,11 @@ class Captured:
         self._inputs: list[Tensor] = []
         self._seen = 0
 
+    @property
+    def is_used(self) -> bool:
+        """Whether steps are replayed."""
+        return self._graph is not None
+
     def __call__(self, *inputs: Tensor) -> None:
         if not self._inputs and not self.given_up:
             self._begin(inputs)
@@ -153,9 +158,15 @@ class Captured:
                 raise full from error
             self._graph, self._stream, self._inputs = None, None, []
             Captured.given_up = True
-            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            tell(f"a training step cannot be captured as a CUDA graph here ({why}); it is launched kernel by kernel, "
-                 "which gives the same results more slowly")  # fmt: skip
+            tell(
+                f"a training step cannot be captured as a CUDA graph here ({first_line(error)}); it is launched kernel "
+                "by kernel, which gives the same results more slowly"
+            )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its name where it says nothing."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _out_of_memory(error: BaseException) -> torch.cuda.OutOfMemoryError | None:

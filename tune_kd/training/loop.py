@@ -230,4 +230,5 @@ def _outcome(trial: Trial, progress: _Progress, teacher: Teacher | None, step: S
         weights_digest=hashlib.sha256(pack(weights, {})).hexdigest(),
         teacher_digest=None if teacher is None else teacher.digest,
         peak_memory_bytes=peak_memory(device),
+        fast_paths=step.fast_paths,
     )

@@ -11,8 +11,10 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import lru_cache, partial
 from http.client import HTTPException
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -73,6 +75,24 @@ def to_device(net: nn.Module, device: torch.device) -> None:
     net.to(device)
     if last:
         net.to(memory_format=torch.channels_last)
+
+
+def folded(net: ResNet) -> ResNet:
+    """A copy of a network in eval mode, with each batch norm folded into the convolution before it.
+
+    Its outputs are the same but for rounding. Raises RuntimeError where a batch norm does not follow a convolution.
+    """
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    copy = deepcopy(net)
+    for parent in list(copy.modules()):
+        for (name, before), (norm_name, norm) in pairwise(list(parent.named_children())):
+            if isinstance(before, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, name, fuse_conv_bn_eval(before, norm))
+                setattr(parent, norm_name, nn.Identity())
+    if left := [name for name, each in copy.named_modules() if isinstance(each, nn.BatchNorm2d)]:
+        raise RuntimeError(f"{left[0]} follows no convolution")
+    return copy
 
 
 def in_layout_of(net: nn.Module, images: Tensor) -> Tensor:

@@ -83,6 +83,13 @@ class Step:
         """Whether creating another step would take long."""
         return self._device.type == "cuda" or self._recipe.compile
 
+    @property
+    def fast_paths(self) -> str | None:
+        """What of a GPU's fast paths is in use, such as `graph, folded`. None without one."""
+        captured = isinstance(self._run, Captured) and self._run.is_used
+        used = {"graph": captured, "folded": self._teacher is not None and self._teacher.is_folded}
+        return ", ".join(name for name, is_used in used.items() if is_used) or None
+
     def begin(self, trial: Trial) -> None:
         """Restart for another trial. All tensors keep their addresses, which a captured step reads."""
         student, loss = _networks(trial, self.data, self._teacher)
@@ -190,7 +197,7 @@ class Step:
         """What the teacher yields for images, where it runs beside the student."""
         if self._teacher is None or not self._method.runs_teacher:
             return None
-        return self._teacher.passed(images, before_relu=self._method.needs == "before_relu")
+        return self._teacher.passed(images, self._recipe.precision, before_relu=self._method.needs == "before_relu")
 
     def _batch(
         self,

@@ -32,8 +32,9 @@ from tune_kd.system.files import MOST_RECORD_BYTES, publish, read, sealed, sha25
 from tune_kd.system.object_store import Mirror
 from tune_kd.training import networks
 from tune_kd.training.checkpoints import MOST_STATE_BYTES, pack, unpack
-from tune_kd.training.device import autocast, float32_as
+from tune_kd.training.device import autocast, first_line, float32_as
 from tune_kd.training.logit_cache import LogitCache
+from tune_kd.training.notices import tell
 
 if TYPE_CHECKING:  # importing torchvision takes seconds, and the driver of a run does not need it
     from torchvision.models import ResNet
@@ -212,6 +213,35 @@ class Teacher:
         networks.to_device(net, self.device)
         return net.eval().requires_grad_(False)
 
+    def frozen(self, precision: str) -> ResNet:
+        """The network for forward passes alone, in a precision: on a GPU with its batch norms folded, and with weights
+        that need no cast. Where that fails, the network as it is."""
+        if self.device.type == "cpu":  # where records must stay the same to the bit
+            return self.net
+        if precision not in self._frozen:
+            try:
+                made = networks.folded(self.net)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, AssertionError) as error:
+                tell(f"a teacher's batch norms cannot be folded into its convolutions here ({first_line(error)}); it "
+                     "answers as it is, which is slower")  # fmt: skip
+                self._frozen[precision] = self.net
+            else:
+                networks.to_device(made, self.device)
+                kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
+                self._frozen[precision] = made.to(kind).requires_grad_(False)
+        return self._frozen[precision]
+
+    @cached_property
+    def _frozen(self) -> dict[str, ResNet]:
+        return {}
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether the network that answers here has its batch norms folded."""
+        return any(each is not self.net for each in self._frozen.values())
+
     def logits(self, views: Views) -> tuple[Tensor, int]:
         """Logits [N, K], on the CPU, for the views of an epoch in training order, and the number computed now.
 
@@ -226,9 +256,9 @@ class Teacher:
         return cache.take(torch.arange(len(images)))[0]
 
     @torch.no_grad()
-    def passed(self, images: Tensor, before_relu: bool = False) -> networks.Passed:
-        """Logits and features for prepared images [B, 3, H, W]."""
-        return networks.forward_with_features(self.net, images, before_relu)
+    def passed(self, images: Tensor, precision: str, before_relu: bool = False) -> networks.Passed:
+        """Logits and features for prepared images [B, 3, H, W], in the precision of the step around it."""
+        return networks.forward_with_features(self.frozen(precision), images, before_relu)
 
     @cached_property
     def _drawn(self) -> Tensor | None:
@@ -266,13 +296,15 @@ class Teacher:
 
         `images(rows)` returns a range of the list, uint8 [N, 3, H, W], on the device.
         """
-        key = hashlib.sha256(f"{self.digest} {self.data.digest}".encode()).hexdigest()[:16]
+        net = self.frozen(self.precision) if self.device.type != "cpu" else None  # on a CPU built where it is needed
+        how = " folded" if self.is_folded else ""
+        key = hashlib.sha256(f"{self.digest} {self.data.digest}{how}".encode()).hexdigest()[:16]
 
         @torch.no_grad()
         def compute(wanted: range) -> Tensor:
             shown = torch.split(images(wanted), BATCH)
             with float32_as(self.precision), autocast(self.precision, self.device):
-                return torch.cat([self.net(prepare(each, self.data)) for each in shown]).float().cpu()
+                return torch.cat([(net or self.net)(prepare(each, self.data)) for each in shown]).float().cpu()
 
         return LogitCache(self.home / "answers" / key / name, rows, len(self.data.classes), compute)
 
