@@ -121,7 +121,7 @@ def probe_one(device: torch.device, data: DataSet, student: Trial, teacher: Tria
     pipe = Answers()
     threads = torch.get_num_threads()
     try:
-        probed(student, teacher, data, device, 1, pipe)  # type: ignore[arg-type]
+        probed(student, teacher, data, device, 1, (), pipe)  # type: ignore[arg-type]
     finally:
         torch.set_num_threads(threads)
     assert pipe.sent[0] == "ready", pipe.sent[0]

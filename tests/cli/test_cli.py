@@ -777,7 +777,7 @@ def test_new_writes_a_study_that_can_be_planned_and_overwrites_nothing(
     capsys.readouterr()
     assert call(monkeypatch, "plan", "mine.py", "--json") == 0
     planned = json.loads(capsys.readouterr().out)
-    assert [arm["name"] for arm in planned["arms"]] == ["none", "logit", "at/weight=100", "at/weight=1000"]
+    assert [arm["name"] for arm in planned["arms"]] == ["none", "logit", "at/weight=10", "at/weight=100"]
     before = {path: path.read_text() for path in tmp_path.iterdir()}
     for name, words in (("mine.py", "mine.py exists"), ("a.txt", "as of a Python module"), ("x/y.py", "no folder x")):
         assert call(monkeypatch, "new", name) == 2

@@ -143,7 +143,7 @@ def _teacher(trial: Trial, data: DataSet) -> Teacher | None:
     net.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def passed(images: Tensor, before_relu: bool = False) -> networks.Passed:
+    def passed(images: Tensor, precision: str, before_relu: bool = False) -> networks.Passed:
         return networks.forward_with_features(net, images, before_relu)
 
     return cast(Teacher, SimpleNamespace(net=net, passed=passed))

@@ -132,10 +132,9 @@ def brought(codes: Sequence[Code]) -> Iterator[None]:
         bring(codes)
         yield
     finally:
-        for name, module in list(sys.modules.items()):
-            # A package without `__init__.py` has no file.
-            places = getattr(module, "__file__", ""), getattr(module, "__path__", "")
-            if name not in modules and "tune_kd-code-" in repr(places):
+        for name in [name for name in sys.modules if name not in modules]:
+            known = vars(sys.modules[name])  # and no attributes, which a module may compute
+            if "tune_kd-code-" in repr((known.get("__file__"), known.get("__path__"))):  # a package may have no file
                 del sys.modules[name]
         _brought.clear()
         _brought.update(before)

@@ -207,10 +207,15 @@ class Teacher:
     @cached_property
     def net(self) -> ResNet:
         """The network on its device. Built at first use: students whose logits are all cached do not need it."""
+        net = self._built()
+        networks.to_device(net, self.device)
+        return net
+
+    def _built(self) -> ResNet:
+        """The network on the CPU."""
         trial, classes = self.card.trial, len(self.data.classes)
         net = networks.build(trial.architecture, stem=trial.cell.stem, classes=classes, width=trial.cell.width, seed=0)
         net.load_state_dict(unpack(_weights(self.home, self.digest))[0])
-        networks.to_device(net, self.device)
         return net.eval().requires_grad_(False)
 
     def frozen(self, precision: str) -> ResNet:
@@ -220,7 +225,7 @@ class Teacher:
             return self.net
         if precision not in self._frozen:
             try:
-                made = networks.folded(self.net)
+                made = networks.folded(self._built())
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, AssertionError) as error:
