@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).parents[1]
 MODULES = (
@@ -127,6 +128,7 @@ def everything() -> None:
     from placement import BENCHMARKED, METHODS, RATES, benchmarked, carried, distil, numbers_of_a_step, probe_one
     from second_device import busy, played
     from trials import as_teacher, trial
+    from tune_kd.training import networks
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -136,6 +138,8 @@ def everything() -> None:
             *((method, "imagenet") for method in BENCHMARKED),
         ):
             distil(device, noise(), method, stem, Path(name, stem, method))
+        with patch.object(networks, "folded", side_effect=RuntimeError("not here")):
+            distil(device, noise(), "feature", "cifar", Path(name, "unfolded"))
         taught = as_teacher(trial("none"))
         probe_one(device, noise(), trial("feature", teacher_id=taught.trial_id), taught)
         for method in BENCHMARKED:
