@@ -1,5 +1,6 @@
 """Losses that a study brings are tried before anything trains, and what is wrong is told in one message."""
 
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from tune_kd.study import brought
 from tune_kd.study.methods import Method
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Compare, Factor, Study
+from tune_kd.system import signals
 from tune_kd.system.errors import UserError
 from tune_kd.training import dry_run, loss as losses
 from tune_kd.training.step import Step
@@ -253,3 +255,11 @@ def test_a_loss_cannot_change_the_teacher_or_the_labels_of_other_trials(tmp_path
         Step(trial, data, teacher, torch.device("cpu"))
     assert torch.equal(teacher.net.fc.weight, before)
     assert torch.equal(data.train.labels, labels)
+
+
+def test_a_signal_to_the_command_is_no_fault_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its handler raises SystemExit, as the loss `Leaves` does by itself."""
+    monkeypatch.setattr(signals, "_asked", [signal.SIGINT])
+    with pytest.raises(SystemExit) as left:
+        tried(tmp_path, "losses.py:Leaves")
+    assert left.value.code == 130
