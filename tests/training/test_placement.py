@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -35,7 +36,7 @@ from tune_kd.records.ledger import Ledger
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
 from tune_kd.training import networks, notices, step as stepping
-from tune_kd.training.device import Captured
+from tune_kd.training.device import Captured, Compiled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,6 +133,27 @@ def test_a_teacher_that_cannot_be_folded_answers_as_it_is_and_says_so_once(
     told = [each for each in notices.take() if "folded" in each]
     assert told == ["a teacher's batch norms cannot be folded into its convolutions here (bn1 follows no convolution); "
                     "it answers as it is, which is slower"]  # fmt: skip
+
+
+def test_a_student_that_cannot_be_compiled_trains_as_it_is_and_says_so_once(
+    gpu: torch.device, pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(forward: Any, dynamic: bool) -> Any:
+        def compiled(*_: Any) -> None:
+            raise RuntimeError("no compiler\nand more")
+
+        return compiled
+
+    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(Compiled, "given_up", False)
+    monkeypatch.setattr("tune_kd.training.device.COMPILING_PAYS", 1)
+    monkeypatch.setattr(torch, "compile", refuses)
+    notices.take()
+    for name in ("one", "other"):
+        whole, _ = distil(gpu, pixels, "none", "cifar", tmp_path / name, precision="bfloat16")
+        assert whole[-1].outcome is not None and whole[-1].outcome.fast_paths is None
+    told = [each for each in notices.take() if "compiled" in each]
+    assert told == ["a student cannot be compiled here (no compiler); it trains as it is, which is slower"]
 
 
 @pytest.mark.parametrize("method", ["feature", "logit"])

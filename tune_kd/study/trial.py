@@ -216,7 +216,7 @@ class Outcome:
     weights_digest: str  # SHA-256 of the last and of the best-validation weights
     teacher_digest: str | None  # SHA-256 of the teacher's weight file, as checked when it was loaded
     peak_memory_bytes: int | None
-    fast_paths: str | None = None  # of a GPU that the trial used at its end: `graph`, `folded`; None without one
+    fast_paths: str | None = None  # that the trial used at its end: `graph`, `compiled`, `folded`; None without one
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,26 @@
 """The device of a trial: precision, peak memory, and on a GPU a training step captured as a CUDA graph."""
 
 import ctypes
+import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from filelock import FileLock
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from tune_kd.study.spec import Recipe
 from tune_kd.training.notices import tell
 
+Forward = Callable[[nn.Module, Tensor], Any]
+
+COMPILING_PAYS = 10**6
+"""Training images of a trial from which on it is compiled without being asked: an H100 saved 0.17 s in 45,000 images,
+and took half a minute once for all trials of a network and machine (docs/performance.md)."""
 WARM_UP = 3  # steps before the capture, in which libraries choose kernels and the optimizer creates its momentum
 
 
@@ -167,6 +178,69 @@ class Captured:
 def first_line(error: BaseException) -> str:
     """What an error says first, or its name where it says nothing."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+class Compiled:
+    """A student's forward pass, compiled for the first shape of its images; for others it stays as it is.
+
+    At its first use it is tried with a backward pass, after which the student is as it was. Where that fails and the
+    recipe does not ask for it, all trials of the process stay as they are, with one message. Of processes that compile
+    the same (`name`), one does and the others find what it left in the cache of torch.compile on disk.
+    """
+
+    given_up = False  # whether it failed in this process
+
+    def __init__(self, forward: Forward, name: str, asked: bool) -> None:
+        self._plain, self._name, self._asked = forward, name, asked
+        self._compiled: Forward = torch.compile(forward, dynamic=False)
+        self._shape: torch.Size | None = None
+        self.is_used = False
+
+    def __call__(self, student: nn.Module, images: Tensor) -> Any:
+        if self._shape is None:
+            self._shape = images.shape
+            self._try(student, images)
+        use = self.is_used and images.shape == self._shape
+        return self._compiled(student, images) if use else self._plain(student, images)
+
+    def _try(self, student: nn.Module, images: Tensor) -> None:
+        before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+        try:
+            with _first(self._name), torch.random.fork_rng(devices=[]):
+                found = (each for each in tree_leaves(self._compiled(student, images)) if isinstance(each, Tensor))
+                sum(each.float().mean() for each in found).backward()  # type: ignore[union-attr]
+            self.is_used = True
+        except Exception as error:  # of any kind: it comes from compilers
+            if (full := _out_of_memory(error)) is not None:
+                raise full from error
+            if self._asked:
+                raise
+            Compiled.given_up = True
+            tell(f"a student cannot be compiled here ({first_line(error)}); it trains as it is, which is slower")
+        finally:
+            student.load_state_dict(before)
+            student.zero_grad(set_to_none=True)
+
+
+def compiling_pays(recipe: Recipe, images: int, device: torch.device) -> bool:
+    """Whether a trial that trains on so many images an epoch is compiled without being asked.
+
+    In float32 the time goes to products and convolutions, which stay the same.
+    """
+    long = recipe.epochs * images >= COMPILING_PAYS
+    return long and device.type == "cuda" and recipe.precision != "float32" and not Compiled.given_up
+
+
+@contextmanager
+def _first(name: str) -> Iterator[None]:
+    """Wait for another process of this machine that compiles the same, in the folder where it leaves what it made."""
+    place = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # which a worker sets
+    if not place:
+        yield
+        return
+    Path(place).mkdir(parents=True, exist_ok=True)
+    with FileLock(Path(place) / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"):
+        yield
 
 
 def _out_of_memory(error: BaseException) -> torch.cuda.OutOfMemoryError | None:

@@ -21,7 +21,7 @@ from tune_kd.data.datasets import DataSet, on_device
 from tune_kd.study.spec import WEIGHTED
 from tune_kd.study.trial import Trial
 from tune_kd.training import networks
-from tune_kd.training.device import Captured, autocast
+from tune_kd.training.device import Captured, Compiled, Forward, autocast, compiling_pays
 from tune_kd.training.loss import Batch, Context, loss_class, step_settings
 from tune_kd.training.teachers import Teacher
 
@@ -74,8 +74,7 @@ class Step:
         )
         self._settings = {name: self._number(value) for name, value in _settings(trial).items()}
         self._progress, self._epoch = torch.zeros((), device=device), torch.ones((), device=device)
-        forward = networks.passing(self.student, self._method.needs)
-        self._forward = torch.compile(forward, dynamic=False) if trial.recipe.compile else forward
+        self._forward = self._fastest(networks.passing(self.student, self._method.needs), trial)
         self._run = Captured(self._train, device) if device.type == "cuda" else self._train
 
     @property
@@ -85,9 +84,14 @@ class Step:
 
     @property
     def fast_paths(self) -> str | None:
-        """What of a GPU's fast paths is in use, such as `graph, folded`. None without one."""
+        """What is in use of the fast paths `graph`, `compiled` and `folded`, with commas. None without one."""
         captured = isinstance(self._run, Captured) and self._run.is_used
-        used = {"graph": captured, "folded": self._teacher is not None and self._teacher.is_folded}
+        compiled = isinstance(self._forward, Compiled) and self._forward.is_used
+        used = {
+            "graph": captured,
+            "compiled": compiled,
+            "folded": self._teacher is not None and self._teacher.is_folded,
+        }
         return ", ".join(name for name, is_used in used.items() if is_used) or None
 
     def begin(self, trial: Trial) -> None:
@@ -148,6 +152,16 @@ class Step:
             state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
         momentum: Tensor = state["momentum_buffer"]
         return momentum
+
+    def _fastest(self, forward: Forward, trial: Trial) -> Forward:
+        """The student's forward pass, compiled where the recipe asks for it or it pays."""
+        asked = trial.recipe.compile
+        if not asked and not compiling_pays(trial.recipe, len(self.data.train.labels), self._device):
+            return forward
+        cell = trial.cell
+        parts = (trial.architecture, cell.stem, cell.width, len(self.data.classes), trial.recipe.batch_size,
+                 trial.recipe.precision, self._method.needs, self.data.train.images.shape[1:])  # fmt: skip
+        return Compiled(forward, repr(parts), asked)
 
     def _number(self, value: float) -> float | Tensor:
         """A number of the step; on a GPU a tensor, which a captured step reads anew."""
