@@ -71,8 +71,20 @@ def gpu(count: int) -> Iterable[Result]:
     yield from attempted(gpu.rows(count))
 
 
+def levers(count: int) -> Iterable[Result]:
+    """What might make training on a GPU faster, and is not in tune_kd before a GPU has shown it."""
+    import torch
+
+    from benchmarks import levers
+
+    if not torch.cuda.is_available():
+        Console(stderr=True).print("levers: no GPU here; with one: python -m benchmarks levers", highlight=False)
+        return
+    yield from attempted(levers.rows())
+
+
 BENCHMARKS: dict[str, Callable[[int], Iterable[Result]]] = {
-    each.__name__: each for each in (step, answers, runs, large, watching, report, gpu)
+    each.__name__: each for each in (step, answers, runs, large, watching, report, gpu, levers)
 }
 
 

@@ -13,6 +13,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from benchmarks import gpu as benchmark
+from benchmarks.levers import LEVERS, Lever, measured
 from placement import (
     BENCHMARKED,
     METHODS,
@@ -180,6 +182,16 @@ def test_a_step_that_cannot_be_captured_is_launched_and_says_so_once(
 @pytest.mark.parametrize("method", BENCHMARKED)
 def test_the_benchmark_of_a_gpu_measures_there(method: str, gpu: torch.device) -> None:
     assert all(each > 0 for each in benchmarked(gpu, method, "cifar"))
+
+
+@pytest.mark.parametrize("lever", LEVERS, ids=[each.name for each in LEVERS])
+def test_every_lever_is_measured_there(lever: Lever, gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled stays as it is, and nothing is captured; a GPU has to show the rest."""
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: forward)
+    monkeypatch.setattr("benchmarks.levers.WARM_UP", 0)
+    dataset = benchmark.noise(train=32, validation=4)
+    found = measured(lever, dataset, gpu, width=0.0625, calls=1)
+    assert found.figure > 0 and "ms a call" in found.detail
 
 
 @pytest.mark.parametrize("rate", RATES)
