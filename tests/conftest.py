@@ -38,6 +38,7 @@ RAY = (
     "test_ray_tune",
     "test_cluster",
     "test_monitoring",
+    "test_mps",
     "test_submit",
     "test_trackers",
     "test_faults",

@@ -70,6 +70,12 @@ MISTAKES = [
     (["run", "ablation", "--scale", "smoke", "--max-concurrent", "0"], ["--max-concurrent is 0"]),
     (["run", "ablation", "--scale", "smoke", "--data", "cifar10", "--data-dir", "nowhere.tar"], ["nowhere.tar"]),
     (["run", "ablation", "--scale", "smoke", "--data", "cifar10", "--data-dir", "nowhere"], ["nowhere", "not exist"]),
+    (["run", "ablation", "--scale", "smoke", "--mps", "yes"], ["--mps is yes; allowed: auto, on, off"]),
+    (["run", "ablation", "--scale", "smoke", "--mps", "on"], ["--mps is on", "no nvidia-cuda-mps-control", "auto or"]),
+    (
+        ["run", "ablation", "--scale", "smoke", "--mps", "on", "--gpus-per-trial", "0"],
+        ["--gpus-per-trial is 0", "auto"],
+    ),
     (["run", "ablation", "--scale", "smoke", "--gpus-per-trial", "inf"], ["--gpus-per-trial is inf"]),
     (["run", "ablation", "--scale", "smoke", "--gpus-per-trial", "some"], ["--gpus-per-trial is some", "auto"]),
     (["run", "ablation", "--scale", "smoke", "--gpus-per-trial", "1.5"], ["--gpus-per-trial is 1.5", "whole"]),
@@ -153,7 +159,8 @@ def test_a_run_of_another_version_is_not_resumed(
     assert "0.0.1" in error and "finish it with the version that began it" in " ".join(error.split())
 
 
-SHARES = {"gpus_per_trial": None, "cpus_per_trial": 1.0, "max_concurrent": None, "keep_checkpoints": False}
+SHARES = {"gpus_per_trial": None, "cpus_per_trial": 1.0, "max_concurrent": None, "keep_checkpoints": False,
+          "mps": "auto"}  # fmt: skip
 
 
 def begun(elsewhere: Path, ended: str = "completed") -> Path:
@@ -254,10 +261,11 @@ def test_a_run_goes_on_with_its_shares_or_with_those_that_are_given(
     monkeypatch.setattr("tune_kd.execute.session.load_data", lambda *_, **__: SimpleNamespace(digest="0" * 64))
     monkeypatch.setattr("tune_kd.execute.session.execute", executed)
     assert call(monkeypatch, "resume", "mine") == 130
-    given = ("--cpus-per-trial", "0.5", "--gpus-per-trial", "0", "--max-concurrent", "3")
+    given = ("--cpus-per-trial", "0.5", "--gpus-per-trial", "0", "--max-concurrent", "3", "--mps", "off")
     assert call(monkeypatch, "resume", "mine", *given) == 130
     began = SHARES | {"track": []}
-    assert used == [began, began | {"cpus_per_trial": 0.5, "gpus_per_trial": 0.0, "max_concurrent": 3}]
+    changed = {"cpus_per_trial": 0.5, "gpus_per_trial": 0.0, "max_concurrent": 3, "mps": "off"}
+    assert used == [began, began | changed]
     assert (folder / "study.json").read_bytes() == recorded
 
 

@@ -12,6 +12,7 @@ import pytest
 from bench import HERE, Bench, epoch
 from conftest import contested
 from forms import SHORT
+from tune_kd.execute.attempts import MAX_INNOCENT
 from tune_kd.execute.worker import Failure, Task, Workplace
 from tune_kd.records import rebuild
 from tune_kd.records.reader import check
@@ -140,6 +141,36 @@ def test_a_lost_worker_is_replaced_from_where_its_trial_stood_a_bounded_number_o
     (row,) = bench.rows(trial_id=task.trial.trial_id)
     assert (row["status"], row["stop_reason"], row["attempts"]) == ("failed", "error", 3)
     assert row["device"] == "cpu"
+
+
+def test_a_trial_that_another_one_of_its_gpu_ended_goes_on_without_a_mark_but_not_for_ever(bench: Bench) -> None:
+    ended = Failure("mps", "CUDA error: the MPS client has been terminated", broken=True)
+    task = bench.start()
+    bench.driver.on_epoch(task.trial.trial_id, epoch(1), HERE)
+    for _ in range(MAX_INNOCENT):
+        bench.driver.on_end(task.trial.trial_id, ended)
+        (row,) = bench.rows(trial_id=task.trial.trial_id)
+        assert (row["status"], row["stop_reason"], row["error"]) == ("pending", None, None)
+        assert bench.said[-1].endswith("pending (will be tried again): another trial on its GPU ended it")
+        task = bench.start()
+        assert task.acknowledged == 1
+    for _ in range(2):  # none of them was counted before
+        bench.driver.on_end(task.trial.trial_id, ended)
+        task = bench.start()
+    bench.driver.on_end(task.trial.trial_id, ended)
+    (row,) = bench.rows(trial_id=task.trial.trial_id)
+    assert (row["status"], row["stop_reason"]) == ("failed", "error")
+    assert row["error"].count("the MPS client has been terminated") == 3
+
+
+def test_a_new_epoch_forgives_what_other_trials_did(bench: Bench) -> None:
+    task = bench.start()
+    for _ in range(MAX_INNOCENT):
+        bench.driver.on_end(task.trial.trial_id, Failure("mps", "MPS"))
+        task = bench.start()
+    bench.driver.on_epoch(task.trial.trial_id, epoch(1), HERE)
+    bench.driver.on_end(task.trial.trial_id, Failure("mps", "MPS"))
+    assert bench.rows(trial_id=task.trial.trial_id)[0]["error"] is None
 
 
 def test_a_worker_that_never_starts_is_not_waited_for_for_ever(bench: Bench) -> None:

@@ -9,29 +9,28 @@ import pytest
 
 from tune_kd.execute import cluster as connection, mps, session
 from tune_kd.execute.monitoring import OPEN
-from tune_kd.execute.resources import gpu_share
+from tune_kd.execute.resources import Mps, gpu_share
 from tune_kd.reporting.terminal import Terminal
 
-
-def never() -> bool:
-    raise AssertionError("nobody has to ask")
+NOT = Mps(False, "MPS does not serve the GPUs")
 
 
 @pytest.mark.parametrize(
-    ("asked", "available", "served", "gpus", "says"),
+    ("asked", "available", "mps", "gpus", "says"),
     [
-        (None, 1.0, lambda: False, 1.0, "a whole GPU, since MPS does not serve the GPUs, and without it trials"),
-        (None, 4.0, lambda: True, 0.25, "0.25 of a GPU, since MPS serves the GPUs"),
-        (None, 0.0, never, 0.0, "no GPU, since Ray sees none"),
-        (0.5, 1.0, never, 0.5, "0.5 of a GPU, as --gpus-per-trial says"),
-        (2.0, 4.0, never, 2.0, "2 GPUs, as --gpus-per-trial says"),
-        (0.0, 1.0, never, 0.0, "no GPU, as --gpus-per-trial says"),
+        (None, 1.0, NOT, 1.0, "a whole GPU, since MPS does not serve the GPUs, and without it trials"),
+        (None, 4.0, Mps(True, "MPS serves the GPUs"), 0.25, "0.25 of a GPU, since MPS serves the GPUs, on which four"),
+        (None, 1.0, Mps(False, "--mps is off"), 1.0, "a whole GPU, since --mps is off, and without it trials"),
+        (None, 0.0, Mps(False), 0.0, "no GPU, since Ray sees none"),
+        (0.5, 1.0, NOT, 0.5, "0.5 of a GPU, as --gpus-per-trial says; MPS does not serve the GPUs."),
+        (2.0, 4.0, Mps(False), 2.0, "2 GPUs, as --gpus-per-trial says."),
+        (0.0, 1.0, Mps(False), 0.0, "no GPU, as --gpus-per-trial says."),
     ],
 )
 def test_a_trial_gets_a_whole_gpu_unless_mps_serves_it_or_a_share_is_asked_for(
-    asked: float | None, available: float, served: Any, gpus: float, says: str
+    asked: float | None, available: float, mps: Mps, gpus: float, says: str
 ) -> None:
-    share = gpu_share(asked, available, served)
+    share = gpu_share(asked, available, mps)
     assert share.gpus == gpus
     assert share.words.startswith(f"Each trial gets {says}")
 
@@ -84,42 +83,14 @@ def test_without_a_driver_nothing_is_served() -> None:
     assert mps.serves(missing) is False
 
 
-def test_the_nodes_with_gpus_are_asked_and_all_have_to_be_served(
-    ray_session: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """For real, on logical GPUs, of which no driver knows; then as if the nodes had answered."""
-    assert connection.served_by_mps() is False
-    nodes = [{"Alive": True, "Resources": {"GPU": 1.0}}, {"Alive": True, "Resources": {"CPU": 4.0}}]
-    asked: list[int] = []
-
-    def answered(answers: dict[str, bool], silent: dict[str, str]) -> None:
-        def ask(question: object, some: list[Any], patience: float) -> tuple[dict[str, bool], dict[str, str]]:
-            asked.append(len(some))
-            return answers, silent
-
-        monkeypatch.setattr(connection, "_asked", ask)
-
-    monkeypatch.setattr(connection, "_alive", lambda: nodes)
-    for answers, silent, served in (
-        ({"a": True}, {}, True),
-        ({"a": True, "b": False}, {}, False),
-        ({"a": True}, {"b": "does not run a task within 60 s"}, False),
-    ):
-        answered(answers, silent)
-        assert connection.served_by_mps() is served
-    monkeypatch.setattr(connection, "_alive", list)
-    assert connection.served_by_mps() is False
-    assert asked == [1, 1, 1, 0]
-
-
 def test_a_node_that_cannot_answer_is_said_to_with_the_reason(ray_session: str) -> None:
     def broken() -> bool:
         raise ValueError("no such thing here")
 
-    nodes = connection._alive()
-    found, silent = connection._asked(lambda: 7, nodes, 60.0)
+    nodes = connection.alive()
+    found, silent = connection.asked(lambda: 7, nodes, 60.0)
     assert list(found.values()) == [7] * len(nodes) and silent == {}
-    found, silent = connection._asked(broken, nodes, 60.0)
+    found, silent = connection.asked(broken, nodes, 60.0)
     assert found == {}
     assert all("cannot run a task" in why and "no such thing here" in why for why in silent.values())
 

@@ -48,7 +48,7 @@ def test_a_notebook_runs_resumes_reads_and_reports_a_study(tmp_path: Path) -> No
 def test_all_that_is_wrong_is_said_before_anything_is_made(tmp_path: Path) -> None:
     from search_spaces.ablation import smoke
 
-    wrong = {"gpus_per_trial": "half", "cpus_per_trial": 0, "max_concurrent": 0, "track": ("no",)}
+    wrong = {"gpus_per_trial": "half", "cpus_per_trial": 0, "max_concurrent": 0, "mps": "yes", "track": ("no",)}
     with pytest.raises(UserError) as found:
         tune_kd.run(smoke(), out=tmp_path / "results", name="../x", **wrong)
     for field in (
@@ -56,6 +56,7 @@ def test_all_that_is_wrong_is_said_before_anything_is_made(tmp_path: Path) -> No
         "--name is '../x'",
         "--cpus-per-trial is 0",
         "--max-concurrent is 0",
+        "--mps is yes",
         "--track is",
     ):
         assert any(field in problem for problem in found.value.problems), found.value.problems

@@ -77,11 +77,12 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 @pytest.mark.long
 def test_a_study_is_submitted_followed_to_its_end_and_looked_at(cluster: str, tmp_path: Path) -> None:
     at = ("--address", cluster)
-    code, answer, errors = ended(command(tmp_path, "submit", "ablation", *CALM, "--name", "far", *at))
+    code, answer, errors = ended(command(tmp_path, "submit", "ablation", *CALM, "--name", "far", "--mps", "off", *at))
     assert code == 0, answer + errors
     assert "Primary contrasts (points of test accuracy" in answer  # the driver's own words
     assert "stop it:     ray job stop" in errors and "Traceback" not in errors
     contiguous(tmp_path / "results" / "far")
+    assert json.loads((tmp_path / "results" / "far" / "study.json").read_text())["settings"]["mps"] == "off"
     assert (tmp_path / "results" / "far" / "report" / "report.html").is_file()
     (job,) = (each for each in jobs(cluster) if each["submission_id"])
     assert job["metadata"] == {"job_name": "far", "run": "far", "study": "ablation", "scale": "smoke",
@@ -186,13 +187,14 @@ def test_a_wrong_token_or_address_or_too_large_a_share_is_one_message(
     assert "--address is head:8265; allowed: the URL of the cluster's dashboard" in errors
     # All at once, and before anything is sent.
     wrong = ("--scale", "smok", "--name", "../x", "--cpus-per-trial", "0", "--address", "http://192.0.2.1:1")
-    code, answer, errors = ended(command(tmp_path, "submit", "ablation", *wrong, "--gpus-per-trial", "x"))
+    code, answer, errors = ended(command(tmp_path, "submit", "ablation", *wrong, "--gpus-per-trial", "x", "--mps", "y"))
     assert (code, answer) == (2, "")
     for field in (
         "--scale is 'smok'",
         "--name is '../x'",
         "--cpus-per-trial is 0",
         "--gpus-per-trial is x",
+        "--mps is y",
         "--out is",
     ):
         assert sum(field in line for line in errors.splitlines()) == 1

@@ -55,6 +55,49 @@ def test_what_a_trial_raises_leaves_the_worker_without_the_secret_in_it() -> Non
     assert told.reason == "storage" and told.message == "OSError: no answer from https://me:***@example.org/"
 
 
+ILLEGAL = "CUDA error: an illegal memory access was encountered\nCompile with `TORCH_USE_CUDA_DSA` to ..."
+TERMINATED = "CUDA error: the MPS client has been terminated by the server"
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "broken"),
+    [
+        (ILLEGAL, "lost", True),
+        ("CUDA error: unspecified launch failure", "lost", True),
+        ("CUDA error: uncorrectable ECC error encountered", "lost", True),
+        ("CUDA error: device-side assert triggered", "error", True),
+        (TERMINATED, "mps", True),
+        ("CUDA error: MPS client failed to connect to the MPS control daemon or the MPS server", "mps", True),
+        ("CUDA error: MPS server is not ready to accept new MPS client requests", "mps", True),
+        ("CUDA error: ended\nSearch for `cudaErrorMpsRpcFailure' in https://docs.nvidia.com/", "mps", True),
+        ("CUDA error: invalid argument", "error", False),
+        ("CUDA error: out of memory", "error", False),
+        ("MPS backend out of memory", "error", False),  # of Apple's GPUs
+        ("an illegal memory access, as an author might write", "error", False),
+    ],
+)
+def test_a_fatal_error_of_cuda_is_the_trials_own_or_that_of_another_one_of_its_gpu(
+    message: str, reason: str, broken: bool
+) -> None:
+    told = failure(RuntimeError(message))
+    assert (told.reason, told.broken, told.message) == (reason, broken, f"RuntimeError: {message}")
+
+
+@pytest.mark.parametrize(("message", "reason"), [(TERMINATED, "mps"), (ILLEGAL, "lost"), ("", "error")])
+def test_what_a_library_of_cuda_does_not_tell_cuda_is_asked(
+    monkeypatch: pytest.MonkeyPatch, message: str, reason: str
+) -> None:
+    def synchronize() -> None:
+        if message:
+            raise RuntimeError(message)
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    told = failure(RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"))
+    assert told.reason == reason and told.broken is bool(message)
+    assert message in told.message and "CUDNN_STATUS_EXECUTION_FAILED" in told.message
+
+
 def test_a_trial_imports_no_loss_of_another_method(place: Workplace) -> None:
     """Importing one may change torch, for example its default type, and ids of other arms do not cover it."""
     data = datasets.load("digits", train=60, validation=20, test=20)

@@ -24,6 +24,7 @@ from trials import run
 from tune_kd.data import datasets
 from tune_kd.data.augment import crop, draw_views, prepare
 from tune_kd.data.datasets import DataSet, on_device
+from tune_kd.execute import mps_daemon
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
 from tune_kd.execute.worker import Task, Workplace, work
@@ -271,3 +272,19 @@ def test_mps_is_seen_where_it_serves_and_not_where_it_does_not(tmp_path_factory:
         assert served() == "True\n"
     finally:
         subprocess.run([MPS], input="quit\n", env=environment, text=True, timeout=30, check=False)
+
+
+@pytest.mark.skipif(shutil.which(MPS) is None, reason=f"needs {MPS}")
+def test_an_mps_of_our_own_serves_its_clients_and_ends() -> None:
+    folder = mps_daemon.folder_of(f"a test of process {os.getpid()}")
+
+    def serves() -> str:
+        asked, seen = [sys.executable, "-c", SERVED], {**os.environ, **mps_daemon.variables(folder)}
+        return subprocess.run(asked, env=seen, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    try:
+        with mps_daemon.started(folder):
+            assert serves() == "True\n"
+    except mps_daemon.NotStarted as error:
+        pytest.skip(f"MPS may not be started here: {error}")
+    assert serves() == "False\n" and not folder.exists()

@@ -75,6 +75,9 @@ Gpus = Annotated[
 CPUS = "CPU share of a trial; its whole part is its threads, at least one."
 Cpus = Annotated[float, typer.Option(help=CPUS)]
 CpusNow = Annotated[float | None, typer.Option(help=CPUS, show_default="as the run began")]
+MPS = "NVIDIA's MPS: auto starts one where trials share a GPU, on starts one or fails, off starts none."
+Mps = Annotated[str, typer.Option(help=MPS, metavar="auto|on|off")]
+MpsNow = Annotated[str | None, typer.Option(help=MPS, metavar="auto|on|off", show_default="as the run began")]
 MaxConcurrent = Annotated[int | None, typer.Option(help="Most trials at a time.", show_default=False)]
 Address = Annotated[
     str | None, typer.Option(help="HOST:PORT of a Ray cluster that this machine is part of.", show_default=False)

@@ -40,6 +40,7 @@ def submit(
     gpus_per_trial: options.Gpus = None,
     cpus_per_trial: options.Cpus = 1.0,
     max_concurrent: options.MaxConcurrent = None,
+    mps: options.Mps = "auto",
     keep_checkpoints: options.Keep = False,
     track: options.Track = None,
     install: Install = False,
@@ -62,7 +63,7 @@ def submit(
     name = name or f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     problems += run_folder.problems_with_name(name)
     gpus = collect(problems, lambda: parse_gpus(gpus_per_trial))
-    collect(problems, lambda: check_shares(Options(gpus, cpus_per_trial, max_concurrent), address))
+    collect(problems, lambda: check_shares(Options(gpus, cpus_per_trial, max_concurrent, mps=mps), address))
     place = collect(problems, lambda: _place(out, address))
     cluster = collect(problems, lambda: jobs.client(address))
     raise_problems(problems)

@@ -54,6 +54,7 @@ def run(
     gpus_per_trial: options.Gpus = None,
     cpus_per_trial: options.Cpus = 1.0,
     max_concurrent: options.MaxConcurrent = None,
+    mps: options.Mps = "auto",
     address: options.Address = None,
     keep_checkpoints: options.Keep = False,
     track: options.Track = None,
@@ -78,7 +79,7 @@ def run(
     if resolved is not None:
         name = collect(problems, lambda: run_folder.check_new(out, name, resolved))
     gpus = collect(problems, lambda: parse_gpus(gpus_per_trial))
-    asked = Options(gpus, cpus_per_trial, max_concurrent, keep_checkpoints, tuple(track or ()))
+    asked = Options(gpus, cpus_per_trial, max_concurrent, keep_checkpoints, mps, tuple(track or ()))
     collect(problems, lambda: check(resolved, asked, address))
     raise_problems(problems)
     assert resolved is not None and name is not None
@@ -102,6 +103,7 @@ def resume(
     gpus_per_trial: options.Gpus = None,
     cpus_per_trial: options.CpusNow = None,
     max_concurrent: options.MaxConcurrent = None,
+    mps: options.MpsNow = None,
     track: options.Track = None,
     address: AddressNow = None,
     as_json: options.AsJson = False,
@@ -126,6 +128,7 @@ def resume(
         "gpus_per_trial": collect(problems, lambda: parse_gpus(gpus_per_trial)),
         "cpus_per_trial": cpus_per_trial,
         "max_concurrent": max_concurrent,
+        "mps": mps,
         "track": None if track is None else tuple(track),
     }
     asked = replace(options_of(reopened), **{name: value for name, value in given.items() if value is not None})

@@ -120,7 +120,7 @@ def _is_on_loopback(address: str) -> bool:
 def _parts(restarts: bool) -> tuple[Part, ...]:
     """Return this node's raylet, which is never restarted, and the control store, which a cluster may restart."""
     context = ray.get_runtime_context()
-    here = next(node for node in _alive() if node["NodeID"] == context.get_node_id())
+    here = next(node for node in alive() if node["NodeID"] == context.get_node_id())
     host, _, port = context.gcs_address.rpartition(":")
     return (
         Part("raylet", here["NodeManagerAddress"], here["NodeManagerPort"], patience=5.0),
@@ -154,7 +154,7 @@ def check_nodes(folder: Path | None, patience: float = 120.0) -> None:
 
     own = versions()
     here = ray.get_runtime_context().get_node_id()
-    found, silent = _asked(versions, [node for node in _alive() if node["NodeID"] != here], patience)
+    found, silent = asked(versions, [node for node in alive() if node["NodeID"] != here], patience)
     problems = [f"--address: the node {node} {why}; allowed: nodes that run tasks" for node, why in silent.items()]
     for node, has in found.items():
         if has.pop("lacks", None) is not None:
@@ -169,46 +169,42 @@ def check_nodes(folder: Path | None, patience: float = 120.0) -> None:
     raise_problems(problems)
 
 
-def served_by_mps(patience: float = 60.0) -> bool:
-    """Whether NVIDIA's MPS serves all GPUs of the connected Ray. A node that does not answer counts as not served."""
-
-    def serves() -> bool:  # in a process of its own; Ray hides the GPUs from a task that requests none
-        import os
-
-        from tune_kd.execute import mps
-
-        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-        return mps.serves()
-
-    nodes = [node for node in _alive() if node["Resources"].get("GPU")]
-    found, silent = _asked(serves, nodes, patience)
-    return bool(nodes) and not silent and all(found.values())
-
-
-def _alive() -> list[dict[str, Any]]:
+def alive() -> list[dict[str, Any]]:
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [node for node in nodes if node["Alive"]]
 
 
-def _asked(
+def asked(
     question: Callable[[], T], nodes: Sequence[Mapping[str, Any]], patience: float
 ) -> tuple[dict[str, T], dict[str, str]]:
     """Call a function on each node, in a process of its own. Returns the results by node, and by node the problem with
     each that did not return within `patience` seconds."""
-    asked = {}
+    questions = {}
     for node in nodes:
         ask: Any = ray.remote(max_calls=1)(question)
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        asked[ask.options(num_cpus=0, scheduling_strategy=strategy).remote()] = (
-            f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
-        )
-    answered, late = ray.wait(list(asked), num_returns=len(asked), timeout=patience) if asked else ([], [])
-    found, silent = {}, {asked[each]: f"does not run a task within {patience:.0f} s" for each in late}
+        questions[ask.options(num_cpus=0, scheduling_strategy=strategy).remote()] = named(node)
+    return answers(questions, "run a task", patience)
+
+
+def named(node: Mapping[str, Any]) -> str:
+    """Return the name of a node for the user."""
+    return f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
+
+
+def answers(
+    questions: Mapping["ray.ObjectRef[T]", str], what: str, patience: float
+) -> tuple[dict[str, T], dict[str, str]]:
+    """Wait for what nodes were asked. Returns the results by node, and by node the problem with each that did not do
+    `what` within `patience` seconds."""
+    asked = list(questions)
+    answered, late = ray.wait(asked, num_returns=len(asked), timeout=patience) if asked else ([], [])
+    found, silent = {}, {questions[each]: f"does not {what} within {patience:.0f} s" for each in late}
     for each in answered:
         try:
-            found[asked[each]] = ray.get(each)
+            found[questions[each]] = ray.get(each)
         except RayError as error:  # the node or the result was lost, or the function cannot be unpickled there
-            silent[asked[each]] = f"cannot run a task ({words(error)})"
+            silent[questions[each]] = f"cannot {what} ({words(error)})"
     return found, silent
 
 

@@ -191,7 +191,9 @@ class Driver:
         assert failure is not None, f"{trial.label} ended without its last epoch"
         if row["status"] == Status.PENDING:  # its worker died before `on_start`
             row["attempts"] += 1
-        self._note(row, failure.message)
+        failure = self._attempts.weighed(trial_id, failure)
+        if failure.reason != "mps":
+            self._note(row, failure.message)
         again = self._attempts.again(row, failure)
         if failure.reason == "storage" and not again:
             self.broken = failure.message
@@ -376,7 +378,11 @@ def _ending(trial: Trial, row: TrialRow) -> str:
     text = f"{trial.label} ({trial.phase}) {row['status']}"
     if row["test_accuracy_best"] is not None:
         return f"{text}: test accuracy {100 * row['test_accuracy_best']:.2f} %, {row['train_seconds']:.1f} s"
-    return f"{text} ({row['stop_reason'] or 'will be tried again'}): {row['error']}" if row["error"] else text
+    if row["error"]:
+        return f"{text} ({row['stop_reason'] or 'will be tried again'}): {row['error']}"
+    return (
+        f"{text} (will be tried again): another trial on its GPU ended it" if row["status"] == Status.PENDING else text
+    )
 
 
 def _unreadable(row: TrialRow, epoch: Row, outcome: Row) -> str | None:

@@ -11,6 +11,7 @@ from tune_kd.study.spec import Study
 from tune_kd.system import environment
 from tune_kd.system.errors import UserError, collect, raise_problems
 
+MODES = ("auto", "on", "off")
 Asked = float | Literal["auto"] | None
 """A GPU share; "auto" measures one; None takes the default of `resources.gpu_share`."""
 
@@ -36,6 +37,7 @@ class Options:
     cpus_per_trial: float = 1.0  # the whole part is the number of threads, at least 1
     max_concurrent: int | None = None  # trials at a time
     keep_checkpoints: bool = False  # keep the last checkpoint of each trial
+    mps: str = "auto"  # NVIDIA's MPS: auto starts one where trials share GPUs and none serves them; on, off
     track: tuple[str, ...] = ()  # trackers that also show the run: tensorboard, mlflow, wandb
 
 
@@ -54,9 +56,26 @@ def check_shares(options: Options, address: str | None) -> None:
                         "the GPU of this machine")  # fmt: skip
     elif isinstance(gpus, float) and address is None and gpus > _gpus_here():
         problems.append(f"--gpus-per-trial is {gpus:g}; allowed: at most {_gpus_here()} (the GPUs of this machine)")
+    problems += _mps_problems(options, gpus, address)
     if most is not None and most < 1:
         problems.append(f"--max-concurrent is {most}; allowed: at least 1")
     raise_problems(problems)
+
+
+def _mps_problems(options: Options, gpus: Asked, address: str | None) -> list[str]:
+    if options.mps not in MODES:
+        return [f"--mps is {options.mps}; allowed: {', '.join(MODES)}"]
+    if options.mps != "on":
+        return []
+    from tune_kd.execute import mps_daemon
+
+    if gpus == 0:
+        return ["--mps is on, and --gpus-per-trial is 0; allowed: auto or off where trials use no GPU"]
+    if address is None and not mps_daemon.is_there():
+        return [f"--mps is on, and there is no {mps_daemon.PROGRAM} here; allowed: auto or off"]
+    if address is None and not _gpus_here():
+        return ["--mps is on, and this machine has no GPU; allowed: auto or off"]
+    return []
 
 
 def _gpus_here() -> int:

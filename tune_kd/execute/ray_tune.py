@@ -57,6 +57,8 @@ class TrialRunner(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         self._begin(config)
+        self._broken = False  # whether this process can use its GPU no more
+        os.environ.update(self._place.variables)
         if self._place.umask is not None:  # Ray's processes have one that makes their files private
             os.umask(self._place.umask)
         self._fetched: Shared | None = None
@@ -81,6 +83,9 @@ class TrialRunner(tune.Trainable):
             await self._ended.wait()
 
     async def train(self) -> dict[str, Any]:
+        if self._broken:
+            # Or Tune would give this process to the next trial.
+            ray.actor.exit_actor()  # type: ignore[no-untyped-call]
         if self._ended is None:
             self._ended = asyncio.Event()
             actor = ray.get_runtime_context().current_actor
@@ -99,7 +104,9 @@ class TrialRunner(tune.Trainable):
         except RayError as error:  # of a node or the object store; not the trial's fault
             return {"failure": Failure("lost", f"Ray failed it: {words(error)}")}
         except Exception as error:  # the driver decides whether to try again
-            return {"failure": failure(error)}
+            problem = failure(error)
+            self._broken = problem.broken
+            return {"failure": problem}
         if epoch.outcome is not None:
             self._epochs.close()  # frees its memory and a teacher's lock before the next trial
         checkpoint_seconds = overhead.spent["checkpoint"] - before
@@ -167,7 +174,7 @@ class _Bridge(Searcher):
             tracker.on_start(task)
 
     def reported(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Returns whether the trial continues."""
+        """Returns whether the trial continues, or a process that is broken has to be asked once more, to end."""
         task = self._tasks[trial_id]
         problem: Failure | None = result.get("failure")
         with self._recording():
@@ -180,7 +187,7 @@ class _Bridge(Searcher):
                 if continues:
                     return True
             self._end(trial_id, problem)
-        return False
+        return problem is not None and problem.broken
 
     def lost(self, error: RayError | None) -> None:
         """Ray lost a worker, by an error that Tune does not see or by its death alone."""

@@ -1,6 +1,5 @@
 """A trial's share of CPUs and GPUs: limits and defaults."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from tune_kd.system.errors import raise_problems
@@ -31,16 +30,25 @@ class Share:
         return f"Each trial gets {size}, {self.why}."
 
 
-def gpu_share(asked: float | None, available: float, served: Callable[[], bool]) -> Share:
+@dataclass(frozen=True)
+class Mps:
+    """Whether NVIDIA's MPS serves all GPUs of a run."""
+
+    served: bool
+    words: str = ""  # for the user; empty if it does not matter to this run
+    variables: tuple[tuple[str, str], ...] = ()  # by which workers find the one that was started for them
+
+
+def gpu_share(asked: float | None, available: float, mps: Mps) -> Share:
     """Return the share that was asked for; by default a whole GPU, or a quarter if MPS serves the GPUs.
 
     Without MPS, processes take turns on a GPU: on an H100, four trials at a time took 1.1 times as long as one after
     another, and with MPS 0.72 times as long (docs/performance.md).
     """
     if asked is not None:
-        return Share(asked, "as --gpus-per-trial says")
+        return Share(asked, f"as --gpus-per-trial says{'; ' if mps.words else ''}{mps.words}")
     if not available:
         return Share(0.0, "since Ray sees none")
-    if served():
-        return Share(0.25, "since MPS serves the GPUs, on which four then train at the same time")
-    return Share(1.0, "since MPS does not serve the GPUs, and without it trials on one GPU would take turns")
+    if mps.served:
+        return Share(0.25, f"since {mps.words}, on which four then train at the same time")
+    return Share(1.0, f"since {mps.words}, and without it trials on one GPU would take turns")

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -133,12 +133,14 @@ def _settings(
         return settings
     import torch
 
+    from tune_kd.execute import mps_daemon
     from tune_kd.execute.gpu_probe import probe
 
     if not torch.cuda.is_available():
         console.say("--gpus-per-trial auto: there is no GPU here, so trials run on CPUs")
         return settings | {"gpus_per_trial": 0.0}
-    share = probe(plan(study, data.digest), data, torch.device("cuda"), console.say, codes=brought)
+    with mps_daemon.for_children(options.mps):
+        share = probe(plan(study, data.digest), data, torch.device("cuda"), console.say, codes=brought)
     return settings | {"gpus_per_trial": share}
 
 
@@ -235,12 +237,14 @@ def execute(
         preflight.check(run, ledger.rows(TRIALS), run.settings["max_concurrent"] or os.cpu_count() or 1)
         signals.check()
         cluster, check_ray = around.enter_context(_joined(run, address))
-        share = _share_on(run, cluster)
+        _check_fit(run, cluster)
+        mps = around.enter_context(_mps(run, cluster))
+        share = resources.gpu_share(run.settings["gpus_per_trial"], cluster.gpus, mps)
         connected(cluster.dashboard)
         _print_start(run, console, cluster, share.words)
         log = cluster.logs / f"tune_kd-{run.name}.log"
         view = around.enter_context(ProgressDisplay(console, run.name, log))
-        driver = _driver(run, ledger, share.gpus, view)
+        driver = _driver(run, ledger, share.gpus, mps, view)
         beat = _Beat(driver, view, check_ray)
         slots = clusters.slots(cluster, run.settings["cpus_per_trial"], share.gpus)
         _drive(run, data, driver, slots, beat)
@@ -276,23 +280,33 @@ def _joined(run: Run, address: str | None) -> Iterator[tuple["Cluster", Callable
         yield cluster, check_ray
 
 
-def _share_on(run: Run, cluster: "Cluster") -> resources.Share:
-    """What each trial gets of the cluster. Raises `UserError` where that does not fit, or a node cannot run trials."""
+def _check_fit(run: Run, cluster: "Cluster") -> None:
+    """Raise `UserError` where the shares of trials do not fit into the cluster, or a node cannot run trials."""
     from tune_kd.execute import cluster as clusters
 
-    asked = run.settings["gpus_per_trial"]
-    resources.check_cluster(run.settings["cpus_per_trial"], asked or 0.0, cluster.cpus, cluster.gpus)
+    settings = run.settings
+    resources.check_cluster(settings["cpus_per_trial"], settings["gpus_per_trial"] or 0.0, cluster.cpus, cluster.gpus)
+    if settings.get("mps") == "on" and not cluster.gpus:
+        raise UserError("--mps is on, and Ray has no GPU; allowed: auto or off")
     clusters.check_nodes(run.folder if Mirror.of(run.folder).url is None else None)
-    return resources.gpu_share(asked, cluster.gpus, clusters.served_by_mps)
 
 
-def _driver(run: Run, ledger: "Ledger", gpus: float, view: ProgressDisplay) -> "Driver":
+def _mps(run: Run, cluster: "Cluster") -> AbstractContextManager[resources.Mps]:
+    """A context in which MPS serves the GPUs of the cluster, if it can and if that helps. Yields whether it does."""
+    if not cluster.gpus:
+        return nullcontext(resources.Mps(False))
+    from tune_kd.execute import mps_nodes
+
+    return mps_nodes.serving(run, cluster)
+
+
+def _driver(run: Run, ledger: "Ledger", gpus: float, mps: resources.Mps, view: ProgressDisplay) -> "Driver":
     from tune_kd.execute.driver import Driver
     from tune_kd.execute.worker import Workplace
 
     data_dir, url = run.data_dir and run.data_dir.absolute(), Mirror.of(run.folder).url
     folders = (data_dir, None, run.teachers.absolute(), run.checkpoints.absolute())
-    place = Workplace(*folders, url=url, codes=run.codes, umask=environment.umask())
+    place = Workplace(*folders, url=url, codes=run.codes, umask=environment.umask(), variables=mps.variables)
     return Driver(
         run.plan,
         run.name,

@@ -2,6 +2,7 @@
 
 import math
 import platform
+import re
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
@@ -45,6 +46,7 @@ class Workplace:
     data: DataSet | None = None  # if None, each process loads it from `data_dir`
     codes: tuple[Code, ...] = ()  # that the study brings
     umask: int | None = None  # of the user who started the run, for result files; None for the process's own
+    variables: tuple[tuple[str, str], ...] = ()  # of the environment, to set before CUDA starts
 
     @property
     def drain(self) -> Path:
@@ -99,10 +101,12 @@ class Where:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended early. `lost` (a dead worker) and `storage` (a disk) are not the trial's fault."""
+    """Why an attempt ended early. `lost` (a dead worker), `storage` (a disk) and `mps` (another trial on the same GPU)
+    are not the trial's fault."""
 
-    reason: StopReason | Literal["lost", "storage"]
+    reason: StopReason | Literal["lost", "storage", "mps"]
     message: str
+    broken: bool = False  # the process can use its GPU no more
 
 
 def failure(error: BaseException) -> Failure:
@@ -116,7 +120,35 @@ def failure(error: BaseException) -> Failure:
         return Failure(StopReason.TEACHER_FAILED, message)
     if isinstance(error, OSError | CorruptFile):
         return Failure("storage", message)
-    return Failure(StopReason.ERROR, message)
+    return _of_cuda(message) or Failure(StopReason.ERROR, message)
+
+
+ASSERTION = "device-side assert"
+BREAKS = re.compile(
+    f"{ASSERTION}|illegal memory access|illegal instruction|misaligned address|invalid program counter|launch failure|"
+    "operation not supported on global/shared address space|hardware stack error|launch timed out|uncorrectable"
+)
+"""Errors after which every call of CUDA fails in the same process."""
+MPS = re.compile(r"CUDA error.*(\bMPS\b|cudaErrorMps)", re.DOTALL)
+LIBRARIES = re.compile(r"CUBLAS_STATUS|CUDNN_STATUS|CUSPARSE_STATUS|CUFFT")
+
+
+def _of_cuda(message: str) -> Failure | None:
+    """Classify an error after which CUDA works no more in this process; None for others.
+
+    Where MPS serves a GPU, such an error of one trial ends the others on it, whose errors then speak of MPS. One of the
+    trial's own is as the death of a worker, but for an assertion, which fails each time.
+    """
+    if LIBRARIES.search(message) and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:  # the reason, which libraries of CUDA do not tell
+            message = f"{message}; {masked(str(error).strip())}"
+    if MPS.search(message):
+        return Failure("mps", message, broken=True)
+    if "CUDA error" not in message or not BREAKS.search(message):
+        return None
+    return Failure(StopReason.ERROR if ASSERTION in message else "lost", message, broken=True)
 
 
 Work = Callable[[Task, Workplace], Generator[Epoch]]  # `work`, or a stand-in in tests

@@ -57,6 +57,7 @@ class _Settings(_Part):
     cpus_per_trial: Annotated[FiniteFloat, Field(gt=0)] = 1.0
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
     keep_checkpoints: bool = False
+    mps: Annotated[str, Field(pattern="^(auto|on|off)$")] = "auto"
     track: Annotated[list[Name], Field(max_length=100)] | None = None
 
 

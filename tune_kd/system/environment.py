@@ -153,16 +153,25 @@ def own_folder() -> Path:
     folder = _temporary() / f"ray-{os.getuid()}"
     try:
         make_private(folder)
-        found = os.lstat(folder)
+        why = intruded(folder)
     except OSError as error:
         raise _unusable(folder, f"which cannot be written to ({error.strerror})") from error
-    if not stat.S_ISDIR(found.st_mode):
-        raise _unusable(folder, "which is no folder")
-    if found.st_uid != os.getuid():
-        raise _unusable(folder, f"which belongs to the user {found.st_uid}")
-    if (mode := stat.S_IMODE(found.st_mode)) & 0o077:
-        raise _unusable(folder, f"which has the mode {mode:04o}, so that others can use it, where 0700 is allowed")
+    if why is not None:
+        raise _unusable(folder, f"which {why}")
     return folder
+
+
+def intruded(folder: Path) -> str | None:
+    """Return why a folder with a predictable name, which another user may have created first, is not private to this
+    user; None if it is. Raises OSError if it is missing."""
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode):
+        return "is no folder"
+    if found.st_uid != os.getuid():
+        return f"belongs to the user {found.st_uid}"
+    if (mode := stat.S_IMODE(found.st_mode)) & 0o077:
+        return f"has the mode {mode:04o}, so that others can use it, where 0700 is allowed"
+    return None
 
 
 def guard_code() -> None:

@@ -1,0 +1,214 @@
+"""MPS of our own on one machine, with a stand-in for NVIDIA's program: how it is started, found again, and ended."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import mps_control
+from commands import wait_for
+from tune_kd.execute import mps, mps_daemon
+from tune_kd.execute.mps_daemon import NotStarted, folder_of, is_there, start, started, variables
+
+Installed = Callable[..., Path]
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installed]:
+    """Puts the stand-in on PATH, and kills what is left of it."""
+    here = tmp_path / "bin"
+    monkeypatch.setenv("PATH", f"{here}:{os.environ['PATH']}")
+
+    def install(how: str = "") -> Path:
+        return mps_control.install(here, how)
+
+    yield install
+    mps_control.kill(here)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    found = folder_of(str(tmp_path))
+    yield found
+    mps_daemon.end(found)
+
+
+def test_it_serves_from_a_private_folder_sees_all_gpus_and_leaves_nothing(
+    installed: Installed, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = installed()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as Ray sets it
+    with started(folder):
+        (line,) = mps_control.log(program)
+        assert mps_control.living(program) == [line["pid"]]
+        assert {name: line[name] for name in variables(folder)} == variables(folder)
+        assert "CUDA_VISIBLE_DEVICES" not in line
+        for each in (folder, *map(Path, variables(folder).values())):
+            assert stat.S_IMODE(each.stat().st_mode) == 0o700
+        assert len(os.fsencode(folder / "pipe" / "control")) < 100
+    assert not mps_control.living(program) and not folder.exists()
+    assert [line["what"] for line in mps_control.log(program)] == ["started", "asked to end", "ended"]
+
+
+def test_an_error_within_ends_it_too(installed: Installed, folder: Path) -> None:
+    program = installed()
+    with pytest.raises(SystemExit), started(folder):
+        raise SystemExit(143)
+    assert mps_control.log(program, "ended") and not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        (
+            "refuses",
+            "nvidia-cuda-mps-control ended with 1: Cannot start: an instance of this daemon is already running",
+        ),
+        ("hangs", "nvidia-cuda-mps-control did not start within 1 s"),
+    ],
+)
+def test_a_program_that_cannot_start_is_given_up_with_the_reason(
+    installed: Installed, folder: Path, monkeypatch: pytest.MonkeyPatch, how: str, why: str
+) -> None:
+    program = installed(how)
+    monkeypatch.setattr(mps_daemon, "STARTING", 1.0)
+    with pytest.raises(NotStarted) as error, started(folder):
+        pass
+    assert str(error.value) == why
+    assert not folder.exists()
+    assert not any(psutil.pid_exists(line["pid"]) for line in mps_control.log(program))
+
+
+def test_without_the_program_nothing_is_made(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not is_there()
+    with pytest.raises(NotStarted, match="there is no nvidia-cuda-mps-control"):
+        start(folder)
+    assert not folder.exists()
+
+
+def test_one_that_does_not_end_is_killed(installed: Installed, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = installed("stays")
+    monkeypatch.setattr(mps_daemon, "ENDING", 0.5)
+    began = time.monotonic()
+    with started(folder):
+        pass
+    assert [line["what"] for line in mps_control.log(program)] == ["started", "asked to end"]
+    assert not mps_control.living(program) and not folder.exists()
+    assert time.monotonic() - began < 10
+
+
+def test_one_that_a_killed_run_left_is_ended_before_another_starts(installed: Installed, folder: Path) -> None:
+    program = installed()
+    left = start(folder)  # nobody watches it
+    with started(folder):
+        (running,) = mps_control.living(program)
+        assert running != left
+    assert [line["what"] for line in mps_control.log(program)][:3] == ["started", "asked to end", "ended"]
+
+
+def test_what_a_dead_one_left_is_no_obstacle_even_if_its_number_is_anothers_now(
+    installed: Installed, folder: Path
+) -> None:
+    program = installed()
+    os.kill(start(folder), signal.SIGKILL)
+    other = subprocess.Popen(["sleep", "600"])
+    try:
+        (folder / "pipe" / f"{mps_daemon.PROGRAM}.pid").write_text(str(other.pid))
+        with started(folder):
+            assert len(mps_control.living(program)) == 1
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+@pytest.mark.parametrize("made", ["a link", "open to others", "a file"])
+def test_a_folder_that_is_not_private_is_refused_and_left_alone(
+    installed: Installed, folder: Path, tmp_path: Path, made: str
+) -> None:
+    program, other = installed(), tmp_path / "other"
+    other.mkdir(mode=0o700)
+    if made == "a link":
+        folder.symlink_to(other)
+    elif made == "a file":
+        folder.write_text("")
+    else:
+        folder.mkdir()
+        folder.chmod(0o755)
+    try:
+        with pytest.raises(NotStarted, match=f"{folder} (is no folder|has the mode 0755)"):
+            start(folder)
+        assert folder.exists() and other.exists() and not mps_control.log(program)
+    finally:
+        folder.rmdir() if made == "open to others" else folder.unlink()
+
+
+def test_a_folder_of_another_user_is_refused(
+    installed: Installed, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed()
+    folder.mkdir(mode=0o700)
+    with monkeypatch.context() as another:
+        another.setattr("os.getuid", lambda: 54321)
+        with pytest.raises(NotStarted, match="belongs to the user"):
+            start(folder)
+    assert folder.exists()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from tune_kd.execute.mps_daemon import started
+with started(Path(sys.argv[1])):
+    print("serving", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_it_ends_when_the_process_that_started_it_is_killed_and_keeps_nobodys_output(
+    installed: Installed, folder: Path
+) -> None:
+    program = installed()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "serving\n"
+    assert len(mps_control.living(program)) == 1
+    holder.kill()
+    holder.communicate(timeout=10)  # until all have closed its output
+    wait_for(lambda: not mps_control.living(program) and not folder.exists(), 20)
+    assert mps_control.log(program, "ended")
+
+
+def test_a_watcher_that_comes_late_does_not_end_the_next_one(installed: Installed, folder: Path) -> None:
+    program = installed()
+    with started(folder):
+        (running,) = mps_control.living(program)
+        watcher = mps_daemon._watch(folder, running + 1)  # of one that is gone
+        watcher.close()
+        time.sleep(1.5)
+        assert mps_control.living(program) == [running]
+
+
+def test_processes_that_measure_a_share_are_served_and_those_after_them_are_not(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = installed()
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    monkeypatch.setattr(mps, "serves", lambda: False)
+    with mps_daemon.for_children("auto"):
+        assert mps_control.serves()
+    assert not mps_control.serves() and not mps_control.living(program)
+    with mps_daemon.for_children("off"):
+        assert not mps_control.serves()
+    monkeypatch.setattr(mps, "serves", lambda: True)
+    with mps_daemon.for_children("auto"):
+        assert len(mps_control.log(program, "started")) == 1

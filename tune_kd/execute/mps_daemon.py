@@ -1,0 +1,243 @@
+"""NVIDIA's MPS on this machine, started for the trials of one run and ended with it.
+
+Its daemon works in a private folder, `folder_of` a run, which is the same on each node and after a kill: whoever goes
+on with the run finds a daemon there that was left, and ends it. A small watcher ends the daemon when the process that
+started it dies.
+"""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO
+from unittest.mock import patch
+
+import psutil
+
+from tune_kd.execute import mps
+from tune_kd.system.environment import intruded
+
+PROGRAM = "nvidia-cuda-mps-control"
+PIPE, LOG = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+STARTING = 20.0  # seconds within which the daemon is there; it takes one
+ENDING = 4.0  # seconds within which it ends when asked, before it is killed; a preempted run has 15 for everything
+BASE = Path("/tmp")  # not TMPDIR, which differs between nodes; and a socket's path has to be short
+
+
+class NotStarted(RuntimeError):
+    """MPS cannot be started on this machine; the message says why."""
+
+
+def folder_of(run: str) -> Path:
+    """Return the folder for the MPS of a run, which is named by its place."""
+    return BASE / f"tune_kd-mps-{os.getuid()}-{hashlib.sha256(run.encode()).hexdigest()[:12]}"
+
+
+def variables(folder: Path) -> dict[str, str]:
+    """Return the variables that make the daemon, its control program and clients use a folder. A client's have to be
+    set before CUDA starts in it."""
+    return {PIPE: str(folder / "pipe"), LOG: str(folder / "log")}
+
+
+def is_there() -> bool:
+    """Whether this machine has the program."""
+    return shutil.which(PROGRAM) is not None
+
+
+@contextmanager
+def started(folder: Path) -> Iterator[None]:
+    """Within this context, and no longer than this process lives, an MPS of our own serves the clients of a folder.
+    Raises `NotStarted`."""
+    process = start(folder)
+    watcher = None
+    try:
+        watcher = _watch(folder, process)
+        yield
+    finally:
+        end(folder)
+        if watcher is not None:
+            with suppress(OSError):
+                watcher.write(b"ended\n")  # so that it does not end a daemon which follows
+                watcher.close()
+
+
+@contextmanager
+def for_children(mode: str) -> Iterator[None]:
+    """Within this context, an MPS of our own serves the processes that this one starts, if it can be started and no
+    other does. `mode` is the option `--mps`."""
+    if mode == "off" or not is_there() or mps.serves():  # which starts CUDA here, so that this is no client
+        yield
+        return
+    folder = folder_of(f"process {os.getpid()}")
+    with ExitStack() as around:
+        with suppress(NotStarted):
+            around.enter_context(started(folder))
+            around.enter_context(patch.dict(os.environ, variables(folder)))
+        yield
+
+
+def start(folder: Path) -> int:
+    """Start a daemon, after ending one that a killed run left, and return its process id. Raises `NotStarted`."""
+    program = shutil.which(PROGRAM)
+    if program is None:
+        raise NotStarted(f"there is no {PROGRAM}")
+    try:
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        if (why := intruded(folder)) is not None:
+            raise NotStarted(f"{folder} {why}")
+        end(folder)
+        for each in (folder, *map(Path, variables(folder).values())):
+            each.mkdir(mode=0o700)
+        return _start(program, folder)
+    except OSError as error:
+        raise NotStarted(f"{error.filename or folder}: {error.strerror}") from error
+
+
+def _start(program: str, folder: Path) -> int:
+    said = folder / "log" / "start.log"  # a pipe would stay open as long as the daemon
+    with said.open("wb") as sink:
+        launched = subprocess.Popen(
+            [program, "-d"],
+            env=_environment(folder),
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+        )
+    try:
+        why = _why_not(launched, folder, said)
+    except BaseException:  # a signal
+        _give_up(launched, folder)
+        raise
+    if why is not None:
+        _give_up(launched, folder)
+        raise NotStarted(why)
+    found = daemon(folder)
+    assert found is not None
+    return found.pid
+
+
+def _why_not(launched: "subprocess.Popen[bytes]", folder: Path, said: Path) -> str | None:
+    """Wait until the daemon is there, and return None; or return why it is not."""
+    last = time.monotonic() + STARTING
+    while time.monotonic() < last:
+        if launched.poll():
+            words = said.read_text(errors="replace").split()
+            return f"{PROGRAM} ended with {launched.returncode}{': ' if words else ''}{' '.join(words)[:200]}"
+        if launched.poll() == 0 and (folder / "pipe" / "control").exists() and daemon(folder) is not None:
+            return None
+        time.sleep(0.05)
+    return f"{PROGRAM} did not start within {STARTING:.0f} s"
+
+
+def _give_up(launched: "subprocess.Popen[bytes]", folder: Path) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(launched.pid, signal.SIGKILL)
+    launched.wait()
+    end(folder)
+
+
+def daemon(folder: Path) -> psutil.Process | None:
+    """Return the daemon of a folder if it lives."""
+    with suppress(OSError, ValueError, psutil.Error):
+        number = int((folder / "pipe" / f"{PROGRAM}.pid").read_text())
+        process = psutil.Process(number)
+        if _lives(process) and _serves(process, folder):
+            return process
+    return None
+
+
+def _serves(process: psutil.Process, folder: Path) -> bool:
+    """Whether a process is the daemon of a folder, and not one that has got its number since."""
+    try:
+        return process.environ().get(PIPE) == variables(folder)[PIPE]
+    except psutil.AccessDenied:  # a program may hide its memory from its own user
+        return PROGRAM.startswith(process.name())  # Linux keeps the first 15 characters
+
+
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def end(folder: Path) -> None:
+    """End the daemon of a folder and its servers, if there is one, and remove the folder. Kills what does not end
+    within `ENDING` seconds. Leaves a folder alone that is not this user's."""
+    try:
+        if intruded(folder) is not None:
+            return
+    except FileNotFoundError:
+        return
+    if (found := daemon(folder)) is not None:
+        with suppress(psutil.Error):
+            _end(found, folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(process: psutil.Process, folder: Path) -> None:
+    everything = [process, *process.children(recursive=True)]
+    last = time.monotonic() + ENDING
+    with suppress(OSError, subprocess.SubprocessError):  # the program may be gone, or hang
+        subprocess.run(
+            [PROGRAM],
+            input=b"quit\n",
+            env=_environment(folder),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=ENDING,
+            check=True,
+        )
+        while any(map(_lives, everything)) and time.monotonic() < last:
+            time.sleep(0.02)
+    for each in everything:
+        with suppress(psutil.Error):
+            each.kill()
+    last = time.monotonic() + 1.0
+    while any(map(_lives, everything)) and time.monotonic() < last:
+        time.sleep(0.02)
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """The environment of the daemon. Ray hides the GPUs from an actor that requests none; and if the daemon numbered
+    them anew, a client's own CUDA_VISIBLE_DEVICES would mean others."""
+    return {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"} | variables(folder)
+
+
+# The watcher
+
+WATCH = "import sys; from tune_kd.execute import mps_daemon; mps_daemon.watch(*sys.argv[1:])"
+
+
+def _watch(folder: Path, process: int) -> IO[bytes]:
+    """Start the watcher and return the pipe whose end, with this process, tells it to end the daemon."""
+    starter = subprocess.Popen(
+        [sys.executable, "-P", "-c", WATCH, str(folder), str(process)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert starter.stdin is not None
+    starter.wait()  # it leaves a child behind, which is nobody's: Ray kills the children of a worker that ends
+    return starter.stdin
+
+
+def watch(folder: str, process: str) -> None:
+    """Wait for the end of standard input in a process of our own, and end the daemon if nobody said that it ended."""
+    if os.fork():
+        os._exit(0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # of the whole job; the run ends in order first
+        signal.signal(number, signal.SIG_IGN)
+    if not sys.stdin.readline():
+        found = daemon(Path(folder))
+        if found is not None and found.pid == int(process):
+            end(Path(folder))
