@@ -8,10 +8,11 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 from unittest.mock import patch
 
 import torch
@@ -89,8 +90,7 @@ def rows(levers: Sequence[Lever] = LEVERS) -> Iterator[Row]:
 
 def measured(lever: Lever, dataset: DataSet, device: torch.device, width: float = 1.0, calls: int = CALLS) -> Result:
     """Seconds for as many images as an epoch has."""
-    with ExitStack() as around:
-        call, images = around.enter_context(_Ready(lever, dataset, device, width))
+    with _ready(lever, dataset, device, width) as (call, images):
         for _ in range(WARM_UP):
             call()
         _wait(device)
@@ -107,39 +107,36 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class _Ready(ExitStack):
+@contextmanager
+def _ready(
+    lever: Lever, dataset: DataSet, device: torch.device, width: float
+) -> Iterator[tuple[Callable[[], None], int]]:
     """A function that trains once, and of how many images, while this context lasts."""
-
-    def __init__(self, lever: Lever, dataset: DataSet, device: torch.device, width: float) -> None:
-        super().__init__()
-        self._made = lever, dataset, device, width
-
-    def __enter__(self) -> tuple[Callable[[], None], int]:  # type: ignore[override]
-        lever, dataset, device, width = self._made
-        recipe = replace(study().recipe, epochs=10**6, precision=PRECISION)
-        self.enter_context(patch.object(devices, "COMPILING_PAYS", 0 if lever.compiled else math.inf))
+    recipe = replace(study().recipe, epochs=10**6, precision=PRECISION)
+    with ExitStack() as around:
+        around.enter_context(patch.object(devices, "COMPILING_PAYS", 0 if lever.compiled else math.inf))
         if not lever.folded:
-            self.enter_context(patch.object(networks, "folded", side_effect=RuntimeError("switched off")))
+            around.enter_context(patch.object(networks, "folded", side_effect=RuntimeError("switched off")))
         if lever.float16:
             half = partial(torch.autocast, device.type, dtype=torch.float16, cache_enabled=False)
-            self.enter_context(patch.object(stepping, "autocast", lambda precision, device: half()))
-        teacher: Teacher | Sharing | None = None
+            around.enter_context(patch.object(stepping, "autocast", lambda precision, device: half()))
+        teacher, sharing = None, None
         if lever.method != "none":
-            folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+            folder = Path(around.enter_context(tempfile.TemporaryDirectory()))
             teacher = untrained_teacher(folder, lever.stem, width, recipe, dataset, device, 1)
-            teacher = Sharing(teacher) if lever.shares_teacher else teacher
+        if teacher is not None and lever.shares_teacher:
+            sharing = Sharing(teacher)
+            teacher = cast(Teacher, sharing)
         one = trial(cell(lever.method, lever.stem, width), recipe, "benchmark" if teacher else None)
-        students = [Step(replace(one, seed=1 + place), dataset, teacher, device)  # type: ignore[arg-type]
-                    for place in range(lever.students)]  # fmt: skip
+        students = [Step(replace(one, seed=1 + place), dataset, teacher, device) for place in range(lever.students)]
         for each in students:
             each.train()
         views = draw_views(1, 1, len(dataset.train.labels), pad=dataset.pad, flip=dataset.flip).to(device)
         size = min(recipe.batch_size, len(dataset.train.labels) // lever.steps)
         batches = [views[place * size : (place + 1) * size] for place in range(lever.steps)]
-        call = partial(_trained, students, teacher if isinstance(teacher, Sharing) else None, lever.steps, device)
-        captured = Captured(call, device)
+        captured = Captured(partial(_trained, students, sharing, lever.steps, device), device)
         inputs = [part for each in batches for part in _parts(each)]
-        return partial(captured, *inputs), size * lever.steps * lever.students
+        yield partial(captured, *inputs), size * lever.steps * lever.students
 
 
 def _parts(views: Views) -> tuple[Tensor, ...]:

@@ -246,11 +246,16 @@ def test_settings_and_levels_are_set_on_the_command_line(tmp_path: Path) -> None
         ("recipe.lr=0.5", "--set recipe.lr is 0.5, and lr is a factor; allowed: --set factors.lr=[...]"),
         ('recipe={"lr": 0.5}', "--set recipe.lr is 0.5, and lr is a factor"),
         ("cell.method=dkd", "--set cell.method is 'dkd', and method is a factor"),
-        ("cell.settings.margin=9", "--set cell.settings.margin is 9.0, and margin is a factor"),
+        ("cell.settings.margin=9", "--set cell.settings.margin is 9, and margin is a factor"),
+        ('cell.settings={"margin": 9}', "--set cell.settings.margin is 9, and margin is a factor"),
+        ("recipe.lr=0.05", "--set recipe.lr is 0.05, and lr is a factor"),  # also what it is already
     ):
         with pytest.raises(UserError) as caught:
             at(setting)
         assert [words in problem for problem in caught.value.problems] == [True], caught.value.problems
+    with pytest.raises(UserError) as caught:
+        at("recipe.lr=1", "recipe.momentun=1")
+    assert len(caught.value.problems) == 2
 
 
 @given(

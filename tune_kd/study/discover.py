@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from tune_kd.study import brought
 from tune_kd.study.plan import checked
 from tune_kd.study.source import StudyFile, executed, folders
-from tune_kd.study.spec import CELL_FIELDS, DATA_SETS, RECIPE_FACTORS, Data, Factor, Study
+from tune_kd.study.spec import DATA_SETS, Data, Factor, Study
 from tune_kd.system.adapters import adapter
 from tune_kd.system.errors import UserError, raise_problems
 from tune_kd.system.files import read
@@ -123,24 +123,23 @@ def _with_settings(path: Path, study: Study, settings: Sequence[str]) -> Study:
         problems += [problem] if problem else []
         if not problem and field.startswith("factors."):
             _narrow(study, value, field.removeprefix("factors."))
-    raise_problems(problems)
+    raise_problems([*problems, *_ineffective(settings, value["factors"])])
     try:
-        changed = from_json(value)
-        raise_problems([*_ineffective(study, changed)])
-        return changed
+        return from_json(value)
     except ValidationError as error:
         raise UserError(*_type_problems(path, value, settings, error)) from error
 
 
-def _ineffective(before: Study, after: Study) -> Iterator[str]:
-    """Messages for what settings gave to all arms, where a factor gives each arm a level of its own."""
-    for name in (factor.name for factor in after.factors):
-        where = "recipe" if name in RECIPE_FACTORS else "cell" if name in CELL_FIELDS else "cell.settings"
-        was, new = (
-            getattr(study.recipe, name) if where == "recipe" else study.cell.level(name) for study in (before, after)
-        )
-        if new != was:
-            yield f"--set {where}.{name} is {_shown(new)}, and {name} is a factor; allowed: --set factors.{name}=[...]"
+def _ineffective(settings: Sequence[str], factors: Any) -> Iterator[str]:
+    """Messages for what settings give to all arms, where a factor gives each arm a level of its own."""
+    named = factors if isinstance(factors, list | tuple) else ()
+    varied = [each.get("name") for each in named if isinstance(each, dict)]
+    for field, new in ((field, _parsed(text)) for field, _, text in (each.partition("=") for each in settings)):
+        given = {f"{field}.{each}": new[each] for each in new} if isinstance(new, dict) else {field: new}
+        for each, value in given.items():
+            where, _, name = each.rpartition(".")
+            if where in ("cell", "recipe", SETTINGS[:-1]) and name in varied:
+                yield f"--set {each} is {_shown(value)}, and {name} is a factor; allowed: --set factors.{name}=[...]"
 
 
 def _narrow(study: Study, value: dict[str, Any], factor: str) -> None:

@@ -207,8 +207,8 @@ class Compiled:
         before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
         try:
             with _first(self._name), torch.random.fork_rng(devices=[]):
-                found = (each for each in tree_leaves(self._compiled(student, images)) if isinstance(each, Tensor))
-                sum(each.float().mean() for each in found).backward()  # type: ignore[union-attr]
+                found = [each for each in tree_leaves(self._compiled(student, images)) if isinstance(each, Tensor)]
+                torch.stack([each.float().mean() for each in found]).sum().backward()  # type: ignore[no-untyped-call]
             self.is_used = True
         except Exception as error:  # of any kind: it comes from compilers
             if (full := _out_of_memory(error)) is not None:
