@@ -24,7 +24,7 @@ from benchmarks.steps import cell, trial, untrained_teacher
 from search_spaces.ablation import study
 from tune_kd.data.augment import Views, draw_views
 from tune_kd.data.datasets import DataSet
-from tune_kd.training import device as devices, networks, step as stepping
+from tune_kd.training import compilation, device as devices, networks, step as stepping
 from tune_kd.training.device import Captured
 from tune_kd.training.step import Step
 from tune_kd.training.teachers import Teacher
@@ -114,7 +114,7 @@ def _ready(
     """A function that trains once, and of how many images, while this context lasts."""
     recipe = replace(study().recipe, epochs=10**6, precision=PRECISION)
     with ExitStack() as around:
-        around.enter_context(patch.object(devices, "COMPILING_PAYS", 0 if lever.compiled else math.inf))
+        around.enter_context(patch.object(compilation, "COMPILING_PAYS", 0 if lever.compiled else math.inf))
         if not lever.folded:
             around.enter_context(patch.object(networks, "folded", side_effect=RuntimeError("switched off")))
         if lever.float16:

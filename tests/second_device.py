@@ -136,6 +136,8 @@ def played() -> Iterator[torch.device]:
         "is_current_stream_capturing": lambda: False,
         "empty_cache": lambda: None,
         "manual_seed": torch.default_generator.manual_seed,  # the played device draws on the CPU
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "synchronize": lambda device=None: None,
         "reset_peak_memory_stats": lambda device=None: None,
         "max_memory_allocated": lambda device=None: MEMORY // 2,

@@ -32,8 +32,10 @@ class Graphs:
     """CUDA graphs that are played: while one is captured nothing is computed, and a replay computes it again."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failure: Exception | None = None) -> None:
+        self.failure = failure
         self.capturing: list[Callable[[], None]] | None = None
         self.replayed = 0
+        self.pools: list[object] = []  # that captures were given
         stream = SimpleNamespace(wait_stream=lambda other: None)
         graphs = self
 
@@ -41,25 +43,29 @@ class Graphs:
             def __init__(self) -> None:
                 self.recorded: list[Callable[[], None]] = []
 
+            def pool(self) -> object:
+                return id(self)
+
             def replay(self) -> None:
                 graphs.replayed += 1
                 for operation in self.recorded:
                     operation()
 
         @contextmanager
-        def capture(graph: Graph, stream: object) -> Iterator[None]:
+        def capture(graph: Graph, pool: object, stream: object) -> Iterator[None]:
+            self.pools.append(pool)
             self.capturing = graph.recorded
             try:
                 yield
-                if failure is not None:
-                    raise failure
+                if self.failure is not None:
+                    raise self.failure
             finally:
                 self.capturing = None
 
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(**vars(stream)))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
         monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
-        monkeypatch.setattr(Captured, "given_up", False)
+        monkeypatch.setattr(Captured, "given_up", set())
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", capture)
@@ -90,6 +96,36 @@ def test_a_step_is_captured_after_its_warm_up_and_trains_each_batch_once(monkeyp
     assert float(total) == SUM
     assert graphs.replayed == 7 - WARM_UP  # of seven whole batches; the two others are launched
     assert notices.take() == []
+
+
+def test_what_runs_beside_a_captured_step_shares_its_memory_and_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, totals = Graphs(monkeypatch), [torch.zeros(()), torch.zeros(())]
+    step = Captured(graphs.adds(totals[0]), torch.device("cuda"))
+    other = Captured(graphs.adds(totals[1]), torch.device("cuda"), "an evaluation", beside=step)
+    for each in BATCHES:
+        step(each)
+        other(each)
+    assert [float(total) for total in totals] == [SUM, SUM]
+    assert step._graph is not None and graphs.pools == [None, step._graph.pool()]
+    assert other._stream is step._stream
+
+
+def test_an_evaluation_that_cannot_be_captured_leaves_the_training_step_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graphs, total = Graphs(monkeypatch), torch.zeros(())
+    step = Captured(graphs.adds(total), torch.device("cuda"))
+    for each in BATCHES:
+        step(each)
+    graphs.failure = RuntimeError("no")
+    other = Captured(graphs.adds(torch.zeros(())), torch.device("cuda"), "an evaluation", beside=step)
+    for each in BATCHES:
+        other(each)
+    before = graphs.replayed
+    step(BATCHES[0])
+    assert (step.is_used, other.is_used, graphs.replayed) == (True, False, before + 1)
+    (told,) = notices.take()
+    assert told.startswith("an evaluation cannot be captured")
 
 
 def test_a_capture_that_fails_loses_no_batch_and_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:

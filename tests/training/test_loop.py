@@ -174,7 +174,7 @@ def test_projections_are_trained_clipped_and_saved_with_the_student(
         clipped.append(len(parameters))
         return clip(parameters, norm)
 
-    monkeypatch.setattr(training.nn.utils, "clip_grad_norm_", watched)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", watched)
     checkpoints = Checkpoints(tmp_path / "feature")
     each = distilling("feature", teacher)
     epochs = train(each, pixels, teacher, device=CPU, checkpoints=checkpoints, checkpoint_every=0.0)
@@ -219,7 +219,7 @@ def test_the_outcome_is_of_the_best_validation_weights_and_of_the_last(
     ):
         net = training.networks.build("resnet18", stem="cifar", classes=2, width=0.0625, seed=0).eval()
         net.load_state_dict(weights)
-        logits = net(training.prepare(pixels.test.images, pixels))
+        logits = net(prepare(pixels.test.images, pixels))
         assert float((logits.argmax(1) == pixels.test.labels).double().mean()) == reported
     assert outcome.params == training.networks.parameter_count(net)
     assert outcome.teacher_digest == teacher.digest

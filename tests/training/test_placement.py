@@ -38,7 +38,8 @@ from tune_kd.records.ledger import Ledger
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
 from tune_kd.training import networks, notices, step as stepping
-from tune_kd.training.device import Captured, Compiled
+from tune_kd.training.compilation import Compiled
+from tune_kd.training.device import Captured
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """A played GPU, and nothing kept of it."""
-    monkeypatch.setattr(Captured, "given_up", False)
+    monkeypatch.setattr(Captured, "given_up", set())
     on_device.cache_clear()
     stepping._idle.clear()
     with played() as device:
@@ -140,22 +141,22 @@ def test_a_teacher_that_cannot_be_folded_answers_as_it_is_and_says_so_once(
 def test_a_student_that_cannot_be_compiled_trains_as_it_is_and_says_so_once(
     gpu: torch.device, pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuses(forward: Any, dynamic: bool) -> Any:
+    def refuses(function: Any, **_: Any) -> Any:
         def compiled(*_: Any) -> None:
             raise RuntimeError("no compiler\nand more")
 
         return compiled
 
     monkeypatch.setattr(notices, "_told", set())
-    monkeypatch.setattr(Compiled, "given_up", False)
-    monkeypatch.setattr("tune_kd.training.device.COMPILING_PAYS", 1)
+    monkeypatch.setattr(Compiled, "given_up", set())
+    monkeypatch.setattr("tune_kd.training.compilation.COMPILING_PAYS", 1)
     monkeypatch.setattr(torch, "compile", refuses)
     notices.take()
     for name in ("one", "other"):
         whole, _ = distil(gpu, pixels, "none", "cifar", tmp_path / name, precision="bfloat16")
         assert whole[-1].outcome is not None and whole[-1].outcome.fast_paths is None
     told = [each for each in notices.take() if "compiled" in each]
-    assert told == ["a student cannot be compiled here (no compiler); it trains as it is, which is slower"]
+    assert told == ["a student cannot be compiled here (no compiler), so a slower way is used"]
 
 
 @pytest.mark.parametrize("method", ["feature", "logit"])
@@ -172,8 +173,8 @@ def test_a_step_that_cannot_be_captured_is_launched_and_says_so_once(
     notices.take()
     for name in ("one", "other"):
         distil(gpu, pixels, "none", "cifar", tmp_path / name)
-    (told,) = notices.take()
-    assert "cannot be captured as a CUDA graph here" in told and "launched kernel by kernel" in told
+    for what, told in zip(("a training step", "an evaluation"), notices.take(), strict=True):
+        assert told.startswith(f"{what} cannot be captured as a CUDA graph here") and "launched kernel by" in told
     assert asdict(distil(gpu, pixels, "none", "cifar", tmp_path / "third")[0][0])["train_loss"] > 0
     assert notices.take() == []
 
@@ -187,7 +188,7 @@ def test_the_benchmark_of_a_gpu_measures_there(method: str, gpu: torch.device) -
 @pytest.mark.parametrize("lever", LEVERS, ids=[each.name for each in LEVERS])
 def test_every_lever_is_measured_there(lever: Lever, gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled stays as it is, and nothing is captured; a GPU has to show the rest."""
-    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: forward)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr("benchmarks.levers.WARM_UP", 0)
     dataset = benchmark.noise(train=32, validation=4)
     found = measured(lever, dataset, gpu, width=0.0625, calls=1)

@@ -1,6 +1,5 @@
 """The step of training: what it shows, what is kept of it between trials, and how it runs on a GPU."""
 
-import shutil
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -8,16 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock, Timeout
-from torch import nn
 
 from trials import CPU, distilling, exact, run, trial
 from tune_kd.data.datasets import DataSet
 from tune_kd.study.spec import Recipe
 from tune_kd.study.trial import Trial
-from tune_kd.training import device as device_module, step as stepping
+from tune_kd.training import step as stepping
 from tune_kd.training.checkpoints import Checkpoints
-from tune_kd.training.device import Forward, compiling_pays
 from tune_kd.training.loop import Diverged, train
 from tune_kd.training.step import Step
 from tune_kd.training.teachers import Teacher
@@ -137,77 +133,3 @@ def test_a_trial_that_failed_leaves_no_step(pixels: DataSet, tmp_path: Path, kep
         run(hot, pixels, None, tmp_path)
     assert len(kept) == 1
     assert not stepping._idle
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_a_compiled_trial_gives_the_same_to_rounding_and_its_first_epoch_pays(pixels: DataSet, tmp_path: Path) -> None:
-    compiled = replace(trial("none"), recipe=replace(trial("none").recipe, compile=True))
-    plain, fast = run(trial("none"), pixels, None, tmp_path / "a"), run(compiled, pixels, None, tmp_path / "b")
-    assert [row.train_loss for row in fast] == pytest.approx([row.train_loss for row in plain], rel=1e-3)
-    assert fast[0].seconds > 10 * plain[0].seconds
-    again = run(replace(compiled, seed=2), pixels, None, tmp_path / "c")
-    assert again[0].seconds < 0.1 * fast[0].seconds  # it took the compiled step over
-
-
-class Compiler:
-    """Counts what would be compiled, and leaves it as it is."""
-
-    def __init__(self, fails: bool = False) -> None:
-        self.shapes: list[torch.Size] = []
-        self.fails = fails
-
-    def __call__(self, forward: Forward, dynamic: bool) -> Forward:
-        def compiled(student: nn.Module, images: torch.Tensor) -> object:
-            self.shapes.append(images.shape)
-            if self.fails:
-                raise RuntimeError("no compiler\nand more")
-            return forward(student, images)
-
-        return compiled
-
-
-@pytest.mark.parametrize("method", ["none", "feature"])
-def test_trying_what_was_compiled_changes_nothing_and_a_last_batch_of_another_size_is_left_as_it_is(
-    method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taught = teacher if method == "feature" else None
-    plain = distilling(method, teacher) if taught else trial(method)
-    expected = run(plain, pixels, taught, tmp_path / "plain")
-    compiler = Compiler()
-    monkeypatch.setattr(torch, "compile", compiler)
-    asked = replace(plain, recipe=replace(plain.recipe, compile=True))
-    found = run(asked, pixels, taught, tmp_path / "compiled")
-    assert [exact(row, "fast_paths") for row in found] == [exact(row, "fast_paths") for row in expected]
-    assert found[-1].outcome is not None and found[-1].outcome.fast_paths == "compiled"
-    assert {shape[0] for shape in compiler.shapes} == {16}  # of 40 images: 16, 16 and 8
-    assert len(compiler.shapes) == 1 + 2 * plain.recipe.epochs
-
-
-def test_a_recipe_that_asks_for_compilation_fails_where_there_is_none(
-    pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "compile", Compiler(fails=True))
-    asked = replace(trial("none"), recipe=replace(trial("none").recipe, compile=True))
-    with pytest.raises(RuntimeError, match="no compiler"):
-        run(asked, pixels, None, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("device", "precision", "epochs", "pays"),
-    [("cuda", "bfloat16", 25, True), ("cuda", "tf32", 25, True), ("cuda", "float32", 25, False),
-     ("cuda", "bfloat16", 24, False), ("cpu", "bfloat16", 25, False)],
-)  # fmt: skip
-def test_long_trials_are_compiled_where_it_saves_time(device: str, precision: str, epochs: int, pays: bool) -> None:
-    recipe = Recipe(epochs=epochs, precision=precision)
-    assert compiling_pays(recipe, 41_000, torch.device(device)) == pays
-
-
-def test_of_processes_that_compile_the_same_one_does_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    with device_module._first("one network"):
-        (lock,) = (tmp_path / "cache").iterdir()
-        with pytest.raises(Timeout), FileLock(lock, timeout=0):
-            pass
-        with device_module._first("another"):
-            assert len(list((tmp_path / "cache").iterdir())) == 2

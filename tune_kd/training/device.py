@@ -1,26 +1,16 @@
 """The device of a trial: precision, peak memory, and on a GPU a training step captured as a CUDA graph."""
 
 import ctypes
-import hashlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
-from filelock import FileLock
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
-from tune_kd.study.spec import Recipe
 from tune_kd.training.notices import tell
 
-Forward = Callable[[nn.Module, Tensor], Any]
-
-COMPILING_PAYS = 10**6
-"""Training images of a trial from which on it is compiled without being asked: an H100 saved 0.17 s in 45,000 images,
-and took half a minute once for all trials of a network and machine (docs/performance.md)."""
 WARM_UP = 3  # steps before the capture, in which libraries choose kernels and the optimizer creates its momentum
 
 
@@ -97,15 +87,24 @@ class Captured:
 
     The step takes tensors, returns nothing, and writes its results to tensors that live as long as it does. Inputs with
     another shape than the first (the last batch of an epoch) are not captured. The warm-up steps train as well, so
-    capturing wastes none. After a failed capture, all steps of the process are launched kernel by kernel, with one
-    message. A capture that runs out of memory raises, since a larger share of the GPU may be enough.
+    capturing wastes none. After a failed capture, all such steps (`what`) of the process are launched kernel by kernel,
+    with one message. A capture that runs out of memory raises, since a larger share of the GPU may be enough.
+
+    `beside` is another step that never runs at the same time, whose memory this one uses, too.
     """
 
-    given_up = False  # whether a capture failed in this process
+    given_up: ClassVar[set[str]] = set()  # what could not be captured in this process
 
-    def __init__(self, step: Callable[..., None], device: torch.device) -> None:
+    def __init__(
+        self,
+        step: Callable[..., None],
+        device: torch.device,
+        what: str = "a training step",
+        beside: "Captured | None" = None,
+    ) -> None:
         self._step = step
         self._device = device
+        self._what, self._beside = what, beside
         self._stream: torch.cuda.Stream | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
@@ -117,9 +116,9 @@ class Captured:
         return self._graph is not None
 
     def __call__(self, *inputs: Tensor) -> None:
-        if not self._inputs and not self.given_up:
+        if not self._inputs and self._what not in self.given_up:
             self._begin(inputs)
-        if self.given_up or [each.shape for each in inputs] != [each.shape for each in self._inputs]:
+        if self._what in self.given_up or [each.shape for each in inputs] != [each.shape for each in self._inputs]:
             self._step(*inputs)
             return
         for mine, each in zip(self._inputs, inputs, strict=True):
@@ -136,7 +135,9 @@ class Captured:
 
     def _begin(self, inputs: tuple[Tensor, ...]) -> None:
         with self._or_give_up():
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            # The allocator keeps the memory of streams apart, so what shares memory shares the stream.
+            theirs = self._beside and self._beside._stream
+            self._stream = theirs or torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._inputs = [each.clone() for each in inputs]
 
     def _warm_up(self) -> None:
@@ -153,8 +154,9 @@ class Captured:
         before = torch.cuda.current_stream()
         with self._or_give_up():
             graph = torch.cuda.CUDAGraph()
+            pool = self._beside._graph.pool() if self._beside is not None and self._beside._graph is not None else None
             try:
-                with torch.cuda.graph(graph, stream=self._stream):
+                with torch.cuda.graph(graph, pool=pool, stream=self._stream):
                     self._step(*self._inputs)
             finally:
                 torch.cuda.set_stream(before)  # older versions of torch do not, if the capture fails
@@ -165,12 +167,12 @@ class Captured:
         try:
             yield
         except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
-            if (full := _out_of_memory(error)) is not None:
+            if (full := out_of_memory(error)) is not None:
                 raise full from error
             self._graph, self._stream, self._inputs = None, None, []
-            Captured.given_up = True
+            Captured.given_up.add(self._what)
             tell(
-                f"a training step cannot be captured as a CUDA graph here ({first_line(error)}); it is launched kernel "
+                f"{self._what} cannot be captured as a CUDA graph here ({first_line(error)}); it is launched kernel "
                 "by kernel, which gives the same results more slowly"
             )
 
@@ -180,70 +182,7 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-class Compiled:
-    """A student's forward pass, compiled for the first shape of its images; for others it stays as it is.
-
-    At its first use it is tried with a backward pass, after which the student is as it was. Where that fails and the
-    recipe does not ask for it, all trials of the process stay as they are, with one message. Of processes that compile
-    the same (`name`), one does and the others find what it left in the cache of torch.compile on disk.
-    """
-
-    given_up = False  # whether it failed in this process
-
-    def __init__(self, forward: Forward, name: str, asked: bool) -> None:
-        self._plain, self._name, self._asked = forward, name, asked
-        self._compiled: Forward = torch.compile(forward, dynamic=False)
-        self._shape: torch.Size | None = None
-        self.is_used = False
-
-    def __call__(self, student: nn.Module, images: Tensor) -> Any:
-        if self._shape is None:
-            self._shape = images.shape
-            self._try(student, images)
-        use = self.is_used and images.shape == self._shape
-        return self._compiled(student, images) if use else self._plain(student, images)
-
-    def _try(self, student: nn.Module, images: Tensor) -> None:
-        before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-        try:
-            with _first(self._name), torch.random.fork_rng(devices=[]):
-                found = [each for each in tree_leaves(self._compiled(student, images)) if isinstance(each, Tensor)]
-                torch.stack([each.float().mean() for each in found]).sum().backward()  # type: ignore[no-untyped-call]
-            self.is_used = True
-        except Exception as error:  # of any kind: it comes from compilers
-            if (full := _out_of_memory(error)) is not None:
-                raise full from error
-            if self._asked:
-                raise
-            Compiled.given_up = True
-            tell(f"a student cannot be compiled here ({first_line(error)}); it trains as it is, which is slower")
-        finally:
-            student.load_state_dict(before)
-            student.zero_grad(set_to_none=True)
-
-
-def compiling_pays(recipe: Recipe, images: int, device: torch.device) -> bool:
-    """Whether a trial that trains on so many images an epoch is compiled without being asked.
-
-    In float32 the time goes to products and convolutions, which stay the same.
-    """
-    long = recipe.epochs * images >= COMPILING_PAYS
-    return long and device.type == "cuda" and recipe.precision != "float32" and not Compiled.given_up
-
-
-@contextmanager
-def _first(name: str) -> Iterator[None]:
-    """Wait for another process of this machine that compiles the same, in the folder where it leaves what it made."""
-    place = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # which a worker sets
-    if not place:
-        yield
-        return
-    Path(place).mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(place) / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"):
-        yield
-
-
-def _out_of_memory(error: BaseException) -> torch.cuda.OutOfMemoryError | None:
+def out_of_memory(error: BaseException) -> torch.cuda.OutOfMemoryError | None:
     """The out-of-memory error behind an error, since the end of a capture raises another one. None if there is none."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, torch.cuda.OutOfMemoryError):

@@ -14,21 +14,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tune_kd.data.augment import Views, draw_views, prepare
-from tune_kd.data.datasets import DataSet, Split
+from tune_kd.data.augment import Views, draw_views
+from tune_kd.data.datasets import DataSet
 from tune_kd.study.spec import Recipe
 from tune_kd.study.trial import Epoch, Outcome, Trial
 from tune_kd.system.adapters import adapter
 from tune_kd.system.errors import CorruptFile
 from tune_kd.training import metrics, networks
 from tune_kd.training.checkpoints import Checkpoints, pack
-from tune_kd.training.device import autocast, float32_as, peak_memory, start_measuring
+from tune_kd.training.device import float32_as, peak_memory, start_measuring
 from tune_kd.training.step import Step, batches, part, stepping
 from tune_kd.training.teachers import Teacher, TeacherChanged
-
-EVALUATION_BATCH = 512
 
 
 class Diverged(RuntimeError):
@@ -157,7 +155,7 @@ def _epoch(trial: Trial, epoch: int, teacher: Teacher | None, step: Step) -> Epo
     if not math.isfinite(train_loss):
         raise Diverged(f"the training loss of epoch {epoch} is {train_loss}")
 
-    val_logits = _evaluate(step.student, data.validation, data, recipe)
+    val_logits = step.logits(data.validation.images)
     val_loss = float(F.cross_entropy(val_logits, data.validation.labels))
     if not math.isfinite(val_loss):  # the last step can spoil weights although all training losses were finite
         raise Diverged(f"the validation loss of epoch {epoch} is {val_loss}")
@@ -192,15 +190,6 @@ def _train_epoch(
     return lr
 
 
-@torch.no_grad()
-def _evaluate(net: nn.Module, split: Split, data: DataSet, recipe: Recipe) -> Tensor:
-    """Logits float32 [N, K] of a split, in eval mode."""
-    net.eval()
-    with autocast(recipe.precision, split.images.device):
-        logits = [net(prepare(images, data)) for images in torch.split(split.images, EVALUATION_BATCH)]
-    return torch.cat(logits).float()
-
-
 def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return int((logits.argmax(1) == labels).sum()) / len(labels)
 
@@ -210,9 +199,9 @@ def _outcome(trial: Trial, progress: _Progress, teacher: Teacher | None, step: S
     student, data = step.student, step.data
     labels = data.test.labels
     last = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    logits = _evaluate(student, data.test, data, trial.recipe)
+    logits = step.logits(data.test.images)
     student.load_state_dict(progress.best)
-    best_logits = _evaluate(student, data.test, data, trial.recipe)
+    best_logits = step.logits(data.test.images)
     student.load_state_dict(last)
     theirs = None if teacher is None else teacher.test_logits().to(best_logits.device)
     weights = {f"last.{name}": each for name, each in last.items()}

@@ -21,10 +21,12 @@ from tune_kd.data.datasets import DataSet, on_device
 from tune_kd.study.spec import WEIGHTED
 from tune_kd.study.trial import Trial
 from tune_kd.training import networks
-from tune_kd.training.device import Captured, Compiled, Forward, autocast, compiling_pays
+from tune_kd.training.compilation import Compiled, Function, compiled, compiling_pays, forget
+from tune_kd.training.device import Captured, autocast
 from tune_kd.training.loss import Batch, Context, loss_class, step_settings
 from tune_kd.training.teachers import Teacher
 
+STUDENT, TEACHER = "a student", "a teacher"  # that are compiled
 _idle: dict[tuple[Any, ...], "Step"] = {}  # at most one: the next trial needs its memory
 
 
@@ -74,8 +76,12 @@ class Step:
         )
         self._settings = {name: self._number(value) for name, value in _settings(trial).items()}
         self._progress, self._epoch = torch.zeros((), device=device), torch.ones((), device=device)
-        self._forward = self._fastest(networks.passing(self.student, self._method.needs), trial)
+        self._losses, self._taught = self._fastest(trial)
         self._run = Captured(self._train, device) if device.type == "cuda" else self._train
+        self._predicted = torch.zeros(evaluation_batch(device), len(data.classes), device=device)
+        self._evaluate: Function = self._predict
+        if isinstance(self._run, Captured):
+            self._evaluate = Captured(self._predict, device, "an evaluation", beside=self._run)
 
     @property
     def worth_keeping(self) -> bool:
@@ -86,10 +92,12 @@ class Step:
     def fast_paths(self) -> str | None:
         """What is in use of the fast paths `graph`, `compiled` and `folded`, with commas. None without one."""
         captured = isinstance(self._run, Captured) and self._run.is_used
-        compiled = isinstance(self._forward, Compiled) and self._forward.is_used
+        parts = [each.used for each in (self._losses, self._taught) if isinstance(each, Compiled)]
         used = {
             "graph": captured,
-            "compiled": compiled,
+            "compiled": any(parts),
+            "compiled loss": any(part not in (STUDENT, TEACHER) for part in parts if part),
+            "compiled teacher": TEACHER in parts,
             "folded": self._teacher is not None and self._teacher.is_folded,
         }
         return ", ".join(name for name, is_used in used.items() if is_used) or None
@@ -124,6 +132,16 @@ class Step:
         crops = [part for other in others for part in (other.top, other.left, other.flip)]
         self._run(views.order, views.top, views.left, views.flip, *crops, *logits)
 
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """The student's logits, float32 [N, K], for images uint8 [N, 3, H, W], in eval mode."""
+        self.student.eval()
+        found = []
+        for each in torch.split(images, len(self._predicted)):
+            self._evaluate(each)
+            found.append(self._predicted[: len(each)].clone())
+        return torch.cat(found)
+
     def tensors(self) -> dict[str, Tensor]:
         """The state of the student, the loss and the optimizer, by name. What the first two share is copied for one."""
         student = self.student.state_dict()
@@ -153,15 +171,39 @@ class Step:
         momentum: Tensor = state["momentum_buffer"]
         return momentum
 
-    def _fastest(self, forward: Forward, trial: Trial) -> Forward:
-        """The student's forward pass, compiled where the recipe asks for it or it pays."""
-        asked = trial.recipe.compile
-        if not asked and not compiling_pays(trial.recipe, len(self.data.train.labels), self._device):
-            return forward
+    def _fastest(self, trial: Trial) -> tuple[Function, Function]:
+        """The forward pass with its losses, and the teacher's forward pass, compiled where the recipe asks for it or it
+        pays."""
+        forward = networks.passing(self.student, self._method.needs)
+        losses, asked = partial(self._pass, forward), trial.recipe.compile
+        pays = not asked and compiling_pays(trial.recipe, len(self.data.train.labels), self._device)
+        taught = self._pass_of_teacher(pays)
+        if not asked and not pays:
+            return losses, taught
+        forget()
         cell = trial.cell
         parts = (trial.architecture, cell.stem, cell.width, len(self.data.classes), trial.recipe.batch_size,
                  trial.recipe.precision, self._method.needs, self.data.train.images.shape[1:])  # fmt: skip
-        return Compiled(forward, repr(parts), asked)
+        forms = {f"a student with the loss {trial.cell.method}": compiled(losses)} if pays and self._method.loss else {}
+        forms[STUDENT] = partial(self._pass, compiled(forward))
+        return Compiled(losses, forms, repr(parts), (self.student, self.loss), asked), taught
+
+    def _pass_of_teacher(self, pays: bool) -> Function:
+        """The teacher's forward pass where it runs beside the student."""
+        teacher, precision, before_relu = self._teacher, self._recipe.precision, self._method.needs == "before_relu"
+        if teacher is None or not self._method.runs_teacher:
+            return lambda images: None
+        plain = partial(teacher.passed, precision=precision, before_relu=before_relu)
+        if not pays:
+            return plain
+        net = teacher.frozen(precision)
+
+        @torch.no_grad()
+        def passed(images: Tensor) -> networks.Passed:
+            return networks.forward_with_features(net, images, before_relu)
+
+        name = f"{teacher.teacher_id} {precision} {before_relu} {self._recipe.batch_size}"
+        return Compiled(plain, {TEACHER: compiled(passed)}, name)
 
     def _number(self, value: float) -> float | Tensor:
         """A number of the step; on a GPU a tensor, which a captured step reads anew."""
@@ -177,16 +219,10 @@ class Step:
         targets = self.data.train.labels[order]
         with autocast(self._recipe.precision, self._device):
             images = [self._shown(crop) for crop in crops]
-            passed = [self._forward(self.student, each) for each in images]
-            logits = passed[0].logits
-            loss_ce = loss = F.cross_entropy(logits, targets)
-            loss_kd = torch.zeros_like(loss_ce)
-            if self._method.loss is not None:
-                theirs = [self._passed_by_teacher(each) for each in images]
-                batch = self._batch(order, targets, passed, theirs, *cached)
-                loss_kd, loss = self._weighed(batch, loss_ce)
+            theirs = [self._taught(each) for each in images]
+            logits, loss_ce, loss_kd, loss = self._losses(images, order, targets, theirs, *cached)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(self._parameters, self._recipe.clip)
         self._optimizer.step()
         with torch.no_grad():
@@ -194,6 +230,29 @@ class Step:
             means = torch.stack([loss.double(), loss_ce.double(), loss_kd.double(), correct])
             self.sums[:4] += means * len(targets)
             self.sums[4] += norm
+
+    def _predict(self, images: Tensor) -> None:
+        """Write the logits of images to `_predicted`."""
+        with autocast(self._recipe.precision, self._device):
+            self._predicted[: len(images)] = self.student(prepare(images, self.data))
+
+    def _pass(
+        self,
+        forward: Function,
+        images: Sequence[Tensor],
+        order: Tensor,
+        targets: Tensor,
+        theirs: Sequence[networks.Passed | None],
+        cached: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The student's logits, cross-entropy, the loss of the method, and the loss to train with, which alone requires
+        a gradient."""
+        passed = [forward(self.student, each) for each in images]
+        loss_ce = loss = F.cross_entropy(passed[0].logits, targets)
+        loss_kd = torch.zeros_like(loss_ce)
+        if self._method.loss is not None:
+            loss_kd, loss = self._weighed(self._batch(order, targets, passed, theirs, cached), loss_ce)
+        return passed[0].logits.detach(), loss_ce.detach(), loss_kd.detach(), loss
 
     def _weighed(self, batch: Batch, loss_ce: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of the method, and its sum with cross-entropy."""
@@ -206,12 +265,6 @@ class Step:
 
     def _shown(self, views: Views) -> Tensor:
         return networks.in_layout_of(self.student, prepare(show(views, self.data), self.data))
-
-    def _passed_by_teacher(self, images: Tensor) -> networks.Passed | None:
-        """What the teacher yields for images, where it runs beside the student."""
-        if self._teacher is None or not self._method.runs_teacher:
-            return None
-        return self._teacher.passed(images, self._recipe.precision, before_relu=self._method.needs == "before_relu")
 
     def _batch(
         self,
@@ -239,6 +292,12 @@ class Step:
             self._epoch,
             second,
         )
+
+
+def evaluation_batch(device: torch.device) -> int:
+    """Images of an evaluation's forward pass. On a GPU it divides the usual sizes, since only whole ones are captured;
+    on a CPU it stays what it was, for the sake of the last bit."""
+    return 1000 if device.type == "cuda" else 512
 
 
 def part(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

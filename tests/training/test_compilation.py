@@ -1,0 +1,238 @@
+"""What is compiled of a step: the same to rounding, tried before it is used, and left where it fails."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock, Timeout
+
+from placement import METHODS, pupil
+from trials import CPU, distilling, exact, run, trial
+from tune_kd.data.datasets import DataSet
+from tune_kd.study.spec import Recipe
+from tune_kd.training import compilation, notices, step as stepping
+from tune_kd.training.compilation import Compiled, Function, compiling_pays
+from tune_kd.training.step import Step
+from tune_kd.training.teachers import Teacher
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MIXED = ("crd", "views", "wrapped")  # memory and sampling; two views and dropout; a student that the method changes
+
+
+@pytest.fixture(autouse=True)
+def _nothing_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Compiled, "given_up", set())
+    monkeypatch.setattr(notices, "_told", set())
+    notices.take()
+
+
+class Compiler:
+    """Leaves what it should compile as it is, and counts the calls by batch size. Fails for what `refuses` finds in the
+    name of a function."""
+
+    def __init__(self, refuses: str | None = None, error: Exception | None = None) -> None:
+        self.sizes: list[int] = []
+        self.refuses, self.error = refuses, error or RuntimeError("no compiler\nand more")
+
+    def __call__(self, function: Function, **options: Any) -> Function:
+        name = getattr(getattr(function, "func", function), "__name__", "")
+
+        def compiled(*inputs: Any) -> Any:
+            if self.refuses is not None and self.refuses in name:
+                raise self.error
+            images = next(each for each in inputs if isinstance(each, torch.Tensor | list))
+            self.sizes.append(len(images[0] if isinstance(images, list) else images))
+            return function(*inputs)
+
+        return compiled
+
+
+@pytest.fixture
+def pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilation pays on the CPU, too, where the numbers of a step are tensors as on a GPU."""
+    monkeypatch.setattr(stepping, "compiling_pays", lambda *_: True)
+    monkeypatch.setattr(Step, "_number", lambda self, value: torch.tensor(value))
+
+
+def trained(method: str, pixels: DataSet, teacher: Teacher, folder: Path) -> tuple[list[float], str | None]:
+    """Losses and fast paths of a short trial."""
+    stepping._idle.clear()
+    taught = None if method == "none" else teacher
+    rows = run(pupil(method, "cifar", taught), pixels, taught, folder)
+    assert rows[-1].outcome is not None
+    return [row.train_loss for row in rows], rows[-1].outcome.fast_paths
+
+
+def paths(method: str) -> str:
+    """The fast paths that a trial of a method has on the CPU where all works."""
+    runs_teacher = method not in ("none", "logit", "dkd", "ctkd")
+    return ", ".join(["compiled", *["compiled loss"] * (method != "none"), *["compiled teacher"] * runs_teacher])
+
+
+@pytest.mark.usefixtures("pays")
+@pytest.mark.parametrize(
+    "method", [*MIXED, *(pytest.param(each, marks=pytest.mark.slow) for each in METHODS if each not in MIXED)]
+)
+def test_forward_pass_and_loss_of_each_method_are_one_graph_that_computes_the_same(
+    method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced, with its gradients, as for a GPU, and then run by PyTorch's own kernels."""
+    traced = lambda function: torch.compile(function, dynamic=False, fullgraph=True, backend="aot_eager")  # noqa: E731
+    monkeypatch.setattr(stepping, "compiled", traced)
+    found, used = trained(method, pixels, teacher, tmp_path / "compiled")
+    assert (used, notices.take()) == (paths(method), [])
+    monkeypatch.setattr(stepping, "compiling_pays", lambda *_: False)
+    expected, _ = trained(method, pixels, teacher, tmp_path / "plain")
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("pays")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.parametrize("method", ["feature", "crd"])
+def test_what_is_compiled_computes_the_same_to_rounding(
+    method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, used = trained(method, pixels, teacher, tmp_path / "compiled")
+    assert (used, notices.take()) == (paths(method), [])
+    monkeypatch.setattr(stepping, "compiling_pays", lambda *_: False)
+    expected, _ = trained(method, pixels, teacher, tmp_path / "plain")
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_a_compiled_trial_gives_the_same_to_rounding_and_its_first_epoch_pays(pixels: DataSet, tmp_path: Path) -> None:
+    compiled = replace(trial("none"), recipe=replace(trial("none").recipe, compile=True))
+    plain, fast = run(trial("none"), pixels, None, tmp_path / "a"), run(compiled, pixels, None, tmp_path / "b")
+    assert [row.train_loss for row in fast] == pytest.approx([row.train_loss for row in plain], rel=1e-3)
+    assert fast[0].seconds > 10 * plain[0].seconds
+    again = run(replace(compiled, seed=2), pixels, None, tmp_path / "c")
+    assert again[0].seconds < 0.1 * fast[0].seconds  # it took the compiled step over
+
+
+@pytest.mark.parametrize("method", ["none", "feature"])
+def test_trying_what_was_compiled_changes_nothing_and_a_last_batch_of_another_size_is_left_as_it_is(
+    method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught = teacher if method == "feature" else None
+    plain = distilling(method, teacher) if taught else trial(method)
+    expected = run(plain, pixels, taught, tmp_path / "plain")
+    compiler = Compiler()
+    monkeypatch.setattr(torch, "compile", compiler)
+    asked = replace(plain, recipe=replace(plain.recipe, compile=True))
+    found = run(asked, pixels, taught, tmp_path / "compiled")
+    assert [exact(row, "fast_paths") for row in found] == [exact(row, "fast_paths") for row in expected]
+    assert found[-1].outcome is not None and found[-1].outcome.fast_paths == "compiled"
+    # Of 40 images: 16, 16 and 8. Where the recipe asks for it, the student alone is compiled.
+    assert compiler.sizes == [16] * (1 + 2 * plain.recipe.epochs)
+
+
+@pytest.mark.usefixtures("pays")
+def test_random_numbers_are_those_of_a_trial_that_tried_nothing(
+    pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", Compiler())
+    found, used = trained("views", pixels, teacher, tmp_path / "tried")
+    monkeypatch.setattr(stepping, "compiling_pays", lambda *_: False)
+    assert (found, used) == (trained("views", pixels, teacher, tmp_path / "plain")[0], paths("views"))
+
+
+@pytest.mark.usefixtures("pays")
+@pytest.mark.parametrize(
+    ("refuses", "used", "told"),
+    [
+        ("_pass", "compiled, compiled teacher", ["a student with the loss feature"]),
+        ("passed", "compiled, compiled loss", ["a teacher"]),
+        ("", None, ["a teacher", "a student with the loss feature", "a student"]),
+    ],
+)
+def test_what_cannot_be_compiled_is_told_once_and_the_rest_is_compiled(
+    refuses: str, used: str | None, told: list[str], pixels: DataSet, teacher: Teacher, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch, "compile", Compiler(refuses))
+    first = trained("feature", pixels, teacher, tmp_path / "one")
+    assert first[1] == used
+    assert notices.take() == [f"{what} cannot be compiled here (no compiler), so a slower way is used" for what in told]
+    assert trained("feature", pixels, teacher, tmp_path / "other") == first
+    assert notices.take() == []
+    if told == ["a student with the loss feature"]:
+        monkeypatch.setattr(torch, "compile", Compiler())
+        assert trained("logit", pixels, teacher, tmp_path / "logit")[1] == "compiled, compiled loss"
+
+
+@pytest.mark.usefixtures("pays")
+def test_a_compiler_that_runs_out_of_memory_raises_so_that_the_trial_gets_a_larger_share(
+    pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", Compiler("", torch.cuda.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        trained("none", pixels, teacher, tmp_path)
+    assert notices.take() == []
+
+
+def test_a_recipe_that_asks_for_compilation_fails_where_there_is_none(
+    pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", Compiler(""))
+    asked = replace(trial("none"), recipe=replace(trial("none").recipe, compile=True))
+    with pytest.raises(RuntimeError, match="no compiler"):
+        run(asked, pixels, None, tmp_path)
+
+
+@pytest.mark.usefixtures("pays")
+def test_a_process_that_trains_many_trials_compiles_each(
+    pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile leaves a function as it is that it has compiled too often for other networks."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(stepping, "compiled", lambda function: torch.compile(function, dynamic=False, backend=backend))
+    for number in (1, 2):
+        trained("none", pixels, teacher, tmp_path / str(number))
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "epochs", "pays"),
+    [("cuda", "bfloat16", 25, True), ("cuda", "tf32", 25, True), ("cuda", "float32", 25, False),
+     ("cuda", "bfloat16", 24, False), ("cpu", "bfloat16", 25, False)],
+)  # fmt: skip
+def test_long_trials_are_compiled_where_it_saves_time(device: str, precision: str, epochs: int, pays: bool) -> None:
+    recipe = Recipe(epochs=epochs, precision=precision)
+    assert compiling_pays(recipe, 41_000, torch.device(device)) == pays
+
+
+def test_of_processes_that_compile_the_same_one_does_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with compilation._first("one network"):
+        (lock,) = (tmp_path / "cache").iterdir()
+        with pytest.raises(Timeout), FileLock(lock, timeout=0):
+            pass
+        with compilation._first("another"):
+            assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_trying_restores_buffers_parameters_and_the_random_state() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2), torch.nn.Dropout())
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    torch.manual_seed(1)
+    with compilation._unchanged([net], CPU):
+        compilation._pass(net, (torch.randn(4, 2),))
+        torch.nn.init.zeros_(net[0].weight)  # type: ignore[arg-type]
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(1))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert all(each.grad is None for each in net.parameters())
