@@ -70,14 +70,15 @@ def feature_parts(
     squares, angles = [], []
     stages = zip(student_features, teacher_features, projections, strict=True)
     for stage, (student_BCHW, teacher_BCHW, project) in enumerate(stages, start=1):
-        teacher_BCHW = teacher_BCHW.detach()
-        projected_BCHW = project(student_BCHW)
+        teacher_BCHW, projected_BCHW = teacher_BCHW.detach(), project(student_BCHW)
         check_shape(f"student_features of stage {stage}, projected,", projected_BCHW, teacher_BCHW, "BCHW")
-        squares.append(F.mse_loss(at_least_32_bits(projected_BCHW), at_least_32_bits(teacher_BCHW)))
+        # Once for both distances: on a GPU a cast reads and writes the whole map.
+        teacher_BCHW, projected_BCHW = at_least_32_bits(teacher_BCHW), at_least_32_bits(projected_BCHW)
+        squares.append(F.mse_loss(projected_BCHW, teacher_BCHW))
         cosine_B = F.cosine_similarity(_pooled(projected_BCHW), _pooled(teacher_BCHW), dim=1)
         angles.append((1 - cosine_B).mean())
     return torch.stack(squares).mean(), torch.stack(angles).mean()
 
 
 def _pooled(features_BCHW: Tensor) -> Tensor:
-    return at_least_32_bits(features_BCHW).mean(dim=(2, 3))
+    return features_BCHW.mean(dim=(2, 3))
