@@ -28,7 +28,7 @@ from placement import (
     taught_on,
 )
 from second_device import busy, is_there, played
-from trials import CPU, as_teacher, exact, trial
+from trials import CPU, as_teacher, exact, run, trial
 from tune_kd.data.augment import draw_views, show
 from tune_kd.data.datasets import DataSet, load, on_device
 from tune_kd.execute.driver import Driver
@@ -37,6 +37,7 @@ from tune_kd.execute.worker import Workplace
 from tune_kd.records.ledger import Ledger
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
+from tune_kd.study.trial import Epoch
 from tune_kd.training import networks, notices, step as stepping
 from tune_kd.training.compilation import Compiled
 from tune_kd.training.device import Captured
@@ -56,13 +57,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     stepping._idle.clear()
 
 
-@pytest.mark.parametrize(
-    ("method", "stem"), [*((method, "cifar") for method in METHODS), *((method, "imagenet") for method in BENCHMARKED)]
-)
-def test_a_student_of_each_method_and_stem_trains_and_is_judged_on_its_device(
-    method: str, stem: str, gpu: torch.device, pixels: DataSet, tmp_path: Path
-) -> None:
-    whole, resumed = distil(gpu, pixels, method, stem, tmp_path)
+def check_judged(method: str, whole: list[Epoch], resumed: list[Epoch]) -> None:
+    """A trial's epochs without a break and with one: the same, finite, and compared with the teacher."""
     assert [exact(row) for row in resumed] == [exact(row) for row in whole]
     outcome = whole[-1].outcome
     assert outcome is not None and outcome.peak_memory_bytes
@@ -73,13 +69,23 @@ def test_a_student_of_each_method_and_stem_trains_and_is_judged_on_its_device(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_played_device_trains_to_the_same_losses_as_the_cpu(method: str, pixels: DataSet, tmp_path: Path) -> None:
+def test_a_student_of_each_method_trains_on_its_device_to_the_losses_that_it_has_on_the_cpu(
+    method: str, gpu: torch.device, pixels: DataSet, tmp_path: Path
+) -> None:
     """But for rounding: a step on a GPU has its numbers in float32 tensors. At this width the layout is the same."""
-    with played() as device:
-        there, _ = distil(device, pixels, method, "cifar", tmp_path / "there", width=0.125)
+    whole, resumed = distil(gpu, pixels, method, "cifar", tmp_path / "there", width=0.125)
+    check_judged(method, whole, resumed)
     stepping._idle.clear()
-    here, _ = distil(CPU, pixels, method, "cifar", tmp_path / "here", width=0.125)
-    assert [row.train_loss for row in there] == pytest.approx([row.train_loss for row in here], rel=1e-3)
+    teacher = taught_on(CPU, pixels, "cifar", tmp_path / "here", 0.125) if method != "none" else None
+    here = run(pupil(method, "cifar", teacher, 0.125), pixels, teacher, tmp_path / "here" / "student")
+    assert [row.train_loss for row in whole] == pytest.approx([row.train_loss for row in here], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", BENCHMARKED)
+def test_a_student_with_the_imagenet_stem_trains_and_is_judged_on_its_device(
+    method: str, gpu: torch.device, pixels: DataSet, tmp_path: Path
+) -> None:
+    check_judged(method, *distil(gpu, pixels, method, "imagenet", tmp_path))
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
