@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -207,6 +208,21 @@ def test_a_folder_without_room_an_old_package_and_a_changed_teacher_are_told_at_
     assert torch.startswith("torch is 2.9.1 here; allowed: 2.10 and later")
     assert "0.000 GB are free" in room and "make room, or choose a folder on another disk" in room
     assert "weights.safetensors is not what its card says; put it back from a copy" in teacher
+
+
+@pytest.mark.parametrize(("name", "planned"), [("logits.f32", 20), ("logits.bf16", 40)])
+def test_logits_that_are_on_disk_need_no_more_room(
+    run: Path, monkeypatch: pytest.MonkeyPatch, name: str, planned: int
+) -> None:
+    """The plan counts float32, of which bfloat16 takes half."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 0))
+    monkeypatch.setattr(preflight, "disk_bytes", lambda *_: 10**9)
+    table = next(run.parent.glob("teachers/*/answers/*/views*"))
+    (table / name).write_bytes(b"x" * 20_000_000)
+    (told,) = preflight._room(reopen(run), [], 2)
+    needed = float(re.search(r"writes up to about ([\d.]+) GB", told)[1])  # type: ignore[index]
+    assert needed == pytest.approx(1 - planned / 1000, abs=0.002)
 
 
 def test_the_teachers_of_students_that_were_added_or_blocked_are_looked_at(run: Path) -> None:

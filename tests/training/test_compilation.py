@@ -13,7 +13,6 @@ from filelock import FileLock, Timeout
 from placement import METHODS, pupil
 from trials import CPU, distilling, exact, run, trial
 from tune_kd.data.datasets import DataSet
-from tune_kd.study.spec import Recipe
 from tune_kd.training import compilation, notices, step as stepping
 from tune_kd.training.compilation import Compiled, Function, compiling_pays
 from tune_kd.training.step import Step
@@ -186,32 +185,33 @@ def test_a_recipe_that_asks_for_compilation_fails_where_there_is_none(
         run(asked, pixels, None, tmp_path)
 
 
-@pytest.mark.usefixtures("pays")
-def test_a_process_that_trains_many_trials_compiles_each(
-    pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torch.compile leaves a function as it is that it has compiled too often for other networks."""
+def test_a_process_that_trains_many_networks_compiles_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile leaves a function as it is that it has compiled too often for others."""
     graphs: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    monkeypatch.setattr(stepping, "compiled", lambda function: torch.compile(function, dynamic=False, backend=backend))
-    for number in (1, 2):
-        trained("none", pixels, teacher, tmp_path / str(number))
-    assert len(graphs) == 2
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_(function, dynamic=False, backend=backend))
+    limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit
+    for name, limit in zip(("recompile_limit", "accumulated_recompile_limit"), limits, strict=True):
+        monkeypatch.setattr(torch._dynamo.config, name, limit)
+    for size in range(1, 13):
+        compilation.compiled(torch.nn.Linear(size, 1).forward)(torch.ones(1, size))
+    assert len(graphs) == 12
 
 
 @pytest.mark.parametrize(
-    ("device", "precision", "epochs", "pays"),
-    [("cuda", "bfloat16", 25, True), ("cuda", "tf32", 25, True), ("cuda", "float32", 25, False),
-     ("cuda", "bfloat16", 24, False), ("cpu", "bfloat16", 25, False)],
+    ("device", "precision", "images", "pays"),
+    [("cuda", "bfloat16", 10**6, True), ("cuda", "tf32", 10**6, True), ("cuda", "float32", 10**6, False),
+     ("cuda", "bfloat16", 10**6 - 1, False), ("cpu", "bfloat16", 10**6, False)],
 )  # fmt: skip
-def test_long_trials_are_compiled_where_it_saves_time(device: str, precision: str, epochs: int, pays: bool) -> None:
-    recipe = Recipe(epochs=epochs, precision=precision)
-    assert compiling_pays(recipe, 41_000, torch.device(device)) == pays
+def test_networks_that_see_many_images_are_compiled_where_it_saves_time(
+    device: str, precision: str, images: int, pays: bool
+) -> None:
+    assert compiling_pays(images, precision, torch.device(device)) == pays
 
 
 def test_of_processes_that_compile_the_same_one_does_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

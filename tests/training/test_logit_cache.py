@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from tune_kd.training import logit_cache
-from tune_kd.training.logit_cache import LogitCache
+from tune_kd.training.logit_cache import LogitCache, damaged
 
 ROWS, CLASSES = 40, 3
+KINDS = {torch.float32: ("logits.f32", 4), torch.bfloat16: ("logits.bf16", 2)}  # the file, and bytes of a number
 
 
 @pytest.fixture(autouse=True)
@@ -28,16 +29,17 @@ def logits(rows: range) -> Tensor:
 
 
 class Counted:
-    """Computes what `logits` does, and remembers for which rows."""
+    """Computes what `logits` does, in a type, and remembers for which rows."""
 
-    def __init__(self, seconds: float = 0.0) -> None:
+    def __init__(self, seconds: float = 0.0, kind: torch.dtype = torch.float32) -> None:
         self.asked: list[range] = []
         self.seconds = seconds
+        self.kind = kind
 
     def __call__(self, rows: range) -> Tensor:
         self.asked.append(rows)
         time.sleep(self.seconds)  # so that others come meanwhile
-        return logits(rows)
+        return logits(rows).to(self.kind)
 
 
 def test_rows_come_in_the_order_asked_and_only_their_chunks_are_computed(tmp_path: Path) -> None:
@@ -69,24 +71,31 @@ def test_several_who_ask_at_once_share_the_work(tmp_path: Path) -> None:
     assert all(worker.asked for worker in workers)  # nobody waited for what was free
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", ["a flipped bit", "another digest", "no logits", "files cut short"])
-def test_a_damaged_chunk_is_computed_again_to_the_same_bits_and_the_others_are_not(tmp_path: Path, what: str) -> None:
-    LogitCache(tmp_path, ROWS, CLASSES, logits).take(torch.arange(ROWS))
-    table, digests = tmp_path / "logits.f32", tmp_path / "digests.sha256"
+def test_a_damaged_chunk_is_computed_again_to_the_same_bits_and_the_others_are_not(
+    tmp_path: Path, what: str, kind: torch.dtype
+) -> None:
+    name, size = KINDS[kind]
+    compute = Counted(kind=kind)
+    expected, _ = LogitCache(tmp_path, ROWS, CLASSES, compute, kind).take(torch.arange(ROWS))
+    table, digests = tmp_path / name, tmp_path / "digests.sha256"
     whole = table.read_bytes(), digests.read_bytes()
-    position = 20 * CLASSES * 4  # in the second chunk
+    assert len(whole[0]) == ROWS * CLASSES * size and damaged(tmp_path, CLASSES, ROWS) == []
+    position = 20 * CLASSES * size  # in the second chunk
     if what == "a flipped bit":
         table.write_bytes(whole[0][:position] + bytes([whole[0][position] ^ 1]) + whole[0][position + 1 :])
     elif what == "another digest":
         digests.write_bytes(whole[1][:32] + bytes([whole[1][32] ^ 1]) + whole[1][33:])
     elif what == "no logits":
-        table.write_bytes(whole[0][: 16 * CLASSES * 4] + bytes(16 * CLASSES * 4) + whole[0][32 * CLASSES * 4 :])
+        chunk = 16 * CLASSES * size
+        table.write_bytes(whole[0][:chunk] + bytes(chunk) + whole[0][2 * chunk :])
     else:
-        table.write_bytes(whole[0][: 16 * CLASSES * 4])
+        table.write_bytes(whole[0][: 16 * CLASSES * size])
         digests.write_bytes(whole[1][:32])
-    compute = Counted()
-    found, computed = LogitCache(tmp_path, ROWS, CLASSES, compute).take(torch.arange(ROWS))
-    assert torch.equal(found, logits(range(ROWS)))
+    assert damaged(tmp_path, CLASSES, ROWS) == ([] if what == "files cut short" else [1])
+    found, computed = LogitCache(tmp_path, ROWS, CLASSES, compute, kind).take(torch.arange(ROWS))
+    assert torch.equal(found, expected)
     assert computed == (24 if what == "files cut short" else 16)
     assert (table.read_bytes(), digests.read_bytes()) == whole
 
@@ -117,7 +126,7 @@ def test_a_kill_costs_the_chunk_in_flight_and_no_other(tmp_path: Path) -> None:
 
 def test_the_table_is_mapped_and_not_copied(tmp_path: Path) -> None:
     table = LogitCache(tmp_path, ROWS, CLASSES, logits)
-    assert isinstance(table._logits, np.memmap)
+    assert isinstance(table._bits, np.memmap)
     assert (tmp_path / "logits.f32").stat().st_size == ROWS * CLASSES * 4
 
 
@@ -132,3 +141,22 @@ def test_a_full_disk_is_an_error_and_the_chunk_is_computed_again_afterwards(
         with pytest.raises(OSError, match="No space left"):
             LogitCache(tmp_path, ROWS, CLASSES, logits).take(torch.arange(ROWS))
     assert LogitCache(tmp_path, ROWS, CLASSES, logits).take(torch.arange(ROWS))[1] == ROWS
+
+
+def test_every_number_of_bfloat16_comes_back_as_it_is_and_float16_would_have_lost_some(tmp_path: Path) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    values = every[every.isfinite()].view(-1, 16)
+    count = len(values)
+    cache = LogitCache(tmp_path, count, 16, lambda rows: values[rows.start : rows.stop], torch.bfloat16)
+    found, _ = cache.take(torch.arange(count))
+    assert found.dtype == torch.float32
+    assert torch.equal(found.view(torch.int32), values.float().view(torch.int32))  # also the signs of zeros
+    lost = found != found.half().float()
+    size = found.abs()
+    assert bool(lost[size > 65504].all()) and not lost[(size >= 2**-14) & (size <= 65504)].any()
+    assert bool(lost[(size > 0) & (size < 2**-25)].all())
+
+
+def test_what_would_be_rounded_is_not_stored(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"torch\.float32 would be rounded"):
+        LogitCache(tmp_path, ROWS, CLASSES, logits, torch.bfloat16).take(torch.arange(ROWS))

@@ -29,7 +29,7 @@ from placement import (
 )
 from second_device import busy, is_there, played
 from trials import CPU, as_teacher, exact, run, trial
-from tune_kd.data.augment import draw_views, show
+from tune_kd.data.augment import draw_views, prepare, show
 from tune_kd.data.datasets import DataSet, load, on_device
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
@@ -37,10 +37,12 @@ from tune_kd.execute.worker import Workplace
 from tune_kd.records.ledger import Ledger
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
-from tune_kd.study.trial import Epoch
-from tune_kd.training import networks, notices, step as stepping
+from tune_kd.study.trial import Answering, Epoch
+from tune_kd.training import networks, notices, step as stepping, teachers
 from tune_kd.training.compilation import Compiled
-from tune_kd.training.device import Captured
+from tune_kd.training.device import Captured, autocast
+from tune_kd.training.logit_cache import CHUNK
+from tune_kd.training.teachers import Teacher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,17 +116,108 @@ def test_a_teacher_answers_there_with_folded_batch_norms_in_a_cache_of_its_own(
     precision: str, gpu: torch.device, pixels: DataSet, tmp_path: Path
 ) -> None:
     teacher = taught_on(gpu, pixels, "cifar", tmp_path)
-    card = replace(teacher.card, trial=replace(teacher.card.trial, recipe=replace(teacher.card.trial.recipe,
-                                                                                  precision=precision)))  # fmt: skip
-    there = replace(teacher, card=card)
+    there = answering_in(teacher, precision)
     kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
     assert {each.dtype for each in there.frozen(precision).parameters()} == {kind}
     assert there.frozen(precision) is there.frozen(precision) and there.is_folded and not teacher.is_folded
     with patch.object(networks, "folded", side_effect=RuntimeError("not here")):
-        expected = replace(teacher, card=card).test_logits()
+        expected = answering_in(teacher, precision).test_logits()
     found = there.test_logits()
     torch.testing.assert_close(found, expected, rtol=0, atol=0.1 if precision == "bfloat16" else 1e-4)
     assert len(list((teacher.home / "answers").iterdir())) == 2
+
+
+def untrained(device: torch.device, data: DataSet, folder: Path) -> Teacher:
+    """A small teacher of random weights, which answers as well as a trained one."""
+    taught = as_teacher(trial("none"))
+    taught = replace(taught, cell=replace(taught.cell, teacher="resnet18"))
+    net = networks.build("resnet18", stem="cifar", classes=len(data.classes), width=taught.cell.width, seed=3)
+    teachers.publish_teacher(folder, taught, net.state_dict(), [])
+    return teachers.load_teacher(folder, taught.trial_id, data, device, Answering(True, ()))
+
+
+def answering_in(teacher: Teacher, precision: str) -> Teacher:
+    """The teacher, as one that was trained in a precision."""
+    taught = teacher.card.trial
+    other = replace(taught, recipe=replace(taught.recipe, precision=precision))
+    return replace(teacher, card=replace(teacher.card, trial=other))
+
+
+@pytest.mark.parametrize(("precision", "file"), [("tf32", "logits.f32"), ("bfloat16", "logits.bf16")])
+def test_cached_logits_are_to_the_bit_what_the_teacher_answers_live(
+    precision: str, file: str, gpu: torch.device, pixels: DataSet, tmp_path: Path
+) -> None:
+    teacher = answering_in(untrained(gpu, pixels, tmp_path), precision)
+    with torch.no_grad(), autocast(precision, gpu):
+        live = teacher.frozen(precision)(prepare(teacher.data.test.images, teacher.data))
+    found = teacher.test_logits()
+    assert found.dtype == torch.float32 and not is_there(found)
+    assert torch.equal(found, live.float().cpu())
+    (table,) = (teacher.home / "answers").glob("*/test")
+    assert [each.name for each in table.glob("logits.*")] == [file]
+
+
+@pytest.mark.parametrize(("precision", "sizes"), [("float32", [300, 300, 120]), ("bfloat16", [600, 120])])
+def test_a_teacher_answers_there_in_batches_of_equal_memory(
+    precision: str,
+    sizes: list[int],
+    gpu: torch.device,
+    pixels: DataSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert {kind: CHUNK % size for kind, size in teachers.GPU_BATCH.items()} == {torch.float32: 0, torch.bfloat16: 0}
+    assert teachers.GPU_BATCH[torch.bfloat16] > teachers.BATCH
+    monkeypatch.setattr(teachers, "GPU_BATCH", {torch.float32: 300, torch.bfloat16: 600})
+    teacher = answering_in(untrained(gpu, pixels, tmp_path), precision)
+    seen: list[int] = []
+    teacher.frozen(precision).register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    views = draw_views(1, 1, len(pixels.train.labels), pad=pixels.pad, flip=pixels.flip)
+    assert teacher.logits(views)[1] == sum(sizes)
+    assert seen == sizes
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_teacher_that_answers_many_views_is_compiled_with_a_cache_of_its_own(
+    fails: bool, gpu: torch.device, pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def compile_(function: Any, **_: Any) -> Any:
+        def compiled(images: torch.Tensor) -> Any:
+            calls.append(len(images))
+            if fails:
+                raise RuntimeError("no compiler")
+            return function(images)
+
+        return compiled
+
+    teacher = answering_in(untrained(gpu, pixels, tmp_path), "bfloat16")
+    expected = teacher.test_logits()
+    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(Compiled, "given_up", set())
+    monkeypatch.setattr("tune_kd.training.compilation.COMPILING_PAYS", len(expected))
+    monkeypatch.setattr(torch, "compile", compile_)
+    notices.take()
+    assert torch.equal(teacher.test_logits(), expected)
+    told = ["a teacher's answers cannot be compiled here (no compiler), so a slower way is used"]
+    assert notices.take() == (told if fails else [])
+    assert calls == [len(expected)] * (1 if fails else 2)  # tried once
+    assert len(list((teacher.home / "answers").iterdir())) == 2
+
+
+def test_whatever_logits_depend_on_there_gives_them_a_cache_of_its_own(
+    gpu: torch.device, pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = untrained(gpu, pixels, tmp_path)
+    for precision in ("float32", "tf32", "bfloat16"):
+        answering_in(one, precision).test_logits()
+    monkeypatch.setattr(teachers, "GPU_BATCH", {torch.float32: 8})
+    replace(one).test_logits()
+    with patch.object(networks, "folded", side_effect=RuntimeError("not here")):
+        replace(one).test_logits()
+    replace(one, device=CPU, data=pixels).test_logits()
+    assert len(list((one.home / "answers").iterdir())) == 6
 
 
 def test_a_teacher_that_cannot_be_folded_answers_as_it_is_and_says_so_once(

@@ -208,6 +208,15 @@ def test_answers_of_other_weights_or_other_preprocessing_lie_elsewhere(home: Pat
     assert not torch.allclose(first, third)
 
 
+def test_the_key_of_a_cache_on_a_cpu_never_changes(teacher: Teacher) -> None:
+    """Or all that teachers answered there would be computed again."""
+    whose = replace(teacher, card=replace(teacher.card, weights_sha256="0" * 64))
+    whose._cache("test", 1, lambda rows: teacher.data.test.images)
+    (key,) = (teacher.home / "answers").iterdir()
+    assert key.name == "b42a5c8a886ca23d"
+    assert [each.name for each in (key / "test").glob("logits.*")] == ["logits.f32"]
+
+
 def test_a_teacher_is_frozen(teacher: Teacher) -> None:
     assert not any(parameter.requires_grad for parameter in teacher.net.parameters())
     assert not teacher.net.training

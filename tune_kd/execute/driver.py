@@ -14,6 +14,7 @@ from typing import cast
 
 from tune_kd.execute.attempts import MAX_ATTEMPTS, Attempts
 from tune_kd.execute.draws import Draws
+from tune_kd.execute.start_order import first_to_start
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.records import adaptive_plan
 from tune_kd.records.ledger import Ledger
@@ -86,18 +87,19 @@ class Driver:
         """Admit and return a task that can start now; None if there is none."""
         if self.stopping or (self._max_concurrent is not None and len(self._admitted) >= self._max_concurrent):
             return None
-        for trial in self._waiting:
-            if self._ready(trial):
-                self._waiting.remove(trial)
-                row = self.rows[trial.trial_id]
-                # At least the share that an earlier attempt was raised to; 0 on a machine without GPUs.
-                gpus = max(self.gpus, row["gpu_fraction"] or 0.0) if self.gpus else 0.0
-                answering = self.plan.answering.get(trial.teacher_id or "")
-                taught = self.rows[trial.teacher_id]["weights_digest"] if trial.teacher_id else None
-                task = Task(trial, row["attempts"] + 1, row["epochs_run"], self._cpus, gpus, answering, taught)
-                self._admitted[trial.trial_id] = task
-                return task
-        return None
+        ready = (trial for trial in self._waiting if self._ready(trial))
+        trial = first_to_start(ready, self._admitted.values(), self.rows)
+        if trial is None:
+            return None
+        self._waiting.remove(trial)
+        row = self.rows[trial.trial_id]
+        # At least the share that an earlier attempt was raised to; 0 on a machine without GPUs.
+        gpus = max(self.gpus, row["gpu_fraction"] or 0.0) if self.gpus else 0.0
+        answering = self.plan.answering.get(trial.teacher_id or "")
+        taught = self.rows[trial.teacher_id]["weights_digest"] if trial.teacher_id else None
+        task = Task(trial, row["attempts"] + 1, row["epochs_run"], self._cpus, gpus, answering, taught)
+        self._admitted[trial.trial_id] = task
+        return task
 
     def on_start(self, task: Task) -> None:
         """Record that an admitted task begins."""

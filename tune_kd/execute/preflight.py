@@ -65,8 +65,11 @@ def _folder(folder: Path) -> list[str]:
 def _room(run: Run, waiting: list[Trial], slots: int) -> list[str]:
     planned = run.plan
     needed = disk_bytes(waiting, planned.answering, slots, bool(run.settings.get("keep_checkpoints")))
-    answers = [path for each in planned.teachers for path in (run.teachers / each.trial_id).glob("answers/*/*/*.f32")]
-    needed -= sum(512 * path.stat().st_blocks for path in answers)  # already on disk
+    answers = [
+        path for each in planned.teachers for path in (run.teachers / each.trial_id).glob("answers/*/*/logits.*")
+    ]
+    # Already on disk, where those in bfloat16 take half of what is planned.
+    needed -= sum(512 * path.stat().st_blocks * (2 if path.suffix == ".bf16" else 1) for path in answers)
     free = shutil.disk_usage(run.folder).free
     if free >= SPARE * needed:
         return []

@@ -12,15 +12,16 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tune_kd.study.spec import Recipe
 from tune_kd.training.device import first_line, out_of_memory
 from tune_kd.training.notices import tell
 
 Function = Callable[..., Any]  # of tensors and tuples of them
 
+MOST_FORMS = 10**6
 COMPILING_PAYS = 10**6
-"""Training images of a trial from which on it is compiled without being asked: an H100 saved 0.17 s in 45,000 images,
-and took half a minute once for all trials of a network and machine (docs/performance.md)."""
+"""Images that a network trains on, or that a teacher answers, from which on it is compiled without being asked: an H100
+saved 0.17 s in 45,000 training images, and took half a minute once for all trials of a network and machine
+(docs/performance.md)."""
 
 
 class Compiled:
@@ -79,21 +80,19 @@ class Compiled:
 
 def compiled(function: Function) -> Function:
     """The function, compiled at its first call. Its random numbers are those of the function itself."""
+    from torch._dynamo import config
+
+    # It counts the forms of a function over all networks of a process, and leaves the function as it is from the ninth.
+    config.recompile_limit = config.accumulated_recompile_limit = MOST_FORMS
     return torch.compile(function, dynamic=False, options={"fallback_random": True})
 
 
-def forget() -> None:
-    """Free what was compiled before. torch.compile counts the forms of a function over all networks that it was
-    compiled for, and leaves the function as it is from the ninth on."""
-    torch.compiler.reset()
-
-
-def compiling_pays(recipe: Recipe, images: int, device: torch.device) -> bool:
-    """Whether a trial that trains on so many images an epoch is compiled without being asked.
+def compiling_pays(images: int, precision: str, device: torch.device) -> bool:
+    """Whether a network that sees so many images in all is compiled without being asked.
 
     In float32 the time goes to products and convolutions, which stay the same.
     """
-    return recipe.epochs * images >= COMPILING_PAYS and device.type == "cuda" and recipe.precision != "float32"
+    return images >= COMPILING_PAYS and device.type == "cuda" and precision != "float32"
 
 
 def _pass(function: Function, inputs: Sequence[Any]) -> None:

@@ -1,6 +1,7 @@
 """A cache of teacher logits on disk, which processes fill chunk by chunk and share.
 
 FOLDER/logits.f32      float32 [rows, K], memory-mapped, so that processes share it without copies
+FOLDER/logits.bf16     the same in bfloat16, in place of it where the teacher answers in bfloat16
 FOLDER/digests.sha256  32 bytes per chunk of rows, zero until the chunk is computed
 FOLDER/locks/          one lock per chunk, held by the process that computes it
 
@@ -22,26 +23,39 @@ from tune_kd.system.crash_points import point
 from tune_kd.system.files import appended, opened, patiently, read, write_at
 
 CHUNK = 4096  # rows computed under one lock: the most that a kill loses
+FILES = {torch.float32: "logits.f32", torch.bfloat16: "logits.bf16"}
 _DIGEST = hashlib.sha256().digest_size
 
 
 class LogitCache:
-    """The logits of one teacher for one list of images. `compute(rows)` returns those of a range of rows, [N, K]."""
+    """The logits of one teacher for one list of images, stored as `kind`, float32 or bfloat16.
 
-    def __init__(self, folder: Path, rows: int, classes: int, compute: Callable[[range], Tensor]) -> None:
+    `compute(rows)` returns those of a range of rows, [N, K], in that type, so that nothing is lost.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rows: int,
+        classes: int,
+        compute: Callable[[range], Tensor],
+        kind: torch.dtype = torch.float32,
+    ) -> None:
         self._folder = folder
         self._rows = rows
         self._compute = compute
+        self._kind = kind
         chunks = -(-rows // CHUNK)
         (folder / "locks").mkdir(parents=True, exist_ok=True)
-        logits = _file_of_size(folder / "logits.f32", rows * classes * 4)
+        logits = _file_of_size(folder / FILES[kind], rows * classes * kind.itemsize)
         digests = _file_of_size(folder / "digests.sha256", chunks * _DIGEST)
-        self._logits = np.memmap(logits, dtype="<f4", mode="r", shape=(rows, classes))
+        # As integers of the same bits, since NumPy has no bfloat16.
+        self._bits = np.memmap(logits, dtype=f"<i{kind.itemsize}", mode="r", shape=(rows, classes))
         self._digests = np.memmap(digests, dtype=np.uint8, mode="r", shape=(chunks, _DIGEST))
         self._verified: set[int] = set()
 
     def take(self, rows: Tensor) -> tuple[Tensor, int]:
-        """Logits [N, K] on the CPU for rows int64 [N], and the number of rows that this call computed.
+        """Logits float32 [N, K] on the CPU for rows int64 [N], and the number of rows that this call computed.
 
         Concurrent callers share the work: each computes chunks that nobody else is computing, then waits for theirs.
         """
@@ -58,22 +72,25 @@ class LogitCache:
                 except Timeout:
                     left.append(chunk)
             missing = left
-        return torch.from_numpy(self._logits[rows.numpy()]), computed
+        return torch.from_numpy(self._bits[rows.numpy()]).view(self._kind).float(), computed
 
     def _is_whole(self, chunk: int) -> bool:
         if chunk in self._verified:
             return True
         expected, span = self._digests[chunk].tobytes(), self._span(chunk)
-        if any(expected) and hashlib.sha256(self._logits[span.start : span.stop].tobytes()).digest() == expected:
+        if any(expected) and hashlib.sha256(self._bits[span.start : span.stop].tobytes()).digest() == expected:
             self._verified.add(chunk)
         return chunk in self._verified
 
     def _fill(self, chunk: int) -> int:
         """Compute and publish a chunk. Returns its rows. Raises OSError if the disk is full."""
         span = self._span(chunk)
-        logits = self._compute(span).numpy().astype("<f4").tobytes()
+        computed = self._compute(span)
+        assert computed.dtype == self._kind, f"{computed.dtype} would be rounded"
+        bits = computed.view(torch.int16 if self._kind.itemsize == 2 else torch.int32).numpy()
+        logits = bits.astype(self._bits.dtype).tobytes()
         # Not through the memory map: there a full disk is a signal that kills the process, not an error.
-        write_at(self._folder / "logits.f32", span.start * self._logits.strides[0], logits)
+        write_at(self._folder / FILES[self._kind], span.start * self._bits.strides[0], logits)
         point("answers.written")
         write_at(self._folder / "digests.sha256", chunk * _DIGEST, hashlib.sha256(logits).digest())
         self._verified.add(chunk)
@@ -88,10 +105,11 @@ def damaged(folder: Path, classes: int, rows: int) -> list[int]:
 
     Raises `UnexpectedFile` for a cache of more than `rows` rows.
     """
-    size, found = CHUNK * classes * 4, []
+    kind = torch.bfloat16 if (folder / FILES[torch.bfloat16]).exists() else torch.float32
+    size, found = CHUNK * classes * kind.itemsize, []
     digests = read(folder / "digests.sha256", _DIGEST * -(-rows // CHUNK))
     count = len(digests) // _DIGEST
-    with opened(folder / "logits.f32", count * size) as logits:
+    with opened(folder / FILES[kind], count * size) as logits:
         for chunk in range(count):
             expected = digests[chunk * _DIGEST : (chunk + 1) * _DIGEST]
             logits.seek(chunk * size)

@@ -21,7 +21,7 @@ from tune_kd.data.datasets import DataSet, on_device
 from tune_kd.study.spec import WEIGHTED
 from tune_kd.study.trial import Trial
 from tune_kd.training import networks
-from tune_kd.training.compilation import Compiled, Function, compiled, compiling_pays, forget
+from tune_kd.training.compilation import Compiled, Function, compiled, compiling_pays
 from tune_kd.training.device import Captured, autocast
 from tune_kd.training.loss import Batch, Context, loss_class, step_settings
 from tune_kd.training.teachers import Teacher
@@ -176,11 +176,11 @@ class Step:
         pays."""
         forward = networks.passing(self.student, self._method.needs)
         losses, asked = partial(self._pass, forward), trial.recipe.compile
-        pays = not asked and compiling_pays(trial.recipe, len(self.data.train.labels), self._device)
+        images = trial.recipe.epochs * len(self.data.train.labels)
+        pays = not asked and compiling_pays(images, trial.recipe.precision, self._device)
         taught = self._pass_of_teacher(pays)
         if not asked and not pays:
             return losses, taught
-        forget()
         cell = trial.cell
         parts = (trial.architecture, cell.stem, cell.width, len(self.data.classes), trial.recipe.batch_size,
                  trial.recipe.precision, self._method.needs, self.data.train.images.shape[1:])  # fmt: skip

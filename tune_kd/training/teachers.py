@@ -2,7 +2,7 @@
 
 TEACHERS/ID/weights.safetensors   the best-validation weights
 TEACHERS/ID/card.json             the trial, its epochs, and the digest of the weights; written last
-TEACHERS/ID/answers/KEY/          logits for views and for the test images, by weights and preprocessing
+TEACHERS/ID/answers/KEY/          logits for views and for the test images, by all that they depend on
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from tune_kd.system.files import MOST_RECORD_BYTES, publish, read, sealed, sha25
 from tune_kd.system.object_store import Mirror
 from tune_kd.training import networks
 from tune_kd.training.checkpoints import MOST_STATE_BYTES, pack, unpack
+from tune_kd.training.compilation import Compiled, Function, compiled, compiling_pays
 from tune_kd.training.device import autocast, first_line, float32_as
 from tune_kd.training.logit_cache import LogitCache
 from tune_kd.training.notices import tell
@@ -39,7 +40,8 @@ from tune_kd.training.notices import tell
 if TYPE_CHECKING:  # importing torchvision takes seconds, and the driver of a run does not need it
     from torchvision.models import ResNet
 
-BATCH = 512  # views per forward pass; fixed, so that logits computed again are the same bit for bit
+BATCH = 512  # views per forward pass on a CPU; fixed, so that logits computed again are the same bit for bit
+GPU_BATCH = {torch.bfloat16: 1024, torch.float32: 512}  # the same on a GPU, by the type of the logits: of equal memory
 
 
 class TeacherChanged(RuntimeError):
@@ -223,29 +225,33 @@ class Teacher:
         that need no cast. Where that fails, the network as it is."""
         if self.device.type == "cpu":  # where records must stay the same to the bit
             return self.net
-        if precision not in self._frozen:
-            try:
-                made = networks.folded(self._built())
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, AssertionError) as error:
-                tell(f"a teacher's batch norms cannot be folded into its convolutions here ({first_line(error)}); it "
-                     "answers as it is, which is slower")  # fmt: skip
-                self._frozen[precision] = self.net
-            else:
+        if precision not in self._folded:
+            if (made := self._fold()) is not None:
                 networks.to_device(made, self.device)
-                kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
-                self._frozen[precision] = made.to(kind).requires_grad_(False)
-        return self._frozen[precision]
+                made = made.to(torch.bfloat16 if precision == "bfloat16" else torch.float32).requires_grad_(False)
+            self._folded[precision] = made
+        return self._folded[precision] or self.net
+
+    def _fold(self) -> ResNet | None:
+        """The network with its batch norms folded, on the CPU. None where that fails, with one message."""
+        try:
+            return networks.folded(self._built())
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AssertionError) as error:
+            tell(f"a teacher's batch norms cannot be folded into its convolutions here ({first_line(error)}); it "
+                 "answers as it is, which is slower")  # fmt: skip
+            return None
 
     @cached_property
-    def _frozen(self) -> dict[str, ResNet]:
+    def _folded(self) -> dict[str, ResNet | None]:
+        """By precision; None where it cannot be folded."""
         return {}
 
     @property
     def is_folded(self) -> bool:
         """Whether the network that answers here has its batch norms folded."""
-        return any(each is not self.net for each in self._frozen.values())
+        return any(each is not None for each in self._folded.values())
 
     def logits(self, views: Views) -> tuple[Tensor, int]:
         """Logits [N, K], on the CPU, for the views of an epoch in training order, and the number computed now.
@@ -301,17 +307,27 @@ class Teacher:
 
         `images(rows)` returns a range of the list, uint8 [N, 3, H, W], on the device.
         """
-        net = self.frozen(self.precision) if self.device.type != "cpu" else None  # on a CPU built where it is needed
-        how = " folded" if self.is_folded else ""
-        key = hashlib.sha256(f"{self.digest} {self.data.digest}{how}".encode()).hexdigest()[:16]
+        on_cpu = self.device.type == "cpu"
+        net: Function | None = None if on_cpu else self.frozen(self.precision)  # on a CPU built where it is needed
+        kind = torch.bfloat16 if self.precision == "bfloat16" and not on_cpu else torch.float32
+        batch = BATCH if on_cpu else GPU_BATCH[kind]
+        # What the logits depend on. On a CPU this has to stay as it is, or the caches there would be computed again.
+        parts = [self.digest, self.data.digest]
+        parts += ["folded"] if self.is_folded else []
+        parts += [] if on_cpu else [self.precision, f"stored as {kind}", f"batch {batch}"]
+        if net is not None and compiling_pays(rows, self.precision, self.device):
+            parts += ["compiled"]
+            net = Compiled(net, {"a teacher's answers": compiled(net)}, f"{self.teacher_id} {batch} {self.precision}")
+        key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
         @torch.no_grad()
         def compute(wanted: range) -> Tensor:
-            shown = torch.split(images(wanted), BATCH)
+            shown = torch.split(images(wanted), batch)
             with float32_as(self.precision), autocast(self.precision, self.device):
-                return torch.cat([(net or self.net)(prepare(each, self.data)) for each in shown]).float().cpu()
+                logits = torch.cat([(net or self.net)(prepare(each, self.data)) for each in shown])
+            return (logits.float() if on_cpu else logits).cpu()
 
-        return LogitCache(self.home / "answers" / key / name, rows, len(self.data.classes), compute)
+        return LogitCache(self.home / "answers" / key / name, rows, len(self.data.classes), compute, kind)
 
 
 def drawn_numbers(draws: tuple[tuple[int, int], ...], data: DataSet) -> Tensor:
