@@ -185,7 +185,7 @@ class TrialRow(TypedDict):
     weights_digest: str | None
     host: str | None
     started: float | None  # start of the first attempt, in seconds since the Unix epoch
-    fast_paths: str | None  # that the trial used at its end: `graph`, `compiled`, `folded`
+    fast_paths: str | None  # see `Outcome`
     further: str | None  # settings without a column here, as JSON; in Parquet each has a column of its own
 
 

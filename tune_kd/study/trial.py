@@ -216,7 +216,8 @@ class Outcome:
     weights_digest: str  # SHA-256 of the last and of the best-validation weights
     teacher_digest: str | None  # SHA-256 of the teacher's weight file, as checked when it was loaded
     peak_memory_bytes: int | None
-    fast_paths: str | None = None  # that the trial used at its end: `graph`, `compiled`, `folded`; None without one
+    # That the trial used at its end, with commas: graph, compiled, compiled loss, compiled teacher, folded.
+    fast_paths: str | None = None
 
 
 @dataclass(frozen=True)

@@ -90,14 +90,13 @@ class Step:
 
     @property
     def fast_paths(self) -> str | None:
-        """What is in use of the fast paths `graph`, `compiled` and `folded`, with commas. None without one."""
-        captured = isinstance(self._run, Captured) and self._run.is_used
-        parts = [each.used for each in (self._losses, self._taught) if isinstance(each, Compiled)]
+        """The fast paths that are in use, with commas (see `Outcome.fast_paths`). None without one."""
+        student, teacher = (each.used if isinstance(each, Compiled) else None for each in (self._losses, self._taught))
         used = {
-            "graph": captured,
-            "compiled": any(parts),
-            "compiled loss": any(part not in (STUDENT, TEACHER) for part in parts if part),
-            "compiled teacher": TEACHER in parts,
+            "graph": isinstance(self._run, Captured) and self._run.is_used,
+            "compiled": student is not None,
+            "compiled loss": student not in (None, STUDENT),
+            "compiled teacher": teacher is not None,
             "folded": self._teacher is not None and self._teacher.is_folded,
         }
         return ", ".join(name for name, is_used in used.items() if is_used) or None
