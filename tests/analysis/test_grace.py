@@ -52,6 +52,16 @@ def test_one_good_epoch_before_bad_ones_supports_nothing(long: Study, tmp_path: 
     assert warning.endswith("it supports none")
 
 
+def test_the_next_epoch_that_was_validated_supports_a_grace_period(long: Study, tmp_path: Path) -> None:
+    left_behind(tmp_path, long, {"cifar/logit": [-0.5, -0.4, -0.1, 0.2, 0.3]})
+    audit = tmp_path / "earlier" / "audit.json"
+    left = json.loads(audit.read_text())
+    left["strata"]["cifar/logit"] = {each: left["strata"]["cifar/logit"][each] for each in ("3", "5")}
+    audit.write_text(json.dumps(left))
+    (warning,) = grace.warnings(plan(long), tmp_path)
+    assert "at epoch 3" in warning and warning.endswith("from epoch 5 on they did")
+
+
 def test_only_runs_that_are_alike_and_strata_in_which_an_arm_may_stop_count(
     long: Study, study: Study, tmp_path: Path
 ) -> None:

@@ -181,6 +181,29 @@ def test_of_long_trials_a_thousand_epochs_are_looked_at_and_the_rungs(study: Stu
     assert table.loc[table["rung"].notna(), "epoch"].tolist() == [100, 500] and (table["n"] == 3).all()
 
 
+@pytest.mark.parametrize(("epochs", "every", "shown"), [(5, 2, [2, 4]), (5, 3, [3]), (2500, 2, range(2, 2500, 4))])
+def test_the_audit_is_of_the_epochs_that_were_validated(study: Study, epochs: int, every: int, shown: object) -> None:
+    recipe = Recipe(epochs=epochs, validate_every=every)
+    study = replace(study, recipe=recipe, screen=Screen(grace=every * (epochs // every)))
+    nan = float("nan")
+    some = curves(
+        {f"cifar/none {seed}": [0.1 * seed if recipe.validates(each + 1) else nan for each in range(epochs)]
+         for seed in range(3)},
+        study,
+    )  # fmt: skip
+    table = early_stopping.rank_correlations(some, everywhere=True)
+    assert set(shown) <= {*table["epoch"]} and len(table) <= 1001  # type: ignore[call-overload]
+    assert (table["n"] == 3).all() and (table["epoch"] % every == 0).all()
+
+
+def test_a_target_is_reached_in_an_epoch_that_was_validated(study: Study) -> None:
+    study = replace(study, recipe=Recipe(epochs=5, validate_every=2), screen=Screen(grace=5))
+    nan = float("nan")
+    some = curves({"cifar/none 1": [nan, 0.2, nan, 0.6, 0.7], "cifar/none 2": [nan, 0.6, nan, 0.5, 0.7]}, study)
+    (row,) = measures.costs(replace(some, studies={}), 0.5).to_dict("records")
+    assert (row["reached"], row["epochs_to_target"]) == (2, 3.0)
+
+
 def test_margins_come_from_the_spread_of_controls_between_seeds(study: Study) -> None:
     study = replace(study, recipe=Recipe(epochs=4), screen=Screen(grace=1, reduction=2))
     some = curves(
@@ -194,6 +217,11 @@ def test_margins_come_from_the_spread_of_controls_between_seeds(study: Study) ->
     assert early_stopping.noise_margins(some, study) == [pytest.approx(expected, abs=1e-6)] * 2
     with pytest.raises(UserError, match=r"no control .none. has two seeds that ran 9 epochs on digits at scale test"):
         early_stopping.noise_margins(some, replace(study, recipe=Recipe(epochs=9)))
+    gaps = replace(
+        some, epochs=some.epochs.assign(val_accuracy=some.epochs["val_accuracy"].mask(some.epochs["epoch"] == 2))
+    )
+    with pytest.raises(UserError, match=r"to their end, validated at the rungs \(1, 2\); name a run that has"):
+        early_stopping.noise_margins(gaps, study)
     with pytest.raises(UserError, match=r"screen.grace 4 of 4 epochs leaves no rung"):
         early_stopping.noise_margins(some, replace(study, screen=Screen(grace=4)))
     with pytest.raises(UserError, match="on cifar10"):

@@ -246,6 +246,37 @@ def test_a_trial_that_reports_what_no_reader_takes_fails_at_once_and_the_run_can
         assert check(schema, pd.read_parquet(bench.folder / f"{schema.name}.parquet"))[1] == []
 
 
+def test_an_epoch_that_was_not_validated_leaves_what_was_known_and_asks_for_no_decision(
+    study: Study, tmp_path: Path
+) -> None:
+    recipe = replace(study.recipe, epochs=5, validate_every=2)
+    seldom = replace(study, recipe=recipe, screen=replace(study.screen, grace=2))
+    bench = Bench(seldom, tmp_path)
+    while (task := bench.start()).trial.phase != "screen":
+        bench.finish(task)
+    known: list[tuple[object, ...]] = []
+    for number, accuracy in enumerate((None, 0.6, None, 0.5, 0.4), 1):
+        each = replace(epoch(number, last=number == 5), val_accuracy=accuracy, val_loss=accuracy and 1.0)
+        assert bench.driver.on_epoch(task.trial.trial_id, each, HERE) == (number < 5)
+        if number == 3:  # its driver dies
+            bench.driver.on_end(task.trial.trial_id, Failure("lost", "its worker died"))
+            bench = Bench(seldom, tmp_path)
+            while bench.start().trial != task.trial:
+                pass
+        row = bench.driver.rows[task.trial.trial_id]
+        known.append((row["epochs_run"], row["val_accuracy"], row["val_accuracy_best"], row["best_epoch"]))
+    assert known[:4] == [(1, None, None, None), (2, 0.6, 0.6, 2), (3, 0.6, 0.6, 2), (4, 0.5, 0.6, 2)]
+    assert known[4][:2] == (5, 0.4)
+    assert [each.epoch for each in bench.driver.decisions] == [2, 4]
+
+
+def test_no_decision_is_made_about_an_accuracy_that_is_not_known(bench: Bench) -> None:
+    while (task := bench.start()).trial.phase != "screen":
+        bench.finish(task)
+    assert bench.driver.on_epoch(task.trial.trial_id, replace(epoch(1), val_accuracy=None, val_loss=None), HERE)
+    assert bench.driver.decisions == []
+
+
 def test_a_student_whose_teacher_was_changed_is_blocked_until_it_is_back(bench: Bench) -> None:
     while (task := bench.start()).trial.phase != "teacher":
         bench.finish(task)

@@ -1,6 +1,7 @@
 """The share of a GPU that is proposed: the rule by hand, the measurement for real on the CPU."""
 
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,19 @@ def test_another_failure_of_a_probing_process_is_raised_here(one_stem: Study) ->
     impossible = replace(teacher, cell=replace(teacher.cell, teacher="resnet7"))  # which a study refuses
     with pytest.raises(AssertionError):
         measure(student, impossible, digits, torch.device("cpu"), together=1)
+
+
+def test_a_probe_evaluates_in_each_epoch_since_a_trial_will_and_that_takes_memory(
+    one_stem: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed: list[Trial] = []
+    monkeypatch.setattr(probing, "train", lambda each, *_, **__: iter(probed.append(each) or ()))
+    student, _ = logit_student(one_stem)
+    student = replace(student, recipe=replace(student.recipe, validate_every=100))
+    digits, (ours, theirs) = datasets.load("digits", train=60, validation=20, test=20), Pipe()
+    probing._train(student, None, digits, torch.device("cpu"), 1, (), theirs)
+    assert isinstance(ours.recv(), StopIteration)
+    assert [each.recipe.validate_every for each in probed] == [1]
 
 
 def test_numbers_that_run_out_of_memory_end_the_search(one_stem: Study, monkeypatch: pytest.MonkeyPatch) -> None:

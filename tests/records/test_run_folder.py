@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,19 @@ def made(study: Study, tmp_path: Path) -> Run:
 def test_a_run_is_opened_again_as_it_was_made(made: Run) -> None:
     assert reopen(made.folder) == made
     assert reopen(made.folder).plan == made.plan
+
+
+def test_a_record_from_before_recipes_said_when_to_validate_fits_what_is_made_now(study: Study, tmp_path: Path) -> None:
+    looks = replace(study, confirm=Confirm((1, 2), looks=(2, 3)))
+    create(Run("r", tmp_path / "r", looks, "d" * 64, None, {}))
+    record = json.loads((tmp_path / "r" / "study.json").read_text())
+    before = asdict(looks)
+    for name in ("recipe", "teacher_recipe"):
+        assert before[name].pop("validate_every") == 1
+    assert record["study"] == json.loads(json.dumps(before)) and record["study_sha256"] == digest(before)
+    record_extension(replace(reopen(tmp_path / "r"), look=1))
+    record = json.loads((tmp_path / "r" / "study.json").read_text())
+    assert (record["look"], record["extended"]) == (1, None)
 
 
 def another_version(record: dict[str, Any]) -> None:

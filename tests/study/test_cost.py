@@ -65,6 +65,14 @@ def test_a_temperature_more_costs_a_control_more_since_the_teacher_answers_once(
     assert -second == pytest.approx(sum(flop(trial) for trial in control.trials))
 
 
+def test_an_epoch_that_is_not_validated_costs_no_evaluation() -> None:
+    images, cell = IMAGES["digits"], Cell(method="none", teacher=None)
+    every = Trial("none", "confirm", cell, Recipe(epochs=7), 0, Data("digits"), None, "test")
+    third = replace(every, recipe=replace(every.recipe, validate_every=3))  # after the epochs 3, 6 and 7
+    forward = 2 * macs("resnet18", stem=cell.stem, width=1.0, size=images.size, classes=10)
+    assert flop(every) - flop(third) == 4 * images.validation * forward
+
+
 def test_the_price_grows_with_the_seeds(study: Study) -> None:
     assert cost(replace(study, confirm=Confirm((1, 2, 3)))) > cost(study)
 

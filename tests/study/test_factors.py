@@ -358,3 +358,11 @@ def test_the_shortest_recipe_does_not_hide_the_rungs_of_a_longer_arm() -> None:
     assert "one for each rung (2: 2, 4)" in found
     (found,) = problems(varying("epochs", 2, 8, screen=replace(margins, grace=9, margin=0.1)))
     assert found == "screen.grace is 9, longer than the budget of at most 8 epochs; allowed: 1 to 8"
+
+
+def test_the_rungs_of_the_longest_arm_are_epochs_that_are_validated() -> None:
+    screen = Screen(grace=3, reduction=2, strata=("method", "epochs"))
+    recipe = Recipe(epochs=1, validate_every=2)
+    (found,) = problems(varying("epochs", 2, 8, screen=screen, recipe=recipe))
+    assert found.startswith("screen.grace is 3 (rungs: 3, 6) while recipe.validate_every is 2; allowed: a grace that")
+    assert check(varying("epochs", 2, 8, screen=replace(screen, grace=4), recipe=recipe))

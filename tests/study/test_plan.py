@@ -354,6 +354,8 @@ def test_trial_ids_are_what_they_were() -> None:
     assert FIXED.trial_id == "d286effcc9b30143"
     teacher = replace(FIXED, phase="teacher", cell=Cell(), teacher_id=None)
     assert teacher.trial_id == "1057c94b9ee0e23b"
+    assert FIXED.recipe_id == "bdf837a127445e54"
+    assert replace(FIXED, recipe=Recipe(validate_every=5)).recipe_id != FIXED.recipe_id
 
 
 @pytest.mark.parametrize(
@@ -365,6 +367,7 @@ def test_trial_ids_are_what_they_were() -> None:
         {"recipe": Recipe(precision="bfloat16")},
         {"recipe": Recipe(precision="tf32")},
         {"recipe": Recipe(compile=True)},
+        {"recipe": Recipe(validate_every=2)},
         {"data_digest": "1" * 64},
         {"teacher_id": "f" * 16},
         *({"cell": replace(FIXED.cell, **{name: value})} for name, value in

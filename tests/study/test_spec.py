@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from search_spaces.ablation import SCALES
-from tune_kd.study.discover import find, resolve
+from tune_kd.study.discover import find, from_json, resolve, to_json
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study
+from tune_kd.study.trial import digest
 from tune_kd.study.tuning import Tuning
 from tune_kd.study.validate import check
 from tune_kd.system.errors import UserError
@@ -71,6 +72,15 @@ def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
         ({"reference": (("temperature", 3.0),)}, ("temperature is 3.0", "2.0, 4.0")),
         ({"moderator": "width"}, ("'width'", "stem, method, temperature")),
         ({"recipe": Recipe(epochs=0)}, ("recipe.epochs is 0", "at least 1")),
+        ({"recipe": Recipe(validate_every=0)}, ("recipe.validate_every is 0", "at least 1")),
+        ({"teacher_recipe": Recipe(validate_every=-1)}, ("teacher_recipe.validate_every is -1", "at least 1")),
+        (
+            {"recipe": Recipe(epochs=9, validate_every=4), "screen": Screen(grace=2, reduction=2)},
+            (
+                "screen.grace is 2 (rungs: 2, 4, 8) while recipe.validate_every is 4",
+                "a multiple of validate_every, or 9,",
+            ),
+        ),
         ({"recipe": Recipe(lr=-1.0)}, ("recipe.lr is -1.0", "above 0")),
         ({"teacher_recipe": Recipe(lr_min=1.0)}, ("teacher_recipe.lr_min is 1.0", "0 to lr")),
         ({"confirm": Confirm(seeds=(0, 1))}, ("screen.seed is 0", "confirm.seeds [0, 1]")),
@@ -143,6 +153,7 @@ def test_a_bad_study_is_refused_with_field_value_and_what_is_allowed(
         ),
         ({"factors": (Factor("alpha", (0.5,) * 1001),)}, "factor 'alpha' has 1,001 items; allowed: at most 1,000"),
         ({"recipe": Recipe(epochs=1_000_001)}, "recipe.epochs is 1000001; allowed: at most 1,000,000"),
+        ({"recipe": Recipe(validate_every=1_000_001)}, "recipe.validate_every is 1000001; allowed: at most 1,000,000"),
         ({"tuning": Tuning((), startup=100_001)}, "tuning.startup is 100001; allowed: at most 100,000"),
         ({"tuning": Tuning((), budget=100_001)}, "tuning.budget is 100001; allowed: at most 100,000"),
         (
@@ -160,6 +171,35 @@ def test_what_no_study_has_is_refused_before_anything_else_is_looked_at(
 ) -> None:
     found = problems(replace(study, **change))  # type: ignore[arg-type]
     assert found[0].startswith(words) and not any(each.startswith("control") for each in found)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "every", "grace"),
+    [(9, 2, 2), (9, 3, 3), (9, 4, 8), (9, 5, 9), (9, 100, 9)],  # with a grace of 9 epochs there is no rung
+)
+def test_a_screen_compares_at_epochs_that_are_validated_or_not_at_all(
+    study: Study, epochs: int, every: int, grace: int
+) -> None:
+    recipe = replace(study.recipe, epochs=epochs, validate_every=every)
+    assert check(replace(study, recipe=recipe, screen=replace(study.screen, grace=grace)))
+
+
+def test_how_often_a_teacher_is_validated_has_nothing_to_do_with_the_rungs(study: Study) -> None:
+    assert check(replace(study, teacher_recipe=replace(study.teacher_recipe, epochs=9, validate_every=5)))
+
+
+def test_how_often_to_validate_can_be_set_for_students_and_teachers() -> None:
+    path, settings = find("ablation"), ("recipe.validate_every=2", "screen.grace=2", "teacher_recipe.validate_every=5")
+    found = resolve(path, "laptop", settings=settings)
+    assert (found.recipe.validate_every, found.teacher_recipe.validate_every) == (2, 5)
+    assert from_json(to_json(found)) == found
+    with pytest.raises(UserError, match=r"--set recipe.validate_every is 2.5; allowed: a whole number$"):
+        resolve(path, "laptop", settings=("recipe.validate_every=2.5",))
+
+
+def test_a_study_that_validates_every_epoch_is_recorded_as_before_there_was_a_choice(study: Study) -> None:
+    assert digest(to_json(study)) == "38b6ad46493b7393d7fee310f326258ed648af3808342e9aded7153cd15e5734"
+    assert from_json(to_json(study)) == study
 
 
 def test_a_question_may_have_lines(study: Study) -> None:

@@ -1,6 +1,6 @@
 """The training loop: what must be equal to the bit, and what must not happen."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from tune_kd.data import datasets
 from tune_kd.data.augment import prepare
 from tune_kd.data.datasets import DataSet
 from tune_kd.study.spec import Recipe
-from tune_kd.study.trial import Answering
+from tune_kd.study.trial import Answering, Trial
 from tune_kd.system.errors import CorruptFile
 from tune_kd.training import loop as training
 from tune_kd.training.checkpoints import Checkpoints
 from tune_kd.training.device import autocast
 from tune_kd.training.loop import Diverged, batches, best_weights, learning_rate, train
+from tune_kd.training.step import Step
 from tune_kd.training.teachers import Teacher, TeacherChanged, load_teacher, publish_teacher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,6 +47,69 @@ def test_a_resumed_trial_equals_an_uninterrupted_one_bit_for_bit(
     assert [exact(epoch) for epoch in before[:-1] + after] == [exact(epoch) for epoch in whole]
     assert whole[-1].outcome is not None
     assert whole[-1].outcome.weights_digest == after[-1].outcome.weights_digest  # type: ignore[union-attr]
+
+
+def seldom(epochs: int, every: int) -> Trial:
+    return replace(trial("none"), recipe=replace(trial("none").recipe, epochs=epochs, validate_every=every))
+
+
+def test_only_every_kth_epoch_and_the_last_is_validated_and_the_training_stays_the_same(
+    pixels: DataSet, tmp_path: Path
+) -> None:
+    whole = run(seldom(7, 1), pixels, None, tmp_path / "whole")
+    found = run(seldom(7, 3), pixels, None, tmp_path / "found")
+    assert [row.epoch for row in found if row.val_accuracy is not None] == [3, 6, 7]
+    for one, other in zip(found, whole, strict=True):
+        validated = one.epoch in (3, 6, 7)
+        assert (one.val_accuracy, one.val_loss) == ((other.val_accuracy, other.val_loss) if validated else (None, None))
+        unlike = ("val_accuracy", "val_loss", *(asdict(outcome) if (outcome := one.outcome) else ()))
+        assert exact(one, *unlike) == exact(other, *unlike)
+    outcome, theirs = found[-1].outcome, whole[-1].outcome
+    assert outcome is not None and theirs is not None
+    best = max((found[place - 1] for place in (3, 6, 7)), key=lambda row: row.quality)
+    assert (outcome.best_epoch, outcome.val_accuracy_best) == (best.epoch, best.val_accuracy)
+    assert outcome.test_accuracy == theirs.test_accuracy
+    last = [Checkpoints(tmp_path / name).load() for name in ("found", "whole")]
+    weights = [training.part("student.", saved[0]) for saved in last if saved is not None]
+    assert all(torch.equal(each, weights[1][name]) for name, each in weights[0].items())
+
+
+@pytest.mark.parametrize("killed_after", [1, 4])
+def test_a_trial_that_is_resumed_between_two_validations_equals_an_uninterrupted_one_bit_for_bit(
+    killed_after: int, pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third epoch is made the best: its weights must outlast the epochs after it."""
+    monkeypatch.setattr(training, "_validate", lambda epoch, *_: (1.0 / epoch, 1.0))
+    one = seldom(7, 3)
+    whole = run(one, pixels, None, tmp_path / "whole")
+    checkpoints = Checkpoints(tmp_path / "cut")
+    for until in (killed_after, killed_after + 1):  # what was resumed is saved again, and must be whole as well
+        begun = train(one, pixels, None, device=CPU, checkpoints=checkpoints, checkpoint_every=0.0, acknowledged=0)
+        before = list(islice(begun, until))
+        begun.close()
+        saved = checkpoints.load()
+        assert saved is not None
+        if until < 7:
+            assert any(name.startswith("best.") for name in saved[0]) == (until > 3)
+    after = run(one, pixels, None, tmp_path / "cut", acknowledged=len(before))
+    assert [exact(epoch) for epoch in before + after] == [exact(epoch) for epoch in whole]
+    outcome = whole[-1].outcome
+    assert outcome is not None and (outcome.best_epoch, outcome.val_accuracy_best) == (3, 1 / 3)
+    assert not all(
+        torch.equal(each, best_weights(checkpoints)[name])
+        for name, each in training.part("student.", checkpoints.load()[0]).items()  # type: ignore[index]
+    )
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_trial_in_the_epoch_that_is_validated(
+    pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = Step.logits
+    monkeypatch.setattr(Step, "logits", lambda *given: logits(*given) * float("nan"))
+    epochs = train(seldom(4, 2), pixels, None, device=CPU, checkpoints=Checkpoints(tmp_path))
+    assert next(epochs).val_loss is None
+    with pytest.raises(Diverged, match="the validation loss of epoch 2 is nan"):
+        next(epochs)
 
 
 def test_a_trial_that_is_to_leave_writes_its_state_first(pixels: DataSet, tmp_path: Path) -> None:

@@ -40,13 +40,14 @@ def rank_correlations(records: Records, *, everywhere: bool = False) -> pd.DataF
     """Spearman's correlation of validation accuracy at a rung with that at the last epoch, with its 95 % interval: one
     row per run, stratum and rung, over completed student trials.
 
-    With `everywhere`, one row per epoch (at most a thousand and the rungs), and `rung` is null elsewhere. Stopped
-    trials are missing, so the correlations describe the arms that survived. Null for fewer than three trials, the
-    interval for fewer than four.
+    With `everywhere`, one row per validated epoch (at most a thousand and the rungs), and `rung` is null elsewhere.
+    Stopped trials are missing, so the correlations describe the arms that survived. Null for fewer than three trials,
+    the interval for fewer than four.
     """
     rows: list[dict[str, Any]] = []
     for run, study in records.studies.items():
-        screen, trials = from_json(study["study"]).screen, records.trials[records.trials["run"] == run]
+        declared, trials = from_json(study["study"]), records.trials[records.trials["run"] == run]
+        screen, every = declared.screen, declared.recipe.validate_every
         ended = trials[(trials["role"] == Role.STUDENT) & (trials["status"] == Status.COMPLETED)]
         levels: list[dict[Any, Any]] = ended.to_dict("records")
         named = ended.assign(
@@ -54,7 +55,7 @@ def rank_correlations(records: Records, *, everywhere: bool = False) -> pd.DataF
         )
         for budget in named["budget"].unique().tolist():
             rungs = screen.rungs(budget)
-            wanted = _some(budget, rungs) if everywhere else rungs
+            wanted = _some(budget, every, rungs) if everywhere else rungs
             curves = _curves(records.epochs, [*wanted, budget])
             for name, group in named[named["budget"] == budget].groupby("stratum", sort=False):
                 table = curves.reindex(pd.MultiIndex.from_frame(group[["run", "trial_id"]])).dropna()
@@ -66,9 +67,9 @@ def rank_correlations(records: Records, *, everywhere: bool = False) -> pd.DataF
     return typed(rows, "run stratum epoch rung n rho rho_low rho_high")
 
 
-def _some(budget: int, rungs: list[int]) -> list[int]:
-    """The epochs before the last of a budget: all, or a thousand and the rungs."""
-    return sorted({*range(1, budget, -(-budget // 1000)), *rungs})
+def _some(budget: int, every: int, rungs: list[int]) -> list[int]:
+    """The validated epochs before the last of a budget: all, or a thousand and the rungs."""
+    return sorted({*range(every, budget, every * -(-budget // (1000 * every))), *rungs})
 
 
 def _curves(epochs: pd.DataFrame, wanted: list[int]) -> pd.DataFrame:
@@ -101,7 +102,8 @@ def noise_margins(records: Records, study: Study) -> list[float]:
     if not margins or None in margins:
         raise UserError(
             f"--margin-from is {', '.join(records.runs)}, where no control ({study.control}) has two seeds that ran "
-            f"{budget} epochs on {study.data.name} at scale {study.scale} to their end; name a run that has"
+            f"{budget} epochs on {study.data.name} at scale {study.scale} to their end, validated at the rungs "
+            f"({', '.join(map(str, rungs))}); name a run that has"
         )
     return [round(margin, 6) for margin in margins if margin is not None]
 

@@ -75,8 +75,8 @@ def warnings(plan: Plan, out: Path) -> list[str]:
         doubtful = [epoch for epoch in sorted(epochs) if epoch >= screen.grace and not epochs[epoch].positive]
         if found is None or not doubtful:
             continue
-        supported = max(doubtful) + 1
-        later = f"from epoch {supported} on they did" if supported in epochs else "it supports none"
+        supported = min((epoch for epoch in epochs if epoch > max(doubtful)), default=None)
+        later = f"from epoch {supported} on they did" if supported else "it supports none"
         said.append(
             f"screen.grace is {screen.grace}, shorter than the run {found.run} supports: in {name} the ranks at epoch "
             f"{doubtful[0]} did not foretell those at the end ({epochs[doubtful[0]]}); {later}"

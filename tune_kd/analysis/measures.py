@@ -63,7 +63,7 @@ def costs(records: Records, target: float | None = None) -> pd.DataFrame:
     `train_seconds` is training and evaluation, `answer_seconds` waiting for teacher logits, `wall_seconds` the whole
     trial; `gpu_seconds` and `cpu_seconds` are `wall_seconds` times its GPU share and its threads. No arm includes the
     training of its teacher. `reached` counts the trials whose validation accuracy reached `target`; `epochs_to_target`
-    is the mean of the first such epoch, null unless all trials reached it.
+    is the mean of the first such epoch, null unless all trials reached it. An epoch that was not validated is none.
     """
     found = [_costs_of(records.of(run), target) for run in records.runs]
     return pd.concat(found, ignore_index=True)

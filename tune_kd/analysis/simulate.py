@@ -86,10 +86,16 @@ def curves(records: Records, study: Study, strata: Sequence[str] | None) -> Curv
     them (a control, if strata are teachers) is left out. The run's study says which arms are immune; in tables without
     a study these have the method `study.control`. Raises `UserError` if nothing can be replayed.
     """
-    if any(study.get("searches") for study in records.studies.values()):
-        raise UserError(
-            "--curves is a run that was tuned, whose draws are no grid of arms; allowed: a run that was not"
-        )
+    for each in records.studies.values():
+        if each.get("searches"):
+            raise UserError(
+                "--curves is a run that was tuned, whose draws are no grid of arms; allowed: a run that was not"
+            )
+        if (every := each["study"].get("recipe", {}).get("validate_every", 1)) > 1:
+            raise UserError(
+                f"--curves is a run of which recipe.validate_every is {every}, so its curves have gaps; allowed: a run "
+                "where it is 1"
+            )
     trials = records.trials[records.trials["role"] == Role.STUDENT]
     if trials.empty:
         raise UserError("--curves has no student's trial; allowed: tables with one, in a phase that is not `teacher`")

@@ -160,7 +160,7 @@ class Driver:
                 self._advance(row, epoch)
             row["host"], row["device"] = where.host, where.device
             decision = None
-            if trial.phase == Phase.SCREEN:
+            if trial.phase == Phase.SCREEN and epoch.val_accuracy is not None:  # rungs are validated epochs
                 decision = self._schedule.report(trial_id, trial.arm, epoch.epoch, epoch.val_accuracy)
             if decision is not None and state == "new":
                 self.decisions.append(decision)
@@ -251,7 +251,9 @@ class Driver:
     def _advance(self, row: TrialRow, epoch: Epoch) -> None:
         """Update the row of a trial that has a new epoch."""
         self._attempts.got_on(row["trial_id"])
-        row["epochs_run"], row["val_accuracy"] = epoch.epoch, epoch.val_accuracy
+        row["epochs_run"] = epoch.epoch
+        if epoch.val_accuracy is not None:
+            row["val_accuracy"] = epoch.val_accuracy
         reached = epoch.quality
         if reached > self._best.get(row["trial_id"], (-1.0, 0.0)):
             self._best[row["trial_id"]] = reached

@@ -148,7 +148,7 @@ def _train(
             start_measuring(device)
             count = min(len(data.train.labels), PROBE_STEPS * student.recipe.batch_size)
             small = replace(data, train=Split(data.train.images[:count], data.train.labels[:count]))
-            trial = replace(student, recipe=replace(student.recipe, epochs=PROBE_EPOCHS + 2))
+            trial = replace(student, recipe=replace(student.recipe, epochs=PROBE_EPOCHS + 2, validate_every=1))
             helper = None
             if teacher is not None:  # random weights cost as much as trained ones
                 cell, folder = teacher.cell, Path(name, "teachers")

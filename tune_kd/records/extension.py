@@ -11,7 +11,7 @@ from typing import Any
 
 from tune_kd.records.run_folder import Run, source_record, trials
 from tune_kd.records.sync import STUDY
-from tune_kd.study.discover import Source
+from tune_kd.study.discover import Source, to_json
 from tune_kd.study.spec import Study
 from tune_kd.study.trial import UNENDED, digest
 from tune_kd.system.crash_points import point
@@ -86,7 +86,7 @@ def extended(run: Run, settings: Sequence[str] = ()) -> Run:
 def record_extension(run: Run) -> None:
     """Write the result of `extended` into `study.json`. The first study and its hash stay beside it."""
     record = unsealed(read(run.folder / STUDY, MOST_RECORD_BYTES), run.folder / STUDY)
-    resolved, planned = asdict(run.study), run.plan
+    resolved, planned = to_json(run.study), run.plan
     record |= {"look": run.look, "trials": [trial.trial_id for trial in planned.trials], "source": source_record(run)}
     if digest(resolved) != record["study_sha256"]:
         arms = [{"name": arm.name, "role": arm.role} for arm in planned.arms]

@@ -155,11 +155,12 @@ def _as_of(first: TrialRow, row: TrialRow, epochs: list[Epoch]) -> TrialRow:
     then = first | cast(TrialRow, {name: value for name, value in row.items() if name in names})
     if not epochs:
         return then
-    best = max(epochs, key=lambda each: each.quality)
+    validated = [each for each in epochs if each.val_accuracy is not None]
+    best = max(validated, key=lambda each: each.quality, default=None)
     return then | {
         "epochs_run": len(epochs),
-        "val_accuracy": epochs[-1].val_accuracy,
-        "val_accuracy_best": best.val_accuracy,
-        "best_epoch": best.epoch,
+        "val_accuracy": validated[-1].val_accuracy if validated else None,
+        "val_accuracy_best": best.val_accuracy if best else None,
+        "best_epoch": best.epoch if best else None,
         "train_seconds": sum(each.seconds for each in epochs),
     }

@@ -20,7 +20,7 @@ from tune_kd.records.sqlite_file import too_long
 from tune_kd.records.sync import HOLDER, STUDY, pull, runs as in_store
 from tune_kd.study import record as study_record
 from tune_kd.study.brought import Code, codes, packages
-from tune_kd.study.discover import Source, from_json
+from tune_kd.study.discover import Source, from_json, to_json
 from tune_kd.study.plan import Plan, plan
 from tune_kd.study.source import digests as known_digests
 from tune_kd.study.spec import Study
@@ -167,7 +167,7 @@ def create(run: Run) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     planned = run.plan
     contrasts = [asdict(contrast) for contrast in planned.contrasts]
-    resolved = asdict(run.study)
+    resolved = to_json(run.study)
     data_dir = None if run.data_dir is None else str(run.data_dir.absolute())
     record = {
         "run": run.name,

@@ -88,6 +88,7 @@ def curves(records: Records, styles: Styles) -> Made:
     trials = accuracy.completed_trials(records)
     trials = trials.assign(stem=trials["stem"].fillna(""), method=trials["method"].map(str))
     rows = trials[["run", "trial_id", "arm", "stem", "method"]].merge(records.epochs, on=["run", "trial_id"])
+    rows = rows.dropna(subset="val_accuracy")  # a line leads through the epochs that were validated
     if rows.empty:
         return None
     stems, more = style.first_panels(rows["stem"].unique().tolist(), "stems")

@@ -142,8 +142,8 @@ def estimate(trials: Iterable[Trial], answering: Mapping[str, Answering], rate: 
 def flop(trial: Trial) -> float:
     """Floating-point operations of a trial: training, evaluation, and the teacher where it runs beside the student."""
     images, epochs = images_of(trial), trial.recipe.epochs
-    trained = epochs * (3 * images.train * trial.method.views + images.validation)
-    total = _forward(trial, trial.architecture) * (trained + 2 * images.test)
+    passes = 3 * epochs * images.train * trial.method.views + trial.recipe.validations * images.validation
+    total = _forward(trial, trial.architecture) * (passes + 2 * images.test)
     if trial.method.runs_teacher:
         total += _forward(trial, _teacher(trial)) * epochs * images.train * trial.method.views
     return total

@@ -17,6 +17,7 @@ from tune_kd.study import brought
 from tune_kd.study.plan import checked
 from tune_kd.study.source import StudyFile, executed, folders
 from tune_kd.study.spec import DATA_SETS, Data, Factor, Study
+from tune_kd.study.trial import hashed
 from tune_kd.system.adapters import adapter
 from tune_kd.system.errors import UserError, raise_problems
 from tune_kd.system.files import read
@@ -99,8 +100,14 @@ def _made(file: StudyFile, make: Callable[..., Study], data: str | None) -> Stud
 
 
 def from_json(value: Any) -> Study:
-    """The study in `study.json`: the inverse of `dataclasses.asdict`."""
+    """The study in `study.json`: the inverse of `to_json` and of `dataclasses.asdict`."""
     return adapter(Study).validate_python(value)
+
+
+def to_json(study: Study) -> dict[str, Any]:
+    """The study as `study.json` has it. Its recipes are `hashed`, so that the hash of an old study stays."""
+    value = asdict(study)
+    return value | {name: hashed(value[name]) for name in ("recipe", "teacher_recipe")}
 
 
 def _with_settings(path: Path, study: Study, settings: Sequence[str]) -> Study:

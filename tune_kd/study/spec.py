@@ -108,6 +108,17 @@ class Recipe:
     # Of matrix products and convolutions. Weights and their updates are always float32.
     precision: Annotated[str, one_of(PRECISIONS)] = "float32"
     compile: bool = False  # with torch.compile, at the cost of a slower first epoch
+    # Epochs from one evaluation on the validation images to the next. The last epoch always has one.
+    validate_every: Annotated[int, at_least(1), most(MOST_EPOCHS)] = 1
+
+    def validates(self, epoch: int) -> bool:
+        """Whether the network is evaluated on the validation images after this epoch (from 1)."""
+        return epoch % self.validate_every == 0 or epoch == self.epochs
+
+    @property
+    def validations(self) -> int:
+        """The number of epochs after which it is."""
+        return -(-self.epochs // self.validate_every)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum, auto
@@ -181,7 +182,12 @@ def recipe_id(recipe: Row) -> str:
 
 def _schedule(recipe: Row) -> dict[str, Any]:
     """The recipe without the precision."""
-    return {name: value for name, value in recipe.items() if name not in ("precision", "compile")}
+    return {name: value for name, value in hashed(recipe).items() if name not in ("precision", "compile")}
+
+
+def hashed(recipe: Row) -> dict[str, Any]:
+    """A recipe as hashes have it: without `validate_every` where that is 1, as it was before there was such a field."""
+    return {name: value for name, value in recipe.items() if (name, value) != ("validate_every", 1)}
 
 
 def _precision(recipe: Row) -> str:
@@ -225,8 +231,8 @@ class Epoch:
     """One epoch of a trial. The last one holds the outcome."""
 
     epoch: int  # from 1
-    val_accuracy: float
-    val_loss: float
+    val_accuracy: float | None  # None, as `val_loss`, in an epoch that was not validated: see `Recipe.validate_every`
+    val_loss: float | None
     train_loss: float
     train_accuracy: float
     loss_ce: float
@@ -249,7 +255,10 @@ class Epoch:
         """Sort key of epochs: the highest validation accuracy, then the lowest validation loss.
 
         Accuracies are often equal with few validation images, and the first epoch of these would often be an early one.
+        An epoch that was not validated is below all others.
         """
+        if self.val_accuracy is None or self.val_loss is None:
+            return -math.inf, -math.inf
         return self.val_accuracy, -self.val_loss
 
 

@@ -275,11 +275,21 @@ def _screen_problems(study: Study) -> list[str]:
         problems.append(f"screen.grace is {screen.grace}, longer than the budget {budget}; allowed: 1 to {epochs}")
     elif screen.grace >= 1 and screen.reduction >= 2:  # otherwise there are no rungs
         problems += margin_problems(screen, epochs)
+        problems += _rung_problems(screen, epochs, study.recipe.validate_every)
     known = study.factor_names
     unknown = [name for name in screen.strata or () if name not in known]
     if screen.strata == ():
         problems.append("screen.strata is empty; allowed: null for all with all, or some of " + ", ".join(known))
     return problems + [f"screen.strata names {name!r}; allowed: {', '.join(known)}" for name in unknown]
+
+
+def _rung_problems(screen: Screen, epochs: int, every: int) -> Iterator[str]:
+    """A message for rungs at epochs that are not validated."""
+    rungs = screen.rungs(epochs)
+    if every > 1 and any(rung % every for rung in rungs):
+        named = ", ".join(map(str, rungs))
+        yield (f"screen.grace is {screen.grace} (rungs: {named}) while recipe.validate_every is {every}; allowed: a "
+               f"grace that is a multiple of validate_every, or {epochs}, without a rung")  # fmt: skip
 
 
 def margin_problems(screen: Screen, epochs: int) -> list[str]:

@@ -41,13 +41,15 @@ class _Progress:
     rows: list[Epoch] = field(default_factory=list)
 
     @property
-    def best_row(self) -> Epoch:
-        """The best epoch so far, by its `quality`."""
-        return max(self.rows, key=lambda row: row.quality)
+    def best_row(self) -> Epoch | None:
+        """The best epoch so far, by its `quality`. None before the first that was validated."""
+        best = max(self.rows, key=lambda row: row.quality)
+        return None if best.val_accuracy is None else best
 
     def tensors(self) -> dict[str, Tensor]:
-        """The best weights by name. Empty if they are the last ones, which a checkpoint holds anyway."""
-        best = {} if self.best_row is self.rows[-1] else self.best
+        """The best weights by name. Empty before there are any, and if they are the last ones, which a checkpoint holds
+        anyway."""
+        best = {} if self.best_row in (None, self.rows[-1]) else self.best
         return {f"best.{name}": tensor for name, tensor in best.items()}
 
 
@@ -87,7 +89,7 @@ def train(
             with float32_as(trial.recipe.precision):
                 row = _epoch(trial, epoch, teacher, step)
                 progress.rows.append(row)
-                if progress.best_row.epoch == epoch:
+                if progress.best_row is row:
                     progress.best = {name: tensor.clone() for name, tensor in step.student.state_dict().items()}
                 if last:
                     outcome = _outcome(trial, progress, teacher, step, device)
@@ -129,7 +131,7 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def _epoch(trial: Trial, epoch: int, teacher: Teacher | None, step: Step) -> Epoch:
-    """Train one epoch and evaluate on the validation images."""
+    """Train one epoch, and evaluate on the validation images where the recipe validates it."""
     recipe, data = trial.recipe, step.data
     count, device = len(data.train.labels), data.train.images.device
     method = trial.method
@@ -155,13 +157,10 @@ def _epoch(trial: Trial, epoch: int, teacher: Teacher | None, step: Step) -> Epo
     if not math.isfinite(train_loss):
         raise Diverged(f"the training loss of epoch {epoch} is {train_loss}")
 
-    val_logits = step.logits(data.validation.images)
-    val_loss = float(F.cross_entropy(val_logits, data.validation.labels))
-    if not math.isfinite(val_loss):  # the last step can spoil weights although all training losses were finite
-        raise Diverged(f"the validation loss of epoch {epoch} is {val_loss}")
+    val_accuracy, val_loss = _validate(epoch, step) if recipe.validates(epoch) else (None, None)
     return Epoch(
         epoch=epoch,
-        val_accuracy=_accuracy(val_logits, data.validation.labels),
+        val_accuracy=val_accuracy,
         val_loss=val_loss,
         train_loss=train_loss,
         train_accuracy=train_accuracy,
@@ -190,13 +189,24 @@ def _train_epoch(
     return lr
 
 
+def _validate(epoch: int, step: Step) -> tuple[float, float]:
+    """Accuracy and loss on the validation images."""
+    split = step.data.validation
+    logits = step.logits(split.images)
+    loss = float(F.cross_entropy(logits, split.labels))
+    if not math.isfinite(loss):  # the last step can spoil weights although all training losses were finite
+        raise Diverged(f"the validation loss of epoch {epoch} is {loss}")
+    return _accuracy(logits, split.labels), loss
+
+
 def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return int((logits.argmax(1) == labels).sum()) / len(labels)
 
 
 def _outcome(trial: Trial, progress: _Progress, teacher: Teacher | None, step: Step, device: torch.device) -> Outcome:
     """Evaluate on the test images, with the last and with the best-validation weights."""
-    student, data = step.student, step.data
+    student, data, best = step.student, step.data, progress.best_row
+    assert best is not None and best.val_accuracy is not None, "the last epoch is always validated"
     labels = data.test.labels
     last = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     logits = step.logits(data.test.images)
@@ -207,8 +217,8 @@ def _outcome(trial: Trial, progress: _Progress, teacher: Teacher | None, step: S
     weights = {f"last.{name}": each for name, each in last.items()}
     weights |= {f"best.{name}": each for name, each in progress.best.items()}
     return Outcome(
-        best_epoch=progress.best_row.epoch,
-        val_accuracy_best=progress.best_row.val_accuracy,
+        best_epoch=best.epoch,
+        val_accuracy_best=best.val_accuracy,
         test_accuracy=_accuracy(logits, labels),
         test_accuracy_best=_accuracy(best_logits, labels),
         agreement=None if theirs is None else float(metrics.agreement(best_logits, theirs)),

@@ -1,0 +1,106 @@
+"""A study that validates every other epoch, really trained: from its records to its report."""
+
+import math
+import shutil
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import tiny, trained_once
+from tune_kd.analysis import early_stopping, simulate
+from tune_kd.execute.verify import verify
+from tune_kd.records import rebuild
+from tune_kd.records.ledger import Ledger, reading
+from tune_kd.records.reader import Records, load
+from tune_kd.records.run_folder import reopen
+from tune_kd.records.schema import EPOCHS, LEDGER, TRIALS
+from tune_kd.reporting import figures, report as reporting
+from tune_kd.study.spec import Confirm, Factor
+from tune_kd.system.errors import UserError
+
+EPOCHS_RUN = 5  # validated: 2, 4 and 5
+
+
+@pytest.fixture(scope="module")
+def seldom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tiny()
+    study = replace(
+        base,
+        factors=(Factor("stem", ("cifar",)), Factor("method", ("none", "logit"))),
+        contrasts=base.contrasts[:1],
+        moderator=None,
+        reference=(),
+        recipe=replace(base.recipe, epochs=EPOCHS_RUN, validate_every=2),
+        teacher_recipe=replace(base.teacher_recipe, validate_every=2),
+        screen=replace(base.screen, grace=2, strata=("stem",)),
+        confirm=Confirm(seeds=(1,)),
+    )
+    return trained_once(study, "seldom", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def records(seldom: Path) -> Records:
+    return load(seldom)
+
+
+def test_what_was_not_validated_is_null_and_the_rest_is_known(records: Records) -> None:
+    students = records.trials[records.trials["role"] == "student"]
+    epochs = records.epochs[records.epochs["trial_id"].isin(students["trial_id"])]
+    for name in ("val_accuracy", "val_loss"):
+        assert epochs.loc[epochs[name].notna(), "epoch"].value_counts().to_dict() == dict.fromkeys((2, 4, 5), 4)
+    assert len(epochs) == 4 * EPOCHS_RUN and epochs["train_loss"].notna().all()
+    assert set(students["best_epoch"]) <= {2, 4, 5} and (students["status"] == "completed").all()
+    last = epochs[epochs["epoch"] == EPOCHS_RUN].set_index("trial_id")["val_accuracy"]
+    assert students.set_index("trial_id")["val_accuracy"].equals(last.reindex(students["trial_id"]))
+    assert set(records.decisions["epoch"]) == {2, 4}
+
+
+def test_such_a_run_is_reported_with_lines_through_the_epochs_that_were_validated(
+    records: Records, tmp_path: Path
+) -> None:
+    drawn = {each.name: each.figure for each in figures.draw(records)}
+    assert {"curves", "rungs", "foretelling", "timeline"} <= set(drawn)
+    lines = [line for axes in drawn["curves"].axes for line in axes.lines]
+    assert [list(map(float, line.get_xdata())) for line in lines] == [[2.0, 4.0, 5.0]] * 2  # type: ignore[arg-type]
+    assert all(0 < height < math.inf for line in lines for height in line.get_ydata())  # type: ignore[union-attr]
+    assert reporting.report(records, tmp_path).is_file()
+    foretelling = early_stopping.rank_correlations(records, everywhere=True)
+    assert set(foretelling["epoch"]) == {2, 4} and (foretelling["n"] == 4).all()
+
+
+def test_its_curves_are_not_whole_so_that_no_early_stopping_is_replayed_on_them(seldom: Path) -> None:
+    with pytest.raises(UserError, match=r"--curves is a run of which recipe.validate_every is 2, so its curves have"):
+        simulate.curves(load(seldom), reopen(seldom).study, None)
+
+
+@pytest.mark.parametrize(("kept", "known"), [(1, (1, None, None, None)), (3, (3, 2, 2, 2))])
+def test_a_ledger_that_is_made_again_knows_the_last_and_best_of_what_was_validated(
+    seldom: Path, tmp_path: Path, kept: int, known: tuple[Any, ...]
+) -> None:
+    """`known`: the epochs that ran, and the epochs of the last, the best and the recorded best accuracy."""
+    run = tmp_path / "results" / seldom.name
+    shutil.copytree(seldom.parent, run.parent)
+    assert verify(run) == []
+    with reading(run / LEDGER) as ledger:
+        (trial, *_) = (row["trial_id"] for row in ledger.rows(TRIALS) if row["arm"] == "cifar/logit")
+    (tmp_path / "earlier").mkdir()
+    with closing(Ledger(tmp_path / "earlier" / LEDGER)) as ledger, reading(run / LEDGER) as whole:
+        with ledger.transaction():
+            for row in whole.rows(TRIALS):
+                ledger.put(TRIALS, row)
+            for each in whole.rows(EPOCHS):
+                if each["trial_id"] != trial or each["epoch"] <= kept:
+                    ledger.put(EPOCHS, each)
+        ledger.write_tables(run)
+    content = bytearray((run / LEDGER).read_bytes())
+    content[int(0.6 * len(content))] ^= 1
+    (run / LEDGER).write_bytes(content)
+    with closing(rebuild.opened(reopen(run), lambda _: None)) as ledger:
+        (row,) = [row for row in ledger.rows(TRIALS) if row["trial_id"] == trial]
+        accuracy = {each["epoch"]: each["val_accuracy"] for each in ledger.rows(EPOCHS) if each["trial_id"] == trial}
+    assert (row["epochs_run"], row["val_accuracy"], row["val_accuracy_best"], row["best_epoch"]) == (
+        known[0], accuracy.get(known[1]), accuracy.get(known[2]), known[3]
+    )  # fmt: skip
