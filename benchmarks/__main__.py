@@ -1,15 +1,18 @@
 """`python -m benchmarks NAME ...`: run benchmarks by name, or all that this machine can run."""
 
 import json
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import Result, attempted, machine
+from benchmarks.measure import NOT_MEASURED, Result, attempted, machine
+from benchmarks.workers import Budget
 
 
 def step(count: int) -> Iterable[Result]:
@@ -59,62 +62,74 @@ def report(count: int) -> Iterable[Result]:
     yield from tables.large(count)
 
 
-def gpu(count: int) -> Iterable[Result]:
-    """Seconds an epoch at paper scale on a GPU, against the plain loop and the floor, alone and packed."""
+def gpu(count: int, levers: bool = False) -> Iterable[Result]:
+    """Seconds an epoch at paper scale on a GPU, alone and amortised; or what might make them fewer."""
+    began = time.monotonic()
     import torch
 
-    from benchmarks import gpu
+    from benchmarks import gpu, levers as levers_of_gpu
 
     if not torch.cuda.is_available():
-        Console(stderr=True).print("gpu: no GPU here; on a machine with one: python -m benchmarks gpu", highlight=False)
+        again = f"python -m benchmarks gpu{' --levers' if levers else ''}"
+        Console(stderr=True).print(f"gpu: no GPU here; on a machine with one: {again}", highlight=False)
         return
-    yield from attempted(gpu.rows(count))
-
-
-def levers(count: int) -> Iterable[Result]:
-    """What might make training on a GPU faster, and is not in tune_kd before a GPU has shown it."""
-    import torch
-
-    from benchmarks import levers
-
-    if not torch.cuda.is_available():
-        Console(stderr=True).print("levers: no GPU here; with one: python -m benchmarks levers", highlight=False)
-        return
-    yield from attempted(levers.rows())
+    seconds = levers_of_gpu.SECONDS if levers else gpu.SECONDS
+    budget = Budget(seconds - (time.monotonic() - began))
+    yield from attempted(levers_of_gpu.rows(budget) if levers else gpu.rows(count, budget), budget)
 
 
 BENCHMARKS: dict[str, Callable[[int], Iterable[Result]]] = {
-    each.__name__: each for each in (step, answers, runs, large, watching, report, gpu, levers)
+    each.__name__: each for each in (step, answers, runs, large, watching, report, gpu)
 }
 
 
 def main(
     names: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(BENCHMARKS)}; all by default.")] = None,
     pairs: Annotated[int, typer.Option(min=1, help="Pairs a ratio; figures are medians.")] = 7,
+    levers: Annotated[
+        bool,
+        typer.Option(
+            "--levers", help="With gpu: what might make it faster, each alone and together, in place of its table."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line a figure, on standard output.")] = False,
 ) -> None:
     """Measure on this machine what docs/performance.md tells of."""
     console = Console(stderr=as_json)
     unknown = [name for name in names or () if name not in BENCHMARKS]
     if unknown:
-        Console(stderr=True).print(
-            f"benchmarks: NAME is {', '.join(unknown)}; allowed: {', '.join(BENCHMARKS)}", highlight=False
-        )
-        raise typer.Exit(2)
-    console.print(machine(), highlight=False, soft_wrap=True)
+        _refuse(f"NAME is {', '.join(unknown)}; allowed: {', '.join(BENCHMARKS)}")
+    chosen = {name: BENCHMARKS[name] for name in names or BENCHMARKS}
+    if levers and "gpu" not in chosen:
+        _refuse(f"--levers is of gpu, and NAME is {', '.join(chosen)}")
+    if levers:
+        chosen["gpu"] = partial(gpu, levers=True)
+    here = machine(gpu="gpu" in chosen)
+    console.print(here, highlight=False, soft_wrap=True)
     results = []
-    for name in names or BENCHMARKS:
-        for result in BENCHMARKS[name](pairs):
+    for measure in chosen.values():
+        for result in measure(pairs):
             results.append(result)
             if as_json:
-                typer.echo(json.dumps(as_plain(result) | {"met": result.met, "machine": machine()}))
+                typer.echo(json.dumps(as_plain(result) | {"met": result.met, "machine": here}))
             console.print(line(result), highlight=False, soft_wrap=True)
     console.print(table(results))
-    if failed := [result for result in results if result.error]:
+    if failed := [result for result in results if result.error and result.error != NOT_MEASURED]:
         console.print(f"{len(failed)} of {len(results)} rows failed:", highlight=False)
         for result in failed:
             console.print(f"  {result.name}: {result.error}", highlight=False, soft_wrap=True)
+    if left := [result.name for result in results if result.error == NOT_MEASURED]:
+        console.print(
+            f"{len(left)} of {len(results)} rows were not measured, since the time was over:", highlight=False
+        )
+        for name in left:
+            console.print(f"  {name}", highlight=False, soft_wrap=True)
     raise typer.Exit(0 if all(result.met is not False for result in results) else 1)
+
+
+def _refuse(why: str) -> NoReturn:
+    Console(stderr=True).print(f"benchmarks: {why}", highlight=False)
+    raise typer.Exit(2)
 
 
 def as_plain(result: Result) -> dict[str, Any]:
@@ -124,7 +139,7 @@ def as_plain(result: Result) -> dict[str, Any]:
 
 def line(result: Result) -> str:
     if result.error:
-        return f"{result.name}: failed ({result.error})"
+        return f"{result.name}: {result.error if result.error == NOT_MEASURED else f'failed ({result.error})'}"
     return f"{result.name}: {result.figure:.3g} ({result.low:.3g} to {result.high:.3g}, n {result.n}); {result.detail}"
 
 
@@ -135,7 +150,7 @@ def table(results: list[Result]) -> Table:
         shown.add_column(title, justify="left" if title in ("measure", "bar", "") else "right")
     for each in results:
         if each.error:
-            shown.add_row(each.name, "", "", "", "0", each.bar, "failed")
+            shown.add_row(each.name, "", "", "", "0", each.bar, "" if each.error == NOT_MEASURED else "failed")
             continue
         verdict = {True: "met", False: "not met", None: ""}[each.met]
         figures = (f"{value:.3g}{' ' + each.unit if each.unit else ''}" for value in (each.figure, each.low, each.high))

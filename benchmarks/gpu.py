@@ -1,39 +1,77 @@
 """Paper scale on a GPU: seconds an epoch, what the hardware would allow, and trials side by side.
 
-45,000 images of 32 x 32, batch 128, ResNet-50 to ResNet-18 at width 1, in bfloat16. The images are noise: what a step
-costs does not depend on what is in the picture.
+45,000 images of 32 x 32, batch 128, ResNet-50 to ResNet-18 at width 1, in bfloat16, compiled as tune_kd does it for
+long trials. The images are noise: what a step costs does not depend on what is in the picture. Bars are those of an
+H100.
 """
 
 import math
-import multiprocessing
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from multiprocessing.connection import Connection
+from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.measure import Result, Row, result
 from benchmarks.plain import train_plain
 from benchmarks.steps import STUDENT, TEACHER, cell, trial, untrained_teacher
+from benchmarks.workers import Budget, Pool, fine, pool
 from search_spaces.ablation import study
 from tune_kd.data import datasets
 from tune_kd.data.datasets import DataSet, Split
+from tune_kd.execute import mps
+from tune_kd.execute.mps_daemon import for_children
 from tune_kd.study.cost import macs
-from tune_kd.training import networks
+from tune_kd.study.trial import Epoch
+from tune_kd.training import networks, notices
 from tune_kd.training.checkpoints import Checkpoints
 from tune_kd.training.loop import train
 
-IMAGES, VALIDATION = 45_000, 5_000
+SECONDS = 160.0  # of all rows; the rest of three minutes is for imports, and for processes that do not end
+FIRST, EPOCHS_WITHIN = 100.0, 60.0  # seconds at most: of first epochs, compiled, and of the others together
+IMAGES, VALIDATION, WIDTH = 45_000, 5_000, 1.0
 PRECISION = "bfloat16"
-STEMS = ("cifar", "imagenet")
-METHODS = ("none", "logit", "feature")
-TARGETS = {"none": "<= 0.5", "logit": "<= 0.5", "feature": "<= 1.3"}  # seconds an epoch on an H200, cifar stem
-TOGETHER = (2, 4, 8)
-TIMED = 5  # epochs of each trial that trains beside others
+TIMED = 3  # epochs, at most
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a process trains: a student of a method, or a teacher (`teacher`)."""
+
+    method: str
+    stem: str = "cifar"
+
+    @property
+    def name(self) -> str:
+        arm = {"none": "control", "teacher": "ResNet-50 teacher in training"}.get(self.method, self.method)
+        return f"{arm}, {'CIFAR' if self.stem == 'cifar' else 'ImageNet'} stem"
+
+
+CONTROL = Training("none")
+ALONE = {  # with the bar in seconds an epoch
+    CONTROL: "<= 0.95",
+    Training("feature"): "<= 1.8",
+    Training("teacher"): "<= 2.8",
+    Training("logit"): "",
+    Training("none", "imagenet"): "",
+    Training("logit", "imagenet"): "",
+    Training("feature", "imagenet"): "",
+}
+AMORTISED = (  # over so many trials at a time, with the bar
+    (CONTROL, 4, "<= 0.8"),
+    (CONTROL, 2, ""),
+    (Training("none", "imagenet"), 8, "<= 0.2"),
+    (CONTROL, 8, ""),
+)
+ANSWERS = "answering an epoch's views, ResNet-50, CIFAR stem"
+LATER = "first epoch of a later process over the others, control, CIFAR stem"
 
 
 def noise(train: int = IMAGES, validation: int = VALIDATION) -> DataSet:
@@ -51,25 +89,30 @@ def noise(train: int = IMAGES, validation: int = VALIDATION) -> DataSet:
     )  # fmt: skip
 
 
+def our_training(
+    method: str, stem: str, device: torch.device, data: DataSet, width: float = 1.0, answered: int = 8
+) -> Iterator[Epoch]:
+    """Epochs of ours without end. The teacher of a logit student has a table of answers for so many of them."""
+    recipe = replace(study().recipe, epochs=10**6, precision=PRECISION)
+    with tempfile.TemporaryDirectory() as folder:
+        teacher, one = None, trial(cell("none", stem, width), recipe, None)
+        if method == "teacher":
+            one = replace(one, phase="teacher", cell=replace(one.cell, teacher=TEACHER))
+        elif method != "none":
+            teacher = untrained_teacher(Path(folder), stem, width, recipe, data, device, answered)
+            one = trial(cell(method, stem, width), recipe, teacher.teacher_id)
+        yield from train(
+            one, data, teacher, device=device, checkpoints=Checkpoints(Path(folder)), checkpoint_every=math.inf
+        )
+
+
 def our_epochs(
     method: str, stem: str, count: int, device: torch.device, dataset: DataSet, width: float = 1.0
 ) -> list[tuple[float, float]]:
     """(seconds of training, of the teacher's answers) of `count` epochs of ours, after one in which kernels are chosen
     and the step is captured."""
-    recipe = replace(study().recipe, epochs=10**6, precision=PRECISION)
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        teacher = None
-        if method != "none":
-            teacher = untrained_teacher(Path(folder), stem, width, recipe, dataset, device, count + 1)
-        epochs = train(
-            trial(cell(method, stem, width), recipe, teacher.teacher_id if teacher else None),
-            dataset, teacher, device=device, checkpoints=Checkpoints(Path(folder)), checkpoint_every=math.inf,
-        )  # fmt: skip
-        for _ in range(count + 1):
-            epoch = next(epochs)
-            found.append((len(dataset.train.labels) / epoch.images_per_second, epoch.answer_seconds or 0.0))
-    return found[1:]
+    epochs = islice(our_training(method, stem, device, dataset, width, count + 1), 1, count + 1)
+    return [(len(dataset.train.labels) / each.images_per_second, each.answer_seconds or 0.0) for each in epochs]
 
 
 def plain_epochs(
@@ -117,96 +160,160 @@ def bandwidth(device: torch.device, size: int = 2**30, repeats: int = 20) -> flo
 
 def floor(method: str, stem: str, rate: float) -> float:
     """Seconds that an epoch's multiplications take at `rate`: three forward passes, and the teacher's with features."""
-    student = macs(STUDENT, stem=stem, width=1.0, size=32, classes=10)
-    teacher = macs(TEACHER, stem=stem, width=1.0, size=32, classes=10) if method == "feature" else 0
-    return 2 * (3 * student + teacher) * IMAGES / rate
+    student, teacher = (macs(each, stem=stem, width=1.0, size=32, classes=10) for each in (STUDENT, TEACHER))
+    passes = {"feature": 3 * student + teacher, "teacher": 3 * teacher}.get(method, 3 * student)
+    return 2 * passes * IMAGES / rate
 
 
-def rows(count: int) -> Iterator[Row]:
-    """The table of stems and methods, then trials beside each other."""
+# In the process that measures
+
+
+class First(NamedTuple):
+    """The first epoch of a process: seconds with its evaluation, and with all that comes before."""
+
+    seconds: float
+    with_start: float
+    said: list[str]  # about what is not fast
+
+
+@cache
+def dataset() -> DataSet:
+    """The images of this process."""
+    return noise(IMAGES, VALIDATION)
+
+
+_epochs: Iterator[Epoch] = iter(())
+
+
+def begin(training: Training) -> First:
+    """Train the first epoch, in which the process compiles and captures, in place of what it trained before."""
+    global _epochs
+    torch.set_num_threads(1)
+    _epochs = iter(())
+    data = dataset()
+    notices.take()
+    started = time.perf_counter()
+    _epochs = our_training(training.method, training.stem, torch.device("cuda"), data, WIDTH)
+    first = next(_epochs)
+    return First(first.seconds, time.perf_counter() - started, notices.take())
+
+
+def go_on(count: int) -> list[Epoch]:
+    """The next epochs of what this process trains."""
+    return list(islice(_epochs, count))
+
+
+def trained(epoch: Epoch) -> float:
+    """Seconds of an epoch's training, without evaluation."""
+    return IMAGES / epoch.images_per_second
+
+
+def plain_control() -> float:
+    """Seconds of an epoch of the plain loop."""
+    return plain_epochs("none", "cifar", 1, torch.device("cuda"), dataset(), WIDTH)[0]
+
+
+def rates() -> tuple[float, float]:
+    """Of matrix products and copies."""
     device = torch.device("cuda")
-    name, rate = torch.cuda.get_device_name(device), math.nan
-
-    def matrices() -> Result:
-        nonlocal rate
-        rate = matrix_rate(device)
-        return result("matrix rate, bfloat16", [rate / 1e12], unit="TFLOP/s", detail=name)
-
-    yield "matrix rate, bfloat16", matrices
-    copies = "bandwidth of a copy"
-    yield copies, lambda: result(copies, [bandwidth(device) / 1e12], unit="TB/s", detail=name)
-    for stem in STEMS:
-        for method in METHODS:
-            title = f"epoch, {stem} stem, {method}, {PRECISION}"
-            yield title, partial(_epoch, title, method, stem, count, device, lambda: rate)
-    alone = cache(partial(_together, 1, TIMED))
-    for trials in TOGETHER:
-        title = f"{trials} controls at a time / one after another, cifar stem"
-        yield title, partial(_packed, title, trials, alone)
+    return matrix_rate(device), bandwidth(device)
 
 
-def _epoch(title: str, method: str, stem: str, count: int, device: torch.device, rate: Callable[[], float]) -> Result:
-    dataset = noise()
-    mine = our_epochs(method, stem, count, device, dataset)
-    plain = plain_epochs(method, stem, 1, device, dataset)[0]
-    answers = f"; to answer an epoch's views {mine[0][1]:.2f} s" if method == "logit" else ""
+def serves() -> bool:
+    """Whether MPS serves this process."""
+    return mps.serves()
+
+
+# In the benchmark's own process
+
+
+def rows(count: int, budget: Budget, pools: Callable[[Budget], AbstractContextManager[Pool]] = pool) -> Iterator[Row]:
+    """Rows of single trials, then of several at a time, under MPS where it can be had. All first epochs of single
+    trials are trained at the same time, each in a process of its own."""
+    count = min(count, TIMED)
+    rate = [math.nan]
+    with pools(budget) as processes:
+        for number, (name, unit) in enumerate((("matrix rate, bfloat16", "TFLOP/s"), ("bandwidth of a copy", "TB/s"))):
+            yield name, partial(_rate, name, unit, number, processes, rate)
+        firsts: dict[int, Any] = {}
+        for place, training in enumerate(ALONE):
+            name = f"first epoch of a first process, {training.name}"
+            yield name, partial(_first, name, processes, firsts, place)
+        for place, (training, bar) in enumerate(ALONE.items()):
+            yield f"epoch, {training.name}", partial(_epoch, training, bar, processes, firsts, place, count, rate)
+            if training.method == "logit" and training.stem == "cifar":
+                yield ANSWERS, partial(_answers, processes, firsts, place, count)
+    with for_children("auto" if budget.left else "off"), pools(budget) as processes:
+        yield LATER, partial(_later, processes, count)
+        for training, trials, bar in AMORTISED:
+            name = f"epoch amortised over {trials} trials at a time, {training.name}"
+            yield name, partial(_amortised, name, training, trials, bar, processes, count)
+    with pools(budget) as processes:
+        name = "epoch of the plain loop, control, CIFAR stem"
+        yield name, lambda: result(name, [fine(processes.ask(plain_control, {0: ()}, EPOCHS_WITHIN)[0])], unit="s")
+
+
+def _rate(name: str, unit: str, number: int, processes: Pool, rate: list[float]) -> Result:
+    both = fine(processes.ask(rates, {0: ()}, EPOCHS_WITHIN)[0])
+    rate[0] = both[0]
+    return result(name, [both[number] / 1e12], unit=unit)
+
+
+def _first(name: str, processes: Pool, firsts: dict[int, Any], place: int) -> Result:
+    if not firsts:
+        firsts |= processes.ask(begin, {each: (training,) for each, training in enumerate(ALONE)}, FIRST)
+    first: First = fine(firsts[place])
+    said = "; ".join([f"with the start of CUDA {first.with_start:.1f} s", *first.said])
+    return result(name, [first.seconds], unit="s", detail=f"{said}; all of these at the same time")
+
+
+def _measured(processes: Pool, firsts: dict[int, Any], place: int, count: int) -> list[Epoch]:
+    if place not in firsts:
+        raise RuntimeError("its first epoch was not trained")
+    fine(firsts[place])
+    epochs: list[Epoch] = fine(processes.ask(go_on, {place: (count,)}, EPOCHS_WITHIN)[place])
+    return epochs
+
+
+def _epoch(
+    training: Training, bar: str, processes: Pool, firsts: dict[int, Any], place: int, count: int, rate: Sequence[float]
+) -> Result:
+    epochs = _measured(processes, firsts, place, count)
+    least = floor(training.method, training.stem, rate[0])
+    evaluated = statistics.median(each.seconds for each in epochs)
     return result(
-        title,
-        [trained for trained, _ in mine],
-        unit="s",
-        bar=TARGETS[method] if stem == "cifar" else "",
-        detail=f"plain loop {plain:.2f} s, floor {floor(method, stem, rate()):.2f} s{answers}",
-    )
-
-
-def _packed(title: str, trials: int, alone: Callable[[], float]) -> Result:
-    """Several controls on one GPU at a time, by share, against one after another."""
-    seconds, one = _together(trials, TIMED), alone()
-    return result(
-        title, [seconds / (trials * one)],
-        detail=f"{seconds:.1f} s against {trials * one:.1f} s for {trials} x {TIMED} epochs",
+        f"epoch, {training.name}", [trained(each) for each in epochs], unit="s", bar=bar,
+        detail=f"with its evaluation {evaluated:.2f} s, floor of the training {least:.2f} s",
     )  # fmt: skip
 
 
-def _train_beside(share: float, epochs: int, connection: Connection) -> None:
-    device = torch.device("cuda")
-    torch.cuda.set_per_process_memory_fraction(share)
-    dataset, recipe = noise(), replace(study().recipe, epochs=10**6, precision=PRECISION)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = train(
-            trial(cell("none", "cifar", 1.0), recipe, None), dataset, None,
-            device=device, checkpoints=Checkpoints(Path(folder)), checkpoint_every=math.inf,
-        )  # fmt: skip
-        next(rows)
-        connection.send("ready")
-        connection.recv()
-        for _ in range(epochs):
-            next(rows)
-        connection.send("done")
+def _answers(processes: Pool, firsts: dict[int, Any], place: int, count: int) -> Result:
+    epochs = _measured(processes, firsts, place, count)
+    return result(ANSWERS, [each.answer_seconds or 0.0 for each in epochs], unit="s", bar="<= 0.5")
 
 
-def _together(count: int, epochs: int, beside: Callable[[float, int, Connection], None] = _train_beside) -> float:
-    """Seconds that so many trials take for their epochs at the same time. Raises RuntimeError where one dies."""
-    context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe() for _ in range(count)]
-    processes = [context.Process(target=beside, args=(1 / count, epochs, there)) for _, there in pipes]
-    for process in processes:
-        process.start()
-    for _, there in pipes:
-        there.close()  # so that the death of a process ends what is received from it
-    try:
-        for here, _ in pipes:
-            assert here.recv() == "ready"
-        started = time.perf_counter()
-        for here, _ in pipes:
-            here.send("go")
-        for here, _ in pipes:
-            assert here.recv() == "done"
-        return time.perf_counter() - started
-    except EOFError as error:
-        raise RuntimeError(f"one of {count} trials at a time died; what it said stands above") from error
-    finally:
-        for here, _ in pipes:
-            here.close()
-        for process in processes:
-            process.join()
+def _later(processes: Pool, count: int) -> Result:
+    """What the first epoch takes where another process has left its compiled kernels on disk."""
+    first: First = fine(processes.prepare(begin, {0: (CONTROL,)}, FIRST)[0])
+    others = [each.seconds for each in fine(processes.ask(go_on, {0: (count,)}, EPOCHS_WITHIN)[0])]
+    return result(
+        LATER, [first.seconds - statistics.median(others)], unit="s", bar="<= 2",
+        detail=f"{first.seconds:.2f} s against {statistics.median(others):.2f} s; with the start of CUDA "
+               f"{first.with_start:.1f} s",
+    )  # fmt: skip
+
+
+def _amortised(name: str, training: Training, trials: int, bar: str, processes: Pool, count: int) -> Result:
+    """Seconds of training an epoch and trial, of several at a time."""
+    begun = processes.prepare(begin, dict.fromkeys(range(trials), (training,)), FIRST)
+    for each in begun.values():
+        fine(each)
+    served = fine(processes.ask(serves, {0: ()}, FIRST)[0])
+    started = time.perf_counter()
+    answers = processes.ask(go_on, dict.fromkeys(begun, (count,)), EPOCHS_WITHIN)
+    seconds = time.perf_counter() - started
+    together = zip(*(fine(each) for each in answers.values()), strict=True)  # the first epochs, the second, ...
+    return result(
+        name, [statistics.mean(map(trained, each)) / trials for each in together], unit="s", bar=bar,
+        detail=f"{'MPS' if served else 'no MPS'}; with evaluation, by the clock, {seconds / (trials * count):.3f} s",
+    )  # fmt: skip

@@ -1,168 +1,357 @@
-"""What might make training on a GPU faster, each measured alone and the first ones together, before tune_kd does it.
+"""What might make training on a GPU faster, each lever alone and several together, before tune_kd does it.
 
-Seconds for 45,000 images of 32 x 32 in batches of 128, ResNet-50 to ResNet-18 in bfloat16. A variant that trains
-several students counts the images of all.
+Seconds for 45,000 images of 32 x 32 in batches of 128, ResNet-50 to ResNet-18 in bfloat16: of one process with one
+lever (alone) or several (together), then of several processes at a time. A lever that trains several students counts
+the images of all.
 """
 
+import gc
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.gpu import IMAGES, PRECISION, noise
+from benchmarks import gpu
+from benchmarks.gpu import PRECISION, dataset, serves
 from benchmarks.measure import Result, Row, result
 from benchmarks.steps import cell, trial, untrained_teacher
+from benchmarks.workers import Budget, Pool, fine, pool
 from search_spaces.ablation import study
-from tune_kd.data.augment import Views, draw_views
-from tune_kd.data.datasets import DataSet
-from tune_kd.training import compilation, device as devices, networks, step as stepping
-from tune_kd.training.device import Captured
+from tune_kd.data.augment import Views, draw_views, prepare as prepared, show
+from tune_kd.execute.mps_daemon import for_children
+from tune_kd.training import compilation, networks, notices, step as stepping
+from tune_kd.training.compilation import Compiled, compiled
+from tune_kd.training.device import Captured, autocast
 from tune_kd.training.step import Step
 from tune_kd.training.teachers import Teacher
 
-CALLS = 60  # timed, of a step or of several in one graph
+SECONDS = 220.0  # of all rows; the rest of four minutes is for imports, and for processes that do not end
+PREPARING, MEASURING = 75.0, 20.0  # seconds at most: to build, compile and capture, and to time
+WIDTH = 1.0
+STEPS, REPEATS = 60, 3  # timed: training steps of all students of a process, and how often
+STEPS_BESIDE = 150  # of each process that trains beside others
 WARM_UP = 6  # calls before: the graph is captured in the fourth
+TOGETHER = 8  # processes that are prepared at the same time
+LOSS_SCALE = 1024.0  # of float16, fixed: gradients of a mean over 128 images are small, and the largest is clipped to 5
 
 
 @dataclass(frozen=True)
 class Lever:
     """A way to train: how many students, how many steps of each in one graph, and what is switched on."""
 
-    name: str
     method: str = "none"
     stem: str = "cifar"
-    steps: int = 1  # in one graph
+    compiled: bool = False
+    triton: bool = False  # batch norm, addition and ReLU in one kernel each way: benchmarks/triton_norm.py
+    float16: bool = False  # in place of bfloat16, with a fixed scale of the loss
+    folded: bool = True  # the teacher's batch norms into its convolutions
     students: int = 1  # as parallel branches of one graph
     shares_teacher: bool = False  # one forward pass of the teacher for students of one seed, which see the same views
-    compiled: bool = False
-    folded: bool = True
-    float16: bool = False  # in place of bfloat16; without a scale of the loss, which costs next to nothing
+    steps: int = 1  # in one graph
+
+    @property
+    def switched(self) -> list[str]:
+        """What it does that the plain captured step does not."""
+        words = {
+            "compiled": self.compiled,
+            "Triton norm": self.triton,
+            "float16": self.float16,
+            "teacher not folded": not self.folded,
+            f"{self.students} students in one graph": self.students > 1,
+            "sharing the teacher": self.shares_teacher,
+            f"{self.steps} steps in one graph": self.steps > 1,
+        }
+        return [word for word, is_on in words.items() if is_on]
+
+    @property
+    def name(self) -> str:
+        arm = "control" if self.method == "none" else self.method
+        return ", ".join([arm if self.stem == "cifar" else f"{arm}, ImageNet stem", *self.switched])
+
+    @property
+    def title(self) -> str:
+        return f"{'together' if len(self.switched) > 1 else 'alone'}: {self.name}"
 
 
-LEVERS = (
-    Lever("control"),
-    Lever("control, compiled", compiled=True),
-    Lever("control, float16", float16=True),
-    Lever("control, 4 steps a graph", steps=4),
-    Lever("control, 4 students in one graph", students=4),
-    Lever("control, compiled, 4 students in one graph", students=4, compiled=True),
-    Lever("control, ImageNet stem", stem="imagenet"),
-    Lever("control, ImageNet stem, 8 steps a graph", stem="imagenet", steps=8),
-    Lever("control, ImageNet stem, 8 students in one graph", stem="imagenet", students=8),
-    Lever("feature, teacher as it is", "feature", folded=False),
-    Lever("feature, teacher folded", "feature"),
-    Lever("feature, teacher folded, student compiled", "feature", compiled=True),
-    Lever("feature, teacher folded, shared by 4 students in one graph", "feature", students=4, shares_teacher=True),
+ImageNet, Feature = partial(Lever, stem="imagenet"), partial(Lever, "feature")
+LEVERS = (  # what matters most first; each group of TOGETHER is prepared at the same time
+    Lever(),
+    Lever(compiled=True),
+    Lever(triton=True),
+    Lever(compiled=True, triton=True),
+    Feature(compiled=True),
+    Lever(float16=True),
+    ImageNet(),
+    ImageNet(steps=16),
+    #
+    Lever(students=4),
+    Lever(compiled=True, students=4),
+    ImageNet(students=8),
+    ImageNet(steps=4),
+    Feature(students=4, shares_teacher=True),
+    Feature(compiled=True, students=4, shares_teacher=True),
+    Feature(),
+    Feature(folded=False),
+    #
+    Lever(triton=True, float16=True),
+    Lever(compiled=True, triton=True, students=4),
+    Lever(students=2),
+    Lever(students=8),
+    Lever(steps=4),
+    Lever(steps=16),
+    Lever(compiled=True, float16=True),
+    ImageNet(compiled=True, steps=16),
 )
+BESIDE = (  # with how many processes at a time; most first, so that the others have been prepared
+    (Lever(compiled=True), (8, 4, 2, 1)),
+    (Feature(compiled=True), (4, 2, 1)),
+    (Lever(), (8, 4, 2, 1)),
+    (Feature(), (4, 2, 1)),
+)
+
+
+def rows(budget: Budget, pools: Callable[[Budget], AbstractContextManager[Pool]] = pool) -> Iterator[Row]:
+    """A row for each lever, then several processes at a time, with MPS and without."""
+    with pools(budget) as processes:
+        for first in range(0, len(LEVERS), TOGETHER):
+            group = LEVERS[first : first + TOGETHER]
+            ready: dict[int, Any] = {}
+            for place, lever in enumerate(group):
+                yield lever.title, partial(_alone, processes, group, ready, place)
+    for mps in (True, False):
+        with for_children("auto" if mps and budget.left else "off"), pools(budget) as processes:
+            for lever, counts in BESIDE:
+                for count in counts:
+                    title = f"{count} at a time, {'MPS' if mps else 'no MPS'}: {lever.name}"
+                    yield title, partial(_beside, title, processes, lever, count, mps)
+
+
+def _alone(processes: Pool, group: Sequence[Lever], ready: dict[int, Any], place: int) -> Result:
+    """Of one process; the first row of a group has all of the group made ready, so that nothing else runs then."""
+    lever = group[place]
+    if not ready:
+        ready |= processes.ask(prepare, {each: (other,) for each, other in enumerate(group)}, PREPARING)
+    begun: Ready = fine(ready[place])
+    calls = max(1, STEPS // (lever.steps * lever.students))
+    seconds = fine(processes.ask(timed, {place: (calls, REPEATS)}, MEASURING)[place])
+    return result(
+        lever.title,
+        [each * gpu.IMAGES / (calls * begun.images) for each in seconds],
+        unit="s",
+        detail=f"{1000 * min(seconds) / calls:.2f} ms a call of {begun.images} images; {begun.how}",
+    )
+
+
+def _beside(title: str, processes: Pool, lever: Lever, count: int, mps: bool) -> Result:
+    """Seconds for an epoch's images by the clock, of so many processes at a time."""
+    places = range(count)
+    if fine(processes.ask(serves, {0: ()}, PREPARING)[0]) != mps:
+        raise RuntimeError("MPS is not to be had here" if mps else "an MPS serves here already")
+    ready = processes.prepare(prepare, dict.fromkeys(places, (lever,)), PREPARING)
+    begun: Ready = [fine(each) for each in ready.values()].pop()  # of all, so that one that failed is told
+    calls = STEPS_BESIDE if lever.method == "none" else STEPS_BESIDE // 2
+    started = time.perf_counter()
+    answers = processes.ask(timed, dict.fromkeys(places, (calls, 1)), MEASURING)
+    seconds = time.perf_counter() - started
+    for each in answers.values():
+        fine(each)
+    return result(
+        title,
+        [seconds * gpu.IMAGES / (count * calls * begun.images)],
+        unit="s",
+        detail=f"{count} x {calls} steps in {seconds:.2f} s; {begun.how}",
+    )
+
+
+# In the process that measures
+
+
+class Ready(NamedTuple):
+    """What a process says when it has warmed up."""
+
+    images: int  # of a call, of all students
+    how: str  # it runs, and how long it took to get there
+
+
+_call: Callable[[], None] | None = None
+_around = ExitStack()  # what lasts as long as the lever is pulled
+
+
+def prepare(lever: Lever) -> Ready:
+    """Build a lever's students, and train until kernels are chosen and the graph is captured."""
+    global _call
+    device = torch.device("cuda")
+    torch.set_num_threads(1)
+    release()
+    notices.take()
+    started = time.perf_counter()
+    _call, images = _around.enter_context(_pulled(lever, device))
+    for _ in range(WARM_UP):
+        _call()
+    torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - started
+    how = "launched kernel by kernel" if Captured.given_up else "one graph"
+    return Ready(images, "; ".join([how, f"ready in {seconds:.1f} s", *notices.take()]))
+
+
+def timed(calls: int, repeats: int) -> list[float]:
+    """Seconds of so many calls of what was prepared, again and again."""
+    assert _call is not None
+    found = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(calls):
+            _call()
+        torch.cuda.synchronize()
+        found.append(time.perf_counter() - started)
+    return found
+
+
+def release() -> None:
+    """Free what the lever before has taken, and let what it gave up be tried again."""
+    global _call
+    _call = None
+    _around.close()
+    gc.collect()  # a step refers to itself
+    Captured.given_up.clear()
+    Compiled.given_up.clear()
+    if "torch._dynamo" in sys.modules:  # else it is imported, which takes seconds
+        torch.compiler.reset()
+    torch.cuda.empty_cache()
+
+
+@contextmanager
+def _pulled(lever: Lever, device: torch.device) -> Iterator[tuple[Callable[[], None], int]]:
+    """A function that trains once, and on how many images, while this context lasts."""
+    recipe = replace(study().recipe, epochs=1, precision=PRECISION)
+    data = dataset()
+    with ExitStack() as around:
+        around.enter_context(patch.object(stepping, "Captured", Launched))  # the steps of all are captured, below
+        around.enter_context(patch.object(compilation, "COMPILING_PAYS", 0 if lever.compiled else math.inf))
+        if not lever.folded:
+            around.enter_context(patch.object(networks, "folded", side_effect=RuntimeError("switched off")))
+        if lever.float16:
+            around.enter_context(in_float16(LOSS_SCALE))
+        teacher, sharing = None, None
+        if lever.method != "none":
+            folder = Path(around.enter_context(tempfile.TemporaryDirectory()))
+            teacher = untrained_teacher(folder, lever.stem, WIDTH, recipe, data, device, 1)
+        if teacher is not None and lever.shares_teacher:
+            sharing = Sharing(teacher, lever.compiled)
+        one = trial(cell(lever.method, lever.stem, WIDTH), recipe, "benchmark" if teacher else None)
+        students = [Step(replace(one, seed=1 + place), data, teacher, device) for place in range(lever.students)]
+        for each in students:
+            if lever.triton:
+                from benchmarks.triton_norm import replace_norms  # Triton is there only with CUDA
+
+                replace_norms(each.student)
+            if sharing is not None:
+                each._taught = sharing
+            each.train()
+        views = draw_views(1, 1, len(data.train.labels), pad=data.pad, flip=data.flip).to(device)
+        size = min(recipe.batch_size, len(data.train.labels) // lever.steps)
+        batches = [views[place * size : (place + 1) * size] for place in range(lever.steps)]
+        captured = Captured(partial(_trained, students, sharing, Branches(device)), device)
+        inputs = [part for each in batches for part in (each.order, each.top, each.left, each.flip)]
+        yield partial(captured, *inputs), size * lever.steps * lever.students
+
+
+class Launched(Captured):
+    """A step that is launched kernel by kernel."""
+
+    def __call__(self, *inputs: Tensor) -> None:
+        self._step(*inputs)
 
 
 class Sharing:
     """A teacher whose forward pass of a batch serves all students that ask for it until the next batch."""
 
-    def __init__(self, teacher: Teacher) -> None:
-        self._teacher = teacher
-        self.passed_once: networks.Passed | None = None
+    def __init__(self, teacher: Teacher, is_compiled: bool) -> None:
+        pass_ = partial(networks.forward_with_features, teacher.frozen(PRECISION))
+        self._pass = compiled(pass_) if is_compiled else pass_
+        self._passed: networks.Passed | None = None
+        self.served = 0
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._teacher, name)
+    @torch.no_grad()
+    def begin(self, images: Tensor) -> None:
+        self._passed = self._pass(images)
 
-    def passed(self, images: Tensor, precision: str, before_relu: bool = False) -> networks.Passed:
-        if self.passed_once is None:
-            self.passed_once = self._teacher.passed(images, precision, before_relu)
-        return self.passed_once
-
-
-def rows(levers: Sequence[Lever] = LEVERS) -> Iterator[Row]:
-    """A row for each lever."""
-    dataset, device = noise(train=IMAGES, validation=128), torch.device("cuda")
-    for lever in levers:
-        yield lever.name, partial(measured, lever, dataset, device)
+    def __call__(self, images: Tensor) -> networks.Passed:
+        assert self._passed is not None
+        self.served += 1
+        return self._passed
 
 
-def measured(lever: Lever, dataset: DataSet, device: torch.device, width: float = 1.0, calls: int = CALLS) -> Result:
-    """Seconds for as many images as an epoch has."""
-    with _ready(lever, dataset, device, width) as (call, images):
-        for _ in range(WARM_UP):
-            call()
-        _wait(device)
-        started = time.perf_counter()
-        for _ in range(calls):
-            call()
-        _wait(device)
-        seconds = (time.perf_counter() - started) / calls
-    return result(lever.name, [seconds * IMAGES / images], unit="s", detail=f"{1000 * seconds:.2f} ms a call")
+class Branches:
+    """Streams for students that train at the same time, the same ones in each call: autograd remembers the stream on
+    which a weight was first used, and goes back to it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._streams: list[torch.cuda.Stream] = []
+
+    def run(self, tasks: Sequence[Callable[[], None]]) -> None:
+        """Run each task on a stream of its own where a graph is captured, else one after another."""
+        if len(tasks) == 1 or Captured.given_up:
+            for each in tasks:
+                each()
+            return
+        here = torch.cuda.current_stream(self._device)
+        while len(self._streams) < len(tasks):
+            self._streams.append(torch.cuda.Stream(self._device))
+        for stream in self._streams:  # before any task, since what a task leaves on this stream would hold up the next
+            stream.wait_stream(here)
+        for stream, each in zip(self._streams, tasks, strict=True):
+            with torch.cuda.stream(stream):
+                each()
+        for stream in self._streams:
+            here.wait_stream(stream)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.is_available():
-        torch.cuda.synchronize(device)
+def _trained(students: Sequence[Step], teacher: Sharing | None, branches: Branches, *inputs: Tensor) -> None:
+    """One step of each student on each batch; `inputs` are the four parts of each batch's views."""
+    for place in range(0, len(inputs), 4):
+        views = Views(*inputs[place : place + 4])
+        if teacher is not None:
+            data, served = students[0].data, teacher.served
+            with autocast(PRECISION, inputs[0].device):
+                images = prepared(show(views, data), data)
+                teacher.begin(networks.in_layout_of(students[0].student, images))
+        branches.run([partial(each, views, None) for each in students])
+        if teacher is not None and teacher.served - served != len(students):
+            raise ValueError("students did not ask the teacher that they share")
 
 
 @contextmanager
-def _ready(
-    lever: Lever, dataset: DataSet, device: torch.device, width: float
-) -> Iterator[tuple[Callable[[], None], int]]:
-    """A function that trains once, and of how many images, while this context lasts."""
-    recipe = replace(study().recipe, epochs=10**6, precision=PRECISION)
-    with ExitStack() as around:
-        around.enter_context(patch.object(compilation, "COMPILING_PAYS", 0 if lever.compiled else math.inf))
-        if not lever.folded:
-            around.enter_context(patch.object(networks, "folded", side_effect=RuntimeError("switched off")))
-        if lever.float16:
-            half = partial(torch.autocast, device.type, dtype=torch.float16, cache_enabled=False)
-            around.enter_context(patch.object(stepping, "autocast", lambda precision, device: half()))
-        teacher, sharing = None, None
-        if lever.method != "none":
-            folder = Path(around.enter_context(tempfile.TemporaryDirectory()))
-            teacher = untrained_teacher(folder, lever.stem, width, recipe, dataset, device, 1)
-        if teacher is not None and lever.shares_teacher:
-            sharing = Sharing(teacher)
-            teacher = cast(Teacher, sharing)
-        one = trial(cell(lever.method, lever.stem, width), recipe, "benchmark" if teacher else None)
-        students = [Step(replace(one, seed=1 + place), dataset, teacher, device) for place in range(lever.students)]
-        for each in students:
-            each.train()
-        views = draw_views(1, 1, len(dataset.train.labels), pad=dataset.pad, flip=dataset.flip).to(device)
-        size = min(recipe.batch_size, len(dataset.train.labels) // lever.steps)
-        batches = [views[place * size : (place + 1) * size] for place in range(lever.steps)]
-        captured = Captured(partial(_trained, students, sharing, lever.steps, device), device)
-        inputs = [part for each in batches for part in _parts(each)]
-        yield partial(captured, *inputs), size * lever.steps * lever.students
+def in_float16(scale: float) -> Iterator[None]:
+    """While it lasts, float16 takes bfloat16's place under autocast, losses are multiplied by `scale` before their
+    backward pass, and gradients are divided by it before they are clipped."""
+    plain_autocast, backward, clip = torch.autocast, Tensor.backward, nn.utils.clip_grad_norm_
 
+    def cast(device_type: str, dtype: torch.dtype | None = None, **options: Any) -> torch.autocast:
+        return plain_autocast(device_type, dtype=torch.float16 if dtype is torch.bfloat16 else dtype, **options)
 
-def _parts(views: Views) -> tuple[Tensor, ...]:
-    return views.order, views.top, views.left, views.flip
+    def scaled(loss: Tensor, *arguments: Any, **options: Any) -> None:
+        backward(loss * scale, *arguments, **options)
 
+    def unscaled(parameters: Sequence[Tensor], *arguments: Any, **options: Any) -> Tensor:
+        torch._foreach_mul_([each.grad for each in parameters if each.grad is not None], 1 / scale)
+        return clip(parameters, *arguments, **options)
 
-def _trained(
-    students: Sequence[Step], teacher: Sharing | None, steps: int, device: torch.device, *views: Tensor
-) -> None:
-    """Some steps of all students, each on a stream of its own where there are several."""
-    several = len(students) > 1 and torch.cuda.is_current_stream_capturing()  # one by one in the steps before
-    for place in range(steps):
-        batch = views[4 * place : 4 * place + 4]
-        if teacher is not None:
-            teacher.passed_once = None
-            with devices.autocast(PRECISION, device):
-                teacher.passed(students[0]._shown(Views(*batch)), PRECISION)
-        if not several:
-            for each in students:
-                each._train(*batch)
-            continue
-        here = torch.cuda.current_stream(device)
-        branches = [torch.cuda.Stream(device) for _ in students]  # type: ignore[no-untyped-call]
-        for each, branch in zip(students, branches, strict=True):
-            branch.wait_stream(here)
-            with torch.cuda.stream(branch):
-                each._train(*batch)
-        for branch in branches:
-            here.wait_stream(branch)
+    with (
+        patch.object(torch, "autocast", cast),
+        patch.object(Tensor, "backward", scaled),
+        patch.object(nn.utils, "clip_grad_norm_", unscaled),
+    ):
+        yield

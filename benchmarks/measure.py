@@ -19,6 +19,8 @@ from importlib.metadata import version
 from multiprocessing.connection import Connection
 from typing import Any
 
+from benchmarks.workers import Budget, Failed, in_a_line
+
 PACKAGES = ("torch", "torchvision", "ray", "numpy", "pandas", "pyarrow")
 
 Measure = Callable[[], float]
@@ -63,18 +65,31 @@ def result(name: str, values: list[float], *, unit: str = "", bar: str = "", det
 
 
 Row = tuple[str, Callable[[], Result]]  # a name, and what measures it
+NOT_MEASURED = "not measured: the time was over"
 
 
-def attempted(rows: Iterable[Row]) -> Iterator[Result]:
-    """Measure row by row; one that fails is a row that says why, and the next one is measured."""
+def attempted(rows: Iterable[Row], budget: Budget | None = None) -> Iterator[Result]:
+    """Measure row by row; one that fails is a row that says why, and the next one is measured. Once the budget is
+    spent, the row that it ends and those that are left say so."""
     for name, measure in rows:
+        if budget is not None and not budget.left:
+            yield _failed(name, NOT_MEASURED)
+            continue
         try:
             found = measure()
         except Exception as error:  # whatever it is, the other rows have nothing to do with it
-            traceback.print_exc()
-            why = str(error).strip().partition("\n")[0]
-            found = Result(name, math.nan, math.nan, math.nan, 0, "", "", "", f"{type(error).__name__}: {why}")
+            if isinstance(error, TimeoutError) and budget is not None and not budget.left:
+                found = _failed(name, NOT_MEASURED)
+            elif isinstance(error, Failed):  # it names its kind, and was printed where it was raised
+                found = _failed(name, str(error))
+            else:
+                traceback.print_exc()
+                found = _failed(name, in_a_line(error))
         yield found
+
+
+def _failed(name: str, why: str) -> Result:
+    return Result(name, math.nan, math.nan, math.nan, 0, "", "", "", why)
 
 
 def pairs(name: str, above: Side, below: Side, count: int, *, unit: str, bar: str, together: bool = False) -> Result:
@@ -135,13 +150,19 @@ def _serve(sides: Sequence[Side], connection: Connection) -> None:
         connection.send(error)
 
 
-def machine() -> str:
-    """The machine and the versions that a figure belongs to."""
+def machine(gpu: bool = False) -> str:
+    """The machine and the versions that a figure belongs to, with its GPU if that is asked for and there."""
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES if _installed(name))
     return (
-        f"{datetime.now(UTC):%Y-%m-%d}; {_processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, "
-        f"{versions}"
+        f"{datetime.now(UTC):%Y-%m-%d}; {_processor()}, {os.cpu_count()} cores; {_gpu() if gpu else ''}"
+        f"Python {platform.python_version()}, {versions}"
     )
+
+
+def _gpu() -> str:
+    import torch
+
+    return f"{torch.cuda.get_device_name()}; " if torch.cuda.is_available() else ""
 
 
 def _installed(name: str) -> bool:

@@ -5,6 +5,8 @@ Shared by the tests that play a GPU, those that have one, and those that take si
 
 import math
 import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import gpu as benchmark
+from benchmarks.workers import Budget, Failed, Pool, in_a_line
 from trials import as_teacher, trial
 from tune_kd.data.datasets import DataSet, on_device
 from tune_kd.execute.gpu_probe import _train as probed
@@ -136,6 +139,38 @@ def benchmarked(device: torch.device, method: str, stem: str) -> list[float]:
     mine = benchmark.our_epochs(method, stem, 1, device, dataset, WIDTH)
     plain = benchmark.plain_epochs(method, stem, 1, device, dataset, WIDTH, workers=0)
     return [seconds for seconds, _ in mine] + plain
+
+
+class Here:
+    """A process of a benchmark, played in this one: it has its own epochs, and shares what else a module keeps."""
+
+    def __init__(self, folder: str) -> None:
+        self._epochs: Iterator[Epoch] = iter(())
+
+    def ask(self, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+        self._asked = partial(function, *arguments)
+
+    def answer(self, seconds: float) -> Any:
+        benchmark._epochs = self._epochs
+        try:
+            return self._asked()
+        except Exception as error:  # as a real one does
+            raise Failed(in_a_line(error)) from error
+        finally:
+            self._epochs, benchmark._epochs = benchmark._epochs, iter(())
+
+    def kill(self) -> None:
+        self._epochs = iter(())
+
+    def end(self) -> None:
+        self._epochs = iter(())
+
+
+@contextmanager
+def processes_here(budget: Budget) -> Iterator[Pool]:
+    made = Pool(budget, Here)  # type: ignore[arg-type]
+    yield made
+    made.end()
 
 
 def carried(device: torch.device, data: DataSet) -> DataSet:

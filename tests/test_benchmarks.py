@@ -1,28 +1,39 @@
 """The benchmarks measure what they say: a fair yardstick, honest pairs, real work on both sides."""
 
 import json
+import operator
 import os
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import __main__ as command, gpu
+from bench import epoch
+from benchmarks import __main__ as command, gpu, levers
 from benchmarks.gpu import floor
-from benchmarks.measure import Measure, Result, Side, attempted, pairs, result
+from benchmarks.measure import NOT_MEASURED, Measure, Result, Side, attempted, pairs, result
 from benchmarks.plain import train_plain
 from benchmarks.runs import clocked
 from benchmarks.steps import cell, digits_as_cifar, ours
+from benchmarks.workers import Budget, Failed, Pool, pool
+from placement import Here, processes_here
 from tune_kd.data import datasets
+from tune_kd.data.augment import draw_views
+from tune_kd.data.datasets import DataSet
 from tune_kd.study.spec import Cell, Data, Recipe
-from tune_kd.study.trial import Trial
+from tune_kd.study.trial import Epoch, Trial
 from tune_kd.training.checkpoints import Checkpoints
 from tune_kd.training.loop import train
+from tune_kd.training.step import Step
 
 CPU = torch.device("cpu")
 
@@ -163,11 +174,233 @@ def test_rows_that_failed_are_named_at_the_end_and_in_the_exit_status(monkeypatc
     assert ended.stderr.rstrip().endswith("1 of 2 rows failed:\n  first: RuntimeError: out of luck")
 
 
-@pytest.mark.long
-def test_a_trial_that_dies_beside_others_is_an_error_and_no_endless_wait() -> None:
-    with pytest.raises(RuntimeError, match="one of 2 trials at a time died"):
-        gpu._together(2, 0, _dies)
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
-def _dies(share: float, epochs: int, connection: Connection) -> None:
-    """Without a word."""
+def test_rows_that_a_budget_has_no_time_for_are_named_and_not_measured() -> None:
+    clock = Clock()
+    budget = Budget(10.0, clock)
+
+    def taking(name: str, seconds: float) -> Result:
+        clock.now += seconds
+        return result(name, [seconds])
+
+    def hanging() -> Result:
+        clock.now += budget.left
+        raise TimeoutError("no answer within 2 s")
+
+    rows = [("a", lambda: taking("a", 8.0)), ("b", hanging), ("c", lambda: taking("c", 1.0))]
+    a, b, c = attempted(rows, budget)
+    assert (a.figure, a.error) == (8.0, "")
+    assert [(each.name, each.error, each.n) for each in (b, c)] == [("b", NOT_MEASURED, 0), ("c", NOT_MEASURED, 0)]
+    assert clock.now == 110.0, "nothing was measured after the time was over"
+
+
+def test_rows_that_were_not_measured_are_named_at_the_end_and_are_no_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [("first", lambda: result("first", [2.0], unit="s")), ("second", lambda: result("second", [2.0], unit="s"))]
+    monkeypatch.setitem(command.BENCHMARKS, "gpu", lambda count: attempted(rows, Budget(-1.0)))
+    app = typer.Typer()
+    app.command()(command.main)
+    ended = CliRunner().invoke(app, ["gpu"])
+    assert ended.exit_code == 1 and "failed" not in ended.output
+    assert ended.output.rstrip().endswith("2 of 2 rows were not measured, since the time was over:\n  first\n  second")
+
+
+def test_a_process_that_hangs_dies_or_raises_is_replaced_and_the_others_answer() -> None:
+    """None of these functions imports torch, which takes seconds."""
+    with pool(Budget(60.0)) as processes:
+        assert processes.ask(operator.add, {0: (1, 2), 1: (3, 4)}, 30.0) == {0: 3, 1: 7}
+        first = processes.ask(os.getpid, {0: (), 1: (), 2: ()}, 30.0)
+        slept = processes.ask(time.sleep, {0: (60.0,), 1: (0.0,)}, 0.5)
+        assert isinstance(slept[0], TimeoutError) and slept[1] is None
+        (raised,) = processes.ask(operator.truediv, {1: (1, 0)}, 30.0).values()
+        assert isinstance(raised, Failed) and str(raised) == "ZeroDivisionError: division by zero"
+        (died,) = processes.ask(os._exit, {2: (3,)}, 30.0).values()
+        assert isinstance(died, Failed) and str(died) == "its process died with the status 3"
+        second = processes.ask(os.getpid, {0: (), 1: (), 2: ()}, 30.0)
+        assert not set(first.values()) & set(second.values()) and os.getpid() not in first.values()
+        assert processes.ask(os.getpid, {0: (), 1: (), 2: ()}, 30.0) == second
+    assert not any(map(psutil.pid_exists, [*first.values(), *second.values()]))
+
+
+def test_no_process_is_waited_for_longer_than_the_budget() -> None:
+    """Nor do several processes get the time one after another."""
+    clock, waits = Clock(), []
+
+    class Slow(Here):
+        def answer(self, seconds: float) -> None:
+            waits.append(seconds)
+            clock.now += 2.0
+
+    for seconds, most in ((30.0, 7.0), (2.5, 2.5)):
+        Pool(Budget(7.0, clock), Slow).ask(os.getpid, {0: (), 1: ()}, seconds)
+        assert waits[-2:] == [most, most - 2.0]
+
+
+def test_temporary_files_of_a_process_go_with_its_pool() -> None:
+    with pool(Budget(60.0)) as processes:
+        folder = processes.ask(tempfile.mkdtemp, {0: ()}, 30.0)[0]
+        assert Path(folder).is_dir()
+    assert not Path(folder).exists()
+
+
+def test_processes_are_prepared_once_and_anew_where_one_failed() -> None:
+    asked: list[int] = []
+
+    def ready(number: int) -> int:
+        asked.append(number)
+        if number == 3:
+            raise ValueError("out of memory")
+        return 10 * number
+
+    with processes_here(Budget(60.0)) as processes:
+        assert processes.prepare(ready, {0: (1,), 1: (2,)}, 1.0) == {0: 10, 1: 20}
+        assert processes.prepare(ready, {0: (1,), 1: (2,), 2: (1,)}, 1.0) == {0: 10, 1: 20, 2: 10}
+        assert asked == [1, 2, 1]
+        found = processes.prepare(ready, {0: (1,), 1: (3,)}, 1.0)
+        assert found[0] == 10 and str(found[1]) == "ValueError: out of memory"
+        assert processes.prepare(ready, {1: (2,)}, 1.0) == {1: 20} and asked[-1] == 2, "a new process has nothing"
+
+
+@pytest.fixture
+def played_levers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
+    """Levers whose students are played: what was done, in order."""
+    done: list[tuple[str, object]] = []
+
+    def prepare(lever: levers.Lever) -> levers.Ready:
+        done.append(("prepare", lever.name))
+        if lever.triton:
+            raise RuntimeError("an illegal memory access was encountered")
+        return levers.Ready(128 * lever.students * lever.steps, "one graph")
+
+    def timed(calls: int, repeats: int) -> list[float]:
+        done.append(("timed", calls))
+        return [0.002 * calls] * repeats
+
+    @contextmanager
+    def for_children(mode: str) -> Iterator[None]:
+        done.append(("mps", mode))
+        yield
+
+    for each in (prepare, timed, for_children):
+        monkeypatch.setattr(levers, each.__name__, each)
+    monkeypatch.setattr(levers, "serves", lambda: ("mps", "auto") in done)
+    return done
+
+
+def test_a_lever_that_fails_is_a_row_and_the_others_are_ready_before_one_is_timed(
+    played_levers: list[tuple[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = (levers.Lever(), levers.Lever(triton=True), levers.Lever(students=4, compiled=True))
+    monkeypatch.setattr(levers, "LEVERS", tried)
+    monkeypatch.setattr(levers, "BESIDE", ())
+    budget = Budget(60.0)
+    control, triton, four = attempted(levers.rows(budget, processes_here), budget)
+    assert control.figure == pytest.approx(0.002 * 45_000 / 128) and (control.n, control.unit) == (3, "s")
+    assert (triton.name, triton.error) == ("alone: control, Triton norm",
+                                           "RuntimeError: an illegal memory access was encountered")  # fmt: skip
+    assert four.figure == pytest.approx(0.002 * 45_000 / (128 * 4))
+    assert four.name == "together: control, compiled, 4 students in one graph"
+    ready = [("prepare", each.name) for each in tried]
+    assert played_levers[:5] == [*ready, ("timed", 60), ("timed", 15)]
+
+
+def test_processes_are_measured_at_a_time_with_mps_and_without_and_a_row_says_what_is_missing(
+    played_levers: list[tuple[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(levers, "LEVERS", ())
+    budget = Budget(60.0)
+    found = list(attempted(levers.rows(budget, processes_here), budget))
+    counts = [int(each.name.partition(" ")[0]) for each in found]
+    assert counts == [8, 4, 2, 1, 4, 2, 1] * 4 and len({each.name for each in found}) == 28
+    assert {each.name.partition(":")[0].partition(", ")[2] for each in found} == {"MPS", "no MPS"}
+    assert [each.error for each in found] == [""] * 14 + ["RuntimeError: an MPS serves here already"] * 14
+    assert [name for name, _ in played_levers].count("prepare") == 8 + 4 + 8 + 4, "each once in a process"
+
+
+def test_the_table_of_a_gpu_has_the_bars_of_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    def played(number: int, seconds: float = 1.0) -> Epoch:
+        return replace(epoch(number), seconds=seconds, images_per_second=45_000 / 0.5, answer_seconds=0.25)
+
+    monkeypatch.setattr(gpu, "begin", lambda training: gpu.First(2.5, 9.0, ["a step cannot be captured"]))
+    monkeypatch.setattr(gpu, "go_on", lambda count: [played(number) for number in range(count)])
+    monkeypatch.setattr(gpu, "rates", lambda: (8e14, 3e12))
+    monkeypatch.setattr(gpu, "serves", lambda: True)
+    monkeypatch.setattr(gpu, "plain_control", lambda: 4.0)
+    budget = Budget(60.0)
+    found = {each.name: each for each in attempted(gpu.rows(7, budget, processes_here), budget)}
+    assert [each.error for each in found.values() if each.error] == []
+    assert {name: (each.bar, each.figure) for name, each in found.items() if each.bar} == {
+        "epoch, control, CIFAR stem": ("<= 0.95", 0.5),
+        "epoch, feature, CIFAR stem": ("<= 1.8", 0.5),
+        "epoch, ResNet-50 teacher in training, CIFAR stem": ("<= 2.8", 0.5),
+        "epoch amortised over 4 trials at a time, control, CIFAR stem": ("<= 0.8", 0.125),
+        "epoch amortised over 8 trials at a time, control, ImageNet stem": ("<= 0.2", 0.0625),
+        gpu.ANSWERS: ("<= 0.5", 0.25),
+        gpu.LATER: ("<= 2", 1.5),
+    }
+    assert found["first epoch of a first process, control, CIFAR stem"].figure == 2.5
+    assert "cannot be captured" in found["first epoch of a first process, control, CIFAR stem"].detail
+    assert found["matrix rate, bfloat16"].figure == 800.0
+    assert "floor of the training 0.19 s" in found["epoch, control, CIFAR stem"].detail
+
+
+def test_without_a_gpu_a_line_says_so_and_levers_are_of_the_gpu() -> None:
+    app = typer.Typer()
+    app.command()(command.main)
+    none = CliRunner().invoke(app, ["gpu", "--levers"])
+    assert "gpu: no GPU here; on a machine with one: python -m benchmarks gpu --levers" in none.stderr
+    other = CliRunner().invoke(app, ["report", "--levers"])
+    assert other.exit_code == 2 and other.stderr == "benchmarks: --levers is of gpu, and NAME is report\n"
+
+
+def test_a_scaled_loss_trains_as_a_plain_one_and_products_are_in_float16(pixels: DataSet) -> None:
+    """A scale that is a power of two changes no bit of float32. Clipping sees the gradients without it."""
+    trial = Trial("none", "confirm", cell("none", "cifar", 0.0625), Recipe(epochs=1, batch_size=16, clip=0.5), 1,
+                  Data("digits"), None, "test")  # fmt: skip
+    views = draw_views(1, 1, 16, pad=1, flip=True)
+    trained = []
+    for around in (nullcontext(), levers.in_float16(1024.0)):
+        step = Step(trial, pixels, None, CPU)
+        step.train()
+        with around:
+            step(views, None)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                product = torch.ones(2, 2) @ torch.ones(2, 2)
+        trained.append([*step.student.state_dict().values(), step.sums])
+    assert all(torch.equal(one, other) for one, other in zip(*trained, strict=True))
+    assert float(trained[0][-1][4]) > 0.5 and product.dtype == torch.float16
+
+
+def test_students_on_branches_wait_for_what_came_before_and_not_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Stream:
+        def __init__(self, name: object) -> None:
+            self.name = "main" if name == "main" else f"branch {len(made)}"
+            made.append(self)
+
+        def wait_stream(self, other: "Stream") -> None:
+            said.append(f"{self.name} waits for {other.name}")
+
+    made: list[Stream] = []
+    main = Stream("main")
+    monkeypatch.setattr(levers.Captured, "given_up", set())
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    branches = levers.Branches(torch.device("cuda"))
+    for _ in range(2):
+        branches.run([lambda: said.append("one trains"), lambda: said.append("two trains")])
+    assert said == 2 * [
+        "branch 1 waits for main", "branch 2 waits for main", "one trains", "two trains",
+        "main waits for branch 1", "main waits for branch 2",
+    ]  # fmt: skip
+    assert len(made) == 3, "the same streams each time"

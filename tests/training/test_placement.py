@@ -3,27 +3,32 @@
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from benchmarks import gpu as benchmark
-from benchmarks.levers import LEVERS, Lever, measured
+from benchmarks import gpu as benchmark, levers
+from benchmarks.measure import attempted
+from benchmarks.workers import Budget
 from placement import (
     BENCHMARKED,
     METHODS,
     RATES,
+    WIDTH,
     benchmarked,
     carried,
     distil,
     numbers_of_a_step,
     probe_one,
+    processes_here,
     pupil,
     taught_on,
 )
@@ -284,14 +289,63 @@ def test_the_benchmark_of_a_gpu_measures_there(method: str, gpu: torch.device) -
     assert all(each > 0 for each in benchmarked(gpu, method, "cifar"))
 
 
-@pytest.mark.parametrize("lever", LEVERS, ids=[each.name for each in LEVERS])
-def test_every_lever_is_measured_there(lever: Lever, gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compiled stays as it is, and nothing is captured; a GPU has to show the rest."""
+@pytest.fixture
+def small(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Benchmarks of a GPU on few images and small networks, on the played one. What is compiled stays as it is."""
+    benchmark.dataset.cache_clear()
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr("benchmarks.levers.WARM_UP", 0)
-    dataset = benchmark.noise(train=32, validation=4)
-    found = measured(lever, dataset, gpu, width=0.0625, calls=1)
-    assert found.figure > 0 and "ms a call" in found.detail
+    monkeypatch.setattr("torch.compiler.reset", lambda: None)
+    monkeypatch.setattr("gc.collect", lambda: 0)  # of all that the tests before have imported
+    for module in (benchmark, levers):
+        monkeypatch.setattr(module, "WIDTH", WIDTH)
+    for name, value in {"IMAGES": 8, "VALIDATION": 4, "matrix_rate": RATES[0], "bandwidth": RATES[1]}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    for name, value in {"WARM_UP": 0, "STEPS": 1, "REPEATS": 1}.items():
+        monkeypatch.setattr(levers, name, value)
+    yield
+    levers.release()
+    benchmark.dataset.cache_clear()
+
+
+def briefly(lever: levers.Lever) -> levers.Lever:
+    """The same in at most two steps and students."""
+    return replace(lever, steps=min(2, lever.steps), students=min(2, lever.students))
+
+
+@pytest.mark.parametrize(
+    "tried",
+    [
+        [*dict.fromkeys(briefly(each) for each in levers.LEVERS if not each.compiled), levers.Lever(compiled=True)],
+        pytest.param(levers.LEVERS, marks=pytest.mark.slow),
+    ],
+    ids=["in short", "all"],
+)
+def test_every_lever_is_measured_there(
+    tried: Sequence[levers.Lever], small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is compiled stays as it is, and nothing is captured; the kernels' own tests run them."""
+    kernels: list[torch.nn.Module] = []
+    monkeypatch.setitem(sys.modules, "benchmarks.triton_norm", SimpleNamespace(replace_norms=kernels.append))
+    monkeypatch.setattr(levers, "LEVERS", tried)
+    monkeypatch.setattr(levers, "BESIDE", ())
+    monkeypatch.setattr(benchmark, "IMAGES", max(8, 2 * max(each.steps for each in tried)))  # two a batch
+    budget = Budget(1e9)
+    found = list(attempted(levers.rows(budget, processes_here), budget))
+    assert [each.error for each in found] == [""] * len(tried)
+    assert all(each.figure > 0 and "ready in" in each.detail for each in found)
+    assert len(kernels) == sum(each.students for each in tried if each.triton) > 0
+
+
+def test_the_table_of_a_gpu_is_measured_there(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "plain_epochs", partial(benchmark.plain_epochs, workers=0))
+    alone = {each: bar for each, bar in benchmark.ALONE.items() if each.stem == "cifar"}
+    monkeypatch.setattr(benchmark, "ALONE", alone)
+    monkeypatch.setattr(benchmark, "AMORTISED", ((benchmark.Training("none", "imagenet"), 2, ""),))
+    budget = Budget(1e9)
+    found = {each.name: each for each in attempted(benchmark.rows(1, budget, processes_here), budget)}
+    assert [each.error for each in found.values()] == [""] * (2 + 4 + 4 + 1 + 1 + 1 + 1)
+    assert found[benchmark.ANSWERS].figure > 0, "a table of answers had all of them"
+    assert all(each.figure > 0 for name, each in found.items() if name != benchmark.LATER)
 
 
 @pytest.mark.parametrize("rate", RATES)
