@@ -51,7 +51,7 @@ def test_shipped_studies_and_their_records_hold_no_secrets(tmp_path: Path) -> No
 
 def test_project_files_hold_no_secrets() -> None:
     root = Path(__file__).parents[2]
-    for path in (*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("tune_kd/**/*.py"), Path(__file__)):
+    for path in (*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("tune_kd/**/*.py"), Path(__file__)):
         assert finds(path.read_text()) == [], path
 
 

@@ -7,6 +7,7 @@ that need them.
 import errno
 import sys
 import traceback
+from collections.abc import Callable
 
 import typer
 
@@ -26,20 +27,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (
-    running.run,
-    running.resume,
-    planning.plan,
-    writing.new,
-    reading.status,
-    reading.report,
-    planning.simulate,
-    planning.calibrate,
-    watching.dashboard,
-    remote.submit,
-):
-    app.command()(command)
-app.command("list")(reading.list_)
+COMMANDS: dict[Callable[..., None], tuple[str, str]] = {
+    running.run: ("run", "ablation --scale smoke --name first"),
+    running.resume: ("resume", "first"),
+    planning.plan: ("plan", "ablation --scale smoke"),
+    writing.new: ("new", "my_study.py"),
+    reading.status: ("status", "first"),
+    reading.report: ("report", "first --format md"),
+    planning.simulate: ("simulate", "ablation --scale smoke --curves first --orders 100"),
+    planning.calibrate: ("calibrate", "ablation --scale smoke --studies 20"),
+    watching.dashboard: ("dashboard", "--write monitoring"),
+    remote.submit: ("submit", "ablation --address http://HEAD:8265 --out /shared/results"),
+    reading.list_: ("list", ""),
+}
+"""The functions behind the commands, with the names of these and an example, which ends the command's `--help`."""
+for function, (name, example) in COMMANDS.items():
+    app.command(name, epilog=f"Example: python -m tune_kd {name} {example}".rstrip())(function)
 
 
 def main() -> None:

@@ -137,14 +137,14 @@ def columns_of(row: type) -> dict[str, type]:
 class TrialRow(TypedDict):
     """A row of the trials table as a run writes it. Tables of other tools may lack all values that are not `needed`."""
 
-    run: str
-    trial_id: str
-    arm: str
+    run: str  # name of the run
+    trial_id: str  # hash of all that changes its result: the first 16 hexadecimal digits of a SHA-256
+    arm: str  # its levels, such as `cifar/logit/T=4`
     phase: str
     role: str
     student: str | None  # None for a teacher
-    teacher: str | None
-    teacher_id: str | None
+    teacher: str | None  # architecture of its teacher, or of itself if it is one; None where the method has none
+    teacher_id: str | None  # trial id of the teacher that it learned from; of a teacher, its own
     stem: str
     weights: str
     width: float
@@ -154,20 +154,20 @@ class TrialRow(TypedDict):
     beta: float | None
     lr: float
     weight_decay: float
-    seed: int
-    recipe_id: str
-    dataset: str
-    data_digest: str | None
-    scale: str
-    device: str | None
-    threads: int | None
+    seed: int  # of initial weights, data order and augmentation
+    recipe_id: str  # hash of the recipe
+    dataset: str  # name of the data set
+    data_digest: str | None  # SHA-256 of pixels, labels and split
+    scale: str  # of the study
+    device: str | None  # that it trained on
+    threads: int | None  # of the CPU
     status: str
-    stop_reason: str | None
-    epochs_planned: int
-    epochs_run: int
-    best_epoch: int | None
-    val_accuracy: float | None
-    val_accuracy_best: float | None
+    stop_reason: str | None  # why it ended before its last epoch
+    epochs_planned: int  # of the recipe
+    epochs_run: int  # and are on record
+    best_epoch: int | None  # with the best validation accuracy; of equal ones, with the lowest validation loss
+    val_accuracy: float | None  # after the last epoch
+    val_accuracy_best: float | None  # after the best epoch
     test_accuracy: float | None
     test_accuracy_best: float | None
     agreement: float | None
@@ -175,15 +175,15 @@ class TrialRow(TypedDict):
     kl_t4: float | None
     ece: float | None
     params: int | None
-    train_seconds: float | None
-    wall_seconds: float | None
-    gpu_fraction: float | None
+    train_seconds: float | None  # training and evaluation, over all epochs
+    wall_seconds: float | None  # in which it had its place, over all attempts
+    gpu_fraction: float | None  # its share of a GPU
     peak_memory_bytes: int | None
-    attempts: int
+    attempts: int  # that were started
     error: str | None  # of all attempts, also of those that were tried again
     teacher_digest: str | None
     weights_digest: str | None
-    host: str | None
+    host: str | None  # on which the last attempt ran
     started: float | None  # start of the first attempt, in seconds since the Unix epoch
     fast_paths: str | None  # see `Outcome`
     further: str | None  # settings without a column here, as JSON; in Parquet each has a column of its own
