@@ -5,6 +5,7 @@ Shared by the tests that play a GPU, those that have one, and those that take si
 
 import math
 import pickle
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from benchmarks import gpu as benchmark
 from benchmarks.workers import Budget, Failed, Pool, in_a_line
 from trials import as_teacher, trial
 from tune_kd.data.datasets import DataSet, on_device
-from tune_kd.execute.gpu_probe import _train as probed
+from tune_kd.execute import probe_processes
 from tune_kd.study.methods import Method, built_in
 from tune_kd.study.trial import Answering, Epoch, Trial
 from tune_kd.training.checkpoints import Checkpoints
@@ -106,29 +107,15 @@ def distil(
     return whole, before + list(after)
 
 
-class Answers:
-    """The end of a pipe that a probing process has, for one that probes here."""
-
-    def __init__(self) -> None:
-        self.sent: list[Any] = []
-
-    def send(self, answer: Any) -> None:
-        self.sent.append(answer if not isinstance(answer, Exception) else pickle.loads(pickle.dumps(answer)))
-
-    def recv(self) -> str:
-        return "go"
-
-
 def probe_one(device: torch.device, data: DataSet, student: Trial, teacher: Trial | None) -> tuple[float, int]:
     """Images a second and bytes that a probe of one trial measures, without a process of its own."""
-    pipe = Answers()
     threads = torch.get_num_threads()
-    try:
-        probed(student, teacher, data, device, 1, (), pipe)  # type: ignore[arg-type]
-    finally:
-        torch.set_num_threads(threads)
-    assert pipe.sent[0] == "ready", pipe.sent[0]
-    speed, peak = pipe.sent[1]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            job = probe_processes.job(student, teacher, data, device, Path(folder), threads)
+            speed, peak = probe_processes.trained(job, probe_processes.prepared(job))
+        finally:
+            torch.set_num_threads(threads)
     assert math.isfinite(speed)
     return speed, peak
 

@@ -21,6 +21,7 @@ from tune_kd.analysis import accuracy, contrasts, measures, provenance, simulate
 from tune_kd.analysis.teachers import crossed
 from tune_kd.cli.reading import print_report
 from tune_kd.execute import metrics
+from tune_kd.execute.resources import Shares
 from tune_kd.execute.trackers.background import settings_of
 from tune_kd.execute.worker import Task
 from tune_kd.records import adaptive_plan, reader
@@ -386,7 +387,7 @@ def test_a_pair_of_a_seed_is_complete_with_all_of_its_teachers(several: Study) -
     rows = [first_row("r", trial) | {"status": "completed"} for trial in planned.trials]
 
     def pairs() -> tuple[float, float]:
-        found = {sample.name: sample.value for sample in metrics.samples(planned, rows, (), 0.0)}
+        found = {sample.name: sample.value for sample in metrics.samples(planned, rows, (), Shares.equal(0.0))}
         return found["tune_kd_confirm_pairs"], found["tune_kd_confirm_pairs_planned"]
 
     effects = sum(each.kind == "effect" for each in planned.contrasts)

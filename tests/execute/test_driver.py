@@ -13,6 +13,7 @@ from bench import HERE, Bench, epoch
 from conftest import contested
 from forms import SHORT
 from tune_kd.execute.attempts import MAX_INNOCENT
+from tune_kd.execute.resources import Shares
 from tune_kd.execute.worker import Failure, Task, Workplace
 from tune_kd.records import rebuild
 from tune_kd.records.reader import check
@@ -333,6 +334,31 @@ def test_memory_that_runs_out_is_tried_again_with_a_larger_share(study: Study, t
     (row,) = bench.rows(trial_id=task.trial.trial_id)
     assert (row["status"], row["gpu_fraction"], row["attempts"]) == ("completed", 0.5, 2)
     assert "CUDA out of memory" in row["error"]
+
+
+KINDS = Shares(light=0.125, heavy=0.5, teacher=1.0, methods=("feature",))
+
+
+def test_each_trial_gets_the_share_of_its_kind(one_stem: Study, tmp_path: Path) -> None:
+    bench = Bench(one_stem, tmp_path, gpus=KINDS)
+    assert bench.driver.gpus == KINDS
+    done = bench.run()
+    for task in done:
+        kind = "teacher" if task.trial.phase == "teacher" else task.trial.cell.method
+        assert task.gpus == {"teacher": 1.0, "feature": 0.5, "none": 0.125, "logit": 0.125}[kind]
+    assert {row["gpu_fraction"] for row in bench.rows()} == {1.0, 0.5, 0.125}
+
+
+def test_a_share_that_was_raised_is_kept_and_only_for_that_trial(one_stem: Study, tmp_path: Path) -> None:
+    bench = Bench(one_stem, tmp_path, gpus=KINDS)
+    bench.finish(bench.start())
+    task = bench.start()
+    assert (task.trial.cell.method, task.gpus) == ("feature", 0.5)
+    bench.driver.on_end(task.trial.trial_id, Failure("out_of_memory", "too large"))
+    assert bench.start().gpus == 1.0
+    again = Bench(one_stem, tmp_path, gpus=replace(KINDS, heavy=0.25)).run()
+    features = [task.gpus for task in again if task.trial.cell.method == "feature"]
+    assert features == [1.0, 0.25, 0.25], "also by the next driver"
 
 
 def test_a_task_without_a_place_is_known_with_the_share_that_it_needs(study: Study, tmp_path: Path) -> None:

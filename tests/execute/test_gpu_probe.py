@@ -1,150 +1,414 @@
-"""The share of a GPU that is proposed: the rule by hand, the measurement for real on the CPU."""
+"""The shares of a GPU that a probe chooses: the rules by hand, and what is kept of a measurement."""
 
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from tune_kd.data import datasets
+from conftest import noise
 from tune_kd.data.datasets import DataSet
-from tune_kd.execute import gpu_probe as probing
-from tune_kd.execute.gpu_probe import Measured, measure, probe, propose
-from tune_kd.study.brought import codes, with_sources
-from tune_kd.study.methods import Method
+from tune_kd.execute import gpu_probe, mps, mps_daemon, probe_processes
+from tune_kd.execute.gpu_probe import (
+    Kind,
+    Series,
+    choose,
+    images_of_kinds,
+    kind_of,
+    numbers_for,
+    packed,
+    probed,
+    propose,
+)
+from tune_kd.execute.options import Options
+from tune_kd.execute.probe_processes import NUMBERS, Measured, ProbeFailed
+from tune_kd.execute.resources import Packing
+from tune_kd.study.cost import flop
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Factor, Study
-from tune_kd.study.trial import Trial
 from tune_kd.system.errors import UserError
 
 GIB = 2**30
+CPU = torch.device("cpu")
+
+
+def measured(*speeds: float, size: int = 2 * GIB) -> tuple[Measured, ...]:
+    return tuple(Measured(2**power, speed, size) for power, speed in enumerate(speeds))
+
+
+# How many at a time
 
 
 @pytest.mark.parametrize(
-    ("speeds", "memory", "share"),
+    ("speeds", "memory", "together"),
     [
-        ((100.0, 180.0, 300.0, 310.0), 80, 0.25),  # eight at a time bring 3 %, which is not worth it
-        ((100.0, 180.0, 300.0, 400.0), 80, 0.125),
-        ((100.0, 101.0), 80, 1.0),
-        ((100.0, 180.0, 300.0, 400.0), 9, 0.25),  # eight would need 16 GiB
-        ((100.0, 100 / 1.07, 100 / 1.1), 80, 1.0),  # an H100 without MPS (docs/performance.md)
-        ((100.0, 100 / 0.79, 100 / 0.72), 80, 0.25),  # and with it
+        ((100.0, 180.0, 300.0, 310.0), 80, 4),  # eight at a time bring 3 %, which is not worth it
+        ((100.0, 180.0, 300.0, 400.0), 80, 8),
+        ((100.0, 101.0), 80, 1),
+        ((100.0, 180.0, 300.0, 400.0), 9, 4),  # eight would need 16 GiB
+        ((100.0, 100 / 1.07, 100 / 1.1), 80, 1),  # an H100 without MPS (docs/performance.md)
+        ((100.0, 100 / 0.79, 100 / 0.72), 80, 4),  # and with it
+        ((100.0, 180.0), 2, 1),  # one ran, so one fits
     ],
 )
 def test_the_fewest_at_a_time_that_reach_nearly_the_best_speed(
-    speeds: tuple[float, ...], memory: int, share: float
+    speeds: tuple[float, ...], memory: int, together: int
 ) -> None:
-    measured = [Measured(2**power, speed, 2 * GIB) for power, speed in enumerate(speeds)]
-    assert propose(measured, memory * GIB) == share
+    assert propose(measured(*speeds), memory * GIB).together == together
 
 
-def test_what_does_not_fit_even_alone_is_a_mistake_that_says_what_to_do() -> None:
-    with pytest.raises(UserError, match="batch_size"):
-        propose([Measured(1, 10.0, 10 * GIB)], 10 * GIB)
+ROWS = st.lists(st.tuples(st.floats(1, 1e6), st.integers(1, 10)), min_size=1, max_size=4)
 
 
-@given(st.lists(st.tuples(st.floats(1, 1e6), st.integers(1, 10)), min_size=1, max_size=4), st.integers(12, 100))
-def test_a_proposed_share_is_one_that_was_measured_and_fits(rows: list[tuple[float, int]], memory: int) -> None:
-    measured = [Measured(2**power, speed, size) for power, (speed, size) in enumerate(rows)]
-    share = propose(measured, memory)
-    (chosen,) = [each for each in measured if 1 / each.together == share]
-    assert chosen.together * chosen.bytes_each <= 0.9 * memory
-
-
-@pytest.mark.slow  # in short: the next test
-def test_a_real_probe_trains_the_heaviest_student_and_says_what_it_found(one_stem: Study) -> None:
-    said: list[str] = []
-    digits = datasets.load("digits", train=60, validation=20, test=20)
-    share = probe(plan(one_stem, digits.digest), digits, torch.device("cpu"), said.append, numbers=(1, 2))
-    assert share in (1.0, 0.5)
-    assert said[0].startswith("1 at a time: ")
-    assert "feature" in said[-1]
-
-
-def test_a_study_without_features_is_probed_with_a_student_that_has_its_answers(one_stem: Study) -> None:
-    said: list[str] = []
-    digits = datasets.load("digits", train=60, validation=20, test=20)
-    logits = replace(one_stem, factors=(Factor("method", ("logit",)),), control=None, contrasts=())
-    assert probe(plan(logits, digits.digest), digits, torch.device("cpu"), said.append, numbers=(1,)) == 1.0
-    assert "logit" in said[-1]
-
-
-class TooLarge(DataSet):
-    """A data set for whose views no memory is left."""
-
-    @property
-    def views_per_image(self) -> int:
-        raise MemoryError("no memory for views")
-
-
-def logit_student(study: Study) -> tuple[Trial, Trial]:
-    trials = plan(study).trials
-    student = next(trial for trial in trials if trial.cell.method == "logit")
-    return student, next(trial for trial in trials if trial.trial_id == student.teacher_id)
-
-
-def test_trials_that_run_out_of_memory_in_their_processes_are_no_measurement(one_stem: Study) -> None:
-    digits = TooLarge(**vars(datasets.load("digits", train=60, validation=20, test=20)))
-    assert measure(*logit_student(one_stem), digits, torch.device("cpu"), together=2) is None
-
-
-def test_another_failure_of_a_probing_process_is_raised_here(one_stem: Study) -> None:
-    student, teacher = logit_student(one_stem)
-    digits = datasets.load("digits", train=60, validation=20, test=20)
-    impossible = replace(teacher, cell=replace(teacher.cell, teacher="resnet7"))  # which a study refuses
-    with pytest.raises(AssertionError):
-        measure(student, impossible, digits, torch.device("cpu"), together=1)
-
-
-def test_a_probe_evaluates_in_each_epoch_since_a_trial_will_and_that_takes_memory(
-    one_stem: Study, monkeypatch: pytest.MonkeyPatch
+@given(ROWS, st.integers(12, 100))
+def test_what_is_proposed_was_measured_fits_and_is_nearly_as_fast_as_all_that_fits(
+    rows: list[tuple[float, int]], memory: int
 ) -> None:
-    probed: list[Trial] = []
-    monkeypatch.setattr(probing, "train", lambda each, *_, **__: iter(probed.append(each) or ()))
-    student, _ = logit_student(one_stem)
-    student = replace(student, recipe=replace(student.recipe, validate_every=100))
-    digits, (ours, theirs) = datasets.load("digits", train=60, validation=20, test=20), Pipe()
-    probing._train(student, None, digits, torch.device("cpu"), 1, (), theirs)
-    assert isinstance(ours.recv(), StopIteration)
-    assert [each.recipe.validate_every for each in probed] == [1]
+    found = [Measured(2**power, speed, size) for power, (speed, size) in enumerate(rows)]
+    chosen = propose(found, memory)
+    assert chosen in found
+    assert chosen.together == 1 or chosen.together * chosen.bytes_each <= 0.9 * memory
+    for other in found:
+        if other.together * other.bytes_each <= 0.9 * memory:
+            assert chosen.images_per_second * 1.05 >= other.images_per_second
+    assert propose(found, 2 * memory).images_per_second * 1.05 >= chosen.images_per_second, "more memory is no loss"
 
 
-def test_numbers_that_run_out_of_memory_end_the_search(one_stem: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(*arguments: object) -> Measured | None:
-        together = int(str(arguments[4]))
-        return Measured(together, 100.0 * together, 1) if together < 4 else None
-
-    said: list[str] = []
-    monkeypatch.setattr(probing, "measure", fake)
-    digits = datasets.load("digits", train=60, validation=20, test=20)
-    assert probe(plan(one_stem, digits.digest), digits, torch.device("cpu"), said.append) == 0.5
-    assert said[2] == "4 at a time: out of memory"
-
-
-def test_more_at_a_time_are_not_tried_once_they_bring_nothing(one_stem: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-
-    def fake(*arguments: object) -> Measured:
-        asked.append(int(str(arguments[4])))
-        return Measured(asked[-1], 100.0, 1)
-
-    monkeypatch.setattr(probing, "measure", fake)
-    digits = datasets.load("digits", train=60, validation=20, test=20)
-    assert probe(plan(one_stem, digits.digest), digits, torch.device("cpu"), lambda _: None) == 1.0
-    assert asked == [1, 2]
+@pytest.mark.parametrize(
+    ("options", "cpus", "gpus", "numbers"),
+    [
+        (Options(), 16, 1, [1, 2, 4, 8]),
+        (Options(), 16, 8, [1, 2]),
+        (Options(), 3, 1, [1, 2]),
+        (Options(), 3, 2, [1, 2]),
+        (Options(cpus_per_trial=4.0), 16, 1, [1, 2, 4]),
+        (Options(cpus_per_trial=0.5), 2, 1, [1, 2, 4]),
+        (Options(max_concurrent=1), 16, 1, [1]),
+        (Options(max_concurrent=5), 16, 1, [1, 2, 4]),
+    ],
+)
+def test_no_more_are_tried_than_can_run_on_a_gpu_at_a_time(
+    options: Options, cpus: int, gpus: int, numbers: list[int]
+) -> None:
+    assert numbers_for(options, cpus, gpus) == numbers
 
 
-def test_a_loss_that_the_study_brings_is_there_in_the_processes_that_measure(one_stem: Study, tmp_path: Path) -> None:
-    digits = datasets.load("digits", train=60, validation=20, test=20)
-    (tmp_path / "a.py").write_text(
-        "from torch import nn\nclass Loss(nn.Module):\n    def __init__(self, context):\n        super().__init__()\n"
-        "    def forward(self, batch):\n        return batch.student_logits.mean()\n"
+# Which trials, and MPS
+
+
+def test_the_heaviest_of_each_kind_is_measured_and_a_control_where_there_is_one(study: Study) -> None:
+    found = probed(plan(study))
+    assert list(found) == ["light", "heavy"]
+    assert {kind: trial.arm for kind, trial in found.items()} == {"light": "cifar/none", "heavy": "cifar/feature"}
+    logits = replace(study, factors=(Factor("method", ("logit",)),), control=None, contrasts=(), moderator=None)
+    assert {kind: trial.cell.method for kind, trial in probed(plan(logits)).items()} == {"light": "logit"}
+
+
+def test_the_images_of_a_kind_stand_for_the_work_of_all_its_trials_and_of_teachers(one_stem: Study) -> None:
+    planned = plan(one_stem)
+    students = probed(planned)
+    images = images_of_kinds(planned, students)
+    for kind, student in students.items():
+        work = sum(flop(trial) for trial in planned.trials if kind_of(trial) == kind)
+        assert images[kind] == pytest.approx(work / flop(student) * 60 * 2)
+    assert kind_of(planned.teachers[0]) == "heavy"
+    light = plan(replace(one_stem, factors=(one_stem.factors[0], Factor("method", ("none", "logit"))), contrasts=()))
+    assert images_of_kinds(light, probed(light))["light"] > sum(
+        trial.recipe.epochs * 60 for trial in light.trials if kind_of(trial) == "light"
     )
-    method = Method("mine", loss="a.py:Loss")
-    study = replace(one_stem, methods=(method,), factors=(Factor("method", ("mine",)),), contrasts=(), reference=(),
-                    control=None, moderator=None)  # fmt: skip
-    study = with_sources(study, tmp_path)
-    share = probe(plan(study, digits.digest), digits, torch.device("cpu"), lambda _: None, (1,), codes(study, tmp_path))
-    assert share == 1
+
+
+EVEN: Mapping[Kind, float] = {"light": 1000.0, "heavy": 1000.0}
+
+
+@pytest.mark.parametrize(
+    ("light", "heavy", "images", "served"),
+    [
+        ((100.0, 139.0), (100.0, 110.0), EVEN, True),
+        ((100.0, 104.0), (100.0, 104.0), EVEN, False),  # not worth it
+        ((100.0, 200.0), (100.0, 60.0), {"light": 1000.0, "heavy": 10.0}, True),  # the study is mostly light
+        ((100.0, 200.0), (100.0, 60.0), {"light": 10.0, "heavy": 1000.0}, False),
+    ],
+)
+def test_mps_is_chosen_where_the_whole_study_takes_five_per_cent_less_time_with_it(
+    light: tuple[float, float], heavy: tuple[float, float], images: Mapping[Kind, float], served: bool
+) -> None:
+    """Each kind as (images a second without MPS, with it)."""
+    series = [
+        Series(kind, with_mps, measured(speeds[with_mps]))
+        for with_mps in (False, True)
+        for kind, speeds in (("light", light), ("heavy", heavy))
+    ]  # type: ignore[misc]
+    chosen, found = choose(series, images, 80 * GIB)
+    assert found is served
+    assert {kind: each.images_per_second for kind, each in chosen.items()} == {
+        "light": light[served],
+        "heavy": heavy[served],
+    }
+    for only in (False, True):
+        assert choose([each for each in series if each.mps == only], images, 80 * GIB)[1] is only
+
+
+# The whole, on a GPU that answers as it is told
+
+H100 = mps.Gpu("NVIDIA H100", 80 * GIB, served=False)
+PIXELS = noise()
+
+
+class Machine:
+    """A machine with one GPU and 16 cores, on which measuring gives what it is told to give."""
+
+    def __init__(self, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.study, self.gpu = study, H100
+        self.said: list[str] = []
+        self.measured: list[tuple[str, bool]] = []
+        self.speeds: Mapping[bool, Sequence[float]] = {False: (100.0, 95.0), True: (100.0, 130.0, 150.0, 151.0)}
+        self.error: Exception | None = None
+        self.none = False
+        self.refused = ""
+        self.started = 0
+        self.data: DataSet = PIXELS
+        self.options = Options()
+        monkeypatch.setattr(mps, "asked", lambda: self.gpu)
+        monkeypatch.setattr("os.cpu_count", lambda: 16)
+        monkeypatch.setattr(gpu_probe, "WORTH_SECONDS", 0.0)
+        monkeypatch.setattr(gpu_probe, "processes", self)
+        monkeypatch.setattr(gpu_probe, "job", lambda trial, *_: SimpleNamespace(trial=trial))
+        monkeypatch.setattr(mps_daemon, "is_there", lambda: True)
+        monkeypatch.setattr(mps_daemon, "for_children", self.served)
+        monkeypatch.setattr(gpu_probe, "measure", self.measure)
+
+    @contextmanager
+    def served(self) -> Iterator[dict[str, str]]:
+        self.started += 1
+        if self.refused:
+            raise mps_daemon.NotStarted(self.refused)
+        yield {"CUDA_MPS_PIPE_DIRECTORY": "/nowhere"}
+
+    def __call__(self, count: int, variables: Mapping[str, str]) -> "Machine":
+        self.variables = variables
+        return self
+
+    def __enter__(self) -> bool:
+        return bool(self.variables) or self.gpu.served
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def measure(self, served: bool, job: Any, numbers: Sequence[int], memory: int) -> list[Measured]:
+        self.measured.append((job.trial.cell.method, served))
+        if self.error is not None:
+            raise self.error
+        return [] if self.none else list(measured(*self.speeds[served][: len(numbers)]))
+
+    def packed(self) -> Packing | None:
+        return packed(plan(self.study, self.data.digest), self.data, self.options, self.said.append, device=CPU)
+
+
+@pytest.fixture
+def machine(one_stem: Study, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(one_stem, monkeypatch)
+
+
+def test_each_kind_is_measured_with_and_without_mps_and_the_next_run_takes_what_was_found(machine: Machine) -> None:
+    found = machine.packed()
+    assert machine.measured == [("none", False), ("feature", False), ("none", True), ("feature", True)]
+    assert found is not None and (found.light, found.heavy, found.mps) == (0.25, 0.25, True)
+    told = "with MPS 4 at a time of cifar/none train 150 images/s, 4 at a time of cifar/feature train 150 images/s"
+    assert found.why == f"as measured now: {told}"
+    assert "cifar/none, without MPS: 1, 2 at a time train 100, 95 images/s; 2.00 GiB each" in machine.said
+    before = machine.said[:]
+    again = machine.packed()
+    assert machine.said == before and len(machine.measured) == 4
+    assert again is not None and (again.light, again.heavy, again.mps) == (0.25, 0.25, True)
+    assert again.why.startswith("as measured before (20") and again.why.endswith(told)
+
+
+@pytest.mark.parametrize(
+    ("option", "served", "found", "starts"),
+    [
+        ("off", False, False, False),
+        ("off", True, False, False),
+        ("on", False, True, True),
+        ("on", True, True, False),
+        ("auto", True, True, False),  # what serves already cannot be left out
+    ],
+)
+def test_only_with_mps_or_only_without_is_measured_where_the_other_is_no_choice(
+    machine: Machine, option: str, served: bool, found: bool, starts: bool
+) -> None:
+    machine.options, machine.gpu = Options(mps=option), replace(H100, served=served)
+    chosen = machine.packed()
+    assert len(machine.measured) == 2
+    assert chosen is not None and chosen.mps is found
+    assert machine.started == starts
+
+
+def with_recipe(study: Study, **changed: Any) -> Study:
+    return replace(study, recipe=replace(study.recipe, **changed))
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("gpu", lambda gpu: replace(gpu, name="NVIDIA A100")),
+        ("gpu", lambda gpu: replace(gpu, memory=40 * GIB)),
+        ("options", lambda options: replace(options, mps="off")),
+        ("options", lambda options: replace(options, max_concurrent=2)),
+        ("options", lambda options: replace(options, cpus_per_trial=2.0)),
+        ("study", lambda study: with_recipe(study, batch_size=32)),
+        ("study", lambda study: with_recipe(study, precision="bfloat16")),
+        ("study", lambda study: replace(study, cell=replace(study.cell, width=0.125))),
+        ("study", lambda study: replace(study, teacher_recipe=replace(study.teacher_recipe, precision="tf32"))),
+        ("data", lambda data: replace(data, flip=False)),
+    ],
+)
+def test_what_was_measured_for_something_else_does_not_count(machine: Machine, part: str, change: Any) -> None:
+    machine.packed()
+    before = len(machine.measured)
+    setattr(machine, part, change(getattr(machine, part)))
+    machine.packed()
+    assert len(machine.measured) > before
+
+
+def test_what_was_found_is_kept_for_each_option_of_its_own(machine: Machine) -> None:
+    for option in ("auto", "off", "on", "auto", "off", "on"):
+        machine.options = Options(mps=option)
+        machine.packed()
+    assert len(machine.measured) == 4 + 2 + 2
+
+
+@pytest.mark.parametrize("name", ["torch", "tune_kd"])
+def test_what_another_version_measured_does_not_count(
+    machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.packed()
+    if name == "torch":
+        monkeypatch.setattr(torch, "__version__", "2.0")
+    else:
+        monkeypatch.setattr(gpu_probe, "version", lambda _: "0.1")
+    machine.packed()
+    assert len(machine.measured) == 8
+
+
+def test_seeds_and_names_do_not_matter_to_what_was_measured(machine: Machine) -> None:
+    machine.packed()
+    confirm = replace(machine.study.confirm, seeds=(7, 8))
+    machine.study = replace(machine.study, name="other", confirm=confirm)
+    machine.packed()
+    assert len(machine.measured) == 4
+
+
+def stored() -> Path:
+    (file,) = Path("cache/tune_kd/gpu-shares").iterdir()
+    return file
+
+
+def altered(change: Any) -> bytes:
+    record = json.loads(stored().read_bytes())
+    change(record)
+    return json.dumps(record).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda: b"",
+        lambda: b"{" * 1000,
+        lambda: stored().read_bytes()[:-20],
+        lambda: b" " * 2**17 + stored().read_bytes(),
+        lambda: altered(lambda record: record.update(day="\x1b[2J")),
+        lambda: altered(lambda record: record["series"].pop()),
+        lambda: altered(lambda record: record["series"][0]["measured"].clear()),
+        lambda: altered(lambda record: record["series"][0]["measured"].pop(0)),
+        lambda: altered(lambda record: record["series"][0]["measured"][0].update(images_per_second=math.nan)),
+        lambda: altered(lambda record: record["series"][0]["measured"][0].update(images_per_second=0.0)),
+        lambda: altered(lambda record: record["series"][0]["measured"][0].update(together=-1)),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_measured_again(machine: Machine, content: Any) -> None:
+    machine.packed()
+    stored().write_bytes(content())
+    found = machine.packed()
+    assert len(machine.measured) == 8 and found is not None and found.why.startswith("as measured now")
+    machine.packed()
+    assert len(machine.measured) == 8, "and written again"
+
+
+def test_without_a_place_to_keep_it_each_run_measures(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("cache").write_text("no folder")
+    assert machine.packed() is not None
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def homeless() -> Path:
+        raise UserError("HOME is not set")
+
+    monkeypatch.setattr(gpu_probe, "default_cache", homeless)
+    assert machine.packed() is not None
+    assert len(machine.measured) == 8
+
+
+def test_a_probe_that_fails_is_a_warning_and_the_run_takes_the_default(machine: Machine) -> None:
+    machine.error = ProbeFailed("a probing process died (exit status -11)")
+    assert machine.packed() is None
+    assert machine.said[-1] == (
+        "warning: which share of a GPU is best cannot be measured (a probing process died (exit status -11)); "
+        "the run takes the default"
+    )
+
+
+def test_a_trial_that_does_not_fit_even_alone_is_a_mistake_that_says_what_to_do(machine: Machine) -> None:
+    machine.none = True
+    with pytest.raises(UserError, match=r"recipe\.batch_size is 16, with which not one trial of cifar/none fits"):
+        machine.packed()
+
+
+def test_mps_that_cannot_start_is_left_out_and_not_kept(machine: Machine) -> None:
+    machine.refused = "it hangs"
+    found = machine.packed()
+    assert {served for _, served in machine.measured} == {False}
+    assert found is not None and (found.light, found.mps) == (1.0, False)
+    assert machine.said[-1] == "MPS is not measured: it hangs"
+    machine.packed()
+    assert len(machine.measured) == 4
+    machine.options = Options(mps="on")  # which the run refuses
+    assert machine.packed() is None
+
+
+def test_a_short_study_one_trial_at_a_time_and_a_gpu_that_does_not_answer_are_not_measured(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.options = Options(max_concurrent=1)
+    assert machine.packed() is None
+    machine.options, machine.gpu = Options(), None  # type: ignore[assignment]
+    assert machine.packed() is None
+    machine.gpu = H100
+    monkeypatch.setattr(gpu_probe, "WORTH_SECONDS", 300.0)
+    assert machine.packed() is None
+    machine.study = replace(machine.study, rate=1e3)  # a CPU's
+    assert machine.packed() is None
+    assert machine.said == [] and machine.measured == []
+
+
+# What is measured
+
+
+def test_whether_a_trial_is_compiled_is_decided_by_all_images_of_the_run(one_stem: Study, tmp_path: Path) -> None:
+    """The probe cuts them, so it has more epochs."""
+    student = probed(plan(one_stem))["light"]
+    student = replace(student, recipe=replace(student.recipe, epochs=1000, batch_size=1))
+    many = replace(PIXELS, train=replace(PIXELS.train, images=PIXELS.train.images.repeat(3, 1, 1, 1),
+                                         labels=PIXELS.train.labels.repeat(3)))  # fmt: skip
+    job = probe_processes.job(student, None, many, CPU, tmp_path)
+    assert (len(job.data.train.labels), job.trial.recipe.epochs) == (40, 3000)
+    assert len(job.data.validation.labels) == 7  # a third of 20, so that it takes the same part of the time
+    assert job.more_bytes == (120 - 40 + 20 - 7 + 20 - 7) * 3 * 8 * 8
+    assert probe_processes.job(student, None, many, torch.device("cuda"), tmp_path).more_bytes > 2**29
+    short = replace(student, recipe=replace(student.recipe, epochs=1, batch_size=16))
+    assert probe_processes.job(short, None, many, CPU, tmp_path).trial.recipe.epochs > 3 * len(NUMBERS) + 1

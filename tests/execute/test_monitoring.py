@@ -26,6 +26,7 @@ from docs.dashboard import Page, until
 from tune_kd.cli import remote
 from tune_kd.execute import monitoring
 from tune_kd.execute.metrics import METRICS, samples
+from tune_kd.execute.resources import Shares
 from tune_kd.records.schema import Row, first_row
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
@@ -43,7 +44,7 @@ def ended(row: Row, **values: Any) -> Row:
 def test_the_gauges_of_a_run_follow_from_its_rows(one_stem: Study) -> None:
     planned = plan(one_stem)  # a teacher; none, logit at T = 2 and 4, feature; a screen and two seeds each
     rows = [first_row("r", trial) for trial in planned.trials]
-    before = {(each.name, each.labels): each.value for each in samples(planned, rows, [], 0.5)}
+    before = {(each.name, each.labels): each.value for each in samples(planned, rows, [], Shares.equal(0.5))}
     assert before["tune_kd_trials", (("phase", "confirm"), ("status", "pending"))] == 8
     assert before["tune_kd_trials", (("phase", "teacher"), ("status", "failed"))] == 0
     assert before["tune_kd_confirm_pairs", ()] == 0
@@ -59,7 +60,7 @@ def test_the_gauges_of_a_run_follow_from_its_rows(one_stem: Study) -> None:
     other = by_arm["cifar/feature", "confirm", 2]
     rows[other] |= {"status": "running", "epochs_run": 1, "val_accuracy": 0.7, "train_seconds": 4.0,
                     "gpu_fraction": 0.5}  # fmt: skip
-    now = {(each.name, each.labels): each.value for each in samples(planned, rows, ["a", "b", "a"], 0.5)}
+    now = {(each.name, each.labels): each.value for each in samples(planned, rows, ["a", "b", "a"], Shares.equal(0.5))}
     assert now["tune_kd_arms_stopped", ()] == 2
     assert now["tune_kd_val_accuracy", (("arm", "cifar/feature"),)] == pytest.approx(0.6)
     assert now["tune_kd_confirm_pairs", ()] == 0
@@ -71,15 +72,22 @@ def test_the_gauges_of_a_run_follow_from_its_rows(one_stem: Study) -> None:
     assert now["tune_kd_trial_seconds_planned", ()] == pytest.approx(planned_seconds)
     assert now["tune_kd_gpu_seconds_planned", ()] == pytest.approx((planned_seconds - 10) * 0.5 + 10 * 0.25)
     rows[feature] = ended(rows[feature])
-    after = {(each.name, each.labels): each.value for each in samples(planned, rows, [], 0.5)}
+    after = {(each.name, each.labels): each.value for each in samples(planned, rows, [], Shares.equal(0.5))}
     assert after["tune_kd_confirm_pairs", ()] == 1
+    kinds = Shares(light=0.125, heavy=0.5, teacher=1.0, methods=("feature",))
+    (planned_gpu_seconds,) = (
+        each.value for each in samples(planned, rows, [], kinds) if each.name == "tune_kd_gpu_seconds_planned"
+    )
+    assert planned_gpu_seconds < after["tune_kd_gpu_seconds_planned", ()], "of each kind its own share"
     assert after["tune_kd_val_accuracy", (("arm", "cifar/feature"),)] == pytest.approx(0.7)
 
 
 def test_names_that_are_not_ascii_are_labels_that_ray_takes(one_stem: Study) -> None:
     planned = plan(one_stem)
     row = first_row("r", planned.trials[-1]) | {"arm": "cifar/n\u043ene", "status": "running", "val_accuracy": 0.5}
-    labels = [each.labels for each in samples(planned, [row], [], 0.5) if each.name == "tune_kd_val_accuracy"]
+    labels = [
+        each.labels for each in samples(planned, [row], [], Shares.equal(0.5)) if each.name == "tune_kd_val_accuracy"
+    ]
     assert labels == [(("arm", "cifar/n\\u043ene"),)]
 
 

@@ -105,20 +105,22 @@ def test_mps_that_has_to_be_on_and_cannot_is_a_mistake_that_names_the_option(
 
 
 @pytest.mark.parametrize(
-    ("asked", "most", "cpus", "gpus", "matters", "pays"),
+    ("asked", "probed", "most", "cpus", "gpus", "matters", "pays"),
     [
-        (None, None, 8.0, 1.0, True, True),
-        (None, 1, 8.0, 1.0, True, False),
-        (None, None, 1.0, 1.0, True, False),  # one CPU, so one trial at a time
-        (0.5, None, 8.0, 1.0, False, True),
-        (1.0, None, 8.0, 1.0, False, False),
-        (0.0, None, 8.0, 1.0, False, False),
-        (0.5, 4, 8.0, 4.0, False, False),
+        ("auto", None, None, 8.0, 1.0, True, True),
+        ("auto", None, 1, 8.0, 1.0, True, False),
+        ("auto", None, None, 1.0, 1.0, True, False),  # one CPU, so one trial at a time
+        ("auto", True, None, 8.0, 1.0, True, True),  # as a probe found
+        ("auto", False, None, 8.0, 1.0, False, False),
+        (0.5, None, None, 8.0, 1.0, False, True),
+        (1.0, None, None, 8.0, 1.0, False, False),
+        (0.0, None, None, 8.0, 1.0, False, False),
+        (0.5, None, 4, 8.0, 4.0, False, False),
     ],
 )
 def test_it_pays_where_more_trials_run_at_a_time_than_there_are_gpus(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, study: Study, asked: float | None, most: int | None, cpus: float,
-    gpus: float, matters: bool, pays: bool,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, study: Study, asked: float | str, probed: bool | None,
+    most: int | None, cpus: float, gpus: float, matters: bool, pays: bool,
 ) -> None:  # fmt: skip
     from types import SimpleNamespace
 
@@ -126,7 +128,8 @@ def test_it_pays_where_more_trials_run_at_a_time_than_there_are_gpus(
 
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(mps_nodes, "served", lambda *given, **more: seen.append({"mode": given[1], **more}))
-    settings = {"gpus_per_trial": asked, "max_concurrent": most, "cpus_per_trial": 1.0}
+    settings: dict[str, Any] = {"gpus_per_trial": asked, "max_concurrent": most, "cpus_per_trial": 1.0}
+    settings |= {} if probed is None else {"packing": {"mps": probed}}
     cluster: Any = SimpleNamespace(cpus=cpus, gpus=gpus)
     mps_nodes.serving(Run("r", tmp_path / "r", study, "0" * 64, None, settings), cluster)
     assert seen == [{"mode": "auto", "matters": matters, "pays": pays}]
@@ -254,6 +257,13 @@ def work(task, place):
 if "--address" not in sys.argv:  # Ray starts here
     import ray
     ray.init = partial(ray.init, num_gpus=1)
+if "PACKED" in os.environ:  # a machine on which that was measured
+    import torch
+    from tune_kd.execute import gpu_probe
+    from tune_kd.execute.resources import Packing
+
+    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+    gpu_probe.packed = lambda *_, **__: Packing(**json.loads(os.environ["PACKED"]))
 mps.serves = serves
 ray_tune.run_on_ray = partial(ray_tune.run_on_ray, work=work)
 cli.main()
@@ -299,9 +309,9 @@ class Machine:
             start_new_session=True,
         )
 
-    def run(self, name: str, *arguments: str) -> tuple[int, str]:
+    def run(self, name: str, *arguments: str, here: bool = False) -> tuple[int, str]:
         """Run the study, and return the exit status and what was said."""
-        begun = self.begin("run", "own.py", "--scale", "own", "--no-dry-run", "--name", name, *arguments)
+        begun = self.begin("run", "own.py", "--scale", "own", "--no-dry-run", "--name", name, *arguments, here=here)
         out, errors = begun.communicate(timeout=200)
         return begun.returncode, " ".join((out + errors).split())
 
@@ -365,6 +375,27 @@ def test_mps_that_cannot_start_is_told_in_a_line_and_a_trial_takes_a_whole_gpu(m
     code, said = machine.run("refused", "--mps", "on")
     assert code == 2 and f"--mps is on, and MPS cannot be started: {why}; allowed: auto or off" in said
     assert not (machine.folder / "results" / "refused").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("served", [True, False])
+def test_a_run_takes_the_shares_that_were_measured_and_mps_as_it_was_measured(
+    machine: Machine, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"light": 0.25, "heavy": 0.5, "mps": served, "why": "as measured now: fast"}
+    monkeypatch.setitem(machine.environment, "PACKED", json.dumps(found))
+    name = f"measured-{served}"
+    code, said = machine.run(name, here=True)
+    assert code == 0, said
+    assert "0.25 of a GPU (with feature 0.5 of a GPU, a teacher 0.5 of a GPU), as measured now: fast." in said
+    assert bool(mps_control.log(machine.program)) is served
+    assert {line["pipe"] is not None for line in machine.seen()} == {served}
+    rows = pd.read_parquet(machine.folder / "results" / name / "trials.parquet")
+    assert set(rows["status"]) == {"completed"}
+    shares = {(method, share) for method, share in zip(rows["method"].fillna(""), rows["gpu_fraction"], strict=True)}
+    assert shares == {("", 0.5), ("none", 0.25), ("logit", 0.25), ("feature", 0.5)}
+    record = json.loads((machine.folder / "results" / name / "study.json").read_text())
+    assert record["settings"]["packing"] == found and record["settings"]["gpus_per_trial"] == "auto"
 
 
 def interrupted(

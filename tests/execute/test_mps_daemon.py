@@ -14,7 +14,7 @@ import pytest
 
 import mps_control
 from commands import wait_for
-from tune_kd.execute import mps, mps_daemon
+from tune_kd.execute import mps_daemon
 from tune_kd.execute.mps_daemon import NotStarted, folder_of, is_there, start, started, variables
 
 Installed = Callable[..., Path]
@@ -203,12 +203,10 @@ def test_processes_that_measure_a_share_are_served_and_those_after_them_are_not(
 ) -> None:
     program = installed()
     monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
-    monkeypatch.setattr(mps, "serves", lambda: False)
-    with mps_daemon.for_children("auto"):
-        assert mps_control.serves()
-    assert not mps_control.serves() and not mps_control.living(program)
-    with mps_daemon.for_children("off"):
+    with mps_daemon.for_children() as variables:
         assert not mps_control.serves()
-    monkeypatch.setattr(mps, "serves", lambda: True)
-    with mps_daemon.for_children("auto"):
-        assert len(mps_control.log(program, "started")) == 1
+        with monkeypatch.context() as child:
+            for name, value in variables.items():
+                child.setenv(name, value)
+            assert mps_control.serves()
+    assert not mps_control.living(program)

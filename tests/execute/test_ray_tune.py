@@ -42,6 +42,7 @@ from tune_kd.analysis.simulate import Curve, replay
 from tune_kd.execute import ray_tune, tune_internals
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.resources import Shares
 from tune_kd.execute.worker import Task, Work, Workplace
 from tune_kd.records.ledger import Ledger
 from tune_kd.records.schema import EPOCHS, TRIALS
@@ -114,6 +115,21 @@ def test_one_recorded_sequence_gives_the_same_decisions_three_ways(
     simulated = replay(study.screen, grid, order)
     by_arm = sorted(here.decisions, key=lambda each: (each.rung, order.index(each.arm)))
     assert simulated == by_arm
+
+
+@pytest.mark.slow  # in short: the driver's test
+def test_trials_with_the_shares_of_their_kinds_run_side_by_side(
+    ray_session: str, one_stem: Study, tmp_path: Path
+) -> None:
+    """Tune keeps processes for the next trial, and lets go of one whose share is another than what waits."""
+    shares = Shares(light=0.25, heavy=0.5, teacher=2.0, methods=("feature",))  # a teacher needs what all have
+    made, place = driver(without_stops(one_stem), tmp_path, cpus=0.25, gpus=shares)
+    ray_tune.run_on_ray(made, place, slots=8, beat=lambda: None, work=recorded({}))
+    found = {(row["role"], row["method"], row["gpu_fraction"], row["status"]) for row in made.rows.values()}
+    students = {
+        ("student", method, shares.of("student", method), "completed") for method in ("none", "logit", "feature")
+    }
+    assert found == {("teacher", None, 2.0, "completed"), *students}
 
 
 def test_a_trial_that_has_ended_weighs_little_in_the_driver(

@@ -1,38 +1,101 @@
 """The share of a GPU that a trial gets where none is asked for, and whether MPS serves a GPU."""
 
 import ctypes
+from dataclasses import replace
 from io import StringIO
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from tune_kd.execute import cluster as connection, mps, session
 from tune_kd.execute.monitoring import OPEN
-from tune_kd.execute.resources import Mps, gpu_share
+from tune_kd.execute.resources import Mps, Packing, gpu_shares
 from tune_kd.reporting.terminal import Terminal
+from tune_kd.study.plan import plan
+from tune_kd.study.spec import Factor, Study
 
 NOT = Mps(False, "MPS does not serve the GPUs")
+SERVED = Mps(True, "MPS serves the GPUs")
 
 
 @pytest.mark.parametrize(
     ("asked", "available", "mps", "gpus", "says"),
     [
-        (None, 1.0, NOT, 1.0, "a whole GPU, since MPS does not serve the GPUs, and without it trials"),
-        (None, 4.0, Mps(True, "MPS serves the GPUs"), 0.25, "0.25 of a GPU, since MPS serves the GPUs, on which four"),
-        (None, 1.0, Mps(False, "--mps is off"), 1.0, "a whole GPU, since --mps is off, and without it trials"),
-        (None, 0.0, Mps(False), 0.0, "no GPU, since Ray sees none"),
+        ("auto", 1.0, NOT, 1.0, "a whole GPU, since MPS does not serve the GPUs, and without it trials"),
+        ("auto", 1.0, SERVED, 0.25, "0.25 of a GPU, since MPS serves the GPUs, on which four"),
+        ("auto", 1.0, Mps(False, "--mps is off"), 1.0, "a whole GPU, since --mps is off, and without it trials"),
+        ("auto", 0.0, Mps(False), 0.0, "no GPU, since Ray sees none"),
         (0.5, 1.0, NOT, 0.5, "0.5 of a GPU, as --gpus-per-trial says; MPS does not serve the GPUs."),
         (2.0, 4.0, Mps(False), 2.0, "2 GPUs, as --gpus-per-trial says."),
         (0.0, 1.0, Mps(False), 0.0, "no GPU, as --gpus-per-trial says."),
     ],
 )
 def test_a_trial_gets_a_whole_gpu_unless_mps_serves_it_or_a_share_is_asked_for(
-    asked: float | None, available: float, mps: Mps, gpus: float, says: str
+    asked: float | Literal["auto"], available: float, mps: Mps, gpus: float, says: str, one_stem: Study
 ) -> None:
-    share = gpu_share(asked, available, mps)
-    assert share.gpus == gpus
-    assert share.words.startswith(f"Each trial gets {says}")
+    shares = gpu_shares(asked, plan(one_stem), available, mps, None)
+    assert (shares.light, shares.heavy, shares.teacher) == (gpus, gpus, gpus)
+    assert shares.words.startswith(f"Each trial gets {says}")
+
+
+def test_on_a_cluster_the_sentence_says_that_nothing_was_measured(one_stem: Study) -> None:
+    shares = gpu_shares("auto", plan(one_stem), 1.0, NOT, None, "; on a cluster nothing is measured")
+    assert shares.words.endswith("would take turns; on a cluster nothing is measured.")
+
+
+WITH, WITHOUT = Packing(0.125, 0.5, True, "as measured"), Packing(0.5, 1.0, False, "as measured")
+
+
+@pytest.mark.parametrize(
+    ("packing", "mps", "light", "heavy"),
+    [
+        (WITH, SERVED, 0.125, 0.5),
+        (WITH, NOT, 1.0, 1.0),  # it could not be started
+        (WITHOUT, Mps(False), 0.5, 1.0),
+    ],
+)
+def test_what_was_measured_counts_where_mps_serves_as_it_did(
+    packing: Packing, mps: Mps, light: float, heavy: float, one_stem: Study
+) -> None:
+    shares = gpu_shares("auto", plan(one_stem), 1.0, mps, packing)
+    assert (shares.light, shares.heavy, shares.teacher) == (light, heavy, heavy)
+    for trial in plan(one_stem).trials:
+        expected = heavy if trial.phase == "teacher" or trial.cell.method == "feature" else light
+        assert shares.of(trial.role, trial.cell.method) == expected
+    assert shares.smallest == light
+
+
+def test_the_shares_of_the_kinds_are_said(one_stem: Study) -> None:
+    words = gpu_shares("auto", plan(one_stem), 2.0, SERVED, WITH).words
+    assert words == "Each trial gets 0.125 of a GPU (with feature 0.5 of a GPU, a teacher a whole GPU), as measured."
+
+
+@pytest.mark.parametrize(
+    ("stems", "gpus", "share"),
+    [
+        (("cifar",), 1.0, 0.5),  # a screen and two seeds of the control need an eighth each
+        (("cifar",), 2.0, 1.0),
+        (("cifar", "imagenet"), 2.0, 0.5),
+        (("cifar", "imagenet"), 3.0, 1.0),
+    ],
+)
+def test_a_teacher_has_a_gpu_of_its_own_where_all_that_can_start_has_its_place_anyway(
+    stems: tuple[str, ...], gpus: float, share: float, study: Study
+) -> None:
+    planned = plan(replace(study, factors=(Factor("stem", stems), *study.factors[1:]), moderator=None))
+    assert gpu_shares("auto", planned, gpus, SERVED, WITH).teacher == share
+
+
+def test_a_teacher_has_a_gpu_of_its_own_there_also_where_nothing_was_measured(one_stem: Study) -> None:
+    shares = gpu_shares("auto", plan(one_stem), 2.0, SERVED, None)  # three controls need a quarter each
+    assert (shares.light, shares.heavy, shares.teacher) == (0.25, 0.25, 1.0)
+    assert shares.words.startswith("Each trial gets 0.25 of a GPU (a teacher a whole GPU), since MPS serves the GPUs")
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_share_that_was_asked_for_is_that_of_teachers_too(share: float, one_stem: Study) -> None:
+    assert gpu_shares(share, plan(one_stem), 8.0, SERVED, None).teacher == share
 
 
 class Cuda:
@@ -59,6 +122,14 @@ class Cuda:
         value._obj.value = int(self.served[device.value - 40])
         return 0
 
+    def cuDeviceGetName(self, name: Any, length: int, device: ctypes.c_int) -> int:
+        name.value = b"a GPU"
+        return 0 if device.value == 40 else 1
+
+    def cuDeviceTotalMem_v2(self, memory: Any, device: ctypes.c_int) -> int:
+        memory._obj.value = 80 * 2**30
+        return 0 if device.value == 40 else 1
+
 
 @pytest.mark.parametrize(
     ("cuda", "serves"),
@@ -81,6 +152,21 @@ def test_without_a_driver_nothing_is_served() -> None:
         raise OSError("libcuda.so.1: cannot open shared object file")
 
     assert mps.serves(missing) is False
+    assert mps.described(missing) is None
+
+
+def test_a_gpu_is_described_by_its_name_and_memory() -> None:
+    assert mps.described(lambda: Cuda(True, False)) == mps.Gpu("a GPU", 80 * 2**30, served=False)
+    assert mps.described(lambda: Cuda(True)) == mps.Gpu("a GPU", 80 * 2**30, served=True)
+    assert mps.described(lambda: Cuda(True, starts=False)) is None
+
+
+def test_a_process_of_its_own_is_asked_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert mps.asked() is None  # there is none
+    monkeypatch.setattr(mps, "ASK", 'print(\'{"name": "a GPU", "memory": 7, "served": true}\')')
+    assert mps.asked() == mps.Gpu("a GPU", 7, served=True)
+    monkeypatch.setattr(mps, "ASK", "raise SystemExit(1)")
+    assert mps.asked() is None
 
 
 def test_a_node_that_cannot_answer_is_said_to_with_the_reason(ray_session: str) -> None:

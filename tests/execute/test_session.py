@@ -3,15 +3,26 @@
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
 
 import tune_kd
 from commands import STUDY, contiguous
+from conftest import altered, noise
 from tune_kd import UserError
+from tune_kd.data.datasets import DataSet
+from tune_kd.execute import session
+from tune_kd.execute.options import Asked, Options, check_shares, options_of
+from tune_kd.execute.resources import Mps, Packing
+from tune_kd.records.run_folder import Run, create, reopen
 from tune_kd.reporting.terminal import Terminal
+from tune_kd.study.plan import Plan, plan
+from tune_kd.study.spec import Study
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = """
@@ -88,3 +99,96 @@ def test_what_a_record_says_cannot_command_the_terminal_of_a_notebook(
     with pytest.raises(KeyboardInterrupt):
         tune_kd.resume(finished)
     assert "\x1b" not in (told := capsys.readouterr().out) and told.startswith("[bold]a ")
+
+
+# Shares of a GPU before a run
+
+
+class Probe:
+    """A probe that says what it was asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, found: Packing | None, gpus: int = 1) -> None:
+        self.asked: list[Options] = []
+        self.found = found
+        monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+        monkeypatch.setattr("tune_kd.execute.gpu_probe.packed", self.packed)
+
+    def packed(self, planned: Plan, data: DataSet, options: Options, *_: object, gpus: int) -> Packing | None:
+        self.asked.append(options)
+        return self.found
+
+
+FOUND = Packing(0.25, 0.5, True, "as measured")
+
+
+def settings_of(options: Options, study: Study, address: str | None = None) -> dict[str, Any]:
+    return session._settings(options, plan(study), noise(), address, Terminal(), ())
+
+
+def test_where_ray_starts_here_and_this_machine_has_a_gpu_shares_are_measured_and_recorded(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = Probe(monkeypatch, FOUND)
+    found = settings_of(Options(), study)
+    assert found["gpus_per_trial"] == "auto", "so that a run that goes on elsewhere measures there"
+    assert found["packing"] == {"light": 0.25, "heavy": 0.5, "mps": True, "why": "as measured"}
+    assert settings_of(Options(gpus_per_trial=None), study) == found  # as earlier versions recorded the default
+    probe.found = None
+    assert "packing" not in settings_of(Options(), study)
+    assert len(probe.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "address", "gpus"), [("auto", "10.0.0.1:6379", 1), ("auto", None, 0), (0.5, None, 1), (0.0, None, 1)]
+)
+def test_elsewhere_nothing_is_measured(
+    asked: Asked, address: str | None, gpus: int, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = Probe(monkeypatch, FOUND, gpus)
+    check_shares(Options(gpus_per_trial=asked), address)
+    found = settings_of(Options(gpus_per_trial=asked), study, address)
+    assert found["gpus_per_trial"] == asked and "packing" not in found and probe.asked == []
+
+
+def test_a_record_of_measured_shares_is_read_and_measured_again_where_the_run_goes_on(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Probe(monkeypatch, FOUND)
+    create(Run("r", tmp_path / "r", study, "0" * 64, None, settings_of(Options(max_concurrent=3), study)))
+    again = reopen(tmp_path / "r")
+    assert again.settings["packing"]["heavy"] == 0.5
+    assert options_of(again) == Options(max_concurrent=3)
+    altered(tmp_path / "r" / "study.json", lambda record: record["settings"]["packing"].update(light=7.0))
+    with pytest.raises(UserError, match=r"settings\.packing\.light is 7\.0, which no run writes"):
+        reopen(tmp_path / "r")
+
+
+@pytest.mark.parametrize("recorded", [None, 0.25, 0.0, "auto"])
+def test_a_run_of_an_earlier_version_goes_on_with_its_share(
+    recorded: float | str | None, study: Study, tmp_path: Path
+) -> None:
+    create(Run("r", tmp_path / "r", study, "0" * 64, None, {"gpus_per_trial": recorded, "cpus_per_trial": 1.0}))
+    options = options_of(reopen(tmp_path / "r"))
+    assert settings_of(options, study)["gpus_per_trial"] == ("auto" if recorded is None else recorded)
+
+
+@pytest.mark.parametrize(
+    ("address", "packing", "served", "words"),
+    [
+        (None, FOUND, True, "0.25 of a GPU (with feature 0.5 of a GPU, a teacher 0.5 of a GPU), as measured."),
+        (None, None, False, "a whole GPU, since MPS does not serve, and without it trials on one GPU would take "
+                            "turns."),
+        ("a:1", None, True, "0.25 of a GPU, since MPS does, on which four then train at the same time; on a cluster "
+                            "nothing is measured."),
+    ],
+)  # fmt: skip
+def test_a_run_takes_what_was_measured_and_says_where_it_was_not(
+    address: str | None, packing: Packing | None, served: bool, words: str, study: Study, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"gpus_per_trial": "auto"}
+    settings |= {} if packing is None else {"packing": asdict(packing)}
+    run = Run("r", tmp_path / "r", study, "0" * 64, None, settings)
+    cluster: Any = SimpleNamespace(gpus=1.0)
+    mps = Mps(served, "MPS does" if served else "MPS does not serve")
+    assert session._shares(run, cluster, mps, address).words == f"Each trial gets {words}"

@@ -24,9 +24,10 @@ from trials import run
 from tune_kd.data import datasets
 from tune_kd.data.augment import crop, draw_views, prepare
 from tune_kd.data.datasets import DataSet, on_device
-from tune_kd.execute import mps_daemon
+from tune_kd.execute import gpu_probe, mps_daemon
 from tune_kd.execute.driver import Driver
 from tune_kd.execute.in_process import run_in_process
+from tune_kd.execute.options import Options
 from tune_kd.execute.worker import Task, Workplace, work
 from tune_kd.records.ledger import Ledger
 from tune_kd.study.discover import find, resolve
@@ -257,6 +258,25 @@ def test_a_trial_that_needs_more_than_its_share_is_tried_again_with_twice_the_sh
     assert len(rows) == 1 and "OutOfMemoryError" in rows[0]["error"]
     assert rows[0]["gpu_fraction"] == 1.0
     assert {row["status"] for row in made.rows.values()} == {"completed"}
+
+
+@pytest.mark.parametrize("mode", ["off", "auto"])
+def test_a_probe_measures_both_kinds_of_trials_and_the_next_run_takes_what_it_found(
+    mode: str, one_stem: Study, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tiny trials, so the shares say nothing; memory is that of a process with CUDA."""
+    monkeypatch.setattr(gpu_probe, "WORTH_SECONDS", 0.0)
+    images = datasets.load("digits", train=60, validation=20, test=20)
+    said: list[str] = []
+    planned, options = plan(one_stem, images.digest), Options(max_concurrent=2, cpus_per_trial=0.5, mps=mode)
+    found = gpu_probe.packed(planned, images, options, said.append)
+    assert found is not None, said
+    assert {found.light, found.heavy} <= {0.5, 1.0}
+    rows = [line for line in said if "images/s" in line]
+    assert len(rows) == (4 if any("with MPS" in line for line in rows) else 2), said
+    assert all(0.5 < float(line.split()[-3]) < 4 for line in rows), said
+    again = gpu_probe.packed(planned, images, options, said.append)
+    assert again is not None and again.why.startswith("as measured before")
 
 
 MPS = "nvidia-cuda-mps-control"

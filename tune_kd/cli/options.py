@@ -69,9 +69,9 @@ MarginFrom = Annotated[
 Phases = Annotated[
     list[str] | None, typer.Option("--phase", help="In tables of others, what a phase is: select=screen. Repeatable.")
 ]
-Gpus = Annotated[
-    str | None, typer.Option(help="GPU share of a trial, such as 0.25; auto measures one.", show_default=False)
-]
+GPUS = "GPU share of a trial, such as 0.25; auto measures which is best, where that pays."
+Gpus = Annotated[str, typer.Option(help=GPUS)]
+GpusNow = Annotated[str | None, typer.Option(help=GPUS, show_default="as the run began")]
 CPUS = "CPU share of a trial; its whole part is its threads, at least one."
 Cpus = Annotated[float, typer.Option(help=CPUS)]
 CpusNow = Annotated[float | None, typer.Option(help=CPUS, show_default="as the run began")]

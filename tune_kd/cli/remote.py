@@ -37,7 +37,7 @@ def submit(
     name: options.Name = None,
     settings: options.Settings = None,
     margin_from: options.MarginFrom = None,
-    gpus_per_trial: options.Gpus = None,
+    gpus_per_trial: options.Gpus = "auto",
     cpus_per_trial: options.Cpus = 1.0,
     max_concurrent: options.MaxConcurrent = None,
     mps: options.Mps = "auto",

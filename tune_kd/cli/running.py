@@ -51,7 +51,7 @@ def run(
     name: options.Name = None,
     settings: options.Settings = None,
     margin_from: options.MarginFrom = None,
-    gpus_per_trial: options.Gpus = None,
+    gpus_per_trial: options.Gpus = "auto",
     cpus_per_trial: options.Cpus = 1.0,
     max_concurrent: options.MaxConcurrent = None,
     mps: options.Mps = "auto",
@@ -100,7 +100,7 @@ def resume(
     extend: Extend = False,
     settings: options.Settings = None,
     study: StudyNow = None,
-    gpus_per_trial: options.Gpus = None,
+    gpus_per_trial: options.GpusNow = None,
     cpus_per_trial: options.CpusNow = None,
     max_concurrent: options.MaxConcurrent = None,
     mps: options.MpsNow = None,
@@ -125,7 +125,7 @@ def resume(
     if settings and not extend:
         problems.append("--set is given; allowed: with --extend only, since a run keeps the study that it began with")
     given: dict[str, Any] = {
-        "gpus_per_trial": collect(problems, lambda: parse_gpus(gpus_per_trial)),
+        "gpus_per_trial": None if gpus_per_trial is None else collect(problems, lambda: parse_gpus(gpus_per_trial)),
         "cpus_per_trial": cpus_per_trial,
         "max_concurrent": max_concurrent,
         "mps": mps,

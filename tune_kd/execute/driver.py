@@ -14,6 +14,7 @@ from typing import cast
 
 from tune_kd.execute.attempts import MAX_ATTEMPTS, Attempts
 from tune_kd.execute.draws import Draws
+from tune_kd.execute.resources import Shares
 from tune_kd.execute.start_order import first_to_start
 from tune_kd.execute.worker import Failure, Task, Where, Workplace
 from tune_kd.records import adaptive_plan
@@ -45,7 +46,7 @@ class Driver:
         place: Workplace,
         *,
         cpus: float,
-        gpus: float,
+        gpus: float | Shares,
         max_concurrent: int | None = None,
         keep_checkpoints: bool = False,
         say: Callable[[str], None] = lambda _: None,
@@ -58,7 +59,7 @@ class Driver:
         self.broken: str | None = None  # the error of the disk that ended the run
         self.run, self._folder, self.place = run, folder, place
         self._ledger = ledger
-        self._cpus, self.gpus = cpus, gpus
+        self._cpus, self.gpus = cpus, gpus if isinstance(gpus, Shares) else Shares.equal(gpus)
         self._max_concurrent = max_concurrent
         self._keep_checkpoints = keep_checkpoints
         self._say = say
@@ -94,7 +95,8 @@ class Driver:
         self._waiting.remove(trial)
         row = self.rows[trial.trial_id]
         # At least the share that an earlier attempt was raised to; 0 on a machine without GPUs.
-        gpus = max(self.gpus, row["gpu_fraction"] or 0.0) if self.gpus else 0.0
+        gpus = self.gpus.of(trial.role, trial.cell.method)
+        gpus = max(gpus, row["gpu_fraction"] or 0.0) if gpus else 0.0
         answering = self.plan.answering.get(trial.teacher_id or "")
         taught = self.rows[trial.teacher_id]["weights_digest"] if trial.teacher_id else None
         task = Task(trial, row["attempts"] + 1, row["epochs_run"], self._cpus, gpus, answering, taught)

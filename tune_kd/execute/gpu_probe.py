@@ -1,172 +1,290 @@
-"""Measure which share of a GPU a trial should have, by training several copies of the heaviest student at once."""
+"""Measure which share of a GPU trials should have, and whether MPS pays, by training several at the same time.
 
+Two kinds of students differ in what they need of a GPU: light ones train alone, also on cached logits; heavy ones have
+their teacher beside them. The heaviest of each kind is measured, with and without MPS. What was measured is kept in the
+user's cache for the next run on such a GPU with the same trials and versions.
+"""
+
+import hashlib
+import json
 import math
-import multiprocessing
+import os
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from itertools import product
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
-from tune_kd.data.datasets import DataSet, Split
-from tune_kd.execute.worker import failure
+from tune_kd.data.cifar import default_cache
+from tune_kd.data.datasets import DataSet
+from tune_kd.execute import mps, mps_daemon
+from tune_kd.execute.options import Options
+from tune_kd.execute.probe_processes import (
+    GROWTH,
+    HEADROOM,
+    NUMBERS,
+    Job,
+    Measured,
+    ProbeFailed,
+    job,
+    measure,
+    processes,
+)
+from tune_kd.execute.resources import Packing
+from tune_kd.records.adaptive_plan import to_come
 from tune_kd.study.brought import Code
-from tune_kd.study.cost import flop
+from tune_kd.study.cost import estimate, flop, images_of
 from tune_kd.study.plan import Plan
-from tune_kd.study.trial import Answering, Role, StopReason, Trial
-from tune_kd.system.environment import guard_code
+from tune_kd.study.spec import Study
+from tune_kd.study.trial import Role, Trial
+from tune_kd.system.adapters import adapter
+from tune_kd.system.environment import make_private
 from tune_kd.system.errors import UserError
-from tune_kd.training import networks, teachers
-from tune_kd.training.checkpoints import Checkpoints
-from tune_kd.training.device import peak_memory, start_measuring
-from tune_kd.training.loop import train
-from tune_kd.training.loss import bring
+from tune_kd.system.files import parsed, publish, read
 
-NUMBERS = (1, 2, 4, 8)  # of concurrent trials to try
-PROBE_STEPS = 40  # of a probing epoch: about a second, without the capture of a step
-PROBE_EPOCHS = 3  # measured after one epoch of warm-up
-GROWTH = 1.05  # a larger number of trials must raise images per second by at least this factor
-HEADROOM = 0.9  # fraction of memory to plan with; the rest is for fragmentation
+Kind = Literal["light", "heavy"]
+Say = Callable[[str], None]
+GPU = torch.device("cuda")
+
+WORTH_SECONDS = 300.0  # that a study would keep a GPU busy, below which it is not measured
+MOST_CACHE_BYTES = 2**16  # of a file of measurements, which has about two thousand
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Result of training `together` equal trials at the same time."""
+class Series:
+    """Measurements of one kind of trials, with or without MPS."""
 
-    together: int
-    images_per_second: float  # of all of them
-    bytes_each: int  # peak of one
+    kind: Kind
+    mps: bool
+    measured: Annotated[tuple[Measured, ...], Field(min_length=1, max_length=len(NUMBERS))]
 
 
-def propose(measured: Sequence[Measured], memory: int) -> float:
-    """Return the share 1/k, where k is the smallest number of trials within 5 % of the best images per second.
+@dataclass(frozen=True)
+class Found:
+    """What was measured, and on which day."""
 
-    Skips numbers whose trials need more than 90 % of `memory` (bytes). Raises `UserError` if none fits.
+    day: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
+    series: Annotated[tuple[Series, ...], Field(min_length=1, max_length=4)]
+
+
+# What to measure
+
+
+def kind_of(trial: Trial) -> Kind:
+    """A teacher in training counts as heavy: it is a large network."""
+    return "heavy" if trial.role == Role.TEACHER or trial.method.runs_teacher else "light"
+
+
+def probed(plan: Plan) -> dict[Kind, Trial]:
+    """The student to measure of each kind that a plan has: the heaviest, of the light ones if possible a control, which
+    needs no teacher and costs the same."""
+    found: dict[Kind, Trial] = {}
+    for trial in plan.trials:
+        if trial.role == Role.STUDENT:
+            best = found.setdefault(kind_of(trial), trial)
+            found[kind_of(trial)] = max(best, trial, key=lambda each: (each.teacher_id is None, flop(each)))
+    return dict(sorted(found.items(), reverse=True))  # the light one first
+
+
+def images_of_kinds(plan: Plan, students: Mapping[Kind, Trial]) -> dict[Kind, float]:
+    """The training images of the students that were measured which cost as much as all trials of their kind."""
+    total = dict.fromkeys(students, 0.0)
+    for trial in plan.trials:
+        kind = kind_of(trial)
+        total[kind if kind in total else "light"] += flop(trial)
+    images = {kind: images_of(each).train * each.recipe.epochs for kind, each in students.items()}
+    return {kind: total[kind] * images[kind] / flop(each) for kind, each in students.items()}
+
+
+def numbers_for(options: Options, cpus: int, gpus: int) -> list[int]:
+    """The numbers of trials to try on each GPU: not more than can run there at a time."""
+    most = min(options.max_concurrent or math.inf, cpus / options.cpus_per_trial) / gpus
+    return [number for number in NUMBERS if number <= math.ceil(most)]
+
+
+# The choice
+
+
+def propose(measured: Sequence[Measured], memory: int) -> Measured:
+    """Return the smallest number of trials within 5 % of the best images per second.
+
+    Skips numbers whose trials need more than 90 % of `memory` (bytes). One trial fits: it ran.
     """
-    fitting = [each for each in measured if each.together * each.bytes_each <= HEADROOM * memory]
-    if not fitting:
-        raise UserError(
-            "--gpus-per-trial is auto, and not one trial fits into the GPU's memory; lower recipe.batch_size"
-        )
+    fitting = [each for each in measured if each.together == 1 or each.together * each.bytes_each <= HEADROOM * memory]
     best = max(each.images_per_second for each in fitting)
-    return 1 / min(each.together for each in fitting if GROWTH * each.images_per_second >= best)
+    return min((each for each in fitting if GROWTH * each.images_per_second >= best), key=lambda each: each.together)
 
 
-def probe(
+def choose(series: Sequence[Series], images: Mapping[Kind, float], memory: int) -> tuple[dict[Kind, Measured], bool]:
+    """Return how many trials of each kind to train at a time, and whether with MPS: only if the whole study, as
+    `images` of each kind, takes 5 % less time so, or if nothing was measured without."""
+    chosen = {
+        served: {each.kind: propose(each.measured, memory) for each in series if each.mps == served}
+        for served in {each.mps for each in series}
+    }
+    seconds = {
+        served: sum(images[kind] / each.images_per_second for kind, each in kinds.items())
+        for served, kinds in chosen.items()
+    }
+    with_mps = False not in seconds or (True in seconds and seconds[False] >= GROWTH * seconds[True])
+    return chosen[with_mps], with_mps
+
+
+def packing(found: Found, plan: Plan, memory: int, again: bool) -> Packing:
+    """The shares and the sentence for what was found, which `again` says was measured by an earlier run."""
+    students = probed(plan)
+    chosen, served = choose(found.series, images_of_kinds(plan, students), memory)
+    told = ", ".join(
+        f"{each.together} at a time of {students[kind].arm} train {each.images_per_second:,.0f} images/s"
+        for kind, each in chosen.items()
+    )
+    shares = {kind: 1 / each.together for kind, each in chosen.items()}
+    light, heavy = (shares.get(kind, min(shares.values())) for kind in ("light", "heavy"))
+    when = f"as measured before ({found.day})" if again else "as measured now"
+    return Packing(light, heavy, served, f"{when}: {'with' if served else 'without'} MPS {told}")
+
+
+# The measurement
+
+
+def packed(
     plan: Plan,
     data: DataSet,
-    device: torch.device,
-    say: Callable[[str], None],
-    numbers: Sequence[int] = NUMBERS,
+    options: Options,
+    say: Say,
     codes: Sequence[Code] = (),
-) -> float:
-    """Measure one trial, then more at a time while images per second grow; return the share to use. `codes` are what
-    the study brings."""
-    # One share is used for all trials, so measure the most expensive one.
-    student = max((trial for trial in plan.trials if trial.role == Role.STUDENT), key=flop)
-    teacher = next((trial for trial in plan.teachers if trial.trial_id == student.teacher_id), None)
-    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 2**63
-    found: list[Measured] = []
-    for together in numbers:
-        one = measure(student, teacher, data, device, together, codes)
-        if one is None:
-            say(f"{together} at a time: out of memory")
-            break
-        say(f"{together} at a time: {one.images_per_second:,.0f} images/s, {one.bytes_each / 2**30:.2f} GiB each")
-        found.append(one)
-        if len(found) > 1 and one.images_per_second < GROWTH * found[-2].images_per_second:
-            break
-    share = propose(found, memory)
-    say(f"a share of {share:g} for each trial, measured with {student.label}")
-    return share
-
-
-def measure(
-    student: Trial,
-    teacher: Trial | None,
-    data: DataSet,
-    device: torch.device,
-    together: int,
-    codes: Sequence[Code] = (),
-) -> Measured | None:
-    """Train `together` copies of a student at once, one per process. Returns None if one runs out of memory."""
-    context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe() for _ in range(together)]
-    processes = [
-        context.Process(target=_train, args=(student, teacher, data, device, together, codes, there), daemon=True)
-        for _, there in pipes
-    ]
-    for process in processes:
-        process.start()
-    for _, there in pipes:
-        there.close()  # so that recv raises EOFError if the process dies
+    device: torch.device = GPU,
+    gpus: int = 1,
+) -> Packing | None:
+    """Choose shares for a plan on the `gpus` GPUs of this machine. Returns None where that would not pay, or fails,
+    which it says. Raises `UserError` if not even one trial fits into the memory."""
+    rate = max(plan.study.rate, Study.rate)  # a lower one is a CPU's
+    if estimate((*plan.trials, *to_come(plan)), plan.answering, rate).slot_seconds < WORTH_SECONDS:
+        return None
+    numbers = numbers_for(options, os.cpu_count() or 1, gpus)
+    gpu = mps.asked() if len(numbers) > 1 else None
+    if gpu is None:
+        return None
+    modes = _modes(options.mps, gpu)
+    file = _file(gpu, modes, numbers, plan, data, options)
+    known = _read(file, probed(plan), modes)
+    if known is not None:
+        return packing(known, plan, gpu.memory, again=True)
+    say("measuring how many trials should share a GPU, which the next run of such a study then knows")
     try:
-        answers = [here.recv() for here, _ in pipes]  # after warm-up
-        if all(answer == "ready" for answer in answers):
-            for here, _ in pipes:
-                here.send("go")
-            answers = [here.recv() for here, _ in pipes]
-    except EOFError as error:
-        raise RuntimeError("a probing process died; give --gpus-per-trial a number") from error
-    finally:
-        for here, _ in pipes:
-            here.close()
-        for process in processes:
-            process.join()
-    for answer in answers:
-        if isinstance(answer, Exception):
-            if failure(answer).reason == StopReason.OUT_OF_MEMORY:
-                return None
-            raise answer
-    return Measured(together, sum(speed for speed, _ in answers), max(peak for _, peak in answers))
+        with tempfile.TemporaryDirectory(prefix="tune_kd-probe-") as folder:
+            jobs = _jobs(plan, data, device, Path(folder), max(1, int(options.cpus_per_trial)), codes)
+            found = Found(date.today().isoformat(), tuple(_measured(jobs, modes, numbers, gpu, say)))
+    except (ProbeFailed, mps_daemon.NotStarted, OSError) as error:
+        say(f"warning: which share of a GPU is best cannot be measured ({error}); the run takes the default")
+        return None
+    _write(file, found)
+    return packing(found, plan, gpu.memory, again=False)
 
 
-def _train(
-    student: Trial,
-    teacher: Trial | None,
-    data: DataSet,
-    device: torch.device,
-    together: int,
-    codes: Sequence[Code],
-    pipe: Connection,
-) -> None:
-    """Send "ready" after an epoch, wait, then send (images per second, peak bytes) of the next epochs, or the error."""
-    with tempfile.TemporaryDirectory() as name, suppress(EOFError):
+def _modes(asked: str, gpu: mps.Gpu) -> tuple[bool, ...]:
+    """Whether to measure with MPS, without, or both."""
+    if asked == "off":
+        return (False,)
+    if asked == "on" or gpu.served:
+        return (True,)
+    return (False, True) if mps_daemon.is_there() else (False,)
+
+
+def _jobs(
+    plan: Plan, data: DataSet, device: torch.device, folder: Path, threads: int, codes: Sequence[Code]
+) -> dict[Kind, Job]:
+    teachers = {each.trial_id: each for each in plan.teachers}
+    return {
+        kind: job(each, teachers.get(each.teacher_id or ""), data, device, folder / kind, threads, codes)
+        for kind, each in probed(plan).items()
+    }
+
+
+def _measured(
+    jobs: Mapping[Kind, Job], modes: Sequence[bool], numbers: Sequence[int], gpu: mps.Gpu, say: Say
+) -> Iterator[Series]:
+    """Measure each kind in each mode. An MPS that cannot be started is left out where there is another mode."""
+    for served in modes:
+        own: AbstractContextManager[dict[str, str]] = nullcontext({})
+        if served and not gpu.served:
+            own = mps_daemon.for_children()
         try:
-            guard_code()
-            bring(codes)
-            torch.set_num_threads(1)
-            before = 0
-            if device.type == "cuda":
-                torch.cuda.set_per_process_memory_fraction(1 / together)
-                before = torch.cuda.mem_get_info(device)[0]
-                torch.zeros(1, device=device)
-            context = before - torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-            start_measuring(device)
-            count = min(len(data.train.labels), PROBE_STEPS * student.recipe.batch_size)
-            small = replace(data, train=Split(data.train.images[:count], data.train.labels[:count]))
-            trial = replace(student, recipe=replace(student.recipe, epochs=PROBE_EPOCHS + 2, validate_every=1))
-            helper = None
-            if teacher is not None:  # random weights cost as much as trained ones
-                cell, folder = teacher.cell, Path(name, "teachers")
-                net = networks.build(
-                    teacher.architecture, stem=cell.stem, classes=len(data.classes), width=cell.width, seed=0
-                )
-                teachers.publish_teacher(folder, teacher, net.state_dict(), [])
-                drawn = Answering(False, ((trial.seed, trial.recipe.epochs),))
-                helper = teachers.load_teacher(folder, teacher.trial_id, small, device, drawn)
-            epochs = train(
-                trial, small, helper, device=device, checkpoints=Checkpoints(Path(name)), checkpoint_every=math.inf
-            )
-            next(epochs)
-            pipe.send("ready")
-            pipe.recv()
-            speeds = [next(epochs).images_per_second for _ in range(PROBE_EPOCHS)]
-            pipe.send((PROBE_EPOCHS / sum(1 / speed for speed in speeds), (peak_memory(device) or 0) + max(0, context)))
-        except EOFError:
-            raise  # another process failed, and nobody waits for this one
-        except Exception as error:
-            pipe.send(error)
+            with own as variables, processes(numbers[-1], variables) as pool:
+                for kind, each in jobs.items():
+                    found = measure(pool, each, numbers, gpu.memory)
+                    if not found:
+                        raise UserError(
+                            f"recipe.batch_size is {each.trial.recipe.batch_size}, with which not one trial of "
+                            f"{each.trial.arm} fits into the GPU's memory; lower it, or give --gpus-per-trial a number"
+                        )
+                    say(_row(each.trial, served, found))
+                    yield Series(kind, served, tuple(found))
+        except mps_daemon.NotStarted as error:
+            if len(modes) == 1:
+                raise
+            say(f"MPS is not measured: {error}")
+
+
+def _row(trial: Trial, served: bool, found: Sequence[Measured]) -> str:
+    numbers = ", ".join(str(each.together) for each in found)
+    speeds = ", ".join(f"{each.images_per_second:,.0f}" for each in found)
+    most = max(each.bytes_each for each in found) / 2**30
+    how = "with" if served else "without"
+    return f"{trial.arm}, {how} MPS: {numbers} at a time train {speeds} images/s; {most:.2f} GiB each"
+
+
+# What earlier runs measured
+
+
+def _file(
+    gpu: mps.Gpu, modes: Sequence[bool], numbers: Sequence[int], plan: Plan, data: DataSet, options: Options
+) -> Path | None:
+    """The file for measurements that depend on nothing else; None where there is no cache."""
+    teachers = {each.trial_id: each for each in plan.teachers}
+    splits = (data.train, data.validation, data.test)
+    pixels = (len(data.classes), data.pad, data.flip, data.upsample, *(tuple(each.images.shape) for each in splits))
+    parts = [(gpu, *modes), (*numbers, int(options.cpus_per_trial)), pixels]
+    parts.append((version("tune_kd"), torch.__version__, torch.version.cuda))
+    for kind, student in probed(plan).items():
+        pair = (student, teachers.get(student.teacher_id or ""))
+        parts.append((kind, *(_computed(trial) for trial in pair if trial is not None)))
+    with suppress(UserError):  # no home
+        return default_cache() / "gpu-shares" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.json"
+    return None
+
+
+def _computed(trial: Trial) -> tuple[object, ...]:
+    """What decides how a trial computes, and not what comes out."""
+    return trial.architecture, trial.cell, trial.recipe, trial.method
+
+
+def _read(file: Path | None, kinds: Collection[Kind], modes: Sequence[bool]) -> Found | None:
+    """The measurements in a file; None if there is none, or it is damaged or lacks something."""
+    if file is None or not file.exists():
+        return None
+    with suppress(OSError, ValueError):
+        found = adapter(Found).validate_python(parsed(read(file, MOST_CACHE_BYTES)))
+        return found if _is_whole(found, kinds, modes) else None
+    return None
+
+
+def _is_whole(found: Found, kinds: Collection[Kind], modes: Sequence[bool]) -> bool:
+    """Whether each kind was measured in each mode, first alone."""
+    measured = sorted((each.kind, each.mps) for each in found.series)
+    return measured == sorted(product(kinds, modes)) and all(each.measured[0].together == 1 for each in found.series)
+
+
+def _write(file: Path | None, found: Found) -> None:
+    if file is None:
+        return
+    with suppress(OSError):  # then the next run measures again
+        make_private(file.parent)
+        publish(file, json.dumps(asdict(found), indent=1).encode())

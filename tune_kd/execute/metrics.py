@@ -14,6 +14,7 @@ from typing import Literal
 from ray.util.metrics import Counter as RayCounter, Gauge
 
 from tune_kd.execute.driver import Driver
+from tune_kd.execute.resources import Shares
 from tune_kd.records.adaptive_plan import with_those_to_come
 from tune_kd.records.eta import pace
 from tune_kd.records.schema import TRIALS, TrialRow
@@ -68,11 +69,11 @@ class Sample:
     labels: tuple[tuple[str, str], ...] = ()
 
 
-def samples(plan: Plan, rows: Sequence[TrialRow], stopped: Iterable[str], gpus: float) -> Iterator[Sample]:
+def samples(plan: Plan, rows: Sequence[TrialRow], stopped: Iterable[str], gpus: Shares) -> Iterator[Sample]:
     """Yield the gauges of a run.
 
     `rows` are its trials, including those still to be drawn; `stopped` the arms that early stopping stopped; `gpus` the
-    GPU share of a trial that has not started.
+    GPU shares of trials that have not started.
     """
     counts = Counter((row["phase"], row["status"]) for row in rows)
     for phase in TRIALS.levels["phase"]:
@@ -108,10 +109,12 @@ def _pairs(plan: Plan, rows: Sequence[TrialRow]) -> tuple[int, int]:
     return sum(pair <= completed for pair in pairs), sum(pair <= confirmed for pair in pairs)
 
 
-def _seconds(rows: Sequence[TrialRow], gpus: float) -> Iterator[Sample]:
+def _seconds(rows: Sequence[TrialRow], gpus: Shares) -> Iterator[Sample]:
     """Yield the seconds spent and, once a trial has run an epoch, those of the whole plan at this run's pace."""
     spent = [max(row["wall_seconds"] or 0.0, row["train_seconds"] or 0.0) for row in rows]
-    shares = [gpus if row["gpu_fraction"] is None else row["gpu_fraction"] for row in rows]
+    shares = [
+        gpus.of(row["role"], row["method"]) if row["gpu_fraction"] is None else row["gpu_fraction"] for row in rows
+    ]
     yield Sample("tune_kd_trial_seconds", sum(spent))
     yield Sample("tune_kd_gpu_seconds", sum(map(mul, spent, shares)))
     if (seconds := pace(rows)) is not None:

@@ -1,10 +1,28 @@
-"""Whether NVIDIA's MPS, which lets processes compute on a GPU at the same time and not by turns, serves a machine."""
+"""What CUDA's driver says of this machine's GPUs, and whether NVIDIA's MPS serves them, which lets processes compute on
+a GPU at the same time and not by turns."""
 
 import ctypes
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from tune_kd.system.environment import python_path
+
 MPS_ENABLED = 133  # CU_DEVICE_ATTRIBUTE_MPS_ENABLED of cuda.h: contexts made on this device are shared through MPS
+PATIENCE = 60.0  # seconds for a process that asks
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The first GPU of a machine."""
+
+    name: str
+    memory: int  # bytes
+    served: bool  # whether MPS serves all GPUs
 
 
 def _driver() -> Any:
@@ -32,3 +50,41 @@ def _serves(cuda: Any, number: int) -> bool:
         return False
     unknown = cuda.cuDeviceGetAttribute(ctypes.byref(value), MPS_ENABLED, device)  # to drivers before CUDA 12
     return not unknown and value.value == 1
+
+
+def described(driver: Callable[[], Any] = _driver) -> Gpu | None:
+    """The first GPU that this process sees; None without one. Like `serves`, it starts CUDA in this process."""
+    served = serves(driver)
+    try:
+        cuda = driver()
+    except OSError:
+        return None
+    device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(200), ctypes.c_size_t()
+    failed = (
+        cuda.cuInit(0)
+        or cuda.cuDeviceGet(ctypes.byref(device), 0)
+        or cuda.cuDeviceGetName(name, len(name), device)
+        or cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    )
+    return None if failed else Gpu(name.value.decode(errors="replace"), memory.value, served)
+
+
+ASK = "import json; from tune_kd.execute import mps; found = mps.described(); print(json.dumps(found and vars(found)))"
+
+
+def asked() -> Gpu | None:
+    """`described`, asked in a process of its own. None also where that fails."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", ASK],
+            env=os.environ | python_path(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=PATIENCE,
+            check=True,
+        )
+        found = json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    return found and Gpu(**found)

@@ -13,15 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
-from unittest.mock import patch
 
 import psutil
 
-from tune_kd.execute import mps
-from tune_kd.system.environment import intruded
+from tune_kd.system.environment import intruded, python_path
 
 PROGRAM = "nvidia-cuda-mps-control"
 PIPE, LOG = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
@@ -68,18 +66,12 @@ def started(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def for_children(mode: str) -> Iterator[None]:
-    """Within this context, an MPS of our own serves the processes that this one starts, if it can be started and no
-    other does. `mode` is the option `--mps`."""
-    if mode == "off" or not is_there() or mps.serves():  # which starts CUDA here, so that this is no client
-        yield
-        return
+def for_children() -> Iterator[dict[str, str]]:
+    """Within this context, an MPS of our own serves the processes that this one starts with the variables that it
+    yields. Raises `NotStarted`."""
     folder = folder_of(f"process {os.getpid()}")
-    with ExitStack() as around:
-        with suppress(NotStarted):
-            around.enter_context(started(folder))
-            around.enter_context(patch.dict(os.environ, variables(folder)))
-        yield
+    with started(folder):
+        yield variables(folder)
 
 
 def start(folder: Path) -> int:
@@ -220,7 +212,7 @@ def _watch(folder: Path, process: int) -> IO[bytes]:
     """Start the watcher and return the pipe whose end, with this process, tells it to end the daemon."""
     starter = subprocess.Popen(
         [sys.executable, "-P", "-c", WATCH, str(folder), str(process)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=os.environ | python_path(),
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -25,10 +25,12 @@ def serving(run: Run, cluster: Cluster) -> AbstractContextManager[Mps]:
     """A context in which MPS serves the GPUs of the connected Ray, if it can and if that helps. See `served`."""
     asked, most = run.settings["gpus_per_trial"], run.settings["max_concurrent"] or math.inf
     together = min(most, cluster.cpus / run.settings["cpus_per_trial"])
-    shares = (asked is None or 0 < asked < 1) and together > cluster.gpus
+    # What a probe chose is for a GPU with MPS, or for one without.
+    matters = asked == "auto" and run.settings.get("packing", {"mps": True})["mps"]
+    shares = together > cluster.gpus and (matters if asked == "auto" else 0 < asked < 1)
     mirror = Mirror.of(run.folder)
     place = str(run.folder.resolve()) if mirror.url is None else mirror.place(run.folder)
-    return served(place, run.settings.get("mps") or "auto", matters=asked is None, pays=shares)
+    return served(place, run.settings.get("mps") or "auto", matters=matters, pays=shares)
 
 
 @contextmanager

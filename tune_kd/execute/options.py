@@ -12,14 +12,14 @@ from tune_kd.system import environment
 from tune_kd.system.errors import UserError, collect, raise_problems
 
 MODES = ("auto", "on", "off")
-Asked = float | Literal["auto"] | None
-"""A GPU share; "auto" measures one; None takes the default of `resources.gpu_share`."""
+Asked = float | Literal["auto"]
+"""A GPU share; "auto" chooses shares: see `resources.gpu_shares`."""
 
 
 def parse_gpus(given: str | float | None) -> Asked:
-    """Parse the value of `--gpus-per-trial`. Raises `UserError`."""
+    """Parse the value of `--gpus-per-trial`; None, which earlier versions recorded, is "auto". Raises `UserError`."""
     if given is None or given == "auto":
-        return None if given is None else "auto"
+        return "auto"
     try:
         share = float(given)
     except ValueError:
@@ -33,7 +33,7 @@ def parse_gpus(given: str | float | None) -> Asked:
 class Options:
     """How a run uses the machine. No option changes a result."""
 
-    gpus_per_trial: Asked = None
+    gpus_per_trial: Asked | None = "auto"
     cpus_per_trial: float = 1.0  # the whole part is the number of threads, at least 1
     max_concurrent: int | None = None  # trials at a time
     keep_checkpoints: bool = False  # keep the last checkpoint of each trial
@@ -51,10 +51,7 @@ def check_shares(options: Options, address: str | None) -> None:
     if not 0 < cpus < math.inf or (address is None and cpus > here):
         most_cpus = f", at most {here} (the cores of this machine)" if address is None else ""
         problems.append(f"--cpus-per-trial is {cpus:g}; allowed: above 0{most_cpus}")
-    if gpus == "auto" and address is not None:
-        problems.append(f"--gpus-per-trial is auto, and --address is {address}; allowed: a number, since auto measures "
-                        "the GPU of this machine")  # fmt: skip
-    elif isinstance(gpus, float) and address is None and gpus > _gpus_here():
+    if isinstance(gpus, float) and address is None and gpus > _gpus_here():
         problems.append(f"--gpus-per-trial is {gpus:g}; allowed: at most {_gpus_here()} (the GPUs of this machine)")
     problems += _mps_problems(options, gpus, address)
     if most is not None and most < 1:
@@ -62,7 +59,7 @@ def check_shares(options: Options, address: str | None) -> None:
     raise_problems(problems)
 
 
-def _mps_problems(options: Options, gpus: Asked, address: str | None) -> list[str]:
+def _mps_problems(options: Options, gpus: Asked | None, address: str | None) -> list[str]:
     if options.mps not in MODES:
         return [f"--mps is {options.mps}; allowed: {', '.join(MODES)}"]
     if options.mps != "on":

@@ -1,8 +1,14 @@
-"""A trial's share of CPUs and GPUs: limits and defaults."""
+"""A trial's share of CPUs and GPUs: limits, defaults, and what a probe found."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
 
+from tune_kd.study.plan import Plan
+from tune_kd.study.trial import Role
 from tune_kd.system.errors import raise_problems
+
+SIZES = {0.0: "no GPU", 1.0: "a whole GPU"}
 
 
 def check_cluster(cpus: float, gpus: float, have_cpus: float, have_gpus: float) -> None:
@@ -16,18 +22,54 @@ def check_cluster(cpus: float, gpus: float, have_cpus: float, have_gpus: float) 
 
 
 @dataclass(frozen=True)
-class Share:
-    """A trial's share of a GPU and the reason for it."""
+class Shares:
+    """The shares of a GPU that trials get, and the reason for them."""
 
-    gpus: float
-    why: str
+    light: float  # of a student that trains alone, also on cached logits
+    heavy: float  # of a student whose teacher runs beside it
+    teacher: float  # of a teacher in training
+    why: str = ""
+    methods: tuple[str, ...] = ()  # whose students are heavy
+
+    @classmethod
+    def equal(cls, gpus: float, why: str = "") -> "Shares":
+        """The same share for all trials."""
+        return cls(gpus, gpus, gpus, why)
+
+    def of(self, role: str, method: str | None) -> float:
+        """The share of a trial that has not started."""
+        if role == Role.TEACHER:
+            return self.teacher
+        return self.heavy if method in self.methods else self.light
+
+    @property
+    def smallest(self) -> float:
+        return min(self.light, self.heavy, self.teacher)
 
     @property
     def words(self) -> str:
-        """The share as a sentence for the user."""
-        sizes = {0.0: "no GPU", 1.0: "a whole GPU"}
-        size = sizes.get(self.gpus, f"{self.gpus:g} {'GPUs' if self.gpus > 1 else 'of a GPU'}")
-        return f"Each trial gets {size}, {self.why}."
+        """The shares as a sentence for the user."""
+        others = []
+        if self.heavy != self.light:
+            others.append(f"with {' or '.join(self.methods)} {_size(self.heavy)}")
+        if self.teacher != self.light:
+            others.append(f"a teacher {_size(self.teacher)}")
+        but = f" ({', '.join(others)})" if others else ""
+        return f"Each trial gets {_size(self.light)}{but}, {self.why}."
+
+
+def _size(gpus: float) -> str:
+    return SIZES.get(gpus, f"{gpus:g} {'GPUs' if gpus > 1 else 'of a GPU'}")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a probe chose: shares of a GPU, and whether MPS is to serve it."""
+
+    light: float
+    heavy: float
+    mps: bool
+    why: str
 
 
 @dataclass(frozen=True)
@@ -39,16 +81,32 @@ class Mps:
     variables: tuple[tuple[str, str], ...] = ()  # by which workers find the one that was started for them
 
 
-def gpu_share(asked: float | None, available: float, mps: Mps) -> Share:
-    """Return the share that was asked for; by default a whole GPU, or a quarter if MPS serves the GPUs.
+def gpu_shares(
+    asked: float | Literal["auto"], plan: Plan, available: float, mps: Mps, packing: Packing | None, note: str = ""
+) -> Shares:
+    """Return the shares of a plan's trials: those that were asked for, or those that a probe chose.
 
-    Without MPS, processes take turns on a GPU: on an H100, four trials at a time took 1.1 times as long as one after
-    another, and with MPS 0.72 times as long (docs/performance.md).
+    Where nothing was measured, a trial gets a whole GPU, or a quarter if MPS serves the GPUs: without MPS, processes
+    take turns on a GPU. On an H100, four trials at a time took 1.1 times as long as one after another, and with MPS
+    0.72 times as long (docs/performance.md). `note` says why nothing was measured, where the user should know.
     """
-    if asked is not None:
-        return Share(asked, f"as --gpus-per-trial says{'; ' if mps.words else ''}{mps.words}")
+    if asked != "auto":
+        return Shares.equal(asked, f"as --gpus-per-trial says{'; ' if mps.words else ''}{mps.words}")
     if not available:
-        return Share(0.0, "since Ray sees none")
-    if mps.served:
-        return Share(0.25, f"since {mps.words}, on which four then train at the same time")
-    return Share(1.0, f"since {mps.words}, and without it trials on one GPU would take turns")
+        return Shares.equal(0.0, "since Ray sees none")
+    methods = tuple(dict.fromkeys(each.cell.method for each in plan.trials if each.method.runs_teacher))
+    if packing is not None and (mps.served or not packing.mps):
+        found = Shares(packing.light, packing.heavy, packing.heavy, packing.why, methods)
+    elif mps.served:
+        found = Shares.equal(0.25, f"since {mps.words}, on which four then train at the same time{note}")
+    else:
+        found = Shares.equal(1.0, f"since {mps.words}, and without it trials on one GPU would take turns{note}")
+    return replace(found, teacher=_teacher(plan, found, available))
+
+
+def _teacher(plan: Plan, shares: Shares, available: float) -> float:
+    """The share of a teacher in training: a whole GPU if everything else that can start then has its place, too, and
+    that of a heavy student if not, since several side by side end sooner than one after another."""
+    untaught = [trial for trial in plan.trials if trial.role == Role.STUDENT and trial.teacher_id is None]
+    alone = len(plan.teachers) + math.ceil(len(untaught) * shares.light) <= available
+    return 1.0 if alone else shares.heavy

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tune_kd.execute import resources
 from tune_kd.execute.monitoring import GUARDED, OPEN
-from tune_kd.execute.options import Options, check, options_of
+from tune_kd.execute.options import Options, check, options_of, parse_gpus
 from tune_kd.records import extension, lock, run_folder, sync
 from tune_kd.records.adaptive_plan import to_come, with_those_to_come
 from tune_kd.records.run_folder import Run
@@ -24,7 +24,7 @@ from tune_kd.reporting.progress import ProgressDisplay
 from tune_kd.reporting.terminal import Terminal
 from tune_kd.study.brought import Code, codes, with_sources
 from tune_kd.study.discover import Source
-from tune_kd.study.plan import plan
+from tune_kd.study.plan import Plan, plan
 from tune_kd.study.spec import Study
 from tune_kd.study.trial import UNSUCCESSFUL
 from tune_kd.system import environment, signals
@@ -124,24 +124,20 @@ def load_data(study: Study, folder: Path | None, console: Terminal, *, download:
 
 
 def _settings(
-    options: Options, study: Study, data: "DataSet", console: Terminal, brought: Sequence[Code] = ()
+    options: Options, planned: Plan, data: "DataSet", address: str | None, console: Terminal, brought: Sequence[Code]
 ) -> dict[str, Any]:
-    """The options for the record. A GPU share of "auto" becomes what a probe of the study's heaviest trial proposes for
-    this machine's GPU, and 0 where there is none."""
-    settings = asdict(options) | {"track": list(options.track)}
-    if options.gpus_per_trial != "auto":
+    """The options for the record, with `packing` where a probe chose shares for this machine's GPUs."""
+    settings = asdict(options) | {"track": list(options.track), "gpus_per_trial": parse_gpus(options.gpus_per_trial)}
+    if settings["gpus_per_trial"] != "auto" or address is not None:
         return settings
     import torch
 
-    from tune_kd.execute import mps_daemon
-    from tune_kd.execute.gpu_probe import probe
-
     if not torch.cuda.is_available():
-        console.say("--gpus-per-trial auto: there is no GPU here, so trials run on CPUs")
-        return settings | {"gpus_per_trial": 0.0}
-    with mps_daemon.for_children(options.mps):
-        share = probe(plan(study, data.digest), data, torch.device("cuda"), console.say, codes=brought)
-    return settings | {"gpus_per_trial": share}
+        return settings
+    from tune_kd.execute import gpu_probe
+
+    found = gpu_probe.packed(planned, data, options, console.say, brought, gpus=torch.cuda.device_count())
+    return settings if found is None else settings | {"packing": asdict(found)}
 
 
 def _fetch_weights(study: Study) -> None:
@@ -168,9 +164,9 @@ def start(
     """Begin a run of a checked study in a folder that is free, and run it to its end."""
     data = load_data(study, data_dir, console)
     brought = codes(study, Path.cwd() if source is None else source.file.absolute().parent)
-    settings = _settings(options, study, data, console, brought)
-    begun = Run(folder.name, folder, study, data.digest, data_dir, settings, source, codes=brought)
     _fetch_weights(study)
+    settings = _settings(options, plan(study, data.digest), data, address, console, brought)
+    begun = Run(folder.name, folder, study, data.digest, data_dir, settings, source, codes=brought)
     with run_folder.begun(begun) as tell_dashboard, _opened(begun, console) as ledger:
         return begun, execute(begun, ledger, data, console, address, tell_dashboard)
 
@@ -205,8 +201,8 @@ def go_on(
                 f"RUN is {again.name}, begun on data with the digest {again.data_digest[:16]}; the data now have "
                 f"{data.digest[:16]}: put the same data back at {again.data_dir or 'their place'}"
             )
-        again = replace(again, settings=_settings(options, again.study, data, console, again.codes))
         _fetch_weights(again.study)
+        again = replace(again, settings=_settings(options, again.plan, data, address, console, again.codes))
 
         def connected(dashboard: str | None) -> None:
             if extend:
@@ -239,14 +235,14 @@ def execute(
         cluster, check_ray = around.enter_context(_joined(run, address))
         _check_fit(run, cluster)
         mps = around.enter_context(_mps(run, cluster))
-        share = resources.gpu_share(run.settings["gpus_per_trial"], cluster.gpus, mps)
+        shares = _shares(run, cluster, mps, address)
         connected(cluster.dashboard)
-        _print_start(run, console, cluster, share.words)
+        _print_start(run, console, cluster, shares.words)
         log = cluster.logs / f"tune_kd-{run.name}.log"
         view = around.enter_context(ProgressDisplay(console, run.name, log))
-        driver = _driver(run, ledger, share.gpus, mps, view)
+        driver = _driver(run, ledger, shares, mps, view)
         beat = _Beat(driver, view, check_ray)
-        slots = clusters.slots(cluster, run.settings["cpus_per_trial"], share.gpus)
+        slots = clusters.slots(cluster, run.settings["cpus_per_trial"], shares.smallest)
         _drive(run, data, driver, slots, beat)
     return Ended(signals.asked(), sum(row["status"] in UNSUCCESSFUL for row in driver.rows.values()))
 
@@ -284,8 +280,9 @@ def _check_fit(run: Run, cluster: "Cluster") -> None:
     """Raise `UserError` where the shares of trials do not fit into the cluster, or a node cannot run trials."""
     from tune_kd.execute import cluster as clusters
 
-    settings = run.settings
-    resources.check_cluster(settings["cpus_per_trial"], settings["gpus_per_trial"] or 0.0, cluster.cpus, cluster.gpus)
+    settings, asked = run.settings, run.settings["gpus_per_trial"]
+    gpus = 0.0 if asked == "auto" else asked
+    resources.check_cluster(settings["cpus_per_trial"], gpus, cluster.cpus, cluster.gpus)
     if settings.get("mps") == "on" and not cluster.gpus:
         raise UserError("--mps is on, and Ray has no GPU; allowed: auto or off")
     clusters.check_nodes(run.folder if Mirror.of(run.folder).url is None else None)
@@ -300,7 +297,14 @@ def _mps(run: Run, cluster: "Cluster") -> AbstractContextManager[resources.Mps]:
     return mps_nodes.serving(run, cluster)
 
 
-def _driver(run: Run, ledger: "Ledger", gpus: float, mps: resources.Mps, view: ProgressDisplay) -> "Driver":
+def _shares(run: Run, cluster: "Cluster", mps: resources.Mps, address: str | None) -> resources.Shares:
+    packing = run.settings.get("packing")
+    found = None if packing is None else resources.Packing(**packing)
+    note = "" if address is None else "; on a cluster nothing is measured"
+    return resources.gpu_shares(run.settings["gpus_per_trial"], run.plan, cluster.gpus, mps, found, note)
+
+
+def _driver(run: Run, ledger: "Ledger", gpus: resources.Shares, mps: resources.Mps, view: ProgressDisplay) -> "Driver":
     from tune_kd.execute.driver import Driver
     from tune_kd.execute.worker import Workplace
 

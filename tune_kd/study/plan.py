@@ -179,7 +179,8 @@ def _teacher(study: Study, cell: Cell, data_digest: str | None, seed: int) -> Tr
 
 
 def _longest_path_first(trials: tuple[Trial, ...]) -> tuple[Trial, ...]:
-    """Trials sorted by the cost of the longest chain that they begin, so that no long chain is left for the end.
+    """Teachers first, since all their students wait for them; then trials by the cost of the longest chain that they
+    begin, so that no long chain is left for the end.
 
     A teacher is followed by its students, a screen by the confirmation of its arm. Equal ones keep their order, which
     is random among arms that compete with each other.
@@ -193,7 +194,7 @@ def _longest_path_first(trials: tuple[Trial, ...]) -> tuple[Trial, ...]:
     for teacher in (trial for trial in trials if trial.role == Role.TEACHER):
         students = (paths[trial.trial_id] for trial in trials if trial.teacher_id == teacher.trial_id)
         paths[teacher.trial_id] = flop(teacher) + max(students)
-    return tuple(sorted(trials, key=lambda trial: -paths[trial.trial_id]))
+    return tuple(sorted(trials, key=lambda trial: (trial.role != Role.TEACHER, -paths[trial.trial_id])))
 
 
 def _answering(trials: tuple[Trial, ...]) -> dict[str, Answering]:

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
@@ -52,12 +52,20 @@ class _Extended(_Part):
     searches: Some[Search] = []
 
 
+class _Packing(_Part):
+    light: Annotated[FiniteFloat, Field(gt=0, le=1)]
+    heavy: Annotated[FiniteFloat, Field(gt=0, le=1)]
+    mps: bool
+    why: Annotated[str, Field(max_length=10_000)]  # it names arms
+
+
 class _Settings(_Part):
-    gpus_per_trial: Annotated[FiniteFloat, Field(ge=0)] | None = None
+    gpus_per_trial: Annotated[FiniteFloat, Field(ge=0)] | Literal["auto"] | None = None
     cpus_per_trial: Annotated[FiniteFloat, Field(gt=0)] = 1.0
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
     keep_checkpoints: bool = False
     mps: Annotated[str, Field(pattern="^(auto|on|off)$")] = "auto"
+    packing: _Packing | None = None  # that a probe chose
     track: Annotated[list[Name], Field(max_length=100)] | None = None
 
 

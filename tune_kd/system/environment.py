@@ -174,6 +174,11 @@ def intruded(folder: Path) -> str | None:
     return None
 
 
+def python_path() -> dict[str, str]:
+    """The variable by which a Python that this process starts with `-P` imports from the same folders."""
+    return {"PYTHONPATH": os.pathsep.join(each or os.getcwd() for each in sys.path)}
+
+
 def guard_code() -> None:
     """Make PyTorch cache compiled code in a private folder, unless the user names one. Its default is a folder in /tmp
     with a predictable name, and it runs the code that it finds there."""

@@ -53,6 +53,11 @@ def stepping(trial: Trial, data: DataSet, teacher: Teacher | None, device: torch
         _idle[fits] = step
 
 
+def forget() -> None:
+    """Free the step that is kept for the next trial."""
+    _idle.clear()
+
+
 class Step:
     """One training step on a batch of views. It never synchronizes: the sums of its metrics stay on the device."""
 
