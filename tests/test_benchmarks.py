@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 import typer
+from torch import Tensor
 from typer.testing import CliRunner
 
 from bench import epoch
@@ -26,6 +27,7 @@ from benchmarks.runs import clocked
 from benchmarks.steps import cell, digits_as_cifar, ours
 from benchmarks.workers import Budget, Failed, Pool, pool
 from placement import Here, processes_here
+from trials import trial
 from tune_kd.data import datasets
 from tune_kd.data.augment import draw_views
 from tune_kd.data.datasets import DataSet
@@ -34,6 +36,7 @@ from tune_kd.study.trial import Epoch, Trial
 from tune_kd.training.checkpoints import Checkpoints
 from tune_kd.training.loop import train
 from tune_kd.training.step import Step
+from tune_kd.training.teachers import Teacher
 
 CPU = torch.device("cpu")
 
@@ -363,12 +366,12 @@ def test_without_a_gpu_a_line_says_so_and_levers_are_of_the_gpu() -> None:
 
 def test_a_scaled_loss_trains_as_a_plain_one_and_products_are_in_float16(pixels: DataSet) -> None:
     """A scale that is a power of two changes no bit of float32. Clipping sees the gradients without it."""
-    trial = Trial("none", "confirm", cell("none", "cifar", 0.0625), Recipe(epochs=1, batch_size=16, clip=0.5), 1,
-                  Data("digits"), None, "test")  # fmt: skip
+    one = Trial("none", "confirm", cell("none", "cifar", 0.0625), Recipe(epochs=1, batch_size=16, clip=0.5), 1,
+                Data("digits"), None, "test")  # fmt: skip
     views = draw_views(1, 1, 16, pad=1, flip=True)
     trained = []
     for around in (nullcontext(), levers.in_float16(1024.0)):
-        step = Step(trial, pixels, None, CPU)
+        step = Step(one, pixels, None, CPU)
         step.train()
         with around:
             step(views, None)
@@ -377,6 +380,41 @@ def test_a_scaled_loss_trains_as_a_plain_one_and_products_are_in_float16(pixels:
         trained.append([*step.student.state_dict().values(), step.sums])
     assert all(torch.equal(one, other) for one, other in zip(*trained, strict=True))
     assert float(trained[0][-1][4]) > 0.5 and product.dtype == torch.float16
+
+
+def weights_of(
+    method: str, teacher: Teacher, data: DataSet, groups: int, monkeypatch: pytest.MonkeyPatch, shared: bool = False
+) -> list[Tensor]:
+    """The weights of two students after two steps, in so many calls of what a graph of levers has in it."""
+    monkeypatch.setattr(levers.Branches, "run", lambda self, tasks: [each() for each in tasks])
+    views = draw_views(1, 1, 40, pad=data.pad, flip=data.flip)
+    parts = [(each.order, each.top, each.left, each.flip) for each in (views[:16], views[16:32])]
+    taught = teacher if method != "none" else None
+    one = trial(method, teacher_id=taught.teacher_id if taught else None)
+    one = replace(one, recipe=replace(one.recipe, precision="bfloat16"))
+    students = [Step(replace(one, seed=seed), data, taught, CPU) for seed in (1, 2)]
+    sharing = levers.Sharing(teacher, False) if shared else None
+    for each in students:
+        each._taught = sharing or each._taught
+        each.train()
+    for group in range(groups):
+        inputs = [part for each in parts[group * 2 // groups : (group + 1) * 2 // groups] for part in each]
+        levers._trained(students, sharing, levers.Branches(CPU), *inputs)
+    return [tensor for each in students for tensor in each.student.state_dict().values()]
+
+
+def test_several_steps_in_a_graph_train_as_one_after_another(
+    pixels: DataSet, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, expected = (weights_of("none", teacher, pixels, groups, monkeypatch) for groups in (1, 2))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_students_that_share_their_teachers_pass_train_as_those_that_do_not(
+    pixels: DataSet, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, expected = (weights_of("feature", teacher, pixels, 2, monkeypatch, shared) for shared in (True, False))
+    assert all(map(torch.equal, found, expected))
 
 
 def test_students_on_branches_wait_for_what_came_before_and_not_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
