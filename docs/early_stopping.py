@@ -31,7 +31,7 @@ from tune_kd.records.reader import Records
 from tune_kd.reporting.style import COLUMN_INCHES, OTHER_COLOURS, STYLE
 
 ROOT = Path(__file__).parents[1]
-PAGE, README = ROOT / "docs" / "early-stopping.md", ROOT / "README.md"
+PAGE, CONCEPTS = ROOT / "docs" / "early-stopping.md", ROOT / "docs" / "concepts.md"
 BAR = 0.0005  # mean regret, as accuracy
 CHOOSING = ("resnet18/resnet50", "resnet34/resnet101")
 SCORING = ("resnet18/resnet34", "resnet34/resnet50")
@@ -315,7 +315,7 @@ def calibration() -> None:
         f"{shares['until_significant']}; plain ASHA over arms and seeds, averaging those that finish, in "
         f"{shares['plain_asha']} of {calibrate.MOST_ASHA}, with means {found.bias:.2f} standard deviations too high."
     )
-    put(README, "calibration", textwrap.fill(text, 120) + "\n")
+    put(CONCEPTS, "calibration", textwrap.fill(text, 120) + "\n")
 
 
 def main() -> None:

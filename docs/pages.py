@@ -102,13 +102,6 @@ def rooms() -> str:
     return "\n".join(sections)
 
 
-def effects() -> str:
-    """What the laptop's run says, from the README."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    part = text.partition("<!-- effects: made by a command -->\n")[2].partition("<!-- end effects -->")[0]
-    return part.replace("](docs/", "](")
-
-
 def security() -> str:
     """SECURITY.md without its title."""
     return (ROOT / "SECURITY.md").read_text(encoding="utf-8").partition("\n")[2]
@@ -118,7 +111,6 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "the command line": commands,
     "the schemas": columns,
     "the docstrings": rooms,
-    "README.md": effects,
     "SECURITY.md": security,
 }
 
