@@ -22,12 +22,11 @@ import torch
 from benchmarks.measure import Result, Row, result
 from benchmarks.plain import train_plain
 from benchmarks.steps import STUDENT, TEACHER, cell, trial, untrained_teacher
-from benchmarks.workers import Budget, Pool, fine, pool
+from benchmarks.workers import Budget, Pool, fine, pool, under_mps
 from search_spaces.ablation import study
 from tune_kd.data import datasets
 from tune_kd.data.datasets import DataSet, Split
 from tune_kd.execute import mps
-from tune_kd.execute.mps_daemon import for_children
 from tune_kd.study.cost import macs
 from tune_kd.study.trial import Epoch
 from tune_kd.training import networks, notices
@@ -243,7 +242,7 @@ def rows(count: int, budget: Budget, pools: Callable[[Budget], AbstractContextMa
             yield f"epoch, {training.name}", partial(_epoch, training, bar, processes, firsts, place, count, rate)
             if training.method == "logit" and training.stem == "cifar":
                 yield ANSWERS, partial(_answers, processes, firsts, place, count)
-    with for_children("auto" if budget.left else "off"), pools(budget) as processes:
+    with under_mps(budget.left > 0), pools(budget) as processes:
         yield LATER, partial(_later, processes, count)
         for training, trials, bar in AMORTISED:
             name = f"epoch amortised over {trials} trials at a time, {training.name}"

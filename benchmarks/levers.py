@@ -25,10 +25,9 @@ from benchmarks import gpu
 from benchmarks.gpu import PRECISION, dataset, serves
 from benchmarks.measure import Result, Row, result
 from benchmarks.steps import cell, trial, untrained_teacher
-from benchmarks.workers import Budget, Pool, fine, pool
+from benchmarks.workers import Budget, Pool, fine, pool, under_mps
 from search_spaces.ablation import study
 from tune_kd.data.augment import Views, draw_views, prepare as prepared, show
-from tune_kd.execute.mps_daemon import for_children
 from tune_kd.training import compilation, networks, notices, step as stepping
 from tune_kd.training.compilation import Compiled, compiled
 from tune_kd.training.device import Captured, autocast
@@ -129,7 +128,7 @@ def rows(budget: Budget, pools: Callable[[Budget], AbstractContextManager[Pool]]
             for place, lever in enumerate(group):
                 yield lever.title, partial(_alone, processes, group, ready, place)
     for mps in (True, False):
-        with for_children("auto" if mps and budget.left else "off"), pools(budget) as processes:
+        with under_mps(mps and budget.left > 0), pools(budget) as processes:
             for lever, counts in BESIDE:
                 for count in counts:
                     title = f"{count} at a time, {'MPS' if mps else 'no MPS'}: {lever.name}"

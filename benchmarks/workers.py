@@ -11,11 +11,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 from unittest.mock import patch
+
+from tune_kd.execute import mps_daemon
 
 ENDING = 5.0  # seconds that a process has to end itself
 
@@ -153,6 +155,16 @@ def fine(answer: Any) -> Any:
     if isinstance(answer, Exception):
         raise answer
     return answer
+
+
+@contextmanager
+def under_mps(wanted: bool) -> Iterator[None]:
+    """Within this context, processes that start have an MPS of our own if `wanted`, and if it can be started."""
+    with ExitStack() as around:
+        if wanted:
+            with suppress(mps_daemon.NotStarted):
+                around.enter_context(patch.dict(os.environ, around.enter_context(mps_daemon.for_children())))
+        yield
 
 
 @contextmanager

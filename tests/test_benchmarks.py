@@ -288,13 +288,13 @@ def played_levers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
         return [0.002 * calls] * repeats
 
     @contextmanager
-    def for_children(mode: str) -> Iterator[None]:
-        done.append(("mps", mode))
+    def under_mps(wanted: bool) -> Iterator[None]:
+        done.append(("mps", wanted))
         yield
 
-    for each in (prepare, timed, for_children):
+    for each in (prepare, timed, under_mps):
         monkeypatch.setattr(levers, each.__name__, each)
-    monkeypatch.setattr(levers, "serves", lambda: ("mps", "auto") in done)
+    monkeypatch.setattr(levers, "serves", lambda: ("mps", True) in done)
     return done
 
 
