@@ -19,6 +19,7 @@ import tune_kd
 from commands import call, command
 from docs import pages
 from tune_kd import cli
+from tune_kd.analysis.summary import summary
 from tune_kd.cli import running
 from tune_kd.execute import session
 from tune_kd.records import run_folder
@@ -170,6 +171,15 @@ def test_fields_have_their_types_defaults_and_comments() -> None:
     assert "- `lr: float = 0.1`: at the first step" in text
     assert "- `precision: str = 'float32'`: Of matrix products and convolutions. " in text
     assert "largest norm of the gradient" in text
+
+
+@pytest.mark.parametrize("name", ["ablation", "tuned"])
+def test_a_study_of_the_gallery_loads_and_says_what_the_page_says(name: str) -> None:
+    records = tune_kd.load(ROOT / "docs" / "gallery" / name)
+    assert set(records.trials["status"]) <= {"completed", "stopped"}
+    said = "".join(f"> - {sentence}\n" for sentence in summary(records).sentences)
+    for page in ("docs/results.md", *["README.md"] * (name == "ablation")):
+        assert said in (ROOT / page).read_text(), page
 
 
 # The site as `mkdocs build` made it, which .ci/run does before the tests
