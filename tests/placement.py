@@ -78,12 +78,18 @@ class Wrapped(nn.Module):
         return divergence(batch.student_logits, batch.teacher_logits, 4.0) + batch.student_embedding.square().mean()
 
 
+_taught: dict[tuple[Any, ...], tuple[dict[str, Tensor], list[Epoch]]] = {}  # weights and epochs, once in a process
+
+
 def taught_on(device: torch.device, data: DataSet, stem: str, folder: Path, width: float = WIDTH) -> Teacher:
     """A teacher that was trained, published and loaded there."""
     taught, checkpoints = as_teacher(trial("none", width=width)), Checkpoints(folder / "teacher")
     taught = replace(taught, cell=replace(taught.cell, stem=stem))
-    epochs = list(train(taught, data, None, device=device, checkpoints=checkpoints))
-    publish_teacher(folder / "teachers", taught, best_weights(checkpoints), epochs)
+    key = (device.type, data.digest, taught)
+    if key not in _taught:
+        epochs = list(train(taught, data, None, device=device, checkpoints=checkpoints))
+        _taught[key] = best_weights(checkpoints), epochs
+    publish_teacher(folder / "teachers", taught, *_taught[key])
     return load_teacher(folder / "teachers", taught.trial_id, data, device, Answering(True, ()))
 
 
