@@ -1,4 +1,4 @@
-"""The block model against statsmodels, and what it finds in studies of which the truth is known."""
+"""The block model against statsmodels, and its findings in studies with a known truth."""
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ CONTRAST = np.array([[0.0, 1.0, -1.0, 0.0, 0.0]])
 
 
 def accuracies(seed: int, arms: int = ARMS, seeds: int = SEEDS, studies: int | None = None) -> np.ndarray:
-    """Accuracies [arms, seeds], or of many studies [studies, arms, seeds]: seeds move all arms together."""
+    """Accuracies [arms, seeds], or [studies, arms, seeds] for many studies. A seed shifts all arms together."""
     drawn = np.random.default_rng(seed)
     shape = (arms, seeds) if studies is None else (studies, arms, seeds)
     blocks = 0.002 * drawn.standard_normal((*shape[:-2], 1, seeds))

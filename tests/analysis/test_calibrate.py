@@ -1,4 +1,4 @@
-"""Simulated studies: they are judged as real ones are, and what is claimed of the design is true of them."""
+"""Simulated studies are judged as real ones are, and the claims about the design hold for them."""
 
 from dataclasses import asdict, replace
 
@@ -27,7 +27,7 @@ from tune_kd.system.errors import UserError
 LOOKS = replace(ablation(), confirm=Confirm(looks=(5, 10, 20)))
 FEW_LOOKS = replace(ablation(), confirm=Confirm(looks=(2, 3, 5)))
 LEVEL = 0.05
-UNEQUAL = ("very_unequal_methods", "very_correlated")  # of which less is promised
+UNEQUAL = ("very_unequal_methods", "very_correlated")  # weaker guarantees hold for these
 LOGIT, STEM = "cifar: logit - none", "none: cifar - imagenet"
 
 
@@ -36,7 +36,7 @@ def design(study: Study) -> Design:
 
 
 def drawn(name: str, study: Study, studies: int) -> np.ndarray:
-    """Deviations [studies, arms, seeds] from the true accuracy, over what the study expects."""
+    """Deviations [studies, arms, seeds] from the true accuracy, divided by the deviation that the study expects."""
     values = draw(name, scenarios(study)[name], design(study), 0, studies)
     return (values - ACCURACY) / study.deviation
 
@@ -73,7 +73,7 @@ def test_an_arm_has_one_of_two_spreads_in_each_study() -> None:
     assert 0.35 < low.mean() < 0.65
 
 
-# The variance of an effect of a seed, over that of accuracies of the CIFAR stem, and of both stems.
+# The variance of a seed's effect, divided by the variance of accuracies: of the CIFAR stem, and of both stems.
 SEED = 1 / (1 + (14 / 15) ** 2)
 SEED_OF_BOTH = (SEED / (1 + (22 / 15) ** 2)) ** 0.5
 
@@ -119,8 +119,8 @@ def test_a_study_with_looks_has_them_in_all_scenarios_and_one_without() -> None:
 
 
 def records_of(study: Study, values: np.ndarray, stopped: np.ndarray, rule: Rule) -> Records:
-    """The records of a run with these accuracies [A, S], without the arms that are `stopped` [A]. A run of a version
-    before 0.7 declares no families."""
+    """The records of a run with these accuracies [A, S], without the `stopped` arms [A]. A run of a version before 0.7
+    declares no families."""
     look = len(study.confirm.looks or (0,)) - 1
     planned = plan(study, "0" * 64, look)
     arms = {arm.name: place for place, arm in enumerate(planned.arms)}
@@ -152,7 +152,7 @@ BEFORE = Rule(pairs_alone=True)
 )
 @pytest.mark.parametrize("studies", [8, pytest.param(50, marks=pytest.mark.long)])
 def test_simulated_studies_are_judged_as_records_are(study: Study, rule: Rule, studies: int) -> None:
-    """Half of them with arms that the screen stopped, and with true differences, so that some are found."""
+    """Half of the studies have arms that the screen stopped, and true differences, so that there are findings."""
     of = design(study)
     counts = looks(study, SCENARIOS["equal"])
     values = draw("equal", SCENARIOS["equal"], of, 0, studies)
@@ -198,7 +198,7 @@ def test_a_wrong_sign_is_no_power(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def most(level: float, studies: int) -> float:
-    """The level and two standard errors."""
+    """The level plus two standard errors."""
     return level + 2 * (level * (1 - level) / studies) ** 0.5
 
 
@@ -235,8 +235,8 @@ def test_in_20_000_studies_of_each_scenario_the_level_is_kept(name: str) -> None
 
 
 def test_a_rule_that_does_not_keep_the_level_is_caught() -> None:
-    """Otherwise keeping it would be no merit: a spread that is pooled alone, and intervals of the model across
-    strata."""
+    """Otherwise the tests above would prove nothing. The bad rules: a spread that is only pooled, and the model's
+    intervals across strata."""
     of = design(ablation())
     pooled = performance(
         of, "very_unequal_methods", SCENARIOS["very_unequal_methods"], none_stopped(of, 2000), Rule(prior_df=np.inf)
@@ -255,7 +255,7 @@ def test_a_trial_is_drawn_as_published_ones_were() -> None:
     curves, tests = practices.trials(study, 2000, np.random.default_rng(0))
     assert tests.std() == pytest.approx(study.deviation, rel=0.06)
     spread = curves.std(axis=0)
-    assert spread[9] > 10 * spread[-1]  # as in published curves: 2.6 points at epoch 10, 0.2 at the end
+    assert spread[9] > 10 * spread[-1]  # as in the published curves: 2.6 points at epoch 10, 0.2 at the last
     assert np.corrcoef(curves[:, -1], tests)[0, 1] == pytest.approx(0.7, abs=0.1)
 
 

@@ -1,4 +1,4 @@
-"""What may be claimed, and what may not. Numbers by hand."""
+"""Verdicts of contrasts, and the claims that they allow. Expected numbers are computed by hand."""
 
 import random
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from tune_kd.study.spec import Compare, Confirm, Study
 from tune_kd.study.trial import Trial
 
 SEEDS = (1, 2, 3, 4, 5)
-NOISE = (0.0007, -0.0004, 0.0001, -0.0006, 0.0002)  # of a seed, in all arms alike
+NOISE = (0.0007, -0.0004, 0.0001, -0.0006, 0.0002)  # effect of a seed, equal in all arms
 
 
 def made(study: Study, accuracy: Callable[[Trial], float], run: str = "r", **changes: Any) -> Records:
-    """The records of a run in which every trial ran to its end, with these accuracies. `changes`: columns by arm."""
+    """The records of a run whose trials all completed with these accuracies. `changes` sets columns by arm."""
     study = replace(study, confirm=Confirm(seeds=SEEDS))
     planned = plan(study, "0" * 64)
     rows = []
@@ -42,7 +42,7 @@ def made(study: Study, accuracy: Callable[[Trial], float], run: str = "r", **cha
 
 
 def noisy(gain: float, spread: float = 0.0005) -> Callable[[Trial], float]:
-    """Control 0.9; logit gains `gain` in every seed, more or less; feature is the control with other noise."""
+    """The control has 0.9; logit gains about `gain` at every seed; feature is the control with other noise."""
 
     def accuracy(trial: Trial) -> float:
         if trial.phase != "confirm":
@@ -234,7 +234,7 @@ def test_an_arm_that_was_added_later_is_exploratory_and_in_no_contrast(study: St
 
 
 def looked(study: Study, accuracy: Callable[[Trial], float], look: int) -> Records:
-    """The records of a study with looks at 3, 5 and 10 seeds, at one of them."""
+    """The records of a study with looks at 3, 5 and 10 seeds, at one of these looks."""
     declared = replace(study, confirm=Confirm((1, 2, 3), looks=(3, 5, 10)))
     planned = plan(declared, "0" * 64, look)
     rows = [first_row("r", trial) | {"status": "completed", "epochs_run": 2, "test_accuracy_best": accuracy(trial)}
@@ -246,7 +246,7 @@ def looked(study: Study, accuracy: Callable[[Trial], float], look: int) -> Recor
 
 
 def gains(*by_seed: float) -> Callable[[Trial], float]:
-    """Logit at T=4 under the cifar stem gains this, seed by seed from 1; other arms differ by noise."""
+    """Logit at T=4 with the cifar stem has these gains at seeds 1, 2, and so on; other arms differ by noise."""
 
     def accuracy(trial: Trial) -> float:
         noise = random.Random(f"{trial.arm} {trial.seed}").gauss(0, 1e-5)
@@ -294,7 +294,7 @@ def test_what_stood_at_a_look_goes_on_standing_unless_it_turns(study: Study) -> 
 
 
 def unended(records: Records, *, gone: bool = False, **where: Any) -> Records:
-    """The records with some trials waiting, or not there yet."""
+    """The records with some trials pending or missing."""
     chosen = pd.Series(True, index=records.trials.index)
     for name, value in where.items():
         chosen &= records.trials[name] == value
@@ -314,7 +314,9 @@ def test_a_look_that_goes_on_spends_nothing_and_changes_no_contrast(study: Study
     for partial in (unended(whole, gone=gone, seed=5), unended(whole, seed=5, arm="imagenet/none")):
         pd.testing.assert_frame_equal(contrasts.contrasts(partial), contrasts.contrasts(looked(study, accuracy, 0)))
         assert any(each.startswith("Judged at look 1 of the 3") for each in provenance.limits(partial))
-        assert "Look 2 goes on: its seeds are in no contrast until they have all ended." in provenance.limits(partial)
+        assert "Look 2 is running: no contrast uses its seeds until all of them have ended." in provenance.limits(
+            partial
+        )
     assert row(contrasts.contrasts(whole), NAME)["n"] == 5
 
 
@@ -352,7 +354,7 @@ def test_looks_are_named_among_the_limits(study: Study) -> None:
     said = provenance.limits(looked(study, gains(*[0.01] * 5), 1))
     (sentence,) = (each for each in said if each.startswith("Judged at look"))
     assert sentence.startswith("Judged at look 2 of the 3 that the study declared (5 of 10 seeds)")
-    assert "this one 0.01" in sentence
+    assert "this look has 0.01" in sentence
 
 
 def test_two_trials_of_one_arm_and_seed_are_refused(study: Study) -> None:

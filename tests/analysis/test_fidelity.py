@@ -1,4 +1,4 @@
-"""Likeness to the teacher and calibration beside accuracy: the same model, a family of their own, plain directions."""
+"""Likeness to the teacher and calibration: the same model as for accuracy, a separate family, plain directions."""
 
 import random
 from collections.abc import Callable
@@ -19,7 +19,7 @@ PAIR = "cifar: T=2 - T=4"
 
 
 def measured(records: Records, **shifts: float) -> Records:
-    """The records with measures that are noise, but for shifts of `cifar/logit/T=2` by measure. Controls have ECE."""
+    """The records with measures of noise; `shifts` moves those of `cifar/logit/T=2`. Controls have only ECE."""
     trials, rng = records.trials.copy(), random.Random(0)
     students = trials["role"] == "student"
     for name in MEASURES:
@@ -144,7 +144,7 @@ def test_without_a_study_or_effects_there_is_nothing(study: Study) -> None:
 
 
 def warm(gain: float) -> Callable[[Any], float]:
-    """Accuracies in which `cifar/logit/T=2` gains, and others are noise."""
+    """Accuracies in which `cifar/logit/T=2` gains; the others are noise."""
 
     def accuracy(trial: Any) -> float:
         noise = random.Random(f"{trial.arm} {trial.seed}").gauss(0, 0.0005)

@@ -1,4 +1,4 @@
-"""What a run's audit says to the next plan."""
+"""The warnings of a plan that come from an earlier run's audit."""
 
 import json
 from dataclasses import replace
@@ -39,7 +39,7 @@ def test_a_grace_period_that_is_shorter_than_an_audit_supports_is_warned_of(long
     (warning,) = grace.warnings(plan(long), tmp_path)
     assert warning == (
         "screen.grace is 2, shorter than the run earlier supports: in cifar/logit the ranks at epoch 2 did not "
-        "foretell those at the end (Spearman +0.50, 95 % interval -0.40 to +0.90, 12 trials); from epoch 4 on they did"
+        "predict the final ranks (Spearman +0.50, 95 % interval -0.40 to +0.90, 12 trials); from epoch 4 on they did"
     )
     later = replace(long, screen=Screen(grace=4, reduction=2))
     assert grace.warnings(plan(later), tmp_path) == []
@@ -49,7 +49,7 @@ def test_one_good_epoch_before_bad_ones_supports_nothing(long: Study, tmp_path: 
     left_behind(tmp_path, long, {"cifar/logit": [0.3, 0.3, -0.1, 0.3, None]})
     (warning,) = grace.warnings(plan(long), tmp_path)
     assert "the ranks at epoch 3" in warning
-    assert warning.endswith("it supports none")
+    assert warning.endswith("no grace period is supported")
 
 
 def test_the_next_epoch_that_was_validated_supports_a_grace_period(long: Study, tmp_path: Path) -> None:

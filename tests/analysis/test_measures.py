@@ -1,4 +1,4 @@
-"""What was measured besides accuracy, and what early stopping did: numbers by hand, on small tables."""
+"""Measures besides accuracy, and the audit of early stopping: numbers computed by hand, on small tables."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -67,7 +67,7 @@ def test_costs_count_shares_and_the_way_to_a_target() -> None:
     assert row["gpu_seconds"] == pytest.approx(3.0)
     assert row["cpu_seconds"] == pytest.approx(24.0)
     assert row["reached"] == 1
-    assert pd.isna(row["epochs_to_target"])  # of those that reached it alone, the mean would be too good
+    assert pd.isna(row["epochs_to_target"])  # a mean over only the trials that reached it would be too low
     (row,) = measures.costs(some, target=0.6).to_dict("records")
     assert (row["reached"], row["epochs_to_target"]) == (2, 2.5)
     (row,) = measures.costs(some, target=0.99).to_dict("records")
@@ -141,7 +141,7 @@ def test_the_audit_pairs_each_comparison_with_the_end_and_knows_none_of_what_was
 
 
 def curves(accuracy: dict[str, list[float]], study: Study, **values: Any) -> Records:
-    """Trials `ARM SEED` of a study that ran to their end with these validation accuracies."""
+    """Completed trials `ARM SEED` of a study with these validation accuracies."""
     trials = [trial(name.split()[0], int(name.split()[1]), 0.9, trial_id=name, epochs_planned=len(each), **values)
               for name, each in accuracy.items()]  # fmt: skip
     epochs = [{"trial_id": name, "epoch": number, "val_accuracy": value}
@@ -172,7 +172,7 @@ def test_the_audit_gives_the_rank_correlation_of_each_rung_with_the_end_in_each_
 
 
 def test_of_long_trials_a_thousand_epochs_are_looked_at_and_the_rungs(study: Study) -> None:
-    """A study may be anybody's, and declare a million epochs."""
+    """A stranger's study may declare a million epochs."""
     study = replace(study, recipe=Recipe(epochs=2500), screen=Screen(grace=100, reduction=5))
     some = curves({f"cifar/none {seed}": [0.1 * seed] * 2500 for seed in range(3)}, study)
     table = early_stopping.rank_correlations(some, everywhere=True)
@@ -211,16 +211,18 @@ def test_margins_come_from_the_spread_of_controls_between_seeds(study: Study) ->
          "imagenet/none 1": [0.2, 0.3, 0.5, 0.5], "imagenet/none 2": [0.2, 0.5, 0.5, 0.5]},
         study, dataset="digits", scale="test",
     )  # fmt: skip
-    # Two groups of two: the pooled deviation is sqrt((0.1^2 + 0.1^2) / 2) at epoch 1, where one group has a spread.
+    # Two groups of two: the pooled deviation is sqrt((0.1^2 + 0.1^2) / 2) at epoch 1, with spread in one group only.
     deviation = (2 * 0.1**2 / 2) ** 0.5
     expected = scipy_stats.t.ppf(0.95, 2) * 2**0.5 * deviation
     assert early_stopping.noise_margins(some, study) == [pytest.approx(expected, abs=1e-6)] * 2
-    with pytest.raises(UserError, match=r"no control .none. has two seeds that ran 9 epochs on digits at scale test"):
+    with pytest.raises(UserError, match=r"no control .none. has two seeds that completed 9 epochs on digits"):
         early_stopping.noise_margins(some, replace(study, recipe=Recipe(epochs=9)))
     gaps = replace(
         some, epochs=some.epochs.assign(val_accuracy=some.epochs["val_accuracy"].mask(some.epochs["epoch"] == 2))
     )
-    with pytest.raises(UserError, match=r"to their end, validated at the rungs \(1, 2\); name a run that has"):
+    with pytest.raises(
+        UserError, match=r"at scale .*, validated at the rungs \(1, 2\); name a run with such a control"
+    ):
         early_stopping.noise_margins(gaps, study)
     with pytest.raises(UserError, match=r"screen.grace 4 of 4 epochs leaves no rung"):
         early_stopping.noise_margins(some, replace(study, screen=Screen(grace=4)))

@@ -1,4 +1,4 @@
-"""The table of a paper: which arms have a cell, in which row and column, and what is bold."""
+"""The table of a paper: the arms that have a cell, its row and column, and the verdict that makes it bold."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ from tune_kd.study.tuning import LogUniform, Range, Tuning
 
 
 def cells(records: Records, *row: str) -> dict[tuple[Any, ...], dict[Any, Any]]:
-    """The cells of a table by their row and column."""
+    """The cells of a table by row and column."""
     return {(*(each[name] for name in row), each["column"]): each for each in paper(records).to_dict("records")}
 
 
@@ -33,7 +33,7 @@ def test_a_cell_has_the_mean_deviation_and_seeds_of_its_arm(study: Study) -> Non
 
 
 def pairs(*contrasts: Compare) -> Study:
-    """Three students and teachers as those of the second published study, with one temperature."""
+    """Three pairs of student and teacher, as in the second published study, with one temperature."""
     return Study(
         name="pairs",
         question="Which teacher?",

@@ -1,4 +1,4 @@
-"""What a plan says of its seeds, against simulated studies."""
+"""The power that a plan reports for its seeds, against simulated studies."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from tune_kd.study.spec import Confirm
 
 
 def simulated(planned: Plan, name: str, difference: float, seeds: int, studies: int = 4000) -> float:
-    """The share of studies that find a difference, which is true of one contrast, in its family."""
+    """The share of studies that find a true difference of one contrast, in its family."""
     primary = [each for each in planned.contrasts if each.family == "primary"]
     arms = [arm.name for arm in planned.arms]
     weights = np.array([[dict(each.weights).get(arm, 0.0) for arm in arms] for each in primary])
@@ -20,7 +20,7 @@ def simulated(planned: Plan, name: str, difference: float, seeds: int, studies: 
     values = planned.study.deviation * np.random.default_rng(7).standard_normal((studies, len(arms), seeds))
     values += difference * (weights[place] / (weights[place] ** 2).sum())[:, None]
     found = block_model.estimate(values, [arm.cell.stem for arm in planned.arms], weights)
-    alone = found.two_sided()[:, place] * len(primary)  # where Holm is hardest
+    alone = found.two_sided()[:, place] * len(primary)  # at Holm's strictest level
     return float(np.mean((alone < verdicts.ALPHA) & (found.value[:, place] > 0)))
 
 

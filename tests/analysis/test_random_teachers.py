@@ -1,4 +1,4 @@
-"""Teachers as a random effect: against the analysis of variance, statsmodels, studies of which the truth is known, and
+"""Teachers as a random effect: compared with the analysis of variance, statsmodels and studies with a known truth, and
 in a run from plan to report."""
 
 import itertools
@@ -39,7 +39,7 @@ LOGIT = "cifar: logit - none"
 
 
 def differences(seed: int, teachers: int, seeds: int, spread: float, studies: int | None = None) -> np.ndarray:
-    """Differences [(studies,) teachers, seeds] in points: students and controls of a deviation of 0.15 points."""
+    """Differences [(studies,) teachers, seeds] in points. Students and controls have a deviation of 0.15 points."""
     chance = np.random.default_rng(seed)
     lead = () if studies is None else (studies,)
     taught = spread * chance.standard_normal((*lead, teachers, 1))
@@ -48,7 +48,7 @@ def differences(seed: int, teachers: int, seeds: int, spread: float, studies: in
 
 
 def layout(teachers: int, seeds: int, per_seed: int) -> np.ndarray:
-    """The cyclic layout of `Study.teachers_of`: whether teacher and seed meet."""
+    """The cyclic layout of `Study.teachers_of`: whether a teacher and a seed meet."""
     return np.array([[(row - column) % teachers < per_seed for column in range(seeds)] for row in range(teachers)])
 
 
@@ -81,7 +81,7 @@ def test_where_every_teacher_meets_every_seed_it_is_the_analysis_of_variance(
 
 
 def test_estimates_and_components_are_those_of_a_mixed_model() -> None:
-    """REML equals the analysis of variance on balanced data, where every component is positive."""
+    """REML equals the analysis of variance on balanced data if every component is positive."""
     compared = 0
     for seed in range(6):
         d = 10 * differences(seed, 5, 6, 0.2)  # MixedLM warns of variances below 0.01
@@ -124,7 +124,7 @@ def test_a_layout_with_missing_cells_has_the_variance_that_its_components_give(
 
 @pytest.mark.parametrize("lost", [0, 5])
 def test_components_are_right_on_average_whatever_is_missing(lost: int) -> None:
-    """Unbiased before negative ones are set to zero, which here hardly happens."""
+    """Components are unbiased before negative ones are set to zero, which hardly happens here."""
     d = differences(3, 6, 8, 0.3, studies=4000)
     d[:, *np.unravel_index(np.random.default_rng(0).permutation(48)[:lost], (6, 8))] = np.nan
     found = crossed(d)
@@ -149,7 +149,7 @@ def test_seeds_that_take_turns_are_judged_by_the_means_of_their_teachers() -> No
 def test_intervals_hold_for_other_teachers(
     teachers: int, seeds: int, per_seed: int, most: float, spread: float
 ) -> None:
-    """Coverage in percent, of 4,000 studies. Two and three teachers are judged cautiously."""
+    """Coverage in percent over 4,000 studies. With two or three teachers, the verdicts are conservative."""
     d = differences(teachers, teachers, seeds, spread, studies=4000)
     found = crossed(np.where(layout(teachers, seeds, per_seed), d, np.nan))
     half = special.stdtrit(found.df, 0.975) * found.error
@@ -177,7 +177,7 @@ def test_the_gain_that_teachers_can_show_is_that_of_the_noncentral_t(teachers: i
 def made(
     study: Study, value: Callable[[Trial, int], float], lost: Callable[[Trial], bool] = lambda _: False
 ) -> Records:
-    """The records of a run; `value` takes a trial and its teacher's seed (0 without). `lost` trials failed."""
+    """The records of a run. `value` takes a trial and its teacher seed (0 without a teacher). `lost` trials failed."""
     planned = plan(study, "0" * 64)
     rows = []
     for trial in planned.trials:
@@ -197,7 +197,7 @@ def made(
 
 
 def drawn(trial: Trial, teacher: int) -> float:
-    """Accuracies of students that gain 0.3 points, 0.1 more or less by teacher."""
+    """Accuracies of students that gain 0.3 points, and 0.1 points more or less depending on the teacher."""
     chance = np.random.default_rng([trial.seed, teacher, *trial.arm.encode()])
     of_teacher = np.random.default_rng([teacher, len(trial.cell.stem)]).standard_normal()
     gain = 0.0 if trial.cell.method == "none" else 0.003 + 0.001 * of_teacher
@@ -247,7 +247,7 @@ def test_the_stem_is_judged_as_with_one_teacher(several: Study) -> None:
 
 
 def test_the_block_model_is_of_arms_without_teachers_alone(several: Study) -> None:
-    """Means over teachers of a seed spread less than single trials, and would make its variance too small."""
+    """Means over teachers spread less than single trials, and would make the model's variance too small."""
     wider = Compare("width", 0.125, 0.0625, where={"method": "none"})
     widths = (*several.factors, Factor("width", (0.0625, 0.125)))
     records = made(replace(several, factors=widths, contrasts=(wider,), moderator=None, reference=()), drawn)
@@ -348,7 +348,7 @@ def test_exploratory_comparisons_take_the_mean_over_teachers_at_a_seed(several: 
 def test_limits_and_sentences_do_not_say_given_one_teacher(several: Study) -> None:
     said = " ".join(provenance.limits(made(several, drawn)))
     assert "given that teacher" not in said
-    assert "how much the 3 teachers of the study differ is part of each interval. 3 show little" in said
+    assert "each interval includes the spread between the 3 teachers of the study. 3 teachers say little" in said
 
 
 def test_a_trial_of_several_teachers_is_named_with_its_teacher(several: Study) -> None:
@@ -400,7 +400,7 @@ def test_a_pair_of_a_seed_is_complete_with_all_of_its_teachers(several: Study) -
 
 @pytest.fixture(scope="session")
 def two_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was really trained, with two teachers and two seeds, of one stem and two arms."""
+    """A trained run with two teachers, two seeds, one stem and two arms."""
     base = tiny()
     study = replace(
         base,

@@ -1,4 +1,4 @@
-"""Early stopping over recorded curves: the same decisions as in a run, and figures that are computed again here."""
+"""Early stopping over recorded curves: the same decisions as in a run, and figures that are recomputed here."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ USUAL = Screen(grace=10, reduction=3, margin=0.005, min_peers=2)
 
 
 def written(folder: Path, trials: list[dict[str, Any]], accuracy: dict[str, list[float]]) -> Path:
-    """Somebody's tables, with a common prefix."""
+    """Tables of another tool, with a common prefix."""
     pd.DataFrame(trials).to_parquet(folder / "mine_trials.parquet")
     rows = [
         {"trial_id": of, "epoch": number, "val_accuracy": value}
@@ -69,7 +69,7 @@ def read(path: Path, **phases: str) -> Records:
 
 
 def asha(values: NDArray[np.float64], order: list[int], screen: Screen) -> NDArray[np.int64]:
-    """The epoch at which each arm ends, computed without the schedule: arms that start in this order, all alike."""
+    """The epoch at which each arm ends, computed without the schedule, for arms that start in this order."""
     arms, budget = values.shape
     ended = np.full(arms, budget)
     for epoch in (screen.grace * screen.reduction**power for power in range(20)):
@@ -91,7 +91,7 @@ def asha(values: NDArray[np.float64], order: list[int], screen: Screen) -> NDArr
 
 
 def check_against_computation(path: Path, screen: Screen, orders: int) -> dict[str, Any]:
-    """Each pair's figures against ones that are computed here from the files alone."""
+    """Compare each pair's figures with figures that are computed here from the files alone."""
     recorded = simulation.curves(read(path), ablation(), ["student", "teacher"])
     found = simulation.simulate(screen, recorded, orders)
     trials = pd.read_parquet(f"{path}_trials.parquet")
@@ -155,7 +155,7 @@ def test_baselines_keep_as_many_arms(tmp_path: Path) -> None:
 
 
 def test_a_cut_keeps_those_that_are_best_at_the_first_rung() -> None:
-    """By hand: of three arms that come in the order a, b, c only c is stopped, at epoch 2, where a is the worst."""
+    """By hand: three arms arrive in the order a, b, c. Only c is stopped, at epoch 2, although a is the worst there."""
     curves = {"a": (0.3, 0.1, 0.9), "b": (0.1, 0.8, 0.7), "c": (0.9, 0.4, 0.5)}
     grid = tuple(Curve(arm, arm, "s", False, values) for arm, values in curves.items())
     seed = next(seed for seed in range(99) if arrival_order(list(curves), seed) == ["a", "b", "c"])
@@ -192,7 +192,7 @@ def test_under_every_order_and_setting_the_immune_run_to_the_end_and_a_stratum_k
     assert not out & {curve.arm for curve in grid if curve.immune}
     assert {curve.stratum for curve in grid if curve.arm not in out} == {curve.stratum for curve in grid}
     reached = {(each.arm, each.epoch) for each in made}
-    for curve in grid:  # whoever goes on is compared at every rung
+    for curve in grid:  # arms that continue are compared at every rung
         if curve.arm not in out:
             assert {epoch for arm, epoch in reached if arm == curve.arm} == set(screen.rungs(len(curve.accuracy)))
 
@@ -208,8 +208,8 @@ def test_trials_that_cannot_be_replayed_are_left_out_and_said(tmp_path: Path) ->
     recorded = simulation.curves(read(path), ablation(), ["student", "teacher"])
     assert recorded.left_out == (
         "2 trials without a level of student or teacher belong to no stratum",
-        "1 trials did not run to their end",
-        "1 trials have no whole curve of val_accuracy",
+        "1 trials did not complete",
+        "1 trials have no complete curve of val_accuracy",
     )
     assert len(recorded.grids[0, 40]) == 10
 
@@ -235,12 +235,12 @@ def test_curves_that_are_not_alike_are_refused_with_what_to_do(tmp_path: Path) -
         simulation.curves(read(path), ablation(), ["student", "teacher"])
     twice, budgets = sorted(caught.value.problems, key=lambda problem: "epochs" in problem)
     assert "more than one trial of the arm" in twice
-    assert "trials of 20 and 40 epochs in the stratum resnet18/resnet1" in budgets
+    assert "trials with 20 and 40 epochs in the stratum resnet18/resnet1" in budgets
     assert all("--phase NAME=teacher" in problem for problem in caught.value.problems)
 
 
 def call(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    """The command in a process of its own, which says at its end whether it imported Ray or torch."""
+    """Run the command in a separate process, which reports at its end whether it imported Ray or torch."""
     code = f"""
 import sys
 from tune_kd.__main__ import main
@@ -289,7 +289,7 @@ def test_on_a_terminal_it_says_what_would_be_stopped_when(tmp_path: Path) -> Non
         (["--set", "screen.margin=[0.1,0.1,0.1]", "--set", "screen.grace=9"], ("3 margins", "each rung (2: 9, 27)")),
         (["--scale", "huge"], ("--scale is 'huge'",)),
         (["--phase", "select=later"], ("--phase is 'select=later'",)),
-        (["--phase", "select=teacher"], ("no student's trial",)),
+        (["--phase", "select=teacher"], ("no student trial",)),
         (["--margin-from", "nowhere"], ("--margin-from is 'nowhere'",)),
         (["--margin-from", ""], ("--margin-from is '.'",)),
         (["--curves", ""], ("--curves is '.'",)),
@@ -321,7 +321,7 @@ def test_a_runs_own_curves_are_replayed_with_its_roles_and_scale(finished: Path)
     roles = {arm["name"]: arm["role"] for arm in records.study["arms"]}
     there = {curve.arm for grid in recorded.grids.values() for curve in grid}
     assert immune == {arm for arm in there if roles[arm] != "compared"} > {"cifar/none", "imagenet/none"}
-    assert _scale_of_curves(find("ablation"), "auto", records)[0] == "paper"  # "test" is no scale of it
+    assert _scale_of_curves(find("ablation"), "auto", records)[0] == "paper"  # "test" is not one of its scales
 
 
 def test_curves_say_of_which_data_they_are_and_a_grace_period_that_compares_nothing_is_said(tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_curves_say_of_which_data_they_are_and_a_grace_period_that_compares_noth
     trials.to_parquet(f"{path}_trials.parquet")
     arguments = ("ablation", "--curves", str(path), "--strata", "student,teacher", "--orders", "5")
     done = call(*arguments, "--json")
-    assert json.loads(done.stdout)["screen"]["grace"] == 4  # of CIFAR-10; the digits' would be 6
+    assert json.loads(done.stdout)["screen"]["grace"] == 4  # of CIFAR-10; it would be 6 for the digits
     done = call(*arguments, "--set", "screen.grace=6")
     assert "warning: screen.grace is 6, so in curves of 6 epochs nothing is compared" in done.stdout
 
@@ -348,7 +348,7 @@ def decisions(records: Records) -> Iterator[tuple[Any, ...]]:
 
 
 def test_a_simulated_screen_decides_as_the_trained_one_did(finished: Path) -> None:
-    """The curves of a run that was really trained, in this process, replayed in the order in which its arms came."""
+    """Replay the curves of a run that was trained in this process, in the order in which its arms arrived."""
     records = reader.load(finished)
     study = replace(ablation(), screen=Screen(**records.study["study"]["screen"]))
     epochs = records.epochs.groupby("trial_id")["val_accuracy"].apply(list)
@@ -356,7 +356,7 @@ def test_a_simulated_screen_decides_as_the_trained_one_did(finished: Path) -> No
     roles = {arm["name"]: arm["role"] != "compared" for arm in records.study["arms"]}
     order = list(dict.fromkeys(records.decisions["arm"]))
     grid = tuple(
-        # A trial that was stopped has no later epochs; the replay must not ask for them.
+        # A stopped trial has no later epochs; the replay must not ask for them.
         Curve(row["trial_id"], arm, f"{row['stem']}/{row['method']}", roles[arm],
               tuple([*epochs[row["trial_id"]], 0.0][: int(row["epochs_planned"])]))
         for arm, row in screened.iterrows()

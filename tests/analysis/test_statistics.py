@@ -58,7 +58,7 @@ def test_the_exact_p_counts_all_signs(some: list[float]) -> None:
 
 @given(st.lists(st.tuples(st.integers(9400, 9500), st.integers(9400, 9500)), min_size=2, max_size=6))
 def test_sums_that_tie_on_a_grid_of_images_are_counted_as_ties(counts: list[tuple[int, int]]) -> None:
-    """Accuracies over 10,000 images: in whole numbers a tie is a tie, in fractions it is one but for rounding."""
+    """Accuracies over 10,000 images: sums of integers tie exactly, but rounding can break the ties of fractions."""
     apart = [one - other for one, other in counts]
     sums = [abs(sum(sign * each for sign, each in zip(signs, apart, strict=True)))
             for signs in itertools.product((1, -1), repeat=len(apart))]  # fmt: skip
@@ -67,7 +67,7 @@ def test_sums_that_tie_on_a_grid_of_images_are_counted_as_ties(counts: list[tupl
 
 
 def test_values_that_are_not_numbers_have_no_exact_p() -> None:
-    with pytest.raises(ValueError, match="1 that are not finite"):
+    with pytest.raises(ValueError, match="1 non-finite numbers"):
         statistics.sign_flip([float("nan"), 0.1, 0.2])
 
 
@@ -77,7 +77,7 @@ def test_five_pairs_that_agree_give_the_smallest_exact_p_there_is() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def little_to_collect() -> Iterator[None]:
-    """statsmodels collects garbage in every call of Holm's method, a tenth of a second of what other tests left."""
+    """statsmodels collects garbage in every call of Holm's method; other tests' objects make that take 0.1 s."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -91,7 +91,7 @@ def test_holm_is_statsmodels_and_never_below_the_raw_p(p_values: list[float]) ->
 
 
 def test_differences_that_are_all_alike_have_no_t_test() -> None:
-    """Three times 1/359 is rounding over rounding, not evidence."""
+    """A t test of three equal differences of 1/359 would be a ratio of rounding errors, not evidence."""
     third = 1 / 359
     found = statistics.paired([0.9 + third, 0.8 + third, 0.7 + third], [0.9, 0.8, 0.7])
     assert found.p is None
@@ -132,7 +132,7 @@ def test_welch_is_scipys_t_test_with_unequal_variances(some: list[float], other:
     if max(np.std(some), np.std(other)) < 1e-6:
         assert found.p is None
         return
-    with warnings.catch_warnings():  # scipy warns where one of the two has no spread
+    with warnings.catch_warnings():  # scipy warns if one of the two has no spread
         warnings.simplefilter("ignore", RuntimeWarning)
         expected = scipy_stats.ttest_ind(some, other, equal_var=False)
     interval = expected.confidence_interval(0.95)
@@ -168,7 +168,7 @@ def test_the_pairs_needed_are_two_at_least_and_about_a_million_at_most(size: flo
 
 
 def test_about_35_unpaired_and_18_correlated_pairs_find_a_tenth_of_a_point() -> None:
-    """At a deviation of 0.15 points, and pairs that correlate by 0 and 0.5."""
+    """With a deviation of 0.15 points, and pairs with correlations of 0 and 0.5."""
     assert statistics.pairs_needed(0.001, 0.0015 * 2**0.5) == pytest.approx(37, abs=2)
     assert statistics.pairs_needed(0.001, 0.0015) == pytest.approx(20, abs=2)
 
@@ -181,13 +181,13 @@ def test_no_number_of_pairs_finds_nothing(estimate: float, sd: float) -> None:
 def test_the_effect_size_is_the_mean_over_the_deviation_of_differences() -> None:
     found = statistics.paired([0.5, 0.7, 0.6], [0.4, 0.5, 0.6])
     assert found.effect_size == pytest.approx(0.1 / 0.1)
-    assert statistics.paired([0.5, 0.7], [0.4, 0.6]).effect_size is None  # differences that are all alike
+    assert statistics.paired([0.5, 0.7], [0.4, 0.6]).effect_size is None  # equal differences
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [3, 5, 12])
 def test_intervals_cover_at_their_nominal_rate(n: int) -> None:
-    """10,000 draws each: three standard errors are 0.65 points at 95 % and 0.9 at 90 %."""
+    """With 10,000 draws each, three standard errors are 0.65 points at 95 % and 0.9 points at 90 %."""
     chance, draws, true = np.random.default_rng(7), 10_000, 0.002
     treated, control = chance.normal(0.952, 0.0015, (draws, n)), chance.normal(0.950, 0.002, (draws, n))
     covered = np.zeros(4)
@@ -198,7 +198,7 @@ def test_intervals_cover_at_their_nominal_rate(n: int) -> None:
                     narrow.low < true < narrow.high]  # fmt: skip
     alone, paired, unpaired, narrow = covered / draws
     assert (alone, paired, narrow) == (*[pytest.approx(0.95, abs=0.007)] * 2, pytest.approx(0.90, abs=0.009))
-    assert 0.943 < unpaired < 0.957 + 0.02 * (n < 5)  # Welch's is wide where values are few: 96.4 % at three of each
+    assert 0.943 < unpaired < 0.957 + 0.02 * (n < 5)  # Welch's interval is wide for few values: 96.4 % at three per arm
 
 
 def test_looks_spend_the_level_by_the_seeds_that_they_add() -> None:
@@ -228,7 +228,7 @@ def test_a_rank_correlation_of_few_or_of_what_is_tied_says_little() -> None:
     three = statistics.rank_correlation([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
     assert (three.rho, three.low) == (pytest.approx(1.0), None)
     four = statistics.rank_correlation([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0])
-    assert four.low is not None and four.low < 0 < four.high == pytest.approx(1.0)  # luck, in one of 24 orders
+    assert four.low is not None and four.low < 0 < four.high == pytest.approx(1.0)  # luck, in 1 of 24 orders
     many = statistics.rank_correlation(range(30), range(30))
     assert many.low is not None and many.low > 0.9
 
@@ -236,7 +236,7 @@ def test_a_rank_correlation_of_few_or_of_what_is_tied_says_little() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("rho", [0.0, 0.4, 0.8])
 def test_its_interval_covers(rho: float) -> None:
-    """Of normal data with Pearson's correlation r, Spearman's is 6 / pi * asin(r / 2)."""
+    """For normal data with Pearson's correlation r, Spearman's correlation is 6 / pi * asin(r / 2)."""
     chance, draws, n = np.random.default_rng(5), 4000, 12
     r = 2 * np.sin(np.pi * rho / 6)
     covered = 0
@@ -250,7 +250,7 @@ def test_its_interval_covers(rho: float) -> None:
 
 def test_a_noise_margin_is_by_hand_the_quantile_of_a_difference_of_equals() -> None:
     groups = [[0.9, 0.92, 0.94], [0.5, 0.5]]
-    deviation = np.sqrt((2 * 0.02**2 + 0) / 3)  # pooled over 2 + 1 degrees of freedom
+    deviation = np.sqrt((2 * 0.02**2 + 0) / 3)  # pooled, with 2 + 1 degrees of freedom
     assert statistics.noise_margin(groups) == pytest.approx(scipy_stats.t.ppf(0.95, 3) * np.sqrt(2) * deviation)
     assert statistics.noise_margin([[0.9], []]) is None
 

@@ -1,4 +1,4 @@
-"""The summary answers the question of a study, in sentences that hold for its verdicts."""
+"""The summary answers a study's question in sentences that match its verdicts."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -18,7 +18,7 @@ STEM = {"imagenet": 0.87, "cifar": 0.95}
 
 
 def made(study: Study, gain: Callable[[Cell], float], run: str = "r") -> Records:
-    """The records of a run of which the truth is known, with a spread of 0.1 points between seeds."""
+    """The records of a run with known true accuracies and a spread of 0.1 points between seeds."""
     drawn = np.random.default_rng(5)
     planned = plan(study, "0" * 64)
     rows = []
@@ -37,7 +37,7 @@ def made(study: Study, gain: Callable[[Cell], float], run: str = "r") -> Records
 
 
 def helps_under_one_stem(cell: Cell) -> float:
-    """Logit gains a point under the CIFAR stem, half of it at T=16, and nothing under the other."""
+    """Logit gains a point with the CIFAR stem, half a point at T=16, and nothing with the other stem."""
     if cell.method != "logit" or cell.stem != "cifar":
         return 0.0
     return 0.005 if cell.temperature == 16 else 0.01

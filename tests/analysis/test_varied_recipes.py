@@ -1,4 +1,4 @@
-"""Arms that differ in their recipes on purpose are compared, and what differs beside that is refused by name."""
+"""Arms that differ in their recipes on purpose are compared; any other difference is refused by name."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ def varying(name: str, *levels: Level, **changes: Any) -> Study:
 
 
 def gaining(cell: Cell) -> float:
-    """A point from logit, half a point from the second level of what else is varied."""
+    """Logit gains a point, and the second level of the other factor half a point."""
     second = (0.1, 32, 4, 1e-3, "bfloat16", 0.95)
     return 0.01 * (cell.method == "logit") - 0.1 + 0.005 * any(level in second for _, level in cell.recipe)
 
@@ -56,7 +56,7 @@ def test_a_field_of_the_recipe_is_judged_alone_and_as_a_moderator(name: str, lev
 
 
 def altered(records: Records, arm: str, column: str, value: object) -> Records:
-    """The records in which the trials of an arm have another value."""
+    """The records, with another value in the trials of one arm."""
     trials = records.trials.copy()
     trials.loc[trials["arm"] == arm, column] = value
     return replace(records, trials=trials)
@@ -136,7 +136,7 @@ def test_a_response_to_a_field_of_the_recipe_has_the_control_of_each_level() -> 
         table = measures.response(records, name)
         assert table["n"].tolist() == [5] * 6 and table["method"].tolist() == ["none"] * 2 + ["logit"] * 4
         assert table[name].tolist() == [first, second] * 3
-        assert table["control"].isna().tolist() == [True] * 2 + [False] * 4  # the control has none beside it
+        assert table["control"].isna().tolist() == [True] * 2 + [False] * 4  # the control's own rows have no control
         assert table["control"].tolist()[2:] == pytest.approx(table["mean"].tolist()[:2] * 2)
         by_temperature = measures.response(records, "temperature")
         assert by_temperature["n"].tolist() == [5] * 4 and by_temperature["control"].nunique() == 2
@@ -193,7 +193,7 @@ def test_a_report_has_a_table_and_a_picture_of_each_number_that_is_varied(tmp_pa
     assert paper["column"].tolist() == [
         "none float32 epochs=2", "none tf32 epochs=2", "mine weight=1 float32 epochs=2", "mine weight=1 tf32 epochs=2",
     ]  # fmt: skip
-    report(reportable(varying("lr", 0.05, 0.1)), tmp_path)  # of another study: nothing is left
+    report(reportable(varying("lr", 0.05, 0.1)), tmp_path)  # for another study: no rows are left
     assert {path.stem for path in tmp_path.glob("*/response_*")} == {"response_lr"}
 
 
@@ -214,7 +214,7 @@ def test_strata_of_a_recipe_have_pictures_simulations_and_scenarios() -> None:
 
 
 def reportable(study: Study) -> Records:
-    """The records of a run, with what `study.json` says about the data."""
+    """The records of a run, with the entry on data in `study.json`."""
     records = made(study, gaining)
     records.studies["r"]["data"] = {"name": "digits", "digest": "0" * 64}
     return records

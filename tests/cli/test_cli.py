@@ -140,7 +140,7 @@ def test_the_tables_of_calibrate_fit_a_terminal(
     shown = capsys.readouterr().out
     assert "…" not in shown
     assert "scenario                 primary  secondary  coverage  worst" in shown
-    assert "Power: how often cifar: logit - none is found" in shown
+    assert "Power: the share of studies that find cifar: logit - none" in shown
 
 
 def test_a_run_of_another_version_is_not_resumed(
@@ -152,7 +152,7 @@ def test_a_run_of_another_version_is_not_resumed(
     altered(begun.folder / "study.json", lambda record: record["versions"].update(tune_kd="0.0.1"))
     assert call(monkeypatch, "resume", "old") == 2
     error = capsys.readouterr().err
-    assert "0.0.1" in error and "finish it with the version that began it" in " ".join(error.split())
+    assert "0.0.1" in error and "finish the run with the version that started it" in " ".join(error.split())
 
 
 SHARES = {"gpus_per_trial": "auto", "cpus_per_trial": 1.0, "max_concurrent": None, "keep_checkpoints": False,
@@ -180,7 +180,7 @@ def begun(elsewhere: Path, ended: str = "completed") -> Path:
     ("edit", "arguments", "words"),
     [
         (("lr=0.2", "lr=0.3"), [], ["was changed since it began: recipe.lr was 0.2 and is 0.3", "--extend"]),
-        (("lr=0.2", "lr=0.3"), ["--extend"], ["--extend admits only", "recipe.lr was 0.2 and is 0.3"]),
+        (("lr=0.2", "lr=0.3"), ["--extend"], ["--extend allows only", "recipe.lr was 0.2 and is 0.3"]),
         (("lr=0.2", "lr=="), [], ["cannot be read", "SyntaxError"]),
         (("", ""), ["--extend"], ["nothing to add", "mine.py declares the same seeds and levels"]),
         (("", ""), ["--set", "confirm.seeds=[1,2]"], ["--set is given", "--extend only"]),
@@ -210,7 +210,7 @@ def test_a_run_that_has_not_ended_is_not_extended(
 ) -> None:
     begun(elsewhere, "running")
     assert call(monkeypatch, "resume", "mine", "--extend", "--set", "confirm.seeds=[1,2]") == 2
-    assert "still to run; resume it, and then --extend" in capsys.readouterr().err
+    assert "trials have not ended; resume it first, then use --extend" in capsys.readouterr().err
 
 
 def test_an_extension_changes_nothing_while_another_process_holds_the_run(
@@ -628,7 +628,7 @@ def test_a_report_of_two_runs_compares_them_and_says_in_what_they_differ(
     assert compared["estimate"].tolist() == [0.0] * len(compared)
     assert call(monkeypatch, "report", str(finished), "other", "--format", "md") == 0
     said = capsys.readouterr().out
-    assert "What differs" in said
+    assert "Differences between the runs" in said
     assert re.search(r"study\.recipe\.lr +0\.05 +0\.07", said)
 
 
@@ -669,7 +669,7 @@ def test_a_report_cannot_go_into_a_file(
 ) -> None:
     (elsewhere / "mine").write_text("")
     assert call(monkeypatch, "report", str(finished), "--to", "mine") == 2
-    assert "mine cannot be written to; allowed: a folder that can be made" in capsys.readouterr().err
+    assert "mine cannot be written to; allowed: a folder that can be created" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -751,7 +751,7 @@ def test_a_path_that_sqlite_does_not_open_is_refused_and_nothing_made(
     named = ("--name", "x", "--out")
     assert call(monkeypatch, "run", "ablation", "--scale", "smoke", *named, str(out)) == 2
     length = len(str(out / "x" / LEDGER))
-    why = f"the path of its ledger has {length} bytes, and SQLite opens those of at most 504"
+    why = f"the path of its ledger has {length} bytes, and SQLite opens paths of at most 504"
     assert f"--out is {out}, where {why}; choose a folder with a shorter path" in capsys.readouterr().err
     assert not (elsewhere / ("a" * 95)).exists()
 
@@ -759,7 +759,7 @@ def test_a_path_that_sqlite_does_not_open_is_refused_and_nothing_made(
     (elsewhere / "short").symlink_to(out)  # SQLite follows it
     for arguments in (("status", str(out / "x")), ("status", "--out", str(out)), ("resume", "short/x")):
         assert call(monkeypatch, *arguments) == 2
-        assert "bytes, and SQLite opens those of at most 504; move it to a folder" in capsys.readouterr().err
+        assert "bytes, and SQLite opens paths of at most 504; move it to a folder" in capsys.readouterr().err
 
 
 def test_the_longest_path_that_a_run_is_begun_in_is_one_that_sqlite_opens(tmp_path: Path) -> None:

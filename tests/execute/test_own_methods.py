@@ -105,7 +105,7 @@ def test_a_run_with_losses_of_its_own_is_killed_refused_after_an_edit_and_comple
     refused = command(folder, "resume", "r")
     _, said = refused.communicate(timeout=200)
     assert refused.returncode == 2
-    assert "at.py, or a file that it imports, is not what it was" in said
+    assert "at.py, or a file that it imports, was changed" in said
     (folder / "angles.py").write_text(whole)
 
     resumed = command(folder, "resume", "r", "--json")

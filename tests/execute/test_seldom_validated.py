@@ -72,7 +72,7 @@ def test_such_a_run_is_reported_with_lines_through_the_epochs_that_were_validate
 
 
 def test_its_curves_are_not_whole_so_that_no_early_stopping_is_replayed_on_them(seldom: Path) -> None:
-    with pytest.raises(UserError, match=r"--curves is a run of which recipe.validate_every is 2, so its curves have"):
+    with pytest.raises(UserError, match=r"--curves is a run with recipe.validate_every=2, so its curves have"):
         simulate.curves(load(seldom), reopen(seldom).study, None)
 
 

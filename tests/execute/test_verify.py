@@ -72,7 +72,7 @@ def test_a_damaged_ledger_is_made_again_from_the_tables_and_kept_aside(run: Path
     said: list[str] = []
     with closing(rebuild.opened(reopen(run), said.append)) as ledger:
         assert (ledger.rows(TRIALS), ledger.rows(EPOCHS)) == (trials, epochs)
-    assert "The ledger was made again from the tables" in said[-1]
+    assert "The ledger was rebuilt from the tables" in said[-1]
     assert [path.name for path in rebuild.set_aside(run)] == [f"{LEDGER}.damaged-1"]
     assert verify(run) == []
 
@@ -84,7 +84,7 @@ def test_a_ledger_that_lost_its_end_is_noticed_although_it_is_a_whole_database(r
         ledger.put(TRIALS, ledger.rows(TRIALS)[0] | {"attempts": 2})
     (run / "earlier").rename(run / LEDGER)
     (finding,) = verify(run)
-    assert "transactions, and" in finding.what and "its end was lost" in finding.what
+    assert "committed transactions" in finding.what and "its end is lost" in finding.what
     (run / LEDGER).unlink()
     (finding,) = verify(run)
     assert "is missing, and" in finding.what
@@ -101,7 +101,7 @@ def test_a_ledger_that_is_gone_with_its_count_is_made_again_and_never_begun_anew
     said: list[str] = []
     with closing(rebuild.opened(reopen(run), said.append)) as ledger:
         assert ledger.rows(EPOCHS) == epochs
-    assert "The ledger was made again" in said[-1] and "The old one" not in said[-1]
+    assert "The ledger was rebuilt" in said[-1] and "The old one" not in said[-1]
 
 
 def test_an_empty_ledger_is_no_ledger(run: Path) -> None:
@@ -122,7 +122,9 @@ def test_a_ledger_of_another_plan_is_not_gone_on_with(run: Path) -> None:
     with closing(Ledger(run / LEDGER)) as ledger:
         row = dict.fromkeys(TRIALS.only_completed) | {"trial_id": "f" * 16, "status": "pending", "epochs_run": 0}
         ledger.put(TRIALS, ledger.rows(TRIALS)[0] | row)
-    with pytest.raises(UserError, match=r"not in the plan of .*study\.json: f{16}; put the study\.json or the ledger"):
+    with pytest.raises(
+        UserError, match=r"not in the plan of .*study\.json: f{16}; restore the study\.json or the ledger"
+    ):
         rebuild.opened(reopen(run), lambda _: None)
     finding = verify(run)[0]
     assert finding.part == "ledger" and "put the study.json or the ledger back" in finding.remedy
@@ -147,7 +149,7 @@ def test_nothing_is_made_from_tables_that_are_damaged_too(run: Path) -> None:
     ledger, tables = verify(run)
     assert "the tables are not whole either" in ledger.remedy and tables.part == "tables"
     before = (run / LEDGER).read_bytes()
-    with pytest.raises(files.CorruptFile, match="the tables it could be made from are not whole"):
+    with pytest.raises(files.CorruptFile, match="it cannot be rebuilt, since the tables are damaged"):
         rebuild.opened(reopen(run), lambda _: None)
     assert (run / LEDGER).read_bytes() == before
 

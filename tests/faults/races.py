@@ -78,7 +78,7 @@ def for_a_run(folder: Path, code: str = RESUME) -> str | None:
     refused = ends[losers[0]][1]
     if left > 10:
         return f"the other left after {left:.1f} s"
-    if code == BEGIN and re.search(r"exists|cannot be made", refused):
+    if code == BEGIN and re.search(r"exists|cannot be created", refused):
         return None  # who comes second to a name is told that there is such a run
     found = SENTENCE.search(refused)
     if found is None or (int(found[1]), found[2]) != (winner.pid, platform.node()):

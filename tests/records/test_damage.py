@@ -1,4 +1,4 @@
-"""No damaged file of a run is believed. More of these: `python tests/faults/damage.py`."""
+"""Every damaged file of a run is detected. For more cases, run `python tests/faults/damage.py`."""
 
 import re
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from tune_kd.training import checkpoints, logit_cache, teachers
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scratch]:
-    """A run that was trained to its end, and one whose driver was killed."""
+    """A run that finished, and a run whose driver was killed."""
     folder = tmp_path_factory.mktemp("damage")
     for variant in VARIANTS:
         make(folder / variant, variant)
@@ -100,14 +100,14 @@ def test_each_detector_is_needed(
     target: str,
     reader: Callable[[Scratch], damage.Reading],
 ) -> None:
-    """Without it, damages of its file are believed, and that is seen."""
+    """Without the detector, damage to its file goes unnoticed, and the score shows it."""
     off(monkeypatch)
     score = judge(whole[variant], target, truncations=1, flips=128, used=[reader], until="silent")
     assert score.counts["silent"] > 0
 
 
 def test_words_of_sqlite_that_are_no_text_tell_of_damage(whole: dict[str, Scratch]) -> None:
-    """It quotes what is damaged, and Python then fails to decode what it says."""
+    """SQLite's error message quotes the damaged bytes, which Python then fails to decode."""
     scratch = whole["finished"]
     path = scratch.folder / LEDGER
     content = scratch.bytes_of(path)

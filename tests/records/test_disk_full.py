@@ -1,4 +1,4 @@
-"""A full disk ends a run with one clear message, leaves what is on record whole, and `resume` goes on from there."""
+"""A full disk ends a run with one clear message and intact records, and `resume` continues from there."""
 
 import os
 import resource
@@ -26,7 +26,7 @@ from tune_kd.records.run_folder import Run, begun, create, reopen
 from tune_kd.records.schema import EPOCHS, LEDGER
 from tune_kd.study.spec import Confirm, Factor, Study
 
-LIMITS = (0, 30, 120, 500, 4_000, 20_000, 100_000, 150_000, 200_000, 400_000)  # bytes that a file may have
+LIMITS = (0, 30, 120, 500, 4_000, 20_000, 100_000, 150_000, 200_000, 400_000)  # largest size of a file, in bytes
 
 
 def study() -> Study:
@@ -41,14 +41,14 @@ def planned(folder: Path) -> Run:
 
 
 def start(folder: Path, limit: int | None) -> None:
-    """A process of its own: begin the run there, under the command line's handling of what goes wrong."""
+    """Begin the run with the command line's error handling. Runs in a separate process."""
 
     def command() -> None:
         run = planned(folder)
         if limit is not None:
             signal.signal(
                 signal.SIGXFSZ, signal.SIG_IGN
-            )  # a write beyond the limit is then an error, as on a full disk
+            )  # so that a write beyond the limit raises an error, as on a full disk
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         with begun(run):
             go_on(run)
@@ -75,7 +75,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def judge(full: Path, ended: "subprocess.CompletedProcess[str]", undisturbed: Path) -> None:
-    """Clear words, whole records; and as if nothing had happened once there is room."""
+    """Check for a clear message, intact records, and the result of an undisturbed run once there is room."""
     said = ended.stderr.strip().splitlines()
     assert ended.returncode in (2, 3), ended.stderr
     assert said and all(line.startswith("tune_kd: ") for line in said), ended.stderr
@@ -85,7 +85,7 @@ def judge(full: Path, ended: "subprocess.CompletedProcess[str]", undisturbed: Pa
         return
     run = reopen(full / "r")
     parts = {finding.part for finding in verify(run.folder)}
-    assert parts <= {"tables"}, verify(run.folder)  # which are younger than the disk let them be
+    assert parts <= {"tables"}, verify(run.folder)  # the full disk kept the tables from being updated
     acknowledged = []
     if (run.folder / LEDGER).is_file() and (run.folder / LEDGER).stat().st_size:
         acknowledged = Ledger(run.folder / LEDGER, read_only=True).rows(EPOCHS)
@@ -112,7 +112,7 @@ def test_a_full_disk_ends_a_run_clearly_and_costs_nothing_but_time(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 16 MB, in memory; for root, where it may mount one."""
+    """A disk of 16 MB in memory. Needs root with the right to mount."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
@@ -123,7 +123,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def filled(disk: Path, left: int) -> Path:
-    """A file that takes up a disk but for some bytes, also where a run writes to it meanwhile."""
+    """A file that fills a disk except for some bytes, even while a run writes to the disk."""
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file, suppress(OSError):
         while shutil.disk_usage(disk).free > left:

@@ -1,4 +1,4 @@
-"""More seeds, really trained: what a study declared counts, and what was added later does not."""
+"""Runs extended by seeds and trained: declared seeds count in the contrasts, and seeds added later do not."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def begun(folder: Path, more: str) -> Run:
 
 
 def train(run: Run) -> Run:
-    """All that the run plans and has not done yet, in this process."""
+    """Run all remaining trials of the plan, in this process."""
     ledger = Ledger(run.folder / LEDGER)
     place = Workplace(None, None, run.teachers, run.checkpoints, checkpoint_every=1e9)
     before = torch.get_num_threads()

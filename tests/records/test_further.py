@@ -1,4 +1,4 @@
-"""Further settings of trials: JSON in the ledger, columns in Parquet, and nothing that no run writes in either."""
+"""Further settings of trials are JSON in the ledger and columns in Parquet. Invalid ones are refused in both."""
 
 import sqlite3
 from contextlib import closing
@@ -33,7 +33,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def pending(trial_id: str, **values: Any) -> dict[str, Any]:
-    """A row that readers take."""
+    """A row that readers accept."""
     least = {"run": "r", "arm": "a", "phase": "confirm", "role": "student", "seed": 1, "status": "pending"}
     return {"trial_id": trial_id, **least, **values}
 
@@ -99,7 +99,7 @@ def test_a_ledger_of_an_earlier_version_is_read_and_written_without_the_column(t
         for statement in creating(earlier=True):
             made.execute(statement)
     before = path.read_bytes()
-    for number in range(2):  # opened again as its own kind
+    for number in range(2):  # reopened as a ledger of the earlier version
         with closing(Ledger(path)) as earlier:
             earlier.put(TRIALS, pending(f"t{number}"))
             earlier.write_tables(tmp_path)
@@ -132,7 +132,7 @@ def test_hostile_further_settings_are_refused_by_writer_and_reader(ledger: Ledge
 
 
 def ledger_row(ledger: Ledger) -> dict[str, Any]:
-    """The cells of a pending trial that is put, as SQLite has them."""
+    """Put a pending trial, and return its cells as SQLite stores them."""
     ledger.put(TRIALS, pending("u"))
     with closing(sqlite3.connect(ledger.path)) as found:
         found.row_factory = sqlite3.Row

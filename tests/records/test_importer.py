@@ -1,4 +1,4 @@
-"""Somebody else's tables: the published study, and small ones."""
+"""Tables of other tools: those of the published study, and small ones."""
 
 import io
 import re
@@ -102,7 +102,7 @@ def test_the_report_of_published_tables_makes_no_claim(
 
 
 def small(folder: Path) -> Path:
-    """Tables with the least that there has to be."""
+    """Tables with only the required columns."""
     pd.DataFrame({"id": ["a", "b"], "seed": [1, 2], "test_accuracy_best": [0.5, 0.6]}).to_parquet(
         folder / "their_trials.parquet"
     )
@@ -175,7 +175,7 @@ def test_phases_are_given_as_theirs_and_ours() -> None:
     ]
 
 
-BIG = 2**53  # as float64, the number after it is the same
+BIG = 2**53  # float64 rounds it and its successor to the same number
 TRIALS: dict[str, list[Any]] = {
     "trial_id": ["a", "b", "c", "d"],
     "seed": [BIG, BIG + 1, BIG, BIG + 1],
@@ -196,7 +196,7 @@ WRITERS: dict[str, Writer] = {}
 
 
 def frame(columns: Columns) -> pd.DataFrame:
-    """Whole numbers that are sometimes null as pandas can have them: by itself it makes them float64."""
+    """Integers with nulls as `Int64`; by default pandas makes them float64."""
     return pd.DataFrame({name: pd.Series(values, dtype="Int64" if name in WHOLE and None in values else None)
                          for name, values in columns.items()})  # fmt: skip
 
@@ -292,7 +292,7 @@ def written(write: Writer, folder: Path) -> Records:
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_table_is_read_alike_whoever_wrote_it(name: str, tmp_path: Path) -> None:
-    """A written table is not only like others: it is what was to be written."""
+    """Compare with the original values, not only with the tables of the other writers."""
     records = written(WRITERS[name], tmp_path)
     plain = written(lambda columns, path: pq.write_table(pa.table(columns), path), tmp_path)
     pd.testing.assert_frame_equal(records.trials, plain.trials, check_exact=True)
@@ -307,7 +307,7 @@ def test_a_table_is_read_alike_whoever_wrote_it(name: str, tmp_path: Path) -> No
 def test_a_file_gives_the_same_columns_and_plain_types_whoever_wrote_it(name: str, tmp_path: Path) -> None:
     WRITERS[name](TRIALS, tmp_path / "file")
     table = parquet.table((tmp_path / "file").read_bytes())
-    assert set(table) - set(TRIALS) <= ({"index"} if name.startswith("fastparquet") else set())  # which has a name then
+    assert set(table) - set(TRIALS) <= ({"index"} if name.startswith("fastparquet") else set())  # a named index
     assert table.index.tolist() == [0, 1, 2, 3]
     for column, values in TRIALS.items():
         assert table[column].astype(object).where(table[column].notna(), None).tolist() == values
@@ -330,7 +330,7 @@ def test_seeds_that_float64_cannot_tell_apart_are_paired_each_with_its_own(tmp_p
 
 
 def test_an_index_of_numbers_that_follow_one_another_is_a_column_where_it_has_a_name(tmp_path: Path) -> None:
-    """pandas writes such an index into its notes, and no column."""
+    """pandas writes such an index only into its metadata, not as a column."""
     table = pd.DataFrame({"trial_id": ["a", "b"]}, index=pd.RangeIndex(3, 9, 3, name="seed"))
     table.to_parquet(tmp_path / "t_trials.parquet")
     assert pq.read_schema(tmp_path / "t_trials.parquet").names == ["trial_id"]
@@ -422,11 +422,11 @@ def test_a_report_takes_the_phases_of_categories(tmp_path: Path, monkeypatch: py
     assert "logit/T=4" in (tmp_path / "r" / "report.md").read_text()
 
 
-# Tables that would fill the memory
+# Tables that would fill the memory.
 
 
 def refused(path: Path) -> str:
-    """What `load` says of a table, which it takes no memory to say."""
+    """The error of `load` for a table, raised without much memory."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, before[1]))
@@ -439,7 +439,7 @@ def refused(path: Path) -> str:
 
 
 def repeated(value: object, kind: Any, times: int) -> Any:
-    """An array of one value, many times, which takes a byte for each."""
+    """An array that repeats one value many times; each takes a byte."""
     return pa.DictionaryArray.from_arrays(pa.array(np.zeros(times, np.int8)), pa.array([value], kind))
 
 
@@ -505,7 +505,7 @@ def varint(number: int) -> bytes:
 @pytest.mark.parametrize("notes", [b"[" * 200_000, b'{"index_columns": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"])
 def test_notes_in_notes_without_end_are_told_of(notes: bytes, tmp_path: Path) -> None:
     noted(notes, tmp_path / "t_trials.parquet")
-    assert "pandas' notes on its index are damaged" in refused(tmp_path / "t")
+    assert "pandas' metadata on its index is damaged" in refused(tmp_path / "t")
 
 
 def test_columns_of_lists_are_left_out(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The ledger and the tables: what is written is read, and nothing else."""
+"""The ledger and the tables: rows round-trip, and alterations are detected."""
 
 import hashlib
 import math
@@ -22,7 +22,7 @@ from tune_kd.study.trial import FURTHER
 from tune_kd.system.characters import CONTROL
 from tune_kd.system.errors import CorruptFile
 
-# The contract, written out: other programs rely on these names and on this order.
+# The contract: other programs rely on these names and this order.
 CONTRACT = {
     "trials": """run trial_id arm phase role student teacher teacher_id stem weights width method temperature alpha
         beta lr weight_decay seed recipe_id dataset data_digest scale device threads status stop_reason epochs_planned
@@ -63,7 +63,7 @@ def test_tables_begin_with_the_columns_of_the_contract_in_their_types(schema: Sc
 
 
 def pending(trial_id: str, **values: Any) -> dict[str, Any]:
-    """A row that readers take."""
+    """A row that readers accept."""
     least = {"run": "r", "arm": "a", "phase": "confirm", "role": "student", "seed": 1, "status": "pending"}
     return {"trial_id": trial_id, **least, **values}
 
@@ -84,7 +84,7 @@ def test_rows_come_back_from_parquet_as_they_were(rows: list[dict[str, Any]]) ->
 
 
 def named(text: str | None) -> str | None:
-    """Text that may name something."""
+    """Text that is allowed as a name."""
     return None if text is None else CONTROL.sub("", text)
 
 
@@ -101,7 +101,7 @@ def test_rows_come_back_from_the_ledger_as_they_were(ledger: Ledger, row: dict[s
 
 
 def near_the_rules(schema: Schema[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    """Rows that break rules of a schema, or just do not."""
+    """Rows that break rules of a schema, or only just keep them."""
     some: dict[str, st.SearchStrategy[Any]] = {}
     for name, kind in schema.columns.items():
         if name in schema.levels:
@@ -123,7 +123,7 @@ def test_a_row_is_refused_when_written_if_and_only_if_readers_would_refuse_it(
     schema: Schema[Any], data: st.DataObject
 ) -> None:
     row = data.draw(near_the_rules(schema))
-    if data.draw(st.booleans()):  # else hardly any is good
+    if data.draw(st.booleans()):  # otherwise hardly any row is valid
         good = {"status": "completed", "epochs_planned": row.get("epochs_run"), "phase": "screen", "role": "student"}
         good |= {"action": "stop", "stop_reason": None, **dict.fromkeys(schema.fractions, 1.0)}
         good |= {name: row[name] or {str: "x", int: 1, float: 1.0}[schema.columns[name]] for name in
@@ -176,7 +176,7 @@ def test_an_epoch_computed_again_is_compared_with_its_record(ledger: Ledger) -> 
 
 
 def test_a_ledger_that_cannot_be_opened_keeps_nothing_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where somebody keeps the error, and with it the frame in which the connection is."""
+    """Even if the caller keeps the error, and with it the frame that holds the connection."""
 
     class Gone(sqlite3.Connection):
         def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
@@ -225,7 +225,7 @@ def test_a_ledger_is_read_whatever_its_folder_is_called(tmp_path: Path, name: st
     (tmp_path / name).mkdir()
     ledger = Ledger(tmp_path / name / "ledger.sqlite")
     ledger.put(TRIALS, pending("t", error=f"{name} is not there"))
-    for path in (ledger.path, Path(f"/{ledger.path}")):  # two slashes, as of $ROOT/results where ROOT is /
+    for path in (ledger.path, Path(f"/{ledger.path}")):  # two slashes, as in $ROOT/results if ROOT is /
         with reading(path) as one:
             one.check()
             (row,) = one.rows(TRIALS)
@@ -237,9 +237,9 @@ def test_a_ledger_is_read_whatever_its_folder_is_called(tmp_path: Path, name: st
 @pytest.mark.long
 @pytest.mark.parametrize("mask", [0x01, 0x20])
 def test_a_ledger_that_passes_its_check_can_be_written_to(ledger: Ledger, tmp_path: Path, mask: int) -> None:
-    """Whichever byte of SQLite's header changes, or of the rest, which is mostly the definitions of the tables."""
+    """Change any byte of SQLite's header, or of the rest, which mostly holds the definitions of the tables."""
     ledger.put(TRIALS, pending("t"))
-    ledger.close()  # nothing stays in the log
+    ledger.close()  # no data stays in the log
     content = ledger.path.read_bytes()
     passed = set()
     for place in [*range(100), *range(100, len(content), 53)]:
@@ -297,7 +297,7 @@ def test_tables_have_a_digest_on_record_wherever_their_writer_dies(
     ledger.write_tables(tmp_path)
     ledger.add_epoch(epoch(1))
     monkeypatch.setattr(ledgers, "point", passed)
-    for _ in range(2):  # another writer dies there again
+    for _ in range(2):  # another writer is killed at the same point
         with pytest.raises(KeyboardInterrupt):
             ledger.write_tables(tmp_path)
         known = ledgers.digests(tmp_path)

@@ -1,4 +1,4 @@
-"""Reading tables: what comes in is what the schema says, or a sentence that says what is wrong with it."""
+"""Reading tables: a table matches the schema, or the error says what is wrong with it."""
 
 import json
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def epoch(number: int, of: int, **values: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, run: str = "r", **tables: pd.DataFrame) -> Path:
-    """A run's folder with two trials of two epochs, where `tables` does not say otherwise."""
+    """A run's folder with two trials of two epochs by default; `tables` replaces some of them."""
     folder.mkdir(parents=True, exist_ok=True)
     made = {
         "trials": frame(TRIALS, [trial(number, run=run) for number in (1, 2)]),
@@ -81,7 +81,7 @@ def test_several_runs_come_as_one_and_can_be_had_one_by_one(tmp_path: Path) -> N
     assert set(records.studies) == {"a", "b"}
     assert records.of("b").trials["run"].tolist() == ["b", "b"]
     assert records.of("b").study["run"] == "b"
-    with pytest.raises(ValueError, match=r"take one with `of\(run\)`"):
+    with pytest.raises(ValueError, match=r"select one with `of\(run\)`"):
         _ = records.study
 
 
@@ -108,8 +108,8 @@ BROKEN: list[tuple[str, str, Callable[[pd.DataFrame], pd.DataFrame], str]] = [
     ("percent", "trials", changed("test_accuracy_best", [95.0, 0.9]), r"got 95\.0 in row 0; expected a fraction"),
     ("stopped, yet accurate", "trials", changed("status", ["stopped", "completed"]),
      r"test_accuracy_best: 1 of 2 rows .* expected null unless status is completed"),
-    ("completed, yet short", "trials", changed("epochs_run", [2, 1]), "got 1 in row 1; expected completed only where"),
-    ("nobody", "trials", lambda table: table.head(0), "has no rows; expected a row a trial"),
+    ("completed, yet short", "trials", changed("epochs_run", [2, 1]), "got 1 in row 1; expected completed only if"),
+    ("nobody", "trials", lambda table: table.head(0), "has no rows; expected one row per trial"),
     ("a huge seed", "trials", changed("seed", [1.0, 2.0**63]), "1 of 2 rows .* expected whole numbers"),
     ("twice", "trials", changed("trial_id", ["t1", "t1"]), r"run, trial_id: 1 of 2 rows .* got \('r', 't1'\) in row 1"),
     ("a gap", "epochs", changed("epoch", [1, 2, 1, 3]), r"epoch: 1 of 2 trials .*; t2 has 2 from 1 to 3"),
@@ -140,7 +140,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load(folder, tmp_path / "nowhere", folder)
     problems = caught.value.problems
-    assert len(problems) == 2  # each once
+    assert len(problems) == 2  # each problem once
     assert "decisions.parquet is missing; `tune_kd resume" in problems[0]
     assert "nowhere'; allowed: a run's folder" in problems[1]
     write(folder)
@@ -161,7 +161,7 @@ def test_a_file_that_was_cut_is_refused_with_a_remedy(tmp_path: Path, cut: int) 
     folder = write(tmp_path / "r")
     path = folder / "epochs.parquet"
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(UserError, match=r"epochs\.parquet cannot be read .*makes the tables again from the ledger"):
+    with pytest.raises(UserError, match=r"epochs\.parquet cannot be read .*rewrites the tables from the ledger"):
         load(folder)
 
 
@@ -250,7 +250,7 @@ def test_what_a_study_says_comes_without_control_characters(tmp_path: Path) -> N
 
 
 def test_rows_keep_no_index_of_their_makers(tmp_path: Path) -> None:
-    """Two halves that were put together: pandas keeps an index in which numbers come twice."""
+    """Concatenate two halves: pandas keeps an index with duplicate numbers."""
     trials = frame(TRIALS, [trial(1), trial(2)])
     halves = pd.concat([trials.head(1), trials.tail(1).reset_index(drop=True)])
     assert load(write(tmp_path / "r", trials=halves)).trials.index.tolist() == [0, 1]

@@ -1,4 +1,4 @@
-"""Tables can be read at every instant of a run, by pandas and by `load`, while they are made again and again."""
+"""Tables can be read at any time during a run, by pandas and by `load`, while the driver keeps rewriting them."""
 
 import random
 import sys
@@ -22,7 +22,7 @@ from tune_kd.records.run_folder import Run, create
 from tune_kd.records.schema import EPOCHS, LEDGER, SCHEMAS, TRIALS, first_row
 from tune_kd.records.tables import arrow, to_parquet
 
-MANY = 200  # trials, from which on the tables only change
+MANY = 200  # trials; with this many, the tables only change and no longer grow
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def grow(run: Run, ledger: Ledger, number: int) -> None:
-    """The `number`-th change of the tables: a trial more, and its first epoch; then an epoch more of one there is."""
+    """The `number`-th change of the tables: first new trials with one epoch each, later more epochs of these trials."""
     trial = replace(run.plan.trials[-1], seed=number % MANY)
     epoch = 1 + number // MANY
     row = first_row(run.name, trial) | {"status": "running", "epochs_run": epoch, "attempts": 1}
@@ -44,7 +44,7 @@ def grow(run: Run, ledger: Ledger, number: int) -> None:
 
 
 def keep_growing(run: Run) -> None:
-    """The writer's process, which ends when it is killed."""
+    """The writer's process, which runs until it is killed."""
     ledger = Ledger(run.folder / LEDGER)
     for number in range(1, sys.maxsize):
         grow(run, ledger, number)
@@ -82,7 +82,7 @@ def test_no_reader_fails_while_the_tables_are_replaced(run: Run, reads: int) -> 
 
         def read_one(number: int) -> None:
             path = run.folder / f"{SCHEMAS[number % 3].name}.parquet"
-            versions.add(path.stat().st_mtime_ns)  # a number of an inode is given again
+            versions.add(path.stat().st_mtime_ns)  # inode numbers are reused
             pd.read_parquet(path)
             if number % 10 == 0:
                 read = reader.load(run.folder)
@@ -103,7 +103,7 @@ def test_between_two_makings_of_the_tables_is_time_for_readers(run: Run, monkeyp
 
 
 def test_tables_that_are_made_again_between_two_reads_fit_together(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`load` reads three files, and each may be of another age than the one before."""
+    """`load` reads three files, and each may have a different age."""
     ledger = Ledger(run.folder / LEDGER)
     grow(run, ledger, 0)
     numbers, whole = iter(range(1, MANY)), reader._whole
@@ -118,14 +118,14 @@ def test_tables_that_are_made_again_between_two_reads_fit_together(run: Run, mon
 
 
 def test_what_pyarrow_reads_by_the_footer_of_the_table_before_is_the_table_before(run: Run) -> None:
-    """It opens a file once for the footer and once for the pages. So it must be, however tables grow and shrink."""
+    """pyarrow opens a file once for the footer and once for the pages. This must work however tables grow or shrink."""
     ledger, path = Ledger(run.folder / LEDGER), run.folder / "epochs.parquet"
     grow(run, ledger, 0)
     chance, sizes = random.Random(0), []
     for _ in range(15):
         before = pd.read_parquet(path)
         opened = dataset.ParquetFileFormat().make_fragment(str(path), LocalFileSystem())
-        assert opened.physical_schema  # which reads the footer
+        assert opened.physical_schema  # reads the footer
         for number in chance.sample(range(MANY), chance.choice((1, 5, 40))):
             row = {"run": run.name, "trial_id": str(number), "epoch": 1, "attempt": 1, "val_loss": chance.random()}
             ledger.put(EPOCHS, row)
@@ -144,7 +144,7 @@ def test_a_table_that_is_replaced_while_its_digest_is_read_is_read_again(
     digests, numbers = records.digests, iter((1, 2))
 
     def twice_replaced(folder: Path) -> dict[str, list[str]] | None:
-        for number in numbers:  # so that the digest of what was read is on record no more
+        for number in numbers:  # so that the digest of the table that was read is no longer on record
             grow(run, ledger, number)
         return digests(folder)
 

@@ -1,4 +1,4 @@
-"""A run's folder: what is written when it is made, and when it may be opened again."""
+"""A run's folder: the files that are written when it is created, and when it may be reopened."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -70,7 +70,7 @@ def no_data(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (another_version, "begun by tune_kd 0.0.1; this is .*finish it with the version that began it"),
+        (another_version, "started by tune_kd 0.0.1; this is .*finish the run with the version that started it"),
         (another_study, "its hash does not fit the study.*restore the file, or start a new run"),
         (fewer_contrasts, "its hash does not fit the contrasts"),
         (another_trial, "plans other trials"),
@@ -113,7 +113,7 @@ def test_a_new_run_that_a_mistake_ends_before_it_began_leaves_nothing(study: Stu
     assert seen == [True] and not run.folder.exists()
     with pytest.raises(OSError, match="disk"), begun(run):
         raise OSError("disk")
-    assert reopen(run.folder).study == study  # to be gone on with
+    assert reopen(run.folder).study == study  # to be continued
 
 
 def test_a_folder_that_a_kill_left_before_the_plan_was_there_is_begun_again(study: Study, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_folder_that_a_kill_left_before_the_plan_was_there_is_begun_again(stud
         assert reopen(run.folder).study == study
     with pytest.raises(UserError, match="exists; resume that run"):
         check_new(tmp_path, "r", study)
-    with pytest.raises(UserError, match="cannot be made"), begun(run):
+    with pytest.raises(UserError, match="cannot be created"), begun(run):
         raise AssertionError("it was begun twice")
 
 
@@ -169,7 +169,7 @@ def test_a_run_that_was_begun_and_ended_before_the_lock_was_given_is_left_as_it_
             yield
 
     monkeypatch.setattr("tune_kd.records.run_folder.held", after_another)
-    with pytest.raises(UserError, match="was begun meanwhile"), begun(run):
+    with pytest.raises(UserError, match="was created meanwhile"), begun(run):
         raise AssertionError("it was begun twice")
     assert reopen(run.folder).study == study
 
@@ -185,12 +185,12 @@ def test_a_secret_in_what_an_extension_sets_is_not_recorded(study: Study, tmp_pa
 
 
 def test_an_extension_that_has_not_run_is_not_extended_again(study: Study, tmp_path: Path) -> None:
-    """It was killed after it was recorded: the next look is that one, and not the one after."""
+    """The driver was killed after it recorded the extension: the next look is the recorded one."""
     run = Run("r", tmp_path / "r", replace(study, confirm=Confirm((1, 2), looks=(2, 3, 4))), "0" * 64, None, {})
     create(run)
     end(run)
     record_extension(extended(reopen(run.folder)))
-    with pytest.raises(UserError, match="trials are still to run; resume it"):
+    with pytest.raises(UserError, match="trials have not ended; resume it"):
         extended(reopen(run.folder))
     assert reopen(run.folder).look == 1
 
@@ -234,7 +234,7 @@ AS_IT_WAS = "tiny()"
 
 @pytest.fixture
 def of_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
-    """A run that has ended, of a study in a file of the working directory."""
+    """A finished run of a study in a file of the working directory."""
     monkeypatch.chdir(tmp_path)
 
     def made(declared: str = AS_IT_WAS, ended: bool = True) -> Run:
@@ -315,7 +315,7 @@ def test_nothing_else_may_be_added(of_file: Callable[..., Run], tmp_path: Path, 
 def test_nothing_is_added_to_a_run_that_has_not_ended(of_file: Callable[..., Run], tmp_path: Path) -> None:
     run = of_file(ended=False)
     declare(tmp_path, "replace(tiny(), confirm=Confirm((1, 2, 3)))")
-    with pytest.raises(UserError, match="trials are still to run; resume it, and then --extend"):
+    with pytest.raises(UserError, match="trials have not ended; resume it first, then use --extend"):
         extended(reopen(run.folder))
 
 
@@ -345,7 +345,7 @@ def test_what_is_set_of_an_extension_is_on_record(of_file: Callable[..., Run]) -
 
 
 def test_a_run_that_an_earlier_state_of_this_version_began_is_told_of_with_where_that_was(tmp_path: Path) -> None:
-    """One that was begun before its study was refused: its records are whole, and nothing of it is lost."""
+    """The run began before versions refused its study: its records are intact, and no results are lost."""
     run = Run("r", tmp_path / "r", tiny(), "d" * 64, None, {})
     create(run)
 
@@ -355,7 +355,7 @@ def test_a_run_that_an_earlier_state_of_this_version_began_is_told_of_with_where
 
     altered(run.folder / "study.json", as_before)
     with pytest.raises(
-        UserError, match=r"at commit abc123, which allowed what .* not \(moderator is 'temperature', .*; fin"
+        UserError, match=r"at commit abc123; this version does not allow its study \(moderator is 'temperature', .*; "
     ):
         reopen(run.folder)
 

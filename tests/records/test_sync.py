@@ -1,5 +1,5 @@
-"""Results folders in an object store: a real S3 server on loopback, also while requests to it fail, dawdle or break
-off, and while disks and drivers are lost."""
+"""Results folders in an object store: a real S3 server on loopback, with requests that fail, stall or break off, and
+with lost disks and drivers."""
 
 import json
 import os
@@ -39,7 +39,7 @@ from tune_kd.system.object_store import Mirror
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Store]:
-    """A store, and a home for its mirrors."""
+    """A store, and a folder for its mirrors."""
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
@@ -64,7 +64,7 @@ def begin(study: Study, url: str, name: str = "kept") -> Run:
 
 
 def go_on(begun: Run, doing: Any = work) -> Driver:
-    """Run what is missing of a run, in this process; returns its driver."""
+    """Run the remaining trials in this process, and return the driver."""
     ledger = rebuild.opened(begun, lambda _: None)
     try:
         out = Mirror.of(begun.folder)
@@ -77,7 +77,7 @@ def go_on(begun: Run, doing: Any = work) -> Driver:
 
 
 class PowerCut(BaseException):
-    """Nothing that a driver may catch."""
+    """An exception that a driver must not catch."""
 
 
 def cut_after(epochs: int) -> Any:
@@ -96,7 +96,7 @@ def cut_after(epochs: int) -> Any:
 
 @pytest.fixture(scope="module")
 def undisturbed(calm: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same study on this disk alone."""
+    """The same study without a store."""
     spec = calm.data
     digest = datasets.load(spec.name, train=spec.train, validation=spec.validation, test=spec.test).digest
     begun = Run("here", tmp_path_factory.mktemp("alone") / "here", calm, digest, None, {})
@@ -106,7 +106,7 @@ def undisturbed(calm: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
-    """On another machine, from here on: what is on this disk is not there."""
+    """Play another machine from here on: it does not see the files on this disk."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / name))
 
 
@@ -151,11 +151,11 @@ def test_what_others_read_from_the_store_is_whole_at_every_moment_and_in_the_end
         stop.touch()
         seen, _ = reader.communicate(timeout=60)
     assert reader.returncode == 0
-    assert len(set(seen.split())) > 3  # it was read while it grew
+    assert len(set(seen.split())) > 3  # the table was read while it grew
     order = [sync.STUDY, *sync.TABLES, "ledger.sqlite", "ledger.commits"]
-    assert order[1] == "tables.json"  # a table whose digest is not there yet looks damaged
+    assert order[1] == "tables.json"  # a table looks damaged until its digest has arrived
     sent = [name for method, path in s3.asked if method == "PUT" and (name := path.rsplit("/", 1)[1]) in order]
-    assert sent[1:] == order * (len(sent) // len(order))  # after the plan, with which a run begins
+    assert sent[1:] == order * (len(sent) // len(order))  # after the plan, which is sent first
     same_records(begun.folder, undisturbed)
     elsewhere(monkeypatch, tmp_path, "other")
     there = run_folder.find(object_store.local(s3.url("kd")), "kept")
@@ -168,7 +168,7 @@ def test_what_others_read_from_the_store_is_whole_at_every_moment_and_in_the_end
 
 @pytest.mark.parametrize("size", [3, 5, 7])
 def test_what_is_replaced_while_it_is_read_is_read_again(s3: Store, size: int) -> None:
-    """The size is asked for first: the bytes that come then may be a part of another object."""
+    """The client asks for the size first, so the bytes that follow may be part of another object."""
     file = object_store.local(s3.url("kd")) / "each"
     held = Mirror.of(file)
     held.send(file, b"older")
@@ -274,9 +274,7 @@ def test_a_store_that_is_gone_ends_the_run_whole_and_gets_the_rest_later(
         return "denied" if ended else None
 
     s3.fault = gone
-    with pytest.raises(
-        OSError, match=r"does not take the records .*; what is on record is whole in .*`tune_kd resume`"
-    ):
+    with pytest.raises(OSError, match=r"does not take the records .*; all records are in .*`tune_kd resume`"):
         go_on(begun)
     same_records(begun.folder, undisturbed)
     s3.fault = lambda number: None
@@ -290,14 +288,14 @@ def test_a_teacher_is_fetched_once_a_machine(
 ) -> None:
     begun = begin(calm, s3.url("kd"))
     with pytest.raises(PowerCut):
-        go_on(begun, cut_after(3))  # the teacher's two epochs, and one of a student
+        go_on(begun, cut_after(3))  # the teacher's two epochs, and one epoch of a student
     elsewhere(monkeypatch, tmp_path, "second")
     s3.asked.clear()
     again = run_folder.reopen(run_folder.find(object_store.local(s3.url("kd")), "kept"))
     go_on(again)
     distilled = sum(trial.teacher_id is not None for trial in again.plan.trials)
     assert distilled > 4
-    # A download of more than one part is more than one request, all for one fetch.
+    # A download in several parts makes several requests for one fetch.
     (teacher,) = again.plan.teachers
     parts = s3.gets(f"{teacher.trial_id}/weights.safetensors")
     assert 1 <= parts <= 2
@@ -399,7 +397,7 @@ def test_a_bucket_that_is_not_there_and_a_name_that_is_are_told_before_anything_
 def test_a_run_in_a_store_is_a_command_like_any_other(
     s3: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Through the command and Ray: run, look at it from elsewhere, report from there."""
+    """Through the command line and Ray: run, then show the status and report from another machine."""
 
     def tune_kd(home: str, *arguments: str) -> str:
         elsewhere(monkeypatch, tmp_path, home)

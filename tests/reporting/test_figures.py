@@ -1,4 +1,4 @@
-"""Pictures: each is there when there is something to show, has words, and can be told apart without colour."""
+"""Figures: each is drawn if there is data, has a caption and alternative text, and can be read without colour."""
 
 import io
 import json
@@ -73,7 +73,7 @@ def test_nothing_written_lies_outside_its_picture(pictures: dict[str, figures.Pi
 
 
 def test_a_legend_of_long_names_hides_no_curve(records: Records) -> None:
-    """As of a study that varies its recipe, too. Matplotlib would warn of a panel that its legend left no room."""
+    """Long names, as in a study that also varies its recipe. Matplotlib would warn if a legend left a panel no room."""
     (study,) = (json.loads(json.dumps(each)) for each in records.studies.values())
     for arm in study["arms"]:
         arm["name"] += "/lr=0.1/kd_weight=1"
@@ -87,12 +87,12 @@ def test_a_legend_of_long_names_hides_no_curve(records: Records) -> None:
     panels = [axes for axes in figure.axes if axes.axison]
     legends = figure.findobj(Legend)
     assert len(panels) == len(legends) == 2
-    assert min(panel.bbox.height for panel in panels) > figure.dpi  # an inch
+    assert min(panel.bbox.height for panel in panels) > figure.dpi  # one inch
     assert not any(legend.get_window_extent().overlaps(panel.bbox) for legend in legends for panel in panels)
     assert all(figure.bbox.x1 >= legend.get_window_extent().x1 for legend in legends)
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")  # a font that lacks a sign is not ours
+@pytest.mark.filterwarnings("ignore:Glyph")  # a missing glyph is the font's problem
 def test_names_and_gaps_that_are_allowed_break_no_picture_and_no_table(records: Records, tmp_path: Path) -> None:
     odd = {"cifar/logit/T=2": r"a$\frac$b [/x] <i>_%&#", "cifar/none": "[red]x", "imagenet/none": "c|d"}
     renamed = [json.loads(json.dumps(study)) for study in records.studies.values()]
@@ -118,13 +118,13 @@ SIGNS = {"long": "x", "formula": "$\\frac$ \\", "hidden": "_"}
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # there is no place for names as long as these
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # there is no room for names of this length
 @pytest.mark.parametrize(
     "letters",
     [tuple(SIGNS.values()), *(pytest.param((sign,), id=each, marks=pytest.mark.slow) for each, sign in SIGNS.items())],
 )
 def test_names_of_any_length_and_sign_make_pictures_of_a_usual_size(records: Records, letters: tuple[str, ...]) -> None:
-    """Names with each kind of sign, by turns."""
+    """Names that cycle through each kind of character."""
     turns = cycle(letters)
 
     @cache
@@ -209,7 +209,7 @@ UNSEEN = {"logit": "dkd", "feature": "crd"}
 
 @pytest.fixture(scope="module")
 def unseen(records: Records) -> Records:
-    """The run as if its methods were ones that nobody has seen, whose names are in no arm."""
+    """The run with its methods renamed to unknown ones, whose names are in no arm."""
     study = json.loads(json.dumps(records.study).replace("logit", "x").replace("feature", "y"))
     trials, decisions = records.trials.copy(), records.decisions.copy()
     for name in ("arm", "stratum"):
@@ -239,7 +239,7 @@ def test_a_method_that_nobody_has_seen_has_its_own_look_in_every_figure(unseen_f
     assert all(len(colour) == 1 for colour in strata)
     assert set.union(*strata) == colours
     answer = unseen_figures["temperature"].axes[0].lines
-    assert {line.get_color() for line in answer} == {looks["dkd"].colour, "#000000"}  # and the control
+    assert {line.get_color() for line in answer} == {looks["dkd"].colour, "#000000"}  # plus the control
     assert answer[0].get_marker() == looks["dkd"].marker
     bars = {(colors.to_hex(bar.get_facecolor()[0]).upper(), bar.get_hatch())  # type: ignore[index]
             for bar in unseen_figures["timeline"].axes[0].collections}  # fmt: skip
@@ -271,7 +271,7 @@ def test_a_tuned_method_that_nobody_has_seen_is_drawn(fair: Path) -> None:
 
 
 def test_a_tuned_setting_without_a_column_of_its_own_is_drawn(fair: Path) -> None:
-    """It broke the report of every study that tunes a setting which it brings."""
+    """A regression: such a setting broke the report of every study that tunes a setting of its own method."""
     records = load(fair)
     (run,) = records.runs
     study = json.loads(json.dumps(records.studies[run]).replace('"name": "alpha"', '"name": "kd_weight"'))
@@ -299,7 +299,7 @@ def test_draws_are_drawn_whole_and_no_accuracy_below_0(fair: Path) -> None:
 
 
 def test_tables_without_methods_have_learning_curves(tmp_path: Path) -> None:
-    """They broke the report: null is equal to nothing."""
+    """A regression: such tables broke the report, since null equals nothing."""
     ids = [(f"{arm}{seed}", arm, seed) for arm in "ab" for seed in (1, 2)]
     trials = pd.DataFrame(ids, columns=["trial_id", "arm", "seed"]).assign(test_accuracy_best=0.5, train_seconds=1.0)
     trials.to_parquet(tmp_path / "trials.parquet")

@@ -1,4 +1,4 @@
-"""The notebook of docs/, executed on a run that was really trained."""
+"""The notebook in docs/, executed on a trained run."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "analysis.ipynb"
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's own packages
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # warnings of the kernel's own packages
 def test_the_notebook_runs_and_comes_to_the_same_numbers_as_the_report(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -15,7 +15,7 @@ def test_the_notebook_runs_and_comes_to_the_same_numbers_as_the_report(
     from nbclient import NotebookClient
 
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    assert all(not cell.get("outputs") for cell in notebook.cells)  # what is shown has to be the reader's own
+    assert all(not cell.get("outputs") for cell in notebook.cells)  # readers must see output from their own run
     monkeypatch.setenv("TUNE_KD_RUN", str(finished))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()

@@ -1,5 +1,5 @@
-"""The page in a real browser: it asks nobody for anything, sorts, fits narrow and wide windows, and has words for
-every picture."""
+"""The page in a real browser: it makes no requests, sorts its tables, fits narrow and wide windows, and has a text for
+every figure."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ HOSTILE = (
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of tables of others whose names are written for browsers."""
+    """The page of another tool's tables, with names that a browser could run as code."""
     folder = tmp_path_factory.mktemp("theirs")
     trials = [{"trial_id": f"{arm}{seed}", "arm": arm, "seed": seed, "test_accuracy_best": 0.5 + seed / 100}
               for arm in HOSTILE for seed in (1, 2)]  # fmt: skip
@@ -45,7 +45,7 @@ def show(browser: Any, page: Path, width: int = 1440, scheme: str = "light") -> 
 
 
 def test_nothing_is_said_on_the_console_and_nothing_is_asked_for(browser: Any, page: Path) -> None:
-    browser.get_log("browser")  # of pages before this one
+    browser.get_log("browser")  # log entries of earlier pages
     show(browser, page)
     assert browser.get_log("browser") == []
     asked = browser.execute_script("return performance.getEntriesByType('resource').map((each) => each.name)")
@@ -114,7 +114,7 @@ def test_a_click_on_a_heading_sorts_up_and_another_one_down(browser: Any, page: 
 
 
 def test_a_browser_runs_only_what_the_page_came_with_and_fetches_nothing(browser: Any, page: Path) -> None:
-    """Were some text taken for HTML after all."""
+    """Even if some text were parsed as HTML."""
     text = page.read_text()
     assert text.count("</h1>") == 1
     stranger = (
@@ -177,5 +177,5 @@ def test_the_table_of_a_paper_is_bold_where_a_verdict_is_and_names_in_it_are_tex
 def test_what_matters_comes_first(browser: Any, page: Path) -> None:
     show(browser, page)
     heads = [each.text for each in browser.find_elements("css selector", "h2")]
-    assert heads == ["Summary", "Verdicts", "Figures", "Limits of the evidence", "Tables", "For those who check"]
+    assert heads == ["Summary", "Verdicts", "Figures", "Limits of the evidence", "Tables", "Checks and provenance"]
     assert browser.find_element("css selector", "p.question").text == "Does it work?"

@@ -1,4 +1,4 @@
-"""A paper's table as people see it: texts of cells, what is bold, notes; in Markdown, LaTeX, CSV and on the page."""
+"""A paper's table as it is printed: cell texts, bold cells and notes, in Markdown, LaTeX, CSV and on the page."""
 
 import re
 from dataclasses import replace
@@ -24,7 +24,7 @@ def records(finished: Path) -> Records:
 
 
 def table(*changes: dict[str, Any], **everywhere: Any) -> pd.DataFrame:
-    """Cells of a table: by default one row with a control and `logit`, which is better."""
+    """Cells of a table: by default one row with a control and `logit`, which has the verdict better."""
     whole = {
         "run": "r", "student": "resnet18", "teacher": "resnet50", "stem": "cifar", "weights": "none", "width": 1.0,
         "n": 5, "mean": 0.9486, "sd": 0.0014, "teacher_n": 1, "teacher_accuracy": 0.9536,

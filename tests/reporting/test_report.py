@@ -1,4 +1,4 @@
-"""From tables to results, and what people see of them."""
+"""From tables to results, and the texts of reports."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ ACCURACY = {"none": 0.90, "logit": 0.92, "feature": 0.89}
 
 @pytest.fixture
 def run(study: Study, tmp_path: Path) -> Path:
-    """A run's folder: every confirm trial completed but those of T=2, which the screen stopped; one seed missing."""
+    """A run's folder. All confirm trials completed, except T=2, which the screen stopped, and one missing seed."""
     from dataclasses import asdict, replace
 
     study = replace(study, confirm=replace(study.confirm, seeds=(1, 2, 3)))
@@ -156,7 +156,7 @@ BUILT = ("heading", "paragraph", "bullet_list", "list_item", "strong", "table", 
 
 
 def rendered(text: str) -> tuple[str, set[str]]:
-    """A Markdown text's text as CommonMark and GitHub's tables have it, and of which kinds its parts are."""
+    """The text of a Markdown document as CommonMark with GitHub's tables renders it, and the kinds of its tokens."""
     parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
     found = [each for token in parser.parse(text) for each in (token, *(token.children or ()))]
     kinds = {each.type.removesuffix("_open").removesuffix("_close") for each in found}
@@ -165,7 +165,7 @@ def rendered(text: str) -> tuple[str, set[str]]:
 
 @given(st.text() | st.sampled_from(HOSTILE) | st.text(st.sampled_from("<>&[]()!|\\`*_~#-+=1. $:/aw")))
 def test_text_in_markdown_comes_back_as_it_was_and_is_nothing_else(text: str) -> None:
-    text = visible(text)  # as all is that comes from records
+    text = visible(text)  # like all text from records
     plain = " ".join(text.split())
     once = [plain] if plain else []
     for lines, expected in (
@@ -184,7 +184,7 @@ def test_an_honest_name_reads_in_markdown_as_it_is(text: str) -> None:
 
 
 def test_an_address_is_no_link_either_where_those_are_found_by_themselves() -> None:
-    """As GitHub does it."""
+    """GitHub turns such addresses into links."""
     assert texts._inline("http://x.org www.x.org WWW.x.org") == "http\\://x.org www\\.x.org WWW\\.x.org"
 
 
@@ -280,7 +280,7 @@ def test_time_left_is_at_the_pace_of_comparable_trials_over_the_slots_in_use() -
 def test_a_picture_that_takes_long_is_renewed_less_often(
     monkeypatch: pytest.MonkeyPatch, took: float, pictures: int
 ) -> None:
-    """Of ten seconds: twice a second, or after fifty times what it took."""
+    """Refreshes within ten seconds: two per second, or one after fifty times the duration of the last."""
     now, drawn = 0.0, 0
 
     def picture(*_: object) -> str:

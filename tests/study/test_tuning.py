@@ -471,7 +471,7 @@ def test_a_tuned_run_reports_budgets_what_was_found_and_verdicts_between_tuned_a
 def test_a_tuned_run_is_written_and_drawn(fair: Path, tmp_path: Path) -> None:
     records = reader.load(fair)
     page = reporting.report(records, tmp_path).read_text()
-    assert "What was tuned, and what mattered" in page and "logit: tuned - default" in page
+    assert "Tuned settings and their importance" in page and "logit: tuned - default" in page
     assert (tmp_path / "figures" / "tuning.png").stat().st_size > 10_000
     (picture,) = [each for each in figures.draw(records) if each.name == "tuning"]
     assert [axes.get_xlabel() for axes in picture.figure.axes] == ["lr", "alpha"]
@@ -518,7 +518,7 @@ def test_room_is_looked_for_what_is_still_to_be_drawn(fair: Path, monkeypatch: p
 
 
 def test_what_was_drawn_is_no_grid_to_replay(fair: Path) -> None:
-    with pytest.raises(UserError, match="is a run that was tuned, whose draws are no grid"):
+    with pytest.raises(UserError, match="is a run of a tuned study, whose draws are not a grid"):
         curves(reader.load(fair), tiny(), None)
 
 

@@ -75,7 +75,7 @@ Path({marker!r}).touch()
 def study():
     return tiny()
 """
-NOT_EXECUTED = "only a study that is installed, or stands in the working directory, is executed without being named"
+NOT_EXECUTED = "only a study that is installed or in the working directory is executed without --study"
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_a_file_that_is_as_it_was_is_not_executed_and_the_run_goes_on(
     file.write_text(file.read_text() + "# and more")
     assert call(monkeypatch, "resume", "tiny") == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert "is not what it was when the run began" in told and not marker.exists()
+    assert "was changed after the run began" in told and not marker.exists()
 
 
 def test_a_file_that_the_caller_names_or_has_where_he_works_is_executed(
@@ -305,10 +305,10 @@ def test_resume_writes_through_no_link(
     before = fingerprint(precious)
     assert call(monkeypatch, "resume", "tiny") == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert f"nothing is written through links, such as {path.relative_to(tmp_path)} (to {precious})" in told
+    assert f"a run does not write through links, such as {path.relative_to(tmp_path)} (to {precious})" in told
     assert fingerprint(precious) == before
     assert call(monkeypatch, "status", "tiny", "--verify") == 3
-    assert "nothing is written through links" in " ".join(capsys.readouterr().out.split())
+    assert "a run does not write through links" in " ".join(capsys.readouterr().out.split())
     assert fingerprint(precious) == before
 
 
@@ -587,7 +587,7 @@ TABLES: dict[str, tuple[Callable[[], Any], str]] = {
     "columns": (lambda: pa.table({f"c{number}": [1] for number in range(5000)}), "it has 5,000 columns; at most"),
     "notes": (
         lambda: pa.table({"trial_id": ["a"]}).replace_schema_metadata({"pandas": "[" * 200_000}),
-        "pandas' notes on its index are damaged",
+        "pandas' metadata on its index is damaged",
     ),
 }
 
@@ -906,9 +906,9 @@ def test_a_ledger_with_anything_but_its_tables_is_not_read(
 ) -> None:
     statements(given / LEDGER, *PROGRAMS[what])
     assert at_once(lambda: call(monkeypatch, "status", "tiny"), within=30) == 3
-    assert "its tables are not those that were made" in capsys.readouterr().err
+    assert "its tables are not those that a run creates" in capsys.readouterr().err
     assert at_once(lambda: call(monkeypatch, "status", "tiny", "--verify"), within=30) == 3
-    assert "its tables are not those that were made" in " ".join(capsys.readouterr().out.split())
+    assert "its tables are not those that a run creates" in " ".join(capsys.readouterr().out.split())
 
 
 def with_cell(ledger: Path, column: str, value: object) -> None:
@@ -1010,7 +1010,7 @@ def test_a_journal_does_not_name_a_file_to_be_removed(
     for command in (("status", "tiny"), ("status", "tiny", "--verify")):
         assert call(monkeypatch, *command) == 3
         told = capsys.readouterr()
-        assert "-journal is there, which no run leaves" in " ".join((told.out + told.err).split())
+        assert "-journal exists, and no run leaves such a file" in " ".join((told.out + told.err).split())
     sqlite3.connect(given / "mlflow.db").close()
     journal_of(given / "mlflow.db-journal", precious)
     with pytest.raises(CorruptFile, match=r"mlflow.db-journal names another file"):
@@ -1045,7 +1045,7 @@ def test_a_new_run_writes_through_no_link_either(
     (given.parent / "teachers").symlink_to(tmp_path / "precious")
     before = fingerprint(tmp_path / "precious")
     assert call(monkeypatch, "run", *SMOKE, "--name", "new") == 2
-    assert "nothing is written through links, such as results/teachers" in " ".join(capsys.readouterr().err.split())
+    assert "a run does not write through links, such as results/teachers" in " ".join(capsys.readouterr().err.split())
     assert fingerprint(tmp_path / "precious") == before and not (given.parent / "new").exists()
 
 

@@ -1,4 +1,4 @@
-"""Test accuracy of the confirmed trials, on which claims rest, and of the exploratory others, as DataFrames."""
+"""Test accuracy as DataFrames: of confirmed trials, on which claims rest, and of exploratory trials."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -15,18 +15,18 @@ from tune_kd.study.spec import RECIPE_FACTORS, Confirm, Study
 from tune_kd.study.trial import ENDED, Phase, Role, Status, recipe_id
 
 HEADLINE: Final = "test_accuracy_best"
-COMPARABLE = ("epochs_planned", "dataset", "data_digest", "scale", "recipe_id")  # equal in arms that are compared
-CONTEXT = ("run", "student", "teacher", "stem", "weights", "width")  # arms of one context differ in other settings
+COMPARABLE = ("epochs_planned", "dataset", "data_digest", "scale", "recipe_id")  # equal in compared arms
+CONTEXT = ("run", "student", "teacher", "stem", "weights", "width")  # equal in arms of one context
 
 
 def control_of(records: Records, run: str) -> str:
-    """The method with which a run compares the others; the default in tables without a study, or with no control."""
+    """The control method of a run; the default if the tables have no study or the study no control."""
     declared = records.studies[run]["study"].get("control") if run in records.studies else None
     return str(declared or Study.control)
 
 
 def planned_seeds(records: Records, run: str) -> list[int] | None:
-    """The confirmation seeds of a run's study, up to the run's current look. None for tables without a study."""
+    """The confirmation seeds of a run's study up to the current look. None for tables without a study."""
     study = records.studies.get(run)
     return None if study is None else list(confirmation(study).seeds_at(study.get("look", 0)))
 
@@ -41,7 +41,8 @@ def confirmation(study: Mapping[str, Any]) -> Confirm:
 def judged_look(records: Records) -> int:
     """The last look (from 0) whose planned seeds are all present and ended, else 0.
 
-    Contrasts exclude the seeds of a later look until all have ended: using them before would be another look.
+    Contrasts exclude the seeds of a later look until all of them have ended, since using them earlier would be an
+    additional look.
     """
     confirm, look, trials = confirmation(records.study), records.study.get("look", 0), confirmed_trials(records)
     ended = set(trials["seed"]) - set(trials.loc[~trials["status"].isin(ENDED), "seed"])
@@ -74,18 +75,17 @@ def completed_trials(records: Records) -> pd.DataFrame:
 
 
 def confirmed(records: Records, column: str = HEADLINE) -> pd.DataFrame:
-    """The headline accuracy, or another measure, of completed confirmed trials, by run and seed (rows) and arm
-    (columns).
+    """The headline accuracy, or another measure, of completed confirmed trials: rows are run and seed, columns arms.
 
-    An arm with several teachers at a seed has the mean over them. Raises `ValueError` if an arm has a seed twice with
-    one teacher.
+    An arm with several teachers at a seed has the mean over them. Raises `ValueError` if an arm has two trials with the
+    same seed and teacher.
     """
     ended = completed_trials(records)
     if (twice := ended.duplicated(["run", "arm", "seed", "teacher_id"])).any():
         first = ended[twice].iloc[0]
         raise ValueError(
             f"{int(twice.sum())} confirmed trials have the run, arm and seed of another, such as {first['arm']} "
-            f"at seed {first['seed']}; an arm has to name all in which its trials differ"
+            f"at seed {first['seed']}; give trials that differ in a setting different arms"
         )
     return ended.groupby(["run", "seed", "arm"])[column].mean().unstack("arm").astype("float64")
 
@@ -93,8 +93,8 @@ def confirmed(records: Records, column: str = HEADLINE) -> pd.DataFrame:
 def random_teachers(records: Records, run: str) -> list[int]:
     """The seeds of the teachers over which the verdicts of a run generalise.
 
-    Empty with one teacher, and if a version before 0.7 declared the study: its seeds took turns over the teachers, and
-    its verdicts hold given those.
+    Empty with one teacher, and if a version before 0.7 declared the study: there, seeds took turns over the teachers,
+    and the verdicts hold only for these teachers.
     """
     study = records.studies.get(run)
     return study["study"]["teacher_seeds"] if study is not None and is_crossed(study) else []
@@ -106,15 +106,15 @@ def is_crossed(study: Mapping[str, Any]) -> bool:
 
 
 def teachers_per_seed(records: Records, run: str) -> int:
-    """The number of planned trials a confirmation seed of an arm that has a teacher."""
+    """The number of planned trials per confirmation seed of an arm that has a teacher."""
     count = len(random_teachers(records, run))
     return min(records.studies[run]["study"]["confirm"]["teachers_per_seed"] or count, count) if count else 1
 
 
 def cells(records: Records, run: str, ended: pd.DataFrame, seeds: Sequence[int]) -> Array:
-    """The accuracies of an arm's completed trials by `random_teachers` and seed [T, S]; NaN where there is none.
+    """The accuracies [T, S] of an arm's completed trials by `random_teachers` and seed; NaN where a trial is missing.
 
-    Those of an arm without a teacher are the same for every teacher.
+    An arm without a teacher has the same accuracies for every teacher.
     """
     of_run = records.trials[(records.trials["run"] == run) & (records.trials["role"] == Role.TEACHER)]
     seed_of = dict(zip(of_run["trial_id"], of_run["seed"], strict=True))
@@ -135,13 +135,13 @@ def cells(records: Records, run: str, ended: pd.DataFrame, seeds: Sequence[int])
 def summary(records: Records, run: str, ended: pd.DataFrame) -> statistics.Summary:
     """Mean, standard deviation and 95 % interval, within 0 and 1, of an arm's completed trials.
 
-    Where students are crossed with several teachers, the interval is that of the mean over teachers and seeds.
+    If students are crossed with several teachers, the interval is for the mean over teachers and seeds.
     """
     described = statistics.summary(ended[HEADLINE].dropna().tolist())
     if random_teachers(records, run) and ended["teacher_id"].notna().any():
         low, high = teachers.crossed(cells(records, run, ended, ended["seed"].unique().tolist())).interval()
         described = replace(described, low=float(low), high=float(high))
-    # An interval by Student's t may leave what an accuracy can be.
+    # A t interval may extend beyond 0 or 1.
     if described.low is None or described.high is None:
         return described
     return replace(described, low=max(0.0, described.low), high=min(1.0, described.high))
@@ -150,11 +150,11 @@ def summary(records: Records, run: str, ended: pd.DataFrame) -> statistics.Summa
 def arms(records: Records) -> pd.DataFrame:
     """One row per arm: n, mean, sd and 95 % interval of its confirmed accuracy, and a note if seeds are missing.
 
-    `planned` counts the trials of the study, or the seeds present in tables without a study. An arm whose own trials
+    `planned` counts the planned trials; in tables without a study, the seeds that are present. An arm whose own trials
     differ in planned epochs, data or recipe has no mean, and the note names the columns.
     """
     trials = confirmed_trials(records)
-    confirmed(records)  # raises if a trial is there twice
+    confirmed(records)  # raises if a trial is duplicated
     rows: list[dict[str, Any]] = []
     for run, name, role, tried in _arms(records, trials):
         ended = tried[(tried["status"] == Status.COMPLETED) & tried[HEADLINE].notna()]
@@ -195,7 +195,7 @@ def _arms(records: Records, trials: pd.DataFrame) -> list[tuple[str, str, str, p
 def exploratory(records: Records) -> pd.DataFrame:
     """One row per arm and phase of exploratory trials: the screen, draws, and added seeds or arms.
 
-    `tried` is the number of arms, or draws, that competed: the best of many is biased upwards (selection).
+    `tried` is the number of competing arms or draws: the best of many is biased upwards (selection).
     """
     trials = records.trials[records.trials["role"] == Role.STUDENT]
     trials = trials[~trials.index.isin(confirmed_trials(records).index)]
@@ -231,32 +231,32 @@ def _explored(phase: str, fixed: bool) -> str:
 
 
 def by_seed(trials: pd.DataFrame) -> "pd.Series[float]":
-    """The accuracies of an arm's trials by seed: the mean over teachers where a seed has several."""
-    again = trials.groupby(["seed", "teacher_id"], dropna=False).cumcount()  # of a seed and a teacher: as they are
+    """The accuracies of an arm's trials by seed; the mean over teachers if a seed has several."""
+    again = trials.groupby(["seed", "teacher_id"], dropna=False).cumcount()  # repeats of a seed and teacher stay apart
     return trials.groupby([trials["seed"], again])[HEADLINE].mean().droplevel(1)
 
 
 def by_context(trials: pd.DataFrame, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """Group trials by columns: the levels of each group, and its trials. Nulls form a level, given as None."""
+    """Group trials by columns. Yields each group's levels and trials. Null counts as a level and is given as None."""
     for levels, group in trials.groupby(list(columns), dropna=False, sort=False):
         known: list[Any] = list(levels)
         yield {name: None if pd.isna(level) else level for name, level in zip(columns, known, strict=True)}, group
 
 
 def column_of(factor: str) -> str:
-    """The column of the trials that has a factor's levels."""
+    """The column of the trials that holds a factor's levels."""
     return "epochs_planned" if factor == "epochs" else factor
 
 
 def varied(study: Mapping[str, Any]) -> list[str]:
-    """The fields of the recipe that a run's factors vary."""
+    """The recipe fields that a run's factors vary."""
     return [each["name"] for each in study["study"].get("factors", ()) if each["name"] in RECIPE_FACTORS]
 
 
 def without_factors(records: Records, trials: pd.DataFrame) -> pd.DataFrame:
-    """The trials with `recipe_id` of what their recipes have beside the fields that factors vary.
+    """The trials with a `recipe_id` that ignores the recipe fields that factors vary.
 
-    Arms of such a factor differ in their recipes on purpose. A recipe that differs in more keeps its own id.
+    Arms of such a factor differ in their recipes on purpose. A recipe that differs in other fields keeps its own id.
     """
     ids = trials["recipe_id"].copy()
     for run, of_run in trials.groupby("run", sort=False):
@@ -276,7 +276,7 @@ def without_factors(records: Records, trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def _as_in(declared: Any, value: Any) -> Any:
-    """A level from a table in the type that the recipe has it in."""
+    """A level from a table, converted to the type of the recipe's field."""
     return value if pd.isna(value) else type(declared)(value)
 
 

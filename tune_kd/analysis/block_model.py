@@ -1,12 +1,12 @@
 """The model that judges contrasts: accuracy = arm + seed + error within a stratum, by least squares.
 
-All arms of a stratum see the same seeds, so a seed is a block. A few pairs tell little of the spread of their
-difference; the residuals of all arms tell much, but of arms that may differ in spread. A contrast's variance is
-therefore moderated: that of its own pairs, drawn towards the model's with `shipped_prior` degrees of freedom. This is
-the posterior variance of limma (Smyth 2004, doi:10.2202/1544-6115.1027), with a fixed prior in place of an estimated
-one: docs/statistics.md has the simulations.
+All arms of a stratum use the same seeds, so a seed is a block. A few pairs estimate the spread of their difference
+poorly. The residuals of all arms estimate it well, but arms may differ in spread. So a contrast's variance is
+moderated: the variance of its own pairs is shrunk towards the model's, with `shipped_prior` degrees of freedom. This is
+the posterior variance of limma (Smyth 2004, doi:10.2202/1544-6115.1027), with a fixed prior instead of an estimated
+one; docs/statistics.md has the simulations.
 
-Arrays may have leading axes, for many studies at once. Missing trials are the same in all of them.
+Arrays may have leading axes, for many studies at once. The same trials must be missing in all of them.
 """
 
 import math
@@ -20,41 +20,43 @@ import numpy.typing as npt
 Array = npt.NDArray[np.floating[Any]]
 Flags = npt.NDArray[np.bool_]
 
-MOST_ARMS = 2_000  # of a stratum; the model's matrix grows with their square, and more are judged by their pairs
-NO_SPREAD = 1e-9  # below this standard error, a t statistic would be one rounding error over another
+MOST_ARMS = 2_000  # in a stratum; the matrix grows with their square, so larger strata are judged by their pairs
+NO_SPREAD = 1e-9  # below this standard error, a t statistic would be a ratio of rounding errors
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Least squares in one stratum. `means` [..., A] are known up to a constant, `covariance` [A, A] up to `variance`.
+    """Least-squares fit in one stratum. `means` [..., A] are known up to a constant, `covariance` [A, A] up to the
+    factor `variance`.
 
-    `variance` [...] is the mean square of the residuals with `df` degrees of freedom; NaN without any.
+    `variance` [...] is the mean square of the residuals, with `df` degrees of freedom; NaN if `df` is 0.
     """
 
     means: Array
     covariance: Array
-    projection: Array  # [A, A]: of weights onto what the trials can tell
+    projection: Array  # [A, A]: projects weights onto the estimable ones
     variance: Array
     df: int
 
     def leverage(self, weights: Array) -> Array:
-        """Squared standard errors of contrasts [C, A], over `variance`."""
+        """Squared standard errors of contrasts [C, A], divided by `variance`."""
         return np.asarray(((weights @ self.covariance) * weights).sum(1))
 
     def estimates(self, weights: Array) -> Flags:
-        """Which contrasts [C, A] the trials can tell: those that the projection leaves as they are."""
+        """Which contrasts [C, A] are estimable: those that the projection does not change."""
         return np.asarray((np.abs(weights @ self.projection - weights) < 1e-9).all(1))
 
 
 @dataclass(frozen=True)
 class Estimates:
-    """Estimates of C contrasts, each [..., C]. NaN where a contrast cannot be estimated, or has no standard error.
+    """Estimates of C contrasts, each [..., C]. NaN if a contrast cannot be estimated, or has no standard error.
 
-    `pairs` [C] counts seeds that have all arms of a contrast; `spread` is the standard deviation of their differences.
+    `pairs` [C] counts the seeds that have all arms of a contrast; `spread` is the standard deviation of the differences
+    at these seeds.
     """
 
     pairs: npt.NDArray[np.int64]
-    by_model: Flags  # [C]: weights that sum to 0 in each stratum; the others are judged by their pairs
+    by_model: Flags  # [C]: whether the weights sum to 0 in each stratum; other contrasts are judged by their pairs
     value: Array
     error: Array
     df: Array
@@ -62,7 +64,7 @@ class Estimates:
     paired: Array  # mean of the pairs' differences
 
     def p(self, at: float = 0.0) -> tuple[Array, Array]:
-        """One-sided p values of a true difference at most, and at least, `at`."""
+        """One-sided p values for a true difference of at most `at`, and of at least `at`."""
         from scipy import special
 
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -70,12 +72,12 @@ class Estimates:
         return special.stdtr(self.df, -t), special.stdtr(self.df, t)
 
     def two_sided(self) -> Array:
-        """p values of no difference. 1 for a difference of 0 without spread, NaN for another without spread."""
+        """p values for no difference. Without spread: 1 for a difference of 0, NaN for any other difference."""
         same = (self.error <= NO_SPREAD) & (np.abs(self.value) <= NO_SPREAD)
         return np.where(same, 1.0, 2 * np.minimum(*self.p()))
 
     def equivalence(self, margin: float) -> Array:
-        """p values of a difference of at least `margin`: two one-sided tests (Schuirmann 1987).
+        """p values for a difference of at least `margin`: two one-sided tests (Schuirmann 1987).
 
         Raises `ValueError` unless `margin` is above 0 and finite.
         """
@@ -97,9 +99,9 @@ class Estimates:
 
 
 def shipped_prior(own: Any) -> Any:
-    """Degrees of freedom of the prior, for pairs that have `own`: twice as many, and 8 at most.
+    """Degrees of freedom of the prior, for pairs with `own` degrees of freedom: twice as many, and 8 at most.
 
-    So it is 4 at three seeds and 8 from five on: with few pairs a prior of 8 would decide nearly alone.
+    So the prior has 4 at three seeds and 8 from five seeds on. With few pairs, a prior of 8 would dominate.
     """
     return np.minimum(8.0, 2.0 * own)
 
@@ -107,15 +109,15 @@ def shipped_prior(own: Any) -> Any:
 def fit(values: Array) -> Fit:
     """Fit accuracies [..., A, S] of A arms at S seeds; NaN where a trial is missing.
 
-    The seeds' means are eliminated first, so that only a system of A equations is left to solve.
+    The seeds' means are eliminated first, which leaves a system of A equations.
     """
     present = ~np.isnan(values[(0,) * (values.ndim - 2)])
     counts = present.astype(float)
-    shares = counts / np.maximum(counts.sum(0), 1.0)  # of each arm in its seeds' means
+    shares = counts / np.maximum(counts.sum(0), 1.0)  # weight of each arm in the seeds' means
     normal = np.diag(counts.sum(1)) - shares @ counts.T
     inverse = np.linalg.pinv(normal, hermitian=True)
     centre = np.nanmean(values, axis=(-2, -1), keepdims=True) if present.any() else 0.0
-    filled = np.where(present, values - centre, 0.0)  # centred, for the last digits
+    filled = np.where(present, values - centre, 0.0)  # centred, for numerical precision
     means = (filled.sum(-1) - filled.sum(-2) @ shares.T) @ inverse
     seeds = filled.sum(-2) / np.maximum(counts.sum(0), 1.0) - means @ shares
     left = np.where(present, filled - means[..., :, None] - seeds[..., None, :], 0.0)
@@ -130,7 +132,7 @@ def estimate(
 ) -> Estimates:
     """Estimate contrasts with `weights` [C, A] from accuracies [..., A, S] of arms in `strata` [A].
 
-    A contrast whose weights are all 0 is not estimated. With `pairs_alone` all are judged by their pairs.
+    A contrast whose weights are all 0 is not estimated. With `pairs_alone`, all contrasts are judged by their pairs.
     """
     groups = [np.array([each == stratum for each in strata]) for stratum in dict.fromkeys(strata)]
     within = np.array([weights[:, group].sum(1) for group in groups])
@@ -158,18 +160,18 @@ def estimate(
 
 
 def joined(parts: Sequence[Estimates]) -> Estimates:
-    """Estimates one after another, of contrasts of different values."""
+    """Concatenate estimates along the axis of contrasts."""
     return Estimates(*(np.concatenate([getattr(part, each.name) for part in parts], -1) for each in fields(Estimates)))
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """What the fits of all strata say of each contrast [..., C]."""
+    """Each contrast [..., C], summed over the fits of all strata."""
 
     value: Array
     spread: Array  # standard deviation of the difference of one pair
-    scale: Array  # squared error over squared spread: 1 over the number of pairs, where no trial is missing
-    df: Array  # of the spread; over several strata by Satterthwaite (1946)
+    scale: Array  # squared error divided by squared spread; 1 / number of pairs if no trial is missing
+    df: Array  # degrees of freedom of the spread; over several strata by Satterthwaite (1946)
     estimable: Flags  # [C]
 
     @classmethod
@@ -191,9 +193,9 @@ class _Sums:
 
 
 def joint(values: Array, weights: Array) -> tuple[float, float, int, float]:
-    """F test of contrasts [Q, A] of one stratum together: F, its two degrees of freedom, and the p value.
+    """Joint F test of contrasts [Q, A] of one stratum: F, its two degrees of freedom, and the p value.
 
-    NaN where the model has no residuals, or where the trials cannot tell all of the contrasts.
+    NaN if the model has no residuals, or if not all of the contrasts are estimable.
     """
     from scipy import special
 
@@ -208,7 +210,7 @@ def joint(values: Array, weights: Array) -> tuple[float, float, int, float]:
 
 
 def _pairs(values: Array, weights: Array) -> tuple[npt.NDArray[np.int64], Array, Array]:
-    """Number, mean and standard deviation of each contrast's differences over the seeds that have all of its arms."""
+    """Number, mean and standard deviation of each contrast's differences, over the seeds that have all of its arms."""
     counts, means, spreads = [], [], []
     for row in weights:
         used = row != 0

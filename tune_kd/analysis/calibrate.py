@@ -1,6 +1,6 @@
-"""What a study's verdicts are worth: false findings, coverage and power in simulated studies, by scenario.
+"""Calibrate a study's verdicts: false findings, coverage and power in simulated studies, by scenario.
 
-The screen, the estimates and the verdicts are those of real runs, for many studies at once.
+The screen, estimates and verdicts are computed as in real runs, for many studies at once.
 """
 
 import math
@@ -20,9 +20,9 @@ from tune_kd.study.plan import plan
 from tune_kd.study.spec import Family, Study
 from tune_kd.system.errors import UserError
 
-DIFFERENCES = (0.001, 0.002, 0.003, 0.005)  # true differences, of which the power is simulated
-CHUNK = 2_000  # studies that are judged at once
-MOST_ASHA = 200  # studies of plain ASHA, which cannot be simulated at once
+DIFFERENCES = (0.001, 0.002, 0.003, 0.005)  # true differences for which power is simulated
+CHUNK = 2_000  # studies per batch
+MOST_ASHA = 200  # studies of plain ASHA, which cannot be batched
 PRACTICES = {
     "designed": "as designed: screen, confirm on fresh seeds, block model, Holm in each family",
     "before_0_7": "as before 0.7: the same trials, paired t tests, Holm over all contrasts",
@@ -33,15 +33,15 @@ PRACTICES = {
 
 @dataclass(frozen=True)
 class Rule:
-    """How contrasts are judged. With `pairs_alone`, by paired t tests with Holm over all: the rule before 0.7."""
+    """The rule for contrasts. `pairs_alone` selects paired t tests with Holm over all contrasts, as before 0.7."""
 
-    prior_df: float | None = None  # of the block model; None for the one that is shipped
+    prior_df: float | None = None  # of the block model; None for `shipped_prior`
     pairs_alone: bool = False
 
 
 @dataclass(frozen=True)
 class Rate:
-    """How many of `studies` simulated studies have something."""
+    """The number `found` of `studies` simulated studies in which an event occurred."""
 
     found: int
     studies: int
@@ -58,36 +58,36 @@ class Rate:
 
 @dataclass(frozen=True)
 class Performance:
-    """What a rule finds in the simulated studies of a scenario."""
+    """The performance of a rule in the simulated studies of a scenario."""
 
     scenario: Scenario
     looks: tuple[int, ...]
-    false: dict[str, Rate]  # by family, and `any`: at least one finding, where all arms are equally good
-    coverage: dict[str, Rate]  # by contrast: its intervals hold the true difference, at all looks
+    false: dict[str, Rate]  # at least one finding although all arms are equally good; by family, and `any`
+    coverage: dict[str, Rate]  # by contrast: its intervals contain the true difference at all looks
     power: dict[str, dict[float, Rate]]  # by primary contrast of two arms and true difference: found, with its sign
 
     def covered(self, names: Sequence[str]) -> tuple[float, float] | None:
-        """Mean and least coverage of some contrasts. None where no study has an interval of any."""
+        """Mean and lowest coverage of some contrasts. None if none of them has an interval in any study."""
         shares = [self.coverage[name].share for name in names if name in self.coverage]
         return (float(np.mean(shares)), min(shares)) if shares else None
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The performance of a study in each scenario, and common practices beside it where all arms are alike."""
+    """The performance of a study in each scenario, and the false findings of common practices if all arms are alike."""
 
     contrasts: tuple[Contrast, ...]
     across: tuple[str, ...]  # contrasts across strata
-    shown: str | None  # the primary contrast whose power stands for all: the one that is most easily found
+    shown: str | None  # the primary contrast whose power is shown: the one that is easiest to find
     scenarios: dict[str, Performance]
-    before: Performance  # the rule before 0.7
-    false: dict[str, Rate]  # by practice
+    before: Performance  # of the rule before 0.7
+    false: dict[str, Rate]  # false-positive rate by practice
     finished: float  # fraction of plain ASHA's trials that complete
     bias: float  # mean error of their accuracy, in standard deviations between seeds
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        """Contrasts by what their coverage is reported for: each family, and those across strata."""
+        """Groups of contrasts whose coverage is reported: each family, and contrasts across strata."""
         found: dict[str, list[str]] = {str(family): [] for family in Family}
         for each in self.contrasts:
             found[str(each.family)].append(each.name)
@@ -95,7 +95,7 @@ class Calibration:
 
 
 def steps(study: Study, studies: int) -> int:
-    """How often `calibrate` calls `beat`."""
+    """The number of times that `calibrate` calls `beat`."""
     return studies + min(studies, MOST_ASHA) + (len(scenarios(study)) + 2) * math.ceil(studies / CHUNK)
 
 
@@ -103,7 +103,7 @@ def calibrate(study: Study, studies: int, beat: Callable[[], object] = lambda: N
     """Simulate `studies` studies of each scenario. Raises `UserError` for a study without contrasts."""
     design = Design.of(plan(study, "0" * 64))
     if not len(design.weights):
-        raise UserError(f"STUDY is {study.name}, which declares no contrasts; allowed: a study with one or more")
+        raise UserError(f"STUDY is {study.name}, which declares no contrasts; allowed: a study with contrasts")
     stopped = screened(design, studies, beat)
     found = {name: performance(design, name, each, stopped, beat=beat) for name, each in scenarios(study).items()}
     before = performance(design, "alike", SCENARIOS["alike"], stopped, Rule(pairs_alone=True), beat)
@@ -127,7 +127,7 @@ def calibrate(study: Study, studies: int, beat: Callable[[], object] = lambda: N
 
 
 def screened(design: Design, studies: int, beat: Callable[[], object] = lambda: None) -> Flags:
-    """The arms that each study's screen stops [studies, A]; the same in all scenarios."""
+    """The arms [studies, A] that each study's screen stops; they are the same in all scenarios."""
     found = []
     for number in range(studies):
         found.append(practices.stopped(design.planned, number))
@@ -143,7 +143,7 @@ def performance(
     rule: Rule = Rule(),
     beat: Callable[[], object] = lambda: None,
 ) -> Performance:
-    """Judge as many studies of a scenario as `stopped` [studies, A] has rows."""
+    """Judge simulated studies of a scenario, one for each row of `stopped` [studies, A]."""
     counts = looks(design.planned.study, scenario)
     found = []
     for first in range(0, len(stopped), CHUNK):
@@ -167,7 +167,7 @@ def performance(
 
 
 def estimates(values: Array, stopped: Flags, design: Design, rule: Rule) -> Estimates:
-    """Estimate the contrasts in each study of `values` [N, A, S], without the arms that are `stopped` [N, A].
+    """Estimate the contrasts in each study of `values` [N, A, S], without the `stopped` arms [N, A].
 
     All fields of the result are [N, C]. Studies with the same arms are estimated together.
     """
@@ -185,13 +185,13 @@ def estimates(values: Array, stopped: Flags, design: Design, rule: Rule) -> Esti
 
 
 def p_values(at: Sequence[Estimates], counts: Sequence[int], families: Sequence[str]) -> Array:
-    """Adjusted p values [N, C] of no difference, after all looks."""
+    """Adjusted p values [N, C] for no difference, after all looks."""
     return verdicts.adjusted(at, spent(counts), families, MARGIN)[0]
 
 
 def _false(at: Sequence[Estimates], counts: Sequence[int], design: Design, rule: Rule) -> tuple[Array, Array, Array]:
-    """Studies with a false finding, by family and in any; and studies in which each contrast's intervals hold 0, and
-    in which it has them."""
+    """Count studies with a false finding, by family and in any; for each contrast, studies whose intervals contain 0,
+    and studies that have intervals."""
     families = np.array(design.families)
     claims = p_values(at, counts, _families(design, rule)) < ALPHA
     within = [claims[:, families == family].any(1).sum() for family in Family]
@@ -204,7 +204,7 @@ def _false(at: Sequence[Estimates], counts: Sequence[int], design: Design, rule:
 
 
 def _power(at: Sequence[Estimates], counts: Sequence[int], design: Design, rule: Rule) -> Array:
-    """Studies in which each primary contrast of two arms is found, by true difference [E, D]."""
+    """Count studies that find each primary contrast of two arms, by true difference [E, D]."""
     families = np.array(_families(design, rule))
     found = []
     for place in _effects(design):
@@ -226,20 +226,21 @@ def _families(design: Design, rule: Rule) -> list[str]:
 
 
 def _effects(design: Design) -> list[int]:
-    """The places of the primary contrasts of two arms."""
+    """The indices of the primary contrasts of two arms."""
     contrasts = design.planned.contrasts
     return [place for place, each in enumerate(contrasts) if each.family == Family.PRIMARY and len(each.weights) == 2]
 
 
 def _shown(design: Design) -> str | None:
-    """The name of the contrast of two arms that spreads least where spreads are equal. None without any."""
+    """The name of the contrast of two arms with the least variance in the scenario `equal`. None if there is none."""
     variances = design.weights**2 @ spreads(SCENARIOS["equal"], design) ** 2
     places = sorted(_effects(design), key=lambda place: (design.across[place], variances[place]))
     return design.planned.contrasts[places[0]].name if places else None
 
 
 def _treated(design: Design, place: int) -> Flags:
-    """Which arms [A] a true difference of this contrast moves: the treated one, and of methods all of its stratum."""
+    """The arms [A] that a true difference of this contrast shifts: the treated arm, or all arms of a treated method in
+    its stratum."""
     planned, treated = design.planned, np.asarray(design.weights[place] > 0)
     if planned.contrasts[place].factor != "method":
         return treated
@@ -252,12 +253,15 @@ def _only(found: Estimates, places: Any) -> Estimates:
 
 
 def _shifted(found: Estimates, by: Array) -> Estimates:
-    """The estimates where the true difference of each contrast [C] is larger by `by`; errors stay as they are."""
+    """The estimates if the true difference of each contrast [C] were larger by `by`. Errors do not change."""
     return replace(found, value=found.value + by)
 
 
 def _until_significant(design: Design, studies: int, beat: Callable[[], object]) -> Rate:
-    """Without declared looks, the number of seeds doubles twice."""
+    """The false-positive rate of adding seeds until something is significant.
+
+    Without declared looks, the number of seeds doubles twice.
+    """
     confirm, found = design.planned.study.confirm, 0
     first = len(confirm.seeds)
     counts = confirm.looks or (first, 2 * first, 4 * first)

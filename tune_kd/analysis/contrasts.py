@@ -1,7 +1,7 @@
 """Summaries of arms, contrasts with verdicts, and exploratory comparisons, as DataFrames.
 
 Accuracies and differences are fractions (0.001 is 0.1 points), seconds are wall-clock. Claims rest on completed trials
-with planned confirmation seeds; everything else is exploratory and labelled so.
+with planned confirmation seeds; everything else is exploratory, and labelled as such.
 """
 
 import itertools
@@ -45,22 +45,24 @@ CONTRAST_COLUMNS = (
 def contrasts(records: Records, margin: float = MARGIN) -> pd.DataFrame:
     """One row per declared contrast: its estimate, and a verdict.
 
-    A contrast within strata is judged by the block model (`rule`), which uses all seeds; `n` counts those that have all
-    of its arms. One across strata is judged by its pairs, since blocks need not cancel there. Where students are
-    crossed with several teachers, one of arms that have a teacher is judged with teachers as a random effect
-    (`teachers` counts them; null elsewhere), by its own cells of teacher and seed. Its pairs are the means over
-    teachers, and their test holds for these teachers alone. `error` and `df` are of the test; `low_pairs`, `high_pairs`
-    and `p_pairs` are of the t test of the pairs alone. `p_holm` and `p_equivalence` are adjusted by Holm over the
-    contrasts of the `family`, also those without a p value: a family that shrank with the data would make p values too
-    small. `pairs_needed` are the seeds for 80 % power at this difference and error, and an unadjusted level of 0.05. A
-    contrast has no estimate if an arm was stopped, or if its arms differ in other settings (`note` names them).
+    `rule` names the test. The block model judges contrasts within strata and uses all seeds; `n` counts the seeds that
+    have all arms of the contrast. Pairs judge contrasts across strata, since block effects need not cancel there. If
+    students are crossed with several teachers, contrasts of arms that have a teacher are judged with teachers as a
+    random effect, from their own cells of teacher and seed; `teachers` counts the teachers and is null for other
+    contrasts. The pairs of such a contrast are means over teachers, and their test holds for these teachers alone.
+
+    `error` and `df` are those of the test; `low_pairs`, `high_pairs` and `p_pairs` are those of the t test of the pairs
+    alone. `p_holm` and `p_equivalence` are adjusted by Holm over all contrasts of the `family`, including those without
+    a p value: a family that shrank with the data would make p values too small. `pairs_needed` is the number of seeds
+    for 80 % power at this difference and error, and an unadjusted level of 0.05. A contrast has no estimate if an arm
+    was stopped, or if its arms differ in other settings (`note` names them).
 
     With declared looks, each look has a share of 0.05 (`statistics.spent`). An adjusted p value is then the minimum
-    over the looks so far, each scaled from its share to 0.05, so that a finding stands at later looks; the intervals of
-    all looks hold jointly at 95 %. Estimates, errors and `p` use all seeds so far.
+    over the looks so far, each scaled from its share to 0.05, so a finding stands at later looks. The intervals of all
+    looks hold jointly at 95 %. Estimates, errors and `p` use all seeds so far.
 
-    A run whose record has no families was declared by a version before 0.7: all of its contrasts are one family, and
-    are judged by their pairs. If its seeds took turns over several teachers, its verdicts are given these.
+    If a run's record has no families, a version before 0.7 declared it: all of its contrasts are one family, and are
+    judged by their pairs. If its seeds took turns over several teachers, its verdicts hold for these teachers.
     """
     return records.kept(f"contrasts within {margin}", lambda: _contrasts(records, margin))
 
@@ -119,9 +121,9 @@ def _contrasts_of(records: Records, margin: float) -> pd.DataFrame:
 
 
 def _of_pairs(found: Estimates, evidence: Evidence) -> dict[str, list[Any]]:
-    """The sign-flip test of each contrast's pairs, its least p value, and the pairs that a finding would need.
+    """The sign-flip test of each contrast's pairs, its smallest possible p value, and the pairs that a finding needs.
 
-    Over teachers no number of pairs is given: seeds alone do not lower the error below that of the teachers.
+    Contrasts over teachers have no number of pairs: more seeds alone do not lower the error below that of the teachers.
     """
     exact, smallest, needed = [], [], []
     for place, n in enumerate(found.pairs):
@@ -134,10 +136,10 @@ def _of_pairs(found: Estimates, evidence: Evidence) -> dict[str, list[Any]]:
 
 
 def factors(records: Records) -> pd.DataFrame:
-    """Whether a factor matters at all: one F test by the block model for each context with several of its contrasts.
+    """Whether a factor matters at all: one F test of the block model for each context with several of its contrasts.
 
-    For reading beside the contrasts; no verdict depends on it. Arms that have no accuracy at a seed are handled as in
-    the contrasts; those that were stopped are left out, and so are runs that are judged over several teachers.
+    It complements the contrasts; no verdict depends on it. Arms without an accuracy at a seed are handled as in the
+    contrasts. Stopped arms are excluded, and so are runs that are judged over several teachers.
     """
     alone = [run for run in records.runs if run in records.studies and not random_teachers(records, run)]
     return typed(
@@ -169,11 +171,12 @@ def _factors_of(records: Records) -> list[dict[str, Any]]:
 
 
 def variances(records: Records) -> pd.DataFrame:
-    """One row per contrast that is judged over several teachers: the spread of its differences between teachers,
-    between seeds (of students and control) and in the rest, as standard deviations, and the share of each in the
-    variance of one difference.
+    """One row per contrast that is judged over several teachers: the standard deviations of its differences between
+    teachers, between seeds (of students and control) and of the rest, and the share of each in the variance of one
+    difference.
 
-    Null where there are not two of both, and for what the layout cannot tell from the rest: seeds that take turns.
+    Null with fewer than two teachers or seeds. If seeds take turns over teachers, the layout cannot separate seeds from
+    the rest, and the values of seeds are null.
     """
     rows = []
     for run in (run for run in records.runs if random_teachers(records, run)):
@@ -195,9 +198,9 @@ def variances(records: Records) -> pd.DataFrame:
 
 
 def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.DataFrame:
-    """Compare two levels of a column of the trials where all other settings are equal; no study has to declare it.
+    """Compare two levels of a column of the trials while all other settings are equal. No study has to declare it.
 
-    A setting that does not apply to one arm (a control has no temperature) counts as equal. Paired by seed where every
+    A setting that does not apply to one arm (a control has no temperature) counts as equal. Paired by seed if every
     seed has both levels, else by Welch's test; p values are adjusted by Holm over the rows. The comparison is
     exploratory, so it has no verdict. Raises `UserError` for an unknown column or level.
     """
@@ -220,9 +223,9 @@ def compare(records: Records, factor: str, treated: Any, against: Any) -> pd.Dat
 
 
 def teachers_compared(records: Records) -> pd.DataFrame:
-    """The accuracy of each kind of teacher, then the effects of the declared factors that teachers have, on teachers.
+    """The accuracy of each kind of teacher, then the effects on teachers of those declared factors that apply to them.
 
-    They are in no family: with one seed a teacher, an effect has neither interval nor p value.
+    They belong to no family. With one seed per teacher, an effect has neither an interval nor a p value.
     """
     rows: list[dict[str, Any]] = []
     for run in records.runs:
@@ -241,11 +244,11 @@ def teachers_compared(records: Records) -> pd.DataFrame:
 
 
 def _levels_compared(trials: pd.DataFrame, factor: str, treated: Any, against: Any) -> list[dict[str, Any]]:
-    """A row for each pair of groups of trials that differ in one factor alone."""
+    """A row for each pair of groups of trials that differ only in this factor."""
     further = [str(name) for name in trials if name not in TRIALS.columns]
     settings = [name for name in ("temperature", "alpha", "beta", *further) if trials[name].nunique() > 1]
-    of_method = trials.groupby(["run", "method"])[settings].nunique().max()  # 1: methods differ in it by their defaults
-    partial = ("teacher", *(name for name in settings if of_method[name] > 1))  # which do not apply to every method
+    of_method = trials.groupby(["run", "method"])[settings].nunique().max()  # 1: only the methods' defaults differ
+    partial = ("teacher", *(name for name in settings if of_method[name] > 1))  # these may not apply to every method
     studied = dict.fromkeys((*CONTEXT, "method", *partial, "lr", "weight_decay", *COMPARABLE))
     context = [name for name in studied if name != factor]
     sides = [list(by_context(trials[trials[factor] == level], context)) for level in (treated, against)]
@@ -262,7 +265,7 @@ def _levels_compared(trials: pd.DataFrame, factor: str, treated: Any, against: A
 
 
 def _compared(treated: "pd.Series[float]", control: "pd.Series[float]") -> dict[str, Any]:
-    """Compare accuracies by seed: paired where both have the same seeds, each once, else by Welch's test."""
+    """Compare accuracies by seed: paired if both have the same seeds, each once, else by Welch's test."""
     if treated.index.is_unique and control.index.is_unique and set(treated.index) == set(control.index):
         return {"how": "paired"} | asdict(statistics.paired(treated.tolist(), control[treated.index].tolist()))
     return {"how": "welch"} | asdict(statistics.welch(treated.tolist(), control.tolist()))

@@ -14,7 +14,7 @@ from tune_kd.study.spec import Study
 from tune_kd.study.trial import Role, Status
 from tune_kd.system.errors import UserError
 
-TOUCH = 0.05  # seconds by which successive trials on a slot may overlap on record
+TOUCH = 0.05  # seconds by which the recorded times of successive trials on a slot may overlap
 
 
 def decisions(records: Records) -> pd.DataFrame:
@@ -26,8 +26,8 @@ def decisions(records: Records) -> pd.DataFrame:
 
 
 def audit(records: Records) -> pd.DataFrame:
-    """Each comparison of early stopping: `metric` is the validation accuracy at the rung, `final` that at the last
-    epoch. `final` is null for stopped trials, whose final accuracy is unknown.
+    """One row per comparison of early stopping: `metric` is the validation accuracy at the rung, `final` the one at the
+    last epoch. `final` is null for stopped trials, whose final accuracy is unknown.
     """
     trials = records.trials.set_index(["run", "trial_id"])
     ended = trials.loc[trials["status"] == Status.COMPLETED, "val_accuracy"]
@@ -37,12 +37,12 @@ def audit(records: Records) -> pd.DataFrame:
 
 
 def rank_correlations(records: Records, *, everywhere: bool = False) -> pd.DataFrame:
-    """Spearman's correlation of validation accuracy at a rung with that at the last epoch, with its 95 % interval: one
+    """Spearman's correlation between validation accuracy at a rung and at the last epoch, with its 95 % interval. One
     row per run, stratum and rung, over completed student trials.
 
-    With `everywhere`, one row per validated epoch (at most a thousand and the rungs), and `rung` is null elsewhere.
-    Stopped trials are missing, so the correlations describe the arms that survived. Null for fewer than three trials,
-    the interval for fewer than four.
+    With `everywhere`, one row per validated epoch (at most a thousand, and the rungs); `rung` is null between rungs.
+    Stopped trials are missing, so the correlations describe the surviving arms. The correlation is null for fewer than
+    three trials, its interval for fewer than four.
     """
     rows: list[dict[str, Any]] = []
     for run, study in records.studies.items():
@@ -68,7 +68,7 @@ def rank_correlations(records: Records, *, everywhere: bool = False) -> pd.DataF
 
 
 def _some(budget: int, every: int, rungs: list[int]) -> list[int]:
-    """The validated epochs before the last of a budget: all, or a thousand and the rungs."""
+    """The validated epochs before the last epoch of a budget: all of them, or a thousand and the rungs."""
     return sorted({*range(every, budget, every * -(-budget // (1000 * every))), *rungs})
 
 
@@ -80,8 +80,8 @@ def _curves(epochs: pd.DataFrame, wanted: list[int]) -> pd.DataFrame:
 
 
 def noise_margins(records: Records, study: Study) -> list[float]:
-    """The screen's margin at each rung of a study, from the spread between the seeds of an earlier run's controls at
-    that epoch (`statistics.noise_margin`).
+    """The screen's margin at each rung of a study: `statistics.noise_margin` of the spread between the seeds of an
+    earlier run's controls at that epoch.
 
     Raises `UserError` unless a control has two completed seeds with the study's data and budget.
     """
@@ -95,30 +95,30 @@ def noise_margins(records: Records, study: Study) -> list[float]:
               for _, of_arm in controls.groupby(["run", "arm"])]  # fmt: skip
     if not rungs:
         raise UserError(
-            f"--margin-from is given, and screen.grace {study.screen.grace} of {budget} epochs leaves no rung for a "
+            f"--margin-from is given, but screen.grace {study.screen.grace} of {budget} epochs leaves no rung for a "
             "margin; allowed: a shorter grace period"
         )
     margins = [statistics.noise_margin([group[epoch].tolist() for group in groups]) for epoch in rungs if groups]
     if not margins or None in margins:
         raise UserError(
-            f"--margin-from is {', '.join(records.runs)}, where no control ({study.control}) has two seeds that ran "
-            f"{budget} epochs on {study.data.name} at scale {study.scale} to their end, validated at the rungs "
-            f"({', '.join(map(str, rungs))}); name a run that has"
+            f"--margin-from is {', '.join(records.runs)}, where no control ({study.control}) has two seeds that "
+            f"completed {budget} epochs on {study.data.name} at scale {study.scale}, validated at the rungs "
+            f"({', '.join(map(str, rungs))}); name a run with such a control"
         )
     return [round(margin, 6) for margin in margins if margin is not None]
 
 
 def timeline(records: Records) -> pd.DataFrame:
-    """When and on which slot each trial ran: `begin` and `end` in seconds since the run's first trial began.
+    """The slot and the times of each trial: `begin` and `end` are in seconds since the run's first trial began.
 
-    Slots are not recorded: each trial is assigned to the first free slot of its host. Pauses between the attempts of
-    a trial are not shown.
+    Slots are not recorded, so each trial is assigned to the first free slot of its host. Pauses between the attempts of
+    a trial are not included.
     """
     ran = records.trials[records.trials["started"].notna() & records.trials["wall_seconds"].notna()]
     rows = []
     for run, of_run in ran.sort_values("started", kind="stable").groupby("run", sort=False):
         origin = float(of_run["started"].min())
-        free: dict[str, list[float]] = {}  # by host: when each slot becomes free
+        free: dict[str, list[float]] = {}  # by host: the time at which each slot becomes free
         for row in of_run.assign(host=of_run["host"].fillna("")).to_dict("records"):
             begin, ends = row["started"] - origin, free.setdefault(row["host"], [])
             slot = next((number for number, end in enumerate(ends) if end <= begin + TOUCH), len(ends))

@@ -1,4 +1,4 @@
-"""What contrasts are judged by: accuracies by arm and seed, and differences by teacher and seed."""
+"""The data behind the contrasts: accuracies by arm and seed, and differences by teacher and seed."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -37,9 +37,9 @@ DECLARED_EARLIER = "pairs, one family, as declared by an earlier version"
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the contrasts of a run are judged by: `arrays`, and the differences of those that are judged over teachers.
+    """The data behind the contrasts of a run: `arrays`, and the differences of contrasts that are judged over teachers.
 
-    `taught` [contrasts] marks these; `differences` [contrasts, teachers, seeds] are NaN where a trial is missing.
+    `taught` [contrasts] marks the latter. `differences` [contrasts, teachers, seeds] are NaN where a trial is missing.
     """
 
     values: Array
@@ -56,7 +56,7 @@ class Evidence:
         trials = confirmed_trials(records)
         has_teacher = set(trials.loc[trials["teacher_id"].notna(), "arm"]) if random_teachers(records, run) else set()
         with_one = np.array([arm in has_teacher for arm in arms], dtype=bool)
-        # The means over teachers of a seed have a smaller spread than single trials: they are not for the block model.
+        # Means over teachers spread less than single trials, so the block model must not use them.
         values[with_one] = np.nan
         taught = (weights[:, with_one] != 0).any(1)
         if not taught.any():
@@ -73,19 +73,19 @@ class Evidence:
 
     @property
     def counts(self) -> list[int | None]:
-        """The number of teachers of each contrast that is judged over them."""
+        """The number of teachers of each contrast that is judged over teachers; None for the others."""
         counts = (~np.isnan(self.differences)).any(-1).sum(-1)
         return [int(count) if taught else None for count, taught in zip(counts, self.taught, strict=True)]
 
     def rules(self, found: Estimates, earlier: bool) -> list[str]:
-        """The rule by which each contrast is judged."""
+        """The rule that judges each contrast."""
         if earlier:
             return [DECLARED_EARLIER] * len(self.taught)
         by = zip(self.taught, found.by_model, strict=True)
         return [OVER_TEACHERS if taught else BY_MODEL if model else BY_PAIRS for taught, model in by]
 
     def missing(self, found: Estimates, per_seed: int) -> list[str]:
-        """What each contrast lacks of its seeds, or of its pairs of seed and teacher."""
+        """The number of seeds, or of pairs of seed and teacher, that each contrast lacks, as text; empty if none."""
         seeds, there = self.values.shape[1], (~np.isnan(self.differences)).sum((1, 2))
         said = []
         for taught, n, pairs in zip(self.taught, found.pairs, there, strict=True):
@@ -95,7 +95,7 @@ class Evidence:
         return said
 
     def by_seed(self, contrast: int) -> Array:
-        """The known differences of a contrast by seed: the means over teachers, where there are several."""
+        """The known differences of a contrast by seed; with several teachers, their mean at each seed."""
         row = self.weights[contrast]
         paired = row[row != 0] @ self.values[row != 0]
         if self.taught[contrast]:
@@ -104,7 +104,7 @@ class Evidence:
 
 
 def looks_so_far(records: Records) -> tuple[list[float], list[int], list[int]]:
-    """The share of 0.05 of each look that is judged, the seeds of the last one, and the number of seeds of each."""
+    """Each judged look's share of 0.05, the seeds of the last judged look, and the number of seeds at each look."""
     confirm, look = confirmation(records.study), judged_look(records)
     levels = statistics.spent(confirm.looks)[: look + 1] if confirm.looks else [ALPHA]
     return levels, list(confirm.seeds_at(look)), [len(confirm.seeds_at(each)) for each in range(len(levels))]
@@ -113,9 +113,9 @@ def looks_so_far(records: Records) -> tuple[list[float], list[int], list[int]]:
 def arrays(
     records: Records, seeds: Sequence[int], declared: Sequence[Any], column: str = HEADLINE
 ) -> tuple[Array, list[Any], Array]:
-    """Values [arms, seeds] with NaN where a trial is missing, the stratum of each arm, weights [contrasts, arms].
+    """Values [arms, seeds] with NaN where a trial is missing, the stratum of each arm, and weights [contrasts, arms].
 
-    `column` of the trials has the values. An arm whose own trials differ in other settings has none.
+    The values are from the trials' `column`. They are NaN for an arm whose trials differ in other settings.
     """
     (run,), study, trials = records.runs, records.study, confirmed_trials(records)
     arms = [arm["name"] for arm in study["arms"]]
@@ -135,7 +135,7 @@ def arrays(
 
 
 def reasons(records: Records, seeds: Sequence[int], declared: Sequence[Any]) -> list[str]:
-    """Why each contrast cannot be judged; empty where it can."""
+    """The reason why each contrast cannot be judged; empty if it can."""
     study, trials = records.study, confirmed_trials(records)
     trials = without_factors(records, trials[trials["seed"].isin(seeds)])
     ended = set(confirmed(records).columns)
@@ -144,7 +144,7 @@ def reasons(records: Records, seeds: Sequence[int], declared: Sequence[Any]) -> 
     factors = varied(study)
     kinds = trials[["arm", *dict.fromkeys([*alike, *map(column_of, factors)])]].drop_duplicates()
     of_arm = dict(list(kinds.groupby("arm", sort=False)))
-    one_kind = kinds.drop(columns="arm").nunique().max() <= 1  # as in nearly every study: no two arms differ
+    one_kind = kinds.drop(columns="arm").nunique().max() <= 1  # no two arms differ, as in nearly every study
     notes = []
     for contrast in declared:
         arms = [arm for arm, _ in contrast["weights"]]

@@ -1,9 +1,11 @@
-"""Likeness to the teacher, and calibration, contrasted as accuracy is: a student may gain one without the other.
+"""Contrasts of likeness to the teacher and of calibration, judged as contrasts of accuracy are.
 
-A control has no teacher, so contrasts with one are of calibration alone. How alike a control is to the teacher of the
-arms that are compared with it is not known: it starts before that teacher is trained, its trial does not name one, and
-its weights are removed when it ends. A study that needs this baseline declares the level 0 of `alpha`: a `logit` arm
-with alpha 0 has a teacher and trains as the control does, on a CPU to the bit.
+A student may gain in likeness without gaining in accuracy, and the reverse.
+
+A control has no teacher, so contrasts with a control cover calibration only. The likeness between a control and the
+teacher of the arms compared with it is unknown: the control starts before that teacher is trained, its trial names no
+teacher, and its weights are removed when it ends. A study that needs this baseline declares the level 0 of `alpha`: a
+`logit` arm with alpha 0 has a teacher and trains exactly as the control does, on a CPU bit for bit.
 """
 
 from collections.abc import Sequence
@@ -23,18 +25,18 @@ from tune_kd.records.tables import as_typed, typed
 
 MEASURES: Final = ("agreement", "kl_t1", "kl_t4", "ece")
 LIKENESS = {"agreement": "agreement", "kl_t1": "KL divergence at T=1", "kl_t4": "KL divergence at T=4"}
-GAINS = {"more alike": "better", "less alike": "worse"}  # the verdict on accuracy that goes with one on likeness
+GAINS = {"more alike": "better", "less alike": "worse"}  # verdicts on likeness, and the matching ones on accuracy
 COLUMNS = "run contrast measure verdict n planned estimate low high error df p_holm p note"
 
 
 def fidelity(records: Records) -> pd.DataFrame:
     """One row per measure and declared effect: the difference in `agreement`, `kl_t1`, `kl_t4` and `ece`.
 
-    Agreement and ECE are fractions, KL is in nats; each student is compared with its own teacher, and where it has
-    several its values are means over these, so that the rows hold for these teachers. Each measure is
-    estimated by the block model, as accuracy is in `contrasts`. `p_holm` is adjusted over all rows of a run. They are a
-    family of their own: exploratory beside the verdicts on accuracy, from which they take no power. A row without data
-    stays in the family, without a p value. Rows of agreement and KL are left out where an arm has no teacher.
+    Agreement and ECE are fractions, KL is in nats. Each student is compared with its own teacher. With several
+    teachers, its values are means over them, and the rows hold for these teachers. The block model estimates each
+    measure, as it does accuracy in `contrasts`. `p_holm` is adjusted over all rows of a run. The rows are a separate,
+    exploratory family, so they cost the verdicts on accuracy no power. A row without data stays in the family, without
+    a p value. There are no rows of agreement and KL if an arm has no teacher.
     """
     found = [_fidelity_of(records.of(run)) for run in records.runs if run in records.studies]
     return pd.concat(found, ignore_index=True) if found else typed([], COLUMNS)
@@ -69,7 +71,7 @@ def _fidelity_of(records: Records) -> pd.DataFrame:
 
 
 def _asked(records: Records) -> list[tuple[str, Any]]:
-    """Each measure with each declared effect whose arms all have it."""
+    """Pairs of a measure and a declared effect whose arms all have the measure."""
     trials = confirmed_trials(records)
     taught = set(trials.loc[trials["teacher_id"].notna(), "arm"])
     return [
@@ -87,7 +89,7 @@ def _estimates(
     asked: Sequence[tuple[str, Any]],
     notes: Sequence[str],
 ) -> list[Estimates]:
-    """The estimates at each look, in the order of `asked`, whose measures come one after another."""
+    """The estimates at each look, in the order of `asked`, which is grouped by measure."""
     parts = []
     for measure in dict.fromkeys(measure for measure, _ in asked):
         places = [place for place, (name, _) in enumerate(asked) if name == measure]
@@ -100,7 +102,7 @@ def _estimates(
 
 
 def _verdict(row: Any) -> str:
-    """The direction of a difference, at a level of 0.05 over the family and all looks."""
+    """The direction of a difference, tested at a level of 0.05 over the family and all looks."""
     if pd.isna(row["p_holm"]):
         return "not judged"
     if row["p_holm"] >= ALPHA:
@@ -118,11 +120,11 @@ def _note(row: Any) -> str:
 
 
 def sentence(records: Records, verdicts_on_accuracy: pd.DataFrame) -> str | None:
-    """Whether a student becomes more like its teacher where it does not become more accurate, with figures.
+    """A sentence on whether a student becomes more like its teacher without becoming more accurate, with figures.
 
-    A student is more like its teacher than another if a measure of likeness says so and none says the opposite, as KL
-    at two temperatures may. `verdicts_on_accuracy` are the `contrasts` of the records. `None` if no contrast is judged
-    on both likeness and accuracy, such as where all of them are with a control.
+    A student counts as more like its teacher than another if one measure of likeness says so and none says the
+    opposite; KL at two temperatures may disagree. `verdicts_on_accuracy` are the `contrasts` of the records. Returns
+    None if no contrast is judged on both likeness and accuracy, for example if all contrasts are with a control.
     """
     likeness = fidelity(records)
     likeness = likeness[likeness["measure"].isin(list(LIKENESS)) & (likeness["verdict"] != "not judged")]
@@ -150,7 +152,7 @@ def sentence(records: Records, verdicts_on_accuracy: pd.DataFrame) -> str | None
 
 
 def _figures(row: Any, suffix: str = "") -> str:
-    """An estimate with its unit and interval, of the measure of a row or of its accuracy."""
+    """An estimate with its unit and interval, for the row's measure or (by `suffix`) for accuracy."""
     ends = [row[f"{name}{suffix}"] for name in ("estimate", "low", "high")]
     in_nats = row["measure"].startswith("kl") and not suffix
     value, low, high = (f"{round(end, 4) + 0.0:+.4f}" if in_nats else points(end) for end in ends)

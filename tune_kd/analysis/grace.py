@@ -1,4 +1,4 @@
-"""The rank-correlation audit that a finished run leaves for later plans. Imports no pandas, since `plan` reads it."""
+"""The rank-correlation audit that a finished run writes for later plans. Imports no pandas, since `plan` reads it."""
 
 import json
 import os
@@ -42,7 +42,7 @@ class Correlation:
 
 @dataclass(frozen=True)
 class Audit:
-    """The audit of a run, with the settings that a study must share to use it."""
+    """The audit of a run. A study must have the same data, scale and epochs to use it."""
 
     run: str
     data: str
@@ -62,8 +62,10 @@ def record(folder: Path, run: str, study: Study, correlations: "pd.DataFrame") -
 
 
 def warnings(plan: Plan, out: Path) -> list[str]:
-    """A warning for each stratum whose grace period is shorter than the newest comparable run under `out` supports: at
-    the grace period or a later epoch, the interval of the rank correlation contains zero."""
+    """A warning for each stratum whose grace period is too short according to the newest comparable run under `out`.
+
+    It is too short if the interval of the rank correlation contains zero at its end or at a later epoch.
+    """
     screen = plan.study.screen
     if not screen.rungs(plan.study.most_epochs):
         return []
@@ -76,10 +78,10 @@ def warnings(plan: Plan, out: Path) -> list[str]:
         if found is None or not doubtful:
             continue
         supported = min((epoch for epoch in epochs if epoch > max(doubtful)), default=None)
-        later = f"from epoch {supported} on they did" if supported else "it supports none"
+        later = f"from epoch {supported} on they did" if supported else "no grace period is supported"
         said.append(
             f"screen.grace is {screen.grace}, shorter than the run {found.run} supports: in {name} the ranks at epoch "
-            f"{doubtful[0]} did not foretell those at the end ({epochs[doubtful[0]]}); {later}"
+            f"{doubtful[0]} did not predict the final ranks ({epochs[doubtful[0]]}); {later}"
         )
     return said
 
@@ -89,7 +91,7 @@ def _alike(study: Study) -> tuple[str, str, int]:
 
 
 def _audits(out: Path) -> list[Audit]:
-    """The readable audits of runs under `out`, the newest first."""
+    """The readable audits of runs under `out`, newest first."""
     found = []
     there = [path for path in out.glob(f"*/{AUDIT}") if os.path.isfile(path)]
     for path in sorted(there, key=lambda path: path.stat().st_mtime, reverse=True):

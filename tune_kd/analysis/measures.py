@@ -1,6 +1,6 @@
 """Measures beyond accuracy: agreement with the teacher, calibration error, cost, and response to a factor.
 
-Each function returns a DataFrame over completed confirmed trials. Null: does not apply.
+Each function returns a DataFrame over completed confirmed trials. Null means that a value does not apply.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ ALIKE_WITH_CONTROL = (*CONTEXT_SHOWN, *COMPARABLE)  # equal in a control and the
 
 
 def measures(records: Records) -> pd.DataFrame:
-    """One row per arm: means and standard deviations of the other measures on the test images.
+    """One row per arm: means and standard deviations of the measures on the test images.
 
     `agreement` with the teacher and `ece` (expected calibration error) are fractions, `kl_t1` and `kl_t4` the KL
     divergence from the teacher in nats at temperatures 1 and 4.
@@ -60,10 +60,11 @@ def target_accuracy(records: Records) -> float | None:
 def costs(records: Records, target: float | None = None) -> pd.DataFrame:
     """One row per arm: the mean cost of a trial, and the epochs to `target` (default: `target_accuracy` of each run).
 
-    `train_seconds` is training and evaluation, `answer_seconds` waiting for teacher logits, `wall_seconds` the whole
-    trial; `gpu_seconds` and `cpu_seconds` are `wall_seconds` times its GPU share and its threads. No arm includes the
-    training of its teacher. `reached` counts the trials whose validation accuracy reached `target`; `epochs_to_target`
-    is the mean of the first such epoch, null unless all trials reached it. An epoch that was not validated is none.
+    `train_seconds` is the time for training and evaluation, `answer_seconds` the wait for teacher logits,
+    `wall_seconds` the whole trial; `gpu_seconds` and `cpu_seconds` are `wall_seconds` times the trial's GPU share and
+    threads. Training of the teacher is never included. `reached` counts the trials whose validation accuracy reached
+    `target`; `epochs_to_target` is the mean of the first such epoch, null unless all trials reached it. Epochs without
+    validation do not count as reaching it.
     """
     found = [_costs_of(records.of(run), target) for run in records.runs]
     return pd.concat(found, ignore_index=True)
@@ -103,8 +104,8 @@ def _first_epoch(epochs: pd.DataFrame, trials: pd.DataFrame, target: float | Non
 def response(records: Records, factor: str) -> pd.DataFrame:
     """The confirmed accuracy over the levels of a numeric factor: one row per context, method and level.
 
-    Empty unless a method has several levels of it. `control` is the mean of the context's control, null if there is
-    none with the same data, budget and recipe, and for the control itself.
+    Empty unless a method has several levels of the factor. `control` is the mean of the context's control. It is null
+    in the control's own rows, and if no control has the same data, budget and recipe.
     """
     column, ended = column_of(factor), without_factors(records, completed_trials(records).dropna(subset=HEADLINE))
     in_recipe = [column_of(name) for study in records.studies.values() for name in varied(study)]
@@ -126,8 +127,8 @@ def response(records: Records, factor: str) -> pd.DataFrame:
 
 
 def responses(records: Records) -> list[str]:
-    """The factors for which there is a `response`: temperature, alpha, and the settings and fields of the recipe that
-    are numbers and that factors vary."""
+    """The factors that have a `response`: temperature, alpha, and each numeric setting or recipe field that a factor
+    varies."""
     declared = [each["name"] for study in records.studies.values() for each in study["study"].get("factors", ())]
     numbers = (name for name in declared if name not in (*TEXTS, *CONTEXT) and column_of(name) in records.trials)
     return list(dict.fromkeys(("temperature", "alpha", *numbers)))
@@ -152,11 +153,11 @@ def gaps(records: Records) -> pd.DataFrame:
 
 
 def _is_control(records: Records, trials: pd.DataFrame) -> "pd.Series[bool]":
-    """Which trials have the method with which their run compares the others."""
+    """Which trials are controls of their run."""
     return (trials["method"] == trials["run"].map(lambda run: control_of(records, run))).fillna(False).astype(bool)
 
 
 def _controls(records: Records, ended: pd.DataFrame, alike: Sequence[str]) -> dict[tuple[Any, ...], float]:
-    """The mean accuracy of the controls, by the settings in which they are like the arms that are compared."""
+    """The mean accuracy of the controls, by the settings `alike` that they share with the compared arms."""
     found = by_context(ended[_is_control(records, ended)], alike)
     return {tuple(where.values()): float(group[HEADLINE].mean()) for where, group in found}

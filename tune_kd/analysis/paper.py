@@ -17,13 +17,13 @@ COLUMNS = " ".join([*CONTEXT, "column arm n mean sd verdict teacher_n teacher_ac
 
 
 def paper(records: Records) -> pd.DataFrame:
-    """One row per cell of the table: the context of its row, its `column`, its arm with n, mean and sample standard
-    deviation, and the mean accuracy of the row's teacher.
+    """One row per cell of the paper's table: the context of its row, its `column`, its arm with n, mean and sample
+    standard deviation, and the mean accuracy of the row's teacher.
 
-    A control has a cell in the row of each teacher whose students are compared with it. Arms at the reference of the
-    study have a cell, and others that a declared effect compares. `verdict` is that of the declared effect of the
-    cell's method against the control of its row; null without one, and where the family is secondary. A run without a
-    study, or with fewer than two arms that were measured, has no rows.
+    An arm has a cell if it is at the study's reference, or if a declared effect compares it. A control has a cell in
+    the row of each teacher whose students are compared with it. `verdict` is that of the declared effect of the cell's
+    method against the control of its row; null if there is none, or if its family is secondary. A run without a study,
+    or with fewer than two measured arms, has no rows.
     """
     found = [_paper_of(records.of(run)) for run in records.runs if run in records.studies]
     return pd.concat(found, ignore_index=True) if found else typed([], COLUMNS)
@@ -43,7 +43,7 @@ def _paper_of(records: Records) -> pd.DataFrame:
 
 
 def _rows(records: Records) -> dict[tuple[Any, ...], dict[str, str]]:
-    """The columns of each row by arm, and the rows by context, in the study's order of arms."""
+    """Rows by context; each row maps its arms to their columns, in the study's order of arms."""
     study, trials = records.study, confirmed_trials(records).drop_duplicates("arm").astype(object)
     compared = {name for each in study["contrasts"] if each["kind"] == "effect" for name, _ in each["weights"]}
     found = [dict(zip(trials.columns, row, strict=True)) for row in trials.where(trials.notna(), None).to_numpy()]
@@ -61,7 +61,7 @@ def _rows(records: Records) -> dict[tuple[Any, ...], dict[str, str]]:
 
 
 def _context(arm: Row, teacher: str | None) -> tuple[Any, ...]:
-    """The levels of `CONTEXT`, with this teacher."""
+    """The arm's levels of `CONTEXT`, with this teacher."""
     return tuple(teacher if name == "teacher" else arm[name] for name in CONTEXT)
 
 
@@ -89,9 +89,9 @@ def _teacher(records: Records, arms: list[str]) -> dict[str, Any]:
 
 
 def _verdicts(records: Records) -> dict[str, str]:
-    """The verdict of each arm against its control, where a contrast of the primary family judges that.
+    """The verdict of each arm against its control, if a contrast of the primary family compares them.
 
-    A run of a version before 0.7 has one family, which counts as primary.
+    Runs of versions before 0.7 have one family, which counts as primary.
     """
     methods = confirmed_trials(records).drop_duplicates("arm").set_index("arm")["method"].to_dict()
     control = control_of(records, records.runs[0])

@@ -1,4 +1,4 @@
-"""What the seeds of a plan can show: the power of its primary contrasts, by the rule that will judge them."""
+"""The power of a plan's primary contrasts, under the rule that will judge them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,10 +16,10 @@ DIFFERENCES = (0.001, 0.002, 0.003, 0.005)  # true differences, in accuracy
 
 @dataclass(frozen=True)
 class Power:
-    """The true difference that a contrast finds with 80 % power where Holm is hardest, and the seeds for others.
+    """The true difference that a contrast finds with 80 % power at Holm's strictest level, and the seeds for others.
 
-    `seeds` has the least number for each of `DIFFERENCES`; None beyond 2**20. The deviation between seeds is the one
-    that the study expects, and all arms are assumed to be confirmed.
+    `seeds` has the least number of seeds for each of `DIFFERENCES`; None above 2**20. Assumes the deviation between
+    seeds that the study expects, and that all arms are confirmed.
     """
 
     contrast: str
@@ -28,7 +28,7 @@ class Power:
 
 
 def powers(planned: Plan, seeds: int, level: float) -> list[Power]:
-    """The power of each primary contrast at `seeds` seeds, with a `level` for its family."""
+    """The power of each primary contrast at `seeds` seeds. `level` is the significance level of the family."""
     primary = [each for each in planned.contrasts if each.family == Family.PRIMARY]
     alpha, found, known = level / max(1, len(primary)), [], {}
     for contrast in primary:
@@ -42,9 +42,9 @@ def powers(planned: Plan, seeds: int, level: float) -> list[Power]:
 
 
 def _spare(planned: Plan, contrast: Contrast) -> int:
-    """Degrees of freedom that the other arms of its strata add to a contrast's variance, for each seed but the first.
+    """Degrees of freedom that the other arms of its strata add to a contrast's variance, per seed after the first.
 
-    0 across strata, where the pairs alone judge.
+    0 for contrasts across strata, which are judged by their pairs alone.
     """
     strata = {arm.name: tuple(arm.cell.level(name) for name in planned.study.strata) for arm in planned.arms}
     sums: dict[tuple[object, ...], float] = {}
@@ -60,7 +60,7 @@ def _freedom(spare: int) -> Callable[[int], float]:
 
 
 def slot_seconds(planned: Plan) -> tuple[float, float]:
-    """The time of one slot for the whole plan, and what one more seed of every arm adds to it."""
+    """The seconds that one slot takes for the whole plan, and the seconds that one more seed of every arm adds."""
     confirm = planned.study.confirm
     more = replace(confirm, seeds=(*confirm.seeds_at(0), max(confirm.all_seeds) + 1), looks=None)
     less = replace(confirm, seeds=confirm.seeds_at(0), looks=None)

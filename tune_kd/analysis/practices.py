@@ -1,7 +1,7 @@
-"""The screen of a simulated study, and two common practices in place of its design: plain ASHA, and more seeds until
+"""The screen of a simulated study, and two common practices in place of its design: plain ASHA, and adding seeds until
 something is significant.
 
-Scheduling is that of real runs, so these replay one study at a time. Study i is drawn from seeds that begin with i.
+These use the scheduler of real runs, so they replay one study at a time. Study i is drawn from seeds that begin with i.
 """
 
 import math
@@ -19,7 +19,7 @@ from tune_kd.study.plan import Plan, arrival_order
 from tune_kd.study.spec import Study
 from tune_kd.study.trial import ArmRole
 
-EARLY_NOISE = 15  # sd of validation accuracy at the full learning rate, in standard deviations between seeds
+EARLY_NOISE = 15  # sd of validation accuracy at the full learning rate, as a multiple of the sd between seeds
 
 
 def trials(study: Study, count: int, chance: np.random.Generator) -> tuple[Array, Array]:
@@ -41,8 +41,8 @@ def trials(study: Study, count: int, chance: np.random.Generator) -> tuple[Array
 def stopped(planned: Plan, number: int) -> Flags:
     """The arms [A] that the screen stops in study `number`.
 
-    All arms are equally good and have the study's deviation. Confirmation has seeds of its own, so whatever scenario it
-    is drawn from, the draws of both are independent.
+    All arms are equally good and have the study's deviation. Confirmation uses other seeds, so its draws are
+    independent of the screen's in every scenario.
     """
     study, arms = planned.study, planned.arms
     curves, _ = trials(study, len(arms), np.random.default_rng([number, *b"screen"]))
@@ -66,7 +66,7 @@ def until_significant(design: Design, values: Array, looks: tuple[int, ...]) -> 
 
 @dataclass(frozen=True)
 class Asha:
-    """A study of nothing under plain ASHA."""
+    """A study whose arms are all alike, under plain ASHA."""
 
     claims: bool  # whether a difference is found
     errors: tuple[float, ...]  # test accuracy of each trial that competed and completed, minus the true one
@@ -74,7 +74,7 @@ class Asha:
 
 
 def plain_asha(planned: Plan, number: int) -> Asha:
-    """Plain ASHA over all arms and seeds together, then Welch's tests with Holm on the trials that complete.
+    """Plain ASHA over all arms and seeds together, then Welch's tests with Holm on the completed trials.
 
     The control is a baseline and always completes.
     """

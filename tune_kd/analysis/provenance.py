@@ -12,7 +12,7 @@ from tune_kd.records.tables import typed
 
 
 def provenance(records: Records) -> pd.DataFrame:
-    """Where and with what each run was made: one row per run and fact."""
+    """The code, machine, data and study of each run: one row per run and fact."""
     rows = []
     for run in records.runs:
         trials, facts = records.trials[records.trials["run"] == run], {}
@@ -43,14 +43,14 @@ def limits(records: Records, margin: float = MARGIN) -> list[str]:
     said = [f"{run}: {each}" if several else each for run in records.runs for each in _limits_of(records.of(run))]
     if any(run in records.studies for run in records.runs):
         said.append(f"Equivalent means a difference of less than {100 * margin:g} points of accuracy; whether that "
-                    "matters is not for statistics to say.")  # fmt: skip
+                    "matters is not a question of statistics.")  # fmt: skip
     return said
 
 
 def _limits_of(run: Records) -> list[str]:
     if not run.studies:
-        return ["No study came with these tables: nothing shows which comparisons were fixed before the data were "
-                "seen, so nothing here is a claim."]  # fmt: skip
+        return ["These tables have no study, so nothing shows which comparisons were fixed before the data were seen: "
+                "all results are exploratory."]  # fmt: skip
     look = accuracy.judged_look(run)
     return [
         *_limits_of_seeds(run.study, look),
@@ -61,23 +61,23 @@ def _limits_of(run: Records) -> list[str]:
 
 
 def _limits_of_seeds(study: dict[str, Any], look: int) -> list[str]:
-    """The power of the seeds that are judged, and the level of their look."""
+    """The power of the judged seeds, and the level of their look."""
     confirm = accuracy.confirmation(study)
     seeds = len(confirm.seeds_at(look))
-    said = ["One seed confirms: no difference can be judged."]
+    said = ["The study confirms on one seed: no difference can be judged."]
     if seeds > 1:
         said = [
             f"With {seeds} seeds the exact sign-flip p of a contrast, which needs no model, cannot fall below "
-            f"{statistics.smallest_exact_p(seeds):.4f}. Which true differences the seeds find, `tune_kd plan` says."
+            f"{statistics.smallest_exact_p(seeds):.4f}. `tune_kd plan` shows which true differences the seeds can find."
         ]
     if confirm.looks:
         said.append(
             f"Judged at look {look + 1} of the {len(confirm.looks)} that the study declared ({seeds} of "
-            f"{confirm.looks[-1]} seeds): each look has its share of the level of 0.05, this one "
-            f"{statistics.spent(confirm.looks)[look]:g}. Adjusted p values and intervals allow for that."
+            f"{confirm.looks[-1]} seeds): each look has a share of the level of 0.05, and this look has "
+            f"{statistics.spent(confirm.looks)[look]:g}. Adjusted p values and intervals account for that."
         )
     if study.get("look", 0) > look:
-        said.append(f"Look {study['look'] + 1} goes on: its seeds are in no contrast until they have all ended.")
+        said.append(f"Look {study['look'] + 1} is running: no contrast uses its seeds until all of them have ended.")
     return said
 
 
@@ -86,12 +86,12 @@ def _limits_of_scope(study: dict[str, Any]) -> list[str]:
     inner, said = study["study"], [_limit_of_teachers(study)]
     where, tuned = f"scale {inner['scale']} on {study['data'].get('name')}", inner.get("tuning")
     if tuned is None:
-        said.append(f"What was measured is {where}, with one recipe for all arms: a method that needs another one is "
+        said.append(f"The results are for {where}, with one recipe for all arms: a method that needs another recipe is "
                     "judged by this one.")  # fmt: skip
     else:
-        said.append(f"What was measured is {where}. Each arm was tuned with {tuned['budget']} {tuned['budget_unit']} "
-                    "inside the study's ranges, on one seed: a method that needs more, or lies outside, is judged by "
-                    "what was found.")  # fmt: skip
+        said.append(f"The results are for {where}. Each arm was tuned with {tuned['budget']} {tuned['budget_unit']} "
+                    "inside the study's ranges, on one seed: a method that needs a larger budget or other ranges is "
+                    "judged by the best draw that was found.")  # fmt: skip
     return said
 
 
@@ -99,22 +99,22 @@ def _limit_of_teachers(study: dict[str, Any]) -> str:
     """The teachers for which the verdicts hold."""
     count = len(study["study"]["teacher_seeds"])
     if count == 1:
-        return ("All students of a context have one teacher: another one might teach otherwise. Every verdict holds "
-                "given that teacher.")  # fmt: skip
+        return ("All students of a context have the same teacher, and another teacher might give other results. Every "
+                "verdict holds given that teacher.")  # fmt: skip
     if not accuracy.is_crossed(study):
         return f"Seeds took turns over {count} teachers: every verdict holds given these teachers."
-    few = f" {count} show little of the spread between teachers." if count < FEW_TEACHERS else ""
-    return (f"Verdicts on arms that have a teacher are about teachers of this kind: how much the {count} teachers of "
-            f"the study differ is part of each interval.{few}")  # fmt: skip
+    few = f" {count} teachers say little about that spread." if count < FEW_TEACHERS else ""
+    return ("Verdicts on arms that have a teacher are about teachers of this kind: each interval includes the spread "
+            f"between the {count} teachers of the study.{few}")  # fmt: skip
 
 
 def _limits_of_arms(run: Records) -> list[str]:
-    """Arms that are not judged, or on fewer seeds than planned."""
+    """Arms that are not judged, or judged on fewer seeds than planned."""
     table = accuracy.arms(run)
     meanings = {
         "stopped in the screen": "no final accuracy and no verdict",
         "incomplete": "fewer seeds than planned",
-        "not finished": "some of its trials wait or run",
+        "not finished": "some trials are waiting or running",
     }
     named = {note: table.loc[table["note"] == note, "arm"].tolist() for note in meanings}
     return [f"{', '.join(some)}: {note}; {meanings[note]}." for note, some in named.items() if some]
@@ -125,23 +125,23 @@ def _limits_of_exploration(run: Records) -> list[str]:
     found, said = accuracy.exploratory(run), []
     added = found.loc[found["what"] == "added seeds", "arm"].tolist()
     if added:
-        said.append(f"Seeds that were added without a declared look ({', '.join(added)}) are exploratory: they are in "
-                    "no mean and in no contrast.")  # fmt: skip
+        said.append(f"Seeds that were added without a declared look ({', '.join(added)}) are exploratory: no mean and "
+                    "no contrast uses them.")  # fmt: skip
     planned = {arm["name"] for arm in run.study["arms"]}
     if arms_added := sorted(set(found.loc[found["what"] != "draws", "arm"]) - planned):
-        said.append(f"Arms that were added later ({', '.join(arms_added)}) are exploratory: no contrast refers to "
+        said.append(f"Arms that were added later ({', '.join(arms_added)}) are exploratory: no contrast uses "
                     "them.")  # fmt: skip
     if (found["what"] == "screen").any():
-        said.append(f"The screen tried {int(found['tried'].max())} arms on one seed. Its best is the best of them also "
-                    "by luck, so its numbers are exploratory.")  # fmt: skip
+        said.append(f"The screen tried {int(found['tried'].max())} arms on one seed. The best of many is partly luck, "
+                    "so its numbers are exploratory.")  # fmt: skip
     if (found["what"] == "draws").any():
-        said.append("The best of an arm's draws is the best also by luck: what it reached on the seed that it was "
-                    "tuned on is exploratory, and fresh seeds say what it is worth.")  # fmt: skip
+        said.append("The best of an arm's draws is partly luck: its accuracy on the tuning seed is exploratory, and "
+                    "fresh seeds measure it without this bias.")  # fmt: skip
     return said
 
 
 def differences(records: Records) -> pd.DataFrame:
-    """Facts in which runs differ: one row per fact, one column per run."""
+    """Facts that differ between runs: one row per fact, one column per run."""
     facts: dict[str, dict[str, str]] = {}
     for run in records.runs:
         study = records.studies.get(run, {})
@@ -165,9 +165,9 @@ def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:
 def between_runs(records: Records) -> pd.DataFrame:
     """Compare each arm of each later run with the same arm of the first run by Welch's test: one row per arm and run.
 
-    Exploratory: no study declared these comparisons, and runs may differ in several ways (see `differences`). Where
-    the data, planned epochs, scale or recipe of an arm differ, the row has both means but no difference, and `note`
-    names the columns.
+    Exploratory: no study declared these comparisons, and runs may differ in several ways (see `differences`). If the
+    data, planned epochs, scale or recipe of an arm differ, the row has both means but no difference, and `note` names
+    the columns.
     """
     ended = accuracy.completed_trials(records).dropna(subset=accuracy.HEADLINE)
     first, *others = records.runs

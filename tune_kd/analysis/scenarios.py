@@ -1,7 +1,7 @@
-"""Simulated test accuracies of a study in which all arms are equally good: how they spread between seeds, by scenario.
+"""Simulated test accuracies of a study whose arms are all equally good. Scenarios differ in the spread between seeds.
 
-A scenario is drawn from `numpy.random.default_rng([*NAME.encode(), FIRST])`, with the number of the first study drawn
-at once, so that its studies are always the same.
+A scenario is drawn from `numpy.random.default_rng([*NAME.encode(), FIRST])`, where FIRST is the number of the batch's
+first study. So its studies are always the same.
 """
 
 import math
@@ -17,20 +17,21 @@ from tune_kd.study.spec import Study
 
 ACCURACY = 0.95  # true, of every arm
 STEMS = {"imagenet": 22 / 15, "cifar": 14 / 15}
-"""Published deviations of a ResNet-18 without distillation, over the 0.15 points that a study expects by default."""
+"""Published deviations of a ResNet-18 without distillation, divided by the 0.15 points that a study expects by default.
+"""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """How accuracies spread. Deviations between seeds are relative to the study's `deviation`."""
+    """The spread of accuracies. Deviations between seeds are relative to the study's `deviation`."""
 
     words: str
-    by_stem: Mapping[str, float] = field(default_factory=lambda: STEMS)  # of a study with several stems
+    by_stem: Mapping[str, float] = field(default_factory=lambda: STEMS)  # used for studies with several stems
     by_method: Mapping[str, float] = field(default_factory=dict)
-    by_arm: float = 0.0  # an arm's deviation is multiplied by e to the plus or minus this, by chance in each study
+    by_arm: float = 0.0  # an arm's deviation is multiplied by e**by_arm or e**-by_arm, at random in each study
     correlation: float = 0.0  # between arms of a stratum that have a teacher, at each seed
-    blocks: Literal["none", "shared", "own"] = "none"  # an effect of the seed on all arms, or on those of a stratum
-    looks: tuple[int, ...] | None = None  # None: those of the study
+    blocks: Literal["none", "shared", "own"] = "none"  # whether a seed has an effect on all arms, or one per stratum
+    looks: tuple[int, ...] | None = None  # None: the looks of the study
 
 
 SCENARIOS = {
@@ -48,7 +49,7 @@ SCENARIOS = {
 
 
 def scenarios(study: Study) -> dict[str, Scenario]:
-    """The scenarios by name. A study with looks of its own has all of them with these, and one without looks."""
+    """The scenarios by name. For a study with declared looks, one more scenario has only the first look."""
     found = dict(SCENARIOS)
     if study.confirm.looks:
         first = study.confirm.looks[0]
@@ -57,7 +58,7 @@ def scenarios(study: Study) -> dict[str, Scenario]:
 
 
 def looks(study: Study, scenario: Scenario) -> tuple[int, ...]:
-    """The numbers of seeds at which a study is judged."""
+    """The numbers of seeds at the looks of a study."""
     return scenario.looks or study.confirm.looks or (len(study.confirm.seeds),)
 
 
@@ -93,7 +94,7 @@ class Design:
 
 
 def draw(name: str, scenario: Scenario, design: Design, first: int, studies: int) -> Array:
-    """Test accuracies [studies, arms, seeds] of equally good arms, from the study with the number `first` on."""
+    """Test accuracies [studies, arms, seeds] of equally good arms. `first` is the number of the first study."""
     study, arms, places = design.planned.study, design.planned.arms, design.places
     chance = np.random.default_rng([*name.encode(), first])
     shape = studies, len(arms), looks(study, scenario)[-1]
@@ -113,7 +114,7 @@ def draw(name: str, scenario: Scenario, design: Design, first: int, studies: int
 
 
 def spreads(scenario: Scenario, design: Design) -> Array:
-    """The standard deviation of each arm [A] between seeds, over that which the study expects."""
+    """The standard deviation of each arm [A] between seeds, divided by the deviation that the study expects."""
     by_stem = scenario.by_stem if len(design.planned.study.levels("stem")) > 1 else {}
     return np.array(
         [by_stem.get(arm.cell.stem, 1.0) * scenario.by_method.get(arm.cell.method, 1.0) for arm in design.planned.arms]

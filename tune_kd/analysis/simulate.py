@@ -1,7 +1,7 @@
-"""Replay early stopping over recorded curves: what it would have stopped, the epochs saved, and the accuracy lost.
+"""Replay early stopping over recorded curves: the arms it would have stopped, the epochs saved, and the accuracy lost.
 
-At equal speed, the schedule's decisions depend only on the order in which arms start, for any number of slots. So a
-replay is an order, and replay i is the study with `screen.order_seed = i`.
+If all trials run at the same speed, the schedule's decisions depend only on the order in which arms start, whatever the
+number of slots. So a replay is given by an order, and replay i is the study with `screen.order_seed = i`.
 """
 
 from collections import Counter
@@ -33,7 +33,7 @@ class Curve:
     arm: str
     stratum: str
     immune: bool  # never stopped: a control, or the reference arm of a contrast
-    accuracy: tuple[float, ...]  # on validation images, one value per epoch
+    accuracy: tuple[float, ...]  # validation accuracy, one value per epoch
 
 
 Grid = tuple[Curve, ...]  # the trials of one screen, with one seed and one budget
@@ -43,17 +43,19 @@ Grids = Mapping[tuple[int, int], Grid]  # by (seed, budget)
 
 @dataclass(frozen=True)
 class Result:
-    """Means over replays of one way to select arms."""
+    """Means over the replays of one rule that selects arms."""
 
     epochs_saved: float  # fraction
     mean_regret: float  # best final validation accuracy of all arms minus that of the kept arms
-    best_lost: float  # fraction of replays that kept none of the finally best arms
+    best_lost: float  # fraction of replays that kept none of the arms with the best final accuracy
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One stratum under early stopping, and two baselines that keep as many arms as each replay: `cut` keeps the best
-    at the first rung, `random` picks arms at random and trains no others."""
+    """One stratum under early stopping and under two baselines, which keep as many arms as each replay does.
+
+    `cut` keeps the best arms at the first rung. `random` picks arms at random and trains no others.
+    """
 
     arms: int
     immune: tuple[str, ...]
@@ -62,14 +64,14 @@ class Outcome:
     stopping: Result
     cut: Result
     random: Result
-    stopped: dict[str, dict[int, float]]  # arm -> epoch -> fraction of replays that stopped it there
+    stopped: dict[str, dict[int, float]]  # arm -> epoch -> fraction of replays that stopped it at that epoch
     final: dict[str, float]  # arm -> mean validation accuracy at its last epoch
-    rank_correlation: dict[int, statistics.RankCorrelation]  # by epoch: with final accuracy, over trials
+    rank_correlation: dict[int, statistics.RankCorrelation]  # by epoch: correlation with final accuracy, over trials
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Recorded curves as grids, and a phrase for each kind of trial that was left out."""
+    """Recorded curves as grids, and a phrase for each kind of excluded trial."""
 
     grids: Grids
     left_out: tuple[str, ...]
@@ -82,23 +84,24 @@ class Curves:
 def curves(records: Records, study: Study, strata: Sequence[str] | None) -> Curves:
     """The curves of the completed student trials of one run.
 
-    `strata` names the columns that define a stratum; None puts all arms into one. A trial without a level in one of
-    them (a control, if strata are teachers) is left out. The run's study says which arms are immune; in tables without
-    a study these have the method `study.control`. Raises `UserError` if nothing can be replayed.
+    `strata` names the columns that define a stratum; None puts all arms into one stratum. A trial without a level in
+    one of these columns (a control, if strata are teachers) is excluded. The run's study defines the immune arms; in
+    tables without a study they are the arms with the method `study.control`. Raises `UserError` if nothing can be
+    replayed.
     """
     for each in records.studies.values():
         if each.get("searches"):
             raise UserError(
-                "--curves is a run that was tuned, whose draws are no grid of arms; allowed: a run that was not"
+                "--curves is a run of a tuned study, whose draws are not a grid of arms; allowed: a run without tuning"
             )
         if (every := each["study"].get("recipe", {}).get("validate_every", 1)) > 1:
             raise UserError(
-                f"--curves is a run of which recipe.validate_every is {every}, so its curves have gaps; allowed: a run "
-                "where it is 1"
+                f"--curves is a run with recipe.validate_every={every}, so its curves have gaps; allowed: a run with "
+                "recipe.validate_every=1"
             )
     trials = records.trials[records.trials["role"] == Role.STUDENT]
     if trials.empty:
-        raise UserError("--curves has no student's trial; allowed: tables with one, in a phase that is not `teacher`")
+        raise UserError("--curves has no student trial; allowed: tables with one, in a phase other than `teacher`")
     names = list(strata or ())
     _check_strata(names, trials)
     nowhere, ended = trials[list(map(column_of, names))].isna().any(axis=1), trials["status"] == Status.COMPLETED
@@ -108,8 +111,8 @@ def curves(records: Records, study: Study, strata: Sequence[str] | None) -> Curv
     kinds = (
         (nowhere.sum(), f"trials without a level of {' or '.join(names)} belong to no stratum"),
         ((again & ~nowhere).sum(), "trials repeat an arm and a seed with another teacher; a screen has one"),
-        ((~ended & ~nowhere & ~again).sum(), "trials did not run to their end"),
-        (gaps, "trials have no whole curve of val_accuracy"),
+        ((~ended & ~nowhere & ~again).sum(), "trials did not complete"),
+        (gaps, "trials have no complete curve of val_accuracy"),
     )
     found = Curves(grids, tuple(f"{count} {what}" for count, what in kinds if count))
     _check(found)
@@ -117,7 +120,7 @@ def curves(records: Records, study: Study, strata: Sequence[str] | None) -> Curv
 
 
 def _with_another_teacher(trials: pd.DataFrame) -> "pd.Series[bool]":
-    """Which trials repeat an arm and a seed with another teacher than that of the first."""
+    """Which trials repeat an arm and a seed with a teacher other than the first trial's."""
     first = trials.groupby(["arm", "seed"])["teacher_id"].transform("first")
     return (trials["teacher_id"] != first).fillna(False).astype(bool)
 
@@ -154,18 +157,18 @@ def _grids(records: Records, trials: pd.DataFrame, study: Study, screen: Screen)
 
 def _check(curves: Curves) -> None:
     if not curves.grids:
-        raise UserError(f"--curves has no student's trial that ran to its end ({'; '.join(curves.left_out) or 'none'})")
+        raise UserError(f"--curves has no completed student trial ({'; '.join(curves.left_out) or 'none'})")
     problems = []
     for name in curves.strata:
         budgets = {epochs for (_, epochs), grid in curves.grids.items() for each in grid if each.stratum == name}
         if len(budgets) > 1:
             said = " and ".join(map(str, sorted(budgets)))
-            problems.append(f"--curves has trials of {said} epochs in the stratum {name}")
+            problems.append(f"--curves has trials with {said} epochs in the stratum {name}")
     for (seed, _), grid in curves.grids.items():
         twice = [arm for arm, count in Counter(curve.arm for curve in grid).items() if count > 1]
         problems += [f"--curves has more than one trial of the arm {arm} at seed {seed}" for arm in twice]
     if problems:
-        advice = "name what sets them apart in --strata, or leave a phase out with --phase NAME=teacher"
+        advice = "add the column in which they differ to --strata, or exclude a phase with --phase NAME=teacher"
         raise UserError(*(f"{problem}; {advice}" for problem in problems))
 
 
@@ -181,7 +184,7 @@ def check_screen(screen: Screen, curves: Curves) -> None:
 
 
 def replay(screen: Screen, grid: Grid, order: Sequence[str]) -> list[Decision]:
-    """The schedule's decisions when the arms of a grid report at each rung in this order."""
+    """The schedule's decisions if the arms of a grid report at each rung in this order."""
     epochs, going = len(grid[0].accuracy), {curve.arm: curve for curve in grid}
     schedule = Schedule(screen, epochs)
     for curve in grid:

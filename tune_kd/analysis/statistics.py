@@ -1,6 +1,6 @@
 """Summaries, tests and intervals as pure functions of arrays, one value per seed. Paired arrays have the same order.
 
-scipy.stats and statsmodels take over 0.2 s to import, so functions import what they need.
+scipy.stats and statsmodels take over 0.2 s to import, so each function imports only the parts that it needs.
 """
 
 import math
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 MARGIN = 0.001  # accuracy: arms that differ by less than 0.1 points are equivalent
-FEW_TEACHERS = 5  # below this number, the spread between teachers is hardly known
-NO_SPREAD = 1e-9  # below this standard deviation, a t statistic would be one rounding error over another
+FEW_TEACHERS = 5  # with fewer teachers, the spread between teachers is poorly known
+NO_SPREAD = 1e-9  # below this standard deviation, a t statistic would be a ratio of rounding errors
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Welch:
     estimate: float | None
     low: float | None
     high: float | None
-    p: float | None  # None where an arm has fewer than two values, or neither has a spread
+    p: float | None  # None if an arm has fewer than two values, or neither has a spread
     df: float | None  # degrees of freedom (Welch-Satterthwaite)
     effect_size: float | None  # difference over the root of the mean variance; None without spread
 
@@ -83,12 +83,12 @@ def summary(values: Sequence[float], level: float = 0.95) -> Summary:
 def paired(treated: Sequence[float], control: Sequence[float]) -> Paired:
     """Compare two arms [n] seed by seed: treated minus control. Raises `ValueError` if their lengths differ."""
     if len(treated) != len(control):
-        raise ValueError(f"treated has {len(treated)} values and control {len(control)}; pairs need as many of both")
+        raise ValueError(f"treated has {len(treated)} values and control {len(control)}; pairs need equal numbers")
     return differences([float(one) - float(other) for one, other in zip(treated, control, strict=True)])
 
 
 def differences(values: Sequence[float], level: float = 0.95) -> Paired:
-    """Test paired differences [n] against zero. `level` is that of the interval."""
+    """Test paired differences [n] against zero. `level` is the level of the interval."""
     from scipy import stats
 
     described = summary(values, level)
@@ -121,7 +121,7 @@ def welch(treated: Sequence[float], control: Sequence[float]) -> Welch:
 
 
 def less_one(n: int, more: float = 0.0) -> float:
-    """Degrees of freedom of a standard deviation of `n` values, with `more` from elsewhere."""
+    """Degrees of freedom of a standard deviation of `n` values, plus `more` from other sources."""
     return n - 1.0 + more
 
 
@@ -130,8 +130,8 @@ def pairs_needed(
 ) -> int | None:
     """The number of pairs for which a two-sided t test finds a true difference `estimate` with `power`.
 
-    `sd` is the standard deviation of the differences, with `df` degrees of freedom for a number of pairs. None where
-    the difference or `sd` is zero, and above 2**20 pairs. As in `detectable`, the far tail is left out.
+    `sd` is the standard deviation of the differences; `df` maps a number of pairs to its degrees of freedom. Returns
+    None if the difference or `sd` is zero, or above 2**20 pairs. Ignores the far tail, as `detectable` does.
     """
     from scipy import special
 
@@ -152,19 +152,19 @@ def pairs_needed(
 def sign_flip(values: Sequence[float]) -> float:
     """Two-sided p value of a sign-flip permutation test on the mean of differences [n] (Fisher 1935).
 
-    Exact up to n = 16 (all 2**n sign vectors); above, estimated from 1,999 sign vectors of a fixed seed. Raises
-    `ValueError` for values that are not finite.
+    Exact up to n = 16 (all 2**n sign vectors); for larger n, estimated from 1,999 sign vectors with a fixed seed.
+    Raises `ValueError` for values that are not finite.
     """
     import numpy as np
     from scipy import stats
 
     array = np.asarray(values, dtype=float)
     if not np.isfinite(array).all():
-        raise ValueError(f"values has {int((~np.isfinite(array)).sum())} that are not finite; allowed: finite numbers")
+        raise ValueError(f"values has {int((~np.isfinite(array)).sum())} non-finite numbers; allowed: finite numbers")
     if len(array) < 2:
         return 1.0
-    # Accuracies are counts over counts, so sums tie. Whole numbers add up exactly; rounding would break the ties.
-    # scipy enumerates all sign vectors where there are at most `n_resamples`.
+    # Accuracies are ratios of counts, so sums tie. Integers add up exactly; float rounding would break the ties.
+    # scipy enumerates all sign vectors if there are at most `n_resamples`.
     whole = np.round(array / NO_SPREAD)
     most = 2**16 if len(array) <= 16 else 1_999
     signs: dict[str, Any] = {"permutation_type": "samples", "n_resamples": most, "batch": 1024, "rng": 0}
@@ -172,11 +172,11 @@ def sign_flip(values: Sequence[float]) -> float:
 
 
 def spent(looks: Sequence[int], alpha: float = 0.05) -> list[float]:
-    """The significance level of each interim look: its share of `alpha` is the share of values that it adds.
+    """The significance level of each interim look: its share of `alpha` is the share of values that the look adds.
 
-    `looks` [k] are the increasing numbers of values at each. By Bonferroni's inequality, tests at these levels have a
-    false-positive rate over all looks of at most `alpha`; it is lower, since looks share data. Linear alpha spending
-    (Lan and DeMets 1983).
+    `looks` [k] are the increasing numbers of values at the looks. By Bonferroni's inequality, tests at these levels
+    have a false-positive rate of at most `alpha` over all looks; the rate is lower, since looks share data. This is
+    linear alpha spending (Lan and DeMets 1983).
     """
     return [alpha * (here - before) / looks[-1] for before, here in zip((0, *looks), looks, strict=False)]
 
@@ -184,9 +184,10 @@ def spent(looks: Sequence[int], alpha: float = 0.05) -> list[float]:
 def rank_correlation(one: Sequence[float], other: Sequence[float], level: float = 0.95) -> RankCorrelation:
     """Spearman's correlation of two measures [n], with an interval on Fisher's z scale.
 
-    The standard error is sqrt((1 + rho^2 / 2) / (n - 3)) (Bonett and Wright 2000). None for n < 3 and where all values
-    tie; the interval is None for n < 4. A rho of 1 would be infinite on the z scale, so it is clipped to half a step
-    below 1, where a step separates the values that n ranks allow. Few ranks that agree by luck get a wide interval.
+    The standard error is sqrt((1 + rho^2 / 2) / (n - 3)) (Bonett and Wright 2000). The result is None for n < 3 or if
+    all values tie; the interval is None for n < 4. A rho of 1 would be infinite on the z scale, so it is clipped to
+    half a step below 1. A step is the distance between the values that n ranks allow. So a few ranks that agree by luck
+    get a wide interval.
     """
     import numpy as np
     from scipy import special
@@ -205,10 +206,10 @@ def rank_correlation(one: Sequence[float], other: Sequence[float], level: float 
 
 
 def noise_margin(groups: Sequence[Sequence[float]], level: float = 0.95) -> float | None:
-    """The `level` quantile of the difference of two equally good trials, from groups [k][n] of such trials.
+    """The `level` quantile of the difference between two equally good trials, from groups [k][n] of such trials.
 
     The standard deviation is pooled over groups and multiplied by sqrt(2) for a difference; the quantile is Student's.
-    None where no group has two values.
+    Returns None if no group has two values.
     """
     import numpy as np
     from scipy import special
@@ -223,8 +224,8 @@ def noise_margin(groups: Sequence[Sequence[float]], level: float = 0.95) -> floa
 def holm(p: Any) -> Any:
     """Adjust p values [..., n] over the last axis, each row a family (Holm 1979).
 
-    A missing p value (NaN) stays missing, and counts as 1 in its family. That of statsmodels takes one family at a
-    time; simulations have thousands.
+    A missing p value (NaN) stays missing and counts as 1 in its family. statsmodels adjusts one family per call, but
+    simulations have thousands.
     """
     import numpy as np
 
@@ -242,8 +243,8 @@ def detectable(
 ) -> float | None:
     """The smallest true difference that a two-sided t test on `n` pairs finds with `power`.
 
-    `sd` is the standard deviation of the differences, with `df` degrees of freedom for a number of pairs. The far tail
-    is left out: below 1e-5 at a power of 0.8. None for fewer than two pairs.
+    `sd` is the standard deviation of the differences; `df` maps a number of pairs to its degrees of freedom. Ignores
+    the far tail, which is below 1e-5 at a power of 0.8. Returns None for fewer than two pairs.
     """
     return None if n < 2 else noncentrality(df(n), power, alpha) * sd / math.sqrt(n)
 
@@ -251,10 +252,10 @@ def detectable(
 def detectable_over_teachers(
     teachers: int, seeds: int, per_seed: int, deviation: float, *, power: float = 0.8, alpha: float = 0.05
 ) -> float | None:
-    """The smallest gain over a control without a teacher that is found with `power`, by a verdict over teachers.
+    """The smallest gain over a control without a teacher that a verdict over teachers finds with `power`.
 
-    Each of `seeds` meets `per_seed` of the `teachers`, whose students differ by `deviation` between teachers as well as
-    between seeds. The degrees of freedom are the least there may be, those of the teachers or of the seeds. None for
+    Each of `seeds` meets `per_seed` of the `teachers`. `deviation` is the students' standard deviation, both between
+    teachers and between seeds. The degrees of freedom are the smaller of those of teachers and seeds. Returns None for
     fewer than two of either.
     """
     fewest = min(teachers, seeds)
@@ -263,7 +264,7 @@ def detectable_over_teachers(
 
 
 def t_quantile(df: float, alpha: float = 0.05) -> float:
-    """The t statistic from which a two-sided test finds a difference: 12.7 at 1 degree of freedom, 4.3 at 2."""
+    """The critical value of a two-sided t test: 12.7 at 1 degree of freedom, 4.3 at 2."""
     from scipy import special
 
     return float(special.stdtrit(df, 1 - alpha / 2))

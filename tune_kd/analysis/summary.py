@@ -1,4 +1,4 @@
-"""A study's answer in plain words: a few sentences, made from its verdicts."""
+"""A study's answer in a few sentences, generated from its verdicts."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,9 @@ from tune_kd.records.reader import Records
 from tune_kd.study.methods import built_in
 from tune_kd.study.spec import Family
 
-CONTEXTS_SHOWN = 3  # of a comparison, in one sentence
-NAMED = 3  # contrasts of the secondary family with a finding
-SENTENCES = 4  # on the primary family
+CONTEXTS_SHOWN = 3  # contexts of a comparison in one sentence
+NAMED = 3  # secondary contrasts with a finding that are named
+SENTENCES = 4  # sentences on the primary family
 FINDINGS = ("better", "worse")
 UNTAUGHT = [name for name, method in built_in().items() if not method.is_taught]
 Row = Mapping[Any, Any]
@@ -23,7 +23,7 @@ Row = Mapping[Any, Any]
 
 @dataclass(frozen=True)
 class Summary:
-    """What a report says in words, above and below the table of verdicts. Empty without a study."""
+    """The sentences of a report above and below the table of verdicts. Empty without a study."""
 
     sentences: list[str]  # three to six on each run, if it declared contrasts
     method: list[str]  # how the contrasts were judged
@@ -31,7 +31,7 @@ class Summary:
 
 
 def summary(records: Records, margin: float = MARGIN) -> Summary:
-    """Put the verdicts of each run into words: the primary family's, then what the others show."""
+    """Put the verdicts of each run into words: the primary family first, then the other results."""
     table, tests = contrasts.contrasts(records, margin), contrasts.factors(records)
     sentences, holds = [], []
     for run in records.runs:
@@ -82,16 +82,16 @@ def _method(rules: set[str]) -> list[str]:
 
 
 class _Words:
-    """Names of arms and contexts in a sentence."""
+    """Names of arms and contexts for sentences."""
 
     def __init__(self, study: Mapping[str, Any], margin: float) -> None:
         named = Counter(str(level) for each in study["factors"] for level in each["levels"])
         self._factors = {str(level): each["name"] for each in study["factors"] for level in each["levels"]
-                         if named[str(level)] == 1}  # of another, the name says which one it is  # fmt: skip
+                         if named[str(level)] == 1}  # only levels that belong to a single factor  # fmt: skip
         self.margin = margin
 
     def level(self, name: str) -> str:
-        """`stem cifar`, `logit`, `no distillation`; a level that has its factor in it stays: `T=4`."""
+        """`stem cifar`, `logit`, `no distillation`; a level that contains its factor stays as it is: `T=4`."""
         factor = self._factors.get(name)
         if factor == "method":
             return "no distillation" if name in UNTAUGHT else name
@@ -112,7 +112,7 @@ class _Words:
 
 
 def _primary(words: _Words, rows: Sequence[Row]) -> list[str]:
-    """A sentence for each comparison, over its contexts, and for each way in which one changes."""
+    """A sentence for each comparison over its contexts, and for each moderation."""
     primary = [row for row in rows if row["family"] != Family.SECONDARY]
     effects: dict[str, list[Row]] = {}
     for row in primary:
@@ -127,7 +127,7 @@ def _primary(words: _Words, rows: Sequence[Row]) -> list[str]:
     told = [group for group, _ in shown]
     rest = [row for group, _ in said for row in group if group not in told]
     found = sum(row["verdict"] in FINDINGS for row in rest)
-    declared = any(row["family"] == Family.PRIMARY for row in primary)  # which records before 0.7 have not
+    declared = any(row["family"] == Family.PRIMARY for row in primary)  # records before 0.7 have no families
     which = f"{'other ' if shown else ''}{'primary ' if declared else ''}contrast"
     last = f"{_of_the(len(rest), which)}, {_show(found)} a difference." if rest else ""
     return [*(sentence for _, sentence in shown), last]
@@ -168,13 +168,13 @@ def _finding(row: Row, margin: float) -> str:
 
 
 def _by(row: Row) -> str:
-    """`better by 0.31 points`; of a moderation, `higher by 0.31 points`, since an effect may be negative."""
+    """`better by 0.31 points`; for a moderation `higher by 0.31 points`, since the effect may be negative."""
     words = {"better": "higher", "worse": "lower"} if row["kind"] == "moderation" else {}
     return f"{words.get(row['verdict'], row['verdict'])} by {100 * abs(row['estimate']):.2f} points"
 
 
 def _figures(row: Row) -> str:
-    """` (+0.31, 95 % interval +0.02 to +0.60, 5 seeds)`; without the difference where the finding has it."""
+    """` (+0.31, 95 % interval +0.02 to +0.60, 5 seeds)`; without the difference if the finding states it."""
     if row["verdict"] == "not judged":
         return ""
     said = [] if row["verdict"] in FINDINGS else [verdicts.points(row["estimate"])]
@@ -185,7 +185,7 @@ def _figures(row: Row) -> str:
 
 
 def _secondary(words: _Words, rows: Sequence[Row], tests: pd.DataFrame) -> str:
-    """What the secondary family found, by name, and whether the factors of which it has several levels matter."""
+    """The findings of the secondary family by name, and F tests of factors that the primary family does not cover."""
     secondary = [row for row in rows if row["family"] == Family.SECONDARY]
     if not secondary:
         return ""

@@ -1,14 +1,15 @@
-"""Teachers as a random effect: a verdict that generalises over teachers, from students of a few.
+"""Teachers as a random effect: a verdict that generalises over teachers, from the students of a few teachers.
 
-The differences of a contrast are d[teacher, seed] = mean + teacher + seed + rest, all three random. Their mean has the
-variance (sum r^2 / N^2) teacher + (sum k^2 / N^2) seed + rest / N, where a teacher has r of the N cells and a seed k.
-The components are estimated from the sums of squares of teachers, of seeds and in all (Henderson 1953, method 1,
-doi:10.2307/3001853). Where each teacher meets each seed, that is the analysis of variance, and the variance of the mean
-is (MS teacher + MS seed - MS rest) / N. The method takes any layout: no cell is dropped where one is missing.
+The differences of a contrast are d[teacher, seed] = mean + teacher + seed + rest, where teacher, seed and rest are
+random. Their mean has the variance (sum r^2 / N^2) teacher + (sum k^2 / N^2) seed + rest / N, where a teacher has r of
+the N cells and a seed k. The components are estimated from the sums of squares of teachers, of seeds, and in total
+(Henderson 1953, method 1, doi:10.2307/3001853). If each teacher meets each seed, this is the analysis of variance, and
+the variance of the mean is (MS teacher + MS seed - MS rest) / N. The method handles any layout: a missing cell does not
+remove other cells.
 
-A negative component counts as zero, so the error is never below that of the larger part. The degrees of freedom are
-Satterthwaite's (1946), at least those of the smaller number of teachers and seeds. Nothing is moderated by other arms:
-they share the teachers, so they say nothing new of the spread between teachers.
+A negative component counts as zero, so the error is never below that of the larger component. The degrees of freedom
+are Satterthwaite's (1946), and at least the smaller number of teachers or seeds minus one. Other arms do not moderate
+the variance: they share the teachers, so they add no information about the spread between teachers.
 """
 
 from dataclasses import dataclass, replace
@@ -22,10 +23,10 @@ COMPONENTS = ("teacher", "seed", "rest")
 
 @dataclass(frozen=True)
 class Crossed:
-    """What differences over teachers and seeds [..., T, S] say. NaN where there are not two of both.
+    """Estimates from differences over teachers and seeds [..., T, S]. NaN with fewer than two teachers or seeds.
 
-    `variances` [..., 3] are those of `COMPONENTS`. One that the layout cannot tell from the rest is NaN, and in the
-    rest: that of seeds, where each has one teacher.
+    `variances` [..., 3] are those of `COMPONENTS`. If each seed has one teacher, the layout cannot separate the seeds
+    from the rest: their component is NaN, and included in the rest.
     """
 
     teachers: int
@@ -46,20 +47,20 @@ class Crossed:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the variance of the mean is made of in a layout; axes of length C are components that can be told."""
+    """The parts of the variance of the mean in a layout. Axes of length C are the components that it can separate."""
 
-    told: Flags  # [3]
-    solved: Array  # [C, 3]: from sums of squares to components
-    shares: Array  # [C]: of each component in the variance of the mean
-    spread: Array  # [C, C]: variance of that variance, over 2, as a quadratic form of the components
+    told: Flags  # [3]: whether the layout can separate a component
+    solved: Array  # [C, 3]: maps sums of squares to components
+    shares: Array  # [C]: weight of each component in the variance of the mean
+    spread: Array  # [C, C]: half the variance of that variance, as a quadratic form of the components
 
     @classmethod
     def of(cls, present: Array) -> "_Layout":
-        """From ones where there is a cell [T, S], and no row or column without any."""
+        """`present` [T, S] is 1 for each existing cell. No row or column may be empty."""
         of_teacher, of_seed, total = present.sum(1), present.sum(0), present.sum()
         teachers, seeds = present.shape
         by_teacher, by_seed = (of_teacher**2).sum() / total, (of_seed**2).sum() / total
-        expected = np.array(  # sums of squares of teachers, seeds and all, over the components
+        expected = np.array(  # rows: sums of squares of teachers, seeds and total; columns: components
             [
                 [total - by_teacher, teachers - by_seed, teachers - 1],
                 [seeds - by_teacher, total - by_seed, seeds - 1],
@@ -70,7 +71,7 @@ class _Layout:
         solved = np.linalg.pinv(expected[:, told], rcond=1e-10)
         shares = np.array([by_teacher, by_seed, 1.0])[told] / total
         # The estimated variance of the mean is d'Qd. With Z = [teachers, seeds, 1], Q = a I + Z D Z', and the
-        # covariance of d is a sum over components of b I + Z K Z', D and K diagonal.
+        # covariance of d is a sum over components of b I + Z K Z'. D and K are diagonal.
         factors = shares @ solved
         a = factors[2]
         d = np.concatenate([factors[0] / of_teacher, factors[1] / of_seed, [-factors.sum() / total]])
@@ -82,7 +83,7 @@ class _Layout:
             ]
         )
         of_which = np.repeat([0, 1, -1], [teachers, seeds, 1])
-        products = []  # of Q and the covariance of each component: its part a b, and H Z'Z of its part Z H Z'
+        products = []  # Q times each component's covariance is a b I + Z H Z': holds a b, and H Z'Z
         for place in np.flatnonzero(told):
             b, k = float(place == 2), (of_which == place).astype(float)
             products.append((a * b, (np.diag(a * k + b * d) + d[:, None] * gram * k) @ gram))
@@ -94,9 +95,9 @@ class _Layout:
 
 
 def crossed(values: Array) -> Crossed:
-    """Estimate the mean of differences [..., T, S] of teachers and seeds over all teachers and seeds there might be.
+    """Estimate the mean of differences [..., T, S] over the populations of teachers and seeds.
 
-    NaN where a cell is missing, which is the same in all studies of leading axes.
+    A missing cell is NaN. The same cells must be missing in all studies of the leading axes.
     """
     known = ~np.isnan(values[(0,) * (values.ndim - 2)])
     values = values[..., known.any(1), :][..., known.any(0)]
@@ -124,9 +125,9 @@ def crossed(values: Array) -> Crossed:
 
 
 def judged(found: Estimates, differences: Array, taught: Flags) -> Estimates:
-    """The estimates of contrasts, where those that are `taught` [C] are of differences [C, T, S] over teachers.
+    """The estimates of contrasts, with those of the `taught` ones [C] replaced by estimates over teachers.
 
-    Their pairs are the seeds, with the mean over teachers at each.
+    These come from `differences` [C, T, S]. Their pairs are the seeds, each with the mean over teachers.
     """
     columns = {name: np.array(getattr(found, name)) for name in ("pairs", "by_model", "value", "error", "df")}
     paired, spread = np.array(found.paired), np.array(found.spread)
@@ -141,7 +142,7 @@ def judged(found: Estimates, differences: Array, taught: Flags) -> Estimates:
 
 
 def by_seed(differences: Array) -> Array:
-    """The means over the teachers [S] of differences [T, S]; NaN for a seed without any."""
+    """The means [S] over teachers of differences [T, S]; NaN for a seed without differences."""
     known = ~np.isnan(differences)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(np.where(known, differences, 0.0).sum(0) / known.sum(0))

@@ -19,8 +19,8 @@ ENDS: tuple[str, ...] = (Status.COMPLETED, Status.STOPPED, Status.FAILED)
 
 
 def budgets(records: Records) -> pd.DataFrame:
-    """One row per tuned arm: its draws by status, their epochs, and the best validation accuracy of a completed draw
-    with that draw's number (from 1)."""
+    """One row per tuned arm: its draws by status, their epochs, the best validation accuracy of a completed draw, and
+    the number of that draw (from 1)."""
     found = []
     for run, study, search, theirs in searches(records):
         assert study.tuning is not None
@@ -41,7 +41,7 @@ def budgets(records: Records) -> pd.DataFrame:
 
 def settings(records: Records) -> pd.DataFrame:
     """One row per tuned arm and setting: the published default, the ends of the range, the best value, and the share of
-    the draws' variance that the setting explains (`importance`, null where undetermined)."""
+    the draws' variance that the setting explains (`importance`, null if undetermined)."""
     found = []
     for run, study, search, theirs in searches(records):
         from tune_kd.study.sampler import importances  # slow to import (Optuna), and most runs are not tuned

@@ -1,4 +1,4 @@
-"""From estimates to verdicts: p values adjusted over families and looks, what the interval rules out, and sentences."""
+"""Turn estimates into verdicts: p values adjusted over families and looks, ruled-out differences, and sentences."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,10 +16,10 @@ EARLIER = "as it stood at an earlier look"
 def adjusted(
     looks: Sequence[Estimates], levels: Sequence[float], families: Sequence[str], margin: float
 ) -> tuple[Array, Array]:
-    """p values [..., C] of no difference, and of a difference of at least `margin`, to be compared with 0.05.
+    """p values [..., C] of no difference, and of a difference of at least `margin`. Compare them with 0.05.
 
-    They are adjusted by Holm within each of the `families` [C]. A look with a share of 0.05 scales them to 0.05; with
-    several, each is the smallest over the looks, so that a finding stands at later ones. A finding lapses if the
+    They are adjusted by Holm within each of the `families` [C], and scaled from the look's share of 0.05 to 0.05. With
+    several looks, each is the smallest over the looks, so a finding stands at later looks. A finding lapses if the
     estimate has since changed sign, become zero, or left the margin.
     """
     last, found = looks[-1], []
@@ -49,7 +49,7 @@ def verdict(row: Mapping[Any, Any]) -> str:
 
 
 def words(row: Mapping[Any, Any], margin: float) -> str:
-    """The row as a sentence that begins with the verdict, or with what the interval rules out where there is none."""
+    """The row as a sentence. It begins with the verdict; if that is inconclusive, with the ruled-out differences."""
     if row["verdict"] == "not judged":
         return f"not judged: {row['note']}"
     found = evidence(row)
@@ -70,7 +70,7 @@ def evidence(row: Mapping[Any, Any]) -> str:
 
 
 def seeds(row: Mapping[Any, Any]) -> str:
-    """`5 seeds`, or `4 of 5 seeds`; of a verdict over several teachers `5 seeds and 3 teachers`."""
+    """`5 seeds`, or `4 of 5 seeds`; for a verdict over several teachers, `5 seeds and 3 teachers`."""
     said = f"{row['n']} seed{'s' if row['n'] > 1 else ''}"
     if row["n"] < row["planned"]:
         said = f"{row['n']} of {row['planned']} seeds"
@@ -84,7 +84,7 @@ def has_interval(row: Mapping[Any, Any]) -> bool:
 
 
 def short(row: Mapping[Any, Any]) -> str:
-    """The verdict, or where there is none the largest gain that the interval leaves: `no gain above 0.21 points`."""
+    """The verdict; if it is inconclusive, the largest gain inside the interval: `no gain above 0.21 points`."""
     if row["verdict"] != "inconclusive" or not has_interval(row):
         return str(row["verdict"])
     (gain, high), _ = _ends(row)
@@ -92,12 +92,12 @@ def short(row: Mapping[Any, Any]) -> str:
 
 
 def rules_out(row: Mapping[Any, Any]) -> str:
-    """`ruled_out` of a contrast without a finding that has an interval; empty otherwise."""
+    """`ruled_out` for an inconclusive contrast that has an interval; empty otherwise."""
     return ruled_out(row) if row["verdict"] == "inconclusive" and has_interval(row) else ""
 
 
 def ruled_out(row: Mapping[Any, Any]) -> str:
-    """What the 95 % interval excludes, where nothing was found: `no gain above 0.21 points, no loss`."""
+    """Differences outside the 95 % interval of an inconclusive contrast: `no gain above 0.21 points, no loss`."""
     if row["n"] == 1:
         return "inconclusive, since one seed shows no spread"
     if not pd.isna(count := row.get("teachers")) and count == 1:
@@ -108,7 +108,10 @@ def ruled_out(row: Mapping[Any, Any]) -> str:
 
 
 def _ends(row: Mapping[Any, Any]) -> list[tuple[str, float]]:
-    """What is above and below zero, and how far the interval reaches there. An effect may rise and be no gain."""
+    """The names of positive and negative differences, each with the end of the interval on that side.
+
+    A moderation has rise and fall, since an effect can rise and still be a loss.
+    """
     up, down = ("rise", "fall") if row.get("kind") == "moderation" else ("gain", "loss")
     return [(up, row["high"]), (down, -row["low"])]
 

@@ -1,4 +1,4 @@
-"""The plan of a tuned study, which grows: derive drawn trials and their confirmation from the recorded rows."""
+"""The growing plan of a tuned study: derive the drawn trials and their confirmation from the recorded rows."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,9 +19,9 @@ def draws(search: Search, rows: Iterable[TrialRow]) -> list[TrialRow]:
 
 
 def due(planned: Plan, search: Search, rows: Mapping[str, TrialRow], draw: Draw) -> Iterator[Trial]:
-    """Yield the trials that a tuned arm adds now: further draws, or the confirmation of its best.
+    """Yield the trials that a tuned arm adds now: further draws, or the confirmation of its best draw.
 
-    Each has to be in `rows`, by trial id, before the next one is asked for. `draw` is that of the sampler.
+    The caller must add each trial to `rows`, by trial id, before it asks for the next. `draw` belongs to the sampler.
     """
     tuning = planned.study.tuning
     assert tuning is not None
@@ -33,19 +33,19 @@ def due(planned: Plan, search: Search, rows: Mapping[str, TrialRow], draw: Draw)
 
 
 def defaults(planned: Plan, search: Search) -> dict[str, float]:
-    """Return the published values of what is drawn for an arm."""
+    """Return the published values of the settings that are drawn for an arm."""
     method = next(arm.cell.method for arm in planned.arms if arm.name == search.default)
     return {each.name: float(planned.study.value(each.name, method) or 0.0) for each in search.ranges}
 
 
 def drawn(planned: Plan, search: Search, values: Mapping[str, float]) -> Trial:
-    """Return the trial of a draw: the default of its arm with the drawn values, at the seed of the screen."""
+    """Return the trial of a draw: the arm's default trial with the drawn values and the screen's seed."""
     default = next(trial for trial in planned.trials if trial.arm == search.default)
     return replace(_with(default, values), arm=search.name, phase=Phase.SCREEN, seed=planned.study.screen.seed)
 
 
 def confirmed(planned: Plan, search: Search, best: TrialRow) -> list[Trial]:
-    """Return the trials that confirm a draw, on the seeds and with the teachers of the default's trials."""
+    """Return the trials that confirm a draw. They have the seeds and teachers of the default's trials."""
     defaults = [trial for trial in planned.trials if trial.arm == search.default]
     return [replace(_with(trial, values(search, best)), arm=search.tuned) for trial in defaults]
 
@@ -61,9 +61,9 @@ def is_due(tuning: Tuning, theirs: Sequence[TrialRow]) -> bool:
 
 
 def left(tuning: Tuning, theirs: Sequence[TrialRow]) -> int:
-    """Return what is left of an arm's budget, in its unit; 0 if a failed teacher blocks the arm.
+    """Return the remaining budget of an arm, in its unit; 0 if a failed teacher blocks the arm.
 
-    The last draw of a budget of epochs may exceed it; the result is then negative.
+    The last draw may exceed a budget in epochs; the result is then negative.
     """
     if any(row["status"] == Status.BLOCKED for row in theirs):
         return 0
@@ -73,14 +73,14 @@ def left(tuning: Tuning, theirs: Sequence[TrialRow]) -> int:
 
 
 def _epochs(row: TrialRow) -> int:
-    """Return the epochs that a draw costs: the planned ones until it ends, then those it began."""
+    """Return the epochs that a draw costs: its planned epochs until it ends, then the epochs that it began."""
     return row["epochs_planned"] if row["status"] in UNENDED else row["epochs_run"] + (row["status"] == Status.FAILED)
 
 
 def best(tuning: Tuning, theirs: Sequence[TrialRow]) -> TrialRow | None:
-    """Return the draw with the highest validation accuracy, the first of equal ones.
+    """Return the draw with the highest validation accuracy; the first one in a tie.
 
-    None until the arm's budget is spent, and if no draw completed.
+    Returns None until the arm's budget is spent, or if no draw completed.
     """
     if is_due(tuning, theirs) or any(row["status"] in UNENDED for row in theirs):
         return None
@@ -89,7 +89,7 @@ def best(tuning: Tuning, theirs: Sequence[TrialRow]) -> TrialRow | None:
 
 
 def grown(planned: Plan, rows: Sequence[TrialRow]) -> Plan:
-    """Return the plan with the draws in these rows of trials, and with the trials that confirm them."""
+    """Return the plan with the draws in these rows, and with the trials that confirm the best draws."""
     tuning, more = planned.study.tuning, []
     for search in planned.searches:
         assert tuning is not None
@@ -103,7 +103,7 @@ def grown(planned: Plan, rows: Sequence[TrialRow]) -> Plan:
 
 
 def to_come(planned: Plan, rows: Sequence[TrialRow] = ()) -> list[Trial]:
-    """Return the trials that the plan can still add at most, with default values for those not drawn yet."""
+    """Return the trials that the plan can still add at most, with default values for future draws."""
     tuning, found = planned.study.tuning, []
     for search in planned.searches:
         assert tuning is not None
@@ -118,7 +118,7 @@ def to_come(planned: Plan, rows: Sequence[TrialRow] = ()) -> list[Trial]:
 
 
 def with_those_to_come(planned: Plan, run: str, rows: list[TrialRow]) -> list[TrialRow]:
-    """Return the rows and those of trials that a tuned study has still to draw, for display."""
+    """Return the rows, and rows for the trials that a tuned study has yet to draw, for display."""
     return rows + [first_row(run, trial) for trial in to_come(planned, rows)]
 
 

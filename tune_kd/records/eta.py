@@ -1,4 +1,4 @@
-"""Estimate training time from trials that ran: of the same kind where there are any, otherwise of all."""
+"""Estimate training time from trials that ran: those of the same kind if there are any, otherwise all."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from tune_kd.study.trial import UNENDED, Status
 
 
 def pace(rows: Sequence[TrialRow]) -> Callable[[TrialRow], float] | None:
-    """Return a function from a trial's row to its training seconds per epoch; None before any trial ran an epoch."""
+    """Return a function from a trial's row to its training seconds per epoch. None before any trial ran an epoch."""
     totals: dict[Any, list[float]] = {}
     for row in rows:
         if row["epochs_run"] and row["train_seconds"]:
@@ -21,7 +21,7 @@ def pace(rows: Sequence[TrialRow]) -> Callable[[TrialRow], float] | None:
 
 
 def time_left(rows: Sequence[TrialRow]) -> float | None:
-    """Return the seconds that the remaining trials take on the slots in use; None before a trial has completed."""
+    """Return the estimated seconds for the remaining trials on the slots in use. None before a trial has completed."""
     seconds = pace(rows)
     if seconds is None or not any(row["status"] == Status.COMPLETED for row in rows):
         return None

@@ -1,4 +1,4 @@
-"""Extend a run by its next declared look, or by the seeds and levels that its study declares now."""
+"""Extend a run by its next declared look, or by seeds and levels that were added to its study."""
 
 import json
 import os
@@ -22,22 +22,22 @@ from tune_kd.system.secrets import secrets
 
 
 def changes(run: Run) -> list[str]:
-    """Return how the study's file differs from the study that the run began with, one line per field."""
+    """Return the differences between the study's file and the study that the run began with, one line per field."""
     now = _declared(run)
     return [] if now is None else _differences(asdict(run.study), asdict(now))
 
 
 def with_file(run: Run, file: Path) -> Run:
-    """Return the run with its study in a file that the caller names. Such a file may be executed."""
+    """Return the run with its study read from a file that the caller names. Such a file may be executed."""
     source = run.source or Source(file, run.study.scale)
     return replace(run, source=replace(source, file=file, digests=None), named=True)
 
 
 def _declared(run: Run) -> Study | None:
-    """Return the study as its file declares it now.
+    """Return the study as its file declares it now, or None if the file is gone.
 
     A file that only the record names is executed only if the study is installed or in the working directory. Otherwise
-    returns None if it is unchanged, and raises `UserError` if not. None, too, if the file is gone.
+    returns None if the file is unchanged, and raises `UserError` if it was changed.
     """
     source = run.source
     if source is None or not (run.named or os.path.isfile(source.file)):
@@ -46,45 +46,45 @@ def _declared(run: Run) -> Study | None:
         return source.read()
     if source.is_unchanged:
         return None
-    how = "is not what it was when the run began" if source.digests else "has no digest on record"
+    how = "was changed after the run began" if source.digests else "has no digest on record"
     raise UserError(
         f"RUN is {run.name}, whose study.json says that its study is {source.file}, which {how}; only a study that is "
-        "installed, or stands in the working directory, is executed without being named: look at it, and resume with "
+        "installed or in the working directory is executed without --study: review it, then resume with "
         f"--study {quote(str(source.file))}"
     )
 
 
 def extended(run: Run, settings: Sequence[str] = ()) -> Run:
-    """Return the run with its next look, or with the seeds and levels that its file or these settings append.
+    """Return the run with its next look, or with the seeds and levels that its file or these settings add.
 
-    Raises `UserError` if nothing was added, or if anything else was changed.
+    Raises `UserError` if they add nothing, or change anything else.
     """
     waiting = sum(row["status"] in UNENDED for row in trials(run))
     if waiting:
-        raise UserError(f"RUN is {run.name}, where {waiting} trials are still to run; resume it, and then --extend")
+        raise UserError(f"RUN is {run.name}, where {waiting} trials have not ended; resume it first, then use --extend")
     if run.source is not None:
         run = replace(run, source=replace(run.source, settings=(*run.source.settings, *settings)))
     now = _declared(run)
     if now is None and settings:
         raise UserError(
-            f"RUN is {run.name}, whose study {_file(run)} is to be --set; name its file with --study, which is executed"
+            f"RUN is {run.name}, and --set needs to execute its study {_file(run)}; name the file with --study"
         )
     now = now or run.study
     before, confirm = asdict(run.study), run.study.confirm
     if found := _differences(before, asdict(_without_additions(run.study, now))):
         raise UserError(
-            f"RUN is {run.name}, and --extend admits only seeds after those of confirm.seeds (where no looks are "
-            f"declared) and levels after those of a factor; its study {_file(run)} differs in: {'; '.join(found)}"
+            f"RUN is {run.name}, and --extend allows only seeds appended to confirm.seeds (if no looks are declared) "
+            f"and levels appended to a factor; its study {_file(run)} differs in: {'; '.join(found)}"
         )
     last = len(confirm.looks or (0,)) - 1
     if now == run.study and run.look == last:
         more = "its last look is done" if confirm.looks else f"{_file(run)} declares the same seeds and levels"
-        raise UserError(f"RUN is {run.name}, to which --extend has nothing to add: {more}")
+        raise UserError(f"RUN is {run.name}, and --extend has nothing to add: {more}")
     return replace(run, study=now, look=min(run.look + 1, last) if now == run.study else run.look)
 
 
 def record_extension(run: Run) -> None:
-    """Write the result of `extended` into `study.json`. The first study and its hash stay beside it."""
+    """Write the result of `extended` into `study.json`, which keeps the first study and its hash."""
     record = unsealed(read(run.folder / STUDY, MOST_RECORD_BYTES), run.folder / STUDY)
     resolved, planned = to_json(run.study), run.plan
     record |= {"look": run.look, "trials": [trial.trial_id for trial in planned.trials], "source": source_record(run)}
@@ -105,7 +105,7 @@ def _file(run: Run) -> str:
 
 
 def _without_additions(before: Study, now: Study) -> Study:
-    """Return the study that is declared now without the seeds and levels that may be added to the one before."""
+    """Return the study `now` without the seeds and levels that it adds to `before` where additions are allowed."""
     known = {factor.name: factor for factor in before.factors}
     factors = tuple(
         known[each.name]
@@ -129,7 +129,7 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
         changed = [each for each in before.keys() & now.keys() if before[each]["source"] != now[each]["source"]]
         if changed:
             files = sorted({now[each]["loss"].partition(":")[0] for each in changed})
-            return [f"{file}, or a file that it imports, is not what it was" for file in files]
+            return [f"{file}, or a file that it imports, was changed" for file in files]
     if isinstance(before, dict) and isinstance(now, dict):
         found = []
         for field in dict.fromkeys((*before, *now)):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 PHASES = tuple(Phase)
 LEVELS = ("student", "teacher", "stem", "weights", "width", "method", "temperature", "alpha", "beta")
-# Part of an arm's name if arms would mix otherwise.
+# Part of an arm's name where trials with different settings would otherwise share an arm.
 CONDITIONS = ("lr", "weight_decay", "recipe_id", "dataset", "scale", "epochs_planned")
 
 
@@ -22,19 +22,19 @@ class Adapter:
     """How to read tables that no run of `tune_kd` wrote.
 
     A trials table needs `trial_id` and `seed`, an epochs table `trial_id`, `epoch` and `val_accuracy`. Other columns
-    are optional and null if they are missing. Derived if they are missing: `run` (name of the files), `role` (from
-    the phase), `epochs_planned` (the epochs that ran), `status` (completed, or stopped if fewer epochs ran than
+    are optional; missing ones become null. These are derived if they are missing: `run` (name of the files), `role`
+    (from the phase), `epochs_planned` (the epochs that ran), `status` (completed, or stopped if fewer epochs ran than
     planned), and `arm` (the levels in which students differ).
     """
 
-    columns: Mapping[str, str] = field(default_factory=dict)  # their name to ours
-    phases: Mapping[str, str] = field(default_factory=dict)  # their phase to teacher, screen or confirm
-    rest: str | None = None  # what every other phase maps to; None refuses it
+    columns: Mapping[str, str] = field(default_factory=dict)  # maps their column names to ours
+    phases: Mapping[str, str] = field(default_factory=dict)  # maps their phases to teacher, screen or confirm
+    rest: str | None = None  # phase for all unmapped phases; None rejects them
 
     def apply(self, run: str, tables: "dict[str, pd.DataFrame]") -> "dict[str, pd.DataFrame]":
         """Return the tables with our column names and the derived columns.
 
-        Raises `ValueError` if two columns get the same name, or if a mapped phase is in no row.
+        Raises `ValueError` if two columns get the same name, or if no row has a mapped phase.
         """
         named = {name: table.rename(columns=dict(self.columns)) for name, table in tables.items()}
         for name, table in named.items():
@@ -79,7 +79,7 @@ def parse_phases(settings: Sequence[str]) -> dict[str, str]:
 
 
 def _with_status(trials: "pd.DataFrame") -> "pd.DataFrame":
-    """Add `status`: completed, or stopped for trials that ran fewer epochs than planned, without a final accuracy."""
+    """Add `status`: completed, or stopped for trials that ran fewer epochs than planned. Null the latter's accuracy."""
     if "epochs_run" not in trials:
         return trials.assign(status=Status.COMPLETED)
     short = (trials["epochs_run"] < trials["epochs_planned"]).fillna(False).astype(bool)
@@ -91,7 +91,7 @@ def _with_status(trials: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def _arms(trials: "pd.DataFrame") -> list[str]:
-    """Return a name per trial, from its levels in the columns in which students differ: `cifar/logit/T=4`."""
+    """Return each trial's arm, such as `cifar/logit/T=4`: its levels in the columns in which students differ."""
     import pandas as pd
 
     students = trials[trials["role"] == Role.STUDENT]

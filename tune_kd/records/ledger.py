@@ -1,6 +1,6 @@
-"""The ledger of a run: one SQLite file, which only the driver writes.
+"""The ledger of a run: one SQLite file that only the driver writes.
 
-It is the source of truth. The Parquet tables (`reader.py` loads them) are made from it and can be made again.
+It is the source of truth. The Parquet tables (`reader.py` loads them) are written from it and can be rewritten.
 """
 
 import hashlib
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ASIDE = ("", "-wal", "-shm", "-journal")  # suffixes of SQLite's files
-FAILURES = (CorruptFile, OSError, sqlite3.Error)  # of the machine: damage, a full disk, a lock that is held
+FAILURES = (CorruptFile, OSError, sqlite3.Error)  # failures of the machine: damage, a full disk, a taken lock
 
 Write = tuple[str, list[Any]]  # an SQL statement and its values
 
-ROW_BYTES = 32  # of a row at least, with its index
-SLACK = 2**24  # bytes by which a ledger may grow between two looks at its size
-MARGIN = 2**20  # bytes by which a table may exceed four times its content
-STEPS = 100_000  # of SQLite's virtual machine between two checks that a statement ends
+ROW_BYTES = 32  # least size of a row with its index
+SLACK = 2**24  # bytes that a ledger may grow between two checks of its size
+MARGIN = 2**20  # bytes that a table's file may have beyond four times its content
+STEPS = 100_000  # steps of SQLite's virtual machine between two checks for an endless statement
 MOST_CELL_BYTES = 2**24
 TABLES_APART = 0.5  # least seconds between two writes of the tables
 
@@ -57,8 +57,8 @@ def _crc(row: Row) -> int:
 def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
     if not read_only:
         return sqlite3.connect(path, isolation_level=None)
-    # SQLite creates files beside a ledger to read it. Without the right to do so, read the file alone, which is correct
-    # while no driver has a write-ahead log there.
+    # To read a ledger, SQLite creates files in its folder. Without write permission, read the file alone. That is
+    # correct while no driver has a write-ahead log there.
     log = path.with_name(f"{path.name}-wal")
     still = "" if log.exists() or os.access(path.parent, os.W_OK) else "&immutable=1"
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro{still}", uri=True, isolation_level=None)
@@ -67,24 +67,24 @@ def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
 class Ledger:
     """A run's SQLite file. A row counts once its transaction is committed.
 
-    Each row has a checksum, which detects altered rows. A file beside the ledger counts the committed transactions,
-    which detects a lost end of the write-ahead log.
+    Each row has a checksum, which detects altered rows. A file in the same folder counts the committed transactions,
+    which detects a truncated write-ahead log.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False, after: int = 0) -> None:
-        """Open or create a ledger. `after`: the transactions committed to the ledger that this one replaces.
+        """Open or create a ledger. `after` is the number of transactions in the ledger that this one replaces.
 
         Raises `CorruptFile`, OSError or `sqlite3.Error`.
         """
         self.path = path
-        self._tables_at = -math.inf  # monotonic time at which this wrote the tables
+        self._tables_at = -math.inf  # monotonic time of the last write of the tables
         self._writes: list[Write] | None = None  # of the open transaction
         for end in ASIDE:
-            writes = not read_only or end == "-shm"  # which readers write, too
+            writes = not read_only or end == "-shm"  # readers also write this file
             check_regular(path.with_name(f"{path.name}{end}"), MOST_LEDGER_BYTES, writes=writes)
         journal = path.with_name(f"{path.name}-journal")
-        if os.path.isfile(journal):  # a write-ahead log replaces it, and SQLite removes the files that a journal names
-            raise CorruptFile(f"{journal} is there, which no run leaves")
+        if os.path.isfile(journal):  # runs use a write-ahead log, and SQLite removes the files that a journal names
+            raise CorruptFile(f"{journal} exists, and no run leaves such a file")
         self._connection = _connect(path, read_only=read_only)
         self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MOST_CELL_BYTES)
         self._steps = self._room() // STEPS
@@ -100,13 +100,13 @@ class Ledger:
             self._check_made()
             self._commits = max(after, self.held())
         except BaseException:
-            self._connection.close()  # which releases its locks
+            self._connection.close()  # releases its locks
             raise
 
     def _check_made(self) -> None:
-        """Raise `CorruptFile` if the file holds anything but our tables.
+        """Raise `CorruptFile` if the file contains anything but our tables.
 
-        Views, triggers and indices are programs. A foreign one could run forever or write to the file.
+        Views, triggers and indices can execute code. A foreign one could run forever or write to the file.
         """
         found = {(kind, sql) for kind, sql in self._read("SELECT type, sql FROM sqlite_master", [])}
         for earlier in (False, True):
@@ -115,10 +115,10 @@ class Ledger:
             if found - {("index", None)} == own:
                 self._earlier = earlier
                 return
-        raise CorruptFile(f"{self.path} is damaged: its tables are not those that were made")
+        raise CorruptFile(f"{self.path} is damaged: its tables are not those that a run creates")
 
     def _names(self, schema: Schema[Any]) -> list[str]:
-        """The columns of a table of this ledger."""
+        """The columns of a table in this ledger."""
         return columns(schema, self._earlier)
 
     def close(self) -> None:
@@ -138,9 +138,9 @@ class Ledger:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Commit everything that is put inside together, or nothing. It can be read only after the end.
+        """Commit all rows that are put inside the block, or none. They can be read only after the block ends.
 
-        Raises `sqlite3.Error` if the disk fails several times.
+        Raises `sqlite3.Error` if the disk fails repeatedly.
         """
         assert self._writes is None, "a transaction is open"
         writes: list[Write] = []
@@ -175,7 +175,7 @@ class Ledger:
             raise
 
     def put(self, schema: Schema[Any], row: Row) -> None:
-        """Insert a row, or replace the one with its key. Raises `ValueError` for a row that breaks a rule."""
+        """Insert a row, or replace the row with the same key. Raises `ValueError` if the row breaks a rule."""
         if self._writes is None:
             with self.transaction():
                 self.put(schema, row)
@@ -193,7 +193,7 @@ class Ledger:
         self._writes.append((statement, [*cleaned.values(), _crc(cleaned)]))
 
     def add_epoch(self, row: Row) -> Literal["new", "same", "different"]:
-        """Insert an epoch; if it exists, return whether the two agree in all but their timing."""
+        """Insert an epoch. If it exists already, return whether the two agree in all columns but the timing."""
         cleaned = EPOCHS.clean(row)
         where = " AND ".join(f"{name} = ?" for name in EPOCHS.key)
         known = self._select(EPOCHS, f"WHERE {where}", [cleaned[name] for name in EPOCHS.key])
@@ -204,11 +204,11 @@ class Ledger:
         return "same" if agrees else "different"
 
     def rows(self, schema: Schema[R]) -> list[R]:
-        """Return all rows in the order of their insertion. Raises `CorruptFile` if one was altered."""
+        """Return all rows in insertion order. Raises `CorruptFile` if a row was altered."""
         return self._select(schema, "ORDER BY number", [])
 
     def table(self, schema: Schema[Any]) -> "pa.Table":
-        """Return all rows as a table. It is built in parts: Python's objects take ten times the memory."""
+        """Return all rows as a table. It is built in parts, since Python objects take ten times the memory."""
         import pyarrow as pa
 
         more = self._further() if FURTHER in schema.columns else {}
@@ -218,7 +218,7 @@ class Ledger:
         return pa.concat_tables(parts or [arrow(schema, [], more)])
 
     def _further(self) -> dict[str, type]:
-        """The further settings of the trials and their types, in the order of their columns."""
+        """The further settings of the trials, with their types, in column order."""
         if self._earlier:
             return {}
         which = f"SELECT DISTINCT {FURTHER} FROM {SCHEMAS[0].name} WHERE {FURTHER} IS NOT NULL"
@@ -246,13 +246,13 @@ class Ledger:
         return str(found[0][0]) if found else None
 
     def _read(self, statement: str, values: list[Any]) -> list[tuple[Any, ...]]:
-        """Return the result of a query, which is repeated if the disk fails. Raises `CorruptFile` for damage."""
+        """Return the result of a query. Retries it if the disk fails. Raises `CorruptFile` for damage."""
 
         def ask() -> list[tuple[Any, ...]]:
             self._steps = self._room() // STEPS
             try:
                 return self._bounded(self._connection.execute(statement, values))
-            except (sqlite3.Error, UnicodeError) as error:  # of SQLite's message, which quotes damaged bytes
+            except (sqlite3.Error, UnicodeError) as error:  # UnicodeError: SQLite's message may quote damaged bytes
                 if isinstance(error, UnicodeError) or damage(error):
                     raise CorruptFile(f"{self.path} is damaged ({error})") from error
                 raise
@@ -260,15 +260,15 @@ class Ledger:
         return patiently(ask, (sqlite3.OperationalError,))
 
     def _room(self) -> int:
-        """Return an upper bound on the bytes of all rows, and on the steps that reading them takes.
+        """Return an upper bound on the bytes of all rows, and on the steps to read them.
 
-        Pages can be forged to refer to each other, which SQLite would follow forever.
+        Forged pages can refer to each other in a cycle, which SQLite would follow forever.
         """
         files = (self.path, self.path.with_name(f"{self.path.name}-wal"))
         return SLACK + sum(8 * file.stat().st_size for file in files if file.exists())
 
     def _went_on(self) -> bool:
-        """Return whether to interrupt SQLite, which calls this every `STEPS`."""
+        """Return whether to interrupt SQLite, which calls this function every `STEPS` steps."""
         self._steps -= 1
         return self._steps < 0
 
@@ -279,15 +279,15 @@ class Ledger:
         for row in cursor:
             room -= ROW_BYTES + sum(len(cell) for cell in row if isinstance(cell, str | bytes))
             if room < 0:
-                raise CorruptFile(f"{self.path} is damaged: it has more rows than room for them")
+                raise CorruptFile(f"{self.path} is damaged: its rows exceed the size of its files")
             rows.append(row)
         return rows
 
     def check(self) -> None:
         """Read everything. Raises `CorruptFile`, or an error that `damage` recognises, if anything was altered."""
-        at_least = commits(self.path.parent)  # before the ledger, which may grow
+        at_least = commits(self.path.parent)  # read before the ledger, which may grow meanwhile
         if versions(self.path) != VERSIONS:
-            raise CorruptFile(f"{self.path} is damaged (its header); SQLite would read it, and not write to it")
+            raise CorruptFile(f"{self.path} is damaged (its header); SQLite could read it but not write to it")
         found = [text for (text,) in self._read("PRAGMA integrity_check(3)", [])]
         if found != ["ok"]:
             raise CorruptFile(f"{self.path} is damaged ({'; '.join(found)})")
@@ -301,16 +301,16 @@ class Ledger:
                 what = f"{row['arm']} seed {row['seed']} says {says} epochs and has {len(has)}"
                 raise CorruptFile(f"{self.path} is damaged: {what}")
         if theirs:
-            raise CorruptFile(f"{self.path} is damaged: it holds epochs of {next(iter(theirs))}, and no such trial")
+            raise CorruptFile(f"{self.path} is damaged: it holds epochs of {next(iter(theirs))}, but not that trial")
         held = self.held()
         if at_least is not None and held < at_least:
-            raise CorruptFile(f"{self.path} holds {held} transactions, and {at_least} were committed: its end was lost")
+            raise CorruptFile(f"{self.path} holds {held} of {at_least} committed transactions: its end is lost")
 
     def write_tables(self, folder: Path) -> None:
-        """Write the three Parquet tables, each as a whole.
+        """Write the three Parquet tables, each atomically.
 
-        Waits for `TABLES_APART`: a table keeps the pages of only its predecessor (see `to_parquet`), and a reader on a
-        busy machine must not miss two of them.
+        Waits until `TABLES_APART` has passed since the last write. A table keeps only the pages of its previous version
+        (see `to_parquet`), so a table must not be replaced twice while a reader on a busy machine opens it.
         """
         with spending("ledger"):
             time.sleep(max(0.0, self._tables_at + TABLES_APART - time.monotonic()))
@@ -322,7 +322,7 @@ class Ledger:
     def _write_table(self, schema: Schema[Any], folder: Path, known: dict[str, list[str]]) -> None:
         path = folder / f"{schema.name}.parquet"
         table, before = self.table(schema), _contents(path, MOST_TABLE_BYTES)
-        # Valid until the new table is in its place, which a kill may prevent.
+        # The old digest stays valid until the new table is in place; a kill may prevent that.
         kept = [each for each in known.get(path.name, []) if before and each == hashlib.sha256(before).hexdigest()][:1]
         fits = kept and len(before) <= MARGIN + 4 * table.nbytes
         data = to_parquet(table, before if fits else b"")
@@ -334,7 +334,7 @@ class Ledger:
 
 
 def _contents(path: Path, most: int) -> bytes:
-    """Return a file's bytes; none if it is missing, larger than `most`, or not a regular file."""
+    """Return a file's bytes; empty if it is missing, larger than `most`, or not a regular file."""
     try:
         return read(path, most) if path.is_file() else b""
     except UnexpectedFile:
@@ -345,7 +345,7 @@ _SET_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
 
 
 def snapshot(path: Path, to: Path) -> int:
-    """Copy a ledger, also while its driver writes. Returns how many transactions the copy holds."""
+    """Copy a ledger, even while its driver writes. Returns the number of transactions in the copy."""
     check_regular(path, MOST_LEDGER_BYTES)
     with closing(_connect(path, read_only=True)) as source, closing(sqlite3.connect(to)) as target:
         source.backup(target)
@@ -354,21 +354,21 @@ def snapshot(path: Path, to: Path) -> int:
 
 
 def reading(path: Path) -> closing[Ledger]:
-    """Open a ledger for reading, also while its driver writes."""
+    """Open a ledger for reading, even while its driver writes."""
     return closing(Ledger(path, read_only=True))
 
 
 def damage(error: Exception) -> bool:
-    """Return whether an error means a damaged record, and not a full, slow or locked disk."""
+    """Return whether an error means a damaged record rather than a full, slow or locked disk."""
     if not isinstance(error, sqlite3.Error):
         return isinstance(error, CorruptFile)
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # missing: text that cannot be decoded
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # no code: text that cannot be decoded
     wrong = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_INTERRUPT)
     return code & 0xFF in wrong
 
 
 def commits(folder: Path) -> int | None:
-    """Return the least number of transactions of the ledger in a folder; None if its record is missing or damaged."""
+    """Return the least number of transactions in a folder's ledger; None if its count is missing or damaged."""
     return count_of(_contents(folder / COMMITS, MOST_RECORD_BYTES))
 
 
@@ -380,13 +380,13 @@ def count_of(text: bytes) -> int | None:
 
 
 def counted(count: int) -> bytes:
-    """Return a count with its checksum, of constant length, so that it can be overwritten in place."""
+    """Return a count with its checksum. The length is constant, so the file can be overwritten in place."""
     text = b"%012d" % count
     return b"%b %08x\n" % (text, zlib.crc32(text))
 
 
 def digests(folder: Path) -> dict[str, list[str]] | None:
-    """Return the SHA-256 values that each table of a run may have, by file name; None if the record is damaged."""
+    """Return the valid SHA-256 digests of each table of a run, by file name; None if the record is damaged."""
     path = folder / DIGESTS
     try:
         found = unsealed(_contents(path, MOST_RECORD_BYTES), path)

@@ -1,4 +1,4 @@
-"""One driver per run: a lock that ends with its process, and a file that names the process and its host."""
+"""One driver per run: a lock that is released when its process ends, and a file that names the process and its host."""
 
 import fcntl
 import json
@@ -19,8 +19,8 @@ from tune_kd.system.errors import UserError
 from tune_kd.system.files import MOST_RECORD_BYTES, opened, parsed, publish, read
 from tune_kd.system.object_store import Mirror
 
-UNSEEN = 150.0  # seconds without a sign of a driver on another host, which sends one every 30, until it counts as dead
-WAIT_SECONDS = 2.0  # for the lock
+UNSEEN = 150.0  # seconds without a heartbeat after which a driver on another host counts as dead; it sends one every 30
+WAIT_SECONDS = 2.0  # timeout for the lock
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class _Holder:
 
 @contextmanager
 def held(folder: Path) -> Iterator[Callable[[str | None], None]]:
-    """Hold a run's lock. The operating system releases it when the process ends. Raises `UserError` if it is held.
+    """Hold a run's lock. The operating system releases it when the process ends. Raises `UserError` if it is taken.
 
     Yields a function that records the URL of Ray's dashboard.
     """
@@ -51,7 +51,7 @@ def held(folder: Path) -> Iterator[Callable[[str | None], None]]:
     mirror = Mirror.of(folder)
     try:
         _check_unheld(mirror, folder)
-        for aside in folder.glob(".*.[0-9]*"):  # left by killed writers; nobody else writes here now
+        for aside in folder.glob(".*.[0-9]*"):  # temporary files of killed writers; nobody else writes here now
             aside.unlink(missing_ok=True)
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         ours = _Holder(signals.process_id(), platform.node(), since, None)
@@ -65,7 +65,7 @@ def held(folder: Path) -> Iterator[Callable[[str | None], None]]:
         yield tell
     finally:
         (folder / HOLDER).unlink(missing_ok=True)
-        with suppress(OSError):  # what stays there expires
+        with suppress(OSError):  # a claim that stays in the store expires
             mirror.forget(folder / HOLDER)
         lock.release()
 
@@ -84,18 +84,18 @@ def _check_unheld(mirror: Mirror, folder: Path) -> None:
     if who.get("host", platform.node()) != platform.node() and age < UNSEEN:
         raise UserError(
             f"RUN is {folder.name}, which process {who.get('pid')} on {who['host']} holds since {who.get('since')}, "
-            f"seen {age:.0f} s ago; wait for it or stop it; one not seen for {UNSEEN:.0f} s is taken for dead"
+            f"seen {age:.0f} s ago; wait for it or stop it; a process not seen for {UNSEEN:.0f} s counts as dead"
         )
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
-    """Return who drives a run: `pid`, `host`, `since`, and Ray's `dashboard` once it is known.
+    """Return the process that drives a run: `pid`, `host`, `since`, and Ray's `dashboard` once it is known.
 
-    None if nobody does, also after a kill.
+    Returns None if no process drives the run, even if its driver was killed.
     """
     with suppress(OSError, ValueError):  # missing, partly written, or just removed
         found = asdict(adapter(_Holder).validate_python(parsed(read(folder / HOLDER, MOST_RECORD_BYTES))))
-        # Open for reading: the caller may lack the right to write.
+        # Open for reading: the caller may lack write permission.
         with opened(folder / ".lock", MOST_RECORD_BYTES) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Load Parquet tables, of one run, of several, or of other tools, and validate them against the schema."""
+"""Load Parquet tables of one or several runs, or of other tools, and validate them against the schema."""
 
 import hashlib
 import os
@@ -37,17 +37,17 @@ from tune_kd.system.errors import CorruptFile, UserError, raise_problems
 from tune_kd.system.files import MOST_RECORD_BYTES, check_names, read, unsealed
 from tune_kd.system.object_store import path_of
 
-EXAMPLES = 3  # rows in an error
+EXAMPLES = 3  # example rows in an error message
 RESUME = "`tune_kd resume"  # start of the advice in errors about a run's tables
-READS = 5  # attempts to read a table that matches its digest
+READS = 5  # attempts to read a table whose digest matches
 
 
 @dataclass(frozen=True)
 class Records:
     """The tables of runs as DataFrames, and each run's `study.json`.
 
-    Text is `string`, counts are `Int64`, measures `float64`. A value that does not apply is null. Records are a value:
-    what is computed from them is kept, so make others with `dataclasses.replace` instead of changing these.
+    Text is `string`, counts are `Int64`, measures `float64`. A value that does not apply is null. Treat records as
+    immutable, since results that are computed from them are cached. For other records, use `dataclasses.replace`.
     """
 
     trials: pd.DataFrame
@@ -56,7 +56,7 @@ class Records:
     studies: dict[str, dict[str, Any]]  # by run; empty for tables of other tools
 
     def kept(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """A table that is made from these records once, by name: a report asks for some a hundred times."""
+        """Return a copy of a table that is computed once and cached by name: a report needs some a hundred times."""
         if name not in self._kept:
             self._kept[name] = make()
         return self._kept[name].copy()
@@ -81,7 +81,7 @@ class Records:
     def study(self) -> dict[str, Any]:
         """The run's `study.json`. Raises `ValueError` if there is not exactly one."""
         if len(self.studies) != 1:
-            raise ValueError(f"these are the records of {len(self.studies)} studies; take one with `of(run)`")
+            raise ValueError(f"these are the records of {len(self.studies)} studies; select one with `of(run)`")
         return next(iter(self.studies.values()))
 
 
@@ -89,8 +89,8 @@ def load(*runs: Path | str, out: Path | str = "results", adapt: Adapter | None =
     """Load runs: folders, names under `out`, or the common prefix of the files `PREFIX_trials.parquet` and
     `PREFIX_epochs.parquet`. `adapt` maps the columns of other tools' tables.
 
-    Raises `UserError` for tables that are missing or cannot be read, and for rows that break the schema, with their
-    number and examples.
+    Raises `UserError` for tables that are missing or cannot be read, and for rows that break the schema. The message
+    has their number and examples.
     """
     if not runs:
         raise UserError("RUN is missing; allowed: a run's folder, its name, or the common prefix of two tables")
@@ -102,7 +102,7 @@ def load(*runs: Path | str, out: Path | str = "results", adapt: Adapter | None =
         except UserError as mistake:
             problems += mistake.problems
     names = [name for one in found for name in one.runs]
-    problems += [f"RUN holds a run named {name!r}; allowed: letters, digits, '.', '_' and '-', since files are named so"
+    problems += [f"RUN holds a run named {name!r}; allowed: letters, digits, '.', '_' and '-', as in file names"
                  for name in dict.fromkeys(names) if not RUN_NAME.fullmatch(name)]  # fmt: skip
     problems += [f"RUN {name!r} is given more than once; allowed: runs of different names"
                  for name in sorted({name for name in names if names.count(name) > 1})]  # fmt: skip
@@ -134,17 +134,17 @@ def place(run: Path | str, out: Path | str = "results") -> Path:
 
 
 def without_advice(problem: str) -> str:
-    """Return a problem with a run's table without its advice, for callers that give other advice."""
+    """Return the text of a problem with a run's table without its advice, for callers that give other advice."""
     return problem.partition(f"; {RESUME}")[0]
 
 
 def _file(place: Path, table: str, whole: bool) -> Path:
-    """Return a table's file: in a folder if that is `whole`, otherwise beside others with a common prefix."""
+    """Return a table's file: inside the folder `place` if `whole`, otherwise a file that has `place` as its prefix."""
     return place / f"{table}.parquet" if whole else place.parent / f"{place.name}_{table}.parquet"
 
 
 def _load(place: Path, adapt: Adapter | None) -> Records:
-    ours = os.path.lexists(place / "study.json")  # in a run's folder, whatever that path leads to
+    ours = os.path.lexists(place / "study.json")  # a run's folder, even if this is a broken link
     whole = ours or os.path.exists(place / "trials.parquet")
     tables = _read(place, ours, whole)
     if not ours:
@@ -161,16 +161,16 @@ def _load(place: Path, adapt: Adapter | None) -> Records:
         strays = _strays(typed["trials"], typed["epochs"])
         problems = [f"{_file(place, 'epochs', whole)}: {problem}" for problem in strays]
     if not len(typed["trials"]):
-        problems.append(f"{_file(place, 'trials', whole)} has no rows; expected a row a trial")
+        problems.append(f"{_file(place, 'trials', whole)} has no rows; expected one row per trial")
     raise_problems(problems)
     study = _study(place / "study.json", typed["trials"]) if ours else None
     return Records(**typed, studies={study["run"]: study} if study else {})
 
 
 def _read(place: Path, ours: bool, whole: bool) -> dict[str, pd.DataFrame]:
-    """Read the tables by name. Other tools' tables may lack all but the trials."""
+    """Return the tables by name. For other tools, all tables but the trials may be missing."""
     digested = ours and _digested(place / "study.json")
-    again = f"{RESUME} {quote(str(place))}` makes the tables again from the ledger" if ours else "restore the file"
+    again = f"{RESUME} {quote(str(place))}` rewrites the tables from the ledger" if ours else "restore the file"
     tables: dict[str, pd.DataFrame] = {}
     for schema in reversed(SCHEMAS):
         path = _file(place, schema.name, whole)
@@ -198,12 +198,12 @@ def _whole(path: Path, digested: bool) -> bytes:
         if not digested or hashlib.sha256(data).hexdigest() in (digests(path.parent) or {}).get(path.name, []):
             return data
     if digests(path.parent) is None:
-        raise CorruptFile(f"{path.parent / DIGESTS}, which has the tables' digests, is missing or damaged")
+        raise CorruptFile(f"{path.parent / DIGESTS}, which holds the tables' digests, is missing or damaged")
     raise CorruptFile(f"{path} was altered since it was written: its digest is not on record")
 
 
 def _digested(study: Path) -> bool:
-    """Return whether the run of a `study.json` has digests of its tables, as all have from `LAYOUT` on."""
+    """Return whether the run of a `study.json` has digests of its tables; all runs have them from `LAYOUT` on."""
     try:
         return int(unsealed(read(study, MOST_RECORD_BYTES), study).get("layout", 1)) >= LAYOUT
     except (CorruptFile, OSError, OverflowError, TypeError, ValueError):
@@ -211,7 +211,7 @@ def _digested(study: Path) -> bool:
 
 
 def _study(path: Path, trials: pd.DataFrame) -> dict[str, Any]:
-    """Load `study.json`. Raises `UserError` if it is damaged, was changed, or does not fit these trials."""
+    """Load `study.json`. Raises `UserError` if it is damaged, was changed, or does not match these trials."""
     study = record.load(path)
     problems = []
     other = trials.loc[trials["run"] != study["run"], "run"]
@@ -227,7 +227,7 @@ def _study(path: Path, trials: pd.DataFrame) -> dict[str, Any]:
 
 
 def _visible(value: Any) -> Any:
-    """Return a JSON value with its control characters escaped: a terminal would obey them."""
+    """Return a JSON value with its control characters escaped, since a terminal would interpret them."""
     if isinstance(value, dict):
         return {visible(name): _visible(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -236,14 +236,14 @@ def _visible(value: Any) -> Any:
 
 
 def check(schema: Schema[Any], table: pd.DataFrame, *, lenient: bool = False) -> tuple[pd.DataFrame, list[str]]:
-    """Return the table with the schema's columns and types, and a sentence for each rule that it breaks.
+    """Return the table with the schema's columns and types, and a sentence for each broken rule.
 
-    Missing columns become nulls if they are optional, in a `lenient` table if they may be null. Use the table only if
-    there is no sentence.
+    Missing columns become null if they are optional; in a `lenient` table, all columns that may be null can be missing.
+    Use the table only if no rule is broken.
     """
     if not table.columns.is_unique:
         twice = ", ".join(map(str, table.columns[table.columns.duplicated()]))
-        return table, [f"has columns of the same name: {twice}"]
+        return table, [f"has more than one column with the name: {twice}"]
     required = (*schema.key, *schema.needed) if lenient else {*schema.columns} - {*schema.optional}
     if refused := [name for name in schema.columns if name in required and name not in table]:
         return table, [f"lacks the columns {', '.join(refused)}; has {', '.join(map(str, table.columns))}"]
@@ -284,7 +284,7 @@ def _type_problem(name: str, column: "pd.Series[Any]", kind: type) -> str | None
 
 
 def _told(name: str, wrong: "pd.Series[Any]", total: int, expected: str, count: int | None = None) -> str:
-    """Return a sentence with the number of rows that break a rule (by default those of `wrong`) and examples."""
+    """Return a sentence with examples and the number of rows that break a rule (default: the length of `wrong`)."""
     examples = ", ".join(f"{_plain(value)!r} in row {row}" for row, value in wrong.head(EXAMPLES).items())
     count = len(wrong) if count is None else count
     return f"{name}: {count:,} of {total:,} rows break a rule; got {examples}; expected {expected}"
@@ -317,15 +317,15 @@ def _broken(schema: Schema[Any], table: pd.DataFrame) -> Iterator[str]:
     if "epochs_planned" in table:
         short = (table["status"] == Status.COMPLETED) & (table["epochs_run"] < table["epochs_planned"])
         if (short := short.fillna(False)).any():
-            expected = "completed only where all planned epochs ran"
+            expected = "completed only if all planned epochs ran"
             yield _told("epochs_run", table.loc[short, "epochs_run"], len(table), expected)
     if (twice := table.duplicated(list(schema.key))).any():
         keys = table.loc[twice, list(schema.key)].head(EXAMPLES).apply(tuple, axis=1)
-        yield _told(", ".join(schema.key), keys, len(table), "each of them once", int(twice.sum()))
+        yield _told(", ".join(schema.key), keys, len(table), "unique values", int(twice.sum()))
 
 
 def _strays(trials: pd.DataFrame, epochs: pd.DataFrame) -> Iterator[str]:
-    """Yield sentences for epochs without a trial, and for trials whose epochs do not count up from 1."""
+    """Yield sentences about epochs without a trial, and about trials whose epochs do not count up from 1."""
     if epochs.empty:
         return
     key = ["run", "trial_id"]
@@ -342,7 +342,7 @@ def _strays(trials: pd.DataFrame, epochs: pd.DataFrame) -> Iterator[str]:
 
 
 def rows(schema: Schema[R], table: pd.DataFrame) -> list[R]:
-    """Return a table's rows as the ledger does: plain values, and None for null."""
+    """Return a table's rows in the ledger's form: plain values, and None for null."""
     plain = table.astype(object).where(table.notna(), None)
     if FURTHER in schema.columns:
         more = plain[[name for name in plain if name not in schema.columns]].to_dict("records")

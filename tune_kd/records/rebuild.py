@@ -1,7 +1,7 @@
 """Back up a corrupt ledger and rebuild it from intact Parquet tables.
 
-Results newer than the tables are then missing. Running trials report them again from their checkpoints, or they are
-computed again, which on one CPU thread gives the same values.
+Results newer than the tables are then missing. Running trials report them again from their checkpoints, or recompute
+them; on one CPU thread, recomputing gives the same values.
 """
 
 import os
@@ -22,13 +22,13 @@ from tune_kd.system.crash_points import point
 from tune_kd.system.errors import CorruptFile, UserError
 from tune_kd.system.files import sync
 
-REBUILT = ".rebuilt"  # temporary folder in a run's
+REBUILT = ".rebuilt"  # temporary folder inside a run's folder
 
 
 def opened(run: Run, say: Callable[[str], None]) -> Ledger:
-    """Open a run's ledger for writing. Creates it, or rebuilds it if it is damaged or missing, and says so.
+    """Open a run's ledger for writing. Creates it for a new run; rebuilds it, with a warning, if it is damaged or lost.
 
-    Raises `CorruptFile` if the tables are damaged, too, and `UserError` if the ledger belongs to another plan.
+    Raises `CorruptFile` if the tables are also damaged, and `UserError` if the ledger belongs to another plan.
     """
     wrong = wrong_with(run.folder)
     if wrong is not None:
@@ -43,12 +43,12 @@ def opened(run: Run, say: Callable[[str], None]) -> Ledger:
     if strange:
         raise UserError(
             f"RUN is {run.name}, whose ledger holds trials that are not in the plan of {run.folder}/study.json: "
-            f"{', '.join(sorted(strange))}; put the study.json or the ledger back that belongs to the other"
+            f"{', '.join(sorted(strange))}; restore the study.json or the ledger, so that both belong together"
         )
     uncounted = commits(run.folder) is None
     ledger = Ledger(run.folder / LEDGER)
     if uncounted:
-        say(f"warning: {run.folder / COMMITS} is damaged, which tells whether the ledger is whole; it is made again")
+        say(f"warning: {run.folder / COMMITS}, which shows whether the ledger is complete, is damaged; it is rewritten")
         ledger.count_again()
     return ledger
 
@@ -57,7 +57,7 @@ def wrong_with(folder: Path) -> str | None:
     """Return what is wrong with the ledger in a folder; None if it is intact, or was never created."""
     path = folder / LEDGER
     if not os.path.exists(path):
-        tables = any((folder / f"{schema.name}.parquet").is_file() for schema in SCHEMAS)  # which are written after it
+        tables = any((folder / f"{schema.name}.parquet").is_file() for schema in SCHEMAS)  # written after the ledger
         return f"{path} is missing, and rows were committed to it" if tables or commits(folder) else None
     try:
         with reading(path) as ledger:
@@ -70,14 +70,14 @@ def wrong_with(folder: Path) -> str | None:
 
 
 def rebuild(run: Run) -> str:
-    """Rebuild the ledger from the tables and back up the old one. Returns what the new one holds, as a sentence."""
+    """Rebuild the ledger from the tables and back up the old one. Returns a message about the new one's content."""
     try:
         records = load(run.folder)
     except UserError as mistake:
         raise CorruptFile(
-            f"{run.folder / LEDGER} cannot be used, and the tables it could be made from are not whole "
+            f"{run.folder / LEDGER} cannot be used, and it cannot be rebuilt, since the tables are damaged "
             f"({'; '.join(map(without_advice, mistake.problems))}); restore the "
-            "ledger or the tables from a copy, or start a new run, which takes over the teachers"
+            "ledger or the tables from a copy, or start a new run, which reuses the teachers"
         ) from mistake
     rows = _consistent(run, records)
     _make(run, rows)
@@ -90,8 +90,8 @@ def rebuild(run: Run) -> str:
     _put(run)
     ended = sum(row["status"] == Status.COMPLETED for row in rows[TRIALS.name])
     return (
-        f"The ledger was made again from the tables: {len(rows[EPOCHS.name])} epochs of {len(rows[TRIALS.name])} "
-        f"trials, of which {ended} are completed; what is missing runs again."
+        f"The ledger was rebuilt from the tables: {len(rows[EPOCHS.name])} epochs of {len(rows[TRIALS.name])} "
+        f"trials, of which {ended} are completed; missing epochs run again."
         + (f" The old one is {LEDGER}.damaged-{number}." if there else "")
     )
 
@@ -102,11 +102,11 @@ def set_aside(folder: Path) -> list[Path]:
 
 
 def _make(run: Run, rows: Mapping[str, Sequence[Row]]) -> None:
-    """Write a ledger of these rows in a folder of its own, so that a kill never leaves part of one."""
+    """Write a ledger of these rows in a temporary folder, so that a kill never leaves a partial ledger."""
     aside = run.folder / REBUILT
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    with closing(Ledger(aside / LEDGER, after=commits(run.folder) or 0)) as ledger:  # which removes its log
+    with closing(Ledger(aside / LEDGER, after=commits(run.folder) or 0)) as ledger:  # closing removes its log
         with ledger.transaction():
             for schema in SCHEMAS:
                 for row in rows[schema.name]:
@@ -115,7 +115,7 @@ def _make(run: Run, rows: Mapping[str, Sequence[Row]]) -> None:
 
 
 def _put(run: Run) -> None:
-    """Move the new ledger to its place, after its count: a count alone means that the ledger is missing."""
+    """Move the count, then the new ledger, into place: a count alone means that the ledger is missing."""
     for name in (COMMITS, LEDGER):
         (run.folder / REBUILT / name).rename(run.folder / name)
     sync(run.folder)
@@ -123,7 +123,7 @@ def _put(run: Run) -> None:
 
 
 def _consistent(run: Run, records: Records) -> dict[str, Sequence[Row]]:
-    """Return the tables' rows so that they fit each other and the plan: a kill may leave tables of different ages."""
+    """Return the tables' rows, consistent with each other and the plan: a kill can leave tables of different ages."""
     trials, epochs = rows(TRIALS, records.trials), rows(EPOCHS, records.epochs)
     planned = {trial.trial_id: trial for trial in grown(run.plan, trials).trials}
     if strange := {row["trial_id"] for row in trials} - set(planned):
@@ -138,7 +138,7 @@ def _consistent(run: Run, records: Records) -> dict[str, Sequence[Row]]:
         underived = row["status"] in (Status.STOPPED, Status.BLOCKED) and not theirs  # a driver decides again
         if underived or row["epochs_run"] != len(theirs):
             trials[place] = _as_of(first_row(run.name, planned[row["trial_id"]]), row, theirs)
-    # Where a draw runs again, the trials that depend on all draws are not known yet.
+    # If a draw runs again, the trials that depend on all draws are not known yet.
     known_trials = {trial.trial_id for trial in grown(run.plan, trials).trials}
     trials = [row for row in trials if row["trial_id"] in known_trials]
     epochs = [row for row in epochs if row["trial_id"] in known_trials]
@@ -148,9 +148,9 @@ def _consistent(run: Run, records: Records) -> dict[str, Sequence[Row]]:
 
 
 def _as_of(first: TrialRow, row: TrialRow, epochs: list[Epoch]) -> TrialRow:
-    """Return a trial's row as it was after these epochs, to be continued."""
+    """Return the row of a trial after these epochs, ready to continue."""
     names = ["attempts", "started", "host", "device", "threads", "gpu_fraction"]
-    if row["attempts"]:  # otherwise `error` is why it did not run
+    if row["attempts"]:  # otherwise `error` says why it did not run
         names.append("error")
     then = first | cast(TrialRow, {name: value for name, value in row.items() if name in names})
     if not epochs:

@@ -1,4 +1,4 @@
-"""A run's folder: find it, create it with its `study.json`, and open it again."""
+"""A run's folder: find it, create it with its `study.json`, and reopen it."""
 
 import os
 import platform
@@ -34,12 +34,12 @@ from tune_kd.system.secrets import secrets
 
 PACKAGES = ("tune_kd", "torch", "torchvision", "ray", "numpy", "pandas", "pyarrow", "scipy")
 RESERVED = ("teachers",)
-SOURCE = "source"  # folder of a run with the code that its study brings
+SOURCE = "source"  # subfolder with the study's own code
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run on disk, with all that `resume` needs."""
+    """A run on disk, with everything that `resume` needs."""
 
     name: str
     folder: Path
@@ -49,8 +49,8 @@ class Run:
     settings: dict[str, Any]  # resources and options that do not affect results
     source: Source | None = None
     look: int = 0  # index of the last declared look that is planned
-    codes: tuple[Code, ...] = ()  # that the study brings; not of a run that is only read
-    named: bool = False  # whether the caller named the study's file, not only the record
+    codes: tuple[Code, ...] = ()  # the study's own code; empty for a run that is only read
+    named: bool = False  # whether the caller, not only the record, named the study's file
 
     @property
     def teachers(self) -> Path:
@@ -66,14 +66,17 @@ class Run:
 
 
 def check_new(out: Path, name: str | None, study: Study) -> str:
-    """Return the name of a new run, by default from the study and the time. Raises `UserError`. Creates nothing."""
+    """Return the name of a new run; by default it is made from the study and the time. Raises `UserError`.
+
+    Creates nothing.
+    """
     if name is None:
         name = f"{study.name}-{study.scale}-{datetime.now():%Y%m%d-%H%M%S}"
     problems = [*problems_with_name(name), *secrets(asdict(study), "study")]
     if not problems and os.path.exists(out / name) and not _unbegun(out / name):
         problems.append(f"--name is {name!r}, and {out / name} exists; resume that run or choose another name")
     if (there := obstacle(out)) is not None:
-        problems.append(f"--out is {out}, and {there} cannot be written to; allowed: a folder that can be made")
+        problems.append(f"--out is {out}, and {there} cannot be written to; allowed: a folder that can be created")
     if (why := too_long(out / name / LEDGER)) is not None:
         problems.append(f"--out is {out}, where {why}; choose a folder with a shorter path")
     problems += _in_the_way(out, name)
@@ -82,7 +85,7 @@ def check_new(out: Path, name: str | None, study: Study) -> str:
 
 
 def _in_the_way(out: Path, name: str) -> list[str]:
-    """Return what prevents a new run in a store, as sentences."""
+    """Return sentences about what prevents a new run in a store."""
     mirror, probe = Mirror.of(out), out / f".probe-{os.getpid()}"
     if mirror.url is None:
         return []
@@ -95,18 +98,18 @@ def _in_the_way(out: Path, name: str) -> list[str]:
         mirror.forget(probe)
     except (OSError, ValueError) as error:
         return [
-            f"--out is {mirror.url}, which cannot be written to ({error}); allowed: a bucket that is there, with "
-            "keys for it where the store's own tools have theirs"
+            f"--out is {mirror.url}, which cannot be written to ({error}); allowed: an existing bucket, with "
+            "credentials where the store's own tools look for them"
         ]
     return []
 
 
 def problems_with_name(name: str) -> list[str]:
-    """Return what is wrong with a run's name, as sentences."""
+    """Return sentences about what is wrong with a run's name."""
     if RUN_NAME.fullmatch(name) and name not in RESERVED:
         return []
     return [
-        f"--name is {name!r}; allowed: 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit, "
+        f"--name is {name!r}; allowed: 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit, "
         f"and not {', '.join(RESERVED)}"
     ]
 
@@ -114,7 +117,7 @@ def problems_with_name(name: str) -> list[str]:
 def check_links(run: Run) -> None:
     """Raise `UserError` for links in the folders that a run writes to: its own, and those of its teachers.
 
-    Results may come from a stranger, and a link can lead to any of the caller's files.
+    Results may come from a stranger, and a link can point to any of the caller's files.
     """
     folders = [run.folder, run.teachers]
     if not run.teachers.is_symlink():
@@ -123,47 +126,49 @@ def check_links(run: Run) -> None:
     if found:
         more = f", and {len(found) - 5} more" if len(found) > 5 else ""
         raise UserError(
-            f"RUN is {run.name}, and nothing is written through links, such as "
+            f"RUN is {run.name}, and a run does not write through links, such as "
             f"{', '.join(f'{path} (to {os.readlink(path)})' for path in found[:5])}{more}; allowed: files and folders; "
-            "put there what they link to, or remove them"
+            "replace each link with its target, or remove it"
         )
 
 
 @contextmanager
 def begun(run: Run) -> Iterator[Callable[[str | None], None]]:
-    """Create a new run and hold it. Removes it if its plan cannot be written, or if a `UserError` ends it before the
-    first row. Yields what `held` yields."""
+    """Create a new run and hold its lock. Yields the function that `held` yields.
+
+    Removes the run if its plan cannot be written, or if a `UserError` ends it before the first row.
+    """
     check_links(run)
     try:
         run.folder.mkdir(parents=True, exist_ok=_unbegun(run.folder))
     except OSError as error:
-        raise UserError(f"--out: {run.folder} cannot be made ({error.strerror}); choose another folder") from error
+        raise UserError(f"--out: {run.folder} cannot be created ({error.strerror}); choose another folder") from error
     try:
         with held(run.folder) as tell_dashboard:
             if not _unbegun(run.folder):
-                raise UserError(f"--name is {run.name!r}, and {run.folder} was begun meanwhile; choose another name")
+                raise UserError(f"--name is {run.name!r}, and {run.folder} was created meanwhile; choose another name")
             try:
                 create(run)
                 yield tell_dashboard
             except BaseException as error:
-                first = run.folder / "trials.parquet"  # the first file of a driver
+                first = run.folder / "trials.parquet"  # the first file that a driver writes
                 if not (run.folder / STUDY).exists() or (isinstance(error, UserError) and not first.exists()):
                     shutil.rmtree(run.folder)
                 raise
     except OSError:
-        if _unbegun(run.folder):  # not even its holder could be written
+        if _unbegun(run.folder):  # even the holder file could not be written
             shutil.rmtree(run.folder)
         raise
 
 
 def _unbegun(folder: Path) -> bool:
-    """Return whether a folder holds at most what a kill leaves before the plan is written."""
+    """Return whether a folder holds only files that a kill leaves before the plan is written, or none."""
     left = (HOLDER, SOURCE)
     return folder.is_dir() and all(path.name.startswith(".") or path.name in left for path in folder.iterdir())
 
 
 def create(run: Run) -> None:
-    """Write `study.json`: the study and its hash, the plan, the settings, versions and the machine."""
+    """Write `study.json`: the study and its hash, the plan, settings, versions and machine."""
     run.folder.mkdir(parents=True, exist_ok=True)
     planned = run.plan
     contrasts = [asdict(contrast) for contrast in planned.contrasts]
@@ -192,7 +197,7 @@ def create(run: Run) -> None:
     }
     raise_problems(secrets(record))
     for code in run.codes:
-        for name, content in code.files:  # for the record: it is never executed from there
+        for name, content in code.files:  # for the record: this copy is never executed
             path = run.folder / SOURCE / name
             path.parent.mkdir(parents=True, exist_ok=True)
             Mirror.of(run.folder).publish(path, content)
@@ -201,7 +206,7 @@ def create(run: Run) -> None:
 
 
 def _code_record(run: Run) -> dict[str, Any] | None:
-    """Return where the study's own code came from, and the versions of what it imports."""
+    """Return the folder of the study's own code, and the versions of the packages that it imports."""
     if not run.codes:
         return None
     folder = Path.cwd() if run.source is None else run.source.file.absolute().parent
@@ -209,10 +214,10 @@ def _code_record(run: Run) -> dict[str, Any] | None:
 
 
 def with_codes(run: Run) -> Run:
-    """Return the run with the code that its study brings, as it is where the run began.
+    """Return the run with its study's own code, read from the folder where the run began.
 
-    Raises `UserError` where it was changed, where a package that it imports has another version, and where only the
-    record names its folder: nothing is executed that a stranger may have put there.
+    Raises `UserError` if the code was changed, if a package that it imports has another version, or if only the record
+    names its folder: a stranger may have put code there, so it is not executed.
     """
     if not run.study.methods:
         return run
@@ -223,7 +228,7 @@ def with_codes(run: Run) -> Run:
     gone = "" if file is None or os.path.isfile(file) else f", where {file.name} is gone"
     refused = UserError(
         f"RUN is {run.name}, whose study brings code of its own from {folder}{gone}; only code in the working "
-        "directory is executed without being named: look at it, and resume there, or with --study"
+        "directory is executed without --study: review it, then resume there, or with --study"
     )
     if not (run.named or _is_trusted(run, folder)):
         raise refused
@@ -234,17 +239,17 @@ def with_codes(run: Run) -> Run:
     for name, had in record.get("packages", {}).items():
         if here.get(name) != had:
             problems.append(
-                f"RUN is {run.name}, whose study's code imports {name}, of version {had} when it began and "
-                f"{here.get(name) or 'not there'} now; put that version back, or start a new run"
+                f"RUN is {run.name}, whose study's code imports {name}, version {had} when it began and "
+                f"{here.get(name) or 'not installed'} now; install that version, or start a new run"
             )
     raise_problems(problems)
     return replace(run, codes=found)
 
 
 def _is_trusted(run: Run, folder: Path) -> bool:
-    """Return whether a study that only the record names brings code of the user's.
+    """Return whether the code of a study that only the record names belongs to the user.
 
-    A study's file that is there was compared with the record, which cannot name other code then, unless by `--set`.
+    If the study's file exists, it was compared with the record. Then only `--set` can make the record name other code.
     """
     if run.source is None:
         return folder == Path.cwd()
@@ -253,7 +258,7 @@ def _is_trusted(run: Run, folder: Path) -> bool:
 
 
 def trials(run: Run) -> list[TrialRow]:
-    """Return the rows of the ledger's trials, and those that a driver adds for the rest of the plan."""
+    """Return the trials in the ledger, and the rows that a driver would add for the rest of the plan."""
     rows: list[TrialRow] = []
     if os.path.exists(run.folder / LEDGER):
         with reading(run.folder / LEDGER) as ledger:
@@ -263,7 +268,7 @@ def trials(run: Run) -> list[TrialRow]:
 
 
 def source_record(run: Run) -> dict[str, Any] | None:
-    """Return where the study came from, with the digests of the files that were executed last."""
+    """Return the source of the study, with the digests of the files that were executed last."""
     if run.source is None:
         return None
     file = run.source.file.absolute()
@@ -272,9 +277,9 @@ def source_record(run: Run) -> dict[str, Any] | None:
 
 
 def find(out: Path, name: str) -> Path:
-    """Return the folder of a run, which is given by its name under `out`, its path or URL.
+    """Return the folder of a run. `name` is its name under `out`, its path, or its URL.
 
-    Raises `UserError` if there is none, or if the path of its ledger is too long.
+    Raises `UserError` if there is no such run, or if the path of its ledger is too long.
     """
     for folder in (out / name, path_of(name)):
         check_names(folder)
@@ -283,14 +288,14 @@ def find(out: Path, name: str) -> Path:
         if os.path.exists(folder / STUDY):
             if (why := too_long(folder / LEDGER)) is not None:
                 raise UserError(f"RUN is {folder}, where {why}; move it to a folder with a shorter path")
-            # Its name and its parent are needed: teachers lie beside it.
+            # The caller needs its name, and its parent, which contains the teachers' folder.
             return folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
     names = [folder.name for folder in existing(out)]
     raise UserError(f"RUN is {name!r}; allowed: a run under {out} ({', '.join(names) or 'there is none'}) or its path")
 
 
 def existing(out: Path) -> list[Path]:
-    """Return the folders of all runs under `out`, the newest first."""
+    """Return the folders of all runs under `out`, newest first."""
     for name in in_store(out):
         if not problems_with_name(name):
             pull(out / name)
@@ -299,7 +304,7 @@ def existing(out: Path) -> list[Path]:
 
 
 def reopen(folder: Path) -> Run:
-    """Load a run. Raises `UserError` if its record was changed, or does not fit this version."""
+    """Load a run. Raises `UserError` if its record was changed, or does not match this version."""
     try:
         record = study_record.load(folder / STUDY)
     except UserError as mistake:
@@ -312,31 +317,31 @@ def reopen(folder: Path) -> Run:
     except (ValueError, KeyError, TypeError) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UserError(
-            f"{folder}/study.json was changed after the run began, or is another version's ({what}); "
+            f"{folder}/study.json was changed after the run began, or was written by another version ({what}); "
             "restore the file, or start a new run"
         ) from error
     if begun != here:
         raise UserError(
-            f"RUN is {folder.name}, begun by tune_kd {begun}; this is {here}, whose records differ: finish it with the "
-            "version that began it"
+            f"RUN is {folder.name}, started by tune_kd {begun}; this is {here}, whose records differ: finish the run "
+            "with the version that started it"
         )
     try:
         planned = run.plan
     except UserError as mistake:
         raise UserError(
-            f"RUN is {folder.name}, begun by tune_kd {begun} at commit {commit or 'unknown'}, which "
-            f"allowed what this one does not ({'; '.join(mistake.problems)}); finish it with that one, or start anew"
+            f"RUN is {folder.name}, started by tune_kd {begun} at commit {commit or 'unknown'}; this version does "
+            f"not allow its study ({'; '.join(mistake.problems)}); finish it with that version, or start a new run"
         ) from mistake
     if {trial.trial_id for trial in planned.trials} != planned_trials:  # a version may plan them in another order
         raise UserError(
             f"{folder}/study.json was planned by tune_kd {begun}, and this version plans "
-            "other trials from it; resume it with that version"
+            "other trials from it; resume the run with that version"
         )
     return run
 
 
 def _from_record(folder: Path, record: dict[str, Any]) -> Run:
-    """Return the run of a `study.json`. Raises `ValueError`, KeyError or TypeError for a record that is not one."""
+    """Return the run of a `study.json`. Raises `ValueError`, KeyError or TypeError if the record is malformed."""
     data, source = record["data"], record["source"]
     return Run(
         name=record["run"],
@@ -351,7 +356,7 @@ def _from_record(folder: Path, record: dict[str, Any]) -> Run:
 
 
 def _git_commit() -> str | None:
-    """Return the commit of this checkout, marked if files were changed; None outside a checkout."""
+    """Return the commit of this checkout, marked if it has local changes; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

@@ -1,4 +1,4 @@
-"""Schemas of a run's three tables: columns, types, keys and rules of a row. Names of the files in a run's folder."""
+"""Schemas of a run's three tables: columns, types, keys and row rules. File names in a run's folder."""
 
 import json
 import math
@@ -13,41 +13,41 @@ from tune_kd.system.characters import CONTROL
 
 R = TypeVar("R", bound=Row)
 PANDAS = {str: "string", int: "Int64", float: "float64"}
-MOST_FURTHER = 1000  # further settings of the trials of a run
-LAYOUT = 2  # version of a run's folder; from 2 on it has digests of the tables
+MOST_FURTHER = 1000  # largest number of further settings in one run
+LAYOUT = 2  # version of a run folder's layout; version 2 added digests of the tables
 LEDGER = "ledger.sqlite"  # in a run's folder
-COMMITS = "ledger.commits"  # beside it: the least number of transactions that the ledger holds
-DIGESTS = "tables.json"  # beside them: the SHA-256 of each table and of its predecessor, which a kill may leave
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # files and folders are named after runs
+COMMITS = "ledger.commits"  # in the same folder: the least number of transactions that the ledger must hold
+DIGESTS = "tables.json"  # SHA-256 of each table and of its previous version, which a kill may leave in place
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # run names are also file and folder names
 
 
 @dataclass(frozen=True)
 class Schema(Generic[R]):
-    """A table: its columns in order, with their types, and the rules for its rows. Writers and readers check them."""
+    """A table: its ordered columns with types, and the rules for its rows. Writers and readers both check the rules."""
 
     name: str
     columns: Mapping[str, type]
     key: tuple[str, ...]  # unique, never null
-    optional: tuple[str, ...] = ()  # null if a table of an earlier version lacks them
+    optional: tuple[str, ...] = ()  # missing in tables of earlier versions; read as null
     needed: tuple[str, ...] = ()  # never null
     levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # allowed values of text columns, besides null
     fractions: tuple[str, ...] = ()  # from 0 to 1
-    free: tuple[str, ...] = ()  # text that may have control characters, such as line breaks
+    free: tuple[str, ...] = ()  # text that may contain control characters, such as line breaks
     only_completed: tuple[str, ...] = ()  # null unless `status` is completed
-    timing: tuple[str, ...] = ()  # in which a row that is computed again may differ
+    timing: tuple[str, ...] = ()  # may differ when a row is recomputed
 
     @property
     def in_parquet(self) -> dict[str, type]:
-        """The columns of the Parquet table, after which come those of further settings."""
+        """The fixed columns of the Parquet table. The columns of further settings follow them."""
         return {name: kind for name, kind in self.columns.items() if name != FURTHER}
 
     @property
     def names(self) -> list[str]:
-        """The text columns that must not have control characters."""
+        """The text columns that must not contain control characters."""
         return [name for name, kind in self.columns.items() if kind is str and name not in self.free]
 
     def clean(self, row: Row) -> dict[str, Any]:
-        """Return the row in the schema's order and types. Numbers that are not finite become None."""
+        """Return the row in the schema's order and types. Non-finite numbers become None."""
         unknown = set(row) - set(self.columns)
         assert not unknown, f"{self.name} has no column {sorted(unknown)}"
         cleaned: dict[str, Any] = {}
@@ -55,14 +55,14 @@ class Schema(Generic[R]):
             value = row.get(name)
             if value is None or (isinstance(value, float) and not math.isfinite(value)):
                 cleaned[name] = None
-            elif kind is str:  # a path may hold bytes that SQLite and Parquet refuse as text
+            elif kind is str:  # a path may contain bytes that SQLite and Parquet reject as text
                 cleaned[name] = str(value).encode(errors="backslashreplace").decode()
             else:  # SQLite drops the sign of zero, and a row's checksum must not depend on it
                 cleaned[name] = kind(value) + 0
         return cleaned
 
     def broken(self, row: Row) -> str | None:
-        """Return the first rule that a row breaks, as a sentence; None if it breaks none.
+        """Return a sentence about the first rule that the row breaks, or None if the row is valid.
 
         `reader.check` applies the same rules to whole tables.
         """
@@ -89,7 +89,7 @@ class Schema(Generic[R]):
         return None
 
     def mistyped(self, row: Row) -> str | None:
-        """Return the first value that is not of its column's type or not finite, as a sentence; `None` without one."""
+        """Return a sentence about the first value that has the wrong type or is not finite, or None."""
         for (name, kind), value in zip(self.columns.items(), row.values(), strict=True):
             finite = not isinstance(value, float) or math.isfinite(value)
             if value is not None and (type(value) is not kind or not finite):
@@ -98,7 +98,7 @@ class Schema(Generic[R]):
 
 
 def is_further(text: Any) -> bool:
-    """Return whether a text is what `as_further` makes of settings that have no column of their own."""
+    """Return whether `as_further` could have written this text, from settings that have no column of their own."""
     try:
         found = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
@@ -107,7 +107,7 @@ def is_further(text: Any) -> bool:
 
 
 def further_kinds(texts: Iterable[str]) -> dict[str, type] | None:
-    """Return the further settings of trials, by name, and their types; None for what no run writes."""
+    """Return the types of the trials' further settings, by name. Return None if no run could have written the texts."""
     found: dict[str, type] = {}
     for text in texts:
         settings = further({FURTHER: text}) if is_further(text) else None
@@ -129,64 +129,67 @@ def _is_number(level: Any) -> bool:
 
 
 def columns_of(row: type) -> dict[str, type]:
-    """Return the columns that the fields of a dataclass or TypedDict describe: text, whole numbers and numbers."""
+    """Return the columns of a dataclass or TypedDict: its fields that are text, integers or floats."""
     kinds = {name: (*get_args(hint), hint)[0] for name, hint in get_type_hints(row).items()}  # `T` of `T | None`
     return {name: plain for name, kind in kinds.items() for plain in PANDAS if issubclass(kind, plain)}
 
 
 class TrialRow(TypedDict):
-    """A row of the trials table as a run writes it. Tables of other tools may lack all values that are not `needed`."""
+    """A row of the trials table as a run writes it. Tables of other tools may lack all values that are not `needed`.
+
+    Columns without a comment here have one in `Cell`, `Recipe` or `Outcome`.
+    """
 
     run: str  # name of the run
-    trial_id: str  # hash of all that changes its result: the first 16 hexadecimal digits of a SHA-256
-    arm: str  # its levels, such as `cifar/logit/T=4`
-    phase: str
-    role: str
-    student: str | None  # None for a teacher
-    teacher: str | None  # architecture of its teacher, or of itself if it is one; None where the method has none
-    teacher_id: str | None  # trial id of the teacher that it learned from; of a teacher, its own
-    stem: str
+    trial_id: str  # hash of everything that affects the result: the first 16 hexadecimal digits of a SHA-256
+    arm: str  # name of the arm: its levels, such as `cifar/logit/T=4`
+    phase: str  # part of the study that the trial belongs to
+    role: str  # whether the trial trains a teacher or a student
+    student: str | None  # architecture of the student; None for a teacher
+    teacher: str | None  # architecture of the teacher, for a teacher its own; None if the method has no teacher
+    teacher_id: str | None  # trial id of the student's teacher; a teacher has its own trial id
+    stem: str  # first layers of student and teacher: imagenet (7x7, stride 2, max pooling) or cifar (3x3, stride 1)
     weights: str
     width: float
-    method: str | None
-    temperature: float | None
+    method: str | None  # distillation method; None for a teacher
+    temperature: float | None  # softmax temperature of the method's loss; None if it has none
     alpha: float | None
     beta: float | None
     lr: float
-    weight_decay: float
-    seed: int  # of initial weights, data order and augmentation
+    weight_decay: float  # weight decay of SGD
+    seed: int  # seed of initial weights, data order and augmentation
     recipe_id: str  # hash of the recipe
     dataset: str  # name of the data set
     data_digest: str | None  # SHA-256 of pixels, labels and split
-    scale: str  # of the study
-    device: str | None  # that it trained on
-    threads: int | None  # of the CPU
-    status: str
-    stop_reason: str | None  # why it ended before its last epoch
-    epochs_planned: int  # of the recipe
-    epochs_run: int  # and are on record
-    best_epoch: int | None  # with the best validation accuracy; of equal ones, with the lowest validation loss
-    val_accuracy: float | None  # after the last epoch
-    val_accuracy_best: float | None  # after the best epoch
+    scale: str  # scale of the study
+    device: str | None  # device of the last attempt
+    threads: int | None  # CPU threads of the last attempt
+    status: str  # state of the trial
+    stop_reason: str | None  # why the trial ended before its last epoch
+    epochs_planned: int  # epochs of the recipe
+    epochs_run: int  # epochs on record
+    best_epoch: int | None  # epoch with the best validation accuracy; ties go to the lowest validation loss
+    val_accuracy: float | None  # validation accuracy after the last epoch
+    val_accuracy_best: float | None  # validation accuracy after the best epoch
     test_accuracy: float | None
     test_accuracy_best: float | None
     agreement: float | None
     kl_t1: float | None
-    kl_t4: float | None
+    kl_t4: float | None  # KL(teacher || student) at temperature 4, nats a test image
     ece: float | None
-    params: int | None
+    params: int | None  # number of parameters of the trained network
     train_seconds: float | None  # training and evaluation, over all epochs
-    wall_seconds: float | None  # in which it had its place, over all attempts
-    gpu_fraction: float | None  # its share of a GPU
-    peak_memory_bytes: int | None
-    attempts: int  # that were started
-    error: str | None  # of all attempts, also of those that were tried again
+    wall_seconds: float | None  # time that the trial occupied its slot, over all attempts
+    gpu_fraction: float | None  # share of a GPU that the trial reserved
+    peak_memory_bytes: int | None  # peak memory: allocated on the GPU, or resident in the process on a CPU
+    attempts: int  # number of attempts that started
+    error: str | None  # errors of all attempts, including retried ones
     teacher_digest: str | None
     weights_digest: str | None
-    host: str | None  # on which the last attempt ran
+    host: str | None  # host of the last attempt
     started: float | None  # start of the first attempt, in seconds since the Unix epoch
-    fast_paths: str | None  # see `Outcome`
-    further: str | None  # settings without a column here, as JSON; in Parquet each has a column of its own
+    fast_paths: str | None  # fast paths in use at the end: graph, compiled, compiled loss, compiled teacher, folded
+    further: str | None  # settings without a column here, as JSON; in Parquet each has its own column
 
 
 TRIALS: Schema[TrialRow] = Schema(
@@ -220,12 +223,12 @@ DECISIONS: Schema[Row] = Schema(
 )
 
 SCHEMAS: tuple[Schema[Any], ...] = (TRIALS, DECISIONS, EPOCHS)
-"""The order in which tables are written. They are read in reverse, so that every epoch has its trial and its decision,
-also if a kill or a reader in between finds tables of different ages."""
+"""Tables are written in this order and read in reverse. So every epoch that is read has its trial and its decision,
+even if a kill or a concurrent write leaves tables of different ages."""
 
 
 def first_row(run: str, trial: Trial) -> TrialRow:
-    """Return the row of a trial that has not started, with None for what is not known yet."""
+    """Return the row of a trial that has not started, with None for values that are not known yet."""
     known = vars(trial) | asdict(trial.recipe) | asdict(trial.cell)
     if trial.role == Role.TEACHER:
         known |= {"student": None, "method": None, "teacher_id": trial.trial_id}
@@ -246,13 +249,13 @@ def first_row(run: str, trial: Trial) -> TrialRow:
 
 
 def as_further(settings: Mapping[str, Level]) -> str | None:
-    """Return settings as a ledger has them; `None` without any."""
+    """Return settings as the ledger stores them, or None if there are none."""
     plain = {name: level if isinstance(level, str) else float(level) for name, level in settings.items()}
     return json.dumps(plain, sort_keys=True) if plain else None
 
 
 def labels(rows: Iterable[TrialRow]) -> dict[str, str]:
-    """Return the names of trials for people, by trial id: as `Trial.label` has them, without what was drawn."""
+    """Return display names of trials, by trial id: those of `Trial.label`, without the drawn values."""
     rows = list(rows)
     seeds = {row["trial_id"]: row["seed"] for row in rows if row["role"] == Role.TEACHER}
     several = len(set(seeds.values())) > 1
@@ -265,4 +268,4 @@ def labels(rows: Iterable[TrialRow]) -> dict[str, str]:
 
 
 MOST_LEDGER_BYTES = 2**36  # 100 times the ledger of 10,000 trials with 100 epochs each
-MOST_TABLE_BYTES = 2**30  # of a Parquet table, which is read whole: 5 times the epochs table of those trials
+MOST_TABLE_BYTES = 2**30  # of a Parquet table, which is read into memory: 5 times the epochs table of those trials

@@ -1,4 +1,4 @@
-"""What is in a ledger's file, and checks before SQLite opens it: its journal, its header, the length of its path."""
+"""The layout of a ledger's file, and checks before SQLite opens it: journal, header and path length."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from tune_kd.system.errors import CorruptFile
 from tune_kd.system.files import opened
 
 SQLITE_BYTES = 504  # limit of the path: SQLite's 512, less the suffix of its journal
-VERSIONS = b"\x02\x02"  # of a file with a write-ahead log
+VERSIONS = b"\x02\x02"  # format versions of a file with a write-ahead log
 SUPER = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"  # last bytes of a journal that names another file (fileformat.html)
 _SQL = {str: "TEXT", int: "INTEGER", float: "REAL"}
 
@@ -30,22 +30,22 @@ def check_journal(path: Path) -> None:
         with opened(path, MOST_LEDGER_BYTES) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - len(SUPER)))
             if file.read() == SUPER:
-                raise CorruptFile(f"{path} names another file, as no run's does; remove it")
+                raise CorruptFile(f"{path} names another file; no run writes such a journal; remove it")
 
 
 def too_long(path: Path) -> str | None:
-    """Return why a path is too long for SQLite, with its links resolved; None if it is not."""
+    """Return a sentence if a path, also with its links resolved, is too long for SQLite. Return None otherwise."""
     length = max(len(os.fsencode(each)) for each in (path.absolute(), os.path.realpath(path)))
     if length <= SQLITE_BYTES:
         return None
-    return f"the path of its ledger has {length} bytes, and SQLite opens those of at most {SQLITE_BYTES}"
+    return f"the path of its ledger has {length} bytes, and SQLite opens paths of at most {SQLITE_BYTES}"
 
 
 SINCE_0_7 = ("fast_paths", FURTHER)  # columns of trials
 
 
 def columns(schema: Schema[Any], earlier: bool) -> list[str]:
-    """The columns of a table in a ledger; `earlier`: of a version before 0.7."""
+    """The columns of a table in a ledger. `earlier` selects those of versions before 0.7."""
     return [name for name in schema.columns if not (earlier and name in SINCE_0_7)]
 
 

@@ -1,8 +1,8 @@
 """Send a run's records to an object store, and fetch them on another machine.
 
-SQLite needs the ledger on the driver's own disk. Each time the tables are written, they are sent, and then a snapshot
-of the ledger. A lost disk thus costs at most what came after the last tables, which runs again from checkpoints. The
-store is never ahead of the driver's disk.
+SQLite needs the ledger on the driver's own disk. Each time the driver writes the tables, it sends them and then a
+snapshot of the ledger. A lost disk costs at most the results since the last tables; these run again from checkpoints.
+The store is never ahead of the driver's disk.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from tune_kd.system.files import MOST_RECORD_BYTES, parsed, publish, read, unsea
 from tune_kd.system.object_store import READS, Mirror
 
 STUDY = "study.json"  # in a run's folder
-HOLDER = "holder.json"  # beside it: the process that drives the run
-TABLES = (DIGESTS, *(f"{schema.name}.parquet" for schema in SCHEMAS))  # digests before their tables
+HOLDER = "holder.json"  # in the same folder: the process that drives the run
+TABLES = (DIGESTS, *(f"{schema.name}.parquet" for schema in SCHEMAS))  # digests come before their tables
 
 
 class Sender:
-    """Sends a running run to its store, in a thread of its own."""
+    """Sends the records of a run to its store, in a separate thread."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self._folder = folder
@@ -37,11 +37,11 @@ class Sender:
         self._sending: Future[None] | None = None
 
     def offer(self) -> None:
-        """Start to send the new tables and a snapshot of the ledger, unless earlier ones are still being sent."""
+        """Start to send the new tables and a snapshot of the ledger, unless an earlier send is still running."""
         if self._mirror.url is None or (self._sending is not None and not self._sending.done()):
             return
         if self._sending is not None and (error := self._sending.exception()) is not None:
-            self._say(f"warning: {error}; it is tried again with these tables")
+            self._say(f"warning: {error}; the new tables are sent in a retry")
         self._sending = self._pool.submit(self._send, self._tables())
 
     def finish(self) -> None:
@@ -52,11 +52,11 @@ class Sender:
         try:
             self._send(self._tables())
         except OSError as error:
-            here = f"what is on record is whole in {self._folder}; `tune_kd resume` of that folder sends it"
+            here = f"all records are in {self._folder}; `tune_kd resume` of that folder sends them"
             raise OSError(f"{self._mirror.place(self._folder)} does not take the records ({error}); {here}") from error
 
     def _tables(self) -> list[tuple[str, bytes]]:
-        """Read all tables now, so that they fit together in the store."""
+        """Read all tables at once, so that they match each other in the store."""
         return [(name, read(self._folder / name, MOST_TABLE_BYTES)) for name in (STUDY, *TABLES)]
 
     def _send(self, tables: list[tuple[str, bytes]]) -> None:
@@ -71,12 +71,12 @@ class Sender:
 
 
 def stamped(holder: bytes) -> bytes:
-    """Add the current time to the holder of a run: a store releases nothing when a process ends."""
+    """Add the current time to a run's holder record, since a store releases no lock when a process ends."""
     return json.dumps({**parsed(holder), "seen": time.time()}).encode()
 
 
 def send(folder: Path, *names: str) -> None:
-    """Send files and whole folders of a run's folder, if they exist. Raises OSError."""
+    """Send files and folders inside a run's folder, if they exist. Raises OSError."""
     mirror = Mirror.of(folder)
     if mirror.url is not None:
         for path in (folder / name for name in names):
@@ -86,7 +86,7 @@ def send(folder: Path, *names: str) -> None:
 
 
 def pull(folder: Path) -> None:
-    """Fetch a run that is not here, or that went on elsewhere, from its store. Raises OSError."""
+    """Fetch a run from its store, if it is missing here or has newer records there. Raises OSError."""
     mirror = Mirror.of(folder)
     if mirror.url is None:
         return
@@ -99,7 +99,7 @@ def pull(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".pulling"):
         files = _of_one_age(mirror, folder) if there is not None else {}
-        for end in ("-wal", "-shm") if files else ():  # of the older ledger
+        for end in ("-wal", "-shm") if files else ():  # files of the older ledger
             (folder / f"{LEDGER}{end}").unlink(missing_ok=True)
         for name, data in {STUDY: study, **files}.items():
             publish(folder / name, data)
@@ -108,7 +108,7 @@ def pull(folder: Path) -> None:
 
 
 def _of_one_age(mirror: Mirror, folder: Path) -> dict[str, bytes]:
-    """Read tables and ledger until they match their digests, as a driver may be sending them."""
+    """Read tables and ledger until they match their digests, since a driver may be sending them."""
     bounds = {**dict.fromkeys(TABLES, MOST_TABLE_BYTES), LEDGER: MOST_LEDGER_BYTES}
     for _ in range(READS):
         found = {name: mirror.read(folder / name, most) for name, most in bounds.items()}
@@ -120,9 +120,9 @@ def _of_one_age(mirror: Mirror, folder: Path) -> dict[str, bytes]:
         fit = [hashlib.sha256(whole.get(name, b"")).hexdigest() in known.get(name, []) for name in TABLES[1:]]
         if all(fit) or len(whole) < len(found):
             break
-    return whole  # a reader reports what does not match
+    return whole  # readers report a mismatch
 
 
 def runs(out: Path) -> list[str]:
-    """Return the names in a folder of runs in the store. Raises OSError."""
+    """Return the names of the runs under `out` in the store. Raises OSError."""
     return Mirror.of(out).names(out)

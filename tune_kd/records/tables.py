@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-PART = 2000  # rows that are converted at a time
-# Columns of results that are text, and counts. The others are measures.
+PART = 2000  # rows per conversion
+# Columns of results that hold text, and columns that hold counts. All others hold measures.
 TEXTS = (
     "run arm role note what contrast kind verdict words context how against setting value host stratum phase method "
     "status student teacher stem weights family rule factor rules_out measure column precision"
@@ -37,21 +37,23 @@ def frame(schema: Schema[Any], rows: Sequence[Row]) -> "pd.DataFrame":
 
 
 def typed(rows: Sequence[Row], names: str) -> "pd.DataFrame":
-    """Return rows as a DataFrame with these columns (separated by spaces), typed also if it is empty or all null."""
+    """Return rows as a DataFrame with these columns (separated by spaces), typed even if it is empty or all null."""
     import pandas as pd
 
     return as_typed(pd.DataFrame(rows, columns=names.split()), names)
 
 
 def as_typed(table: "pd.DataFrame", names: str) -> "pd.DataFrame":
-    """Return these columns (separated by spaces) of a table, with the types of results."""
+    """Return these columns (separated by spaces) of a table, with the types in `KINDS`."""
     table = table[names.split()]
     return table.astype({name: PANDAS[KINDS.get(name, float)] for name in table.columns})
 
 
 def arrow(schema: Schema[Any], rows: Sequence[Row], more: Mapping[str, type] = MappingProxyType({})) -> "pa.Table":
-    """Return rows as an Arrow table, which pandas reads with the types of `frame`. `more` are further settings, which
-    become columns."""
+    """Return rows as an Arrow table, which pandas reads with the types of `frame`.
+
+    `more` gives the names and types of further settings; each becomes a column.
+    """
     import pyarrow as pa
 
     columns = schema.in_parquet | dict(more)
@@ -71,11 +73,11 @@ def _arrow_schema(columns: tuple[tuple[str, type], ...]) -> "pa.Schema":
 
 
 def to_parquet(table: "pa.Table", before: bytes = b"") -> bytes:
-    """Return a table as the bytes of a Parquet file with page checksums, after the file `before`.
+    """Return a table as the bytes of a Parquet file with page checksums, to replace the file `before`.
 
-    The pages of `before` stay at their offsets, although the new footer does not refer to them: pyarrow (so pandas),
-    polars and DuckDB open a file twice, and would read the new file by the footer of the old one. The new pages lie in
-    front of the old ones if they fit, otherwise behind. A file is at most about three times as large as its table.
+    The pages of `before` stay at their offsets, although the new footer does not refer to them. pyarrow (and so
+    pandas), polars and DuckDB open a file twice, so they may apply the old footer to the new file. The new pages come
+    before the old ones if they fit, otherwise after them. A file is at most about three times as large as its table.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -26,13 +26,13 @@ from tune_kd.study.trial import Status, level_in
 from tune_kd.study.tuning import LogUniform, number
 
 CURVES = 8  # arms in one panel; more cannot be told apart
-SHORT = 14  # characters of an arm's name; with longer ones, a legend would hide the curves
+SHORT = 14  # characters of an arm's name; with longer names, a legend inside the panel would hide the curves
 LINES_SHOWN = 200  # contrasts in one figure
 MODERATION = MethodStyle("#000000", "o", "-")
 
 
 def effects(records: Records, styles: Styles) -> Made:
-    """Each contrast with its interval, by family; in each, effects by context, then moderations."""
+    """Each contrast with its interval, by family; within a family, effects by context, then moderations."""
     table = contrasts.contrasts(records)
     table = table[table["n"] > 0]
     if table.empty:
@@ -57,10 +57,10 @@ def effects(records: Records, styles: Styles) -> Made:
     axes.set_yticks(range(len(rows)), names)
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="points of test accuracy")
     said = "; ".join(f"{row['contrast']} {100 * row['estimate']:+.2f}, {row['verdict']}" for row in rows)
-    over = "; over teachers, too, where arms have several" if table["teachers"].notna().any() else ""
+    over = ", and over teachers if arms have several" if table["teachers"].notna().any() else ""
     return (
-        f"Effects with 95 % intervals over seeds{over}. A full marker is a difference that stands after Holm, a "
-        f"diamond is equivalence; the grey band is the margin of {100 * MARGIN:g} points."
+        f"Effects with 95 % intervals over seeds{over}. A filled marker is a difference that is significant after "
+        f"Holm, a diamond is equivalence; the grey band is the margin of {100 * MARGIN:g} points."
         f"{' The primary contrasts are above the dotted line.' if ended else ''}{more}",
         f"Forest plot of {len(rows)} contrasts in points of test accuracy. {said}.",
         figure,
@@ -88,7 +88,7 @@ def curves(records: Records, styles: Styles) -> Made:
     trials = accuracy.completed_trials(records)
     trials = trials.assign(stem=trials["stem"].fillna(""), method=trials["method"].map(str))
     rows = trials[["run", "trial_id", "arm", "stem", "method"]].merge(records.epochs, on=["run", "trial_id"])
-    rows = rows.dropna(subset="val_accuracy")  # a line leads through the epochs that were validated
+    rows = rows.dropna(subset="val_accuracy")  # a line connects the validated epochs
     if rows.empty:
         return None
     stems, more = style.first_panels(rows["stem"].unique().tolist(), "stems")
@@ -106,8 +106,8 @@ def curves(records: Records, styles: Styles) -> Made:
     panels[-1].set_xlabel("epoch")
     more += style.left_out(sum(max(0, len(each) - CURVES) for each in names.values()), "arms")
     return (
-        "Learning curves: mean over confirmed seeds, the band is one standard deviation; cut below, where arms begin."
-        f"{more}",
+        "Learning curves: mean and standard deviation (band) over confirmed seeds. The low accuracies of early epochs "
+        f"are cut off.{more}",
         f"Learning curves of {rows['arm'].nunique()} arms: validation accuracy over {int(rows['epoch'].max())} epochs "
         f"for the stem {' and '.join(map(style.readable, stems))}.",
         figure,
@@ -115,12 +115,12 @@ def curves(records: Records, styles: Styles) -> Made:
 
 
 def _within(arm: str, stem: str) -> str:
-    """The name of an arm where its stem is known."""
+    """The name of an arm without its stem, which the panel's title states."""
     return style.readable("/".join(part for part in arm.split("/") if part != stem) or arm)
 
 
 def _with_legends(labels: list[list[str]]) -> tuple[Figure, list[Axes], list[Axes]]:
-    """A figure of panels with these labels, and where the legend of each is: in it, or below it where it is large."""
+    """A figure of panels with these labels, and the axes of each legend: the panel, or axes below it for long names."""
     large = any(len(label) > SHORT for each in labels for label in each)
     if not large:
         figure, panels = style.stacked(len(labels), 2.1, sharex=True)
@@ -144,7 +144,7 @@ def _curves_of_stem(axes: Axes, rows: pd.DataFrame, stem: str, styles: Styles) -
         mean, std = (100 * spread[each].fillna(0.0) for each in ("mean", "std"))
         colour, line = styles[methods[name]].colour, styles[methods[name]].line
         alike = [each for each in names if methods[each] == methods[name]]
-        if len(alike) > 1:  # arms of a method differ in their dashes
+        if len(alike) > 1:  # arms of one method have different dashes
             line = (0, (1 + 2 * alike.index(name), 1))
         high = np.minimum(mean + std, 100)
         style.band(
@@ -157,7 +157,7 @@ def _curves_of_stem(axes: Axes, rows: pd.DataFrame, stem: str, styles: Styles) -
 
 
 def response(records: Records, styles: Styles, factor: str) -> Made:
-    """Accuracy over the levels of a numeric factor, a panel for each context."""
+    """Accuracy over the levels of a numeric factor, one panel per context."""
     table = measures.response(records, factor)
     if table.empty:
         return None
@@ -173,7 +173,7 @@ def response(records: Records, styles: Styles, factor: str) -> Made:
         look = styles[str(group["method"].iloc[0])]
         error = [mean - low, high - mean]
         axes.errorbar(group[factor].to_numpy(float), mean, error, color=look.colour, marker=look.marker, capsize=2)
-        if group["control"].nunique() > 1:  # of a field of the recipe, which the control has, too
+        if group["control"].nunique() > 1:  # for a recipe field, the control has these levels too
             axes.plot(group[factor].to_numpy(float), 100 * group["control"], color="#000000", ls=":", label="control")
             axes.legend(loc="best")
         elif group["control"].notna().any():
@@ -191,7 +191,7 @@ def response(records: Records, styles: Styles, factor: str) -> Made:
     said = "; ".join(f"{row['stem']} {factor} {number(row[factor])}: {100 * row['mean']:.2f}" for row in rows)
     return (
         f"Test accuracy by {factor}: mean and 95 % interval over confirmed seeds; the dotted line is the control. "
-        f"Levels that the screen stopped are missing, and the line passes over them.{more}",
+        f"Levels that the screen stopped are missing, and the line skips them.{more}",
         f"Response to {factor}: {said}.",
         figure,
     )
@@ -219,32 +219,32 @@ def cost(records: Records, styles: Styles) -> Made:
         style.stem_title(axes, stem)
         axes.set(xlim=(0, None), ylabel="test accuracy (%)")
     style.legend_above(figure, 4)
-    panels[-1].set_xlabel("seconds of training a trial")
+    panels[-1].set_xlabel("training seconds per trial")
     rows = costs.to_dict("records")
     said = "; ".join(f"{row['arm']} {100 * row['mean']:.2f} in {row['train_seconds']:.0f} s" for row in rows)
     return (
-        "Test accuracy (mean and 95 % interval) against the training time of a trial, without what its teacher "
-        f"cost.{more}",
+        "Test accuracy (mean and 95 % interval) against the training time of a trial, without its teacher's "
+        f"training time.{more}",
         f"Accuracy against cost: {said}.",
         figure,
     )
 
 
 def tuning(records: Records, styles: Styles) -> Made:
-    """Validation accuracy of the draws over each setting: where an arm is best, and how sharply."""
+    """Validation accuracy of the draws over each setting: the best value of an arm, and the sensitivity around it."""
     found = list(tuned.searches(records))
     settings = list(dict.fromkeys(each.name for _, _, search, _ in found for each in search.ranges))
     completed = [row for *_, draws in found for row in draws if row["status"] == Status.COMPLETED]
     if not completed:
         return None
     ended = [100 * (row["val_accuracy_best"] or 0.0) for row in completed]
-    # What lies below is drawn at the edge.
+    # Draws below the floor are drawn at the edge.
     floor = max(0.0, max(ended) - 4 * max(0.25, max(ended) - float(np.median(ended))))
     margin = 0.08 * (max(ended) - floor)
     methods = [str(draws[0]["method"]) for *_, draws in found]
     looks = [styles[method] for method in methods]
     for place, method in enumerate(methods):
-        if methods.count(method) > 1:  # arms of a method differ in colour
+        if methods.count(method) > 1:  # arms of one method have different colours
             looks[place] = replace(looks[place], colour=style.OTHER_COLOURS[place % len(style.OTHER_COLOURS)])
     figure, panels = style.stacked(len(settings), 1.3, 0.5)
     for axes, setting in zip(panels, settings, strict=True):
@@ -259,8 +259,8 @@ def tuning(records: Records, styles: Styles) -> Made:
     rows = tuned.settings(records).dropna(subset=["tuned"]).to_dict("records")
     said = "; ".join(f"{row['arm']} {row['setting']} {row['tuned']:.3g} (default {row['default']:.3g})" for row in rows)
     return (
-        "What was drawn for each arm and ran to its end, over each setting. Full markers are the best, dotted lines "
-        "the defaults; what is far below stands at the lower edge.",
+        "Completed draws of each arm, over each setting. Filled markers are the best draws, dotted lines the defaults. "
+        "Draws with much lower accuracy are shown at the lower edge.",
         f"Validation accuracy of draws over {len(settings)} settings. Tuned: {said}.",
         figure,
     )
@@ -269,7 +269,7 @@ def tuning(records: Records, styles: Styles) -> Made:
 def _draws(
     axes: Axes, setting: str, study: Study, draws: Sequence[TrialRow], floor: float, look: MethodStyle, label: str
 ) -> None:
-    """Draw an arm's completed draws over a setting, the best of them filled, and the setting's default."""
+    """Draw an arm's completed draws over a setting, with the best one filled, and the setting's default."""
 
     def plot(rows: Sequence[Mapping[str, Any]], **how: Any) -> None:
         heights = [max(floor, 100 * row["val_accuracy_best"]) for row in rows]

@@ -13,11 +13,11 @@ from tune_kd.study.discover import from_json
 from tune_kd.study.early_stopping import stratum
 from tune_kd.study.trial import Action, DecisionReason, Role
 
-MANY = 500  # bars of a timeline; more are drawn as pixels
+MANY = 500  # bars of a timeline; with more, they are rasterized
 
 
 def rungs(records: Records, _: Styles) -> Made:
-    """Accuracy at each comparison of early stopping against final accuracy."""
+    """Final accuracy against the accuracy at each comparison of early stopping."""
     table = early_stopping.audit(records)
     if table.empty or table["final"].isna().all():
         return None
@@ -34,19 +34,19 @@ def rungs(records: Records, _: Styles) -> Made:
             label = "_"
         stopped = group[group["final"].isna() & (group["action"] == Action.STOP)]
         axes.plot(100 * stopped["metric"], np.full(len(stopped), floor - 1.0), "x", color=colour)
-    axes.set(xlabel="validation accuracy at the rung (%)", ylabel="at the end (%)")
+    axes.set(xlabel="validation accuracy at the rung (%)", ylabel="final (%)")
     axes.legend(loc="best")
     return (
-        "Every comparison of early stopping: accuracy then, and at the end. White markers were near ties; crosses "
-        "below were stopped, and nobody knows their end.",
-        f"Scatter of {int(table['final'].notna().sum())} comparisons whose trials ran to the end, and "
+        "Every comparison of early stopping: validation accuracy at the rung, and final accuracy. White markers are "
+        "near ties. Crosses at the bottom are stopped trials, whose final accuracy is unknown.",
+        f"Scatter of {int(table['final'].notna().sum())} comparisons whose trials completed, and "
         f"{int((table['action'] == Action.STOP).sum())} that stopped a trial.",
         figure,
     )
 
 
 def foretelling(records: Records, styles: Styles) -> Made:
-    """Rank correlation between each epoch and final accuracy, a panel for each stratum."""
+    """Rank correlation between the accuracy at each epoch and final accuracy, one panel per stratum."""
     table = early_stopping.rank_correlations(records, everywhere=True).dropna(subset=["rho_low"])
     if table.empty:
         return None
@@ -63,13 +63,13 @@ def foretelling(records: Records, styles: Styles) -> Made:
             axes.axvline(float(epoch), color="#666666", ls=":", lw=0.8)
         axes.set_ylim(-1.05, 1.05)
         axes.set_title(f"{style.readable(name)} ({int(group['n'].max())} trials)", loc="left")
-    panels[len(panels) // 2].set_ylabel("rank correlation with the end")
+    panels[len(panels) // 2].set_ylabel("rank correlation")
     panels[-1].set_xlabel("epoch")
     rungs = table[table["rung"].notna()].to_dict("records")
     said = "; ".join(f"{row['stratum']} {row['rho']:+.2f} at epoch {row['epoch']}" for row in rungs)
     return (
-        "How well an epoch foretold the end: Spearman's correlation of validation accuracy then with that of the last "
-        f"epoch, over the trials that ran to their end, with its 95 % interval. Dotted lines are rungs.{more}",
+        "Rank correlation (Spearman) between validation accuracy at an epoch and at the last epoch, over completed "
+        f"trials, with its 95 % interval. Dotted lines are rungs.{more}",
         f"Rank correlation by epoch in {len(names)} strata: {said or 'no rungs'}.",
         figure,
     )
@@ -88,7 +88,7 @@ def _methods_by_stratum(records: Records) -> dict[str, list[str]]:
 
 
 def timeline(records: Records, styles: Styles) -> Made:
-    """Which trial ran when, on which slot."""
+    """The slot and the times of each trial."""
     table = early_stopping.timeline(records)
     if table.empty:
         return None
@@ -109,9 +109,9 @@ def timeline(records: Records, styles: Styles) -> Made:
     axes.set(xlabel="seconds since the first trial began", ylabel="slot")
     style.legend_above(figure, 4)
     share = float((table["end"] - table["begin"]).sum()) / (last * count)
-    said = f"{100 * share:.0f} % of the time that slots were there, a trial ran on them"
-    if (records.trials["attempts"] > 1).any():  # their seconds are a sum over attempts, without the pauses between them
-        said = "trials that were tried again are shown without the time in between"
+    said = f"the slots were in use {100 * share:.0f} % of the time"
+    if (records.trials["attempts"] > 1).any():  # their seconds are a sum over attempts, without the pauses
+        said = "retried trials are shown without the pauses between their attempts"
     return (
         f"Trials over slots: {said}.",
         f"Timeline of {len(table)} trials on {count} slots over {last:.0f} seconds.",

@@ -1,6 +1,6 @@
-"""Draw the figures of a report, and turn them into PNG or SVG.
+"""Draw the figures of a report, and render them as PNG or SVG.
 
-To add a figure, write a function from records and method styles to `Made`, and enter it in `PICTURES`.
+To add a figure, write a function from records and method styles to `Made`, and add it to `PICTURES`.
 """
 
 import io
@@ -19,7 +19,7 @@ from tune_kd.reporting.style import STYLE, Made, Styles, method_styles
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with its file name, its caption, and a text for readers who cannot see it."""
+    """A figure with its file name, its caption, and its alternative text."""
 
     name: str
     caption: str
@@ -28,7 +28,7 @@ class Picture:
 
 
 def draw(records: Records) -> list[Picture]:
-    """Every figure that has something to show, run by run. A method looks the same in all of them."""
+    """All figures that have data, run by run. A method looks the same in all of them."""
     found = []
     styles = method_styles(records.trials["method"].dropna())
     for run in records.runs:
@@ -46,7 +46,7 @@ def draw(records: Records) -> list[Picture]:
 
 
 def rendered(figure: Figure, kind: str) -> bytes:
-    """The bytes of a figure as `png` (200 dots an inch) or `svg`."""
+    """The bytes of a figure as `png` (200 dots per inch) or `svg`."""
     sink = io.BytesIO()
     with rc_context(STYLE):
         figure.savefig(sink, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)

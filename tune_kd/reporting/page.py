@@ -29,8 +29,8 @@ def html(
     paper: Grid | None,
     summary: Summary,
 ) -> str:
-    """The whole page. Of a long table it shows the first `ROWS` rows, and says so. `paper` is the grid of the table of
-    that name."""
+    """The whole page. It shows the first `ROWS` rows of a long table, with a note. `paper` is the grid of the table
+    `paper`."""
     environment = Environment(autoescape=select_autoescape(default=True), undefined=StrictUndefined, trim_blocks=True)
     source = TEMPLATE.read_text(encoding="utf-8")
     found = tables["contrasts"][1]["verdict"].tolist() if "contrasts" in tables else []
@@ -57,8 +57,8 @@ def html(
 def _policy(source: str) -> str:
     """The page's content security policy (https://www.w3.org/TR/CSP3).
 
-    It allows our style and script, by their hashes, and embedded pictures. It allows no connections, and no foreign
-    script, even if text from records were taken for HTML.
+    It allows our style and script, by their hashes, and embedded pictures. It allows no connections and no foreign
+    script, even if text from records were parsed as HTML.
     """
     ours = {}
     for tag in ("style", "script"):
@@ -69,7 +69,7 @@ def _policy(source: str) -> str:
 
 
 def _table(title: str, table: pd.DataFrame) -> dict[str, Any]:
-    """A table's cells as text, each with its sort key."""
+    """A table's cells as text, each with a sort key."""
     table = shown(table).drop(columns=["words"], errors="ignore")
     numeric = [bool(pd.api.types.is_numeric_dtype(table[name])) for name in table.columns]
     rows = [

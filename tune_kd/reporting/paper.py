@@ -1,4 +1,4 @@
-"""The table of a paper as a grid of texts, from which Markdown, LaTeX and the page are made."""
+"""The table of a paper as a grid of texts. Markdown, LaTeX and the HTML page are rendered from it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from tune_kd.study.cost import IMAGES
 
 BOLD = (
     "Bold: better than the control of its row, by a contrast of the study's primary family, at a level of 0.05 over "
-    "that family. A higher number that is not bold is not found to be better than the control."
+    "that family. A number that is higher but not bold is not found to be better than the control."
 )
 
 
@@ -35,10 +35,11 @@ class Grid:
 
 
 def grid(table: pd.DataFrame, records: Records) -> Grid:
-    """The grid of a table that `analysis.paper.paper` made.
+    """The grid of a table from `analysis.paper.paper`.
 
-    Rows are named by the settings in which they differ, or by teacher and student where they differ in none; a note has
-    the others. The number of seeds is a column if no row has arms with different numbers, else a part of each cell.
+    Rows are labelled with the settings in which they differ, or with teacher and student if they differ in none. A note
+    lists the other settings. The number of seeds is a column if it is equal in all arms of each row, else it is part of
+    each cell.
     """
     table = table.astype(object).where(table.notna(), None)
     rows = [of_row.to_dict("records") for _, of_row in table.groupby(list(CONTEXT), sort=False, dropna=False)]
@@ -86,7 +87,7 @@ def _cells(row: Sequence[Mapping[Any, Any]], columns: Sequence[str], with_n: boo
 
 
 def _accuracy(mean: float | None, sd: float | None) -> str:
-    """In percent: `94.91 ± 0.08`, without a deviation where there is one seed."""
+    """In percent: `94.91 ± 0.08`, without a deviation for a single seed."""
     if mean is None:
         return ""
     return f"{100 * mean:.2f}" if sd is None else f"{100 * mean:.2f} ± {100 * sd:.2f}"

@@ -20,22 +20,22 @@ from tune_kd.study.trial import ENDED, Decision, Phase, Status
 from tune_kd.system.characters import visible
 from tune_kd.system.secrets import masked
 
-SHOWN = 20  # running trials listed one by one
-LAST = 5  # decisions of early stopping listed one by one
-PAUSE_FACTOR = 50.0  # a refresh waits this many times as long as the last one took
-PLAIN_EVERY = 30.0  # seconds between progress lines where there is no terminal
+SHOWN = 20  # running trials that are listed
+LAST = 5  # decisions of early stopping that are listed
+PAUSE_FACTOR = 50.0  # least time between refreshes, as a multiple of the last refresh's duration
+PLAIN_EVERY = 30.0  # seconds between progress lines if the output is not a terminal
 
 
 class ProgressDisplay:
-    """Show the progress of a run: a table that refreshes on a terminal, lines elsewhere."""
+    """Show the progress of a run: a table that refreshes on a terminal, plain lines otherwise."""
 
     def __init__(self, console: Console, run: str, log: Path | None = None) -> None:
-        """`log` is a file to which messages are also appended, if it can be written to."""
+        """Messages are also appended to the file `log`, if it can be written to."""
         self._console = console
         self._log = log
         self._run = run
         self._began = self._shown = time.monotonic()
-        self._took = 0.0  # seconds of the last refresh
+        self._took = 0.0  # duration of the last refresh, in seconds
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> "ProgressDisplay":
@@ -60,7 +60,7 @@ class ProgressDisplay:
                 log.write(f"{visible(line)}\n")
 
     def show(self, rows: Sequence[TrialRow], decisions: Sequence[Decision]) -> None:
-        """Refresh the table at most twice a second, and less often where many trials make that slow."""
+        """Refresh the table at most twice a second, and less often if many trials make a refresh slow."""
         now = time.monotonic()
         if self._live is not None and now - self._shown >= max(0.5, PAUSE_FACTOR * self._took):
             self._live.update(progress(self._run, rows, decisions, now - self._began), refresh=True)
@@ -76,15 +76,15 @@ class ProgressDisplay:
 
 
 def _open_log(log: str, flags: int) -> int:
-    """Open a log that only this user can read. Others may write to the folder of a Ray that is joined, so a link is
-    not followed and a FIFO not waited for."""
+    """Open a log that only this user can read. Others may write to the folder of an existing Ray cluster, so do not
+    follow a link or wait for a FIFO."""
     return os.open(log, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
 
 
 def progress(run: str, rows: Sequence[TrialRow], decisions: Sequence[Decision], elapsed: float | None) -> Group:
-    """The progress of a run: a line a phase, the decisions of early stopping, then the running trials.
+    """The progress of a run: one line per phase, the decisions of early stopping, then the running trials.
 
-    `elapsed` is in seconds; None leaves it out.
+    `elapsed` is in seconds; None omits it.
     """
     line = Text.assemble((run, "bold"), "" if elapsed is None else f"  {duration(elapsed)}")
     if remaining := time_left(rows):
@@ -98,7 +98,7 @@ def progress(run: str, rows: Sequence[TrialRow], decisions: Sequence[Decision], 
 
 
 def _phases(rows: Sequence[TrialRow]) -> Table:
-    """How many trials of each phase are in which state."""
+    """The number of trials in each state, by phase."""
     shown = rich_table(None, "phase", "done", "running", "stopped", "failed", "waiting", left=("phase",))
     shown.add_column("", ratio=1)
     for phase in Phase:
@@ -113,7 +113,7 @@ def _phases(rows: Sequence[TrialRow]) -> Table:
 
 
 def _decisions(decisions: Sequence[Decision]) -> Group:
-    """How often early stopping decided for which reason, and the last few decisions."""
+    """The number of early stopping's decisions by reason, and the last few decisions."""
     counts = Counter(decision.reason for decision in decisions)
     said = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in counts.most_common())
     stopped = sum(decision.stops for decision in decisions)

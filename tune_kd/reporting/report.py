@@ -18,34 +18,31 @@ from tune_kd.system.files import obstacle, publish
 FORMATS = ("html", "md", "csv", "tex", "png", "svg")
 Table = tuple[str, Callable[[Records], pd.DataFrame]]
 TABLES: dict[str, Table] = {
-    "contrasts": ("Contrasts that the study fixed", contrasts.contrasts),
-    "paper": ("Test accuracy by method, as a paper prints it", paper.paper),
+    "contrasts": ("Contrasts that the study declared", contrasts.contrasts),
+    "paper": ("Test accuracy by method, in the format of a paper", paper.paper),
     "fidelity": (
-        "Exploratory: likeness to the teacher, and calibration (a family of its own, beside the verdicts on accuracy)",
+        "Exploratory: likeness to the teacher, and calibration (a family separate from the verdicts on accuracy)",
         fidelity.fidelity,
     ),
     "arms": ("Test accuracy of each arm", accuracy.arms),
-    "teachers": ("Test accuracy of the teachers, and what their settings change", contrasts.teachers_compared),
-    "factors": (
-        "Whether a factor matters at all: one F test a context, on which no verdict depends",
-        contrasts.factors,
-    ),
+    "teachers": ("Test accuracy of the teachers, and effects of their settings", contrasts.teachers_compared),
+    "factors": ("Whether a factor matters at all: one F test per context; no verdict depends on it", contrasts.factors),
     "variances": ("Spread between teachers, between seeds, and of the rest", contrasts.variances),
-    "settings": ("What was tuned, and what mattered", tuned.settings),
-    "budgets": ("What each arm was tuned with", tuned.budgets),
+    "settings": ("Tuned settings and their importance", tuned.settings),
+    "budgets": ("Tuning budget of each arm", tuned.budgets),
     "exploratory": ("Exploratory: the screen, draws, and seeds added later", accuracy.exploratory),
     "measures": ("Likeness to the teacher, and calibration", measures.measures),
-    "costs": ("What a trial cost, without its teacher", measures.costs),
+    "costs": ("Cost of a trial, without its teacher", measures.costs),
     "temperature": ("Accuracy by temperature", lambda records: measures.response(records, "temperature")),
     "alpha": ("Accuracy by alpha", lambda records: measures.response(records, "alpha")),
     "gaps": ("The teacher's lead and the students' gain", measures.gaps),
-    "decisions": ("What early stopping decided, and why", early_stopping.decisions),
-    "rungs": ("How well a rung foretold the end", early_stopping.rank_correlations),
+    "decisions": ("Decisions of early stopping, by reason", early_stopping.decisions),
+    "rungs": ("Rank correlation between accuracy at a rung and final accuracy", early_stopping.rank_correlations),
     "between_runs": ("The same arms in the other runs", provenance.between_runs),
-    "differences": ("In what the runs differ", provenance.differences),
-    "provenance": ("What ran where", provenance.provenance),
+    "differences": ("Differences between the runs", provenance.differences),
+    "provenance": ("Code, machine and data of each run", provenance.provenance),
 }
-"""The tables of a report: title, and the function that makes it."""
+"""The tables of a report: the title, and the function that computes the table."""
 
 
 def tables(records: Records) -> dict[str, pd.DataFrame]:
@@ -55,7 +52,7 @@ def tables(records: Records) -> dict[str, pd.DataFrame]:
 
 
 def _tables(records: Records) -> dict[str, Table]:
-    """`TABLES`, with a response to each number that factors vary."""
+    """`TABLES`, plus a response for each other numeric setting that factors vary."""
     more = [name for name in measures.responses(records) if name not in TABLES]
     return TABLES | {f"response_{name}": (f"Accuracy by {name}", partial(measures.response, factor=name))
                      for name in more}  # fmt: skip
@@ -64,7 +61,8 @@ def _tables(records: Records) -> dict[str, Table]:
 def report(records: Records, to: Path | str, formats: Sequence[str] = FORMATS) -> Path:
     """Write a report of the records into the folder `to`. Returns the file to read first.
 
-    `formats` are some of html, md, csv, tex, png, svg. Raises `UserError` for any other, before anything is written.
+    `formats` are some of html, md, csv, tex, png, svg. Raises `UserError` for any other format, before it writes
+    anything.
     """
     folder = Path(to)
     unknown = [name for name in formats if name not in FORMATS]
@@ -72,9 +70,9 @@ def report(records: Records, to: Path | str, formats: Sequence[str] = FORMATS) -
         named = ", ".join(map(repr, unknown)) or "empty"
         raise UserError(f"--format is {named}; allowed: {', '.join(FORMATS)}")
     if (there := obstacle(folder)) is not None:
-        raise UserError(f"--to is {folder}, and {there} cannot be written to; allowed: a folder that can be made")
+        raise UserError(f"--to is {folder}, and {there} cannot be written to; allowed: a folder that can be created")
     if found := [path for path in (folder / "tables", folder / "figures") if path.is_symlink()]:
-        raise UserError(f"--to is {folder}, where {found[0]} is a link, through which nothing is written; remove it")
+        raise UserError(f"--to is {folder}, and a report does not write through links, such as {found[0]}; remove it")
     made = tables(records)
     titled = {name: (_tables(records)[name][0], table) for name, table in made.items()}
     printed = grid(made["paper"], records) if "paper" in made else None
@@ -99,7 +97,7 @@ def report(records: Records, to: Path | str, formats: Sequence[str] = FORMATS) -
 
 
 def _forget(folder: Path, formats: Sequence[str]) -> None:
-    """Remove the files of an earlier report in these formats. A table that is no longer made would look current."""
+    """Remove the files of an earlier report in these formats, since a table that is no longer written looks current."""
     for kind, names in (("tables", [*TABLES, "all"]), ("figures", list(figures.PICTURES))):
         for form in formats:
             for path in (folder / kind).glob(f"*.{form}"):

@@ -1,6 +1,6 @@
-"""The look of figures: sizes, a style for each method, stacked panels, legends and names.
+"""The style of figures: sizes, a style for each method, stacked panels, legends and names.
 
-Methods differ in colour (Okabe and Ito 2008), marker, line and hatch, so a figure can be read in grey.
+Methods differ in colour (Okabe and Ito 2008), marker, line and hatch, so a figure can be read without colour.
 """
 
 import textwrap
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 T = TypeVar("T")
 
-COLUMN_INCHES = 3.4  # inches, a column of a paper
+COLUMN_INCHES = 3.4  # width of a paper's column
 STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -35,13 +35,13 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "tune_kd",  # the same figure gives the same bytes
 }
 PANELS = 24  # in one figure
-NAME_LETTERS = 24  # characters a line of a contrast's name
-LONGEST_NAME = 4 * NAME_LETTERS  # characters of any name; longer ones are cut in the middle
+NAME_LETTERS = 24  # characters per line of a contrast's name
+LONGEST_NAME = 4 * NAME_LETTERS  # characters of any name; longer names are cut in the middle
 
 
 @dataclass(frozen=True)
 class MethodStyle:
-    """How a method is drawn."""
+    """The colour, marker, line and hatch of a method."""
 
     colour: str
     marker: str
@@ -63,14 +63,14 @@ OTHER_HATCHES = ("xxxx", "||||", "\\\\\\\\", "----", "++++", "oooo", "****")
 UNKNOWN = MethodStyle(OTHER_COLOURS[0], "o", ":")  # of trials whose method is not recorded
 
 Styles = defaultdict[str, MethodStyle]
-Made = tuple[str, str, Figure] | None  # caption, text for readers who cannot see the figure, figure
+Made = tuple[str, str, Figure] | None  # caption, alternative text, figure
 
 
 def method_styles(methods: Iterable[str]) -> Styles:
     """The style of each method.
 
-    A method that is not in `METHOD_STYLES` gets a colour by the hash of its name, or the next free one if that is
-    taken. So its style rarely depends on the other methods.
+    A method that is not in `METHOD_STYLES` gets a colour by the hash of its name, or the next free colour if that one
+    is taken. So its style rarely depends on the other methods.
     """
     styles, free, colours = Styles(lambda: UNKNOWN, METHOD_STYLES), list[int](), len(OTHER_COLOURS)
     for count, method in enumerate(sorted({*methods} - {*METHOD_STYLES})):
@@ -85,20 +85,20 @@ def method_styles(methods: Iterable[str]) -> Styles:
 
 
 def readable(name: object) -> str:
-    """A name as a figure shows it, wrapped and at most `LONGEST_NAME` characters."""
+    """A name for a figure: wrapped, and with at most `LONGEST_NAME` characters."""
     text = str(name)
     text = text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME // 2]}...{text[3 - LONGEST_NAME // 2 :]}"
     text = "\n".join(textwrap.wrap(text, 2 * NAME_LETTERS))
-    return f" {text}" if text.startswith("_") else text  # Matplotlib leaves labels with a leading `_` out of legends
+    return f" {text}" if text.startswith("_") else text  # Matplotlib omits labels with a leading `_` from legends
 
 
 def left_out(count: int, what: str) -> str:
-    """A sentence for a caption about what a figure does not show; empty if it shows all."""
+    """A sentence for a caption about the items that a figure omits; empty if it omits none."""
     return f" {count} more {what} are left out." if count > 0 else ""
 
 
 def first_panels(items: list[T], what: str) -> tuple[list[T], str]:
-    """The items that get a panel, and a sentence for the caption about the others."""
+    """The items that get a panel, and a sentence for the caption about the omitted ones."""
     return items[:PANELS], left_out(len(items) - PANELS, what)
 
 
@@ -109,13 +109,13 @@ def stacked(count: int, height: float, rest: float = 0.0, layout: Any = None, **
 
 
 def band(axes: Axes, x: Any, middle: Any, low: Any, high: Any, colour: str, **line: Any) -> None:
-    """Draw a line and the band around it."""
+    """Draw a line with a band around it."""
     axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
     axes.plot(x, middle, color=colour, **line)
 
 
 def stem_title(axes: Axes, stem: str) -> None:
-    """Name the stem of a panel, if there is one."""
+    """Set the stem as the panel's title, if there is one."""
     axes.set_title(f"{readable(stem)} stem" if stem else "", loc="left")
 
 

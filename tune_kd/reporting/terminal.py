@@ -1,4 +1,4 @@
-"""Tables of results on a terminal. Formats what `analysis` computed."""
+"""Tables of results on a terminal, formatted from the DataFrames of `analysis`."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class Terminal(Console):
-    """A console without markup. Control characters in data are replaced; only rich's own reach the terminal."""
+    """A console without markup. Control characters in data are escaped; only rich's own reach the terminal."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, highlight=False, emoji=False)
 
     def say(self, sentence: str) -> None:
-        """Print a sentence without breaking it into lines."""
+        """Print a sentence without wrapping it."""
         self.print(sentence, soft_wrap=True)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
@@ -48,10 +48,11 @@ def points(accuracy: float | None) -> str:
 
 
 def rich_table(title: str | None, *names: str, left: Collection[str], no_wrap: Collection[str] = ()) -> Table:
-    """An empty table without borders. Columns are aligned to the right, except those in `left`."""
+    """An empty table without borders. Columns are right-aligned, except those in `left`."""
     made = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="bold", pad_edge=False)
     for name in names:
-        justify: Literal["left", "right"] = "left" if name in left else "right"  # an ellipsis would make names alike
+        justify: Literal["left", "right"] = "left" if name in left else "right"
+        # Fold, since an ellipsis would make different names look equal.
         made.add_column(name, justify=justify, no_wrap=name in no_wrap, overflow="fold")
     return made
 
@@ -67,7 +68,7 @@ def effects(table: "pd.DataFrame") -> Group:
             parts += [_contrasts(title, chosen), Text("")]
     unjudged = table[table["n"] == 0]
     for note, group in unjudged.groupby("note", sort=False):
-        parts.append(Text(f"Not judged, since {note}: {'; '.join(group['contrast'])}"))
+        parts.append(Text(f"Not judged ({note}): {'; '.join(group['contrast'])}"))
     return Group(*parts)
 
 
@@ -80,7 +81,7 @@ def sentences(said: Iterable[str]) -> Table:
 
 
 def variances(table: "pd.DataFrame") -> Table:
-    """The spread of contrasts between teachers, between seeds, and of the rest, with its share of the variance."""
+    """The spread of contrasts between teachers, between seeds, and of the rest, each with its share of the variance."""
     names = ("teachers", "seeds", "rest")
     title = "Spread in points of test accuracy (share of the variance)"
     shown = rich_table(title, "contrast", *names, left=("contrast",), no_wrap=names)
@@ -105,7 +106,7 @@ def _contrasts(title: str, table: "pd.DataFrame") -> Table:
 
 
 def _with_runs(table: "pd.DataFrame", name: str) -> "pd.DataFrame":
-    """Prefix names with their run, if there are several runs."""
+    """Prefix names with their run if there are several runs."""
     if "run" not in table or table["run"].nunique() < 2:
         return table
     named = table.copy()
@@ -124,8 +125,8 @@ def arms(table: "pd.DataFrame") -> Table:
 
 
 def settings(table: "pd.DataFrame", budgets: "pd.DataFrame") -> Group:
-    """The tuned value of each setting beside its default, and the budgets."""
-    title = "What was tuned (share: of the variance of validation accuracy over the draws)"
+    """The tuned value and the default of each setting, and the budgets."""
+    title = "Tuned settings (share: of the variance of validation accuracy over the draws)"
     shown = rich_table(title, "arm", "setting", "default", "tuned", "range", "share", left=("arm", "setting"))
     for row in _with_runs(table, "arm").to_dict("records"):
         low, high, tuned, share = (row[name] for name in ("least", "most", "tuned", "importance"))
@@ -141,8 +142,8 @@ def settings(table: "pd.DataFrame", budgets: "pd.DataFrame") -> Group:
 
 
 def differences(table: "pd.DataFrame") -> Table:
-    """The settings in which runs differ, one column a run."""
-    shown = rich_table("What differs between the runs", left=())
+    """The settings in which runs differ, one column per run."""
+    shown = rich_table("Differences between the runs", left=())
     for name in table.columns:
         shown.add_column(Text(str(name)), overflow="fold")
     for row in table.itertuples(index=False):
@@ -151,7 +152,7 @@ def differences(table: "pd.DataFrame") -> Table:
 
 
 def simulation(screen: "Screen", outcomes: Mapping[str, "Outcome"], orders: int) -> Group:
-    """What early stopping would have done with recorded curves: a line a stratum, then stopped arms."""
+    """The effect of early stopping on recorded curves: one line per stratum, then the stopped arms."""
     names = ("stratum", "arms", "seeds", "epochs saved", "mean regret", "best lost", "by cut", "by chance")
     title = f"Early stopping over {orders:,} arrival orders"
     shown = rich_table(title, *names, left=("stratum",), no_wrap=("stratum",))
@@ -161,8 +162,8 @@ def simulation(screen: "Screen", outcomes: Mapping[str, "Outcome"], orders: int)
         shown.add_row(Text(name), str(each.arms), str(len(each.seeds)), saved, regret, lost, cut, chance)
     first = min(screen.grace, *(each.epochs for each in outcomes.values()))
     note = (
-        "Regret: the best final validation accuracy of all arms less that of the kept, in points. Of baselines that "
-        f"keep as many arms: a cut at epoch {first} that keeps the best then, and a choice by chance."
+        "Regret: the best final validation accuracy of all arms minus that of the kept arms, in points. Two baselines "
+        f"keep as many arms: a cut, which keeps the best arms at epoch {first}, and a random choice."
     )
     parts: list[RenderableType] = [shown, Text(note), Text(""), _rank_correlations(screen, outcomes)]
     for name, each in outcomes.items():
@@ -171,7 +172,7 @@ def simulation(screen: "Screen", outcomes: Mapping[str, "Outcome"], orders: int)
 
 
 def _stops(name: str, outcome: "Outcome") -> Table:
-    """How often each arm of a stratum would have been stopped, by epoch."""
+    """The share of orders in which each arm of a stratum would have been stopped, by epoch."""
     epochs = sorted({epoch for when in outcome.stopped.values() for epoch in when})
     names = ("arm", "final accuracy", *(f"epoch {epoch}" for epoch in epochs), "in all", "")
     table = rich_table(f"{name}: stopped, in % of orders", *names, left=("arm", ""))
@@ -180,17 +181,17 @@ def _stops(name: str, outcome: "Outcome") -> Table:
         when = outcome.stopped[arm]
         shares = (f"{100 * when[epoch]:.1f}" if epoch in when else "" for epoch in epochs)
         short = "/".join(part for part in arm.split("/") if part not in alike) or arm
-        never = "never, by its role" if arm in outcome.immune else ""
+        never = "immune by its role" if arm in outcome.immune else ""
         table.add_row(Text(short), points(outcome.final[arm]), *shares, f"{100 * sum(when.values()):.1f}", never)
     return table
 
 
 def _rank_correlations(screen: "Screen", outcomes: Mapping[str, "Outcome"]) -> Table:
-    """Rank correlation between the accuracy at rungs and some other epochs, and final accuracy."""
+    """Rank correlation between final accuracy and the accuracy at rungs and some other epochs."""
     budgets = [each.epochs for each in outcomes.values()]
     near = {round(epochs * share) for epochs in budgets for share in (0.5, 0.8, 0.9, 0.95)}
     columns = sorted({epoch for epochs in budgets for epoch in (*screen.rungs(epochs), *near) if 1 <= epoch < epochs})
-    title = "Rank correlation (Spearman) of an epoch's accuracy with the last one's, over trials"
+    title = "Rank correlation (Spearman) between an epoch's accuracy and final accuracy, over trials"
     shown = rich_table(title, "stratum", *(f"epoch {epoch}" for epoch in columns), left=("stratum",))
     for name, each in outcomes.items():
         found = (each.rank_correlation[epoch].rho if epoch in each.rank_correlation else None for epoch in columns)
@@ -199,7 +200,7 @@ def _rank_correlations(screen: "Screen", outcomes: Mapping[str, "Outcome"]) -> T
 
 
 def calibration(practices: Mapping[str, str], found: "Calibration") -> Group:
-    """False findings, coverage and power by scenario, and practices beside them, in % of simulated studies."""
+    """False findings, coverage and power by scenario and by practice, in % of simulated studies."""
     sizes = [f"{100 * size:g}" for size in next(iter(found.before.power.values()), {})]
     heads = ("scenario", "primary", "secondary", "coverage", "worst", *sizes)
     studies = found.before.false["any"].studies
@@ -210,7 +211,7 @@ def calibration(practices: Mapping[str, str], found: "Calibration") -> Group:
         covered = each.covered(found.groups["primary"]) or ()
         coverage = (f"{100 * share:.1f}" for share in covered)
         shown.add_row(each.scenario.words, *false, *(coverage if covered else ("", "")), *_power(found, each))
-    heads = ("what is done where all arms are alike", "false", "± se", "studies", *sizes)
+    heads = ("practice, if all arms are alike", "false", "± se", "studies", *sizes)
     beside = rich_table("False findings of any family, and power, in %", *heads, left=heads[:1])
     performances = {"designed": found.scenarios["alike"], "before_0_7": found.before}
     for name, words in practices.items():
@@ -230,15 +231,15 @@ def _percent(rate: "Rate") -> str:
 
 def _notes(found: "Calibration") -> Iterable[str]:
     yield (
-        "Where all arms are equally good, any finding is false; the level allows 5 % in each family. Coverage is that "
-        "of 95 % intervals of primary contrasts: the mean, and the worst."
+        "If all arms are equally good, every finding is false; the level allows 5 % in each family. Coverage is that "
+        "of the 95 % intervals of primary contrasts: the mean, and the worst."
     )
     if found.shown is not None:
-        yield f"Power: how often {found.shown} is found, by its true difference in points."
+        yield f"Power: the share of studies that find {found.shown}, by its true difference in points."
 
 
 def _bias(found: "Calibration") -> str:
     return (
-        f"Of plain ASHA's trials {100 * found.finished:.0f} % finish, and their accuracies are {found.bias:.2f} "
-        "standard deviations between seeds too high on average."
+        f"Under plain ASHA, {100 * found.finished:.0f} % of trials finish, and their accuracies are on average "
+        f"{found.bias:.2f} standard deviations between seeds too high."
     )

@@ -1,6 +1,6 @@
 """Tables as Markdown, LaTeX (with booktabs) and CSV.
 
-Text from records is escaped in each: it is never markup, a command, or a formula.
+Text from records is escaped in each format: it is never markup, a command or a formula.
 """
 
 import re
@@ -23,14 +23,14 @@ IN_POINTS = (
 """Columns of fractions, shown in points (hundredths)."""
 IN_NATS = ("kl_t1", "kl_t4")
 NOT_FOR_PAPERS = ("provenance", "differences")
-LEFT_OUT = ["words", "note", "kind", "planned", "smallest_exact_p", "pairs_needed"]  # of a table in a paper
+LEFT_OUT = ["words", "note", "kind", "planned", "smallest_exact_p", "pairs_needed"]  # not shown in a paper's table
 VERDICTS = "run family contrast verdict estimate low high n p_holm note"
-ROWS = 200  # shown of a table; CSV files have all
+ROWS = 200  # rows of a table that are shown; CSV files have all rows
 FORMULA = re.compile(r"(?:^|(?<=[;\t\r\n]))(?=[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20])")
-"""Where a spreadsheet may see a formula: at the start of a cell, or after a character that may end one."""
+"""Places where a spreadsheet may see a formula: at the start of a cell, or after a character that may end a cell."""
 MARKUP = re.compile(
     r"[\\`*\[\]|~$]"  # of Markdown, and of GitHub's tables and formulas
-    r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # inside a word it is not emphasis
+    r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # an underscore inside a word is not emphasis
     r"|:(?=//)|(?<=[wW]{3})\."  # GitHub turns addresses into links
 )
 BLOCK = re.compile(r"^(?:([#+=-])|(\d+)([.)]))")  # starts a heading, a rule, or a list item
@@ -41,7 +41,7 @@ Titled = Mapping[str, tuple[str, pd.DataFrame]]
 def cell(name: str, value: Any, measure: str = "") -> str:
     """A value as text: fractions in points, p values to three digits, empty for None and NaN.
 
-    `measure` is that of the row, in a table with rows of several; it may be in nats.
+    `measure` is the row's measure in a table whose rows have different measures; a measure may be in nats.
     """
     if value is None or value is pd.NA or value != value:
         return ""
@@ -69,7 +69,7 @@ def heading(name: str) -> str:
 
 
 def headings(table: pd.DataFrame) -> list[str]:
-    """The headings of a table. Where each row has its own measure, that has the unit."""
+    """The headings of a table. If each row has its own measure, the measure states the unit, not the heading."""
     names = [str(name) for name in table.columns]
     return [name.replace("_", " ") if "measure" in names else heading(name) for name in names]
 
@@ -85,7 +85,7 @@ def cells(table: pd.DataFrame) -> list[list[str]]:
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """A table without empty columns, and without the column `run` if there is only one."""
+    """A table without empty columns, and without the column `run` if there is only one run."""
     kept = [name for name in table.columns if table[name].notna().any() and (table[name].astype("string") != "").any()]
     return table[[name for name in kept if name != "run" or table["run"].nunique() > 1]]
 
@@ -96,15 +96,15 @@ def questions(records: Records) -> list[str]:
 
 
 def verdicts(contrasts: pd.DataFrame) -> pd.DataFrame:
-    """The columns of the contrasts that people read first, by family. Where there is no verdict, it says what gain is
-    ruled out."""
+    """The most important columns of the contrasts, by family. An inconclusive verdict is replaced by the gain that the
+    interval rules out."""
     ordered = contrasts.sort_values(["run", "family"], kind="stable")
     ordered = ordered.assign(verdict=[short(row) for row in ordered.to_dict("records")])
     return ordered[VERDICTS.split()]
 
 
 def markdown(records: Records, tables: Titled, limits: Sequence[str], paper: Grid | None, summary: Summary) -> str:
-    """The whole report as Markdown. `paper` is the grid of the table of that name."""
+    """The whole report as Markdown. `paper` is the grid of the table `paper`."""
     lines = [f"# {_inline(', '.join(records.runs))}", ""]
     for question in questions(records):
         lines += [_line(question), ""]
@@ -136,18 +136,18 @@ def _grid(grid: Grid) -> list[str]:
 
 
 def _inline(text: str) -> str:
-    """Text on one line of Markdown, escaped: no markup, HTML, link, or end of a table cell."""
+    """Text on one line of Markdown, escaped: it cannot be markup, HTML, a link, or the end of a table cell."""
     entities = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return MARKUP.sub(r"\\\g<0>", entities)
 
 
 def _line(text: str) -> str:
-    """Text as a line that starts a paragraph, and no other block."""
+    """Text as a line that starts a paragraph and no other kind of block."""
     return BLOCK.sub(lambda found: f"\\{found[1]}" if found[1] else f"{found[2]}\\{found[3]}", _inline(text))
 
 
 def csv(table: pd.DataFrame) -> str:
-    """A table as CSV. Text that a spreadsheet would compute gets an apostrophe; numbers stay numbers."""
+    """A table as CSV. Text that a spreadsheet would evaluate gets an apostrophe; numbers stay numbers."""
     safe = table.rename(columns=_no_formula)
     for name in safe.columns:
         if not pd.api.types.is_numeric_dtype(safe[name]):
@@ -160,8 +160,8 @@ def _no_formula(text: str) -> str:
 
 
 def latex(tables: Titled, paper: Grid | None) -> dict[str, str]:
-    """Each table as a `tabular` with booktabs rules, for `\\input` in a paper; `all` is a complete document with all of
-    them."""
+    """Each table as a `tabular` with booktabs rules, for `\\input` in a paper. `all` is a complete document with all
+    tables."""
     tables = {name: each for name, each in tables.items() if name not in NOT_FOR_PAPERS}
     files = {
         name: _tabular(shown(table).drop(columns=LEFT_OUT, errors="ignore")) for name, (_, table) in tables.items()
@@ -173,7 +173,7 @@ def latex(tables: Titled, paper: Grid | None) -> dict[str, str]:
         for name, (title, _) in tables.items()
     )
     files["all"] = (
-        "% Where names are not ASCII: lualatex instead of pdflatex.\n"
+        "% If names are not ASCII, use lualatex instead of pdflatex.\n"
         "\\documentclass{article}\n\\usepackage[margin=2cm]{geometry}\n\\usepackage{booktabs}\n"
         f"\\usepackage{{graphicx}}\n\\begin{{document}}\n{body}\n\\end{{document}}\n"
     )
@@ -186,7 +186,7 @@ def _tabular(table: pd.DataFrame) -> str:
 
 
 def _tabular_of(grid: Grid) -> str:
-    """The grid with its notes in rows of their own, broken so that they are no wider than the columns."""
+    """The grid, with its notes in separate rows that are wrapped to the width of the columns."""
     texts = [grid.heads, *([each.text for each in row] for row in grid.rows)]
     width = sum(max(map(len, column)) + 2 for column in zip(*texts, strict=True))
     notes = [_escaped(line) for note in grid.notes for line in textwrap.wrap(note, width)]
@@ -213,6 +213,6 @@ def _escaped(text: str) -> str:
         "\n": " ",
         "\t": " ",
         "±": "$\\pm$",
-    }  # after `\\`, the first two would be its arguments
+    }  # after `\\`, plain `[` or `*` would be its arguments
     special |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
     return "".join(special.get(sign, sign) for sign in text)
