@@ -1,1 +1,1 @@
-"""Studies, one a module: `study() -> Study`, and `SCALES` for smaller ones of the same."""
+"""Studies, one per module: `study() -> Study`, and `SCALES` for smaller versions of it."""

@@ -1,10 +1,10 @@
-"""Does distillation help a small network, and which kind, under which stem?
+"""Does distillation help a small network, which kind, and with which stem?
 
-Question: ResNet-50 to ResNet-18, stem x method x temperature; two arms that are compared differ in one factor.
+Question: ResNet-50 to ResNet-18, stem x method x temperature; compared arms differ in one factor.
 Source: Hinton et al. 2015 (logit); FitNets-like stage features with a cosine term (feature).
 Command: python -m tune_kd run ablation [--scale paper|brief|laptop|smoke] [--data cifar10|cifar100]
-Cost: by the rates of an H100 (docs/performance.md), paper takes about 4.5 hours of one and brief about 16 minutes;
-laptop takes minutes on two cores; smoke shows every stage in under one.
+Cost: on one H100 (rates of docs/performance.md), paper takes about 4.5 hours and brief about 16 minutes; on two cores,
+laptop takes minutes and smoke under one minute.
 """
 
 from dataclasses import replace
@@ -36,10 +36,10 @@ def study() -> Study:
         moderator="stem",
         scale="paper",
         data=Data("cifar10"),
-        # TF32 is what PyTorch does to convolutions on a GPU unless told otherwise, so what published studies ran with.
+        # TF32 is PyTorch's default for convolutions on a GPU, so published studies used it.
         recipe=Recipe(epochs=100, batch_size=128, lr=0.1, precision="tf32"),
         teacher_recipe=Recipe(epochs=200, batch_size=128, lr=0.1, precision="tf32"),
-        # Chosen on published curves (docs/early-stopping.md): stops what is worse by more than noise, and little else.
+        # Chosen on published curves (docs/early-stopping.md): stops mostly arms that are worse by more than noise.
         screen=Screen(seed=0, grace=30, reduction=3, margin=0.03),
         confirm=Confirm(seeds=(1, 2, 3, 4, 5)),
         rate=5.4e13,
@@ -76,10 +76,10 @@ def laptop(data: str = "digits") -> Study:
         paper,
         scale="laptop",
         cell=replace(paper.cell, width=0.125),
-        # Controls of this scale differ between seeds so much that equals may seem 6 points apart at epoch 6 of 8, and
-        # 30 before it (`--margin-from` a run).
+        # Controls at this scale vary much between seeds: equal arms can be 6 points apart at epoch 6 of 8, and 30
+        # points before epoch 6 (measured with `--margin-from RUN`).
         screen=Screen(seed=0, grace=6, reduction=2, margin=0.06),
-        confirm=Confirm(seeds=(11, 12, 13, 14, 15, 16, 17)),  # not those on which the recipe was chosen
+        confirm=Confirm(seeds=(11, 12, 13, 14, 15, 16, 17)),  # not the seeds on which the recipe was chosen
         deviation=0.01,
         rate=2e10,
     )
@@ -95,17 +95,17 @@ def laptop(data: str = "digits") -> Study:
     return replace(
         small,
         data=Data("digits"),
-        # With 16 epochs a student of the ImageNet stem is as good as its teacher, which then has nothing to teach.
+        # With 16 epochs, a student with the ImageNet stem is as good as its teacher, which then has nothing to teach.
         recipe=Recipe(epochs=8, batch_size=64, lr=0.2),
-        # More and smaller batches than the students have: with 20 epochs of 64 the teacher of the ImageNet stem was, by
-        # seed and processor, better or worse than its own control.
+        # More steps with smaller batches than for students. With 20 epochs and batches of 64, the teacher with the
+        # ImageNet stem was better or worse than the control, depending on seed and processor.
         teacher_recipe=Recipe(epochs=30, batch_size=32, lr=0.2),
     )
 
 
 def smoke(data: str = "digits") -> Study:
-    """Every stage in seconds, to see that an installation works. Its numbers mean nothing."""
-    base, few = laptop(), 100 if data == "cifar100" else 50  # at least one a class
+    """Every stage in seconds, to check an installation. Its numbers mean nothing."""
+    base, few = laptop(), 100 if data == "cifar100" else 50  # at least one per class
     return replace(
         base,
         scale="smoke",

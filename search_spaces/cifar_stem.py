@@ -1,7 +1,7 @@
 """Distillation under the CIFAR stem, from scratch: alpha and temperature, one at a time.
 
-Question: which share of the distillation loss and which temperature, where the stem keeps 32x32 images at their size?
-Source: the second experiment of the first published study, its sweeps as they were; seeds and split as in `ablation`.
+Question: which weight of the distillation loss and which temperature, with a stem that keeps the size of 32x32 images?
+Source: the second experiment of the first published study, with its sweeps; seeds and split of `ablation`.
 Command: python -m tune_kd run cifar_stem [--scale paper|laptop|smoke] [--data cifar10|cifar100]
 Cost: paper is 55 trials for GPUs; laptop takes about two minutes on two cores; smoke seconds.
 """
@@ -13,7 +13,7 @@ from tune_kd import Compare, Factor, Study
 
 
 def study() -> Study:
-    """Logit: alpha at T = 2, then T at alpha = 0.5. Feature: alpha. And the control."""
+    """Logit: alpha at T = 2, then T at alpha = 0.5. Feature: alpha. In addition, the control."""
     return _swept(ablation.study())
 
 
@@ -23,7 +23,7 @@ def laptop(data: str = "digits") -> Study:
 
 
 def smoke(data: str = "digits") -> Study:
-    """The same arms in seconds, to see that an installation works. Its numbers mean nothing."""
+    """The same arms in seconds, to check an installation. Its numbers mean nothing."""
     return _swept(ablation.smoke(data))
 
 

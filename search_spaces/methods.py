@@ -1,9 +1,9 @@
 """Do newer distillation methods do better than plain distillation from logits?
 
-Question: DKD, RKD, CRD and CTKD beside `logit` and no distillation, ResNet-50 to ResNet-18, published weights.
+Question: DKD, RKD, CRD and CTKD against `logit` and no distillation, ResNet-50 to ResNet-18, published loss weights.
 Source: Zhao et al. 2022, Park et al. 2019, Tian et al. 2020, Li et al. 2023 (docs/methods.md has the settings).
 Command: python -m tune_kd run methods [--scale paper|laptop|smoke] [--data cifar10|cifar100]
-Cost: laptop takes minutes on two cores; smoke shows every stage in about one; `plan` says what paper costs.
+Cost: laptop takes minutes on two cores, smoke about one minute; `plan` shows the cost of paper.
 """
 
 from dataclasses import replace
@@ -20,23 +20,23 @@ def study() -> Study:
 
 
 def laptop(data: str = "digits") -> Study:
-    """Every stage in minutes on two cores, on data and networks of `ablation`'s laptop scale."""
+    """Every stage in minutes on two cores, with the data and networks of `ablation` at laptop scale."""
     return _of(ablation.laptop(data))
 
 
 def smoke(data: str = "digits") -> Study:
-    """Every stage in seconds, to see that an installation works. Its numbers mean nothing."""
+    """Every stage in seconds, to check an installation. Its numbers mean nothing."""
     return _of(ablation.smoke(data))
 
 
 def _of(base: Study) -> Study:
-    """The question with the data, recipes and seeds of a scale of `ablation`."""
+    """This study with the data, recipes and seeds of a scale of `ablation`."""
     return replace(
         base,
         name="methods",
         question="Do newer distillation methods do better than plain distillation from logits?",
         factors=(Factor("method", ("none", "logit", *TRIED)),),
-        # The published weights of all but CTKD stand beside cross-entropy with weight 1.
+        # The published weights of all methods except CTKD assume cross-entropy with weight 1.
         cell=replace(base.cell, alpha=None, ce_weight=1.0, kd_weight=1.0),
         reference=(),
         moderator=None,

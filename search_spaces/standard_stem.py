@@ -1,7 +1,7 @@
-"""Distillation as off the shelf: the ImageNet stem, and torchvision's ImageNet weights to start from.
+"""Distillation with standard networks: the ImageNet stem, starting from torchvision's ImageNet weights.
 
-Question: does distillation help where the stem shrinks 32x32 images to 8x8 before the first block?
-Source: the first experiment of the first published study, its sweeps as they were; seeds and split as in `ablation`.
+Question: does distillation help if the stem shrinks 32x32 images to 8x8 before the first block?
+Source: the first experiment of the first published study, with its sweeps; seeds and split of `ablation`.
 Command: python -m tune_kd run standard_stem [--scale paper|laptop|smoke] [--data cifar10|cifar100]
 Cost: paper is 55 trials for GPUs; laptop takes about two minutes on two cores; smoke seconds.
 """
@@ -13,18 +13,18 @@ from tune_kd import Compare, Factor, Study
 
 
 def study() -> Study:
-    """Logit: alpha at T = 4, then T at alpha = 0.5. Feature: alpha. And the control."""
+    """Logit: alpha at T = 4, then T at alpha = 0.5. Feature: alpha. In addition, the control."""
     base = _standard(cifar_stem.study())
     return replace(base, cell=replace(base.cell, weights="imagenet"))
 
 
 def laptop(data: str = "digits") -> Study:
-    """The same arms in minutes on two cores, from scratch: there are no ImageNet weights of 1/8 width."""
+    """The same arms in minutes on two cores, from scratch: there are no ImageNet weights for 1/8 width."""
     return _standard(cifar_stem.laptop(data))
 
 
 def smoke(data: str = "digits") -> Study:
-    """The same arms in seconds, to see that an installation works. Its numbers mean nothing."""
+    """The same arms in seconds, to check an installation. Its numbers mean nothing."""
     return _standard(cifar_stem.smoke(data))
 
 

@@ -1,7 +1,7 @@
-"""Does a kind of distillation lose, or was it only badly tuned? Every method with the same budget, then fresh seeds.
+"""Is a kind of distillation worse, or only badly tuned? Every method is tuned with the same budget, then confirmed.
 
-Question: learning rate and weight decay of every method, its own weights and temperature: the best of each against the
-tuned control, and against its published default.
+Question: learning rate, weight decay, loss weights and temperature of every method: the best of each against the tuned
+control and against its published default.
 Source: methods and recipe of `ablation`; TPE of Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization".
 Command: python -m tune_kd run tuned [--scale paper|laptop|smoke] [--data cifar10|cifar100]
 Cost: paper is 120 trials to tune and 30 to confirm, for GPUs; laptop takes minutes on two cores; smoke seconds.
@@ -14,20 +14,19 @@ from tune_kd import Compare, Factor, LogUniform, Range, Screen, Study, Tuning, U
 
 
 def study() -> Study:
-    """40 draws an arm. What differs between draws is more than what differs between arms: a bad learning rate shows
-    early, so the grace period is short."""
+    """40 draws per arm. Draws differ more than arms: a bad learning rate shows early, so the grace period is short."""
     return _tuned(ablation.study(), Tuning(RANGES, budget=40, startup=10), Screen(grace=10, reduction=3, margin=0.02))
 
 
 def laptop(data: str = "digits") -> Study:
-    """16 draws an arm, in minutes on two cores."""
+    """16 draws per arm, in minutes on two cores."""
     base = ablation.laptop(data)
     screen = Screen(grace=3 if data == "digits" else 2, reduction=2, margin=0.1)
     return _tuned(base, Tuning(RANGES, budget=16, startup=6), screen)
 
 
 def smoke(data: str = "digits") -> Study:
-    """4 draws an arm in seconds, to see that an installation works. Its numbers mean nothing."""
+    """4 draws per arm in seconds, to check an installation. Its numbers mean nothing."""
     return _tuned(ablation.smoke(data), Tuning(RANGES, budget=4, startup=2), Screen(grace=1, min_peers=1, margin=0.02))
 
 

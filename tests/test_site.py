@@ -168,9 +168,9 @@ def test_the_page_of_commands_needs_neither_torch_nor_ray() -> None:
 
 def test_fields_have_their_types_defaults_and_comments() -> None:
     text = pages.fields("study/spec.py", "Recipe")
-    assert "- `lr: float = 0.1`: at the first step" in text
-    assert "- `precision: str = 'float32'`: Of matrix products and convolutions. " in text
-    assert "largest norm of the gradient" in text
+    assert "- `lr: float = 0.1`: learning rate at the first step" in text
+    assert "- `precision: str = 'float32'`: Precision of matrix products and convolutions. " in text
+    assert "Maximum norm of the gradient" in text
 
 
 @pytest.mark.parametrize("name", ["ablation", "tuned"])

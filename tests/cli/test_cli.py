@@ -47,10 +47,10 @@ MISTAKES = [
     (["run", "ablation", "--scale", "smoke", "--set", "factors.depth=[1]"], ["factors.stem"]),
     (["run", "ablation", "--scale", "smoke", "--set", "screen.grace=99"], ["screen.grace is 99"]),
     (["run", "tuned", "--scale", "smoke", "--set", "tuning.budget=2"], ["tuning.budget is 2", "at least 3 trials"]),
-    (["run", "tuned", "--scale", "smoke", "--set", "recipe.lr=2"], ["lr: its default 2.0 lies outside of 0.01 to 1"]),
+    (["run", "tuned", "--scale", "smoke", "--set", "recipe.lr=2"], ["lr: its default 2.0 lies outside 0.01 to 1"]),
     (
         ["run", "tuned", "--scale", "smoke", "--set", 'factors.method=["none","logit"]', "--set", "contrasts=[]"],
-        ["tuning.ranges has beta for every method, and no method of the study uses it"],
+        ["tuning.ranges has beta for every method, but no such method of the study uses it"],
     ),
     (
         [
@@ -61,7 +61,7 @@ MISTAKES = [
             "--set",
             'tuning.ranges=[{"name": "lr", "over": {"low": 0.2, "high": 0.2, "kind": "uniform"}}]',
         ],
-        ["lr over", "which is no range; allowed: low below high"],
+        ["lr over", "which is not a valid range; allowed: low below high"],
     ),
     (["run", "ablation", "--scale", "smoke", "--gpus-per-trial", "7"], ["--gpus-per-trial is 7", "at most"]),
     (["run", "ablation", "--scale", "smoke", "--gpus-per-trial", "-1"], ["--gpus-per-trial is -1"]),
@@ -486,7 +486,7 @@ def test_the_plan_tells_people_what_was_merged_what_it_costs_and_what_seeds_can_
         ("factors.temperature=true", "factors.temperature is true; allowed: numbers and text, not true or false"),
         ("factors.temperature=[true, 4.0]", "factors.temperature is [true, 4.0]; allowed: numbers and text, not"),
         ("recipe.epochs=true", "recipe.epochs is true; allowed: numbers and text, not"),
-        ("tuning.budget=3", "names 'tuning.budget', and tuning is null here; allowed: tuning as a whole, in JSON"),
+        ("tuning.budget=3", "names 'tuning.budget', but tuning is null; allowed: tuning as a whole, in JSON"),
         ("screen.strata=stem", "screen.strata is 'stem'; allowed: a list or null, such as 'screen.strata=[\"stem\"]'"),
         ("recipe.epochs=4.5", "recipe.epochs is 4.5; allowed: a whole number"),
         ("recipe.compile=often", "recipe.compile is 'often'; allowed: true or false"),

@@ -1,4 +1,4 @@
-"""Which source is read for which --data-dir, and the cache of decoded images."""
+"""The source that each --data-dir selects, and the cache of decoded images."""
 
 import io
 import os
@@ -26,7 +26,7 @@ NOWHERE = Origin("http://127.0.0.1:1/", "0" * 32, (("data_batch_1", "0"),), (("t
 
 @pytest.fixture(autouse=True)
 def small_ones_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins for CIFAR-10 may be small here; that real ones may not is tested with the data room."""
+    """Allow small stand-ins for CIFAR-10. tests/data/test_datasets.py tests that the real check refuses them."""
     monkeypatch.setattr(rooms, "recognised", lambda pixels, _: pixels)
 
 
@@ -104,7 +104,7 @@ def test_a_source_that_changed_is_decoded_again_and_replaces_the_old(
     os.utime(archive, ns=(stamp, stamp + 1))
     after = read(archive, tmp_path / "cache")
     assert decoded.calls == 2 and not same(before, after)
-    stored(tmp_path / "cache")  # one file a path: no graveyard of 180 MB files
+    stored(tmp_path / "cache")  # one file per path, so that no 180 MB files accumulate
 
 
 def test_one_changed_picture_in_a_folder_is_noticed(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_only(tmp_path: Path, arc
     said: list[str] = []
     pixels = read(archive, tmp_path / "file" / "cache", said.append)
     assert len(pixels.train_labels) == 4
-    assert len(said) == 1 and "cannot be written" in said[0] and "file/cache" in said[0]
+    assert len(said) == 1 and "is not writable" in said[0] and "file/cache" in said[0]
 
 
 def test_a_full_disk_costs_a_warning_and_leaves_no_half_file(
@@ -167,7 +167,7 @@ def test_a_full_disk_costs_a_warning_and_leaves_no_half_file(
 
 
 def load_at_once(count: int, archive: Path, cache: Path, say: Callable[[str], None]) -> list[Pixels]:
-    # Threads take the file lock as processes do: each has a lock object, so a file handle, of its own.
+    # Threads take the file lock like processes: each has its own lock object, and so its own file handle.
     start, results = threading.Barrier(count), list[Pixels]()
 
     def work() -> None:
@@ -193,7 +193,7 @@ def test_without_waiting_for_the_lock_nobody_reads_half_a_file(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cifar, "LOCK_SECONDS", 0)
-    # Threads stand for processes, which name their temporary files after their number.
+    # Threads stand in for processes, which name their temporary files after their id.
     monkeypatch.setattr(files, "os", SimpleNamespace(**(vars(os) | {"getpid": threading.get_native_id})))
     said: list[str] = []
     results = load_at_once(6, archive, tmp_path / "cache", said.append)
@@ -213,7 +213,7 @@ def test_the_default_cache_is_under_xdg_cache_home(tmp_path: Path, monkeypatch: 
 
 
 def published_files(folder: Path) -> Origin:
-    """Two tiny batches in the published form, packed at its archive's place, and their origin."""
+    """Pack two tiny batches in the published form as the form's archive. Returns their origin."""
     import hashlib
     import pickle
 
@@ -256,19 +256,19 @@ def test_the_other_of_the_two_is_told_apart(tmp_path: Path, where: str) -> None:
     path = tmp_path / (CIFAR10.folder if where == "folder" else CIFAR10.archive)
     path.mkdir(exist_ok=True) if where == "folder" else None
     with pytest.raises(
-        UserError, match="this is CIFAR-10, and CIFAR-100 is asked for; name its place, or change --data"
+        UserError, match="this is CIFAR-10, but the study uses CIFAR-100; give the path of CIFAR-100, or change --d"
     ):
         load_pixels(path, form=CIFAR100, cache=tmp_path / "cache", say=pytest.fail, progress=False)
 
 
 def test_both_may_lie_in_one_folder_and_neither_is_taken_for_the_other(tmp_path: Path) -> None:
-    """As torchvision puts them there."""
+    """torchvision stores both there."""
     origin = published_files(tmp_path)
     (tmp_path / CIFAR100.folder).mkdir()
     nowhere = Origin("http://127.0.0.1:1/", "", (("train", ""),), (("test", ""),), 0.5, CIFAR100)
     cache = tmp_path / "cache"
     load_pixels(tmp_path, cache=cache, say=pytest.fail, progress=False, origin=origin)
-    with pytest.raises(UserError, match="train, test missing; complete the folder, or remove it to have CIFAR-100"):
+    with pytest.raises(UserError, match="train, test missing; add the missing files, or remove the folder to download"):
         load_pixels(tmp_path, form=CIFAR100, cache=cache, say=pytest.fail, progress=False, origin=nowhere)
     pictures_of = picture_folder(tmp_path / "pictures")
     for form in (CIFAR10, CIFAR100):
@@ -356,7 +356,7 @@ def test_incomplete_batches_name_what_is_missing(tmp_path: Path) -> None:
 def test_a_refused_source_is_not_cached(tmp_path: Path) -> None:
     (tmp_path / "bad.tar").write_bytes(b"not a tar at all")
     for _ in range(2):
-        assert "cut or damaged" in refused(tmp_path / "bad.tar", tmp_path)
+        assert "truncated or damaged" in refused(tmp_path / "bad.tar", tmp_path)
     assert not list((tmp_path / "cache").glob("*.safetensors"))
 
 

@@ -1,4 +1,4 @@
-"""CIFAR as it was published: a download over a real local server, digests, and pickles that bite."""
+"""CIFAR as published: a download from a real local server, digests, and malicious pickles."""
 
 import http.server
 import os
@@ -103,7 +103,7 @@ def test_names_of_classes_that_are_not_those_published_are_refused(tmp_path: Pat
     folder = unpacked(tmp_path / CIFAR100.folder, files)
     (folder / "meta").write_bytes(files["meta"][:-1])
     sentence = problem(lambda: read_folder(folder, hundred_origin(files)))
-    assert "meta is cut or damaged" in sentence and "to have CIFAR-100 downloaded again" in sentence
+    assert "meta is truncated or damaged" in sentence and "to download CIFAR-100 again" in sentence
 
 
 def test_the_published_digests_of_cifar100_are_torchvisions() -> None:
@@ -139,7 +139,7 @@ def test_a_cut_archive_is_named_with_a_remedy_and_kept(tmp_path: Path) -> None:
     path = tmp_path / CIFAR10.archive
     path.write_bytes(content[:-7])
     sentence = problem(lambda: read_archive(path, small_origin(files, content)))
-    assert str(path) in sentence and "cut or damaged" in sentence and "remove" in sentence
+    assert str(path) in sentence and "truncated or damaged" in sentence and "remove" in sentence
     assert path.exists(), "the user's file is not ours to remove"
 
 
@@ -178,7 +178,7 @@ def test_even_a_trusted_batch_can_call_nothing(tmp_path: Path) -> None:
 def test_a_trusted_batch_of_objects_is_refused(tmp_path: Path) -> None:
     files = small_files() | {"data_batch_1": python2_batch(images_of(0), [0] * 20, number=b"O8")}
     folder = unpacked(tmp_path / CIFAR10.folder, files)
-    assert "'O8' and not bytes" in problem(lambda: read_folder(folder, small_origin(files)))
+    assert "'O8', not bytes" in problem(lambda: read_folder(folder, small_origin(files)))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_trusted_file_that_is_no_batch_is_refused(tmp_path: Path, content: byt
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `content` in the way that the path asks for."""
+    """Serves `content` in the way that the path names."""
 
     daemon_threads = True
     content = b""
@@ -281,8 +281,8 @@ def test_a_download_arrives_whole_and_is_announced(tmp_path: Path, server: Serve
     [
         ("short", "ended after"),
         ("wrong", "its MD5 is"),
-        ("stall", "nothing came for 0.4 s"),
-        ("trickle", "bytes came in"),
+        ("stall", "no data for 0.4 s"),
+        ("trickle", "bytes arrived in"),
         ("absent", "404"),
     ],
 )

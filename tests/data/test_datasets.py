@@ -31,7 +31,7 @@ def parts(data: DataSet) -> dict[str, Split]:
 
 
 def numbered(train: int, test: int, classes: int = 10) -> Pixels:
-    """Stand-in for CIFAR-10 in which every image holds its own number, so that overlaps show."""
+    """A stand-in for CIFAR-10 in which every image contains its own number, so that overlaps are visible."""
 
     def part(count: int, start: int) -> tuple[Tensor, Tensor]:
         numbers = torch.arange(start, start + count)
@@ -48,7 +48,7 @@ def numbers(split: Split) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def small_ones_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins for CIFAR-10 may be small here; that real ones may not has a test of its own."""
+    """Allow small stand-ins for CIFAR-10. A separate test checks that they are otherwise refused."""
     monkeypatch.setattr(rooms, "recognised", lambda pixels, _: pixels)
 
 
@@ -176,14 +176,14 @@ def test_a_smaller_part_is_balanced_and_contained_in_every_larger_one(choose: st
         assert len(part.labels) == small[name]
         assert set(numbers(part)) <= set(numbers(parts(at_large)[name])) <= set(numbers(parts(whole)[name]))
         counts, most = part.labels.bincount(minlength=3), parts(whole)[name].labels.bincount()
-        full = counts == most  # only a class that gave all it has may be behind
+        full = counts == most  # only a class with no images left may have fewer
         assert counts[~full].numel() == 0 or int(counts.max() - counts[~full].min()) <= 1
 
 
 def test_an_incomplete_cifar10_is_refused_with_both_counts() -> None:
     with pytest.raises(UserError, match=r"49999 training and 10000 test .* 50000 and 10000"):
         recognised(numbered(49_999, 10_000), "cifar10")
-    with pytest.raises(UserError, match=r"of 10 classes, and CIFAR-100 has 50000 and 10000 of 100"):
+    with pytest.raises(UserError, match=r"of 10 classes, but CIFAR-100 has 50000 and 10000 of 100"):
         recognised(numbered(50_000, 10_000), "cifar100")
 
 
@@ -212,7 +212,7 @@ def test_cifar_is_what_has_its_classes(name: str) -> None:
     ],
 )
 def test_classes_that_are_spelled_in_another_way_are_the_same_data(classes: tuple[str, ...]) -> None:
-    """Folders are read by name, so a car comes after a bird; in the published order an automobile comes before."""
+    """Folders are sorted by name, so `car` comes after `bird`; in the published order, `automobile` comes before it."""
     published = replace(numbered(50_000, 10_000), classes=CIFAR_CLASSES["cifar10"])
     by_name = sorted(range(10), key=lambda label: classes[label])
     position = torch.tensor(by_name).argsort()
@@ -288,7 +288,7 @@ def test_the_digest_covers_every_pixel_and_label(monkeypatch: pytest.MonkeyPatch
     pixels = numbered(100, 30)
     monkeypatch.setattr(rooms, "load_pixels", lambda folder, **_: pixels)
     before = load("cifar10", say=lambda _: None).digest
-    # Two images trade values, so that every count stays as it was.
+    # Two images swap values, so that every count stays the same.
     swapped = getattr(pixels, tensor).clone()
     swapped[[0, 1]] = swapped[[1, 0]]
     pixels = replace(pixels, **{tensor: swapped})
@@ -334,7 +334,7 @@ def test_views_are_a_function_of_seed_epoch_and_count_alone() -> None:
     again = draw_views(3, 7, 500, pad=4, flip=True)
     for name in ("order", "top", "left", "flip"):
         assert torch.equal(getattr(first, name), getattr(again, name))
-    # Pinned: another PyTorch or another name of a stream would change every study's results.
+    # Pinned: a change in PyTorch or in the name of a stream would change every study's results.
     assert first.order[:8].tolist() == [315, 60, 399, 195, 490, 79, 269, 36]
     assert first.top[:8].tolist() == [2, 4, 2, 6, 7, 1, 7, 3]
     assert first.flip[:8].int().tolist() == [0, 0, 1, 0, 0, 0, 1, 1]
@@ -426,7 +426,7 @@ def test_prepared_training_images_are_centred_and_scaled(digits: DataSet) -> Non
 
 
 def test_evaluation_in_inference_mode_does_not_spoil_training(digits: DataSet) -> None:
-    # The kept mean and std would be inference tensors, and autograd refuses to save those.
+    # Otherwise the cached mean and std would be inference tensors, which autograd refuses to save.
     data = replace(digits, mean=(0.11, 0.12, 0.13), std=(0.21, 0.22, 0.23))
     with torch.inference_mode():
         prepare(digits.test.images[:2], data)

@@ -1,4 +1,4 @@
-"""Picture folders and archives of them: what is read, and what is refused."""
+"""Image folders and archives of them: which are read, and which are refused."""
 
 import io
 import os
@@ -21,7 +21,7 @@ CLASSES = ("cat", "dog")
 
 
 def png(value: int, *, size: int = 32, mode: str = "RGB", form: str = "PNG") -> bytes:
-    """A grey picture whose first pixel is (value, 1, 2), so that channels and order show."""
+    """A grey image whose first pixel is (value, 1, 2), so that channels and order are visible."""
     pixels = np.full((size, size, 3), value, np.uint8)
     pixels[0, 0] = (value, 1, 2)
     buffer = io.BytesIO()
@@ -71,7 +71,7 @@ def same(one: Pixels, other: Pixels) -> bool:
 
 
 def problem(read: Callable[[], object]) -> str:
-    """The one sentence with which `read` is refused."""
+    """The single message with which `read` fails."""
     with pytest.raises(UserError) as caught:
         read()
     (sentence,) = caught.value.problems
@@ -224,7 +224,7 @@ def test_extended_headers_without_end_are_refused(tmp_path: Path, monkeypatch: p
 
 
 def extended(kind: bytes, content: bytes) -> bytes:
-    """An extended header, as no writer would make it."""
+    """An extended header that no real program writes."""
     member = tarfile.TarInfo("x")
     member.type, member.size = kind, len(content)
     return member.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512)
@@ -236,7 +236,7 @@ def extended(kind: bytes, content: bytes) -> bytes:
 def test_an_extended_header_that_is_no_list_of_records_is_damaged(tmp_path: Path, content: bytes) -> None:
     path = archived(tmp_path / "x.tar", tree())
     path.write_bytes(extended(tarfile.XHDTYPE, content) + path.read_bytes())
-    assert "cut or damaged" in problem(lambda: read_archive(path, progress=False))
+    assert "truncated or damaged" in problem(lambda: read_archive(path, progress=False))
 
 
 @pytest.mark.parametrize("keyword", ["GNU.sparse.major", "GNU.sparse.map", "GNU.sparse.size", "GNU.sparse.name"])
@@ -245,7 +245,7 @@ def test_a_sparse_member_is_refused_before_its_map_is_read(tmp_path: Path, keywo
     path = archived(tmp_path / "x.tar", tree())
     record = f"{len(keyword) + 6} {keyword}=1\n".encode()
     path.write_bytes(extended(kind, record) + path.read_bytes())
-    assert "'train/cat/0.png' in the archive is a link, a device or sparse" in problem(
+    assert "'train/cat/0.png' in the archive is a link, a device or a sparse file" in problem(
         lambda: read_archive(path, progress=False)
     )
 
@@ -273,7 +273,7 @@ def segment(kind: int, content: bytes) -> bytes:
 
 
 def with_parts(picture: bytes, *parts: bytes) -> bytes:
-    """The picture with more after its PNG header, or where a JPEG begins."""
+    """The image with extra parts after its PNG header or at the start of a JPEG."""
     start = 33 if picture.startswith(image_folder.PNG) else 2
     return picture[:start] + b"".join(parts) + picture[start:]
 
@@ -313,11 +313,11 @@ def test_a_picture_of_absurdly_many_parts_is_refused(tmp_path: Path, picture: by
     assert "cannot be read as PNG or JPEG (ValueError)" in problem(lambda: read_folder(folder))
 
 
-# Archives that are cut or damaged
+# Archives that are truncated or damaged
 
 
 class Whole:
-    """Undamaged archives, and what is in them. A class, so that a failure does not print the bytes."""
+    """Undamaged archives and their content. A class, so that a failure does not print the bytes."""
 
     def __init__(self, folder: Path) -> None:
         kinds = ("tar", "tar.gz", "tar.xz")
@@ -333,27 +333,27 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_a_tar_cut_where_a_header_starts_is_not_taken_for_a_whole_one(whole: Whole, extra: int) -> None:
-    # tarfile.open ends in silence here; 10 members of a header and a block each, then zeros.
+    # tarfile.open ends without an error here. There are 10 members of a header and a block each, then zeros.
     path = whole.path.with_suffix(".tar")
     for size in range(1024, 10 * 1024 + 1, 1024):
         path.write_bytes(whole.content["tar"][: size + extra])
-        assert "cut or damaged" in problem(lambda: read_archive(path, progress=False))
+        assert "truncated or damaged" in problem(lambda: read_archive(path, progress=False))
 
 
 def test_a_tar_with_a_damaged_header_is_not_taken_for_a_whole_one(whole: Whole) -> None:
     path = whole.path.with_suffix(".tar")
-    for header in range(0, 10 * 1024, 1024):  # here, too, tarfile.open ends in silence
+    for header in range(0, 10 * 1024, 1024):  # here, too, tarfile.open ends without an error
         damaged = bytearray(whole.content["tar"])
         damaged[header] ^= 1
         path.write_bytes(damaged)
-        assert "cut or damaged" in problem(lambda: read_archive(path, progress=False))
+        assert "truncated or damaged" in problem(lambda: read_archive(path, progress=False))
 
 
 def test_a_tar_with_zeros_for_a_header_is_not_taken_for_a_whole_one(whole: Whole) -> None:
     path = whole.path.with_suffix(".tar")
     for header in range(0, 10 * 1024, 1024):
         path.write_bytes(whole.content["tar"][:header] + bytes(512) + whole.content["tar"][header + 512 :])
-        assert "goes on after its end" in problem(lambda: read_archive(path, progress=False))
+        assert "continues after its end" in problem(lambda: read_archive(path, progress=False))
 
 
 @settings(max_examples=60, deadline=None)
@@ -361,13 +361,13 @@ def test_a_tar_with_zeros_for_a_header_is_not_taken_for_a_whole_one(whole: Whole
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.xz"])
 def test_a_cut_archive_is_never_taken_for_a_smaller_one(whole: Whole, kind: str, choose: st.DataObject) -> None:
     content, path = whole.content[kind], whole.path.with_suffix(f".{kind}")
-    # In a bare tar, also right between members, where each header starts.
+    # In an uncompressed tar, also between members, where each header starts.
     step = choose.draw(st.sampled_from([1, 512]))
     path.write_bytes(content[: step * choose.draw(st.integers(0, (len(content) - 1) // step))])
     try:
         assert same(read_archive(path, progress=False), whole.pixels)
     except UserError as mistake:
-        assert "cut or damaged" in str(mistake)
+        assert "truncated or damaged" in str(mistake)
     else:
         assert kind == "tar" and not any(content[path.stat().st_size - 512 :]), "more than padding is missing"
 
@@ -383,8 +383,8 @@ def test_damage_is_noticed_or_harmless(whole: Whole, kind: str, choose: st.DataO
         pixels = read_archive(path, progress=False)
     except UserError:
         return
-    # gzip and xz have checksums over all. A bare tar has them over its headers alone, and Pillow does not
-    # compare those of PNG's pixels.
+    # gzip and xz have checksums over everything. An uncompressed tar has them only over its headers, and Pillow does
+    # not check those of PNG's pixels.
     assert torch.equal(pixels.train_labels, whole.pixels.train_labels)
     assert torch.equal(pixels.test_labels, whole.pixels.test_labels)
     assert kind == "tar" or same(pixels, whole.pixels)

@@ -144,7 +144,7 @@ def test_a_folder_that_is_not_private_is_refused_and_left_alone(
         folder.mkdir()
         folder.chmod(0o755)
     try:
-        with pytest.raises(NotStarted, match=f"{folder} (is no folder|has the mode 0755)"):
+        with pytest.raises(NotStarted, match=f"{folder} (is not a folder|has the mode 0755)"):
             start(folder)
         assert folder.exists() and other.exists() and not mps_control.log(program)
     finally:

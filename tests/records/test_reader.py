@@ -221,8 +221,8 @@ def another_arm(record: dict[str, Any]) -> None:
             "arm: 2 of 2 rows break a rule; got 'cifar/none' in row 0, 'cifar/none' in row 1; expected one of",
         ),
         (lacking, "study.json lacks contrasts, study.scale; restore the file"),
-        (fewer_contrasts, "its hash does not fit the contrasts, so they were changed after the run began"),
-        (another_study, "its hash does not fit the study"),
+        (fewer_contrasts, "its hash does not match the contrasts, so the file was changed after the run began"),
+        (another_study, "its hash does not match the study"),
     ],
 )
 def test_a_study_that_was_changed_or_is_not_whole_is_refused(

@@ -71,8 +71,8 @@ def no_data(record: dict[str, Any]) -> None:
     ("change", "says"),
     [
         (another_version, "started by tune_kd 0.0.1; this is .*finish the run with the version that started it"),
-        (another_study, "its hash does not fit the study.*restore the file, or start a new run"),
-        (fewer_contrasts, "its hash does not fit the contrasts"),
+        (another_study, "its hash does not match the study.*restore the file, or start a new run"),
+        (fewer_contrasts, "its hash does not match the contrasts"),
         (another_trial, "plans other trials"),
         (no_data, "study.json lacks data; restore the file, or start a new run"),
     ],

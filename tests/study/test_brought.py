@@ -1,4 +1,4 @@
-"""Code that a study brings: how it is found, what of it counts, and what is refused."""
+"""A study's own code: how it is found, which files are part of the ids, and what is refused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -119,7 +119,7 @@ def test_a_study_that_brings_nothing_is_left_as_it_is(tmp_path: Path) -> None:
 def test_changed_code_is_not_what_the_study_was_made_with(folder: Path) -> None:
     study = study_of(folder)
     (folder / "helper.py").write_text("def half(x):\n    return x / 3\n")
-    with pytest.raises(UserError, match=r"half\.py:Half, or a file that it imports, was changed"):
+    with pytest.raises(UserError, match=r"half\.py:Half, or a file that it imports, does not match the digest"):
         brought.codes(study, folder)
 
 
@@ -134,7 +134,7 @@ def test_changed_code_is_not_what_the_study_was_made_with(folder: Path) -> None:
         ("'round.py:Half'", "", "imports the study's own file"),
         ("3", "", "is 3; allowed"),
         ("Own", "class Own: pass", "in the study's own file"),
-        ("outer()", "def outer():\n    class Inner: pass\n    return Inner", "a class inside of something"),
+        ("outer()", "def outer():\n    class Inner: pass\n    return Inner", "a nested class"),
     ],
 )
 def test_what_cannot_be_a_loss_is_refused_and_named(folder: Path, loss: str, imports: str, words: str) -> None:

@@ -1,4 +1,4 @@
-"""What a loss imports from the study's folder is found in the source, whatever lies there."""
+"""The imports of a loss from the study's folder are found in its source, for any content of the folder."""
 
 import os
 import sys
@@ -74,8 +74,8 @@ def test_imports_are_found_as_python_finds_them(
     [
         (lambda file: file.write_bytes(b"x = " + b"-" * 200_000 + b"1\n"), "Python cannot read"),
         (lambda file: file.write_bytes(b"x = a" + b".a" * 200_000 + b"\n"), "Python cannot read"),
-        (lambda file: file.write_bytes(b"x = 1\0\n"), "no Python"),
-        (lambda file: file.write_text("def f(:\n"), "line 1, which is no Python: invalid syntax"),
+        (lambda file: file.write_bytes(b"x = 1\0\n"), "not valid Python"),
+        (lambda file: file.write_text("def f(:\n"), "line 1, which is not valid Python: invalid syntax"),
         (lambda file: (file.write_text(""), os.truncate(file, 2**40)), "expected a regular file of at most"),
     ],
 )
@@ -93,7 +93,7 @@ def test_a_file_that_python_cannot_read_is_named(
 @pytest.mark.parametrize("loss", ["l\0.py:Loss", f"{'l' * 300}.py:Loss", "\ud800.py:Loss", "loop.py:Loss", "a..b:Loss"])
 def test_a_name_that_no_file_has_is_refused(tmp_path: Path, loss: str) -> None:
     (tmp_path / "loop.py").symlink_to("loop.py")
-    with pytest.raises(UserError, match=r"methods\[0\]\.loss of 'mine' is .*, and there is no "):
+    with pytest.raises(UserError, match=r"methods\[0\]\.loss of 'mine' is .*, but there is no "):
         code_of(tmp_path, loss)
 
 
@@ -140,8 +140,8 @@ def test_a_setting_that_is_no_number_is_refused(tmp_path: Path, value: str) -> N
     ("method", "words"),
     [
         (Method("mine", loss="a.py:Loss", settings=(("weight", 1.0), ("weight", 2.0))), "'weight' more than once"),
-        (Method("", loss="a.py:Loss"), "name is ''; allowed: text that neither is empty"),
-        (Method(" mine", loss="a.py:Loss"), "name is ' mine'; allowed: text that neither is empty"),
+        (Method("", loss="a.py:Loss"), "name is ''; allowed: text that is not empty"),
+        (Method(" mine", loss="a.py:Loss"), "name is ' mine'; allowed: text that is not empty"),
     ],
 )
 def test_a_method_that_cannot_be_told_from_another_is_refused(method: Method, words: str) -> None:

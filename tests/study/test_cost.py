@@ -1,4 +1,4 @@
-"""The cost of a plan: multiplications counted without torch are those that torch counts."""
+"""The cost of a plan: the number of multiplications, computed without torch, equals the count of torch."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def test_multiplications_and_bytes_are_those_that_torch_counts(architecture: str
         assert counter.get_total_flops() == 2 * macs(architecture, stem=stem, width=width, size=size, classes=10)
     trial = Trial("none", "confirm", Cell(architecture, None, stem, width=width), Recipe(), 0, Data(), None, "test")
     state = [value for value in net.state_dict().values() if value.is_floating_point()]
-    # The classifier counts as if normalised: four values a class in place of its bias.
+    # The classifier counts as if it were normalised: four values per class in place of its bias.
     assert sum(value.nbytes for value in state) == state_bytes(trial) - 4 * (4 - 1) * 10
 
 
@@ -97,7 +97,7 @@ def test_the_expected_number_of_drawn_views_is_what_drawing_gives() -> None:
 def test_all_views_are_answered_ahead_where_that_costs_hardly_more_than_the_drawn_ones(
     seeds: int, epochs: int, ahead: bool
 ) -> None:
-    """The paper's study draws each of 162 views of an image 3.7 times; a small one draws few of them."""
+    """The study at paper scale draws each of an image's 162 views 3.7 times; a small study draws few of them."""
     chosen = answering([logit_student(seed, epochs, Data("cifar10")) for seed in range(seeds)])
     assert chosen == Answering(ahead, tuple((seed, epochs) for seed in range(seeds)))
     undrawn = (161 / 162) ** (seeds * epochs)

@@ -1,4 +1,4 @@
-"""Early stopping: what it may stop, what it must not, and what it says."""
+"""Early stopping: which trials it stops, which it must not stop, and its decisions."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -42,7 +42,7 @@ def test_rungs_grow_by_the_reduction_factor_and_end_before_the_budget() -> None:
 
 
 def test_a_trial_is_not_decided_about_at_its_own_last_epoch_or_later() -> None:
-    """Where epochs are a factor, the rungs are those of the longest arms."""
+    """If epochs are a factor, the rungs are those of the arms with the most epochs."""
     schedule = Schedule(SCREEN, 9)
     shorter, longer = (
         Trial(f"{epochs}", Phase.SCREEN, Cell(), Recipe(epochs=epochs), 0, Data(), None, "test") for epochs in (4, 9)
@@ -137,7 +137,7 @@ settings = st.builds(
 def play(
     schedule: Schedule, drawn: tuple[list[tuple[str, int]], list[float]], skip: int = 0
 ) -> tuple[list[Decision], list[str]]:
-    """Report each arm's rungs in order of epochs, in the drawn order of arms; stopped arms report no more."""
+    """Report each arm's rungs in order of epochs, in the drawn order of arms. Stopped arms do not report again."""
     reached: dict[str, list[int]] = {arm: [2, 4, 8] for arm in ARMS}
     made, stopped = [], []
     for number, ((arm, _), metric) in enumerate(zip(*drawn, strict=True)):
@@ -187,7 +187,7 @@ def test_a_margin_may_be_given_for_each_rung() -> None:
 
 
 class RayTrial:
-    """What Ray's scheduler looks at of a trial."""
+    """The attributes of a trial that Ray's scheduler reads."""
 
     def __init__(self, trial_id: str) -> None:
         self.trial_id = trial_id

@@ -1,4 +1,4 @@
-"""Settings of methods, weights of the losses and fields of the recipe are factors as the others are."""
+"""Settings of methods, weights of the losses and fields of the recipe as factors."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ MINE = Method("mine", "tune_kd.training.methods.logit:Logit", settings={"tempera
 
 
 def study(**changes: Any) -> Study:
-    """A study of three methods with own settings, without contrasts."""
+    """A study of three methods with their own settings, without contrasts."""
     few = replace(
         tiny(),
         factors=(Factor("method", ("none", "logit", "mine", "dkd")),),
@@ -140,7 +140,7 @@ def test_a_weight_is_a_factor_and_alpha_beside_it_is_not() -> None:
     )
     tuned = Tuning((Range("alpha", Uniform(0.1, 0.9)), Range("lr", LogUniform(0.01, 0.1))), budget=12)
     assert problems(study(cell=weighted, tuning=tuned))[0].startswith(
-        "tuning.ranges has alpha for every method, and no method of the study uses it"
+        "tuning.ranges has alpha for every method, but no such method of the study uses it"
     )
 
 
@@ -187,7 +187,7 @@ def test_a_setting_changes_the_id_of_the_trials_that_have_it_and_no_other() -> N
     assert {label for label in before if before[label] != after[label]} == {
         label for label in before if label.startswith("mine")
     }
-    assert before == {trial.label: trial.trial_id for trial in plan(study()).trials}  # at its default, set or not
+    assert before == {trial.label: trial.trial_id for trial in plan(study()).trials}  # also at its default
 
 
 def test_weights_enter_the_id_where_they_are_set() -> None:
@@ -243,12 +243,12 @@ def test_settings_and_levels_are_set_on_the_command_line(tmp_path: Path) -> None
         ("cell.settings.sharpness=high", "--set cell.settings.sharpness is 'high'; allowed: a number"),
         ("cell.settings.sharpness=true", "--set cell.settings.sharpness is true; allowed: a number"),
         ("cell.settings=3", "--set cell.settings is 3; allowed: "),
-        ("recipe.lr=0.5", "--set recipe.lr is 0.5, and lr is a factor; allowed: --set factors.lr=[...]"),
-        ('recipe={"lr": 0.5}', "--set recipe.lr is 0.5, and lr is a factor"),
-        ("cell.method=dkd", "--set cell.method is 'dkd', and method is a factor"),
-        ("cell.settings.margin=9", "--set cell.settings.margin is 9, and margin is a factor"),
-        ('cell.settings={"margin": 9}', "--set cell.settings.margin is 9, and margin is a factor"),
-        ("recipe.lr=0.05", "--set recipe.lr is 0.05, and lr is a factor"),  # also what it is already
+        ("recipe.lr=0.5", "--set recipe.lr is 0.5, but lr is a factor; allowed: --set factors.lr=[...]"),
+        ('recipe={"lr": 0.5}', "--set recipe.lr is 0.5, but lr is a factor"),
+        ("cell.method=dkd", "--set cell.method is 'dkd', but method is a factor"),
+        ("cell.settings.margin=9", "--set cell.settings.margin is 9, but margin is a factor"),
+        ('cell.settings={"margin": 9}', "--set cell.settings.margin is 9, but margin is a factor"),
+        ("recipe.lr=0.05", "--set recipe.lr is 0.05, but lr is a factor"),  # even the value that it already has
     ):
         with pytest.raises(UserError) as caught:
             at(setting)
@@ -288,29 +288,29 @@ def test_an_id_depends_on_settings_and_not_on_their_order(values: dict[str, floa
         (varying("kd_weight", -1.0), ("factor kd_weight is -1.0", "0 or more")),
         (varying("nce_k", 4.0), ("factors names 'nce_k'",)),
         (study(cell=Cell(settings={"nce_k": 1.0})), ("cell.settings names 'nce_k'", "warmup, sharpness)")),
-        (study(cell=Cell(settings={"temperature": 1.0})), ("cell.settings names 'temperature'", "no fields of cell")),
+        (study(cell=Cell(settings={"temperature": 1.0})), ("cell.settings names 'temperature'", "not fields of cell")),
         (study(cell=Cell(settings={"lr": 1.0})), ("cell.settings names 'lr'",)),
         (study(cell=Cell(settings={"warmup": float("nan")})), ("cell.warmup is nan", "a finite number")),
         (study(cell=Cell(recipe=(("lr", 0.1),))), ("cell.recipe is set", "recipe for all arms")),
         (study(reference=(("sharpness", 1.0), ("x", 1.0))), ("reference names 'x'", "sharpness")),
-        (study(swept=("sharpness",)), ("swept names 'sharpness'", "factors that have a reference (there is none)")),
+        (study(swept=("sharpness",)), ("swept names 'sharpness'", "factors that have a reference (there are none)")),
         (study(strata=("x",)), ("strata names 'x'", "sharpness")),
         (
             study(contrasts=(Compare("method", "mine", "none", where={"sharpness": 1.0}),)),
-            ("where of a contrast holds sharpness at 1.0", "no factor varies it"),
+            ("where of a contrast holds sharpness at 1.0", "no level of sharpness"),
         ),
         (study(methods=(MINE, MINE)), ("methods has 'mine' more than once",)),
-        (study(methods=(MINE, replace(MINE, name="dkd"))), ("methods[1].name is 'dkd', which comes with tune_kd",)),
-        (study(methods=(replace(MINE, loss=None),)), ("methods[0].loss is null", "FILE.py:CLASS")),
+        (study(methods=(MINE, replace(MINE, name="dkd"))), ("methods[1].name is 'dkd', the name of a built-in",)),
+        (study(methods=(replace(MINE, loss=None),)), ("methods[0].loss is None", "FILE.py:CLASS")),
         (study(methods=(replace(MINE, version=0),)), ("methods[0].version is 0", "at least 1")),
         (
             study(methods=(replace(MINE, settings={"a b": 1.0}),)),
-            ("methods[0].settings has 'a b'", "a name as Python's"),
+            ("methods[0].settings has 'a b'", "a Python identifier"),
         ),
         (study(methods=(replace(MINE, settings={"lambda": 1.0}),)), ("methods[0].settings has 'lambda'",)),
         (
             study(methods=(replace(MINE, settings={"seed": 1.0}),)),
-            ("methods[0].settings has 'seed'", "no other column or factor"),
+            ("methods[0].settings has 'seed'", "not the name of another column or factor"),
         ),
         (study(methods=(replace(MINE, settings={"lr": 1.0}),)), ("methods[0].settings has 'lr'",)),
         (study(methods=(replace(MINE, settings={"w": float("nan")}),)), ("methods[0].settings has w nan",)),

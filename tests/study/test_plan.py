@@ -1,4 +1,4 @@
-"""From a study to arms, contrasts and trials."""
+"""The plan of a study: its arms, contrasts and trials."""
 
 import itertools
 import json
@@ -108,7 +108,7 @@ THREE = Factor("temperature", (1.0, 2.0, 4.0))
     [
         (
             {"factors": (PAIR, BETA), "contrasts": (Compare("beta", 1.0, 0.0),), "moderator": None},
-            "a contrast compares beta 1.0 with 0.0, and no arm has beta 1.0: beta applies to feature, and method has "
+            "a contrast compares beta 1.0 with 0.0, but no arm has beta 1.0: beta applies to feature, and method has "
             "none, logit;",
         ),
         (
@@ -119,22 +119,22 @@ THREE = Factor("temperature", (1.0, 2.0, 4.0))
                 "contrasts": (Compare("beta", 1.0, 0.0),),
                 "moderator": None,
             },
-            "a contrast compares beta 1.0 with 0.0, and no two arms with method 'logit', at which reference holds it, "
+            "a contrast compares beta 1.0 with 0.0, but no two arms with method 'logit', which reference fixes, "
             "differ in beta alone;",
         ),
         (
             {"moderator": "temperature"},
-            "moderator is 'temperature', and reference holds every contrast at temperature 4.0; allowed: null, or",
+            "moderator is 'temperature', but reference holds every contrast at temperature 4.0; allowed: None ",
         ),
         (
             {"contrasts": (Compare("stem", "cifar", "imagenet"),)},
-            "moderator is 'stem', and no contrast compares another factor;",
+            "moderator is 'stem', but no contrast compares another factor;",
         ),
         (
             {"moderator": "method", "contrasts": (Compare("temperature", 2.0, 4.0),)},
-            "moderator is 'method', and no contrast is held at two levels of method;",
+            "moderator is 'method', but no contrast is held at two levels of method;",
         ),
-        ({"contrasts": ()}, "moderator is 'stem', and no contrast compares another factor;"),
+        ({"contrasts": ()}, "moderator is 'stem', but no contrast compares another factor;"),
         (
             {
                 "factors": (Factor("method", ("none", "feature")), BETA),
@@ -142,7 +142,7 @@ THREE = Factor("temperature", (1.0, 2.0, 4.0))
                 "contrasts": (Compare("method", "feature", "none"), Compare("beta", 1.0, 0.0)),
                 "moderator": "beta",
             },
-            "contrasts 'beta=1 - beta=0' and '(feature - none): beta=1 - beta=0' are one difference of the same arms;",
+            "contrasts 'beta=1 - beta=0' and '(feature - none): beta=1 - beta=0' are the same difference of the same ",
         ),
         (
             {
@@ -151,7 +151,7 @@ THREE = Factor("temperature", (1.0, 2.0, 4.0))
                 "contrasts": (Compare("method", "feature", "none"), Compare("method", "logit", "feature")),
                 "moderator": "beta",
             },
-            "contrasts '(feature - none): beta=1 - beta=0' and '(logit - feature): beta=1 - beta=0' are one difference",
+            "contrasts '(feature - none): beta=1 - beta=0' and '(logit - feature): beta=1 - beta=0' are the same ",
         ),
     ],
 )
@@ -182,7 +182,7 @@ def test_a_moderation_says_where_it_holds_and_counts_an_arm_of_both_sides_once(s
 
 
 def test_a_moderator_that_applies_to_the_other_arm_alone_moderates_as_well(study: Study) -> None:
-    """The comparison in the other direction has the other signs, and as many differences of differences."""
+    """The comparison in the other direction has the opposite signs and equally many differences of differences."""
     two = replace(study, factors=(*study.factors[:2], THREE), reference=(), moderator="temperature")
     one, other = (
         {each.name: dict(each.weights) for each in plan(replace(two, contrasts=(compare,))).contrasts}
@@ -225,7 +225,7 @@ def test_levels_that_agree_to_six_digits_have_names_of_their_own(study: Study) -
 
 
 def test_two_arms_of_one_name_are_refused(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever gave them one: here, names with fewer digits than levels have."""
+    """For any reason: here, because names have fewer digits than levels."""
     monkeypatch.setattr("tune_kd.study.arms.number", lambda value: f"{value:g}")
     close = Factor("temperature", (4.0, 4.0000001))
     with pytest.raises(UserError, match="2 arms have the name 'cifar/logit/T=4'; allowed: "):
@@ -283,7 +283,7 @@ def test_a_layout_with_fewer_teachers_a_seed_is_balanced_at_every_look(
 
 
 def test_trials_of_a_smaller_layout_are_among_those_of_the_larger(one_stem: Study) -> None:
-    """So a study that takes turns, or has one teacher, keeps its trials when it is crossed."""
+    """So a study with one teacher, or with teachers that take turns, keeps its trials when it is crossed."""
     base = replace(one_stem, teacher_seeds=(7, 8), confirm=Confirm(seeds=(1, 2)))
     alone, turns, crossed = (
         {trial.trial_id for trial in plan(each).trials}
@@ -303,7 +303,8 @@ def test_with_one_teacher_a_seed_they_take_turns(one_stem: Study) -> None:
 
 
 def test_the_longest_remaining_path_starts_first(study: Study) -> None:
-    """A teacher before what waits for it, the dear stem before the cheap one, a live teacher before ready answers."""
+    """A teacher before its students, the expensive stem before the cheap one, a teacher in the step before cached
+    logits."""
     names = [(trial.arm, trial.phase, trial.seed) for trial in plan(study).trials]
     at = {name: place for place, name in enumerate(names)}
     assert names[:2] == [(f"{stem}/teacher", "teacher", 1000) for stem in ("cifar", "imagenet")]  # before any control
@@ -323,7 +324,7 @@ def test_arms_that_compete_with_each_other_keep_their_random_order(study: Study)
         planned = plan(replace(study, factors=factors, screen=replace(study.screen, order_seed=seed)))
         orders.add(tuple(t.arm for t in planned.trials if t.phase == "screen" and t.arm.startswith("cifar/logit")))
     assert len(orders) > 10
-    assert {order[0] for order in orders} > {"cifar/logit/T=4", "cifar/logit/T=1"}  # the reference like the others
+    assert {order[0] for order in orders} > {"cifar/logit/T=4", "cifar/logit/T=1"}  # also for the reference
 
 
 def test_arms_start_in_a_random_order_that_the_order_seed_gives_again(study: Study) -> None:
@@ -350,7 +351,7 @@ FIXED = Trial(
 
 
 def test_trial_ids_are_what_they_were() -> None:
-    """Ids name teachers on disk: one that changes unseen trains every teacher again."""
+    """Ids name teachers on disk: if they change unnoticed, every teacher is trained again."""
     assert FIXED.trial_id == "d286effcc9b30143"
     teacher = replace(FIXED, phase="teacher", cell=Cell(), teacher_id=None)
     assert teacher.trial_id == "1057c94b9ee0e23b"

@@ -1,4 +1,4 @@
-"""The studies that come with the project, and the examples of docs/search-spaces.md, as `plan` sees them."""
+"""Plans of the studies that come with the project, and of the examples in docs/search-spaces.md."""
 
 import os
 import re
@@ -142,7 +142,7 @@ def test_contrasts_of_a_sweep_stay_at_the_reference_and_say_of_which_method_they
 @pytest.mark.long
 @pytest.mark.parametrize("seeds", [30, pytest.param(100, marks=pytest.mark.slow)])
 def test_tpe_comes_near_a_known_optimum_where_chance_does_not(seeds: int) -> None:
-    """Within 1 % of the optimum's value in 40 draws, for at least 90 of 100 seeds; the page has all samplers."""
+    """Within 1 % of the optimum in 40 draws, for at least 90 of 100 seeds. docs/search-spaces.md has all samplers."""
     assert samplers.accuracy(samplers.OPTIMUM) == samplers.BEST
     near = samplers.BEST * (1 - samplers.NEAR)
     assert sum(samplers.reached("tpe", seed) >= near for seed in range(seeds)) >= 0.9 * seeds
@@ -152,7 +152,7 @@ def test_tpe_comes_near_a_known_optimum_where_chance_does_not(seeds: int) -> Non
 def test_a_file_that_was_edited_within_its_second_is_read_as_it_is_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python compares a compiled file's age and size with its source's, the age in whole seconds."""
+    """Python compares only the source's size, and its modification time in whole seconds, with a bytecode file."""
     monkeypatch.setattr("sys.dont_write_bytecode", False)
     file = tmp_path / "mine.py"
     for epochs in ("3", "5"):

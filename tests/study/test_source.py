@@ -1,4 +1,4 @@
-"""A study's file is the user's own code: what it imports, prints and raises, and what stays of it afterwards."""
+"""A study's file is user code: its imports, output and errors, and that nothing of it remains afterwards."""
 
 import json
 import os
@@ -26,7 +26,7 @@ BOTH = {
 
 
 def planned(how: str, study: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`plan --json` of a study, in a process of its own as users have it."""
+    """`plan --json` of a study, in a separate process as for users."""
     command = [*BOTH[how], "plan", study, "--scale", "smoke", "--json"]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
@@ -85,7 +85,7 @@ def test_a_mistake_that_a_studys_file_raises_names_it_too(tmp_path: Path) -> Non
 @pytest.mark.parametrize("declared", ["{1: study}", "{}", "{'smoke': 3}", "[study]"])
 def test_scales_are_names_with_functions(tmp_path: Path, declared: str) -> None:
     (tmp_path / "mine.py").write_text(f"{SMALL}SCALES = {declared}\n")
-    with pytest.raises(UserError, match=r"whose SCALES is .*; allowed: names with functions"):
+    with pytest.raises(UserError, match=r"whose SCALES is .*; allowed: a dict of functions by name"):
         discover.resolve(tmp_path / "mine.py", "smoke")
 
 
@@ -114,7 +114,7 @@ def test_whatever_a_file_does_to_python_it_is_read_and_python_is_as_before(tmp_p
 
 
 def test_a_package_that_is_not_all_python_stays_since_it_cannot_be_imported_again(tmp_path: Path) -> None:
-    import _json  # a module in C that needs no other
+    import _json  # a C module without imports
 
     (tmp_path / "inc").mkdir()
     shutil.copy(_json.__file__, tmp_path / "inc" / Path(_json.__file__).name)
@@ -189,7 +189,7 @@ def test_a_studys_function_is_called_once_for_each_data_set(tmp_path: Path) -> N
 def test_a_module_beside_the_file_is_imported_from_anywhere_and_what_is_printed_is_no_answer(
     tmp_path: Path, how: str
 ) -> None:
-    """Also one that is imported when study() is called; and the file is executed once."""
+    """Also a module that is imported when study() is called. The file is executed once."""
     home = tmp_path / "home"
     (home / "parts").mkdir(parents=True)
     (home / "parts" / "names.py").write_text("NAME = 'named'\n")
@@ -211,7 +211,7 @@ def test_a_module_beside_the_file_is_imported_from_anywhere_and_what_is_printed_
 
 
 def test_nothing_of_a_studys_folder_shadows_anything_afterwards(tmp_path: Path) -> None:
-    """Two studies have each a module of one name, which is in the working directory, too."""
+    """Each of two studies has a module of the same name, which is also in the working directory."""
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "beside.py").write_text(f"NAME = {name!r}\n")
@@ -221,7 +221,7 @@ def test_nothing_of_a_studys_folder_shadows_anything_afterwards(tmp_path: Path) 
             "def study():\n    import beside\n    assert '/of/mine' in sys.path\n"
             "    return replace(small(), name=beside.NAME)\n"
         )
-    import search_spaces.ablation  # noqa: F401 - there before, and to be there after
+    import search_spaces.ablation  # noqa: F401 - imported before, and must remain
 
     before = list(sys.path), dict(sys.modules), list(sys.meta_path)
     for name in ("one", "other", "one"):
@@ -266,7 +266,8 @@ def test_a_file_is_executed_again_where_it_or_what_it_imported_was_changed(tmp_p
 def test_installed_studies_are_found_whatever_the_path_says_and_those_of_the_working_directory_come_first(
     tmp_path: Path, how: str
 ) -> None:
-    """Here the working directory and the path have a package of that name, one with a study of the installed name."""
+    """The working directory and the path each have a `search_spaces`; one has a study with the name of an installed
+    one."""
     for folder in (tmp_path / "search_spaces", tmp_path / "path" / "search_spaces"):
         folder.mkdir(parents=True)
         (folder / "__init__.py").write_text("")

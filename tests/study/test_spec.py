@@ -1,4 +1,4 @@
-"""What a study refuses, and how it says so."""
+"""Validation of a study, and its messages."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
         ({"factors": (Factor("temperature", ("hot",)),)}, ("temperature is 'hot'", "number")),
         ({"factors": (Factor("stem", ("cifar",)), Factor("stem", ("imagenet",)))}, ("'stem'", "more than once")),
         ({"control": "no"}, ("control is 'no'", "none, logit, feature")),
-        ({"control": None}, ("control is null", "contrasts empty")),
+        ({"control": None}, ("control is None", "no contrasts")),
         ({"contrasts": (Compare("method", "logit", "dkd"),)}, ("'dkd'", "none, logit, feature")),
         ({"contrasts": (Compare("alpha", 0.3, 0.5),)}, ("'alpha'", "stem, method, temperature")),
         ({"contrasts": (Compare("method", "none", "none"),)}, ("'none'", "itself")),
@@ -88,14 +88,14 @@ def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
         ({"confirm": Confirm(seeds=(1, 1))}, ("confirm.seeds is [1, 1]", "each seed once")),
         ({"confirm": Confirm(seeds=(-1,))}, ("confirm.seeds has -1",)),
         ({"teacher_seeds": ()}, ("teacher_seeds is empty",)),
-        ({"confirm": Confirm((1, 2), teachers_per_seed=0)}, ("confirm.teachers_per_seed is 0", "at least 1, or null")),
+        ({"confirm": Confirm((1, 2), teachers_per_seed=0)}, ("confirm.teachers_per_seed is 0", "at least 1, or None")),
         (
             {"teacher_seeds": (7, 8), "confirm": Confirm(tuple(range(1, 1002)))},
             ("confirm.seeds has 1,001 seeds with 2 teacher_seeds", "at most 1,000 seeds, or one teacher seed"),
         ),
         (
             {"confirm": Confirm((1, 2), teachers_per_seed=2)},
-            ("confirm.teachers_per_seed is 2 with 1 teacher_seeds", "null for all of them, or at most 1"),
+            ("confirm.teachers_per_seed is 2 with 1 teacher_seeds", "for all of them, or at most 1"),
         ),
         (
             {"teacher_seeds": (7, 8), "confirm": Confirm((1, 2), (2, 3), teachers_per_seed=1)},
@@ -110,21 +110,21 @@ def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
             ("screen.margin is [0.1, 0.2]", "each rung (1: 1)"),
         ),
         ({"screen": Screen(grace=1, margin=(2.0,))}, ("screen.margin is [2.0]", "from 0 to 1")),
-        ({"screen": Screen(grace=1, strata=())}, ("screen.strata is empty", "null for all with all")),
-        ({"confirm": Confirm(looks=())}, ("confirm.looks is []", "counts of seeds that grow")),
+        ({"screen": Screen(grace=1, strata=())}, ("screen.strata is empty", "for one stratum")),
+        ({"confirm": Confirm(looks=())}, ("confirm.looks is []", "increasing numbers of seeds")),
         ({"confirm": Confirm(looks=(5, 5))}, ("confirm.looks is [5, 5]",)),
-        ({"confirm": Confirm(looks=(1, 5))}, ("confirm.looks is [1, 5]", "the first 2 or more")),
+        ({"confirm": Confirm(looks=(1, 5))}, ("confirm.looks is [1, 5]", "the first at least 2")),
         ({"confirm": Confirm(seeds=(1, 2, 3), looks=(2,))}, ("confirm.looks is [2] with 3 confirm.seeds",)),
         ({"confirm": Confirm(looks=(5, 10)), "screen": Screen(seed=9, grace=1)}, ("screen.seed is 9", "9, 10]")),
         ({"screen": Screen(grace=1, min_peers=0)}, ("screen.min_peers is 0",)),
         ({"screen": Screen(grace=1, strata=("depth",))}, ("'depth'",)),
-        ({"screen": Screen(grace=1, strata=None)}, ("screen.strata is null", "contrasts empty")),
+        ({"screen": Screen(grace=1, strata=None)}, ("screen.strata is None", "no contrasts")),
         ({"data": Data("mnist")}, ("data.name is 'mnist'", "digits, cifar10, cifar100")),
         ({"data": Data("digits", train=0)}, ("data.train is 0",)),
         ({"cell": Cell(weights="imagenet", width=0.5)}, ("weights is 'imagenet'", "width is not 1")),
-        ({"cell": Cell(teacher=None)}, ("teacher is null", "'logit'")),
+        ({"cell": Cell(teacher=None)}, ("teacher is None", "'logit'")),
         ({"cell": Cell(student="vgg")}, ("cell.student is 'vgg'", "resnet18")),
-        ({"data": Data("digits", test=float("nan"))}, ("data.test is nan", "at least 1, or null for all")),  # type: ignore[arg-type]
+        ({"data": Data("digits", test=float("nan"))}, ("data.test is nan", "at least 1, or None")),  # type: ignore[arg-type]
         ({"screen": Screen(seed=-1, grace=1)}, ("screen.seed is -1", f"from 0 to {2**31 - 1}")),
         ({"deviation": 0.0}, ("deviation is 0.0",)),
         ({"rate": 1.0}, ("rate is 1.0", "from 1e3 to 1e24")),
@@ -162,7 +162,7 @@ def test_a_bad_study_is_refused_with_field_value_and_what_is_allowed(
         ),
         (
             {"confirm": Confirm(seeds=tuple(range(900))), "teacher_seeds": tuple(range(10))},
-            "factors have 12 combinations of levels, which with 900 seeds and 10 teachers each come to as many as",
+            "factors have 12 combinations of levels, which with 900 seeds and 10 teachers each need up to",
         ),
     ],
 )
@@ -231,5 +231,5 @@ def test_contrasts_that_no_analysis_could_hold_are_refused_before_they_are_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tune_kd.study.contrasts.MOST_WEIGHTS", 100)
-    with pytest.raises(UserError, match="contrasts come to 22 over 14 arms, 308 weights; allowed: 100"):
+    with pytest.raises(UserError, match="has 22 contrasts over 14 arms, which need 308 weights; allowed: at most 100"):
         plan(SCALES["paper"]())

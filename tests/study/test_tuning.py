@@ -1,4 +1,4 @@
-"""Studies that are tuned: what may be declared, how the plan grows, and that every arm has the same chance."""
+"""Studies with tuning: valid declarations, how the plan grows, and equal budgets for all arms."""
 
 import random
 import shutil
@@ -50,7 +50,7 @@ RANGES = (
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """In memory, where there is such a folder: what is tested here is not the disk."""
+    """A folder in memory, if possible, since these tests do not test the disk."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         yield Path(folder)
@@ -68,18 +68,18 @@ def study() -> Study:
             (Range("momentum", Uniform(0, 1)),),
             "tuning.ranges names 'momentum'; allowed: temperature, beta, alpha, ce_weight, kd_weight, lr",
         ),
-        ((LR, Range("beta", Uniform(0, 1), ("logit",))), "beta for logit, and no method of the study uses it"),
-        ((LR, Range("alpha", Uniform(0.5, 0.5))), "alpha over .* which is no range; allowed: low below high"),
+        ((LR, Range("beta", Uniform(0, 1), ("logit",))), "beta for logit, but no such method of the study uses it"),
+        ((LR, Range("alpha", Uniform(0.5, 0.5))), "alpha over .* which is not a valid range; allowed: low below high"),
         ((LR, Range("temperature", LogUniform(0, 8))), "temperature over .* allowed: low above 0"),
         ((LR, Range("temperature", Choice((4.0,)))), "allowed: at least two levels"),
         ((LR, Range("temperature", Integer(5, 4))), "allowed: low below high"),
         ((LR, Range("alpha", Uniform(0, 1.5))), "alpha is 1.5; allowed: from 0 to 1"),
         ((Range("lr", LogUniform(1e-5, 1)),), r"lr is 1e-05; allowed: 0.0001 or more"),
-        ((Range("lr", Uniform(0.1, 1)),), r"its default 0.05 lies outside of 0.1 to 1"),
-        ((LR, Range("temperature", Choice((1.0, 2.0)))), "its default 4.0 lies outside of 1 or 2"),
+        ((Range("lr", Uniform(0.1, 1)),), r"its default 0.05 lies outside 0.1 to 1"),
+        ((LR, Range("temperature", Choice((1.0, 2.0)))), "its default 4.0 lies outside 1 or 2"),
         ((LR, LR), "lr more than once for the method none"),
-        ((Range("alpha", Uniform(0, 1)),), "nothing for the method none; allowed: a range for every method"),
-        ((), "nothing for the method none"),
+        ((Range("alpha", Uniform(0, 1)),), "no range for the method none; allowed: at least one for every method"),
+        ((), "no range for the method none"),
         ((Range("lr", Choice((0.05, 0.1))),), "has 1 configurations for the method none besides the default"),
         ((LR, Range("method", Uniform(0, 1))), "names 'method'"),
     ],
@@ -107,7 +107,7 @@ def test_a_budget_that_is_too_small_and_a_setting_that_there_is_not_are_refused(
 
 def test_a_setting_is_a_factor_or_tuned_and_not_both() -> None:
     declared = tiny()
-    with pytest.raises(UserError, match="temperature, which is a factor too"):
+    with pytest.raises(UserError, match="temperature, which is also a factor"):
         check(replace(declared, tuning=Tuning(RANGES)))
 
 
@@ -149,7 +149,7 @@ def test_what_is_foreseen_is_what_comes(study: Study, tmp_path: Path) -> None:
 
 
 def quality(task: Task) -> float:
-    """A response surface that every arm can gain on, by the learning rate."""
+    """A response surface on which every arm can improve, by its learning rate."""
     return 0.9 - abs(task.trial.recipe.lr - 0.3)
 
 
@@ -206,7 +206,7 @@ def test_every_arm_spends_the_same_budget_to_within_one_trial(tmp_path: Path, un
     spent = {}
     for arm in ("none", "logit", "feature"):
         rows = bench.rows(arm=arm)
-        assert any(row["status"] == "stopped" for row in rows)  # so that the two units differ
+        assert any(row["status"] == "stopped" for row in rows)  # otherwise the two units would not differ
         spent[arm] = len(rows) if unit == "trials" else sum(row["epochs_run"] for row in rows)
         assert budget <= spent[arm] < budget + (1 if unit == "trials" else 4)
         assert unit == "trials" or len(rows) > budget / 4
@@ -258,8 +258,8 @@ def test_an_arm_whose_teacher_failed_draws_no_more_and_the_control_goes_on(study
 
 
 def play(bench: Bench, salt: str, most: int = 2**31, accuracy: Callable[[Task], float] = quality) -> None:
-    """All that is ready runs at a time. Which trial reports next follows from the salt and from what was reported, so
-    that a kill, which comes after so many reports, does not change the order."""
+    """Run all ready trials concurrently. The salt and the reports so far determine which trial reports next, so that a
+    kill after `most` reports does not change the order."""
     running: dict[str, tuple[Task, int]] = {}
     while True:
         while (task := bench.driver.next()) is not None:
@@ -278,7 +278,7 @@ def play(bench: Bench, salt: str, most: int = 2**31, accuracy: Callable[[Task], 
 
 
 def drawn(rows: Sequence[Row]) -> dict[str, list[tuple[float | None, ...]]]:
-    """What was drawn for each arm, in order."""
+    """The draws of each arm, in order."""
     found: dict[str, list[tuple[float | None, ...]]] = {}
     for row in rows:
         if row["phase"] == "screen":
@@ -290,7 +290,7 @@ def drawn(rows: Sequence[Row]) -> dict[str, list[tuple[float | None, ...]]]:
 def test_the_same_seed_draws_the_same_however_many_run_at_a_time_and_another_seed_others(
     sampler: Any, tmp_path: Path
 ) -> None:
-    """One draw of an arm at a time: what it follows from is its own arm alone."""
+    """With one draw per arm at a time, a draw depends only on its own arm."""
     found = []
     for number, seed in enumerate((0, 0, 1)):
         (tmp_path / str(number)).mkdir()
@@ -299,7 +299,7 @@ def test_the_same_seed_draws_the_same_however_many_run_at_a_time_and_another_see
         found.append(drawn(bench.rows()))
     assert found[0] == found[1]
     assert all(found[0][arm] != found[2][arm] for arm in found[0])
-    assert len({draws[0][0] for draws in found[0].values()}) == 3  # each arm has a sampler of its own
+    assert len({draws[0][0] for draws in found[0].values()}) == 3  # each arm has its own sampler
 
 
 ONCE, OFTEN = (7, 20), (1, 1, 30, 1, 25)  # reports between kills
@@ -317,7 +317,7 @@ ONCE, OFTEN = (7, 20), (1, 1, 30, 1, 25)  # reports between kills
 def test_after_a_kill_anywhere_the_same_configurations_are_drawn(
     sampler: Any, parallel: int, all_kills: tuple[tuple[int, ...], ...], tmp_path: Path
 ) -> None:
-    """The same order of reports, with and without kills: the ledger is all that the samplers are told."""
+    """The order of reports is the same with and without kills. The samplers get only the ledger."""
     declared = tunable(Tuning(RANGES, 6, sampler=sampler, startup=3, parallel=parallel))
     whole = Bench(declared, tmp_path)
     play(whole, "an order")
@@ -335,7 +335,7 @@ def test_after_a_kill_anywhere_the_same_configurations_are_drawn(
 
 
 def test_with_several_at_a_time_the_order_in_which_draws_end_counts(tmp_path: Path) -> None:
-    """So that the test above has something to see."""
+    """Otherwise the previous test would prove nothing."""
     found = []
     for salt in ("one", "other"):
         (tmp_path / salt).mkdir()
@@ -386,7 +386,7 @@ SPACES = st.tuples(
 
 @given(SPACES, st.integers(0, 1000))
 def test_what_is_drawn_lies_in_its_range_and_comes_once(space: tuple[Any, int, list[Any]], seed: int) -> None:
-    """Also where a handful of configurations is all that there is: every one of them is drawn, then."""
+    """If there are only a few configurations, every one of them is drawn."""
     sampler, count, overs = space
     names = ("alpha", "beta", "lr", "weight_decay")
     ranges = tuple(Range(name, over) for name, over in zip(names, overs, strict=False))
@@ -405,7 +405,7 @@ def test_what_is_drawn_lies_in_its_range_and_comes_once(space: tuple[Any, int, l
 
 
 def test_every_draw_has_a_generator_of_its_own() -> None:
-    """Else each would begin with what the first one drew, and run out of other tries."""
+    """Otherwise each draw would start with the values of the first draw, and run out of attempts."""
     ranges = (Range("alpha", Uniform(0.0, 1.0)),)
     tuning = Tuning(ranges, 3 * search.TRIES, sampler="random")
     rows: list[Row] = []
@@ -460,7 +460,7 @@ def test_a_tuned_run_reports_budgets_what_was_found_and_verdicts_between_tuned_a
         assert set(trials.loc[trials["arm"] == f"{arm}/tuned", "lr"]) == {best["lr"]}
         assert found.loc[(arm, "lr"), "default"] == 0.05
     contrasts = results.contrasts(records).set_index("contrast")
-    assert contrasts["n"].tolist() == [2] * 5  # whose recipes differ, as they may here
+    assert contrasts["n"].tolist() == [2] * 5  # recipes may differ here
     values = accuracy.confirmed(records)
     gain = float((values["logit/tuned"] - values["none/tuned"]).mean())
     assert contrasts.loc["logit - none, tuned", "estimate"] == pytest.approx(gain)
@@ -573,7 +573,7 @@ FAILURES = [
 def test_a_run_goes_on_whatever_is_wrong_with_optunas_storage(
     where: str, error: Exception, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody's dashboard may hold its lock; a disk may be full; and there are four packages in it."""
+    """A dashboard may hold its lock, the disk may be full, and four packages are involved."""
     does, calls = getattr(search.Storage, where), []
 
     def fails(storage: search.Storage, *arguments: Any) -> None:

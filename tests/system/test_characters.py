@@ -1,4 +1,4 @@
-"""Characters that a terminal would obey: seen wherever something is said, and obeyed nowhere."""
+"""Control characters: visible in every message, and never executed by a terminal."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from tune_kd.system.characters import CONTROL, visible
 
 OBEYED = "a\x1b[2Jb\x07c\x9b2Jd\u202ee\x7ff\u2028g"
 SEEN = "a\u241b[2Jb\u2407c\ufffd2Jd\ufffde\u2421f\ufffdg"
-IN_A_PICTURE = SEEN.replace("\u2407", "")  # rich leaves out the bell, the backspace, and what feeds lines
+IN_A_PICTURE = SEEN.replace("\u2407", "")  # rich removes the bell, the backspace and line feeds
 
 
 def printed(*what: object) -> str:
@@ -68,7 +68,7 @@ def test_colours_and_what_moves_stay(monkeypatch: pytest.MonkeyPatch) -> None:
         live.update(Text("two"), refresh=True)
     assert list(track(range(3), "bar", console=console)) == [0, 1, 2]
     moved = file.getvalue()
-    for command in ("\x1b[?25l", "\x1b[?25h", "\x1b[2K", "two", "100%"):  # the cursor, the line, what is shown
+    for command in ("\x1b[?25l", "\x1b[?25h", "\x1b[2K", "two", "100%"):  # the cursor, the line, the content
         assert command in moved
     assert "\u241b" not in moved
 

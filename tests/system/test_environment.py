@@ -1,4 +1,4 @@
-"""What a command finds around it: text that is no UTF-8, and places that cannot be written to, told before anything."""
+"""The environment of a command: text that is not UTF-8 and folders that are not writable are reported at the start."""
 
 import os
 import stat
@@ -23,12 +23,12 @@ RUN = ("run", "ablation", "--scale", "smoke")
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Each test in a folder of its own, with a home and places of its own."""
+    """Run each test in its own folder, with its own home and temporary folders."""
     home = tmp_path / "home"
     home.mkdir()
     for name in environment.PLACES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)  # which Ray itself sets
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)  # Ray itself sets it
     monkeypatch.setenv("HOME", str(home))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -37,14 +37,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def homeless(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A user whom nobody knows, as in a container; what is said of that."""
+    """Make the user unknown, as in a container. Returns the start of the message about it."""
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("os.getuid", lambda: 54321)
-    return "HOME is not set, and the user 54321 has no entry in the password file; set HOME to a folder that can be "
+    return "HOME is not set, and the user 54321 has no entry in the password file; set HOME to a writable "
 
 
 def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
-    """What a command that is refused says."""
+    """Return the message of a command that is refused."""
     monkeypatch.setattr("sys.argv", ["tune-kd", *arguments])
     with pytest.raises(SystemExit) as left:
         cli.main()
@@ -107,7 +107,7 @@ def test_a_working_directory_that_is_gone_is_told(
     monkeypatch.chdir(here / "gone")
     (here / "gone").rmdir()
     told = said(capsys, monkeypatch, "list")
-    assert told == "tune_kd: the working directory is not there any more; change to another one\n"
+    assert told == "tune_kd: the working directory does not exist any more; change to another one\n"
 
 
 def listed(here: Path, **around: str) -> "subprocess.CompletedProcess[bytes]":
@@ -127,7 +127,7 @@ def test_what_the_terminal_cannot_show_is_shown_by_its_number(here: Path) -> Non
 
 def test_python_that_does_not_take_names_for_utf8_is_told_of(here: Path) -> None:
     done = listed(here, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-    remedy = "allowed: text in UTF-8, and Python takes it for ascii here; set PYTHONUTF8=1"
+    remedy = "allowed: text in UTF-8, and Python decodes it as ascii here; set PYTHONUTF8=1"
     told = done.stderr.decode()
     assert (done.returncode, told) == (2, f"tune_kd: the argument after --out is '\\xc3\\xa9'; {remedy}\n")
 
@@ -139,7 +139,7 @@ def test_what_is_said_of_a_name_that_is_no_utf8_ends_no_run(here: Path) -> None:
 
 
 def in_the_way(here: Path) -> Path:
-    """What nobody can make anything in, also not a superuser."""
+    """A path in which no user can create a file, not even root."""
     (here / "file").write_text("in the way")
     return here / "file"
 
@@ -152,10 +152,10 @@ def test_a_home_that_cannot_be_written_to_is_told_with_what_moves_rays_token(
     told = said(capsys, monkeypatch, *RUN, "--max-concurrent", "0").splitlines()
     assert len(told) == 3 and "--max-concurrent is 0" in told[0]
     assert told[1] == (
-        f"tune_kd: Ray's token is to be in {home}/.ray/auth_token, which cannot be written and read there (Not a "
-        "directory); set RAY_AUTH_TOKEN_PATH to a file in a folder where it can"
+        f"tune_kd: Ray's token {home}/.ray/auth_token cannot be written and read (Not a directory); set "
+        "RAY_AUTH_TOKEN_PATH to a file in a writable folder"
     )
-    assert told[2].startswith("tune_kd: RAY_TMPDIR is '/proc', and Ray works in /proc/ray-")
+    assert told[2].startswith("tune_kd: RAY_TMPDIR is '/proc', so Ray's folder is /proc/ray-")
     assert "which cannot be written to (No such file or directory); set RAY_TMPDIR" in told[2]
     assert not (here / "results").exists()
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(here / "new" / "token"))
@@ -163,7 +163,7 @@ def test_a_home_that_cannot_be_written_to_is_told_with_what_moves_rays_token(
     environment.check_places(None)
     assert (here / "new" / "token").is_file()
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(home / "token"))
-    environment.check_places("127.0.0.1:6379")  # of whose Ray the token is another's business
+    environment.check_places("127.0.0.1:6379")  # the token of that cluster is not checked here
     for name, value in (("RAY_AUTH_TOKEN", "0" * 64), ("RAY_AUTH_MODE", "disabled")):
         with monkeypatch.context() as set_:
             set_.setenv(name, value)
@@ -182,7 +182,7 @@ def test_a_token_is_made_once_and_for_its_user_alone(here: Path, monkeypatch: py
         time.sleep(0.05)
         return os.urandom(size).hex()
 
-    monkeypatch.setattr("secrets.token_hex", slowly)  # so that all begin before one has ended
+    monkeypatch.setattr("secrets.token_hex", slowly)  # so that all start before the first one ends
     with ThreadPoolExecutor(8) as pool:
         (found,) = set(pool.map(made, range(32)))
     assert len(bytes.fromhex(found)) == 32 and stat.S_IMODE(token.stat().st_mode) == 0o600
@@ -196,7 +196,7 @@ def test_a_token_is_made_once_and_for_its_user_alone(here: Path, monkeypatch: py
     ("place", "why"),
     [
         ("relative", "which is not an absolute path"),
-        ("/tmp/" + 60 * "l", "where the paths of its sockets have "),
+        ("/tmp/" + 60 * "l", "where a socket's path has "),
         ("/proc", "which cannot be written to (No such file or directory)"),
     ],
 )
@@ -205,9 +205,9 @@ def test_a_place_where_ray_cannot_work_is_refused(place: str, why: str, monkeypa
     with pytest.raises(UserError) as refused:
         environment.check_places(None)
     (problem,) = refused.value.problems
-    assert problem.startswith(f"TMPDIR is '{place}', and Ray works in {place}/ray-{os.getuid()}")
+    assert problem.startswith(f"TMPDIR is '{place}', so Ray's folder is {place}/ray-{os.getuid()}")
     assert f", {why}" in problem
-    assert problem.endswith("; set RAY_TMPDIR to a folder with a short absolute path that can be written to")
+    assert problem.endswith("; set RAY_TMPDIR to a writable folder with a short absolute path")
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
     environment.check_places(None)
 
@@ -216,7 +216,7 @@ def test_a_user_without_a_home_is_told_once_by_all_that_need_one(
     here: Path, homeless: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = said(capsys, monkeypatch, *RUN, "--track", "mlflow", "--track", "tensorboard")
-    assert told == f"tune_kd: {homeless}written to\n" and not list(here.iterdir())
+    assert told == f"tune_kd: {homeless}folder\n" and not list(here.iterdir())
     for arguments in (("dashboard", "--write", "x"), ("list", "--out", "s3://bucket/kd?region=x"),
                       ("submit", "ablation", "--address", "http://127.0.0.1:1")):  # fmt: skip
         assert said(capsys, monkeypatch, *arguments) == told

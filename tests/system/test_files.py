@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, hiccups are outlived, and named places let a test kill who passes them."""
+"""Atomic writes, retries after transient errors, and named points at which a test can kill the process."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Disk:
-    """Refuses so many times what is asked of it."""
+    """Fails a given number of times, then succeeds."""
 
     def __init__(self, refusals: int, error: type[OSError] = OSError) -> None:
         self.refusals, self.error, self.asked = refusals, error, 0

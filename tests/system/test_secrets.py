@@ -1,4 +1,4 @@
-"""What is taken for a secret, where, and what is left of a text without it."""
+"""Which texts count as secrets, where they are found, and how they are masked."""
 
 import json
 import re
@@ -60,7 +60,7 @@ def test_a_refusal_names_field_rule_and_place_and_not_the_secret() -> None:
     first, second = secrets(record)
     assert first == (
         "study.question holds what looks like a secret (token of a service, 40 characters at character 7); allowed: "
-        "text without one, since it is recorded and reported"
+        "text without a secret, since it is recorded and reported"
     )
     assert second.startswith("study.levels[2].at[1] holds what looks like a secret (password in a URL, 7 characters at")
 
@@ -115,7 +115,7 @@ def test_plain_words_stay_as_they_are(words: list[str]) -> None:
 @pytest.mark.parametrize(("around", "left"), [(2, "see ***."), (20, "***")])
 def test_a_text_in_which_each_mask_uncovers_another_secret_is_not_shown(around: int, left: str) -> None:
     text = TOKEN
-    for _ in range(around):  # a mask is short enough to stand between the words of the rule
+    for _ in range(around):  # a mask is short enough to fit between the words of the rule
         text = f'aws ------------ {text} key "{some(40)}"'
     assert masked(f"see {text}.") == left
 
@@ -131,14 +131,14 @@ HOSTILE = ["a", "A", "0", "a1", " ", "\n", '"', "'", "`", "=", ":", ".", "-", "_
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("atom", HOSTILE, ids=repr)
 def test_no_text_takes_time_that_grows_with_its_square(atom: str) -> None:
-    """A hundred thousand characters take a fifth of a second; where each is looked at from each, minutes."""
+    """A hundred thousand characters take a fifth of a second; in quadratic time they would take minutes."""
     finds((atom * 100_000)[:100_000])
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("atom", ["ey" + "J-", f"{WORD}:"])
 def test_a_text_of_a_million_characters_takes_seconds(atom: str) -> None:
-    """Each of these runs on to the end of the text from everywhere, but for the rule's bounds."""
+    """Without the rule's bounds, each of these would be scanned to the end of the text from every position."""
     finds(atom * 300_000)
 
 
@@ -147,7 +147,7 @@ def test_a_token_that_is_longer_than_the_library_knows_is_masked_to_its_end() ->
 
 
 class Counting:
-    """A rule of the library's that notes what it is shown."""
+    """A rule of the library that records the text that it receives."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, int]] = []
@@ -160,7 +160,7 @@ class Counting:
 def test_the_librarys_rules_see_pieces_that_lie_over_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = Counting()
     monkeypatch.setattr(privacy, "_library", lambda: (("x", rule),))
-    at = privacy.PIECE - 5  # of what begins in one piece and ends in the next
+    at = privacy.PIECE - 5  # starts in one piece and ends in the next
     text = " " * at + "x" * 1000 + " " * 1_000_000
     assert finds(text) == [privacy.Find(at, at + 1000, "x")]
     assert max(end - start for start, end in rule.seen) <= privacy.PIECE + privacy.LONGEST

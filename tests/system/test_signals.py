@@ -1,5 +1,5 @@
-"""Signals that ask a command to leave, and the process around it that owns its exit status. The whole thing, with Ray,
-is `python tests/faults leaving`."""
+"""Signals that end a command, and the guard process that decides its exit status. `python tests/faults leaving` tests
+both with Ray."""
 
 import os
 import re
@@ -64,7 +64,7 @@ STUCK = """
 
 
 def begun(tmp_path: Path, body: str, *before: str, within: float = 10.0) -> "tuple[subprocess.Popen[str], int]":
-    """A command in a process group of its own, and the number of the process that it started."""
+    """Start a command in its own process group. Returns it and the id of the process that it started."""
     (tmp_path / "command.py").write_text(COMMAND.format(body=body, within=within))
     here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = subprocess.Popen(
@@ -72,7 +72,7 @@ def begun(tmp_path: Path, body: str, *before: str, within: float = 10.0) -> "tup
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert command.stdout is not None
-    return command, int(command.stdout.readline())  # it is where it waits
+    return command, int(command.stdout.readline())  # it now waits
 
 
 def gone(child: int) -> bool:
@@ -134,7 +134,7 @@ def test_a_command_that_does_not_come_to_its_end_is_ended_in_time(tmp_path: Path
     command.send_signal(signal.SIGUSR1)
     _, errors = command.communicate(timeout=10)
     assert command.returncode == 138
-    assert errors == "tune_kd: interrupted, and not everything ended within 1 s; go on with: this\n"
+    assert errors == "tune_kd: interrupted, and some processes did not end within 1 s; go on with: this\n"
     assert gone(child)
 
 
@@ -176,7 +176,7 @@ def test_a_start_that_hangs_is_ended_in_time_too(tmp_path: Path) -> None:
     command.send_signal(signal.SIGTERM)
     _, errors = command.communicate(timeout=10)
     assert command.returncode == 143
-    assert re.fullmatch(r"tune_kd: interrupted, and not everything ended within 1 s; go on with: this\n", errors)
+    assert re.fullmatch(r"tune_kd: interrupted, and some processes did not end within 1 s; go on with: this\n", errors)
     assert gone(child)
 
 
@@ -203,7 +203,7 @@ def test_the_status_of_a_command_is_that_of_the_process_around_it(end: str, stat
 def test_a_driver_that_ray_ends_without_a_word_is_the_machines_failure_and_nothing_of_it_is_left(
     end: str, how: str, tmp_path: Path
 ) -> None:
-    """Ray's core calls `_exit`: no `finally` and no handler of Python's is there any more."""
+    """Ray's core calls `_exit`: no `finally` and no Python handler runs."""
     command, child = begun(tmp_path, f"\n    print(child.pid, flush=True)\n    {end}\n")
     _, errors = command.communicate(timeout=10)
     assert command.returncode == 3
@@ -225,7 +225,7 @@ def test_a_signal_to_the_driver_alone_is_as_one_to_its_command(tmp_path: Path) -
     driver_of(command).send_signal(signal.SIGTERM)
     _, errors = command.communicate(timeout=10)
     assert command.returncode == 143
-    assert errors == "tune_kd: interrupted, and not everything ended within 1 s; go on with: this\n"
+    assert errors == "tune_kd: interrupted, and some processes did not end within 1 s; go on with: this\n"
     assert gone(child)
 
 
@@ -235,7 +235,7 @@ def test_neither_outlives_the_other_when_it_is_killed(tmp_path: Path) -> None:
     command.kill()
     command.communicate(timeout=10)
     assert gone(driver.pid)
-    os.kill(child, signal.SIGKILL)  # Ray's processes notice by themselves
+    os.kill(child, signal.SIGKILL)  # Ray's processes notice this themselves
 
     command, child = begun(tmp_path, SLEEPS)
     driver_of(command).kill()
@@ -254,7 +254,7 @@ def test_signals_within_half_a_second_are_one(tmp_path: Path) -> None:
 
 
 def test_advice_that_names_a_folder_of_two_lines_is_said_as_it_is(tmp_path: Path) -> None:
-    """And does not pass for a status: what the driver tells the process around it has no lines."""
+    """It is not mistaken for an exit status: messages from the driver to the guard are not separated by newlines."""
     body = SLEEPS.replace("time.sleep(30)", """
     with signals.advising("go on with: 'results\\nended 0'"):
         os.kill(os.getpid(), signal.SIGABRT)

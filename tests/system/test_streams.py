@@ -1,4 +1,4 @@
-"""What cannot be said is not said: closed terminals, readers that left and full disks change no exit status."""
+"""Output that cannot be written is dropped. Closed terminals, closed pipes and full disks change no exit status."""
 
 import json
 import os
@@ -21,8 +21,8 @@ BROKEN = ("status", "broken", "--verify")
 
 
 def ended(cwd: Path, arguments: tuple[str, ...], redirected: str = "") -> subprocess.CompletedProcess[str]:
-    """A command of a shell's, with its streams redirected there."""
-    line = f'"$0" -m tune_kd "$@" {redirected}; exit ${{PIPESTATUS[0]}}'  # of a pipe, the status of its beginning
+    """A shell command with redirected streams."""
+    line = f'"$0" -m tune_kd "$@" {redirected}; exit ${{PIPESTATUS[0]}}'  # the status of a pipe's first command
     here = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         ["bash", "-c", line, sys.executable, *arguments], cwd=cwd, env=here, capture_output=True, text=True
@@ -50,7 +50,7 @@ def test_a_stream_that_takes_nothing_changes_no_status(
 
 
 def test_an_answer_is_whole_where_standard_error_is_closed(elsewhere: Path) -> None:
-    """Else Python prints on standard output what is for standard error, and files get its number."""
+    """Otherwise Python prints errors to standard output, and an open file gets the number of standard error."""
     found = ended(elsewhere, (*GOOD, "--json"), "2>&-")
     assert json.loads(found.stdout)["study"] == "ablation"
     assert ended(elsewhere, WRONG, "2>&-").stdout == ""
@@ -89,7 +89,7 @@ def test_what_a_terminal_has_no_letter_for_is_escaped(tmp_path: Path) -> None:
 def test_a_stream_that_is_full_for_a_moment_loses_nothing_and_one_that_stays_full_holds_nobody_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As a terminal is that another program, such as one of Node's, has set not to block."""
+    """For example, a terminal that another program, such as Node, has made non-blocking."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     text, read = b"0123456789" * 20_000, bytearray()
@@ -145,9 +145,9 @@ def test_a_view_goes_on_after_its_terminal_was_closed(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text().count("anybody?") == 9
 
 
-@pytest.mark.slow  # in short: the test before
+@pytest.mark.slow  # the previous test is the short version
 def test_a_run_goes_on_to_its_end_after_its_terminal_was_closed(tmp_path: Path) -> None:
-    """With SIGHUP ignored, as under nohup, and its terminal gone in the middle of the run."""
+    """SIGHUP is ignored, as under nohup, and the terminal closes during the run."""
     terminal, inside = pty.openpty()
     line = 'trap "" HUP; exec "$0" -m tune_kd "$@"'
     command = subprocess.Popen(
@@ -156,7 +156,7 @@ def test_a_run_goes_on_to_its_end_after_its_terminal_was_closed(tmp_path: Path) 
     )  # fmt: skip
     os.close(inside)
     seen = b""
-    while b"cifar/teacher seed" not in seen:  # the live view shows a trial that runs
+    while b"cifar/teacher seed" not in seen:  # the live view shows a running trial
         seen += os.read(terminal, 4096)
     os.close(terminal)
     assert command.wait(120) == 0

@@ -47,7 +47,7 @@ def test_code_in_the_working_directory_is_found_again(made: Callable[[str], Path
 
 @pytest.mark.parametrize("loss", ["results/r/a.py:Loss", "results.r.a:Loss", "./results/../results/r/a.py:Loss"])
 def test_code_among_results_is_not_executed(loss: str, made: Callable[[str], Path]) -> None:
-    with pytest.raises(UserError, match="which is among the results"):
+    with pytest.raises(UserError, match="which is in the results folder"):
         with_codes(reopen(made(loss)))
 
 
@@ -71,7 +71,7 @@ def test_code_without_the_digest_of_its_source_is_not_executed(made: Callable[[s
 
     altered(folder / "study.json", forget)
     run = replace(reopen_any(folder), named=True)
-    with pytest.raises(UserError, match="is not what it was"):
+    with pytest.raises(UserError, match="does not match the digest in the study"):
         with_codes(run)
 
 

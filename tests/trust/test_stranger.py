@@ -313,7 +313,7 @@ def sealed(path: Path) -> bool:
     try:
         files.unsealed(path.read_bytes(), path)
     except (files.CorruptFile, RecursionError) as error:
-        return "its digest does not fit" not in str(error)
+        return "its digest does not match" not in str(error)
     return True
 
 

@@ -255,7 +255,7 @@ def test_settings_that_no_run_has_are_passed_over(
 def test_nothing_is_downloaded_to_a_folder_that_a_record_names(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     with pytest.raises(
-        UserError, match=r"CIFAR-10 is not there any more, and nothing is downloaded to a folder that a rec"
+        UserError, match=r"CIFAR-10 is missing, and nothing is downloaded to a folder that a record names"
     ):
         datasets.load("cifar10", tmp_path / "mine", cache=tmp_path / "cache", download=False)
     assert list((tmp_path / "mine").iterdir()) == []
@@ -500,13 +500,13 @@ ARCHIVES = {
     "a map of sparse parts": (
         extended(b"x", record("GNU.sparse.major", "1") + record("GNU.sparse.minor", "0"))
         + extended(b"0", b"90000000\n" + b"1\n" * 2**18),
-        "is a link, a device or sparse",
+        "is a link, a device or a sparse file",
     ),
     "headers of all": (
         extended(b"g", b"".join(record(f"key{i}", "value") for i in range(40_000))) * 100, "bytes of extended headers",
     ),
     "long names": (extended(b"L", b"a" * 2**20) * 70, "bytes of extended headers"),
-    "a claim": (tarfile.TarInfo("x").tobuf()[:124] + b"\x80" + b"\xff" * 11, "cut or damaged"),
+    "a claim": (tarfile.TarInfo("x").tobuf()[:124] + b"\x80" + b"\xff" * 11, "truncated or damaged"),
 }  # fmt: skip
 
 
@@ -569,7 +569,7 @@ def test_a_picture_that_never_ends_is_refused(change: Callable[[Path], None], sa
 def test_an_archive_is_refused_before_anything_runs(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(ARCHIVES["digits"][0] + bytes(1024))
     done = command(tmp_path, "run", "ablation", "--scale", "smoke", "--data", "cifar10", "--data-dir", "x.tar")
-    assert done.returncode == 2 and "the archive is cut or damaged" in " ".join(done.stderr.split()), done.stderr
+    assert done.returncode == 2 and "the archive is truncated or damaged" in " ".join(done.stderr.split()), done.stderr
     assert not (tmp_path / "results").exists()
 
 

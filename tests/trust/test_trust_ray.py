@@ -305,15 +305,15 @@ def test_a_folder_that_another_made_for_our_sockets_is_not_used(
     else:
         place.mkdir(mode=0o700)
         place.chmod(0o770 if how == "open to others" else 0o700)
-    why = {"a link": "is no folder", "a file": "is no folder", "of another user": f"belongs to the user {user}",
-           "open to others": "has the mode 0770, so that others can use it, where 0700 is allowed"}[how]  # fmt: skip
+    why = {"a link": "is not a folder", "a file": "is not a folder", "of another user": f"belongs to the user {user}",
+           "open to others": "has the mode 0770 (0700 is allowed), so that others can use it"}[how]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["tune-kd", "run", "ablation", "--scale", "smoke", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == 2
     assert capsys.readouterr().err == (
-        f"tune_kd: RAY_TMPDIR is '{tmp_path}', and Ray works in {place}, which {why}; set RAY_TMPDIR to a folder with "
-        "a short absolute path that can be written to\n"
+        f"tune_kd: RAY_TMPDIR is '{tmp_path}', so Ray's folder is {place}, which {why}; set RAY_TMPDIR to a writable "
+        "folder with a short absolute path\n"
     )
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Augmentation: the views (crop and flip of each training image) of an epoch, and the network's input made of them."""
+"""Augmentation: the views (crop and flip of each training image) of an epoch, and the network's input."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,8 +29,9 @@ class Views:
 def draw_views(seed: int, epoch: int, count: int, *, pad: int, flip: bool, view: int = 0) -> Views:
     """Draw order, crops and flips of one epoch over `count` images: four CPU tensors of shape [count].
 
-    Depends on the arguments alone: the global generator is neither read nor advanced. The order is the same for any
-    `pad`, `flip` and `view`, and the flips are the same for any `pad`. `view` counts views of the same images, from 0.
+    The result depends only on the arguments: the global generator is neither read nor advanced. The order is the same
+    for any `pad`, `flip` and `view`, and the flips are the same for any `pad`. `view` is the number of the view, from
+    0, for several views of the same images.
 
     Raises `ValueError` for a negative `count` or `pad`.
     """
@@ -45,7 +46,7 @@ def draw_views(seed: int, epoch: int, count: int, *, pad: int, flip: bool, view:
 
 
 def view_numbers(views: Views, data: DataSet) -> Tensor:
-    """A number for each view, int64 [N], that depends on its image, crop and flip alone."""
+    """A number for each view, int64 [N], that depends only on its image, crop and flip."""
     way = (views.top * (2 * data.pad + 1) + views.left) * (1 + data.flip) + (views.flip if data.flip else 0)
     return views.order * data.views_per_image + way
 
@@ -59,16 +60,16 @@ def numbered_views(numbers: Tensor, data: DataSet) -> Views:
 
 
 def show(views: Views, data: DataSet) -> Tensor:
-    """The training images cropped and flipped as `views` say: uint8 [N, 3, H, W].
+    """The training images, cropped and flipped according to `views`: uint8 [N, 3, H, W].
 
-    Images and views are on the same device, so that a step copies nothing.
+    Images and views must be on the same device, so that a training step copies nothing.
     """
     shown = data.train.images.index_select(0, views.order)
     return crop(shown, views.top, views.left, views.flip, data.pad)
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int) -> Tensor:
-    """Pad with `pad` zero pixels, crop to the old size at (top, left), and flip horizontally where `flip` is True.
+    """Pad with `pad` zero pixels, crop to the original size at (top, left), and flip horizontally if `flip` is True.
 
     `images` uint8 [B, 3, H, W]; `top`, `left` int64 [B] in 0 to 2 * pad and `flip` bool [B]; all on one device.
     Returns uint8 [B, 3, H, W] on that device. Equal to torchvision's pad, crop and hflip.
@@ -87,8 +88,8 @@ def crop(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int) -> T
 
 @lru_cache(maxsize=16)
 def _per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
-    # Cached, because creating a GPU tensor from Python numbers synchronizes in every batch. Never an inference
-    # tensor, even if evaluation creates it first: training could not use one.
+    # Cached, because creating a GPU tensor from Python numbers would synchronize in every batch. Never an inference
+    # tensor, even if evaluation creates it first, since training could not use one.
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 

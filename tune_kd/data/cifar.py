@@ -1,4 +1,4 @@
-"""CIFAR-10 or CIFAR-100 in any form in which a user has it, and a cache of the decoded images."""
+"""Load CIFAR-10 or CIFAR-100 from torchvision's files, image folders or archives, and cache the decoded images."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from tune_kd.system.errors import UserError
 from tune_kd.system.files import check_regular, publish
 
 LOCK_SECONDS = 600.0
-MOST_CACHE_BYTES = 2**34  # of decoded images: five million
+MOST_CACHE_BYTES = 2**34  # limit for a cache file: five million images
 TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 
 _CIFAR100 = """
@@ -32,7 +32,7 @@ sunflower sweet_pepper table tank telephone television tiger tractor train trout
 willow_tree wolf woman worm
 """
 CIFAR_CLASSES = {"cifar10": CIFAR10.classes, "cifar100": tuple(_CIFAR100.split())}
-"""Names and order of the published archives and of torchvision."""
+"""Names and order of the classes in the published archives and in torchvision."""
 SPELLINGS = {
     "plane": "airplane",
     "aeroplane": "airplane",
@@ -43,7 +43,7 @@ SPELLINGS = {
     "racoon": "raccoon",
     **{tree: f"{tree}_tree" for tree in ("maple", "oak", "palm", "pine", "willow")},
 }
-"""Other names of the classes, in use where they are folders of images."""
+"""Other names of the classes, as in common image folders."""
 CIFAR_SIZES = (50_000, 10_000)
 
 Say = Callable[[str], None]
@@ -51,7 +51,7 @@ Read = Callable[[], Pixels]
 
 
 def default_cache() -> Path:
-    """`tune_kd` in XDG_CACHE_HOME, or in ~/.cache unless that is set to an absolute path."""
+    """`tune_kd` in XDG_CACHE_HOME if that is an absolute path, otherwise in ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else home() / ".cache") / "tune_kd"
 
@@ -68,22 +68,27 @@ def load_pixels(
 ) -> Pixels:
     """Load all images of `form` from `folder`, or from the cache if the same source was decoded before.
 
-    `folder` exists and is one of: a folder with torchvision's files (the form's folder or its archive), downloaded to
-    it from `origin` if it holds neither and `download` allows it; a folder of images, or a .tar, .tar.gz or .tar.xz
-    of one (see `tune_kd.data.image_folder`); None for the cache folder. `cache` is by default `default_cache()`. A
-    source is the same if its path, sizes and modification times are.
+    `folder` must exist. It is one of:
+
+    - a folder with torchvision's files (the form's folder or its archive). If it has neither, the archive is
+      downloaded to it from `origin`, unless `download` is False.
+    - a folder of images, or a .tar, .tar.gz or .tar.xz of one (see `tune_kd.data.image_folder`).
+    - None, for the cache folder.
+
+    `cache` defaults to `default_cache()`. A source counts as the same if its path, sizes and modification times are
+    unchanged.
 
     Raises `UserError` for data that are missing, incomplete, damaged or hostile, and for a failed download.
     """
     cache = default_cache() if cache is None else cache
     where = Path(os.path.abspath(os.path.expanduser(cache if folder is None else folder)))
     if folder is not None and not where.exists() and not image_folder.is_archive(where):
-        raise UserError(f"--data-dir {where}: it does not exist; make the folder to have {form.title} downloaded to it")
+        raise UserError(f"--data-dir {where}: it does not exist; create the folder to download {form.title} to it")
     for other in FORMS.values():
         if other is not form and where.name in (other.folder, other.archive):
             raise UserError(
-                f"--data-dir {where}: this is {other.title}, and {form.title} is asked for; name its place, or change "
-                "--data"
+                f"--data-dir {where}: this is {other.title}, but the study uses {form.title}; give the path of "
+                f"{form.title}, or change --data"
             )
     name = form.title.lower().replace("-", "")
     stored = cache / f"{name}-{hashlib.sha256(str(where).encode()).hexdigest()[:16]}.safetensors"
@@ -101,17 +106,17 @@ def load_pixels(
 
 
 def recognised(pixels: Pixels, name: str) -> Pixels:
-    """Name and number the classes as published, however their folders spell them.
+    """Give the classes their published names and numbers, for any common spelling of their folders.
 
-    Raises `UserError` unless all images are there, since results on a part would pass for results on the whole, and for
-    other classes, since any images of this size would be normalised with CIFAR's statistics.
+    Raises `UserError` if images are missing, since results on a part would be mistaken for results on the whole data
+    set. Also raises it for other classes, since their images would be normalised with CIFAR's statistics.
     """
     found, known = (len(pixels.train_labels), len(pixels.test_labels)), CIFAR_CLASSES[name]
     if found != CIFAR_SIZES or len(pixels.classes) != len(known):
         raise UserError(
-            f"--data-dir: these are {found[0]} training and {found[1]} test images of {len(pixels.classes)} classes, "
-            f"and {FORMS[name].title} has {CIFAR_SIZES[0]} and {CIFAR_SIZES[1]} of {len(known)}; complete them, or "
-            "name another place"
+            f"--data-dir: found {found[0]} training and {found[1]} test images of {len(pixels.classes)} classes, but "
+            f"{FORMS[name].title} has {CIFAR_SIZES[0]} and {CIFAR_SIZES[1]} of {len(known)}; add the missing images, "
+            "or give another path"
         )
     spelled = [_spelling(each) for each in pixels.classes]
     if lacking := [each for each in known if each not in spelled]:
@@ -121,9 +126,9 @@ def recognised(pixels: Pixels, name: str) -> Pixels:
             if meant not in known or spelled.count(meant) > 1
         ]
         raise UserError(
-            f"--data-dir: these are not the images of {FORMS[name].title}, though as many: it has no class "
-            f"{_first(strange)}, and its class {_first(lacking)} is missing; name each folder after its class, or name "
-            "another place"
+            f"--data-dir: these are not the images of {FORMS[name].title}, although their number is right: it has no "
+            f"class {_first(strange)}, and its class {_first(lacking)} is missing; name each folder after its class, "
+            "or give another path"
         )
     number = torch.tensor([known.index(each) for each in spelled])
     return replace(
@@ -132,9 +137,9 @@ def recognised(pixels: Pixels, name: str) -> Pixels:
 
 
 def _spelling(name: str) -> str:
-    """The published name of a class, or the lower-case letters of `name` if there is none.
+    """The published name of a class, or a normalised form of `name` if there is none.
 
-    Spaces, hyphens, capitals and a leading number do not matter: `AquariumFish` and `00_aquarium-fish` are
+    Spaces, hyphens, capitals and a leading number are ignored: `AquariumFish` and `00_aquarium-fish` are
     `aquarium_fish`.
     """
     plain = re.sub(r"[\W_]+", "", re.sub(r"^\W*\d+[\W_]+", "", name.strip())).lower()
@@ -148,9 +153,9 @@ def _first(names: Sequence[str], most: int = 5) -> str:
 
 @contextmanager
 def _locked(lock: Path, say: Say) -> Iterator[bool]:
-    """Let one process at a time download and decode; yields whether the cache folder is writable.
+    """Let one process at a time download and decode. Yields whether the cache folder is writable.
 
-    The lock only avoids double work. Files are published by renaming, so it is safe to continue without it.
+    The lock only avoids duplicate work. Files are published by renaming, so it is safe to continue without the lock.
     """
     import filelock
 
@@ -160,9 +165,9 @@ def _locked(lock: Path, say: Say) -> Iterator[bool]:
         make_private(lock.parent)
         held.acquire(timeout=LOCK_SECONDS)
     except filelock.Timeout:
-        say(f"Another process has been reading these data for {LOCK_SECONDS:g} s: going on without waiting.")
+        say(f"Another process has been reading these data for {LOCK_SECONDS:g} s: continuing without the lock.")
     except (OSError, NotImplementedError) as error:
-        say(f"The cache folder {lock.parent} cannot be written ({error}): images are decoded every time.")
+        say(f"The cache folder {lock.parent} is not writable ({error}): images are decoded every time.")
         writable = False
     try:
         yield writable
@@ -173,10 +178,10 @@ def _locked(lock: Path, say: Say) -> Iterator[bool]:
 def _source(
     where: Path, form: Form, origin: Origin | None, say: Say, progress: bool, download: bool
 ) -> tuple[str, Read]:
-    """Find the data at `where`: a text that changes when they do, and a function that decodes them."""
+    """Find the data at `where`. Returns a text that changes with the data, and a function that decodes them."""
     if where.name != form.archive and image_folder.is_archive(where):
         if not where.exists() or where.is_dir():
-            raise UserError(f"--data-dir {where}: there is no such archive; give the path of one that exists")
+            raise UserError(f"--data-dir {where}: there is no such archive; give the path of an existing one")
         return _stamp(where), lambda: image_folder.read_archive(where, progress=progress)
     if any((where / part).is_dir() for part in image_folder.PARTS):
         files = image_folder.listing(where)
@@ -195,15 +200,15 @@ def _source(
         if missing:
             raise UserError(
                 f"--data-dir {folder}: {', '.join(missing)} missing; "
-                f"complete the folder, or remove it to have {form.title} downloaded"
+                f"add the missing files, or remove the folder to download {form.title}"
             )
         identity = " ".join(_stamp(folder / name) for name in known.files)
         return identity, lambda: cifar_pickles.read_folder(folder, known)
     archive = where if where.name == form.archive else where / form.archive
     if not archive.exists():
         if not download:
-            raise UserError(f"--data-dir {where}: {form.title} is not there any more, and nothing is downloaded to a "
-                            "folder that a record names; put the data back there")  # fmt: skip
+            raise UserError(f"--data-dir {where}: {form.title} is missing, and nothing is downloaded to a folder that "
+                            "a record names; restore the data there")  # fmt: skip
         cifar_pickles.download(known, archive, say, progress=progress)
     return _stamp(archive), lambda: cifar_pickles.read_archive(archive, known)
 
@@ -223,7 +228,7 @@ def _digest(pixels: Pixels, identity: str) -> str:
 
 
 def _cached(stored: Path, identity: str, say: Say) -> Pixels | None:
-    """The cached images of this source. Returns None if there are none or they are damaged."""
+    """The cached images of this source. Returns None if they are missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     if not stored.is_file():
@@ -245,7 +250,7 @@ def _cached(stored: Path, identity: str, say: Say) -> Pixels | None:
 
 
 def _store(stored: Path, identity: str, pixels: Pixels, say: Say) -> None:
-    """Write the cache file. A failure is reported and costs time later."""
+    """Write the cache file. A failure is only reported: the images are then decoded again next time."""
     from safetensors import SafetensorError
     from safetensors.torch import save
 
@@ -253,4 +258,4 @@ def _store(stored: Path, identity: str, pixels: Pixels, say: Say) -> None:
     try:
         publish(stored, save({name: getattr(pixels, name) for name in TENSORS}, metadata=about))
     except (OSError, SafetensorError) as error:
-        say(f"Decoded images cannot be kept in {stored.parent} ({error}): they are decoded again next time.")
+        say(f"Decoded images cannot be cached in {stored.parent} ({error}): they are decoded again next time.")

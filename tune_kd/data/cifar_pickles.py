@@ -1,9 +1,9 @@
 """CIFAR-10 and CIFAR-100 as published: download, verify the digests, and unpickle the batches.
 
-torchvision supplies the address, the file names and the digests. The rest is not its code, because `CIFAR10(download=
-True)` writes under the final name, waits for a stalled server without a limit, reads an endless answer, falls back from
-https to http, and unpickles with everything that pickle can call. Here, only bytes with the published digest are
-unpickled, by an unpickler that knows arrays of bytes and builtin containers.
+torchvision provides the address, the file names and the digests. Its code for the rest is not used:
+`CIFAR10(download=True)` writes under the final name, waits for a stalled server without a timeout, reads an endless
+response, falls back from https to http, and unpickles without restrictions. Here, only bytes with the published digest
+are unpickled, by an unpickler that allows only arrays of bytes and builtin containers.
 """
 
 import hashlib
@@ -28,19 +28,19 @@ from tune_kd.data.image_folder import Pixels, bar
 from tune_kd.system.errors import UserError
 from tune_kd.system.files import opened, publish, read
 
-MOST_DOWNLOAD_BYTES = 2**29  # of an archive or a file in it; the archives have 170,498,071 and 169,001,437
-LEAST_BYTES_PER_SECOND = 1024  # slower than this for `stall_seconds` is a stall
+MOST_DOWNLOAD_BYTES = 2**29  # limit for an archive or a file in it; the archives have 170,498,071 and 169,001,437
+LEAST_BYTES_PER_SECOND = 1024  # a slower download, for `stall_seconds`, counts as stalled
 
 
 @dataclass(frozen=True)
 class Form:
-    """The names used by one of the two data sets."""
+    """The names that one of the two data sets uses."""
 
     title: str  # without the hyphen, the name of torchvision's class
-    folder: str  # of the unpacked archive
-    archive: str
-    labels: str  # the key of the labels in a batch
-    classes: tuple[str, ...] = ()  # empty if a file in the archive names them
+    folder: str  # name of the folder in the archive
+    archive: str  # file name of the archive
+    labels: str  # key of the labels in a batch
+    classes: tuple[str, ...] = ()  # names of the classes; empty if a file in the archive has them
 
 
 CIFAR10 = Form(
@@ -64,7 +64,7 @@ class Origin:
     test: tuple[tuple[str, str], ...]
     stall_seconds: float = 30.0
     form: Form = CIFAR10
-    meta: tuple[str, str, str] | None = None  # of the file with the class names: (file name, MD5, key)
+    meta: tuple[str, str, str] | None = None  # the file with the class names: (file name, MD5, key)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -72,7 +72,7 @@ class Origin:
 
 
 def published(form: Form = CIFAR10) -> Origin:
-    """torchvision's address and digests. Only MD5 digests were published; the connection uses TLS."""
+    """The address and digests from torchvision. Only MD5 digests were published; the connection uses TLS."""
     from torchvision import datasets  # imported here because it takes a second
 
     source = getattr(datasets, form.title.replace("-", ""))
@@ -84,7 +84,7 @@ def published(form: Form = CIFAR10) -> Origin:
 def download(origin: Origin, archive: Path, say: Callable[[str], None], *, progress: bool) -> None:
     """Download the archive, verify its digest, and publish it as `archive`.
 
-    Raises `UserError`, and leaves no file, if the download fails, stalls, or is not the published archive.
+    Raises `UserError`, and leaves no file, if the download fails, stalls, or differs from the published archive.
     """
     title = origin.form.title
     say(f"Downloading {title} from {origin.url} to {archive}.")
@@ -93,8 +93,8 @@ def download(origin: Origin, archive: Path, say: Callable[[str], None], *, progr
         tempfile.TemporaryFile(dir=archive.parent).close()
     except OSError as error:
         raise UserError(
-            f"{archive}: there is no {title} here, and it cannot be written ({error.strerror}); give "
-            "--data-dir PATH with data that you have or a folder for them, or set XDG_CACHE_HOME"
+            f"{archive}: there is no {title} here, and the folder is not writable ({error.strerror}); give --data-dir "
+            "PATH with existing data or a writable folder, or set XDG_CACHE_HOME"
         ) from error
     try:
         publish(archive, _fetch(origin, progress))
@@ -105,15 +105,15 @@ def download(origin: Origin, archive: Path, say: Callable[[str], None], *, progr
         elif isinstance(error, urllib.error.URLError):
             why = error.reason
         if isinstance(why, TimeoutError):
-            why = f"nothing came for {origin.stall_seconds:g} s"
+            why = f"no data for {origin.stall_seconds:g} s"
         raise UserError(
-            f"{archive}: there is no {title} here, and its download from {origin.url} failed ({why}); "
-            "put the file there by hand, or give --data-dir PATH with data that you have"
+            f"{archive}: there is no {title} here, and the download from {origin.url} failed ({why}); put the file "
+            "there yourself, or give --data-dir PATH with existing data"
         ) from error
 
 
 class _Broken(OSError):
-    """What was downloaded is not what was published."""
+    """The download differs from the published archive."""
 
 
 def _fetch(origin: Origin, progress: bool) -> bytes:
@@ -122,7 +122,7 @@ def _fetch(origin: Origin, progress: bool) -> bytes:
     with urllib.request.urlopen(origin.url, timeout=origin.stall_seconds) as response:
         total = int(response.headers.get("Content-Length") or 0)
         with bar(f"Downloading {origin.form.title}", total or None, progress, in_bytes=True) as move:
-            # A socket's timeout detects silence only. A slow trickle is detected over windows of the same length.
+            # A socket's timeout detects only silence. Windows of the same length detect a very slow download.
             window, before = time.monotonic(), 0
             while chunk := response.read1(2**16):
                 content += chunk
@@ -133,12 +133,12 @@ def _fetch(origin: Origin, progress: bool) -> bytes:
                 if seconds > origin.stall_seconds:
                     came = len(content) - before
                     if came < LEAST_BYTES_PER_SECOND * seconds:
-                        raise _Broken(f"only {came} bytes came in {seconds:.0f} s")
+                        raise _Broken(f"only {came} bytes arrived in {seconds:.0f} s")
                     window, before = time.monotonic(), len(content)
     if total and len(content) != total:
         raise _Broken(f"it ended after {len(content)} of {total} bytes")
     if (found := _md5(content)) != origin.archive_md5:
-        raise _Broken(f"its MD5 is {found} and not {origin.archive_md5}")
+        raise _Broken(f"its MD5 is {found}, expected {origin.archive_md5}")
     return bytes(content)
 
 
@@ -147,12 +147,13 @@ def _md5(content: bytes | bytearray) -> str:
 
 
 def read_folder(folder: Path, origin: Origin) -> Pixels:
-    """Read the images of the unpacked archive. Raises `UserError` for a file that is not the published one."""
+    """Read the images of the unpacked archive. Raises `UserError` for a file that differs from the published one."""
     return _pixels({name: read(folder / name, MOST_DOWNLOAD_BYTES) for name in origin.files}, folder, origin)
 
 
 def read_archive(archive: Path, origin: Origin) -> Pixels:
-    """Read the images of the archive without unpacking it. Raises `UserError` if it is not the published one."""
+    """Read the images of the archive without unpacking it to disk. Raises `UserError` if it differs from the published
+    one."""
     with opened(archive, MOST_DOWNLOAD_BYTES) as file:
         found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if found != origin.archive_md5:
@@ -170,13 +171,13 @@ def read_archive(archive: Path, origin: Origin) -> Pixels:
 
 def _damaged(where: Path, what: str, found: str, expected: str, form: Form) -> str:
     return (
-        f"--data-dir {where}: {what} is cut or damaged (MD5 {found}, expected {expected}); "
-        f"remove {where} to have {form.title} downloaded again"
+        f"--data-dir {where}: {what} is truncated or damaged (MD5 {found}, expected {expected}); "
+        f"remove {where} to download {form.title} again"
     )
 
 
 def _pixels(contents: dict[str, bytes], where: Path, origin: Origin) -> Pixels:
-    """Images and labels of files, each verified against its digest before it is unpickled."""
+    """Images and labels of files. The digest of each file is verified before it is unpickled."""
 
     def load(name: str, expected: str, read: Callable[[Any], Any]) -> Any:
         content = contents.get(name, b"")
@@ -204,7 +205,7 @@ def _pixels(contents: dict[str, bytes], where: Path, origin: Origin) -> Pixels:
 
 
 class _BatchUnpickler(pickle.Unpickler):
-    """An unpickler that allows the names of a pickled array of bytes (in NumPy 1 and 2) and no others."""
+    """An unpickler that allows only the names in a pickled array of bytes (of NumPy 1 and 2)."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
@@ -213,7 +214,7 @@ class _BatchUnpickler(pickle.Unpickler):
             return np.ndarray
         if (module, name) == ("numpy", "dtype"):
             return _uint8
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no batch needs")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not allowed in a batch")
 
 
 def _empty_array(kind: type, shape: tuple[int, ...], typecode: object) -> Any:
@@ -221,7 +222,7 @@ def _empty_array(kind: type, shape: tuple[int, ...], typecode: object) -> Any:
 
 
 def _uint8(code: str, align: object, copy: object) -> Any:
-    # Only bytes: an array of objects could hold anything.
+    # Only bytes are allowed: an array of objects could contain anything.
     if code != "u1":
-        raise pickle.UnpicklingError(f"it holds numbers of type {code!r} and not bytes")
+        raise pickle.UnpicklingError(f"it contains numbers of type {code!r}, not bytes")
     return np.dtype(np.uint8, copy=True)

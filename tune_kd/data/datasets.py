@@ -1,7 +1,7 @@
 """Data sets as uint8 tensors, split into training, validation and test images.
 
-A data set depends on its source, the requested sizes and `split_seed` alone; a view (see `augment`) depends on seed
-and epoch alone. Neither depends on the arm, so arms with the same seed see the same images under the same crops.
+A data set depends only on its source, the requested sizes and `split_seed`; a view (see `augment`) depends only on seed
+and epoch. Neither depends on the arm, so arms with the same seed see the same images under the same crops.
 
 Axes: B or N images, 3 channels, H rows, W columns.
 """
@@ -28,8 +28,8 @@ from tune_kd.study.spec import DATA_SETS, Data
 from tune_kd.system.characters import visible
 from tune_kd.system.errors import raise_problems
 
-# Mean and standard deviation per channel of the 50,000 training images, in [0, 1]. The deviations are over all pixels;
-# the often quoted 0.2023, 0.1994, 0.2010 for CIFAR-10 are means of per-image deviations.
+# Mean and standard deviation per channel of the 50,000 training images, in [0, 1]. The deviations are over all pixels.
+# The often quoted 0.2023, 0.1994, 0.2010 for CIFAR-10 are means of per-image deviations.
 CIFAR_STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -50,13 +50,13 @@ class Split:
 
 def _split_of(images: "np.ndarray[Any, Any]", labels: "np.ndarray[Any, Any]") -> Split:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # shared arrays are not writable, and nobody writes to them
+        warnings.simplefilter("ignore")  # shared arrays are not writable, and no code writes to them
         return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """The images of a data set, and how they are augmented and normalised."""
+    """The images of a data set, with the parameters of augmentation and normalisation."""
 
     name: str
     classes: tuple[str, ...]
@@ -65,7 +65,7 @@ class DataSet:
     test: Split
     mean: tuple[float, float, float]  # per channel, of training pixels in [0, 1]
     std: tuple[float, float, float]  # per channel, of training pixels in [0, 1]
-    pad: int  # zero pixels added on each side before the crop, which is the largest shift
+    pad: int  # zero pixels added on each side before the crop; the largest shift of a view
     flip: bool  # whether views may be flipped
     upsample: int  # factor by which images are enlarged after augmentation
     digest: str  # SHA-256 (64 hexadecimal digits) of all of the above except the names
@@ -78,7 +78,7 @@ class DataSet:
 
 @lru_cache(maxsize=1)
 def on_device(data: DataSet, device: torch.device) -> DataSet:
-    """The data set with its images and labels on a device: one copy per process, shared by steps and teachers."""
+    """The data set with its images and labels on a device: one copy per process, for training steps and teachers."""
 
     def move(split: Split) -> Split:
         return Split(split.images.to(device), split.labels.to(device))
@@ -105,26 +105,27 @@ def load(
 ) -> DataSet:
     """Load the data set `name` (one of DATA_SETS), split it, and keep the requested number of images of each part.
 
-    `train`, `validation` and `test` are sizes in images; None keeps the whole part. A smaller part is balanced over the
-    classes, fixed by `split_seed`, and contained in every larger one. `folder` is where CIFAR-10 or CIFAR-100 is, or is
-    downloaded to (see `tune_kd.data.cifar.load_pixels`); digits ship with scikit-learn. `cache` is the folder for
-    decoded images. `say` receives messages for the user; `progress` shows bars on a terminal; with `download=False`
-    CIFAR must be there.
+    `train`, `validation` and `test` are numbers of images; None keeps the whole part. A smaller part is balanced over
+    the classes, fixed by `split_seed`, and contained in every larger one. `folder` has CIFAR-10 or CIFAR-100, or is the
+    target of their download (see `tune_kd.data.cifar.load_pixels`); scikit-learn includes the digits. `cache` is the
+    folder for decoded images. `say` receives messages for the user; `progress` shows bars on a terminal; with
+    `download=False`, nothing is downloaded.
 
-    A study validates the name. Raises `UserError` for impossible sizes, and data that are missing, cut or damaged.
+    The study's check validates the name. Raises `UserError` for impossible sizes, and for data that are missing,
+    truncated or damaged.
     """
     wanted = {"train": train, "validation": validation, "test": test}
     assert name in DATA_SETS
     if name == "digits":
         if folder is not None:
-            say(f"The digits come with scikit-learn: {folder} is not read.")
+            say(f"The digits come with scikit-learn, so {folder} is not read.")
         return _digits(wanted, split_seed)
     pixels = load_pixels(folder, form=FORMS[name], cache=cache, say=say, progress=progress, download=download)
     return _cifar(name, recognised(pixels, name), wanted, split_seed)
 
 
 def load_declared(spec: Data, folder: Path | None, **options: Any) -> DataSet:
-    """Load the data that a study declares from `folder`; `options` are those of `load`."""
+    """Load a study's data set from `folder`. `options` are those of `load`."""
     return load(
         spec.name,
         folder,
@@ -179,8 +180,8 @@ def _cifar(name: str, pixels: Pixels, wanted: dict[str, int | None], split_seed:
 def generator(stream: str, *numbers: int) -> torch.Generator:
     """A CPU generator for one named stream of random numbers.
 
-    PyTorch keeps 32 bits of a CPU generator's seed. Hashing spreads the streams over them: among a thousand streams,
-    two coincide with a probability of 0.0001, which makes two unrelated draws equal.
+    PyTorch uses 32 bits of a CPU generator's seed. Hashing spreads the streams over them: among a thousand streams, two
+    coincide with a probability of 0.0001. Two unrelated draws would then be equal.
     """
     name = "/".join([stream, *map(str, numbers)])
     stream_seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
@@ -188,9 +189,9 @@ def generator(stream: str, *numbers: int) -> torch.Generator:
 
 
 def _ranks(stream: str, labels: Tensor, seed: int) -> Tensor:
-    """The rank of each image among those of its class after a shuffle, int64 [N].
+    """The rank of each image within its class after a shuffle, int64 [N].
 
-    Splits and subsets cut these ranks, which makes them stratified, disjoint and nested.
+    Splits and subsets are ranges of these ranks, so they are stratified, disjoint and nested.
     """
     shuffled = torch.randperm(len(labels), generator=generator(stream, seed))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
@@ -207,10 +208,10 @@ def _sized(parts: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], wanted: dict
     for part, (_, labels, _, member) in parts.items():
         size, most, classes = wanted[part], int(member.sum()), int(labels.max()) + 1
         if size is not None and size > most:
-            problems.append(f"{part}: {size} images were asked for, and there are at most {most}")
+            problems.append(f"{part} is {size} images; allowed: at most {most}")
         elif size is not None and size < classes:
             problems.append(
-                f"{part}: {size} images are fewer than one for each of {classes} classes; give {classes} to {most}"
+                f"{part} is {size} images, fewer than one for each of {classes} classes; allowed: {classes} to {most}"
             )
     raise_problems(problems)
 
@@ -225,9 +226,9 @@ def _sized(parts: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], wanted: dict
 
 
 def _statistics(images: Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation of each channel in [0, 1], to four digits.
+    """Mean and standard deviation of each channel in [0, 1], rounded to four digits.
 
-    Computed from integer sums, so that the digest does not depend on a machine's rounding.
+    They are computed from integer sums, so that the digest does not depend on a machine's rounding.
     """
     pixels = images.transpose(0, 1).flatten(1).to(torch.int64)
     n, sums = pixels.shape[1], zip(pixels.sum(1).tolist(), pixels.square().sum(1).tolist(), strict=True)

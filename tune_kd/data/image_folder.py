@@ -1,9 +1,9 @@
 """CIFAR as image files in a folder or a tar archive: `train/CLASS/NAME.png` (or jpg, jpeg) and `test/CLASS/NAME`.
 
-An archive is read as a stream: nothing is unpacked to disk, so a hostile archive has nowhere to write. Images are in
-the order of their sorted names.
+An archive is read as a stream. Nothing is unpacked to disk, so a hostile archive cannot write anywhere. Images are
+sorted by name.
 
-Pillow decodes JPEG with the libjpeg that it was built with; two builds can differ in a pixel's last bit.
+Pillow decodes JPEG with the libjpeg of its build. Two builds can differ in the last bit of a pixel.
 """
 
 import gzip
@@ -35,8 +35,8 @@ FOLDER_LAYOUT = "train/CLASS/*.png (or jpg, jpeg) and test/CLASS/*"
 MOST_MEMBERS = 200_000
 MOST_MEMBER_BYTES = 2**20
 MOST_ARCHIVE_BYTES = 2**29
-MOST_EXTENDED_BYTES = 2**26  # of PAX headers and long names in total: 1 kB for each member of CIFAR-10
-MOST_FILE_BYTES = MOST_ARCHIVE_BYTES + 2**24  # of an archive as a file: incompressible content grows by a thousandth
+MOST_EXTENDED_BYTES = 2**26  # limit for all PAX headers and long names: 1 kB for each member of CIFAR-10
+MOST_FILE_BYTES = MOST_ARCHIVE_BYTES + 2**24  # limit for an archive file: compression can add a thousandth
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
@@ -44,9 +44,9 @@ JPEG = b"\xff\xd8"
 JPEG_MARKER = re.compile(rb"\xff+([^\xff])(..)", re.DOTALL)  # its kind, and the length of the segment
 JPEG_PIXELS = (*range(0xC0, 0xD0), 0xDB, 0xDD, 0xE0, 0xEE)  # frames, tables, and two markers of the colour space
 JPEG_SCAN = 0xDA
-MOST_PICTURE_PARTS = 256  # of an image; CIFAR's have less than ten, and a progressive JPEG has about 15
+MOST_PICTURE_PARTS = 256  # limit per image; CIFAR's have fewer than ten, and a progressive JPEG has about 15
 
-# What tarfile and the decompressors raise, also for forged headers.
+# Errors of tarfile and the decompressors, including those for forged headers.
 BROKEN = (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error, ValueError)
 PLAIN_ENTRIES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE)
 EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME,
@@ -70,7 +70,7 @@ class Pixels:
 
 @contextmanager
 def bar(what: str, total: int | None, show: bool, *, in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar if stderr is a terminal. Yields a function that sets the position, out of `total`."""
+    """Show a progress bar if stderr is a terminal. Yields a function that sets the position, from 0 to `total`."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
@@ -87,11 +87,14 @@ def is_archive(path: Path) -> bool:
 
 
 def listing(folder: Path) -> Listing:
-    """(part, class, name), size in bytes and modification time in ns of every image in `folder`, sorted."""
+    """(part, class, name), size in bytes and modification time in ns of every image in `folder`, sorted.
+
+    Raises `UserError` if the train or test folder is missing.
+    """
     found = []
     for part in PARTS:
         if not (folder / part).is_dir():
-            raise UserError(f"--data-dir {folder}: there is no folder {part!r} in it; {FOLDER_LAYOUT} are expected")
+            raise UserError(f"--data-dir {folder}: there is no folder {part!r} in it; expected: {FOLDER_LAYOUT}")
         for directory in (folder / part).iterdir():
             if directory.is_dir() and not directory.name.startswith("."):
                 for file in directory.iterdir():
@@ -103,7 +106,7 @@ def listing(folder: Path) -> Listing:
 
 
 def read_folder(folder: Path, files: Listing, *, progress: bool) -> Pixels:
-    """Decode the images that `listing` found in `folder`. Raises `UserError` for an image that is not as expected."""
+    """Decode the images that `listing` found in `folder`. Raises `UserError` for an invalid image."""
     decoded: dict[Named, np.ndarray[Any, Any]] = {}
     with bar("Decoding images", len(files), progress) as move:
         for named, size, _ in files:
@@ -117,10 +120,10 @@ def read_folder(folder: Path, files: Listing, *, progress: bool) -> Pixels:
 
 
 def read_archive(path: Path, *, progress: bool) -> Pixels:
-    """Decode every image of a tar archive, which may hold FOLDER_LAYOUT inside one outer folder.
+    """Decode every image of a tar archive, which may contain FOLDER_LAYOUT inside one outer folder.
 
-    Raises `UserError` for an archive that is cut or damaged, names paths outside itself, holds links or devices, is
-    absurdly large, or has an unexpected layout or image.
+    Raises `UserError` for an archive that is truncated or damaged, names paths outside itself, contains links or
+    devices, is far too large, or has an unexpected layout or image.
     """
     decoded: dict[Named, np.ndarray[Any, Any]] = {}
     outer: tuple[str, ...] | None = None
@@ -133,7 +136,7 @@ def read_archive(path: Path, *, progress: bool) -> Pixels:
             if outer != tuple(prefix):
                 raise UserError(f"--data-dir {path}: the archive has {_short(name)} in a second {part!r} folder")
             if (part, directory, file) in decoded:
-                raise UserError(f"--data-dir {path}: the archive holds {_short(name)} twice")
+                raise UserError(f"--data-dir {path}: the archive contains {_short(name)} twice")
             decoded[part, directory, file] = _decode(content, path, name)
             if len(decoded) % 256 == 0:
                 move(raw.tell())
@@ -141,7 +144,7 @@ def read_archive(path: Path, *, progress: bool) -> Pixels:
 
 
 def _images(path: Path, raw: IO[bytes]) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every image in a tar, in its order. Raises `UserError` for a hostile member."""
+    """Name and content of every image in a tar, in the order of the tar. Raises `UserError` for a hostile member."""
     stream = _Metered(_decompressed(path, raw), path)
     try:
         for member, content in _members(stream, path):
@@ -151,13 +154,13 @@ def _images(path: Path, raw: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     except UserError:
         raise
     except BROKEN as error:
-        raise UserError(f"--data-dir {path}: the archive is cut or damaged ({error}); get it again") from error
+        raise UserError(f"--data-dir {path}: the archive is truncated or damaged ({error}); get a new copy") from error
 
 
 def _members(stream: "_Metered", path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """Yield every file and folder of a tar, with the file's content.
+    """Yield every file and folder of a tar, with the content of files.
 
-    tarfile parses only the header blocks: its parser of extended headers takes time and memory quadratic in their
+    tarfile parses only the header blocks here. Its parser of extended headers needs time and memory quadratic in their
     size, and keeps their records for every member.
     """
     count, extended, everywhere, own = 0, 0, _Extended(), _Extended()
@@ -175,7 +178,7 @@ def _members(stream: "_Metered", path: Path) -> Iterator[tuple[tarfile.TarInfo, 
                 everywhere = _extended(content, everywhere)
             elif member.type == tarfile.GNUTYPE_LONGNAME:
                 own = replace(own, name=content.partition(b"\0")[0])
-            elif member.type != tarfile.GNUTYPE_LONGLINK:  # that is the target of a link, and links are refused
+            elif member.type != tarfile.GNUTYPE_LONGLINK:  # which has the target of a link, and links are refused
                 own = _extended(content, own)
             continue
         name, size = own.name or everywhere.name, own.size if own.size is not None else everywhere.size
@@ -191,7 +194,7 @@ def _members(stream: "_Metered", path: Path) -> Iterator[tuple[tarfile.TarInfo, 
 
 @dataclass(frozen=True)
 class _Extended:
-    """The records of extended headers that are used. None: not given."""
+    """The records of extended headers that are used here. None: not given."""
 
     name: bytes | None = None
     size: int | None = None  # bytes
@@ -199,7 +202,7 @@ class _Extended:
 
 
 def _extended(content: bytes, before: _Extended) -> _Extended:
-    """Parse a PAX header and add it to those before. A record is `LENGTH KEYWORD=VALUE` and a newline."""
+    """Parse a PAX header and add its records to `before`. A record is `LENGTH KEYWORD=VALUE` and a newline."""
     found, start = before, 0
     while start < len(content):
         record = RECORD.match(content, start)
@@ -227,7 +230,7 @@ def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
 
 
 class _Metered:
-    """A stream that raises after MOST_ARCHIVE_BYTES and for short reads."""
+    """A stream that raises after MOST_ARCHIVE_BYTES, and for short reads."""
 
     def __init__(self, stream: IO[bytes], path: Path) -> None:
         self.stream, self.path, self.count = stream, path, 0
@@ -243,14 +246,14 @@ class _Metered:
         return self.read(size + -size % tarfile.BLOCKSIZE)[:size]
 
     def check_end(self) -> None:
-        """Check that only zeros follow, since a damaged header can look like the end.
+        """Raise unless only zeros follow, since a damaged header can look like the end.
 
         Reading to the very end also makes gzip and xz verify their checksums.
         """
         end = self.count
         while tail := self._read(2**20):
             if tail.count(0) != len(tail):
-                raise tarfile.ReadError(f"it goes on after its end at byte {end}")
+                raise tarfile.ReadError(f"it continues after its end at byte {end}")
 
     def _read(self, size: int) -> bytes:
         data = self.stream.read(size)
@@ -258,7 +261,7 @@ class _Metered:
         if self.count > MOST_ARCHIVE_BYTES:
             raise UserError(
                 f"--data-dir {self.path}: the archive unpacks to more than {MOST_ARCHIVE_BYTES} bytes, "
-                "which is too much for 60,000 small images"
+                "too many for 60,000 small images"
             )
         return data
 
@@ -269,7 +272,7 @@ def _check_harmless(member: tarfile.TarInfo, sparse: bool, count: int, path: Pat
         raise UserError(f"--data-dir {path}: the archive names {_short(member.name)}, outside itself; not read")
     if sparse or member.type not in PLAIN_ENTRIES:
         raise UserError(
-            f"--data-dir {path}: {_short(member.name)} in the archive is a link, a device or sparse, "
+            f"--data-dir {path}: {_short(member.name)} in the archive is a link, a device or a sparse file, "
             "not a plain file; not read"
         )
     _bounded(member, path)
@@ -278,7 +281,7 @@ def _check_harmless(member: tarfile.TarInfo, sparse: bool, count: int, path: Pat
 
 
 def _bounded(member: tarfile.TarInfo, path: Path) -> tarfile.TarInfo:
-    """Returns the member. Raises `UserError` if it claims to be larger than MOST_MEMBER_BYTES."""
+    """Return the member. Raises `UserError` if it claims to be larger than MOST_MEMBER_BYTES."""
     if not 0 <= member.size <= MOST_MEMBER_BYTES:
         raise UserError(
             f"--data-dir {path}: {_short(member.name)} in the archive claims {member.size} bytes; "
@@ -288,7 +291,7 @@ def _bounded(member: tarfile.TarInfo, path: Path) -> tarfile.TarInfo:
 
 
 def _is_image(name: str) -> bool:
-    # macOS archives hold a "._x.png", which is not an image, beside x.png.
+    # For each x.png, macOS archives also have a "._x.png", which is not an image.
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
@@ -304,17 +307,17 @@ def _decode(content: bytes, where: Path, name: str) -> np.ndarray[Any, Any]:
         picture = Image.open(io.BytesIO(_bare(content)), formats=("PNG", "JPEG"))
         if (picture.mode, picture.size) == ("RGB", (32, 32)):  # from the header, before any decoding
             return np.asarray(picture)
-        what = f"is {picture.mode} {picture.width}x{picture.height}, and RGB 32x32 is expected"
-    except Exception as error:  # Pillow's decoders raise anything for damaged bytes
+        what = f"is {picture.mode} {picture.width}x{picture.height}; expected: RGB 32x32"
+    except Exception as error:  # Pillow's decoders can raise any error for damaged bytes
         what = f"cannot be read as PNG or JPEG ({type(error).__name__})"
     raise UserError(f"--data-dir {where}: {_short(name)} {what}")
 
 
 def _bare(content: bytes) -> bytes:
-    """Strip a PNG or JPEG to the parts that define its pixels.
+    """Remove all parts of a PNG or JPEG that do not define its pixels.
 
     A text or a colour profile of 1 kB can unpack to 1 MB, and Pillow unpacks all of them. Raises `ValueError` for an
-    image that is cut or has absurdly many parts.
+    image that is truncated or has too many parts.
     """
     if content.startswith(PNG):
         return PNG + b"".join(_chunks(content))
@@ -363,18 +366,18 @@ def _assembled(decoded: dict[Named, np.ndarray[Any, Any]], where: Path) -> Pixel
     counts = {part: Counter(named[1] for named in decoded if named[0] == part) for part in PARTS}
     for part in PARTS:
         if not counts[part]:
-            raise UserError(f"--data-dir {where}: it holds no {part} images; {FOLDER_LAYOUT} are expected")
+            raise UserError(f"--data-dir {where}: it has no {part} images; expected: {FOLDER_LAYOUT}")
     odd = sorted(counts["train"].keys() ^ counts["test"].keys())
     if odd:
         raise UserError(
-            f"--data-dir {where}: train and test must hold the same classes, "
-            f"and {', '.join(map(_short, odd[:5]))} has images in one of them only"
+            f"--data-dir {where}: train and test must have the same classes, "
+            f"but {', '.join(map(_short, odd[:5]))} has images in only one of them"
         )
     alone = sorted(name for name, count in counts["train"].items() if count < 2)
     if alone:
         raise UserError(
-            f"--data-dir {where}: class {_short(alone[0])} has one training image, "
-            "and at least two are needed, one of them for validation"
+            f"--data-dir {where}: class {_short(alone[0])} has one training image; "
+            "at least two are needed, one of them for validation"
         )
     classes = tuple(sorted(counts["train"]))
     label = {name: position for position, name in enumerate(classes)}

@@ -1,4 +1,4 @@
-"""What a study declares, and its plan: arms, trials, teachers, cost. Imports neither torch nor Ray."""
+"""Declaration of a study, and its plan: arms, trials, teachers, cost. Imports neither torch nor Ray."""
 
 from tune_kd.study.methods import Method
 from tune_kd.study.spec import Cell, Compare, Confirm, Data, Factor, Recipe, Screen, Study

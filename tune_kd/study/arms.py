@@ -1,4 +1,4 @@
-"""Arms: the cells of the factors that a study compares, and their names."""
+"""Arms: the combinations of levels that a study compares, and their names."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ SYMBOLS = {"temperature": "T"}
 
 @dataclass(frozen=True)
 class Arm:
-    """A cell of the factors. Raw cells that differ only in settings that do not apply are one arm."""
+    """A combination of levels. Raw cells that differ only in settings that do not apply are merged into one arm."""
 
     name: str
     cell: Cell
-    merged: int  # number of raw cells
+    merged: int  # number of raw cells in this arm
     role: ArmRole
 
     @property
@@ -28,7 +28,7 @@ class Arm:
 
 
 def raw_cells(study: Study) -> list[Cell]:
-    """Every combination of levels, or those that vary `swept` factors one at a time. Equal cells occur repeatedly."""
+    """All combinations of levels; of `swept` factors, only those that vary one at a time. Equal cells are repeated."""
     applying = {name: frozenset(study.applies(name)) for name in study.factor_names}
     names = [factor.name for factor in study.factors]
     chosen = (dict(zip(names, levels, strict=True)) for levels in itertools.product(*(f.levels for f in study.factors)))
@@ -38,7 +38,7 @@ def raw_cells(study: Study) -> list[Cell]:
 
 
 def _cell(study: Study, applying: Mapping[str, frozenset[str]], chosen: Mapping[str, Level]) -> Cell:
-    """One raw cell, with None for settings that do not apply to its method, so that equal arms have equal cells."""
+    """One raw cell. Settings that do not apply to its method are None, so that equal arms have equal cells."""
     method = str(chosen.get("method", study.cell.method))
 
     def level(name: str) -> Any:
@@ -52,17 +52,17 @@ def _cell(study: Study, applying: Mapping[str, frozenset[str]], chosen: Mapping[
 
 
 def level_name(factor: str, level: Level) -> str:
-    """A level as the name of an arm has it: `cifar`, `T=4`."""
+    """A level as in the name of an arm: `cifar`, `T=4`."""
     return level if isinstance(level, str) else f"{SYMBOLS.get(factor, factor)}={number(level)}"
 
 
 def arm_name(study: Study, cell: Cell) -> str:
-    """The levels that apply, in the order of the study's factors: `cifar/logit/T=4`. Without any, the method."""
+    """The levels that apply, in the order of the study's factors: `cifar/logit/T=4`. If none applies, the method."""
     return levels_name(study, cell, study.factor_names) or cell.method
 
 
 def levels_name(study: Study, cell: Cell, among: Sequence[str]) -> str:
-    """As `arm_name`, from the factors `among` alone. Empty where the study has none of them."""
+    """Like `arm_name`, but only with the factors `among`. Empty if the study has none of them."""
     varied = [factor.name for factor in study.factors if factor.name in among]
     levels = [level_name(name, level) for name in varied if (level := cell.level(name)) is not None]
     return "/".join(levels) or (cell.method if varied else "")

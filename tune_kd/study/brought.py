@@ -1,4 +1,4 @@
-"""Code that a study brings: its source, found without executing it. The digest enters the ids of its trials."""
+"""A study's own code (losses): find its source without executing it. Its digest is part of the trial ids."""
 
 import hashlib
 import inspect
@@ -15,18 +15,18 @@ from tune_kd.study.methods import Method
 from tune_kd.study.spec import Study
 from tune_kd.system.errors import UserError, raise_problems
 
-MOST_SETTING = 2**53  # of an integer: beyond, a float would be another number
+MOST_SETTING = 2**53  # largest integer that a float represents exactly, as do all smaller ones
 ALLOWED = "FILE.py:CLASS below the study's folder, package.module:CLASS, or the class itself"
 
 
 @dataclass(frozen=True)
 class Code:
-    """The source of a class that a study brings: its module, and what that imports from the study's folder."""
+    """The source of a study's own class: its module, and the imports of that module from the study's folder."""
 
-    name: str  # of the class
-    main: str  # the module's path below the folder; of an installed one its name, under which workers import it
+    name: str  # name of the class
+    main: str  # path of the module below the folder; for an installed module, its name
     files: tuple[tuple[str, bytes], ...]  # contents by path below the folder
-    packages: tuple[tuple[str, str], ...] = ()  # versions of the distributions that it imports
+    packages: tuple[tuple[str, str], ...] = ()  # versions of the imported distributions, by name
 
     @property
     def is_installed(self) -> bool:
@@ -34,22 +34,22 @@ class Code:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the source, and of where in it the class is."""
+        """SHA-256 of the source and of the location of the class in it."""
         files = [(path, hashlib.sha256(content).hexdigest()) for path, content in self.files]
         return hashlib.sha256(json.dumps([self.name, self.main, files]).encode()).hexdigest()
 
 
 def with_names(study: Study, folder: Path, file: Path | None = None) -> Study:
-    """The study with each method's loss as the text that names it. Raises `UserError` where nothing can.
+    """The study, with the loss of each method as text. Raises `UserError` for a loss that cannot be named.
 
-    `folder` is the study's, to which paths are relative; `file` is its own.
+    `folder` is the study's folder, to which paths are relative; `file` is the study's file.
     """
     raise_problems(_untyped(study))
     return _with(study, lambda method: replace(method, loss=_as_text(method.loss, folder, file)))
 
 
 def _untyped(study: Study) -> Iterator[str]:
-    """Messages for settings that are no numbers, which reading a study would turn into some."""
+    """Messages for settings that are not numbers. Pydantic would convert them to numbers."""
     for position, method in enumerate(study.methods):
         settings = method.settings if isinstance(method.settings, tuple) else ()
         for name, value in (each for each in settings if isinstance(each, tuple | list) and len(each) == 2):
@@ -58,7 +58,7 @@ def _untyped(study: Study) -> Iterator[str]:
 
 
 def with_sources(study: Study, folder: Path, file: Path | None = None) -> Study:
-    """As `with_names`, and with the digests of the losses' source. Executes nothing."""
+    """Like `with_names`, and with the digest of the source of each loss. Executes nothing."""
     named = with_names(study, folder, file)
     return _with(named, lambda method: replace(method, source=_code(str(method.loss), folder, file).digest))
 
@@ -76,8 +76,8 @@ def _with(study: Study, found: Callable[[Method], Method]) -> Study:
 
 
 def codes(study: Study, folder: Path, file: Path | None = None, but: Path | None = None) -> tuple[Code, ...]:
-    """The code of each method that a study brings. Raises `UserError` where it is not what the study was made with, and
-    where it is below `but`."""
+    """The code of each own method of a study. Raises `UserError` if it does not match the digest in the study, or is
+    below the folder `but`."""
     found = []
     for method in study.methods:
         try:
@@ -86,7 +86,8 @@ def codes(study: Study, folder: Path, file: Path | None = None, but: Path | None
             raise UserError(*(f"the loss of {method.name!r} {each}" for each in mistake.problems)) from mistake
         if method.source != code.digest:
             raise UserError(
-                f"the loss of {method.name!r} is not what it was: {method.loss}, or a file that it imports, was changed"
+                f"the loss of {method.name!r} has changed: {method.loss}, or a file that it imports, does not match "
+                "the digest in the study"
             )
         found.append(code)
     return tuple(found)
@@ -99,15 +100,15 @@ def _as_text(loss: Any, folder: Path, file: Path | None) -> str:
     if not isinstance(loss, type):
         raise UserError(f"is {loss!r:.60}; allowed: {ALLOWED}")
     if loss.__qualname__ != loss.__name__:
-        raise UserError(f"is {loss.__qualname__}, a class inside of something; allowed: a class of a module")
+        raise UserError(f"is {loss.__qualname__}, a nested class; allowed: a class at the top level of a module")
     try:
         home = Path(inspect.getfile(loss)).resolve()
     except (TypeError, OSError) as error:
-        raise UserError(f"is {loss.__qualname__}, which is in no file; allowed: {ALLOWED}") from error
+        raise UserError(f"is {loss.__qualname__}, which is not defined in a file; allowed: {ALLOWED}") from error
     if file is not None and home == file.resolve():
         raise UserError(
-            f"is {loss.__name__}, which is in the study's own file; allowed: a file beside it, since every edit of the "
-            "study would change the ids of its trials"
+            f"is {loss.__name__}, which is in the study's own file; allowed: a separate file, since otherwise every "
+            "edit of the study would change its trial ids"
         )
     if home.is_relative_to(folder.resolve()) and not _is_installed(loss, home):
         return f"{home.relative_to(folder.resolve()).as_posix()}:{loss.__name__}"
@@ -115,12 +116,12 @@ def _as_text(loss: Any, folder: Path, file: Path | None) -> str:
 
 
 def _is_installed(loss: type, home: Path) -> bool:
-    """Whether a class is of an installed package, which may be below the study's folder in an environment there."""
+    """Whether a class is in an installed package. A virtual environment may be below the study's folder."""
     return loss.__module__.partition(".")[0] in ELSEWHERE or bool({"site-packages", "dist-packages"} & {*home.parts})
 
 
 def _code(text: str, folder: Path, file: Path | None, but: Path | None = None) -> Code:
-    """The code that a text names, which must not be below `but`. Raises `UserError`."""
+    """The code that a text names. Raises `UserError`, also if it is below the folder `but`."""
     where, colon, name = text.rpartition(":")
     if not colon or not name.isidentifier():
         raise UserError(f"is {text!r}; allowed: {ALLOWED}")
@@ -128,9 +129,9 @@ def _code(text: str, folder: Path, file: Path | None, but: Path | None = None) -
     path = _path(where, folder)
     if path is None:
         place = f" in {folder}" if where.endswith(".py") else ""
-        raise UserError(f"is {text!r}, and there is no {where}{place}; allowed: {ALLOWED}")
+        raise UserError(f"is {text!r}, but there is no {where}{place}; allowed: {ALLOWED}")
     if but is not None and path.resolve().is_relative_to(but.resolve()):
-        raise UserError(f"is {text!r}, which is among the results; allowed: code of your own")
+        raise UserError(f"is {text!r}, which is in the results folder; allowed: code outside of it")
     is_file = where.endswith(".py") or path in modules(where, folder)
     if not is_file:
         return Code(
@@ -144,15 +145,16 @@ def _code(text: str, folder: Path, file: Path | None, but: Path | None = None) -
         raise UserError(f"is {text!r}, and {mistake}") from mistake
     if file is not None and file.resolve() in found:
         raise UserError(
-            f"is {text!r}, which imports the study's own file; allowed: what both need in a file of its own, since "
-            "every edit of the study would change the ids of its trials"
+            f"is {text!r}, which imports the study's own file; allowed: shared code in a separate file, since "
+            "otherwise every edit of the study would change its trial ids"
         )
     files = sorted((each.relative_to(folder).as_posix(), content) for each, content in found.items())
     return Code(name, path.relative_to(folder).as_posix(), tuple(files), _versions(elsewhere))
 
 
 def _path(where: str, folder: Path) -> Path | None:
-    """The file of a loss: a path below the folder, a module of the folder, or an installed one. None without one."""
+    """The file of a loss: a path below the folder, a module in the folder, or an installed module. None if there is
+    none."""
     try:
         if where.endswith(".py"):
             path = (folder / where).resolve()
@@ -162,12 +164,12 @@ def _path(where: str, folder: Path) -> Path | None:
         stem = folder.joinpath(*where.split("."))
         here = [each for each in modules(where, folder)[-1:] if stem in (each.parent, each.with_suffix(""))]
         return here[0] if here else _installed(where)
-    except (OSError, RuntimeError, ValueError):  # a name that no file can have, or a loop of links
+    except (OSError, RuntimeError, ValueError):  # an invalid file name, or a loop of links
         return None
 
 
 def _installed(name: str) -> Path | None:
-    """The file of an installed module. None without one. Executes nothing."""
+    """The file of an installed module, or None. Executes nothing."""
     places: Iterable[str] | None = sys.path
     spec = None
     for part in name.split("."):
@@ -179,8 +181,8 @@ def _installed(name: str) -> Path | None:
 
 
 def _versions(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
-    """The versions of the distributions that have these packages."""
-    from importlib.metadata import packages_distributions, version  # most studies bring no code
+    """The versions of the distributions that contain these packages."""
+    from importlib.metadata import packages_distributions, version  # here, since most studies have no own code
 
     known = packages_distributions()
     found = {each for name in names for each in known.get(name, ()) if each != "tune_kd"}
@@ -188,5 +190,5 @@ def _versions(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
 
 
 def packages(brought: Iterable[Code]) -> dict[str, str]:
-    """The versions of all distributions that code imports."""
+    """The versions of all distributions that the code imports."""
     return dict(each for code in brought for each in code.packages)

@@ -1,4 +1,4 @@
-"""Contrasts: the comparisons of a study in each context, their names, and those that compare nothing."""
+"""Contrasts: the comparisons of a study in each context, and their names. Comparisons without arms are refused."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from tune_kd.study.spec import Cell, Compare, Family, Level, Study
 from tune_kd.system.errors import UserError
 
 Kind = Literal["effect", "moderation"]
-Pair = tuple[Cell, Cell]  # the treated cell, and the one that it is compared with
+Pair = tuple[Cell, Cell]  # the treated cell, and the cell with which it is compared
 Pairs = Mapping[Compare, Sequence[Pair]]
 
 
@@ -21,15 +21,15 @@ class Contrast:
 
     name: str
     kind: Kind
-    factor: str  # the factor that is compared
+    factor: str  # the compared factor
     weights: tuple[tuple[str, float], ...]
     family: str = Family.PRIMARY
 
 
 def contrasts(study: Study, cells: Sequence[Cell]) -> tuple[Contrast, ...]:
-    """Each declared comparison in each context, then its changes with the moderator.
+    """Every declared comparison in every context, then their changes with the moderator.
 
-    Raises `UserError` for comparisons of arms that the study lacks, for equal names and for equal contrasts.
+    Raises `UserError` for comparisons of arms that the study does not have, equal names and equal contrasts.
     """
     pairs = {compare: _pairs(study, cells, compare) for compare in study.contrasts}
     effects = [_effect(study, compare, pair) for compare, found in pairs.items() for pair in found]
@@ -38,7 +38,8 @@ def contrasts(study: Study, cells: Sequence[Cell]) -> tuple[Contrast, ...]:
     vanished = _vanished(study, cells, pairs) or ([] if moderations else _moderates_nothing(study))
     if (weights := len(both) * len(cells)) > MOST_WEIGHTS:
         raise UserError(
-            f"contrasts come to {len(both):,} over {len(cells):,} arms, {weights:,} weights; allowed: {MOST_WEIGHTS:,}"
+            f"the study has {len(both):,} contrasts over {len(cells):,} arms, which need {weights:,} weights; allowed: "
+            f"at most {MOST_WEIGHTS:,}"
         )
     if problems := [*vanished, *_same_names(study, cells, both), *_repeated(both)]:
         raise UserError(*problems)
@@ -46,8 +47,8 @@ def contrasts(study: Study, cells: Sequence[Cell]) -> tuple[Contrast, ...]:
 
 
 def _pairs(study: Study, cells: Sequence[Cell], compare: Compare) -> list[Pair]:
-    """Cells that differ in the one factor alone, where the comparison holds them. Other factors of the reference are
-    at their reference level."""
+    """Pairs of cells that differ only in the compared factor. Factors of `where` and `reference` are at their fixed
+    levels."""
     fixed = [(name, level) for name, level in _fixed(study, compare).items() if name != compare.factor]
     standing = [cell for cell in cells if all(cell.level(name) in (None, level) for name, level in fixed)]
     treated, against = (
@@ -58,13 +59,14 @@ def _pairs(study: Study, cells: Sequence[Cell], compare: Compare) -> list[Pair]:
 
 
 def _fixed(study: Study, compare: Compare) -> dict[str, Level]:
-    """The levels at which a comparison holds factors. What no factor varies may differ between methods."""
+    """The levels at which a comparison holds other factors. Settings that no factor varies may differ between
+    methods."""
     varied = [factor.name for factor in study.factors]
     return {name: level for name, level in study.reference if name in varied} | compare.held
 
 
 def _agree(study: Study, one: Cell, other: Cell, besides: str) -> bool:
-    """Whether two cells have equal levels of the other factors wherever both have one."""
+    """Whether two cells have equal levels of every other factor that applies to both."""
     varied = [factor.name for factor in study.factors if factor.name != besides]
     values = ((one.level(name), other.level(name)) for name in varied)
     return all(first == second or None in (first, second) for first, second in values)
@@ -77,7 +79,8 @@ def _effect(study: Study, compare: Compare, pair: Pair) -> Contrast:
 
 
 def _moderations(study: Study, compare: Compare, pairs: Sequence[Pair]) -> list[Contrast]:
-    """Differences of differences: a contrast at one level of the moderator minus the same at the first level."""
+    """Differences of differences: a contrast at one level of the moderator minus the same contrast at the first
+    level."""
     by = study.moderator
     if by is None or by == compare.factor or compare.moderation is None:
         return []
@@ -109,13 +112,13 @@ def _contrast(
         family=compare.family if kind == "effect" or compare.moderation is None else compare.moderation,
         kind=kind,
         factor=compare.factor,
-        # An arm to which the moderator does not apply is on both sides of a moderation and cancels out.
+        # An arm to which the moderator does not apply is on both sides of a moderation, and cancels out.
         weights=tuple((name, float(weight)) for name, weight in weights.items() if weight),
     )
 
 
 def _both(pair: Pair) -> Cell:
-    """The levels of the treated cell, and those that only the other one has."""
+    """The treated cell, plus the levels that only the other cell has."""
     treated, against = pair
     for name, level in against.levels.items():
         treated = treated if name in treated.levels else treated.at(name, level)
@@ -123,8 +126,8 @@ def _both(pair: Pair) -> Cell:
 
 
 def _difference(study: Study, compare: Compare) -> str:
-    """What is compared: `logit - none`, `T=2 - T=4`, or `teacher resnet50 - resnet34` where another factor shares one
-    of the levels."""
+    """The name of a difference: `logit - none`, `T=2 - T=4`, or `teacher resnet50 - resnet34` if another factor shares
+    one of the levels."""
     levels = (compare.treated, compare.against)
     what = " - ".join(level_name(compare.factor, level) for level in levels)
     shared = any(set(levels) & set(each.levels) for each in study.factors if each.name != compare.factor)
@@ -135,37 +138,37 @@ def _context_name(study: Study, both: Cell, compare: Compare, *compared: str) ->
     """The levels of the factors that are neither compared nor part of the reference."""
     skip = {*compared, *({name for name, _ in study.reference} - set(compare.held))}
     if len({*_some(study, compared[0])} & {*study.levels("method")}) == 1:
-        skip.add("method")  # the factor applies to this method alone
+        skip.add("method")  # the factor applies only to this method
     return levels_name(study, both, tuple(name for name in study.factor_names if name not in skip))
 
 
 def _some(study: Study, factor: str) -> tuple[str, ...]:
-    """The methods to which a factor applies, where these are not all."""
+    """The methods to which a factor applies; empty if it applies to all."""
     found = study.applies(factor)
     return () if len(found) == len(study.known) else found
 
 
 def _vanished(study: Study, cells: Sequence[Cell], pairs: Pairs) -> list[str]:
-    """A message for each comparison of which no contrast is left."""
-    return [f"a contrast compares {compare.factor} {compare.treated!r} with {compare.against!r}, and "
+    """A message for each comparison that gives no contrast."""
+    return [f"a contrast compares {compare.factor} {compare.treated!r} with {compare.against!r}, but "
             f"{_why_none(study, cells, compare)}; allowed: comparisons of arms that the study has"
             for compare, found in pairs.items() if not found]  # fmt: skip
 
 
 def _why_none(study: Study, cells: Sequence[Cell], compare: Compare) -> str:
-    """Why there are no two arms to compare."""
+    """The reason why a comparison has no two arms."""
     for level in (compare.treated, compare.against):
         if not any(cell.level(compare.factor) == level for cell in cells):
             where, methods = _some(study, compare.factor), ", ".join(map(str, study.levels("method")))
             because = f": {compare.factor} applies to {', '.join(where)}, and method has {methods}" if where else ""
             return f"no arm has {compare.factor} {level!r}{because}"
     fixed = ", ".join(f"{name} {level!r}" for name, level in _fixed(study, compare).items() if name != compare.factor)
-    at = f" with {fixed}, at which {'where' if compare.where else 'reference'} holds it," if fixed else ""
+    at = f" with {fixed}, which {'where' if compare.where else 'reference'} fixes," if fixed else ""
     return f"no two arms{at} differ in {compare.factor} alone"
 
 
 def _moderates_nothing(study: Study) -> list[str]:
-    """A message for a moderator, where the study has one and no contrast changes with it."""
+    """A message for a moderator with which no contrast changes."""
     by = study.moderator
     if by is None:
         return []
@@ -177,14 +180,15 @@ def _moderates_nothing(study: Study) -> list[str]:
         why = "every contrast has moderation None"
     else:
         why = f"no contrast is held at two levels of {by}"
-    return [f"moderator is {by!r}, and {why}; allowed: null, or a factor that the contrasts have at two levels or more"]
+    return [f"moderator is {by!r}, but {why}; allowed: None (null in --set), or a factor of which the contrasts have "
+            "at least two levels"]  # fmt: skip
 
 
 def _same_names(study: Study, cells: Sequence[Cell], contrasts: Sequence[Contrast]) -> list[str]:
-    """A message for each name that two arms or two contrasts would have."""
+    """A message for each name that several arms or contrasts share."""
     names = {"arms": [arm_name(study, cell) for cell in cells], "contrasts": [each.name for each in contrasts]}
     return [
-        f"{count} {kind} have the name {name!r}; allowed: levels and comparisons whose names differ"
+        f"{count} {kind} have the name {name!r}; allowed: levels and comparisons with different names"
         for kind, found in names.items()
         for name, count in Counter(found).items()
         if count > 1
@@ -192,13 +196,13 @@ def _same_names(study: Study, cells: Sequence[Cell], contrasts: Sequence[Contras
 
 
 def _repeated(contrasts: Sequence[Contrast]) -> list[str]:
-    """A message for each contrast that equals another one up to its sign. Both would count as tests."""
+    """A message for each contrast that equals an earlier one up to its sign. Both would count as tests."""
     first: dict[frozenset[tuple[str, float]], str] = {}
     problems = []
     for each in contrasts:
         turned = frozenset((arm, -weight) for arm, weight in each.weights)
         if (known := first.get(frozenset(each.weights)) or first.get(turned)) is not None:
-            problems.append(f"contrasts {known!r} and {each.name!r} are one difference of the same arms; allowed: each "
-                            "difference once, so leave out a comparison or the moderator")  # fmt: skip
+            problems.append(f"contrasts {known!r} and {each.name!r} are the same difference of the same arms; allowed: "
+                            "each difference once, so leave out a comparison or the moderator")  # fmt: skip
         first[frozenset(each.weights)] = each.name
     return problems

@@ -1,6 +1,6 @@
-"""Cost of trials: multiply-accumulates of the networks times the images that they see.
+"""Cost of trials: multiply-accumulates of the networks times the number of images.
 
-The counts follow from the architecture by a formula, for any width and image size and without torch. A test compares
+A formula computes the counts from the architecture, for any width and image size and without torch. A test compares
 them with torch's `FlopCounterMode`.
 """
 
@@ -16,14 +16,14 @@ BOTTLENECK = ("resnet50", "resnet101")
 
 @dataclass(frozen=True)
 class Images:
-    """A data set as the networks see it, with the number of images of each part."""
+    """Size of the images of a data set at the networks' input, and the number of images of each part."""
 
     size: int  # pixels
     classes: int
     train: int
     validation: int
     test: int
-    views: int  # of a training image: crops, and their mirror images where images are flipped
+    views: int  # views per training image: crops, and their mirror images if images are flipped
 
 
 IMAGES = {
@@ -31,15 +31,14 @@ IMAGES = {
     "cifar10": Images(size=32, classes=10, train=45_000, validation=5_000, test=10_000, views=162),
     "cifar100": Images(size=32, classes=100, train=45_000, validation=5_000, test=10_000, views=162),
 }
-ROW_BYTES = 1500  # of an epoch in the ledger with its log and index, and in a table written beside the old one
-WORTH_ANSWERING_ALL = (
-    1.05  # all views may cost this much more than the drawn ones, since later seeds and studies use them too
-)
+ROW_BYTES = 1500  # per epoch: in the ledger with its log and index, and in the old and the new table
+# All views may cost this factor more than the drawn ones, since later seeds and studies use them too.
+WORTH_ANSWERING_ALL = 1.05
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Floating-point operations, the time that one slot takes for them, and the assumptions in words."""
+    """Floating-point operations, the time that they take in one slot, and the assumptions in words."""
 
     flop: float
     slot_seconds: float
@@ -48,7 +47,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Layer:
-    """A square convolution, or the classifier as one: kernel and output size in pixels, channels."""
+    """A square convolution, or the classifier as a 1x1 convolution: kernel and output size in pixels, channels."""
 
     kernel: int
     into: int
@@ -61,7 +60,7 @@ class Layer:
 
 
 def layers(architecture: str, *, stem: str, width: float, size: int, classes: int) -> Iterator[Layer]:
-    """The layers of a ResNet that multiply, for images of `size` pixels (He et al. 2016)."""
+    """The convolutions and the classifier of a ResNet, for images of `size` pixels (He et al. 2016)."""
     bottleneck = architecture in BOTTLENECK
     channels = [max(1, round(planes * width)) for planes in (64, 128, 256, 512)]
     into = channels[0]
@@ -98,17 +97,18 @@ def macs(architecture: str, *, stem: str, width: float, size: int, classes: int)
 
 
 def state_bytes(trial: Trial) -> int:
-    """Bytes of a network's float32 state: weights, and four values a channel for batch normalisation."""
+    """Bytes of a network's float32 state: weights, and four values per channel for batch normalisation."""
     cell, images = trial.cell, images_of(trial)
     found = layers(trial.architecture, stem=cell.stem, width=cell.width, size=images.size, classes=images.classes)
     return sum(4 * (layer.weights + 4 * layer.out) for layer in found)
 
 
 def disk_bytes(trials: Iterable[Trial], answering: Mapping[str, Answering], slots: int, keep: bool) -> int:
-    """The most that a plan has on disk at a time: checkpoints of `slots` trials (of all with `keep`), teachers, their
+    """Peak disk usage of a plan in bytes: checkpoints of `slots` trials (with `keep`, of all trials), teachers, their
     logits, ledger and tables.
 
-    A checkpoint has weights, momentum and the best weights. There are two, and a third while it is written.
+    A checkpoint has weights, momentum and the best weights. A trial has two checkpoints, and a third while it is being
+    written.
     """
     trials = tuple(trials)
     states = sorted((state_bytes(trial) for trial in trials), reverse=True)
@@ -122,7 +122,7 @@ def disk_bytes(trials: Iterable[Trial], answering: Mapping[str, Answering], slot
 
 
 def estimate(trials: Iterable[Trial], answering: Mapping[str, Answering], rate: float) -> Cost:
-    """Estimate the cost of a plan at `rate` operations a second in a slot, without what early stopping saves."""
+    """Estimate the cost of a plan at `rate` operations per second in a slot, without the savings of early stopping."""
     trials = tuple(trials)
     students = {trial.teacher_id: trial for trial in trials if trial.method.uses_cached_logits}
     answers = sum(
@@ -132,15 +132,15 @@ def estimate(trials: Iterable[Trial], answering: Mapping[str, Answering], rate: 
     )
     total = sum(flop(trial) for trial in trials) + answers
     how = (
-        "3 forward passes' operations a training image, 1 an evaluated one; a teacher answers each view once for all "
-        f"arms that need its logits alone, and runs beside all others; assumes {rate:.0e} operations a second in a "
-        "slot, nothing saved by early stopping, teachers not there yet"
+        "a training image counts as 3 forward passes, an evaluated one as 1; a teacher's logits of a view are computed "
+        "once for all arms that need only logits, and the teacher runs in every step of other arms; assumes "
+        f"{rate:.0e} operations per second in a slot, nothing saved by early stopping, and no teachers trained before"
     )
     return Cost(total, total / rate, how)
 
 
 def flop(trial: Trial) -> float:
-    """Floating-point operations of a trial: training, evaluation, and the teacher where it runs beside the student."""
+    """Floating-point operations of a trial: training, evaluation, and the teacher if it runs in every step."""
     images, epochs = images_of(trial), trial.recipe.epochs
     passes = 3 * epochs * images.train * trial.method.views + trial.recipe.validations * images.validation
     total = _forward(trial, trial.architecture) * (passes + 2 * images.test)
@@ -150,7 +150,8 @@ def flop(trial: Trial) -> float:
 
 
 def answering(students: Iterable[Trial]) -> Answering:
-    """The views for which a teacher's logits are computed: all, or those that its students draw if that is cheaper."""
+    """The views for which a teacher's logits are computed: all, or only those that its students draw if that is
+    cheaper."""
     students = tuple(students)
     draws = tuple(dict.fromkeys((student.seed, student.recipe.epochs) for student in students))
     drawn, all_ = (views_answered(Answering(ahead, draws), students[0]) for ahead in (False, True))
@@ -158,7 +159,7 @@ def answering(students: Iterable[Trial]) -> Answering:
 
 
 def views_answered(answering: Answering, student: Trial) -> float:
-    """How many views a teacher's logits are computed for: all, or the expected number of different views drawn.
+    """The number of views for which a teacher's logits are computed: all, or the expected number of distinct draws.
 
     The probability that `epochs` uniform draws miss a view is (1 - 1/views)^epochs.
     """
@@ -169,7 +170,7 @@ def views_answered(answering: Answering, student: Trial) -> float:
 
 
 def draws(answering: Answering, student: Trial) -> int:
-    """How many views the students train on, counting repeated ones."""
+    """The number of views on which the students train, counting repeats."""
     return images_of(student).train * sum(epochs for _, epochs in answering.draws)
 
 
@@ -179,7 +180,7 @@ def _teacher(student: Trial) -> str:
 
 
 def images_of(trial: Trial) -> Images:
-    """The data set of a trial, with the numbers of images that it declares."""
+    """The data set of a trial, with the sizes that the trial declares."""
     declared = {part: getattr(trial.data, part) for part in ("train", "validation", "test")}
     return replace(IMAGES[trial.data.name], **{part: size for part, size in declared.items() if size is not None})
 

@@ -1,4 +1,4 @@
-"""Find a study by its name in `search_spaces/` or its path, choose its scale, and set single fields."""
+"""Find a study by its name in `search_spaces/` or by its path, select its scale, and set single fields."""
 
 import hashlib
 import inspect
@@ -22,7 +22,7 @@ from tune_kd.system.adapters import adapter
 from tune_kd.system.errors import UserError, raise_problems
 from tune_kd.system.files import read
 
-SETTINGS = "cell.settings."  # start of the name of a method's setting in `--set`
+SETTINGS = "cell.settings."  # prefix of a method's setting in `--set`
 
 
 def available() -> dict[str, Path]:
@@ -35,7 +35,7 @@ def available() -> dict[str, Path]:
 
 
 def find(study: str) -> Path:
-    """The file of a study, from its name or path. Raises `UserError` if there is none."""
+    """The file of a study, given by name or path. Raises `UserError` if there is none."""
     known = available()
     path = Path(study) if study.endswith(".py") or "/" in study else known.get(study)
     if path is None or path.suffix != ".py" or not os.path.isfile(path):
@@ -44,7 +44,7 @@ def find(study: str) -> Path:
 
 
 def scales(path: Path) -> dict[str, Callable[..., Study]]:
-    """The scales that a study's file declares: its `SCALES`, or `study` alone under the name of its scale."""
+    """The scales that a study's file declares: its `SCALES`, or only `study`, under the name of its scale."""
     return _scales(executed(path))
 
 
@@ -55,7 +55,7 @@ def _scales(file: StudyFile) -> dict[str, Callable[..., Study]]:
             names = dict(declared) if isinstance(declared, Mapping) else {}
             if not names or not all(isinstance(name, str) and callable(each) for name, each in names.items()):
                 raise UserError(
-                    f"STUDY is {file.path}, whose SCALES is {declared!r:.60}; allowed: names with functions"
+                    f"STUDY is {file.path}, whose SCALES is {declared!r:.60}; allowed: a dict of functions by name"
                 )
             return names
     if not callable(make):
@@ -64,9 +64,9 @@ def _scales(file: StudyFile) -> dict[str, Callable[..., Study]]:
 
 
 def resolve(path: Path, scale: str, data: str | None = None, settings: Sequence[str] = ()) -> Study:
-    """A study, checked. `settings` are `field=value`, with JSON for lists and numbers.
+    """A study, checked. `settings` are `field=value`, where lists and numbers are JSON.
 
-    If the scale's function takes the name of the data set, it decides how much of `data` to use. Otherwise the study
+    If the scale's function takes the name of the data set, it chooses how much of `data` to use. Otherwise the study
     uses all of it.
     """
     file = executed(path)
@@ -86,7 +86,7 @@ def resolve(path: Path, scale: str, data: str | None = None, settings: Sequence[
 
 
 def _made(file: StudyFile, make: Callable[..., Study], data: str | None) -> Study:
-    """The study that a function of the file returns, for a data set if it takes one. Each is called once."""
+    """The study that a function of the file returns, for a data set if it takes one. Each call is made once."""
     name = getattr(make, "__name__", "study")
     with file.running(f"where {name}() fails"):
         takes_data = data is not None and "data" in inspect.signature(make).parameters
@@ -105,7 +105,7 @@ def from_json(value: Any) -> Study:
 
 
 def to_json(study: Study) -> dict[str, Any]:
-    """The study as `study.json` has it. Its recipes are `hashed`, so that the hash of an old study stays."""
+    """The study for `study.json`. Its recipes are `hashed`, so that the hash of an old study does not change."""
     value = asdict(study)
     return value | {name: hashed(value[name]) for name in ("recipe", "teacher_recipe")}
 
@@ -113,7 +113,7 @@ def to_json(study: Study) -> dict[str, Any]:
 def _with_settings(path: Path, study: Study, settings: Sequence[str]) -> Study:
     """Apply `field=value`. Fields may be nested (`recipe.epochs`); `factors.NAME` means a factor's levels.
 
-    Every study passes through here, also without settings, to get the types of `study.json`: 1 and 1.0 in a study's
+    Every study passes through here, even without settings, to get the types of `study.json`: 1 and 1.0 in a study's
     file are then the same value with the same id.
     """
     value: dict[str, Any] = asdict(study)
@@ -138,7 +138,7 @@ def _with_settings(path: Path, study: Study, settings: Sequence[str]) -> Study:
 
 
 def _ineffective(settings: Sequence[str], factors: Any) -> Iterator[str]:
-    """Messages for what settings give to all arms, where a factor gives each arm a level of its own."""
+    """Messages for settings without effect, because a factor sets the same field in each arm."""
     named = factors if isinstance(factors, list | tuple) else ()
     varied = [each.get("name") for each in named if isinstance(each, dict)]
     for field, new in ((field, _parsed(text)) for field, _, text in (each.partition("=") for each in settings)):
@@ -146,11 +146,12 @@ def _ineffective(settings: Sequence[str], factors: Any) -> Iterator[str]:
         for each, value in given.items():
             where, _, name = each.rpartition(".")
             if where in ("cell", "recipe", SETTINGS[:-1]) and name in varied:
-                yield f"--set {each} is {_shown(value)}, and {name} is a factor; allowed: --set factors.{name}=[...]"
+                yield f"--set {each} is {_shown(value)}, but {name} is a factor; allowed: --set factors.{name}=[...]"
 
 
 def _narrow(study: Study, value: dict[str, Any], factor: str) -> None:
-    """Drop the contrasts of levels that a setting took from a factor, and a moderator that it left with one level."""
+    """Drop the contrasts of levels that a setting removed from a factor, and a moderator that has only one level
+    left."""
     left = next(each["levels"] for each in value["factors"] if each["name"] == factor)
     gone = [level for level in study.levels(factor) if isinstance(left, list) and level not in left]
     value["contrasts"] = [
@@ -164,7 +165,7 @@ def _narrow(study: Study, value: dict[str, Any], factor: str) -> None:
 
 
 def _type_problems(path: Path, value: dict[str, Any], settings: Sequence[str], error: ValidationError) -> list[str]:
-    """A message for each field whose value has the wrong type: what is allowed, and for `--set` what to type."""
+    """A message for each field whose value has the wrong type: the allowed types, and for `--set` an example."""
     given = tuple(setting.partition("=")[0] for setting in settings)
     found = {name: (kind, got) for name, kind, got in (_field(each["loc"], value) for each in error.errors())}
     problems = []
@@ -182,7 +183,7 @@ def _field(loc: Sequence[int | str], value: Any) -> tuple[str, Any, Any]:
     for step in loc:
         inner = _inner(kind, step)
         if inner is None or not (step in value if isinstance(value, dict) else isinstance(step, int)):
-            break  # below this, pydantic names the members of a union
+            break  # the remaining names are members of a union
         kind, value = inner, value[step]
         if kind is Factor and isinstance(value, dict) and "name" in value:
             name = f"{name}.{value['name']}"
@@ -192,7 +193,7 @@ def _field(loc: Sequence[int | str], value: Any) -> tuple[str, Any, Any]:
 
 
 def _inner(kind: Any, step: int | str) -> Any:
-    """The type of a field of a dataclass, or of an item of a list. None if the type has neither."""
+    """The type of a field of a dataclass, or of an item of a list. None if there is no such field or item."""
     for each in _members(kind):
         if is_dataclass(each) and step in (hints := get_type_hints(each)):
             return hints[str(step)]
@@ -207,7 +208,7 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 
 def _words(kind: Any) -> str:
-    """What a type allows, in words."""
+    """The allowed values of a type, in words."""
     if get_origin(kind) is Literal:
         return ", ".join(map(str, get_args(kind)))
     known = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
@@ -215,7 +216,7 @@ def _words(kind: Any) -> str:
 
 
 def _example(name: str, kind: Any, got: Any) -> str:
-    """What to type in place of a value that is no list, text or object, if that can be told."""
+    """An example for `--set`, or an empty text if the value does not suggest one."""
     if is_dataclass(kind) and isinstance(kind, type):
         first = fields(kind)[0]
         known = first.default is not MISSING and "[" not in name
@@ -233,12 +234,12 @@ def _example(name: str, kind: Any, got: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as in JSON where Python writes it differently."""
+    """A value as text: None, True and False as in JSON, all others as in Python."""
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def _parsed(text: str) -> Any:
-    """The value of JSON; any other text as it is."""
+    """The value of a JSON text. Any other text is returned unchanged."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -246,7 +247,7 @@ def _parsed(text: str) -> Any:
 
 
 def _assign(value: dict[str, Any], path: list[str], new: Any, whole: str) -> str | None:
-    """Set a nested field in place. Returns what is wrong with it, or None."""
+    """Set a nested field in place. Returns a message if that is not possible, or None."""
     head, *rest = path
     if head not in value:
         return f"--set names {whole!r}; allowed here: {', '.join(value)}"
@@ -265,14 +266,15 @@ def _assign(value: dict[str, Any], path: list[str], new: Any, whole: str) -> str
             return f"--set names {whole!r}; allowed here: {', '.join(f'factors.{name}' for name in by_name)}"
         return _assign(by_name[rest[0]], ["levels"], new, whole)
     if value[head] is None:
-        return f"--set names {whole!r}, and {head} is null here; allowed: {head} as a whole, in JSON"
+        return f"--set names {whole!r}, but {head} is null; allowed: {head} as a whole, in JSON"
     if not isinstance(value[head], dict):
         return f"--set names {whole!r}; {head} has no fields of its own"
     return _assign(value[head], rest, new, whole)
 
 
 def _assign_setting(value: dict[str, Any], name: str, new: Any) -> str | None:
-    """Set a setting of methods, which the study's check names if there is none. Returns what is wrong, or None."""
+    """Set a setting of methods. Returns a message for a value that is not a number, or None. The check of the study
+    reports unknown names."""
     if isinstance(new, bool) or not isinstance(new, int | float):
         return f"--set {SETTINGS}{name} is {_shown(new)}; allowed: a number"
     value["cell"]["settings"] = dict(value["cell"]["settings"]) | {name: new}
@@ -283,17 +285,17 @@ def _holds_truth(value: Any) -> bool:
     return any(map(_holds_truth, value)) if isinstance(value, list) else isinstance(value, bool)
 
 
-MOST_SOURCE_BYTES = 2**22  # of a study's file that is compared, not executed
+MOST_SOURCE_BYTES = 2**22  # limit for a study's file that is compared without executing it
 
 
 @dataclass(frozen=True)
 class Source:
-    """The origin of a study, to notice changes."""
+    """The origin of a study, with which later changes are detected."""
 
     file: Path
     scale: str
     data: str | None = None
-    settings: tuple[str, ...] = ()  # of `--set`
+    settings: tuple[str, ...] = ()  # values of `--set`
     digests: dict[str, str] | None = None  # SHA-256 of the file and of its imports from its folder, by path
 
     def read(self) -> Study:
@@ -302,7 +304,7 @@ class Source:
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether the study's files are as they were when the run began. Executes nothing."""
+        """Whether the study's files are unchanged since the run began. Executes nothing."""
         try:
             return bool(self.digests) and all(
                 hashlib.sha256(read(Path(path), MOST_SOURCE_BYTES)).hexdigest() == digest
@@ -312,8 +314,9 @@ class Source:
             return False
 
     def may_be_executed(self, results: Path) -> bool:
-        """Whether the file is where users have their own: with the installed studies, in the working directory or its
-        `search_spaces`. Not among results: they, and the record that names the file, may come from a stranger."""
+        """Whether the file is in a trusted folder: that of the installed studies, the working directory or its
+        `search_spaces`. A file among the results is not: the results, and the record that names the file, may come from
+        others."""
         place = self.file.resolve().parent
         near = {folder.resolve() for folder in (*folders(), Path.cwd())}
         return place in near and not place.is_relative_to(results.resolve())

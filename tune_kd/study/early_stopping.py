@@ -1,9 +1,9 @@
 """Early stopping as a pure state machine: a trial reports its accuracy and gets a decision.
 
-Asynchronous successive halving inside strata (Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning").
-At a rung, a trial (of an arm or of a draw) is compared with the trials that reported before it. It is stopped only if
-there are enough of them, it is behind the cutoff by more than the margin, it is not immune, and another trial of its
-stratum continues.
+Asynchronous successive halving within strata (Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning").
+At a rung, a trial (of an arm or of a draw) is compared with its peers, the trials that reported earlier. It is stopped
+only if it has enough peers, it is behind the cutoff by more than the margin, it is not immune, and another trial of its
+stratum is still in the running.
 """
 
 from collections.abc import Container, Mapping
@@ -15,10 +15,10 @@ from tune_kd.study.trial import Action, Decision, DecisionReason, Phase, Trial
 
 
 def stratum(screen: Screen, levels: Mapping[str, object]) -> str:
-    """The stratum in which an arm competes: its levels, joined. Without strata, `all`."""
+    """The name of the stratum in which an arm competes: its levels, joined. Without strata, `all`."""
     if screen.strata is None:
         return "all"
-    # A row of a table has the epochs of its recipe as `epochs_planned`, and a batch size of 16 as 16.0.
+    # A table's row has the recipe's epochs in `epochs_planned`, and a batch size of 16 as 16.0.
     found = {name: levels.get(name, levels.get(f"{name}_planned")) for name in screen.strata}
     return "/".join(
         str(int(level)) if name in COUNTS and isinstance(level, float) and level.is_integer() else str(level)
@@ -27,30 +27,30 @@ def stratum(screen: Screen, levels: Mapping[str, object]) -> str:
 
 
 def levels_of(trial: Trial) -> dict[str, object]:
-    """The levels of a trial by name, with those of its recipe."""
+    """The levels of a trial by name, including the fields of its recipe."""
     return vars(trial.recipe) | dict(trial.cell.levels)
 
 
 class Schedule:
-    """Decides about the trials of a screen, each of which has entered a stratum. Replaying its decisions in order
-    restores its state."""
+    """Decides about the trials of a screen, each of which has entered a stratum. To restore its state, replay its
+    decisions in order."""
 
     def __init__(
         self, screen: Screen, epochs: int, immune_arms: Container[str] = (), tuned_arms: Container[str] = ()
     ) -> None:
-        """`epochs` is the largest budget of a trial. Draws of a tuned arm compete with one another."""
+        """`epochs` is the largest budget of a trial. Draws of a tuned arm compete only with each other."""
         self._immune_arms, self._tuned_arms = immune_arms, tuned_arms
         self._screen = screen
         self._rungs = {epoch: rung for rung, epoch in enumerate(screen.rungs(epochs))}
         self._immune: set[str] = set()
         self._stratum: dict[str, str] = {}  # by trial id
-        self._last: dict[str, int] = {}  # trial id -> its last epoch, where no decision is left to make
+        self._last: dict[str, int] = {}  # trial id -> its last epoch, at which no decision is needed
         self._left: dict[str, set[str]] = {}  # stratum -> trials neither stopped nor failed
         self._scores: dict[tuple[str, int], dict[str, float]] = {}  # (stratum, rung) -> trial id -> metric
         self._made: dict[tuple[str, int], Decision] = {}
 
     def admit(self, trial: Trial) -> None:
-        """Let a trial of the screen compete: a draw within its arm, an arm within its stratum."""
+        """Let a trial of the screen compete: a draw within its arm, any other trial within its stratum."""
         if trial.phase == Phase.SCREEN:
             group = trial.arm if trial.arm in self._tuned_arms else stratum(self._screen, levels_of(trial))
             self.enter(trial.trial_id, group, trial.arm in self._immune_arms)
@@ -66,8 +66,8 @@ class Schedule:
     def report(self, trial_id: str, arm: str, epoch: int, metric: float) -> Decision | None:
         """Decide about a trial that reached an epoch with this validation accuracy.
 
-        Returns None between rungs and at the trial's last epoch. A score belongs to its exact epoch: a trial that
-        continues after a pause does not fill the rungs before it. A repeated report gets the same decision.
+        Returns None between rungs and at the trial's last epoch. A score counts only at its exact epoch: a trial that
+        resumes at a later epoch does not fill earlier rungs. A repeated report gets the same decision.
         """
         if epoch not in self._rungs or epoch >= self._last.get(trial_id, epoch + 1):
             return None
@@ -77,14 +77,14 @@ class Schedule:
         return self._made[trial_id, rung]
 
     def replay(self, decision: Decision) -> None:
-        """Record a decision, of this schedule or from before a resume."""
+        """Record a decision of this schedule, or one from before a resume."""
         self._made[decision.trial_id, decision.rung] = decision
         self._scores.setdefault((decision.stratum, decision.rung), {})[decision.trial_id] = decision.metric
         if decision.stops:
             self.drop(decision.trial_id)
 
     def drop(self, trial_id: str) -> None:
-        """Remove a trial that was stopped or failed from those that its stratum keeps."""
+        """Remove a trial that was stopped or failed from the trials that are left in its stratum."""
         self._left[self._stratum[trial_id]].discard(trial_id)
 
     def _decide(self, trial_id: str, arm: str, epoch: int, rung: int, metric: float) -> Decision:

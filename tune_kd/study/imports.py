@@ -1,4 +1,4 @@
-"""Find the modules that a Python file imports from a folder: in its source, without executing any of it."""
+"""Find the modules that a Python file imports from a folder, from its source, without executing it."""
 
 import ast
 import os
@@ -10,16 +10,16 @@ from pathlib import Path
 from tune_kd.system.errors import UserError
 from tune_kd.system.files import read
 
-MOST_SOURCE_BYTES = 2**22  # of a file
+MOST_SOURCE_BYTES = 2**22  # limit for a file
 _OURS = ("tune_kd", "search_spaces", "torch", "torchvision", "ray", "numpy", "pandas", "pyarrow", "scipy", "pydantic")
 ELSEWHERE = frozenset((*sys.stdlib_module_names, *_OURS))
-"""Packages that a worker has imported before any code of a study: modules of these names do not hide them."""
+"""Packages that a worker imports before any code of a study. Modules of a study cannot shadow these names."""
 
 
 def sources(path: Path, folder: Path) -> tuple[dict[Path, bytes], set[str]]:
-    """The source of a file and of all that it imports from a folder, and the packages that it imports from elsewhere.
+    """The source of a file and of everything that it imports from a folder, and the names of its other imports.
 
-    Raises `UserError`, whose sentence follows "the loss", for a file that cannot be read or is no Python.
+    Raises `UserError` for a file that cannot be read or is not valid Python. Its message follows the words "the loss".
     """
     found: dict[Path, bytes] = {}
     elsewhere: set[str] = set()
@@ -53,7 +53,7 @@ def parsed(path: Path, content: bytes) -> ast.Module:
         return ast.parse(content, str(path))
     except SyntaxError as error:
         line = f", line {error.lineno}" if error.lineno else ""
-        raise UserError(f"is in {path}{line}, which is no Python: {error.msg}") from error
+        raise UserError(f"is in {path}{line}, which is not valid Python: {error.msg}") from error
     except (ValueError, RecursionError, MemoryError) as error:
         raise UserError(
             f"is in {path}, which Python cannot read ({str(error) or 'it is nested too deeply'})"
@@ -61,7 +61,7 @@ def parsed(path: Path, content: bytes) -> ast.Module:
 
 
 def modules(name: str, folder: Path) -> list[Path]:
-    """The files of a module and of the packages that have it, below a folder. Empty where it is elsewhere."""
+    """The files of a module and of its parent packages, below a folder. Empty if the module is not there."""
     found: list[Path] = []
     parts = name.split(".")
     if parts[0] in ELSEWHERE:
@@ -79,13 +79,14 @@ def modules(name: str, folder: Path) -> list[Path]:
 
 
 def _file(stem: Path) -> Path | None:
-    """The file of a module, as Python chooses it."""
+    """The file that Python would import for a module, or None."""
     names = (stem.with_name(stem.name + suffix) for suffix in (*EXTENSION_SUFFIXES, ".py", *BYTECODE_SUFFIXES))
     return next((each for each in names if os.path.isfile(each)), None)
 
 
 def _names(tree: ast.Module, file: Path, folder: Path) -> Iterator[str]:
-    """The modules that a file imports, anywhere in it. Of `from a import b` both `a` and `a.b`, which may be none."""
+    """The names of modules that a file imports, anywhere in it. `from a import b` gives `a` and `a.b`, which may not be
+    a module."""
     package = file.relative_to(folder).parent.parts
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -97,7 +98,7 @@ def _names(tree: ast.Module, file: Path, folder: Path) -> Iterator[str]:
 
 
 def _inside(node: ast.ImportFrom, package: Path) -> Iterator[tuple[str]]:
-    """What a statement takes from a package. All its modules, where it takes all names."""
+    """The names that a statement imports from a package; for `*`, all modules of the package."""
     for each in node.names:
         if each.name == "*":
             yield from ((file.stem,) for file in sorted(package.glob("[!_]*.py")))

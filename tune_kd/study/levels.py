@@ -1,4 +1,4 @@
-"""What a level of a factor may be."""
+"""Valid levels of a factor."""
 
 import math
 
@@ -7,7 +7,7 @@ from tune_kd.study.spec import COUNTS, RECIPE_FACTORS, TEXTS, Cell, Level, Recip
 
 
 def level_problem(study: Study, name: str, level: Level | None) -> str | None:
-    """What is wrong with a level of a factor, or None."""
+    """A message for an invalid level of a factor, or None."""
     if name == "method":
         allowed = one_of(tuple(study.known))
         return None if allowed.holds(level) else allowed.problem(name, level)
@@ -22,7 +22,7 @@ def level_problem(study: Study, name: str, level: Level | None) -> str | None:
 
 
 def numbers(study: Study, name: str) -> list[int | float]:
-    """The levels of a numeric factor, without those that are none."""
+    """The valid levels of a numeric factor."""
     return [
         level
         for level in study.levels(name)

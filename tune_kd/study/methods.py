@@ -1,4 +1,4 @@
-"""Distillation methods as a study declares them. Those that come with tune_kd are in a file each."""
+"""Declaration of distillation methods. Each built-in method has its own file."""
 
 import ast
 from collections.abc import Mapping
@@ -19,26 +19,27 @@ _COLUMNS = """
     weights_digest host started fast_paths further n mean sd low high control
 """
 COLUMNS = frozenset(_COLUMNS.split())
-"""Columns of tables that are no factors, so that a setting, which is a column, too, must not have their names."""
+"""Columns of tables that are not factors. A setting becomes a column, so it must not have one of these names."""
 
 
 @dataclass(frozen=True)
 class Method:
     """A distillation method.
 
-    `loss` names a class as `FILE.py:CLASS`, relative to the study's file, or `package.module:CLASS`: an `nn.Module`
-    that is built from a `Context` and maps a `Batch` and the settings to a scalar (see `tune_kd.training.loss`). None
-    trains on labels alone.
+    `loss` names a class, as `FILE.py:CLASS` relative to the study's file or as `package.module:CLASS`. The class is an
+    `nn.Module` that is built from a `Context` and maps a `Batch` and the settings to a scalar (see
+    `tune_kd.training.loss`).
     """
 
-    name: Annotated[str, rules.ENCODABLE, rules.LINE, rules.NAME, length(100, "characters")]
-    loss: Annotated[str | type | None, length(1000, "characters")] = None
-    # What the loss is given: of the teacher logits; of both networks also features, or those before their ReLU, too.
+    name: Annotated[str, rules.ENCODABLE, rules.LINE, rules.NAME, length(100, "characters")]  # the level of method
+    loss: Annotated[str | type | None, length(1000, "characters")] = None  # class of the loss; None: labels alone
+    # Inputs of the loss besides the student's logits. nothing: no teacher; logits: the teacher's logits; features: also
+    # the features of both networks; before_relu: also the features before their last ReLU.
     needs: Literal["nothing", "logits", "features", "before_relu"] = "logits"
     settings: tuple[tuple[str, float], ...] | Mapping[str, float] = ()  # numbers that the loss takes, with defaults
-    views: Annotated[int, at_least(1), most(2)] = 1  # of each image that the student sees in a step
-    version: Annotated[int, at_least(1)] = 1  # counts corrections that change results: they get ids of their own
-    source: str | None = None  # SHA-256 of the source that a study brings; found when the study is read
+    views: Annotated[int, at_least(1), most(2)] = 1  # views of each image per step
+    version: Annotated[int, at_least(1)] = 1  # raise it for a correction that changes results; trials get new ids
+    source: str | None = None  # SHA-256 of the source of a study's own loss; set when the study is read
 
     def __post_init__(self) -> None:
         if isinstance(self.settings, Mapping):
@@ -51,29 +52,29 @@ class Method:
 
     @property
     def is_taught(self) -> bool:
-        """Whether it has a teacher."""
+        """Whether the method has a teacher."""
         return self.needs != "nothing"
 
     @property
     def uses_cached_logits(self) -> bool:
-        """Whether all it takes of the teacher are logits of the views that every student of a seed sees."""
+        """Whether the method needs only the teacher's logits, of views that all students of a seed share."""
         return self.needs == "logits" and self.views == 1
 
     @property
     def runs_teacher(self) -> bool:
-        """Whether the teacher runs beside the student in each step."""
+        """Whether the teacher runs in each training step of the student."""
         return self.is_taught and not self.uses_cached_logits
 
 
 @cache
 def built_in() -> dict[str, Method]:
-    """The methods that come with tune_kd, by name."""
+    """The built-in methods, by name."""
     found = (_declared(file) for file in sorted(FOLDER.glob("[!_]*.py")))
     return {method.name: method for method in found}
 
 
 def _declared(file: Path) -> Method:
-    """The value of `METHOD` in a file. The rest, which imports torch, is not executed: a plan is made in less time."""
+    """The value of `METHOD` in a file. The rest of the file is not executed, since it imports torch, which is slow."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     (statement,) = (each for each in tree.body if isinstance(each, ast.Assign) and _names(each) == ["METHOD"])
     scope: dict[str, Any] = {"Method": Method}

@@ -16,15 +16,15 @@ from tune_kd.study.validate import check
 
 T = TypeVar("T")
 
-TEACHER_FIELDS = ("teacher", "stem", "weights", "width")  # settings that a teacher shares with its students
+TEACHER_FIELDS = ("teacher", "stem", "weights", "width")  # settings that are equal for a teacher and its students
 
 
 @dataclass(frozen=True)
 class Search:
-    """An arm that is tuned. Its draws bear its name; two arms are confirmed, `tuned` and `default`."""
+    """An arm that is tuned. Its draws have its name. Two arms are confirmed: `tuned` and `default`."""
 
-    name: str
-    ranges: tuple[Range, ...]
+    name: str  # of the arm
+    ranges: tuple[Range, ...]  # that apply to it
 
     @property
     def tuned(self) -> str:
@@ -37,19 +37,19 @@ class Search:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a study will do. Trials are in the order in which they start once they are ready.
+    """The arms, contrasts and trials of a study.
 
-    For a study that is tuned, it has the trials that are known before the first draw (see
+    For a study with tuning, these are the trials that are known before the first draw (see
     `tune_kd.records.adaptive_plan`).
     """
 
-    study: Study
-    raw_cells: int
-    arms: tuple[Arm, ...]
-    contrasts: tuple[Contrast, ...]
-    trials: tuple[Trial, ...]
-    answering: dict[str, Answering]  # by teacher, where it has logit students
-    searches: tuple[Search, ...] = ()  # of a study that is tuned
+    study: Study  # the study itself
+    raw_cells: int  # number of combinations of levels, before equal ones are merged into arms
+    arms: tuple[Arm, ...]  # the distinct arms; with tuning, the default and the tuned arm of each
+    contrasts: tuple[Contrast, ...]  # linear combinations of the arms' means
+    trials: tuple[Trial, ...]  # in the order in which they start once they are ready
+    answering: dict[str, Answering]  # views whose logits are computed, by teacher id; only if students need logits
+    searches: tuple[Search, ...] = ()  # the arms that are tuned
 
     @property
     def teachers(self) -> tuple[Trial, ...]:
@@ -57,10 +57,10 @@ class Plan:
 
 
 def plan(study: Study, data_digest: str | None = None, look: int = 0) -> Plan:
-    """Check a study and expand it, with the confirmation seeds up to one of its looks (from 0).
+    """Check a study and expand it into arms, contrasts and trials, with the confirmation seeds up to `look` (from 0).
 
-    Without the data's digest the plan is a preview, and its ids are not those of a run. Raises `UserError`, also for
-    problems that only the expansion shows: comparisons of arms that the study lacks, and equal names.
+    Without `data_digest` the plan is a preview: its trial ids differ from those of a run. Raises `UserError` with all
+    problems, including comparisons of arms that the study does not have, and equal names.
     """
     raw, declared = _expanded(study)
     arms = screened = _arms(study, raw, declared)
@@ -72,19 +72,19 @@ def plan(study: Study, data_digest: str | None = None, look: int = 0) -> Plan:
         screened = arms[::2]
     trials = _trials(study, screened, data_digest, study.confirm.seeds_at(look))
     answered = _answering(trials)
-    if searches:  # the screen consists of draws
+    if searches:  # the screen consists only of draws
         trials = tuple(trial for trial in trials if trial.phase != Phase.SCREEN)
     return Plan(study, len(raw), arms, declared, _longest_path_first(trials), answered, searches)
 
 
 def checked(study: Study) -> Study:
-    """The study itself. Raises `UserError` as `plan` does, without making trials."""
+    """The study itself. Raises `UserError` as `plan` does, but creates no trials."""
     _expanded(study)
     return study
 
 
 def _expanded(study: Study) -> tuple[list[Cell], tuple[Contrast, ...]]:
-    """The raw cells and the contrasts of a study that is checked."""
+    """Check a study, and return its raw cells and contrasts."""
     raw = raw_cells(check(study))
     return raw, contrasts(study, list(dict.fromkeys(raw)))
 
@@ -127,13 +127,13 @@ def _of_tuned(searches: tuple[Search, ...], declared: tuple[Contrast, ...]) -> t
 
 
 def _confirmed(arm: Arm, search: Search) -> tuple[Arm, Arm]:
-    """The arms that are confirmed for one that is tuned: its default first."""
+    """The arms that are confirmed for a tuned arm: its default, then the tuned one."""
     role = ArmRole.CONTROL if arm.role == ArmRole.CONTROL else ArmRole.REFERENCE
     return replace(arm, name=search.default, role=role), replace(arm, name=search.tuned, role=role)
 
 
 def arrival_order(arms: Sequence[T], seed: int) -> list[T]:
-    """A random order in which arms start. Early stopping favours the first to reach a rung, and a grid's order would
+    """A random order in which arms start. Early stopping favours the first arms at a rung, so the order of a grid would
     favour low levels."""
     return random.Random(f"order {seed}").sample(arms, len(arms))
 
@@ -156,14 +156,14 @@ def _trials(study: Study, arms: tuple[Arm, ...], data_digest: str | None, seeds:
     order = arrival_order(arms, study.screen.order_seed)
     students = [student(arm, Phase.SCREEN, study.screen.seed, study.teacher_seeds[0]) for arm in order]
     for replicate, seed in enumerate(seeds):
-        for number, teacher_seed in enumerate(study.teachers_of(replicate)):  # a trial without a teacher is one a seed
+        for number, teacher_seed in enumerate(study.teachers_of(replicate)):  # one trial per seed without a teacher
             taught = (arm for arm in order if number == 0 or arm.cell.teacher is not None)
             students += [student(arm, Phase.CONFIRM, seed, teacher_seed) for arm in taught]
     return (*teachers.values(), *students)
 
 
 def _teacher(study: Study, cell: Cell, data_digest: str | None, seed: int) -> Trial:
-    """The teacher of students with this cell."""
+    """The teacher of the students with a cell."""
     kept = {name: getattr(cell, name) for name in TEACHER_FIELDS}
     name = levels_name(study, cell, TEACHER_FIELDS)
     return Trial(
@@ -179,11 +179,11 @@ def _teacher(study: Study, cell: Cell, data_digest: str | None, seed: int) -> Tr
 
 
 def _longest_path_first(trials: tuple[Trial, ...]) -> tuple[Trial, ...]:
-    """Teachers first, since all their students wait for them; then trials by the cost of the longest chain that they
-    begin, so that no long chain is left for the end.
+    """Sort trials: teachers first, since their students wait for them, then by the cost of the longest chain that a
+    trial starts, so that no long chain starts last.
 
-    A teacher is followed by its students, a screen by the confirmation of its arm. Equal ones keep their order, which
-    is random among arms that compete with each other.
+    In a chain, a teacher is followed by its students, and a trial of the screen by the confirmation of its arm. Trials
+    of equal cost keep their order, which is random among arms that compete with each other.
     """
     confirmed = {trial.arm: flop(trial) for trial in trials if trial.phase == Phase.CONFIRM}
     paths = {

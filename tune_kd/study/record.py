@@ -1,4 +1,4 @@
-"""Load a run's `study.json`, which may come from a stranger, and validate it: types, bounds, hashes and references."""
+"""Load and validate a run's `study.json`, which is untrusted: types, bounds, hashes and references."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -65,7 +65,7 @@ class _Settings(_Part):
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
     keep_checkpoints: bool = False
     mps: Annotated[str, Field(pattern="^(auto|on|off)$")] = "auto"
-    packing: _Packing | None = None  # that a probe chose
+    packing: _Packing | None = None  # chosen by a probe
     track: Annotated[list[Name], Field(max_length=100)] | None = None
 
 
@@ -105,8 +105,8 @@ class _Record(_Part):
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The record in a file. Raises `UserError` where something is missing, was changed since the run began, or cannot
-    have been written by a run."""
+    """The record in a file. Raises `UserError` if a field is missing, was changed after the run began, or has a value
+    that no run writes."""
     try:
         record = unsealed(read(path, MOST_RECORD_BYTES), path)
     except (CorruptFile, OSError) as error:
@@ -126,13 +126,13 @@ def load(path: Path) -> dict[str, Any]:
               f"({each['msg']}); restore the file" for each in error.errors()[:5])
         ) from error  # fmt: skip
     problems = [
-        f"{path}: its hash does not fit the {name}, so they were changed after the run began; restore the file"
+        f"{path}: its hash does not match the {name}, so the file was changed after the run began; restore the file"
         for name in ("study", "contrasts")
         if record.get(f"{name}_sha256") not in (None, _digest(record[name]))
     ]
     extended = found.get("extended")
     if extended and extended["study_sha256"] != _digest(record["extended"]["study"]):
-        problems.append(f"{path}: its hash does not fit what the study was extended to; restore the file")
+        problems.append(f"{path}: its hash does not match the extended study; restore the file")
     raise_problems(problems)
     for part in [found, *([extended] if extended else [])]:
         declared = _study(path, part["study"])
@@ -156,7 +156,7 @@ def _study(path: Path, value: dict[str, Any]) -> Study:
 
 
 def _unfit(path: Path, part: dict[str, Any], study: Study, record: dict[str, Any]) -> list[str]:
-    """Messages for looks, ranges and arms that the record refers to and the study does not have."""
+    """Messages for looks, ranges and arms that the record refers to but the study does not have."""
     problems = []
     last = len(study.confirm.looks or (0,)) - 1
     if (look := record.get("look", 0)) > last:
@@ -165,17 +165,17 @@ def _unfit(path: Path, part: dict[str, Any], study: Study, record: dict[str, Any
     if any(each not in ranges for search in part.get("searches", ()) for each in search["ranges"]):
         problems.append(f"{path}: searches has a range that the study does not declare; restore the file")
     if (weights := len(part["arms"]) * len(part.get("contrasts", ()))) > MOST_WEIGHTS:
-        problems.append(f"{path}: its contrasts and arms come to {weights:,} weights; allowed: {MOST_WEIGHTS:,}")
+        problems.append(f"{path}: its contrasts and arms need {weights:,} weights; allowed: at most {MOST_WEIGHTS:,}")
     arms = {arm["name"] for arm in part["arms"]}
     if strange := sorted({arm for each in part.get("contrasts", ()) for arm, _ in each["weights"]} - arms):
-        problems.append(f"{path}: contrasts refers to {_shown(strange[0])}, which is no arm of the study")
+        problems.append(f"{path}: contrasts refers to {_shown(strange[0])}, which is not an arm of the study")
     return problems
 
 
 def _digest(value: Any) -> str | None:
     try:
         return digest(value)
-    except ValueError:  # a number that is not finite: no study has one
+    except ValueError:  # a number that is not finite, which no study has
         return None
 
 

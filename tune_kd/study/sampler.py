@@ -1,7 +1,7 @@
 """Draw the next configuration of an arm with Optuna's samplers, one for each arm. The only file that imports Optuna.
 
-A draw depends on the seed, the arm, its number and the results of the draws before it, and on nothing else. After a
-kill, the ledger therefore has all that a sampler needs.
+A draw depends only on the seed, the arm, its number and the results of the arm's earlier draws. After a kill, the
+ledger therefore has everything that a sampler needs.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from sqlalchemy import URL
 from tune_kd.study.trial import UNENDED, Row, Status, StopReason, level_in
 from tune_kd.study.tuning import Choice, Integer, LogUniform, Over, Range, Tuning
 
-STORAGE = "optuna.sqlite"  # in a run's folder, for Optuna's dashboard; made from the ledger and never read
-TRIES = 20  # to draw a new configuration
-DIGITS = 4  # of a drawn number, so that people can copy it
+STORAGE = "optuna.sqlite"  # in a run's folder, for Optuna's dashboard; written from the ledger and never read
+TRIES = 20  # attempts to draw a new configuration
+DIGITS = 4  # significant digits of a drawn number, so that people can copy it
 WORDS = logging.getLogger("optuna")
 
 Ranges = Sequence[Range]
@@ -31,8 +31,8 @@ Ranges = Sequence[Range]
 def draw(
     tuning: Tuning, arm: str, ranges: Ranges, default: Mapping[str, float], theirs: Sequence[Row]
 ) -> dict[str, float]:
-    """The next configuration of an arm with the draws `theirs`. It differs from all of them and from the default, which
-    is confirmed anyway."""
+    """The next configuration of an arm with the earlier draws `theirs`. It differs from all of them and from the
+    default, which is confirmed anyway."""
     number = len(theirs)
     seed = _seed(tuning, arm, number)
     study = _study(ranges, theirs)
@@ -54,8 +54,8 @@ def draw(
 
 
 def importances(ranges: Ranges, theirs: Sequence[Row]) -> dict[str, float]:
-    """The share of each range in the variance of validation accuracy over completed draws, by Optuna's functional
-    analysis of variance (Hutter et al. 2014). Shares sum to 1. Empty for fewer than two accuracies."""
+    """The share of each range in the variance of validation accuracy over completed draws, from Optuna's functional
+    ANOVA (Hutter et al. 2014). Shares sum to 1. Empty if there are fewer than two different accuracies."""
     ended = [row for row in theirs if row["status"] == Status.COMPLETED]
     if len({row["val_accuracy_best"] for row in ended}) < 2:
         return {}
@@ -66,10 +66,10 @@ def importances(ranges: Ranges, theirs: Sequence[Row]) -> dict[str, float]:
 
 
 class Storage:
-    """Ended draws in Optuna's database. `optuna-dashboard sqlite:///RUN/optuna.sqlite` shows them."""
+    """Ended draws in an Optuna database. `optuna-dashboard sqlite:///RUN/optuna.sqlite` shows them."""
 
     def __init__(self, path: Path, run: str) -> None:
-        """Create an empty database in place of an old one. Raises any error of Optuna and its database."""
+        """Create an empty database and delete an old one. Raises any error of Optuna and its database."""
         for end in ("", "-journal", "-wal", "-shm"):
             path.with_name(path.name + end).unlink(missing_ok=True)
         self._run = run
@@ -89,9 +89,10 @@ class Storage:
 
 
 def url(path: Path) -> str:
-    """The URL with which SQLAlchemy, and so Optuna and MLflow, opens an SQLite file of any name.
+    """The URL with which SQLAlchemy, and thus Optuna and MLflow, opens an SQLite file of any name.
 
-    It names the driver too: for URLs that begin with sqlite:///, MLflow creates the folder under its quoted name."""
+    It also names the driver: for URLs that start with sqlite:///, MLflow would create the folder under its quoted
+    name."""
     return URL.create("sqlite+pysqlite", database=str(path.absolute())).render_as_string()
 
 
@@ -103,8 +104,8 @@ def _study(ranges: Ranges, theirs: Sequence[Row]) -> optuna.Study:
 
 
 def _trial(ranges: Ranges, row: Row) -> FrozenTrial:
-    """A draw as Optuna's trial. Stopped and diverged draws rank below completed ones, by their last accuracy; a failed
-    draw says nothing."""
+    """A draw as an Optuna trial. Stopped and diverged draws rank below completed ones, by their last accuracy. A failed
+    draw gives no information."""
     values = {each: level_in(row, each.name) for each in ranges}
     params = {each.name: int(value) if isinstance(each.over, Integer) else value for each, value in values.items()}
     steps = {int(row["epochs_run"]): float(row["val_accuracy"] or 0.0)}
@@ -153,7 +154,7 @@ def _quasi_random(tuning: Tuning, arm: str, ranges: Ranges, number: int) -> dict
 
 
 def _at(over: Over, share: float) -> float:
-    """The value at a share of a range, in [0, 1)."""
+    """The value at a share of a range. `share` is in [0, 1)."""
     if isinstance(over, Choice):
         return over.levels[int(share * len(over.levels))]
     if isinstance(over, Integer):

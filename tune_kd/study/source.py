@@ -1,4 +1,4 @@
-"""Execute a study's file once, and isolate its imports, its output and its errors."""
+"""Execute a study's file once, and isolate its imports, output and errors."""
 
 import hashlib
 import importlib.util
@@ -18,40 +18,41 @@ from tune_kd.system.files import MOST_RECORD_BYTES, read
 
 FOLDER = "search_spaces"
 INSTALLED = Path(__file__).parents[2] / FOLDER
-"""The folder of the studies that come with tune_kd, whatever else of this name is on Python's path."""
+"""The folder of the studies that come with tune_kd, even if Python's path has another folder of this name."""
 
 
 def folders() -> tuple[Path, ...]:
-    """The folders in which studies are found by name: that of the working directory first, then the installed one."""
+    """The folders in which studies are found by name: `search_spaces` in the working directory, then the installed
+    one."""
     return Path.cwd() / FOLDER, INSTALLED
 
 
 class StudyFile:
-    """A study's file that was executed. Calls of its functions happen inside `running`."""
+    """An executed file of a study. Call its functions inside `running`."""
 
     module: ModuleType
 
     def __init__(self, path: Path) -> None:
-        """Execute the file. Raises `UserError`, also for the errors of the file."""
+        """Execute the file. Raises `UserError`, also for errors in the file."""
         self.path = path
-        self.made: dict[Hashable, Study] = {}  # by its functions
+        self.made: dict[Hashable, Study] = {}  # studies by the function that made them
         # A unique name, under which the module stays in `sys.modules` so that its classes can be found.
         self._name = f"study_{path.stem}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
-        self._folder = path.resolve().parent  # Python does the same with links
-        self._beside: dict[str, ModuleType] = {}  # its imports from there, which only it sees
-        # `python -m tune_kd` puts the working directory first, unlike `tune-kd`. Here both are alike.
+        self._folder = path.resolve().parent  # Python resolves links in the same way
+        self._beside: dict[str, ModuleType] = {}  # imports from that folder, visible only to this file
+        # `python -m tune_kd` puts the working directory first, `tune-kd` does not. Remove it, so that both are equal.
         here = 1 if sys.path[:1] in ([""], [os.getcwd()]) else 0
         self._python_path = [str(self._folder), *sys.path[here:]]
         self._finder = _SearchSpaces()
-        self._texts: dict[Path, bytes] = {}  # of the file and of its imports
+        self._texts: dict[Path, bytes] = {}  # content of the file and of its imports
         with self.running("which cannot be read"):
             self._texts[path] = read(path, MOST_RECORD_BYTES)
             self.module = self._executed()
 
     @property
     def files(self) -> dict[str, Path]:
-        """The file and its imports so far, by their place in a copy of tune_kd: `studies/NAME`, or `search_spaces/NAME`
-        for imports of that name that did not come with tune_kd."""
+        """The file and its imports so far, by their path in a copy of tune_kd: `studies/NAME`, or `search_spaces/NAME`
+        for files of the working directory's `search_spaces`."""
         found = {f"studies/{self.path.name}": self.path}
         for path in self._texts:
             if path.is_relative_to(INSTALLED):
@@ -69,7 +70,7 @@ class StudyFile:
 
     @property
     def is_as_executed(self) -> bool:
-        """Whether the file and its imports are unchanged since. Missing files count as unchanged."""
+        """Whether the file and its imports are unchanged since they were executed. Missing files count as unchanged."""
         for path, text in self._texts.items():
             with suppress(OSError):
                 if read(path, MOST_RECORD_BYTES) != text:
@@ -78,10 +79,10 @@ class StudyFile:
 
     @contextmanager
     def running(self, doing: str) -> Iterator[None]:
-        """Run code of this file. It can import modules of its folder, and `search_spaces` from the folders of studies.
-        Its output goes to standard error. All of this is undone afterwards.
+        """Within this context, run code of this file. It can import modules from its folder, and `search_spaces` from
+        the folders of studies. Its output goes to standard error. All of this is undone at the end.
 
-        Raises `UserError`, which quotes `doing`, for any error of the code, also SystemExit and KeyboardInterrupt.
+        Raises `UserError`, which quotes `doing`, for any error of the code, including SystemExit and KeyboardInterrupt.
         """
         modules, python_path, bytecode = dict(sys.modules), sys.path, sys.dont_write_bytecode
         for name in modules:
@@ -98,7 +99,7 @@ class StudyFile:
             signals.check()  # the error may come from a signal to this command
             line = self._line(error)
             if isinstance(error, UserError) and error.problems:
-                if line is None:  # our own error
+                if line is None:  # an error of tune_kd itself
                     raise
                 raise UserError(*(f"STUDY is {self.path}: {problem}" for problem in error.problems)) from error
             at = "" if line is None else f" (line {line})"
@@ -120,10 +121,11 @@ class StudyFile:
         return module
 
     def _set_aside(self, before: dict[str, ModuleType]) -> None:
-        """Keep modules of its folder, and `search_spaces`, for this file alone. Restore the modules that they hid."""
+        """Hide the modules of this file's folder, and `search_spaces`, from other code. Restore the modules that they
+        shadowed."""
         new = {name: file for name, module in list(sys.modules.items())
                if name not in before and name != self._name and (file := _file(module)) is not None}  # fmt: skip
-        # Compiled packages, such as numpy installed into that folder, cannot be imported again.
+        # Compiled packages, such as numpy installed into that folder, stay: they cannot be imported twice.
         compiled = {_top(name) for name, file in new.items() if file.suffix != ".py"}
         own = {FOLDER} | {name for name, file in new.items() if self._holds(file) and name not in compiled}
         for name in [name for name in sys.modules if _top(name) in own]:
@@ -138,7 +140,7 @@ class StudyFile:
         return self._folder == (file.parent.parent if file.stem == "__init__" else file.parent)
 
     def _line(self, error: BaseException) -> int | None:
-        """The last line of the file that led to an error. None if no line did."""
+        """The last line of the file in the traceback of an error, or None."""
         trace, line = error.__traceback__, None
         while trace is not None:
             line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == str(self.path) else line
@@ -150,7 +152,7 @@ _files: dict[Path, StudyFile] = {}
 
 
 def executed(path: Path) -> StudyFile:
-    """A study's file, executed at the first call and again only after a change. Raises `UserError`."""
+    """A study's file, executed at the first call and again after each change. Raises `UserError`."""
     path = path.absolute()
     known = _files.get(path)
     if known is None or not known.is_as_executed:
@@ -159,13 +161,15 @@ def executed(path: Path) -> StudyFile:
 
 
 def digests(path: Path) -> dict[str, str] | None:
-    """SHA-256 of a study's file and its imports from its folder, by path. None if this process has not executed it."""
+    """SHA-256 of a study's file and of its imports from its folder, by path. None if this process has not executed the
+    file."""
     known = _files.get(path.absolute())
     return None if known is None else known.digests
 
 
 class _AsItIsNow(SourceFileLoader):
-    """Ignores compiled files: Python would take an old one if size and second of the source are unchanged."""
+    """Ignores bytecode files: Python would use an old one if the source has the same size and was changed within the
+    same second."""
 
     def get_code(self, fullname: str) -> CodeType:
         return self.source_to_code(read(Path(self.path), MOST_RECORD_BYTES), self.path)
@@ -173,7 +177,7 @@ class _AsItIsNow(SourceFileLoader):
 
 class _SearchSpaces(MetaPathFinder):
     """Finds the package `search_spaces` in the folders of studies. The installed folder comes first, so that a user's
-    study can refine the one of its own name."""
+    study can refine the installed one of the same name."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -186,7 +190,7 @@ class _SearchSpaces(MetaPathFinder):
 
 @contextmanager
 def to_standard_error() -> Iterator[None]:
-    """Redirect standard output to standard error, also for child processes."""
+    """Redirect standard output to standard error, including that of child processes."""
     with redirect_stdout(sys.stderr):
         try:
             aside = os.dup(1)
@@ -210,13 +214,15 @@ def _flush() -> None:
 
 
 def _file(module: object) -> Path | None:
-    """The file of a module; for a package without `__init__.py`, the path of that; None without either. Entries of
-    `sys.modules` may be any object, so no code of theirs is called."""
+    """The file of a module, or None. For a package without `__init__.py`, the path where that file would be.
+
+    Entries of `sys.modules` can be any object, so none of their code is called.
+    """
     there = vars(module) if isinstance(module, ModuleType) else {}
     file, paths = there.get("__file__"), there.get("__path__")
     if isinstance(file, str):
         return Path(file)
-    with suppress(Exception):  # a package may compute its paths
+    with suppress(Exception):  # a package may compute its paths, which can fail
         return next((Path(str(each), "__init__.py") for each in paths or ()), None)
     return None
 
@@ -225,7 +231,7 @@ def _words(error: BaseException) -> str:
     """An error as one line."""
     try:
         return " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())
-    except Exception:  # an error class of the study may fail here
+    except Exception:  # an exception class of the study may fail here
         return type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""A trial, the epochs and the outcome that it yields, and the decisions of early stopping about it."""
+"""A trial, its epochs and outcome, and the decisions of early stopping about it."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ from tune_kd.study.methods import Method, built_in
 from tune_kd.study.spec import Cell, Data, Recipe
 from tune_kd.study.tuning import number
 
-Row = Mapping[str, Any]  # of a table
-FURTHER = "further"  # column of the trials in a ledger: settings, as JSON, for which Parquet has a column each
+Row = Mapping[str, Any]  # a row of a table
+FURTHER = "further"  # column of the ledger's trials: settings as JSON, each of which is a column in Parquet
 
 
 class Phase(StrEnum):
-    """The part of a study that a trial belongs to, in the order in which they run."""
+    """The phase of a study that a trial belongs to, in the order in which they run."""
 
     TEACHER = auto()
     SCREEN = auto()
@@ -26,14 +26,14 @@ class Phase(StrEnum):
 
 
 class Role(StrEnum):
-    """What a trial trains."""
+    """The network that a trial trains."""
 
     TEACHER = auto()
     STUDENT = auto()
 
 
 class Status(StrEnum):
-    """How far a trial is."""
+    """The status of a trial."""
 
     PENDING = auto()
     RUNNING = auto()
@@ -45,13 +45,13 @@ class Status(StrEnum):
 
 UNENDED = (Status.PENDING, Status.RUNNING)
 UNSUCCESSFUL = (Status.FAILED, Status.BLOCKED)
-ENDED = (Status.COMPLETED, Status.STOPPED, Status.FAILED, Status.BLOCKED)  # no driver starts these again by itself
+ENDED = (Status.COMPLETED, Status.STOPPED, Status.FAILED, Status.BLOCKED)  # no driver restarts these by itself
 
 
 class StopReason(StrEnum):
     """Why a trial ended before its last epoch."""
 
-    ASHA = auto()  # by early stopping, or the arm's screen was stopped
+    ASHA = auto()  # stopped by early stopping, or the arm's trial in the screen was
     DIVERGED = auto()
     OUT_OF_MEMORY = auto()
     ERROR = auto()
@@ -59,15 +59,15 @@ class StopReason(StrEnum):
 
 
 class ArmRole(StrEnum):
-    """What an arm is to the contrasts. Early stopping spares the first two."""
+    """The role of an arm in the contrasts. Early stopping never stops the first two."""
 
     CONTROL = auto()
-    REFERENCE = auto()  # others are compared with it, or it stands for its method
+    REFERENCE = auto()  # others are compared with it, or it represents its method
     COMPARED = auto()
 
 
 class Action(StrEnum):
-    """What early stopping does with a trial at a rung."""
+    """The action of early stopping on a trial at a rung."""
 
     CONTINUE = auto()
     STOP = auto()
@@ -104,7 +104,7 @@ def digest(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Trial:
-    """An arm with a seed. A teacher is also a trial: `cell.teacher` names its network."""
+    """An arm with a seed. A teacher is also a trial: `cell.teacher` is its architecture."""
 
     arm: str
     phase: Phase
@@ -112,12 +112,12 @@ class Trial:
     recipe: Recipe
     seed: int
     data: Data
-    data_digest: str | None  # of the pixels, labels and split; None in a preview
+    data_digest: str | None  # SHA-256 of the pixels, labels and split; None in a preview
     scale: str
-    teacher_id: str | None = None  # the trial that trains this student's teacher; None without one
-    drawn: tuple[tuple[str, float], ...] = ()  # tuned settings by name; cell and recipe hold them too
+    teacher_id: str | None = None  # id of the trial that trains this student's teacher; None without a teacher
+    drawn: tuple[tuple[str, float], ...] = ()  # tuned settings by name; cell and recipe contain them too
     brought: Method | None = None  # the study's own method, if the cell has one
-    teacher_seed: int | None = None  # where the study has several teachers; names the trial, as `teacher_id` does
+    teacher_seed: int | None = None  # seed of the teacher, for the label; None unless the study has several teachers
 
     @property
     def role(self) -> Role:
@@ -125,7 +125,7 @@ class Trial:
 
     @property
     def method(self) -> Method:
-        """The method of the cell."""
+        """The cell's method."""
         return self.brought or built_in()[self.cell.method]
 
     @property
@@ -137,9 +137,9 @@ class Trial:
 
     @property
     def label(self) -> str:
-        """The trial's name for people: `cifar/logit/T=4 seed 1`, or `cifar/logit (temperature=3.1, lr=0.08) seed 0`.
+        """The trial's readable name: `cifar/logit/T=4 seed 1`, or `cifar/logit (temperature=3.1, lr=0.08) seed 0`.
 
-        Where there are several teachers, that of its teacher's seed follows: `cifar/logit/T=4 seed 1, teacher seed 7`.
+        If there are several teachers, the teacher's seed follows: `cifar/logit/T=4 seed 1, teacher seed 7`.
         """
         drawn = ", ".join(f"{name}={number(value)}" for name, value in self.drawn)
         taught = "" if self.teacher_seed is None else f", teacher seed {self.teacher_seed}"
@@ -153,8 +153,8 @@ class Trial:
     def trial_id(self) -> str:
         """The first 16 hexadecimal digits of the SHA-256 of everything that changes the result, and of nothing else."""
         cell = asdict(self.cell)
-        del cell["student"], cell["teacher"], cell["recipe"]  # which the architecture, the teacher and the recipe have
-        for name in ("ce_weight", "kd_weight"):  # so that what has none keeps the id that it had without them
+        del cell["student"], cell["teacher"], cell["recipe"]  # contained in `architecture`, `teacher` and `recipe`
+        for name in ("ce_weight", "kd_weight"):  # keep the ids from before these fields existed
             if cell[name] is None:
                 del cell[name]
         settings = dict(cell.pop("settings"))
@@ -181,12 +181,12 @@ def recipe_id(recipe: Row) -> str:
 
 
 def _schedule(recipe: Row) -> dict[str, Any]:
-    """The recipe without the precision."""
+    """The recipe without `precision` and `compile`."""
     return {name: value for name, value in hashed(recipe).items() if name not in ("precision", "compile")}
 
 
 def hashed(recipe: Row) -> dict[str, Any]:
-    """A recipe as hashes have it: without `validate_every` where that is 1, as it was before there was such a field."""
+    """A recipe for hashes: without `validate_every` if that is 1, so that ids from before this field do not change."""
     return {name: value for name, value in recipe.items() if (name, value) != ("validate_every", 1)}
 
 
@@ -199,7 +199,7 @@ def _precision(recipe: Row) -> str:
 class Answering:
     """The views of the training images for which a teacher's logits are computed, each once.
 
-    With `ahead` all possible views, for any seed; otherwise the views that the students draw, in the order of `draws`.
+    With `ahead`, these are all possible views; otherwise the views that the students draw, in the order of `draws`.
     """
 
     ahead: bool
@@ -210,19 +210,19 @@ class Answering:
 class Outcome:
     """Measurements after the last epoch. Accuracies are fractions; None means that a value does not apply."""
 
-    best_epoch: int
-    val_accuracy_best: float
-    test_accuracy: float  # of the last weights
-    test_accuracy_best: float  # of the best-validation weights: the headline
+    best_epoch: int  # epoch with the best validation accuracy
+    val_accuracy_best: float  # validation accuracy after the best epoch
+    test_accuracy: float  # test accuracy of the last weights
+    test_accuracy_best: float  # test accuracy of the best epoch's weights: the main result
     agreement: float | None  # share of test images on which student and teacher predict the same class
-    kl_t1: float | None  # KL(teacher || student) at temperature 1, nats a test image
-    kl_t4: float | None
-    ece: float  # expected calibration error on the test images, best-validation weights
-    params: int
-    weights_digest: str  # SHA-256 of the last and of the best-validation weights
-    teacher_digest: str | None  # SHA-256 of the teacher's weight file, as checked when it was loaded
-    peak_memory_bytes: int | None
-    # That the trial used at its end, with commas: graph, compiled, compiled loss, compiled teacher, folded.
+    kl_t1: float | None  # KL(teacher || student) at temperature 1, in nats per test image
+    kl_t4: float | None  # KL(teacher || student) at temperature 4, in nats per test image
+    ece: float  # expected calibration error of the best epoch's weights on the test images
+    params: int  # number of the network's parameters
+    weights_digest: str  # SHA-256 of the last weights and the best epoch's weights
+    teacher_digest: str | None  # SHA-256 of the teacher's weight file, checked when the file was loaded
+    peak_memory_bytes: int | None  # peak memory allocated on the GPU; without a GPU, resident memory of the process
+    # Fast paths in use at the end, separated by commas: graph, compiled, compiled loss, compiled teacher, folded.
     fast_paths: str | None = None
 
 
@@ -230,19 +230,19 @@ class Outcome:
 class Epoch:
     """One epoch of a trial. The last one holds the outcome."""
 
-    epoch: int  # from 1
-    val_accuracy: float | None  # None, as `val_loss`, in an epoch that was not validated: see `Recipe.validate_every`
-    val_loss: float | None
-    train_loss: float
-    train_accuracy: float
-    loss_ce: float
-    loss_kd: float | None  # None without a teacher
-    lr: float  # at the last step
-    grad_norm: float  # mean over steps, before clipping
-    seconds: float  # wall-clock, training and evaluation
-    images_per_second: float  # training images over training time
-    answer_seconds: float | None = None  # wait for the teacher's logits, not part of `seconds`; None without
-    views_answered: int | None = None  # views whose logits the teacher computed; None without logits
+    epoch: int  # number of the epoch, from 1
+    val_accuracy: float | None  # validation accuracy; None after an epoch without validation
+    val_loss: float | None  # validation loss; None after an epoch without validation
+    train_loss: float  # weighted sum of the two losses, mean over training images
+    train_accuracy: float  # share of correct predictions on training images, during training
+    loss_ce: float  # mean cross-entropy over training images, unweighted
+    loss_kd: float | None  # mean of the method's loss over training images, unweighted; None without a teacher
+    lr: float  # learning rate at the last step
+    grad_norm: float  # norm of the gradient before clipping, mean over steps
+    seconds: float  # wall-clock time of training and evaluation
+    images_per_second: float  # training images per second of training time
+    answer_seconds: float | None = None  # wait for the teacher's logits, not part of seconds; None without logits
+    views_answered: int | None = None  # number of views whose logits the teacher computed; None without logits
     outcome: Outcome | None = None
 
     @classmethod
@@ -254,8 +254,8 @@ class Epoch:
     def quality(self) -> tuple[float, float]:
         """Sort key of epochs: the highest validation accuracy, then the lowest validation loss.
 
-        Accuracies are often equal with few validation images, and the first epoch of these would often be an early one.
-        An epoch that was not validated is below all others.
+        With few validation images, accuracies are often equal, and the first of these epochs would often be an early
+        one. An epoch without validation is below all others.
         """
         if self.val_accuracy is None or self.val_loss is None:
             return -math.inf, -math.inf
@@ -264,20 +264,20 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Decision:
-    """One comparison of early stopping, whatever its result."""
+    """One comparison of early stopping, with its result."""
 
-    trial_id: str
-    arm: str
+    trial_id: str  # id of the trial
+    arm: str  # name of its arm
     phase: Phase
-    stratum: str
-    epoch: int
-    rung: int  # from 0
-    metric: float  # validation accuracy
-    cutoff: float | None  # None for the first report
-    rank: int  # 1 is best, among this arm and its peers
-    peers: int  # trials of the stratum that reported at this rung before
-    action: Action
-    reason: DecisionReason
+    stratum: str  # name of the stratum in which it competes
+    epoch: int  # epoch of the rung
+    rung: int  # number of the rung, from 0
+    metric: float  # validation accuracy of the trial at this epoch
+    cutoff: float | None  # validation accuracy at which a trial keeps up with its peers; None for the first report
+    rank: int  # rank of the trial among itself and its peers; 1 is best
+    peers: int  # number of trials of the stratum that reported earlier at this rung
+    action: Action  # continue or stop
+    reason: DecisionReason  # why
 
     @classmethod
     def of(cls, row: Row) -> "Decision":

@@ -1,4 +1,4 @@
-"""What a study tunes: ranges, and the budget of each arm."""
+"""Declaration of tuning: ranges, and the budget of each arm."""
 
 import math
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ def number(value: float) -> str:
 class Uniform:
     """Uniform over the numbers from `low` to `high`."""
 
-    low: float
-    high: float
-    kind: Literal["uniform"] = "uniform"
+    low: float  # smallest value
+    high: float  # largest value
+    kind: Literal["uniform"] = "uniform"  # name of the distribution in study.json
 
     def __str__(self) -> str:
         return f"{number(self.low)} to {number(self.high)}"
@@ -35,9 +35,9 @@ class Uniform:
 class LogUniform:
     """Uniform in the logarithm: from 1 to 16, half of the draws are below 4."""
 
-    low: float
-    high: float
-    kind: Literal["log_uniform"] = "log_uniform"
+    low: float  # smallest value, above 0
+    high: float  # largest value
+    kind: Literal["log_uniform"] = "log_uniform"  # name of the distribution in study.json
 
     def __str__(self) -> str:
         return f"{number(self.low)} to {number(self.high)} (log)"
@@ -54,9 +54,9 @@ class LogUniform:
 class Integer:
     """Uniform over the whole numbers from `low` to `high`, inclusive."""
 
-    low: int
-    high: int
-    kind: Literal["integer"] = "integer"
+    low: int  # smallest value
+    high: int  # largest value
+    kind: Literal["integer"] = "integer"  # name of the distribution in study.json
 
     def __str__(self) -> str:
         return f"whole numbers from {self.low} to {self.high}"
@@ -71,10 +71,10 @@ class Integer:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several numbers, without an order."""
+    """One of several numbers, treated as categories without an order."""
 
-    levels: tuple[float, ...]
-    kind: Literal["choice"] = "choice"
+    levels: tuple[float, ...]  # the numbers
+    kind: Literal["choice"] = "choice"  # name of the distribution in study.json
 
     def __str__(self) -> str:
         return " or ".join(map(number, self.levels))
@@ -82,7 +82,7 @@ class Choice:
     @property
     def problem(self) -> str | None:
         fits = 1 < len(self.levels) == len(set(self.levels)) and all(map(math.isfinite, self.levels))
-        return None if fits else "at least two levels, each finite and there once"
+        return None if fits else "at least two levels, all finite and different"
 
     def holds(self, value: float) -> bool:
         return value in self.levels
@@ -93,15 +93,15 @@ Over = Uniform | LogUniform | Integer | Choice
 
 @dataclass(frozen=True)
 class Range:
-    """A setting and the distribution of its draws, for all methods to which the setting applies or for `methods`."""
+    """A setting and the distribution of its draws."""
 
-    name: str  # temperature, alpha or beta of a cell; lr or weight_decay of the recipe
-    over: Over
-    methods: tuple[str, ...] | None = None
+    name: str  # a method's setting, a weight of the losses (such as alpha), lr or weight_decay
+    over: Over  # Uniform, LogUniform, Integer or Choice
+    methods: tuple[str, ...] | None = None  # methods for which to tune it; None: all to which it applies
 
     @property
     def configurations(self) -> tuple[float, ...] | None:
-        """All values, or None where they cannot be counted."""
+        """All values, or None for a continuous range."""
         if isinstance(self.over, Integer):
             return tuple(map(float, range(self.over.low, self.over.high + 1)))
         return self.over.levels if isinstance(self.over, Choice) else None
@@ -109,13 +109,15 @@ class Range:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The same budget for every arm, including the control. Draws compete within their arm, by validation accuracy at
-    the screen's seed. The best is confirmed on fresh seeds, beside the published default."""
+    """Tuning of every arm, including the control, with the same budget. Draws compete within their arm, by validation
+    accuracy at the screen's seed. The best draw and the published default are confirmed on fresh seeds."""
 
-    ranges: Annotated[tuple[Range, ...], length(100)]
-    budget: Annotated[int, most(MOST_TRIALS * MOST_EPOCHS)] = 40  # of each arm
-    budget_unit: Literal["trials", "epochs"] = "trials"  # with epochs, those saved by early stopping are drawn again
-    sampler: Literal["tpe", "random", "quasi-random"] = "tpe"
-    startup: Annotated[int, at_least(1), TRIALS_LIMIT] = 10  # random draws before TPE models earlier ones
-    parallel: Annotated[int, at_least(1), TRIALS_LIMIT] = 1  # concurrent draws of one arm; they know less of others
-    seed: Annotated[int, SEED] = 0  # of the samplers
+    ranges: Annotated[tuple[Range, ...], length(100)]  # settings to tune
+    budget: Annotated[int, most(MOST_TRIALS * MOST_EPOCHS)] = 40  # budget of each arm
+    # Unit of the budget. With epochs, the epochs that early stopping saves are spent on further draws.
+    budget_unit: Literal["trials", "epochs"] = "trials"
+    sampler: Literal["tpe", "random", "quasi-random"] = "tpe"  # Optuna's TPE, random draws, or a Sobol sequence
+    startup: Annotated[int, at_least(1), TRIALS_LIMIT] = 10  # random draws before TPE models the earlier ones
+    # Concurrent draws of one arm. With more of them, a draw knows the results of fewer earlier draws.
+    parallel: Annotated[int, at_least(1), TRIALS_LIMIT] = 1
+    seed: Annotated[int, SEED] = 0  # seed of the samplers

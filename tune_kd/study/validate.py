@@ -1,4 +1,4 @@
-"""Check a study and report all its problems at once: the rules of single fields, and those across fields."""
+"""Check a study and report all its problems at once: the rules of single fields, and the rules across fields."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from tune_kd.system.errors import raise_problems
 
 
 def check(study: Study) -> Study:
-    """Return the study itself. Raises `UserError` with every problem that it has."""
+    """Return the study itself. Raises `UserError` with all its problems."""
     raise_problems(_oversized(study))  # first: the other checks could take hours
     problems = [
         *broken(study),
@@ -42,7 +42,7 @@ def check(study: Study) -> Study:
 
 
 def _oversized(study: Study) -> Iterator[str]:
-    """Messages for what exceeds any real study. A study may come from a stranger's `study.json`."""
+    """Messages for values far above those of any real study. A study may come from an untrusted `study.json`."""
     tuning = study.tuning or Tuning(())
     yield from broken(study, limits=True)
     for name in ("recipe", "teacher_recipe", "screen", "confirm"):
@@ -66,8 +66,8 @@ def _oversized(study: Study) -> Iterator[str]:
     trials = cells * (1 + seeds * study.teachers_per_seed + draws + len(study.teacher_seeds))
     if trials > MOST_TRIALS:
         taught = f" and {study.teachers_per_seed} teachers each" if study.teachers_per_seed > 1 else ""
-        yield (f"factors have {cells:,} combinations of levels, which with {seeds} seeds{taught} come to as many as "
-               f"{trials:,} trials; allowed: {MOST_TRIALS:,}")  # fmt: skip
+        yield (f"factors have {cells:,} combinations of levels, which with {seeds} seeds{taught} need up to {trials:,} "
+               f"trials; allowed: at most {MOST_TRIALS:,}")  # fmt: skip
 
 
 def _repeated(names: list[str]) -> list[str]:
@@ -82,13 +82,13 @@ def _factor_problems(study: Study) -> list[str]:
             problems.append(f"factors names {factor.name!r}; allowed: {', '.join(study.factor_names)}")
             continue
         if not factor.levels:
-            problems.append(f"factor {factor.name!r} has no levels, so no arm is left; allowed: at least one")
+            problems.append(f"factor {factor.name!r} has no levels, so no arm is left; allowed: at least one level")
         if len(set(factor.levels)) < len(factor.levels):
             problems.append(f"factor {factor.name!r} has levels {list(factor.levels)}; allowed: each level once")
         found = (level_problem(study, factor.name, level) for level in factor.levels)
         problems += [f"factor {problem}" for problem in found if problem]
-    allowed = ", ".join(study.settings) or "there is none"
-    problems += [f"cell.settings names {name!r}; allowed: settings of methods that are no fields of cell ({allowed})"
+    allowed = ", ".join(study.settings) or "there are none"
+    problems += [f"cell.settings names {name!r}; allowed: settings of methods that are not fields of cell ({allowed})"
                  for name in dict(study.cell.settings) if name not in study.settings]  # fmt: skip
     for name in (*CELL_FIELDS, *study.settings):
         value = study.cell.level(name)
@@ -96,12 +96,12 @@ def _factor_problems(study: Study) -> list[str]:
             problem = level_problem(study, name, value)
             problems += [f"cell.{problem}"] if problem else []
     if study.cell.recipe:
-        problems.append("cell.recipe is set; allowed: recipe for all arms, or a factor")
+        problems.append("cell.recipe is set; allowed: the study's recipe for all arms, or a factor")
     return problems + _combination_problems(study)
 
 
 def _method_problems(study: Study) -> Iterator[str]:
-    """Messages for the methods that the study brings."""
+    """Messages for the study's own methods."""
     taken = {*CELL_FIELDS, *RECIPE_FACTORS, *COLUMNS} - {"temperature", "beta"}
     for name in _repeated([method.name for method in study.methods]):
         yield f"methods has {name!r} more than once; allowed: once each"
@@ -109,28 +109,28 @@ def _method_problems(study: Study) -> Iterator[str]:
         where = f"methods[{position}]"
         yield from broken(method, f"{where}.")
         if method.name in built_in():
-            yield f"{where}.name is {method.name!r}, which comes with tune_kd; allowed: another name"
+            yield f"{where}.name is {method.name!r}, the name of a built-in method; allowed: another name"
         if method.loss is None:
-            yield f"{where}.loss is null; allowed: FILE.py:CLASS, or package.module:CLASS"
+            yield f"{where}.loss is None; allowed: FILE.py:CLASS, or package.module:CLASS"
         for name in _repeated([str(each[0]) for each in method.settings]):
             yield f"{where}.settings has {name!r} more than once; allowed: once each"
         for name, value in method.defaults.items():
             if not name.isidentifier() or len(name) > 100 or iskeyword(name) or name in taken:
-                yield (f"{where}.settings has {name!r}; allowed: a name as Python's of at most 100 characters that is "
-                       "no other column or factor")  # fmt: skip
+                yield (f"{where}.settings has {name!r}; allowed: a Python identifier of at most 100 characters that is "
+                       "not the name of another column or factor")  # fmt: skip
             if isinstance(value, bool) or not math.isfinite(value):
                 yield f"{where}.settings has {name} {value!r}; allowed: a finite number"
 
 
 def _combination_problems(study: Study) -> list[str]:
-    """Levels that are allowed alone and not together."""
+    """Messages for levels that are valid alone but not together."""
     problems = []
     if "imagenet" in study.levels("weights") and any(width != 1 for width in study.levels("width")):
         problems.append("weights is 'imagenet' while width is not 1; allowed: torchvision's weights at width 1 only")
     for name in ("teacher", "alpha"):
         needing = [method for method in study.levels("method") if method in study.applies(name)]
         if needing and not study.levels(name):
-            problems.append(f"{name} is null while method has {needing[0]!r}; allowed: a value for {name}")
+            problems.append(f"{name} is None while method has {needing[0]!r}; allowed: a value for {name}")
     if "alpha" not in study.weighing and "alpha" in [factor.name for factor in study.factors]:
         given = next(name for name in study.weighing if study.levels(name))
         problems.append(f"alpha is a factor while {given} is set; allowed: alpha, or ce_weight and kd_weight")
@@ -139,8 +139,8 @@ def _combination_problems(study: Study) -> list[str]:
         problems.append(f"lr_min is {max(numbers(study, 'lr_min'))} while lr is {min(lowest)}; allowed: lr_min from 0 "
                         "to the smallest lr")  # fmt: skip
     if len(study.levels("epochs")) > 1 and study.screen.strata is not None and "epochs" not in study.screen.strata:
-        problems.append("epochs is a factor while screen.strata lacks it; allowed: screen.strata with epochs, since an "
-                        "arm is behind another one of fewer epochs at the same epoch")  # fmt: skip
+        problems.append("epochs is a factor while screen.strata lacks it; allowed: screen.strata with epochs, since at "
+                        "the same epoch an arm with more epochs is behind one with fewer")  # fmt: skip
     return problems
 
 
@@ -148,12 +148,12 @@ def _control_problems(study: Study) -> list[str]:
     methods = study.levels("method")
     if study.control is not None and study.control not in methods:
         levels = ", ".join(str(method) for method in methods)
-        return [f"control is {study.control!r}; allowed: null or a level of the factor method ({levels})"]
+        return [f"control is {study.control!r}; allowed: None (null in --set) or a level of method ({levels})"]
     if study.contrasts and (study.control is None or study.screen.strata is None):
         field = "control" if study.control is None else "screen.strata"
         return [
-            f"{field} is null while contrasts has {len(study.contrasts)} comparisons; allowed: contrasts empty, "
-            "since a study that only looks for its best student makes no claims"
+            f"{field} is None while contrasts has {len(study.contrasts)} comparisons; allowed: no contrasts, since a "
+            "study that only looks for its best student makes no claims"
         ]
     return []
 
@@ -166,7 +166,7 @@ def _contrast_problems(study: Study) -> Iterator[str]:
         yield from broken(contrast, f"contrasts[{position}].")
         if (contrast.factor, contrast.where, {contrast.treated, contrast.against}) in before:
             yield (f"contrasts compares {what} with {contrast.against!r} more than once; allowed: once, and in one "
-                   "direction: each counts as a test")  # fmt: skip
+                   "direction, since each counts as a test")  # fmt: skip
         if contrast.factor not in varied:
             yield f"a contrast compares {contrast.factor!r}; allowed: a factor of the study ({', '.join(varied)})"
             continue
@@ -178,7 +178,8 @@ def _contrast_problems(study: Study) -> Iterator[str]:
             yield f"a contrast compares {what} with itself; allowed: two levels"
         yield from _where_problems(study, contrast)
     if study.moderator is not None and study.moderator not in varied:
-        yield f"moderator is {study.moderator!r}; allowed: null or a factor of the study ({', '.join(varied)})"
+        factors = ", ".join(varied)
+        yield f"moderator is {study.moderator!r}; allowed: None (null in --set) or a factor of the study ({factors})"
 
 
 def _where_problems(study: Study, contrast: Compare) -> Iterator[str]:
@@ -189,7 +190,7 @@ def _where_problems(study: Study, contrast: Compare) -> Iterator[str]:
             others = ", ".join(each for each in study.factor_names if each != contrast.factor)
             yield f"where of a contrast of {contrast.factor} names {name!r}; allowed: {others}"
         elif level not in (levels := study.levels(name)):
-            allowed = ", ".join(map(str, levels)) or "a factor, and no factor varies it"
+            allowed = ", ".join(map(str, levels)) or f"another factor, since the study has no level of {name}"
             yield f"where of a contrast holds {name} at {level!r}; allowed: {allowed}"
 
 
@@ -204,7 +205,7 @@ def _reference_problems(study: Study) -> Iterator[str]:
     fixed = sorted({*named} & {factor.name for factor in study.factors})
     for name in study.swept:
         if name not in fixed:
-            allowed = ", ".join(fixed) or "there is none"
+            allowed = ", ".join(fixed) or "there are none"
             yield f"swept names {name!r}; allowed: factors that have a reference ({allowed})"
 
 
@@ -224,7 +225,7 @@ def _seed_problems(study: Study) -> list[str]:
     if not problems and ours in confirm.all_seeds:
         problems.append(
             f"screen.seed is {ours} and is among confirm.seeds {list(confirm.all_seeds)}; "
-            "allowed: a seed of its own, or the confirmation would repeat what the screen selected on"
+            "allowed: a different seed, since the confirmation would otherwise repeat the selection of the screen"
         )
     if not study.teacher_seeds:
         problems.append("teacher_seeds is empty; allowed: at least one seed")
@@ -241,7 +242,7 @@ def _seed_problems(study: Study) -> list[str]:
 
 
 def _layout_problems(study: Study) -> Iterator[str]:
-    """Messages for a layout of teachers and seeds that is not balanced, or too large to analyse."""
+    """Messages for a layout of teachers and seeds that is unbalanced or too large to analyse."""
     per_seed, teachers, confirm = study.confirm.teachers_per_seed, len(study.teacher_seeds), study.confirm
     if teachers > 1 and confirm.seeds and len(confirm.all_seeds) > MOST_TAUGHT_SEEDS:
         yield (f"confirm.seeds has {len(confirm.all_seeds):,} seeds with {teachers} teacher_seeds; allowed: at most "
@@ -250,21 +251,22 @@ def _layout_problems(study: Study) -> Iterator[str]:
         return
     where = f"confirm.teachers_per_seed is {per_seed} with {teachers} teacher_seeds"
     if per_seed > teachers:
-        yield f"{where}; allowed: null for all of them, or at most {teachers}"
+        yield f"{where}; allowed: None (null in --set) for all of them, or at most {teachers}"
     counts = confirm.looks or (len(confirm.seeds),)
     if per_seed < teachers and any(count % teachers for count in counts):
         seeds = ", ".join(map(str, counts))
-        yield (f"{where} and {seeds} seeds to confirm; allowed: null for all teachers, or a number of seeds (at each "
-               f"look) that is a multiple of {teachers}, so that every teacher meets as many seeds")  # fmt: skip
+        yield (f"{where} and {seeds} seeds to confirm; allowed: None (null in --set) for all teachers, or a number of "
+               f"seeds (at each look) that is a multiple of {teachers}, so that all teachers have equally many seeds"
+               )  # fmt: skip
 
 
 def _look_problems(seeds: tuple[int, ...], looks: tuple[int, ...]) -> list[str]:
     grows = len(looks) > 0 and all(one < other for one, other in itertools.pairwise(looks))
     if grows and looks[0] >= 2 and len(seeds) <= looks[-1] <= MOST_SEEDS:
         return []
-    return [f"confirm.looks is {list(looks)} with {len(seeds)} confirm.seeds; allowed: null, or counts of seeds that "
-            "grow, the first 2 or more and the last not below the number of confirm.seeds "
-            f"({MOST_SEEDS} at most)"]  # fmt: skip
+    return [f"confirm.looks is {list(looks)} with {len(seeds)} confirm.seeds; allowed: None (null in --set), or "
+            "increasing numbers of seeds, the first at least 2 and the last at least the number of confirm.seeds (at "
+            f"most {MOST_SEEDS})"]  # fmt: skip
 
 
 def _screen_problems(study: Study) -> list[str]:
@@ -279,12 +281,13 @@ def _screen_problems(study: Study) -> list[str]:
     known = study.factor_names
     unknown = [name for name in screen.strata or () if name not in known]
     if screen.strata == ():
-        problems.append("screen.strata is empty; allowed: null for all with all, or some of " + ", ".join(known))
+        names = ", ".join(known)
+        problems.append(f"screen.strata is empty; allowed: None (null in --set) for one stratum, or some of {names}")
     return problems + [f"screen.strata names {name!r}; allowed: {', '.join(known)}" for name in unknown]
 
 
 def _rung_problems(screen: Screen, epochs: int, every: int) -> Iterator[str]:
-    """A message for rungs at epochs that are not validated."""
+    """A message for rungs at epochs without a validation."""
     rungs = screen.rungs(epochs)
     if every > 1 and any(rung % every for rung in rungs):
         named = ", ".join(map(str, rungs))
@@ -293,7 +296,7 @@ def _rung_problems(screen: Screen, epochs: int, every: int) -> Iterator[str]:
 
 
 def margin_problems(screen: Screen, epochs: int) -> list[str]:
-    """Messages for a list of margins that does not have one for each rung."""
+    """A message for a list of margins whose length is not the number of rungs."""
     rungs = screen.rungs(epochs)
     if not isinstance(screen.margin, tuple) or len(screen.margin) == len(rungs):
         return []
@@ -309,8 +312,8 @@ def _tuning_problems(study: Study, tuning: Tuning) -> list[str]:
         problems += [f"tuning.ranges has {name} more than once for the method {method}; allowed: once"
                      for name in _repeated(names)]  # fmt: skip
         if not names and not problems:
-            problems.append(f"tuning.ranges has nothing for the method {method}; allowed: a range for every method, "
-                            "such as lr, since each arm gets the same budget")  # fmt: skip
+            problems.append(f"tuning.ranges has no range for the method {method}; allowed: at least one for every "
+                            "method, such as lr, since each arm gets the same budget")  # fmt: skip
     problems += broken(tuning, "tuning.")
     return problems or list(_budget_problems(study, tuning))
 
@@ -322,14 +325,14 @@ def _range_problems(study: Study, each: Range) -> list[str]:
     if each.name not in tunable:
         return [f"tuning.ranges names {each.name!r}; allowed: {', '.join(tunable)}"]
     if each.name in [factor.name for factor in study.factors]:
-        return [f"{where}, which is a factor too; allowed: one of both"]
+        return [f"{where}, which is also a factor; allowed: a range or a factor"]
     users = [method for method in study.levels("method") if each in study.ranges(str(method))]
     if not users:
         there = ", ".join(method for method in study.applies(each.name) if method in study.levels("method"))
-        return [f"{where} for {', '.join(each.methods or ('every method',))}, and no method of the study uses it; "
-                f"allowed: a range for one that does ({there or 'there is none'})"]  # fmt: skip
+        return [f"{where} for {', '.join(each.methods or ('every method',))}, but no such method of the study uses "
+                f"it; allowed: a range for a method that does ({there or 'there are none'})"]  # fmt: skip
     if over.problem is not None:
-        return [f"{where} over {over!r}, which is no range; allowed: {over.problem}"]
+        return [f"{where} over {over!r}, which is not a valid range; allowed: {over.problem}"]
     ends = over.levels if isinstance(over, Choice) else (over.low, over.high)
     lowest = max(numbers(study, "lr_min"), default=0.0) if each.name == "lr" else 0.0
     if each.name not in RECIPE_FACTORS:
@@ -340,13 +343,13 @@ def _range_problems(study: Study, each: Range) -> list[str]:
     defaults = [study.value(each.name, str(method)) for method in users]
     wrong = [value for value in defaults if not isinstance(value, int | float) or not over.holds(value)]
     if not problems and wrong:
-        problems = [f"its default {wrong[0]} lies outside of {over}; allowed: a range with the default in it, which is "
-                    "confirmed beside what is tuned"]  # fmt: skip
+        problems = [f"its default {wrong[0]} lies outside {over}; allowed: a range that contains the default, which is "
+                    "confirmed too"]  # fmt: skip
     return [f"{where}: {problem}" for problem in problems]
 
 
 def _budget_problems(study: Study, tuning: Tuning) -> Iterator[str]:
-    """Messages for a budget below what the sampler needs, or above what there is to draw."""
+    """Messages for a budget below the sampler's minimum, or above the number of configurations."""
     draws, unit = tuning.budget, ""
     if tuning.budget_unit == "epochs":
         draws, unit = tuning.budget // study.most_epochs, f" (of {study.most_epochs} epochs a trial)"
@@ -358,6 +361,6 @@ def _budget_problems(study: Study, tuning: Tuning) -> Iterator[str]:
         values = [each.configurations for each in study.ranges(method)]
         count = math.prod(len(each) for each in values if each is not None) - 1  # the default is confirmed anyway
         if None not in values and (draws > count or tuning.budget_unit == "epochs"):
-            yield (f"tuning.ranges has {count} configurations for the method {method} besides the default; allowed: a "
-                   f"budget of at most as many trials ({tuning.budget} {tuning.budget_unit} are asked for), or a range "
-                   "that cannot be counted")  # fmt: skip
+            yield (f"tuning.budget is {tuning.budget} {tuning.budget_unit}, and tuning.ranges has {count} "
+                   f"configurations for the method {method} besides the default; allowed: at most {count} trials, or a "
+                   "continuous range")  # fmt: skip

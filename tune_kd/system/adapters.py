@@ -1,4 +1,4 @@
-"""Pydantic's validators of types that are no models. To build one takes 20 ms; each is built once in a process."""
+"""Pydantic validators for types that are not models. Building one takes 20 ms, so each is built once per process."""
 
 from typing import Any, TypeVar
 
@@ -9,7 +9,7 @@ _built: dict[Any, TypeAdapter[Any]] = {}
 
 
 def adapter(kind: type[T]) -> TypeAdapter[T]:
-    """The validator of a type, such as `Study` or `list[Epoch]`."""
+    """The validator for a type, such as `Study` or `list[Epoch]`."""
     if kind not in _built:
         _built[kind] = TypeAdapter(kind)
     return _built[kind]

@@ -1,4 +1,4 @@
-"""Control characters: terminals obey them, and some change the direction of text."""
+"""Control characters: terminals execute them, and some change the direction of text."""
 
 import re
 
@@ -7,7 +7,7 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def visible(text: str) -> str:
-    """Replace each control character by a visible symbol. Newlines and tabs stay."""
+    """Replace each control character by a visible symbol. Keep newlines and tabs."""
     return CONTROL.sub(lambda found: _picture(found[0]), text)
 
 

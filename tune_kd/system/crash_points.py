@@ -1,7 +1,7 @@
 """Named points at which a test can kill the process, to check that no record is lost.
 
-TUNE_KD_CRASH=NAME kills the process when it first reaches NAME, NAME:N when it reaches it for the N-th time. Without
-the variable a point costs one comparison. Ray's workers inherit the variable.
+TUNE_KD_CRASH=NAME kills the process when it first reaches NAME; NAME:N kills it when it reaches NAME for the N-th time.
+Without the variable, a point costs one comparison. Ray's workers inherit the variable.
 """
 
 import os
@@ -9,22 +9,22 @@ import signal
 import sys
 
 POINTS = {
-    "study.published": "the plan is on disk; Ray is not started",
+    "study.published": "the plan is on disk; Ray has not started yet",
     "ledger.begun": "a transaction is open",
     "ledger.written": "its rows are written, not yet committed",
     "ledger.committed": "it is committed; the count of commits is not updated yet",
-    "trial.started": "the start of a trial is committed; the trial's process does not know yet",
-    "epoch.committed": "an epoch is committed; nobody knows yet",
+    "trial.started": "the start of a trial is committed; the trial's process has not been told yet",
+    "epoch.committed": "an epoch is committed; no other process has been told yet",
     "trial.ended": "the end of a trial is committed; its checkpoints still exist",
-    "tables.announced": "the new digest of a table is recorded; the table is still the old one",
-    "tables.published": "one table is new; the others are not",
+    "tables.announced": "the digest of the new table is recorded; the table is still the old one",
+    "tables.published": "one table is new; the others are still old",
     "drain.begun": "a signal arrived; trials finish their epoch",
     "extension.recorded": "the extension is recorded; none of its trials has run",
-    "rebuild.set_aside": "a corrupt ledger is backed up; there is no ledger in its place",
+    "rebuild.set_aside": "a corrupt ledger is backed up; no new ledger is in its place yet",
     "publish.written": "the temporary file is written and synced, but not renamed",
-    "checkpoint.published": "a checkpoint is published; its epoch is not reported",
-    "teacher.weights": "a teacher's weights are published; its card is not",
-    "answers.written": "a chunk of teacher logits is written; its digest is not",
+    "checkpoint.published": "a checkpoint is published; its epoch is not reported yet",
+    "teacher.weights": "a teacher's weights are published; its card is not yet",
+    "answers.written": "a chunk of teacher logits is written; its digest is not yet",
 }
 
 _name, _, _count = os.environ.get("TUNE_KD_CRASH", "").partition(":")

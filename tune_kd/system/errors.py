@@ -7,9 +7,9 @@ T = TypeVar("T")
 
 
 class UserError(ValueError):
-    """Mistakes that the user has to correct: `problems` holds one sentence for each, and the message lists them all.
+    """Mistakes that the user has to correct. `problems` has one sentence for each, and the message lists all of them.
 
-    A sentence names the field, its value and what is allowed. The command line prints them and exits with status 2.
+    A sentence names the field, its value and the allowed values. The command line prints them and exits with status 2.
     """
 
     def __init__(self, *problems: str) -> None:
@@ -18,13 +18,13 @@ class UserError(ValueError):
 
 
 def raise_problems(problems: Iterable[str]) -> None:
-    """Raise `UserError` with each problem once, if there is any."""
+    """Raise `UserError` with each distinct problem, if there is any."""
     if found := dict.fromkeys(problems):
         raise UserError(*found)
 
 
 def collect(problems: list[str], check: Callable[[], T]) -> T | None:
-    """Return what `check` returns. If it raises `UserError`, append its problems to `problems` and return None, so
+    """Return the result of `check`. If it raises `UserError`, append its problems to `problems` and return None, so
     that all problems can be reported at once."""
     try:
         return check()

@@ -1,8 +1,8 @@
-"""Atomic writes to a results folder (all but the ledger), and safe reads of files that may come from others.
+"""Atomic writes to a results folder (except the ledger), and safe reads of files that may come from others.
 
 Only regular files up to an expected size are opened. Nothing is written through a link, or to a file with several hard
 links: either may lead to a file outside the results. Failed operations are retried a bounded number of times, since
-network file systems fail now and then.
+network file systems fail occasionally.
 """
 
 import errno
@@ -21,7 +21,7 @@ from tune_kd.system.errors import CorruptFile, UnexpectedFile
 
 T = TypeVar("T")
 MOST_RECORD_BYTES = 2**26  # limit for JSON; the `study.json` of 10,000 trials has less than 1 MB
-MOST_DEPTH = 32  # limit for nesting in JSON; our records have ten levels, and Python's own functions fail at hundreds
+MOST_DEPTH = 32  # limit for nesting in JSON; our records have 10 levels, and Python's own functions fail at hundreds
 KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -35,8 +35,8 @@ PAUSES = (0.2, 1.0)  # seconds before each retry
 
 
 def patiently(do: Callable[[], T], hiccups: tuple[type[Exception], ...] = (OSError,)) -> T:
-    """Return what `do` returns; retry if it raises one of `hiccups`. Raises the last error. A missing file and an
-    `UnexpectedFile` are not retried."""
+    """Return the result of `do`, with a retry if it raises one of `hiccups`. Raises the last error. A missing file and
+    an `UnexpectedFile` are not retried."""
     for pause in PAUSES:
         try:
             return do()
@@ -48,13 +48,13 @@ def patiently(do: Callable[[], T], hiccups: tuple[type[Exception], ...] = (OSErr
 
 
 def publish(path: Path, data: bytes) -> None:
-    """Write a file atomically: temporary file, sync, rename, sync of the folder. If it raises OSError, the old file is
-    unchanged."""
+    """Write a file atomically: write a temporary file, sync it, rename it, sync the folder. Raises OSError, and leaves
+    the old file unchanged."""
     patiently(lambda: _publish(path, data))
 
 
 def _publish(path: Path, data: bytes) -> None:
-    # The leading dot hides what a killed writer left from readers of the whole folder.
+    # A killed writer leaves this file behind. The leading dot hides it from readers of the whole folder.
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.unlink(missing_ok=True)  # left by a killed process with the same id
@@ -67,7 +67,7 @@ def _publish(path: Path, data: bytes) -> None:
 
 
 def write_at(path: Path, offset: int, data: bytes) -> None:
-    """Write bytes at an offset of a file, which is created if missing, and sync it. Raises OSError."""
+    """Write bytes at an offset of a file, and sync it. Create the file if it is missing. Raises OSError."""
     patiently(lambda: _write(path, os.O_WRONLY | os.O_CREAT, offset, data))
 
 
@@ -84,7 +84,7 @@ def _write(path: Path, flags: int, offset: int, data: bytes) -> None:
 
 
 def obstacle(folder: Path) -> Path | None:
-    """Return the path that prevents writing into a folder, which need not exist yet; None if nothing does.
+    """Return the path that prevents writing into a folder, or None. The folder need not exist yet.
 
     Raises OSError for a name that is too long, before its parent folders are created.
     """
@@ -94,7 +94,7 @@ def obstacle(folder: Path) -> Path | None:
 
 
 def check_names(path: Path) -> None:
-    """Raise OSError for a path with a name that is too long. `Path.exists` would only return False."""
+    """Raise OSError if a name in a path is too long. `Path.exists` would only return False."""
     if any(len(os.fsencode(name)) > NAME_BYTES for name in path.parts):
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
 
@@ -109,13 +109,13 @@ def sync(folder: Path) -> None:
 
 
 def opened(path: Path, most: int) -> BufferedReader:
-    """Open a regular file of at most `most` bytes for reading. Raises OSError, which is `UnexpectedFile` for anything
-    else at the path: reading a FIFO would block, and a device has no end."""
+    """Open a regular file of at most `most` bytes for reading. Raises OSError; `UnexpectedFile` if the path is
+    anything else: reading a FIFO would block, and a device has no end."""
     return os.fdopen(_open(path, os.O_RDONLY, most), "rb")
 
 
 def appended(path: Path) -> BufferedWriter:
-    """Open a regular file, which is created if missing, for appending. Raises OSError."""
+    """Open a regular file for appending. Create it if it is missing. Raises OSError."""
     return os.fdopen(_open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
 
 
@@ -125,7 +125,7 @@ def _open(path: Path, flags: int, most: int | None = None) -> int:
         # O_NONBLOCK and O_NOCTTY have no effect on a regular file.
         file = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | (os.O_NOFOLLOW if writes else 0), 0o644)
     except OSError as error:
-        # In this order: a socket or a FIFO without a reader, a folder opened for writing, a link opened for writing.
+        # In this order: a socket or a FIFO without a reader; a folder opened for writing; a link opened for writing.
         if error.errno in (errno.ENXIO, errno.EISDIR, errno.ELOOP) and os.path.lexists(path):
             raise _unexpected(path, os.lstat(path), most) from error
         raise
@@ -144,8 +144,11 @@ def _check(path: Path, found: os.stat_result, most: int | None, *, writes: bool)
 
 
 def check_regular(path: Path, most: int, *, writes: bool = False, through_links: bool = False) -> None:
-    """Raise `UnexpectedFile` if a path that a library will open exists and is not a regular file of at most `most`
-    bytes. This does not open the file: closing a SQLite file would release this process's locks on it."""
+    """Raise `UnexpectedFile` if a path exists and is not a regular file of at most `most` bytes.
+
+    Call it before a library opens the path. It does not open the file itself: closing a SQLite file would release this
+    process's locks on it.
+    """
     try:
         found = os.stat(path) if through_links else os.lstat(path)
     except FileNotFoundError:
@@ -154,7 +157,7 @@ def check_regular(path: Path, most: int, *, writes: bool = False, through_links:
 
 
 def links(folder: Path) -> Iterator[Path]:
-    """Yield all symbolic links in a folder, recursively; only the folder if it is a link itself."""
+    """Yield all symbolic links in a folder, recursively. If the folder itself is a link, yield only that."""
     if folder.is_symlink():
         yield folder
         return
@@ -203,7 +206,7 @@ def sealed(record: Mapping[str, Any]) -> bytes:
 
 
 def parsed(data: bytes | str) -> Any:
-    """Parse untrusted JSON. Raises `ValueError`, also if it is nested too deeply."""
+    """Parse untrusted JSON. Raises `ValueError` if it is invalid or nested too deeply."""
     try:
         value = json.loads(data)
     except RecursionError as error:
@@ -222,11 +225,11 @@ def unsealed(data: bytes, name: Path) -> dict[str, Any]:
     try:
         record = parsed(data)
         seal = record.pop("sha256", None)
-        lost = seal is None and record.get("layout", 1) > 1  # the key of the digest is what was altered
+        lost = seal is None and record.get("layout", 1) > 1  # the digest's key itself was altered
     except (ValueError, AttributeError, TypeError) as error:
         raise CorruptFile(f"{name} cannot be read ({error})") from error
     if lost or seal not in (None, _seal(record)):
-        raise CorruptFile(f"{name} was altered since it was written: its digest does not fit")
+        raise CorruptFile(f"{name} was altered since it was written: its digest does not match")
     return dict(record)
 
 

@@ -1,13 +1,15 @@
-"""The guard: a parent process around a command that trains, which decides the exit status.
+"""The guard: a small parent process around a command that trains. It decides the exit status.
 
-Ray's core runs inside the driver process. If its node dies, it silently ends the driver with status 1, which here
-means that trials failed. So a user starts a small guard process, which starts the driver, forwards signals and reports
-how the driver ended:
+Ray's core runs inside the driver process. If its node dies, the core silently ends the driver with status 1, which in
+tune_kd means that trials failed. So the user's command starts the guard, which starts the driver, forwards signals and
+reports how the driver ended:
 
-- The driver sends its exit status through a pipe. If it ends without one, Ray ended it: status 3 and a message.
-- The first signal is forwarded once, even if the driver received it itself (as part of a process group). If the driver
-  has not ended `WITHIN` seconds later, or a second signal arrives, everything is killed, with the status of the first.
-- If the guard is killed, the driver is killed too. No process that a driver started outlives it.
+- The driver sends its exit status through a pipe. If it ends without sending one, Ray ended it: the guard prints a
+  message and exits with status 3.
+- The first signal is forwarded once, even if the driver also received it directly (as part of a process group). If the
+  driver is still running `WITHIN` seconds later, or a second signal arrives, all processes are killed. The exit status
+  is that of the first signal.
+- If the guard is killed, the driver is killed too. No process that the driver started outlives it.
 """
 
 import ctypes
@@ -23,8 +25,8 @@ from typing import NoReturn
 
 from tune_kd.system import signals
 
-WITHIN = 15.0  # seconds from a signal to the end at most; SLURM and Kubernetes kill after 30
-ONE = 0.5  # seconds within which signals count as one: `timeout` signals the command, then its process group
+WITHIN = 15.0  # maximum seconds from a signal to the end; SLURM and Kubernetes kill after 30
+ONE = 0.5  # seconds within which signals count as one: `timeout` signals first the command, then its process group
 GLANCE = 0.1  # seconds between checks of the driver
 _PDEATHSIG, _SUBREAPER = 1, 36  # prctl options: be killed with the parent; adopt orphaned descendants
 
@@ -64,7 +66,7 @@ class _Guard:
     def __init__(self, driver: int, reader: int) -> None:
         self._driver = driver
         self._reader = reader
-        self._text = ""  # messages of the driver, each ended by NUL, since a path may contain newlines
+        self._text = ""  # messages of the driver, each terminated by NUL, since a path may contain newlines
         self._asked: tuple[int, float] | None = None  # the first signal and its monotonic time
         self._again = False  # whether a second signal arrived
 
@@ -74,7 +76,7 @@ class _Guard:
             signal.signal(number, self._on_signal)
         while (ended := self._ended()) is None:
             if self._again or (self._asked and time.monotonic() - self._asked[1] > WITHIN):
-                self._kill("" if self._again else f", and not everything ended within {WITHIN:.0f} s")
+                self._kill("" if self._again else f", and some processes did not end within {WITHIN:.0f} s")
         self._listen()
         self._leave_with(ended)
 
@@ -91,7 +93,7 @@ class _Guard:
         """Return the driver's wait status as `os.waitpid` does; None while it runs."""
         select.select([self._reader] if self._reader >= 0 else [], [], [], GLANCE)
         self._listen()
-        while True:  # reap its orphans too
+        while True:  # also reap the driver's orphans
             process, ended = os.waitpid(-1, os.WNOHANG)
             if process == self._driver:
                 return ended
@@ -99,7 +101,7 @@ class _Guard:
                 return None
 
     def _listen(self) -> None:
-        """Read the messages of the driver so far."""
+        """Read the messages that the driver has sent so far."""
         while self._reader >= 0 and select.select([self._reader], [], [], 0)[0]:
             told = os.read(self._reader, 4096)
             if not told:
@@ -110,7 +112,7 @@ class _Guard:
             self._asked = int(number), time.monotonic()
 
     def _told(self, what: str) -> str | None:
-        """Return the driver's last message of a kind: asked, advice or ended."""
+        """Return the driver's last message of a kind (asked, advice or ended), or None."""
         lines = [line.partition(" ")[2] for line in self._text.split("\0") if line.startswith(f"{what} ")]
         return lines[-1] if lines else None
 
@@ -123,8 +125,8 @@ class _Guard:
     def _leave_with(self, ended: int) -> NoReturn:
         if (status := self._told("ended")) is not None:
             os._exit(int(status))
-        signals.kill_children()  # the driver did not
-        if os.WIFSIGNALED(ended) and os.WTERMSIG(ended) == signal.SIGKILL:  # as if this process had received it
+        signals.kill_children()  # the driver ended without doing so
+        if os.WIFSIGNALED(ended) and os.WTERMSIG(ended) == signal.SIGKILL:  # end as if this process had received it
             os.kill(os.getpid(), signal.SIGKILL)
         if os.WIFSIGNALED(ended) and os.WTERMSIG(ended) in signals.SIGNALS:
             self._asked = self._asked or (os.WTERMSIG(ended), 0.0)

@@ -1,12 +1,13 @@
 """Results in an object store (s3://, gs://), mirrored in a local folder.
 
-Code works on the local folder; files that other machines need are sent to the store and fetched from it. An object is
-complete or absent. A store has no locks, appends or renames, so files that need them stay on the local disk.
+Code works on the local folder. Files that other machines need are sent to the store and fetched from it. An object in
+the store is either complete or absent. A store has no locks, appends or renames, so files that need them stay on the
+local disk.
 
 XDG_DATA_HOME/tune_kd/KEY/url.json   the URL of the folder in the store
 XDG_DATA_HOME/tune_kd/KEY/results/   its local mirror
 
-Only `url.json` decides where files are sent. Results may come from others, so nothing in them is trusted for that.
+Only `url.json` decides where files are sent. Results may come from others, so nothing in them can change the URL.
 """
 
 import errno
@@ -30,15 +31,15 @@ from tune_kd.system.secrets import secrets
 SCHEMES = ("s3", "gs")
 MARK, RESULTS = "url.json", "results"  # in the folder of a mirror
 REQUEST_SECONDS = 15  # seconds for one request to Google's store with its retries
-MOST_SENT_BYTES = 2**34  # limit for a file, which is read into memory; any network with its state is smaller
-READS = 5  # attempts to read an object that changes meanwhile
+MOST_SENT_BYTES = 2**34  # limit for a file, which is read into memory; a network and its optimizer state are smaller
+READS = 5  # attempts to read an object that changes during the read
 
 
 @dataclass(frozen=True)
 class Mirror:
     """A local folder and the URL that it mirrors. If the URL is None, there is no store and nothing is sent.
 
-    All methods retry, then raise OSError if the store does not answer.
+    All methods retry, then raise OSError if the store does not respond.
     """
 
     root: Path
@@ -60,7 +61,7 @@ class Mirror:
         try:
             return cls(home / key / RESULTS, str(parsed(read(mark, MOST_RECORD_BYTES))["url"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise CorruptFile(f"{mark} cannot be read ({error}); name the store by its URL to write it anew") from error
+            raise CorruptFile(f"{mark} cannot be read ({error}); pass the store's URL to write it again") from error
 
     def place(self, path: Path) -> str:
         """Return a path as shown to users: its URL in the store, or the path itself."""
@@ -81,8 +82,8 @@ class Mirror:
         self.send(path, data)
 
     def fetch(self, path: Path, most: int) -> bool:
-        """Fetch a file of at most `most` bytes from the store. Returns whether the store (without one, this disk) has
-        it."""
+        """Fetch a file of at most `most` bytes from the store. Returns whether the store has it; without a store,
+        whether this disk has it."""
         if self.url is None:
             return path.is_file()
         data = self.read(path, most)
@@ -92,8 +93,8 @@ class Mirror:
         return data is not None
 
     def read(self, path: Path, most: int) -> bytes | None:
-        """Return the content of a file in the store; None if it is absent or there is no store. Raises `UnexpectedFile`
-        if it has more than `most` bytes."""
+        """Return the content of a file in the store; None if the file or the store does not exist. Raises
+        `UnexpectedFile` if the file has more than `most` bytes."""
         return None if self.url is None else patiently(lambda: self._get(path, most))
 
     def names(self, folder: Path) -> list[str]:
@@ -114,7 +115,7 @@ class Mirror:
 
         store, key = self._at(path)
         kind = patiently(lambda: store.get_file_info(key)).type
-        with suppress(FileNotFoundError):  # it was removed meanwhile
+        with suppress(FileNotFoundError):  # another process removed it
             if kind == FileType.File:
                 patiently(lambda: store.delete_file(key))
             elif kind == FileType.Directory:
@@ -131,7 +132,7 @@ class Mirror:
 
     def _put(self, path: Path, data: bytes) -> None:
         store, key = self._at(path)
-        stream = store.open_output_stream(key)  # without `with`, which completes an object even after an error
+        stream = store.open_output_stream(key)  # no `with`: that would complete an object even after an error
         stream.write(data)
         stream.close()
 
@@ -150,27 +151,30 @@ class Mirror:
                 data: bytes = stream.read()
             after = store.get_file_info(key)
             if (after.size, after.mtime_ns) == (before.size, before.mtime_ns) and len(data) == after.size:
-                return data  # unchanged: an object is read in parts, and may be replaced between them
+                return data  # unchanged during the read, which fetches an object in parts
             before = after
-        raise OSError(f"{self.place(path)} changes all the time")
+        raise OSError(f"{self.place(path)} changed during each of {READS} reads")
 
 
 def local(place: str) -> Path:
-    """Return the local folder for a place of results: the path itself, or the mirror of a URL. Raises `UserError`."""
+    """Return the local folder for results, given as a path or a URL: the path itself, or the URL's mirror.
+
+    Raises `UserError`.
+    """
     if "://" not in place:
         return Path(place)
     parts = urlsplit(place)
     base, _, query = place.partition("?")
     names = (parts.netloc, *parts.path.split("/"))
-    # pyarrow takes an upper-case scheme for another one, ignores what follows a '#', and does not resolve '..'.
+    # pyarrow does not recognise an upper-case scheme, ignores everything after a '#', and does not resolve '..'.
     if base.partition("://")[0] not in SCHEMES or not parts.netloc or "#" in place or {".", ".."} & {*names}:
         urls = " or ".join(f"{each}://BUCKET/PATH" for each in SCHEMES)
         raise UserError(f"--out is {base}; allowed: a folder, or {urls}, where PATH has no '#' and no folder . or ..")
     who = parts.netloc.rpartition("@")[0]
     if who not in ("", "anonymous") or "secret" in query.lower() or any(secrets(place)):
         raise UserError(
-            f"--out is {parts.scheme}://..., with a secret in it; allowed: without, since it goes on record; the "
-            "store's own environment variables (AWS_ACCESS_KEY_ID, ...) or files hold it"
+            f"--out is {parts.scheme}://..., with a secret in it; allowed: a URL without one, since it is recorded; "
+            "put the secret in the store's own environment variables (AWS_ACCESS_KEY_ID, ...) or files"
         )
     try:
         _store(place)
@@ -183,13 +187,13 @@ def local(place: str) -> Path:
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_ours(home):
-            raise PermissionError(errno.EPERM, "it belongs to somebody else, or others may write to it")
+            raise PermissionError(errno.EPERM, "it belongs to another user, or others may write to it")
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         publish(root.with_name(MARK), json.dumps({"url": place}).encode())
         root.with_name(MARK).chmod(0o600)
     except OSError as error:
-        raise UserError(f"--out is {place}, of which {root} is to hold a copy, and cannot be written to "
-                        f"({error.strerror}); set XDG_DATA_HOME to a folder that can") from error  # fmt: skip
+        raise UserError(f"--out is {place}, whose local copy {root} cannot be written ({error.strerror}); set "
+                        "XDG_DATA_HOME to a writable folder") from error  # fmt: skip
     return root
 
 
@@ -200,7 +204,7 @@ def _home() -> Path:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether this user owns a file or folder, and nobody else may write to it."""
+    """Whether this user owns a file or folder, and no other user may write to it."""
     try:
         found = os.lstat(path)
     except OSError:
@@ -226,7 +230,8 @@ def _store(url: str) -> tuple[Any, str]:
     """Return the file system of a URL and the path in it."""
     from pyarrow.fs import FileSystem
 
-    # S3: a small object is then one request, not three. Google's client would by default retry for 15 minutes.
+    # S3: with this option, a small object takes one request, not three. Google's client retries for 15 minutes by
+    # default.
     option = {"s3": "allow_delayed_open=true", "gs": f"retry_limit_seconds={REQUEST_SECONDS}"}[url.partition(":")[0]]
     if option.partition("=")[0] not in url:
         url = f"{url}{'&' if '?' in url else '?'}{option}"

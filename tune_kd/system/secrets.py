@@ -4,8 +4,8 @@ detect-secrets recognizes the tokens of many services by their form; `RULES` add
 keyword rules are not used: records are full of digests, and studies contain prose. Passwords have no form, so they are
 recognized by the name before them, as in `password=...`.
 
-The time is linear in the length of the text, for any text: no rule here scans the same long stretch again from each of
-its characters, and the library's rules are applied to pieces of bounded length.
+The time is linear in the length of any text. No rule here rescans a long stretch from each of its characters, and the
+library's rules are applied to pieces of bounded length.
 """
 
 import re
@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
-PLUGINS = {  # modules and classes of detect-secrets whose rules are the form of a token
+PLUGINS = {  # modules and classes of detect-secrets whose rules match the form of a token
     "aws": "AWSKeyDetector",
     "azure_storage_key": "AzureStorageKeyDetector",
     "cloudant": "CloudantDetector",
@@ -31,11 +31,11 @@ PLUGINS = {  # modules and classes of detect-secrets whose rules are the form of
     "twilio": "TwilioKeyDetector",
 }
 PIECE = 4096  # characters in a piece of text to which the library's rules are applied
-LONGEST = 1024  # characters after a piece that the rules also see: the longest token that is found whole
-HEAD = 200  # characters of a value that decide whether it is a secret
-PASSES = 5  # after so many passes of masking, a text that still contains secrets is replaced entirely
+LONGEST = 1024  # characters by which a piece overlaps the next one: the longest token that is found whole
+HEAD = 200  # characters at the start of a value that decide whether it is a secret
+PASSES = 5  # passes of masking; a text that still contains secrets after them is replaced entirely
 
-RULES = {  # the group `secret` is masked, or without that group the whole match
+RULES = {  # the group `secret` is masked; a rule without that group masks the whole match
     name: re.compile(rule)
     for name, rule in {
         "private key": r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,20}-----"
@@ -67,7 +67,7 @@ NO_SECRET = re.compile(  # values that are not secrets: masks, variables, placeh
     r"[*<{%\[(]|\.\.\.|\$[A-Z_{(]|(?:[A-Z]+_)*(?:PASSWORD|SECRET|TOKEN|KEY|TEXT|VALUE|X+)(?!\w)"
     r"|(?i:none|null|true|false|required|optional|empty|unset|str)(?!\w)"
 )
-REST = re.compile(r"[\w-]*")  # the rest of a token that is longer than the library's rule
+REST = re.compile(r"[\w-]*")  # the rest of a token that is longer than the match of the library's rule
 MIXED = re.compile(r"(?=\D*\d)(?=[^A-Za-z]*[A-Za-z])")
 VALUES = {None: re.compile(r"[^\s\"'`]*")} | {quote: re.compile(rf"[^\n{quote}]*") for quote in "\"'`"}
 DIGEST = re.compile(r"[0-9a-f]{0,64}")  # records hold thousands of digests, and no secret has this form
@@ -84,13 +84,13 @@ class Find(NamedTuple):
 
 @cache
 def _library() -> tuple[tuple[str, re.Pattern[str]], ...]:
-    """Return the library's rules with their names. It is imported here, since that takes a quarter of a second."""
+    """Return the library's rules with their names. The import is here because it takes a quarter of a second."""
     plugins = (getattr(import_module(f"detect_secrets.plugins.{module}"), name) for module, name in PLUGINS.items())
     return tuple((plugin.secret_type, rule) for plugin in plugins for rule in plugin.denylist)
 
 
 def finds(text: str) -> list[Find]:
-    """Return what looks like a password, token or key, in order of position. Overlapping finds are merged."""
+    """Return the parts of a text that look like a password, token or key, by position. Overlapping finds are merged."""
     merged: list[Find] = []
     for find in sorted({*_by_form(text), *_by_name(text), *_by_library(text)}):
         if merged and find.start < merged[-1].end:
@@ -125,14 +125,14 @@ def _by_name(text: str) -> Iterator[Find]:
 
 
 def _end(rule: re.Pattern[str], text: str, start: int, most: int) -> int:
-    """Return where the match of a rule at `start` ends, limited to `most` characters; `start` without a match."""
+    """Return the end of a rule's match at `start`, which covers at most `most` characters; `start` without a match."""
     found = rule.match(text, start, start + most)
     return start if found is None else found.end()
 
 
 def _lets_in(named: re.Match[str], value: str) -> bool:
-    """Whether a value after a match of `NAMED` is a secret. After a sure name, an assigned or quoted value always is;
-    elsewhere, as after a colon in prose, it must mix letters and digits."""
+    """Whether a value after a match of `NAMED` is a secret. An assigned or quoted value after a sure name always is.
+    Any other value, such as one after a colon in prose, must mix letters and digits."""
     if NO_SECRET.match(value):
         return False
     if named["sure"] and (named["equals"] or named["quote"]):
@@ -154,7 +154,7 @@ def masked(text: str) -> str:
 
 
 def secrets(value: Any, name: str = "", key: str = "") -> Iterator[str]:
-    """Yield a sentence for each text inside a value that looks like a secret. The sentence does not contain it."""
+    """Yield a message for each text inside a value that looks like a secret. The message does not contain the text."""
     if isinstance(value, dict):
         for each, inside in value.items():
             yield from secrets(inside, f"{name}.{each}" if name else str(each), str(each))
@@ -170,7 +170,7 @@ def secrets(value: Any, name: str = "", key: str = "") -> Iterator[str]:
             place = f"at character {find.start - len(before) + 1}" if find.start >= len(before) else "in its name"
             yield (
                 f"{masked(name)} holds what looks like a secret ({find.rule}, {find.end - find.start} characters "
-                f"{place}); allowed: text without one, since it is recorded and reported"
+                f"{place}); allowed: text without a secret, since it is recorded and reported"
             )
 
 

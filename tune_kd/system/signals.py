@@ -1,6 +1,6 @@
-"""Signals that end a command: it drains or unwinds in order and exits with 128 plus the signal's number.
+"""Signals that end a command: it finishes in order and exits with 128 plus the signal's number.
 
-The parent process makes sure that it ends in time: see `tune_kd.system.guard`.
+The parent process ensures that the command ends in time: see `tune_kd.system.guard`.
 """
 
 import os
@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals that end a command. Cluster schedulers can send SIGUSR1 before they take a machine away."""
 
 _asked: list[int] = []  # the signal that this command received first
-_advice: list[str] = []  # how to continue, while there is a run to continue
+_advice: list[str] = []  # how to continue the run, while there is one
 _guard: list[int] = []  # the pipe to the guard process, if there is one
 
 
@@ -45,22 +45,23 @@ def asked() -> int | None:
 
 
 def note(number: int) -> None:
-    """Record a signal as received, unless one was before. For signals that a library's handler caught, too."""
+    """Record a signal as received, unless another was received earlier. Also for signals caught by a library's
+    handler."""
     if not _asked:
         _asked.append(number)
         tell_guard(f"asked {number}")
 
 
 def check() -> None:
-    """Exit if a signal was received. The SystemExit that a handler raised may have been swallowed by code that catches
-    everything, such as optional imports of a library."""
+    """Exit if a signal was received. The handler raises SystemExit, but code that catches every exception may have
+    swallowed it, such as a library's optional imports."""
     if _asked:
         raise SystemExit(128 + _asked[0])
 
 
 @contextmanager
 def advising(sentence: str) -> Iterator[None]:
-    """Within this context, a command that is killed says how to continue."""
+    """Within this context, a command that is killed prints how to continue."""
     _advice.append(sentence)
     tell_guard(f"advice {sentence}")
     try:
@@ -72,7 +73,7 @@ def advising(sentence: str) -> Iterator[None]:
 @contextmanager
 def handled(handler: Callable[[int], None]) -> Iterator[None]:
     """Within this context, call `handler` with the first signal of a command and ignore the others. Does nothing
-    outside the main thread, since only that may set handlers."""
+    outside the main thread, since only the main thread can set handlers."""
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if not _asked:
@@ -106,11 +107,12 @@ def left_by_signals() -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Deliver signals at the end of this context, and block them for good in processes that are started within.
+    """Delay signals until the end of this context, and block them permanently in processes started within it.
 
     Child processes inherit the signal mask. So Ray survives a signal to all processes of a job (`timeout` signals a
-    process group; `scancel`, systemd and Kubernetes a cgroup), and trials can finish their epoch. Ray falls back to
-    SIGKILL to end its processes. Only its dashboard unblocks SIGINT and SIGTERM; a run continues without it.
+    process group; `scancel`, systemd and Kubernetes signal a cgroup), and trials can finish their epoch. Ray falls
+    back to SIGKILL to end its processes. Only its dashboard unblocks SIGINT and SIGTERM; a run continues without the
+    dashboard.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -134,8 +136,8 @@ def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
 
 
 def leave(status: int, sentence: str) -> NoReturn:
-    """Kill the child processes and exit at once, without waiting for threads. If a signal was received, the status is
-    128 plus its number."""
+    """Kill the child processes and exit immediately, without waiting for threads. If a signal was received, the status
+    is 128 plus its number."""
     status = 128 + _asked[0] if _asked else status
     say("; ".join([sentence, *(each for each in _advice[-1:] if each not in sentence)]))
     kill_children()
@@ -144,15 +146,15 @@ def leave(status: int, sentence: str) -> NoReturn:
 
 
 def say(sentence: str) -> None:
-    """Write a sentence to standard error without buffering: Python's streams may no longer work."""
+    """Write a message to standard error without buffering, since Python's streams may no longer work."""
     cursor = "\033[?25h" if sys.stderr.isatty() else ""  # the live view hides the cursor
     with suppress(OSError):
         os.write(2, f"{cursor}tune_kd: {visible(sentence)}\n".encode(errors="backslashreplace"))
 
 
 def kill_children() -> None:
-    """Kill all descendants of this process. Ray's agents would otherwise live on for a minute."""
-    import psutil  # not at the top: the guard process stays small
+    """Kill all descendants of this process. Ray's agents would otherwise run for another minute."""
+    import psutil  # not at the top, so that the guard process stays small
 
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):

@@ -1,5 +1,5 @@
-"""Standard streams that never raise. If a terminal is closed, a pipe's reader is gone or a disk is full, output is
-dropped and the run ends with the status that it would have had.
+"""Standard streams that never raise. Output to a closed terminal, a closed pipe or a full disk is dropped. The exit
+status is the same as without the failure.
 """
 
 import io
@@ -17,14 +17,15 @@ def made_safe() -> None:
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # the stream is closed, so the next file opened would get its number
+        except OSError:  # the stream is closed, so the next open file would get its number
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # for child processes too
     sys.stdout = _unfailing(sys.stdout, 1)
     sys.stderr = _unfailing(sys.stderr, 2)
 
 
 def _unfailing(stream: Any, number: int) -> Any:
-    """Return a stream to the same file that never raises; a stream without a file, such as a notebook's, unchanged."""
+    """Return a stream that writes to the same file and never raises. A stream without a file, such as a notebook's, is
+    returned unchanged."""
     try:
         if stream is not None and stream.fileno() != number:
             return stream
@@ -45,7 +46,7 @@ def _unfailing(stream: Any, number: int) -> Any:
 
 
 class _Unfailing(io.FileIO):
-    """Accepts all data and writes what it can. If the file stays full for `WAIT`, the rest is dropped."""
+    """Accepts all data and writes as much as possible. If the file stays full for `WAIT`, the rest is dropped."""
 
     def write(self, data: Any) -> int:
         rest = memoryview(data).cast("B")
