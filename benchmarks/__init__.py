@@ -1,1 +1,1 @@
-"""Measurements that anyone can start: `python -m benchmarks`. Ratios of two sides, timed in pairs in the same run."""
+"""Benchmarks: `python -m benchmarks`. Results are ratios of two sides, timed in pairs in the same run."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME ...`: run benchmarks by name, or all that this machine can run."""
+"""`python -m benchmarks NAME ...`: run benchmarks by name. By default, run all that this machine supports."""
 
 import json
 import time
@@ -16,7 +16,7 @@ from benchmarks.workers import Budget
 
 
 def step(count: int) -> Iterable[Result]:
-    """Our training step against the plain loop."""
+    """Compare our training step with the plain loop."""
     from benchmarks import steps
 
     yield steps.against_plain("imagenet", count)
@@ -24,7 +24,7 @@ def step(count: int) -> Iterable[Result]:
 
 
 def answers(count: int) -> Iterable[Result]:
-    """Logit distillation against its control, and against a teacher that is asked in every step."""
+    """Compare logit distillation with its control, and with a teacher that runs in every step."""
     from benchmarks import steps
 
     yield steps.logit_against_control(0.125, count)
@@ -33,7 +33,7 @@ def answers(count: int) -> Iterable[Result]:
 
 
 def runs(count: int) -> Iterable[Result]:
-    """Empty trials, the cost of records, and the whole laptop ablation."""
+    """Measure empty trials, the cost of records, and the whole laptop ablation."""
     from benchmarks import runs
 
     yield from runs.empty_trials(count)
@@ -42,28 +42,28 @@ def runs(count: int) -> Iterable[Result]:
 
 
 def large(count: int) -> Iterable[Result]:
-    """Plan, run, look at and report 10,000 empty trials."""
+    """Measure planning, running, `status` and `report` for 10,000 empty trials."""
     from benchmarks import runs
 
     yield from runs.large_study(count)
 
 
 def watching(count: int) -> Iterable[Result]:
-    """The laptop ablation with metrics and trackers, and without."""
+    """Compare the laptop ablation with and without metrics and trackers."""
     from benchmarks import runs
 
     yield from runs.watching(count)
 
 
 def report(count: int) -> Iterable[Result]:
-    """Reading and reporting a study of a million epochs."""
+    """Measure reading and reporting a study of a million epochs."""
     from benchmarks import tables
 
     yield from tables.large(count)
 
 
 def gpu(count: int, levers: bool = False) -> Iterable[Result]:
-    """Seconds an epoch at paper scale on a GPU, alone and amortised; or what might make them fewer."""
+    """Measure seconds per epoch at paper scale on a GPU, for one trial and for several at a time; or measure levers."""
     began = time.monotonic()
     import torch
 
@@ -84,24 +84,26 @@ BENCHMARKS: dict[str, Callable[[int], Iterable[Result]]] = {
 
 
 def main(
-    names: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(BENCHMARKS)}; all by default.")] = None,
-    pairs: Annotated[int, typer.Option(min=1, help="Pairs a ratio; figures are medians.")] = 7,
+    names: Annotated[
+        list[str] | None, typer.Argument(help=f"Benchmarks: {', '.join(BENCHMARKS)}. Default: all.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Measured pairs per ratio. Results are medians.")] = 7,
     levers: Annotated[
         bool,
-        typer.Option(
-            "--levers", help="With gpu: what might make it faster, each alone and together, in place of its table."
-        ),
+        typer.Option("--levers", help="With gpu: measure possible speed-ups, alone and combined, instead of its rows."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line a figure, on standard output.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON on standard output, one line per result.")
+    ] = False,
 ) -> None:
-    """Measure on this machine what docs/performance.md tells of."""
+    """Run the benchmarks of docs/performance.md on this machine."""
     console = Console(stderr=as_json)
     unknown = [name for name in names or () if name not in BENCHMARKS]
     if unknown:
         _refuse(f"NAME is {', '.join(unknown)}; allowed: {', '.join(BENCHMARKS)}")
     chosen = {name: BENCHMARKS[name] for name in names or BENCHMARKS}
     if levers and "gpu" not in chosen:
-        _refuse(f"--levers is of gpu, and NAME is {', '.join(chosen)}")
+        _refuse(f"--levers is given, and NAME is {', '.join(chosen)}; allowed: only with gpu")
     if levers:
         chosen["gpu"] = partial(gpu, levers=True)
     here = machine(gpu="gpu" in chosen)
@@ -120,7 +122,7 @@ def main(
             console.print(f"  {result.name}: {result.error}", highlight=False, soft_wrap=True)
     if left := [result.name for result in results if result.error == NOT_MEASURED]:
         console.print(
-            f"{len(left)} of {len(results)} rows were not measured, since the time was over:", highlight=False
+            f"{len(left)} of {len(results)} rows were not measured, since the time limit was reached:", highlight=False
         )
         for name in left:
             console.print(f"  {name}", highlight=False, soft_wrap=True)
@@ -133,7 +135,7 @@ def _refuse(why: str) -> NoReturn:
 
 
 def as_plain(result: Result) -> dict[str, Any]:
-    """For JSON, which has no NaN."""
+    """Return a result as a dict for JSON, with None in place of NaN."""
     return {name: None if value != value else value for name, value in asdict(result).items()}
 
 
@@ -144,7 +146,7 @@ def line(result: Result) -> str:
 
 
 def table(results: list[Result]) -> Table:
-    """All figures with their bars."""
+    """Return a table of all results and their bars."""
     shown = Table(box=None, header_style="bold")
     for title in ("measure", "median", "lowest", "highest", "n", "bar", ""):
         shown.add_column(title, justify="left" if title in ("measure", "bar", "") else "right")

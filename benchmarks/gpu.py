@@ -1,8 +1,7 @@
-"""Paper scale on a GPU: seconds an epoch, what the hardware would allow, and trials side by side.
+"""Paper scale on a GPU: seconds per epoch, the limits of the hardware, and concurrent trials.
 
-45,000 images of 32 x 32, batch 128, ResNet-50 to ResNet-18 at width 1, in bfloat16, compiled as tune_kd does it for
-long trials. The images are noise: what a step costs does not depend on what is in the picture. Bars are those of an
-H100.
+45,000 images of 32 x 32, batch 128, ResNet-50 to ResNet-18 at width 1, in bfloat16, compiled as tune_kd compiles long
+trials. The images are noise, since the cost of a step does not depend on the content of an image. Bars are for an H100.
 """
 
 import math
@@ -33,16 +32,16 @@ from tune_kd.training import networks, notices
 from tune_kd.training.checkpoints import Checkpoints
 from tune_kd.training.loop import train
 
-SECONDS = 160.0  # of all rows; the rest of three minutes is for imports, and for processes that do not end
-FIRST, EPOCHS_WITHIN = 100.0, 60.0  # seconds at most: of first epochs, compiled, and of the others together
+SECONDS = 160.0  # for all rows; the rest of three minutes is for imports and for killing processes that hang
+FIRST, EPOCHS_WITHIN = 100.0, 60.0  # maximum seconds: for first epochs with compilation, and for the other epochs
 IMAGES, VALIDATION, WIDTH = 45_000, 5_000, 1.0
 PRECISION = "bfloat16"
-TIMED = 3  # epochs, at most
+TIMED = 3  # maximum number of timed epochs
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a process trains: a student of a method, or a teacher (`teacher`)."""
+    """The training of a process: a student with a method, or a teacher (method `teacher`)."""
 
     method: str
     stem: str = "cifar"
@@ -54,7 +53,7 @@ class Training:
 
 
 CONTROL = Training("none")
-ALONE = {  # with the bar in seconds an epoch
+ALONE = {  # one trial at a time, with the bar in seconds per epoch
     CONTROL: "<= 0.95",
     Training("feature"): "<= 1.8",
     Training("teacher"): "<= 2.8",
@@ -63,7 +62,7 @@ ALONE = {  # with the bar in seconds an epoch
     Training("logit", "imagenet"): "",
     Training("feature", "imagenet"): "",
 }
-AMORTISED = (  # over so many trials at a time, with the bar
+AMORTISED = (  # training, number of concurrent trials, bar
     (CONTROL, 4, "<= 0.8"),
     (CONTROL, 2, ""),
     (Training("none", "imagenet"), 8, "<= 0.2"),
@@ -74,7 +73,7 @@ LATER = "first epoch of a later process over the others, control, CIFAR stem"
 
 
 def noise(train: int = IMAGES, validation: int = VALIDATION) -> DataSet:
-    """Images of CIFAR-10's number and form."""
+    """Return random images with the number and shape of CIFAR-10's."""
     digits = datasets.load("digits")
     generator = torch.Generator().manual_seed(0)
 
@@ -91,7 +90,7 @@ def noise(train: int = IMAGES, validation: int = VALIDATION) -> DataSet:
 def our_training(
     method: str, stem: str, device: torch.device, data: DataSet, width: float = 1.0, answered: int = 8
 ) -> Iterator[Epoch]:
-    """Epochs of ours without end. The teacher of a logit student has a table of answers for so many of them."""
+    """Yield epochs of our training without end. The teacher of a logit student caches logits for `answered` epochs."""
     recipe = replace(study().recipe, epochs=10**6, precision=PRECISION)
     with tempfile.TemporaryDirectory() as folder:
         teacher, one = None, trial(cell("none", stem, width), recipe, None)
@@ -108,8 +107,8 @@ def our_training(
 def our_epochs(
     method: str, stem: str, count: int, device: torch.device, dataset: DataSet, width: float = 1.0
 ) -> list[tuple[float, float]]:
-    """(seconds of training, of the teacher's answers) of `count` epochs of ours, after one in which kernels are chosen
-    and the step is captured."""
+    """Return (seconds of training, seconds of the teacher's logits) for `count` epochs of our training, after one epoch
+    in which kernels are chosen and the step is captured."""
     epochs = islice(our_training(method, stem, device, dataset, width, count + 1), 1, count + 1)
     return [(len(dataset.train.labels) / each.images_per_second, each.answer_seconds or 0.0) for each in epochs]
 
@@ -117,7 +116,7 @@ def our_epochs(
 def plain_epochs(
     method: str, stem: str, count: int, device: torch.device, dataset: DataSet, width: float = 1.0, workers: int = 8
 ) -> list[float]:
-    """Seconds of training of the plain loop's epochs, with TF32 and eight loading processes, as it is usually run."""
+    """Return the training seconds of `count` epochs of the plain loop, as usually run: TF32, eight loader processes."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     teacher = None
@@ -132,7 +131,7 @@ def plain_epochs(
 
 
 def matrix_rate(device: torch.device, size: int = 8192, repeats: int = 20) -> float:
-    """Floating-point operations a second that this GPU reaches in bfloat16 on a large product."""
+    """Return the floating-point operations per second that this GPU reaches on a large matrix product in bfloat16."""
     one = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     for _ in range(3):
         one @ one
@@ -145,7 +144,7 @@ def matrix_rate(device: torch.device, size: int = 8192, repeats: int = 20) -> fl
 
 
 def bandwidth(device: torch.device, size: int = 2**30, repeats: int = 20) -> float:
-    """Bytes a second that this GPU reads and writes when it copies."""
+    """Return the bytes per second that this GPU reads and writes in a copy."""
     source = torch.empty(size, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -158,7 +157,8 @@ def bandwidth(device: torch.device, size: int = 2**30, repeats: int = 20) -> flo
 
 
 def floor(method: str, stem: str, rate: float) -> float:
-    """Seconds that an epoch's multiplications take at `rate`: three forward passes, and the teacher's with features."""
+    """Return the seconds for an epoch's multiplications at `rate`: three times a forward pass of the trained network,
+    and with features one forward pass of the teacher."""
     student, teacher = (macs(each, stem=stem, width=1.0, size=32, classes=10) for each in (STUDENT, TEACHER))
     passes = {"feature": 3 * student + teacher, "teacher": 3 * teacher}.get(method, 3 * student)
     return 2 * passes * IMAGES / rate
@@ -168,16 +168,16 @@ def floor(method: str, stem: str, rate: float) -> float:
 
 
 class First(NamedTuple):
-    """The first epoch of a process: seconds with its evaluation, and with all that comes before."""
+    """The first epoch of a process."""
 
-    seconds: float
-    with_start: float
-    said: list[str]  # about what is not fast
+    seconds: float  # with evaluation
+    with_start: float  # seconds including everything before it, such as the start of CUDA
+    said: list[str]  # notices about slow paths
 
 
 @cache
 def dataset() -> DataSet:
-    """The images of this process."""
+    """Return the images of this process."""
     return noise(IMAGES, VALIDATION)
 
 
@@ -185,7 +185,7 @@ _epochs: Iterator[Epoch] = iter(())
 
 
 def begin(training: Training) -> First:
-    """Train the first epoch, in which the process compiles and captures, in place of what it trained before."""
+    """Start a training, in place of any earlier one, and run its first epoch, which compiles and captures."""
     global _epochs
     torch.set_num_threads(1)
     _epochs = iter(())
@@ -198,22 +198,22 @@ def begin(training: Training) -> First:
 
 
 def go_on(count: int) -> list[Epoch]:
-    """The next epochs of what this process trains."""
+    """Train and return the next epochs of this process's training."""
     return list(islice(_epochs, count))
 
 
 def trained(epoch: Epoch) -> float:
-    """Seconds of an epoch's training, without evaluation."""
+    """Return the seconds of an epoch's training, without evaluation."""
     return IMAGES / epoch.images_per_second
 
 
 def plain_control() -> float:
-    """Seconds of an epoch of the plain loop."""
+    """Return the training seconds of an epoch of the plain loop."""
     return plain_epochs("none", "cifar", 1, torch.device("cuda"), dataset(), WIDTH)[0]
 
 
 def rates() -> tuple[float, float]:
-    """Of matrix products and copies."""
+    """Return the rates of matrix products and copies."""
     device = torch.device("cuda")
     return matrix_rate(device), bandwidth(device)
 
@@ -227,8 +227,8 @@ def serves() -> bool:
 
 
 def rows(count: int, budget: Budget, pools: Callable[[Budget], AbstractContextManager[Pool]] = pool) -> Iterator[Row]:
-    """Rows of single trials, then of several at a time, under MPS where it can be had. All first epochs of single
-    trials are trained at the same time, each in a process of its own."""
+    """Yield rows of single trials, then of concurrent trials, with MPS if available. The first epochs of all single
+    trials run at the same time, each in its own process."""
     count = min(count, TIMED)
     rate = [math.nan]
     with pools(budget) as processes:
@@ -263,7 +263,7 @@ def _first(name: str, processes: Pool, firsts: dict[int, Any], place: int) -> Re
         firsts |= processes.ask(begin, {each: (training,) for each, training in enumerate(ALONE)}, FIRST)
     first: First = fine(firsts[place])
     said = "; ".join([f"with the start of CUDA {first.with_start:.1f} s", *first.said])
-    return result(name, [first.seconds], unit="s", detail=f"{said}; all of these at the same time")
+    return result(name, [first.seconds], unit="s", detail=f"{said}; all first epochs ran at the same time")
 
 
 def _measured(processes: Pool, firsts: dict[int, Any], place: int, count: int) -> list[Epoch]:
@@ -292,7 +292,7 @@ def _answers(processes: Pool, firsts: dict[int, Any], place: int, count: int) ->
 
 
 def _later(processes: Pool, count: int) -> Result:
-    """What the first epoch takes where another process has left its compiled kernels on disk."""
+    """Measure a first epoch when the compiled kernels of another process are on disk."""
     first: First = fine(processes.prepare(begin, {0: (CONTROL,)}, FIRST)[0])
     others = [each.seconds for each in fine(processes.ask(go_on, {0: (count,)}, EPOCHS_WITHIN)[0])]
     return result(
@@ -303,7 +303,7 @@ def _later(processes: Pool, count: int) -> Result:
 
 
 def _amortised(name: str, training: Training, trials: int, bar: str, processes: Pool, count: int) -> Result:
-    """Seconds of training an epoch and trial, of several at a time."""
+    """Measure training seconds per epoch and trial for concurrent trials."""
     begun = processes.prepare(begin, dict.fromkeys(range(trials), (training,)), FIRST)
     for each in begun.values():
         fine(each)
@@ -311,7 +311,7 @@ def _amortised(name: str, training: Training, trials: int, bar: str, processes: 
     started = time.perf_counter()
     answers = processes.ask(go_on, dict.fromkeys(begun, (count,)), EPOCHS_WITHIN)
     seconds = time.perf_counter() - started
-    together = zip(*(fine(each) for each in answers.values()), strict=True)  # the first epochs, the second, ...
+    together = zip(*(fine(each) for each in answers.values()), strict=True)  # all first epochs, all second epochs, ...
     return result(
         name, [statistics.mean(map(trained, each)) / trials for each in together], unit="s", bar=bar,
         detail=f"{'MPS' if served else 'no MPS'}; with evaluation, by the clock, {seconds / (trials * count):.3f} s",

@@ -1,8 +1,9 @@
-"""What might make training on a GPU faster, each lever alone and several together, before tune_kd does it.
+"""Possible speed-ups of training on a GPU, called levers: each alone, and several combined. tune_kd does not use them
+yet.
 
-Seconds for 45,000 images of 32 x 32 in batches of 128, ResNet-50 to ResNet-18 in bfloat16: of one process with one
-lever (alone) or several (together), then of several processes at a time. A lever that trains several students counts
-the images of all.
+Measures seconds for 45,000 images of 32 x 32 in batches of 128, ResNet-50 to ResNet-18 in bfloat16: first for one
+process with one lever (alone) or several (together), then for concurrent processes. A lever that trains several
+students counts the images of all of them.
 """
 
 import gc
@@ -34,19 +35,19 @@ from tune_kd.training.device import Captured, autocast
 from tune_kd.training.step import Step
 from tune_kd.training.teachers import Teacher
 
-SECONDS = 220.0  # of all rows; the rest of four minutes is for imports, and for processes that do not end
-PREPARING, MEASURING = 75.0, 20.0  # seconds at most: to build, compile and capture, and to time
+SECONDS = 220.0  # for all rows; the rest of four minutes is for imports and for killing processes that hang
+PREPARING, MEASURING = 75.0, 20.0  # maximum seconds: to build, compile and capture; and to time
 WIDTH = 1.0
-STEPS, REPEATS = 60, 3  # timed: training steps of all students of a process, and how often
-STEPS_BESIDE = 150  # of each process that trains beside others
-WARM_UP = 6  # calls before: the graph is captured in the fourth
+STEPS, REPEATS = 60, 3  # timed training steps, over all students of a process; number of repeats
+STEPS_BESIDE = 150  # timed training steps of each concurrent process
+WARM_UP = 6  # calls before timing; the fourth captures the graph
 TOGETHER = 8  # processes that are prepared at the same time
 LOSS_SCALE = 1024.0  # of float16, fixed: gradients of a mean over 128 images are small, and the largest is clipped to 5
 
 
 @dataclass(frozen=True)
 class Lever:
-    """A way to train: how many students, how many steps of each in one graph, and what is switched on."""
+    """A way to train: the number of students, the steps of each in one graph, and the enabled features."""
 
     method: str = "none"
     stem: str = "cifar"
@@ -55,12 +56,12 @@ class Lever:
     float16: bool = False  # in place of bfloat16, with a fixed scale of the loss
     folded: bool = True  # the teacher's batch norms into its convolutions
     students: int = 1  # as parallel branches of one graph
-    shares_teacher: bool = False  # one forward pass of the teacher for students of one seed, which see the same views
+    shares_teacher: bool = False  # one forward pass of the teacher for all students, which see the same views
     steps: int = 1  # in one graph
 
     @property
     def switched(self) -> list[str]:
-        """What it does that the plain captured step does not."""
+        """The differences from the plain captured step."""
         words = {
             "compiled": self.compiled,
             "Triton norm": self.triton,
@@ -83,7 +84,7 @@ class Lever:
 
 
 ImageNet, Feature = partial(Lever, stem="imagenet"), partial(Lever, "feature")
-LEVERS = (  # what matters most first; each group of TOGETHER is prepared at the same time
+LEVERS = (  # most important first; each group of TOGETHER is prepared at the same time
     Lever(),
     Lever(compiled=True),
     Lever(triton=True),
@@ -111,7 +112,7 @@ LEVERS = (  # what matters most first; each group of TOGETHER is prepared at the
     Lever(compiled=True, float16=True),
     ImageNet(compiled=True, steps=16),
 )
-BESIDE = (  # with how many processes at a time; most first, so that the others have been prepared
+BESIDE = (  # numbers of concurrent processes; largest first, so that its processes can be reused
     (Lever(compiled=True), (8, 4, 2, 1)),
     (Feature(compiled=True), (4, 2, 1)),
     (Lever(), (8, 4, 2, 1)),
@@ -120,7 +121,7 @@ BESIDE = (  # with how many processes at a time; most first, so that the others 
 
 
 def rows(budget: Budget, pools: Callable[[Budget], AbstractContextManager[Pool]] = pool) -> Iterator[Row]:
-    """A row for each lever, then several processes at a time, with MPS and without."""
+    """Yield a row for each lever, then rows for concurrent processes, with and without MPS."""
     with pools(budget) as processes:
         for first in range(0, len(LEVERS), TOGETHER):
             group = LEVERS[first : first + TOGETHER]
@@ -136,7 +137,7 @@ def rows(budget: Budget, pools: Callable[[Budget], AbstractContextManager[Pool]]
 
 
 def _alone(processes: Pool, group: Sequence[Lever], ready: dict[int, Any], place: int) -> Result:
-    """Of one process; the first row of a group has all of the group made ready, so that nothing else runs then."""
+    """Measure one process. The first row of a group prepares the whole group, so nothing else runs during timing."""
     lever = group[place]
     if not ready:
         ready |= processes.ask(prepare, {each: (other,) for each, other in enumerate(group)}, PREPARING)
@@ -152,12 +153,12 @@ def _alone(processes: Pool, group: Sequence[Lever], ready: dict[int, Any], place
 
 
 def _beside(title: str, processes: Pool, lever: Lever, count: int, mps: bool) -> Result:
-    """Seconds for an epoch's images by the clock, of so many processes at a time."""
+    """Measure wall-clock seconds for an epoch's images with `count` concurrent processes."""
     places = range(count)
     if fine(processes.ask(serves, {0: ()}, PREPARING)[0]) != mps:
-        raise RuntimeError("MPS is not to be had here" if mps else "an MPS serves here already")
+        raise RuntimeError("MPS is not available here" if mps else "an MPS serves the GPU already")
     ready = processes.prepare(prepare, dict.fromkeys(places, (lever,)), PREPARING)
-    begun: Ready = [fine(each) for each in ready.values()].pop()  # of all, so that one that failed is told
+    begun: Ready = [fine(each) for each in ready.values()].pop()  # check all of them, to raise any error
     calls = STEPS_BESIDE if lever.method == "none" else STEPS_BESIDE // 2
     started = time.perf_counter()
     answers = processes.ask(timed, dict.fromkeys(places, (calls, 1)), MEASURING)
@@ -176,18 +177,18 @@ def _beside(title: str, processes: Pool, lever: Lever, count: int, mps: bool) ->
 
 
 class Ready(NamedTuple):
-    """What a process says when it has warmed up."""
+    """The answer of a process after its warm-up."""
 
-    images: int  # of a call, of all students
-    how: str  # it runs, and how long it took to get there
+    images: int  # per call, over all students
+    how: str  # how it runs, and the time of its preparation
 
 
 _call: Callable[[], None] | None = None
-_around = ExitStack()  # what lasts as long as the lever is pulled
+_around = ExitStack()  # contexts of the current lever
 
 
 def prepare(lever: Lever) -> Ready:
-    """Build a lever's students, and train until kernels are chosen and the graph is captured."""
+    """Build a lever's students and train until kernels are chosen and the graph is captured."""
     global _call
     device = torch.device("cuda")
     torch.set_num_threads(1)
@@ -204,7 +205,7 @@ def prepare(lever: Lever) -> Ready:
 
 
 def timed(calls: int, repeats: int) -> list[float]:
-    """Seconds of so many calls of what was prepared, again and again."""
+    """Return the seconds of `calls` calls of the prepared lever, measured `repeats` times."""
     assert _call is not None
     found = []
     for _ in range(repeats):
@@ -218,25 +219,25 @@ def timed(calls: int, repeats: int) -> list[float]:
 
 
 def release() -> None:
-    """Free what the lever before has taken, and let what it gave up be tried again."""
+    """Free the memory of the previous lever, and reset the record of failed fast paths."""
     global _call
     _call = None
     _around.close()
     gc.collect()  # a step refers to itself
     Captured.given_up.clear()
     Compiled.given_up.clear()
-    if "torch._dynamo" in sys.modules:  # else it is imported, which takes seconds
+    if "torch._dynamo" in sys.modules:  # otherwise `reset` would import it, which takes seconds
         torch.compiler.reset()
     torch.cuda.empty_cache()
 
 
 @contextmanager
 def _pulled(lever: Lever, device: torch.device) -> Iterator[tuple[Callable[[], None], int]]:
-    """A function that trains once, and on how many images, while this context lasts."""
+    """Within this context, the lever's settings apply. Yields a function that trains once, and its number of images."""
     recipe = replace(study().recipe, epochs=1, precision=PRECISION)
     data = dataset()
     with ExitStack() as around:
-        around.enter_context(patch.object(stepping, "Captured", Launched))  # the steps of all are captured, below
+        around.enter_context(patch.object(stepping, "Captured", Launched))  # all steps are captured together, below
         around.enter_context(patch.object(compilation, "COMPILING_PAYS", 0 if lever.compiled else math.inf))
         if not lever.folded:
             around.enter_context(patch.object(networks, "folded", side_effect=RuntimeError("switched off")))
@@ -252,7 +253,7 @@ def _pulled(lever: Lever, device: torch.device) -> Iterator[tuple[Callable[[], N
         students = [Step(replace(one, seed=1 + place), data, teacher, device) for place in range(lever.students)]
         for each in students:
             if lever.triton:
-                from benchmarks.triton_norm import replace_norms  # Triton is there only with CUDA
+                from benchmarks.triton_norm import replace_norms  # Triton is installed only with CUDA
 
                 replace_norms(each.student)
             if sharing is not None:
@@ -267,14 +268,14 @@ def _pulled(lever: Lever, device: torch.device) -> Iterator[tuple[Callable[[], N
 
 
 class Launched(Captured):
-    """A step that is launched kernel by kernel."""
+    """A step without a graph, launched kernel by kernel."""
 
     def __call__(self, *inputs: Tensor) -> None:
         self._step(*inputs)
 
 
 class Sharing:
-    """A teacher whose forward pass of a batch serves all students that ask for it until the next batch."""
+    """A teacher that runs one forward pass per batch, whose result all students use."""
 
     def __init__(self, teacher: Teacher, is_compiled: bool) -> None:
         pass_ = partial(networks.forward_with_features, teacher.frozen(PRECISION))
@@ -293,15 +294,15 @@ class Sharing:
 
 
 class Branches:
-    """Streams for students that train at the same time, the same ones in each call: autograd remembers the stream on
-    which a weight was first used, and goes back to it."""
+    """Streams for students that train at the same time. Each call uses the same streams, since autograd returns to the
+    stream on which a weight was first used."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._streams: list[torch.cuda.Stream] = []
 
     def run(self, tasks: Sequence[Callable[[], None]]) -> None:
-        """Run each task on a stream of its own where a graph is captured, else one after another."""
+        """Run each task on its own stream if a graph is captured, else one after another."""
         if len(tasks) == 1 or Captured.given_up:
             for each in tasks:
                 each()
@@ -309,7 +310,7 @@ class Branches:
         here = torch.cuda.current_stream(self._device)
         while len(self._streams) < len(tasks):
             self._streams.append(torch.cuda.Stream(self._device))
-        for stream in self._streams:  # before any task, since what a task leaves on this stream would hold up the next
+        for stream in self._streams:  # before any task: work that a task queues here would delay later tasks
             stream.wait_stream(here)
         for stream, each in zip(self._streams, tasks, strict=True):
             with torch.cuda.stream(stream):
@@ -319,7 +320,7 @@ class Branches:
 
 
 def _trained(students: Sequence[Step], teacher: Sharing | None, branches: Branches, *inputs: Tensor) -> None:
-    """One step of each student on each batch; `inputs` are the four parts of each batch's views."""
+    """Train each student one step on each batch. `inputs` are the four parts of each batch's views."""
     for place in range(0, len(inputs), 4):
         views = Views(*inputs[place : place + 4])
         if teacher is not None:
@@ -329,13 +330,13 @@ def _trained(students: Sequence[Step], teacher: Sharing | None, branches: Branch
                 teacher.begin(networks.in_layout_of(students[0].student, images))
         branches.run([partial(each, views, None) for each in students])
         if teacher is not None and teacher.served - served != len(students):
-            raise ValueError("students did not ask the teacher that they share")
+            raise ValueError("students did not use the shared teacher")
 
 
 @contextmanager
 def in_float16(scale: float) -> Iterator[None]:
-    """While it lasts, float16 takes bfloat16's place under autocast, losses are multiplied by `scale` before their
-    backward pass, and gradients are divided by it before they are clipped."""
+    """Within this context, autocast uses float16 in place of bfloat16, losses are multiplied by `scale` before the
+    backward pass, and gradients are divided by `scale` before they are clipped."""
     plain_autocast, backward, clip = torch.autocast, Tensor.backward, nn.utils.clip_grad_norm_
 
     def cast(device_type: str, dtype: torch.dtype | None = None, **options: Any) -> torch.autocast:

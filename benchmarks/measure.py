@@ -1,8 +1,8 @@
-"""Timing two sides in pairs, in processes that stay warm, one after the other, in changing order.
+"""Time two sides in pairs: one after the other, in alternating order, in processes that stay warm.
 
-A machine that is slow for a minute is slow for both sides of a pair, so the ratio of a pair says more than two means.
-Two processes can differ by some per cent for as long as they live, by where their memory lies; so sides that may share
-a process do.
+If the machine is slow for a minute, both sides of a pair are slow. So the ratio within pairs is more reliable than a
+ratio of two means. Two processes can differ by a few per cent for their whole lifetime because of their memory layout,
+so sides share a process where possible.
 """
 
 import math
@@ -28,7 +28,7 @@ Measure = Callable[[], float]
 
 @dataclass(frozen=True)
 class Side:
-    """What one side measures. `prepare(*arguments)` runs in its process and returns the function that is timed."""
+    """One side of a pair. `prepare(*arguments)` runs in the side's process and returns a function that measures."""
 
     name: str
     prepare: Callable[..., Measure]
@@ -37,7 +37,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Result:
-    """One row: a figure with its spread over `n` measurements and, where there is one, the bar it is held against."""
+    """One row of results: a median with its range over `n` measurements and, optionally, its bar."""
 
     name: str
     figure: float  # the median
@@ -51,7 +51,7 @@ class Result:
 
     @property
     def met(self) -> bool | None:
-        """Whether the figure meets its bar; null without one. What failed meets none."""
+        """Whether the figure meets its bar; None without a bar. False for a failed row."""
         if self.error:
             return False
         if not self.bar:
@@ -64,23 +64,23 @@ def result(name: str, values: list[float], *, unit: str = "", bar: str = "", det
     return Result(name, statistics.median(values), min(values), max(values), len(values), unit, bar, detail)
 
 
-Row = tuple[str, Callable[[], Result]]  # a name, and what measures it
-NOT_MEASURED = "not measured: the time was over"
+Row = tuple[str, Callable[[], Result]]  # a name, and the function that measures the row
+NOT_MEASURED = "not measured: the time limit was reached"
 
 
 def attempted(rows: Iterable[Row], budget: Budget | None = None) -> Iterator[Result]:
-    """Measure row by row; one that fails is a row that says why, and the next one is measured. Once the budget is
-    spent, the row that it ends and those that are left say so."""
+    """Measure row by row. A row that fails has the error in place of a figure, and the next row is measured. Once the
+    budget is spent, the current row and the remaining rows are `NOT_MEASURED`."""
     for name, measure in rows:
         if budget is not None and not budget.left:
             yield _failed(name, NOT_MEASURED)
             continue
         try:
             found = measure()
-        except Exception as error:  # whatever it is, the other rows have nothing to do with it
+        except Exception as error:  # the error of one row must not end the others
             if isinstance(error, TimeoutError) and budget is not None and not budget.left:
                 found = _failed(name, NOT_MEASURED)
-            elif isinstance(error, Failed):  # it names its kind, and was printed where it was raised
+            elif isinstance(error, Failed):  # its message has the type; its process printed the traceback
                 found = _failed(name, str(error))
             else:
                 traceback.print_exc()
@@ -93,9 +93,9 @@ def _failed(name: str, why: str) -> Result:
 
 
 def pairs(name: str, above: Side, below: Side, count: int, *, unit: str, bar: str, together: bool = False) -> Result:
-    """The median over `count` pairs of `above`'s measurement divided by `below`'s, after one pair to warm up.
+    """Return the median, over `count` pairs, of `above`'s measurement divided by `below`'s, after one pair of warm-up.
 
-    Each side has a process of its own, or both have one `together`.
+    Each side has its own process, or both share one if `together`.
     """
     sides = (above, below)
     with ExitStack() as stack:
@@ -108,7 +108,7 @@ def pairs(name: str, above: Side, below: Side, count: int, *, unit: str, bar: st
         for number in range(count + 1):
             for side in (0, 1) if number % 2 else (1, 0):
                 process, place = asked[side]
-                with suppress(BrokenPipeError):  # it failed before it was asked; its answer says why
+                with suppress(BrokenPipeError):  # it failed earlier; `_answer` raises its error
                     process.send(place)
                 values[side].append(_answer(process))
     ours, theirs = (each[1:] for each in values)
@@ -139,19 +139,19 @@ def _answer(process: Connection) -> float:
 
 
 def _serve(sides: Sequence[Side], connection: Connection) -> None:
-    """Measure the side that the other end names, until it closes."""
+    """Measure the sides that arrive as numbers through a connection, until it closes."""
     try:
         measures = [side.prepare(*side.arguments) for side in sides]
         while True:
             connection.send(measures[connection.recv()]())
     except EOFError:
         return
-    except Exception as error:  # told to the process that asked
+    except Exception as error:  # raised again in the other process
         connection.send(error)
 
 
 def machine(gpu: bool = False) -> str:
-    """The machine and the versions that a figure belongs to, with its GPU if that is asked for and there."""
+    """Describe this machine: date, processor, versions and, if `gpu` and present, its GPU."""
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES if _installed(name))
     return (
         f"{datetime.now(UTC):%Y-%m-%d}; {_processor()}, {os.cpu_count()} cores; {_gpu() if gpu else ''}"

@@ -1,8 +1,8 @@
-"""The yardstick: knowledge distillation as it is usually written, and nothing done to make it slow.
+"""The baseline: knowledge distillation as it is usually written, without artificial slowdowns.
 
 A Dataset of PIL images, torchvision's transforms, a DataLoader, the teacher's forward pass in every step, `.item()` on
-every loss. Networks, losses, draws of the optimizer and the schedule are those of `tune_kd`, so that the two can be
-held against each other; how an image gets to the network and what happens around the step is the usual way.
+every loss. Networks, losses, optimizer and schedule are those of `tune_kd`, so that the two can be compared. Data
+loading and the code around the step are the usual ones.
 """
 
 import time
@@ -25,7 +25,7 @@ from tune_kd.training.methods.logit import kd
 
 
 class Pictures(loading.Dataset[tuple[Tensor, int]]):
-    """PIL images in memory, transformed when they are asked for, as torchvision's own data sets do it."""
+    """PIL images in memory, transformed on access, as in torchvision's own data sets."""
 
     def __init__(self, split: Split, transform: transforms.Compose) -> None:
         self.images = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in split.images]
@@ -41,7 +41,7 @@ class Pictures(loading.Dataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True)
 class PlainEpoch:
-    """What an epoch of the plain loop measured."""
+    """Measurements of an epoch of the plain loop."""
 
     images_per_second: float  # training images over training time
     seconds: float  # training and evaluation

@@ -1,4 +1,4 @@
-"""Whole runs: what is lost between trials, and what records and checkpoints cost."""
+"""Whole runs: the overhead per trial, and the cost of records and checkpoints."""
 
 import io
 import json
@@ -40,7 +40,7 @@ SLOTS = 2
 
 
 def controls(trials: int, cell: Cell, recipe: Recipe) -> Study:
-    """One arm without a teacher, with as many seeds as trials."""
+    """Return a study of one arm without a teacher, with as many seeds as trials."""
     return Study(
         name="controls",
         question="What does a run cost besides its training?",
@@ -55,14 +55,14 @@ def controls(trials: int, cell: Cell, recipe: Recipe) -> Study:
 
 
 def nothing(task: Task, place: Workplace) -> Generator[Epoch]:
-    """A trial without training: its one epoch, as a worker would report it."""
+    """A trial without training: yields one epoch, as a worker would report it."""
     outcome = Outcome(1, 0.5, 0.5, 0.5, None, None, None, 0.1, 1, "none", None, None)
     yield Epoch(1, 0.5, 1.0, 1.0, 0.5, 1.0, None, 0.1, 1.0, 1e-3, 1.0, outcome=outcome)
 
 
 def empty_run(trials: int, cluster: connection.Cluster) -> tuple[float, float]:
-    """A run of empty trials on two slots with all records: seconds of all of it, and of those the ones before the
-    first trial, in which Ray's workers start."""
+    """Run empty trials on two slots with all records. Returns the total seconds, and the seconds before the first
+    trial, in which Ray's workers start."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         place = Workplace(None, None, folder / "teachers", folder / "checkpoints")
@@ -82,7 +82,7 @@ def empty_run(trials: int, cluster: connection.Cluster) -> tuple[float, float]:
 
 
 def empty_trials(count: int) -> list[Result]:
-    """300 and 3,000 empty trials in turn, in the same Ray, whose own start is not part of either."""
+    """Measure 300 and 3,000 empty trials in turn, on the same Ray. The start of Ray is not included."""
     few, many = 300, 3000
     cluster = connection.connect(None)
     try:
@@ -110,19 +110,19 @@ def empty_trials(count: int) -> list[Result]:
 
 @dataclass(frozen=True)
 class Large:
-    """What a run of many empty trials cost, from its plan to its report."""
+    """The cost of a run of many empty trials, from its plan to its report."""
 
-    a_trial: float  # seconds, without the start of Ray's workers
-    memory: int  # bytes of its driver at most, with Ray's library in it
-    disk: int  # bytes of its folder
+    a_trial: float  # seconds per trial, without the start of Ray's workers
+    memory: int  # peak bytes of the driver, including Ray's library
+    disk: int  # bytes of the run's folder
     plan: float  # seconds
     status: float  # seconds of the command
     report: float  # seconds of the command
-    lines: int  # that `status` prints
+    lines: int  # number of lines that `status` prints
 
 
 def large_run(trials: int) -> Large:
-    """In this process: plan and run on a terminal nobody looks at, then the commands on what is there."""
+    """Plan and run in this process, with the display of a terminal, then call the commands on the run."""
     with tempfile.TemporaryDirectory() as name:
         study = controls(trials, Cell(width=0.125), Recipe(epochs=1))
         run = Run("large", Path(name) / "large", study, "0" * 64, None, {})
@@ -162,7 +162,7 @@ def _terminal(file: TextIO) -> Console:
 
 
 def large_study(count: int, many: int = 10_000, few: int = 300) -> list[Result]:
-    """Empty trials, many and few, each in a process of its own."""
+    """Measure many and few empty trials, each run in its own process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as processes:
         pairs = [(processes.submit(large_run, few).result(), processes.submit(large_run, many).result())
                  for _ in range(count)]  # fmt: skip
@@ -181,14 +181,14 @@ def large_study(count: int, many: int = 10_000, few: int = 300) -> list[Result]:
 
 
 def share_of_records(count: int, epochs: int = 20) -> Result:
-    """The share of a run's time in which nothing but checkpoints and records are written, at the usual intervals.
+    """Measure the share of a run's time that is spent on checkpoints and records, at the usual intervals.
 
-    Whole runs in this process, on one thread: two trials, each with a checkpoint every 30 seconds and one at its end.
+    Runs are in this process, on one thread: two trials, each with a checkpoint every 30 seconds and one at its end.
     """
     digest = datasets.load("digits").digest
     full_width = Cell(stem="imagenet", width=1.0)
     planned = plan(controls(2, full_width, Recipe(epochs=epochs, batch_size=64)), digest)
-    # The driver's calls hold the ledger's: rows, commits, tables.
+    # The driver's calls include the ledger's: rows, commits, tables.
     what = ((Checkpoints, "save"), (Checkpoints, "load"), (Driver, "on_start"), (Driver, "on_epoch"))
     runs = []
     for _ in range(count):
@@ -211,7 +211,7 @@ def share_of_records(count: int, epochs: int = 20) -> Result:
 
 @contextmanager
 def clocked(*methods: tuple[type, str], clock: Callable[[], float] = time.perf_counter) -> Iterator[list[float]]:
-    """While it lasts, the seconds of every call of these methods are appended to the list that it gives."""
+    """Within this context, append the seconds of every call of these methods to the yielded list."""
     spent: list[float] = []
     before = [(kind, name, getattr(kind, name)) for kind, name in methods]
 
@@ -236,21 +236,21 @@ def clocked(*methods: tuple[type, str], clock: Callable[[], float] = time.perf_c
 
 @dataclass(frozen=True)
 class LaptopRun:
-    """What one `run ablation --scale laptop` cost, and what its own records say of it."""
+    """The cost of one `run ablation --scale laptop`, and measures from its records."""
 
     minutes: float  # of the whole command
     before: float  # seconds until the first trial started: imports, data, Ray and its workers
-    span: float  # seconds from the first trial's start to the last one's end
-    train: float  # seconds of training and evaluation, of all trials, over slots
+    span: float  # seconds from the start of the first trial to the end of the last one
+    train: float  # seconds of training and evaluation of all trials, divided by slots
     trials: int
-    computed: int  # views that teachers were asked for
-    distinct: int  # views that stand in their tables
+    computed: int  # views whose logits were computed
+    distinct: int  # views whose logits are cached
     accuracies: str
-    watching: dict[str, float]  # seconds of the driver's processor in metrics and trackers, where they were measured
+    watching: dict[str, float]  # CPU seconds of the driver in metrics and trackers, if measured
 
 
 def laptop_run(python: Sequence[str] = ("-m", "tune_kd"), *options: str) -> LaptopRun:
-    """Run it as a user does, in a folder of its own."""
+    """Run the command as a user does, in a temporary folder."""
     with tempfile.TemporaryDirectory() as name:
         command = [sys.executable, *python, "run", "ablation", "--scale", "laptop", "--name", "run", *options]
         started = time.time()
@@ -278,7 +278,7 @@ def laptop_run(python: Sequence[str] = ("-m", "tune_kd"), *options: str) -> Lapt
 
 
 def laptop_ablation(count: int) -> list[Result]:
-    """`run ablation --scale laptop`, again and again."""
+    """Measure `run ablation --scale laptop`, `count` times."""
     runs = [laptop_run() for _ in range(count)]
     one = runs[0]
     return [
@@ -324,7 +324,7 @@ with ExitStack() as stack:
 
 
 def watching(count: int) -> list[Result]:
-    """The laptop ablation with metrics, TensorBoard and MLflow against the same without, in turn."""
+    """Compare the laptop ablation with and without metrics, TensorBoard and MLflow, in turn."""
     sides = (("-c", WATCHED), "--track", "tensorboard", "--track", "mlflow"), (("-c", UNWATCHED),)
     found: tuple[list[LaptopRun], list[LaptopRun]] = ([], [])
     for number in range(count):
@@ -334,7 +334,7 @@ def watching(count: int) -> list[Result]:
     pairs = list(zip(watched, unwatched, strict=True))
 
     def share(*parts: str) -> list[float]:
-        """Of the time of all cores from the first trial on."""
+        """Return the share of the time of all cores since the first trial."""
         return [sum(each.watching[part] for part in parts) / ((os.cpu_count() or 1) * each.span) for each in watched]
 
     seconds = ", ".join(f"{name} {value:.2f} s" for name, value in watched[0].watching.items())
@@ -350,7 +350,7 @@ def watching(count: int) -> list[Result]:
 
 
 def _answered(table: Path, classes: int = 10) -> int:
-    """How many rows of a table of answers are there."""
+    """Return the number of rows of a table of cached logits that have been computed."""
     rows = (table / "logits.f32").stat().st_size // (4 * classes)
     done = np.frombuffer((table / "digests.sha256").read_bytes(), np.uint8).reshape(-1, 32).any(axis=1)
     return sum(min(CHUNK, rows - chunk * CHUNK) for chunk in np.flatnonzero(done).tolist())

@@ -1,7 +1,7 @@
-"""The training step: against the plain loop, with and without answers, and with the teacher in every step.
+"""The training step, compared with the plain loop; with and without cached logits; with the teacher in every step.
 
-Images are scikit-learn's digits, each pixel a square of 4 x 4, shown as CIFAR-10 is: 32 x 32, crops with 4 pixels of
-padding, mirrored half of the time. What a step costs does not depend on what is in the picture.
+Images are scikit-learn's digits, enlarged 4 times and augmented as CIFAR-10: 32 x 32, crops with 4 pixels of padding,
+random flips. The cost of a step does not depend on the content of an image.
 """
 
 import math
@@ -27,13 +27,13 @@ from tune_kd.training.device import keep_freed_blocks
 from tune_kd.training.loop import train
 from tune_kd.training.teachers import Teacher, load_teacher, publish_teacher
 
-FOREVER = 10**6  # epochs of a recipe that a benchmark never comes to the end of
+FOREVER = 10**6  # epochs of a recipe, more than any benchmark trains
 SEED = 1
 STUDENT, TEACHER = "resnet18", "resnet50"
 
 
 def digits_as_cifar(train: int) -> DataSet:
-    """Digits in CIFAR-10's form: `train` training images, and a tenth as many of validation and of test images."""
+    """Return digits in CIFAR-10's shape: `train` training images, and a tenth as many validation and test images."""
     digits = datasets.load("digits")
 
     def enlarged(split: Split, count: int) -> Split:
@@ -69,14 +69,14 @@ def trial(each: Cell, recipe: Recipe, teacher_id: str | None) -> Trial:
 
 
 class LiveTeacher(Teacher):
-    """Answers in every step anew, which is what the table of answers saves."""
+    """A teacher without cached logits, which computes them in every step."""
 
     def logits(self, views: Views) -> Any:
         return _Live(self, views), None
 
 
 class _Live:
-    """Stands where a tensor of answers would: logits are computed when a batch is taken from it."""
+    """Takes the place of a tensor of logits, and computes the logits of a batch when it is indexed."""
 
     def __init__(self, teacher: Teacher, views: Views) -> None:
         self._teacher, self._views = teacher, views
@@ -94,7 +94,7 @@ class _Live:
 def untrained_teacher(
     folder: Path, stem: str, width: float, recipe: Recipe, dataset: DataSet, device: torch.device, epochs: int
 ) -> Teacher:
-    """A teacher of random weights, which answer as fast as trained ones, for one seed of so many epochs."""
+    """Return a teacher with random weights, as fast as trained ones. Caches logits of `epochs` epochs of one seed."""
     taught = replace(
         trial(cell("none", stem, width), replace(recipe, epochs=1), None),
         phase="teacher",
@@ -116,7 +116,7 @@ def ours(
     answered: int = 0,
     live: bool = False,
 ) -> Iterator[Epoch]:
-    """Epochs of our training without end. A logit student has the answers of its first `answered` epochs ready."""
+    """Yield epochs of our training without end. For a logit student, the logits of `answered` epochs are cached."""
     dataset = digits_as_cifar(images)
     with tempfile.TemporaryDirectory() as folder:
         teacher = None
@@ -137,12 +137,12 @@ def ours(
 
 
 def our_speed(stem: str, images: int, epochs: int) -> Measure:
-    """Images a second of our control at width 1/8 on one thread, over so many epochs."""
+    """Images per second of our control at width 1/8 on one thread, over `epochs` epochs."""
     return _speed(ours("none", stem, 0.125, images=images, recipe=_recipe(), device=_one_thread()), images, epochs)
 
 
 def plain_speed(stem: str, images: int, epochs: int) -> Measure:
-    """The same of the plain loop."""
+    """Images per second of the plain loop, otherwise like `our_speed`."""
     device, dataset = torch.device("cpu"), digits_as_cifar(images)
     torch.set_num_threads(1)
     each = cell("none", stem, 0.125)
@@ -150,14 +150,14 @@ def plain_speed(stem: str, images: int, epochs: int) -> Measure:
 
 
 def epoch_seconds(method: str, stem: str, width: float, images: int, answered: int, live: bool = False) -> Measure:
-    """Seconds of an epoch of ours on one thread, without its evaluation, with what it takes to get its answers."""
+    """Seconds of an epoch of our training on one thread, without evaluation, with the time to get the logits."""
     epochs = ours(
         method, stem, width, images=images, recipe=_recipe(), device=_one_thread(), answered=answered, live=live
     )
 
     def measure() -> float:
         epoch = next(epochs)
-        assert live or not epoch.views_answered, "answers were to be ready"
+        assert live or not epoch.views_answered, "logits should have been cached"
         return images / epoch.images_per_second + (epoch.answer_seconds or 0.0)
 
     return measure
@@ -205,7 +205,7 @@ def _recipe() -> Recipe:
 
 
 def _one_thread() -> torch.device:
-    """The CPU, in the state in which a worker trains on it."""
+    """Return the CPU, set up as a worker sets it up."""
     torch.set_num_threads(1)
     keep_freed_blocks()
     return torch.device("cpu")

@@ -1,4 +1,4 @@
-"""A large study's records: how long reading and every table take, and how large the page is."""
+"""Records of a large study: time to read them and to make every table, memory, and size of the page."""
 
 import json
 import multiprocessing
@@ -23,7 +23,7 @@ TRIALS_COUNT, EPOCHS_EACH = 10_000, 100
 
 
 def write_large(folder: Path) -> None:
-    """A run's folder with 10,000 confirmed trials over the 14 arms of the ablation, and a million epochs."""
+    """Write a run's folder with 10,000 confirmed trials over the 14 arms of the ablation, and a million epochs."""
     planned, chance = plan(study(), "0" * 64), np.random.default_rng(0)
     seeds = -(-TRIALS_COUNT // len(planned.arms))
     rows: list[dict[str, Any]] = []
@@ -71,7 +71,7 @@ def write_large(folder: Path) -> None:
 
 
 def _report(folder: str, pipe: Any) -> None:
-    """Read and report in a process of its own, whose memory is then the report's alone."""
+    """Read and report. Runs in its own process, so that its peak memory is that of the report alone."""
     from tune_kd import load
     from tune_kd.reporting import report as reporting
 
@@ -86,7 +86,7 @@ def _report(folder: str, pipe: Any) -> None:
 
 
 def large(count: int) -> list[Result]:
-    """Seconds, memory, and the page of a study of 10,000 trials with 100 epochs each."""
+    """Measure seconds, memory and the size of the page for a study of 10,000 trials with 100 epochs each."""
     found = []
     with tempfile.TemporaryDirectory() as name:
         write_large(Path(name))

@@ -14,13 +14,13 @@ import triton.language as tl
 from torch import Tensor, nn
 from torchvision.models import ResNet
 
-TILE = 4096  # numbers that a program has at a time: a tile of rows x channels
-CHANNELS = 64  # of a tile, at most: 128 bytes of a row, so that reads coalesce
-PROGRAMS = 512  # that compute partial sums: four for each multiprocessor of an H100, in which more rows are more tiles
+TILE = 4096  # elements of a tile (rows x channels), which a program processes at once
+CHANNELS = 64  # maximum channels of a tile: 128 bytes of a row, so that reads coalesce
+PROGRAMS = 512  # programs for partial sums: four per multiprocessor of an H100; more rows mean more tiles per program
 
 
 def replace_norms(net: ResNet) -> None:
-    """Have the kernels compute all batch norms of a network in training mode, in place. The parameters stay its own."""
+    """Replace all batch norms of a network in place by these kernels, for training mode. Its parameters are kept."""
     net.bn1, net.relu = Norm(net.bn1, relu=True), nn.Identity()
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
         for number, block in enumerate(stage):
@@ -28,7 +28,7 @@ def replace_norms(net: ResNet) -> None:
 
 
 class Norm(nn.Module):
-    """A batch norm, the addition of a shortcut if there is one, and a ReLU if `relu`. In eval mode PyTorch's own."""
+    """A batch norm, then the addition of a shortcut if given, then a ReLU if `relu`. In eval mode, uses PyTorch's."""
 
     def __init__(self, norm: nn.BatchNorm2d, relu: bool) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images, shortcut, weight, bias, running_mean, running_var, momentum, eps, relu):
         out, mean, scale = _forward(images, shortcut, weight, bias, running_mean, running_var, momentum, eps, relu)
-        masks = relu and shortcut is not None  # else the input tells what the ReLU let through
+        masks = relu and shortcut is not None  # otherwise the ReLU's mask follows from the input
         ctx.save_for_backward(images, out if masks else None, weight, bias, mean, scale)
         ctx.relu, ctx.adds = relu, shortcut is not None
         return out
@@ -86,7 +86,7 @@ class _Fused(torch.autograd.Function):
         return to_images, to_shortcut, to_weight, to_bias, None, None, None, None, None
 
 
-# Operations of their own, which torch.compile takes as they are
+# Custom operators, which torch.compile treats as opaque
 
 
 @torch.library.custom_op("benchmarks::norm_forward", mutates_args=("running_mean", "running_var"))
@@ -94,11 +94,11 @@ def _forward(
     images: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
     momentum: float, eps: float, relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The output [N, C, H, W], and of each channel the mean and the inverse of the standard deviation."""
+    """Return the output [N, C, H, W], and for each channel the mean and the inverse standard deviation."""
     images = images.contiguous(memory_format=torch.channels_last)
     shortcut = None if shortcut is None else shortcut.contiguous(memory_format=torch.channels_last)
     rows, channels, tile, parts, tiles = _division(images)
-    assert rows > 1, "a variance needs two values a channel"
+    assert rows > 1, "a variance needs two values per channel"
     means, squares = torch.empty(2, parts, channels, device=images.device, dtype=torch.float32)
     mean, scale = torch.empty(channels, device=images.device), torch.empty(channels, device=images.device)
     out = torch.empty_like(images, memory_format=torch.channels_last)
@@ -126,7 +126,7 @@ def _backward(
     gradient: Tensor, images: Tensor, out: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of the input, of the shortcut (where there is `out`, else one number), of bias and weight."""
+    """Return the gradients of the input, of the shortcut (one unused element if `out` is None), of bias and weight."""
     gradient = gradient.contiguous(memory_format=torch.channels_last)
     images = images.contiguous(memory_format=torch.channels_last)
     rows, channels, tile, parts, tiles = _division(images)
@@ -159,7 +159,7 @@ def _like_shortcut(images: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _division(images: Tensor) -> tuple[int, int, dict[str, int], int, int]:
-    """Rows, channels, the size of a tile, and into how many parts of how many tiles the rows are divided for sums."""
+    """Return rows, channels, the size of a tile, and for partial sums the number of parts and of tiles per part."""
     count, channels, height, width = images.shape
     rows, columns = count * height * width, min(CHANNELS, triton.next_power_of_2(channels))
     tile = {"ROWS": max(1, TILE // columns), "COLUMNS": columns}
@@ -168,14 +168,14 @@ def _division(images: Tensor) -> tuple[int, int, dict[str, int], int, int]:
     return rows, channels, tile, triton.cdiv(all_tiles, tiles), tiles
 
 
-# Kernels. A program has a tile of ROWS x COLUMNS at a time.
+# Kernels. A program processes one tile of ROWS x COLUMNS at a time.
 
 
 @triton.jit
 def _partial_statistics(
     images, means, squares, rows, channels, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Of a part of the rows: the mean, and the sum of squared distances from it."""
+    """Compute the mean of a part of the rows, and the sum of squared distances from this mean."""
     part, column = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mean = tl.zeros([COLUMNS], tl.float32)
     square = tl.zeros([COLUMNS], tl.float32)
@@ -202,7 +202,7 @@ def _statistics(
     means, squares, mean_out, scale_out, running_mean, running_var, rows, channels, parts, rows_of_part, momentum, eps,
     PARTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts, and move the running statistics."""
+    """Merge the statistics of all parts, and update the running statistics."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < channels
     total = tl.zeros([COLUMNS], tl.float32)
@@ -254,8 +254,8 @@ def _partial_sums(
     gradient, images, out, masked, mean, scale, weight, bias, sums, products, rows, channels, tiles,
     MASKED: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Of a part of the rows: the sum of the gradient behind the ReLU, and of its product with the normalised input.
-    With a shortcut that gradient is the shortcut's, and is written once for both."""
+    """For a part of the rows, sum the gradient of the ReLU's input, and its product with the normalised input. With a
+    shortcut, this gradient is also the shortcut's, and is written to `masked`."""
     part, column = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < channels
     its_mean, its_scale = tl.load(mean + column, mask=there), tl.load(scale + column, mask=there)

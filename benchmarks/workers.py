@@ -1,7 +1,7 @@
-"""Processes that measure and stay warm: what fails, hangs or ends one of them does not end the benchmark.
+"""Warm processes that measure. If one of them fails, hangs or dies, the benchmark continues.
 
-A kernel that faults spoils CUDA for its process, and a graph can wait for ever; so nothing is measured in the
-benchmark's own process, and every answer has a time limit.
+A kernel that faults makes CUDA unusable in its process, and a graph can hang. So nothing is measured in the benchmark's
+own process, and every answer has a time limit.
 """
 
 import multiprocessing
@@ -19,16 +19,16 @@ from unittest.mock import patch
 
 from tune_kd.execute import mps_daemon
 
-ENDING = 5.0  # seconds that a process has to end itself
+ENDING = 5.0  # seconds for a process to exit before it is killed
 
 
 class Failed(Exception):
-    """What a function raised in its process, in a line."""
+    """An exception of a function in its process, as one line."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Seconds that a benchmark may take, from now on."""
+    """Seconds that a benchmark may take from now."""
 
     seconds: float
     clock: Callable[[], float] = time.monotonic
@@ -43,28 +43,28 @@ class Budget:
 
 
 class Worker:
-    """A process that calls the functions that it is sent, one by one. What they leave in their modules stays."""
+    """A process that calls functions sent to it, one by one. The state of their modules persists between calls."""
 
     def __init__(self, folder: str) -> None:
         context = multiprocessing.get_context("spawn")
         self._here, there = context.Pipe()
         self._process = context.Process(target=_serve, args=(there, folder))
         self._process.start()
-        there.close()  # so that the death of the process ends what is received from it
+        there.close()  # so that `recv` raises EOFError if the process dies
 
     def ask(self, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
-        with suppress(BrokenPipeError):  # it is dead, which the answer tells
+        with suppress(BrokenPipeError):  # it is dead; `answer` raises
             self._here.send((function, arguments))
 
     def answer(self, seconds: float) -> Any:
-        """What the function returned. Raises `Failed`, or TimeoutError if it takes longer than so many seconds."""
+        """Return the function's result. Raises `Failed`, or TimeoutError after `seconds`."""
         if not self._here.poll(seconds):
             raise TimeoutError(f"no answer within {seconds:.0f} s")
         try:
             returned, failure = self._here.recv()
         except (EOFError, ConnectionResetError) as error:
             self._process.join(ENDING)
-            raise Failed(f"its process died with the status {self._process.exitcode}") from error
+            raise Failed(f"its process died with exit status {self._process.exitcode}") from error
         if failure:
             raise Failed(failure)
         return returned
@@ -74,7 +74,7 @@ class Worker:
         self.end()
 
     def end(self) -> None:
-        """Let the process end itself, and kill it if it does not."""
+        """Let the process exit, and kill it if it does not."""
         self._here.close()
         self._process.join(ENDING)
         if self._process.is_alive():
@@ -83,7 +83,8 @@ class Worker:
 
 
 def _serve(connection: Connection, folder: str) -> None:
-    """Answer until the other end closes. Temporary files are in a folder that it removes."""
+    """Call the functions that arrive, until the other end closes. Temporary files go to `folder`, which the benchmark
+    removes."""
     tempfile.tempdir = folder
     while True:
         try:
@@ -96,27 +97,27 @@ def _serve(connection: Connection, folder: str) -> None:
             continue
         try:
             connection.send((function(*arguments), ""))
-        except Exception as error:  # of any kind: it is told to the process that asked
+        except Exception as error:  # any kind; sent to the other process
             traceback.print_exc()
             connection.send((None, in_a_line(error)))
 
 
 def in_a_line(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
+    """Return the type of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 class Pool:
-    """Numbered processes, each started when it is first needed. One that fails is killed, and started anew."""
+    """Numbered processes, each started on first use. A process that fails is killed and replaced on its next use."""
 
     def __init__(self, budget: Budget, start: Callable[[str], Worker] = Worker, folder: str = "") -> None:
         self._budget, self._start, self._folder = budget, start, folder
         self._workers: dict[int, Worker] = {}
-        self._prepared: dict[int, tuple[Any, Any]] = {}  # what each was asked to prepare, and what it answered
+        self._prepared: dict[int, tuple[Any, Any]] = {}  # by process: arguments and answer of `prepare`
 
     def ask(self, function: Callable[..., Any], asked: Mapping[int, Sequence[Any]], seconds: float) -> dict[int, Any]:
-        """Call a function in several processes at the same time, each with its own arguments, and return what each
-        answered: for one that failed, the exception. It takes no longer than `seconds`, nor than the budget."""
+        """Call a function in several processes at the same time, each with its own arguments. Returns the result or the
+        exception of each. Takes at most `seconds`, and at most the budget."""
         ends = Budget(min(seconds, self._budget.left), self._budget.clock)
         for place, arguments in asked.items():
             if place not in self._workers:
@@ -128,14 +129,14 @@ class Pool:
                 answers[place] = self._workers[place].answer(ends.left)
             except (Failed, TimeoutError) as error:
                 answers[place] = error
-                self._workers.pop(place).kill()  # also after an error: a faulty kernel spoils all that follow
+                self._workers.pop(place).kill()  # also after an error: after a faulty kernel, all later calls fail
                 self._prepared.pop(place, None)
         return answers
 
     def prepare(
         self, function: Callable[..., Any], asked: Mapping[int, Sequence[Any]], seconds: float
     ) -> dict[int, Any]:
-        """As `ask`, but where a process was prepared so before, it is its answer of then."""
+        """Like `ask`, but reuse the answer of a process that was prepared with the same arguments before."""
         anew = {place: each for place, each in asked.items() if self._prepared.get(place, ((), None))[0] != each}
         answers = self.ask(function, anew, seconds)
         self._prepared |= {place: (anew[place], each) for place, each in answers.items() if place in self._workers}
@@ -151,7 +152,7 @@ class Pool:
 
 
 def fine(answer: Any) -> Any:
-    """An answer that is no exception. Raises one that is."""
+    """Return an answer. If it is an exception, raise it."""
     if isinstance(answer, Exception):
         raise answer
     return answer
@@ -169,7 +170,7 @@ def under_mps(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def pool(budget: Budget) -> Iterator[Pool]:
-    """A pool that ends with this context. Its processes share the cores where they compile at the same time."""
+    """A pool that ends with this context. Its processes share the cores when they compile at the same time."""
     name, threads = "TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // 4))
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,

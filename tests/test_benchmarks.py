@@ -203,7 +203,7 @@ def test_rows_that_a_budget_has_no_time_for_are_named_and_not_measured() -> None
     a, b, c = attempted(rows, budget)
     assert (a.figure, a.error) == (8.0, "")
     assert [(each.name, each.error, each.n) for each in (b, c)] == [("b", NOT_MEASURED, 0), ("c", NOT_MEASURED, 0)]
-    assert clock.now == 110.0, "nothing was measured after the time was over"
+    assert clock.now == 110.0, "nothing was measured after the time limit"
 
 
 def test_rows_that_were_not_measured_are_named_at_the_end_and_are_no_failures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,9 @@ def test_rows_that_were_not_measured_are_named_at_the_end_and_are_no_failures(mo
     app.command()(command.main)
     ended = CliRunner().invoke(app, ["gpu"])
     assert ended.exit_code == 1 and "failed" not in ended.output
-    assert ended.output.rstrip().endswith("2 of 2 rows were not measured, since the time was over:\n  first\n  second")
+    assert ended.output.rstrip().endswith(
+        "2 of 2 rows were not measured, since the time limit was reached:\n  first\n  second"
+    )
 
 
 def test_a_process_that_hangs_dies_or_raises_is_replaced_and_the_others_answer() -> None:
@@ -226,7 +228,7 @@ def test_a_process_that_hangs_dies_or_raises_is_replaced_and_the_others_answer()
         (raised,) = processes.ask(operator.truediv, {1: (1, 0)}, 30.0).values()
         assert isinstance(raised, Failed) and str(raised) == "ZeroDivisionError: division by zero"
         (died,) = processes.ask(os._exit, {2: (3,)}, 30.0).values()
-        assert isinstance(died, Failed) and str(died) == "its process died with the status 3"
+        assert isinstance(died, Failed) and str(died) == "its process died with exit status 3"
         second = processes.ask(os.getpid, {0: (), 1: (), 2: ()}, 30.0)
         assert not set(first.values()) & set(second.values()) and os.getpid() not in first.values()
         assert processes.ask(os.getpid, {0: (), 1: (), 2: ()}, 30.0) == second
@@ -324,7 +326,7 @@ def test_processes_are_measured_at_a_time_with_mps_and_without_and_a_row_says_wh
     counts = [int(each.name.partition(" ")[0]) for each in found]
     assert counts == [8, 4, 2, 1, 4, 2, 1] * 4 and len({each.name for each in found}) == 28
     assert {each.name.partition(":")[0].partition(", ")[2] for each in found} == {"MPS", "no MPS"}
-    assert [each.error for each in found] == [""] * 14 + ["RuntimeError: an MPS serves here already"] * 14
+    assert [each.error for each in found] == [""] * 14 + ["RuntimeError: an MPS serves the GPU already"] * 14
     assert [name for name, _ in played_levers].count("prepare") == 8 + 4 + 8 + 4, "each once in a process"
 
 
@@ -361,7 +363,10 @@ def test_without_a_gpu_a_line_says_so_and_levers_are_of_the_gpu() -> None:
     none = CliRunner().invoke(app, ["gpu", "--levers"])
     assert "gpu: no GPU here; on a machine with one: python -m benchmarks gpu --levers" in none.stderr
     other = CliRunner().invoke(app, ["report", "--levers"])
-    assert other.exit_code == 2 and other.stderr == "benchmarks: --levers is of gpu, and NAME is report\n"
+    assert (
+        other.exit_code == 2
+        and other.stderr == "benchmarks: --levers is given, and NAME is report; allowed: only with gpu\n"
+    )
 
 
 def test_a_scaled_loss_trains_as_a_plain_one_and_products_are_in_float16(pixels: DataSet) -> None:

@@ -1,13 +1,13 @@
 """Controlled ablation studies of knowledge distillation.
 
-    from tune_kd import Compare, Factor, Study     what a study declares
-    plan(study)                                     what it would run
-    run(study, out="results")                       train it, and return its records; `resume` continues a run
-    load("results/RUN")                             the tables of a run, or of somebody else's
-    report(records, "report")                       tables, figures and a page of them
-    compare(records, "stem", "cifar", "imagenet")   two levels of a factor
+    from tune_kd import Compare, Factor, Study     declare a study
+    plan(study)                                     list its trials
+    run(study, out="results")                       train it and return its records; `resume` continues a run
+    load("results/RUN")                             load the tables of a run, or imported tables
+    report(records, "report")                       write tables, figures and an HTML page
+    compare(records, "stem", "cifar", "imagenet")   compare two levels of a factor
 
-Names are imported when they are first used: most commands need neither pandas nor torch.
+Names are imported on first use: most commands need neither pandas nor torch.
 """
 
 from importlib import import_module
@@ -38,7 +38,7 @@ _HOME = {name: f"tune_kd.{module}" for module, names in _HOMES.items() for name 
 __all__ = list(_HOME)
 
 
-if not TYPE_CHECKING:  # where it would hide misspelt names
+if not TYPE_CHECKING:  # a type checker would accept misspelt names
 
     def __getattr__(name: str) -> Any:
         if name not in _HOME:

@@ -4,18 +4,18 @@ import sys
 
 from tune_kd.system.streams import made_safe
 
-# A run starts a dozen processes that import torch and Ray. Where the environment forbids bytecode, each would compile
-# them from source again: ten seconds a process, and a plan that does not answer at once.
+# A run starts a dozen processes that import torch and Ray. If the environment forbids bytecode, each process compiles
+# them from source again, which takes ten seconds and also delays `plan`.
 sys.dont_write_bytecode = False
 
 GUARDED = ("run", "resume")  # the commands that train
 
 
 def main() -> None:
-    """The entry point."""
+    """Entry point of the command line."""
     made_safe()
     if sys.argv[1:2] and sys.argv[1] in GUARDED:
-        from tune_kd.system.guard import guarded
+        from tune_kd.system.guard import guarded  # late: the other commands do not need it
 
         guarded(_command)
     else:
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def _command() -> None:
-    from tune_kd.cli import main  # here: the process around a driver needs none of it
+    from tune_kd.cli import main  # late: the process that guards a driver does not need it
 
     main()
 

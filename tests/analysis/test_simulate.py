@@ -332,7 +332,7 @@ def test_curves_say_of_which_data_they_are_and_a_grace_period_that_compares_noth
     done = call(*arguments, "--json")
     assert json.loads(done.stdout)["screen"]["grace"] == 4  # of CIFAR-10; it would be 6 for the digits
     done = call(*arguments, "--set", "screen.grace=6")
-    assert "warning: screen.grace is 6, so in curves of 6 epochs nothing is compared" in done.stdout
+    assert "warning: screen.grace is 6, so curves of 6 epochs are never compared" in done.stdout
 
 
 def test_the_roles_of_a_run_that_was_extended_are_those_of_the_extension(finished: Path) -> None:

@@ -179,11 +179,11 @@ def begun(elsewhere: Path, ended: str = "completed") -> Path:
 @pytest.mark.parametrize(
     ("edit", "arguments", "words"),
     [
-        (("lr=0.2", "lr=0.3"), [], ["was changed since it began: recipe.lr was 0.2 and is 0.3", "--extend"]),
+        (("lr=0.2", "lr=0.3"), [], ["has changed since the run started: recipe.lr was 0.2 and is 0.3", "--extend"]),
         (("lr=0.2", "lr=0.3"), ["--extend"], ["--extend allows only", "recipe.lr was 0.2 and is 0.3"]),
         (("lr=0.2", "lr=="), [], ["cannot be read", "SyntaxError"]),
         (("", ""), ["--extend"], ["nothing to add", "mine.py declares the same seeds and levels"]),
-        (("", ""), ["--set", "confirm.seeds=[1,2]"], ["--set is given", "--extend only"]),
+        (("", ""), ["--set", "confirm.seeds=[1,2]"], ["--set is given", "only with --extend"]),
         (("", ""), ["--set", "x=1", "--cpus-per-trial", "999"], ["--set is given", "--cpus-per-trial is 999"]),
         (("", ""), ["--gpus-per-trial", "7", "--max-concurrent", "0"], ["per-trial is 7", "--max-concurrent is 0"]),
         (("", ""), ["--extend", "--set", "recipe.lr=1"], ["recipe.lr was 0.2 and is 1.0"]),
@@ -272,11 +272,11 @@ def test_status_shows_trials_that_were_added_and_that_no_driver_took_over(
 ) -> None:
     folder = begun(elsewhere)
     assert call(monkeypatch, "status", "mine") == 0
-    assert "nobody runs it" not in capsys.readouterr().out
+    assert "not running" not in capsys.readouterr().out
     more = extension.extended(runs.reopen(folder), ["confirm.seeds=[1,2]"])
     extension.record_extension(more)
     assert call(monkeypatch, "status", "mine") == 0
-    assert "nobody runs it; go on with: python -m tune_kd resume results/mine" in capsys.readouterr().out
+    assert "not running; continue with: python -m tune_kd resume results/mine" in capsys.readouterr().out
     assert call(monkeypatch, "status", "mine", "--json") == 0
     trials = json.loads(capsys.readouterr().out)["trials"]
     assert {row["trial_id"] for row in trials} == {trial.trial_id for trial in more.plan.trials}
@@ -314,8 +314,8 @@ def test_status_prints_what_a_trial_said_as_it_said_it_to_whoever_still_reads(
     monkeypatch.setattr("tune_kd.reporting.progress.SHOWN", 1)  # of thousands, some and their number
     assert call(monkeypatch, "status", "[laptop]") == 0
     few = capsys.readouterr().out
-    assert few.count(f" failed: {said}") == 1 and "and 1 more; `--json` names all of them" in few
-    assert "go on with: python -m tune_kd resume 'results/[laptop]'\n" in shown
+    assert few.count(f" failed: {said}") == 1 and "and 1 more; `--json` lists all of them" in few
+    assert "continue with: python -m tune_kd resume 'results/[laptop]'\n" in shown
     for form in ([], ["--json"]):
         command = [sys.executable, "-m", "tune_kd", "status", "[laptop]", *form]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as left:
@@ -335,7 +335,7 @@ def test_plan_tells_of_rungs_margins_looks_and_short_grace_periods(
     arguments = ["plan", "ablation", "--scale", "laptop", "--set", "confirm.looks=[3,7]"]
     assert call(monkeypatch, *arguments) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "rungs at epoch 6; an arm stops that is more than 6.00 points behind" in shown
+    assert "rungs at epoch 6; an arm stops if it is more than 6.00 points behind" in shown
     assert "warning: screen.grace is 6, shorter than the run before supports: in cifar/logit" in shown
     assert "at a seed-to-seed deviation of 1.00 and a level of 0.02143 and 0.02857:" in shown
     assert "primary contrast 3 seeds 7 seeds 0.10 0.20 0.30 0.50 none: cifar - imagenet " in shown
@@ -354,8 +354,8 @@ def test_plan_tells_what_teachers_show_and_warns_of_two_to_four(
     arguments = ["plan", "ablation", "--scale", "laptop", "--set", f"teacher_seeds={list(range(7, 7 + count))}"]
     assert call(monkeypatch, *arguments) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert shown.count("One teacher for all students of a context: verdicts hold given that teacher") == (count == 1)
-    assert shown.count(f"Over {count} teachers a gain over a control is found from") == (count > 1)
+    assert shown.count("All students of a context share one teacher: verdicts hold only") == (count == 1)
+    assert shown.count(f"With {count} teachers, a gain over a control is found with") == (count > 1)
     assert (f"warning: teacher_seeds has {count} seeds" in shown) == (t is not None)
     assert t is None or f"(t = {t} at {count - 1} degree" in shown
     assert call(monkeypatch, *arguments, "--json") == 0
@@ -427,7 +427,7 @@ def test_an_error_of_ours_is_not_taken_for_failed_trials(
 ) -> None:
     monkeypatch.setattr(cli, "app", lambda: 1 / 0)
     assert call(monkeypatch) == 3
-    assert "ZeroDivisionError" in (said := capsys.readouterr().err) and "this is an error in tune_kd" in said
+    assert "ZeroDivisionError" in (said := capsys.readouterr().err) and "this is a bug in tune_kd" in said
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -649,7 +649,7 @@ def test_a_report_is_written_where_and_in_what_form_one_likes_and_opened(
         (["--format", "docx"], ["--format is 'docx'; allowed: html, md, csv, tex, png, svg"]),
         (["--format", ""], ["--format is ''; allowed: html, md"]),
         (["--phase", "select"], ["--phase is 'select'; allowed: THEIRS=OURS"]),
-        (["--phase", "x=screen"], ["--phase is given, and RUN is a run of tune_kd's"]),
+        (["--phase", "x=screen"], ["--phase is given, and RUN is a run of tune_kd"]),
         (["nowhere", "--phase", "x=y"], ["--phase is 'x=y'", "RUN is 'nowhere'; allowed: a run's folder"]),
     ],
 )
@@ -689,7 +689,7 @@ def test_a_report_cannot_go_into_a_file(
             "tuned", 1,
             "paper, since Ray sees a GPU: about 15.5 h on one GPU as fast as an H100 (--scale laptop for a small one)",
         ),
-        ("ablation", 0, "laptop, since Ray sees no GPU (--scale paper for the whole study)"),
+        ("ablation", 0, "laptop, since Ray sees no GPU (--scale paper for the full study)"),
     ],
 )  # fmt: skip
 def test_auto_says_how_long_the_scales_for_a_gpu_take(
@@ -733,7 +733,7 @@ def test_a_name_that_no_disk_takes_is_refused_and_nothing_made(
 ) -> None:
     assert call(monkeypatch, *arguments) == 2
     told = capsys.readouterr().err
-    assert LONG in told and told.endswith("has too long a name; allowed: 255 bytes\n")
+    assert LONG in told and told.endswith("is too long; allowed: at most 255 bytes\n")
     assert [path.name for path in elsewhere.iterdir()] in ([], ["cache"])
 
 
@@ -741,7 +741,7 @@ def test_a_reports_folder_with_too_long_a_name_is_refused_and_those_above_it_not
     finished: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "report", str(finished), "--to", f"above/{LONG}") == 2
-    assert "has too long a name" in capsys.readouterr().err and not (elsewhere / "above").exists()
+    assert "is too long" in capsys.readouterr().err and not (elsewhere / "above").exists()
 
 
 def test_a_path_that_sqlite_does_not_open_is_refused_and_nothing_made(
@@ -785,7 +785,11 @@ def test_new_writes_a_study_that_can_be_planned_and_overwrites_nothing(
     planned = json.loads(capsys.readouterr().out)
     assert [arm["name"] for arm in planned["arms"]] == ["none", "logit", "at/weight=10", "at/weight=100"]
     before = {path: path.read_text() for path in tmp_path.iterdir()}
-    for name, words in (("mine.py", "mine.py exists"), ("a.txt", "as of a Python module"), ("x/y.py", "no folder x")):
+    for name, words in (
+        ("mine.py", "mine.py exists"),
+        ("a.txt", "name of a Python module"),
+        ("x/y.py", "x does not exist"),
+    ):
         assert call(monkeypatch, "new", name) == 2
         assert words in capsys.readouterr().err
     assert {path: path.read_text() for path in tmp_path.iterdir()} == before

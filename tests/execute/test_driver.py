@@ -152,7 +152,7 @@ def test_a_trial_that_another_one_of_its_gpu_ended_goes_on_without_a_mark_but_no
         bench.driver.on_end(task.trial.trial_id, ended)
         (row,) = bench.rows(trial_id=task.trial.trial_id)
         assert (row["status"], row["stop_reason"], row["error"]) == ("pending", None, None)
-        assert bench.said[-1].endswith("pending (will be tried again): another trial on its GPU ended it")
+        assert bench.said[-1].endswith("pending (will be retried): another trial on its GPU ended it")
         task = bench.start()
         assert task.acknowledged == 1
     for _ in range(2):  # none of them was counted before
@@ -208,7 +208,7 @@ def test_a_disk_that_fails_a_trial_again_and_again_ends_the_run_and_not_the_tria
     assert bench.driver.next() is None  # a disk is everybody's
     assert not bench.driver.on_epoch(other.trial.trial_id, epoch(1), HERE)
     bench.driver.on_end(other.trial.trial_id, None)
-    with pytest.raises(OSError, match=r"No space left on device.*the disk refused it 3 times.*resume"):
+    with pytest.raises(OSError, match=r"No space left on device.*writing failed 3 times.*resume"):
         bench.driver.conclude()
     assert {row["status"] for row in bench.rows()} == {"pending"}
     assert Bench(bench.driver.plan.study, bench.folder).start().trial.trial_id

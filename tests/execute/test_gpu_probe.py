@@ -220,9 +220,12 @@ def test_each_kind_is_measured_with_and_without_mps_and_the_next_run_takes_what_
     found = machine.packed()
     assert machine.measured == [("none", False), ("feature", False), ("none", True), ("feature", True)]
     assert found is not None and (found.light, found.heavy, found.mps) == (0.25, 0.25, True)
-    told = "with MPS 4 at a time of cifar/none train 150 images/s, 4 at a time of cifar/feature train 150 images/s"
+    told = (
+        "with MPS 4 concurrent trials of cifar/none train 150 images/s, "
+        "4 concurrent trials of cifar/feature train 150 images/s"
+    )
     assert found.why == f"as measured now: {told}"
-    assert "cifar/none, without MPS: 1, 2 at a time train 100, 95 images/s; 2.00 GiB each" in machine.said
+    assert "cifar/none, without MPS: 1, 2 concurrent trials train 100, 95 images/s; 2.00 GiB each" in machine.said
     before = machine.said[:]
     again = machine.packed()
     assert machine.said == before and len(machine.measured) == 4
@@ -358,14 +361,14 @@ def test_a_probe_that_fails_is_a_warning_and_the_run_takes_the_default(machine: 
     machine.error = ProbeFailed("a probing process died (exit status -11)")
     assert machine.packed() is None
     assert machine.said[-1] == (
-        "warning: which share of a GPU is best cannot be measured (a probing process died (exit status -11)); "
-        "the run takes the default"
+        "warning: the best GPU share cannot be measured (a probing process died (exit status -11)); "
+        "the run uses the default share"
     )
 
 
 def test_a_trial_that_does_not_fit_even_alone_is_a_mistake_that_says_what_to_do(machine: Machine) -> None:
     machine.none = True
-    with pytest.raises(UserError, match=r"recipe\.batch_size is 16, with which not one trial of cifar/none fits"):
+    with pytest.raises(UserError, match=r"recipe\.batch_size is 16, and one trial of cifar/none does not fit"):
         machine.packed()
 
 

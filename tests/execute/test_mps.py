@@ -77,7 +77,7 @@ LACKS, HAS, SERVED = (False, False), (False, True), (True, True)
         ([HAS, LACKS], "", "auto", True, True, ["asked 2"], False,
          f"MPS does not serve the GPUs (there is no nvidia-cuda-mps-control, on the node {SECOND})"),
         ([SERVED, HAS], "", "auto", True, True, ["asked 2"], False,
-         f"MPS does not serve the GPUs (another one serves it, on the node {FIRST})"),
+         f"MPS does not serve the GPUs (another MPS serves it, on the node {FIRST})"),
     ],
 )  # fmt: skip
 def test_mps_is_started_where_it_pays_where_it_can_and_where_none_is(
@@ -152,7 +152,7 @@ def test_without_a_gpu_nothing_of_mps_is_imported(study: Study, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("begun", "uses", "why"),
-    [("", True, ""), ("it hangs", True, "it hangs"), ("", False, "it started, and CUDA does not use it")],
+    [("", True, ""), ("it hangs", True, "it hangs"), ("", False, "MPS started, but CUDA does not use it")],
 )
 def test_a_keeper_on_the_node_starts_mps_and_is_told_to_end_it(
     ray_session: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begun: str, uses: bool, why: str
@@ -349,7 +349,7 @@ def machine(cluster: Machine) -> Machine:
 def test_a_run_starts_mps_before_its_workers_for_them_alone_and_ends_it_after_them(machine: Machine) -> None:
     code, said = machine.run("served")
     assert code == 0, said
-    assert "Each trial gets 0.25 of a GPU, since MPS, started for this run, serves the GPUs, on which four" in said
+    assert "Each trial gets 0.25 of a GPU, since MPS, started for this run, serves the GPUs, so four trials" in said
     began, asked, ended = mps_control.log(machine.program)
     assert (began["what"], asked["what"], ended["what"]) == ("started", "asked to end", "ended")
     assert "CUDA_VISIBLE_DEVICES" not in began
@@ -368,9 +368,9 @@ def test_mps_that_cannot_start_is_told_in_a_line_and_a_trial_takes_a_whole_gpu(m
     machine.installed("refuses")
     code, said = machine.run("alone")
     assert code == 0, said
-    why = "nvidia-cuda-mps-control ended with 1: Cannot start: an instance of this daemon is already running"
+    why = "nvidia-cuda-mps-control exited with 1: Cannot start: an instance of this daemon is already running"
     assert said.count("MPS") == 1
-    assert f"a whole GPU, since MPS does not serve the GPUs ({why}), and without it trials on one GPU" in said
+    assert f"a whole GPU, since MPS does not serve the GPUs ({why}), and without MPS trials would" in said
     assert {(line["pipe"], line["gpus"]) for line in machine.seen()} == {(None, 1.0)}
     code, said = machine.run("refused", "--mps", "on")
     assert code == 2 and f"--mps is on, and MPS cannot be started: {why}; allowed: auto or off" in said

@@ -69,7 +69,7 @@ def test_an_error_within_ends_it_too(installed: Installed, folder: Path) -> None
     [
         (
             "refuses",
-            "nvidia-cuda-mps-control ended with 1: Cannot start: an instance of this daemon is already running",
+            "nvidia-cuda-mps-control exited with 1: Cannot start: an instance of this daemon is already running",
         ),
         ("hangs", "nvidia-cuda-mps-control did not start within 1 s"),
     ],

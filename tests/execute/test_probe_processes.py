@@ -164,7 +164,7 @@ def test_a_process_that_says_nothing_is_not_waited_for_without_end(
     monkeypatch.setattr(probe_processes, "PATIENCE", 0.1)
     monkeypatch.setattr(probe_processes, "ENDING", 0.1)
     monkeypatch.setattr(probe_processes, "PROGRAM", "import time; time.sleep(600)")
-    with processes(1, {}) as pool, pytest.raises(ProbeFailed, match=r"a probing process does not answer within 0 s"):
+    with processes(1, {}) as pool, pytest.raises(ProbeFailed, match=r"a probing process did not respond within 0 s"):
         measure(pool, of("none", tmp_path), (1,), PLENTY)
     assert pool[0]._process.returncode == -9
     assert time.monotonic() - begun < 10

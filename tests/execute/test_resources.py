@@ -22,9 +22,9 @@ SERVED = Mps(True, "MPS serves the GPUs")
 @pytest.mark.parametrize(
     ("asked", "available", "mps", "gpus", "says"),
     [
-        ("auto", 1.0, NOT, 1.0, "a whole GPU, since MPS does not serve the GPUs, and without it trials"),
-        ("auto", 1.0, SERVED, 0.25, "0.25 of a GPU, since MPS serves the GPUs, on which four"),
-        ("auto", 1.0, Mps(False, "--mps is off"), 1.0, "a whole GPU, since --mps is off, and without it trials"),
+        ("auto", 1.0, NOT, 1.0, "a whole GPU, since MPS does not serve the GPUs, and without MPS trials"),
+        ("auto", 1.0, SERVED, 0.25, "0.25 of a GPU, since MPS serves the GPUs, so four trials"),
+        ("auto", 1.0, Mps(False, "--mps is off"), 1.0, "a whole GPU, since --mps is off, and without MPS trials"),
         ("auto", 0.0, Mps(False), 0.0, "no GPU, since Ray sees none"),
         (0.5, 1.0, NOT, 0.5, "0.5 of a GPU, as --gpus-per-trial says; MPS does not serve the GPUs."),
         (2.0, 4.0, Mps(False), 2.0, "2 GPUs, as --gpus-per-trial says."),
@@ -40,8 +40,8 @@ def test_a_trial_gets_a_whole_gpu_unless_mps_serves_it_or_a_share_is_asked_for(
 
 
 def test_on_a_cluster_the_sentence_says_that_nothing_was_measured(one_stem: Study) -> None:
-    shares = gpu_shares("auto", plan(one_stem), 1.0, NOT, None, "; on a cluster nothing is measured")
-    assert shares.words.endswith("would take turns; on a cluster nothing is measured.")
+    shares = gpu_shares("auto", plan(one_stem), 1.0, NOT, None, "; shares are not measured on a cluster")
+    assert shares.words.endswith("would take turns on a GPU; shares are not measured on a cluster.")
 
 
 WITH, WITHOUT = Packing(0.125, 0.5, True, "as measured"), Packing(0.5, 1.0, False, "as measured")

@@ -177,10 +177,10 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_share(
     ("address", "packing", "served", "words"),
     [
         (None, FOUND, True, "0.25 of a GPU (with feature 0.5 of a GPU, a teacher 0.5 of a GPU), as measured."),
-        (None, None, False, "a whole GPU, since MPS does not serve, and without it trials on one GPU would take "
-                            "turns."),
-        ("a:1", None, True, "0.25 of a GPU, since MPS does, on which four then train at the same time; on a cluster "
-                            "nothing is measured."),
+        (None, None, False, "a whole GPU, since MPS does not serve, and without MPS trials would take turns "
+                            "on a GPU."),
+        ("a:1", None, True, "0.25 of a GPU, since MPS does, so four trials can train on a GPU at the same "
+                            "time; shares are not measured on a cluster."),
     ],
 )  # fmt: skip
 def test_a_run_takes_what_was_measured_and_says_where_it_was_not(

@@ -45,13 +45,13 @@ def test_a_whole_run_has_nothing_to_say(run: Path) -> None:
 @pytest.mark.parametrize(
     ("damaged", "part", "remedy"),
     [
-        ("study.json", "plan", "nothing else can be judged"),
-        ("trials.parquet", "tables", "made again from the ledger"),
-        ("tables.json", "tables", "made again from the ledger"),
-        (COMMITS, "ledger", "makes it again"),
-        ("../teachers/*/weights.safetensors", "teachers", "put it back from a copy"),
-        ("../teachers/*/card.json", "teachers", "put it back from a copy"),
-        ("../teachers/*/answers/*/views*/logits.f32", "answers", "computed again where they are needed"),
+        ("study.json", "plan", "nothing else can be checked"),
+        ("trials.parquet", "tables", "rebuilds it from the ledger"),
+        ("tables.json", "tables", "rebuilds it from the ledger"),
+        (COMMITS, "ledger", "rebuilds it"),
+        ("../teachers/*/weights.safetensors", "teachers", "restore it from a copy"),
+        ("../teachers/*/card.json", "teachers", "restore it from a copy"),
+        ("../teachers/*/answers/*/views*/logits.f32", "answers", "computed again when they are needed"),
     ],
 )
 def test_what_is_damaged_is_named_with_its_remedy(run: Path, damaged: str, part: str, remedy: str) -> None:
@@ -68,7 +68,7 @@ def test_a_damaged_ledger_is_made_again_from_the_tables_and_kept_aside(run: Path
         trials, epochs = ledger.rows(TRIALS), ledger.rows(EPOCHS)
     flip(run / LEDGER, 0.6)
     (finding,) = verify(run)
-    assert finding.part == "ledger" and "makes it again from the tables" in finding.remedy
+    assert finding.part == "ledger" and "rebuilds it from the tables" in finding.remedy
     said: list[str] = []
     with closing(rebuild.opened(reopen(run), said.append)) as ledger:
         assert (ledger.rows(TRIALS), ledger.rows(EPOCHS)) == (trials, epochs)
@@ -111,7 +111,7 @@ def test_an_empty_ledger_is_no_ledger(run: Path) -> None:
     (run / LEDGER).write_bytes(b"")
     (run / COMMITS).unlink()
     (finding,) = verify(run)
-    assert finding.part == "ledger" and "makes it again from the tables" in finding.remedy
+    assert finding.part == "ledger" and "rebuilds it from the tables" in finding.remedy
     with closing(rebuild.opened(reopen(run), lambda _: None)) as ledger:
         assert ledger.rows(EPOCHS) == epochs
     assert verify(run) == []
@@ -127,7 +127,7 @@ def test_a_ledger_of_another_plan_is_not_gone_on_with(run: Path) -> None:
     ):
         rebuild.opened(reopen(run), lambda _: None)
     finding = verify(run)[0]
-    assert finding.part == "ledger" and "put the study.json or the ledger back" in finding.remedy
+    assert finding.part == "ledger" and "study.json and the ledger do not match" in finding.remedy
 
 
 def test_what_a_screen_that_runs_again_had_stopped_is_decided_again(run: Path) -> None:
@@ -147,7 +147,7 @@ def test_nothing_is_made_from_tables_that_are_damaged_too(run: Path) -> None:
     flip(run / LEDGER, 0.6)
     flip(run / "epochs.parquet")
     ledger, tables = verify(run)
-    assert "the tables are not whole either" in ledger.remedy and tables.part == "tables"
+    assert "the tables are damaged, too" in ledger.remedy and tables.part == "tables"
     before = (run / LEDGER).read_bytes()
     with pytest.raises(files.CorruptFile, match="it cannot be rebuilt, since the tables are damaged"):
         rebuild.opened(reopen(run), lambda _: None)
@@ -182,7 +182,7 @@ def test_the_command_says_it_and_its_status_too(
 ) -> None:
     command = ("status", str(run), "--verify")
     assert call(monkeypatch, *command) == 0
-    assert "is whole" in capsys.readouterr().out
+    assert "is intact" in capsys.readouterr().out
     flip(run / "trials.parquet")
     assert call(monkeypatch, *command) == 3
     assert "trials.parquet was altered since it was written" in capsys.readouterr().out
@@ -207,9 +207,9 @@ def test_a_folder_without_room_an_old_package_and_a_changed_teacher_are_told_at_
     with pytest.raises(UserError) as caught:
         preflight.check(opened, waiting, 2)
     torch, room, teacher = caught.value.problems
-    assert torch.startswith("torch is 2.9.1 here; allowed: 2.10 and later")
-    assert "0.000 GB are free" in room and "make room, or choose a folder on another disk" in room
-    assert "weights.safetensors is not what its card says; put it back from a copy" in teacher
+    assert torch.startswith("torch is 2.9.1 here; allowed: 2.10 or later")
+    assert "0.000 GB are free" in room and "Free space, or choose a folder on another disk" in room
+    assert "weights.safetensors is not what its card says; restore it from a copy" in teacher
 
 
 @pytest.mark.parametrize(("name", "planned"), [("logits.f32", 20), ("logits.bf16", 40)])
@@ -302,7 +302,7 @@ def test_a_ledger_whose_tables_do_not_fit_each_other_is_made_again(run: Path, lo
     with closing(sqlite3.connect(run / LEDGER)) as connection, connection:
         connection.execute(lost)
     (finding,) = verify(run)
-    assert finding.part == "ledger" and "makes it again from the tables" in finding.remedy
+    assert finding.part == "ledger" and "rebuilds it from the tables" in finding.remedy
     with closing(rebuild.opened(reopen(run), lambda _: None)) as ledger:
         assert (ledger.rows(EPOCHS), ledger.rows(TRIALS)) == before
     assert verify(run) == []

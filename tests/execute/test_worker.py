@@ -37,7 +37,7 @@ def test_who_waits_for_a_teacher_of_another_run_leaves_when_asked_to(place: Work
     place.drain.touch()
     with (
         writing(place.teachers, taught.trial_id),
-        pytest.raises(RuntimeError, match="waited for a teacher that another run trains, and was asked to leave"),
+        pytest.raises(RuntimeError, match="stopped while waiting for a teacher that another run is training"),
     ):
         next(work(Task(taught, 1, 0, 1.0, 0.0), place))
 

@@ -90,7 +90,7 @@ def leave(life: Life, number: signal.Signals, target: str, moment: str, epochs: 
     # Python's own end is not the command's any more: there the system says what it died of.
     if driver.returncode not in (128 + number, -number):
         found.append(f"it ended with {driver.returncode}, not {128 + number}: {life.last_words()}")
-    elif driver.returncode == 128 + number and "go on with: python -m tune_kd resume" not in life.said.read_text():
+    elif driver.returncode == 128 + number and "continue with: python -m tune_kd resume" not in life.said.read_text():
         found.append(f"it did not say how to go on: {life.last_words()}")
     if not processes.gone(life.tag, 3.0):
         found.append(f"processes are left: {[each.cmdline()[:3] for each in processes.tagged(life.tag)]}")

@@ -335,7 +335,7 @@ def _traced(words: str) -> str:
     mark = "Traceback (most recent call last)"
     if mark in words:
         return words[words.rindex(mark) :]
-    return words[-SAID:] if "this is an error in tune_kd" in words else ""
+    return words[-SAID:] if "this is a bug in tune_kd" in words else ""
 
 
 # In the parent

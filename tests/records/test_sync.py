@@ -412,7 +412,7 @@ def test_a_run_in_a_store_is_a_command_like_any_other(
     assert begun.returncode == 0 and "warning" not in told + errors, told + errors
     assert "records in s3://bucket/kd/far?" in told and "also at s3://bucket/kd/far/report/report.html?" in told
     assert "far" in tune_kd("other", "list")
-    assert "is whole, from its plan to its teachers' answers" in tune_kd("other", "status", "far", "--verify")
+    assert "is intact, from the plan to the teachers' cached logits" in tune_kd("other", "status", "far", "--verify")
     assert "Primary contrasts" in tune_kd("third", "report", "far", "--format", "md")
     here, there = (next((tmp_path / home).glob("tune_kd/s3-bucket-kd-*/results/far")) for home in ("home", "other"))
     assert (here / "trials.parquet").read_bytes() == (there / "trials.parquet").read_bytes()

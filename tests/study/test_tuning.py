@@ -590,7 +590,7 @@ def test_a_run_goes_on_whatever_is_wrong_with_optunas_storage(
     assert {row["status"] for row in bench.rows()} == {"completed", "stopped"}
     (said,) = [each for each in bench.said if "warning" in each]
     why = " ".join(str(error).split())
-    assert f"optuna.sqlite cannot be written to ({type(error).__name__}: {why}); the run goes on without it" in said
+    assert f"optuna.sqlite cannot be written to ({type(error).__name__}: {why}); the run continues without it" in said
     monkeypatch.undo()
     Bench(study, tmp_path)
     stored = optuna.load_study(study_name="r: none", storage=f"sqlite:///{tmp_path / search.STORAGE}")

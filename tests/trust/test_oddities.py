@@ -302,13 +302,13 @@ def test_a_token_that_is_no_file_is_none(kind: str, tmp_path: Path, monkeypatch:
     from tune_kd.execute.jobs import client
 
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(put(kind, tmp_path / "token")))
-    assert "where no dashboard of Ray answers" in refusal(lambda: client("http://127.0.0.1:1"))
+    assert "where no Ray dashboard responds" in refusal(lambda: client("http://127.0.0.1:1"))
 
 
 @pytest.mark.parametrize(
     ("name", "command", "status", "says"),
     [
-        (HOLDER, ["status", "tiny"], 0, "nobody runs it|confirm"),
+        (HOLDER, ["status", "tiny"], 0, "not running|confirm"),
         (STUDY, ["status"], 0, "confirm"),
         (STUDY, ["report", "tiny"], 2, "study.json is a FIFO"),
         (grace.AUDIT, ["plan", "ablation", "--scale", "smoke"], 0, "raw cells"),

@@ -145,12 +145,12 @@ def test_a_file_that_the_caller_names_or_has_where_he_works_is_executed(
     names_file(given, file)
     assert call(monkeypatch, "resume", "tiny", "--study", str(file)) == 2
     told = capsys.readouterr().err
-    assert marker.exists() and "was changed since it began: confirm.seeds was [1, 2, 3] and is [1, 2]" in told
+    assert marker.exists() and "has changed since the run started: confirm.seeds was [1, 2, 3] and is [1, 2]" in told
     for folder in (Path.cwd(), Path.cwd() / "search_spaces"):
         file, marker = evil(folder, "mine.py")
         names_file(given, file)
         assert call(monkeypatch, "resume", "tiny") == 2
-        assert marker.exists() and "was changed since it began" in capsys.readouterr().err
+        assert marker.exists() and "has changed since the run started" in capsys.readouterr().err
     assert call(monkeypatch, "resume", "tiny", "--study", "nowhere.py") == 2
     assert "--study is 'nowhere.py'; allowed" in capsys.readouterr().err
 
@@ -237,7 +237,7 @@ def test_trackers_that_send_are_used_where_the_caller_says_so(
     monkeypatch.setattr("tune_kd.execute.options.check_trackers", used.append)
     assert call(monkeypatch, "resume", "tiny") == 2
     assert used == [("tensorboard",)]
-    assert "wandb, mlflow showed this run; it goes on without, unless you say --track wandb" in " ".join(
+    assert "recorded trackers that are not used now: wandb, mlflow. A tracker that sends" in " ".join(
         capsys.readouterr().out.split()
     )
     assert call(monkeypatch, "resume", "tiny", "--track", "wandb") == 2
@@ -451,7 +451,7 @@ def test_what_a_run_says_is_shown_and_logged_without_its_secret(
     assert not any(part in shown + logged for part in hidden.splitlines())
 
 
-@pytest.mark.parametrize(("error", "word"), [(OSError, "OSError"), (RuntimeError, "this is an error in tune_kd")])
+@pytest.mark.parametrize(("error", "word"), [(OSError, "OSError"), (RuntimeError, "this is a bug in tune_kd")])
 def test_an_error_of_a_command_is_told_without_the_secret_in_it(
     error: type[Exception], word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1022,7 +1022,9 @@ def test_a_trackers_settings_are_not_taken_from_results(given: Path) -> None:
     """From where its library works, it would be told where runs are sent, and the user's key with them."""
     (given / "wandb" / "trial" / ".wandb").mkdir(parents=True)
     (given / "wandb" / "trial" / ".wandb" / "settings").write_text("[default]\nbase_url = http://192.0.2.1\n")
-    with pytest.raises(ValueError, match="settings says how Weights & Biases is to be used; remove it"):
+    with pytest.raises(
+        ValueError, match="settings has settings for Weights & Biases, which are unsafe in results; remove it"
+    ):
         WandB("s", "tiny", given)
 
 

@@ -158,7 +158,7 @@ def test_nothing_of_a_runs_ray_is_open_to_other_machines_nor_to_those_without_th
                 assert b" s  " in answer.read()
         told = subprocess.run([sys.executable, "-m", "tune_kd", "dashboard", "--out", str(tmp_path / "r" / "results")],
                               env=around, capture_output=True, text=True, timeout=60).stdout  # fmt: skip
-        assert f"r: {url}" in told and "It asks for the token" in told and "warning" not in told
+        assert f"r: {url}" in told and "asks for the token" in told and "warning" not in told
 
 
 def dashboard_of(said: str) -> str:

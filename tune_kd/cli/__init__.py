@@ -1,7 +1,7 @@
 """The command line: commands, errors and exit statuses.
 
-Slow modules (torch, Ray, pandas), and those of a run's folder, which `plan` does not need, are imported by the commands
-that need them.
+Commands import slow modules (torch, Ray, pandas) and the modules of a run's folder only if they need them. `plan` needs
+none of these.
 """
 
 import errno
@@ -40,15 +40,15 @@ COMMANDS: dict[Callable[..., None], tuple[str, str]] = {
     remote.submit: ("submit", "ablation --address http://HEAD:8265 --out /shared/results"),
     reading.list_: ("list", ""),
 }
-"""The functions behind the commands, with the names of these and an example, which ends the command's `--help`."""
+"""The function of each command, with the command's name and the arguments of the example in its `--help`."""
 for function, (name, example) in COMMANDS.items():
     app.command(name, epilog=f"Example: python -m tune_kd {name} {example}".rstrip())(function)
 
 
 def main() -> None:
-    """Run the command in `sys.argv` and exit: 0 done, 1 failed trials, 2 a mistake of the user, 3 another failure, 128
-    plus the number of a signal."""
-    with signals.left_by_signals():  # its status takes precedence over that of an error while leaving
+    """Run the command in `sys.argv` and exit: 0 success, 1 failed trials, 2 user error, 3 another failure, 128 plus the
+    number of a signal."""
+    with signals.left_by_signals():  # a signal's status overrides that of an error during shutdown
         _command()
 
 
@@ -60,29 +60,29 @@ def _command() -> None:
         for problem in mistake.problems:
             _complain(problem)
         sys.exit(2)
-    except FAILURES as error:  # of the machine, not of the user
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # a mistake of the user
-            _complain(f"{error.filename} has too long a name; allowed: {NAME_BYTES} bytes")
+    except FAILURES as error:  # failures of the machine
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # the user's error
+            _complain(f"the file name {error.filename} is too long; allowed: at most {NAME_BYTES} bytes")
             sys.exit(2)
         _complain(f"{type(error).__name__}: {error}")
         if advice := _advice(error):
             _complain(advice)
         sys.exit(3)
-    except Exception:  # an error in tune_kd; status 1 would mean failed trials
+    except Exception:  # a bug in tune_kd; status 1 would mean failed trials
         print(visible(masked(traceback.format_exc())), end="", file=sys.stderr)
-        _complain("this is an error in tune_kd; what is on record is whole, please report it")
+        _complain("this is a bug in tune_kd; please report it. The records are intact")
         sys.exit(3)
 
 
 def _complain(sentence: str) -> None:
-    """Print an error to standard error. It may contain a secret, or control characters from others' records."""
+    """Print an error to standard error. Mask secrets, and show control characters, which imported records may have."""
     print(f"tune_kd: {visible(masked(sentence))}", file=sys.stderr)
 
 
 def _advice(error: Exception) -> str:
-    """Return what the user can do about a failure of the machine."""
+    """Return advice for the user about a failure of the machine."""
     if damage(error):
-        return "`tune_kd status RUN --verify` says what is damaged, and what `tune_kd resume RUN` can make again"
-    if isinstance(error, OSError) and error.errno is None:  # raised by us, with the advice in its message
+        return "`tune_kd status RUN --verify` lists the damaged files, and which of them `tune_kd resume RUN` rebuilds"
+    if isinstance(error, OSError) and error.errno is None:  # raised by us, with advice in its message
         return ""
-    return "what is on record is whole; see that the disk has room and can be written to, then `tune_kd resume RUN`"
+    return "the records are intact; check that the disk has free space and is writable, then run `tune_kd resume RUN`"

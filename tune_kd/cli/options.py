@@ -1,4 +1,4 @@
-"""Options that several commands share, and functions to read and check them."""
+"""Options that several commands share, and functions that parse and check them."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,15 +27,18 @@ T = TypeVar("T")
 
 StudyName = Annotated[str, typer.Argument(help="A name in search_spaces/ or the path of a file.", metavar="STUDY")]
 RunName = Annotated[str, typer.Argument(help="A name under --out or a path.", metavar="RUN")]
-Scale = Annotated[str, typer.Option(help="auto, or a scale that the study declares (paper, brief, laptop, smoke).")]
-DataName = Annotated[str | None, typer.Option("--data", help="digits, cifar10 or cifar100.", show_default=False)]
+Scale = Annotated[str, typer.Option(help="auto, or one of the study's scales (paper, brief, laptop, smoke).")]
+DataName = Annotated[
+    str | None, typer.Option("--data", help="Data set: digits, cifar10 or cifar100.", show_default=False)
+]
 DataDir = Annotated[
-    Path | None, typer.Option(help="CIFAR: torchvision's files, an image folder, or a tar of one.", show_default=False)
+    Path | None,
+    typer.Option(help="Path of CIFAR: torchvision's files, an image folder or its tar archive.", show_default=False),
 ]
 
 
 class Unread(Exception):
-    """A mistake in an option's text. Not a `UserError`: typer reports each ValueError of a parser in its own words."""
+    """An option that cannot be parsed. Not a `UserError`, which is a ValueError: typer rewords those of a parser."""
 
     def __init__(self, mistake: UserError) -> None:
         self.problems = mistake.problems
@@ -43,7 +46,7 @@ class Unread(Exception):
 
 
 def _place(text: str) -> Path:
-    """Parse a folder, or the URL of one in an object store, whose local mirror is returned."""
+    """Parse a folder, or the URL of a folder in an object store. Returns the local mirror of a URL."""
     try:
         return local(str(text))
     except UserError as mistake:
@@ -53,59 +56,60 @@ def _place(text: str) -> Path:
 Out = Annotated[
     Path,
     typer.Option(
-        help="Folder of all runs and of the teachers they share; or s3://BUCKET/PATH.", parser=_place, metavar="PLACE"
+        help="Folder for all runs and their shared teachers, or s3://BUCKET/PATH.", parser=_place, metavar="PLACE"
     ),
 ]
-Name = Annotated[str | None, typer.Option(help="Name of the run; made from study and time by default.")]
+Name = Annotated[str | None, typer.Option(help="Name of the run. Default: the study's name and the time.")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a field of the study: recipe.epochs=4. Repeatable.")
+    list[str] | None, typer.Option("--set", help="Override a field of the study, such as recipe.epochs=4. Repeatable.")
 ]
 MarginFrom = Annotated[
     str | None,
     typer.Option(
-        metavar="RUN", help="Take screen.margin from the spread of an earlier run's controls.", show_default=False
+        metavar="RUN", help="Set screen.margin from the spread of the controls of an earlier run.", show_default=False
     ),
 ]
 Phases = Annotated[
-    list[str] | None, typer.Option("--phase", help="In tables of others, what a phase is: select=screen. Repeatable.")
+    list[str] | None,
+    typer.Option("--phase", help="For imported tables: rename a phase, such as select=screen. Repeatable."),
 ]
-GPUS = "GPU share of a trial, such as 0.25; auto measures which is best, where that pays."
+GPUS = "GPU share of each trial, such as 0.25. auto measures the fastest share if the study is long enough."
 Gpus = Annotated[str, typer.Option(help=GPUS)]
-GpusNow = Annotated[str | None, typer.Option(help=GPUS, show_default="as the run began")]
-CPUS = "CPU share of a trial; its whole part is its threads, at least one."
+GpusNow = Annotated[str | None, typer.Option(help=GPUS, show_default="as recorded")]
+CPUS = "CPU share of each trial. Rounded down, it is the number of threads, at least 1."
 Cpus = Annotated[float, typer.Option(help=CPUS)]
-CpusNow = Annotated[float | None, typer.Option(help=CPUS, show_default="as the run began")]
-MPS = "NVIDIA's MPS: auto starts one where trials share a GPU, on starts one or fails, off starts none."
+CpusNow = Annotated[float | None, typer.Option(help=CPUS, show_default="as recorded")]
+MPS = "NVIDIA MPS: auto starts it if trials share a GPU, on starts it or fails, off never starts it."
 Mps = Annotated[str, typer.Option(help=MPS, metavar="auto|on|off")]
-MpsNow = Annotated[str | None, typer.Option(help=MPS, metavar="auto|on|off", show_default="as the run began")]
-MaxConcurrent = Annotated[int | None, typer.Option(help="Most trials at a time.", show_default=False)]
+MpsNow = Annotated[str | None, typer.Option(help=MPS, metavar="auto|on|off", show_default="as recorded")]
+MaxConcurrent = Annotated[int | None, typer.Option(help="Maximum number of concurrent trials.", show_default=False)]
 Address = Annotated[
-    str | None, typer.Option(help="HOST:PORT of a Ray cluster that this machine is part of.", show_default=False)
+    str | None, typer.Option(help="auto, or HOST:PORT of a Ray cluster that includes this machine.", show_default=False)
 ]
 Elsewhere = Annotated[
-    str | None, typer.Option(help="URL of the dashboard of the cluster that it was submitted to.", show_default=False)
+    str | None, typer.Option(help="For a submitted run: URL of the cluster's dashboard.", show_default=False)
 ]
 Track = Annotated[
     list[str] | None,
-    typer.Option(help="Show the run in a tracker, too: tensorboard, mlflow or wandb. Repeatable.", show_default=False),
+    typer.Option(help="Also log the run to a tracker: tensorboard, mlflow or wandb. Repeatable.", show_default=False),
 ]
 Keep = Annotated[bool, typer.Option("--keep-checkpoints", help="Keep the final checkpoint of each trial.")]
 NoDryRun = Annotated[
-    bool, typer.Option("--no-dry-run", help="Skip the two steps that try each loss which the study brings.")
+    bool, typer.Option("--no-dry-run", help="Skip the dry run, which tries each of the study's own losses for 2 steps.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON on standard output.")]
 
 DEFAULT_OUT = Path("results")
 
 
 def print_json(answer: dict[str, Any]) -> None:
-    """Print an answer to standard output as JSON in ASCII."""
+    """Print a result to standard output as JSON in ASCII."""
     print(json.dumps(answer), flush=True)
 
 
 @contextmanager
 def progress(count: int, what: str) -> Iterator[Callable[[], object]]:
-    """Show a progress bar on standard error if that is a terminal. Yields a function that advances it by one step."""
+    """Show a progress bar if standard error is a terminal. Yields a function that advances the bar by one step."""
     from rich.progress import track
 
     shown = Terminal(stderr=True)
@@ -115,7 +119,7 @@ def progress(count: int, what: str) -> Iterator[Callable[[], object]]:
 
 
 def naming(option: str, read: Callable[[], T], of: str = "RUN") -> T:
-    """Return what `read` returns. In its errors, the argument `of` is replaced by the name of the option."""
+    """Call `read` and return its result. Errors name the option instead of the argument `of`."""
     try:
         return read()
     except UserError as mistake:
@@ -128,23 +132,24 @@ def check_secrets(options: Mapping[str, Any]) -> None:
 
 
 def check_address(address: str | None) -> None:
-    """Raise `UserError` for an address that is a URL: a cluster is joined by HOST:PORT."""
+    """Raise `UserError` if an address is a URL: joining a cluster takes HOST:PORT."""
     if "://" in (address or ""):
         raise UserError(
-            f"--address is {address}; allowed: auto, or HOST:PORT of a cluster that this machine is part of; `tune_kd "
-            "submit` sends a study to the http:// URL of another's dashboard"
+            f"--address is {address}; allowed: auto, or HOST:PORT of a cluster that includes this machine. To run a "
+            "study on a remote cluster, use `tune_kd submit` with the http:// URL of its dashboard"
         )
 
 
 def scale_of(
     path: Path, scale: str, address: str | None, data: str | None = None, settings: Sequence[str] = ()
 ) -> tuple[str, str]:
-    """Return the scale that `auto` means on this machine, and the reason; with a GPU, also the estimated time."""
+    """Return the scale that `auto` selects on this machine, and the reason. On a GPU the reason has the estimated
+    times."""
     if scale != "auto":
         return scale, ""
     declared = discover.scales(path)
     if len(declared) == 1:
-        return next(iter(declared)), ", its only one"
+        return next(iter(declared)), ", its only scale"
     if not {"paper", "laptop"} <= set(declared):
         raise UserError(f"--scale is auto, which means paper or laptop; {path} declares: {', '.join(declared)}")
     if address is not None:
@@ -152,13 +157,13 @@ def scale_of(
 
         cluster = connection.connect(address)
         gpus = cluster.gpus
-        connection.disconnect(cluster)  # the run joins again under its own name
+        connection.disconnect(cluster)  # the run connects again under its own name
     else:
         import torch
 
         gpus = float(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     if not gpus:
-        return "laptop", ", since Ray sees no GPU (--scale paper for the whole study)"
+        return "laptop", ", since Ray sees no GPU (--scale paper for the full study)"
     times = {each: _time(path, each, data, settings, gpus) for each in ("paper", "brief") if each in declared}
     on = "one GPU" if gpus == 1 else f"{gpus:g} GPUs"
     why = f", since Ray sees a GPU: {times['paper']} on {on} as fast as an H100"
@@ -167,10 +172,10 @@ def scale_of(
 
 
 def _time(path: Path, scale: str, data: str | None, settings: Sequence[str], gpus: float) -> str:
-    """Return the estimated time that a scale takes on so many GPUs with one trial at a time on each."""
+    """Return the estimated time of a scale on `gpus` GPUs, each with one trial at a time."""
     try:
         study = discover.resolve(path, scale, data, settings)
-    except UserError:  # reported when this scale is chosen
+    except UserError:  # reported when the user selects this scale
         return "an unknown time"
     planned = plan(study)
     cost = estimate((*planned.trials, *to_come(planned)), planned.answering, study.rate)
@@ -180,8 +185,8 @@ def _time(path: Path, scale: str, data: str | None, settings: Sequence[str], gpu
 def settings_with(
     settings: list[str] | None, margin_from: str | None, path: Path, scale: str, data: str | None, out: Path
 ) -> list[str]:
-    """Return the settings of a study, plus the margins from the controls of the run `margin_from`, if that is given.
-    They are recorded like any other setting."""
+    """Return the settings of a study. If `margin_from` is given, add the margins from the controls of that run, which
+    are recorded like any other setting."""
     given = settings or []
     if margin_from is None:
         return given
@@ -205,22 +210,24 @@ def read_tables(
     option: str = "RUN",
     rest: str | None = None,
 ) -> "Records":
-    """Load runs or tables of others, whose phases `--phase` names and `rest` completes. `option` names the argument in
-    errors. Raises `UserError` with these and the earlier problems."""
+    """Load runs or imported tables. `phases` (from `--phase`) maps phases of imported tables; `rest` is for all others.
+
+    `option` is the name of the argument in errors. Raises `UserError` with its problems and those in `problems`.
+    """
     from tune_kd.records.reader import load
 
     meaning = collect(problems, lambda: parse_phases(phases or ()))
     adapt = Adapter(phases=meaning or {}, rest=rest)
     records = collect(problems, lambda: naming(option, lambda: load(*names, out=out, adapt=adapt)))
     if records is not None and meaning and len(records.studies) == len(records.runs):
-        problems.append(f"--phase is given, and {option} is a run of tune_kd's; allowed: with tables of others only")
+        problems.append(f"--phase is given, and {option} is a run of tune_kd; allowed: only with imported tables")
     raise_problems(problems)
     assert records is not None
     return records
 
 
 def dry_run(planned: Plan, file: Path) -> None:
-    """Try each loss that a study brings. Raises `UserError`."""
+    """Try each of a study's own losses. Raises `UserError`."""
     if planned.study.methods:
         from tune_kd.training import dry_run
 

@@ -38,7 +38,7 @@ def plan(
     no_dry_run: options.NoDryRun = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what would run: arms, merged cells, trials, teachers, the price, and what the seeds can show."""
+    """Show what would run: arms, merged cells, trials, teachers, cost, and the differences that the seeds can show."""
     path = discover.find(study)
     resolved, why = _resolved(path, scale, data, settings, margin_from, out)
     planned = expand(resolved)
@@ -59,14 +59,14 @@ def _resolved(
     margin_from: str | None = None,
     out: Path = options.DEFAULT_OUT,
 ) -> tuple[Study, str]:
-    """Return a study at the chosen scale, and why `auto` means that scale."""
+    """Return a study at the chosen scale, and the reason if `auto` chose it."""
     chosen, why = options.scale_of(path, scale, None, data, settings or ())
     given = options.settings_with(settings, margin_from, path, chosen, data, out)
     return discover.resolve(path, chosen, data, given), why
 
 
 def _summary(planned: Plan, out: Path) -> dict[str, Any]:
-    """Return the JSON answer of `plan`."""
+    """Return the JSON output of `plan`."""
     resolved, trials = planned.study, (*planned.trials, *to_come(planned))
     cost = estimate(trials, planned.answering, resolved.rate)
     return {
@@ -99,11 +99,13 @@ def simulate(
     ],
     strata: Annotated[
         str | None,
-        typer.Option(help="Columns that make a stratum: student,teacher; `none` for one. The study's by default."),
+        typer.Option(
+            help="Columns that define strata, such as student,teacher; `none` for one stratum. Default: the study's."
+        ),
     ] = None,
-    orders: Annotated[int, typer.Option(help="Arrival orders to replay.")] = 1000,
+    orders: Annotated[int, typer.Option(help="Number of arrival orders to replay.")] = 1000,
     scale: Annotated[
-        str, typer.Option(help="auto takes the one of the curves, or paper where they name none.")
+        str, typer.Option(help="auto takes the scale of the curves, or paper if they have none.")
     ] = "auto",
     out: options.Out = options.DEFAULT_OUT,
     settings: options.Settings = None,
@@ -111,7 +113,8 @@ def simulate(
     phases: options.Phases = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Replay recorded curves through a study's early stopping: what it would have stopped, saved and lost."""
+    """Replay recorded learning curves through a study's early stopping. Shows what it would have stopped, saved and
+    lost."""
     from tune_kd.analysis import simulate as simulation
 
     path = discover.find(study)
@@ -127,7 +130,7 @@ def simulate(
     simulation.check_screen(resolved.screen, recorded)
     console = Terminal(stderr=as_json)
     for epochs in sorted({epochs for _, epochs in recorded.grids if not resolved.screen.rungs(epochs)}):
-        console.print(f"warning: screen.grace is {resolved.screen.grace}, so in curves of {epochs} epochs nothing is "
+        console.print(f"warning: screen.grace is {resolved.screen.grace}, so curves of {epochs} epochs are never "
                       "compared")  # fmt: skip
     with options.progress(orders * len(recorded.grids), "replays") as beat:
         outcomes = simulation.simulate(resolved.screen, recorded, orders, beat=beat)
@@ -145,13 +148,13 @@ def simulate(
 
 def calibrate(
     study: options.StudyName,
-    studies: Annotated[int, typer.Option(help="Simulated studies of each scenario.")] = 2000,
+    studies: Annotated[int, typer.Option(help="Number of simulated studies per scenario.")] = 2000,
     scale: options.Scale = "auto",
     data: options.DataName = None,
     settings: options.Settings = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """What a study's verdicts are worth: false findings, coverage and power in simulated studies, beside usual
+    """Simulate studies to estimate the false-positive rate, coverage and power of a study's verdicts and of common
     practices."""
     from tune_kd.analysis import calibrate as calibration
 
@@ -170,7 +173,7 @@ def calibrate(
 
 
 def _calibrated(found: "Calibration") -> dict[str, Any]:
-    """Return the JSON answer of `calibrate`, without the study."""
+    """Return the JSON output of `calibrate`, without the study."""
 
     def rate(each: "Rate") -> dict[str, Any]:
         return asdict(each) | {"share": each.share, "standard_error": each.standard_error}
@@ -203,7 +206,7 @@ def _calibrated(found: "Calibration") -> dict[str, Any]:
 
 
 def _seeds(planned: Plan) -> dict[str, Any]:
-    """Return what the seeds can show at each look, for the seed-to-seed deviation that the study expects."""
+    """Return the detectable differences at each look, for the seed-to-seed deviation that the study expects."""
     study, confirm, deviation = planned.study, planned.study.confirm, planned.study.deviation
     teachers, per_seed = len(study.teacher_seeds), study.teachers_per_seed
     looks = confirm.looks or (len(confirm.seeds),)
@@ -223,7 +226,7 @@ def _seeds(planned: Plan) -> dict[str, Any]:
 
 
 def _few_teachers(planned: Plan) -> list[str]:
-    """Return a warning for several teachers that are too few to show how teachers differ."""
+    """Return a warning if a study has several teachers, but too few to estimate how teachers differ."""
     count = len(planned.study.teacher_seeds)
     if not 1 < count < FEW_TEACHERS or not planned.teachers or not planned.contrasts:
         return []
@@ -236,7 +239,7 @@ def _few_teachers(planned: Plan) -> list[str]:
 
 
 def _answers(planned: Plan) -> list[dict[str, Any]]:
-    """Return the views for which each teacher's logits are cached: which, how many, and for how many draws."""
+    """Return the views for which each teacher's logits are cached: the kind, their number, and the number of draws."""
     return [
         {
             "teacher": teacher.label,
@@ -263,11 +266,11 @@ def _print_plan(planned: Plan, summary: dict[str, Any], why: str) -> None:
         rows = ((each.name, each.family, each.kind) for each in declared)
         console.print(_table(("contrast", "family", "kind"), rows, "fold", left=3))
     for each in summary["answers"]:
-        which = "all {:,} views ahead" if each["views"] == "all" else "about {:,} drawn views"
+        which = "all {:,} views in advance" if each["views"] == "all" else "about {:,} drawn views"
         views = which.format(each["count"])
-        console.print(f"{each['teacher']} answers {views}, for {each['draws']:,} draws of its students.")
+        console.print(f"{each['teacher']} computes logits of {views}, for {each['draws']:,} draws of its students.")
     console.print(
-        f"Price: {cost['flop'] / 1e15:.2g} PFLOP, {duration(cost['slot_seconds'])} of one slot ({cost['how']})."
+        f"Cost: {cost['flop'] / 1e15:.2g} PFLOP, {duration(cost['slot_seconds'])} in one slot ({cost['how']})."
     )
     for sentence in (*_tuning(planned), _stopping(planned.study)):
         console.print(sentence)
@@ -277,7 +280,7 @@ def _print_plan(planned: Plan, summary: dict[str, Any], why: str) -> None:
         console.print(part)
     if planned.teachers and planned.contrasts and len(planned.study.teacher_seeds) == 1:
         console.print(
-            "One teacher for all students of a context: verdicts hold given that teacher (see teacher_seeds)."
+            "All students of a context share one teacher: verdicts hold only for that teacher (see teacher_seeds)."
         )
 
 
@@ -297,7 +300,7 @@ def _tuning(planned: Plan) -> Iterator[str]:
     if (tuning := planned.study.tuning) is not None:
         yield (
             f"Each arm is tuned with {tuning.budget} {tuning.budget_unit} ({tuning.sampler}), by validation accuracy "
-            f"at seed {planned.study.screen.seed}; its best and its default are confirmed."
+            f"at seed {planned.study.screen.seed}; the best and the default settings are confirmed."
         )
         for search in planned.searches:
             yield f"  {search.name}: {', '.join(f'{each.name} {each.over}' for each in search.ranges)}"
@@ -309,17 +312,17 @@ def _stopping(study: Study) -> str:
     margins = screen.margin if isinstance(screen.margin, tuple) else [screen.margin]
     what, peers = ("an arm", " and ".join(screen.strata or ["study"])) if study.tuning is None else ("a draw", "arm")
     return (
-        f"Early stopping of the screen: rungs at epoch {rungs}; {what} stops that is more than "
+        f"Early stopping of the screen: rungs at epoch {rungs}; {what} stops if it is more than "
         f"{', '.join(map(points, margins))} points behind the best 1/{screen.reduction} of at least "
         f"{screen.min_peers} peers of the same {peers}."
     )
 
 
 def _powers(seeds: dict[str, Any]) -> Iterator[str | Table]:
-    """Return what the looks can show, and the seeds that other differences need."""
+    """Yield the detectable differences at each look, and the numbers of seeds that other differences need."""
     deviation = points(seeds["deviation"])
     if seeds["seeds"] < 2:
-        yield "One seed to confirm: no difference can be judged."
+        yield "confirm has one seed: no difference can be judged."
         return
     columns = ("primary contrast", *(f"{look['seeds']} seeds" for look in seeds["looks"]), *map(points, DIFFERENCES))
     rows = []
@@ -329,18 +332,19 @@ def _powers(seeds: dict[str, Any]) -> Iterator[str | Table]:
     if rows:
         levels = " and ".join(f"{look['level']:.4g}" for look in seeds["looks"])
         yield (
-            "True differences (points) that are found with 80 % power, and the seeds that find "
+            "True differences (points) that are found with 80 % power, and the numbers of seeds that find "
             f"{points(DIFFERENCES[0])} to {points(DIFFERENCES[-1])}, at a seed-to-seed deviation of {deviation} and a "
             f"level of {levels}:"
         )
         yield _table(columns, rows, "fold", left=1)
         needed = sorted({n for each in seeds["power"] for n in each["seeds"].values() if n is not None})
-        yield f"The whole study in one slot: {', '.join(f'{n:,} seeds {_slot(n, seeds)}' for n in needed)}."
+        yield f"Time of the whole study in one slot: {', '.join(f'{n:,} seeds {_slot(n, seeds)}' for n in needed)}."
     if seeds["teachers"] > 1:
         found = [f"{points(look['detectable_over_teachers'])} at {look['seeds']} seeds" for look in seeds["looks"]]
         yield (
-            f"Over {seeds['teachers']} teachers a gain over a control is found from {', '.join(found)} on with 80 % "
-            "power, if students differ as much between teachers as between seeds; the table is for one teacher."
+            f"With {seeds['teachers']} teachers, a gain over a control is found with 80 % power if it is at least "
+            f"{', '.join(found)}. This assumes that students differ as much between teachers as between seeds. The "
+            "table is for one teacher."
         )
     least = ", ".join(f"{look['smallest_exact_p']:.4f} at {look['seeds']} seeds" for look in seeds["looks"])
     yield f"The exact sign-flip p cannot fall below {least}."
@@ -357,12 +361,12 @@ def _scale_of_curves(path: Path, scale: str, records: "Records") -> tuple[str, s
         return scale, ""
     theirs = records.trials["scale"].dropna().unique().tolist()
     if len(theirs) == 1 and theirs[0] in declared:
-        return theirs[0], ", which the curves are of"
-    return ("paper", ", since the curves name none") if "paper" in declared else (next(iter(declared)), "")
+        return theirs[0], ", the scale of the curves"
+    return ("paper", ", since the curves have none") if "paper" in declared else (next(iter(declared)), "")
 
 
 def _outcome(outcome: "Outcome") -> dict[str, Any]:
-    """Return a stratum's outcome as JSON: the numbers of early stopping on top, the baselines below."""
+    """Return a stratum's outcome as JSON: the numbers of early stopping at the top level, the baselines nested."""
     described = asdict(outcome)
     stopping, correlation = described.pop("stopping"), described.pop("rank_correlation")
     baselines = {name: described.pop(name) for name in ("cut", "random")}

@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 def status(
     context: typer.Context,
-    run: Annotated[str | None, typer.Argument(help="A name under --out or a path; the newest by default.")] = None,
+    run: Annotated[str | None, typer.Argument(help="A name under --out or a path. Default: the newest run.")] = None,
     out: Out = DEFAULT_OUT,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check every file of the run, and say what can be made again.")
+        bool, typer.Option("--verify", help="Check every file of the run, and print problems and remedies.")
     ] = False,
     address: Elsewhere = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show where a run stands, from its records, also while it goes on."""
+    """Show the progress of a run from its records, even while it is running."""
     if address is not None:
         elsewhere(context, "status", run, address)
     from tune_kd.records import lock, run_folder
@@ -55,7 +55,7 @@ def status(
     with reading(folder / LEDGER) as ledger:
         rows, decisions = ledger.rows(TRIALS), ledger.rows(DECISIONS)
     shown = rows
-    with suppress(UserError):  # without a readable plan, trials that no driver has entered yet are unknown
+    with suppress(UserError):  # without a readable plan, show only the trials that a driver has recorded
         opened = run_folder.reopen(folder)
         rows = run_folder.trials(opened)
         shown = with_those_to_come(opened.plan, opened.name, rows)
@@ -70,29 +70,29 @@ def status(
 
 
 def _found(out: Path, run: str | None) -> Path:
-    """Return the folder of a run; None takes the newest."""
+    """Return the folder of a run. If `run` is None, return that of the newest run."""
     from tune_kd.records import run_folder
 
     if run is None:
         found = run_folder.existing(out)
         if not found:
-            raise UserError(f"--out is {out}, where there is no run; start one with `python -m tune_kd run ablation`")
+            raise UserError(f"--out is {out}, which has no run; start one with `python -m tune_kd run ablation`")
         run = found[0].name
     return run_folder.find(out, run)
 
 
 def _print_state(folder: Path, holder: Mapping[str, Any] | None, rows: Sequence[TrialRow]) -> None:
-    """Print who executes a run, and its failed trials."""
+    """Print the process that executes a run, and the failed trials."""
     console = Terminal()
     if holder is not None:
-        console.say(f"run by process {holder['pid']} on {holder['host']} since {holder['since']}")
+        console.say(f"running in process {holder['pid']} on {holder['host']} since {holder['since']}")
     elif any(row["status"] in UNENDED for row in rows):
-        console.say(f"nobody runs it; go on with: python -m tune_kd resume {quote(str(folder))}")
+        console.say(f"not running; continue with: python -m tune_kd resume {quote(str(folder))}")
     failed, names = [row for row in rows if row["status"] in UNSUCCESSFUL], labels(rows)
     for row in failed[: progress.SHOWN]:
         console.say(f"{names[row['trial_id']]} {row['status']}: {row['error']}")
     if len(failed) > progress.SHOWN:
-        console.print(f"and {len(failed) - progress.SHOWN} more; `--json` names all of them")
+        console.print(f"and {len(failed) - progress.SHOWN} more; `--json` lists all of them")
 
 
 def _verify(folder: Path, as_json: bool) -> NoReturn:
@@ -107,26 +107,24 @@ def _verify(folder: Path, as_json: bool) -> NoReturn:
         for finding in found:
             console.say(f"{finding.part}: {finding.what}; {finding.remedy}")
         if not found:
-            console.say(f"{folder} is whole, from its plan to its teachers' answers")
+            console.say(f"{folder} is intact, from the plan to the teachers' cached logits")
     raise SystemExit(3 if found else 0)
 
 
 def report(
     runs: Annotated[
-        list[str], typer.Argument(help="Names under --out or paths; several are compared.", metavar="RUN...")
+        list[str], typer.Argument(help="Names under --out, or paths. Several runs are compared.", metavar="RUN...")
     ],
     out: Out = DEFAULT_OUT,
     formats: Annotated[
-        str, typer.Option("--format", help="What to write: html,md,csv,tex,png,svg, or some of them.")
+        str, typer.Option("--format", help="Formats to write, separated by commas.")
     ] = "html,md,csv,tex,png,svg",
-    to: Annotated[
-        Path | None, typer.Option(help="Folder to write to; RUN/report by default.", show_default=False)
-    ] = None,
+    to: Annotated[Path | None, typer.Option(help="Output folder. Default: RUN/report.", show_default=False)] = None,
     phases: Phases = None,
-    open_: Annotated[bool, typer.Option("--open", help="Open the report when it is written.")] = False,
+    open_: Annotated[bool, typer.Option("--open", help="Open the report once it is written.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make the tables, figures and page of runs, and print their effects."""
+    """Write the tables, figures and HTML page of one or more runs, and print the effects."""
     from tune_kd.records.reader import place
 
     records = read_tables([], runs, out, phases)
@@ -134,7 +132,7 @@ def report(
         own = place(runs[0], out)
         if (own / "report").is_symlink():
             raise UserError(
-                f"RUN is {own}, whose report is a link, through which nothing is written; remove it, or say --to"
+                f"RUN is {own}, whose report is a link; links are not written to. Remove the link, or set --to"
             )
         to = own / "report" if len(runs) == 1 and own.is_dir() else Path(f"report-{'-'.join(records.runs)}"[:200])
     first = print_report(records, to, Terminal(stderr=as_json), as_json, formats.split(","))
@@ -163,17 +161,17 @@ def list_(out: Out = DEFAULT_OUT, as_json: AsJson = False) -> None:
 def print_report(
     records: "Records", folder: Path, console: Terminal, as_json: bool, formats: Sequence[str] | None = None
 ) -> Path:
-    """Write a report, print a summary, and return the file to read first."""
+    """Write a report, print a summary, and return the report's main file."""
     from tune_kd.analysis import accuracy, contrasts, provenance, summary, tuned
     from tune_kd.records import sync
 
-    with private():  # Matplotlib creates folders in the home for its configuration and list of fonts
+    with private():  # Matplotlib creates folders in the home directory for its configuration and font list
         from tune_kd.reporting import report as reports
 
     try:
         first = reports.report(records, folder, formats or reports.FORMATS)
         sync.send(folder.parent, folder.name)
-    except ValueError as error:  # tables of others may not support some statistic
+    except ValueError as error:  # imported tables may not support some statistic
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
     effects, arms, explored = contrasts.contrasts(records), accuracy.arms(records), accuracy.exploratory(records)
     settings, budgets, spreads = tuned.settings(records), tuned.budgets(records), contrasts.variances(records)
@@ -199,7 +197,7 @@ def print_report(
     if len(records.runs) > 1:
         parts.append(terminal.differences(provenance.differences(records)))
     if not records.studies:
-        parts.append("No study fixed contrasts for these tables: everything in them is exploratory.")
+        parts.append("These tables have no study with declared contrasts: all their results are exploratory.")
     for part in parts:
         console.print()
         console.print(part)

@@ -1,4 +1,4 @@
-"""Commands on a remote cluster: `submit`, and `status` and `resume` with an address."""
+"""Commands on a remote cluster: `submit`, and `status` and `resume` with `--address`."""
 
 import os
 import sys
@@ -20,10 +20,10 @@ from tune_kd.study.source import INSTALLED, executed
 from tune_kd.system.errors import UserError, collect, raise_problems
 
 Install = Annotated[
-    bool, typer.Option("--install", help="Have Ray install this project's dependencies there first, as they are here.")
+    bool, typer.Option("--install", help="First install tune_kd's dependencies there, in the versions installed here.")
 ]
-ClusterOut = Annotated[str, typer.Option(help="Folder of all runs on the cluster, or s3://BUCKET/PATH.")]
-Detach = Annotated[bool, typer.Option("--detach", help="Leave when the job is there, and do not follow its log.")]
+ClusterOut = Annotated[str, typer.Option(help="Folder for all runs on the cluster, or s3://BUCKET/PATH.")]
+Detach = Annotated[bool, typer.Option("--detach", help="Exit once the job is submitted, without following its log.")]
 
 
 def submit(
@@ -32,7 +32,7 @@ def submit(
     address: Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's dashboard.")],
     scale: options.Scale = "auto",
     data: options.DataName = None,
-    data_dir: Annotated[str | None, typer.Option(help="Where CIFAR is on the cluster.", show_default=False)] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Path of CIFAR on the cluster.", show_default=False)] = None,
     out: ClusterOut = str(options.DEFAULT_OUT),
     name: options.Name = None,
     settings: options.Settings = None,
@@ -46,13 +46,13 @@ def submit(
     install: Install = False,
     detach: Detach = False,
 ) -> None:
-    """Run a study on a cluster that is elsewhere, as a job of Ray's, and follow it."""
+    """Run a study on a remote cluster as a Ray job, and follow its log."""
     from tune_kd.execute import jobs
     from tune_kd.execute.options import Options, check_shares, parse_gpus
     from tune_kd.records import run_folder
 
     flags = _given(context, "out", "name", "address", "install", "detach")
-    # The cluster shows commands and metadata to all its users.
+    # The cluster shows a job's command and metadata to all its users.
     options.check_secrets({"STUDY": study, "--out": out, "--name": name, **flags})
     path = discover.find(study)
     problems: list[str] = []
@@ -80,15 +80,15 @@ def submit(
 def elsewhere(
     context: typer.Context, command: str, run: str | None, address: str, *more: str, study: str | None = None
 ) -> NoReturn:
-    """Run a command on the cluster of a submitted run, with the options that are given here, and exit with its status.
-    A named study is sent along."""
+    """Run a command on the cluster of a submitted run, with the options given here, and exit with the command's status.
+    If `study` is given, send its files along."""
     from tune_kd.execute import jobs
 
     flags = _given(context, "out", "address", "study")
     if flags.get("--json"):
-        raise UserError("--json is given beside --address; allowed: one of them, since a job's log is no JSON")
+        raise UserError("--json is given with --address; allowed: only one of them, since a job's log is not JSON")
     if run is None:
-        raise UserError("--address is given without RUN; allowed: the name of a run that was submitted there")
+        raise UserError("--address is given without RUN; allowed: the name of a run that was submitted to that cluster")
     options.check_secrets({"RUN": run, **flags})
     files: Mapping[str, Path] = {}
     if study is not None:
@@ -106,8 +106,10 @@ def elsewhere(
 
 
 def _sent(study: str, path: Path) -> tuple[str, Mapping[str, Path]]:
-    """Return the name of a study on the cluster, and the files to send: its own, those that it imported, and
-    the losses that it brings. Call it after the study was executed. Studies of tune_kd itself are not sent."""
+    """Return the name of a study on the cluster, and the files to send: the study, its imports and its own losses.
+
+    Execute the study first. The studies of tune_kd itself are not sent.
+    """
     if INSTALLED.resolve() in path.resolve().parents:
         return study, {}
     files, made = dict(executed(path).files), executed(path).made.values()
@@ -120,23 +122,23 @@ def _sent(study: str, path: Path) -> tuple[str, Mapping[str, Path]]:
 
 
 def _all_made(path: Path, data: str | None = None) -> None:
-    """Execute the studies of all scales of a file, so that all its imports are known."""
+    """Execute the study of a file at all its scales, to find all its imports."""
     for each in discover.scales(path):
         with suppress(UserError):
             discover.resolve(path, each, data)
 
 
 def _follow(cluster: Any, job: str, run: str, address: str, detach: bool = False, study: str | None = None) -> NoReturn:
-    """Print how to reach a job, show its log, and exit with its status. `study` has to be named to go on."""
+    """Print how to control a job, show its log, and exit with its status. If given, `study` is needed to resume."""
     from tune_kd.execute import jobs
 
     console, at = Terminal(stderr=True), f"--address {quote(address)}"
     named = f" --study {quote(study)}" if study else ""
     for line in (
-        f"{run} is job {job} at {address}, and goes on whatever becomes of this terminal",
-        f"  look at it:  python -m tune_kd status {run} {at}",
-        f"  stop it:     ray job stop {at} {job}",
-        f"  go on then:  python -m tune_kd resume {run} {at}{named}",
+        f"{run} is job {job} at {address}, and continues if this terminal closes",
+        f"  status:  python -m tune_kd status {run} {at}",
+        f"  stop:    ray job stop {at} {job}",
+        f"  resume:  python -m tune_kd resume {run} {at}{named}",
     ):
         console.say(line)
     if not asks_for_token(address):
@@ -150,7 +152,7 @@ def _show(text: str) -> None:
 
 
 def _place(out: str, address: str) -> str:
-    """Return the folder of runs on the cluster. A relative one needs a cluster on this machine. Raises `UserError`."""
+    """Return the folder for runs on the cluster. Raises `UserError` for a relative path on another machine."""
     if "://" in out or os.path.isabs(out) or not is_url(address):
         return out
     if not is_here(address):
@@ -162,7 +164,7 @@ def _place(out: str, address: str) -> str:
 
 
 def _given(context: typer.Context, *but: str) -> dict[str, Any]:
-    """Return the options given on the command line, by name, except those of the parameters `but`."""
+    """Return the options on the command line by name, without those of the parameters `but`."""
     found = {}
     for option in context.command.params:
         assert option.name is not None
@@ -173,7 +175,7 @@ def _given(context: typer.Context, *but: str) -> dict[str, Any]:
 
 
 def _words(flags: Mapping[str, Any]) -> list[str]:
-    """Return flags as words of a command line."""
+    """Return flags as arguments of a command line."""
     words: list[str] = []
     for name, value in flags.items():
         values = value if isinstance(value, list) else [value]

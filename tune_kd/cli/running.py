@@ -27,18 +27,19 @@ if TYPE_CHECKING:
     from tune_kd.records.run_folder import Run
 
 Extend = Annotated[
-    bool, typer.Option("--extend", help="Go to the study's next look, or add seeds or levels that it declares now.")
+    bool, typer.Option("--extend", help="Run the study's next look, or the seeds or levels added to its file.")
 ]
 StudyNow = Annotated[
     str | None,
     typer.Option(
-        help="The study, where its file is elsewhere now or was changed: it is executed.",
+        help="The study's file, if it was moved or changed. The file is executed.",
         metavar="STUDY",
-        show_default="as on record",
+        show_default="as recorded",
     ),
 ]
 AddressNow = Annotated[
-    str | None, typer.Option(help="As of `run`; or, of a run that was submitted, its URL.", show_default=False)
+    str | None,
+    typer.Option(help="As for `run`. For a submitted run: URL of the cluster's dashboard.", show_default=False),
 ]
 
 
@@ -61,7 +62,7 @@ def run(
     no_dry_run: options.NoDryRun = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Plan a study, train it with Ray Tune, record and report it."""
+    """Plan a study, train it with Ray Tune, and report the results."""
     from tune_kd.execute import session
     from tune_kd.execute.options import Options, check, parse_gpus
     from tune_kd.records import run_folder
@@ -108,7 +109,7 @@ def resume(
     address: AddressNow = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Run what is missing of a run, from where it stood. Shares are as it began, unless they are given."""
+    """Continue a run: train its remaining trials, from their last checkpoints."""
     from tune_kd.execute import session
     from tune_kd.execute.options import check, options_of, parse_gpus
     from tune_kd.records import run_folder
@@ -123,7 +124,7 @@ def resume(
     problems: list[str] = []
     collect(problems, lambda: run_folder.check_links(reopened))
     if settings and not extend:
-        problems.append("--set is given; allowed: with --extend only, since a run keeps the study that it began with")
+        problems.append("--set is given; allowed: only with --extend, since a run keeps the study that it started with")
     given: dict[str, Any] = {
         "gpus_per_trial": None if gpus_per_trial is None else collect(problems, lambda: parse_gpus(gpus_per_trial)),
         "cpus_per_trial": cpus_per_trial,
@@ -144,20 +145,20 @@ def resume(
 
 
 def _tell_untracked(run: "Run", asked: "Options", console: Terminal) -> None:
-    """Print which trackers of a run are not used now, since they send data elsewhere."""
+    """Print the recorded trackers that are not used now because they send data to another machine."""
     if silent := [name for name in run.settings.get("track") or () if name not in asked.track]:
         console.say(
-            f"{', '.join(silent)} showed this run; it goes on without, unless you say --track {silent[0]}: where "
-            "results are sent is for you to say, and not for their record"
+            f"recorded trackers that are not used now: {', '.join(silent)}. A tracker that sends results to another "
+            f"machine is used only if you ask for it: --track {silent[0]}"
         )
 
 
 @contextmanager
 def _resumable(folder: Path, console: Terminal) -> Iterator[None]:
-    """Within this context, a command that a signal ends says how to continue, once the run has been created."""
+    """Within this context, print how to continue if a signal ends the command after the run was created."""
     from tune_kd.records.sync import STUDY
 
-    advice = f"go on with: python -m tune_kd resume {quote(str(folder))}"
+    advice = f"continue with: python -m tune_kd resume {quote(str(folder))}"
     with signals.advising(advice):
         try:
             yield
@@ -177,9 +178,9 @@ def _conclude(run: "Run", ended: "Ended", console: Terminal, as_json: bool) -> N
     looks, folder = run.study.confirm.looks or (), quote(str(run.folder))
     if run.look + 1 < len(looks):
         console.say(
-            f"This was look {run.look + 1} of {len(looks)}; go on to {looks[run.look + 1]} seeds with: "
+            f"This was look {run.look + 1} of {len(looks)}; continue to {looks[run.look + 1]} seeds with: "
             f"python -m tune_kd resume {folder} --extend"
         )
     if ended.failed:
-        console.say(f"{ended.failed} trials failed or were blocked; `tune_kd status {folder}` says why")
+        console.say(f"{ended.failed} trials failed or were blocked; `tune_kd status {folder}` shows why")
     raise SystemExit(1 if ended.failed else 0)

@@ -1,4 +1,4 @@
-"""Retries of failed trials: only after failures that are probably not caused by the trial itself."""
+"""Retries of failed trials, for failures that the trial itself probably did not cause."""
 
 from collections import Counter
 from dataclasses import replace
@@ -7,8 +7,8 @@ from tune_kd.execute.worker import Failure
 from tune_kd.records.schema import TrialRow
 from tune_kd.study.trial import StopReason
 
-MAX_ATTEMPTS = 3  # attempts of a trial that fail for the same reason without a new epoch, under one driver
-MAX_INNOCENT = 20  # attempts that other trials end, in a row without a new epoch, before they count
+MAX_ATTEMPTS = 3  # failures of a trial for the same reason without a new epoch, under one driver
+MAX_INNOCENT = 20  # failures of a trial that other trials caused, without a new epoch, before they count
 
 
 class Attempts:
@@ -22,8 +22,8 @@ class Attempts:
         self._failed.pop(trial_id, None)
 
     def weighed(self, trial_id: str, failure: Failure) -> Failure:
-        """Return a failure as it counts: one that another trial on the same GPU caused does not, unless that happens
-        so often that nothing gets on; then it is a lost worker's."""
+        """Return a failure with the reason that counts. A failure caused by another trial on the same GPU ("mps") does
+        not count; after `MAX_INNOCENT` of them, it counts as a lost worker."""
         if failure.reason != "mps":
             return failure
         ended = self._failed.setdefault(trial_id, Counter())
@@ -31,8 +31,8 @@ class Attempts:
         return failure if ended["mps"] <= MAX_INNOCENT else replace(failure, reason="lost")
 
     def again(self, row: TrialRow, failure: Failure) -> bool:
-        """Count a failure and return whether the trial is tried again. After an out-of-memory error, its GPU share in
-        `row` is doubled."""
+        """Count a failure and return whether the trial is retried. Doubles its GPU share in `row` after an
+        out-of-memory error."""
         if failure.reason == "mps":
             return True
         failed = self._failed.setdefault(row["trial_id"], Counter())

@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: start or join it, check its nodes, watch it, leave it."""
+"""The Ray cluster of a run: start or join it, check its nodes, monitor it, disconnect."""
 
 import logging
 import os
@@ -30,12 +30,12 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Part:
-    """A process of Ray that a run cannot do without."""
+    """A process of Ray that a run depends on."""
 
     name: str
     host: str
     port: int
-    patience: float  # seconds without an answer after which it counts as dead
+    patience: float  # seconds without a response after which it counts as dead
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Cluster:
     gpus: float
     dashboard: str | None
     guarded: bool  # whether the dashboard asks for Ray's token
-    ours: bool  # connected by `connect`, so that `disconnect` shuts it down
+    ours: bool  # `connect` made the connection, so `disconnect` closes it
     logs: Path  # folder with the logs of this node, which the dashboard shows
-    parts: tuple[Part, ...]  # watched by `watched`
+    parts: tuple[Part, ...]  # monitored by `watched`
 
 
 def connect(address: str | None, metadata: Mapping[str, str] | None = None) -> Cluster:
-    """Join the Ray cluster at `address`; None starts Ray on this machine. `metadata` describes this process, which is a
-    job of Ray's. Raises `UserError` if Ray cannot be reached or started."""
+    """Join the Ray cluster at `address`; None starts Ray on this machine. `metadata` describes this process, which Ray
+    lists as a job. Raises `UserError` if Ray cannot be reached or started."""
     context: Any
     ours = not ray.is_initialized()
     if ours:
@@ -74,7 +74,7 @@ def connect(address: str | None, metadata: Mapping[str, str] | None = None) -> C
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"the cluster at {address}" if address else "Ray on this machine"
             if address and "RAY_AUTH_MODE" not in os.environ:
-                where += " (where it asks for a token, set RAY_AUTH_MODE=token)"
+                where += " (if it asks for a token, set RAY_AUTH_MODE=token)"
             raise UserError(f"--address is {address}: {where} cannot be reached or started ({error})") from error
     else:
         context = ray.init(ignore_reinit_error=True)
@@ -84,7 +84,7 @@ def connect(address: str | None, metadata: Mapping[str, str] | None = None) -> C
         cpus=resources.get("CPU", 0.0),
         gpus=resources.get("GPU", 0.0),
         dashboard=dashboard,
-        guarded=asks_for_token(dashboard, unset="disabled"),  # Ray sets RAY_AUTH_MODE if it asks for a token
+        guarded=asks_for_token(dashboard, unset="disabled"),  # Ray sets RAY_AUTH_MODE if it requires a token
         ours=ours,
         logs=Path(context.address_info["session_dir"], "logs"),
         parts=_parts(restarts=address is not None),
@@ -93,8 +93,8 @@ def connect(address: str | None, metadata: Mapping[str, str] | None = None) -> C
 
 @contextmanager
 def on_this_machine() -> Iterator[None]:
-    """Within this context, Ray starts privately: its files are accessible to this user alone, and all its processes
-    listen on loopback, since they use no other address of this machine."""
+    """Within this context, Ray starts in private: only this user can access its files, and all its processes listen on
+    loopback, since they use no other address of this machine."""
     name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
     before = os.environ.get(name)
     os.environ[name] = "0"  # inherited by Ray's processes
@@ -108,8 +108,8 @@ def on_this_machine() -> Iterator[None]:
 
 
 def _is_on_loopback(address: str) -> bool:
-    """Whether the Ray at an address listens on loopback alone, as that of another run here does. Ray would replace
-    loopback by this machine's address on the network."""
+    """Whether the Ray at an address listens only on loopback, as the Ray of another run on this machine does. By
+    default, Ray would replace loopback with the machine's network address."""
     with suppress(ConnectionError):
         found = services.get_ray_address_from_environment(address, None) if address == "auto" else address
         running: frozenset[str] = services.find_gcs_addresses()  # type: ignore[no-untyped-call]
@@ -118,7 +118,7 @@ def _is_on_loopback(address: str) -> bool:
 
 
 def _parts(restarts: bool) -> tuple[Part, ...]:
-    """Return this node's raylet, which is never restarted, and the control store, which a cluster may restart."""
+    """Return this node's raylet, which nothing restarts, and the control store, which a cluster may restart."""
     context = ray.get_runtime_context()
     here = next(node for node in alive() if node["NodeID"] == context.get_node_id())
     host, _, port = context.gcs_address.rpartition(":")
@@ -128,7 +128,7 @@ def _parts(restarts: bool) -> tuple[Part, ...]:
     )
 
 
-ALIKE = ("python", "ray", "tune_kd", "torch", "torchvision", "numpy")  # their versions affect results, or Ray itself
+ALIKE = ("python", "ray", "tune_kd", "torch", "torchvision", "numpy")  # versions that affect results or Ray itself
 
 
 def check_nodes(folder: Path | None, patience: float = 120.0) -> None:
@@ -137,7 +137,7 @@ def check_nodes(folder: Path | None, patience: float = 120.0) -> None:
     names = tuple(name for name in ALIKE if name != "python")
     shared = None if folder is None else str(folder.absolute())
 
-    def versions() -> dict[str, str]:  # local, so that Ray pickles it by value: the node may lack this package
+    def versions() -> dict[str, str]:  # a local function, which Ray pickles by value: the node may lack this package
         import os
         import platform
         from importlib.metadata import PackageNotFoundError, version
@@ -164,8 +164,8 @@ def check_nodes(folder: Path | None, patience: float = 120.0) -> None:
             )
         for name, there in has.items():
             if there != own[name]:
-                problems.append(f"--address: the node {node} has {name} {there}, and the driver {own[name]}; "
-                                "allowed: the same on all nodes, since results depend on it")  # fmt: skip
+                problems.append(f"--address: the node {node} has {name} {there}, and the driver has {own[name]}; "
+                                "allowed: the same version on all nodes, since results depend on it")  # fmt: skip
     raise_problems(problems)
 
 
@@ -177,8 +177,8 @@ def alive() -> list[dict[str, Any]]:
 def asked(
     question: Callable[[], T], nodes: Sequence[Mapping[str, Any]], patience: float
 ) -> tuple[dict[str, T], dict[str, str]]:
-    """Call a function on each node, in a process of its own. Returns the results by node, and by node the problem with
-    each that did not return within `patience` seconds."""
+    """Call a function on each node, each in a new process. Returns two mappings by node: the results, and the problems
+    of nodes without a result within `patience` seconds."""
     questions = {}
     for node in nodes:
         ask: Any = ray.remote(max_calls=1)(question)
@@ -188,28 +188,30 @@ def asked(
 
 
 def named(node: Mapping[str, Any]) -> str:
-    """Return the name of a node for the user."""
+    """Return the name of a node for messages."""
     return f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
 
 
 def answers(
     questions: Mapping["ray.ObjectRef[T]", str], what: str, patience: float
 ) -> tuple[dict[str, T], dict[str, str]]:
-    """Wait for what nodes were asked. Returns the results by node, and by node the problem with each that did not do
-    `what` within `patience` seconds."""
+    """Wait for results from nodes. `questions` maps each object reference to a node; `what` describes the request.
+
+    Returns two mappings by node: the results, and the problems of nodes without a result within `patience` seconds.
+    """
     asked = list(questions)
     answered, late = ray.wait(asked, num_returns=len(asked), timeout=patience) if asked else ([], [])
     found, silent = {}, {questions[each]: f"does not {what} within {patience:.0f} s" for each in late}
     for each in answered:
         try:
             found[questions[each]] = ray.get(each)
-        except RayError as error:  # the node or the result was lost, or the function cannot be unpickled there
+        except RayError as error:  # the node or the result was lost, or the node cannot unpickle the function
             silent[questions[each]] = f"cannot {what} ({words(error)})"
     return found, silent
 
 
 def slots(cluster: Cluster, cpus: float, gpus: float) -> int:
-    """Return how many trials with these shares fit on a cluster at a time, at least 1."""
+    """Return the number of concurrent trials with these shares that fit on a cluster, at least 1."""
     fits = [cluster.cpus / cpus]
     if gpus:
         fits.append(cluster.gpus / gpus)
@@ -237,16 +239,16 @@ class RayDied(OSError):
     """Ray died during a run. The ledger is intact."""
 
 
-LEAVE_WITHIN = 10.0  # seconds for an orderly end after Ray died
+LEAVE_WITHIN = 10.0  # seconds for an orderly shutdown after Ray died
 
 
 @contextmanager
 def watched(cluster: Cluster, advice: str) -> Iterator[Callable[[], None]]:
-    """Watch the connected Ray in a thread. Without its raylet, Tune waits for ever; without its control store, Ray ends
-    this process after a minute with status 1, which here means failed trials.
+    """Monitor the connected Ray in a thread. If the raylet dies, Tune waits forever. If the control store dies, Ray
+    ends this process after a minute with status 1, which means failed trials in tune_kd.
 
-    Yields a function that raises `RayDied` once Ray is dead. If the process has not left this context `LEAVE_WITHIN`
-    seconds after the death, the thread ends it with the same status.
+    Yields a function that raises `RayDied` once Ray is dead. If the process is still in this context `LEAVE_WITHIN`
+    seconds later, the thread ends the process with the exit status of `RayDied`.
     """
     died: list[str] = []
     over = threading.Event()
@@ -258,7 +260,7 @@ def watched(cluster: Cluster, advice: str) -> Iterator[Callable[[], None]]:
                 if _listens(part):
                     heard[part.name] = time.monotonic()
                 elif time.monotonic() - heard[part.name] > part.patience:
-                    died.append(f"Ray died: its {part.name} does not answer; {advice}")
+                    died.append(f"Ray died: its {part.name} does not respond; {advice}")
         if died and not over.wait(LEAVE_WITHIN):
             leave(3, died[0])
 
@@ -275,7 +277,7 @@ def watched(cluster: Cluster, advice: str) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def told(advice: str) -> Iterator[None]:
-    """Turn a RayError in this context into `RayDied`."""
+    """Within this context, turn a RayError into `RayDied`."""
     try:
         yield
     except RayError as error:
@@ -283,7 +285,7 @@ def told(advice: str) -> Iterator[None]:
 
 
 def words(error: RayError) -> str:
-    """Return an error of Ray's as one line: the last line for an exception in a task, the first for other errors."""
+    """Return an error of Ray as one line: the last line of an exception in a task, the first line of other errors."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = lines[-1 if isinstance(error, RayTaskError) else 0] if lines else ""
     return f"{type(error).__name__}: {told}" if told else type(error).__name__

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Draws:
-    """The Optuna storage of a run. It can be rebuilt from the ledger, so errors of the storage do not end the run."""
+    """The Optuna storage of a run. Its errors do not end the run, since it can be rebuilt from the ledger."""
 
     def __init__(self, folder: Path, run: str, searches: Mapping[str, Search], say: Callable[[str], None]) -> None:
         self._path = folder / sampler.STORAGE
@@ -23,7 +23,7 @@ class Draws:
         self._storage = self._try(lambda: sampler.Storage(self._path, run)) if searches else None
 
     def add(self, row: TrialRow) -> None:
-        """Add a draw that has ended. Other trials are ignored."""
+        """Add a finished draw. Ignores other trials."""
         if (storage := self._storage) is not None and row["phase"] == Phase.SCREEN:
             self._try(lambda: storage.add(row["arm"], self._searches[row["arm"]].ranges, row))
 
@@ -38,7 +38,7 @@ class Draws:
             self._storage = None
             why = masked(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
             self._say(
-                f"warning: {self._path} cannot be written to ({why}); the run goes on without it, and `resume` makes "
-                "it again"
+                f"warning: {self._path} cannot be written to ({why}); the run continues without it, and `resume` "
+                "rebuilds it"
             )
             return None

@@ -1,6 +1,6 @@
-"""The driver of a run: which trial is next, what is committed, what early stopping decides.
+"""The driver of a run: it chooses the next trial, commits rows, and applies early stopping.
 
-Whatever executes the trials calls `next`, `on_start`, `on_epoch` and `on_end`, one call at a time. A row is committed
+The executor of the trials calls `next`, `on_start`, `on_epoch` and `on_end`, one call at a time. A row is committed
 before anything relies on it, so after a kill a new driver continues from the same ledger.
 """
 
@@ -30,8 +30,8 @@ from tune_kd.system.object_store import Mirror
 from tune_kd.system.secrets import masked
 from tune_kd.training.checkpoints import Checkpoints
 
-TABLES_AFTER_END = 5.0  # seconds between two writes of the tables, at least, when a trial has ended
-TABLES_EVERY = 30.0  # seconds between two writes of the tables, at most
+TABLES_AFTER_END = 5.0  # minimum seconds between two writes of the tables, once a trial has ended
+TABLES_EVERY = 30.0  # maximum seconds between two writes of the tables
 
 
 class Driver:
@@ -55,8 +55,8 @@ class Driver:
         self.plan = adaptive_plan.grown(plan, recorded)
         self.rows: dict[str, TrialRow] = {}
         self.decisions: list[Decision] = []  # of early stopping, in order
-        self.stopping = False  # no trial starts any more, and running trials stop after their epoch
-        self.broken: str | None = None  # the error of the disk that ended the run
+        self.stopping = False  # no trial starts, and running trials stop after their current epoch
+        self.broken: str | None = None  # the disk error that ended the run
         self.run, self._folder, self.place = run, folder, place
         self._ledger = ledger
         self._cpus, self.gpus = cpus, gpus if isinstance(gpus, Shares) else Shares.equal(gpus)
@@ -76,13 +76,13 @@ class Driver:
         self._best: dict[str, tuple[float, float]] = {}  # trial id -> best (validation accuracy, -loss)
         self._began: dict[str, float] = {}  # trial id -> monotonic time at which its attempt began
         self._draws = Draws(folder, run, self._searches, say)
-        with suppress(OSError):  # an interrupted driver may have left the file
+        with suppress(OSError):  # an interrupted driver may have left this file
             Mirror.of(place.drain).forget(place.drain)
             place.drain.unlink()
         self._take_over(recorded)
         self.write_tables()
 
-    # The interface for whatever executes the trials
+    # The interface for the executor of the trials
 
     def next(self) -> Task | None:
         """Admit and return a task that can start now; None if there is none."""
@@ -94,7 +94,7 @@ class Driver:
             return None
         self._waiting.remove(trial)
         row = self.rows[trial.trial_id]
-        # At least the share that an earlier attempt was raised to; 0 on a machine without GPUs.
+        # An earlier attempt may have raised the share; keep at least that. 0 on a machine without GPUs.
         gpus = self.gpus.of(trial.role, trial.cell.method)
         gpus = max(gpus, row["gpu_fraction"] or 0.0) if gpus else 0.0
         answering = self.plan.answering.get(trial.teacher_id or "")
@@ -114,14 +114,14 @@ class Driver:
         self._began[task.trial.trial_id] = time.monotonic()
 
     def hear(self, sentences: Iterable[str]) -> None:
-        """Show warnings of workers, each once a run."""
+        """Show warnings of workers, each once per run."""
         for sentence in sentences:
             if sentence not in self._heard:
                 self._heard.add(sentence)
                 self._say(f"warning: {sentence}")
 
     def drain(self) -> None:
-        """Stop the run: running trials write a checkpoint and stop at the end of their epoch, and no other starts."""
+        """Stop the run: no trial starts, and running trials write a checkpoint and stop at the end of their epoch."""
         self.stopping = True
         with suppress(OSError):  # a full disk must not prevent the run from ending
             self.place.drain.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ class Driver:
 
     @property
     def placeless(self) -> Task | None:
-        """A task that was admitted and has not begun; None if there is none."""
+        """A task that was admitted but has not started; None if there is none."""
         return next((task for trial_id, task in self._admitted.items() if trial_id not in self._began), None)
 
     @property
@@ -145,10 +145,10 @@ class Driver:
         return self.stopping or not self._waiting
 
     def on_epoch(self, trial_id: str, epoch: Epoch, where: Where) -> bool:
-        """Commit an epoch and the decision of early stopping. Returns whether the trial continues."""
+        """Commit an epoch and the early-stopping decision. Returns whether the trial continues."""
         trial, row = self._trials[trial_id], self.rows[trial_id]
         if row["status"] != Status.RUNNING:
-            return False  # the trial was ended while this report was on its way
+            return False  # the trial was ended before this report arrived
         reported = {"run": self.run, "trial_id": trial_id, "attempt": row["attempts"], **asdict(epoch)}
         outcome = reported.pop("outcome") or {}
         if (problem := _unreadable(row, reported, outcome)) is not None:
@@ -162,7 +162,7 @@ class Driver:
                 self._advance(row, epoch)
             row["host"], row["device"] = where.host, where.device
             decision = None
-            if trial.phase == Phase.SCREEN and epoch.val_accuracy is not None:  # rungs are validated epochs
+            if trial.phase == Phase.SCREEN and epoch.val_accuracy is not None:  # every rung is a validated epoch
                 decision = self._schedule.report(trial_id, trial.arm, epoch.epoch, epoch.val_accuracy)
             if decision is not None and state == "new":
                 self.decisions.append(decision)
@@ -180,14 +180,14 @@ class Driver:
         return row["status"] == Status.RUNNING and not self.stopping
 
     def on_end(self, trial_id: str, failure: Failure | None) -> bool:
-        """Record the end of an attempt. `failure` is None if it ended because `on_epoch` returned False. Returns
-        whether the trial is tried again."""
+        """Record the end of an attempt. `failure` is None if the attempt ended because `on_epoch` returned False.
+        Returns whether the trial is retried."""
         trial, row = self._trials[trial_id], self.rows[trial_id]
         self._admitted.pop(trial_id, None)
         if row["status"] in ENDED:
             return False
         self._count_time(trial_id)
-        if self.stopping:  # to be resumed, also if it failed while stopping
+        if self.stopping:  # `resume` continues the trial, even if it failed while stopping
             row["status"] = Status.PENDING
             self._waiting.append(trial)
             self._ledger.put(TRIALS, row)
@@ -203,7 +203,7 @@ class Driver:
             self.broken = failure.message
             self.drain()
         with self._ledger.transaction():
-            if again or self.broken is not None:  # an error of the disk is not a failure of the trial
+            if again or self.broken is not None:  # a disk error is not a failure of the trial
                 row["status"] = Status.PENDING
                 self._waiting.insert(0, trial)
                 self._ledger.put(TRIALS, row)
@@ -221,14 +221,14 @@ class Driver:
             self.write_tables()
 
     def conclude(self) -> None:
-        """Write the tables for the last time. Raises `OSError` if an error of the disk ended the run."""
+        """Write the tables for the last time. Raises `OSError` if a disk error ended the run."""
         self.write_tables()
         self._draws.close()
         self._sender.finish()
         if self.broken is not None:
             raise OSError(
-                f"{self.broken}: the disk refused it {MAX_ATTEMPTS} times, so the run was ended. What is on record is "
-                f"whole; see that {self._folder} has room and can be written to, then go on with: python -m tune_kd "
+                f"{self.broken}: writing failed {MAX_ATTEMPTS} times, so the run was stopped. The records are intact; "
+                f"check that {self._folder} has free space and is writable, then continue with: python -m tune_kd "
                 f"resume {quote(str(self._folder))}"
             )
 
@@ -238,10 +238,10 @@ class Driver:
         self._tables_at, self._tables_due = time.monotonic(), False
 
     def _ready(self, trial: Trial) -> bool:
-        """Whether a trial's teacher is trained and, for a confirmation, its screen has ended."""
+        """Whether a trial's teacher is trained and, for a confirmation, the screen of its arm has ended."""
         if trial.teacher_id is not None and self.rows[trial.teacher_id]["status"] != Status.COMPLETED:
             return False
-        # Immune arms are confirmed whatever their screen shows.
+        # Immune arms are always confirmed.
         if trial.phase != Phase.CONFIRM or trial.arm in self._immune:
             return True
         return self.rows[self._screen[trial.arm]]["status"] in ENDED
@@ -251,7 +251,7 @@ class Driver:
         row["error"] = "; ".join(filter(None, [row["error"], masked(f"attempt {row['attempts']}: {what}")]))
 
     def _advance(self, row: TrialRow, epoch: Epoch) -> None:
-        """Update the row of a trial that has a new epoch."""
+        """Update a trial's row with a new epoch."""
         self._attempts.got_on(row["trial_id"])
         row["epochs_run"] = epoch.epoch
         if epoch.val_accuracy is not None:
@@ -263,14 +263,14 @@ class Driver:
         row["train_seconds"] = (row["train_seconds"] or 0.0) + epoch.seconds
 
     def _refuse(self, trial: Trial, problem: str) -> None:
-        """Fail a trial whose report violates the schema now; otherwise the whole run could not be reported later."""
+        """Fail a trial whose report violates the schema. Otherwise the whole run could not be reported later."""
         self._note(self.rows[trial.trial_id], problem)
         with self._ledger.transaction():
             self._end(trial, Status.FAILED, StopReason.ERROR)
         self._committed(trial)
 
     def _committed(self, trial: Trial, decision: Decision | None = None) -> None:
-        """Show a change of a trial that is committed, and do what follows from it."""
+        """Show a committed change of a trial, and do what follows from it."""
         self._clear(trial)
         if decision is not None:
             self._say(decision.words)
@@ -279,7 +279,7 @@ class Driver:
         self.tick()
 
     def _end(self, trial: Trial, status: Status, reason: StopReason | None = None) -> None:
-        """Record how a trial ended, and what follows for its arm and its students. Call it in a transaction."""
+        """Record the end of a trial and the consequences for its arm and its students. Call it in a transaction."""
         row = self.rows[trial.trial_id]
         row["status"], row["stop_reason"] = status, reason
         self._count_time(trial.trial_id)
@@ -293,20 +293,20 @@ class Driver:
             self._block_students(trial)
 
     def _search_on(self, arm: str) -> None:
-        """Draw the next settings of a tuned arm, or plan the confirmation of its best. This happens in the transaction
-        in which a draw ends, so that draws depend only on the order in which they end."""
+        """Draw the next settings of a tuned arm, or plan the confirmation of its best settings. Call it in the
+        transaction in which a draw ends, so that draws depend only on the order in which earlier draws end."""
         if arm in self._searches:
             for trial in adaptive_plan.due(self.plan, self._searches[arm], self.rows, sampler.draw):
                 self._grow(trial)
 
     def _grow(self, trial: Trial) -> None:
-        """Add a trial to the plan, if it is not in it yet."""
+        """Add a trial to the plan unless the plan has it."""
         if trial.trial_id in self._trials:
             return
         self._trials[trial.trial_id] = trial
         self.rows[trial.trial_id] = first_row(self.run, trial)
         self._ledger.put(TRIALS, self.rows[trial.trial_id])
-        self._waiting.insert(0, trial)  # the search of its arm waits for it
+        self._waiting.insert(0, trial)  # first, since the search of its arm waits for it
         self._schedule.admit(trial)
 
     def _clear(self, trial: Trial) -> None:
@@ -340,9 +340,9 @@ class Driver:
             self._end(trial, status, reason)
 
     def _take_over(self, recorded: list[TrialRow]) -> None:
-        """Restore the state from the ledger, and add rows for trials that it lacks."""
+        """Restore the state from the ledger, and add rows for trials that the ledger lacks."""
         known = {row["trial_id"]: row for row in recorded}
-        assert set(known) <= set(self._trials), "the ledger holds trials that are not in the plan"
+        assert set(known) <= set(self._trials), "the ledger has trials that are not in the plan"
         with self._ledger.transaction():
             for trial in self.plan.trials:
                 row = known.get(trial.trial_id) or first_row(self.run, trial)
@@ -350,7 +350,7 @@ class Driver:
                 if before == Status.RUNNING:
                     row["status"] = Status.PENDING  # its driver died
                 elif before == Status.BLOCKED and row["attempts"]:
-                    row |= {"status": Status.PENDING, "stop_reason": None}  # its teacher may be back
+                    row |= {"status": Status.PENDING, "stop_reason": None}  # its teacher may have been restored
                 self.rows[trial.trial_id] = row
                 if row["status"] != before:
                     self._ledger.put(TRIALS, row)
@@ -366,9 +366,9 @@ class Driver:
             reached = Epoch.of(each).quality
             self._best[each["trial_id"]] = max(reached, self._best.get(each["trial_id"], reached))
         self._waiting = [trial for trial in self.plan.trials if self.rows[trial.trial_id]["status"] not in ENDED]
-        for trial in self.plan.trials:  # a kill may have left their checkpoints
+        for trial in self.plan.trials:  # a kill may have left checkpoints of ended trials
             self._clear(trial)
-        with self._ledger.transaction():  # an extension may have added trials to arms that are stopped or blocked
+        with self._ledger.transaction():  # an extension may have added trials to stopped or blocked arms
             for decision in self.decisions:
                 if decision.stops:
                     self._cancel_confirmation(decision)
@@ -380,19 +380,17 @@ class Driver:
 
 
 def _ending(trial: Trial, row: TrialRow) -> str:
-    """Return the message about how a trial or an attempt ended."""
+    """Return the message about the end of a trial or an attempt."""
     text = f"{trial.label} ({trial.phase}) {row['status']}"
     if row["test_accuracy_best"] is not None:
         return f"{text}: test accuracy {100 * row['test_accuracy_best']:.2f} %, {row['train_seconds']:.1f} s"
     if row["error"]:
-        return f"{text} ({row['stop_reason'] or 'will be tried again'}): {row['error']}"
-    return (
-        f"{text} (will be tried again): another trial on its GPU ended it" if row["status"] == Status.PENDING else text
-    )
+        return f"{text} ({row['stop_reason'] or 'will be retried'}): {row['error']}"
+    return f"{text} (will be retried): another trial on its GPU ended it" if row["status"] == Status.PENDING else text
 
 
 def _unreadable(row: TrialRow, epoch: Row, outcome: Row) -> str | None:
-    """Return the rule of the schema that an epoch, or its trial's row after it, would violate; None if none."""
+    """Return the schema rule that an epoch or the updated row of its trial would violate; None if both are valid."""
     after = {**row, **outcome, "epochs_run": max(row["epochs_run"], epoch["epoch"])}
     if outcome:
         after["status"] = Status.COMPLETED

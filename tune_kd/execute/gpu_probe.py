@@ -1,8 +1,8 @@
-"""Measure which share of a GPU trials should have, and whether MPS pays, by training several at the same time.
+"""Choose GPU shares, and whether to use MPS, by measuring the throughput of concurrent trials.
 
-Two kinds of students differ in what they need of a GPU: light ones train alone, also on cached logits; heavy ones have
-their teacher beside them. The heaviest of each kind is measured, with and without MPS. What was measured is kept in the
-user's cache for the next run on such a GPU with the same trials and versions.
+There are two kinds of students. Light ones train alone or on cached logits; heavy ones also run their teacher. The
+probe measures the most expensive student of each kind, with and without MPS. The user's cache keeps the measurements
+for later runs on the same GPU model with the same trials and versions.
 """
 
 import hashlib
@@ -53,13 +53,13 @@ Kind = Literal["light", "heavy"]
 Say = Callable[[str], None]
 GPU = torch.device("cuda")
 
-WORTH_SECONDS = 300.0  # that a study would keep a GPU busy, below which it is not measured
-MOST_CACHE_BYTES = 2**16  # of a file of measurements, which has about two thousand
+WORTH_SECONDS = 300.0  # minimum estimated GPU time of a study that is measured
+MOST_CACHE_BYTES = 2**16  # maximum size of a file of measurements; typical is 2 kB
 
 
 @dataclass(frozen=True)
 class Series:
-    """Measurements of one kind of trials, with or without MPS."""
+    """Measurements of one kind of trial, with or without MPS."""
 
     kind: Kind
     mps: bool
@@ -68,7 +68,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Found:
-    """What was measured, and on which day."""
+    """All measurements of a probe, and their date."""
 
     day: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
     series: Annotated[tuple[Series, ...], Field(min_length=1, max_length=4)]
@@ -78,23 +78,23 @@ class Found:
 
 
 def kind_of(trial: Trial) -> Kind:
-    """A teacher in training counts as heavy: it is a large network."""
+    """Return the kind of a trial. A teacher in training counts as heavy, since it is a large network."""
     return "heavy" if trial.role == Role.TEACHER or trial.method.runs_teacher else "light"
 
 
 def probed(plan: Plan) -> dict[Kind, Trial]:
-    """The student to measure of each kind that a plan has: the heaviest, of the light ones if possible a control, which
-    needs no teacher and costs the same."""
+    """Return the student to measure for each kind in a plan: the most expensive one. Among light ones, prefers a
+    control, which needs no teacher and costs the same."""
     found: dict[Kind, Trial] = {}
     for trial in plan.trials:
         if trial.role == Role.STUDENT:
             best = found.setdefault(kind_of(trial), trial)
             found[kind_of(trial)] = max(best, trial, key=lambda each: (each.teacher_id is None, flop(each)))
-    return dict(sorted(found.items(), reverse=True))  # the light one first
+    return dict(sorted(found.items(), reverse=True))  # light before heavy
 
 
 def images_of_kinds(plan: Plan, students: Mapping[Kind, Trial]) -> dict[Kind, float]:
-    """The training images of the students that were measured which cost as much as all trials of their kind."""
+    """Return the cost of all trials of each kind, as a number of training images of the measured student."""
     total = dict.fromkeys(students, 0.0)
     for trial in plan.trials:
         kind = kind_of(trial)
@@ -104,7 +104,7 @@ def images_of_kinds(plan: Plan, students: Mapping[Kind, Trial]) -> dict[Kind, fl
 
 
 def numbers_for(options: Options, cpus: int, gpus: int) -> list[int]:
-    """The numbers of trials to try on each GPU: not more than can run there at a time."""
+    """Return the numbers of concurrent trials to measure on a GPU, limited by the options and the CPUs."""
     most = min(options.max_concurrent or math.inf, cpus / options.cpus_per_trial) / gpus
     return [number for number in NUMBERS if number <= math.ceil(most)]
 
@@ -113,9 +113,9 @@ def numbers_for(options: Options, cpus: int, gpus: int) -> list[int]:
 
 
 def propose(measured: Sequence[Measured], memory: int) -> Measured:
-    """Return the smallest number of trials within 5 % of the best images per second.
+    """Return the smallest number of concurrent trials within 5 % of the best images per second.
 
-    Skips numbers whose trials need more than 90 % of `memory` (bytes). One trial fits: it ran.
+    Skips numbers that need more than 90 % of `memory` (bytes). A single trial always counts as fitting, since it ran.
     """
     fitting = [each for each in measured if each.together == 1 or each.together * each.bytes_each <= HEADROOM * memory]
     best = max(each.images_per_second for each in fitting)
@@ -123,8 +123,11 @@ def propose(measured: Sequence[Measured], memory: int) -> Measured:
 
 
 def choose(series: Sequence[Series], images: Mapping[Kind, float], memory: int) -> tuple[dict[Kind, Measured], bool]:
-    """Return how many trials of each kind to train at a time, and whether with MPS: only if the whole study, as
-    `images` of each kind, takes 5 % less time so, or if nothing was measured without."""
+    """Return the number of concurrent trials for each kind, and whether to use MPS.
+
+    `images` is the size of the study for each kind. MPS is used if it makes the whole study 5 % faster, or if nothing
+    was measured without MPS.
+    """
     chosen = {
         served: {each.kind: propose(each.measured, memory) for each in series if each.mps == served}
         for served in {each.mps for each in series}
@@ -138,11 +141,11 @@ def choose(series: Sequence[Series], images: Mapping[Kind, float], memory: int) 
 
 
 def packing(found: Found, plan: Plan, memory: int, again: bool) -> Packing:
-    """The shares and the sentence for what was found, which `again` says was measured by an earlier run."""
+    """Return the shares and their explanation. `again`: an earlier run made the measurements."""
     students = probed(plan)
     chosen, served = choose(found.series, images_of_kinds(plan, students), memory)
     told = ", ".join(
-        f"{each.together} at a time of {students[kind].arm} train {each.images_per_second:,.0f} images/s"
+        f"{each.together} concurrent trials of {students[kind].arm} train {each.images_per_second:,.0f} images/s"
         for kind, each in chosen.items()
     )
     shares = {kind: 1 / each.together for kind, each in chosen.items()}
@@ -163,9 +166,12 @@ def packed(
     device: torch.device = GPU,
     gpus: int = 1,
 ) -> Packing | None:
-    """Choose shares for a plan on the `gpus` GPUs of this machine. Returns None where that would not pay, or fails,
-    which it says. Raises `UserError` if not even one trial fits into the memory."""
-    rate = max(plan.study.rate, Study.rate)  # a lower one is a CPU's
+    """Choose shares for a plan on the `gpus` GPUs of this machine. Raises `UserError` if one trial alone does not fit
+    into the memory.
+
+    Returns None if the study is too short to measure, or if the probe fails; a failure is reported through `say`.
+    """
+    rate = max(plan.study.rate, Study.rate)  # a lower rate is that of a CPU
     if estimate((*plan.trials, *to_come(plan)), plan.answering, rate).slot_seconds < WORTH_SECONDS:
         return None
     numbers = numbers_for(options, os.cpu_count() or 1, gpus)
@@ -177,20 +183,20 @@ def packed(
     known = _read(file, probed(plan), modes)
     if known is not None:
         return packing(known, plan, gpu.memory, again=True)
-    say("measuring how many trials should share a GPU, which the next run of such a study then knows")
+    say("measuring how many trials should share a GPU; later runs of this study reuse the result")
     try:
         with tempfile.TemporaryDirectory(prefix="tune_kd-probe-") as folder:
             jobs = _jobs(plan, data, device, Path(folder), max(1, int(options.cpus_per_trial)), codes)
             found = Found(date.today().isoformat(), tuple(_measured(jobs, modes, numbers, gpu, say)))
     except (ProbeFailed, mps_daemon.NotStarted, OSError) as error:
-        say(f"warning: which share of a GPU is best cannot be measured ({error}); the run takes the default")
+        say(f"warning: the best GPU share cannot be measured ({error}); the run uses the default share")
         return None
     _write(file, found)
     return packing(found, plan, gpu.memory, again=False)
 
 
 def _modes(asked: str, gpu: mps.Gpu) -> tuple[bool, ...]:
-    """Whether to measure with MPS, without, or both."""
+    """Return the modes to measure: with MPS (True), without (False), or both."""
     if asked == "off":
         return (False,)
     if asked == "on" or gpu.served:
@@ -211,7 +217,7 @@ def _jobs(
 def _measured(
     jobs: Mapping[Kind, Job], modes: Sequence[bool], numbers: Sequence[int], gpu: mps.Gpu, say: Say
 ) -> Iterator[Series]:
-    """Measure each kind in each mode. An MPS that cannot be started is left out where there is another mode."""
+    """Measure each kind in each mode. If MPS cannot be started, skip that mode, unless it is the only one."""
     for served in modes:
         own: AbstractContextManager[dict[str, str]] = nullcontext({})
         if served and not gpu.served:
@@ -222,8 +228,9 @@ def _measured(
                     found = measure(pool, each, numbers, gpu.memory)
                     if not found:
                         raise UserError(
-                            f"recipe.batch_size is {each.trial.recipe.batch_size}, with which not one trial of "
-                            f"{each.trial.arm} fits into the GPU's memory; lower it, or give --gpus-per-trial a number"
+                            f"recipe.batch_size is {each.trial.recipe.batch_size}, and one trial of {each.trial.arm} "
+                            "does not fit into the GPU's memory; lower the batch size, or set --gpus-per-trial to a "
+                            "number to skip this measurement"
                         )
                     say(_row(each.trial, served, found))
                     yield Series(kind, served, tuple(found))
@@ -238,16 +245,17 @@ def _row(trial: Trial, served: bool, found: Sequence[Measured]) -> str:
     speeds = ", ".join(f"{each.images_per_second:,.0f}" for each in found)
     most = max(each.bytes_each for each in found) / 2**30
     how = "with" if served else "without"
-    return f"{trial.arm}, {how} MPS: {numbers} at a time train {speeds} images/s; {most:.2f} GiB each"
+    return f"{trial.arm}, {how} MPS: {numbers} concurrent trials train {speeds} images/s; {most:.2f} GiB each"
 
 
-# What earlier runs measured
+# The cache of measurements
 
 
 def _file(
     gpu: mps.Gpu, modes: Sequence[bool], numbers: Sequence[int], plan: Plan, data: DataSet, options: Options
 ) -> Path | None:
-    """The file for measurements that depend on nothing else; None where there is no cache."""
+    """Return the cache file for these measurements, whose name is a hash of everything that affects them. Returns None
+    if there is no cache."""
     teachers = {each.trial_id: each for each in plan.teachers}
     splits = (data.train, data.validation, data.test)
     pixels = (len(data.classes), data.pad, data.flip, data.upsample, *(tuple(each.images.shape) for each in splits))
@@ -256,18 +264,18 @@ def _file(
     for kind, student in probed(plan).items():
         pair = (student, teachers.get(student.teacher_id or ""))
         parts.append((kind, *(_computed(trial) for trial in pair if trial is not None)))
-    with suppress(UserError):  # no home
+    with suppress(UserError):  # no home directory
         return default_cache() / "gpu-shares" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.json"
     return None
 
 
 def _computed(trial: Trial) -> tuple[object, ...]:
-    """What decides how a trial computes, and not what comes out."""
+    """Return the settings of a trial that affect its speed and memory."""
     return trial.architecture, trial.cell, trial.recipe, trial.method
 
 
 def _read(file: Path | None, kinds: Collection[Kind], modes: Sequence[bool]) -> Found | None:
-    """The measurements in a file; None if there is none, or it is damaged or lacks something."""
+    """Return the measurements in a file; None if the file is missing, damaged or incomplete."""
     if file is None or not file.exists():
         return None
     with suppress(OSError, ValueError):
@@ -277,7 +285,7 @@ def _read(file: Path | None, kinds: Collection[Kind], modes: Sequence[bool]) -> 
 
 
 def _is_whole(found: Found, kinds: Collection[Kind], modes: Sequence[bool]) -> bool:
-    """Whether each kind was measured in each mode, first alone."""
+    """Whether each kind was measured in each mode, starting with a single trial."""
     measured = sorted((each.kind, each.mps) for each in found.series)
     return measured == sorted(product(kinds, modes)) and all(each.measured[0].together == 1 for each in found.series)
 

@@ -9,7 +9,7 @@ from tune_kd.training import notices
 
 
 def run_in_process(driver: Driver, place: Workplace, work: Work = work, trackers: Sequence[Background] = ()) -> None:
-    """Run a plan to its end: same plan and same records as with Ray. `work` is done with each task."""
+    """Run a plan to its end, with the same records as on Ray. Calls `work` for each task."""
     while (task := driver.next()) is not None:
         driver.on_start(task)
         for tracker in trackers:
@@ -19,7 +19,7 @@ def run_in_process(driver: Driver, place: Workplace, work: Work = work, trackers
         while True:
             try:
                 epoch = next(epochs)
-            except Exception as error:  # an error of a trial is a row, not the end of the run
+            except Exception as error:  # a trial's error becomes a row and does not end the run
                 problem = failure(error)
                 break
             driver.hear(notices.take())

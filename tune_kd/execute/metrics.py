@@ -1,7 +1,7 @@
 """Metrics of a run for Prometheus, exported through Ray. `METRICS` lists them; docs/monitoring.md explains them.
 
-Ray adds the prefix `ray_` to each name and the suffix `_total` to a counter's. It drops a gauge that is no longer set,
-so gauges of running trials disappear with the trials.
+Ray adds the prefix `ray_` to each name and the suffix `_total` to each counter. It drops a gauge that is no longer set,
+so gauges of running trials disappear when the trials end.
 """
 
 import time
@@ -28,7 +28,7 @@ EVERY = 2.0  # seconds between updates of the gauges; Ray drops a gauge that is 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric and its labels besides `run`. A gauge is a state; a counter grows from the start of the driver."""
+    """A metric and its labels besides `run`. A gauge is a current value; a counter starts at 0 with each driver."""
 
     name: str
     kind: Literal["gauge", "counter"]
@@ -38,23 +38,23 @@ class Metric:
 
     @property
     def exported(self) -> str:
-        """Its name in Prometheus."""
+        """The name in Prometheus."""
         return f"ray_{self.name}{'_total' if self.kind == 'counter' else ''}"
 
 
 METRICS = (
     Metric("tune_kd_trials", "gauge", "trials", ("phase", "status"), "trials by phase and status"),
-    Metric("tune_kd_epochs", "counter", "epochs", (), "epochs that were reported"),
-    Metric("tune_kd_images", "counter", "images", (), "training images that were seen"),
+    Metric("tune_kd_epochs", "counter", "epochs", (), "reported epochs"),
+    Metric("tune_kd_images", "counter", "images", (), "training images of reported epochs"),
     Metric("tune_kd_val_accuracy", "gauge", "fraction", ("arm",), "mean validation accuracy of running trials"),
     Metric("tune_kd_arms_stopped", "gauge", "arms", (), "arms whose screen was stopped early"),
-    Metric("tune_kd_confirm_pairs", "gauge", "pairs", (), "pairs of a seed that are completed, over the effects"),
-    Metric("tune_kd_confirm_pairs_planned", "gauge", "pairs", (), "pairs of a seed that the study plans"),
-    Metric("tune_kd_trial_seconds", "gauge", "seconds", (), "seconds in which trials had their place, added up"),
+    Metric("tune_kd_confirm_pairs", "gauge", "pairs", (), "completed pairs with the same seed, over all effects"),
+    Metric("tune_kd_confirm_pairs_planned", "gauge", "pairs", (), "planned pairs with the same seed, over all effects"),
+    Metric("tune_kd_trial_seconds", "gauge", "seconds", (), "total time of all trials on their workers"),
     Metric("tune_kd_trial_seconds_planned", "gauge", "seconds", (), "the same if every trial ran to its end"),
-    Metric("tune_kd_gpu_seconds", "gauge", "GPU seconds", (), "those seconds times each trial's share of a GPU"),
+    Metric("tune_kd_gpu_seconds", "gauge", "GPU seconds", (), "total trial time, weighted by each trial's GPU share"),
     Metric("tune_kd_gpu_seconds_planned", "gauge", "GPU seconds", (), "the same if every trial ran to its end"),
-    Metric("tune_kd_retries", "counter", "attempts", ("reason",), "attempts that failed and are made again"),
+    Metric("tune_kd_retries", "counter", "attempts", ("reason",), "failed attempts that are retried"),
     Metric("tune_kd_ledger_seconds", "counter", "seconds", (), "driver's time in commits and tables"),
     Metric("tune_kd_checkpoint_seconds", "counter", "seconds", (), "workers' time in writing and reading checkpoints"),
 )  # fmt: skip
@@ -72,7 +72,7 @@ class Sample:
 def samples(plan: Plan, rows: Sequence[TrialRow], stopped: Iterable[str], gpus: Shares) -> Iterator[Sample]:
     """Yield the gauges of a run.
 
-    `rows` are its trials, including those still to be drawn; `stopped` the arms that early stopping stopped; `gpus` the
+    `rows` are the trials, including future draws; `stopped` are the arms that early stopping stopped; `gpus` are the
     GPU shares of trials that have not started.
     """
     counts = Counter((row["phase"], row["status"]) for row in rows)
@@ -84,7 +84,7 @@ def samples(plan: Plan, rows: Sequence[TrialRow], stopped: Iterable[str], gpus: 
         if row["status"] == Status.RUNNING and row["val_accuracy"] is not None:
             running.setdefault(row["arm"], []).append(row["val_accuracy"])
     for arm, accuracies in running.items():
-        name = arm.encode("ascii", errors="backslashreplace").decode()  # Ray refuses other text
+        name = arm.encode("ascii", errors="backslashreplace").decode()  # Ray accepts only ASCII
         yield Sample("tune_kd_val_accuracy", sum(accuracies) / len(accuracies), (("arm", name),))
     yield Sample("tune_kd_arms_stopped", len(set(stopped)))
     done, planned = _pairs(plan, rows)
@@ -94,10 +94,10 @@ def samples(plan: Plan, rows: Sequence[TrialRow], stopped: Iterable[str], gpus: 
 
 
 def _pairs(plan: Plan, rows: Sequence[TrialRow]) -> tuple[int, int]:
-    """Count the pairs of trials with one seed, over the study's effects: completed and planned."""
+    """Return the numbers of completed and planned pairs of trials with the same seed, over the study's effects."""
     confirm = [row for row in rows if row["phase"] == Phase.CONFIRM]
     confirmed = {(row["arm"], row["seed"]) for row in confirm}
-    # With several teachers, an arm has a trial with each of them at a seed.
+    # With several teachers, an arm has one trial per teacher and seed.
     completed = confirmed - {(row["arm"], row["seed"]) for row in confirm if row["status"] != Status.COMPLETED}
     seeds = {seed for _, seed in confirmed}
     pairs = [
@@ -110,7 +110,7 @@ def _pairs(plan: Plan, rows: Sequence[TrialRow]) -> tuple[int, int]:
 
 
 def _seconds(rows: Sequence[TrialRow], gpus: Shares) -> Iterator[Sample]:
-    """Yield the seconds spent and, once a trial has run an epoch, those of the whole plan at this run's pace."""
+    """Yield the seconds spent. Once a trial has run an epoch, also yield those of the whole plan at this run's pace."""
     spent = [max(row["wall_seconds"] or 0.0, row["train_seconds"] or 0.0) for row in rows]
     shares = [
         gpus.of(row["role"], row["method"]) if row["gpu_fraction"] is None else row["gpu_fraction"] for row in rows
@@ -118,14 +118,14 @@ def _seconds(rows: Sequence[TrialRow], gpus: Shares) -> Iterator[Sample]:
     yield Sample("tune_kd_trial_seconds", sum(spent))
     yield Sample("tune_kd_gpu_seconds", sum(map(mul, spent, shares)))
     if (seconds := pace(rows)) is not None:
-        # The seconds spent include those outside of epochs.
+        # The seconds spent include time outside of epochs.
         planned = [max(took, row["epochs_planned"] * seconds(row)) for took, row in zip(spent, rows, strict=True)]
         yield Sample("tune_kd_trial_seconds_planned", sum(planned))
         yield Sample("tune_kd_gpu_seconds_planned", sum(map(mul, planned, shares)))
 
 
 class Metrics:
-    """Exports the metrics of a driver's run. Lives in the process that Ray knows as its driver."""
+    """Exports the metrics of a driver's run. Must be in the process that is Ray's driver."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
@@ -139,7 +139,7 @@ class Metrics:
         self._set_at = 0.0
 
     def reported(self, trial: Trial, checkpoint_seconds: float) -> None:
-        """Count an epoch of a trial, and the seconds that its worker spent on checkpoints since the epoch before."""
+        """Count an epoch of a trial, and its worker's seconds on checkpoints since the previous epoch."""
         self._count("tune_kd_epochs", 1)
         self._count("tune_kd_images", images_of(trial).train)
         self._count("tune_kd_checkpoint_seconds", checkpoint_seconds)
@@ -149,7 +149,7 @@ class Metrics:
         self._count("tune_kd_retries", 1, reason=reason)
 
     def renew(self) -> None:
-        """Update the gauges, if it is time."""
+        """Update the gauges if `EVERY` seconds have passed."""
         now = time.monotonic()
         if now - self._set_at < EVERY:
             return

@@ -1,4 +1,4 @@
-"""Files for Prometheus and Grafana: where Ray's metrics are, and a board for them. Addresses of Ray's dashboard."""
+"""Files for Prometheus and Grafana: settings that find Ray's metrics, and a dashboard. URLs of Ray's dashboard."""
 
 import os
 from contextlib import closing, suppress
@@ -19,14 +19,14 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 GUARDED = "it asks for the token that `ray get-auth-token` prints"
 OPEN = (
-    "warning: Ray asks for no token, so whoever reaches its ports can run code as the user who started it; start it "
-    "with RAY_AUTH_MODE=token"
+    "warning: Ray does not ask for a token, so anyone who reaches its ports can run code as the user who started it; "
+    "start Ray with RAY_AUTH_MODE=token"
 )
 ANSWER_WITHIN = 5.0  # seconds
 
 
 def is_url(address: str | None) -> TypeGuard[str]:
-    """Whether an address is a dashboard's, which takes jobs, and not a cluster's, which a driver joins."""
+    """Whether an address is the URL of a dashboard, which accepts jobs. A driver joins a cluster by HOST:PORT."""
     try:
         parts = urlsplit(address or "")
     except ValueError:
@@ -35,19 +35,19 @@ def is_url(address: str | None) -> TypeGuard[str]:
 
 
 def is_here(url: str) -> bool:
-    """Whether the URL of a dashboard is on this machine. Results may come from anybody; do not trust other URLs."""
+    """Whether the URL of a dashboard is on this machine. Do not trust other URLs in results, which may be others'."""
     return is_url(url) and urlsplit(url).hostname in LOOPBACK
 
 
 def asks_for_token(dashboard: str | None, unset: str = "token") -> bool:
-    """Whether Ray requires its token. Asks its dashboard without one.
+    """Whether Ray requires its token. Sends a request without a token to its dashboard.
 
-    If no dashboard answers, RAY_AUTH_MODE decides, or `unset` if that is not set.
+    If no dashboard responds, returns the mode in RAY_AUTH_MODE, or in `unset` if that variable is not set.
     """
     if is_url(dashboard):
         parts = urlsplit(dashboard)
         connection = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        with suppress(OSError, HTTPException, ValueError):  # no answer, or none in HTTP
+        with suppress(OSError, HTTPException, ValueError):  # no response, or not HTTP
             asked = connection(parts.netloc.rpartition("@")[2], timeout=ANSWER_WITHIN)
             with closing(asked):
                 asked.request("GET", f"{parts.path.rstrip('/')}/api/version")
@@ -58,7 +58,7 @@ def asks_for_token(dashboard: str | None, unset: str = "token") -> bool:
 
 
 def scrape_settings(dashboard: str, token: Path) -> str:
-    """Return settings of Prometheus (YAML) that find the metrics of all nodes through Ray's dashboard."""
+    """Return Prometheus settings (YAML) that discover the metrics of all nodes through Ray's dashboard."""
     discovery = {
         "url": f"{dashboard.rstrip('/')}/api/prometheus/sd",
         "refresh_interval": "10s",
@@ -72,7 +72,7 @@ def scrape_settings(dashboard: str, token: Path) -> str:
 
 
 def write(folder: Path, dashboard: str) -> list[Path]:
-    """Write `prometheus.yml` and the board `ablation.json` into a folder; return their paths. Raises `UserError`."""
+    """Write `prometheus.yml` and the Grafana dashboard `ablation.json`, and return their paths. Raises `UserError`."""
     if not is_url(dashboard):
         raise UserError(f"--address is {dashboard}; allowed: the URL of Ray's dashboard, such as {DASHBOARD}")
     found = {"prometheus.yml": scrape_settings(dashboard, token_file()).encode(), BOARD.name: BOARD.read_bytes()}
@@ -82,6 +82,6 @@ def write(folder: Path, dashboard: str) -> list[Path]:
             publish(folder / name, data)
     except OSError as error:
         raise UserError(
-            f"--write is {folder}, which cannot be written to ({error.strerror}); choose another"
+            f"--write is {folder}, which cannot be written to ({error.strerror}); choose another folder"
         ) from error
     return [folder / name for name in found]

@@ -1,5 +1,5 @@
-"""What CUDA's driver says of this machine's GPUs, and whether NVIDIA's MPS serves them, which lets processes compute on
-a GPU at the same time and not by turns."""
+"""This machine's first GPU according to the CUDA driver, and whether NVIDIA's MPS serves the GPUs. With MPS, processes
+compute on a GPU at the same time; without it, they take turns."""
 
 import ctypes
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from tune_kd.system.environment import python_path
 
 MPS_ENABLED = 133  # CU_DEVICE_ATTRIBUTE_MPS_ENABLED of cuda.h: contexts made on this device are shared through MPS
-PATIENCE = 60.0  # seconds for a process that asks
+PATIENCE = 60.0  # seconds to wait for the process of `asked`
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ def _driver() -> Any:
 
 
 def serves(driver: Callable[[], Any] = _driver) -> bool:
-    """Whether MPS serves every GPU that this process sees. False where there is none, or the driver cannot tell.
+    """Whether MPS serves every GPU that this process sees. False without a GPU, or if the driver cannot tell.
 
-    It starts CUDA in this process, which from then on sees the GPUs that it sees now.
+    Initializes CUDA in this process. Later changes of CUDA_VISIBLE_DEVICES then have no effect.
     """
     try:
         cuda = driver()
@@ -48,12 +48,12 @@ def _serves(cuda: Any, number: int) -> bool:
     device, value = ctypes.c_int(), ctypes.c_int()
     if cuda.cuDeviceGet(ctypes.byref(device), number):
         return False
-    unknown = cuda.cuDeviceGetAttribute(ctypes.byref(value), MPS_ENABLED, device)  # to drivers before CUDA 12
+    unknown = cuda.cuDeviceGetAttribute(ctypes.byref(value), MPS_ENABLED, device)  # an error before CUDA 12
     return not unknown and value.value == 1
 
 
 def described(driver: Callable[[], Any] = _driver) -> Gpu | None:
-    """The first GPU that this process sees; None without one. Like `serves`, it starts CUDA in this process."""
+    """Return the first GPU that this process sees; None without a GPU. Initializes CUDA, as `serves` does."""
     served = serves(driver)
     try:
         cuda = driver()
@@ -73,7 +73,7 @@ ASK = "import json; from tune_kd.execute import mps; found = mps.described(); pr
 
 
 def asked() -> Gpu | None:
-    """`described`, asked in a process of its own. None also where that fails."""
+    """Call `described` in a new process. Returns None if that fails, too."""
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-c", ASK],

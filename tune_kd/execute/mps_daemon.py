@@ -1,8 +1,7 @@
-"""NVIDIA's MPS on this machine, started for the trials of one run and ended with it.
+"""NVIDIA's MPS on this machine, started for the trials of one run and stopped at its end.
 
-Its daemon works in a private folder, `folder_of` a run, which is the same on each node and after a kill: whoever goes
-on with the run finds a daemon there that was left, and ends it. A small watcher ends the daemon when the process that
-started it dies.
+The daemon works in a private folder, `folder_of(run)`. The path depends only on the run, so a resumed run finds and
+ends a daemon that a killed driver left. A small watcher process ends the daemon if the process that started it dies.
 """
 
 import hashlib
@@ -23,9 +22,9 @@ from tune_kd.system.environment import intruded, python_path
 
 PROGRAM = "nvidia-cuda-mps-control"
 PIPE, LOG = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
-STARTING = 20.0  # seconds within which the daemon is there; it takes one
-ENDING = 4.0  # seconds within which it ends when asked, before it is killed; a preempted run has 15 for everything
-BASE = Path("/tmp")  # not TMPDIR, which differs between nodes; and a socket's path has to be short
+STARTING = 20.0  # seconds to wait for the daemon, which usually takes one
+ENDING = 4.0  # seconds to wait for its end before it is killed; a preempted run has 15 for everything
+BASE = Path("/tmp")  # not TMPDIR, which differs between nodes; and the path of a socket must be short
 
 
 class NotStarted(RuntimeError):
@@ -33,25 +32,25 @@ class NotStarted(RuntimeError):
 
 
 def folder_of(run: str) -> Path:
-    """Return the folder for the MPS of a run, which is named by its place."""
+    """Return the folder for the MPS of a run. `run` is the absolute path or URL of the run."""
     return BASE / f"tune_kd-mps-{os.getuid()}-{hashlib.sha256(run.encode()).hexdigest()[:12]}"
 
 
 def variables(folder: Path) -> dict[str, str]:
-    """Return the variables that make the daemon, its control program and clients use a folder. A client's have to be
-    set before CUDA starts in it."""
+    """Return the environment variables that make the daemon, its control program and its clients use a folder. Set them
+    in a client before it initializes CUDA."""
     return {PIPE: str(folder / "pipe"), LOG: str(folder / "log")}
 
 
 def is_there() -> bool:
-    """Whether this machine has the program."""
+    """Whether this machine has NVIDIA's MPS program."""
     return shutil.which(PROGRAM) is not None
 
 
 @contextmanager
 def started(folder: Path) -> Iterator[None]:
-    """Within this context, and no longer than this process lives, an MPS of our own serves the clients of a folder.
-    Raises `NotStarted`."""
+    """Within this context, an MPS of our own serves the clients of a folder. It also ends if this process dies. Raises
+    `NotStarted`."""
     process = start(folder)
     watcher = None
     try:
@@ -61,21 +60,21 @@ def started(folder: Path) -> Iterator[None]:
         end(folder)
         if watcher is not None:
             with suppress(OSError):
-                watcher.write(b"ended\n")  # so that it does not end a daemon which follows
+                watcher.write(b"ended\n")  # so that the watcher does not end a later daemon
                 watcher.close()
 
 
 @contextmanager
 def for_children() -> Iterator[dict[str, str]]:
-    """Within this context, an MPS of our own serves the processes that this one starts with the variables that it
-    yields. Raises `NotStarted`."""
+    """Within this context, an MPS of our own serves child processes. Yields the environment variables to start them
+    with. Raises `NotStarted`."""
     folder = folder_of(f"process {os.getpid()}")
     with started(folder):
         yield variables(folder)
 
 
 def start(folder: Path) -> int:
-    """Start a daemon, after ending one that a killed run left, and return its process id. Raises `NotStarted`."""
+    """Start a daemon and return its process id. First ends a daemon that a killed run left. Raises `NotStarted`."""
     program = shutil.which(PROGRAM)
     if program is None:
         raise NotStarted(f"there is no {PROGRAM}")
@@ -93,7 +92,7 @@ def start(folder: Path) -> int:
 
 
 def _start(program: str, folder: Path) -> int:
-    said = folder / "log" / "start.log"  # a pipe would stay open as long as the daemon
+    said = folder / "log" / "start.log"  # not a pipe, which would stay open as long as the daemon lives
     with said.open("wb") as sink:
         launched = subprocess.Popen(
             [program, "-d"],
@@ -105,7 +104,7 @@ def _start(program: str, folder: Path) -> int:
         )
     try:
         why = _why_not(launched, folder, said)
-    except BaseException:  # a signal
+    except BaseException:  # also for a signal
         _give_up(launched, folder)
         raise
     if why is not None:
@@ -117,12 +116,12 @@ def _start(program: str, folder: Path) -> int:
 
 
 def _why_not(launched: "subprocess.Popen[bytes]", folder: Path, said: Path) -> str | None:
-    """Wait until the daemon is there, and return None; or return why it is not."""
+    """Wait for the daemon. Returns None once it runs, or the reason if it does not start."""
     last = time.monotonic() + STARTING
     while time.monotonic() < last:
         if launched.poll():
             words = said.read_text(errors="replace").split()
-            return f"{PROGRAM} ended with {launched.returncode}{': ' if words else ''}{' '.join(words)[:200]}"
+            return f"{PROGRAM} exited with {launched.returncode}{': ' if words else ''}{' '.join(words)[:200]}"
         if launched.poll() == 0 and (folder / "pipe" / "control").exists() and daemon(folder) is not None:
             return None
         time.sleep(0.05)
@@ -137,7 +136,7 @@ def _give_up(launched: "subprocess.Popen[bytes]", folder: Path) -> None:
 
 
 def daemon(folder: Path) -> psutil.Process | None:
-    """Return the daemon of a folder if it lives."""
+    """Return the daemon of a folder; None if it is not alive."""
     with suppress(OSError, ValueError, psutil.Error):
         number = int((folder / "pipe" / f"{PROGRAM}.pid").read_text())
         process = psutil.Process(number)
@@ -147,10 +146,10 @@ def daemon(folder: Path) -> psutil.Process | None:
 
 
 def _serves(process: psutil.Process, folder: Path) -> bool:
-    """Whether a process is the daemon of a folder, and not one that has got its number since."""
+    """Whether a process is the daemon of a folder. The recorded process id may belong to another process by now."""
     try:
         return process.environ().get(PIPE) == variables(folder)[PIPE]
-    except psutil.AccessDenied:  # a program may hide its memory from its own user
+    except psutil.AccessDenied:  # a process may hide its memory even from its own user
         return PROGRAM.startswith(process.name())  # Linux keeps the first 15 characters
 
 
@@ -161,8 +160,8 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def end(folder: Path) -> None:
-    """End the daemon of a folder and its servers, if there is one, and remove the folder. Kills what does not end
-    within `ENDING` seconds. Leaves a folder alone that is not this user's."""
+    """End the daemon of a folder and its servers, if any, and remove the folder. Kills processes that do not end within
+    `ENDING` seconds. Does nothing to another user's folder."""
     try:
         if intruded(folder) is not None:
             return
@@ -177,7 +176,7 @@ def end(folder: Path) -> None:
 def _end(process: psutil.Process, folder: Path) -> None:
     everything = [process, *process.children(recursive=True)]
     last = time.monotonic() + ENDING
-    with suppress(OSError, subprocess.SubprocessError):  # the program may be gone, or hang
+    with suppress(OSError, subprocess.SubprocessError):  # the program may be missing, or hang
         subprocess.run(
             [PROGRAM],
             input=b"quit\n",
@@ -198,8 +197,11 @@ def _end(process: psutil.Process, folder: Path) -> None:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """The environment of the daemon. Ray hides the GPUs from an actor that requests none; and if the daemon numbered
-    them anew, a client's own CUDA_VISIBLE_DEVICES would mean others."""
+    """Return the environment of the daemon: this one without CUDA_VISIBLE_DEVICES.
+
+    Ray hides the GPUs from an actor that requests none. And a daemon with this variable renumbers the GPUs, so that a
+    client's own CUDA_VISIBLE_DEVICES would select other GPUs.
+    """
     return {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"} | variables(folder)
 
 
@@ -209,7 +211,8 @@ WATCH = "import sys; from tune_kd.execute import mps_daemon; mps_daemon.watch(*s
 
 
 def _watch(folder: Path, process: int) -> IO[bytes]:
-    """Start the watcher and return the pipe whose end, with this process, tells it to end the daemon."""
+    """Start the watcher and return a pipe to it. When the pipe closes, as at this process's death, the watcher ends the
+    daemon."""
     starter = subprocess.Popen(
         [sys.executable, "-P", "-c", WATCH, str(folder), str(process)],
         env=os.environ | python_path(),
@@ -219,15 +222,15 @@ def _watch(folder: Path, process: int) -> IO[bytes]:
         start_new_session=True,
     )
     assert starter.stdin is not None
-    starter.wait()  # it leaves a child behind, which is nobody's: Ray kills the children of a worker that ends
+    starter.wait()  # it forks the watcher and exits. Ray kills a worker's children, but not this orphan
     return starter.stdin
 
 
 def watch(folder: str, process: str) -> None:
-    """Wait for the end of standard input in a process of our own, and end the daemon if nobody said that it ended."""
+    """Fork, and wait in the child for a line on standard input. If the input ends without a line, end the daemon."""
     if os.fork():
         os._exit(0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # of the whole job; the run ends in order first
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # sent to the whole job; let the run shut down first
         signal.signal(number, signal.SIG_IGN)
     if not sys.stdin.readline():
         found = daemon(Path(folder))

@@ -1,4 +1,4 @@
-"""NVIDIA's MPS on the nodes of the connected Ray: whether it serves their GPUs, and one of our own for a run."""
+"""NVIDIA's MPS on the nodes of the connected Ray: check whether it serves their GPUs, or start it for a run."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,15 +17,15 @@ from tune_kd.records.run_folder import Run
 from tune_kd.system.errors import UserError
 from tune_kd.system.object_store import Mirror
 
-PATIENCE = 60.0  # seconds for a node to answer
+PATIENCE = 60.0  # seconds for a node to respond
 Nodes = Sequence[Mapping[str, Any]]
 
 
 def serving(run: Run, cluster: Cluster) -> AbstractContextManager[Mps]:
-    """A context in which MPS serves the GPUs of the connected Ray, if it can and if that helps. See `served`."""
+    """Return a context in which MPS serves the GPUs of the connected Ray, if possible and useful. See `served`."""
     asked, most = run.settings["gpus_per_trial"], run.settings["max_concurrent"] or math.inf
     together = min(most, cluster.cpus / run.settings["cpus_per_trial"])
-    # What a probe chose is for a GPU with MPS, or for one without.
+    # Shares from a probe hold only with MPS, or only without it.
     matters = asked == "auto" and run.settings.get("packing", {"mps": True})["mps"]
     shares = together > cluster.gpus and (matters if asked == "auto" else 0 < asked < 1)
     mirror = Mirror.of(run.folder)
@@ -35,15 +35,15 @@ def serving(run: Run, cluster: Cluster) -> AbstractContextManager[Mps]:
 
 @contextmanager
 def served(run: str, mode: str, *, matters: bool, pays: bool) -> Iterator[Mps]:
-    """Within this context, MPS may serve the GPUs of the connected Ray: somebody else's, or one of our own, which ends
-    with the context. Yields whether one does.
+    """Within this context, MPS may serve the GPUs of the connected Ray: an existing MPS, or our own, which ends with
+    the context. Yields whether MPS serves them.
 
-    `run` is the place of a run, and `mode` its option `--mps`. `matters` is whether a trial's share depends on MPS;
-    `pays`, whether trials would share a GPU: otherwise none is started, unless `mode` is on. Raises `UserError` where
-    it is on and MPS cannot be started.
+    `run` is the path or URL of a run, and `mode` its option `--mps`. `matters`: a trial's share depends on MPS. `pays`:
+    trials would share a GPU. Starts MPS only if it pays or if `mode` is on. Raises `UserError` if `mode` is on and MPS
+    cannot be started.
     """
     folder = mps_daemon.folder_of(run)
-    mps_daemon.end(folder)  # what a killed run left here; on other nodes it ends when a new one starts
+    mps_daemon.end(folder)  # left here by a killed run; on other nodes, starting a new daemon ends the old one
     begins = pays or mode == "on"
     if mode == "off" or not (matters or begins):
         yield Mps(False, "--mps is off" if mode == "off" else "")
@@ -67,22 +67,22 @@ def served(run: str, mode: str, *, matters: bool, pays: bool) -> Iterator[Mps]:
 
 
 def _found(nodes: Nodes) -> tuple[bool, str]:
-    """Return whether MPS serves all the nodes, and if not, why none of our own can be started; empty if it can."""
+    """Return whether MPS serves all nodes, and if not, the reason why we cannot start it; empty if we can."""
     found, problems = asked(_question({}), nodes, PATIENCE)
     serving = [node for node, (serves, _) in found.items() if serves]
     if nodes and len(serving) == len(nodes):
         return True, ""
     problems |= {node: f"there is no {mps_daemon.PROGRAM}" for node, (_, program) in found.items() if not program}
-    problems |= dict.fromkeys(serving, "another one serves it")
+    problems |= dict.fromkeys(serving, "another MPS serves it")
     return False, _told(problems, nodes)
 
 
 def _question(variables: Mapping[str, str]) -> Callable[[], tuple[bool, bool]]:
-    """The question to a node whether MPS serves its GPUs, and whether it has the program. With `variables`, only an MPS
-    of theirs counts."""
+    """Return a function that tells whether MPS serves a node's GPUs, and whether the node has NVIDIA's MPS program.
+    With `variables`, only the MPS in their folder counts."""
     serves = mps.serves
 
-    def ask() -> tuple[bool, bool]:  # in a process of its own; Ray hides the GPUs from a task that requests none
+    def ask() -> tuple[bool, bool]:  # runs in a new process; Ray hides the GPUs from a task that requests none
         import os
 
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
@@ -93,18 +93,18 @@ def _question(variables: Mapping[str, str]) -> Callable[[], tuple[bool, bool]]:
 
 
 def _told(problems: Mapping[str, str], nodes: Nodes) -> str:
-    """Return the first of the problems, with its node if there are several."""
+    """Return the first problem, with its node if there are several nodes."""
     return next((f"{why}, on the node {node}" if len(nodes) > 1 else why for node, why in problems.items()), "")
 
 
 class _Keeper:
-    """The actor that starts MPS on a node. MPS ends when it is told to, or dies."""
+    """The actor that starts MPS on a node. MPS ends when `end` is called or the actor dies."""
 
     def __init__(self) -> None:
         self._held = ExitStack()
 
     def begin(self, folder: Path) -> str:
-        """Returns why MPS did not start; empty if it did."""
+        """Start MPS. Returns the reason if it did not start, else an empty string."""
         try:
             self._held.enter_context(mps_daemon.started(folder))
         except mps_daemon.NotStarted as error:
@@ -117,8 +117,8 @@ class _Keeper:
 
 @contextmanager
 def _own(folder: Path, nodes: Nodes) -> Iterator[str]:
-    """Within this context, an MPS of our own runs on each node. Yields why it does not serve, on any of them; empty if
-    it does."""
+    """Within this context, an MPS of our own runs on each node. Yields the reason if a node is not served, else an
+    empty string."""
     machines = {node["NodeManagerAddress"]: node for node in nodes}.values()  # two nodes may share one in tests
     keepers: list[Any] = []
     ray_lives = True
@@ -133,7 +133,7 @@ def _own(folder: Path, nodes: Nodes) -> Iterator[str]:
         if not problems:
             found, problems = asked(_question(mps_daemon.variables(folder)), nodes, PATIENCE)
             problems |= {
-                node: "it started, and CUDA does not use it" for node, (served, _) in found.items() if not served
+                node: "MPS started, but CUDA does not use it" for node, (served, _) in found.items() if not served
             }
         yield _told(problems, nodes)
     except (RayError, RayDied):

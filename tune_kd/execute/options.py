@@ -1,4 +1,4 @@
-"""Options of a run: how it uses the machine, and the checks that they fit it."""
+"""Options of a run: how it uses the machine, and checks that the machine can satisfy them."""
 
 import math
 import os
@@ -13,11 +13,11 @@ from tune_kd.system.errors import UserError, collect, raise_problems
 
 MODES = ("auto", "on", "off")
 Asked = float | Literal["auto"]
-"""A GPU share; "auto" chooses shares: see `resources.gpu_shares`."""
+"""A GPU share, or "auto": see `resources.gpu_shares`."""
 
 
 def parse_gpus(given: str | float | None) -> Asked:
-    """Parse the value of `--gpus-per-trial`; None, which earlier versions recorded, is "auto". Raises `UserError`."""
+    """Parse `--gpus-per-trial`. None, which earlier versions recorded, means "auto". Raises `UserError`."""
     if given is None or given == "auto":
         return "auto"
     try:
@@ -37,13 +37,13 @@ class Options:
     cpus_per_trial: float = 1.0  # the whole part is the number of threads, at least 1
     max_concurrent: int | None = None  # trials at a time
     keep_checkpoints: bool = False  # keep the last checkpoint of each trial
-    mps: str = "auto"  # NVIDIA's MPS: auto starts one where trials share GPUs and none serves them; on, off
-    track: tuple[str, ...] = ()  # trackers that also show the run: tensorboard, mlflow, wandb
+    mps: str = "auto"  # NVIDIA's MPS: "auto" starts it if trials share GPUs that no MPS serves yet; "on"; "off"
+    track: tuple[str, ...] = ()  # trackers to log to: tensorboard, mlflow, wandb
 
 
 def check_shares(options: Options, address: str | None) -> None:
     """Raise `UserError` for shares that do not fit this machine. With an address, `resources.check_cluster` checks them
-    after the cluster is joined."""
+    once the cluster is joined."""
     problems: list[str] = []
     cpus, most = options.cpus_per_trial, options.max_concurrent
     gpus = collect(problems, lambda: parse_gpus(options.gpus_per_trial))
@@ -67,22 +67,22 @@ def _mps_problems(options: Options, gpus: Asked | None, address: str | None) -> 
     from tune_kd.execute import mps_daemon
 
     if gpus == 0:
-        return ["--mps is on, and --gpus-per-trial is 0; allowed: auto or off where trials use no GPU"]
+        return ["--mps is on, and --gpus-per-trial is 0; allowed: auto or off if trials use no GPU"]
     if address is None and not mps_daemon.is_there():
-        return [f"--mps is on, and there is no {mps_daemon.PROGRAM} here; allowed: auto or off"]
+        return [f"--mps is on, and this machine has no {mps_daemon.PROGRAM}; allowed: auto or off"]
     if address is None and not _gpus_here():
         return ["--mps is on, and this machine has no GPU; allowed: auto or off"]
     return []
 
 
 def _gpus_here() -> int:
-    import torch  # takes seconds; most commands need no GPU share
+    import torch  # late, since it takes seconds and most commands need no GPU share
 
     return torch.cuda.device_count()
 
 
 def check(study: Study | None, options: Options, address: str | None) -> None:
-    """Raise `UserError` with everything that prevents a study from running here. Creates nothing."""
+    """Raise `UserError` with all problems that prevent a study from running here. Creates no files."""
     problems: list[str] = []
     collect(problems, lambda: _check_compiler(study))
     collect(problems, lambda: check_shares(options, address))
@@ -97,23 +97,23 @@ def _check_compiler(study: Study | None) -> None:
         return
     if not any(map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))):
         raise UserError(
-            "recipe.compile is true, and there is no C++ compiler here; install one, such as g++, or leave "
-            "recipe.compile false"
+            "recipe.compile is true, and this machine has no C++ compiler; install one, such as g++, or set "
+            "recipe.compile to false"
         )
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
     """Raise `UserError` for trackers that are not installed."""
     if names:
-        environment.home()  # Ray, which `trackers` imports, needs a home
+        environment.home()  # Ray, which `trackers` imports, needs a home directory
         from tune_kd.execute import trackers
 
         trackers.check(list(names))
 
 
 def trackers_unasked(recorded: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the recorded trackers that write only to this disk. A resumed run uses them without being asked; the
-    others could send the user's data to an address in the record, which may come from others."""
+    """Return the recorded trackers that write only to the local disk. A resumed run uses them without `--track`. The
+    other trackers could send the user's data to an address in records that somebody else made."""
     sends = {
         "mlflow": bool(os.environ.get("MLFLOW_TRACKING_URI")),
         "wandb": os.environ.get("WANDB_MODE") not in ("offline", "disabled"),
@@ -122,6 +122,6 @@ def trackers_unasked(recorded: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def options_of(run: Run) -> Options:
-    """Return the options that a run began with, limited to the trackers that may be used without being asked."""
+    """Return the recorded options of a run, with only those trackers that `trackers_unasked` returns."""
     known = {field.name: run.settings[field.name] for field in fields(Options) if field.name in run.settings}
     return Options(**known | {"track": trackers_unasked(tuple(known.get("track") or ()))})

@@ -1,5 +1,5 @@
-"""Preflight checks: versions, folder, disk space and teachers, before anything trains. All problems are reported at
-once, each with its remedy."""
+"""Preflight checks before training: versions, folder, disk space and teachers. Reports all problems at once, each with
+its remedy."""
 
 import fcntl
 import shutil
@@ -18,13 +18,13 @@ from tune_kd.system.files import MOST_RECORD_BYTES, opened, publish, read
 from tune_kd.training import teachers
 
 FLOORS = {"torch": "2.10", "ray": "2.54"}
-SPARE = 1.2  # required free space as a multiple of the estimated bytes
+SPARE = 1.2  # required free space, relative to the estimated bytes
 
 
 def check(run: Run, rows: list[TrialRow], slots: int) -> None:
-    """Raise `UserError` if a run cannot start or continue on this machine. This process must hold the run.
+    """Raise `UserError` if a run cannot start or continue on this machine. This process must hold the run's lock.
 
-    `rows` are the trials in the ledger; `slots` is the approximate number of trials that run at a time.
+    `rows` are the trials in the ledger; `slots` is the approximate number of concurrent trials.
     """
     known = {row["trial_id"]: row for row in rows}
     waiting = [trial for trial in grown(run.plan, rows).trials if _is_to_run(known.get(trial.trial_id))]
@@ -33,13 +33,13 @@ def check(run: Run, rows: list[TrialRow], slots: int) -> None:
 
 
 def _is_to_run(row: TrialRow | None) -> bool:
-    """Whether a trial with this row will run: one that is new, has not ended, or was blocked by a missing teacher."""
+    """Whether a trial with this row will run: it is new, has not ended, or was blocked by a missing teacher."""
     return row is None or row["status"] not in ENDED or (row["status"] == Status.BLOCKED and row["attempts"] > 0)
 
 
 def _versions() -> list[str]:
     return [
-        f"{name} is {version(name)} here; allowed: {floor} and later; `pip install '{name}>={floor}'` installs it"
+        f"{name} is {version(name)} here; allowed: {floor} or later; run `pip install '{name}>={floor}'`"
         for name, floor in FLOORS.items()
         if Version(version(name)) < Version(floor)
     ]
@@ -56,10 +56,10 @@ def _folder(folder: Path) -> list[str]:
         probe.unlink()
     except OSError as error:
         return [
-            f"--out: files in {folder} cannot be written, synced and locked ({error.strerror}); make room or make it "
-            "writable, or choose a folder on another disk"
+            f"--out: files in {folder} cannot be written, synced and locked ({error.strerror}); free space, make the "
+            "folder writable, or choose a folder on another disk"
         ]
-    return [] if same else [f"--out: {folder} does not keep what is written to it; choose a folder on another disk"]
+    return [] if same else [f"--out: a file in {folder} differs from what was written; choose a folder on another disk"]
 
 
 def _room(run: Run, waiting: list[Trial], slots: int) -> list[str]:
@@ -68,19 +68,19 @@ def _room(run: Run, waiting: list[Trial], slots: int) -> list[str]:
     answers = [
         path for each in planned.teachers for path in (run.teachers / each.trial_id).glob("answers/*/*/logits.*")
     ]
-    # Already on disk, where those in bfloat16 take half of what is planned.
+    # These are on disk already. Files in bfloat16 take half of the estimate, which counts float32.
     needed -= sum(512 * path.stat().st_blocks * (2 if path.suffix == ".bf16" else 1) for path in answers)
     free = shutil.disk_usage(run.folder).free
     if free >= SPARE * needed:
         return []
     return [
-        f"--out: {free / 1e9:.3f} GB are free at {run.folder}, and what is left of the study writes up to about "
-        f"{needed / 1e9:.3f} GB, of which a fifth more should be there; make room, or choose a folder on another disk"
+        f"--out: {free / 1e9:.3f} GB are free at {run.folder}, and the rest of the study writes up to about "
+        f"{needed / 1e9:.3f} GB; required is a fifth more. Free space, or choose a folder on another disk"
     ]
 
 
 def _teachers(run: Run, waiting: list[Trial], known: dict[str, TrialRow]) -> list[str]:
-    """Check that the remaining students can use the same teachers as the earlier ones."""
+    """Check that the remaining students can use the same teachers as earlier students."""
     problems: list[str] = []
     needed = {trial.teacher_id for trial in waiting}
     for teacher in run.plan.teachers:
@@ -92,5 +92,5 @@ def _teachers(run: Run, waiting: list[Trial], known: dict[str, TrialRow]) -> lis
             continue
         wrong = teachers.wrong_with(run.teachers, teacher.trial_id, taught)
         if wrong is not None:
-            problems.append(f"{wrong}; put it back from a copy, or start a new run, which trains it again")
+            problems.append(f"{wrong}; restore it from a copy, or start a new run, which trains it again")
     return problems

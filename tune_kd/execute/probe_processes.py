@@ -1,7 +1,7 @@
-"""Processes that train the same trial at the same time, to measure how fast several share a GPU.
+"""Processes that train copies of a trial at the same time, to measure the throughput of a shared GPU.
 
-They start once, wait while they are not needed, and are told what to do through a pipe each. They are no children of
-`multiprocessing`, which would execute the user's script again in each.
+The processes start once and get commands through pipes. They are not started by `multiprocessing`, which would execute
+the user's script again in each of them.
 """
 
 import gc
@@ -33,19 +33,19 @@ from tune_kd.training.device import keep_freed_blocks, peak_memory, start_measur
 from tune_kd.training.loop import train
 from tune_kd.training.loss import bring
 
-NUMBERS = (1, 2, 4, 8)  # of concurrent trials to try
-PROBE_STEPS = 40  # of a probing epoch: a tenth of a second on an H100
-PROBE_EPOCHS = 3  # measured for each number, after one epoch of warm-up, in which a step is captured
+NUMBERS = (1, 2, 4, 8)  # numbers of concurrent trials to measure
+PROBE_STEPS = 40  # steps of an epoch in a probe: a tenth of a second on an H100
+PROBE_EPOCHS = 3  # measured epochs for each number, after one epoch of warm-up, in which the step is captured
 MOST_EPOCHS = 1 + PROBE_EPOCHS * len(NUMBERS)
-CONTEXT_BYTES = 2**29  # of a GPU that a process needs beside its tensors: CUDA's context and the code of its kernels
+CONTEXT_BYTES = 2**29  # GPU memory of a process besides its tensors: CUDA's context and kernel code
 GROWTH = 1.05  # a larger number of trials must raise images per second by at least this factor
-HEADROOM = 0.9  # fraction of memory to plan with; the rest is for fragmentation
+HEADROOM = 0.9  # fraction of memory to use; the rest is for fragmentation
 ENDING = 5.0  # seconds for processes to end
-PATIENCE = 600.0  # seconds for an answer: the first trial of a machine may be compiled
+PATIENCE = 600.0  # seconds for an answer, which may include compilation
 
 
 class ProbeFailed(RuntimeError):
-    """Nothing can be measured; the message says why."""
+    """The probe cannot measure; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Measured:
     """Result of training `together` equal trials at the same time."""
 
     together: Annotated[int, Field(ge=1)]
-    images_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)]  # of all of them
-    bytes_each: Annotated[int, Field(ge=0)]  # peak of one
+    images_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)]  # sum over all trials
+    bytes_each: Annotated[int, Field(ge=0)]  # peak memory of one trial
 
 
 @dataclass(frozen=True)
 class Job:
-    """A trial that processes train, on few images, with a teacher that was published in a folder."""
+    """A trial to train on few images, and the folder with its published teacher."""
 
     trial: Trial
     data: DataSet
@@ -67,7 +67,7 @@ class Job:
     folder: Path
     threads: int
     codes: tuple[Code, ...]
-    more_bytes: int  # that a process needs in the run and not here
+    more_bytes: int  # memory that a process needs in the run but not in the probe
 
 
 def job(
@@ -79,8 +79,8 @@ def job(
     threads: int = 1,
     codes: Sequence[Code] = (),
 ) -> Job:
-    """Prepare a trial for a probe in a folder: cut its images, and publish a teacher with random weights, which costs
-    as much as a trained one."""
+    """Prepare a trial for a probe: reduce its images, and publish a teacher in `folder`. The teacher has random
+    weights, which cost as much time as trained ones."""
     if teacher is not None:
         cell, classes = teacher.cell, len(data.classes)
         net = networks.build(teacher.architecture, stem=cell.stem, classes=classes, width=cell.width, seed=0)
@@ -89,16 +89,16 @@ def job(
     count = min(full, PROBE_STEPS * trial.recipe.batch_size)
     train, validation, test = (_cut(split, count, full) for split in (data.train, data.validation, data.test))
     small = replace(data, train=train, validation=validation, test=test)
-    # Whether a trial is compiled depends on all images that it sees, which stay as many.
+    # More epochs keep the total number of images, which decides whether a trial is compiled.
     epochs = max(MOST_EPOCHS + 1, round(trial.recipe.epochs * full / count))
-    scaled = replace(trial, recipe=replace(trial.recipe, epochs=epochs, validate_every=1))  # an evaluation needs memory
+    scaled = replace(trial, recipe=replace(trial.recipe, epochs=epochs, validate_every=1))  # evaluations need memory
     mine = tuple(code for code in codes if trial.brought and code.digest == trial.brought.source)
     more = _image_bytes(data) - _image_bytes(small) + (CONTEXT_BYTES if device.type == "cuda" else 0)
     return Job(scaled, small, device, folder, threads, mine, more)
 
 
 def _cut(split: Split, count: int, full: int) -> Split:
-    """The first of a split's images: `count` of each `full`."""
+    """Return the first images of a split, a fraction `count / full` of them."""
     some = math.ceil(count * len(split.labels) / full)
     return Split(split.images[:some].clone(), split.labels[:some].clone())
 
@@ -107,19 +107,19 @@ def _image_bytes(data: DataSet) -> int:
     return sum(split.images.nbytes for split in (data.train, data.validation, data.test))
 
 
-# In a process
+# In the probing process
 
 
 def serve(pipe: Connection) -> None:
-    """Do what is told, and send the result or a `Failure`, until the pipe is closed. A job is prepared, "train" trains
-    it further, and "rest" frees what it holds."""
-    import torchvision.models  # noqa: F401  (takes seconds, and all processes wait for one another)
+    """Execute commands from a pipe until it closes, and send back each result or a `Failure`. A `Job` starts a trial,
+    "train" continues it, and "rest" frees its memory."""
+    import torchvision.models  # noqa: F401  (takes seconds; import it before the processes wait for one another)
 
     guard_code()
     keep_freed_blocks()
     epochs: Iterator[Epoch] = iter(())
     mine: Job | None = None
-    with suppress(EOFError, OSError):  # of a pipe that is closed
+    with suppress(EOFError, OSError):  # the pipe is closed
         while True:
             told = pipe.recv()
             try:
@@ -127,20 +127,20 @@ def serve(pipe: Connection) -> None:
                     assert mine is not None
                     pipe.send(trained(mine, epochs))
                     continue
-                epochs, before, mine = iter(()), mine, None  # frees the one before
+                epochs, before, mine = iter(()), mine, None  # frees the previous trial
                 if isinstance(told, Job):
                     epochs, mine = prepared(told), told
                 elif before is not None:
                     step.forget()
                     gc.collect()
-                    start_measuring(before.device)  # frees what is cached of a GPU
+                    start_measuring(before.device)  # also empties the cache of GPU memory
                 pipe.send(None)
             except Exception as error:
                 pipe.send(failure(error))
 
 
 def prepared(job: Job) -> Iterator[Epoch]:
-    """Begin a trial, run its first epoch, and return the following ones."""
+    """Start a trial, run its first epoch, and return an iterator over the next epochs."""
     bring(job.codes)
     torch.set_num_threads(job.threads)
     teacher, trial = None, job.trial
@@ -158,7 +158,7 @@ def prepared(job: Job) -> Iterator[Epoch]:
 
 
 def trained(job: Job, epochs: Iterator[Epoch]) -> tuple[float, int]:
-    """Train further, and return the images a second and the bytes that the process would need in the run."""
+    """Train `PROBE_EPOCHS` epochs. Returns images per second, and the bytes that the process would need in the run."""
     seconds = sum(next(epochs).seconds for _ in range(PROBE_EPOCHS))
     return PROBE_EPOCHS * len(job.data.train.labels) / seconds, (peak_memory(job.device) or 0) + job.more_bytes
 
@@ -169,11 +169,11 @@ PROGRAM = (
 )
 
 
-# Here
+# In the process that measures
 
 
 class Process:
-    """A process that serves."""
+    """A probing process, which runs `serve`."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         self._pipe, there = multiprocessing.Pipe()
@@ -188,26 +188,26 @@ class Process:
             )
 
     def tell(self, what: Job | str) -> None:
-        with suppress(OSError):  # it died, which `answer` tells
+        with suppress(OSError):  # it died; `answer` raises
             self._pipe.send(what)
 
     def answer(self, until: float) -> Any:
-        """What it sends until a time of `time.monotonic`. Raises `ProbeFailed`."""
+        """Return the next answer. Raises `ProbeFailed` if none arrives before `until`, a time of `time.monotonic`."""
         with suppress(EOFError, OSError):
             if self._pipe.poll(max(0.0, until - time.monotonic())):
                 return self._pipe.recv()
-            raise ProbeFailed(f"a probing process does not answer within {PATIENCE:.0f} s")
+            raise ProbeFailed(f"a probing process did not respond within {PATIENCE:.0f} s")
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(ENDING)
         raise ProbeFailed(f"a probing process died (exit status {self._process.returncode})")
 
     def dismiss(self) -> None:
-        """Have it end once it has done what it was told. A process that is killed while it computes could take other
-        clients of its MPS along."""
+        """Let the process exit after its current command. Killing a process while it computes could also end other
+        clients of the same MPS."""
         self._pipe.close()
 
     def end(self, until: float) -> None:
-        """Wait until it ends, and kill it at a time of `time.monotonic`."""
+        """Wait for the process to end. Kill it at the time `until` of `time.monotonic`."""
         try:
             self._process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -217,10 +217,10 @@ class Process:
 
 @contextmanager
 def processes(count: int, variables: Mapping[str, str]) -> Iterator[list[Process]]:
-    """Within this context there are processes that serve, with more variables of the environment."""
+    """Within this context, `count` probing processes run, with additional environment variables."""
     made: list[Process] = []
     try:
-        made.extend(Process(variables) for _ in range(count))  # one by one, so that those are ended which were started
+        made.extend(Process(variables) for _ in range(count))  # `made` grows one by one, in case a start fails
         yield made
     finally:
         for each in made:
@@ -231,13 +231,13 @@ def processes(count: int, variables: Mapping[str, str]) -> Iterator[list[Process
 
 
 def measure(pool: Sequence[Process], job: Job, numbers: Sequence[int], memory: int) -> list[Measured]:
-    """Train one trial, then more at a time while images per second grow and they fit into the memory (bytes).
+    """Train 1 trial, then more at the same time, as long as images per second grow and `memory` (bytes) suffices.
 
-    Returns nothing if not even one fits. Raises `ProbeFailed`.
+    Returns an empty list if one trial does not fit. Raises `ProbeFailed`.
     """
     found: list[Measured] = []
     ready = 0
-    _told(pool, "rest")  # they have started, and hold nothing, so that the first trial is alone
+    _told(pool, "rest")  # wait until all have started and freed their memory, so that the first trial is alone
     for together in numbers:
         if found and together * found[-1].bytes_each > HEADROOM * memory:
             break
@@ -251,7 +251,7 @@ def measure(pool: Sequence[Process], job: Job, numbers: Sequence[int], memory: i
 
 
 def _told(pool: Sequence[Process], what: Job | str) -> list[Any] | None:
-    """Tell processes something, and return their answers; None if one ran out of memory. Raises `ProbeFailed`."""
+    """Send a command to processes and return their answers; None if one ran out of memory. Raises `ProbeFailed`."""
     for each in pool:
         each.tell(what)
     until = time.monotonic() + PATIENCE

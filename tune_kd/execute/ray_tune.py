@@ -1,7 +1,7 @@
-"""Run a plan with Ray Tune, which places the trials. The driver decides which, and gets every epoch.
+"""Run a plan with Ray Tune. Tune places the trials; the driver chooses them and gets every epoch.
 
-Tune's searcher asks the driver for trials, its scheduler passes reports on, its trainable trains. Tune's own
-checkpoints, retries and experiment state are switched off: the ledger is the record.
+Our searcher asks the driver for trials, our scheduler passes reports to the driver, and our trainable trains. Tune's
+own checkpoints, retries and experiment state are switched off, since the ledger is the record.
 """
 
 import asyncio
@@ -39,27 +39,27 @@ from tune_kd.system import overhead
 from tune_kd.training import notices
 
 Trials = list[tune.experiment.Trial]
-Shared = tuple[DataSet, tuple[Code, ...]]  # what goes to each node once
+Shared = tuple[DataSet, tuple[Code, ...]]  # sent to each node once
 
 
 class TrialRunner(tune.Trainable):
     """Trains trials one after another. Tune reuses the actor, so imports, data and teachers stay loaded.
 
-    An actor keeps its first name. So that the dashboard's task table and `ray list tasks` show each trial, the actor
-    runs a task with the trial's name for as long as the trial. For that it is asynchronous and trains in a thread.
+    The name of an actor cannot change. To show each trial in the dashboard's task table and in `ray list tasks`, the
+    actor runs a task with the trial's name during the trial. So the actor is asynchronous and trains in a thread.
     """
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
-        """The trial's own share of CPUs and GPUs."""
+        """Return the trial's share of CPUs and GPUs."""
         task: Task = config["task"]
         return PlacementGroupFactory([{"CPU": task.cpus, "GPU": task.gpus} if task.gpus else {"CPU": task.cpus}])
 
     def setup(self, config: dict[str, Any]) -> None:
         self._begin(config)
-        self._broken = False  # whether this process can use its GPU no more
+        self._broken = False  # whether this process can no longer use its GPU
         os.environ.update(self._place.variables)
-        if self._place.umask is not None:  # Ray's processes have one that makes their files private
+        if self._place.umask is not None:  # Ray's processes have a umask that makes files private
             os.umask(self._place.umask)
         self._fetched: Shared | None = None
         self._thread = ThreadPoolExecutor(max_workers=1)
@@ -78,13 +78,13 @@ class TrialRunner(tune.Trainable):
         self._ended: asyncio.Event | None = None
 
     async def show(self, trial_id: str) -> None:
-        """Return when the trial ends, or at once if it is not the current one."""
+        """Wait until the trial ends. Return at once if it is not the current trial."""
         if self._ended is not None and trial_id == self._task.trial.trial_id:
             await self._ended.wait()
 
     async def train(self) -> dict[str, Any]:
         if self._broken:
-            # Or Tune would give this process to the next trial.
+            # Otherwise Tune would reuse this process for the next trial.
             ray.actor.exit_actor()  # type: ignore[no-untyped-call]
         if self._ended is None:
             self._ended = asyncio.Event()
@@ -101,14 +101,14 @@ class TrialRunner(tune.Trainable):
                 data, codes = self._fetched or (None, ())
                 self._epochs = self._work(self._task, replace(self._place, data=data, codes=codes))
             epoch = next(self._epochs)
-        except RayError as error:  # of a node or the object store; not the trial's fault
+        except RayError as error:  # from a node or the object store, so not the trial's fault
             return {"failure": Failure("lost", f"Ray failed it: {words(error)}")}
-        except Exception as error:  # the driver decides whether to try again
+        except Exception as error:  # the driver decides whether to retry
             problem = failure(error)
             self._broken = problem.broken
             return {"failure": problem}
         if epoch.outcome is not None:
-            self._epochs.close()  # frees its memory and a teacher's lock before the next trial
+            self._epochs.close()  # frees the memory and a teacher's lock before the next trial
         checkpoint_seconds = overhead.spent["checkpoint"] - before
         told = {"checkpoint_seconds": checkpoint_seconds, "notices": notices.take()}
         return {"epoch": epoch, "where": whereabouts(self._task), **told}
@@ -119,8 +119,8 @@ class TrialRunner(tune.Trainable):
 
 
 class _Bridge(Searcher):
-    """Tells the driver what happens in Tune, in the driver's terms. To Tune it is the searcher: it suggests what the
-    driver says is ready."""
+    """Translates events of Tune into calls of the driver. For Tune it is the searcher, which suggests the trials that
+    the driver returns as ready."""
 
     def __init__(
         self, driver: Driver, config: dict[str, Any], beat: Callable[[], None], trackers: Sequence[Background]
@@ -132,9 +132,9 @@ class _Bridge(Searcher):
         self._trackers = trackers
         self._metrics = Metrics(driver)
         self._tasks: dict[str, Task] = {}  # by Tune's trial id
-        self._over: set[str] = set()  # Tune's ids of trials whose last result was seen
-        self._why = ""  # what happened to a lost worker, if its death alone does not say it
-        self.broken: Exception | None = None  # what the records raised; Tune would replace it by an error of its own
+        self._over: set[str] = set()  # Tune's ids of trials that have ended
+        self._why = ""  # the error of a lost worker, if Tune does not see it
+        self.broken: Exception | None = None  # an error of the records; Tune would replace it with its own error
 
     def __getstate__(self) -> dict[str, Any]:
         """Return nothing: Tune pickles its parts into a file that is never read."""
@@ -161,7 +161,7 @@ class _Bridge(Searcher):
     def suggest(self, trial_id: str) -> Any:
         task = self._driver.next()
         if task is None:
-            # A running trial may fail and be tried again, so nothing is finished before all have ended.
+            # A running trial may fail and be retried, so the run is not finished before all have ended.
             return Searcher.FINISHED if self._driver.finished and len(self._over) == len(self._tasks) else None
         self._tasks[trial_id] = task
         return self._config | {"task": task}
@@ -174,7 +174,8 @@ class _Bridge(Searcher):
             tracker.on_start(task)
 
     def reported(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Returns whether the trial continues, or a process that is broken has to be asked once more, to end."""
+        """Pass a result to the driver. Returns whether Tune calls the trainable again: if the trial continues, or to
+        let a broken process exit."""
         task = self._tasks[trial_id]
         problem: Failure | None = result.get("failure")
         with self._recording():
@@ -190,11 +191,11 @@ class _Bridge(Searcher):
         return problem is not None and problem.broken
 
     def lost(self, error: RayError | None) -> None:
-        """Ray lost a worker, by an error that Tune does not see or by its death alone."""
+        """Note that Ray lost a worker. `error` is None if Tune sees the error itself."""
         self._why = f" ({words(error)})" if error is not None else ""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tune is done with a trial. A trial that did not report its end lost its worker."""
+        """Tune is done with a trial. If the trial did not report its end, it lost its worker."""
         if trial_id in self._tasks and trial_id not in self._over:
             message = f"its worker died{self._why}" if error else "Tune ended it"
             self._why = ""
@@ -211,8 +212,8 @@ class _Bridge(Searcher):
 
 
 class _Decisions(FIFOScheduler, Stopper):
-    """Passes each report to the driver and its answer to Tune. Ends everything once the driver was asked to stop and
-    the running trials have ended their epoch."""
+    """Passes each report to the driver, and the driver's decision to Tune. Once the driver is stopping and no trial is
+    running, ends the experiment."""
 
     def __init__(self, bridge: _Bridge) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -229,7 +230,7 @@ class _Decisions(FIFOScheduler, Stopper):
 
 
 class _Events(tune.Callback):
-    """Reports that a trial starts, and every step of Tune's loop, even while no trial reports."""
+    """Reports the start of each trial, and each step of Tune's loop, even if no trial reports."""
 
     def __init__(self, bridge: _Bridge) -> None:
         self._bridge = bridge
@@ -255,18 +256,18 @@ def run_on_ray(
 ) -> None:
     """Run a plan to its end on the connected Ray. Calls `beat` about once a second, in this thread.
 
-    `slots` is the number of trials that fit at a time; `work` is what a worker does with a task; `data` and the code of
-    the study go to each node once, through Ray's object store. Raises what the records raise, and `RayError`.
+    `slots` is the number of concurrent trials that fit; `work` executes a task in a worker; `data` and the study's code
+    go to each node once, through Ray's object store. Raises the errors of the records, and `RayError`.
     """
     shared = None if data is None else ray.put((data, place.codes))
     config = {"place": replace(place, codes=()), "work": work, "shared": shared}
     bridge = _Bridge(driver, config, beat, trackers)
     decisions = _Decisions(bridge)
-    # Start the actors of all slots together. One by one, the next would still be starting when the first has ended its
-    # short trial, and Tune would give up the new actor for the free one, again and again.
+    # Start the actors of all slots together. If started one by one, an actor would still be starting when the previous
+    # one has finished a short trial; Tune would then drop the new actor and reuse the free one, again and again.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
 
-    # Tune insists on a folder of its own. Nothing in it is ever read.
+    # Tune requires a folder. Nothing reads its files.
     scratch = Path(tempfile.mkdtemp(prefix="tune_kd-"))
     try:
         with _quiet(), signals_left_alone(), every_ray_error_a_lost_worker(bridge.lost):
@@ -294,7 +295,7 @@ def run_on_ray(
 
 
 def _of_ray(error: BaseException) -> RayError | None:
-    """The error of Ray that Tune replaced by one of its own, or None."""
+    """Return the Ray error that Tune replaced with its own error, or None."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, RayError):
         found = found.__cause__ or found.__context__
@@ -303,7 +304,7 @@ def _of_ray(error: BaseException) -> RayError | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence Tune's own messages; what matters in them reaches the driver."""
+    """Silence Tune's own messages. The driver gets the same events."""
     logger = logging.getLogger("ray.tune")
     before = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""A trial's share of CPUs and GPUs: limits, defaults, and what a probe found."""
+"""A trial's share of CPUs and GPUs: limits, defaults, and shares chosen by a probe."""
 
 import math
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ SIZES = {0.0: "no GPU", 1.0: "a whole GPU"}
 
 
 def check_cluster(cpus: float, gpus: float, have_cpus: float, have_gpus: float) -> None:
-    """Raise `UserError` for shares that exceed what Ray has."""
+    """Raise `UserError` for shares that exceed Ray's resources."""
     problems = []
     if cpus > have_cpus:
         problems.append(f"--cpus-per-trial is {cpus:g}; allowed: at most {have_cpus:g} (the CPUs that Ray has)")
@@ -23,13 +23,13 @@ def check_cluster(cpus: float, gpus: float, have_cpus: float, have_gpus: float) 
 
 @dataclass(frozen=True)
 class Shares:
-    """The shares of a GPU that trials get, and the reason for them."""
+    """The GPU shares of trials, and the reason for them."""
 
-    light: float  # of a student that trains alone, also on cached logits
-    heavy: float  # of a student whose teacher runs beside it
+    light: float  # of a student that trains alone or on cached logits
+    heavy: float  # of a student that also runs its teacher
     teacher: float  # of a teacher in training
     why: str = ""
-    methods: tuple[str, ...] = ()  # whose students are heavy
+    methods: tuple[str, ...] = ()  # methods whose students are heavy
 
     @classmethod
     def equal(cls, gpus: float, why: str = "") -> "Shares":
@@ -37,7 +37,7 @@ class Shares:
         return cls(gpus, gpus, gpus, why)
 
     def of(self, role: str, method: str | None) -> float:
-        """The share of a trial that has not started."""
+        """Return the share of a trial that has not started."""
         if role == Role.TEACHER:
             return self.teacher
         return self.heavy if method in self.methods else self.light
@@ -64,7 +64,7 @@ def _size(gpus: float) -> str:
 
 @dataclass(frozen=True)
 class Packing:
-    """What a probe chose: shares of a GPU, and whether MPS is to serve it."""
+    """The result of a probe: GPU shares, and whether to use MPS."""
 
     light: float
     heavy: float
@@ -77,18 +77,18 @@ class Mps:
     """Whether NVIDIA's MPS serves all GPUs of a run."""
 
     served: bool
-    words: str = ""  # for the user; empty if it does not matter to this run
-    variables: tuple[tuple[str, str], ...] = ()  # by which workers find the one that was started for them
+    words: str = ""  # for the user; empty if MPS does not matter to this run
+    variables: tuple[tuple[str, str], ...] = ()  # environment of workers, to find an MPS that was started for them
 
 
 def gpu_shares(
     asked: float | Literal["auto"], plan: Plan, available: float, mps: Mps, packing: Packing | None, note: str = ""
 ) -> Shares:
-    """Return the shares of a plan's trials: those that were asked for, or those that a probe chose.
+    """Return the shares of a plan's trials: those that the user asked for, or those that a probe chose.
 
-    Where nothing was measured, a trial gets a whole GPU, or a quarter if MPS serves the GPUs: without MPS, processes
-    take turns on a GPU. On an H100, four trials at a time took 1.1 times as long as one after another, and with MPS
-    0.72 times as long (docs/performance.md). `note` says why nothing was measured, where the user should know.
+    Without a probe, a trial gets a quarter of a GPU if MPS serves the GPUs, else a whole GPU. Without MPS, processes
+    take turns on a GPU: on an H100, four concurrent trials took 1.1 times as long as four in sequence, and with MPS
+    0.72 times as long (docs/performance.md). `note` tells the user why nothing was measured.
     """
     if asked != "auto":
         return Shares.equal(asked, f"as --gpus-per-trial says{'; ' if mps.words else ''}{mps.words}")
@@ -98,15 +98,16 @@ def gpu_shares(
     if packing is not None and (mps.served or not packing.mps):
         found = Shares(packing.light, packing.heavy, packing.heavy, packing.why, methods)
     elif mps.served:
-        found = Shares.equal(0.25, f"since {mps.words}, on which four then train at the same time{note}")
+        found = Shares.equal(0.25, f"since {mps.words}, so four trials can train on a GPU at the same time{note}")
     else:
-        found = Shares.equal(1.0, f"since {mps.words}, and without it trials on one GPU would take turns{note}")
+        found = Shares.equal(1.0, f"since {mps.words}, and without MPS trials would take turns on a GPU{note}")
     return replace(found, teacher=_teacher(plan, found, available))
 
 
 def _teacher(plan: Plan, shares: Shares, available: float) -> float:
-    """The share of a teacher in training: a whole GPU if everything else that can start then has its place, too, and
-    that of a heavy student if not, since several side by side end sooner than one after another."""
+    """Return the share of a teacher in training: a whole GPU if all teachers and all students without a teacher then
+    fit at the same time, else the share of a heavy student. Several teachers finish sooner side by side than in
+    sequence."""
     untaught = [trial for trial in plan.trials if trial.role == Role.STUDENT and trial.teacher_id is None]
     alone = len(plan.teachers) + math.ceil(len(untaught) * shares.light) <= available
     return 1.0 if alone else shares.heavy

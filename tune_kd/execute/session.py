@@ -1,6 +1,6 @@
-"""A run from its start to its end: check, open the ledger, connect to Ray, drive the plan, close.
+"""A run from start to end: check, open the ledger, connect to Ray, execute the plan, close.
 
-Modules that take long to import (torch, Ray, pandas) are imported late, so that a user's error is answered at once.
+Slow modules (torch, Ray, pandas) are imported late, so that user errors are reported at once.
 """
 
 import os
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
     from tune_kd.records.reader import Records
 
 
-IDLE = 60.0  # seconds without a running trial, after which the user is told
+IDLE = 60.0  # seconds without a running trial before the user gets a message
 
 
 @dataclass(frozen=True)
 class Ended:
-    """What became of a run."""
+    """How a run ended."""
 
-    signal: int | None  # that interrupted it
-    failed: int  # trials that failed or were blocked
+    signal: int | None  # the signal that interrupted it
+    failed: int  # number of trials that failed or were blocked
 
 
 # The public interface
@@ -64,17 +64,18 @@ def run(
     dry_run: bool = True,
     **options: Any,
 ) -> "Records":
-    """Train a study with Ray Tune, and return what is on record of it.
+    """Train a study with Ray Tune, and return the records of the run.
 
-    `out` is the folder of all runs, or s3://BUCKET/PATH; a `name` of None is made from study and time. `data_dir` is
-    where CIFAR is. `address` is that of a Ray cluster to join; None starts Ray here. Losses that the study brings are
-    found from the working directory, and tried first unless `dry_run` is False. `options` are the fields of `Options`.
+    `out` is the folder for all runs, or s3://BUCKET/PATH. If `name` is None, the name has the study and the time.
+    `data_dir` is the path of CIFAR. `address` is that of a Ray cluster to join; None starts Ray on this machine. Files
+    with the study's own losses are relative to the working directory; the losses are tried first unless `dry_run` is
+    False. `options` are the fields of `Options`.
 
-    Raises `UserError` with everything that is wrong, before anything is made; KeyboardInterrupt where a signal
-    interrupted the run, which `resume` then continues.
+    Raises `UserError` with all problems, before creating any files, and KeyboardInterrupt if a signal interrupted the
+    run; `resume` then continues it.
     """
     chosen, results = Options(**options), local(str(out))
-    script = getattr(sys.modules["__main__"], "__file__", None)  # a copy of it would run the study again
+    script = getattr(sys.modules["__main__"], "__file__", None)  # importing a copy of it would run the study again
     study = with_sources(study, Path.cwd(), None if script is None else Path(script))
     problems: list[str] = []
     made = collect(problems, lambda: run_folder.check_new(results, name, study))
@@ -92,11 +93,11 @@ def run(
 def resume(
     run: Path | str, *, out: Path | str = "results", extend: bool = False, address: str | None = None, **options: Any
 ) -> "Records":
-    """Run what is missing of a run, and return what is on record of it.
+    """Train the remaining trials of a run, and return the records of the run.
 
-    `run` is a name under `out`, or a path. `extend` goes to the study's next look, or adds the seeds and levels that
-    its file declares now. `options` are fields of `Options`, as the run began where they are not given. Raises as
-    `run`.
+    `run` is a name under `out`, or a path. `extend` continues to the study's next look, or adds the seeds and levels
+    that were added to its file. `options` are fields of `Options`; the others keep their recorded values. Raises the
+    same errors as `run`.
     """
     reopened = run_folder.reopen(run_folder.find(local(str(out)), str(run)))
     problems: list[str] = []
@@ -117,7 +118,7 @@ def _returned(run: Run, ended: Ended) -> "Records":
 
 
 def load_data(study: Study, folder: Path | None, console: Terminal, *, download: bool = True) -> "DataSet":
-    """Load the data once, before Ray starts, so that what is wrong with them is told now."""
+    """Load the data once before Ray starts, so that problems with the data are reported early."""
     from tune_kd.data.datasets import load_declared
 
     return load_declared(study.data, folder, say=console.say, download=download)
@@ -126,7 +127,7 @@ def load_data(study: Study, folder: Path | None, console: Terminal, *, download:
 def _settings(
     options: Options, planned: Plan, data: "DataSet", address: str | None, console: Terminal, brought: Sequence[Code]
 ) -> dict[str, Any]:
-    """The options for the record, with `packing` where a probe chose shares for this machine's GPUs."""
+    """Return the options to record. If a probe chose GPU shares, they include its result as `packing`."""
     settings = asdict(options) | {"track": list(options.track), "gpus_per_trial": parse_gpus(options.gpus_per_trial)}
     if settings["gpus_per_trial"] != "auto" or address is not None:
         return settings
@@ -141,7 +142,7 @@ def _settings(
 
 
 def _fetch_weights(study: Study) -> None:
-    """Download torchvision's weights before anything trains, where a study starts from them."""
+    """If a study starts from torchvision's weights, download them before anything trains."""
     if "imagenet" in study.levels("weights"):
         from tune_kd.training.networks import fetch_imagenet
 
@@ -161,7 +162,7 @@ def start(
     console: Terminal,
     source: Source | None = None,
 ) -> tuple[Run, Ended]:
-    """Begin a run of a checked study in a folder that is free, and run it to its end."""
+    """Start a run of a checked study in a new folder, and run it to its end."""
     data = load_data(study, data_dir, console)
     brought = codes(study, Path.cwd() if source is None else source.file.absolute().parent)
     _fetch_weights(study)
@@ -181,25 +182,25 @@ def go_on(
     extend: bool = False,
     settings: tuple[str, ...] = (),
 ) -> tuple[Run, Ended]:
-    """Run what is missing of a run to its end. `file` is its study's, where the user named one; `settings` are of
-    `--set`, for an extension."""
-    with lock.held(run.folder) as tell_dashboard:  # whoever else holds it is told of before anything is read or changed
+    """Train the remaining trials of a run. `file` is the study's file, if the user gave one; `settings` are the values
+    of `--set`, for an extension."""
+    with lock.held(run.folder) as tell_dashboard:  # first, so that nothing is read or changed while another holds it
         again = run_folder.reopen(run.folder)
         again = again if file is None else extension.with_file(again, file)
         if extend:
             again = extension.extended(again, settings)
         elif changes := extension.changes(again):
             raise UserError(
-                f"RUN is {again.name}, whose study was changed since it began: {'; '.join(changes)}. Put the study "
-                "back, start a new run, or, where only seeds or levels were added, resume with --extend"
+                f"RUN is {again.name}, whose study has changed since the run started: {'; '.join(changes)}. Restore "
+                "the study, start a new run, or, if only seeds or levels were added, resume with --extend"
             )
         again = run_folder.with_codes(again)
-        # Nothing is written to a folder that only the record names.
+        # Do not download to a folder that comes from the records, which may be somebody else's.
         data = load_data(again.study, again.data_dir, console, download=again.data_dir is None)
         if data.digest != again.data_digest:
             raise UserError(
-                f"RUN is {again.name}, begun on data with the digest {again.data_digest[:16]}; the data now have "
-                f"{data.digest[:16]}: put the same data back at {again.data_dir or 'their place'}"
+                f"RUN is {again.name}, which started on data with the digest {again.data_digest[:16]}; the data now "
+                f"have {data.digest[:16]}. Restore the same data at {again.data_dir or 'the default path'}"
             )
         _fetch_weights(again.study)
         again = replace(again, settings=_settings(options, again.plan, data, address, console, again.codes))
@@ -221,14 +222,14 @@ def execute(
     address: str | None,
     connected: Callable[[str | None], None],
 ) -> Ended:
-    """Run the plan of a run that this process holds.
+    """Execute the plan of a run whose lock this process holds.
 
-    `connected` is called with the URL of Ray's dashboard once Ray is there and the trials' shares fit into it.
+    Calls `connected` with the URL of Ray's dashboard once Ray is connected and the trials' shares fit.
     """
     from tune_kd.execute import cluster as clusters, preflight
 
     with ExitStack() as around:
-        if console.stderr:  # standard output is for the answer alone, and Ray tells there of nodes that were lost
+        if console.stderr:  # with --json, standard output is for JSON only, but Ray prints lost nodes there
             around.enter_context(redirect_stdout(sys.stderr))
         preflight.check(run, ledger.rows(TRIALS), run.settings["max_concurrent"] or os.cpu_count() or 1)
         signals.check()
@@ -249,7 +250,7 @@ def execute(
 
 @contextmanager
 def _opened(run: Run, console: Terminal) -> Iterator["Ledger"]:
-    """The ledger to write to, rebuilt where it was damaged, with the teachers that a store has fetched."""
+    """Open the ledger for writing, rebuild it if it is damaged, and fetch the teachers from the object store."""
     from tune_kd.records import rebuild
     from tune_kd.training import teachers
 
@@ -261,14 +262,14 @@ def _opened(run: Run, console: Terminal) -> Iterator["Ledger"]:
 
 @contextmanager
 def _joined(run: Run, address: str | None) -> Iterator[tuple["Cluster", Callable[[], None]]]:
-    """A Ray to run on, and a function that raises where it has died."""
+    """Connect to Ray. Yields the cluster and a function that raises `RayDied` if Ray has died."""
     from tune_kd.execute import cluster as clusters
 
     advice = _advice(run.folder)
     metadata = {"job_name": run.name, "study": run.study.name, "scale": run.study.scale}
     with ExitStack() as around:
         cluster = clusters.connect(address, metadata)
-        # The watch comes first, so that it ends last: leaving a Ray that died may hang.
+        # Entered first, so that it ends last: disconnecting from a dead Ray may hang.
         check_ray = around.enter_context(clusters.watched(cluster, advice))
         around.callback(clusters.disconnect, cluster)
         around.enter_context(clusters.told(advice))
@@ -277,7 +278,7 @@ def _joined(run: Run, address: str | None) -> Iterator[tuple["Cluster", Callable
 
 
 def _check_fit(run: Run, cluster: "Cluster") -> None:
-    """Raise `UserError` where the shares of trials do not fit into the cluster, or a node cannot run trials."""
+    """Raise `UserError` if the shares of trials do not fit into the cluster, or if a node cannot run trials."""
     from tune_kd.execute import cluster as clusters
 
     settings, asked = run.settings, run.settings["gpus_per_trial"]
@@ -289,7 +290,7 @@ def _check_fit(run: Run, cluster: "Cluster") -> None:
 
 
 def _mps(run: Run, cluster: "Cluster") -> AbstractContextManager[resources.Mps]:
-    """A context in which MPS serves the GPUs of the cluster, if it can and if that helps. Yields whether it does."""
+    """Return a context in which MPS serves the GPUs of the cluster, if possible and useful. Yields whether it does."""
     if not cluster.gpus:
         return nullcontext(resources.Mps(False))
     from tune_kd.execute import mps_nodes
@@ -300,7 +301,7 @@ def _mps(run: Run, cluster: "Cluster") -> AbstractContextManager[resources.Mps]:
 def _shares(run: Run, cluster: "Cluster", mps: resources.Mps, address: str | None) -> resources.Shares:
     packing = run.settings.get("packing")
     found = None if packing is None else resources.Packing(**packing)
-    note = "" if address is None else "; on a cluster nothing is measured"
+    note = "" if address is None else "; shares are not measured on a cluster"
     return resources.gpu_shares(run.settings["gpus_per_trial"], run.plan, cluster.gpus, mps, found, note)
 
 
@@ -326,7 +327,7 @@ def _driver(run: Run, ledger: "Ledger", gpus: resources.Shares, mps: resources.M
 
 
 def _drive(run: Run, data: "DataSet", driver: "Driver", slots: int, beat: "_Beat") -> None:
-    """Run the trials to their end, or until a signal asks to leave. Then send what trackers wrote to the store."""
+    """Run the trials to their end, or until a signal stops the run. Then send the trackers' files to the store."""
     from tune_kd.execute import ray_tune, trackers
 
     shown = trackers.made(run.settings["track"], run.study.name, run.name, run.folder, beat.view.say)
@@ -337,11 +338,11 @@ def _drive(run: Run, data: "DataSet", driver: "Driver", slots: int, beat: "_Beat
         if shown:
             sync.send(run.folder, *trackers.FILES)
     except OSError as error:
-        beat.view.say(f"warning: the store does not take what trackers wrote ({error}); it is in {run.folder}")
+        beat.view.say(f"warning: the trackers' files were not sent to the store ({error}); they are in {run.folder}")
 
 
 class _Beat:
-    """What a driver does about once a second: show the run, see that Ray lives, and say what a user has to know."""
+    """Called about once a second: checks that Ray is alive, updates the progress display, and prints messages."""
 
     def __init__(self, driver: "Driver", view: ProgressDisplay, check_ray: Callable[[], None]) -> None:
         self.view = view
@@ -357,10 +358,10 @@ class _Beat:
             self._busy_at = time.monotonic()
         elif time.monotonic() - self._busy_at > IDLE and (task := driver.placeless) is not None:
             needed = f"{task.cpus:g} CPU and {task.gpus:g} GPU"
-            self._once(f"nothing has run for {IDLE:.0f} s: a trial needs {needed}, and Ray waits for a node with them")
+            self._once(f"no trial has run for {IDLE:.0f} s: the next one needs {needed}, and Ray waits for such a node")
         if driver.stopping:
-            why = driver.broken or f"interrupted, to leave within {WITHIN:.0f} s"
-            self._once(f"{why}: running trials end their epoch; interrupt again to leave at once")
+            why = driver.broken or f"interrupted, stopping within {WITHIN:.0f} s"
+            self._once(f"{why}: running trials finish their epoch; interrupt again to stop at once")
         self.view.show(with_those_to_come(driver.plan, driver.run, list(driver.rows.values())), driver.decisions)
 
     def _once(self, sentence: str) -> None:
@@ -370,7 +371,7 @@ class _Beat:
 
 
 def concluded(run: Run) -> "Records":
-    """The records of a run that has ended. Its rank correlations are written beside them, for later plans."""
+    """Return the records of a finished run. Writes its rank correlations to its folder, for later plans."""
     from tune_kd.analysis import early_stopping, grace
     from tune_kd.records.reader import load
 
@@ -380,7 +381,7 @@ def concluded(run: Run) -> "Records":
 
 
 def _advice(folder: Path) -> str:
-    return f"go on with: python -m tune_kd resume {quote(str(folder))}"
+    return f"continue with: python -m tune_kd resume {quote(str(folder))}"
 
 
 def _print_start(run: Run, console: Terminal, cluster: Any, share: str) -> None:

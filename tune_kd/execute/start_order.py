@@ -1,4 +1,4 @@
-"""Which of the trials that are ready starts first."""
+"""The order in which ready trials start."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,15 +8,15 @@ from tune_kd.study.trial import Trial
 
 
 def first_to_start(ready: Iterable[Trial], admitted: Iterable[Task], rows: Mapping[str, TrialRow]) -> Trial | None:
-    """The first of the `ready` trials that would not wait for a teacher's logits; the first of all if each would wait.
+    """Return the first ready trial that would not wait for a teacher's logits, or the first ready trial if all would.
 
-    A student trains once its teacher has answered the views of an epoch. Students of one teacher that begin at the same
-    time wait for the same answers, which several of them compute no faster on a shared GPU than one. So a student of
-    cached logits is passed over while another one of its teacher has not reported an epoch in its attempt. It starts
-    nevertheless if there is nothing else to start, since an idle slot is worse. On CPUs each trial answers with cores
-    of its own: nobody is passed over.
+    A student trains an epoch once the teacher's logits for the epoch's views are cached. Students of one teacher that
+    start at the same time wait for the same logits, and on a shared GPU several students compute them no faster than
+    one. So a student on cached logits is skipped while another student of the same teacher has not yet reported an
+    epoch in its attempt. If nothing else is ready, it starts anyway, since an idle slot is worse. On CPUs, each trial
+    computes logits on its own cores, so no trial is skipped.
 
-    Returns None only if nothing is ready.
+    Returns None only if no trial is ready.
     """
     answering = {
         task.trial.teacher_id

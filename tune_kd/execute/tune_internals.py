@@ -1,4 +1,4 @@
-"""The private parts of Ray Tune that this project relies on, as of Ray 2.60.0. Nothing else touches a private name.
+"""The private parts of Ray Tune that this project uses, as of Ray 2.60.0. No other module uses private names of Tune.
 
 `test_private_parts_of_tune_are_as_they_were` fails when one of them changes.
 """
@@ -16,12 +16,12 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 @contextmanager
 def every_ray_error_a_lost_worker(note: Callable[[RayError | None], None]) -> Iterator[None]:
-    """Have Tune treat every error of Ray about a worker as a lost worker, which costs one attempt.
+    """Make Tune treat every Ray error about a worker as a lost worker, which costs one attempt.
 
-    Tune takes only `RayActorError` for a lost worker and ends the run at any other error of Ray. But a worker that
-    Ray's memory monitor kills raises `OutOfMemoryError`, and a dozen others are about lost nodes and objects and about
-    actors that cannot be placed. An error of the trial itself is a `RayTaskError`, and stays one. `note` gets the error
-    if Tune does not see it, else None.
+    Tune treats only `RayActorError` as a lost worker and ends the run at any other Ray error. But a worker that Ray's
+    memory monitor kills raises `OutOfMemoryError`, and a dozen other errors are about lost nodes and objects or about
+    actors that cannot be placed. An error of the trial itself is a `RayTaskError`, which is left as it is. `note` gets
+    the error if Tune does not see it, else None.
     """
     failed = RayActorManager._actor_task_failed
 
@@ -38,13 +38,13 @@ def every_ray_error_a_lost_worker(note: Callable[[RayError | None], None]) -> It
 
 
 def signals_left_alone() -> AbstractContextManager[object]:
-    """Keep Tune from handling SIGINT and SIGUSR1: it would end by itself and abandon the running trials."""
+    """Prevent Tune from handling SIGINT and SIGUSR1: it would end on its own and abandon the running trials."""
     return patch.object(sys.modules["ray.tune.tune"], "_setup_signal_catching", threading.Event)
 
 
 def forget(trial: Any) -> None:
-    """Free Tune's metadata of a `tune.experiment.Trial` that is over, which otherwise grows with the run."""
-    trial.update_last_result({"done": True})  # Tune would ask the worker again for an empty one
+    """Free Tune's metadata of a finished `tune.experiment.Trial`. Otherwise memory grows with the run."""
+    trial.update_last_result({"done": True})  # not empty, or Tune would ask the worker for a result
     trial.metric_analysis.clear()
     trial.metric_n_steps.clear()
-    trial._default_result_or_future = None  # a reference, for which Ray keeps the task that answered it
+    trial._default_result_or_future = None  # an object reference, which makes Ray keep the task that returned it

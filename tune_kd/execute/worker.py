@@ -1,4 +1,4 @@
-"""Run a trial: load its data and teacher, train, publish. Knows neither Ray nor the ledger."""
+"""Run a trial: load its data and teacher, train, publish. Independent of Ray and of the ledger."""
 
 import math
 import platform
@@ -29,39 +29,39 @@ from tune_kd.training.device import keep_freed_blocks
 from tune_kd.training.loop import Diverged, best_weights, train
 from tune_kd.training.loss import bring
 
-ASK_EVERY = 2.0  # seconds between checks of a store for the request to leave
+ASK_EVERY = 2.0  # seconds between checks of an object store for the request to stop
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """Folders of a run that its trials read and write. With a `url`, each machine mirrors the folders of teachers and
-    checkpoints from there into a place of its own."""
+    """Folders of a run that its trials read and write. With a `url`, each machine has its own mirror of the folders of
+    teachers and checkpoints."""
 
     data_dir: Path | None
     cache: Path | None
     teachers: Path
     checkpoints: Path
     checkpoint_every: float = 30.0  # seconds between the checkpoints of a trial
-    url: str | None = None  # of the folder of all runs
+    url: str | None = None  # URL of the folder for all runs
     data: DataSet | None = None  # if None, each process loads it from `data_dir`
-    codes: tuple[Code, ...] = ()  # that the study brings
-    umask: int | None = None  # of the user who started the run, for result files; None for the process's own
-    variables: tuple[tuple[str, str], ...] = ()  # of the environment, to set before CUDA starts
+    codes: tuple[Code, ...] = ()  # code of the study's own losses
+    umask: int | None = None  # for result files: that of the user who started the run; None keeps the process's umask
+    variables: tuple[tuple[str, str], ...] = ()  # environment variables to set before CUDA is initialized
 
     @property
     def drain(self) -> Path:
-        """A file that exists while trials are asked to leave; each then writes a checkpoint at the end of its epoch."""
+        """The file that asks trials to stop. While it exists, each writes a checkpoint and stops after its epoch."""
         return self.checkpoints / "drain"
 
     def here(self) -> "Workplace":
-        """The same workplace with the paths of this machine."""
+        """Return the workplace with the paths on this machine."""
         if self.url is None:
             return self
         root, run = local(self.url), self.checkpoints.parent.name
         return replace(self, teachers=root / self.teachers.name, checkpoints=root / run / self.checkpoints.name)
 
     def leaving(self) -> Callable[[], bool]:
-        """Return a function that tells whether trials are asked to leave; a trial calls it after each epoch."""
+        """Return a function that tells whether trials are asked to stop. A trial calls it after each epoch."""
         mirror, asked = Mirror.of(self.drain.parent), -math.inf
 
         def asked_to_leave() -> bool:
@@ -84,7 +84,7 @@ class Task:
     cpus: float
     gpus: float
     answering: Answering | None = None  # how its teacher computes logits
-    taught: str | None = None  # digest of the teacher's weights, from the teacher's row
+    taught: str | None = None  # digest of the teacher's weights in the ledger
 
     @property
     def threads(self) -> int:
@@ -101,12 +101,12 @@ class Where:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended early. `lost` (a dead worker), `storage` (a disk) and `mps` (another trial on the same GPU)
-    are not the trial's fault."""
+    """Why an attempt ended early. `lost` (the worker died), `storage` (a disk error) and `mps` (an error of another
+    trial on the same GPU) are not the trial's fault."""
 
     reason: StopReason | Literal["lost", "storage", "mps"]
     message: str
-    broken: bool = False  # the process can use its GPU no more
+    broken: bool = False  # the process can no longer use its GPU
 
 
 def failure(error: BaseException) -> Failure:
@@ -128,21 +128,21 @@ BREAKS = re.compile(
     f"{ASSERTION}|illegal memory access|illegal instruction|misaligned address|invalid program counter|launch failure|"
     "operation not supported on global/shared address space|hardware stack error|launch timed out|uncorrectable"
 )
-"""Errors after which every call of CUDA fails in the same process."""
+"""Errors after which every CUDA call in the same process fails."""
 MPS = re.compile(r"CUDA error.*(\bMPS\b|cudaErrorMps)", re.DOTALL)
 LIBRARIES = re.compile(r"CUBLAS_STATUS|CUDNN_STATUS|CUSPARSE_STATUS|CUFFT")
 
 
 def _of_cuda(message: str) -> Failure | None:
-    """Classify an error after which CUDA works no more in this process; None for others.
+    """Classify an error after which CUDA no longer works in this process. Returns None for other errors.
 
-    Where MPS serves a GPU, such an error of one trial ends the others on it, whose errors then speak of MPS. One of the
-    trial's own is as the death of a worker, but for an assertion, which fails each time.
+    If MPS serves a GPU, such an error of one trial also ends the other trials on the GPU, with errors that mention MPS.
+    The trial's own error counts as a lost worker, except for a device-side assertion, which fails each time.
     """
     if LIBRARIES.search(message) and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         try:
             torch.cuda.synchronize()
-        except RuntimeError as error:  # the reason, which libraries of CUDA do not tell
+        except RuntimeError as error:  # has the cause, which errors of CUDA libraries lack
             message = f"{message}; {masked(str(error).strip())}"
     if MPS.search(message):
         return Failure("mps", message, broken=True)
@@ -164,12 +164,12 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
     torch.set_num_threads(task.threads)
     keep_freed_blocks()
     guard_code()
-    bring(code for code in place.codes if trial.brought and code.digest == trial.brought.source)  # no other's effects
+    bring(code for code in place.codes if trial.brought and code.digest == trial.brought.source)  # only what it uses
     dataset = place.data or _dataset(trial.data, place.data_dir, place.cache)
     if trial.data_digest != dataset.digest:
         raise RuntimeError(
-            f"the data have the digest {dataset.digest[:16]}, the plan says {str(trial.data_digest)[:16]}: "
-            f"{place.data_dir or trial.data.name} is not the same here as where the run was started"
+            f"the data have the digest {dataset.digest[:16]}, but the plan has {str(trial.data_digest)[:16]}: "
+            f"{place.data_dir or trial.data.name} differs between this machine and the one that started the run"
         )
     checkpoints, every = Checkpoints(place.checkpoints / trial.trial_id), place.checkpoint_every
     training = partial(
@@ -186,15 +186,15 @@ def work(task: Task, place: Workplace) -> Generator[Epoch]:
 
 
 def _teach(trial: Trial, place: Workplace, checkpoints: Checkpoints, training: Iterator[Epoch]) -> Iterator[Epoch]:
-    """Adopt a teacher that was published before, or train it and publish it before its last epoch is reported.
+    """Reuse a published teacher, or train it and publish it before its last epoch is reported.
 
-    One process at a time: another run that needs the same teacher waits here, then adopts it.
+    Only one process trains a teacher. Another run that needs the same teacher waits here, then reuses it.
     """
     teachers.fetch_teacher(place.teachers, trial.trial_id)
     with _patiently(teachers.writing(place.teachers, trial.trial_id), place):
         published = teachers.published_epochs(place.teachers, trial.trial_id)
         if published is not None:
-            yield from published  # also epochs on record: the driver checks that they are the same
+            yield from published  # including recorded epochs, since the driver checks that they are equal
             return
         trained: list[Epoch] = []
         for epoch in training:
@@ -206,14 +206,14 @@ def _teach(trial: Trial, place: Workplace, checkpoints: Checkpoints, training: I
 
 @contextmanager
 def _patiently(lock: FileLock, place: Workplace) -> Iterator[None]:
-    """Hold a lock that another run may keep for hours. Raises `RuntimeError` if this run is asked to leave."""
+    """Wait for a lock that another run may hold for hours. Raises `RuntimeError` if this run is asked to stop."""
     while True:
         try:
             lock.acquire(timeout=1.0)
             break
         except Timeout:
             if place.drain.exists():
-                raise RuntimeError("it waited for a teacher that another run trains, and was asked to leave") from None
+                raise RuntimeError("stopped while waiting for a teacher that another run is training") from None
     try:
         yield
     finally:
@@ -226,7 +226,7 @@ def _dataset(spec: Data, folder: Path | None, cache: Path | None) -> DataSet:
     return load_declared(spec, folder, cache=cache, say=lambda _: None, progress=False)
 
 
-# Keep the last two teachers of a process, with their networks and logits, for the trials that follow.
+# Keep the last two teachers of a process, with networks and logits, for its next trials.
 _teacher = lru_cache(maxsize=2)(teachers.load_teacher)
 
 
@@ -235,6 +235,6 @@ def _device(task: Task) -> torch.device:
 
 
 def whereabouts(task: Task) -> Where:
-    """Return where this process runs a task."""
+    """Return the host and device on which this process runs a task."""
     device = _device(task)
     return Where(platform.node(), torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)

@@ -1,6 +1,7 @@
-"""Trackers: show a run in TensorBoard, MLflow or Weights & Biases.
+"""Trackers: log a run to TensorBoard, MLflow or Weights & Biases.
 
-A tracker is for looking; the ledger is the record. If a tracker fails, the user gets a warning and the run continues.
+A tracker is only for display; the ledger is the record. If a tracker fails, the user gets a warning and the run
+continues.
 """
 
 from collections.abc import Callable
@@ -16,32 +17,30 @@ from tune_kd.execute.trackers.tensorboard import TensorBoard
 from tune_kd.execute.trackers.wandb import WandB
 from tune_kd.system.errors import raise_problems
 
-PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}  # that they import
-Adapter = Callable[[str, str, Path], Tracker]  # of study, run and folder
+PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}  # packages that they import
+Adapter = Callable[[str, str, Path], Tracker]  # arguments: study, run and folder
 ADAPTERS: dict[str, Adapter] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
-FILES = ("tensorboard", "wandb", DATABASE)  # what they write in a run's folder
+FILES = ("tensorboard", "wandb", DATABASE)  # their files and folders in a run's folder
 
 
 def check(names: list[str]) -> None:
-    """Raise `UserError` for unknown trackers and for those whose package is not installed."""
+    """Raise `UserError` for unknown trackers and for trackers whose package is not installed."""
     problems = []
     for name in names:
         if name not in PACKAGES:
             problems.append(f"--track is {name}; allowed: {', '.join(PACKAGES)}")
         elif find_spec(PACKAGES[name]) is None:
-            problems.append(
-                f"--track is {name}, whose package is not installed; `pip install 'tune_kd[{name}]'` does that"
-            )
+            problems.append(f"--track is {name}, whose package is not installed; run `pip install 'tune_kd[{name}]'`")
     raise_problems(problems)
 
 
 def made(names: list[str], study: str, run: str, folder: Path, say: Callable[[str], None]) -> list[Background]:
-    """Start these trackers, each in a thread of its own. They write into the run's `folder`.
+    """Start these trackers, each in its own thread. They write to the run's `folder`.
 
-    MLflow writes to the server of `MLFLOW_TRACKING_URI` instead, if that is set. Weights & Biases also sends to its
-    servers, unless `WANDB_MODE` forbids it.
+    If `MLFLOW_TRACKING_URI` is set, MLflow writes to that server instead. Weights & Biases also sends to its servers,
+    unless `WANDB_MODE` disables it.
     """
-    for name in names:  # in this thread: Tune imports some of them in it, and of two at once one may see half a module
-        with suppress(Exception):  # which the tracker's thread raises again, and tells
+    for name in names:  # in this thread, where Tune also imports some of them: concurrent imports may see half a module
+        with suppress(Exception):  # the tracker's thread raises and reports it again
             import_module(PACKAGES[name])
     return [Background(name, partial(ADAPTERS[name], study, run, folder), say) for name in dict.fromkeys(names)]

@@ -1,4 +1,4 @@
-"""The protocol of trackers, and a thread that reports the driver's events to one."""
+"""The protocol of trackers, and a thread that passes the driver's events to a tracker."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,35 +9,35 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tune_kd.study.trial import Phase
 from tune_kd.system.secrets import masked
 
-if TYPE_CHECKING:  # the processes of Weights & Biases import this, and need no torch
+if TYPE_CHECKING:  # the processes of Weights & Biases import this module, and need no torch
     from tune_kd.execute.worker import Task
     from tune_kd.study.trial import Epoch
 
 PAUSE = 5.0  # seconds between bursts of calls: a burst costs a third less than the same calls one by one
 PATIENCE = 60.0  # seconds to wait for a tracker at the end of a run
-NOT_SHOWN = ("epoch", "seconds", "answer_seconds", "views_answered")  # measures that only the records keep
+NOT_SHOWN = ("epoch", "seconds", "answer_seconds", "views_answered")  # measures that are only in the records
 
 
 class Tracker(Protocol):
-    """Shows a run elsewhere. `name` is that of an attempt at a trial, unique in its run; several can be open."""
+    """Logs a run to another tool. `name` identifies an attempt at a trial within the run. Several can be open."""
 
     def on_start(self, name: str, settings: dict[str, Any]) -> None:
-        """An attempt starts."""
+        """Called when an attempt starts."""
 
     def on_epoch(self, name: str, epoch: int, measures: dict[str, float]) -> None:
-        """It reported an epoch, from 1."""
+        """Called when an attempt reports an epoch, counted from 1."""
 
     def on_end(self, name: str, failed: bool) -> None:
-        """It is over."""
+        """Called when an attempt ends."""
 
     def close(self) -> None:
-        """Everything is over. Returns when all is sent."""
+        """Called at the end of the run. Returns once everything is sent."""
 
 
 class Background:
-    """Tells a tracker of the driver's events, in a thread of its own: whoever tells is neither blocked nor failed.
+    """Passes the driver's events to a tracker in its own thread, so the tracker can neither block nor fail the driver.
 
-    `make` creates the tracker; `say` gets warnings.
+    `make` creates the tracker; `say` prints warnings.
     """
 
     def __init__(self, name: str, make: Callable[[], Tracker], say: Callable[[str], None]) -> None:
@@ -64,13 +64,13 @@ class Background:
             self._tell(lambda tracker: tracker.on_end(name, failed))
 
     def close(self) -> None:
-        """Wait until the tracker has everything, at most `PATIENCE`."""
+        """Wait until the tracker has all events, at most `PATIENCE` seconds."""
         self._tell(lambda tracker: tracker.close())
         self._calls.put(None)
         self._closing.set()
         self._thread.join(PATIENCE)
         if self._thread.is_alive():
-            self._say(f"warning: {self._name} has not taken all of this run in {PATIENCE:.0f} s; it is left")
+            self._say(f"warning: {self._name} did not finish within {PATIENCE:.0f} s; it may miss a part of this run")
         self._tell(lambda tracker: None)  # warns if it failed meanwhile
 
     def _tell(self, call: Callable[[Tracker], None]) -> None:
@@ -79,7 +79,7 @@ class Background:
         elif not self._warned:
             self._warned = True
             why = masked(" ".join(str(self._failed).split()))[:200]
-            self._say(f"warning: {self._name} does not take this run any more ({why}); the run goes on without it")
+            self._say(f"warning: {self._name} failed ({why}); the run continues without it")
 
     def _work(self, make: Callable[[], Tracker]) -> None:
         try:
@@ -93,13 +93,13 @@ class Background:
 
 
 def name_of(task: "Task") -> str:
-    """The readable name of an attempt."""
+    """Return the readable name of an attempt."""
     screen = " (screen)" if task.trial.phase == Phase.SCREEN else ""
     return f"{task.trial.label}{screen}{f' attempt {task.attempt}' if task.attempt > 1 else ''}"
 
 
 def settings_of(task: "Task") -> dict[str, Any]:
-    """The settings of an attempt: arm, phase, seed, attempt, those of the cell and the main ones of the recipe."""
+    """Return the settings of an attempt: arm, phase, seed, attempt, cell, and the main fields of the recipe."""
     trial = task.trial
     settings = {"arm": trial.arm, "phase": trial.phase, "seed": trial.seed, "attempt": task.attempt}
     if trial.teacher_seed is not None:
@@ -110,6 +110,6 @@ def settings_of(task: "Task") -> dict[str, Any]:
 
 
 def measures_of(epoch: "Epoch") -> dict[str, float]:
-    """The numbers of an epoch about learning and speed. The last epoch adds those of the outcome."""
+    """Return the numbers of an epoch on learning and speed. The last epoch includes those of the outcome."""
     measures: dict[str, Any] = asdict(epoch) | (asdict(epoch.outcome) if epoch.outcome is not None else {})
     return {name: value for name, value in measures.items() if name not in NOT_SHOWN and isinstance(value, int | float)}

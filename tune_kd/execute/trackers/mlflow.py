@@ -1,4 +1,4 @@
-"""MLflow: an attempt is a run of the experiment that has this run's name."""
+"""MLflow: each attempt is an MLflow run, in an experiment with the name of our run."""
 
 import logging
 import os
@@ -14,28 +14,28 @@ from tune_kd.system.files import check_regular
 from tune_kd.system.object_store import MOST_SENT_BYTES, Mirror
 
 DATABASE = "mlflow.db"  # in a run's folder
-METRICS_A_BATCH = 900  # metrics that make a batch; MLflow takes 1000 metrics and parameters at once
+METRICS_A_BATCH = 900  # metrics per batch; MLflow accepts 1000 metrics and parameters at once
 BATCH_EVERY = 10.0  # seconds between batches of an attempt
 
 
 @dataclass
 class _Unsent:
-    """What MLflow does not have yet of an attempt."""
+    """Parameters and metrics of an attempt that were not sent to MLflow yet."""
 
     run_id: str
     params: list[Any]  # mlflow.entities.Param
     metrics: list[Any] = field(default_factory=list)
-    sent: float = field(default_factory=time.time)  # when the last batch was
+    sent: float = field(default_factory=time.time)  # time of the last batch
 
 
 class MLflow:
-    """Logs in batches: each number by itself is a transaction or a request, 55 ms an epoch even in a file."""
+    """Logs in batches. One by one, each number would be a transaction or a request: 55 ms per epoch even in a file."""
 
     def __init__(self, study: str, run: str, folder: Path) -> None:
         file = database(folder)
         from mlflow.tracking import MlflowClient
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # otherwise it reports the tables that it creates
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # otherwise it logs each table that it creates
         self._study = study
         self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or url(file))
         found = self._client.get_experiment_by_name(run)
@@ -64,7 +64,7 @@ class MLflow:
         self._client.set_terminated(unsent.run_id, "FAILED" if failed else "FINISHED")
 
     def close(self) -> None:
-        """Nothing is left to send: `on_end` sent it."""
+        """Does nothing: `on_end` sent everything."""
 
     def _send(self, unsent: _Unsent) -> None:
         self._client.log_batch(unsent.run_id, unsent.metrics, unsent.params)
@@ -72,8 +72,8 @@ class MLflow:
 
 
 def database(folder: Path) -> Path:
-    """The database file in a run's folder, fetched from the run's store if it is not here. Raises `CorruptFile` if it
-    is not safe to open."""
+    """Return the database file in a run's folder. Fetches a missing file from the run's object store. Raises
+    `CorruptFile` if the file is not safe to open."""
     file = folder / DATABASE
     if not file.exists():  # the run may have started on another machine
         Mirror.of(folder).fetch(file, MOST_SENT_BYTES)

@@ -36,4 +36,4 @@ class TensorBoard:
         writer.close()
 
     def close(self) -> None:
-        """Nothing is left to write."""
+        """Does nothing: `on_end` closed the writers."""

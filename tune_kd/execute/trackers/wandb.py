@@ -1,4 +1,4 @@
-"""Weights & Biases: an attempt is a run, logged by a process of its own."""
+"""Weights & Biases: each attempt is a run there, logged by its own process."""
 
 import os
 from multiprocessing import active_children, get_context
@@ -8,14 +8,14 @@ from typing import Any
 
 
 class WandB:
-    """Starts a process for each attempt. The library has its state and working folder per process, and can hang when a
-    process exits; so neither concerns the driver."""
+    """Starts a process for each attempt. This protects the driver: the library keeps its state and working folder per
+    process, and can hang when a process exits."""
 
     def __init__(self, study: str, run: str, folder: Path) -> None:
         self._folder = folder / "wandb"
-        # The library reads such a file in its working folder. It can send the user's key to another server.
+        # The library reads such a file in its working folder. The file can make it send the user's key to any server.
         if strange := next(self._folder.rglob("settings"), None):
-            raise ValueError(f"{strange} says how Weights & Biases is to be used; remove it")
+            raise ValueError(f"{strange} has settings for Weights & Biases, which are unsafe in results; remove it")
         self._options = {"project": os.environ.get("WANDB_PROJECT") or f"tune_kd-{study}", "group": run}
         self._spawn = get_context("spawn")
         self._problems = self._spawn.SimpleQueue()
@@ -49,13 +49,13 @@ class WandB:
 
 
 def _log(place: Path, options: dict[str, Any], pipe: Connection, problems: Any) -> None:
-    """Log the measures that come through a pipe until None comes; report what goes wrong."""
-    os.setsid()  # the terminal's Ctrl+C is for the driver
+    """Log the measures from a pipe until None arrives, and report errors through `problems`."""
+    os.setsid()  # only the driver handles the terminal's Ctrl+C
     os.environ["WANDB_SILENT"] = "true"
     try:
         import wandb
 
-        os.chdir(place)  # not before the import, which must not find modules there
+        os.chdir(place)  # after the import, which must not find modules there
         with wandb.init(**options) as run:
             for measures in iter(pipe.recv, None):
                 run.log(measures, step=measures["training_iteration"])
