@@ -73,7 +73,7 @@ def show(name: str, records: Records) -> str:
         copyfile(Path(folder, "figures", f"{FIGURES[name]}.png"), GALLERY / name / "figure.png")
     said = summary(records).sentences
     lines = [f"> - {sentence}" for sentence in said] + [
-        "", f"![The figure of the study {name}](gallery/{name}/figure.png)", "", *verdicts(records),
+        *[""] * bool(said), f"![The figure of the study {name}](gallery/{name}/figure.png)", "", *verdicts(records),
         f"[The whole report](gallery/{name}/report.html)",
     ]  # fmt: skip
     if name == "ablation":
