@@ -1,11 +1,11 @@
-"""Parts of documents that commands make: between `<!-- NAME: made by a command -->` and `<!-- end NAME -->`."""
+"""Parts of documents that are made by commands, between `<!-- NAME: made by a command -->` and `<!-- end NAME -->`."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 
 def put(document: Path, name: str, text: str) -> None:
-    """Put a text into a document's part of this name. Raises `ValueError` where the document has no such part."""
+    """Replace the text of a document's part. Raises `ValueError` if the document has no part of this name."""
     begin, end = f"<!-- {name}: made by a command -->\n", f"<!-- end {name} -->"
     before, found, rest = document.read_text().partition(begin)
     _, ended, after = rest.partition(end)

@@ -1,4 +1,4 @@
-"""`python -m docs.dashboard`: take the pictures of Ray's dashboard that docs/monitoring.md shows, of a real smoke run.
+"""`python -m docs.dashboard`: take the screenshots of Ray's dashboard in docs/monitoring.md, from a real smoke run.
 Needs chromium and chromedriver."""
 
 import os
@@ -48,11 +48,11 @@ def cluster(folder: Path) -> Iterator[None]:
 def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        with suppress(StaleElementReferenceException):  # a page that renewed itself meanwhile
+        with suppress(StaleElementReferenceException):  # the page was updated meanwhile
             if condition():
                 return
         time.sleep(1.0)
-    raise TimeoutError("it did not happen in time")
+    raise TimeoutError("the condition was not met in time")
 
 
 class Page:
@@ -62,7 +62,7 @@ class Page:
         self.browser, self.url = browser, url
 
     def sign_in(self, token: str) -> None:
-        """As people do, on the page of jobs."""
+        """Sign in like a user, on the jobs page."""
         self.browser.get(f"{self.url}/#/jobs")
         until(lambda: self.says("Authentication Token Required"))
         self.browser.find_element("css selector", "input[type=password]").send_keys(token)
@@ -74,7 +74,7 @@ class Page:
         return all(each in text for each in words)
 
     def press(self, what: str, seconds: float = 60) -> None:
-        """Press what an XPath names, once it is there."""
+        """Click the element at an XPath, once it exists."""
 
         def pressed() -> bool:
             found = self.browser.find_elements("xpath", what)
@@ -84,7 +84,7 @@ class Page:
         until(pressed, seconds)
 
     def show_trials(self) -> None:
-        """On the page of a job: its tasks by their names. The page renews itself meanwhile, and may fold them again."""
+        """Expand the tasks on a job's page. The page updates itself meanwhile, and may collapse them again."""
 
         def shown() -> bool:
             self.refreshed()
@@ -103,7 +103,7 @@ class Page:
         until(shown, 150)
 
     def refreshed(self) -> bool:
-        """The page anew: it reads a log once."""
+        """Reload the page, which reads a log only once."""
         self.browser.refresh()
         time.sleep(3.0)
         return True

@@ -1,7 +1,7 @@
 """`python -m docs.early_stopping CURVES`: make the tables and figures of docs/early-stopping.md from published curves.
 
 CURVES is the common prefix of two files, `CURVES_trials.parquet` and `CURVES_epochs.parquet`. Takes about fifteen
-minutes on two cores. `--only NAME` makes one block again: pairs, choice, margins, stems, calibration.
+minutes on two cores. `--only NAME` makes a single block: pairs, choice, margins, stems, calibration.
 """
 
 import argparse
@@ -37,7 +37,7 @@ CHOOSING = ("resnet18/resnet50", "resnet34/resnet101")
 SCORING = ("resnet18/resnet34", "resnet34/resnet50")
 SHOWN = (10, 20, 30, 50, 80, 90, 95)
 CENTRES = (10, 20, 30, 50, 60, 70, 80)
-AROUND = (0.8, 0.9, 1.0, 1.1, 1.2)  # grace periods that are looked at beside the one in question
+AROUND = (0.8, 0.9, 1.0, 1.1, 1.2)  # other grace periods to try for each setting, relative to its own
 MARGINS = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05)
 FEW, MANY = 200, 1000  # arrival orders
 STUDIES = 2000
@@ -62,7 +62,7 @@ def points(accuracy: float) -> str:
 
 
 def pairs(recorded: Curves) -> None:
-    """What the default and the usual settings do on each pair, and what an epoch foretells."""
+    """Results of the default and the usual settings on each pair, and rank correlations by epoch."""
     rows = []
     found: dict[str, Outcome] = {}
     for called, screen in (("usual", USUAL), ("default", study().screen)):
@@ -119,7 +119,7 @@ def _score(recorded: Curves, orders: int, screen: Screen) -> dict[str, tuple[flo
 
 
 def choice(recorded: Curves) -> None:
-    """Settings chosen on two pairs and scored on the other two, beside chance and a fixed cut."""
+    """Settings chosen on two pairs and scored on the other two, compared with chance and a fixed cut."""
     choosing, scoring = only(recorded, CHOOSING), only(recorded, SCORING)
     settings = [
         Screen(grace=centre, reduction=reduction, margin=margin, min_peers=peers)
@@ -162,12 +162,12 @@ def choice(recorded: Curves) -> None:
     heads = ["rule", "settings", "", "epochs saved", "mean regret of each pair (points)", "worst around"]
     put(PAGE, "choice", table(heads, rows))
     default = study().screen
-    assert any(_words(screen) == _words(default) for screen in rules.values()), "the default is not what the rule gives"
+    assert any(_words(screen) == _words(default) for screen in rules.values()), "no rule gives the default"
     draw(partial(_trade, {"chosen on": (choosing, chosen_on), "scored on": (scoring, scored)}, settings), "trade.png")
 
 
 def margins(recorded: Curves, records: Records) -> None:
-    """Margins from the published controls, at two grace periods and around them."""
+    """Margins from the published controls, at two grace periods and near them."""
     rows = []
     for grace in (10, 30):
         found = []
@@ -200,7 +200,7 @@ def _words(screen: Screen) -> str:
 
 
 def _trade(sides: dict[str, tuple[Curves, dict[Screen, Scores]]], settings: list[Screen]) -> Figure:
-    """Epochs saved against regret: a dot a setting, and what chance and fixed cuts do."""
+    """Epochs saved against regret: a dot per setting, with lines for chance and fixed cuts."""
     figure = Figure(figsize=(2 * COLUMN_INCHES, 3.2))
     for axes, (which, (recorded, scores)) in zip(figure.subplots(1, 2, sharey=True), sides.items(), strict=True):
         dots = np.array([np.mean(list(scores[screen].values()), axis=0) for screen in settings])
@@ -229,7 +229,7 @@ def _finals(recorded: Curves) -> list[np.ndarray]:
 
 
 def chance(recorded: Curves) -> np.ndarray:
-    """Epochs saved and expected regret [2, arms] where some arms are chosen by chance before anything is trained."""
+    """Epochs saved and expected regret [2, arms] if some arms are chosen at random before training."""
     found = []
     for table_ in _finals(recorded):
         final = np.sort(table_[:, -1])[::-1]
@@ -250,7 +250,7 @@ def _choose(n: int, k: int) -> float:
 
 
 def cuts(recorded: Curves, epoch: int) -> np.ndarray:
-    """The same [2, arms] where the best at one epoch go on and the others end there."""
+    """The same [2, arms] if the best arms at one epoch continue and the others end there."""
     found = []
     for table_ in _finals(recorded):
         order, final = np.argsort(-table_[:, epoch - 1], kind="stable"), table_[:, -1]
@@ -261,7 +261,7 @@ def cuts(recorded: Curves, epoch: int) -> np.ndarray:
 
 
 def stems(records: Records) -> None:
-    """A grid of both stems that only wants its best student: no strata, and nobody is safe."""
+    """A grid of both stems in a study that only searches for its best student: no strata, and no arm is immune."""
     trials = records.trials[records.trials["student"] == "resnet18"]
     wanted = set(trials.loc[(trials["teacher"] == "resnet50") | (trials["stem"] == "imagenet"), "trial_id"])
     grid = tuple(
@@ -289,7 +289,7 @@ def stems(records: Records) -> None:
 
 
 def calibration() -> None:
-    """Studies of nothing."""
+    """Studies in which all arms are identical."""
     rows = []
     for called, confirm in (("5 seeds", Confirm()), ("looks at 5, 10, 20", Confirm(looks=(5, 10, 20)))):
         declared = replace(study(), confirm=confirm)

@@ -1,7 +1,8 @@
-"""The parts of the site that come from the code: a hook of MkDocs, which replaces each `<!-- from NAME -->` in a page,
-and each `<!-- fields FILE CLASS -->` by the fields of a dataclass.
+"""A MkDocs hook that makes parts of pages from the code. It replaces each `<!-- from NAME -->` in a page, and each
+`<!-- fields FILE CLASS -->` by the fields of a dataclass.
 
-Modules of tune_kd are imported when a part is made: while MkDocs loads a hook, `statistics` is docs/statistics.py.
+Modules of tune_kd are imported when a part is made: while MkDocs loads a hook, `import statistics` finds
+docs/statistics.py.
 """
 
 import ast
@@ -17,7 +18,7 @@ FIELDS = re.compile(r"^<!-- fields (\S+) (\w+) -->$", re.M)
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Return the text of a page with its parts. MkDocs calls this before it looks at links."""
+    """Return the text of a page with its parts. MkDocs calls this before it resolves links."""
     if page.file.src_uri.count("/") == 0:
         markdown = markdown.replace("](../SECURITY.md)", "](security.md)")
     markdown = FIELDS.sub(lambda found: fields(found[1], found[2]), markdown)
@@ -43,7 +44,7 @@ def fields(path: str, name: str) -> str:
 
 
 def commands() -> str:
-    """A section for each command: what it does, an example, its arguments and options, as `--help` has them."""
+    """A section for each command, as in `--help`: description, example, arguments and options."""
     from typer import Context
     from typer.main import get_command
 
@@ -63,7 +64,7 @@ def commands() -> str:
 
 
 def columns() -> str:
-    """A table of columns for each table of a run, with what the comments of `records.schema` and `study.trial` say."""
+    """A table of columns for each table of a run, with the comments from `study` and `records.schema`."""
     from tune_kd.records.schema import DECISIONS, EPOCHS, PANDAS, TRIALS
 
     said = {
@@ -76,7 +77,7 @@ def columns() -> str:
     sections = []
     for schema in (TRIALS, EPOCHS, DECISIONS):
         lines = [f"## {schema.name}.parquet", "", f"Key: {', '.join(f'`{name}`' for name in schema.key)}.", ""]
-        lines += ["| column | what it is |", "|---|---|"]
+        lines += ["| column | type and meaning |", "|---|---|"]
         for name, kind in schema.in_parquet.items():
             levels = schema.levels.get(name)
             words = [said[schema.name].get(name, ""), f"one of {', '.join(levels)}" if levels else ""]
@@ -88,7 +89,7 @@ def columns() -> str:
 
 
 def rooms() -> str:
-    """A section for each folder of the package, in the order of imports, with its modules, by their docstrings."""
+    """A section for each folder of the package, in the order of imports, with the docstrings of its modules."""
     table = (ROOT / "tests" / "test_imports.py").read_text(encoding="utf-8")
     order = ast.literal_eval(table.partition("\nORDER = ")[2].partition("\n")[0])
     sections = []
@@ -120,7 +121,7 @@ def _joined(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text as Markdown that shows it as it is, also in a table. What stands between backticks is code."""
+    """Escape text for Markdown and its tables. Text between backticks stays code."""
     return re.sub(r"([\\*_{}\[\]<>|])", r"\\\1", text)
 
 
@@ -136,7 +137,7 @@ def _comments(path: str, *names: str) -> dict[str, str]:
 
 
 def _fields(path: str, name: str) -> list[Field]:
-    """The fields of a class. A field's comment is what stands in lines above it, or behind it."""
+    """The fields of a class. A field's comment is in the lines above it and at the end of its own lines."""
     text = (ROOT / "tune_kd" / path).read_text(encoding="utf-8")
     (found,) = (each for each in ast.parse(text).body if isinstance(each, ast.ClassDef) and each.name == name)
     lines = text.splitlines()

@@ -1,7 +1,6 @@
-"""`python -m docs.statistics`: make the tables of docs/statistics.md by simulation, with ten minutes of a
-processor's time.
+"""`python -m docs.statistics`: make the tables of docs/statistics.md by simulation, in ten minutes of CPU time.
 
-20,000 studies a row. `--only NAME` makes one part again: priors, seeds, across, teachers, shipped.
+20,000 studies per row. `--only NAME` makes a single table: priors, seeds, across, teachers, shipped.
 """
 
 import argparse
@@ -41,7 +40,7 @@ LOGIT, STEM = "cifar: logit - none", "none: cifar - imagenet"
 SEEDS = (3, 4, 5, 10)
 SIZES = (0.001, 0.002, 0.003, 0.005)
 
-Work = tuple[str, Rule, int | None]  # scenario, rule, and the number of seeds where it is not the scenario's
+Work = tuple[str, Rule, int | None]  # scenario, rule, and the number of seeds; None for the scenario's
 
 
 @cache
@@ -70,12 +69,12 @@ def percent(rate: Rate) -> str:
 
 
 def worst(found: Performance) -> str:
-    """Coverage of the contrast that is covered worst."""
+    """The lowest coverage of a contrast."""
     return f"{100 * min(rate.share for rate in found.coverage.values()):.1f}"
 
 
 def covered(found: Performance, family: str) -> str:
-    """Mean coverage of the contrasts of a family, and that of the worst."""
+    """Mean and lowest coverage of the contrasts of a family."""
     names = [each.name for each in _design().planned.contrasts if each.family == family]
     mean, least = found.covered(names) or (np.nan, np.nan)
     return f"{100 * mean:.1f} ({100 * least:.1f})"
@@ -96,7 +95,7 @@ def priors(pool: ProcessPoolExecutor) -> None:
 
 
 def seeds(pool: ProcessPoolExecutor) -> None:
-    """False findings by the number of seeds, with fixed priors and with the one that is shipped."""
+    """False findings by the number of seeds, with fixed priors and with the shipped one."""
     rules = {"4": Rule(prior_df=4.0), "8": Rule(prior_df=8.0), "shipped": Rule()}
     found = simulated(pool, ((name, rule, count) for count in SEEDS for rule in rules.values() for name in HARD))
     rows = [
@@ -108,7 +107,7 @@ def seeds(pool: ProcessPoolExecutor) -> None:
 
 
 def shipped(pool: ProcessPoolExecutor) -> None:
-    """What is shipped in each scenario, beside the rule before 0.7."""
+    """The shipped rule in each scenario, compared with the rule before 0.7."""
     found = simulated(pool, ((name, rule, None) for name in SCENARIOS for rule in (Rule(), BEFORE)))
     rows = []
     for name, scenario in SCENARIOS.items():
@@ -128,7 +127,7 @@ def _powers(found: Performance) -> str:
 
 
 def across(_: ProcessPoolExecutor) -> None:
-    """Coverage of the stem's effect, were it judged by the model, and by its pairs as it is."""
+    """Coverage of the stem's effect, judged by the model and, as shipped, by its pairs."""
     of = _design()
     (place,) = np.flatnonzero(of.across)
     rows = []
@@ -141,7 +140,7 @@ def across(_: ProcessPoolExecutor) -> None:
 
 
 def teachers(_: ProcessPoolExecutor) -> None:
-    """Coverage over several teachers, and the median half width of the intervals."""
+    """Coverage with several teachers, and the median half width of the intervals."""
     rows = []
     for count, per_seed, students in ((2, 2, 5), (3, 3, 5), (5, 5, 5), (10, 10, 5), (3, 2, 6), (5, 3, 10), (5, 1, 10)):
         layout = "all" if per_seed == count else str(per_seed)
@@ -154,7 +153,7 @@ def teachers(_: ProcessPoolExecutor) -> None:
 
 
 def _over_teachers(count: int, seeds: int, per_seed: int, spread: float) -> tuple[float, float]:
-    """Coverage and median half width where students and controls have a deviation of 0.15 points."""
+    """Coverage and median half width if students and controls have a deviation of 0.15 points."""
     drawn = np.random.default_rng([count, seeds, per_seed, round(1e5 * spread)])
     normal = drawn.standard_normal
     differences = spread * normal((STUDIES, count, 1)) + 0.0015 * (

@@ -1,4 +1,5 @@
-"""`python -m docs.tuning`: how near samplers come to a known optimum, for docs/search-spaces.md. Takes a minute."""
+"""`python -m docs.tuning`: measure the samplers' distance from a known optimum, for docs/search-spaces.md. Takes a
+minute."""
 
 import math
 from collections.abc import Mapping
@@ -20,15 +21,15 @@ RANGES = (
 )
 DEFAULT = {"lr": 0.1, "weight_decay": 5e-4, "alpha": 0.5, "temperature": 4.0}
 OPTIMUM = {"lr": 0.2, "weight_decay": 1e-3, "alpha": 0.8, "temperature": 6.0}
-BEST = 0.95  # accuracy there
+BEST = 0.95  # accuracy at the optimum
 SAMPLERS = ("tpe", "random", "quasi-random")
 DRAWS, SEEDS = 40, 100
-NEAR = 0.01  # of the optimum's value
+NEAR = 0.01  # relative to the optimum's accuracy
 
 
 def accuracy(values: Mapping[str, float]) -> float:
-    """A response surface: the optimum's accuracy, less a square in each setting (in its logarithm, but for alpha). At
-    the far end of its range the learning rate costs 25 points, weight decay 7, alpha 7 and the temperature 3."""
+    """A response surface: the optimum's accuracy, minus a square in each setting (in its logarithm, except for alpha).
+    At the far end of its range the learning rate costs 25 points, weight decay 7, alpha 7 and the temperature 3."""
     lr, decay, temperature = (math.log(values[name] / OPTIMUM[name]) for name in ("lr", "weight_decay", "temperature"))
     alpha = values["alpha"] - OPTIMUM["alpha"]
     return max(0.0, BEST - 0.028 * lr**2 - 0.008 * decay**2 - 0.125 * alpha**2 - 0.01 * temperature**2)

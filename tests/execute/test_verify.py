@@ -209,7 +209,7 @@ def test_a_folder_without_room_an_old_package_and_a_changed_teacher_are_told_at_
     torch, room, teacher = caught.value.problems
     assert torch.startswith("torch is 2.9.1 here; allowed: 2.10 or later")
     assert "0.000 GB are free" in room and "Free space, or choose a folder on another disk" in room
-    assert "weights.safetensors is not what its card says; restore it from a copy" in teacher
+    assert "weights.safetensors does not match its card; restore it from a copy" in teacher
 
 
 @pytest.mark.parametrize(("name", "planned"), [("logits.f32", 20), ("logits.bf16", 40)])
@@ -236,7 +236,7 @@ def test_the_teachers_of_students_that_were_added_or_blocked_are_looked_at(run: 
     student = next(row for row in rows if row["role"] == "student" and row["teacher_id"])
     others = [row for row in rows if row is not student]
     for waiting in (others, [*others, student | {"status": "blocked", "attempts": 1}]):
-        with pytest.raises(UserError, match=r"weights\.safetensors is not what its card says"):
+        with pytest.raises(UserError, match=r"weights\.safetensors does not match its card"):
             preflight.check(opened, waiting, 2)
     preflight.check(opened, [*others, student | {"status": "blocked", "attempts": 0}], 2)  # its teacher failed
 
@@ -290,7 +290,7 @@ def test_a_teacher_that_was_put_there_with_too_few_epochs_is_refused_before_anyt
     home = opened.teachers / teacher.trial_id
     preflight.check(opened, [], 2)
     altered(home / "card.json", lambda card: card["epochs"].pop(0))
-    with pytest.raises(UserError, match=f"has 1 epochs, and the teacher of this study 2; remove {home} to have"):
+    with pytest.raises(UserError, match=f"has 1 epochs; this study's teacher has 2; remove {home} to have"):
         preflight.check(opened, [], 2)
 
 

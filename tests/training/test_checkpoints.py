@@ -1,4 +1,4 @@
-"""State that survives kills and notices damage."""
+"""Checkpoints survive kills, and damage is detected."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_tensors_and_notes_come_back_as_they_were() -> None:
              pack({}, {})[:-1], pack({"a": torch.zeros(9)}, {})[:-1]]
 )  # fmt: skip
 def test_what_is_no_state_is_damaged(data: bytes) -> None:
-    with pytest.raises(CorruptFile, match="it holds no tensors with notes"):
+    with pytest.raises(CorruptFile, match="it does not contain tensors with notes"):
         unpack(data)
 
 

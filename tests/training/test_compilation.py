@@ -1,4 +1,4 @@
-"""What is compiled of a step: the same to rounding, tried before it is used, and left where it fails."""
+"""Compiled parts of a step: equal up to rounding, tried before use, and dropped if they fail."""
 
 import shutil
 from collections.abc import Callable
@@ -31,8 +31,8 @@ def _nothing_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Compiler:
-    """Leaves what it should compile as it is, and counts the calls by batch size. Fails for what `refuses` finds in the
-    name of a function."""
+    """Returns functions uncompiled, and counts the calls by batch size. Fails for functions whose name matches
+    `refuses`."""
 
     def __init__(self, refuses: str | None = None, error: Exception | None = None) -> None:
         self.sizes: list[int] = []
@@ -53,7 +53,7 @@ class Compiler:
 
 @pytest.fixture
 def pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compilation pays on the CPU, too, where the numbers of a step are tensors as on a GPU."""
+    """Make compilation pay on the CPU, too, and keep the numbers of a step in tensors as on a GPU."""
     monkeypatch.setattr(stepping, "compiling_pays", lambda *_: True)
     monkeypatch.setattr(Step, "_number", lambda self, value: torch.tensor(value))
 
@@ -68,7 +68,7 @@ def trained(method: str, pixels: DataSet, teacher: Teacher, folder: Path) -> tup
 
 
 def paths(method: str) -> str:
-    """The fast paths that a trial of a method has on the CPU where all works."""
+    """The fast paths of a method's trial on the CPU if all of them work."""
     runs_teacher = method not in ("none", "logit", "dkd", "ctkd")
     return ", ".join(["compiled", *["compiled loss"] * (method != "none"), *["compiled teacher"] * runs_teacher])
 
@@ -80,7 +80,7 @@ def paths(method: str) -> str:
 def test_forward_pass_and_loss_of_each_method_are_one_graph_that_computes_the_same(
     method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced, with its gradients, as for a GPU, and then run by PyTorch's own kernels."""
+    """Trace function and gradients as for a GPU, then run them with PyTorch's own kernels."""
     traced = lambda function: torch.compile(function, dynamic=False, fullgraph=True, backend="aot_eager")  # noqa: E731
     monkeypatch.setattr(stepping, "compiled", traced)
     found, used = trained(method, pixels, teacher, tmp_path / "compiled")
@@ -112,7 +112,7 @@ def test_a_compiled_trial_gives_the_same_to_rounding_and_its_first_epoch_pays(pi
     assert [row.train_loss for row in fast] == pytest.approx([row.train_loss for row in plain], rel=1e-3)
     assert fast[0].seconds > 10 * plain[0].seconds
     again = run(replace(compiled, seed=2), pixels, None, tmp_path / "c")
-    assert again[0].seconds < 0.1 * fast[0].seconds  # it took the compiled step over
+    assert again[0].seconds < 0.1 * fast[0].seconds  # it reused the compiled step
 
 
 @pytest.mark.parametrize("method", ["none", "feature"])
@@ -128,7 +128,7 @@ def test_trying_what_was_compiled_changes_nothing_and_a_last_batch_of_another_si
     found = run(asked, pixels, taught, tmp_path / "compiled")
     assert [exact(row, "fast_paths") for row in found] == [exact(row, "fast_paths") for row in expected]
     assert found[-1].outcome is not None and found[-1].outcome.fast_paths == "compiled"
-    # Of 40 images: 16, 16 and 8. Where the recipe asks for it, the student alone is compiled.
+    # 40 images make batches of 16, 16 and 8. If the recipe asks for compilation, only the student is compiled.
     assert compiler.sizes == [16] * (1 + 2 * plain.recipe.epochs)
 
 
@@ -158,7 +158,9 @@ def test_what_cannot_be_compiled_is_told_once_and_the_rest_is_compiled(
     monkeypatch.setattr(torch, "compile", Compiler(refuses))
     first = trained("feature", pixels, teacher, tmp_path / "one")
     assert first[1] == used
-    assert notices.take() == [f"{what} cannot be compiled here (no compiler), so a slower way is used" for what in told]
+    assert notices.take() == [
+        f"{what} cannot be compiled here (no compiler); falling back to a slower path" for what in told
+    ]
     assert trained("feature", pixels, teacher, tmp_path / "other") == first
     assert notices.take() == []
     if told == ["a student with the loss feature"]:
@@ -186,7 +188,7 @@ def test_a_recipe_that_asks_for_compilation_fails_where_there_is_none(
 
 
 def test_a_process_that_trains_many_networks_compiles_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile leaves a function as it is that it has compiled too often for others."""
+    """torch.compile leaves a function uncompiled once it has compiled too many forms of it."""
     graphs: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""CRD, against its formula in numpy: the draws, the loss of two batches, and the memory between them."""
+"""CRD, checked against its formula in NumPy: the draws, the loss of two batches, and the memory between them."""
 
 import copy
 
@@ -43,7 +43,7 @@ def projected(linear, embedding):
 
 
 def by_hand(vectors, memory, index, drawn, temperature, z):
-    """The formula of the paper for an image at a time, and Z."""
+    """The paper's formula, one image at a time, and Z."""
     scores = [
         np.exp(memory[[i, *others]] @ v / temperature) for v, i, others in zip(vectors, index, drawn, strict=True)
     ]
@@ -132,7 +132,7 @@ def test_student_and_projections_get_a_gradient_and_the_teacher_and_the_memory_n
 
 def test_the_gradient_is_that_of_the_memory_before_the_batch():
     loss = module()
-    loss(batch(torch.arange(4, 8)), **STEP)  # sets Z, which is a constant from then on
+    loss(batch(torch.arange(4, 8)), **STEP)  # sets Z, which is constant afterwards
 
     def again(student):
         torch.manual_seed(1)
@@ -216,7 +216,7 @@ def test_a_resumed_trial_equals_an_uninterrupted_one_bit_for_bit(pixels: DataSet
     rows, whole = [], Checkpoints(tmp_path / "whole")
     for row in train(one, pixels, teacher, device=CPU, checkpoints=whole):
         rows.append(row)
-        torch.rand(3)  # the draws of others between two epochs change nothing
+        torch.rand(3)  # other random draws between two epochs must not matter
     torch.manual_seed(2)
     assert [exact(each) for each in interrupted(one, pixels, teacher, tmp_path / "cut")] == [*map(exact, rows)]
     assert rows[1].loss_kd < rows[0].loss_kd

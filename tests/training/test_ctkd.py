@@ -1,4 +1,4 @@
-"""CTKD, against its formula in numpy, and gradients by hand."""
+"""CTKD, checked against its formula in NumPy and gradients computed by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""How the arithmetic is set: for one trial, and not for what runs after it."""
+"""Precision settings, which end with their trial, and steps captured as CUDA graphs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,13 +29,13 @@ def test_products_are_bfloat16_under_bfloat16_alone(precision: str) -> None:
 
 
 class Graphs:
-    """CUDA graphs that are played: while one is captured nothing is computed, and a replay computes it again."""
+    """Simulates CUDA graphs: a capture computes nothing, and a replay runs the captured step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failure: Exception | None = None) -> None:
         self.failure = failure
         self.capturing: list[Callable[[], None]] | None = None
         self.replayed = 0
-        self.pools: list[object] = []  # that captures were given
+        self.pools: list[object] = []  # passed to captures
         stream = SimpleNamespace(wait_stream=lambda other: None)
         graphs = self
 
@@ -94,7 +94,7 @@ def test_a_step_is_captured_after_its_warm_up_and_trains_each_batch_once(monkeyp
     for each in BATCHES:
         step(each)
     assert float(total) == SUM
-    assert graphs.replayed == 7 - WARM_UP  # of seven whole batches; the two others are launched
+    assert graphs.replayed == 7 - WARM_UP  # of seven full batches; the other two batches are launched
     assert notices.take() == []
 
 

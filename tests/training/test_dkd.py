@@ -1,4 +1,4 @@
-"""DKD, against published values, its formula in numpy, and laws."""
+"""DKD, checked against published values, its formula in NumPy, and invariances."""
 
 import numpy as np
 import pytest
@@ -105,7 +105,7 @@ def test_only_the_student_gets_a_gradient():
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_large_logits_in_single_precision_give_the_double_precision_loss(temperature):
-    """A target of probability 1 leaves the others probabilities of 0, whose ratios are the nontarget part."""
+    """If the target's probability is 1, the others' are 0, and the nontarget part depends on their ratios."""
     student, teacher = (1e3 * each for each in (STUDENT, TEACHER))
     student[torch.arange(8), LABELS] += 1e4
     single = student.float().requires_grad_()

@@ -1,4 +1,4 @@
-"""Losses that a study brings are tried before anything trains, and what is wrong is told in one message."""
+"""The dry run tries a study's own losses before any trial starts, and reports each fault in one message."""
 
 import signal
 import sys
@@ -191,28 +191,28 @@ def test_a_loss_that_works_passes_and_leaves_nothing_behind(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
-        ("Rows", "returns a tensor of shape [8]; allowed: one without axes, such as a mean"),
+        ("Rows", "returns a tensor of shape [8]; allowed: a 0-dim tensor, such as a mean"),
         ("NoGradient", "has no gradient for the student"),
         ("OwnAlone", "has no gradient for the student"),
         ("NotANumber", "is nan; allowed: a finite number"),
         ("NoTap", "fails in its dry run at losses.py, line 61: IndexError"),
         (
             "OfItsOwn",
-            "needs 'features', and the student that it returns, Sequential, has not the network that it was given",
+            "needs 'features', but the student that it returns, Sequential, does not contain the network that it was",
         ),
         ("Unknown", "takes gamma; allowed: settings that the method declares (weight)"),
         ("NoContext", "TypeError"),
-        ("Word", "returns str; allowed: a tensor without axes"),
+        ("Word", "returns str; allowed: a 0-dim tensor"),
         ("Second", "RuntimeError: at the second step"),
-        ("Explodes", "leads to numbers that are not finite (loss.seen)"),
-        ("Position", "takes weight by position, which no trial sets; allowed: settings after *"),
-        ("Keywords", "takes **settings, which gets nothing; allowed: settings by name, after * (weight)"),
+        ("Explodes", "leads to values that are not finite, in loss.seen"),
+        ("Position", "takes the setting weight by position; allowed: settings as keywords, after *"),
+        ("Keywords", "takes **settings, which stays empty; allowed: settings by name, after * (weight)"),
         ("Leaves", "fails in its dry run at losses.py"),
         ("Interrupts", "KeyboardInterrupt"),
-        ("Late", "makes loss.late.weight in a step"),
-        ("LateBuffer", "makes loss.seen in a step"),
-        ("Grows", "makes loss.seen in a step"),
-        ("NoModule", "is NoModule, which is no nn.Module"),
+        ("Late", "creates loss.late.weight during a step"),
+        ("LateBuffer", "creates loss.seen during a step"),
+        ("Grows", "creates loss.seen during a step"),
+        ("NoModule", "is NoModule, which is not an nn.Module"),
         ("Nobody", "losses.py has no class Nobody"),
     ],
 )
@@ -258,7 +258,7 @@ def test_a_loss_cannot_change_the_teacher_or_the_labels_of_other_trials(tmp_path
 
 
 def test_a_signal_to_the_command_is_no_fault_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its handler raises SystemExit, as the loss `Leaves` does by itself."""
+    """The signal's handler raises SystemExit, and so does the loss `Leaves`."""
     monkeypatch.setattr(signals, "_asked", [signal.SIGINT])
     with pytest.raises(SystemExit) as left:
         tried(tmp_path, "losses.py:Leaves")

@@ -1,4 +1,4 @@
-"""What only a GPU can show: `pytest -m gpu`. Without one, `test_placement.py` plays it.
+"""Tests that need a GPU: `pytest -m gpu`. Without a GPU, `test_placement.py` simulates one.
 
 All of it takes under two minutes: Ray starts once, and trials are of the scale `smoke`.
 """
@@ -44,12 +44,12 @@ from tune_kd.training.teachers import Teacher, load_teacher
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_thread")]
 
 GPU = torch.device("cuda")
-CALM = 0.005  # a learning rate at which a last bit stays one: at 0.05 it grows to some per cent in four epochs
+CALM = 0.005  # at this learning rate a difference of one bit stays small; at 0.05 it grows to per cents in four epochs
 
 
 @pytest.fixture(autouse=True)
 def _nothing_kept() -> Iterator[None]:
-    """No step, data or notice of another test, and the whole memory."""
+    """Remove the steps, data and notices of other tests, and lift the memory cap."""
     stepping._idle.clear()
     on_device.cache_clear()
     notices.take()
@@ -78,7 +78,7 @@ def trained(each: Trial, pixels: DataSet, teacher: Teacher | None, folder: Path,
 
 @pytest.fixture
 def taught(teacher: Teacher, pixels: DataSet) -> Teacher:
-    """A teacher that the CPU trained, on the GPU."""
+    """A teacher that was trained on the CPU, loaded on the GPU."""
     return load_teacher(teacher.home.parent, teacher.teacher_id, pixels, GPU, Answering(True, ()))
 
 
@@ -102,7 +102,7 @@ def test_a_gpu_crops_and_prepares_as_the_cpu_does(pixels: DataSet) -> None:
 def test_a_student_of_each_method_and_stem_trains_resumes_and_is_judged_there(
     method: str, stem: str, pixels: DataSet, tmp_path: Path
 ) -> None:
-    """Resumed after its first epoch, which a captured step computes to rounding."""
+    """It is resumed after its first epoch. A captured step reproduces that up to rounding."""
     whole, resumed = distil(GPU, pixels, method, stem, tmp_path, lr=CALM)
     assert all(map(math.isfinite, losses(resumed)))
     if method not in DRAWING:
@@ -118,7 +118,7 @@ def test_a_captured_step_trains_like_one_that_is_launched_kernel_by_kernel(
     method: str, pixels: DataSet, teacher: Teacher, taught: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """40 images in batches of 16: two captured steps and a last one of another shape, in each of four epochs. The
-    next trial of the process takes the step over."""
+    next trial of the process reuses the step."""
     one = calm(method, taught if method != "none" else None)
     there, here = (None, None) if method == "none" else (taught, teacher)
     made: list[Step] = []
@@ -132,7 +132,7 @@ def test_a_captured_step_trains_like_one_that_is_launched_kernel_by_kernel(
     captured = losses(trained(one, pixels, there, tmp_path / "captured"))
     assert losses(trained(one, pixels, there, tmp_path / "replayed")) == pytest.approx(captured, rel=1e-3)
     assert len(made) == 1
-    for each in (made[0]._run, made[0]._evaluate):  # the latter in the fourth epoch
+    for each in (made[0]._run, made[0]._evaluate):  # the evaluation in the fourth epoch
         assert isinstance(each, Captured) and each.is_used
     monkeypatch.setattr(stepping, "Captured", Launched)
     stepping._idle.clear()
@@ -149,7 +149,7 @@ def test_a_trial_that_is_resumed_in_a_process_with_another_step_goes_on_as_it_wa
     begun = train(one, pixels, taught, device=GPU, checkpoints=Checkpoints(tmp_path / "cut"), checkpoint_every=0.0)
     before = list(islice(begun, 2))
     begun.close()
-    trained(pupil("none", "cifar", None), pixels, None, tmp_path / "other")  # takes the process meanwhile
+    trained(pupil("none", "cifar", None), pixels, None, tmp_path / "other")  # uses the process meanwhile
     after = trained(one, pixels, taught, tmp_path / "cut", acknowledged=2)
     assert losses(before + after) == pytest.approx(losses(whole), rel=1e-3)
 
@@ -157,7 +157,7 @@ def test_a_trial_that_is_resumed_in_a_process_with_another_step_goes_on_as_it_wa
 def test_a_step_that_cannot_be_captured_is_launched_and_the_process_goes_on(
     pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It asks the GPU for a number in every step, which a capture does not allow."""
+    """The step synchronizes with the GPU, which a capture does not allow."""
     monkeypatch.setattr(Captured, "given_up", set())
     monkeypatch.setattr(notices, "_told", set())
     one, train_step = calm("none", None), Step._train
@@ -181,7 +181,7 @@ def test_a_step_that_cannot_be_captured_is_launched_and_the_process_goes_on(
 def test_no_step_waits_for_the_gpu(
     pixels: DataSet, taught: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Launched, since a capture that waited would fail: then each step would raise."""
+    """Steps are launched kernel by kernel: a capture that waits would fail before a step could raise."""
     step = Step.__call__
 
     def watched(self: Any, *arguments: Any) -> None:
@@ -192,7 +192,7 @@ def test_no_step_waits_for_the_gpu(
             debug("default")
 
     monkeypatch.setattr(stepping, "Captured", Launched)
-    trained(pupil("none", "cifar", None), pixels, None, tmp_path / "first")  # makes what a process makes once
+    trained(pupil("none", "cifar", None), pixels, None, tmp_path / "first")  # creates what a process creates once
     monkeypatch.setattr(Step, "__call__", watched)
     for method in METHODS:
         teacher = None if method == "none" else taught
@@ -201,15 +201,15 @@ def test_no_step_waits_for_the_gpu(
 
 
 def debug(mode: str) -> None:
-    """What happens where the host waits for the GPU. Setting it warns that it is a beta, and here a warning is an
-    error."""
+    """Set the reaction when the host waits for the GPU. Setting it warns that it is a beta feature, and in tests
+    warnings are errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.cuda.set_sync_debug_mode(mode)
 
 
 def smoke(precision: str) -> Study:
-    """The smoke ablation in a precision. Nothing is stopped early, so all trials have to complete."""
+    """The smoke ablation in a precision. No trial is stopped early, so all must complete."""
     settings = [f"{recipe}.precision={precision}" for recipe in ("recipe", "teacher_recipe")]
     return resolve(find("ablation"), "smoke", None, [*settings, "screen.min_peers=99"])
 
@@ -229,7 +229,7 @@ def test_every_trial_of_the_smoke_ablation_completes_through_ray(
 ) -> None:
     from tune_kd.execute import ray_tune
 
-    made, place, images = driver(smoke(precision), tmp_path, share)  # half a CPU each: four find room on two
+    made, place, images = driver(smoke(precision), tmp_path, share)  # half a CPU each: four fit on two
     ray_tune.run_on_ray(made, place, slots=round(1 / share), beat=lambda: None, data=images)
     rows = list(made.rows.values())
     assert [row["error"] for row in rows if row["status"] != "completed"] == []
@@ -238,7 +238,7 @@ def test_every_trial_of_the_smoke_ablation_completes_through_ray(
 
 
 def test_a_trial_that_needs_more_than_its_share_is_tried_again_with_twice_the_share(tmp_path: Path) -> None:
-    """One that reserves 60 % of the memory does not fit into half of it, and does into all."""
+    """A trial that reserves 60 % of the memory fits into all of it, but not into half."""
     made, place, _ = driver(smoke("tf32"), tmp_path, 0.5)
     shares: list[float] = []
     total = torch.cuda.get_device_properties(GPU).total_memory
@@ -264,7 +264,7 @@ def test_a_trial_that_needs_more_than_its_share_is_tried_again_with_twice_the_sh
 def test_a_probe_measures_both_kinds_of_trials_and_the_next_run_takes_what_it_found(
     mode: str, one_stem: Study, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of tiny trials, so the shares say nothing; memory is that of a process with CUDA."""
+    """The trials are tiny, so the shares mean nothing. Memory is that of a process with CUDA."""
     monkeypatch.setattr(gpu_probe, "WORTH_SECONDS", 0.0)
     images = datasets.load("digits", train=60, validation=20, test=20)
     said: list[str] = []
@@ -285,7 +285,7 @@ SERVED = "from tune_kd.execute import mps; print(mps.serves())"
 
 @pytest.mark.skipif(shutil.which(MPS) is None, reason=f"needs {MPS}")
 def test_mps_is_seen_where_it_serves_and_not_where_it_does_not(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Each asked in a process of its own, as the nodes of a cluster are."""
+    """Each in a process of its own, like the nodes of a cluster."""
     folder = tmp_path_factory.mktemp("mps")
     environment = {**os.environ, "CUDA_MPS_PIPE_DIRECTORY": str(folder / "pipe"), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
     (folder / "pipe").mkdir()

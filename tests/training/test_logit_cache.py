@@ -1,4 +1,4 @@
-"""The table of answers: each chunk once, whoever asks, and never a damaged one."""
+"""The logit cache: each chunk is computed once, whoever asks, and a damaged chunk is never returned."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ from tune_kd.training import logit_cache
 from tune_kd.training.logit_cache import LogitCache, damaged
 
 ROWS, CLASSES = 40, 3
-KINDS = {torch.float32: ("logits.f32", 4), torch.bfloat16: ("logits.bf16", 2)}  # the file, and bytes of a number
+KINDS = {torch.float32: ("logits.f32", 4), torch.bfloat16: ("logits.bf16", 2)}  # file, and bytes per number
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def logits(rows: range) -> Tensor:
 
 
 class Counted:
-    """Computes what `logits` does, in a type, and remembers for which rows."""
+    """Computes `logits` in a type, and records the requested rows."""
 
     def __init__(self, seconds: float = 0.0, kind: torch.dtype = torch.float32) -> None:
         self.asked: list[range] = []
@@ -38,7 +38,7 @@ class Counted:
 
     def __call__(self, rows: range) -> Tensor:
         self.asked.append(rows)
-        time.sleep(self.seconds)  # so that others come meanwhile
+        time.sleep(self.seconds)  # so that others ask meanwhile
         return logits(rows).to(self.kind)
 
 
@@ -68,7 +68,7 @@ def test_several_who_ask_at_once_share_the_work(tmp_path: Path) -> None:
     assert all(torch.equal(each, logits(range(ROWS))) for each, _ in found)
     assert sum(computed for _, computed in found) == ROWS
     assert sorted(rows.start for worker in workers for rows in worker.asked) == [0, 16, 32]
-    assert all(worker.asked for worker in workers)  # nobody waited for what was free
+    assert all(worker.asked for worker in workers)  # nobody waited while a chunk was free
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,7 +101,7 @@ def test_a_damaged_chunk_is_computed_again_to_the_same_bits_and_the_others_are_n
 
 
 def _answer_and_die(folder: str) -> None:
-    """Answers a chunk, and is killed within the next."""
+    """Computes one chunk, and is killed during the next."""
     logit_cache.CHUNK = 16
 
     def compute(rows: range) -> Tensor:
@@ -150,7 +150,7 @@ def test_every_number_of_bfloat16_comes_back_as_it_is_and_float16_would_have_los
     cache = LogitCache(tmp_path, count, 16, lambda rows: values[rows.start : rows.stop], torch.bfloat16)
     found, _ = cache.take(torch.arange(count))
     assert found.dtype == torch.float32
-    assert torch.equal(found.view(torch.int32), values.float().view(torch.int32))  # also the signs of zeros
+    assert torch.equal(found.view(torch.int32), values.float().view(torch.int32))  # including the signs of zeros
     lost = found != found.half().float()
     size = found.abs()
     assert bool(lost[size > 65504].all()) and not lost[(size >= 2**-14) & (size <= 65504)].any()

@@ -1,4 +1,4 @@
-"""The training loop: what must be equal to the bit, and what must not happen."""
+"""The training loop: results that must be bitwise equal, and faults that must not happen."""
 
 from dataclasses import asdict, replace
 from itertools import islice
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_a_resumed_trial_equals_an_uninterrupted_one_bit_for_bit(
     method: str, killed_after: int, width: float, pixels: DataSet, teacher: Teacher, tmp_path: Path
 ) -> None:
-    """At width 0.125 channels lie last in memory, and what a checkpoint gives back must too."""
+    """At width 0.125 the layout is channels last, and a restored checkpoint must keep it."""
     one = trial("none", width=width) if method == "none" else distilling(method, teacher)
     with_teacher = None if method == "none" else teacher
     whole = run(one, pixels, with_teacher, tmp_path / "whole")
@@ -43,7 +43,7 @@ def test_a_resumed_trial_equals_an_uninterrupted_one_bit_for_bit(
     before = list(islice(begun, killed_after))
     begun.close()
     after = run(one, pixels, with_teacher, tmp_path / "cut", acknowledged=killed_after - 1)
-    # The epoch that was not acknowledged comes again from the checkpoint; the others are computed.
+    # The unacknowledged epoch is yielded again from the checkpoint. The others are computed.
     assert [exact(epoch) for epoch in before[:-1] + after] == [exact(epoch) for epoch in whole]
     assert whole[-1].outcome is not None
     assert whole[-1].outcome.weights_digest == after[-1].outcome.weights_digest  # type: ignore[union-attr]
@@ -78,12 +78,12 @@ def test_only_every_kth_epoch_and_the_last_is_validated_and_the_training_stays_t
 def test_a_trial_that_is_resumed_between_two_validations_equals_an_uninterrupted_one_bit_for_bit(
     killed_after: int, pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The third epoch is made the best: its weights must outlast the epochs after it."""
+    """The third epoch is made the best one. Its weights must survive the later epochs."""
     monkeypatch.setattr(training, "_validate", lambda epoch, *_: (1.0 / epoch, 1.0))
     one = seldom(7, 3)
     whole = run(one, pixels, None, tmp_path / "whole")
     checkpoints = Checkpoints(tmp_path / "cut")
-    for until in (killed_after, killed_after + 1):  # what was resumed is saved again, and must be whole as well
+    for until in (killed_after, killed_after + 1):  # a resumed trial saves again, and that must be complete, too
         begun = train(one, pixels, None, device=CPU, checkpoints=checkpoints, checkpoint_every=0.0, acknowledged=0)
         before = list(islice(begun, until))
         begun.close()
@@ -130,8 +130,8 @@ def test_a_trial_that_is_to_leave_writes_its_state_first(pixels: DataSet, tmp_pa
 @pytest.mark.parametrize(
     ("note", "error", "says"),
     [
-        ("teacher_digest", TeacherChanged, "was trained with a teacher of the digest 0{16}"),
-        ("trial_id", CorruptFile, "the checkpoint is of the trial 0{64}"),
+        ("teacher_digest", TeacherChanged, "was trained with a teacher with digest 0{16}"),
+        ("trial_id", CorruptFile, "the checkpoint belongs to trial 0{64}"),
     ],
 )
 def test_nothing_goes_on_from_a_state_that_another_teacher_or_trial_had_a_part_in(
@@ -153,7 +153,7 @@ def test_a_teacher_is_not_published_from_a_state_before_its_last(pixels: DataSet
     list(train(as_teacher(trial("none"), 3), pixels, None, device=CPU, checkpoints=checkpoints, checkpoint_every=0.0))
     newest = max(tmp_path.glob("*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-1])
-    with pytest.raises(CorruptFile, match="is not what was written"):
+    with pytest.raises(CorruptFile, match="is missing or damaged"):
         best_weights(checkpoints)
 
 
@@ -252,7 +252,7 @@ def test_projections_are_trained_clipped_and_saved_with_the_student(
     assert len(names) == 4
     assert all(not torch.equal(first[0][name], last[0][name]) for name in names)
     students = len([name for name in last[0] if name.startswith("momentum.")])
-    assert set(clipped) == {students}  # all that the optimizer moves, projections among them
+    assert set(clipped) == {students}  # all parameters of the optimizer, including projections
     assert students == len(list(training.networks.build("resnet18", stem="cifar", classes=2, seed=0).parameters())) + 4
 
 
@@ -316,13 +316,13 @@ CURVES = {
     "logit": [7.513437, 6.819581, 6.260706, 6.026689],
     "feature": [34.910326, 34.885734, 34.587718, 34.676872],
 }
-"""Training losses of four epochs at seed 1, as the first version of the loop had them."""
+"""Training losses of four epochs at seed 1, from the first version of the loop."""
 
 
 @pytest.mark.parametrize("method", CURVES)
 def test_a_seeded_loss_curve_is_what_it_was(method: str, tmp_path: Path) -> None:
-    """A small learning rate and 8 channels, so that rounding does not grow: processors of other kinds (SSE4.1, AVX2,
-    AVX-512, which one can have with ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY) differ by 1.4e-4 at most."""
+    """A small learning rate and 8 channels keep rounding errors small: SSE4.1, AVX2 and AVX-512 (to be set with
+    ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY) differ by at most 1.4e-4."""
     digits, width = datasets.load("digits", train=256, validation=50, test=50), 0.125
     taught = as_teacher(trial("none", width=width))
     net = training.networks.build("resnet50", stem="cifar", classes=10, width=width, seed=9)
@@ -335,7 +335,7 @@ def test_a_seeded_loss_curve_is_what_it_was(method: str, tmp_path: Path) -> None
 
 
 def test_bfloat16_changes_logits_and_gradients_of_a_step_by_its_rounding() -> None:
-    """bfloat16 keeps 8 bits: a product is right to 0.4 %, twenty layers of them to a few per cent."""
+    """bfloat16 keeps 8 bits: a product is accurate to 0.4 %, and twenty layers to a few per cent."""
     digits = datasets.load("digits")
     images, labels = prepare(digits.train.images[:64], digits), digits.train.labels[:64]
 

@@ -1,4 +1,4 @@
-"""Losses that a study brings, in a process that trains: the same numbers as a built-in one, also after a break."""
+"""A study's own losses in a training process: the same numbers as a built-in loss, also after a resume."""
 
 import sys
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ class Remembers(nn.Module):
         self.bank[batch.index] = batch.student_logits.detach()
         return (batch.student_logits - before).pow(2).mean() + batch.progress * batch.student_logits.mean()
 
-class Reuses(nn.Module):  # as SimKD (Chen et al. 2022): the teacher's classifier on mapped features
+class Reuses(nn.Module):  # like SimKD (Chen et al. 2022): the teacher's classifier on mapped features
     def __init__(self, context):
         super().__init__()
     def student(self, net, context):
@@ -83,7 +83,7 @@ class Shares(nn.Module):  # the mapping is a part of the student and of the loss
     def forward(self, batch):
         return (self.map(batch.student_embedding) - batch.teacher_embedding).pow(2).mean()
 
-class Alone(Shares):  # the same, where the loss holds no module of its own
+class Alone(Shares):  # the same, if the loss has no module of its own
     def __init__(self, context):
         super().__init__(context)
         self.held = [self.map]
@@ -109,7 +109,7 @@ class WithTheClassifier(nn.Module):
 
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
-    """What is imported here is no module of the tests that follow."""
+    """Modules that are imported here are removed before the next test."""
     with losses.brought([]):
         yield
 
@@ -146,7 +146,7 @@ def test_a_resumed_trial_equals_an_uninterrupted_one_bit_for_bit(
 ) -> None:
     each = two_epochs(with_loss(distilling("logit", teacher), name))
     whole = run(each, pixels, teacher, tmp_path / "whole")
-    torch.rand(3)  # what else is drawn must not matter
+    torch.rand(3)  # other random draws must not matter
     cut = interrupted(each, pixels, teacher, tmp_path / "cut")
     assert [exact(epoch) for epoch in cut] == [exact(epoch) for epoch in whole]
     states = [Checkpoints(tmp_path / name).load() for name in ("whole", "cut")]
@@ -198,7 +198,7 @@ def test_dropout_draws_anew_in_each_epoch(pixels: DataSet, teacher: Teacher, tmp
 
 
 def test_copies_are_private_have_the_digest_in_their_name_and_do_not_stay() -> None:
-    """A worker is killed without a chance to remove what it left."""
+    """A killed worker has no chance to remove its files."""
     own = code("KD", extra="""
 import os
 MODE, FILES = os.stat(os.path.dirname(__file__)).st_mode, os.listdir(os.path.dirname(__file__))
@@ -233,7 +233,7 @@ def test_an_installed_module_that_is_another_one_here_is_refused(
     there = Code("A", "installed_there", (("installed_there.py", b"class A: pass\n"),))
     bring([there])
     other = replace(there, files=(("installed_there.py", b"class A: x = 1\n"),))
-    with pytest.raises(RuntimeError, match="not the file with which the study was planned"):
+    with pytest.raises(RuntimeError, match="differs from the file that the study was planned with"):
         bring([other])
 
 

@@ -1,4 +1,4 @@
-"""Losses of the methods, against published values, formulas written out in numpy, and laws."""
+"""Losses of the methods, checked against published values, formulas in NumPy, and invariances."""
 
 import importlib
 import re
@@ -92,7 +92,7 @@ def test_kd_at_a_high_temperature_is_half_the_mean_square_between_centred_logits
     student, teacher = (values - values.mean(axis=1, keepdims=True) for values in pair)
     limit = np.mean((student - teacher) ** 2) / 2
     ours = logit.kd(*map(torch.from_numpy, pair), temperature=1e5)
-    # The next term is smaller by a factor of about |logits| / T; below 1e-5 rounding is seen, times T^2.
+    # The next term is smaller by a factor of about |logits| / T. Below 1e-5 rounding shows, times T^2.
     assert ours.item() == pytest.approx(limit, rel=2e-3, abs=1e-4)
 
 
@@ -167,7 +167,7 @@ def test_the_cosine_part_ignores_the_scale_of_the_student():
     ("compare", "student", "teacher", "message"),
     [
         (lambda s, t: logit.kd(s, t, 4), (8, 10), (8, 1), "[8, 10]; expected the teacher's, [8, 1]"),
-        (lambda s, t: logit.kd(s, t, 4), (10,), (10,), "[10]; expected the teacher's, [10], of axes [B, K]"),
+        (lambda s, t: logit.kd(s, t, 4), (10,), (10,), "[10]; expected the teacher's, [10], with axes [B, K]"),
         (lambda s, t: metrics.kl(s, t, 4), (8, 10), (4, 10), "[8, 10]; expected the teacher's, [4, 10]"),
         (metrics.agreement, (8, 10), (1, 10), "[8, 10]; expected the teacher's, [1, 10]"),
         (
@@ -206,7 +206,7 @@ def test_projections_have_no_bias_and_map_student_channels_to_teacher_channels()
 
 
 def test_networks_of_different_numbers_of_stages_are_refused():
-    with pytest.raises(UserError, match="the teacher has 1 stages; the student has 2"):
+    with pytest.raises(UserError, match="the teacher has 1 stages and the student 2;"):
         feature.Feature(context(taps(8, 16), taps(32)))
 
 
@@ -230,7 +230,7 @@ def test_every_loss_takes_settings_that_its_method_declares():
 
 @pytest.mark.parametrize("name", [name for name, method in built_in().items() if method.loss])
 def test_no_loss_reads_a_value_or_makes_a_shape_of_one(name):
-    """Either would synchronize, and could not be captured as a CUDA graph."""
+    """Both would synchronize, and a CUDA graph cannot capture them."""
     method, labels = built_in()[name], torch.tensor([0, 1, 2, 1, 0, 2])
     kind = loss_class(method)
     fixed = {each: value for each, value in method.defaults.items() if each not in step_settings(kind)}

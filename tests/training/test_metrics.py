@@ -1,4 +1,4 @@
-"""Agreement, divergence and calibration, against cases worked by hand and plain loops."""
+"""Agreement, divergence and calibration, checked against cases worked by hand and plain loops."""
 
 import numpy as np
 import pytest

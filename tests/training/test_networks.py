@@ -1,4 +1,4 @@
-"""Networks: their sizes, where their initial weights come from, and the features that KD compares."""
+"""Networks: their sizes, the sources of their initial weights, and the features that KD compares."""
 
 import hashlib
 import io
@@ -107,7 +107,7 @@ def test_a_network_inside_another_yields_what_it_does_alone_and_the_same_gradien
     net, twin = (small(architecture=architecture) for _ in range(2))
     alone, inside = networks.passing(net, needs), networks.passing(wrapped := torch.nn.Sequential(twin), needs)
     images = torch.rand(4, 3, 16, 16)
-    for _ in range(2):  # the second time, what was kept of the first is replaced
+    for _ in range(2):  # the second pass must replace the values of the first
         expected, passed = alone(net, images), inside(wrapped, images)
         assert len(passed.before_relu) == (4 if needs == "before_relu" else 0)
         tensors = [parts(each) for each in (expected, passed)]
@@ -147,7 +147,7 @@ def parts(passed):
 
 
 def test_a_batch_norm_that_follows_no_convolution_is_not_folded():
-    with pytest.raises(RuntimeError, match="1 follows no convolution"):
+    with pytest.raises(RuntimeError, match="1 does not follow a convolution"):
         networks.folded(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.BatchNorm2d(3)).eval())
 
 
@@ -162,7 +162,7 @@ def test_logits_beside_features_are_exactly_those_of_the_network(stem, training)
 
 
 def test_returned_features_are_what_the_stages_put_out():
-    # Guards against a later in-place ReLU or addition writing into a feature that was handed out.
+    # Guards against a later in-place ReLU or addition that changes a returned feature.
     net = small().eval()
     seen = []
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
@@ -185,7 +185,7 @@ def test_seeds_give_different_weights():
 
 
 def test_the_weights_of_a_seed_are_pinned():
-    # An id of a trial does not hold what a seed draws, so a change of the stream would mix two populations.
+    # A trial's id does not cover the random numbers of a seed, so a changed stream would mix two populations.
     net = small(seed=0)
     drawn = [net.conv1.weight[0, 0, 0, 0].item(), net.fc.weight[0, 0].item()]
     assert drawn == pytest.approx([-0.15533717, 0.0019571036], rel=1e-5)
@@ -207,7 +207,7 @@ def test_initialisation_is_torchvision_scheme(stem):
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
             scaled = module.weight * (fan_out / 2) ** 0.5
-            # A sample of n normal draws has a deviation of 1 within 1/sqrt(2n); five of those.
+            # The standard deviation of n normal draws is 1 with a standard error of 1/sqrt(2n); five of those.
             assert scaled.std().item() == pytest.approx(1, abs=5 / (2 * scaled.numel()) ** 0.5)
             assert scaled.mean().item() == pytest.approx(0, abs=5 / scaled.numel() ** 0.5)
         elif isinstance(module, nn.BatchNorm2d):
@@ -262,7 +262,7 @@ def test_importing_models_does_not_import_torchvision():
 
 @pytest.fixture
 def torch_home(tmp_path, monkeypatch) -> Path:
-    """A place of its own for weights, and no network: nothing listens on port 1."""
+    """A separate folder for weights, and no network: nothing listens on port 1."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setitem(NAMED, "hash", "0123abcd")
@@ -270,7 +270,7 @@ def torch_home(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-NAMED = {"hash": ""}  # the digest that the published file's name carries
+NAMED = {"hash": ""}  # the digest in the published file's name
 
 
 def save(state) -> Path:
@@ -280,7 +280,7 @@ def save(state) -> Path:
 
 
 def put(content: bytes) -> Path:
-    """A file as if it had been published so."""
+    """Write a file as if it were the published one."""
     NAMED["hash"] = hashlib.sha256(content).hexdigest()[:8]
     file = networks.imagenet_file("resnet18")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -293,7 +293,7 @@ def test_weights_that_are_not_those_of_their_name_are_refused(torch_home, publis
     content = bytearray(file.read_bytes())
     content[-1000] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"has a SHA-256 of .* is published; remove it to have it fetched"):
+    with pytest.raises(UserError, match=r"has SHA-256 .*; expected .*; remove it, and it is downloaded again"):
         networks.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
 
 
@@ -340,8 +340,8 @@ def test_without_network_the_message_says_which_file_to_put_where(torch_home):
         networks.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
     file = torch_home / "hub" / "checkpoints" / "resnet18-0123abcd.pth"
     message = str(caught.value)
-    assert "could not be fetched from http://127.0.0.1:1/" in message
-    assert f"get {file.name} on a machine that can, and put it at {file}" in message
+    assert "could not be downloaded from http://127.0.0.1:1/" in message
+    assert f"download {file.name} on another machine, and copy it to {file}" in message
     assert not list(file.parent.iterdir())
 
 
@@ -349,8 +349,8 @@ def test_a_place_for_weights_that_cannot_be_written_to_is_told_with_what_moves_i
     (torch_home / "hub").write_text("in the way")
     with pytest.raises(UserError) as caught:
         networks.fetch_imagenet("resnet18")
-    kept = f"are to be kept in {torch_home}/hub/checkpoints"
-    assert f"{kept}, which cannot be written to (Not a directory); set TORCH_HOME" in str(caught.value)
+    kept = f"cannot be stored in {torch_home}/hub/checkpoints"
+    assert f"{kept} (Not a directory); set TORCH_HOME to a writable folder" in str(caught.value)
 
 
 def test_a_download_is_kept_only_if_its_hash_is_that_of_its_name(torch_home, monkeypatch):
@@ -360,7 +360,7 @@ def test_a_download_is_kept_only_if_its_hash_is_that_of_its_name(torch_home, mon
     right = hashlib.sha256(content).hexdigest()[:8]
 
     def url(architecture: str) -> str:
-        # A file: URL whose name carries the hash, as torchvision's do.
+        # A file: URL with the hash in its name, like torchvision's URLs.
         link = torch_home / f"{architecture}-{right if architecture == 'resnet18' else '00000000'}.pth"
         link.write_bytes(content)
         return link.as_uri()
@@ -384,14 +384,11 @@ def without(state, name):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda state: without(state, "bn1.bias"), "lacks weights of resnet18: 1 of them, the first being bn1.bias"),
-        (
-            lambda state: state | {"extra": torch.ones(1)},
-            "that resnet18 does not have: 1 of them, the first being extra",
-        ),
+        (lambda state: without(state, "bn1.bias"), "lacks weights of resnet18: 1 in all, the first is bn1.bias"),
+        (lambda state: state | {"extra": torch.ones(1)}, "that resnet18 does not have: 1 in all, the first is extra"),
         (
             lambda state: state | {"bn1.bias": torch.ones(3)},
-            "another shape than resnet18's: 1 of them, the first being bn1.bias (got (3,), expected (64,))",
+            "another shape than resnet18's: 1 in all, the first is bn1.bias (got (3,), expected (64,))",
         ),
         (lambda state: torch.ones(3), "holds a Tensor; expected a dict of tensors by name"),
         (lambda state: state | {"bn1.bias": Path("x")}, "cannot be read as weights (UnpicklingError)"),
@@ -415,7 +412,7 @@ def test_an_unreadable_file_is_named(torch_home, content):
 
 @pytest.mark.parametrize(("width", "last"), [(1.0, True), (0.125, True), (0.0625, False)])
 def test_channels_lie_last_on_the_cpu_only_where_they_come_in_eights(width: float, last: bool) -> None:
-    """With 4 channels the gradient of torch 2.15 corrupts memory in that layout."""
+    """With 4 channels, torch 2.15's gradient corrupts memory in that layout."""
     net = networks.build("resnet18", stem="cifar", classes=10, width=width, seed=0)
     networks.to_device(net, torch.device("cpu"))
     assert net.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last) == last

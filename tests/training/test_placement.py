@@ -1,4 +1,4 @@
-"""Everything that a GPU computes with is on it: played on a CPU, where this fails as it would on a GPU."""
+"""All inputs of a GPU's computations are on that GPU. Simulated on a CPU, with the failures of a real GPU."""
 
 import math
 import subprocess
@@ -54,7 +54,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """A played GPU, and nothing kept of it."""
+    """A simulated GPU. Nothing of it is kept afterwards."""
     monkeypatch.setattr(Captured, "given_up", set())
     on_device.cache_clear()
     stepping._idle.clear()
@@ -65,11 +65,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 
 def check_judged(method: str, whole: list[Epoch], resumed: list[Epoch]) -> None:
-    """A trial's epochs without a break and with one: the same, finite, and compared with the teacher."""
+    """A trial's epochs, uninterrupted and resumed: equal, finite, and compared with the teacher."""
     assert [exact(row) for row in resumed] == [exact(row) for row in whole]
     outcome = whole[-1].outcome
     assert outcome is not None and outcome.peak_memory_bytes
-    assert outcome.fast_paths == (None if method == "none" else "folded")  # no graph on a played device
+    assert outcome.fast_paths == (None if method == "none" else "folded")  # no graph on a simulated device
     compared = [outcome.agreement, outcome.kl_t1, outcome.kl_t4]
     assert [each is None for each in compared] == [method == "none"] * 3
     assert all(math.isfinite(row.train_loss) for row in whole)
@@ -79,7 +79,7 @@ def check_judged(method: str, whole: list[Epoch], resumed: list[Epoch]) -> None:
 def test_a_student_of_each_method_trains_on_its_device_to_the_losses_that_it_has_on_the_cpu(
     method: str, gpu: torch.device, pixels: DataSet, tmp_path: Path
 ) -> None:
-    """But for rounding: a step on a GPU has its numbers in float32 tensors. At this width the layout is the same."""
+    """Up to rounding: a step on a GPU keeps its numbers in float32 tensors. At this width the layout is the same."""
     whole, resumed = distil(gpu, pixels, method, "cifar", tmp_path / "there", width=0.125)
     check_judged(method, whole, resumed)
     stepping._idle.clear()
@@ -133,7 +133,7 @@ def test_a_teacher_answers_there_with_folded_batch_norms_in_a_cache_of_its_own(
 
 
 def untrained(device: torch.device, data: DataSet, folder: Path) -> Teacher:
-    """A small teacher of random weights, which answers as well as a trained one."""
+    """A small teacher with random weights, which serves as well as a trained one."""
     taught = as_teacher(trial("none"))
     taught = replace(taught, cell=replace(taught.cell, teacher="resnet18"))
     net = networks.build("resnet18", stem="cifar", classes=len(data.classes), width=taught.cell.width, seed=3)
@@ -142,7 +142,7 @@ def untrained(device: torch.device, data: DataSet, folder: Path) -> Teacher:
 
 
 def answering_in(teacher: Teacher, precision: str) -> Teacher:
-    """The teacher, as one that was trained in a precision."""
+    """The teacher, as if it had been trained in a precision."""
     taught = teacher.card.trial
     other = replace(taught, recipe=replace(taught.recipe, precision=precision))
     return replace(teacher, card=replace(teacher.card, trial=other))
@@ -205,7 +205,7 @@ def test_a_teacher_that_answers_many_views_is_compiled_with_a_cache_of_its_own(
     monkeypatch.setattr(torch, "compile", compile_)
     notices.take()
     assert torch.equal(teacher.test_logits(), expected)
-    told = ["a teacher's answers cannot be compiled here (no compiler), so a slower way is used"]
+    told = ["a teacher's answers cannot be compiled here (no compiler); falling back to a slower path"]
     assert notices.take() == (told if fails else [])
     assert calls == [len(expected)] * (1 if fails else 2)  # tried once
     assert len(list((teacher.home / "answers").iterdir())) == 2
@@ -229,7 +229,7 @@ def test_a_teacher_that_cannot_be_folded_answers_as_it_is_and_says_so_once(
     gpu: torch.device, pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuses(net: torch.nn.Module) -> None:
-        raise RuntimeError("bn1 follows no convolution")
+        raise RuntimeError("bn1 does not follow a convolution")
 
     monkeypatch.setattr(notices, "_told", set())
     monkeypatch.setattr(networks, "folded", refuses)
@@ -238,8 +238,8 @@ def test_a_teacher_that_cannot_be_folded_answers_as_it_is_and_says_so_once(
         whole, _ = distil(gpu, pixels, method, "cifar", tmp_path / method)
         assert whole[-1].outcome is not None and whole[-1].outcome.fast_paths is None
     told = [each for each in notices.take() if "folded" in each]
-    assert told == ["a teacher's batch norms cannot be folded into its convolutions here (bn1 follows no convolution); "
-                    "it answers as it is, which is slower"]  # fmt: skip
+    assert told == ["a teacher's batch norms cannot be folded into its convolutions here (bn1 does not follow a "
+                    "convolution); falling back to the unfolded teacher, which is slower"]  # fmt: skip
 
 
 def test_a_student_that_cannot_be_compiled_trains_as_it_is_and_says_so_once(
@@ -260,7 +260,7 @@ def test_a_student_that_cannot_be_compiled_trains_as_it_is_and_says_so_once(
         whole, _ = distil(gpu, pixels, "none", "cifar", tmp_path / name, precision="bfloat16")
         assert whole[-1].outcome is not None and whole[-1].outcome.fast_paths is None
     told = [each for each in notices.take() if "compiled" in each]
-    assert told == ["a student cannot be compiled here (no compiler), so a slower way is used"]
+    assert told == ["a student cannot be compiled here (no compiler); falling back to a slower path"]
 
 
 @pytest.mark.parametrize("method", ["feature", "logit"])
@@ -290,11 +290,11 @@ def test_the_plain_loop_of_the_benchmark_trains_there_too(gpu: torch.device) -> 
 
 @pytest.fixture
 def small(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Benchmarks of a GPU on few images and small networks, on the played one. What is compiled stays as it is."""
+    """GPU benchmarks with few images and small networks, on the simulated GPU. Nothing is compiled."""
     benchmark.dataset.cache_clear()
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr("torch.compiler.reset", lambda: None)
-    monkeypatch.setattr("gc.collect", lambda: 0)  # of all that the tests before have imported
+    monkeypatch.setattr("gc.collect", lambda: 0)  # slow after the imports of earlier tests
     for module in (benchmark, levers):
         monkeypatch.setattr(module, "WIDTH", WIDTH)
     for name, value in {"IMAGES": 8, "VALIDATION": 4, "matrix_rate": RATES[0], "bandwidth": RATES[1]}.items():
@@ -307,7 +307,7 @@ def small(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def briefly(lever: levers.Lever) -> levers.Lever:
-    """The same in at most two steps and students."""
+    """The same with at most two steps and students."""
     return replace(lever, steps=min(2, lever.steps), students=min(2, lever.students))
 
 
@@ -322,12 +322,12 @@ def briefly(lever: levers.Lever) -> levers.Lever:
 def test_every_lever_is_measured_there(
     tried: Sequence[levers.Lever], small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is compiled stays as it is, and nothing is captured; the kernels' own tests run them."""
+    """Nothing is compiled or captured. The kernels have tests of their own."""
     kernels: list[torch.nn.Module] = []
     monkeypatch.setitem(sys.modules, "benchmarks.triton_norm", SimpleNamespace(replace_norms=kernels.append))
     monkeypatch.setattr(levers, "LEVERS", tried)
     monkeypatch.setattr(levers, "BESIDE", ())
-    monkeypatch.setattr(benchmark, "IMAGES", max(8, 2 * max(each.steps for each in tried)))  # two a batch
+    monkeypatch.setattr(benchmark, "IMAGES", max(8, 2 * max(each.steps for each in tried)))  # two per batch
     budget = Budget(1e9)
     found = list(attempted(levers.rows(budget, processes_here), budget))
     assert [each.error for each in found] == [""] * len(tried)
@@ -351,7 +351,7 @@ def test_the_table_of_a_gpu_is_measured_there(small: None, monkeypatch: pytest.M
 def test_the_rates_of_a_benchmark_are_those_of_the_device(rate: Callable[..., float], gpu: torch.device) -> None:
     before = busy[0]
     assert rate(gpu) > 0
-    assert busy[0] - before >= 3  # one to warm up, two at least that are timed or made like others
+    assert busy[0] - before >= 3  # one warm-up, and at least two that are timed or made like others
 
 
 def test_what_a_step_reads_anew_is_on_the_device_where_a_captured_step_finds_it(
@@ -385,7 +385,7 @@ def test_a_study_runs_to_its_end_on_a_share_of_the_device_and_says_once_what_it_
 
 @pytest.mark.slow
 def test_each_move_to_the_device_is_missed_when_it_is_taken_out() -> None:
-    """About 40 of them, each in a process of its own: eight minutes."""
+    """About 40 moves, each in a process of its own: eight minutes."""
     done = subprocess.run([sys.executable, str(Path(__file__).parents[1] / "moves.py")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("\nnoticed  ") >= 30

@@ -1,4 +1,4 @@
-"""RKD, against a published value, its formula in numpy, and laws."""
+"""RKD, checked against a published value, its formula in NumPy, and invariances."""
 
 import re
 
@@ -79,7 +79,7 @@ def test_only_the_student_gets_a_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_embeddings_give_gradients_of_an_ordinary_size(dtype):
-    """An epsilon in place of the length 0 would give gradients of 1e12."""
+    """Replacing a length of 0 by an epsilon would give gradients of 1e12."""
     student = STUDENT_EMBEDDING.to(dtype).clone()
     apart = student.clone().requires_grad_()
     loss(apart, TEACHER_EMBEDDING.to(dtype)).backward()

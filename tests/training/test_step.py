@@ -1,4 +1,4 @@
-"""The step of training: what it shows, what is kept of it between trials, and how it runs on a GPU."""
+"""The training step: the images it sees, its reuse by the next trial, and how it runs on a GPU."""
 
 from dataclasses import replace
 from itertools import islice
@@ -33,7 +33,7 @@ def test_arms_at_one_seed_start_from_the_same_weights_and_see_the_same_images(
 
     monkeypatch.setattr(stepping, "prepare", watched)
     for name, each in {"none": trial("none"), "feature": distilling("feature", teacher)}.items():
-        torch.manual_seed(len(name))  # what the global generator holds must not matter
+        torch.manual_seed(len(name))  # the state of the global generator must not matter
         run(each, pixels, teacher if each.teacher_id else None, tmp_path / name)
     assert len(seen["none"]) == len(seen["feature"])
     assert all(torch.equal(one, other) for one, other in zip(seen["none"], seen["feature"], strict=True))
@@ -51,7 +51,7 @@ def test_a_trial_does_not_depend_on_what_its_process_did_before(
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
-    """Every step is worth keeping, as on a GPU; lists those that were made."""
+    """Keep every step, as on a GPU. Lists the steps that were created."""
     made: list[Step] = []
     make = Step.__init__
 
@@ -66,7 +66,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
 
 
 def others(method: str, teacher: Teacher) -> tuple[Trial, Trial]:
-    """Two trials that share a step, and differ in all that they may differ in."""
+    """Two trials that can share a step, and differ in everything else."""
     one = trial(method) if method == "none" else distilling(method, teacher)
     numbers = {"none": {}, "logit": {"temperature": 2.0, "alpha": 0.3}, "feature": {"beta": 0.1, "alpha": 0.3}}
     cell = replace(one.cell, **numbers[method])
@@ -124,7 +124,7 @@ def test_what_is_baked_into_a_step_asks_for_another(
     run(one, pixels, None, tmp_path / "one")
     run(replace(one, recipe=replace(one.recipe, **change)), pixels, None, tmp_path / "other")
     assert len(kept) == 2
-    assert list(stepping._idle.values()) == kept[1:]  # the memory of the first was given back
+    assert list(stepping._idle.values()) == kept[1:]  # the memory of the first was freed
 
 
 def test_a_trial_that_failed_leaves_no_step(pixels: DataSet, tmp_path: Path, kept: list[Step]) -> None:

@@ -1,4 +1,4 @@
-"""Teachers: published whole, checked when loaded, asked once."""
+"""Teachers: published atomically, verified when loaded, computed once per view."""
 
 import shutil
 import threading
@@ -45,7 +45,7 @@ DRAWS = ((1, 3), (2, 3))  # two seeds of three epochs
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A folder of teachers that holds one."""
+    """A folder of teachers with one teacher."""
     net = build("resnet18", stem="cifar", classes=2, width=0.0625, seed=3)
     publish_teacher(tmp_path, TAUGHT, net.state_dict(), [EPOCH])
     return tmp_path
@@ -68,11 +68,11 @@ def test_a_published_teacher_is_adopted_with_its_epochs(home: Path) -> None:
 @pytest.mark.parametrize(
     ("epochs", "words"),
     [
-        ([EPOCH], "has 1 epochs, and the teacher of this study 2;"),
-        ([EPOCH, EPOCH], "has 2 epochs, and the teacher of this study 2;"),
-        ([EPOCH, replace(EPOCH, epoch=2, outcome=None)], "has not one outcome, of the last epoch,"),
-        ([EPOCH, replace(EPOCH, epoch=2)], "has not one outcome, of the last epoch,"),
-        ([], "has 0 epochs,"),
+        ([EPOCH], "has 1 epochs; this study's teacher has 2;"),
+        ([EPOCH, EPOCH], "has 2 epochs; this study's teacher has 2;"),
+        ([EPOCH, replace(EPOCH, epoch=2, outcome=None)], "must have one outcome, at its last epoch,"),
+        ([EPOCH, replace(EPOCH, epoch=2)], "must have one outcome, at its last epoch,"),
+        ([], "has 0 epochs;"),
         ([replace(EPOCH, outcome=None), replace(EPOCH, epoch=2)], None),
     ],
 )
@@ -91,7 +91,7 @@ def test_a_card_of_other_epochs_than_the_trials_keeps_a_teacher_from_being_adopt
 
 def test_a_card_of_another_trial_keeps_a_teacher_from_being_adopted(home: Path) -> None:
     altered(home / TAUGHT.trial_id / "card.json", lambda record: record["trial"].update(seed=10))
-    assert "is of trial" in str(unfit(home, TAUGHT))
+    assert "belongs to trial" in str(unfit(home, TAUGHT))
 
 
 @pytest.mark.parametrize("change", [
@@ -104,7 +104,7 @@ def test_what_is_no_card_keeps_a_teacher_from_being_adopted_and_is_told_as_any_d
     home: Path, change: Callable[[dict[str, Any]], object]
 ) -> None:
     altered(home / TAUGHT.trial_id / "card.json", change)
-    assert "is no teacher's card" in str(unfit(home, TAUGHT))
+    assert "is not a teacher's card" in str(unfit(home, TAUGHT))
     assert "card.json was altered" in str(wrong_with(home, TAUGHT.trial_id, "its weights"))
     assert published_epochs(home, TAUGHT.trial_id) is None
 
@@ -130,7 +130,7 @@ def test_a_teacher_that_was_trained_again_is_not_the_one_that_a_run_had(home: Pa
     net = build("resnet18", stem="cifar", classes=2, width=0.0625, seed=3)
     publish_teacher(home, TAUGHT, net.state_dict(), [EPOCH])
     load_teacher(home, TAUGHT.trial_id, pixels, CPU, taught="its weights")
-    with pytest.raises(TeacherChanged, match="was trained again, with other weights"):
+    with pytest.raises(TeacherChanged, match="was trained again, and its weights differ"):
         load_teacher(home, TAUGHT.trial_id, pixels, CPU, taught="others")
 
 
@@ -209,7 +209,7 @@ def test_answers_of_other_weights_or_other_preprocessing_lie_elsewhere(home: Pat
 
 
 def test_the_key_of_a_cache_on_a_cpu_never_changes(teacher: Teacher) -> None:
-    """Or all that teachers answered there would be computed again."""
+    """Otherwise all cached logits on CPUs would be computed again."""
     whose = replace(teacher, card=replace(teacher.card, weights_sha256="0" * 64))
     whose._cache("test", 1, lambda rows: teacher.data.test.images)
     (key,) = (teacher.home / "answers").iterdir()

@@ -1,6 +1,6 @@
 """Train one trial, epoch by epoch: networks, methods, teachers and their cached logits, checkpoints, devices.
 
-from tune_kd.training import Batch, Context     what a loss is made from, and what it sees
+from tune_kd.training import Batch, Context     the arguments of a loss at each step, and at its construction
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Context", "Shapes"]
 
 
-if not TYPE_CHECKING:  # where it would hide misspelt names
+if not TYPE_CHECKING:  # a type checker would accept misspelt names
 
     def __getattr__(name: str) -> Any:
         """Import late: the folder has modules that need no torch."""

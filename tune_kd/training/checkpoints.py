@@ -1,7 +1,8 @@
 """Checkpoints of unfinished trials: atomic, verified, without pickle.
 
 A checkpoint is one safetensors file, named after the epoch and the digest of its bytes, so that one rename publishes
-both. The last KEPT are kept. A file that does not match its name is renamed to `.damaged`, and the one before is used.
+both. The newest KEPT checkpoints are kept. A file whose digest does not match its name is renamed to `.damaged`, and
+the previous checkpoint is used.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from tune_kd.system.object_store import Mirror
 from tune_kd.system.overhead import spending
 
 KEPT = 2  # checkpoints
-MOST_STATE_BYTES = 2**32  # of weights or a checkpoint: twenty times torchvision's largest ResNet
+MOST_STATE_BYTES = 2**32  # limit for weights or a checkpoint: twenty times torchvision's largest ResNet
 FILE_NAME = re.compile(r"[0-9]{6,12}-[0-9a-f]{64}\.safetensors")
 _NOTES = "notes"
 
@@ -41,7 +42,7 @@ def unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         header = parsed(data[8 : 8 + int.from_bytes(data[:8], "little")])
         return load_tensors(data), parsed(header["__metadata__"][_NOTES])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CorruptFile(f"it holds no tensors with notes ({error})") from error
+        raise CorruptFile(f"it does not contain tensors with notes ({error})") from error
 
 
 class Checkpoints:
@@ -52,7 +53,7 @@ class Checkpoints:
         self._mirror = Mirror.of(folder)
 
     def save(self, epoch: int, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-        """Publish a checkpoint. A kill at any moment leaves it or the one before."""
+        """Publish a checkpoint. After a kill at any moment, either it or the previous one is intact."""
         with spending("checkpoint"):
             data = pack(tensors, notes)
             digest = hashlib.sha256(data).hexdigest()
@@ -76,7 +77,7 @@ class Checkpoints:
         return None
 
     def damaged(self) -> list[Path]:
-        """The damaged checkpoints, including those renamed before. Changes nothing."""
+        """The damaged checkpoints, including those that were already renamed. Changes no file."""
         altered = []
         for path in self._published():
             with suppress(FileNotFoundError):  # removed by a running trial
@@ -108,7 +109,7 @@ def _whole(path: Path) -> bytes | None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file has the digest of its name. Does not read it into memory."""
+    """Whether a file's digest matches its name. Does not load the file into memory."""
     try:
         return sha256(path, MOST_STATE_BYTES) == path.stem.partition("-")[2]
     except UnexpectedFile:

@@ -1,4 +1,4 @@
-"""Parts of a training step compiled with torch.compile, where that pays and works."""
+"""Compile parts of a training step with torch.compile, where that pays and works."""
 
 import hashlib
 import os
@@ -19,23 +19,23 @@ Function = Callable[..., Any]  # of tensors and tuples of them
 
 MOST_FORMS = 10**6
 COMPILING_PAYS = 10**6
-"""Images that a network trains on, or that a teacher answers, from which on it is compiled without being asked: an H100
-saved 0.17 s in 45,000 training images, and took half a minute once for all trials of a network and machine
+"""A network that trains on this many images or more is compiled by default, and so is a teacher that answers as many.
+On an H100, compiling saved 0.17 s per 45,000 training images, and took half a minute, once per network and machine
 (docs/performance.md)."""
 
 
 class Compiled:
-    """A function that uses the first of its compiled forms that works, for the shapes of its first call.
+    """A function that calls the first of its compiled forms that works, for the shapes of its first call.
 
-    `forms` are functions with a compiled part, by what is compiled, the fastest first. The first call tries them, with
-    a backward pass where a result requires a gradient, after which the `modules` and the random numbers are as they
-    were. A form that fails is not tried again in this process, with one message; where `asked`, its error is raised.
-    Where none works, and for other shapes, such as those of the last batch, `plain` is called.
+    `forms` maps the name of the compiled part to a function with that part compiled, fastest first. The first call
+    tries the forms in order, with a backward pass if a result requires a gradient. Then it restores the `modules` and
+    the random state. A form that fails is reported once and not tried again in this process. If `asked`, its error is
+    raised instead. `plain` is called if no form works, and for other shapes, such as those of the last batch.
 
-    Of processes that compile the same (`name`), one does, and the others find its work in the cache of torch.compile.
+    Of the processes that compile the same `name`, one compiles. The others load the result from torch.compile's cache.
     """
 
-    given_up: ClassVar[set[str]] = set()  # what could not be compiled in this process
+    given_up: ClassVar[set[str]] = set()  # names of the forms that failed in this process
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Compiled:
         self._modules = modules
         self._shapes: list[torch.Size] | None = None
         self._form = plain
-        self.used: str | None = None  # what is compiled; None before the first call, and where nothing is
+        self.used: str | None = None  # name of the form in use; None before the first call and if no form works
 
     def __call__(self, *inputs: Any) -> Any:
         tensors = [each for each in tree_leaves(inputs) if isinstance(each, Tensor)]
@@ -66,37 +66,37 @@ class Compiled:
             try:
                 with _unchanged(self._modules, device), _first(f"{what} {self._name}"):
                     _pass(form, inputs)
-            except Exception as error:  # of any kind: it comes from compilers
+            except Exception as error:  # compilers raise errors of any kind
                 if (full := out_of_memory(error)) is not None:
                     raise full from error
                 if self._asked:
                     raise
                 Compiled.given_up.add(what)
-                tell(f"{what} cannot be compiled here ({first_line(error)}), so a slower way is used")
+                tell(f"{what} cannot be compiled here ({first_line(error)}); falling back to a slower path")
             else:
                 self.used, self._form = what, form
                 return
 
 
 def compiled(function: Function) -> Function:
-    """The function, compiled at its first call. Its random numbers are those of the function itself."""
+    """Compile a function at its first call. It draws the same random numbers as the uncompiled function."""
     from torch._dynamo import config
 
-    # It counts the forms of a function over all networks of a process, and leaves the function as it is from the ninth.
+    # The limit counts a function's compiled forms over all networks of a process. The default, 8, would be too few.
     config.recompile_limit = config.accumulated_recompile_limit = MOST_FORMS
     return torch.compile(function, dynamic=False, options={"fallback_random": True})
 
 
 def compiling_pays(images: int, precision: str, device: torch.device) -> bool:
-    """Whether a network that sees so many images in all is compiled without being asked.
+    """Whether a network that processes this many images in total is compiled by default.
 
-    In float32 the time goes to products and convolutions, which stay the same.
+    Not in float32: most of the time goes to matrix products and convolutions, which compiling does not change.
     """
     return images >= COMPILING_PAYS and device.type == "cuda" and precision != "float32"
 
 
 def _pass(function: Function, inputs: Sequence[Any]) -> None:
-    """Call a function, and compute the gradients of what it returns."""
+    """Call a function, and run the backward pass of its results."""
     found = [each for each in tree_leaves(function(*inputs)) if isinstance(each, Tensor) and each.requires_grad]
     if found:
         torch.stack([each.float().mean() for each in found]).sum().backward()  # type: ignore[no-untyped-call]
@@ -104,7 +104,7 @@ def _pass(function: Function, inputs: Sequence[Any]) -> None:
 
 @contextmanager
 def _unchanged(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Restore parameters, buffers and random numbers at the end, and remove gradients."""
+    """Restore parameters, buffers and random state at the end, and remove gradients."""
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     before = [tensor.detach().clone() for tensor in tensors]
     try:
@@ -120,8 +120,8 @@ def _unchanged(modules: Sequence[nn.Module], device: torch.device) -> Iterator[N
 
 @contextmanager
 def _first(name: str) -> Iterator[None]:
-    """Wait for another process of this machine that compiles the same, in the folder where it leaves what it made."""
-    place = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # which a worker sets
+    """Wait for another process of this machine that compiles the same name. The lock is in Inductor's cache folder."""
+    place = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # set by a worker
     if not place:
         yield
         return

@@ -35,7 +35,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The context of a forward pass: matrix products in bfloat16 for "bfloat16", else no change.
 
     Weights and their updates stay float32. Casts are not cached: a step uses every weight once, and a captured step
-    must cast anew.
+    must cast again at each replay.
     """
     bfloat16 = precision == "bfloat16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16, cache_enabled=False)
@@ -44,8 +44,8 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def keep_freed_blocks() -> None:
     """Let glibc keep freed blocks of any size for the next step.
 
-    By default it returns blocks of megabytes to the system, which hands them out again zeroed, page by page:
-    thousands of page faults per step. Does nothing with other C libraries.
+    By default glibc returns blocks of megabytes to the system, which zeroes each page before its next use: thousands of
+    page faults per step. Does nothing with other C libraries.
     """
     trim_threshold, mmap_threshold = -1, -3  # of malloc.h
     try:
@@ -67,7 +67,7 @@ def start_measuring(device: torch.device) -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak resident memory (Linux 4.0)
     except OSError:
-        pass  # not allowed in some containers, where the peak is that of the whole process
+        pass  # not allowed in some containers; there the peak covers the whole process
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -85,12 +85,12 @@ def peak_memory(device: torch.device) -> int | None:
 class Captured:
     """A step on a GPU whose thousands of kernel launches are captured once and replayed as one CUDA graph.
 
-    The step takes tensors, returns nothing, and writes its results to tensors that live as long as it does. Inputs with
-    another shape than the first (the last batch of an epoch) are not captured. The warm-up steps train as well, so
-    capturing wastes none. After a failed capture, all such steps (`what`) of the process are launched kernel by kernel,
-    with one message. A capture that runs out of memory raises, since a larger share of the GPU may be enough.
+    The step takes tensors, returns nothing, and writes its results to tensors that live as long as the step. Inputs
+    with another shape than the first (the last batch of an epoch) are not captured. Warm-up steps train as well, so
+    none is wasted. After a failed capture, the process launches all steps of this kind (`what`) kernel by kernel, and
+    says so once. A capture that runs out of memory raises, since a larger share of the GPU may be enough.
 
-    `beside` is another step that never runs at the same time, whose memory this one uses, too.
+    `beside` is another step that never runs at the same time. Both share their memory.
     """
 
     given_up: ClassVar[set[str]] = set()  # what could not be captured in this process
@@ -135,7 +135,7 @@ class Captured:
 
     def _begin(self, inputs: tuple[Tensor, ...]) -> None:
         with self._or_give_up():
-            # The allocator keeps the memory of streams apart, so what shares memory shares the stream.
+            # The allocator keeps separate memory per stream, so steps that share memory must share a stream.
             theirs = self._beside and self._beside._stream
             self._stream = theirs or torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._inputs = [each.clone() for each in inputs]
@@ -159,7 +159,7 @@ class Captured:
                 with torch.cuda.graph(graph, pool=pool, stream=self._stream):
                     self._step(*self._inputs)
             finally:
-                torch.cuda.set_stream(before)  # older versions of torch do not, if the capture fails
+                torch.cuda.set_stream(before)  # older versions of torch do not restore it if the capture fails
             self._graph = graph
 
     @contextmanager
@@ -178,12 +178,15 @@ class Captured:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, or its name where it says nothing."""
+    """The first line of an error's message, or the error's type if the message is empty."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def out_of_memory(error: BaseException) -> torch.cuda.OutOfMemoryError | None:
-    """The out-of-memory error behind an error, since the end of a capture raises another one. None if there is none."""
+    """The out-of-memory error among an error's causes: a failed capture raises another error on top of it.
+
+    Returns None if there is none.
+    """
     found: BaseException | None = error
     while found is not None and not isinstance(found, torch.cuda.OutOfMemoryError):
         found = found.__cause__ or found.__context__

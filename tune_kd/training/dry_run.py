@@ -1,4 +1,4 @@
-"""Two steps of each loss that a study brings, on a few made images, before anything trains."""
+"""Dry run: train two steps with each loss of the study's own, on a few images of noise, before any trial starts."""
 
 import hashlib
 import inspect
@@ -32,11 +32,11 @@ STEPS = 2
 
 
 class _Wrong(Exception):
-    """What a loss returned cannot be trained."""
+    """A loss that cannot be used for training."""
 
 
 def check(planned: Plan, codes: Sequence[Code]) -> None:
-    """Try the losses that a study brings. Raises `UserError` with one message for each that does not work."""
+    """Try the losses of the study's own. Raises `UserError` with one message for each that fails."""
     trials = {trial.brought.name: trial for trial in planned.trials if trial.brought is not None}
     raise_problems(problem for method, code in zip(planned.study.methods, codes, strict=True)
                    if method.name in trials for problem in _problems(trials[method.name], code))  # fmt: skip
@@ -52,25 +52,25 @@ def _problems(trial: Trial, code: Code) -> Iterator[str]:
     except _Wrong as wrong:
         yield f"{where} {wrong}"
     except BaseException as error:  # a loss may raise SystemExit, too
-        signals.check()  # unless it comes from a signal to this command
+        signals.check()  # raises if the cause is a signal to this command
         line = _line(error, code)
         said = " ".join("".join(traceback.format_exception_only(error)).split())
         yield f"{where} fails in its dry run{f' at {line}' if line else ''}: {said[:500]}"
 
 
 def _check_arguments(method: Method) -> None:
-    """Raise `_Wrong` unless what `forward` takes are settings, of which each trial sets the value."""
+    """Raise `_Wrong` unless `forward` takes declared settings only, by keyword."""
     kind = losses.loss_class(method)
     if not issubclass(kind, nn.Module):
-        raise _Wrong(f"is {kind.__name__}, which is no nn.Module; allowed: a class of torch's modules")
+        raise _Wrong(f"is {kind.__name__}, which is not an nn.Module; allowed: a subclass of torch.nn.Module")
     declared = ", ".join(method.defaults) or "there is none"
     if unknown := [name for name in losses.step_settings(kind) if name not in method.defaults]:
         raise _Wrong(f"takes {', '.join(unknown)}; allowed: settings that the method declares ({declared})")
     for each in inspect.signature(kind.forward).parameters.values():
         if each.kind is each.VAR_KEYWORD:
-            raise _Wrong(f"takes **{each.name}, which gets nothing; allowed: settings by name, after * ({declared})")
+            raise _Wrong(f"takes **{each.name}, which stays empty; allowed: settings by name, after * ({declared})")
         if each.kind is not each.KEYWORD_ONLY and each.name in method.defaults:
-            raise _Wrong(f"takes {each.name} by position, which no trial sets; allowed: settings after *")
+            raise _Wrong(f"takes the setting {each.name} by position; allowed: settings as keywords, after *")
 
 
 def _line(error: BaseException, code: Code) -> str | None:
@@ -102,30 +102,30 @@ def _try(trial: Trial) -> None:
     tensors = step.tensors()
     for name in dict.fromkeys((*had, *tensors)):
         if name not in had or name not in tensors or had[name] != (tensors[name].shape, tensors[name].dtype):
-            raise _Wrong(f"makes {name} in a step, where it is not trained, and is lost where a trial is interrupted; "
-                         "allowed: parameters and buffers that __init__ makes, in their final shape")  # fmt: skip
+            raise _Wrong(f"creates {name} during a step, so it is not trained, and lost when a trial is interrupted; "
+                         "allowed: parameters and buffers that __init__ creates, in their final shape")  # fmt: skip
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise _Wrong(f"leads to numbers that are not finite ({name})")
+            raise _Wrong(f"leads to values that are not finite, in {name}")
 
 
 def _look(step: Step, module: nn.Module, inputs: Any, found: Any) -> None:
-    """Raise `_Wrong` unless a loss returned a scalar through which the student can learn."""
+    """Raise `_Wrong` unless a loss returned a finite scalar with a gradient for the student."""
     if not isinstance(found, Tensor):
-        raise _Wrong(f"returns {type(found).__name__}; allowed: a tensor without axes")
+        raise _Wrong(f"returns {type(found).__name__}; allowed: a 0-dim tensor")
     if found.ndim:
-        raise _Wrong(f"returns a tensor of shape {list(found.shape)}; allowed: one without axes, such as a mean")
+        raise _Wrong(f"returns a tensor of shape {list(found.shape)}; allowed: a 0-dim tensor, such as a mean")
     if not found.isfinite():
         raise _Wrong(f"is {found.item()}; allowed: a finite number")
     student = [each for each in step.student.parameters() if each.requires_grad]
     if not found.requires_grad or all(
         each is None for each in torch.autograd.grad(found, student, retain_graph=True, allow_unused=True)
     ):
-        raise _Wrong("has no gradient for the student; allowed: a loss of student_logits, features or embedding")
+        raise _Wrong("has no gradient for the student; allowed: a function of student_logits, features or embedding")
 
 
 def _images(trial: Trial) -> DataSet:
-    """Noise in the size of the study's images."""
+    """A data set of noise, with images of the study's size."""
     of, generator = images_of(trial), torch.Generator().manual_seed(trial.seed)
     images = torch.randint(0, 256, (IMAGES, 3, of.size, of.size), generator=generator, dtype=torch.uint8)
     split = Split(images, torch.arange(IMAGES) % of.classes)

@@ -1,13 +1,13 @@
 """A cache of teacher logits on disk, which processes fill chunk by chunk and share.
 
 FOLDER/logits.f32      float32 [rows, K], memory-mapped, so that processes share it without copies
-FOLDER/logits.bf16     the same in bfloat16, in place of it where the teacher answers in bfloat16
+FOLDER/logits.bf16     in bfloat16 instead, if the teacher computes in bfloat16
 FOLDER/digests.sha256  32 bytes per chunk of rows, zero until the chunk is computed
 FOLDER/locks/          one lock per chunk, held by the process that computes it
 
 A chunk is valid once its digest is written. A process verifies it at its first read. A chunk that was interrupted by a
-kill or damaged on disk is therefore computed again. Chunk borders do not depend on the request, so the logits computed
-again are the same bit for bit.
+kill or damaged on disk is therefore computed again. Chunk borders do not depend on the request, so recomputed logits
+are bitwise identical.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from torch import Tensor
 from tune_kd.system.crash_points import point
 from tune_kd.system.files import appended, opened, patiently, read, write_at
 
-CHUNK = 4096  # rows computed under one lock: the most that a kill loses
+CHUNK = 4096  # rows computed under one lock: the most work that a kill loses
 FILES = {torch.float32: "logits.f32", torch.bfloat16: "logits.bf16"}
 _DIGEST = hashlib.sha256().digest_size
 
@@ -30,7 +30,7 @@ _DIGEST = hashlib.sha256().digest_size
 class LogitCache:
     """The logits of one teacher for one list of images, stored as `kind`, float32 or bfloat16.
 
-    `compute(rows)` returns those of a range of rows, [N, K], in that type, so that nothing is lost.
+    `compute(rows)` returns the logits [N, K] of a range of rows, in that type, so no precision is lost.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class LogitCache:
     def take(self, rows: Tensor) -> tuple[Tensor, int]:
         """Logits float32 [N, K] on the CPU for rows int64 [N], and the number of rows that this call computed.
 
-        Concurrent callers share the work: each computes chunks that nobody else is computing, then waits for theirs.
+        Concurrent callers share the work: each computes free chunks first, then waits for the chunks of the others.
         """
         wanted = [int(chunk) for chunk in torch.unique(rows // CHUNK)]
         missing = [chunk for chunk in wanted if not self._is_whole(chunk)]
         computed = 0
-        for patience in (0.0, -1.0):  # first the free chunks, then those of others, who may have died
+        for patience in (0.0, -1.0):  # first the free chunks, then those of other callers, which may have died
             left = []
             for chunk in missing:
                 try:
@@ -83,13 +83,13 @@ class LogitCache:
         return chunk in self._verified
 
     def _fill(self, chunk: int) -> int:
-        """Compute and publish a chunk. Returns its rows. Raises OSError if the disk is full."""
+        """Compute and publish a chunk. Returns its number of rows. Raises OSError if the disk is full."""
         span = self._span(chunk)
         computed = self._compute(span)
         assert computed.dtype == self._kind, f"{computed.dtype} would be rounded"
         bits = computed.view(torch.int16 if self._kind.itemsize == 2 else torch.int32).numpy()
         logits = bits.astype(self._bits.dtype).tobytes()
-        # Not through the memory map: there a full disk is a signal that kills the process, not an error.
+        # Not through the memory map: there a full disk raises no error, but a signal that kills the process.
         write_at(self._folder / FILES[self._kind], span.start * self._bits.strides[0], logits)
         point("answers.written")
         write_at(self._folder / "digests.sha256", chunk * _DIGEST, hashlib.sha256(logits).digest())
@@ -119,7 +119,7 @@ def damaged(folder: Path, classes: int, rows: int) -> list[int]:
 
 
 def _file_of_size(path: Path, size: int) -> Path:
-    """Create a file of this size, filled with zeros, or keep the one that is there."""
+    """Create a file of this size, filled with zeros, or keep an existing one."""
 
     def grow() -> Path:
         with appended(path) as file:

@@ -1,4 +1,4 @@
-"""The training loop of one trial, which yields its epochs.
+"""The training loop of one trial, a generator of epochs.
 
 Common random numbers: the images of an epoch depend on (seed, epoch) alone, and the student's initial weights on the
 seed alone. Arms with the same seed therefore differ only in their loss.
@@ -42,13 +42,13 @@ class _Progress:
 
     @property
     def best_row(self) -> Epoch | None:
-        """The best epoch so far, by its `quality`. None before the first that was validated."""
+        """The best epoch so far, by its `quality`. None before the first validated epoch."""
         best = max(self.rows, key=lambda row: row.quality)
         return None if best.val_accuracy is None else best
 
     def tensors(self) -> dict[str, Tensor]:
-        """The best weights by name. Empty before there are any, and if they are the last ones, which a checkpoint holds
-        anyway."""
+        """The best weights by name. Empty if there are none yet, and if they are the last weights, which a checkpoint
+        has anyway."""
         best = {} if self.best_row in (None, self.rows[-1]) else self.best
         return {f"best.{name}": tensor for name, tensor in best.items()}
 
@@ -67,7 +67,7 @@ def train(
     """Train a trial from its checkpoint, or from the start, and yield its epochs. The last one has the outcome.
 
     A checkpoint is written before an epoch is yielded if `checkpoint_every` seconds have passed since the last one, if
-    the trial is `leaving`, and at the end. Epochs of the checkpoint that come after `acknowledged` are yielded again.
+    `leaving()` is true, and at the end. Epochs of the checkpoint after number `acknowledged` are yielded again.
     Raises `Diverged` if the loss of an epoch is not finite, and `TeacherChanged` if the checkpoint was trained with
     another teacher.
     """
@@ -105,18 +105,18 @@ def best_weights(checkpoints: Checkpoints) -> dict[str, Tensor]:
     """The best-validation weights of an ended trial. Raises `CorruptFile` if its last checkpoint is damaged."""
     saved = checkpoints.load()
     if saved is None or saved[1]["rows"][-1]["outcome"] is None:  # an earlier checkpoint has other weights
-        raise CorruptFile("the last checkpoint is not what was written")
+        raise CorruptFile("the last checkpoint is missing or damaged")
     return _best(saved[0])
 
 
 def _check_whose(notes: dict[str, Any], whose: dict[str, Any]) -> None:
     """Raise if a checkpoint belongs to another trial or was trained with another teacher."""
     if notes["trial_id"] != whose["trial_id"]:
-        raise CorruptFile(f"the checkpoint is of the trial {notes['trial_id']}; remove it")
+        raise CorruptFile(f"the checkpoint belongs to trial {notes['trial_id']}; remove it")
     if notes["teacher_digest"] != whose["teacher_digest"]:
         raise TeacherChanged(
-            f"the checkpoint was trained with a teacher of the digest {str(notes['teacher_digest'])[:16]}, and the "
-            f"teacher now has {str(whose['teacher_digest'])[:16]}: restore the teacher, or start a new run"
+            f"the checkpoint was trained with a teacher with digest {str(notes['teacher_digest'])[:16]}, but the "
+            f"teacher now has {str(whose['teacher_digest'])[:16]}; restore the teacher, or start a new run"
         )
 
 
@@ -131,7 +131,7 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def _epoch(trial: Trial, epoch: int, teacher: Teacher | None, step: Step) -> Epoch:
-    """Train one epoch, and evaluate on the validation images where the recipe validates it."""
+    """Train one epoch. Evaluate on the validation images if the recipe validates this epoch."""
     recipe, data = trial.recipe, step.data
     count, device = len(data.train.labels), data.train.images.device
     method = trial.method
@@ -148,7 +148,7 @@ def _epoch(trial: Trial, epoch: int, teacher: Teacher | None, step: Step) -> Epo
     views, others = views.to(device), [each.to(device) for each in others]
     logits = None if logits is None else logits.to(device)
     slices = batches(count, recipe.batch_size)
-    # What the loss draws depends on (seed, epoch) alone, too.
+    # The random draws of the loss, too, depend on (seed, epoch) alone.
     with networks.stream("loss", trial.seed, epoch, device=device) if method.loss else nullcontext():
         lr = _train_epoch(recipe, epoch, step, slices, logits, views, *others)
     *sums, norms = step.sums.tolist()  # the only synchronization of an epoch
@@ -194,7 +194,7 @@ def _validate(epoch: int, step: Step) -> tuple[float, float]:
     split = step.data.validation
     logits = step.logits(split.images)
     loss = float(F.cross_entropy(logits, split.labels))
-    if not math.isfinite(loss):  # the last step can spoil weights although all training losses were finite
+    if not math.isfinite(loss):  # the last step can spoil the weights even if all training losses are finite
         raise Diverged(f"the validation loss of epoch {epoch} is {loss}")
     return _accuracy(logits, split.labels), loss
 

@@ -1,4 +1,4 @@
-"""What the loss of a method is made from and given, and parts that losses share.
+"""The arguments of a method's loss, at its construction and at each step, and functions that losses share.
 
 Axes in tensor names: B batch, K classes, C channels, H height, W width. Losses carry gradients to the student and to
 their own parameters, and never to the teacher. Reductions over 16-bit inputs are computed in 32 bits.
@@ -26,7 +26,7 @@ from tune_kd.study.methods import Method
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes of what a network yields for an image."""
+    """Shapes of a network's outputs for one image."""
 
     taps: tuple[tuple[int, int, int], ...]  # [C, H, W] of each feature
     embedding: int  # length of the classifier's input
@@ -35,7 +35,7 @@ class Shapes:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What is known before the first step of a trial."""
+    """The argument of a loss's constructor: what is known before the first step of a trial."""
 
     student: Shapes
     teacher: Shapes | None  # None where the method has no teacher
@@ -43,19 +43,19 @@ class Context:
     train_labels: Tensor  # int64 [N], by position in the training split
     epochs: int
     steps_per_epoch: int
-    classifier: nn.Module | None = None  # a copy of the teacher's, frozen; None where the method needs no features
-    settings: Mapping[str, float] = field(default_factory=dict)  # those that `forward` does not take
+    classifier: nn.Module | None = None  # a frozen copy of the teacher's; None if the method needs no features
+    settings: Mapping[str, float] = field(default_factory=dict)  # those that `forward` does not take as keywords
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What a step sees. What the method does not need is None or empty. Of the teacher nothing requires a gradient."""
+    """The data of one step. Fields that the method does not need are None or empty. The teacher gets no gradient."""
 
     index: Tensor  # int64 [B], positions in the training split
     labels: Tensor  # int64 [B]
     student_logits: Tensor  # [B, K]
     teacher_logits: Tensor | None  # [B, K]
-    student_features: tuple[Tensor, ...] = ()  # one a tap, [B, C_i, H_i, W_i]
+    student_features: tuple[Tensor, ...] = ()  # one per tap, [B, C_i, H_i, W_i]
     teacher_features: tuple[Tensor, ...] = ()
     student_before_relu: tuple[Tensor, ...] = ()  # the same before the tap's last ReLU
     teacher_before_relu: tuple[Tensor, ...] = ()
@@ -63,14 +63,14 @@ class Batch:
     teacher_embedding: Tensor | None = None
     progress: Tensor | None = None  # 0-dim, from 0 at the first step to 1 at the last
     epoch: Tensor | None = None  # 0-dim, from 1
-    second: "Batch | None" = None  # of the same images in other crops, where the method has two views
+    second: "Batch | None" = None  # other crops of the same images, if the method has two views
 
 
-_brought: dict[str, type[nn.Module]] = {}  # classes of studies, by the digest of their source
+_brought: dict[str, type[nn.Module]] = {}  # loss classes of studies, by the digest of their source
 
 
 def loss_class(method: Method) -> type[nn.Module]:
-    """The class of a method's loss. One that a study brings has to be there by `bring`."""
+    """The class of a method's loss. A class of the study's own must have been imported by `bring`."""
     if method.source is not None:
         return _brought[method.source]
     module, _, name = str(method.loss).partition(":")
@@ -79,10 +79,10 @@ def loss_class(method: Method) -> type[nn.Module]:
 
 
 def bring(codes: Iterable[Code]) -> None:
-    """Import the classes that a study brings, from copies of their files in a private folder of this process.
+    """Import the loss classes of a study, from copies of their files in a private folder of this process.
 
-    The folder does not outlast the import.
-    Raises what their modules raise, and `RuntimeError` where an installed module is not the one of the study.
+    The folder is removed after the import.
+    Raises what their modules raise, and `RuntimeError` if an installed module differs from the study's.
     """
     for code in codes:
         if code.digest not in _brought:
@@ -96,20 +96,20 @@ def _installed(code: Code) -> ModuleType:
     module = import_module(code.main)
     here = Path(str(module.__file__))
     if replace(code, files=((code.files[0][0], here.read_bytes()),)).digest != code.digest:
-        raise RuntimeError(f"{here} is not the file with which the study was planned: install the same version")
+        raise RuntimeError(f"{here} differs from the file that the study was planned with; install the same version")
     return module
 
 
 def _unpacked(code: Code) -> ModuleType:
-    """The module of the class. All files are imported now, and their copies removed: a worker may be killed later."""
+    """Import the module of the class. Imports all files now, then removes the copies: a worker may be killed later."""
     with tempfile.TemporaryDirectory(prefix="tune_kd-code-") as place:
         folder = Path(place)
         for path, content in code.files:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)
-        sys.path.insert(0, place)  # as the folder of a script is
+        sys.path.insert(0, place)  # like the folder of a script
         try:
-            package = ".".join(Path(code.main).parent.parts)  # to which its relative imports are relative
+            package = ".".join(Path(code.main).parent.parts)  # for relative imports
             name = f"{package}.{Path(code.main).stem}_{code.digest[:16]}".removeprefix(".")
             spec = spec_from_file_location(name, folder / code.main)
             assert spec is not None and spec.loader is not None
@@ -117,7 +117,7 @@ def _unpacked(code: Code) -> ModuleType:
             sys.modules[spec.name] = module
             spec.loader.exec_module(module)
             for path in (path for path, _ in code.files if path != code.main):
-                with suppress(Exception):  # which it raises again where a function imports it, if one does
+                with suppress(Exception):  # raised again if a function imports the module later
                     import_module(path.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
         finally:
             sys.path.remove(place)
@@ -126,14 +126,14 @@ def _unpacked(code: Code) -> ModuleType:
 
 @contextmanager
 def brought(codes: Sequence[Code]) -> Iterator[None]:
-    """Classes that a study brings, for as long as this lasts: another study may have modules of the same names."""
+    """Import the loss classes of a study inside the context only: another study may have modules of the same names."""
     modules, before = dict(sys.modules), dict(_brought)
     try:
         bring(codes)
         yield
     finally:
         for name in [name for name in sys.modules if name not in modules]:
-            known = vars(sys.modules[name])  # and no attributes, which a module may compute
+            known = vars(sys.modules[name])  # not getattr: a module may compute its attributes
             if "tune_kd-code-" in repr((known.get("__file__"), known.get("__path__"))):  # a package may have no file
                 del sys.modules[name]
         _brought.clear()
@@ -162,11 +162,11 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 
 
 def check_shape(name: str, got: Tensor, expected: Tensor, axes: str) -> None:
-    """Raise ValueError unless both tensors have the same shape, of these axes."""
+    """Raise ValueError unless both tensors have the same shape, with these axes."""
     if got.shape != expected.shape or got.ndim != len(axes):
         raise ValueError(
             f"{name} has shape {list(got.shape)}; expected the teacher's, {list(expected.shape)}, "
-            f"of axes [{', '.join(axes)}]"
+            f"with axes [{', '.join(axes)}]"
         )
 
 
@@ -176,5 +176,5 @@ def at_least_32_bits(tensor: Tensor) -> Tensor:
 
 
 def without_autocast(tensor: Tensor) -> torch.autocast:
-    """A context in which matrix products on the tensor's device keep the precision of their factors."""
+    """A context in which matrix products on the tensor's device keep the precision of their inputs."""
     return torch.autocast(tensor.device.type, enabled=False)

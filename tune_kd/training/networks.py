@@ -29,7 +29,7 @@ from tune_kd.training.loss import Shapes
 
 MOST_WEIGHTS_BYTES = 2**30  # the largest of torchvision's ResNets has 242 MB
 
-if TYPE_CHECKING:  # importing torchvision takes seconds, and reading results needs none of it
+if TYPE_CHECKING:  # importing torchvision takes seconds, and reading results does not need it
     from torchvision.models import ResNet
 
 
@@ -43,7 +43,7 @@ def build(
     channel counts. With weights `imagenet`, parameters come from torchvision's IMAGENET1K_V1, except those of another
     shape, which are initialised: the first convolution for `cifar`, and the classifier unless there are 1,000 classes.
 
-    A study validates the arguments. Raises `UserError` for weights that cannot be downloaded or read.
+    The study has validated the arguments. Raises `UserError` for weights that cannot be downloaded or read.
     Source: He et al. 2016, "Deep residual learning for image recognition", as torchvision builds it.
     """
     assert architecture in ARCHITECTURES and stem in STEMS and weights in WEIGHTS and classes > 0
@@ -80,7 +80,7 @@ def to_device(net: nn.Module, device: torch.device) -> None:
 def folded(net: ResNet) -> ResNet:
     """A copy of a network in eval mode, with each batch norm folded into the convolution before it.
 
-    Its outputs are the same but for rounding. Raises RuntimeError where a batch norm does not follow a convolution.
+    Its outputs differ only by rounding. Raises RuntimeError if a batch norm does not follow a convolution.
     """
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -91,7 +91,7 @@ def folded(net: ResNet) -> ResNet:
                 setattr(parent, name, fuse_conv_bn_eval(before, norm))
                 setattr(parent, norm_name, nn.Identity())
     if left := [name for name, each in copy.named_modules() if isinstance(each, nn.BatchNorm2d)]:
-        raise RuntimeError(f"{left[0]} follows no convolution")
+        raise RuntimeError(f"{left[0]} does not follow a convolution")
     return copy
 
 
@@ -106,7 +106,7 @@ def in_layout_of(net: nn.Module, images: Tensor) -> Tensor:
 
 
 class Passed(NamedTuple):
-    """What a forward pass yields. What was not asked for is empty or None."""
+    """Outputs of a forward pass. Outputs that were not requested are empty or None."""
 
     logits: Tensor  # [B, K]
     features: tuple[Tensor, ...] = ()  # outputs of the four stages, [B, C_i, H_i, W_i]
@@ -135,7 +135,7 @@ def forward_with_features(net: ResNet, images: Tensor, before_relu: bool = False
 
 
 def passing(student: nn.Module, needs: str) -> Callable[[nn.Module, Tensor], Passed]:
-    """The forward pass of a student that yields what a method needs. Raises ValueError where the student cannot."""
+    """The forward pass of a student, with the outputs that a method needs. Raises ValueError if it has none."""
     from torchvision.models import ResNet
 
     if needs not in ("features", "before_relu"):
@@ -145,21 +145,21 @@ def passing(student: nn.Module, needs: str) -> Callable[[nn.Module, Tensor], Pas
     net = next((each for each in student.modules() if isinstance(each, ResNet)), None)
     if net is None:
         raise ValueError(
-            f"the method needs {needs!r}, and the student that it returns, {type(student).__name__}, has not the "
-            "network that it was given, whose stages yield them"
+            f"the method needs {needs!r}, but the student that it returns, {type(student).__name__}, does not contain "
+            "the network that it was given, whose stages are the features"
         )
     return _watched(net, before_relu=needs == "before_relu")
 
 
 def _watched(net: ResNet, before_relu: bool) -> Callable[[nn.Module, Tensor], Passed]:
-    """As `forward_with_features` for a network that a method made of a ResNet, whose parts it calls."""
+    """Like `forward_with_features`, for a student that a method built around a ResNet and that calls its parts."""
     seen: dict[str, Tensor] = {}
     before: dict[str, Tensor] = {}
     stages = "layer1", "layer2", "layer3", "layer4"
 
     def keep(name: str, _: nn.Module, given: tuple[Tensor]) -> Tensor:
-        before[name] = given[0]  # of the last call of the block, which has one ReLU for all its sums
-        return given[0].clone()  # since it writes to what it is given
+        before[name] = given[0]  # the last call wins: a block calls its one ReLU several times
+        return given[0].clone()  # since the ReLU works in place
 
     for name in (*stages, "avgpool"):
         getattr(net, name).register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
@@ -187,7 +187,7 @@ def _without_last_relu(block: nn.Module, images: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def shapes(architecture: str, *, stem: str, classes: int, width: float, size: tuple[int, int]) -> Shapes:
-    """The shapes that a network yields for an image of this height and width. Nothing is computed."""
+    """The output shapes of a network for an image of this height and width, found without computing outputs."""
     net = _blueprint(architecture, stem, classes, width).eval()
     passed = forward_with_features(net, torch.zeros(1, 3, *size, device="meta"))
     taps = tuple((each.shape[1], each.shape[2], each.shape[3]) for each in passed.features)
@@ -216,23 +216,23 @@ def fetch_imagenet(architecture: str) -> Path:
         try:
             check_regular(file, MOST_WEIGHTS_BYTES, through_links=True)
         except UnexpectedFile as error:
-            raise UserError(f"{error}; remove it to have it fetched") from error
+            raise UserError(f"{error}; remove it, and it is downloaded again") from error
         return file
     try:
         make_private(file.parent)
         tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
         raise UserError(
-            f"weights 'imagenet' of {architecture} are to be kept in {file.parent}, which cannot be written to "
-            f"({error.strerror}); set TORCH_HOME to a folder that can"
+            f"weights 'imagenet' of {architecture} cannot be stored in {file.parent} ({error.strerror}); "
+            "set TORCH_HOME to a writable folder"
         ) from error
     try:
         # Writes to a temporary name and renames: an interrupted download leaves no partial file.
         torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False)
     except (OSError, RuntimeError, HTTPException) as error:
         raise UserError(
-            f"weights 'imagenet' of {architecture} could not be fetched from {url} ({error}): "
-            f"get {file.name} on a machine that can, and put it at {file}"
+            f"weights 'imagenet' of {architecture} could not be downloaded from {url} ({error}); "
+            f"download {file.name} on another machine, and copy it to {file}"
         ) from error
     return file
 
@@ -250,8 +250,8 @@ def _blueprint(architecture: str, stem: str, classes: int, width: float) -> ResN
         else:
             net.conv1 = nn.Conv2d(3, channels[0], kernel_size=7, stride=2, padding=3, bias=False)
         net.bn1 = nn.BatchNorm2d(channels[0])
-        # torchvision fixes the channel counts. Its own method therefore builds the stages again, each with the same
-        # kind and number of blocks. The method reads and advances `inplanes`.
+        # torchvision fixes the channel counts, so `_make_layer` rebuilds the stages, each with the same kind and number
+        # of blocks. It reads and updates `inplanes`.
         net.inplanes = channels[0]
         for name, planes, stride in zip(("layer1", "layer2", "layer3", "layer4"), channels, (1, 2, 2, 2), strict=True):
             standard_stage = getattr(net, name)
@@ -262,7 +262,7 @@ def _blueprint(architecture: str, stem: str, classes: int, width: float) -> ResN
 
 
 def _initialise(net: nn.Module, seed: int) -> None:
-    """Initialise as torchvision does its ResNets: Kaiming-normal convolutions, batch norms at 1 and 0."""
+    """Initialise like torchvision's ResNets: Kaiming-normal convolutions, batch norms at 1 and 0."""
     with stream("network", seed):
         for module in net.modules():
             if isinstance(module, nn.Conv2d):
@@ -275,12 +275,12 @@ def _initialise(net: nn.Module, seed: int) -> None:
 def stream(name: str, *seeds: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed draws on the CPU, and on `device` if that is a GPU, by `name` and `seeds` inside the context.
 
-    The global generator of the CPU is restored at the end; of a GPU's, only losses draw.
+    The CPU's global generator is restored at the end. A GPU's is not: only losses draw from it.
     """
     digest = hashlib.sha256(" ".join([name, *map(str, seeds)]).encode()).digest()
     seed = int.from_bytes(digest[:8], "big")
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would also reseed the other accelerators, and they are not restored.
+        # Not torch.manual_seed, which would also reseed the other accelerators without restoring them.
         torch.default_generator.manual_seed(seed)
         if device is not None and device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -294,9 +294,7 @@ def _imagenet_state(architecture: str) -> dict[str, Tensor]:
     content = read(file, MOST_WEIGHTS_BYTES)
     found = hashlib.sha256(content).hexdigest()
     if not found.startswith(expected):
-        raise UserError(
-            f"{file} has a SHA-256 of {found[:8]}, and {expected} is published; remove it to have it fetched"
-        )
+        raise UserError(f"{file} has SHA-256 {found[:8]}; expected {expected}; remove it, and it is downloaded again")
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in any layer of its encoding
@@ -317,7 +315,7 @@ def _imagenet_state(architecture: str) -> dict[str, Tensor]:
         ],
     }
     problems = [
-        f"{file} {finding}: {len(names)} of them, the first being {names[0]}"
+        f"{file} {finding}: {len(names)} in all, the first is {names[0]}"
         for finding, names in findings.items()
         if names
     ]

@@ -1,8 +1,8 @@
 """The training step: forward pass, loss, backward pass and update of a student.
 
-Creating a step takes seconds on a GPU, where it is captured, and a minute where it is compiled. A process therefore
-keeps the last one for a trial that differs only in seed, learning rate and the settings that the loss takes at each
-step.
+Creating a step takes seconds on a GPU, where it is captured, and a minute if it is compiled. A process therefore keeps
+the last step, and reuses it for a trial that differs only in seed, learning rate and the settings that the loss takes
+at each step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from tune_kd.training.device import Captured, autocast
 from tune_kd.training.loss import Batch, Context, loss_class, step_settings
 from tune_kd.training.teachers import Teacher
 
-STUDENT, TEACHER = "a student", "a teacher"  # that are compiled
+STUDENT, TEACHER = "a student", "a teacher"  # names of what is compiled
 _idle: dict[tuple[Any, ...], "Step"] = {}  # at most one: the next trial needs its memory
 
 
@@ -69,7 +69,7 @@ class Step:
         networks.to_device(self.loss, device)
         self._teacher, self._recipe, self._device = teacher, trial.recipe, device
         self._method = trial.method
-        both = dict.fromkeys((*self.student.parameters(), *self.loss.parameters()))  # once, where they share a part
+        both = dict.fromkeys((*self.student.parameters(), *self.loss.parameters()))  # shared ones once
         self._parameters = [each for each in both if each.requires_grad]
         self._optimizer = torch.optim.SGD(
             self._parameters,
@@ -95,7 +95,7 @@ class Step:
 
     @property
     def fast_paths(self) -> str | None:
-        """The fast paths that are in use, with commas (see `Outcome.fast_paths`). None without one."""
+        """The fast paths in use, separated by commas (see `Outcome.fast_paths`). None if there are none."""
         student, teacher = (each.used if isinstance(each, Compiled) else None for each in (self._losses, self._taught))
         used = {
             "graph": isinstance(self._run, Captured) and self._run.is_used,
@@ -122,7 +122,7 @@ class Step:
         self.sums.zero_()
 
     def at(self, lr: float, epoch: int, progress: float) -> None:
-        """Set what the next step depends on beside its batch: `epoch` from 1, `progress` from 0 to 1."""
+        """Set the inputs of the next step other than its batch: `epoch` from 1, `progress` from 0 to 1."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._set(group["lr"], lr)
         if self._method.loss is not None:
@@ -130,8 +130,11 @@ class Step:
             self._progress.fill_(progress)
 
     def __call__(self, views: Views, teacher_logits: Tensor | None, *others: Views) -> None:
-        """Train on one batch: its views, other views of the same images where the method has several, and the teacher's
-        logits [B, K] for the first where they are cached."""
+        """Train on one batch of views.
+
+        `teacher_logits` [B, K] are those of `views`, if they are cached. `others` are other views of the same images,
+        if the method has several.
+        """
         logits = [] if teacher_logits is None else [teacher_logits]
         crops = [part for other in others for part in (other.top, other.left, other.flip)]
         self._run(views.order, views.top, views.left, views.flip, *crops, *logits)
@@ -147,7 +150,8 @@ class Step:
         return torch.cat(found)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state of the student, the loss and the optimizer, by name. What the first two share is copied for one."""
+        """The state of the student, the loss and the optimizer, by name. Tensors that student and loss share are copied
+        for the loss."""
         student = self.student.state_dict()
         theirs = {tensor.untyped_storage().data_ptr() for tensor in student.values()}
         loss = {
@@ -161,14 +165,14 @@ class Step:
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Load what `tensors` returned; other names are ignored."""
+        """Load the result of `tensors`. Ignores other names."""
         self.student.load_state_dict(part("student.", tensors))
         self.loss.load_state_dict(part("loss.", tensors))
         for number, each in enumerate(self._parameters):
             self._momentum(each).copy_(tensors[f"momentum.{number}"])
 
     def _momentum(self, parameter: Tensor) -> Tensor:
-        """The momentum buffer: zeros until the first step, in the parameter's layout, as the fused optimizer needs."""
+        """The momentum buffer: zeros until the first step. The fused optimizer needs it in the parameter's layout."""
         state = self._optimizer.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
@@ -176,8 +180,8 @@ class Step:
         return momentum
 
     def _fastest(self, trial: Trial) -> tuple[Function, Function]:
-        """The forward pass with its losses, and the teacher's forward pass, compiled where the recipe asks for it or it
-        pays."""
+        """Return the forward pass with its losses, and the teacher's forward pass. Both are compiled where that pays.
+        If the recipe asks for it, the student alone is compiled."""
         forward = networks.passing(self.student, self._method.needs)
         losses, asked = partial(self._pass, forward), trial.recipe.compile
         images = trial.recipe.epochs * len(self.data.train.labels)
@@ -193,7 +197,7 @@ class Step:
         return Compiled(losses, forms, repr(parts), (self.student, self.loss), asked), taught
 
     def _pass_of_teacher(self, pays: bool) -> Function:
-        """The teacher's forward pass where it runs beside the student."""
+        """The teacher's forward pass, for methods that run it at each step."""
         teacher, precision, before_relu = self._teacher, self._recipe.precision, self._method.needs == "before_relu"
         if teacher is None or not self._method.runs_teacher:
             return lambda images: None
@@ -210,14 +214,14 @@ class Step:
         return Compiled(plain, {TEACHER: compiled(passed)}, name)
 
     def _number(self, value: float) -> float | Tensor:
-        """A number of the step; on a GPU a tensor, which a captured step reads anew."""
+        """A number of the step. On a GPU it is a tensor, which a captured step reads at each replay."""
         return value if self._device.type == "cpu" else torch.tensor(value, device=self._device)
 
     def _set(self, number: float | Tensor, value: float) -> float | Tensor:
         return number.fill_(value) if isinstance(number, Tensor) else value
 
     def _train(self, order: Tensor, *views: Tensor) -> None:
-        """One step. `views` are top, left and flip of each view, and the cached logits where there are any."""
+        """One step. `views` are top, left and flip of each view, then the cached logits if there are any."""
         crops = [Views(order, *views[at : at + 3]) for at in range(0, 3 * self._method.views, 3)]
         cached = views[3 * self._method.views :]
         targets = self.data.train.labels[order]
@@ -249,8 +253,8 @@ class Step:
         theirs: Sequence[networks.Passed | None],
         cached: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The student's logits, cross-entropy, the loss of the method, and the loss to train with, which alone requires
-        a gradient."""
+        """Return the student's logits, the cross-entropy, the method's loss, and the training loss. Only the last
+        requires a gradient."""
         passed = [forward(self.student, each) for each in images]
         loss_ce = loss = F.cross_entropy(passed[0].logits, targets)
         loss_kd = torch.zeros_like(loss_ce)
@@ -259,7 +263,7 @@ class Step:
         return passed[0].logits.detach(), loss_ce.detach(), loss_kd.detach(), loss
 
     def _weighed(self, batch: Batch, loss_ce: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of the method, and its sum with cross-entropy."""
+        """Return the method's loss, and its weighted sum with the cross-entropy."""
         weights = {name: self._settings[name] for name in WEIGHTED if name in self._settings}
         settings = {name: value for name, value in self._settings.items() if name not in weights}
         loss_kd: Tensor = self.loss(batch, **settings)
@@ -278,7 +282,7 @@ class Step:
         theirs: Sequence[networks.Passed | None],
         cached: Tensor | None = None,
     ) -> Batch:
-        """What the loss sees, with the other view inside."""
+        """The batch for the loss. The second view is nested in it."""
         second = self._batch(order, targets, passed[1:], theirs[1:]) if len(passed) > 1 else None
         mine, teacher = passed[0], theirs[0]
         return Batch(
@@ -299,8 +303,8 @@ class Step:
 
 
 def evaluation_batch(device: torch.device) -> int:
-    """Images of an evaluation's forward pass. On a GPU it divides the usual sizes, since only whole ones are captured;
-    on a CPU it stays what it was, for the sake of the last bit."""
+    """Images per forward pass of an evaluation. On a GPU it divides the usual numbers of images, since only full
+    batches are captured. On a CPU it must not change, since results would change in the last bit."""
     return 1000 if device.type == "cuda" else 512
 
 
@@ -310,8 +314,8 @@ def part(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def batches(count: int, size: int) -> list[slice]:
-    """Slices of `size` over `count` images. A last batch of one image joins the one before, because batch norm is
-    undefined for one value."""
+    """Slices of `size` over `count` images. A last batch of one image is merged into the previous batch, because batch
+    norm is undefined for one value."""
     starts = list(range(0, count, size))
     if len(starts) > 1 and count - starts[-1] == 1:
         starts.pop()
@@ -319,7 +323,7 @@ def batches(count: int, size: int) -> list[slice]:
 
 
 def _settings(trial: Trial) -> dict[str, float]:
-    """The numbers of the loss that a step reads anew, by name."""
+    """The numbers that the loss reads at each step, by name."""
     method = trial.method
     if method.loss is None:
         return {}
@@ -328,14 +332,14 @@ def _settings(trial: Trial) -> dict[str, float]:
 
 
 def _level(trial: Trial, name: str) -> float:
-    """The value of a setting: the cell's, or the default of the method where the cell has none."""
+    """The value of a setting: the cell's, or the method's default if the cell has none."""
     return float(trial.cell.levels.get(name, trial.method.defaults[name]))
 
 
 def _networks(trial: Trial, data: DataSet, teacher: Teacher | None) -> tuple[nn.Module, nn.Module]:
-    """The student and the loss of its method, on the CPU, as the seed initialises them.
+    """The student and the loss of its method, on the CPU, initialised from the seed.
 
-    The loss has a random stream of its own, so a student has the same initial weights whatever its method.
+    The loss has a random stream of its own, so a student's initial weights do not depend on its method.
     """
     cell, method = trial.cell, trial.method
     student = networks.build(

@@ -2,7 +2,7 @@
 
 TEACHERS/ID/weights.safetensors   the best-validation weights
 TEACHERS/ID/card.json             the trial, its epochs, and the digest of the weights; written last
-TEACHERS/ID/answers/KEY/          logits for views and for the test images, by all that they depend on
+TEACHERS/ID/answers/KEY/          logits for views and for the test images; KEY is a hash of all that they depend on
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from tune_kd.training.notices import tell
 if TYPE_CHECKING:  # importing torchvision takes seconds, and the driver of a run does not need it
     from torchvision.models import ResNet
 
-BATCH = 512  # views per forward pass on a CPU; fixed, so that logits computed again are the same bit for bit
-GPU_BATCH = {torch.bfloat16: 1024, torch.float32: 512}  # the same on a GPU, by the type of the logits: of equal memory
+BATCH = 512  # views per forward pass on a CPU; fixed, so that recomputed logits are bitwise identical
+GPU_BATCH = {torch.bfloat16: 1024, torch.float32: 512}  # on a GPU, by the type of the logits; both take the same memory
 
 
 class TeacherChanged(RuntimeError):
-    """A teacher's file is not the one that was published."""
+    """A teacher's file differs from the published one."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Card:
 
 
 def publish_teacher(folder: Path, trial: Trial, weights: dict[str, Tensor], epochs: Iterable[Epoch]) -> None:
-    """Publish a trained teacher. The card is written last: a teacher without a card does not exist."""
+    """Publish a trained teacher. The card is written last: a teacher without a card counts as missing."""
     home = folder / trial.trial_id
     home.mkdir(parents=True, exist_ok=True)
     data = pack(weights, {"teacher_id": trial.trial_id})
@@ -75,7 +75,7 @@ def publish_teacher(folder: Path, trial: Trial, weights: dict[str, Tensor], epoc
 
 
 def fetch_teacher(folder: Path, teacher_id: str) -> None:
-    """Download a teacher whose folder is mirrored, once per machine. Raises OSError."""
+    """Download a teacher if its folder is mirrored, once per machine. Raises OSError."""
     home, mirror = folder / teacher_id, Mirror.of(folder)
     if mirror.url is None:
         return
@@ -97,9 +97,9 @@ def published_epochs(folder: Path, teacher_id: str) -> list[Epoch] | None:
 
 
 def wrong_with(folder: Path, teacher_id: str, taught: str | None = None) -> str | None:
-    """What is wrong with a published teacher. Returns None if nothing is.
+    """The fault of a published teacher. Returns None if it has none.
 
-    A missing or different teacher is wrong only if the run had one, whose outcome has the digest `taught`.
+    A missing or different teacher is a fault only if the run used one; `taught` is the digest of that one's outcome.
     """
     home = folder / teacher_id
     if not os.path.exists(home / "card.json"):
@@ -108,35 +108,35 @@ def wrong_with(folder: Path, teacher_id: str, taught: str | None = None) -> str 
     if card is None:
         return f"{home / 'card.json'} was altered since it was written"
     if _digest(home / "weights.safetensors") != card.weights_sha256:
-        return f"{home / 'weights.safetensors'} is not what its card says"
+        return f"{home / 'weights.safetensors'} does not match its card"
     if taught is not None and taught != _outcome_digest(card):
         return f"{home} was trained again, and is not the teacher that this run had"
     return None
 
 
 def unfit(folder: Path, trial: Trial) -> str | None:
-    """Why the teacher published under a trial's id cannot be used as this trial, e.g. a card put there by hand.
+    """The reason why the teacher published under a trial's id cannot be used, e.g. a card that was put there by hand.
 
-    Returns None if it can, or if there is none.
+    Returns None if it can be used, or if there is none.
     """
     home = folder / trial.trial_id
-    remedy = f"remove {home} to have this teacher trained, or put a whole one there"
+    remedy = f"remove {home} to have this teacher trained, or put an intact one there"
     try:
         card = _read_card(folder, trial.trial_id)
     except CorruptFile:  # damaged on disk: it is trained again
         return None
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
-        return f"{home / 'card.json'} is no teacher's card ({where}: {error.errors()[0]['msg']}); {remedy}"
+        return f"{home / 'card.json'} is not a teacher's card ({where}: {error.errors()[0]['msg']}); {remedy}"
     if card is None:
         return None
     planned = trial.recipe.epochs
     if card.trial.trial_id != trial.trial_id:
-        return f"{home / 'card.json'} is of trial {card.trial.trial_id}; {remedy}"
+        return f"{home / 'card.json'} belongs to trial {card.trial.trial_id}; {remedy}"
     if [each.epoch for each in card.epochs] != list(range(1, planned + 1)):
-        return f"{home / 'card.json'} has {len(card.epochs)} epochs, and the teacher of this study {planned}; {remedy}"
+        return f"{home / 'card.json'} has {len(card.epochs)} epochs; this study's teacher has {planned}; {remedy}"
     if [each.epoch for each in card.epochs if each.outcome is not None] != [planned]:
-        return f"{home / 'card.json'} has not one outcome, of the last epoch, so not its test accuracies; {remedy}"
+        return f"{home / 'card.json'} must have one outcome, at its last epoch, with its test accuracies; {remedy}"
     return None
 
 
@@ -147,7 +147,7 @@ def _outcome_digest(card: Card) -> str | None:
 
 
 def weights_digest(folder: Path, teacher_id: str) -> str | None:
-    """The digest of the weights on a teacher's card. Returns None without an intact card."""
+    """The digest of the weights, from a teacher's card. Returns None without an intact card."""
     card = _card(folder, teacher_id)
     return None if card is None else card.weights_sha256
 
@@ -221,9 +221,9 @@ class Teacher:
         return net.eval().requires_grad_(False)
 
     def frozen(self, precision: str) -> ResNet:
-        """The network for forward passes alone, in a precision: on a GPU with its batch norms folded, and with weights
-        that need no cast. Where that fails, the network as it is."""
-        if self.device.type == "cpu":  # where records must stay the same to the bit
+        """The network for inference in a precision. On a GPU its batch norms are folded, and its weights need no cast.
+        If folding fails, returns the unfolded network."""
+        if self.device.type == "cpu":  # results on a CPU must stay bitwise identical
             return self.net
         if precision not in self._folded:
             if (made := self._fold()) is not None:
@@ -233,28 +233,28 @@ class Teacher:
         return self._folded[precision] or self.net
 
     def _fold(self) -> ResNet | None:
-        """The network with its batch norms folded, on the CPU. None where that fails, with one message."""
+        """The network with its batch norms folded, on the CPU. Returns None if folding fails, and reports that once."""
         try:
             return networks.folded(self._built())
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AssertionError) as error:
-            tell(f"a teacher's batch norms cannot be folded into its convolutions here ({first_line(error)}); it "
-                 "answers as it is, which is slower")  # fmt: skip
+            tell(f"a teacher's batch norms cannot be folded into its convolutions here ({first_line(error)}); "
+                 "falling back to the unfolded teacher, which is slower")  # fmt: skip
             return None
 
     @cached_property
     def _folded(self) -> dict[str, ResNet | None]:
-        """By precision; None where it cannot be folded."""
+        """Folded networks by precision; None if folding failed."""
         return {}
 
     @property
     def is_folded(self) -> bool:
-        """Whether the network that answers here has its batch norms folded."""
+        """Whether the network in use has its batch norms folded."""
         return any(each is not None for each in self._folded.values())
 
     def logits(self, views: Views) -> tuple[Tensor, int]:
-        """Logits [N, K], on the CPU, for the views of an epoch in training order, and the number computed now.
+        """Logits [N, K], on the CPU, for the views of an epoch in training order, and how many this call computed.
 
         They do not depend on method, temperature or alpha, so all students of the teacher share them.
         """
@@ -273,7 +273,7 @@ class Teacher:
 
     @cached_property
     def _drawn(self) -> Tensor | None:
-        """Numbers of the views that students draw, in the order of the first draw. None for all views."""
+        """Numbers of the views that students draw, in the order of the first draw. None means all views."""
         assert self.answering is not None, "the plan has no logit student of this teacher"
         return None if self.answering.ahead else drawn_numbers(self.answering.draws, self.data)
 
@@ -308,10 +308,10 @@ class Teacher:
         `images(rows)` returns a range of the list, uint8 [N, 3, H, W], on the device.
         """
         on_cpu = self.device.type == "cpu"
-        net: Function | None = None if on_cpu else self.frozen(self.precision)  # on a CPU built where it is needed
+        net: Function | None = None if on_cpu else self.frozen(self.precision)  # on a CPU it is built at first use
         kind = torch.bfloat16 if self.precision == "bfloat16" and not on_cpu else torch.float32
         batch = BATCH if on_cpu else GPU_BATCH[kind]
-        # What the logits depend on. On a CPU this has to stay as it is, or the caches there would be computed again.
+        # All that the logits depend on. On a CPU these parts must not change, or existing caches would be recomputed.
         parts = [self.digest, self.data.digest]
         parts += ["folded"] if self.is_folded else []
         parts += [] if on_cpu else [self.precision, f"stored as {kind}", f"batch {batch}"]
@@ -359,10 +359,10 @@ def load_teacher(
     card = _card(folder, teacher_id)
     if card is None:
         raise TeacherChanged(
-            f"teacher {teacher_id} has no whole card in {home}; start a new run to have it trained again"
+            f"teacher {teacher_id} has no intact card in {home}; start a new run to have it trained again"
         )
     if taught is not None and taught != _outcome_digest(card):
-        raise TeacherChanged(f"{home} was trained again, with other weights than this run's teacher had; put it back")
+        raise TeacherChanged(f"{home} was trained again, and its weights differ from this run's teacher; restore that")
     _weights(home, card.weights_sha256)
     return Teacher(home, card, on_device(data, device), device, answering)
 
@@ -374,7 +374,7 @@ def _weights(home: Path, expected: str) -> bytes:
     digest = hashlib.sha256(found).hexdigest()
     if digest != expected:
         raise TeacherChanged(
-            f"{path} has the digest {digest[:16]}, its card says {expected[:16]}: "
+            f"{path} has digest {digest[:16]}, but its card has {expected[:16]}: "
             "the file was changed after it was published; restore it, or remove the folder and start a new run"
         )
     return found

@@ -1,4 +1,4 @@
-"""Distillation by telling the teacher's embedding of an image from those of other classes: Tian et al. 2020,
+"""Distillation by contrasting an image's embedding with those of images of other classes: Tian et al. 2020,
 "Contrastive representation distillation"."""
 
 import math
@@ -20,12 +20,13 @@ METHOD = Method(
 
 
 class CRD(nn.Module):
-    """`weight` times the sum of `contrast` of the student with a memory of the teacher, and of the teacher with one of
-    the student.
+    """`weight` times the sum of two `contrast` losses: the student with a memory of the teacher, and the teacher with a
+    memory of the student.
 
-    Both embeddings are projected to `dimension` numbers, of length 1. For each image of the batch, `nce_k` images of
-    other classes are drawn with replacement (the authors draw without where there are enough). Scores are products
-    with the memory over `nce_t`. Memories of images of the batch are mixed with what is new, with momentum `nce_m`.
+    Both embeddings are projected to `dimension` numbers and scaled to length 1. For each image of the batch, `nce_k`
+    images of other classes are drawn with replacement (the authors draw without replacement if there are enough).
+    Scores are products with the memory, divided by `nce_t`. After the scores, the new embeddings are mixed into the
+    memories of the batch's images, with momentum `nce_m`.
     """
 
     def __init__(self, context: Context) -> None:
@@ -53,11 +54,11 @@ class CRD(nn.Module):
 
 
 class Memory(nn.Module):
-    """A vector for each training image, [N, D], and the constant Z of scores with them, which the first batch sets."""
+    """A vector for each training image, [N, D], and the constant Z of the scores, which the first batch sets."""
 
     def __init__(self, count: int, dimension: int) -> None:
         super().__init__()
-        bound = math.sqrt(3 / dimension)  # of draws whose length is about 1
+        bound = math.sqrt(3 / dimension)  # for vectors of length about 1
         self.register_buffer("vectors", torch.empty(count, dimension).uniform_(-bound, bound))
         self.register_buffer("log_z", torch.full((), math.inf))  # infinite until it is set
         self.vectors: Tensor
@@ -65,7 +66,7 @@ class Memory(nn.Module):
 
     def forward(self, vectors: Tensor, index: Tensor, drawn: Tensor, temperature: float | Tensor) -> Tensor:
         """`contrast` of vectors [B, D] with the memory. Scalar."""
-        # A copy, because backward needs the memory as it was before it is updated.
+        # A copy, because the backward pass needs the memory before its update.
         scores_BN = vectors @ self.vectors.clone().T / temperature
         log_z = torch.where(self.log_z.isinf(), log_normaliser(scores_BN.detach(), index, drawn), self.log_z)
         if self.training:
@@ -80,7 +81,7 @@ class Memory(nn.Module):
 
 
 class OtherClasses(nn.Module):
-    """Draws of training images of other classes, from labels int64 [N]. Holds N + 2 * classes numbers.
+    """Draw training images of other classes, given labels int64 [N]. Stores N + 2 * classes numbers.
 
     Raises `UserError` if all labels are the same.
     """
@@ -89,8 +90,8 @@ class OtherClasses(nn.Module):
         super().__init__()
         sizes = torch.bincount(labels, minlength=classes)
         if int(sizes.max()) == len(labels):
-            raise UserError("crd contrasts images of different classes; all training images have the same")
-        # Positions sorted by class: those of a class lie side by side, and a draw steps over them.
+            raise UserError("crd contrasts images of different classes, but all training images have the same class")
+        # Sorted by class, so that each class is contiguous and a draw can skip the image's own class.
         self.register_buffer("positions", labels.argsort(stable=True), persistent=False)
         self.register_buffer("sizes", sizes, persistent=False)
         self.register_buffer("starts", sizes.cumsum(0) - sizes, persistent=False)
@@ -106,7 +107,7 @@ class OtherClasses(nn.Module):
         return self.positions[number_BK + size_B1 * (number_BK >= start_B1)]
 
     def counts(self, labels: Tensor, count: int) -> Tensor:
-        """How often each image is among those of `draw`: float32 [B, N], whose rows sum to `count`."""
+        """How often `draw` returns each image: float32 [B, N], whose rows sum to `count`."""
         drawn_BK = self.draw(labels, count)
         ones = torch.ones((), device=labels.device).expand(drawn_BK.shape)
         return torch.zeros(len(labels), len(self.positions), device=labels.device).scatter_add_(1, drawn_BK, ones)

@@ -1,4 +1,4 @@
-"""Distillation from logits at a temperature that learns to make them harder to match: Li et al. 2023, "Curriculum
+"""Distillation from logits at a learned temperature, which makes them harder to match: Li et al. 2023, "Curriculum
 temperature for knowledge distillation", with one temperature for all images."""
 
 import math
@@ -21,8 +21,8 @@ METHOD = Method(
 class CTKD(nn.Module):
     """`kd` of the batch at temperature_start + (temperature_end - temperature_start) * sigmoid(`parameter`).
 
-    The parameter is trained with the student, with its gradient times `reversal`: it climbs the loss that the student
-    descends.
+    The parameter is trained with the student. Its gradient is multiplied by `reversal`, so it increases the loss that
+    the student decreases.
     """
 
     def __init__(self, context: Context) -> None:
@@ -40,7 +40,7 @@ class CTKD(nn.Module):
 
 
 def reversal(epoch: Tensor, loops: float | Tensor) -> Tensor:
-    """The factor of the parameter's gradient: by a cosine from 0 before the first epoch to -1 from epoch `loops` on.
+    """The factor of the parameter's gradient: a cosine from 0 before the first epoch to -1 at epoch `loops` and after.
 
     `epoch` is 0-dim, from 1. With 0 loops the factor is -1.
     """
@@ -49,5 +49,5 @@ def reversal(epoch: Tensor, loops: float | Tensor) -> Tensor:
 
 
 def with_gradient_times(factor: Tensor, value: Tensor) -> Tensor:
-    """The value, unchanged, whose gradient is multiplied by the factor on its way back."""
+    """Return the value unchanged. Its gradient is multiplied by the factor in the backward pass."""
     return value.detach() + factor * (value - value.detach())

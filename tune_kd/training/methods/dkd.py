@@ -1,4 +1,4 @@
-"""Distillation of the target's probability apart from those of the other classes: Zhao et al. 2022, "Decoupled
+"""Distillation with one loss for the target's probability and one for the other classes': Zhao et al. 2022, "Decoupled
 knowledge distillation"."""
 
 import torch
@@ -16,7 +16,7 @@ METHOD = Method(
 
 
 class DKD(nn.Module):
-    """`dkd` of the batch, times epoch / `warmup` in the first `warmup` epochs. A `warmup` of 0 is none."""
+    """`dkd_parts` of the batch, weighted, times epoch / `warmup` in the first `warmup` epochs. 0 means no warm-up."""
 
     def __init__(self, context: Context) -> None:
         super().__init__()

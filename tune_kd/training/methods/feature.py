@@ -1,5 +1,5 @@
-"""Distillation from the features of all stages: projected, compared by squares (Romero et al. 2015, "FitNets") and by
-the angle between their means over positions."""
+"""Distillation from the projected features of all stages, by squared error (Romero et al. 2015, "FitNets") and by the
+angle between their means over positions."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -17,9 +17,10 @@ Projection = Callable[[Tensor], Tensor]
 
 
 class Feature(nn.Module):
-    """`feature` of the batch, with one bias-free 1x1 convolution a stage, [B, C_student, H, W] to [B, C_teacher, H, W].
+    """`feature` of the batch. A 1x1 convolution per stage, without bias, maps [B, C_student, H, W] to
+    [B, C_teacher, H, W].
 
-    They have PyTorch's default initialisation, because no ReLU follows for which Kaiming's gain would compensate.
+    It has PyTorch's default initialisation: Kaiming's gain would compensate for a ReLU, and none follows.
     Raises `UserError` for different numbers of stages.
     """
 
@@ -29,7 +30,7 @@ class Feature(nn.Module):
         student, teacher = context.student.taps, context.teacher.taps
         if len(student) != len(teacher):
             raise UserError(
-                f"the teacher has {len(teacher)} stages; the student has {len(student)}, and both must match"
+                f"the teacher has {len(teacher)} stages and the student {len(student)}; the numbers must be equal"
             )
         self.projections = nn.ModuleList(
             nn.Conv2d(one[0], other[0], kernel_size=1, bias=False) for one, other in zip(student, teacher, strict=True)
@@ -53,7 +54,7 @@ def feature(
 def feature_parts(
     student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], projections: Iterable[Projection]
 ) -> tuple[Tensor, Tensor]:
-    """Distances of the projected features [B, C_i, H_i, W_i] of stages i from the teacher's: (mse, cosine).
+    """Distances between projected features [B, C_i, H_i, W_i] of stages i and the teacher's: (mse, cosine).
 
     mse: the mean over all elements of (P_i s_i - t_i)^2, averaged over stages. cosine: 1 - cos(GAP(P_i s_i), GAP(t_i)),
     averaged over the batch and then over stages, where GAP is the mean over H and W. Both scalars. Stages have equal
@@ -72,7 +73,7 @@ def feature_parts(
     for stage, (student_BCHW, teacher_BCHW, project) in enumerate(stages, start=1):
         teacher_BCHW, projected_BCHW = teacher_BCHW.detach(), project(student_BCHW)
         check_shape(f"student_features of stage {stage}, projected,", projected_BCHW, teacher_BCHW, "BCHW")
-        # Once for both distances: on a GPU a cast reads and writes the whole map.
+        # One cast for both distances: on a GPU a cast reads and writes the whole map.
         teacher_BCHW, projected_BCHW = at_least_32_bits(teacher_BCHW), at_least_32_bits(projected_BCHW)
         squares.append(F.mse_loss(projected_BCHW, teacher_BCHW))
         cosine_B = F.cosine_similarity(_pooled(projected_BCHW), _pooled(teacher_BCHW), dim=1)

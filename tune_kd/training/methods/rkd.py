@@ -53,7 +53,7 @@ def _relations(embedding_BE: Tensor) -> tuple[Tensor, Tensor]:
     """Distances over their mean, [B, B], and cosines [B, B, B], the first index being the angle's vertex."""
     embedding_BE = at_least_32_bits(embedding_BE)
     count = len(embedding_BE)
-    # Differences, not a product of embeddings: nearby ones would lose all their digits in it.
+    # Differences, not a product of embeddings, in which nearby embeddings would lose all their digits.
     difference_BBE = embedding_BE[None] - embedding_BE[:, None]
     distance_BB = torch.linalg.vector_norm(difference_BBE, dim=2)
     mean = distance_BB.sum() / max(1, count * (count - 1))
@@ -62,5 +62,5 @@ def _relations(embedding_BE: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nonzero(length: Tensor) -> Tensor:
-    """The length, or infinity for 0: what is divided by it is then 0, and so is its gradient."""
+    """The length, or infinity for 0: a quotient with it is then 0, and so is its gradient."""
     return length.masked_fill(length == 0, math.inf)
