@@ -136,7 +136,7 @@ def test_a_disk_without_room_for_the_study_is_told_of_before_anything_trains(
 ) -> None:
     ballast = filled(small_disk, 200_000)
     ended = started(small_disk, None)
-    assert ended.returncode == 2 and "make room" in ended.stderr
+    assert ended.returncode == 2 and "Free space" in ended.stderr
     ballast.unlink()
     judge(small_disk, ended, undisturbed)
 

@@ -220,7 +220,7 @@ def test_no_token_is_sent_to_a_dashboard_that_results_name(
         tell_dashboard("http://192.0.2.1:8265")
         assert call(monkeypatch, "dashboard", "--write", "boards") == 2
         told = capsys.readouterr().err
-        assert "http://192.0.2.1:8265, another machine" in told and "--address" in told
+        assert "on another machine, http://192.0.2.1:8265" in told and "--address" in told
         assert not Path("boards").exists()
         assert call(monkeypatch, "dashboard", "--write", "boards", "--address", "http://192.0.2.1:8265") == 0
         tell_dashboard("http://127.0.0.1:1")
@@ -330,7 +330,8 @@ def test_a_report_is_not_written_through_a_link(
     (given / name).parent.mkdir(exist_ok=True)
     (given / name).symlink_to(tmp_path / "precious")
     assert call(monkeypatch, "report", "tiny", "--format", "csv") == 2
-    assert "is a link" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "is a link" in told or "does not write through links" in told
     assert [path.read_text() for path in (tmp_path / "precious").iterdir()] == ["precious"]
 
 
