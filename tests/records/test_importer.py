@@ -97,7 +97,7 @@ def test_the_report_of_published_tables_makes_no_claim(
     said = " ".join(capsys.readouterr().out.split())
     assert "results are exploratory" in said
     page = (tmp_path / "r" / "report.html").read_text()
-    assert "there is no verdict" in page
+    assert "there are no verdicts" in page
     assert "resnet18/imagenet/none" in page
 
 
