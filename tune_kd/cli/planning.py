@@ -99,14 +99,10 @@ def simulate(
     ],
     strata: Annotated[
         str | None,
-        typer.Option(
-            help="Columns that define strata, such as student,teacher; `none` for one stratum. Default: the study's."
-        ),
+        typer.Option(help="Columns that define strata, such as student,teacher, or `none`. Default: the study's."),
     ] = None,
     orders: Annotated[int, typer.Option(help="Number of arrival orders to replay.")] = 1000,
-    scale: Annotated[
-        str, typer.Option(help="auto takes the scale of the curves, or paper if they have none.")
-    ] = "auto",
+    scale: Annotated[str, typer.Option(help="auto: the scale of the curves, or paper if they have none.")] = "auto",
     out: options.Out = options.DEFAULT_OUT,
     settings: options.Settings = None,
     margin_from: options.MarginFrom = None,

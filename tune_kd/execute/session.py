@@ -69,10 +69,8 @@ def run(
     `out` is the folder for all runs, or s3://BUCKET/PATH. If `name` is None, the name has the study and the time.
     `data_dir` is the path of CIFAR. `address` is that of a Ray cluster to join; None starts Ray on this machine. Files
     with the study's own losses are relative to the working directory; the losses are tried first unless `dry_run` is
-    False. `options` are the fields of `Options`.
-
-    Raises `UserError` with all problems, before creating any files, and KeyboardInterrupt if a signal interrupted the
-    run; `resume` then continues it.
+    False. `options` are the fields of `Options`. Raises `UserError` with all problems, before creating any files, and
+    KeyboardInterrupt if a signal interrupted the run; `resume` then continues it.
     """
     chosen, results = Options(**options), local(str(out))
     script = getattr(sys.modules["__main__"], "__file__", None)  # importing a copy of it would run the study again
