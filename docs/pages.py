@@ -46,12 +46,12 @@ def fields(path: str, name: str) -> str:
 def commands() -> str:
     """A section for each command, as in `--help`: description, example, arguments and options."""
     from typer import Context
-    from typer.main import get_command
+    from typer.main import get_group
 
     from tune_kd.cli import app
 
     sections = []
-    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in get_group(app).commands.items():
         example = (command.epilog or "").removeprefix("Example: ")
         where = ' title="with a cluster"' if "--address" in example else ""
         lines = [f"## {name}", "", _joined(command.help or ""), "", f"```bash{where}", example, "```", ""]

@@ -106,8 +106,11 @@ def published(prefix: str) -> Records:
 
 
 def main(wanted: list[str]) -> None:
-    for each in wanted or ["ablation", "tuned"]:
-        name, _, prefix = each.partition("=")
+    asked = [each.partition("=")[::2] for each in wanted or ["ablation", "tuned"]]
+    if wrong := [name for name, prefix in asked if name not in FIGURES or bool(prefix) != (name == "published")]:
+        sys.stderr.write(f"docs.results: NAME is {', '.join(wrong)}; allowed: ablation, tuned, published=PREFIX\n")
+        sys.exit(2)
+    for name, prefix in asked:
         if not prefix:
             train(name)
         put(PAGE, name, show(name, published(prefix) if prefix else load(GALLERY / name)))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from typer.main import get_command
+from typer.main import get_group
 
 import tune_kd
 from commands import call, command
@@ -35,7 +35,7 @@ ELSEWHERE = {
     "with a store",
 }  # fmt: skip
 """Titles of blocks that need what is not here, or the end of these titles. Their commands are parsed."""
-COMMANDS = get_command(cli.app).commands  # type: ignore[attr-defined]
+COMMANDS = get_group(cli.app).commands
 
 
 class Block(NamedTuple):

@@ -95,7 +95,7 @@ def test_the_report_of_published_tables_makes_no_claim(
         main()
     assert end.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "results are exploratory" in said
+    assert "These tables have no study with declared contrasts: all their results are exploratory." in said
     page = (tmp_path / "r" / "report.html").read_text()
     assert "there are no verdicts" in page
     assert "resnet18/imagenet/none" in page

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.levers import Launched
 from placement import DRAWING, METHODS, distil, pupil
 from trials import run
 from tune_kd.data import datasets
@@ -59,13 +60,6 @@ def _nothing_kept() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
-
-
-class Launched(Captured):
-    """Not captured."""
-
-    def __call__(self, *inputs: torch.Tensor) -> None:
-        self._step(*inputs)
 
 
 def losses(rows: list[Epoch]) -> list[float]:

@@ -172,7 +172,7 @@ def test_a_teacher_answers_there_in_batches_of_equal_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert {kind: CHUNK % size for kind, size in teachers.GPU_BATCH.items()} == {torch.float32: 0, torch.bfloat16: 0}
-    assert teachers.GPU_BATCH[torch.bfloat16] > teachers.BATCH
+    assert teachers.GPU_BATCH[torch.bfloat16] == 2 * teachers.GPU_BATCH[torch.float32] >= 2 * teachers.BATCH
     monkeypatch.setattr(teachers, "GPU_BATCH", {torch.float32: 300, torch.bfloat16: 600})
     teacher = answering_in(untrained(gpu, pixels, tmp_path), precision)
     seen: list[int] = []
