@@ -36,6 +36,7 @@ class Compiler:
 
     def __init__(self, refuses: str | None = None, error: Exception | None = None) -> None:
         self.sizes: list[int] = []
+        self.refused = 0
         self.refuses, self.error = refuses, error or RuntimeError("no compiler\nand more")
 
     def __call__(self, function: Function, **options: Any) -> Function:
@@ -43,6 +44,7 @@ class Compiler:
 
         def compiled(*inputs: Any) -> Any:
             if self.refuses is not None and self.refuses in name:
+                self.refused += 1
                 raise self.error
             images = next(each for each in inputs if isinstance(each, torch.Tensor | list))
             self.sizes.append(len(images[0] if isinstance(images, list) else images))
@@ -155,13 +157,15 @@ def test_what_cannot_be_compiled_is_told_once_and_the_rest_is_compiled(
     refuses: str, used: str | None, told: list[str], pixels: DataSet, teacher: Teacher, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(torch, "compile", Compiler(refuses))
+    compiler = Compiler(refuses)
+    monkeypatch.setattr(torch, "compile", compiler)
     first = trained("feature", pixels, teacher, tmp_path / "one")
     assert first[1] == used
     assert notices.take() == [
         f"{what} cannot be compiled here (no compiler); falling back to a slower path" for what in told
     ]
     assert trained("feature", pixels, teacher, tmp_path / "other") == first
+    assert compiler.refused == len(told), "what failed is not tried again"
     assert notices.take() == []
     if told == ["a student with the loss feature"]:
         monkeypatch.setattr(torch, "compile", Compiler())

@@ -133,3 +133,18 @@ def test_a_trial_that_failed_leaves_no_step(pixels: DataSet, tmp_path: Path, kep
         run(hot, pixels, None, tmp_path)
     assert len(kept) == 1
     assert not stepping._idle
+
+
+def test_all_images_are_evaluated_batch_by_batch_in_eval_mode(pixels: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = pixels.train.images
+    step = Step(trial("none"), pixels, None, CPU)
+    step.train()
+    whole = step.logits(images)
+    monkeypatch.setattr(stepping, "evaluation_batch", lambda device: 7)
+    parts = Step(trial("none"), pixels, None, CPU).logits(images)
+    assert whole.shape == (len(images), len(pixels.classes)) and whole.dtype == torch.float32
+    torch.testing.assert_close(parts, whole)
+
+
+def test_a_cpu_evaluates_in_batches_of_512_for_the_sake_of_the_last_bit_and_a_gpu_in_whole_ones() -> None:
+    assert [stepping.evaluation_batch(torch.device(name)) for name in ("cpu", "cuda")] == [512, 1000]
