@@ -127,7 +127,7 @@ def test_a_sentence_says_how_much_over_how_many_seeds_and_how_sure(study: Study)
     said = row(table, "cifar: logit - none")["words"]
     assert said.startswith("better: +1.99 points over 5 seeds, 95 % interval +1.9")
     same = row(contrasts.contrasts(made(study, lambda trial: 0.9)), "cifar: logit - none")["words"]
-    assert same == ("inconclusive, since without a spread there is nothing to judge it by: +0.00 points over 5 seeds")
+    assert same == ("inconclusive, since there is no estimate of its spread: +0.00 points over 5 seeds")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_stopped_trial_is_in_no_mean(study: Study) -> None:
     arm = accuracy.arms(records).set_index("arm").loc["cifar/feature"]
     assert (arm["n"], arm["planned"], arm["note"]) == (0, 5, "stopped in the screen")
     found = row(contrasts.contrasts(records), "cifar: feature - none")
-    assert found["words"] == "not judged: cifar/feature has no confirmed trial that ran to its end"
+    assert found["words"] == "not judged: cifar/feature has no completed confirmation trial"
 
 
 @pytest.mark.parametrize("how", ["failed", "without a row", "without a result"])
@@ -285,9 +285,9 @@ def test_what_stood_at_a_look_goes_on_standing_unless_it_turns(study: Study) -> 
     assert (faded["n"], faded["verdict"]) == (5, "better")
     assert faded["p_holm"] == pytest.approx(first["p_holm"])
     assert faded["p"] > 0.05
-    assert "as it stood at an earlier look" in faded["words"]
+    assert "as found at an earlier look" in faded["words"]
     said = summary.summary(looked(study, gains(*strong, -0.009, 0.012), 1)).sentences
-    assert ", 5 seeds, as it stood at an earlier look)" in " ".join(said)
+    assert ", 5 seeds, as found at an earlier look)" in " ".join(said)
     assert "earlier" not in first["words"]
     turned = row(contrasts.contrasts(looked(study, gains(*strong, -0.1, 0.04), 1)), NAME)
     assert (turned["estimate"] < 0, turned["verdict"]) == (True, "inconclusive")
@@ -314,7 +314,7 @@ def test_a_look_that_goes_on_spends_nothing_and_changes_no_contrast(study: Study
     for partial in (unended(whole, gone=gone, seed=5), unended(whole, seed=5, arm="imagenet/none")):
         pd.testing.assert_frame_equal(contrasts.contrasts(partial), contrasts.contrasts(looked(study, accuracy, 0)))
         assert any(each.startswith("Judged at look 1 of the 3") for each in provenance.limits(partial))
-        assert "Look 2 is running: no contrast uses its seeds until all of them have ended." in provenance.limits(
+        assert "Look 2 is running: no contrast uses its seeds until all of them have finished." in provenance.limits(
             partial
         )
     assert row(contrasts.contrasts(whole), NAME)["n"] == 5
@@ -322,7 +322,10 @@ def test_a_look_that_goes_on_spends_nothing_and_changes_no_contrast(study: Study
 
 def test_a_contrast_whose_trials_go_on_is_not_judged_yet(study: Study) -> None:
     table = contrasts.contrasts(unended(made(study, noisy(0.02)), arm="cifar/logit/T=4", seed=2))
-    assert (row(table, NAME)["verdict"], row(table, NAME)["note"]) == ("not judged", "1 of its trials wait or run")
+    assert (row(table, NAME)["verdict"], row(table, NAME)["note"]) == (
+        "not judged",
+        "1 of its trials are waiting or running",
+    )
     assert row(table, "imagenet: logit - none")["verdict"] == "better"
 
 
@@ -345,7 +348,7 @@ def test_equivalence_of_an_earlier_look_falls_when_the_estimate_leaves_the_margi
     assert row(contrasts.contrasts(looked(study, gains(*alike), 0)), NAME)["verdict"] == "equivalent"
     inside = row(contrasts.contrasts(looked(study, gains(*alike, 0.002, -0.001), 1)), NAME)
     assert inside["verdict"] == "equivalent"
-    assert "as it stood at an earlier look" in inside["words"]
+    assert "as found at an earlier look" in inside["words"]
     outside = row(contrasts.contrasts(looked(study, gains(*alike, 0.01, 0.012), 1)), NAME)
     assert (outside["verdict"], outside["p_equivalence"] > 0.05) == ("inconclusive", True)
 

@@ -51,10 +51,10 @@ def test_a_measure_is_judged_as_the_same_values_would_be_as_accuracies(study: St
 @pytest.mark.parametrize(
     ("measure", "shift", "expected"),
     [
-        ("agreement", 0.05, "more alike"),
-        ("agreement", -0.05, "less alike"),
-        ("kl_t1", -0.05, "more alike"),
-        ("kl_t4", 0.05, "less alike"),
+        ("agreement", 0.05, "closer to teacher"),
+        ("agreement", -0.05, "further from teacher"),
+        ("kl_t1", -0.05, "closer to teacher"),
+        ("kl_t4", 0.05, "further from teacher"),
         ("ece", -0.05, "better calibrated"),
         ("ece", 0.05, "worse calibrated"),
         ("ece", 0.0, "no difference found"),
@@ -94,7 +94,11 @@ def test_what_is_not_judged_stays_in_the_family_and_says_why(study: Study) -> No
     found = fidelity.fidelity(records)
     assert len(found) == len(whole)
     unjudged = of(found, "agreement", "imagenet: T=2 - T=4")
-    assert (unjudged["n"], unjudged["verdict"], unjudged["note"]) == (0, "not judged", "1 of its trials wait or run")
+    assert (unjudged["n"], unjudged["verdict"], unjudged["note"]) == (
+        0,
+        "not judged",
+        "1 of its trials are waiting or running",
+    )
     assert pd.isna(unjudged["estimate"]) and pd.isna(unjudged["df"])
     assert found["p_holm"].min() == pytest.approx(len(whole) * found["p"].min())
     short = of(found, "ece", "cifar: logit - none")
@@ -105,7 +109,7 @@ def test_one_seed_is_no_verdict(study: Study) -> None:
     records = measured(made(study, noisy(0.01)), agreement=0.1)
     records.studies["r"]["study"]["confirm"]["seeds"] = (1,)
     found = of(fidelity.fidelity(records), "agreement")
-    assert (found["n"], found["verdict"], found["note"]) == (1, "not judged", "no spread to judge it by")
+    assert (found["n"], found["verdict"], found["note"]) == (1, "not judged", "no estimate of its spread")
     assert found["estimate"] == pytest.approx(0.1, abs=0.01)
     assert fidelity.sentence(records, contrasts.contrasts(records)) is None
 
@@ -129,7 +133,7 @@ def test_what_stood_at_a_look_goes_on_standing(study: Study) -> None:
 
     first = of(fidelity.fidelity(faded(looked(study, lambda trial: 0.9, 0))), "agreement")
     second = of(fidelity.fidelity(faded(looked(study, lambda trial: 0.9, 1))), "agreement")
-    assert first["verdict"] == second["verdict"] == "more alike"
+    assert first["verdict"] == second["verdict"] == "closer to teacher"
     assert second["n"] == 5 and second["p"] > 0.05
 
 
@@ -153,9 +157,9 @@ def warm(gain: float) -> Callable[[Any], float]:
     return accuracy
 
 
-NOT_BETTER = "one is more like its teacher by at least one of 3 measures and is not found to be more accurate"
-BETTER = "one is more like its teacher by at least one of 3 measures, and it is the more accurate one"
-NEITHER = "one is found to be more like its teacher"
+NOT_BETTER = "one student is closer to its teacher by at least one of 3 measures but is not found to be more accurate"
+BETTER = "one student is closer to its teacher by at least one of 3 measures and is also more accurate"
+NEITHER = "one student is found to be closer to its teacher"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +182,7 @@ def test_the_sentence_says_whether_likeness_comes_without_accuracy(
     records = measured(made(study, warm(gain)), **shifts)
     said = fidelity.sentence(records, contrasts.contrasts(records))
     assert said is not None
-    assert said.startswith(f"In {count} of 2 comparisons of students with a teacher, {expected} (exploratory)")
+    assert said.startswith(f"Exploratory: in {count} of 2 comparisons of distilled students, {expected}. ")
 
 
 @pytest.mark.parametrize("measure", fidelity.LIKENESS)
@@ -187,12 +191,12 @@ def test_the_sentence_has_the_figures_of_the_clearest_difference(study: Study, m
     each, accuracy = of(fidelity.fidelity(records), measure), row(contrasts.contrasts(records), PAIR)
     said = fidelity.sentence(records, contrasts.contrasts(records))
     ends = [f"{100 * accuracy[name]:+.2f}" for name in ("estimate", "low", "high")]
-    expected = f"accuracy {ends[0]} points (95 % interval {ends[1]} to {ends[2]}), over 5 seeds."
+    expected = f"accuracy {ends[0]} points, 95 % interval {ends[1]} to {ends[2]}; 5 seeds)."
     assert said is not None and said.endswith(expected)
     scale, unit = (100, "points") if measure == "agreement" else (1, "nats")
     digits = 2 if measure == "agreement" else 4
     value, low, high = (f"{scale * each[name]:+.{digits}f}" for name in ("estimate", "low", "high"))
-    assert f"is {PAIR}, with {fidelity.LIKENESS[measure]} {value} {unit} (95 % interval {low} to {high})" in said
+    assert f"is {PAIR} ({fidelity.LIKENESS[measure]} {value} {unit}, 95 % interval {low} to {high};" in said
 
 
 def test_the_sentence_names_the_run_of_several(study: Study) -> None:
@@ -205,4 +209,6 @@ def test_the_sentence_names_the_run_of_several(study: Study) -> None:
         one.studies | other.studies,
     )
     said = fidelity.sentence(both, contrasts.contrasts(both))
-    assert said is not None and said.startswith("In 2 of 4 comparisons") and "one: cifar: T=2 - T=4" in said
+    assert (
+        said is not None and said.startswith("Exploratory: in 2 of 4 comparisons") and "one: cifar: T=2 - T=4" in said
+    )

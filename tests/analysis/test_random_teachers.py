@@ -278,7 +278,9 @@ def test_a_missing_trial_costs_its_cell_alone(several: Study) -> None:
 def test_one_teacher_that_is_left_tells_nothing_of_others(several: Study) -> None:
     found = row(contrasts.contrasts(made(several, drawn, lambda trial: trial.teacher_seed in (8, 9))), LOGIT)
     assert (found["verdict"], found["teachers"], pd.isna(found["p"])) == ("inconclusive", 1, True)
-    assert found["words"].startswith("inconclusive, since one teacher shows no spread between teachers: ")
+    assert found["words"].startswith(
+        "inconclusive, since one teacher gives no estimate of the spread between teachers: "
+    )
 
 
 def test_seeds_that_take_turns_over_two_teachers_have_one_degree_of_freedom(several: Study) -> None:
@@ -297,7 +299,7 @@ def test_turns_that_an_earlier_version_declared_are_judged_as_they_were(several:
     alone = contrasts.contrasts(made(replace(turns, teacher_seeds=(7,)), lambda trial, _: value_of(records, trial)))
     assert table.drop(columns="words").equals(alone.drop(columns="words"))
     assert contrasts.variances(records).empty
-    assert "Seeds took turns over 2 teachers: every verdict holds given these teachers." in provenance.limits(records)
+    assert "Seeds took turns over 2 teachers. Verdicts are conditional on these teachers." in provenance.limits(records)
 
 
 def value_of(records: Records, trial: Trial) -> float:
@@ -347,8 +349,8 @@ def test_exploratory_comparisons_take_the_mean_over_teachers_at_a_seed(several: 
 
 def test_limits_and_sentences_do_not_say_given_one_teacher(several: Study) -> None:
     said = " ".join(provenance.limits(made(several, drawn)))
-    assert "given that teacher" not in said
-    assert "each interval includes the spread between the 3 teachers of the study. 3 teachers say little" in said
+    assert "conditional on" not in said
+    assert "each interval includes the spread between the 3 teachers of the study. 3 teachers estimate" in said
 
 
 def test_a_trial_of_several_teachers_is_named_with_its_teacher(several: Study) -> None:
@@ -429,10 +431,10 @@ def test_a_run_with_two_teachers_and_two_seeds_is_trained_and_reported(
     assert students.loc[students["arm"] == "logit", "weights_digest"].nunique() == 4
     print_report(records, tmp_path / "report", Terminal(), as_json=False)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "and for teachers of their kind" in shown and "given one teacher" not in shown
+    assert "and for teachers of their kind" in shown and "share one teacher" not in shown
     assert "Spread in points of test accuracy" in shown
     for name in ("report.md", "report.html", "tables/contrasts.csv", "tables/variances.csv", "tables/variances.tex"):
-        assert "given one teacher" not in (tmp_path / "report" / name).read_text()
+        assert "share one teacher" not in (tmp_path / "report" / name).read_text()
     assert "variances" in report.tables(records)
     print_report(records, tmp_path / "report", Terminal(), as_json=True)
     answer = json.loads(capsys.readouterr().out)

@@ -122,7 +122,7 @@ def test_a_stratum_that_is_no_column_of_the_trials_is_the_same_for_all() -> None
 
 def test_the_answer_names_levels_of_the_recipe() -> None:
     said = " ".join(summary.summary(made(varying("lr", 0.05, 0.1), gaining)).sentences)
-    assert "Lr=0.1 against lr=0.05: better by 0.5" in said and "with lr=0.05" in said
+    assert "lr=0.1 vs. lr=0.05: better by 0.5" in said and "with lr=0.05" in said
 
 
 def test_a_response_to_a_field_of_the_recipe_has_the_control_of_each_level() -> None:

@@ -185,7 +185,7 @@ def test_the_command_says_it_and_its_status_too(
     assert "is intact" in capsys.readouterr().out
     flip(run / "trials.parquet")
     assert call(monkeypatch, *command) == 3
-    assert "trials.parquet was altered since it was written" in capsys.readouterr().out
+    assert "trials.parquet was changed after it was written" in capsys.readouterr().out
     assert call(monkeypatch, *command, "--json") == 3
     (finding,) = json.loads(capsys.readouterr().out)["findings"]
     assert finding["part"] == "tables"

@@ -217,7 +217,7 @@ def test_any_change_of_a_plan_on_disk_is_noticed(study: Study, tmp_path: Path) -
     create(run)
     text = (run.folder / "study.json").read_text()
     (run.folder / "study.json").write_text(text.replace('"look": 0', '"look": 1'))
-    with pytest.raises(UserError, match=r"was altered since it was written.*restore the file"):
+    with pytest.raises(UserError, match=r"was changed after it was written.*restore the file"):
         reopen(run.folder)
 
 

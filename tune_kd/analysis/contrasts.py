@@ -136,7 +136,7 @@ def _of_pairs(found: Estimates, evidence: Evidence) -> dict[str, list[Any]]:
 
 
 def factors(records: Records) -> pd.DataFrame:
-    """Whether a factor matters at all: one F test of the block model for each context with several of its contrasts.
+    """F test of any effect of a factor in the block model, one for each context with several of its contrasts.
 
     It complements the contrasts; no verdict depends on it. Arms without an accuracy at a seed are handled as in the
     contrasts. Stopped arms are excluded, and so are runs that are judged over several teachers.

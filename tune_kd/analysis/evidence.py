@@ -150,9 +150,9 @@ def reasons(records: Records, seeds: Sequence[int], declared: Sequence[Any]) -> 
         arms = [arm for arm, _ in contrast["weights"]]
         missing = [arm for arm in arms if arm not in ended]
         if waiting := sum(unended[arm] for arm in arms):
-            notes.append(f"{waiting} of its trials wait or run")
+            notes.append(f"{waiting} of its trials are waiting or running")
         elif missing:
-            notes.append(f"{missing[0]} has no confirmed trial that ran to its end")
+            notes.append(f"{missing[0]} has no completed confirmation trial")
         else:
             compared = [contrast.get("factor")]
             compared += [study["study"].get("moderator")] if contrast.get("kind") == "moderation" else []

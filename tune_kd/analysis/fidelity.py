@@ -1,4 +1,4 @@
-"""Contrasts of likeness to the teacher and of calibration, judged as contrasts of accuracy are.
+"""Contrasts of likeness to the teacher and of calibration, judged like those of accuracy.
 
 A student may gain in likeness without gaining in accuracy, and the reverse.
 
@@ -25,7 +25,7 @@ from tune_kd.records.tables import as_typed, typed
 
 MEASURES: Final = ("agreement", "kl_t1", "kl_t4", "ece")
 LIKENESS = {"agreement": "agreement", "kl_t1": "KL divergence at T=1", "kl_t4": "KL divergence at T=4"}
-GAINS = {"more alike": "better", "less alike": "worse"}  # verdicts on likeness, and the matching ones on accuracy
+GAINS = {"closer to teacher": "better", "further from teacher": "worse"}  # verdicts on likeness: on accuracy
 COLUMNS = "run contrast measure verdict n planned estimate low high error df p_holm p note"
 
 
@@ -110,13 +110,13 @@ def _verdict(row: Any) -> str:
     good = row["estimate"] > 0 if row["measure"] == "agreement" else row["estimate"] < 0
     if row["measure"] == "ece":
         return "better calibrated" if good else "worse calibrated"
-    return "more alike" if good else "less alike"
+    return "closer to teacher" if good else "further from teacher"
 
 
 def _note(row: Any) -> str:
     if row["n"] < row["planned"]:
         return f"{row['planned'] - row['n']} of {row['planned']} seeds are missing"
-    return "no spread to judge it by" if pd.isna(row["p"]) else ""
+    return "no estimate of its spread" if pd.isna(row["p"]) else ""
 
 
 def sentence(records: Records, verdicts_on_accuracy: pd.DataFrame) -> str | None:
@@ -135,19 +135,19 @@ def sentence(records: Records, verdicts_on_accuracy: pd.DataFrame) -> str | None
         return None
     alike = [group.iloc[0] for group in compared if len(set(group["verdict"]) & set(GAINS)) == 1]
     without = [row for row in alike if row["verdict_accuracy"] != GAINS[row["verdict"]]]
-    alone = f"one is more like its teacher by at least one of {len(LIKENESS)} measures"
-    shown, what = without, f"{alone} and is not found to be more accurate"
+    alone = f"one student is closer to its teacher by at least one of {len(LIKENESS)} measures"
+    shown, what = without, f"{alone} but is not found to be more accurate"
     if not without:
-        shown, what = alike, f"{alone}, and it is the more accurate one"
+        shown, what = alike, f"{alone} and is also more accurate"
     if not alike:
-        shown, what = [group.iloc[0] for group in compared], "one is found to be more like its teacher"
+        shown, what = [group.iloc[0] for group in compared], "one student is found to be closer to its teacher"
     clearest = min(shown, key=lambda row: float(row["p_holm"]))
     count = f"{len(without or alike)} of {len(compared)} comparison{'s' if len(compared) > 1 else ''}"
     name = f"{clearest['run']}: {clearest['contrast']}" if len(records.runs) > 1 else clearest["contrast"]
     return (
-        f"In {count} of students with a teacher, {what} (exploratory); the clearest is {name}, with "
-        f"{LIKENESS[clearest['measure']]} {_figures(clearest)} and accuracy {_figures(clearest, '_accuracy')}, over "
-        f"{clearest['n']} seeds."
+        f"Exploratory: in {count} of distilled students, {what}. The clearest case is {name} "
+        f"({LIKENESS[clearest['measure']]} {_figures(clearest)}; accuracy {_figures(clearest, '_accuracy')}; "
+        f"{clearest['n']} seeds)."
     )
 
 
@@ -156,5 +156,5 @@ def _figures(row: Any, suffix: str = "") -> str:
     ends = [row[f"{name}{suffix}"] for name in ("estimate", "low", "high")]
     in_nats = row["measure"].startswith("kl") and not suffix
     value, low, high = (f"{round(end, 4) + 0.0:+.4f}" if in_nats else points(end) for end in ends)
-    interval = "" if pd.isna(ends[1]) else f" (95 % interval {low} to {high})"
+    interval = "" if pd.isna(ends[1]) else f", 95 % interval {low} to {high}"
     return f"{value} {'nats' if in_nats else 'points'}{interval}"

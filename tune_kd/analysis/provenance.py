@@ -42,15 +42,15 @@ def limits(records: Records, margin: float = MARGIN) -> list[str]:
     several = len(records.runs) > 1
     said = [f"{run}: {each}" if several else each for run in records.runs for each in _limits_of(records.of(run))]
     if any(run in records.studies for run in records.runs):
-        said.append(f"Equivalent means a difference of less than {100 * margin:g} points of accuracy; whether that "
-                    "matters is not a question of statistics.")  # fmt: skip
+        said.append(f"Equivalent means a difference of less than {100 * margin:g} points of accuracy. Whether such a "
+                    "difference matters depends on the use.")  # fmt: skip
     return said
 
 
 def _limits_of(run: Records) -> list[str]:
     if not run.studies:
-        return ["These tables have no study, so nothing shows which comparisons were fixed before the data were seen: "
-                "all results are exploratory."]  # fmt: skip
+        return ["These tables have no study, so it is unknown which comparisons were declared in advance. All results "
+                "are exploratory."]  # fmt: skip
     look = accuracy.judged_look(run)
     return [
         *_limits_of_seeds(run.study, look),
@@ -64,11 +64,11 @@ def _limits_of_seeds(study: dict[str, Any], look: int) -> list[str]:
     """The power of the judged seeds, and the level of their look."""
     confirm = accuracy.confirmation(study)
     seeds = len(confirm.seeds_at(look))
-    said = ["The study confirms on one seed: no difference can be judged."]
+    said = ["The study confirms on one seed, so no difference is judged."]
     if seeds > 1:
         said = [
-            f"With {seeds} seeds the exact sign-flip p of a contrast, which needs no model, cannot fall below "
-            f"{statistics.smallest_exact_p(seeds):.4f}. `tune_kd plan` shows which true differences the seeds can find."
+            f"With {seeds} seeds, the exact sign-flip test of a contrast cannot give p below "
+            f"{statistics.smallest_exact_p(seeds):.4f}. `tune_kd plan` shows which true differences these seeds detect."
         ]
     if confirm.looks:
         said.append(
@@ -77,7 +77,7 @@ def _limits_of_seeds(study: dict[str, Any], look: int) -> list[str]:
             f"{statistics.spent(confirm.looks)[look]:g}. Adjusted p values and intervals account for that."
         )
     if study.get("look", 0) > look:
-        said.append(f"Look {study['look'] + 1} is running: no contrast uses its seeds until all of them have ended.")
+        said.append(f"Look {study['look'] + 1} is running: no contrast uses its seeds until all of them have finished.")
     return said
 
 
@@ -86,12 +86,12 @@ def _limits_of_scope(study: dict[str, Any]) -> list[str]:
     inner, said = study["study"], [_limit_of_teachers(study)]
     where, tuned = f"scale {inner['scale']} on {study['data'].get('name')}", inner.get("tuning")
     if tuned is None:
-        said.append(f"The results are for {where}, with one recipe for all arms: a method that needs another recipe is "
-                    "judged by this one.")  # fmt: skip
+        said.append(f"The results are for {where}, with one recipe for all arms. A method that needs another recipe is "
+                    "at a disadvantage.")  # fmt: skip
     else:
         said.append(f"The results are for {where}. Each arm was tuned with {tuned['budget']} {tuned['budget_unit']} "
-                    "inside the study's ranges, on one seed: a method that needs a larger budget or other ranges is "
-                    "judged by the best draw that was found.")  # fmt: skip
+                    "inside the study's ranges, on one seed. A method that needs a larger budget or other ranges is at "
+                    "a disadvantage.")  # fmt: skip
     return said
 
 
@@ -99,13 +99,13 @@ def _limit_of_teachers(study: dict[str, Any]) -> str:
     """The teachers for which the verdicts hold."""
     count = len(study["study"]["teacher_seeds"])
     if count == 1:
-        return ("All students of a context have the same teacher, and another teacher might give other results. Every "
-                "verdict holds given that teacher.")  # fmt: skip
+        return ("All students of a context share one teacher. Verdicts are conditional on it: another teacher could "
+                "give other results.")  # fmt: skip
     if not accuracy.is_crossed(study):
-        return f"Seeds took turns over {count} teachers: every verdict holds given these teachers."
-    few = f" {count} teachers say little about that spread." if count < FEW_TEACHERS else ""
-    return ("Verdicts on arms that have a teacher are about teachers of this kind: each interval includes the spread "
-            f"between the {count} teachers of the study.{few}")  # fmt: skip
+        return f"Seeds took turns over {count} teachers. Verdicts are conditional on these teachers."
+    few = f" {count} teachers estimate that spread poorly." if count < FEW_TEACHERS else ""
+    return ("Verdicts on arms that have a teacher generalise to teachers of this kind: each interval includes the "
+            f"spread between the {count} teachers of the study.{few}")  # fmt: skip
 
 
 def _limits_of_arms(run: Records) -> list[str]:
@@ -132,11 +132,11 @@ def _limits_of_exploration(run: Records) -> list[str]:
         said.append(f"Arms that were added later ({', '.join(arms_added)}) are exploratory: no contrast uses "
                     "them.")  # fmt: skip
     if (found["what"] == "screen").any():
-        said.append(f"The screen tried {int(found['tried'].max())} arms on one seed. The best of many is partly luck, "
-                    "so its numbers are exploratory.")  # fmt: skip
+        said.append(f"The screen tried {int(found['tried'].max())} arms on one seed. The best of many is partly lucky, "
+                    "so the screen's numbers are exploratory.")  # fmt: skip
     if (found["what"] == "draws").any():
-        said.append("The best of an arm's draws is partly luck: its accuracy on the tuning seed is exploratory, and "
-                    "fresh seeds measure it without this bias.")  # fmt: skip
+        said.append("The best of an arm's draws is partly lucky: its accuracy on the tuning seed is exploratory, "
+                    "and fresh seeds measure it without this bias.")  # fmt: skip
     return said
 
 

@@ -41,15 +41,15 @@ def summary(records: Records, margin: float = MARGIN) -> Summary:
         before = f"{run}: " if len(records.runs) > 1 else ""
         said = _sentences(records.of(run), theirs, tests[tests["run"] == run], margin)
         sentences += [f"{before}{each}" for each in said if each]
-        holds.append(f"{before}These verdicts hold for these test images, which all arms share and seeds do not vary, "
-                     f"and for {_teachers(records, run)}.")  # fmt: skip
+        holds.append(f"{before}These verdicts hold for this test set, which all arms and seeds share, and for "
+                     f"{_teachers(records, run)}.")  # fmt: skip
     return Summary(sentences, _method(set(table["rule"])), holds)
 
 
 def _sentences(records: Records, table: pd.DataFrame, tests: pd.DataFrame, margin: float) -> list[str]:
     rows, words = table.to_dict("records"), _Words(records.study["study"], margin)
     if max(row["planned"] for row in rows) == 1:
-        return ["One seed confirms, which shows no spread: no difference can be judged."]
+        return ["One confirmation seed gives no estimate of spread, so no difference is judged."]
     return [*_primary(words, rows), _secondary(words, rows, tests), fidelity.sentence(records, table) or ""]
 
 
@@ -63,20 +63,21 @@ def _method(rules: set[str]) -> list[str]:
     said = []
     if rules - {evidence.DECLARED_EARLIER}:
         said = [
-            "95 % t intervals, each for one contrast alone; p adjusted by Holm within a family; both allow for "
-            "declared looks. So an interval may exclude 0 where p is not below 0.05, and that is no finding. Contrasts "
-            "within a stratum are judged by the block model, with seeds as blocks; contrasts across strata by their "
-            "pairs.",
-            "The primary family answers the study's question, and the secondary one explains. In each, the chance of "
-            "any false finding is about 5 % at most, unless arms spread very differently or correlate strongly "
-            "(docs/statistics.md).",
+            "Each 95 % t interval is for one contrast alone. p values are adjusted by Holm within a family. Both "
+            "account for declared looks. An interval may therefore exclude 0 although p is 0.05 or more; this is not a "
+            "finding. A contrast without a finding states the largest gain that its interval allows. Contrasts within "
+            "a stratum are judged by the block model, with seeds as blocks. Contrasts across strata are judged by "
+            "their pairs.",
+            "The primary family answers the study's question; the secondary family explains the answer. In each "
+            "family, the chance of any false finding is at most about 5 %, unless the spread differs widely between "
+            "arms or their accuracies are strongly correlated (docs/statistics.md).",
         ]
     if evidence.OVER_TEACHERS in rules:
-        said.append("Contrasts of arms with several teachers are judged with these as a random effect.")
+        said.append("In contrasts of arms with several teachers, the teacher is a random effect.")
     if evidence.DECLARED_EARLIER in rules:
         said.append(
-            "Contrasts that a version before 0.7 declared are judged as they were declared: by their pairs, with p "
-            "adjusted by Holm over all of a run."
+            "Contrasts declared by a version before 0.7 keep that version's rule: they are judged by their pairs, with "
+            "p adjusted by Holm over all contrasts of the run."
         )
     return said
 
@@ -107,8 +108,9 @@ class _Words:
 
     def sides(self, contrast: str) -> tuple[str, str]:
         """The two levels that an effect compares."""
-        treated, _, against = contrast.rpartition(": ")[2].partition(" - ")
-        return self.level(treated), self.level(against)
+        levels, comma, setting = contrast.rpartition(": ")[2].partition(", ")  # of tuned arms: `logit - none, tuned`
+        treated, _, against = levels.partition(" - ")
+        return self.level(treated), f"{self.level(against)}{comma}{setting}"
 
 
 def _primary(words: _Words, rows: Sequence[Row]) -> list[str]:
@@ -129,7 +131,7 @@ def _primary(words: _Words, rows: Sequence[Row]) -> list[str]:
     found = sum(row["verdict"] in FINDINGS for row in rest)
     declared = any(row["family"] == Family.PRIMARY for row in primary)  # records before 0.7 have no families
     which = f"{'other ' if shown else ''}{'primary ' if declared else ''}contrast"
-    last = f"{_of_the(len(rest), which)}, {_show(found)} a difference." if rest else ""
+    last = f"{_counted(found, len(rest), which)}." if rest else ""
     return [*(sentence for _, sentence in shown), last]
 
 
@@ -139,8 +141,8 @@ def _effect(words: _Words, rows: Sequence[Row]) -> str:
                for row in rows[:CONTEXTS_SHOWN]]  # fmt: skip
     if len(rows) > CONTEXTS_SHOWN:
         better, worse = (sum(row["verdict"] == each for row in rows) for each in FINDINGS)
-        clauses.append(f"in all, better in {better} and worse in {worse} of {len(rows)} contexts")
-    return f"{_capital(treated)} against {against}: {'; '.join(clauses)}."
+        clauses.append(f"over all {len(rows)} contexts, better in {better} and worse in {worse}")
+    return f"{_capital(treated)} vs. {against}: {'; '.join(clauses)}."
 
 
 def _moderation(words: _Words, row: Row) -> str:
@@ -148,12 +150,13 @@ def _moderation(words: _Words, row: Row) -> str:
     what = context.rpartition(": ")[2].strip("()").partition(" - ")
     treated, against = words.level(what[0]), words.level(what[2])
     at, first = (words.level(level) for level in levels.split(" - ", 1))
-    effect = f"the effect of {treated} against {against}{words.context(context.rpartition(': ')[0] + ': ')}"
+    effect = f"the effect of {treated} vs. {against}{words.context(context.rpartition(': ')[0] + ': ')}"
     if row["verdict"] in FINDINGS:
         return f"{_capital(effect)} is {_by(row)} with {at} than with {first}{_figures(row)}."
     if row["verdict"] == "equivalent":
         return f"{_capital(effect)} is {_finding(row, words.margin)} with {at} and with {first}{_figures(row)}."
-    return f"That {effect} differs between {first} and {at} is not shown: {_finding(row, words.margin)}{_figures(row)}."
+    finding = f"{_finding(row, words.margin)}{_figures(row)}"
+    return f"It is inconclusive whether {effect} differs between {first} and {at}: {finding}."
 
 
 def _finding(row: Row, margin: float) -> str:
@@ -163,7 +166,7 @@ def _finding(row: Row, margin: float) -> str:
     if row["verdict"] == "equivalent":
         return f"the same within {100 * margin:g} points"
     if row["verdict"] == "not judged" or not verdicts.has_interval(row):
-        return f"not judged ({row['note'] or 'no spread to judge it by'})"
+        return f"not judged ({row['note'] or 'no estimate of its spread'})"
     return verdicts.short(row)
 
 
@@ -174,10 +177,10 @@ def _by(row: Row) -> str:
 
 
 def _figures(row: Row) -> str:
-    """` (+0.31, 95 % interval +0.02 to +0.60, 5 seeds)`; without the difference if the finding states it."""
+    """` (+0.31 points, 95 % interval +0.02 to +0.60, 5 seeds)`; without the difference if the finding states it."""
     if row["verdict"] == "not judged":
         return ""
-    said = [] if row["verdict"] in FINDINGS else [verdicts.points(row["estimate"])]
+    said = [] if row["verdict"] in FINDINGS else [f"{verdicts.points(row['estimate'])} points"]
     if verdicts.has_interval(row):
         said.append(f"95 % interval {verdicts.points(row['low'])} to {verdicts.points(row['high'])}")
     said.append(verdicts.seeds(row))
@@ -190,26 +193,24 @@ def _secondary(words: _Words, rows: Sequence[Row], tests: pd.DataFrame) -> str:
     if not secondary:
         return ""
     found = [row for row in secondary if row["verdict"] in FINDINGS]
-    shown = f"{_show(len(found))} a difference"
+    shown = _counted(len(found), len(secondary), "secondary contrast")
     if found:
         named = "; ".join(f"{row['contrast']} ({_by(row)})" for row in found[:NAMED])
         shown += f": {named}{f'; {len(found) - NAMED} more' if len(found) > NAMED else ''}"
     asked = {row["factor"] for row in rows if row["family"] != Family.SECONDARY}
-    said = [f"{_of_the(len(secondary), 'secondary contrast')}, {shown}."]
+    said = [f"{shown}."]
     for factor, theirs in tests[~tests["factor"].isin(asked)].groupby("factor", sort=False):
         each = "; ".join(f"{_p(test['p'])}{words.context(test['context'] + ': ')}"
                          for test in theirs.head(NAMED).to_dict("records"))  # fmt: skip
-        said.append(f"Whether {factor} matters at all, by one F test each: {each}.")
+        said.append(f"F test of any effect of {factor}: {each}.")
     return " ".join(said)
 
 
-def _of_the(count: int, what: str) -> str:
-    return f"Of the {count} {what}s" if count > 1 else f"Of 1 {what}"
-
-
-def _show(count: int) -> str:
-    """`none shows`, `1 shows`, `2 show`."""
-    return f"{count or 'none'} show{'' if count > 1 else 's'}"
+def _counted(found: int, count: int, what: str) -> str:
+    """`None of the 5 contrasts shows a difference`, `2 of the 5 contrasts show a difference`."""
+    if count == 1:
+        return f"The {what} shows {'a' if found else 'no'} difference"
+    return f"{found or 'None'} of the {count} {what}s show{'' if found > 1 else 's'} a difference"
 
 
 def _p(p: float) -> str:
@@ -219,4 +220,5 @@ def _p(p: float) -> str:
 
 
 def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    """Text as the start of a sentence. A single word is the name of a level, and stays as it is."""
+    return text[:1].upper() + text[1:] if " " in text else text

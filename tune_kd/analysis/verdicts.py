@@ -10,7 +10,7 @@ from tune_kd.analysis.block_model import NO_SPREAD, Array, Estimates
 from tune_kd.analysis.statistics import holm
 
 ALPHA = 0.05
-EARLIER = "as it stood at an earlier look"
+EARLIER = "as found at an earlier look"
 
 
 def adjusted(
@@ -99,11 +99,11 @@ def rules_out(row: Mapping[Any, Any]) -> str:
 def ruled_out(row: Mapping[Any, Any]) -> str:
     """Differences outside the 95 % interval of an inconclusive contrast: `no gain above 0.21 points, no loss`."""
     if row["n"] == 1:
-        return "inconclusive, since one seed shows no spread"
+        return "inconclusive, since one seed gives no estimate of spread"
     if not pd.isna(count := row.get("teachers")) and count == 1:
-        return "inconclusive, since one teacher shows no spread between teachers"
+        return "inconclusive, since one teacher gives no estimate of the spread between teachers"
     if not has_interval(row):
-        return "inconclusive, since without a spread there is nothing to judge it by"
+        return "inconclusive, since there is no estimate of its spread"
     return ", ".join(_no(what, end) for what, end in _ends(row))
 
 

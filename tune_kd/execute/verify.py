@@ -87,7 +87,7 @@ def _tables(folder: Path, wrong: str | None) -> Iterator[Finding]:
 def _checkpoints(opened: run_folder.Run) -> Iterator[Finding]:
     for folder in sorted(each for each in opened.checkpoints.glob("*") if each.is_dir()):
         for path in Checkpoints(folder).damaged():
-            yield Finding("checkpoints", f"{path} was altered since it was written",
+            yield Finding("checkpoints", f"{path} was changed after it was written",
                           "the trial continues from the previous checkpoint, or starts again without one")  # fmt: skip
 
 

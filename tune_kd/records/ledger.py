@@ -133,7 +133,7 @@ class Ledger:
         held = self.fact("commits")
         count = 0 if held is None else count_of(held.encode())
         if count is None:
-            raise CorruptFile(f"{self.path}: its count of transactions was altered since it was written")
+            raise CorruptFile(f"{self.path}: its count of transactions was changed after it was written")
         return count
 
     @contextmanager
@@ -234,7 +234,7 @@ class Ledger:
             row = dict(zip(present, cells, strict=True))
             if any(isinstance(cell, bytes) for cell in cells) or _crc(row) != crc:
                 key = ", ".join(f"{name}={row[name]!r}" for name in schema.key)
-                raise CorruptFile(f"{self.path}: the row {key} of {schema.name} was altered since it was written")
+                raise CorruptFile(f"{self.path}: the row {key} of {schema.name} was changed after it was written")
             row = {name: row.get(name) for name in schema.columns}
             if (problem := schema.mistyped(row) or schema.broken(row)) is not None:
                 raise CorruptFile(f"{self.path}: {problem}, which no run writes")

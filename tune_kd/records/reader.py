@@ -199,7 +199,7 @@ def _whole(path: Path, digested: bool) -> bytes:
             return data
     if digests(path.parent) is None:
         raise CorruptFile(f"{path.parent / DIGESTS}, which holds the tables' digests, is missing or damaged")
-    raise CorruptFile(f"{path} was altered since it was written: its digest is not on record")
+    raise CorruptFile(f"{path} was changed after it was written: its digest is not on record")
 
 
 def _digested(study: Path) -> bool:

@@ -19,19 +19,19 @@ FORMATS = ("html", "md", "csv", "tex", "png", "svg")
 Table = tuple[str, Callable[[Records], pd.DataFrame]]
 TABLES: dict[str, Table] = {
     "contrasts": ("Contrasts that the study declared", contrasts.contrasts),
-    "paper": ("Test accuracy by method, in the format of a paper", paper.paper),
+    "paper": ("Test accuracy by method, as a table for a paper", paper.paper),
     "fidelity": (
-        "Exploratory: likeness to the teacher, and calibration (a family separate from the verdicts on accuracy)",
+        "Exploratory: contrasts of fidelity to the teacher and of calibration (a family separate from accuracy)",
         fidelity.fidelity,
     ),
     "arms": ("Test accuracy of each arm", accuracy.arms),
     "teachers": ("Test accuracy of the teachers, and effects of their settings", contrasts.teachers_compared),
-    "factors": ("Whether a factor matters at all: one F test per context; no verdict depends on it", contrasts.factors),
-    "variances": ("Spread between teachers, between seeds, and of the rest", contrasts.variances),
+    "factors": ("F tests of any effect of a factor, by context (no verdict depends on them)", contrasts.factors),
+    "variances": ("Spread between teachers, between seeds, and residual", contrasts.variances),
     "settings": ("Tuned settings and their importance", tuned.settings),
     "budgets": ("Tuning budget of each arm", tuned.budgets),
     "exploratory": ("Exploratory: the screen, draws, and seeds added later", accuracy.exploratory),
-    "measures": ("Likeness to the teacher, and calibration", measures.measures),
+    "measures": ("Fidelity to the teacher, and calibration", measures.measures),
     "costs": ("Cost of a trial, without its teacher", measures.costs),
     "temperature": ("Accuracy by temperature", lambda records: measures.response(records, "temperature")),
     "alpha": ("Accuracy by alpha", lambda records: measures.response(records, "alpha")),
@@ -40,7 +40,7 @@ TABLES: dict[str, Table] = {
     "rungs": ("Rank correlation between accuracy at a rung and final accuracy", early_stopping.rank_correlations),
     "between_runs": ("The same arms in the other runs", provenance.between_runs),
     "differences": ("Differences between the runs", provenance.differences),
-    "provenance": ("Code, machine and data of each run", provenance.provenance),
+    "provenance": ("Provenance: code, machine and data of each run", provenance.provenance),
 }
 """The tables of a report: the title, and the function that computes the table."""
 

@@ -229,7 +229,7 @@ def unsealed(data: bytes, name: Path) -> dict[str, Any]:
     except (ValueError, AttributeError, TypeError) as error:
         raise CorruptFile(f"{name} cannot be read ({error})") from error
     if lost or seal not in (None, _seal(record)):
-        raise CorruptFile(f"{name} was altered since it was written: its digest does not match")
+        raise CorruptFile(f"{name} was changed after it was written: its digest does not match")
     return dict(record)
 
 

@@ -106,7 +106,7 @@ def wrong_with(folder: Path, teacher_id: str, taught: str | None = None) -> str 
         return f"{home / 'card.json'} is missing" if taught is not None else None
     card = _card(folder, teacher_id)
     if card is None:
-        return f"{home / 'card.json'} was altered since it was written"
+        return f"{home / 'card.json'} was changed after it was written"
     if _digest(home / "weights.safetensors") != card.weights_sha256:
         return f"{home / 'weights.safetensors'} does not match its card"
     if taught is not None and taught != _outcome_digest(card):
