@@ -62,7 +62,7 @@ def test_where_nothing_is_it_says_what_is_ruled_out_and_finds_nothing() -> None:
     said = " ".join(summary.summary(made(ablation.study(), lambda cell: 0.0)).sentences)
     assert (
         "It is inconclusive whether the effect of logit vs. no distillation differs between stem imagenet and stem "
-        "cifar: no rise above 0." in said
+        "cifar: no increase above 0." in said
     )
     assert "None of the 16 secondary contrasts shows a difference." in said
     assert "logit vs. no distillation: no gain above" in said and "distillation: better" not in said
@@ -107,10 +107,10 @@ def test_an_effect_that_is_the_same_says_within_which_margin() -> None:
 
 def test_a_change_of_an_effect_that_is_not_shown_is_no_gain_or_loss() -> None:
     records = made(ablation.study(), lambda cell: 0.0)
-    assert ": no rise above 0." in summary.summary(records).sentences[3]
+    assert ": no increase above 0." in summary.summary(records).sentences[3]
     table = contrasts.contrasts(records).set_index("kind")
-    assert table.loc["moderation", "rules_out"].str.match("no rise .*, no fall").all()
-    assert table.loc["effect", "rules_out"].str.contains("rise|fall").sum() == 0
+    assert table.loc["moderation", "rules_out"].str.match("no increase .*, no decrease").all()
+    assert table.loc["effect", "rules_out"].str.contains("increase|decrease").sum() == 0
 
 
 def test_a_factor_that_cannot_be_tested_has_no_p_value() -> None:

@@ -204,7 +204,7 @@ def test_strata_of_a_recipe_have_pictures_simulations_and_scenarios() -> None:
     curves = [key | {"trial_id": row["trial_id"], "epoch": epoch, "val_accuracy": 0.5 + epoch * row["seed"] / 100}
               for row in rows for epoch in range(1, row["epochs_planned"] + 1)]  # fmt: skip
     records = replace(records, epochs=frame(EPOCHS, [dict.fromkeys(EPOCHS.columns) | row for row in curves]))
-    (picture,) = (each for each in figures.draw(records) if each.name == "foretelling")
+    (picture,) = (each for each in figures.draw(records) if each.name == "rank_correlation")
     assert "in 4 strata" in picture.alternative
     found = simulate.curves(records, study, study.screen.strata)
     assert sorted(found.strata) == ["logit/2", "logit/4", "none/2", "none/4"]

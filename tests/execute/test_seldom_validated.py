@@ -62,13 +62,13 @@ def test_such_a_run_is_reported_with_lines_through_the_epochs_that_were_validate
     records: Records, tmp_path: Path
 ) -> None:
     drawn = {each.name: each.figure for each in figures.draw(records)}
-    assert {"curves", "rungs", "foretelling", "timeline"} <= set(drawn)
+    assert {"curves", "rungs", "rank_correlation", "timeline"} <= set(drawn)
     lines = [line for axes in drawn["curves"].axes for line in axes.lines]
     assert [list(map(float, line.get_xdata())) for line in lines] == [[2.0, 4.0, 5.0]] * 2  # type: ignore[arg-type]
     assert all(0 < height < math.inf for line in lines for height in line.get_ydata())  # type: ignore[union-attr]
     assert reporting.report(records, tmp_path).is_file()
-    foretelling = early_stopping.rank_correlations(records, everywhere=True)
-    assert set(foretelling["epoch"]) == {2, 4} and (foretelling["n"] == 4).all()
+    correlations = early_stopping.rank_correlations(records, everywhere=True)
+    assert set(correlations["epoch"]) == {2, 4} and (correlations["n"] == 4).all()
 
 
 def test_its_curves_are_not_whole_so_that_no_early_stopping_is_replayed_on_them(seldom: Path) -> None:

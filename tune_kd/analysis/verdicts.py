@@ -110,9 +110,9 @@ def ruled_out(row: Mapping[Any, Any]) -> str:
 def _ends(row: Mapping[Any, Any]) -> list[tuple[str, float]]:
     """The names of positive and negative differences, each with the end of the interval on that side.
 
-    A moderation has rise and fall, since an effect can rise and still be a loss.
+    A moderation has increase and decrease, since an effect can increase and still be a loss.
     """
-    up, down = ("rise", "fall") if row.get("kind") == "moderation" else ("gain", "loss")
+    up, down = ("increase", "decrease") if row.get("kind") == "moderation" else ("gain", "loss")
     return [(up, row["high"]), (down, -row["low"])]
 
 

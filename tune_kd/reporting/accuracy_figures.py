@@ -54,6 +54,8 @@ def effects(records: Records, styles: Styles) -> Made:
     families = [row["family"] for row in rows]
     if ended := families.count("primary") if len(set(families)) > 1 else 0:
         axes.axhline(ended - 0.5, color="#666666", lw=0.8, ls=":")
+        for name, middle in (("primary", (ended - 1) / 2), ("secondary", (ended + len(rows) - 1) / 2)):
+            axes.text(1.02, middle, name, transform=axes.get_yaxis_transform(), rotation=270, va="center")
     axes.set_yticks(range(len(rows)), names)
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="points of test accuracy")
     said = "; ".join(f"{row['contrast']} {100 * row['estimate']:+.2f}, {row['verdict']}" for row in rows)

@@ -45,7 +45,7 @@ def rungs(records: Records, _: Styles) -> Made:
     )
 
 
-def foretelling(records: Records, styles: Styles) -> Made:
+def rank_correlation(records: Records, styles: Styles) -> Made:
     """Rank correlation between the accuracy at each epoch and final accuracy, one panel per stratum."""
     table = early_stopping.rank_correlations(records, everywhere=True).dropna(subset=["rho_low"])
     if table.empty:

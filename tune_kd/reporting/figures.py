@@ -61,6 +61,6 @@ PICTURES: dict[str, Callable[[Records, Styles], Made]] = {
     "tuning": accuracy.tuning,
     "cost": accuracy.cost,
     "rungs": early_stopping.rungs,
-    "foretelling": early_stopping.foretelling,
+    "rank_correlation": early_stopping.rank_correlation,
     "timeline": early_stopping.timeline,
 }
