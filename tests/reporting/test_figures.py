@@ -235,7 +235,8 @@ def test_a_method_that_nobody_has_seen_has_its_own_look_in_every_figure(unseen_f
     for axes in unseen_figures["cost"].axes:
         marks = {(line.get_color(), line.get_marker()) for line in axes.lines if line.get_marker() not in ("None", "_")}
         assert marks == {(look.colour, look.marker) for look in students}
-    strata = [{line.get_color() for line in axes.lines} - {"#666666"} for axes in unseen_figures["rank_correlation"].axes]
+    drawn = unseen_figures["rank_correlation"].axes
+    strata = [{line.get_color() for line in axes.lines} - {"#666666"} for axes in drawn]
     assert all(len(colour) == 1 for colour in strata)
     assert set.union(*strata) == colours
     answer = unseen_figures["temperature"].axes[0].lines
