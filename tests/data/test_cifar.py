@@ -26,7 +26,7 @@ NOWHERE = Origin("http://127.0.0.1:1/", "0" * 32, (("data_batch_1", "0"),), (("t
 
 @pytest.fixture(autouse=True)
 def small_ones_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allow small stand-ins for CIFAR-10. tests/data/test_datasets.py tests that the real check refuses them."""
+    """Allow small stand-ins for CIFAR-10. tests/data/test_datasets.py tests that the real check rejects them."""
     monkeypatch.setattr(rooms, "recognised", lambda pixels, _: pixels)
 
 
@@ -95,7 +95,7 @@ def test_a_source_is_decoded_once(tmp_path: Path, archive: Path, decoded: Count)
     assert decoded.calls == 1
 
 
-def test_a_source_that_changed_is_decoded_again_and_replaces_the_old(
+def test_a_changed_source_is_decoded_again_and_replaces_the_cached_file(
     tmp_path: Path, archive: Path, decoded: Count
 ) -> None:
     before = read(archive, tmp_path / "cache")
@@ -107,7 +107,7 @@ def test_a_source_that_changed_is_decoded_again_and_replaces_the_old(
     stored(tmp_path / "cache")  # one file per path, so that no 180 MB files accumulate
 
 
-def test_one_changed_picture_in_a_folder_is_noticed(tmp_path: Path) -> None:
+def test_one_changed_image_in_a_folder_is_detected(tmp_path: Path) -> None:
     folder = picture_folder(tmp_path / "images")
     before = read(folder, tmp_path / "cache")
     newest = max(file.stat().st_mtime_ns for file in folder.rglob("*.png"))
@@ -120,9 +120,7 @@ def test_one_changed_picture_in_a_folder_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["pixel", "cut", "empty", "header", "classes"])
-def test_a_damaged_cache_is_noticed_said_and_rebuilt(
-    tmp_path: Path, archive: Path, decoded: Count, damage: str
-) -> None:
+def test_a_damaged_cache_is_reported_and_rebuilt(tmp_path: Path, archive: Path, decoded: Count, damage: str) -> None:
     cache, said = tmp_path / "cache", list[str]()
     first = read(archive, cache)
     content = bytearray(stored(cache).read_bytes())
@@ -144,7 +142,7 @@ def test_a_damaged_cache_is_noticed_said_and_rebuilt(
     assert decoded.calls == 2, "the cache was not mended"
 
 
-def test_a_cache_that_cannot_be_written_costs_a_warning_only(tmp_path: Path, archive: Path) -> None:
+def test_an_unwritable_cache_only_causes_a_warning(tmp_path: Path, archive: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     said: list[str] = []
     pixels = read(archive, tmp_path / "file" / "cache", said.append)
@@ -152,7 +150,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_only(tmp_path: Path, arc
     assert len(said) == 1 and "is not writable" in said[0] and "file/cache" in said[0]
 
 
-def test_a_full_disk_costs_a_warning_and_leaves_no_half_file(
+def test_a_full_disk_causes_a_warning_and_leaves_no_partial_file(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -183,13 +181,13 @@ def load_at_once(count: int, archive: Path, cache: Path, say: Callable[[str], No
     return results
 
 
-def test_two_that_load_at_once_decode_once(tmp_path: Path, archive: Path, decoded: Count) -> None:
+def test_two_concurrent_loads_decode_once(tmp_path: Path, archive: Path, decoded: Count) -> None:
     first, second = load_at_once(2, archive, tmp_path / "cache", pytest.fail)
     assert same(first, second)
     assert decoded.calls == 1
 
 
-def test_without_waiting_for_the_lock_nobody_reads_half_a_file(
+def test_concurrent_loads_without_the_lock_never_read_a_partial_file(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cifar, "LOCK_SECONDS", 0)
@@ -236,7 +234,7 @@ def published_files(folder: Path) -> Origin:
 
 
 @pytest.mark.parametrize("form", ["archive", "folder of the archive", "unpacked", "folder of the unpacked"])
-def test_torchvisions_files_are_found_in_each_place(tmp_path: Path, form: str) -> None:
+def test_torchvisions_files_are_found_packed_and_unpacked(tmp_path: Path, form: str) -> None:
     data = tmp_path / "data"
     origin = published_files(data)
     if "unpacked" in form:
@@ -251,7 +249,7 @@ def test_torchvisions_files_are_found_in_each_place(tmp_path: Path, form: str) -
 
 
 @pytest.mark.parametrize("where", ["folder", "archive"])
-def test_the_other_of_the_two_is_told_apart(tmp_path: Path, where: str) -> None:
+def test_cifar10_is_rejected_for_a_cifar100_study(tmp_path: Path, where: str) -> None:
     published_files(tmp_path)
     path = tmp_path / (CIFAR10.folder if where == "folder" else CIFAR10.archive)
     path.mkdir(exist_ok=True) if where == "folder" else None
@@ -261,7 +259,7 @@ def test_the_other_of_the_two_is_told_apart(tmp_path: Path, where: str) -> None:
         load_pixels(path, form=CIFAR100, cache=tmp_path / "cache", say=pytest.fail, progress=False)
 
 
-def test_both_may_lie_in_one_folder_and_neither_is_taken_for_the_other(tmp_path: Path) -> None:
+def test_cifar10_and_cifar100_in_one_folder_are_not_confused(tmp_path: Path) -> None:
     """torchvision stores both there."""
     origin = published_files(tmp_path)
     (tmp_path / CIFAR100.folder).mkdir()
@@ -276,7 +274,7 @@ def test_both_may_lie_in_one_folder_and_neither_is_taken_for_the_other(tmp_path:
     assert len(list(cache.glob("cifar100-*.safetensors"))) == 1 and len(list(cache.glob("cifar10-*.safetensors"))) == 2
 
 
-def test_an_absent_archive_is_downloaded_once_even_by_two_at_once(
+def test_a_missing_archive_is_downloaded_once_by_two_concurrent_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     origin = published_files(tmp_path / "origin")
@@ -303,7 +301,9 @@ def test_an_absent_archive_is_downloaded_once_even_by_two_at_once(
     assert calls == [where / CIFAR10.archive]
 
 
-def test_without_a_folder_the_cache_folder_holds_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_data_folder_the_archive_in_the_cache_folder_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     origin = published_files(tmp_path / "cache")
     monkeypatch.setattr(cifar_pickles, "published", lambda _: origin)
     data = load("cifar10", cache=tmp_path / "cache", say=lambda _: None, progress=False)
@@ -318,49 +318,49 @@ def refused(where: Path, tmp_path: Path) -> str:
     return sentence
 
 
-def test_a_missing_archive_is_named(tmp_path: Path) -> None:
+def test_a_missing_archive_is_reported(tmp_path: Path) -> None:
     assert "no such archive" in refused(tmp_path / "none.tar.xz", tmp_path)
 
 
-def test_a_file_that_is_no_archive_is_named(tmp_path: Path) -> None:
+def test_an_unsupported_file_type_is_rejected_with_the_supported_ones(tmp_path: Path) -> None:
     (tmp_path / "images.zip").write_bytes(b"PK")
     assert ".tar.xz" in refused(tmp_path / "images.zip", tmp_path)
 
 
-def test_a_folder_named_like_an_archive_is_no_archive(tmp_path: Path) -> None:
+def test_a_folder_named_like_an_archive_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "images.tar").mkdir()
     assert "no such archive" in refused(tmp_path / "images.tar", tmp_path)
 
 
-def test_a_picture_folder_without_its_test_half_is_named(tmp_path: Path) -> None:
+def test_an_image_folder_without_test_images_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "images" / "train" / "cat").mkdir(parents=True)
     assert "'test'" in refused(tmp_path / "images", tmp_path)
 
 
-def test_an_empty_folder_without_a_network_says_what_to_do(tmp_path: Path) -> None:
+def test_an_empty_folder_without_a_network_suggests_data_dir(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "--data-dir PATH" in refused(tmp_path / "empty", tmp_path)
 
 
-def test_a_folder_that_does_not_exist_is_not_made(tmp_path: Path) -> None:
+def test_a_folder_that_does_not_exist_is_reported_and_not_created(tmp_path: Path) -> None:
     assert "does not exist" in refused(tmp_path / "typo", tmp_path)
     assert not (tmp_path / "typo").exists()
 
 
-def test_incomplete_batches_name_what_is_missing(tmp_path: Path) -> None:
+def test_missing_batch_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "data" / CIFAR10.folder).mkdir(parents=True)
     (tmp_path / "data" / CIFAR10.folder / "data_batch_1").write_bytes(b"x")
     assert "test_batch missing" in refused(tmp_path / "data" / CIFAR10.folder, tmp_path)
 
 
-def test_a_refused_source_is_not_cached(tmp_path: Path) -> None:
+def test_a_rejected_source_is_not_cached(tmp_path: Path) -> None:
     (tmp_path / "bad.tar").write_bytes(b"not a tar at all")
     for _ in range(2):
         assert "truncated or damaged" in refused(tmp_path / "bad.tar", tmp_path)
     assert not list((tmp_path / "cache").glob("*.safetensors"))
 
 
-def test_a_file_that_vanishes_or_cannot_be_opened_is_a_mistake_too(
+def test_a_permission_error_while_reading_becomes_a_user_error(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def denied(*_: object, **__: object) -> Pixels:

@@ -36,7 +36,7 @@ def unpacked(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def test_batches_of_python_2_are_read_without_a_warning(tmp_path: Path) -> None:
+def test_python_2_batches_are_read_without_warnings(tmp_path: Path) -> None:
     files = small_files()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # NumPy 1's module names and flags are deprecated
@@ -49,7 +49,7 @@ def test_batches_of_python_2_are_read_without_a_warning(tmp_path: Path) -> None:
     assert pixels.classes == tuple(sorted(pixels.classes))
 
 
-def test_the_archive_gives_what_its_folder_gives(tmp_path: Path) -> None:
+def test_an_archive_reads_the_same_as_its_folder(tmp_path: Path) -> None:
     files = small_files()
     content = small_archive(files)
     (tmp_path / CIFAR10.archive).write_bytes(content)
@@ -77,7 +77,7 @@ def hundred_origin(files: dict[str, bytes], archive: bytes = b"") -> Origin:
     return Origin(url, md5(archive), (train,), (test,), form=CIFAR100, meta=(*meta, "fine_label_names"))
 
 
-def test_cifar100_has_its_fine_labels_and_their_names_from_folder_and_archive(tmp_path: Path) -> None:
+def test_cifar100_is_read_with_fine_labels_and_class_names_from_folder_and_archive(tmp_path: Path) -> None:
     files = hundred_files()
     content = small_archive(files, CIFAR100)
     (tmp_path / CIFAR100.archive).write_bytes(content)
@@ -89,7 +89,7 @@ def test_cifar100_has_its_fine_labels_and_their_names_from_folder_and_archive(tm
         assert np.array_equal(pixels.test_images.numpy(), images_of(1).reshape(-1, 3, 32, 32))
 
 
-def test_images_that_were_pickled_column_by_column_are_as_others(tmp_path: Path) -> None:
+def test_images_pickled_in_column_major_order_are_read_correctly(tmp_path: Path) -> None:
     files = hundred_files()
     batch = {"data": np.asfortranarray(images_of(0)), "fine_labels": list(range(20))}
     files["train"] = pickle.dumps(batch, 4)
@@ -98,7 +98,7 @@ def test_images_that_were_pickled_column_by_column_are_as_others(tmp_path: Path)
     assert np.array_equal(pixels.train_images.numpy(), images_of(0).reshape(-1, 3, 32, 32))
 
 
-def test_names_of_classes_that_are_not_those_published_are_refused(tmp_path: Path) -> None:
+def test_a_truncated_file_of_class_names_is_rejected(tmp_path: Path) -> None:
     files = hundred_files()
     folder = unpacked(tmp_path / CIFAR100.folder, files)
     (folder / "meta").write_bytes(files["meta"][:-1])
@@ -106,7 +106,7 @@ def test_names_of_classes_that_are_not_those_published_are_refused(tmp_path: Pat
     assert "meta is truncated or damaged" in sentence and "to download CIFAR-100 again" in sentence
 
 
-def test_the_published_digests_of_cifar100_are_torchvisions() -> None:
+def test_the_archive_digest_of_cifar100_is_that_of_torchvision() -> None:
     origin = published(CIFAR100)
     assert origin.url.startswith("https://") and origin.url.endswith(CIFAR100.archive)
     assert origin.archive_md5 == "eb9058c3a382ffc7106e4002c42a8d85"
@@ -114,7 +114,7 @@ def test_the_published_digests_of_cifar100_are_torchvisions() -> None:
     assert origin.meta is not None and origin.meta[2] == "fine_label_names"
 
 
-def test_the_published_digests_are_torchvisions() -> None:
+def test_the_archive_digest_of_cifar10_is_that_of_torchvision() -> None:
     origin = published()
     assert origin.url.startswith("https://") and origin.url.endswith(CIFAR10.archive)
     assert origin.archive_md5 == "c58f30108f718f92721af3b95e74349a"
@@ -123,7 +123,7 @@ def test_the_published_digests_are_torchvisions() -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_batch_is_named_with_a_remedy(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_batch_is_reported_with_a_remedy(tmp_path: Path, damage: str) -> None:
     files = small_files()
     folder = unpacked(tmp_path / CIFAR10.folder, files)
     content = bytearray(files["data_batch_2"])
@@ -133,7 +133,7 @@ def test_a_damaged_batch_is_named_with_a_remedy(tmp_path: Path, damage: str) -> 
     assert "data_batch_2" in sentence and str(folder) in sentence and "remove" in sentence
 
 
-def test_a_cut_archive_is_named_with_a_remedy_and_kept(tmp_path: Path) -> None:
+def test_a_truncated_archive_is_reported_with_a_remedy_and_not_deleted(tmp_path: Path) -> None:
     files = small_files()
     content = small_archive(files)
     path = tmp_path / CIFAR10.archive
@@ -167,7 +167,7 @@ def test_a_batch_with_a_wrong_digest_is_not_unpickled(tmp_path: Path, monkeypatc
     assert "MD5" in problem(lambda: read_folder(folder, small_origin(files)))
 
 
-def test_even_a_trusted_batch_can_call_nothing(tmp_path: Path) -> None:
+def test_even_a_trusted_batch_cannot_call_functions(tmp_path: Path) -> None:
     files = small_files() | {"data_batch_1": pickle.dumps(Bite(tmp_path / "bitten"), protocol=2)}
     folder = unpacked(tmp_path / CIFAR10.folder, files)
     sentence = problem(lambda: read_folder(folder, small_origin(files)))
@@ -175,7 +175,7 @@ def test_even_a_trusted_batch_can_call_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "bitten").exists()
 
 
-def test_a_trusted_batch_of_objects_is_refused(tmp_path: Path) -> None:
+def test_a_trusted_batch_with_an_object_array_is_rejected(tmp_path: Path) -> None:
     files = small_files() | {"data_batch_1": python2_batch(images_of(0), [0] * 20, number=b"O8")}
     folder = unpacked(tmp_path / CIFAR10.folder, files)
     assert "'O8', not bytes" in problem(lambda: read_folder(folder, small_origin(files)))
@@ -192,7 +192,7 @@ def test_a_trusted_batch_of_objects_is_refused(tmp_path: Path) -> None:
     ],
     ids=["labels", "number", "list", "empty", "text"],
 )
-def test_a_trusted_file_that_is_no_batch_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_trusted_file_that_is_not_a_batch_is_rejected(tmp_path: Path, content: bytes) -> None:
     files = small_files() | {"data_batch_1": content}
     folder = unpacked(tmp_path / CIFAR10.folder, files)
     assert "not a CIFAR-10 batch" in problem(lambda: read_folder(folder, small_origin(files)))
@@ -265,7 +265,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 @pytest.mark.parametrize("way", ["good", "unsized"])
-def test_a_download_arrives_whole_and_is_announced(tmp_path: Path, server: Server, way: str) -> None:
+def test_a_download_is_complete_and_announced(tmp_path: Path, server: Server, way: str) -> None:
     files = small_files()
     server.content = small_archive(files)
     said: list[str] = []
@@ -286,7 +286,7 @@ def test_a_download_arrives_whole_and_is_announced(tmp_path: Path, server: Serve
         ("absent", "404"),
     ],
 )
-def test_a_failed_download_is_explained_and_leaves_nothing(
+def test_a_failed_download_is_explained_and_leaves_no_file(
     tmp_path: Path, server: Server, way: str, words: str
 ) -> None:
     files = small_files()
@@ -298,7 +298,7 @@ def test_a_failed_download_is_explained_and_leaves_nothing(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_short_unsized_download_is_noticed_by_its_digest(tmp_path: Path, server: Server) -> None:
+def test_a_short_download_without_content_length_is_detected_by_its_digest(tmp_path: Path, server: Server) -> None:
     files = small_files()
     server.content = small_archive(files)[:-100]
     origin = small_origin(files, small_archive(files), server.url("unsized"))
@@ -307,7 +307,9 @@ def test_a_short_unsized_download_is_noticed_by_its_digest(tmp_path: Path, serve
     assert os.listdir(tmp_path) == []
 
 
-def test_an_endless_download_is_stopped(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_over_the_size_limit_is_stopped(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cifar_pickles, "MOST_DOWNLOAD_BYTES", 1000)
     server.content = bytes(5000)
     origin = small_origin(small_files(), server.content, server.url("unsized"))
@@ -316,7 +318,7 @@ def test_an_endless_download_is_stopped(tmp_path: Path, server: Server, monkeypa
     assert os.listdir(tmp_path) == []
 
 
-def test_without_a_network_the_advice_is_to_name_a_folder(tmp_path: Path, server: Server) -> None:
+def test_without_a_network_the_error_suggests_data_dir(tmp_path: Path, server: Server) -> None:
     closed = server.url("good")
     server.shutdown()
     server.server_close()
@@ -325,7 +327,7 @@ def test_without_a_network_the_advice_is_to_name_a_folder(tmp_path: Path, server
     assert "refused" in sentence and "--data-dir PATH" in sentence
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, server: Server) -> None:
+def test_an_unwritable_download_folder_is_reported_before_the_download(tmp_path: Path, server: Server) -> None:
     (tmp_path / "file").write_text("in the way")
     path = tmp_path / "file" / CIFAR10.archive
     origin = small_origin(small_files(), b"", server.url("good"))

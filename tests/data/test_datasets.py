@@ -48,7 +48,7 @@ def numbers(split: Split) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def small_ones_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allow small stand-ins for CIFAR-10. A separate test checks that they are otherwise refused."""
+    """Allow small stand-ins for CIFAR-10. A separate test checks that they are otherwise rejected."""
     monkeypatch.setattr(rooms, "recognised", lambda pixels, _: pixels)
 
 
@@ -67,7 +67,7 @@ def digits() -> DataSet:
 # Digits
 
 
-def test_digits_are_the_same_on_every_machine(digits: DataSet) -> None:
+def test_the_digest_of_digits_is_pinned(digits: DataSet) -> None:
     assert digits.digest == "49354611e464849e78e9db227c60aa9409de0bee3b9ba527e00803f60a53d3b5"
 
 
@@ -89,7 +89,7 @@ def test_digits_are_split_60_20_20_in_every_class(digits: DataSet) -> None:
         assert (counts[name] / whole - share).abs().max() < 0.01
 
 
-def test_digits_arrive_at_the_network_as_16_by_16(digits: DataSet) -> None:
+def test_digits_are_upsampled_to_16_by_16(digits: DataSet) -> None:
     assert (digits.pad, digits.flip, digits.upsample) == (1, False, 2)
     assert prepare(digits.train.images[:5], digits).shape == (5, 3, 16, 16)
 
@@ -100,7 +100,7 @@ def test_digits_mean_and_std_are_those_of_the_training_pixels(digits: DataSet) -
     assert digits.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=6e-5)
 
 
-def test_digits_say_that_a_folder_is_not_read(tmp_path: Path) -> None:
+def test_loading_digits_reports_that_a_data_folder_is_not_read(tmp_path: Path) -> None:
     said: list[str] = []
     load("digits", tmp_path, say=said.append)
     assert len(said) == 1 and str(tmp_path) in said[0]
@@ -109,7 +109,7 @@ def test_digits_say_that_a_folder_is_not_read(tmp_path: Path) -> None:
 # CIFAR-10's split
 
 
-def test_cifar10_is_split_45000_5000_10000_and_evenly(whole_cifar10: Pixels) -> None:
+def test_cifar10_is_split_45000_5000_10000_with_balanced_classes(whole_cifar10: Pixels) -> None:
     data = load("cifar10", say=pytest.fail)
     for part, a_class in ((data.train, 4500), (data.validation, 500), (data.test, 1000)):
         assert part.labels.bincount().tolist() == [a_class] * 10
@@ -118,7 +118,7 @@ def test_cifar10_is_split_45000_5000_10000_and_evenly(whole_cifar10: Pixels) -> 
     assert data.std == (0.2470, 0.2435, 0.2616)
 
 
-def test_cifar100_is_split_as_evenly_over_its_hundred_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar100_is_split_45000_5000_10000_with_balanced_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     pixels = numbered(50_000, 10_000, classes=100)
     monkeypatch.setattr(rooms, "load_pixels", lambda folder, **options: asked.append(options["form"]) or pixels)
@@ -144,7 +144,7 @@ def test_labels_stay_with_their_images(whole_cifar10: Pixels) -> None:
     assert [number % 10 for number in numbers(data.train)] == data.train.labels.tolist()
 
 
-def test_split_seed_and_nothing_else_moves_the_split(whole_cifar10: Pixels) -> None:
+def test_only_the_split_seed_changes_the_split(whole_cifar10: Pixels) -> None:
     torch.manual_seed(1)
     first = load("cifar10")
     torch.manual_seed(2)
@@ -180,7 +180,7 @@ def test_a_smaller_part_is_balanced_and_contained_in_every_larger_one(choose: st
         assert counts[~full].numel() == 0 or int(counts.max() - counts[~full].min()) <= 1
 
 
-def test_an_incomplete_cifar10_is_refused_with_both_counts() -> None:
+def test_cifar_with_wrong_counts_of_images_or_classes_is_rejected() -> None:
     with pytest.raises(UserError, match=r"49999 training and 10000 test .* 50000 and 10000"):
         recognised(numbered(49_999, 10_000), "cifar10")
     with pytest.raises(UserError, match=r"of 10 classes, but CIFAR-100 has 50000 and 10000 of 100"):
@@ -188,7 +188,7 @@ def test_an_incomplete_cifar10_is_refused_with_both_counts() -> None:
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_is_what_has_its_classes(name: str) -> None:
+def test_cifar_is_recognised_by_its_class_names(name: str) -> None:
     published = CIFAR_CLASSES[name]
     assert list(published) == sorted(set(published))
     whole = replace(numbered(50_000, 10_000, classes=len(published)), classes=published)
@@ -211,7 +211,7 @@ def test_cifar_is_what_has_its_classes(name: str) -> None:
         tuple(f"{number:02d}_{name}" for number, name in enumerate(CIFAR_CLASSES["cifar10"])),
     ],
 )
-def test_classes_that_are_spelled_in_another_way_are_the_same_data(classes: tuple[str, ...]) -> None:
+def test_cifar10_with_other_spellings_of_its_classes_is_recognised(classes: tuple[str, ...]) -> None:
     """Folders are sorted by name, so `car` comes after `bird`; in the published order, `automobile` comes before it."""
     published = replace(numbered(50_000, 10_000), classes=CIFAR_CLASSES["cifar10"])
     by_name = sorted(range(10), key=lambda label: classes[label])
@@ -234,14 +234,14 @@ def test_classes_that_are_spelled_in_another_way_are_the_same_data(classes: tupl
      ("computer_keyboard", "keyboard"), ("lawnmower", "lawn_mower"),
      ("pick-up truck", "pickup_truck"), ("46 man", "man")],
 )  # fmt: skip
-def test_common_spellings_of_cifar100_are_known(spelled: str, name: str) -> None:
+def test_common_spellings_of_cifar100_classes_are_recognised(spelled: str, name: str) -> None:
     published = CIFAR_CLASSES["cifar100"]
     whole = replace(numbered(50_000, 10_000, classes=100), classes=published)
     called = replace(whole, classes=tuple(spelled if each == name else each for each in published))
     assert recognised(called, "cifar100").classes == published
 
 
-def test_two_folders_of_one_class_are_no_cifar10() -> None:
+def test_cifar10_with_two_folders_for_one_class_is_rejected() -> None:
     doubled = ("airplane", "automobile", "bird", "car", "cat", "deer", "dog", "frog", "horse", "ship")
     with pytest.raises(UserError, match="has no class 'automobile', 'car', and its class 'truck' is missing"):
         recognised(replace(numbered(50_000, 10_000), classes=doubled), "cifar10")
@@ -250,12 +250,12 @@ def test_two_folders_of_one_class_are_no_cifar10() -> None:
 # Mistakes
 
 
-def test_a_name_that_a_study_would_refuse_loads_nothing() -> None:
+def test_loading_an_unknown_data_set_raises() -> None:
     with pytest.raises(AssertionError):
         load("mnist")
 
 
-def test_every_impossible_size_is_named_with_value_and_limit(whole_cifar10: Pixels) -> None:
+def test_all_impossible_sizes_are_reported_with_value_and_limit(whole_cifar10: Pixels) -> None:
     with pytest.raises(UserError) as caught:
         load("cifar10", train=45_001, validation=9, test=10_001)
     train, validation, test = caught.value.problems
@@ -269,7 +269,7 @@ def test_sizes_that_just_fit_are_accepted(whole_cifar10: Pixels) -> None:
     assert data.validation.labels.bincount().tolist() == [1] * 10
 
 
-def test_sizes_below_one_are_refused_together() -> None:
+def test_all_sizes_below_one_are_reported_at_once() -> None:
     with pytest.raises(UserError) as caught:
         load("digits", train=0, test=-3)
     assert len(caught.value.problems) == 2
@@ -314,7 +314,7 @@ def test_the_digest_covers_augmentation_and_normalisation(
 
 
 @given(st.integers(0, 2**40), st.integers(0, 10_000), st.integers(0, 200), st.integers(0, 5), st.booleans())
-def test_views_are_an_order_and_offsets_within_the_padding(
+def test_views_have_a_permutation_and_offsets_within_the_padding(
     seed: int, epoch: int, count: int, pad: int, flip: bool
 ) -> None:
     views = draw_views(seed, epoch, count, pad=pad, flip=flip)
@@ -326,7 +326,7 @@ def test_views_are_an_order_and_offsets_within_the_padding(
     assert flip or not views.flip.any()
 
 
-def test_views_are_a_function_of_seed_epoch_and_count_alone() -> None:
+def test_views_depend_only_on_seed_epoch_and_count() -> None:
     torch.manual_seed(1)
     first = draw_views(3, 7, 500, pad=4, flip=True)
     torch.manual_seed(2)
@@ -346,29 +346,29 @@ def test_drawing_views_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_seeds_and_epochs_draw_different_views() -> None:
+def test_different_seeds_and_epochs_draw_different_views() -> None:
     drawn = [draw_views(seed, epoch, 100, pad=4, flip=True) for seed in range(4) for epoch in range(1, 5)]
     for name in ("order", "top", "left", "flip"):
         assert len({tuple(getattr(views, name).tolist()) for views in drawn}) == 16
 
 
-def test_order_and_flips_do_not_depend_on_the_augmentation() -> None:
+def test_padding_and_flipping_do_not_change_the_other_draws() -> None:
     with_crops, without = draw_views(0, 1, 300, pad=4, flip=True), draw_views(0, 1, 300, pad=0, flip=True)
     assert torch.equal(with_crops.order, without.order)
     assert torch.equal(with_crops.flip, without.flip)
     assert torch.equal(with_crops.top, draw_views(0, 1, 300, pad=4, flip=False).top)
 
 
-def test_offsets_and_flips_are_uniform_and_unrelated() -> None:
+def test_offsets_and_flips_are_uniform_and_independent() -> None:
     views = draw_views(0, 1, 90_000, pad=1, flip=True)
     cells = (views.top * 3 + views.left) * 2 + views.flip.long()
     expected = 90_000 / 18
     chi2 = float(((cells.bincount(minlength=18) - expected) ** 2 / expected).sum())
-    assert chi2 < 40.8  # 17 degrees of freedom, p = 0.001; the draw is fixed, so this cannot flicker
+    assert chi2 < 40.8  # 17 degrees of freedom, p = 0.001; the draw is fixed, so this cannot be flaky
 
 
 @pytest.mark.parametrize("wrong", [{"count": -1, "pad": 1}, {"count": 1, "pad": -1}])
-def test_negative_counts_and_pads_are_refused(wrong: dict[str, int]) -> None:
+def test_negative_counts_and_pads_raise(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="-1"):
         draw_views(0, 1, wrong["count"], pad=wrong["pad"], flip=False)
 
@@ -412,7 +412,7 @@ def test_prepare_equals_torchvision_normalisation(digits: DataSet) -> None:
     assert torch.equal(prepare(images, data), theirs)
 
 
-def test_enlarging_repeats_pixels_and_invents_none(digits: DataSet) -> None:
+def test_upsampling_repeats_pixels(digits: DataSet) -> None:
     images = digits.test.images[:3]
     small, large = prepare(images, replace(digits, upsample=1)), prepare(images, digits)
     assert large.dtype == torch.float32
@@ -425,7 +425,7 @@ def test_prepared_training_images_are_centred_and_scaled(digits: DataSet) -> Non
     assert float(pixels.std()) == pytest.approx(1, abs=1e-3)
 
 
-def test_evaluation_in_inference_mode_does_not_spoil_training(digits: DataSet) -> None:
+def test_preparing_images_in_inference_mode_does_not_break_later_training(digits: DataSet) -> None:
     # Otherwise the cached mean and std would be inference tensors, which autograd refuses to save.
     data = replace(digits, mean=(0.11, 0.12, 0.13), std=(0.21, 0.22, 0.23))
     with torch.inference_mode():
@@ -435,7 +435,7 @@ def test_evaluation_in_inference_mode_does_not_spoil_training(digits: DataSet) -
     assert not augment._per_channel(data.mean, torch.device("cpu")).is_inference()
 
 
-def test_importing_touches_no_network_and_no_image_library() -> None:
+def test_importing_datasets_opens_no_connection_and_imports_no_image_library() -> None:
     script = (
         "import sys\n"
         "def refuse(event, _):\n"
@@ -459,7 +459,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataSet, Path]:
     return load("cifar10", REAL_ARCHIVE, cache=cache, progress=False, say=pytest.fail), cache
 
 
-def test_the_real_archive_gives_all_of_cifar10(real: tuple[DataSet, Path]) -> None:
+def test_the_real_archive_contains_all_of_cifar10(real: tuple[DataSet, Path]) -> None:
     data, _ = real
     assert data.classes[:2] == ("airplane", "automobile") and len(data.classes) == 10
     assert [len(part.labels) for part in parts(data).values()] == [45_000, 5_000, 10_000]
@@ -468,7 +468,7 @@ def test_the_real_archive_gives_all_of_cifar10(real: tuple[DataSet, Path]) -> No
     assert pixels.std((0, 2, 3)).tolist() == pytest.approx(data.std, abs=0.005)
 
 
-def test_a_second_load_takes_seconds_and_gives_the_same(real: tuple[DataSet, Path]) -> None:
+def test_a_second_load_is_fast_and_identical(real: tuple[DataSet, Path]) -> None:
     data, cache = real
     start = time.monotonic()
     again = load("cifar10", REAL_ARCHIVE, cache=cache, progress=False, say=pytest.fail)
@@ -477,9 +477,7 @@ def test_a_second_load_takes_seconds_and_gives_the_same(real: tuple[DataSet, Pat
 
 
 @given(seed=st.integers(0, 99), pad=st.integers(0, 4), flip=st.booleans())
-def test_a_views_number_gives_the_view_back_and_no_two_views_share_one(
-    digits: DataSet, seed: int, pad: int, flip: bool
-) -> None:
+def test_view_numbers_round_trip_and_are_unique(digits: DataSet, seed: int, pad: int, flip: bool) -> None:
     shown = replace(digits, pad=pad, flip=flip)
     views = draw_views(seed, 1, len(shown.train.labels), pad=pad, flip=flip)
     numbers = view_numbers(views, shown)
@@ -490,7 +488,7 @@ def test_a_views_number_gives_the_view_back_and_no_two_views_share_one(
     assert torch.equal(view_numbers(numbered_views(everything, shown), shown), everything)
 
 
-def test_what_is_shown_is_the_drawn_crop_of_the_drawn_image(digits: DataSet) -> None:
+def test_show_returns_the_drawn_crop_of_the_drawn_image(digits: DataSet) -> None:
     views = draw_views(3, 2, len(digits.train.labels), pad=digits.pad, flip=digits.flip)
     expected = crop(digits.train.images[views.order], views.top, views.left, views.flip, digits.pad)
     assert torch.equal(show(views, digits), expected)

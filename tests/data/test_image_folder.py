@@ -1,4 +1,4 @@
-"""Image folders and archives of them: which are read, and which are refused."""
+"""Image folders and archives of them: which are read, and which are rejected."""
 
 import io
 import os
@@ -79,7 +79,7 @@ def problem(read: Callable[[], object]) -> str:
     return sentence
 
 
-def test_a_folder_is_read_in_the_order_of_its_sorted_names(tmp_path: Path) -> None:
+def test_a_folder_is_read_in_sorted_order(tmp_path: Path) -> None:
     pixels = read_folder(unpacked(tmp_path, tree()))
     assert pixels.classes == CLASSES
     assert pixels.train_images[:, 0, 5, 5].tolist() == [0, 1, 2, 10, 11, 12]
@@ -97,14 +97,14 @@ def test_channels_come_first_and_pixels_are_exact(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", image_folder.ARCHIVES)
 @pytest.mark.parametrize("outer", ["", "./", "cifar/"])
-def test_an_archive_gives_what_its_folder_gives(tmp_path: Path, suffix: str, outer: str) -> None:
+def test_an_archive_reads_the_same_as_its_folder(tmp_path: Path, suffix: str, outer: str) -> None:
     expected = read_folder(unpacked(tmp_path / "folder", tree()))
     shuffled = {outer + name: content for name, content in reversed(tree().items())}
     archive = archived(tmp_path / f"images{suffix}", shuffled)
     assert same(read_archive(archive, progress=False), expected)
 
 
-def test_jpeg_files_and_capital_suffixes_are_pictures_and_other_files_are_not(tmp_path: Path) -> None:
+def test_jpeg_files_and_uppercase_suffixes_are_read_and_other_files_are_ignored(tmp_path: Path) -> None:
     more = {
         "train/cat/3.JPG": png(50, form="JPEG"),
         "train/dog/3.jpeg": png(50, form="JPEG"),
@@ -118,7 +118,7 @@ def test_jpeg_files_and_capital_suffixes_are_pictures_and_other_files_are_not(tm
     assert same(read_archive(archived(tmp_path / "x.tar", tree() | more), progress=False), pixels)
 
 
-# Layouts and pictures that are refused, in a folder and in an archive alike
+# Layouts and images that are rejected, in folders and in archives
 
 
 def without(prefix: str) -> dict[str, bytes]:
@@ -142,7 +142,9 @@ def without(prefix: str) -> dict[str, bytes]:
     ],
     ids=["no test", "no train", "test class", "train class", "one", "size", "grey", "cut", "empty", "gif", "huge"],
 )
-def test_wrong_layouts_and_pictures_are_named(tmp_path: Path, files: dict[str, bytes], words: list[str]) -> None:
+def test_invalid_layouts_and_images_are_rejected_by_name(
+    tmp_path: Path, files: dict[str, bytes], words: list[str]
+) -> None:
     folder = unpacked(tmp_path / "folder", files)
     archive = archived(tmp_path / "images.tar.gz", files)
     for path, sentence in (
@@ -179,7 +181,7 @@ def special(kind: bytes, name: str = "train/cat/9.png", target: str = "/etc/pass
         (entry("other/train/cat/9.png", png(1)), "second"),
     ],
 )
-def test_a_hostile_archive_is_refused_and_nothing_is_written(
+def test_a_hostile_archive_is_rejected_without_writing_files(
     tmp_path: Path, member: tuple[tarfile.TarInfo, bytes], word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     members = [entry(name, content) for name, content in tree().items()]
@@ -193,13 +195,13 @@ def test_a_hostile_archive_is_refused_and_nothing_is_written(
     assert not Path("/tmp/train").exists()
 
 
-def test_an_archive_with_absurdly_many_members_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_with_too_many_members_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_folder, "MOST_MEMBERS", 5)
     archive = archived(tmp_path / "x.tar", tree())
     assert "more than 5 members" in problem(lambda: read_archive(archive, progress=False))
 
 
-def test_an_archive_that_unpacks_to_absurdly_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_that_unpacks_to_too_many_bytes_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_folder, "MOST_ARCHIVE_BYTES", 2**21)
     archive = archived(tmp_path / "x.tar.xz", {f"{i}.bin": bytes(2**20) for i in range(4)})
     assert archive.stat().st_size < 2**14
@@ -208,7 +210,7 @@ def test_an_archive_that_unpacks_to_absurdly_much_is_refused(tmp_path: Path, mon
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.REGTYPE])
 @pytest.mark.parametrize("size", [2**20 + 1, 2**40, -512])
-def test_what_a_header_claims_is_bounded_before_it_is_read(tmp_path: Path, kind: bytes, size: int) -> None:
+def test_a_tar_header_that_claims_an_invalid_size_is_rejected(tmp_path: Path, kind: bytes, size: int) -> None:
     member = tarfile.TarInfo("long")
     member.type, member.size = kind, size
     path = tmp_path / "x.tar"
@@ -216,7 +218,7 @@ def test_what_a_header_claims_is_bounded_before_it_is_read(tmp_path: Path, kind:
     assert f"'long' in the archive claims {size} bytes" in problem(lambda: read_archive(path, progress=False))
 
 
-def test_extended_headers_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_bytes_of_extended_headers_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_folder, "MOST_EXTENDED_BYTES", 2**12)
     long = [entry("train/cat/" + "x" * 200 + f"{i}.txt") for i in range(30)]
     archive = packed(tmp_path / "x.tar", long)
@@ -233,7 +235,7 @@ def extended(kind: bytes, content: bytes) -> bytes:
 @pytest.mark.parametrize(
     "content", [b"9" * 600, b"30 path=a\n30", b"0 path=a\n", b"3 path=a\n", b"path=a\n", b"-9 path=a\n", b"9 size=x\n"]
 )
-def test_an_extended_header_that_is_no_list_of_records_is_damaged(tmp_path: Path, content: bytes) -> None:
+def test_a_malformed_extended_header_is_reported_as_damage(tmp_path: Path, content: bytes) -> None:
     path = archived(tmp_path / "x.tar", tree())
     path.write_bytes(extended(tarfile.XHDTYPE, content) + path.read_bytes())
     assert "truncated or damaged" in problem(lambda: read_archive(path, progress=False))
@@ -241,7 +243,7 @@ def test_an_extended_header_that_is_no_list_of_records_is_damaged(tmp_path: Path
 
 @pytest.mark.parametrize("keyword", ["GNU.sparse.major", "GNU.sparse.map", "GNU.sparse.size", "GNU.sparse.name"])
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE])
-def test_a_sparse_member_is_refused_before_its_map_is_read(tmp_path: Path, keyword: str, kind: bytes) -> None:
+def test_a_sparse_member_is_rejected(tmp_path: Path, keyword: str, kind: bytes) -> None:
     path = archived(tmp_path / "x.tar", tree())
     record = f"{len(keyword) + 6} {keyword}=1\n".encode()
     path.write_bytes(extended(kind, record) + path.read_bytes())
@@ -251,7 +253,7 @@ def test_a_sparse_member_is_refused_before_its_map_is_read(tmp_path: Path, keywo
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_an_archive_with_long_names_and_notes_gives_what_its_folder_gives(tmp_path: Path, form: int) -> None:
+def test_an_archive_with_long_names_and_pax_headers_reads_the_same_as_its_folder(tmp_path: Path, form: int) -> None:
     files = {name.replace("cat", "k\u00e4tzchen" + "x" * 120).replace("/0", "/" + "0" * 200): content
              for name, content in tree().items()}  # fmt: skip
     expected = read_folder(unpacked(tmp_path / "folder", files))
@@ -261,7 +263,7 @@ def test_an_archive_with_long_names_and_notes_gives_what_its_folder_gives(tmp_pa
     assert same(read_archive(tmp_path / "x.tar", progress=False), expected)
 
 
-# Pictures that unpack to much
+# Images that unpack to many bytes
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -278,7 +280,7 @@ def with_parts(picture: bytes, *parts: bytes) -> bytes:
     return picture[:start] + b"".join(parts) + picture[start:]
 
 
-def test_parts_that_make_no_pixels_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_metadata_is_skipped_without_being_decompressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = read_folder(unpacked(tmp_path / "plain", tree() | {"train/cat/3.jpg": png(50, form="JPEG")}))
     notes = [chunk(kind, b"a\0\0" + zlib.compress(bytes(2**20))) for kind in (b"zTXt", b"iCCP", b"acTL")]
     notes.append(chunk(b"iTXt", b"a\0\1\0\0\0" + zlib.compress(bytes(2**20))))
@@ -308,7 +310,7 @@ def test_parts_that_make_no_pixels_are_left_out(tmp_path: Path, monkeypatch: pyt
     ],
     ids=["chunks", "pixels", "tables", "notes", "scans", "fill", "length"],
 )
-def test_a_picture_of_absurdly_many_parts_is_refused(tmp_path: Path, picture: bytes) -> None:
+def test_an_image_with_too_many_or_oversized_parts_is_rejected(tmp_path: Path, picture: bytes) -> None:
     folder = unpacked(tmp_path, tree() | {"train/cat/1.png": picture})
     assert "cannot be read as PNG or JPEG (ValueError)" in problem(lambda: read_folder(folder))
 
@@ -332,7 +334,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
-def test_a_tar_cut_where_a_header_starts_is_not_taken_for_a_whole_one(whole: Whole, extra: int) -> None:
+def test_a_tar_truncated_at_a_header_is_rejected(whole: Whole, extra: int) -> None:
     # tarfile.open ends without an error here. There are 10 members of a header and a block each, then zeros.
     path = whole.path.with_suffix(".tar")
     for size in range(1024, 10 * 1024 + 1, 1024):
@@ -340,7 +342,7 @@ def test_a_tar_cut_where_a_header_starts_is_not_taken_for_a_whole_one(whole: Who
         assert "truncated or damaged" in problem(lambda: read_archive(path, progress=False))
 
 
-def test_a_tar_with_a_damaged_header_is_not_taken_for_a_whole_one(whole: Whole) -> None:
+def test_a_tar_with_a_damaged_header_is_rejected(whole: Whole) -> None:
     path = whole.path.with_suffix(".tar")
     for header in range(0, 10 * 1024, 1024):  # here, too, tarfile.open ends without an error
         damaged = bytearray(whole.content["tar"])
@@ -349,7 +351,7 @@ def test_a_tar_with_a_damaged_header_is_not_taken_for_a_whole_one(whole: Whole) 
         assert "truncated or damaged" in problem(lambda: read_archive(path, progress=False))
 
 
-def test_a_tar_with_zeros_for_a_header_is_not_taken_for_a_whole_one(whole: Whole) -> None:
+def test_a_tar_with_a_zeroed_header_is_rejected(whole: Whole) -> None:
     path = whole.path.with_suffix(".tar")
     for header in range(0, 10 * 1024, 1024):
         path.write_bytes(whole.content["tar"][:header] + bytes(512) + whole.content["tar"][header + 512 :])
@@ -359,7 +361,7 @@ def test_a_tar_with_zeros_for_a_header_is_not_taken_for_a_whole_one(whole: Whole
 @settings(max_examples=60, deadline=None)
 @given(choose=st.data())
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.xz"])
-def test_a_cut_archive_is_never_taken_for_a_smaller_one(whole: Whole, kind: str, choose: st.DataObject) -> None:
+def test_a_truncated_archive_is_never_read_as_a_smaller_one(whole: Whole, kind: str, choose: st.DataObject) -> None:
     content, path = whole.content[kind], whole.path.with_suffix(f".{kind}")
     # In an uncompressed tar, also between members, where each header starts.
     step = choose.draw(st.sampled_from([1, 512]))
@@ -375,7 +377,7 @@ def test_a_cut_archive_is_never_taken_for_a_smaller_one(whole: Whole, kind: str,
 @settings(max_examples=60, deadline=None)
 @given(choose=st.data())
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.xz"])
-def test_damage_is_noticed_or_harmless(whole: Whole, kind: str, choose: st.DataObject) -> None:
+def test_a_damaged_byte_is_detected_or_changes_no_label(whole: Whole, kind: str, choose: st.DataObject) -> None:
     damaged, path = bytearray(whole.content[kind]), whole.path.with_suffix(f".{kind}")
     damaged[choose.draw(st.integers(0, len(damaged) - 1))] ^= choose.draw(st.integers(1, 255))
     path.write_bytes(damaged)

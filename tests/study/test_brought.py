@@ -1,4 +1,4 @@
-"""A study's own code: how it is found, which files are part of the ids, and what is refused."""
+"""A study's own code: how it is found, which files are part of the ids, and what is rejected."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +62,7 @@ def ids(study: Study) -> dict[tuple[str, str, int], str]:
     return {(each.arm, each.phase, each.seed): each.trial_id for each in plan(study, "0" * 64).trials}
 
 
-def test_a_loss_is_found_with_what_it_imports_from_the_study_s_folder(folder: Path) -> None:
+def test_a_loss_is_found_with_the_files_it_imports_from_the_study_folder(folder: Path) -> None:
     (code,) = brought.codes(study_of(folder), folder)
     assert (code.name, code.main, [name for name, _ in code.files]) == ("Half", "half.py", ["half.py", "helper.py"])
     assert [name for name, _ in code.packages] == ["torch"]
@@ -70,7 +70,7 @@ def test_a_loss_is_found_with_what_it_imports_from_the_study_s_folder(folder: Pa
 
 
 @pytest.mark.parametrize("edited", ["half.py", "helper.py"])
-def test_an_edit_of_a_loss_or_of_what_it_imports_changes_the_ids_of_its_arms_alone(folder: Path, edited: str) -> None:
+def test_editing_a_loss_or_its_imports_changes_only_the_ids_of_its_arms(folder: Path, edited: str) -> None:
     before = ids(study_of(folder))
     (folder / edited).write_text((folder / edited).read_text() + "# more\n")
     after = ids(study_of(folder))
@@ -80,27 +80,27 @@ def test_an_edit_of_a_loss_or_of_what_it_imports_changes_the_ids_of_its_arms_alo
 
 
 @pytest.mark.parametrize("change", [{"views": 2}, {"needs": "features"}, {"version": 2}])
-def test_what_a_loss_is_given_is_part_of_the_ids_too(folder: Path, change: dict[str, Any]) -> None:
+def test_views_needs_and_version_of_a_method_are_part_of_the_ids(folder: Path, change: dict[str, Any]) -> None:
     study = study_of(folder)
     other = replace(study, methods=(replace(study.methods[0], **change),))
     before, after = ids(study), ids(other)
     assert {key for key in before if before[key] != after[key]} == {key for key in before if key[0].endswith("half")}
 
 
-def test_an_edit_elsewhere_changes_no_id(folder: Path) -> None:
+def test_editing_files_that_the_loss_does_not_import_changes_no_id(folder: Path) -> None:
     before = ids(study_of(folder))
     (folder / "other.py").write_text("x = 1\n")
     write(folder, imports="# a comment\n")
     assert ids(study_of(folder)) == before
 
 
-def test_a_class_is_taken_as_the_text_that_names_it(folder: Path) -> None:
+def test_a_loss_given_as_a_class_or_as_text_yields_the_same_study(folder: Path) -> None:
     as_text = study_of(folder)
     write(folder, loss="Half", imports="from half import Half")
     assert study_of(folder) == as_text
 
 
-def test_an_installed_class_counts_with_its_module_alone(tmp_path: Path) -> None:
+def test_the_source_of_an_installed_loss_is_only_its_module(tmp_path: Path) -> None:
     method = Method("mine", loss="tune_kd.training.methods.logit:Logit", settings={"temperature": 4.0})
     study = brought.with_sources(replace(tiny(), methods=(method,)), tmp_path)
     (code,) = brought.codes(study, tmp_path)
@@ -111,12 +111,12 @@ def test_an_installed_class_counts_with_its_module_alone(tmp_path: Path) -> None
     )
 
 
-def test_a_study_that_brings_nothing_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_study_without_custom_losses_is_unchanged(tmp_path: Path) -> None:
     assert brought.with_sources(tiny(), tmp_path) == tiny()
     assert all(trial.brought is None for trial in plan(tiny()).trials)
 
 
-def test_changed_code_is_not_what_the_study_was_made_with(folder: Path) -> None:
+def test_code_that_changed_after_the_study_was_resolved_is_rejected(folder: Path) -> None:
     study = study_of(folder)
     (folder / "helper.py").write_text("def half(x):\n    return x / 3\n")
     with pytest.raises(UserError, match=r"half\.py:Half, or a file that it imports, does not match the digest"):
@@ -137,7 +137,9 @@ def test_changed_code_is_not_what_the_study_was_made_with(folder: Path) -> None:
         ("outer()", "def outer():\n    class Inner: pass\n    return Inner", "a nested class"),
     ],
 )
-def test_what_cannot_be_a_loss_is_refused_and_named(folder: Path, loss: str, imports: str, words: str) -> None:
+def test_an_invalid_loss_is_rejected_with_its_field_and_the_reason(
+    folder: Path, loss: str, imports: str, words: str
+) -> None:
     (folder.parent / "outside.py").write_text(LOSS)
     (folder / "bad.py").write_text("def f(:\n")
     (folder / "round.py").write_text("import study\nclass Half: pass\n")
@@ -149,7 +151,7 @@ def test_what_cannot_be_a_loss_is_refused_and_named(folder: Path, loss: str, imp
     assert words in caught.value.problems[0]
 
 
-def test_all_losses_that_cannot_be_are_told_at_once(tmp_path: Path) -> None:
+def test_all_invalid_losses_are_reported_at_once(tmp_path: Path) -> None:
     methods = (Method("a", loss="a.py:A"), Method("b", loss="b.py:B"))
     with pytest.raises(UserError) as caught:
         brought.with_sources(replace(tiny(), methods=methods), tmp_path)
@@ -160,7 +162,7 @@ def test_all_losses_that_cannot_be_are_told_at_once(tmp_path: Path) -> None:
 @given(
     st.lists(st.tuples(st.sampled_from(["a.py", "b.py", "c/d.py"]), st.binary(max_size=4)), unique_by=lambda x: x[0])
 )
-def test_codes_are_equal_in_their_digest_if_and_only_if_their_source_is(files: list[tuple[str, bytes]]) -> None:
+def test_a_code_digest_depends_on_name_and_files_but_not_on_package_versions(files: list[tuple[str, bytes]]) -> None:
     code = brought.Code("A", "a.py", tuple(sorted(files)))
     assert replace(code, packages=(("numpy", "1"),)).digest == code.digest
     assert replace(code, name="B").digest != code.digest
@@ -170,7 +172,7 @@ def test_codes_are_equal_in_their_digest_if_and_only_if_their_source_is(files: l
         assert replace(code, files=tuple(changed)).digest != code.digest
 
 
-def test_a_factor_of_a_setting_that_a_study_brings_is_part_of_the_ids(folder: Path) -> None:
+def test_a_setting_of_a_custom_loss_as_a_factor_is_part_of_the_ids(folder: Path) -> None:
     study = study_of(folder)
     swept = replace(study, factors=(*study.factors, Factor("weight", (1.0, 2.0))), reference=(("weight", 2.0),))
     one, other = ids(study), ids(swept)

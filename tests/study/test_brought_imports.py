@@ -63,7 +63,7 @@ def found(folder: Path, files: dict[str, str], loss: str = "a.py:Loss") -> list[
         ({"a.py": f"import b\n{CLASS}", "b.py": "import a\n"}, "a.py:Loss", ["a.py", "b.py"]),
     ],
 )  # fmt: skip
-def test_imports_are_found_as_python_finds_them(
+def test_imports_of_a_loss_are_resolved_as_python_resolves_them(
     tmp_path: Path, files: dict[str, str], loss: str, expected: list[str]
 ) -> None:
     assert found(tmp_path, files, loss) == expected
@@ -80,7 +80,7 @@ def test_imports_are_found_as_python_finds_them(
     ],
 )
 @pytest.mark.parametrize("name", ["a.py", "b.py"])
-def test_a_file_that_python_cannot_read_is_named(
+def test_an_unreadable_source_file_is_named_in_the_error(
     tmp_path: Path, name: str, make: Callable[[Path], object], words: str
 ) -> None:
     made(tmp_path, {"a.py": f"def later():\n    import b\n{CLASS}"})
@@ -91,13 +91,13 @@ def test_a_file_that_python_cannot_read_is_named(
 
 
 @pytest.mark.parametrize("loss", ["l\0.py:Loss", f"{'l' * 300}.py:Loss", "\ud800.py:Loss", "loop.py:Loss", "a..b:Loss"])
-def test_a_name_that_no_file_has_is_refused(tmp_path: Path, loss: str) -> None:
+def test_a_loss_whose_file_or_module_does_not_exist_is_rejected(tmp_path: Path, loss: str) -> None:
     (tmp_path / "loop.py").symlink_to("loop.py")
     with pytest.raises(UserError, match=r"methods\[0\]\.loss of 'mine' is .*, but there is no "):
         code_of(tmp_path, loss)
 
 
-def test_a_package_of_an_environment_in_the_study_s_folder_is_installed(
+def test_a_package_of_a_venv_inside_the_study_folder_counts_as_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packages = ".venv/lib/python3/site-packages"
@@ -113,7 +113,7 @@ def test_a_package_of_an_environment_in_the_study_s_folder_is_installed(
         del sys.modules[name]
 
 
-def test_losses_of_one_name_in_files_that_import_each_other_are_two(tmp_path: Path) -> None:
+def test_same_named_losses_in_files_that_import_each_other_have_different_digests(tmp_path: Path) -> None:
     made(tmp_path, {"p/__init__.py": "from p import a, b\n"})
     made(tmp_path, {f"p/{name}.py": f"import p\n{CLASS}    name = {name!r}\n" for name in "ab"})
     both = [code_of(tmp_path, f"p/{name}.py:Loss") for name in "ab"]
@@ -121,14 +121,14 @@ def test_losses_of_one_name_in_files_that_import_each_other_are_two(tmp_path: Pa
     assert both[0].digest != both[1].digest
 
 
-def test_methods_that_are_set_have_the_digest_of_their_source(tmp_path: Path) -> None:
+def test_methods_set_on_the_command_line_get_the_digest_of_their_source(tmp_path: Path) -> None:
     made(tmp_path, {"a.py": CLASS, "study.py": "from conftest import tiny as study\n"})
     study = resolve(tmp_path / "study.py", "test", None, ('methods=[{"name": "mine", "loss": "a.py:Loss"}]',))
     assert study.methods[0].source == code_of(tmp_path, "a.py:Loss").digest
 
 
 @pytest.mark.parametrize("value", ["True", "'3'", "10**400"])
-def test_a_setting_that_is_no_number_is_refused(tmp_path: Path, value: str) -> None:
+def test_a_setting_that_is_not_a_finite_number_is_rejected(tmp_path: Path, value: str) -> None:
     study = "from conftest import tiny\nfrom dataclasses import replace\nfrom tune_kd import Method\n"
     study += f"def study():\n    method = Method('mine', loss='a.py:Loss', settings={{'weight': {value}}})\n"
     made(tmp_path, {"a.py": CLASS, "study.py": f"{study}    return replace(tiny(), methods=(method,))\n"})
@@ -144,12 +144,14 @@ def test_a_setting_that_is_no_number_is_refused(tmp_path: Path, value: str) -> N
         (Method(" mine", loss="a.py:Loss"), "name is ' mine'; allowed: text that is not empty"),
     ],
 )
-def test_a_method_that_cannot_be_told_from_another_is_refused(method: Method, words: str) -> None:
+def test_a_method_with_a_duplicate_setting_or_an_invalid_name_is_rejected(method: Method, words: str) -> None:
     with pytest.raises(UserError, match=words):
         check(replace(tiny(), methods=(method,)))
 
 
-def test_a_class_of_the_script_that_runs_a_study_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_defined_in_the_script_that_runs_the_study_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made(tmp_path, {"script.py": CLASS})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "script.py"), raising=False)

@@ -33,7 +33,7 @@ def cost(study: Study) -> float:
 @pytest.mark.parametrize("architecture", BLOCKS)
 @pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("width", [1.0, 0.3])
-def test_multiplications_and_bytes_are_those_that_torch_counts(architecture: str, stem: str, width: float) -> None:
+def test_multiplications_and_state_bytes_equal_torchs_counts(architecture: str, stem: str, width: float) -> None:
     net = networks.build(architecture, stem=stem, classes=10, width=width, seed=0).eval().to("meta")
     for size in (16, 33):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -45,7 +45,7 @@ def test_multiplications_and_bytes_are_those_that_torch_counts(architecture: str
     assert sum(value.nbytes for value in state) == state_bytes(trial) - 4 * (4 - 1) * 10
 
 
-def test_the_sizes_that_the_price_knows_are_those_of_the_data() -> None:
+def test_the_sizes_assumed_for_the_cost_match_the_digits_data() -> None:
     digits, known = datasets.load("digits"), IMAGES["digits"]
     assert [len(each.labels) for each in (digits.train, digits.validation, digits.test)] == [
         known.train, known.validation, known.test
@@ -55,7 +55,7 @@ def test_the_sizes_that_the_price_knows_are_those_of_the_data() -> None:
     assert digits.views_per_image == known.views
 
 
-def test_a_temperature_more_costs_a_control_more_since_the_teacher_answers_once(one_stem: Study) -> None:
+def test_another_temperature_costs_as_much_as_a_control_since_logits_are_cached(one_stem: Study) -> None:
     def of(temperatures: tuple[float, ...]) -> float:
         factors = (*one_stem.factors[:2], Factor("temperature", temperatures))
         return cost(replace(one_stem, factors=factors))
@@ -73,7 +73,7 @@ def test_an_epoch_that_is_not_validated_costs_no_evaluation() -> None:
     assert flop(every) - flop(third) == 4 * images.validation * forward
 
 
-def test_the_price_grows_with_the_seeds(study: Study) -> None:
+def test_the_cost_grows_with_the_number_of_seeds(study: Study) -> None:
     assert cost(replace(study, confirm=Confirm((1, 2, 3)))) > cost(study)
 
 
@@ -82,7 +82,7 @@ def logit_student(seed: int, epochs: int, data: Data) -> Trial:
     return Trial("logit", "confirm", cell, Recipe(epochs=epochs), seed, data, None, "test", "t")
 
 
-def test_the_expected_number_of_drawn_views_is_what_drawing_gives() -> None:
+def test_the_expected_number_of_drawn_views_matches_an_actual_draw() -> None:
     digits = datasets.load("digits")
     draws = ((0, 3), (5, 3), (6, 2))
     found = len(drawn_numbers(draws, digits))
@@ -94,7 +94,7 @@ def test_the_expected_number_of_drawn_views_is_what_drawing_gives() -> None:
 @pytest.mark.parametrize(
     ("seeds", "epochs", "ahead"), [(6, 100, True), (4, 6, False), (3, 100, False), (4, 123, True), (4, 122, False)]
 )
-def test_all_views_are_answered_ahead_where_that_costs_hardly_more_than_the_drawn_ones(
+def test_logits_of_all_views_are_computed_ahead_when_that_costs_little_more(
     seeds: int, epochs: int, ahead: bool
 ) -> None:
     """The study at paper scale draws each of an image's 162 views 3.7 times; a small study draws few of them."""

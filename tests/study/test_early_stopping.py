@@ -41,7 +41,7 @@ def test_rungs_grow_by_the_reduction_factor_and_end_before_the_budget() -> None:
     assert replace(SCREEN, grace=8).rungs(8) == []
 
 
-def test_a_trial_is_not_decided_about_at_its_own_last_epoch_or_later() -> None:
+def test_no_decision_is_made_at_a_trials_last_epoch_or_later() -> None:
     """If epochs are a factor, the rungs are those of the arms with the most epochs."""
     schedule = Schedule(SCREEN, 9)
     shorter, longer = (
@@ -56,7 +56,7 @@ def test_a_trial_is_not_decided_about_at_its_own_last_epoch_or_later() -> None:
     assert (decided(shorter), decided(longer)) == ([2], [2, 4, 8])
 
 
-def test_a_stratum_has_one_name_for_a_trial_and_for_its_row() -> None:
+def test_a_stratum_has_the_same_name_for_a_trial_and_its_row() -> None:
     screen = replace(SCREEN, strata=("method", "epochs", "batch_size", "lr", "weight"))
     cell = Cell(settings={"weight": 2.0}, recipe=(("batch_size", 16),))
     trial = Trial("a", Phase.SCREEN, cell, Recipe(epochs=4, batch_size=16), 0, Data(), None, "test")
@@ -73,14 +73,14 @@ def test_an_arm_far_behind_enough_peers_is_stopped(schedule: Schedule) -> None:
     assert decision.cutoff == pytest.approx(0.85)  # the median of its two peers
 
 
-def test_an_arm_behind_by_less_than_the_margin_goes_on_as_a_near_tie(schedule: Schedule) -> None:
+def test_an_arm_behind_by_less_than_the_margin_continues_as_a_near_tie(schedule: Schedule) -> None:
     report(schedule, "cifar/logit/T=1", 2, 0.90)
     report(schedule, "cifar/logit/T=2", 2, 0.90)
     assert report(schedule, "cifar/logit/T=8", 2, 0.8901).reason == "near_tie"
     assert report(schedule, "cifar/logit/T=16", 2, 0.88).reason == "behind"
 
 
-def test_nothing_is_stopped_before_enough_peers_have_reported(schedule: Schedule) -> None:
+def test_no_trial_is_stopped_before_enough_peers_have_reported(schedule: Schedule) -> None:
     first = report(schedule, "cifar/logit/T=1", 2, 0.90)
     assert (first.cutoff, first.peers, first.reason) == (None, 0, "too_few_peers")
     assert report(schedule, "cifar/logit/T=2", 2, 0.10).reason == "too_few_peers"
@@ -92,7 +92,7 @@ def test_an_immune_arm_is_never_stopped(schedule: Schedule) -> None:
     assert report(schedule, "cifar/logit/T=4", 2, 0.10).reason == "immune"
 
 
-def test_the_last_arm_of_a_stratum_goes_on() -> None:
+def test_the_last_arm_of_a_stratum_is_not_stopped() -> None:
     schedule = made(SCREEN, immune=())
     for arm in ("cifar/logit/T=1", "cifar/logit/T=2"):
         report(schedule, arm, 2, 0.90)
@@ -102,7 +102,7 @@ def test_the_last_arm_of_a_stratum_goes_on() -> None:
     assert report(schedule, "cifar/logit/T=16", 2, 0.05).reason == "last_of_stratum"
 
 
-def test_arms_compete_inside_their_stratum_alone(schedule: Schedule) -> None:
+def test_arms_compete_only_within_their_stratum(schedule: Schedule) -> None:
     for arm in ("cifar/logit/T=1", "cifar/logit/T=2"):
         report(schedule, arm, 2, 0.90)
     control = report(schedule, "cifar/none", 2, 0.10)
@@ -110,12 +110,12 @@ def test_arms_compete_inside_their_stratum_alone(schedule: Schedule) -> None:
     assert stratum(replace(SCREEN, strata=None), ARMS["cifar/none"]) == "all"
 
 
-def test_a_report_between_rungs_compares_nothing_and_fills_no_rung(schedule: Schedule) -> None:
+def test_a_report_between_rungs_gets_no_decision_and_adds_no_peer(schedule: Schedule) -> None:
     assert schedule.report("id", "cifar/logit/T=1", 3, 0.5) is None
     assert report(schedule, "cifar/logit/T=2", 2, 0.1).peers == 0
 
 
-def test_a_report_that_comes_again_gets_the_same_decision_and_counts_once(schedule: Schedule) -> None:
+def test_a_repeated_report_gets_the_same_decision_and_counts_once(schedule: Schedule) -> None:
     first = report(schedule, "cifar/logit/T=1", 2, 0.90)
     assert report(schedule, "cifar/logit/T=1", 2, 0.10) is first
     assert report(schedule, "cifar/logit/T=2", 2, 0.90).peers == 1
@@ -153,7 +153,7 @@ def play(
 
 
 @given(settings, reports)
-def test_under_every_order_immune_arms_run_on_and_every_stratum_keeps_an_arm(
+def test_in_any_order_immune_arms_continue_and_every_stratum_keeps_an_arm(
     screen: Screen, drawn: tuple[list[tuple[str, int]], list[float]]
 ) -> None:
     immune = {"cifar/none", "cifar/logit/T=4"}
@@ -165,7 +165,7 @@ def test_under_every_order_immune_arms_run_on_and_every_stratum_keeps_an_arm(
 
 
 @given(settings, reports, st.integers(0, 18))
-def test_a_schedule_that_replays_its_first_decisions_makes_the_others_again(
+def test_a_schedule_resumed_from_replayed_decisions_makes_the_same_later_ones(
     screen: Screen, drawn: tuple[list[tuple[str, int]], list[float]], cut: int
 ) -> None:
     whole, _ = play(made(screen, ()), drawn)
@@ -199,7 +199,7 @@ class RayTrial:
     st.integers(1, 30),
     st.lists(st.tuples(st.integers(0, 7), st.sampled_from([0.1, 0.2, 0.3, 0.5, 0.7]) | st.floats(0, 1)), max_size=120),
 )
-def test_without_strata_immunity_and_margin_it_decides_as_rays_asha_does(
+def test_without_strata_immunity_and_margin_decisions_equal_those_of_rays_asha(
     grace: int, reduction: int, budget: int, sequence: list[tuple[int, float]]
 ) -> None:
     budget = max(budget, grace)

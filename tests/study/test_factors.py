@@ -55,7 +55,7 @@ def at_seed(planned: Plan, arm: str) -> Trial:
     return next(trial for trial in planned.trials if trial.arm == arm and trial.seed == 1)
 
 
-def test_a_setting_has_the_default_of_its_method_and_is_none_elsewhere() -> None:
+def test_a_setting_has_the_default_of_its_method_and_is_absent_for_other_methods() -> None:
     found = cells(plan(study()))
     assert found["mine"].level("temperature") == 3.0 and found["logit"].level("temperature") == 4.0
     assert dict(found["mine"].settings) == {"sharpness": 2.0}
@@ -77,12 +77,12 @@ def test_a_setting_as_a_factor_merges_the_arms_to_which_it_does_not_apply() -> N
     assert cells(planned)["mine/sharpness=1"].settings == (("sharpness", 1.0),)
 
 
-def test_methods_whose_defaults_differ_are_compared_all_the_same() -> None:
+def test_methods_with_different_defaults_can_be_compared() -> None:
     compared = plan(study(contrasts=(Compare("method", "mine", "logit"),), reference=(("temperature", 4.0),)))
     assert [each.name for each in compared.contrasts] == ["mine - logit"]
 
 
-def test_a_setting_is_compared_moderates_is_swept_and_is_a_stratum() -> None:
+def test_a_setting_can_be_contrasted_and_swept_and_used_as_moderator_and_stratum() -> None:
     both = (Factor("sharpness", (1.0, 2.0)), Factor("stem", ("imagenet", "cifar")))
     held = {"reference": (("sharpness", 1.0), ("stem", "cifar")), "swept": ("sharpness", "stem")}
     factors = (*study().factors, *both)
@@ -120,7 +120,7 @@ def test_a_setting_is_tuned_for_the_methods_that_declare_it() -> None:
     ({"kd_weight": 2.0}, (1.0, 2.0)), ({"ce_weight": 0.0}, (0.0, 1.0)),
     ({"ce_weight": 0.5, "kd_weight": 3}, (0.5, 3.0)),
 ])  # fmt: skip
-def test_weights_stand_in_place_of_alpha_and_one_alone_has_the_other_at_1(
+def test_loss_weights_replace_alpha_and_an_omitted_weight_is_1(
     given: dict[str, float], whole: tuple[float, float]
 ) -> None:
     found = cells(plan(study(cell=Cell(width=0.0625, **given))))
@@ -129,7 +129,7 @@ def test_weights_stand_in_place_of_alpha_and_one_alone_has_the_other_at_1(
     assert (found["none"].alpha, found["none"].ce_weight, found["none"].kd_weight) == (None, None, None)
 
 
-def test_a_weight_is_a_factor_and_alpha_beside_it_is_not() -> None:
+def test_a_loss_weight_can_be_a_factor_and_alpha_is_rejected_beside_it() -> None:
     planned = plan(varying("kd_weight", 1.0, 2.0, contrasts=(Compare("kd_weight", 2.0, 1.0),)))
     assert [each.name for each in planned.contrasts] == [
         f"{name}: kd_weight=2 - kd_weight=1" for name in ("logit", "mine", "dkd")
@@ -148,7 +148,7 @@ def test_a_weight_is_a_factor_and_alpha_beside_it_is_not() -> None:
     ("lr", (0.05, 0.1)), ("batch_size", (16, 32)), ("weight_decay", (0, 1e-4)), ("epochs", (2, 4)),
     ("momentum", (0.5, 0.9)), ("precision", ("float32", "bfloat16")), ("clip", (1, 2)), ("lr_min", (0, 1e-3)),
 ])  # fmt: skip
-def test_a_field_of_the_recipe_reaches_the_students_recipe_and_its_id_is_that_of_the_recipe(
+def test_a_recipe_factor_sets_the_students_recipe_and_gives_the_same_id_as_that_recipe(
     name: str, levels: tuple[Level, ...]
 ) -> None:
     strata = Screen(grace=1, reduction=2, min_peers=1, strata=("method", "epochs"))
@@ -167,7 +167,7 @@ def test_a_field_of_the_recipe_reaches_the_students_recipe_and_its_id_is_that_of
     assert len({trial.recipe for trial in planned.trials if trial.role == "student"}) == len(levels)
 
 
-def test_a_field_of_the_recipe_is_compared_moderates_and_is_held() -> None:
+def test_a_recipe_field_can_be_contrasted_and_used_as_moderator_and_reference() -> None:
     lr = plan(varying("lr", 0.05, 0.1, contrasts=(Compare("lr", 0.1, 0.05, where={"method": "mine"}),)))
     assert [each.name for each in lr.contrasts] == ["mine: lr=0.1 - lr=0.05"]
     by = plan(varying("batch_size", 16, 32, moderator="batch_size"))
@@ -176,7 +176,7 @@ def test_a_field_of_the_recipe_is_compared_moderates_and_is_held() -> None:
     assert [each.weights for each in held.contrasts] == [(("mine/lr=0.05", 1.0), ("none/lr=0.05", -1.0))]
 
 
-def test_a_setting_changes_the_id_of_the_trials_that_have_it_and_no_other() -> None:
+def test_a_setting_changes_only_the_ids_of_trials_that_have_it() -> None:
     before, after = (
         {
             trial.label: trial.trial_id
@@ -190,13 +190,13 @@ def test_a_setting_changes_the_id_of_the_trials_that_have_it_and_no_other() -> N
     assert before == {trial.label: trial.trial_id for trial in plan(study()).trials}  # also at its default
 
 
-def test_weights_enter_the_id_where_they_are_set() -> None:
+def test_loss_weights_are_part_of_the_id_of_arms_that_use_them() -> None:
     plain, weighted = plan(study()), plan(study(cell=Cell(width=0.0625, kd_weight=0.5, ce_weight=0.5)))
     assert at_seed(plain, "logit").trial_id != at_seed(weighted, "logit").trial_id
     assert at_seed(plain, "none").trial_id == at_seed(weighted, "none").trial_id
 
 
-def test_a_corrected_method_has_ids_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_version_of_a_method_changes_only_the_ids_of_its_arms(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {trial.label: trial.trial_id for trial in plan(study()).trials}
     corrected = built_in() | {"dkd": replace(built_in()["dkd"], version=2)}
     for module in ("tune_kd.study.spec", "tune_kd.study.trial"):
@@ -207,7 +207,7 @@ def test_a_corrected_method_has_ids_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     }
 
 
-def test_a_study_with_methods_and_settings_comes_back_from_json() -> None:
+def test_a_study_with_methods_and_settings_round_trips_through_json() -> None:
     whole = check(varying("lr", 0.05, 0.1, cell=Cell(width=0.0625, kd_weight=2.0, settings={"sharpness": 1.5})))
     again = from_json(asdict(whole))
     assert again == whole and from_json(asdict(again)) == again
@@ -227,7 +227,7 @@ def study():
 """
 
 
-def test_settings_and_levels_are_set_on_the_command_line(tmp_path: Path) -> None:
+def test_settings_and_levels_can_be_set_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FILE)
 
     def at(*settings: str) -> Study:
@@ -261,7 +261,7 @@ def test_settings_and_levels_are_set_on_the_command_line(tmp_path: Path) -> None
 @given(
     st.dictionaries(st.sampled_from(["sharpness", "warmup", "target_weight"]), st.floats(-9, 9), min_size=1), st.data()
 )
-def test_an_id_depends_on_settings_and_not_on_their_order(values: dict[str, float], data: st.DataObject) -> None:
+def test_an_id_does_not_depend_on_the_order_of_settings(values: dict[str, float], data: st.DataObject) -> None:
     turned = dict(data.draw(st.permutations(list(values.items()))))
     one, other = (
         [trial.trial_id for trial in plan(study(cell=Cell(width=0.0625, settings=each))).trials]
@@ -316,12 +316,12 @@ def test_an_id_depends_on_settings_and_not_on_their_order(values: dict[str, floa
         (study(methods=(replace(MINE, settings={"w": float("nan")}),)), ("methods[0].settings has w nan",)),
     ],
 )
-def test_a_mistake_with_a_setting_or_a_field_of_the_recipe_is_one_message(bad: Study, words: tuple[str, ...]) -> None:
+def test_an_invalid_setting_or_recipe_field_is_reported_once(bad: Study, words: tuple[str, ...]) -> None:
     (found,) = (problem for problem in problems(bad) if all(word in problem for word in words))
     assert found.count("allowed: ") == 1
 
 
-def test_all_mistakes_of_settings_come_at_once() -> None:
+def test_all_invalid_settings_are_reported_at_once() -> None:
     bad = varying(
         "lr", -1.0, 0.5, "x", methods=(replace(MINE, settings={"seed": 1.0}),), cell=Cell(settings={"nce_k": 1.0})
     )
@@ -335,7 +335,7 @@ def test_all_mistakes_of_settings_come_at_once() -> None:
         assert sum(each.startswith(words) for each in found) == 1
 
 
-def test_no_setting_has_the_name_of_a_column_of_the_trials() -> None:
+def test_no_built_in_setting_has_the_name_of_a_trial_column() -> None:
     own = {*CELL_FIELDS, *RECIPE_FACTORS}
     of_responses = {"n", "mean", "sd", "low", "high", "control"}
     assert {*TRIALS.columns, *of_responses} <= COLUMNS | own and not COLUMNS & own
@@ -343,7 +343,7 @@ def test_no_setting_has_the_name_of_a_column_of_the_trials() -> None:
         assert not COLUMNS & set(method.defaults)
 
 
-def test_a_budget_of_epochs_buys_draws_of_the_longest_arm() -> None:
+def test_a_budget_in_epochs_is_counted_in_trials_of_the_longest_arm() -> None:
     tuned = Tuning((Range("lr", LogUniform(0.01, 0.1)),), budget=40, budget_unit="epochs")
     longer = Screen(grace=1, reduction=2, min_peers=1, strata=("method", "epochs"))
     (found,) = problems(varying("epochs", 2, 8, screen=longer, tuning=tuned))
@@ -351,7 +351,7 @@ def test_a_budget_of_epochs_buys_draws_of_the_longest_arm() -> None:
     assert plan(varying("epochs", 2, 3, screen=longer, tuning=tuned)).searches
 
 
-def test_the_shortest_recipe_does_not_hide_the_rungs_of_a_longer_arm() -> None:
+def test_rungs_are_checked_for_the_longest_arm_even_if_the_recipe_is_shorter() -> None:
     margins = Screen(grace=2, reduction=2, margin=(0.1, 0.1), strata=("method", "epochs"))
     assert check(varying("epochs", 2, 8, screen=margins, recipe=Recipe(epochs=1)))
     (found,) = problems(varying("epochs", 2, 8, screen=replace(margins, margin=(0.1,))))
@@ -360,7 +360,7 @@ def test_the_shortest_recipe_does_not_hide_the_rungs_of_a_longer_arm() -> None:
     assert found == "screen.grace is 9, longer than the budget of at most 8 epochs; allowed: 1 to 8"
 
 
-def test_the_rungs_of_the_longest_arm_are_epochs_that_are_validated() -> None:
+def test_rungs_of_the_longest_arm_must_be_validated_epochs() -> None:
     screen = Screen(grace=3, reduction=2, strata=("method", "epochs"))
     recipe = Recipe(epochs=1, validate_every=2)
     (found,) = problems(varying("epochs", 2, 8, screen=screen, recipe=recipe))

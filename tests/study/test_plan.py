@@ -23,14 +23,14 @@ ARMS = [
 ]
 
 
-def test_thirty_raw_cells_of_the_ablation_are_fourteen_arms() -> None:
+def test_the_30_raw_cells_of_the_ablation_merge_into_14_arms() -> None:
     planned = plan(SCALES["paper"]())
     assert planned.raw_cells == 30
     assert [arm.name for arm in planned.arms] == ARMS
     assert [arm.merged for arm in planned.arms] == [5, 1, 1, 1, 1, 1, 5] * 2
 
 
-def test_each_stem_has_one_teacher_and_each_arm_a_screen_and_all_confirm_seeds() -> None:
+def test_each_stem_has_one_teacher_and_each_arm_has_one_screen_and_all_confirm_trials() -> None:
     planned = plan(SCALES["paper"]())
     assert sorted(trial.arm for trial in planned.teachers) == ["cifar/teacher", "imagenet/teacher"]
     for arm in ARMS:
@@ -49,7 +49,7 @@ def test_every_student_with_a_method_has_the_teacher_of_its_stem_and_controls_ha
             assert trial.teacher_id is None
 
 
-def test_controls_and_what_contrasts_refer_to_are_immune() -> None:
+def test_controls_and_reference_arms_of_contrasts_get_their_roles() -> None:
     roles = {arm.name: arm.role for arm in plan(SCALES["paper"]()).arms}
     assert {name for name, role in roles.items() if role == "control"} == {"imagenet/none", "cifar/none"}
     assert {name for name, role in roles.items() if role == "reference"} == {
@@ -57,7 +57,7 @@ def test_controls_and_what_contrasts_refer_to_are_immune() -> None:
     }
 
 
-def test_contrasts_are_every_comparison_in_every_stem_and_how_it_changes_with_the_stem() -> None:
+def test_contrasts_cover_every_comparison_in_every_stem_and_its_moderation_by_stem() -> None:
     contrasts = {contrast.name: dict(contrast.weights) for contrast in plan(SCALES["paper"]()).contrasts}
     assert len(contrasts) == 1 + 7 * 2 + 7
     assert contrasts["none: cifar - imagenet"] == {"cifar/none": 1, "imagenet/none": -1}
@@ -71,7 +71,7 @@ def test_contrasts_are_every_comparison_in_every_stem_and_how_it_changes_with_th
     }
 
 
-def test_the_questions_of_the_study_are_its_primary_family() -> None:
+def test_the_ablation_declares_six_primary_contrasts() -> None:
     declared = plan(SCALES["paper"]()).contrasts
     assert [each.name for each in declared if each.family == "primary"] == [
         "none: cifar - imagenet",
@@ -83,7 +83,7 @@ def test_the_questions_of_the_study_are_its_primary_family() -> None:
     ]
 
 
-def test_a_comparison_can_be_held_at_a_level_and_have_no_moderation() -> None:
+def test_a_comparison_can_be_fixed_at_a_level_and_excluded_from_moderation() -> None:
     held = Compare("method", "logit", "none", where={"stem": "cifar", "temperature": 2.0}, moderation=None)
     declared = plan(replace(SCALES["paper"](), contrasts=(held,), moderator=None)).contrasts
     assert [(each.name, dict(each.weights)) for each in declared] == [
@@ -155,7 +155,7 @@ THREE = Factor("temperature", (1.0, 2.0, 4.0))
         ),
     ],
 )
-def test_what_is_declared_and_comes_to_nothing_is_refused_with_the_reason(
+def test_unusable_contrasts_and_moderators_are_rejected_with_the_reason(
     study: Study, change: dict[str, object], words: str
 ) -> None:
     with pytest.raises(UserError) as refused:
@@ -163,14 +163,14 @@ def test_what_is_declared_and_comes_to_nothing_is_refused_with_the_reason(
     assert [problem for problem in refused.value.problems if problem.startswith(words)], refused.value.problems
 
 
-def test_a_contrast_says_the_level_that_only_one_of_its_arms_has(one_stem: Study) -> None:
+def test_the_name_of_a_contrast_includes_a_level_that_only_one_arm_has(one_stem: Study) -> None:
     declared = replace(one_stem, factors=(PAIR, THREE), reference=(), contrasts=(Compare("method", "none", "logit"),))
     assert [(each.name, dict(each.weights)) for each in plan(replace(declared, moderator=None)).contrasts] == [
         (f"T={level}: none - logit", {"none": 1, f"logit/T={level}": -1}) for level in (1, 2, 4)
     ]
 
 
-def test_a_moderation_says_where_it_holds_and_counts_an_arm_of_both_sides_once(study: Study) -> None:
+def test_a_moderation_names_its_stem_and_drops_the_control_that_cancels(study: Study) -> None:
     compared = replace(study, factors=(*study.factors[:2], THREE), reference=(), moderator="temperature",
                        contrasts=(Compare("method", "logit", "none"),))  # fmt: skip
     found = {each.name: dict(each.weights) for each in plan(compared).contrasts if each.kind == "moderation"}
@@ -181,7 +181,7 @@ def test_a_moderation_says_where_it_holds_and_counts_an_arm_of_both_sides_once(s
     }
 
 
-def test_a_moderator_that_applies_to_the_other_arm_alone_moderates_as_well(study: Study) -> None:
+def test_reversing_a_moderated_comparison_only_flips_the_signs(study: Study) -> None:
     """The comparison in the other direction has the opposite signs and equally many differences of differences."""
     two = replace(study, factors=(*study.factors[:2], THREE), reference=(), moderator="temperature")
     one, other = (
@@ -193,7 +193,7 @@ def test_a_moderator_that_applies_to_the_other_arm_alone_moderates_as_well(study
     assert len(one) == 2 * 3 + 2 * 2
 
 
-def test_levels_that_two_factors_share_are_compared_with_their_factors_name(one_stem: Study) -> None:
+def test_contrasts_name_the_factor_when_two_factors_have_the_same_levels(one_stem: Study) -> None:
     networks = tuple(Factor(name, ("resnet18", "resnet34")) for name in ("student", "teacher"))
     compared = tuple(Compare(each.name, "resnet34", "resnet18") for each in networks)
     declared = replace(one_stem, factors=networks, cell=Cell(method="logit"), control="logit", contrasts=compared)
@@ -205,7 +205,7 @@ def test_levels_that_two_factors_share_are_compared_with_their_factors_name(one_
     ]
 
 
-def test_a_level_that_another_factor_has_too_is_compared_with_its_factors_name(study: Study) -> None:
+def test_contrasts_name_the_factor_when_another_factor_has_one_of_its_levels(study: Study) -> None:
     shared = replace(
         study, factors=(*study.factors, Factor("weights", ("none", "imagenet"))), cell=Cell(), moderator=None
     )
@@ -214,7 +214,7 @@ def test_a_level_that_another_factor_has_too_is_compared_with_its_factors_name(s
     assert whats == {"stem cifar - imagenet", "weights imagenet - none"}
 
 
-def test_levels_that_agree_to_six_digits_have_names_of_their_own(study: Study) -> None:
+def test_levels_that_agree_to_six_digits_have_distinct_names(study: Study) -> None:
     close = Factor("temperature", (4.0, 4.0000001))
     compared = (Compare("temperature", 4.0000001, 4.0),)
     planned = plan(replace(study, factors=(*study.factors[:2], close), contrasts=compared))
@@ -224,15 +224,15 @@ def test_levels_that_agree_to_six_digits_have_names_of_their_own(study: Study) -
     assert planned.contrasts[0].name == "imagenet: T=4.0000001 - T=4"
 
 
-def test_two_arms_of_one_name_are_refused(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For any reason: here, because names have fewer digits than levels."""
+def test_two_arms_with_the_same_name_are_rejected(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this test, because names have fewer digits than levels."""
     monkeypatch.setattr("tune_kd.study.arms.number", lambda value: f"{value:g}")
     close = Factor("temperature", (4.0, 4.0000001))
     with pytest.raises(UserError, match="2 arms have the name 'cifar/logit/T=4'; allowed: "):
         plan(replace(study, factors=(*study.factors[:2], close), contrasts=study.contrasts[:2]))
 
 
-def test_alpha_is_in_the_arms_name_only_where_it_varies(study: Study) -> None:
+def test_alpha_is_in_the_name_of_the_arms_to_which_it_applies(study: Study) -> None:
     varied = replace(study, factors=(*study.factors, Factor("alpha", (0.3, 0.7))))
     names = [arm.name for arm in plan(varied).arms]
     assert "cifar/logit/T=4/alpha=0.3" in names
@@ -257,7 +257,7 @@ def layout(study: Study) -> dict[str, list[tuple[int, int | None]]]:
     return found
 
 
-def test_students_are_crossed_with_several_teachers_and_controls_are_one_trial_a_seed(one_stem: Study) -> None:
+def test_students_are_crossed_with_all_teachers_and_controls_have_one_trial_per_seed(one_stem: Study) -> None:
     study = replace(one_stem, teacher_seeds=(7, 8), confirm=Confirm(seeds=(1, 2, 3)))
     crossed = set(itertools.product((1, 2, 3), (7, 8)))
     for arm, cells in layout(study).items():
@@ -268,7 +268,7 @@ def test_students_are_crossed_with_several_teachers_and_controls_are_one_trial_a
 
 
 @given(st.integers(2, 6), st.integers(1, 6), st.integers(1, 3), st.booleans())
-def test_a_layout_with_fewer_teachers_a_seed_is_balanced_at_every_look(
+def test_a_layout_with_fewer_teachers_per_seed_is_balanced_at_every_look(
     teachers: int, per_seed: int, rounds: int, looks: bool
 ) -> None:
     counts = (teachers, teachers * (rounds + 1)) if looks else None
@@ -282,7 +282,7 @@ def test_a_layout_with_fewer_teachers_a_seed_is_balanced_at_every_look(
         assert len(met) == len(set(met))
 
 
-def test_trials_of_a_smaller_layout_are_among_those_of_the_larger(one_stem: Study) -> None:
+def test_a_larger_layout_includes_all_trials_of_a_smaller_one(one_stem: Study) -> None:
     """So a study with one teacher, or with teachers that take turns, keeps its trials when it is crossed."""
     base = replace(one_stem, teacher_seeds=(7, 8), confirm=Confirm(seeds=(1, 2)))
     alone, turns, crossed = (
@@ -297,7 +297,7 @@ def test_trials_of_a_smaller_layout_are_among_those_of_the_larger(one_stem: Stud
     assert turns < crossed
 
 
-def test_with_one_teacher_a_seed_they_take_turns(one_stem: Study) -> None:
+def test_teachers_alternate_when_each_seed_has_one_teacher(one_stem: Study) -> None:
     study = replace(one_stem, teacher_seeds=(7, 8), confirm=Confirm(seeds=(1, 2, 3, 4), teachers_per_seed=1))
     assert layout(study)["cifar/feature"] == [(1, 7), (2, 8), (3, 7), (4, 8)]
 
@@ -317,7 +317,7 @@ def test_the_longest_remaining_path_starts_first(study: Study) -> None:
     assert at["cifar/none", "confirm", 1] < at["imagenet/none", "confirm", 1]
 
 
-def test_arms_that_compete_with_each_other_keep_their_random_order(study: Study) -> None:
+def test_competing_arms_start_in_random_order(study: Study) -> None:
     factors = (*study.factors[:2], Factor("temperature", (1.0, 2.0, 4.0, 8.0, 16.0)))
     orders = set()
     for seed in range(20):
@@ -327,7 +327,7 @@ def test_arms_that_compete_with_each_other_keep_their_random_order(study: Study)
     assert {order[0] for order in orders} > {"cifar/logit/T=4", "cifar/logit/T=1"}  # also for the reference
 
 
-def test_arms_start_in_a_random_order_that_the_order_seed_gives_again(study: Study) -> None:
+def test_the_random_order_of_arms_is_reproducible_from_the_order_seed(study: Study) -> None:
     def order(seed: int) -> list[str]:
         planned = plan(replace(study, screen=replace(study.screen, order_seed=seed)))
         return [trial.arm for trial in planned.trials if trial.phase == "screen"]
@@ -350,7 +350,7 @@ FIXED = Trial(
 )
 
 
-def test_trial_ids_are_what_they_were() -> None:
+def test_trial_ids_are_pinned() -> None:
     """Ids name teachers on disk: if they change unnoticed, every teacher is trained again."""
     assert FIXED.trial_id == "d286effcc9b30143"
     teacher = replace(FIXED, phase="teacher", cell=Cell(), teacher_id=None)
@@ -375,12 +375,12 @@ def test_trial_ids_are_what_they_were() -> None:
           [("stem", "imagenet"), ("temperature", 2.0), ("alpha", 0.3), ("width", 0.5), ("student", "resnet34")]),
     ],
 )  # fmt: skip
-def test_what_changes_the_result_changes_the_id(change: dict[str, object]) -> None:
+def test_a_field_that_changes_the_result_changes_the_id(change: dict[str, object]) -> None:
     assert replace(FIXED, **change).trial_id != FIXED.trial_id  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("change", [{"arm": "other"}, {"phase": "screen"}, {"scale": "x"}, {"data": Data("d", 1)}])
-def test_what_does_not_change_the_result_does_not_change_the_id(change: dict[str, object]) -> None:
+def test_a_field_that_does_not_change_the_result_does_not_change_the_id(change: dict[str, object]) -> None:
     assert replace(FIXED, **change).trial_id == FIXED.trial_id  # type: ignore[arg-type]
 
 
@@ -407,7 +407,7 @@ levels = st.fixed_dictionaries(
 
 
 @given(levels, st.randoms(), st.data())
-def test_a_plan_has_all_that_is_declared_under_names_of_its_own_or_is_refused(
+def test_a_plan_contains_all_declared_contrasts_with_unique_names_or_is_rejected(
     drawn: dict[str, list[str | float]], chance: random.Random, data: st.DataObject
 ) -> None:
     factors = [Factor(name, tuple(some)) for name, some in drawn.items()]
@@ -444,7 +444,7 @@ def test_a_plan_has_all_that_is_declared_under_names_of_its_own_or_is_refused(
 
 
 @given(levels, st.randoms())
-def test_an_expansion_keeps_every_raw_cell_and_no_arm_twice(
+def test_expansion_accounts_for_every_raw_cell_and_creates_no_duplicate_arm(
     drawn: dict[str, list[str | float]], chance: random.Random
 ) -> None:
     factors = [Factor(name, tuple(some)) for name, some in drawn.items()]

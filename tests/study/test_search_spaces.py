@@ -32,7 +32,7 @@ def planned(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(("code", "says"), EXAMPLES, ids=[re.findall('name="(.*?)"', code)[0] for code, _ in EXAMPLES])
-def test_an_example_of_the_documents_is_planned_as_they_say(
+def test_the_plan_of_a_documented_example_matches_the_documentation(
     code: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "example.py").write_text(code)
@@ -44,7 +44,7 @@ def test_an_example_of_the_documents_is_planned_as_they_say(
         place = found
 
 
-def test_the_method_of_the_documents_is_planned_as_they_say_and_its_loss_is_tried(
+def test_the_documented_method_is_planned_as_documented_and_passes_the_dry_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = re.findall(r"`(\w+\.py)`.{0,30}:\n\n```python\n(.*?)```", METHODS, re.S)
@@ -61,13 +61,13 @@ def test_the_method_of_the_documents_is_planned_as_they_say_and_its_loss_is_trie
     assert " simkd " in planned(tmp_path / "study.py", monkeypatch, capsys)
 
 
-def test_the_documents_tell_of_all_that_a_loss_is_given() -> None:
+def test_every_field_of_batch_and_context_is_documented() -> None:
     rows = [re.findall(r"`(\w+)`", row) for row in re.findall(r"^\| (`\w+`.*?) \|", METHODS, re.M)]
     told = {name for names in rows for name in names}
     assert {field.name for kind in (Batch, Context) for field in fields(kind)} <= told
 
 
-def test_the_documents_list_all_methods_with_their_settings() -> None:
+def test_all_built_in_methods_are_documented_with_needs_and_defaults() -> None:
     rows = re.findall(r"^\| `(\w+)` \| ([\w ]+) \| (.*?) ?\|$", METHODS, re.M)
     assert {name for name, *_ in rows} == set(built_in())
     for name, needs, said in rows:
@@ -77,14 +77,14 @@ def test_the_documents_list_all_methods_with_their_settings() -> None:
         assert found == method.defaults
 
 
-def test_every_kind_of_thing_that_the_documents_explain_has_its_example() -> None:
+def test_documented_examples_cover_sweeps_looks_tuning_reference_and_control() -> None:
     assert len(EXAMPLES) == PAGE.count("```python") == 4
     for word in ("swept=", "looks=", "tuning=", "reference=", "control="):
         assert any(word in code for code, _ in EXAMPLES)
 
 
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
-def test_every_study_has_all_scales_on_every_data_set_and_says_what_it_costs(path: Path) -> None:
+def test_every_shipped_study_has_all_scales_on_every_data_set_and_states_its_cost(path: Path) -> None:
     assert set(discover.scales(path)) - {"brief"} == {"paper", "laptop", "smoke"}
     for scale in ("paper", "laptop", "smoke"):
         for data in (None, *DATA_SETS):
@@ -105,7 +105,7 @@ def cells(name: str) -> list[tuple[str, float | None, float | None]]:
     return [(arm.cell.method, arm.cell.temperature, arm.cell.alpha) for arm in plan(study).arms]
 
 
-def test_the_first_studys_experiments_are_its_sweeps_and_not_a_cross() -> None:
+def test_the_two_stem_studies_vary_one_setting_at_a_time() -> None:
     feature = [("feature", None, alpha) for alpha in (0.3, 0.5, 0.7)]
     assert sorted(cells("standard_stem"), key=str) == sorted(
         [
@@ -130,7 +130,7 @@ def test_the_first_studys_experiments_are_its_sweeps_and_not_a_cross() -> None:
         assert {(arm.cell.stem, arm.cell.weights) for arm in plan(study).arms} == {(stem, weights)}
 
 
-def test_contrasts_of_a_sweep_stay_at_the_reference_and_say_of_which_method_they_are() -> None:
+def test_contrasts_of_a_sweep_are_at_the_reference_and_name_their_method() -> None:
     study = discover.resolve(ROOT / "search_spaces" / "cifar_stem.py", "paper")
     found = {contrast.name: [arm for arm, _ in contrast.weights] for contrast in plan(study).contrasts}
     assert found["logit - none"] == ["logit/T=2/alpha=0.5", "none"]
@@ -141,7 +141,7 @@ def test_contrasts_of_a_sweep_stay_at_the_reference_and_say_of_which_method_they
 
 @pytest.mark.long
 @pytest.mark.parametrize("seeds", [30, pytest.param(100, marks=pytest.mark.slow)])
-def test_tpe_comes_near_a_known_optimum_where_chance_does_not(seeds: int) -> None:
+def test_tpe_comes_near_a_known_optimum_more_often_than_random_search(seeds: int) -> None:
     """Within 1 % of the optimum in 40 draws, for at least 90 of 100 seeds. docs/search-spaces.md has all samplers."""
     assert samplers.accuracy(samplers.OPTIMUM) == samplers.BEST
     near = samplers.BEST * (1 - samplers.NEAR)
@@ -149,7 +149,7 @@ def test_tpe_comes_near_a_known_optimum_where_chance_does_not(seeds: int) -> Non
     assert sum(samplers.reached("random", seed) >= near for seed in range(20)) < 18
 
 
-def test_a_file_that_was_edited_within_its_second_is_read_as_it_is_now(
+def test_a_study_file_edited_within_the_same_second_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python compares only the source's size, and its modification time in whole seconds, with a bytecode file."""

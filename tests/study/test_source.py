@@ -1,4 +1,4 @@
-"""A study's file is user code: its imports, output and errors, and that nothing of it remains afterwards."""
+"""A study file is user code: its imports, output and errors, and the cleanup afterwards."""
 
 import json
 import os
@@ -50,7 +50,9 @@ def planned(how: str, study: str, cwd: Path) -> subprocess.CompletedProcess[str]
         ),
     ],
 )
-def test_whatever_a_studys_file_raises_is_a_sentence_that_names_the_file(tmp_path: Path, text: str, words: str) -> None:
+def test_any_exception_of_a_study_file_becomes_a_one_line_error_that_names_the_file(
+    tmp_path: Path, text: str, words: str
+) -> None:
     file = tmp_path / "mine.py"
     file.write_text(text)
     with pytest.raises(UserError) as refused:
@@ -61,21 +63,21 @@ def test_whatever_a_studys_file_raises_is_a_sentence_that_names_the_file(tmp_pat
     assert "\n" not in said
 
 
-def test_a_signal_while_a_studys_file_is_read_is_that_signal(tmp_path: Path) -> None:
+def test_sigint_while_a_study_file_is_read_exits_with_130(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass\n")
     ended = planned("tune-kd", "mine.py", tmp_path)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
 @pytest.mark.parametrize("how", BOTH)
-def test_a_study_that_leaves_ends_the_command_with_2_and_its_name(tmp_path: Path, how: str) -> None:
+def test_a_study_that_calls_sys_exit_fails_with_status_2_and_a_message(tmp_path: Path, how: str) -> None:
     (tmp_path / "mine.py").write_text("import sys\ndef study(): sys.exit(0)\n")
     ended = planned(how, "mine.py", tmp_path)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == f"tune_kd: STUDY is {tmp_path}/mine.py, where study() fails: SystemExit: 0 (line 2)\n"
 
 
-def test_a_mistake_that_a_studys_file_raises_names_it_too(tmp_path: Path) -> None:
+def test_a_user_error_raised_by_a_study_file_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from tune_kd import UserError\nraise UserError('a is b', 'c is d')\n")
     with pytest.raises(UserError) as refused:
         discover.resolve(tmp_path / "mine.py", "smoke")
@@ -83,7 +85,7 @@ def test_a_mistake_that_a_studys_file_raises_names_it_too(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("declared", ["{1: study}", "{}", "{'smoke': 3}", "[study]"])
-def test_scales_are_names_with_functions(tmp_path: Path, declared: str) -> None:
+def test_scales_that_are_not_a_dict_of_functions_are_rejected(tmp_path: Path, declared: str) -> None:
     (tmp_path / "mine.py").write_text(f"{SMALL}SCALES = {declared}\n")
     with pytest.raises(UserError, match=r"whose SCALES is .*; allowed: a dict of functions by name"):
         discover.resolve(tmp_path / "mine.py", "smoke")
@@ -103,7 +105,9 @@ def test_scales_are_names_with_functions(tmp_path: Path, declared: str) -> None:
         "import sys\nsys.path = None",
     ],
 )
-def test_whatever_a_file_does_to_python_it_is_read_and_python_is_as_before(tmp_path: Path, text: str) -> None:
+def test_a_study_file_that_tampers_with_imports_is_read_and_import_paths_are_restored(
+    tmp_path: Path, text: str
+) -> None:
     (tmp_path / "beside.py").write_text("")
     (tmp_path / "mine.py").write_text(f"{SMALL}{text}\n")
     before = list(sys.path), list(sys.meta_path)
@@ -113,7 +117,7 @@ def test_whatever_a_file_does_to_python_it_is_read_and_python_is_as_before(tmp_p
     assert (list(sys.path), list(sys.meta_path)) == before
 
 
-def test_a_package_that_is_not_all_python_stays_since_it_cannot_be_imported_again(tmp_path: Path) -> None:
+def test_a_package_with_a_c_extension_stays_in_sys_modules(tmp_path: Path) -> None:
     import _json  # a C module without imports
 
     (tmp_path / "inc").mkdir()
@@ -124,7 +128,7 @@ def test_a_package_that_is_not_all_python_stays_since_it_cannot_be_imported_agai
     assert sys.modules.pop("inc").scanstring and sys.modules.pop("inc._json")
 
 
-def test_what_programs_of_a_studys_file_print_is_no_answer_either(tmp_path: Path) -> None:
+def test_output_of_a_study_file_and_its_subprocesses_goes_to_stderr(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         f"import os, sys\n{SMALL}os.system('echo one')\nos.write(1, b'two\\n')\nsys.__stdout__.write('three\\n')\n"
     )
@@ -133,7 +137,7 @@ def test_what_programs_of_a_studys_file_print_is_no_answer_either(tmp_path: Path
     assert ended.stderr.split() == ["one", "two", "three"]
 
 
-def test_a_link_to_a_study_finds_what_is_beside_the_study(tmp_path: Path) -> None:
+def test_a_symlinked_study_imports_modules_from_its_real_folder(tmp_path: Path) -> None:
     for name in ("real", "link"):
         (tmp_path / name).mkdir()
     (tmp_path / "real" / "beside.py").write_text(SMALL)
@@ -147,7 +151,7 @@ def test_a_link_to_a_study_finds_what_is_beside_the_study(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("how", BOTH)
-def test_the_working_directory_is_no_place_for_modules_unless_the_study_is_there(tmp_path: Path, how: str) -> None:
+def test_modules_are_imported_from_the_working_directory_only_if_the_study_is_there(tmp_path: Path, how: str) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "only_here.py").write_text("")
     (tmp_path / "sub" / "mine.py").write_text(f"import only_here\n{SMALL}")
@@ -158,7 +162,7 @@ def test_the_working_directory_is_no_place_for_modules_unless_the_study_is_there
     assert planned(how, "mine.py", tmp_path).returncode == 0
 
 
-def test_what_is_imported_from_the_working_directorys_studies_is_sent_as_that(
+def test_modules_of_a_local_search_spaces_package_are_copied_under_that_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -175,7 +179,7 @@ def test_what_is_imported_from_the_working_directorys_studies_is_sent_as_that(
     assert ended.returncode == 0, ended.stderr
 
 
-def test_a_studys_function_is_called_once_for_each_data_set(tmp_path: Path) -> None:
+def test_the_study_function_is_called_once_per_data_set(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from search_spaces.ablation import smoke\nCALLS = []\n"
         "def study(data='digits'):\n    CALLS.append(data)\n    return smoke(data)\n"
@@ -186,7 +190,7 @@ def test_a_studys_function_is_called_once_for_each_data_set(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("how", BOTH)
-def test_a_module_beside_the_file_is_imported_from_anywhere_and_what_is_printed_is_no_answer(
+def test_a_module_beside_the_study_is_imported_from_any_directory_and_prints_go_to_stderr(
     tmp_path: Path, how: str
 ) -> None:
     """Also a module that is imported when study() is called. The file is executed once."""
@@ -210,8 +214,8 @@ def test_a_module_beside_the_file_is_imported_from_anywhere_and_what_is_printed_
     }
 
 
-def test_nothing_of_a_studys_folder_shadows_anything_afterwards(tmp_path: Path) -> None:
-    """Each of two studies has a module of the same name, which is also in the working directory."""
+def test_modules_of_a_study_folder_do_not_shadow_other_modules_afterwards(tmp_path: Path) -> None:
+    """Two studies each have a module with the same name."""
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "beside.py").write_text(f"NAME = {name!r}\n")
@@ -232,7 +236,7 @@ def test_nothing_of_a_studys_folder_shadows_anything_afterwards(tmp_path: Path) 
     assert {name[:11] for name, file in left.items() if file.startswith(str(tmp_path))} == {"study_mine_"}
 
 
-def test_classes_of_a_study_are_found_by_their_modules_name(tmp_path: Path) -> None:
+def test_classes_of_a_study_file_can_be_pickled_and_have_type_hints(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass, replace\n"
@@ -248,7 +252,7 @@ def test_classes_of_a_study_are_found_by_their_modules_name(tmp_path: Path) -> N
     assert [field.name for field in fields(replace(sizes, epochs=5))] == ["epochs", "wide"]
 
 
-def test_a_file_is_executed_again_where_it_or_what_it_imported_was_changed(tmp_path: Path) -> None:
+def test_a_study_file_is_executed_again_only_after_a_module_it_imports_changed(tmp_path: Path) -> None:
     file, beside, count = tmp_path / "mine.py", tmp_path / "beside.py", tmp_path / "count"
     file.write_text(
         "from dataclasses import replace\nfrom pathlib import Path\nfrom search_spaces.ablation import smoke as small\n"
@@ -263,11 +267,11 @@ def test_a_file_is_executed_again_where_it_or_what_it_imported_was_changed(tmp_p
 
 
 @pytest.mark.parametrize("how", BOTH)
-def test_installed_studies_are_found_whatever_the_path_says_and_those_of_the_working_directory_come_first(
+def test_installed_studies_are_found_for_any_pythonpath_and_local_studies_take_precedence(
     tmp_path: Path, how: str
 ) -> None:
-    """The working directory and the path each have a `search_spaces`; one has a study with the name of an installed
-    one."""
+    """The working directory and PYTHONPATH each have a `search_spaces` package. The one in the working directory has a
+    study with the name of an installed study."""
     for folder in (tmp_path / "search_spaces", tmp_path / "path" / "search_spaces"):
         folder.mkdir(parents=True)
         (folder / "__init__.py").write_text("")

@@ -21,7 +21,7 @@ def problems(study: Study) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
+def test_each_scale_of_the_ablation_is_valid(scale: str) -> None:
     assert check(SCALES[scale]()).scale == scale
 
 
@@ -136,7 +136,7 @@ def test_each_scale_of_the_ablation_can_be_run(scale: str) -> None:
         ({"question": "Does it\n\x1b[2J?"}, (r"question is 'Does it\n\x1b[2J?'", "without control characters")),
     ],
 )
-def test_a_bad_study_is_refused_with_field_value_and_what_is_allowed(
+def test_an_invalid_study_is_rejected_with_field_value_and_allowed_values(
     study: Study, change: dict[str, object], words: tuple[str, ...]
 ) -> None:
     found = problems(replace(study, **change))  # type: ignore[arg-type]
@@ -166,9 +166,7 @@ def test_a_bad_study_is_refused_with_field_value_and_what_is_allowed(
         ),
     ],
 )
-def test_what_no_study_has_is_refused_before_anything_else_is_looked_at(
-    study: Study, change: dict[str, object], words: str
-) -> None:
+def test_absurd_sizes_are_rejected_before_any_other_check(study: Study, change: dict[str, object], words: str) -> None:
     found = problems(replace(study, **change))  # type: ignore[arg-type]
     assert found[0].startswith(words) and not any(each.startswith("control") for each in found)
 
@@ -177,18 +175,18 @@ def test_what_no_study_has_is_refused_before_anything_else_is_looked_at(
     ("epochs", "every", "grace"),
     [(9, 2, 2), (9, 3, 3), (9, 4, 8), (9, 5, 9), (9, 100, 9)],  # with a grace of 9 epochs there is no rung
 )
-def test_a_screen_compares_at_epochs_that_are_validated_or_not_at_all(
+def test_a_screen_with_validated_rungs_or_without_rungs_is_accepted(
     study: Study, epochs: int, every: int, grace: int
 ) -> None:
     recipe = replace(study.recipe, epochs=epochs, validate_every=every)
     assert check(replace(study, recipe=recipe, screen=replace(study.screen, grace=grace)))
 
 
-def test_how_often_a_teacher_is_validated_has_nothing_to_do_with_the_rungs(study: Study) -> None:
+def test_the_validation_interval_of_a_teacher_is_independent_of_the_rungs(study: Study) -> None:
     assert check(replace(study, teacher_recipe=replace(study.teacher_recipe, epochs=9, validate_every=5)))
 
 
-def test_how_often_to_validate_can_be_set_for_students_and_teachers() -> None:
+def test_the_validation_interval_can_be_set_for_students_and_teachers() -> None:
     path, settings = find("ablation"), ("recipe.validate_every=2", "screen.grace=2", "teacher_recipe.validate_every=5")
     found = resolve(path, "laptop", settings=settings)
     assert (found.recipe.validate_every, found.teacher_recipe.validate_every) == (2, 5)
@@ -197,39 +195,37 @@ def test_how_often_to_validate_can_be_set_for_students_and_teachers() -> None:
         resolve(path, "laptop", settings=("recipe.validate_every=2.5",))
 
 
-def test_a_study_that_validates_every_epoch_is_recorded_as_before_there_was_a_choice(study: Study) -> None:
+def test_the_digest_of_a_study_that_validates_every_epoch_is_pinned(study: Study) -> None:
     assert digest(to_json(study)) == "38b6ad46493b7393d7fee310f326258ed648af3808342e9aded7153cd15e5734"
     assert from_json(to_json(study)) == study
 
 
-def test_a_question_may_have_lines(study: Study) -> None:
+def test_a_question_can_have_several_lines(study: Study) -> None:
     assert check(replace(study, question="Does it work?\n\tAnd when?"))
 
 
-def test_all_problems_of_a_study_come_in_one_message(study: Study) -> None:
+def test_all_problems_of_a_study_are_reported_at_once(study: Study) -> None:
     bad = replace(study, control="no", recipe=Recipe(epochs=0), confirm=Confirm(seeds=(0,)), data=Data("x"))
     found = problems(bad)
     for field in ("control", "recipe.epochs", "screen.seed", "data"):
         assert any(problem.startswith(field) for problem in found)
 
 
-def test_a_scale_that_takes_a_data_set_keeps_its_own_sizes_and_another_takes_it_whole() -> None:
+def test_the_laptop_scale_limits_cifar10_and_digits_are_used_whole() -> None:
     path = find("ablation")
     assert resolve(path, "laptop", "cifar10").data.train == 4000
     assert resolve(path, "laptop").data == Data("digits")
     assert resolve(path, "paper", "digits").data == Data("digits")
 
 
-def test_seeds_of_later_looks_are_counted_up_from_the_last_that_is_listed() -> None:
+def test_seeds_of_later_looks_continue_from_the_last_listed_seed() -> None:
     confirm = Confirm(seeds=(3, 7), looks=(2, 3, 5))
     assert confirm.all_seeds == (3, 7, 8, 9, 10)
     assert [confirm.seeds_at(look) for look in range(3)] == [(3, 7), (3, 7, 8), (3, 7, 8, 9, 10)]
     assert Confirm(seeds=(3, 7)).seeds_at(0) == (3, 7)
 
 
-def test_contrasts_that_no_analysis_could_hold_are_refused_before_they_are_made(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_contrasts_with_too_many_weights_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tune_kd.study.contrasts.MOST_WEIGHTS", 100)
     with pytest.raises(UserError, match="has 22 contrasts over 14 arms, which need 308 weights; allowed: at most 100"):
         plan(SCALES["paper"]())

@@ -84,7 +84,7 @@ def study() -> Study:
         ((LR, Range("method", Uniform(0, 1))), "names 'method'"),
     ],
 )
-def test_a_range_that_cannot_be_is_refused(ranges: tuple[Range, ...], says: str) -> None:
+def test_an_invalid_range_is_rejected(ranges: tuple[Range, ...], says: str) -> None:
     with pytest.raises(UserError, match=says):
         check(tunable(Tuning(ranges)))
 
@@ -100,24 +100,24 @@ def test_a_range_that_cannot_be_is_refused(ranges: tuple[Range, ...], says: str)
         (Tuning(RANGES, parallel=0, startup=0, seed=-1), "parallel is 0; allowed: at least 1"),
     ],
 )
-def test_a_budget_that_is_too_small_and_a_setting_that_there_is_not_are_refused(tuning: Tuning, says: str) -> None:
+def test_an_invalid_budget_sampler_unit_or_parallelism_is_rejected(tuning: Tuning, says: str) -> None:
     with pytest.raises(UserError, match=says):
         check(tunable(tuning))
 
 
-def test_a_setting_is_a_factor_or_tuned_and_not_both() -> None:
+def test_a_setting_cannot_be_both_a_factor_and_tuned() -> None:
     declared = tiny()
     with pytest.raises(UserError, match="temperature, which is also a factor"):
         check(replace(declared, tuning=Tuning(RANGES)))
 
 
-def test_a_study_that_is_tuned_is_the_same_after_it_was_written_down(study: Study) -> None:
+def test_a_tuned_study_round_trips_through_json(study: Study) -> None:
     mixed = (*RANGES[:1], Range("temperature", Integer(1, 16)), Range("alpha", Choice((0.3, 0.5))))
     for each in (study, tunable(Tuning(mixed, budget=20, budget_unit="epochs", parallel=2))):
         assert from_json(asdict(each)) == each
 
 
-def test_every_arm_is_tuned_in_what_applies_to_it_and_confirmed_with_its_default(study: Study) -> None:
+def test_every_arm_is_tuned_in_its_own_settings_and_confirmed_with_its_default(study: Study) -> None:
     planned = plan(study, "0" * 64)
     assert {each.name: [over.name for over in each.ranges] for each in planned.searches} == {
         "none": ["lr"],
@@ -135,7 +135,7 @@ def test_every_arm_is_tuned_in_what_applies_to_it_and_confirmed_with_its_default
     ]
 
 
-def test_what_is_foreseen_is_what_comes(study: Study, tmp_path: Path) -> None:
+def test_forecast_trials_and_cost_of_a_tuned_study_match_the_run(study: Study, tmp_path: Path) -> None:
     planned = plan(study, "0" * 64)
     foreseen = (*planned.trials, *adaptive_plan.to_come(planned))
     bench = Bench(replace(study, screen=replace(study.screen, grace=4)), tmp_path)
@@ -153,7 +153,7 @@ def quality(task: Task) -> float:
     return 0.9 - abs(task.trial.recipe.lr - 0.3)
 
 
-def test_the_best_draw_is_confirmed_beside_the_default_and_draws_differ_from_both(study: Study, tmp_path: Path) -> None:
+def test_the_best_draw_is_confirmed_beside_the_default_and_draws_are_distinct(study: Study, tmp_path: Path) -> None:
     bench = Bench(study, tmp_path)
     bench.run(quality)
     for name in ("none", "logit", "feature"):
@@ -184,7 +184,7 @@ def test_a_draw_is_in_the_ledger_before_it_runs(study: Study, tmp_path: Path) ->
     assert [row["status"] for row in bench.rows(arm=task.trial.arm)] == ["completed", "pending"]
 
 
-def test_draws_compete_inside_their_arm_alone(study: Study, tmp_path: Path) -> None:
+def test_draws_compete_only_within_their_arm(study: Study, tmp_path: Path) -> None:
     bench = Bench(study, tmp_path)
     worse = {"none": 0.1, "logit": 0.5, "feature": 0.9}
     bench.run(lambda task: worse[task.trial.cell.method] + task.trial.recipe.lr / 100)
@@ -213,7 +213,7 @@ def test_every_arm_spends_the_same_budget_to_within_one_trial(tmp_path: Path, un
     assert max(spent.values()) - min(spent.values()) <= (0 if unit == "trials" else 4)
 
 
-def test_what_fails_is_part_of_the_budget_and_what_diverged_teaches(study: Study, tmp_path: Path) -> None:
+def test_diverged_draws_count_in_the_budget_and_are_never_confirmed(study: Study, tmp_path: Path) -> None:
     bench = Bench(study, tmp_path)
     while (task := bench.driver.next()) is not None:
         bench.driver.on_start(task)
@@ -227,7 +227,7 @@ def test_what_fails_is_part_of_the_budget_and_what_diverged_teaches(study: Study
         assert {row["lr"] <= 0.1 for row in bench.rows(arm=f"{arm}/tuned")} <= {True}
 
 
-def test_draws_that_fail_in_their_first_epoch_come_to_an_end_too(tmp_path: Path) -> None:
+def test_a_budget_in_epochs_ends_even_if_every_draw_fails_in_its_first_epoch(tmp_path: Path) -> None:
     bench = Bench(tunable(Tuning(RANGES, 12, "epochs", "random")), tmp_path)
     while (task := bench.driver.next()) is not None:
         bench.driver.on_start(task)
@@ -240,7 +240,7 @@ def test_draws_that_fail_in_their_first_epoch_come_to_an_end_too(tmp_path: Path)
         assert not bench.rows(arm=f"{arm}/tuned")
 
 
-def test_an_arm_whose_teacher_failed_draws_no_more_and_the_control_goes_on(study: Study, tmp_path: Path) -> None:
+def test_arms_whose_teacher_failed_are_blocked_and_the_control_continues(study: Study, tmp_path: Path) -> None:
     bench = Bench(study, tmp_path)
     while (task := bench.driver.next()) is not None:
         bench.driver.on_start(task)
@@ -287,9 +287,7 @@ def drawn(rows: Sequence[Row]) -> dict[str, list[tuple[float | None, ...]]]:
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "quasi-random"])
-def test_the_same_seed_draws_the_same_however_many_run_at_a_time_and_another_seed_others(
-    sampler: Any, tmp_path: Path
-) -> None:
+def test_draws_depend_on_the_seed_and_not_on_the_order_of_reports(sampler: Any, tmp_path: Path) -> None:
     """With one draw per arm at a time, a draw depends only on its own arm."""
     found = []
     for number, seed in enumerate((0, 0, 1)):
@@ -314,7 +312,7 @@ ONCE, OFTEN = (7, 20), (1, 1, 30, 1, 25)  # reports between kills
     ],
 )
 @pytest.mark.parametrize("sampler", ["tpe", "random", "quasi-random"])
-def test_after_a_kill_anywhere_the_same_configurations_are_drawn(
+def test_the_same_configurations_are_drawn_after_kills(
     sampler: Any, parallel: int, all_kills: tuple[tuple[int, ...], ...], tmp_path: Path
 ) -> None:
     """The order of reports is the same with and without kills. The samplers get only the ledger."""
@@ -334,8 +332,8 @@ def test_after_a_kill_anywhere_the_same_configurations_are_drawn(
         assert outcomes[0] == outcomes[1]
 
 
-def test_with_several_at_a_time_the_order_in_which_draws_end_counts(tmp_path: Path) -> None:
-    """Otherwise the previous test would prove nothing."""
+def test_with_parallel_draws_the_order_of_reports_changes_later_draws(tmp_path: Path) -> None:
+    """Otherwise the previous test would be meaningless."""
     found = []
     for salt in ("one", "other"):
         (tmp_path / salt).mkdir()
@@ -345,7 +343,7 @@ def test_with_several_at_a_time_the_order_in_which_draws_end_counts(tmp_path: Pa
     assert found[0] != found[1]
 
 
-def test_optunas_storage_has_every_draw_that_ended_and_opens_anew_after_a_kill(study: Study, tmp_path: Path) -> None:
+def test_optunas_storage_has_every_ended_draw_after_a_kill_and_resume(study: Study, tmp_path: Path) -> None:
     play(Bench(study, tmp_path), "an order", 25)
     bench = Bench(study, tmp_path)
     play(bench, "an order")
@@ -361,7 +359,7 @@ def test_optunas_storage_has_every_draw_that_ended_and_opens_anew_after_a_kill(s
         }
 
 
-def test_seeds_that_are_added_confirm_what_was_found(study: Study, tmp_path: Path) -> None:
+def test_added_seeds_confirm_the_settings_already_found(study: Study, tmp_path: Path) -> None:
     bench = Bench(study, tmp_path)
     bench.run(quality)
     before = bench.rows()
@@ -385,7 +383,7 @@ SPACES = st.tuples(
 
 
 @given(SPACES, st.integers(0, 1000))
-def test_what_is_drawn_lies_in_its_range_and_comes_once(space: tuple[Any, int, list[Any]], seed: int) -> None:
+def test_draws_lie_in_their_ranges_and_are_distinct(space: tuple[Any, int, list[Any]], seed: int) -> None:
     """If there are only a few configurations, every one of them is drawn."""
     sampler, count, overs = space
     names = ("alpha", "beta", "lr", "weight_decay")
@@ -404,7 +402,7 @@ def test_what_is_drawn_lies_in_its_range_and_comes_once(space: tuple[Any, int, l
         rows.append(values | ended | {"val_accuracy_best": number / 20})
 
 
-def test_every_draw_has_a_generator_of_its_own() -> None:
+def test_every_draw_has_its_own_random_generator() -> None:
     """Otherwise each draw would start with the values of the first draw, and run out of attempts."""
     ranges = (Range("alpha", Uniform(0.0, 1.0)),)
     tuning = Tuning(ranges, 3 * search.TRIES, sampler="random")
@@ -414,7 +412,7 @@ def test_every_draw_has_a_generator_of_its_own() -> None:
     assert len({row["alpha"] for row in rows}) == tuning.budget
 
 
-def test_a_quasi_random_sequence_fills_a_range_more_evenly_than_chance() -> None:
+def test_sixteen_quasi_random_draws_fall_one_in_each_sixteenth_of_a_range() -> None:
     ranges = (Range("alpha", Uniform(0.0, 1.0)), Range("lr", LogUniform(0.01, 1.0)))
     tuning = Tuning(ranges, 16, sampler="quasi-random")
     rows: list[Row] = []
@@ -427,7 +425,7 @@ def test_a_quasi_random_sequence_fills_a_range_more_evenly_than_chance() -> None
 ENDED = {"status": "completed", "stop_reason": None, "epochs_run": 3, "val_accuracy": 0.5, "val_accuracy_best": 0.5}
 
 
-def test_what_mattered_is_named() -> None:
+def test_importances_identify_the_setting_that_matters() -> None:
     ranges = (LR, Range("alpha", Uniform(0.0, 1.0)))
     chance = random.Random("importance")
     rows = [{"lr": 10 ** chance.uniform(-2, 0), "alpha": chance.random()} | ENDED for _ in range(40)]
@@ -438,7 +436,7 @@ def test_what_mattered_is_named() -> None:
     assert search.importances(ranges, [row | {"val_accuracy_best": 0.5} for row in rows]) == {}
 
 
-def test_a_tuned_run_reports_budgets_what_was_found_and_verdicts_between_tuned_arms(fair: Path) -> None:
+def test_a_tuned_run_reports_budgets_tuned_settings_and_contrasts_of_tuned_arms(fair: Path) -> None:
     records = reader.load(fair)
     trials = records.trials
     spent = tuned.budgets(records).set_index("arm")
@@ -468,7 +466,7 @@ def test_a_tuned_run_reports_budgets_what_was_found_and_verdicts_between_tuned_a
     assert set(accuracy.exploratory(records)["what"]) == {"draws"}
 
 
-def test_a_tuned_run_is_written_and_drawn(fair: Path, tmp_path: Path) -> None:
+def test_the_report_of_a_tuned_run_has_its_table_and_figure(fair: Path, tmp_path: Path) -> None:
     records = reader.load(fair)
     page = reporting.report(records, tmp_path).read_text()
     assert "Tuned settings and their importance" in page and "logit: tuned - default" in page
@@ -483,7 +481,7 @@ def test_a_tuned_run_is_written_and_drawn(fair: Path, tmp_path: Path) -> None:
         ) <= set(shown)
 
 
-def test_a_tuned_run_is_whole_and_its_ledger_is_made_again_from_its_tables(fair: Path, tmp_path: Path) -> None:
+def test_a_tuned_run_verifies_and_its_ledger_is_rebuilt_from_its_tables(fair: Path, tmp_path: Path) -> None:
     shutil.copytree(fair.parent, tmp_path / "results")
     folder = tmp_path / "results" / fair.name
     assert verify(folder) == []
@@ -497,7 +495,7 @@ def test_a_tuned_run_is_whole_and_its_ledger_is_made_again_from_its_tables(fair:
     assert all(row["status"] != "pending" for row in trials(run))
 
 
-def test_a_draw_whose_values_are_not_those_that_ran_is_not_this_plans(fair: Path, tmp_path: Path) -> None:
+def test_a_draw_with_altered_values_is_rejected_as_outside_the_plan(fair: Path, tmp_path: Path) -> None:
     shutil.copytree(fair.parent, tmp_path / "results")
     folder = tmp_path / "results" / fair.name
     ledger = Ledger(folder / LEDGER)
@@ -508,7 +506,7 @@ def test_a_draw_whose_values_are_not_those_that_ran_is_not_this_plans(fair: Path
         rebuild.opened(reopen(folder), lambda _: None)
 
 
-def test_room_is_looked_for_what_is_still_to_be_drawn(fair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_space_check_counts_draws_still_to_come(fair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
     monkeypatch.setattr(preflight, "disk_bytes", lambda trials, *_: counted.append(len(trials)) or 0)
     run = reopen(fair)
@@ -517,12 +515,12 @@ def test_room_is_looked_for_what_is_still_to_be_drawn(fair: Path, monkeypatch: p
     assert counted == [1 + 3 * (5 + 2 + 2), 0]
 
 
-def test_what_was_drawn_is_no_grid_to_replay(fair: Path) -> None:
+def test_a_tuned_run_is_rejected_as_the_curves_of_a_simulation(fair: Path) -> None:
     with pytest.raises(UserError, match="is a run of a tuned study, whose draws are not a grid"):
         curves(reader.load(fair), tiny(), None)
 
 
-def test_the_checker_of_runs_holds_a_tuned_run_to_what_was_drawn(fair: Path, tmp_path: Path) -> None:
+def test_the_run_checker_detects_an_altered_draw(fair: Path, tmp_path: Path) -> None:
     from faults import checker
 
     shutil.copytree(fair.parent, tmp_path / "results")
@@ -535,7 +533,7 @@ def test_the_checker_of_runs_holds_a_tuned_run_to_what_was_drawn(fair: Path, tmp
     assert any("phantom" in each for each in checker.as_planned(checker.read(folder), 0))
 
 
-def test_people_see_how_much_is_still_to_be_drawn(study: Study, tmp_path: Path) -> None:
+def test_the_progress_display_includes_draws_still_to_come(study: Study, tmp_path: Path) -> None:
     bench = Bench(study, tmp_path)
     while True:
         rows = list(bench.driver.rows.values())
@@ -549,7 +547,7 @@ def test_people_see_how_much_is_still_to_be_drawn(study: Study, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_optunas_storage_is_in_the_runs_folder_whatever_that_is_called(name: str, tmp_path: Path, study: Study) -> None:
+def test_optunas_storage_works_in_a_run_folder_with_an_odd_name(name: str, tmp_path: Path, study: Study) -> None:
     folder = tmp_path / name
     folder.mkdir()
     bench = Bench(study, folder)
@@ -570,7 +568,7 @@ FAILURES = [
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("where", ["__init__", "add", "close"])
-def test_a_run_goes_on_whatever_is_wrong_with_optunas_storage(
+def test_a_run_continues_with_a_warning_when_optunas_storage_fails(
     where: str, error: Exception, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A dashboard may hold its lock, the disk may be full, and four packages are involved."""

@@ -22,7 +22,7 @@ from tune_kd.system.characters import CONTROL, visible
 
 OBEYED = "a\x1b[2Jb\x07c\x9b2Jd\u202ee\x7ff\u2028g"
 SEEN = "a\u241b[2Jb\u2407c\ufffd2Jd\ufffde\u2421f\ufffdg"
-IN_A_PICTURE = SEEN.replace("\u2407", "")  # rich removes the bell, the backspace and line feeds
+IN_A_PICTURE = SEEN.replace("\u2407", "")  # Rich removes the bell, the backspace and line feeds
 
 
 def printed(*what: object) -> str:
@@ -32,19 +32,19 @@ def printed(*what: object) -> str:
     return file.getvalue()
 
 
-def test_a_control_character_is_shown_by_a_picture_and_lines_and_tabs_stay() -> None:
+def test_control_characters_become_visible_symbols_except_newlines_and_tabs() -> None:
     assert visible(OBEYED) == SEEN
     assert visible("two\nlines\tand é, 中, -, \u200f") == "two\nlines\tand é, 中, -, \u200f"
 
 
 @given(st.text())
-def test_what_was_made_visible_has_no_control_character_and_as_many_letters(text: str) -> None:
+def test_visible_text_has_no_control_characters_and_the_same_length(text: str) -> None:
     assert not CONTROL.search(visible(text).replace("\n", "").replace("\t", ""))
     assert len(visible(text)) == len(text)
     assert CONTROL.sub("", text) == text or visible(text) != text or set("\n\t") & set(text)
 
 
-def test_whatever_is_printed_has_no_command_in_it() -> None:
+def test_printed_text_has_no_control_characters() -> None:
     table = Table(OBEYED, title=OBEYED)
     table.add_row(OBEYED)
     table.add_row(Text(OBEYED, style="red"))
@@ -54,11 +54,11 @@ def test_whatever_is_printed_has_no_command_in_it() -> None:
         assert IN_A_PICTURE in "".join(said.split("\n"))
 
 
-def test_what_is_printed_is_no_markup_and_no_name_of_a_picture() -> None:
+def test_markup_and_emoji_codes_are_printed_literally() -> None:
     assert printed("[red]x[/red] :boom: :x:") == "[red]x[/red] :boom: :x:\n"
 
 
-def test_colours_and_what_moves_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colours_and_live_displays_keep_their_control_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     assert printed(Text(OBEYED, style="bold red")) == f"\x1b[1;31m{IN_A_PICTURE}\x1b[0m\n"
@@ -73,20 +73,20 @@ def test_colours_and_what_moves_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\u241b" not in moved
 
 
-def test_a_log_has_no_command_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_lines_have_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressDisplay(Terminal(), "r", tmp_path / "log") as view:
         view.say(f"warning: {OBEYED}")
     assert (tmp_path / "log").read_text().endswith(f"warning: {SEEN}\n")
     assert capsys.readouterr().out.endswith(f"warning: {IN_A_PICTURE}\n")
 
 
-def test_a_last_sentence_has_no_command_in_it(capfd: pytest.CaptureFixture[str]) -> None:
+def test_signal_messages_have_no_control_characters(capfd: pytest.CaptureFixture[str]) -> None:
     signals.say(OBEYED)
     assert capfd.readouterr().err == f"tune_kd: {SEEN}\n"
 
 
 @pytest.mark.parametrize("error", [OSError(OBEYED), RuntimeError(OBEYED)])
-def test_what_went_wrong_is_said_without_commands(
+def test_error_messages_have_no_control_characters(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails() -> None:
@@ -101,7 +101,7 @@ def test_what_went_wrong_is_said_without_commands(
     assert not CONTROL.search(said.replace("\n", ""))
 
 
-def test_an_answer_in_json_is_printable_ascii(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_is_printable_ascii(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({OBEYED: ["\\\x7f", "é"]})
     said = capsys.readouterr().out
     assert said.isascii() and said.rstrip("\n").isprintable()

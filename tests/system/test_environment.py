@@ -44,7 +44,7 @@ def homeless(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
-    """Return the message of a command that is refused."""
+    """Return the message of a command that is rejected."""
     monkeypatch.setattr("sys.argv", ["tune-kd", *arguments])
     with pytest.raises(SystemExit) as left:
         cli.main()
@@ -70,7 +70,7 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
     ],
     ids=" ".join,
 )
-def test_an_argument_that_is_no_utf8_is_refused_by_its_place(
+def test_an_argument_that_is_not_utf8_is_rejected_with_its_position(
     arguments: tuple[str, ...], here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = said(capsys, monkeypatch, *arguments)
@@ -79,7 +79,7 @@ def test_an_argument_that_is_no_utf8_is_refused_by_its_place(
 
 
 @pytest.mark.parametrize("arguments", [("status", "a\x1b[2Jb"), ("report", "--\x9b2J"), ("run", "x", "\u202ey")])
-def test_an_argument_that_a_terminal_would_obey_is_refused_and_not_repeated(
+def test_an_argument_with_control_characters_is_rejected_and_shown_escaped(
     arguments: tuple[str, ...], here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = said(capsys, monkeypatch, *arguments)
@@ -87,7 +87,7 @@ def test_an_argument_that_a_terminal_would_obey_is_refused_and_not_repeated(
     assert told == f"tune_kd: {place}; allowed: text without control characters\n"
 
 
-def test_all_that_is_no_utf8_is_told_at_once(
+def test_all_names_that_are_not_utf8_are_reported_at_once(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (here / ODD).mkdir()
@@ -100,7 +100,7 @@ def test_all_that_is_no_utf8_is_told_at_once(
     ]
 
 
-def test_a_working_directory_that_is_gone_is_told(
+def test_a_deleted_working_directory_is_reported(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (here / "gone").mkdir()
@@ -118,21 +118,21 @@ def listed(here: Path, **around: str) -> "subprocess.CompletedProcess[bytes]":
     )  # fmt: skip
 
 
-def test_what_the_terminal_cannot_show_is_shown_by_its_number(here: Path) -> None:
+def test_characters_that_the_terminal_cannot_show_are_escaped(here: Path) -> None:
     for around in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONIOENCODING": "ascii:strict"}):
         done = listed(here, **around)
         assert (done.returncode, done.stderr) == (0, b"")
         assert b"no runs under \\xe9" in done.stdout
 
 
-def test_python_that_does_not_take_names_for_utf8_is_told_of(here: Path) -> None:
+def test_a_python_that_does_not_decode_arguments_as_utf8_is_reported(here: Path) -> None:
     done = listed(here, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     remedy = "allowed: text in UTF-8, and Python decodes it as ascii here; set PYTHONUTF8=1"
     told = done.stderr.decode()
     assert (done.returncode, told) == (2, f"tune_kd: the argument after --out is '\\xc3\\xa9'; {remedy}\n")
 
 
-def test_what_is_said_of_a_name_that_is_no_utf8_ends_no_run(here: Path) -> None:
+def test_a_warning_about_a_name_that_is_not_utf8_can_be_logged(here: Path) -> None:
     with ProgressDisplay(Console(stderr=True), "x", here / "log") as view:
         view.say(f"warning: {ODD} cannot be read")
     assert "d\\udce9j cannot be read" in (here / "log").read_text()
@@ -144,7 +144,7 @@ def in_the_way(here: Path) -> Path:
     return here / "file"
 
 
-def test_a_home_that_cannot_be_written_to_is_told_with_what_moves_rays_token(
+def test_an_unwritable_home_is_reported_with_the_variable_that_moves_rays_token(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(home := in_the_way(here)))
@@ -170,7 +170,7 @@ def test_a_home_that_cannot_be_written_to_is_told_with_what_moves_rays_token(
             environment.check_places(None)
 
 
-def test_a_token_is_made_once_and_for_its_user_alone(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rays_token_is_created_once_and_only_its_user_can_read_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     token = here / "there" / "token"
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
 
@@ -200,7 +200,9 @@ def test_a_token_is_made_once_and_for_its_user_alone(here: Path, monkeypatch: py
         ("/proc", "which cannot be written to (No such file or directory)"),
     ],
 )
-def test_a_place_where_ray_cannot_work_is_refused(place: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_temporary_folder_where_ray_cannot_work_is_rejected(
+    place: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TMPDIR", place)
     with pytest.raises(UserError) as refused:
         environment.check_places(None)
@@ -212,7 +214,7 @@ def test_a_place_where_ray_cannot_work_is_refused(place: str, why: str, monkeypa
     environment.check_places(None)
 
 
-def test_a_user_without_a_home_is_told_once_by_all_that_need_one(
+def test_a_missing_home_is_reported_once_by_every_command_that_needs_one(
     here: Path, homeless: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = said(capsys, monkeypatch, *RUN, "--track", "mlflow", "--track", "tensorboard")
@@ -225,7 +227,7 @@ def test_a_user_without_a_home_is_told_once_by_all_that_need_one(
             needs()
 
 
-def test_reading_needs_no_home(
+def test_read_only_commands_need_no_home(
     homeless: str, finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for arguments in (("list",), ("plan", "ablation", "--scale", "smoke"), ("status", str(finished)), ("dashboard",)):
@@ -235,7 +237,7 @@ def test_reading_needs_no_home(
         assert capsys.readouterr().err == ""
 
 
-def test_the_home_of_a_user_that_there_is_not_is_a_folder_that_is_not_there(
+def test_the_home_of_an_unknown_user_is_reported_as_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["tune-kd", *RUN, "--data", "cifar10", "--data-dir", "~nobody-here/cifar"])

@@ -1,4 +1,4 @@
-"""Atomic writes, retries after transient errors, and named points at which a test can kill the process."""
+"""Atomic writes, retries after transient errors, and crash points, at which a test can kill the process."""
 
 import json
 import os
@@ -33,7 +33,7 @@ class Disk:
         return "done"
 
 
-def test_a_hiccup_is_outlived_and_what_lasts_is_an_error() -> None:
+def test_transient_errors_are_retried_and_persistent_ones_raise() -> None:
     assert patiently(Disk(2)) == "done"
     lasting = Disk(3)
     with pytest.raises(OSError, match="Input/output"):
@@ -41,7 +41,7 @@ def test_a_hiccup_is_outlived_and_what_lasts_is_an_error() -> None:
     assert lasting.asked == 3
 
 
-def test_a_missing_file_is_not_waited_for() -> None:
+def test_a_missing_file_is_not_retried() -> None:
     disk = Disk(1, FileNotFoundError)
     with pytest.raises(FileNotFoundError):
         patiently(disk)
@@ -49,7 +49,9 @@ def test_a_missing_file_is_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize("call", ["open", "pwrite", "fsync", "replace"])
-def test_a_file_whose_writing_fails_is_what_it_was(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file_unchanged(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "file"
     publish(path, b"old")
 
@@ -64,14 +66,14 @@ def test_a_file_whose_writing_fails_is_what_it_was(call: str, tmp_path: Path, mo
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_disk_that_writes_a_part_at_a_time_writes_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_writes_continue_until_all_bytes_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda file, data, offset: whole(file, bytes(data)[:3], offset))
     write_at(tmp_path / "file", 4, b"0123456789")
     assert (tmp_path / "file").read_bytes() == bytes(4) + b"0123456789"
 
 
-def test_a_file_is_synced_before_it_is_in_its_place_and_its_name_after(
+def test_publish_syncs_the_file_before_the_rename_and_the_folder_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
@@ -91,7 +93,7 @@ def test_a_file_is_synced_before_it_is_in_its_place_and_its_name_after(
     assert order == ["file", "rename", "folder"]
 
 
-def test_a_sealed_record_is_read_as_it_was_and_a_changed_one_is_not(tmp_path: Path) -> None:
+def test_sealed_records_round_trip_and_altered_ones_raise(tmp_path: Path) -> None:
     record = {"a": [1, 2.5, None], "b": {"c": "d"}}
     assert unsealed(sealed(record), tmp_path) == record
     for data in (sealed(record).replace(b"2.5", b"2.6"), sealed(record)[:-1], b"[]", b"\xff"):
@@ -99,7 +101,7 @@ def test_a_sealed_record_is_read_as_it_was_and_a_changed_one_is_not(tmp_path: Pa
             unsealed(data, tmp_path)
 
 
-def test_a_named_place_kills_at_the_pass_that_was_asked_for_and_costs_nothing_else() -> None:
+def test_a_crash_point_kills_the_process_at_the_requested_pass() -> None:
     loop = "for n in range(5):\n    print(n, flush=True)\n    point('trial.started')"
     code = f"from tune_kd.system.crash_points import point\n{loop}"
 
@@ -116,13 +118,13 @@ def test_a_named_place_kills_at_the_pass_that_was_asked_for_and_costs_nothing_el
     assert passes("nowhere")[0] == passes("trial.ended:x")[0] == 2
 
 
-def test_every_named_place_is_passed_somewhere() -> None:
+def test_every_crash_point_occurs_once_in_the_source() -> None:
     source = "".join(path.read_text() for path in Path(crash_points.__file__).parents[1].rglob("*.py"))
     assert all(source.count(f'point("{name}")') == 1 for name in crash_points.POINTS)
 
 
 @given(st.integers(0, 2 * MOST_DEPTH), st.lists(st.booleans(), min_size=2 * MOST_DEPTH, max_size=2 * MOST_DEPTH))
-def test_json_is_parsed_up_to_a_depth(depth: int, lists: list[bool]) -> None:
+def test_json_is_parsed_up_to_the_maximum_depth(depth: int, lists: list[bool]) -> None:
     value: Any = 1
     for is_list in lists[:depth]:
         value = [value, 2] if is_list else {"a": value, "b": 2}
@@ -134,7 +136,7 @@ def test_json_is_parsed_up_to_a_depth(depth: int, lists: list[bool]) -> None:
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, "[" * 5000 + "]" * 5000, b"\xff", "", "{"])
-def test_what_is_no_json_is_one_kind_of_error(text: str) -> None:
+def test_invalid_json_raises_value_error_or_corrupt_file(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         parsed(text)
     with pytest.raises(CorruptFile, match="name cannot be read"):

@@ -20,7 +20,7 @@ TOKEN = SECRETS["GitHub"][0]
 
 
 @pytest.mark.parametrize("form", SECRETS)
-def test_a_secret_is_found_where_it_stands_and_masked_to_its_end(form: str) -> None:
+def test_a_secret_is_found_at_its_position_and_masked_completely(form: str) -> None:
     text, hidden = SECRETS[form]
     for before, after in (("", ""), ("see ", " there"), ("Is it\n", "\nnow?"), ("é" * 9000 + " ", " 7 epochs")):
         whole = f"{before}{text}{after}"
@@ -34,7 +34,7 @@ def test_a_secret_is_found_where_it_stands_and_masked_to_its_end(form: str) -> N
 
 
 @pytest.mark.parametrize("text", HARMLESS)
-def test_what_studies_and_programs_say_is_no_secret(text: str) -> None:
+def test_harmless_text_is_not_a_secret(text: str) -> None:
     for said in (text, f"see {text}", f"{text}\n{text}", json.dumps({"question": text})):
         assert finds(said) == [] and masked(said) == said
     assert list(secrets({"question": text, "settings": [f"question={text}"]})) == []
@@ -55,7 +55,7 @@ def test_project_files_hold_no_secrets() -> None:
         assert finds(path.read_text()) == [], path
 
 
-def test_a_refusal_names_field_rule_and_place_and_not_the_secret() -> None:
+def test_a_rejection_names_field_rule_and_position_but_not_the_secret() -> None:
     record = {"study": {"question": f"Is it {TOKEN}?", "levels": [1, None, {"at": ("x", f"https://me:{SHORT}@h/")}]}}
     first, second = secrets(record)
     assert first == (
@@ -75,18 +75,18 @@ def test_a_refusal_names_field_rule_and_place_and_not_the_secret() -> None:
         ({"HF_TOKEN": some(30)}, "HF_TOKEN"),
     ],
 )
-def test_a_field_says_that_its_value_is_secret(record: dict[str, object], field: str) -> None:
+def test_a_field_name_can_mark_its_value_as_a_secret(record: dict[str, object], field: str) -> None:
     (said,) = secrets(record)
     assert said.startswith(f"{field} holds") and "at character 1)" in said
 
 
-def test_a_secret_that_is_a_fields_name_is_not_repeated() -> None:
+def test_a_secret_in_a_field_name_is_masked_in_the_message() -> None:
     for value in ("deadbeef", "word", 3, None, {"a": SHORT, WORD: SHORT}):
         said = list(secrets({"study": {TOKEN: value}}))
         assert TOKEN not in " ".join(said) and any("***" in sentence for sentence in said)
 
 
-def test_fields_of_records_say_nothing_of_secrets(study: Study) -> None:
+def test_ordinary_record_fields_are_not_secrets(study: Study) -> None:
     fields = {"weights_digest": some(64, "0f"), "study_sha256": some(64, "0f"), "key": "stem", "token": "class",
               "git_commit": some(40, "0f"), "pass": "2", "secret": "", WORD: ""}  # fmt: skip
     assert list(secrets(fields)) == []
@@ -94,7 +94,7 @@ def test_fields_of_records_say_nothing_of_secrets(study: Study) -> None:
 
 
 @given(st.lists(st.sampled_from([*(text for text, _ in SECRETS.values()), *HARMLESS, "aws ", "key '", '"', "=", "@"])))
-def test_a_masked_text_holds_no_secret_any_more(parts: list[str]) -> None:
+def test_masking_removes_all_secrets_and_is_idempotent(parts: list[str]) -> None:
     for between in ("", " ", "\n"):
         left = masked(between.join(parts))
         assert finds(left) == [] and masked(left) == left
@@ -107,13 +107,13 @@ def test_any_text_can_be_masked(text: str) -> None:
 
 
 @given(st.lists(st.from_regex(r"[a-z]{1,12}[,.?]?", fullmatch=True)))
-def test_plain_words_stay_as_they_are(words: list[str]) -> None:
+def test_plain_words_are_not_masked(words: list[str]) -> None:
     text = " ".join(words)
     assert masked(text) == text
 
 
 @pytest.mark.parametrize(("around", "left"), [(2, "see ***."), (20, "***")])
-def test_a_text_in_which_each_mask_uncovers_another_secret_is_not_shown(around: int, left: str) -> None:
+def test_a_text_is_masked_entirely_if_masks_keep_uncovering_secrets(around: int, left: str) -> None:
     text = TOKEN
     for _ in range(around):  # a mask is short enough to fit between the words of the rule
         text = f'aws ------------ {text} key "{some(40)}"'
@@ -130,19 +130,19 @@ HOSTILE = ["a", "A", "0", "a1", " ", "\n", '"', "'", "`", "=", ":", ".", "-", "_
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("atom", HOSTILE, ids=repr)
-def test_no_text_takes_time_that_grows_with_its_square(atom: str) -> None:
+def test_no_text_takes_quadratic_time(atom: str) -> None:
     """A hundred thousand characters take a fifth of a second; in quadratic time they would take minutes."""
     finds((atom * 100_000)[:100_000])
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("atom", ["ey" + "J-", f"{WORD}:"])
-def test_a_text_of_a_million_characters_takes_seconds(atom: str) -> None:
+def test_a_million_characters_are_scanned_within_a_minute(atom: str) -> None:
     """Without the rule's bounds, each of these would be scanned to the end of the text from every position."""
     finds(atom * 300_000)
 
 
-def test_a_token_that_is_longer_than_the_library_knows_is_masked_to_its_end() -> None:
+def test_a_token_longer_than_the_library_expects_is_masked_completely() -> None:
     assert masked(f"({SECRETS['key of AWS'][0]}XYZ-9)") == "(***)"
 
 
@@ -157,7 +157,7 @@ class Counting:
         return re.compile("x{1000}").finditer(text, start, end)
 
 
-def test_the_librarys_rules_see_pieces_that_lie_over_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_rules_scan_overlapping_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = Counting()
     monkeypatch.setattr(privacy, "_library", lambda: (("x", rule),))
     at = privacy.PIECE - 5  # starts in one piece and ends in the next
@@ -167,6 +167,6 @@ def test_the_librarys_rules_see_pieces_that_lie_over_one_another(monkeypatch: py
     assert sum(end - start for start, end in rule.seen) < 1.3 * len(text)
 
 
-def test_every_rule_of_the_library_is_there_and_none_goes_by_entropy() -> None:
+def test_all_library_rules_are_loaded_and_none_uses_entropy_or_keywords() -> None:
     names = {name for name, _ in privacy._library()}
     assert len(names) == len(privacy.PLUGINS) and not any("Entropy" in name or "Keyword" in name for name in names)

@@ -91,7 +91,7 @@ def driver_of(command: "subprocess.Popen[str]") -> psutil.Process:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_ends_a_command_with_128_and_its_number(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_command_ended_by_a_signal_exits_with_128_plus_its_number(number: signal.Signals, tmp_path: Path) -> None:
     command, child = begun(tmp_path, SLEEPS)
     command.send_signal(number)
     _, errors = command.communicate(timeout=10)
@@ -100,7 +100,9 @@ def test_a_signal_ends_a_command_with_128_and_its_number(number: signal.Signals,
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_trials_are_drained_and_the_status_is_that_of_the_signal(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_command_drains_on_a_signal_and_exits_with_128_plus_its_number(
+    number: signal.Signals, tmp_path: Path
+) -> None:
     command, _ = begun(tmp_path, DRAINS.format(seconds=0.1))
     command.send_signal(number)
     said, _ = command.communicate(timeout=10)
@@ -109,14 +111,14 @@ def test_trials_are_drained_and_the_status_is_that_of_the_signal(number: signal.
 
 
 @pytest.mark.skipif(shutil.which("timeout") is None, reason="needs coreutils")
-def test_the_two_signals_that_timeout_sends_are_one(tmp_path: Path) -> None:
+def test_the_two_signals_sent_by_timeout_count_as_one(tmp_path: Path) -> None:
     command, _ = begun(tmp_path, DRAINS.format(seconds=1.0), "timeout", "--preserve-status", "1")
     said, errors = command.communicate(timeout=10)
     assert (command.returncode, errors) == (143, "")
     assert said == "drained [15]\n"
 
 
-def test_a_second_signal_leaves_at_once_with_all_processes_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_a_second_signal_ends_all_processes_at_once_and_prints_how_to_resume(tmp_path: Path) -> None:
     command, child = begun(tmp_path, DRAINS.format(seconds=30))
     command.send_signal(signal.SIGINT)
     time.sleep(0.7)
@@ -129,7 +131,7 @@ def test_a_second_signal_leaves_at_once_with_all_processes_and_says_how_to_go_on
     assert gone(child)
 
 
-def test_a_command_that_does_not_come_to_its_end_is_ended_in_time(tmp_path: Path) -> None:
+def test_a_command_that_does_not_exit_on_a_signal_is_killed_after_the_time_limit(tmp_path: Path) -> None:
     command, child = begun(tmp_path, STUCK, within=1.0)
     command.send_signal(signal.SIGUSR1)
     _, errors = command.communicate(timeout=10)
@@ -152,9 +154,7 @@ HELD = """
 """
 
 
-def test_what_is_started_while_signals_are_held_back_outlives_them_and_they_are_delivered_afterwards(
-    tmp_path: Path,
-) -> None:
+def test_held_back_signals_spare_processes_started_meanwhile_and_are_delivered_later(tmp_path: Path) -> None:
     command, child = begun(tmp_path, HELD)
     assert command.stdout is not None
     shielded = int(command.stdout.readline())
@@ -171,7 +171,7 @@ def test_what_is_started_while_signals_are_held_back_outlives_them_and_they_are_
     os.kill(shielded, signal.SIGKILL)
 
 
-def test_a_start_that_hangs_is_ended_in_time_too(tmp_path: Path) -> None:
+def test_a_hang_while_signals_are_held_back_is_killed_after_the_time_limit(tmp_path: Path) -> None:
     command, child = begun(tmp_path, HELD.replace("time.sleep(2)", "time.sleep(30)"), within=1.0)
     command.send_signal(signal.SIGTERM)
     _, errors = command.communicate(timeout=10)
@@ -191,7 +191,7 @@ ENDS = """
     ("end", "status"),
     [("return", 0), ("sys.exit(0)", 0), ("sys.exit(1)", 1), ("sys.exit(2)", 2), ("sys.exit()", 0), ("sys.exit('')", 1)],
 )
-def test_the_status_of_a_command_is_that_of_the_process_around_it(end: str, status: int, tmp_path: Path) -> None:
+def test_the_guard_exits_with_the_status_of_its_command(end: str, status: int, tmp_path: Path) -> None:
     command, _ = begun(tmp_path, ENDS.format(end=end))
     command.communicate(timeout=10)
     assert command.returncode == status
@@ -200,9 +200,7 @@ def test_the_status_of_a_command_is_that_of_the_process_around_it(end: str, stat
 @pytest.mark.parametrize(
     ("end", "how"), [("os._exit(1)", "with 1"), ("os._exit(0)", "with 0"), ("os.abort()", "by signal 6")]
 )
-def test_a_driver_that_ray_ends_without_a_word_is_the_machines_failure_and_nothing_of_it_is_left(
-    end: str, how: str, tmp_path: Path
-) -> None:
+def test_a_driver_ended_by_rays_core_exits_with_3_and_leaves_no_process(end: str, how: str, tmp_path: Path) -> None:
     """Ray's core calls `_exit`: no `finally` and no Python handler runs."""
     command, child = begun(tmp_path, f"\n    print(child.pid, flush=True)\n    {end}\n")
     _, errors = command.communicate(timeout=10)
@@ -211,7 +209,7 @@ def test_a_driver_that_ray_ends_without_a_word_is_the_machines_failure_and_nothi
     assert gone(child)
 
 
-def test_a_driver_that_ray_ends_while_it_drains_leaves_with_the_signal(tmp_path: Path) -> None:
+def test_a_driver_ended_by_ray_while_it_drains_exits_with_the_status_of_the_signal(tmp_path: Path) -> None:
     body = DRAINS.format(seconds=0.2).replace('print("drained", drained, flush=True)', "os._exit(1)")
     command, child = begun(tmp_path, body)
     command.send_signal(signal.SIGTERM)
@@ -220,7 +218,7 @@ def test_a_driver_that_ray_ends_while_it_drains_leaves_with_the_signal(tmp_path:
     assert gone(child)
 
 
-def test_a_signal_to_the_driver_alone_is_as_one_to_its_command(tmp_path: Path) -> None:
+def test_a_signal_to_the_driver_is_handled_like_one_to_its_command(tmp_path: Path) -> None:
     command, child = begun(tmp_path, STUCK, within=1.0)
     driver_of(command).send_signal(signal.SIGTERM)
     _, errors = command.communicate(timeout=10)
@@ -229,7 +227,7 @@ def test_a_signal_to_the_driver_alone_is_as_one_to_its_command(tmp_path: Path) -
     assert gone(child)
 
 
-def test_neither_outlives_the_other_when_it_is_killed(tmp_path: Path) -> None:
+def test_killing_either_the_guard_or_the_driver_ends_the_other(tmp_path: Path) -> None:
     command, child = begun(tmp_path, SLEEPS)
     driver = driver_of(command)
     command.kill()
@@ -244,7 +242,7 @@ def test_neither_outlives_the_other_when_it_is_killed(tmp_path: Path) -> None:
     assert gone(child)
 
 
-def test_signals_within_half_a_second_are_one(tmp_path: Path) -> None:
+def test_signals_within_half_a_second_count_as_one(tmp_path: Path) -> None:
     command, _ = begun(tmp_path, DRAINS.format(seconds=0.6))
     for _ in range(3):
         command.send_signal(signal.SIGTERM)
@@ -253,7 +251,7 @@ def test_signals_within_half_a_second_are_one(tmp_path: Path) -> None:
     assert (command.returncode, said, errors) == (143, "drained [15]\n", "")
 
 
-def test_advice_that_names_a_folder_of_two_lines_is_said_as_it_is(tmp_path: Path) -> None:
+def test_advice_with_a_newline_in_a_folder_name_is_printed_unchanged(tmp_path: Path) -> None:
     """It is not mistaken for an exit status: messages from the driver to the guard are not separated by newlines."""
     body = SLEEPS.replace("time.sleep(30)", """
     with signals.advising("go on with: 'results\\nended 0'"):

@@ -41,7 +41,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Path:
 
 @pytest.mark.parametrize("redirected", [">&- 2>&- <&-", "2>&-", ">/dev/full 2>/dev/full", "2>&1 | true"])
 @pytest.mark.parametrize(("arguments", "status"), [(GOOD, 0), (WRONG, 2), (BROKEN, 3)])
-def test_a_stream_that_takes_nothing_changes_no_status(
+def test_closed_or_full_streams_do_not_change_the_exit_status(
     elsewhere: Path, arguments: tuple[str, ...], status: int, redirected: str
 ) -> None:
     found = ended(elsewhere, arguments, redirected)
@@ -49,14 +49,14 @@ def test_a_stream_that_takes_nothing_changes_no_status(
     assert "Traceback" not in found.stdout + found.stderr and "Exception ignored" not in found.stderr
 
 
-def test_an_answer_is_whole_where_standard_error_is_closed(elsewhere: Path) -> None:
+def test_output_is_complete_when_standard_error_is_closed(elsewhere: Path) -> None:
     """Otherwise Python prints errors to standard output, and an open file gets the number of standard error."""
     found = ended(elsewhere, (*GOOD, "--json"), "2>&-")
     assert json.loads(found.stdout)["study"] == "ablation"
     assert ended(elsewhere, WRONG, "2>&-").stdout == ""
 
 
-def test_a_program_that_is_started_has_streams_where_the_command_had_none(tmp_path: Path) -> None:
+def test_a_child_process_has_standard_streams_even_if_the_command_has_none(tmp_path: Path) -> None:
     code = "import os, subprocess, sys; from tune_kd.system.streams import made_safe; made_safe(); "
     code += "sys.exit(subprocess.run([sys.executable, '-c', 'import os; [os.fstat(n) for n in range(3)]']).returncode)"
     line = '"$0" -c "$1" <&- >&- 2>&-'
@@ -64,7 +64,7 @@ def test_a_program_that_is_started_has_streams_where_the_command_had_none(tmp_pa
     assert subprocess.run(["sh", "-c", line, sys.executable, code], cwd=tmp_path, env=here).returncode == 0
 
 
-def test_what_is_said_comes_at_once_and_in_order_where_python_is_not_to_buffer(tmp_path: Path) -> None:
+def test_stdout_and_stderr_keep_their_order_with_pythonunbuffered(tmp_path: Path) -> None:
     code = "import sys; from tune_kd.system.streams import made_safe; made_safe(); print('a'); "
     code += "sys.stderr.write('partial\\n'); print('b')"
     here = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
@@ -74,7 +74,7 @@ def test_what_is_said_comes_at_once_and_in_order_where_python_is_not_to_buffer(t
     assert found.stdout == "a\npartial\nb\n"
 
 
-def test_what_a_terminal_has_no_letter_for_is_escaped(tmp_path: Path) -> None:
+def test_characters_that_the_terminal_cannot_encode_are_escaped(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from dataclasses import replace\nfrom search_spaces.ablation import smoke as small\n"
         "def study(): return replace(small(), name='caf\\u00e9')\n"
@@ -86,7 +86,7 @@ def test_what_a_terminal_has_no_letter_for_is_escaped(tmp_path: Path) -> None:
     assert found.stdout.startswith(r"caf\xe9 at scale smoke")
 
 
-def test_a_stream_that_is_full_for_a_moment_loses_nothing_and_one_that_stays_full_holds_nobody_up(
+def test_a_briefly_full_stream_loses_no_output_and_a_permanently_full_one_does_not_block(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For example, a terminal that another program, such as Node, has made non-blocking."""
@@ -130,7 +130,7 @@ with ProgressDisplay(Console(stderr=True), "r", Path("log")) as view:
 """
 
 
-def test_a_view_goes_on_after_its_terminal_was_closed(tmp_path: Path) -> None:
+def test_a_progress_display_continues_after_its_terminal_is_closed(tmp_path: Path) -> None:
     terminal, inside = pty.openpty()
     here = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
     with subprocess.Popen([sys.executable, "-c", VIEW], cwd=tmp_path, env=here, start_new_session=True,
@@ -146,7 +146,7 @@ def test_a_view_goes_on_after_its_terminal_was_closed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # the previous test is the short version
-def test_a_run_goes_on_to_its_end_after_its_terminal_was_closed(tmp_path: Path) -> None:
+def test_a_run_completes_after_its_terminal_is_closed(tmp_path: Path) -> None:
     """SIGHUP is ignored, as under nohup, and the terminal closes during the run."""
     terminal, inside = pty.openpty()
     line = 'trap "" HUP; exec "$0" -m tune_kd "$@"'
