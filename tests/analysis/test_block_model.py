@@ -33,7 +33,7 @@ def by_statsmodels(values: np.ndarray) -> tuple[float, float, float, int]:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 8))
-def test_the_model_is_that_of_statsmodels_also_with_missing_trials(seed: int, lost: int) -> None:
+def test_the_model_matches_statsmodels_with_and_without_missing_trials(seed: int, lost: int) -> None:
     values = accuracies(seed)
     places = np.random.default_rng(seed).permutation(ARMS * SEEDS)[:lost]
     values[np.unravel_index(places, values.shape)] = np.nan
@@ -49,7 +49,7 @@ def test_the_model_is_that_of_statsmodels_also_with_missing_trials(seed: int, lo
     assert_allclose(estimate(values, ["s"] * ARMS, CONTRAST).value, [expected], atol=1e-10)
 
 
-def test_two_arms_have_a_paired_t_test() -> None:
+def test_with_two_arms_the_model_equals_a_paired_t_test() -> None:
     values = accuracies(1, arms=2)
     found = estimate(values, ["s", "s"], np.array([[1.0, -1.0]]))
     expected = scipy_stats.ttest_rel(*values)
@@ -61,7 +61,7 @@ def test_two_arms_have_a_paired_t_test() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.0005, 0.01))
-def test_equivalence_is_the_larger_of_two_one_sided_t_tests(seed: int, margin: float) -> None:
+def test_the_equivalence_p_value_is_the_larger_of_two_one_sided_t_tests(seed: int, margin: float) -> None:
     values = accuracies(seed, arms=2)
     apart = values[0] - values[1]
     above = scipy_stats.ttest_1samp(apart, -margin, alternative="greater").pvalue
@@ -71,17 +71,17 @@ def test_equivalence_is_the_larger_of_two_one_sided_t_tests(seed: int, margin: f
 
 
 @pytest.mark.parametrize("values", [np.full((2, 0), np.nan), np.full((2, 1), 0.9), np.full((2, 3), 0.9)])
-def test_equivalence_of_what_has_no_spread_is_not_known(values: np.ndarray) -> None:
+def test_the_equivalence_p_value_is_nan_without_a_spread(values: np.ndarray) -> None:
     assert np.isnan(estimate(values, ["s", "s"], np.array([[1.0, -1.0]])).equivalence(0.001)).all()
 
 
 @pytest.mark.parametrize("margin", [0.0, -0.001, float("inf"), float("nan")])
-def test_a_margin_that_is_none_is_refused(margin: float) -> None:
+def test_a_margin_that_is_not_positive_and_finite_is_rejected(margin: float) -> None:
     with pytest.raises(ValueError, match=r"margin is .*; allowed: above 0"):
         estimate(accuracies(1), ["s"] * ARMS, CONTRAST).equivalence(margin)
 
 
-def test_a_variance_is_that_of_the_pairs_drawn_to_the_model_by_8_degrees_of_freedom() -> None:
+def test_the_variance_of_pairs_is_shrunk_to_the_models_with_8_prior_degrees_of_freedom() -> None:
     values = accuracies(2)
     found = estimate(values, ["s"] * ARMS, CONTRAST)
     own, model = np.var(values[1] - values[2], ddof=1), 2 * block_model.fit(values).variance
@@ -89,7 +89,7 @@ def test_a_variance_is_that_of_the_pairs_drawn_to_the_model_by_8_degrees_of_free
     assert found.df[0] == 13
 
 
-def test_strata_have_a_spread_of_their_own_and_one_across_them_is_judged_by_its_pairs() -> None:
+def test_each_stratum_has_its_own_variance_and_contrasts_across_strata_use_pairs() -> None:
     values = np.concatenate([accuracies(3), 10 * accuracies(4)])
     strata = ["one"] * ARMS + ["other"] * ARMS
     inside, across, change = (np.zeros(2 * ARMS) for _ in range(3))
@@ -103,7 +103,7 @@ def test_strata_have_a_spread_of_their_own_and_one_across_them_is_judged_by_its_
     assert 5 + 8 >= found.df[2] > 5
 
 
-def test_seeds_that_lack_an_arm_are_not_dropped() -> None:
+def test_seeds_with_a_missing_trial_are_not_dropped() -> None:
     values = accuracies(5)
     values[1, 0] = np.nan
     found = estimate(values, ["s"] * ARMS, CONTRAST)
@@ -111,7 +111,7 @@ def test_seeds_that_lack_an_arm_are_not_dropped() -> None:
     assert found.value[0] != pytest.approx(found.paired[0])
 
 
-def test_a_contrast_of_arms_that_share_no_seed_is_not_judged() -> None:
+def test_a_contrast_of_arms_without_a_common_seed_has_no_p_value() -> None:
     values = accuracies(6, arms=3)
     values[0, :3] = values[1, 3:] = np.nan
     found = estimate(values, ["s"] * 3, np.array([[1.0, -1.0, 0.0]]))
@@ -119,7 +119,7 @@ def test_a_contrast_of_arms_that_share_no_seed_is_not_judged() -> None:
     assert np.isnan(found.two_sided()).all()
 
 
-def test_many_studies_at_once_are_each_of_them_alone() -> None:
+def test_a_batch_of_studies_has_the_same_estimates_as_each_study_alone() -> None:
     many = accuracies(7, studies=20)
     many[:, 3, 2] = np.nan
     weights = np.array([[1.0, -1.0, 0, 0, 0], [0, 1.0, 0, -1.0, 0]])
@@ -132,7 +132,7 @@ def test_many_studies_at_once_are_each_of_them_alone() -> None:
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
-def test_intervals_cover_and_findings_of_nothing_are_rare(seeds: int) -> None:
+def test_intervals_cover_at_the_nominal_rate_and_false_positives_are_rare(seeds: int) -> None:
     values = accuracies(8, seeds=seeds, studies=4000)
     found = estimate(values, ["s"] * ARMS, CONTRAST)
     low, high = found.interval()
@@ -140,7 +140,7 @@ def test_intervals_cover_and_findings_of_nothing_are_rare(seeds: int) -> None:
     assert np.mean(found.two_sided() < 0.05) < 0.06
 
 
-def test_a_seed_that_only_the_control_has_changes_no_contrast_with_it() -> None:
+def test_extra_seeds_of_the_control_alone_do_not_change_its_contrasts() -> None:
     values = accuracies(10)
     more = np.concatenate([values, np.full((ARMS, 3), np.nan)], axis=1)
     more[2, SEEDS:] = 0.99
@@ -149,7 +149,7 @@ def test_a_seed_that_only_the_control_has_changes_no_contrast_with_it() -> None:
         assert_allclose(getattr(other, name), getattr(one, name))
 
 
-def test_a_stratum_of_thousands_of_arms_is_judged_by_pairs() -> None:
+def test_a_stratum_with_more_arms_than_the_limit_is_judged_by_pairs() -> None:
     values = accuracies(11, arms=block_model.MOST_ARMS + 1, seeds=3)
     weights = np.zeros((1, len(values)))
     weights[0, :2] = 1, -1
@@ -158,7 +158,7 @@ def test_a_stratum_of_thousands_of_arms_is_judged_by_pairs() -> None:
     assert found.two_sided()[0] == pytest.approx(scipy_stats.ttest_rel(values[0], values[1]).pvalue)
 
 
-def test_one_seed_has_no_error() -> None:
+def test_a_single_seed_gives_no_standard_error_and_no_p_value() -> None:
     found = estimate(accuracies(9, seeds=1), ["s"] * ARMS, CONTRAST)
     assert found.pairs.tolist() == [1]
     assert np.isnan(found.error).all() and np.isnan(found.two_sided()).all()

@@ -59,13 +59,15 @@ def by_stem(imagenet: float, cifar: float, logit: float = 1.0, feature: float = 
         ("correlated", by_stem(0.22 / 0.15, 0.14 / 0.15)),
     ],
 )
-def test_no_arm_is_better_than_another_and_all_spread_as_their_scenario_says(name: str, expected: list[float]) -> None:
+def test_simulated_arms_have_equal_means_and_the_standard_deviations_of_their_scenario(
+    name: str, expected: list[float]
+) -> None:
     values = drawn(name, ablation(), 4000)
     assert_allclose(values.std(axis=(0, 2)), expected, rtol=0.03)
     assert np.abs(values.mean(axis=(0, 2)) / expected).max() < 4 / 20_000**0.5
 
 
-def test_an_arm_has_one_of_two_spreads_in_each_study() -> None:
+def test_each_unequal_arm_has_one_of_two_standard_deviations_per_study() -> None:
     study = replace(ablation(), confirm=Confirm(looks=(400,)))
     spreads = drawn("unequal_arms", study, 20).std(axis=-1) / by_stem(0.22 / 0.15, 0.14 / 0.15)
     low = np.abs(np.log(spreads) + 0.4) < 0.2
@@ -88,7 +90,7 @@ SEED_OF_BOTH = (SEED / (1 + (22 / 15) ** 2)) ** 0.5
         ("own_blocks", SEED, SEED, 0.0),
     ],
 )
-def test_arms_correlate_as_their_scenario_says(
+def test_simulated_arms_have_the_correlations_of_their_scenario(
     name: str, none_logit: float, logit_feature: float, across: float
 ) -> None:
     values = drawn(name, ablation(), 4000)
@@ -101,7 +103,7 @@ def test_arms_correlate_as_their_scenario_says(
     assert found[logit, places["imagenet/feature"]] == pytest.approx(across, abs=0.03)
 
 
-def test_the_draws_of_a_scenario_follow_from_its_name() -> None:
+def test_draws_are_reproducible_and_seeded_by_name_and_first_study() -> None:
     of = design(ablation())
     first, again = (draw("a", Scenario("one"), of, 0, 3) for _ in range(2))
     assert (first == again).all()
@@ -110,7 +112,7 @@ def test_the_draws_of_a_scenario_follow_from_its_name() -> None:
     assert (practices.stopped(of.planned, 5) == practices.stopped(of.planned, 5)).all()
 
 
-def test_a_study_with_looks_has_them_in_all_scenarios_and_one_without() -> None:
+def test_scenarios_use_the_looks_of_the_study_and_add_one_with_a_single_look() -> None:
     assert "one_look" not in scenarios(ablation())
     found = {name: looks(FEW_LOOKS, each) for name, each in scenarios(FEW_LOOKS).items()}
     assert found.pop("one_look") == (2,)
@@ -151,7 +153,7 @@ BEFORE = Rule(pairs_alone=True)
     ids=["one look", "looks", "before 0.7"],
 )
 @pytest.mark.parametrize("studies", [8, pytest.param(50, marks=pytest.mark.long)])
-def test_simulated_studies_are_judged_as_records_are(study: Study, rule: Rule, studies: int) -> None:
+def test_simulated_studies_get_the_same_verdicts_as_their_records(study: Study, rule: Rule, studies: int) -> None:
     """Half of the studies have arms that the screen stopped, and true differences, so that there are findings."""
     of = design(study)
     counts = looks(study, SCENARIOS["equal"])
@@ -177,7 +179,7 @@ def test_simulated_studies_are_judged_as_records_are(study: Study, rule: Rule, s
 
 @pytest.mark.parametrize("rule", [Rule(), BEFORE])
 @pytest.mark.parametrize("contrast", [LOGIT, STEM])
-def test_power_is_that_of_studies_in_which_the_treated_arms_are_better(contrast: str, rule: Rule) -> None:
+def test_power_is_the_rate_of_findings_in_studies_with_better_treated_arms(contrast: str, rule: Rule) -> None:
     of, size = design(LOOKS), 0.002
     counts, scenario = (5, 10, 20), SCENARIOS["equal"]
     stopped = np.array([practices.stopped(of.planned, number) for number in range(300)])
@@ -191,7 +193,7 @@ def test_power_is_that_of_studies_in_which_the_treated_arms_are_better(contrast:
     assert 0 < found.found < 300
 
 
-def test_a_wrong_sign_is_no_power(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_findings_with_the_wrong_sign_do_not_count_as_power(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "DIFFERENCES", (-0.01,))
     of = design(ablation())
     assert performance(of, "equal", SCENARIOS["equal"], none_stopped(of, 20)).power[LOGIT][-0.01].found == 0
@@ -213,7 +215,7 @@ def check(of: Design, name: str, studies: int) -> None:
     assert least == min(rate.share for rate in found.coverage.values())
 
 
-def test_in_2_000_studies_the_level_is_kept_and_a_difference_is_found() -> None:
+def test_level_coverage_and_power_hold_over_2_000_studies() -> None:
     of = design(ablation())
     check(of, "equal", 2000)
     power = performance(of, "equal", SCENARIOS["equal"], none_stopped(of, 2000)).power[LOGIT]
@@ -223,20 +225,19 @@ def test_in_2_000_studies_the_level_is_kept_and_a_difference_is_found() -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "equal"])
-def test_in_2_000_studies_of_each_scenario_the_level_is_kept(name: str) -> None:
+def test_level_and_coverage_hold_over_2_000_studies_of_each_scenario(name: str) -> None:
     check(design(ablation()), name, 2000)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_in_20_000_studies_of_each_scenario_the_level_is_kept(name: str) -> None:
+def test_level_and_coverage_hold_over_20_000_studies_of_each_scenario(name: str) -> None:
     check(design(ablation()), name, 20_000)
 
 
-def test_a_rule_that_does_not_keep_the_level_is_caught() -> None:
-    """Otherwise the tests above would prove nothing. The bad rules: a spread that is only pooled, and the model's
-    intervals across strata."""
+def test_a_rule_that_exceeds_the_level_is_detected() -> None:
+    """Otherwise the tests above would prove nothing. The bad rule uses only the pooled spread of the block model."""
     of = design(ablation())
     pooled = performance(
         of, "very_unequal_methods", SCENARIOS["very_unequal_methods"], none_stopped(of, 2000), Rule(prior_df=np.inf)
@@ -250,7 +251,7 @@ def test_a_rate_has_a_binomial_standard_error() -> None:
     assert Rate(5, 100).standard_error == pytest.approx((0.05 * 0.95 / 100) ** 0.5)
 
 
-def test_a_trial_is_drawn_as_published_ones_were() -> None:
+def test_drawn_trials_have_the_spread_and_correlation_of_published_ones() -> None:
     study = ablation()
     curves, tests = practices.trials(study, 2000, np.random.default_rng(0))
     assert tests.std() == pytest.approx(study.deviation, rel=0.06)
@@ -259,7 +260,7 @@ def test_a_trial_is_drawn_as_published_ones_were() -> None:
     assert np.corrcoef(curves[:, -1], tests)[0, 1] == pytest.approx(0.7, abs=0.1)
 
 
-def test_the_screen_stops_some_arms_that_are_only_compared() -> None:
+def test_the_simulated_screen_stops_some_compared_arms_and_no_immune_arm() -> None:
     planned = plan(ablation())
     stopped = np.array([practices.stopped(planned, number) for number in range(40)])
     immune = np.array([arm.immune for arm in planned.arms])
@@ -267,14 +268,14 @@ def test_the_screen_stops_some_arms_that_are_only_compared() -> None:
     assert 0.02 < stopped[:, ~immune].mean() < 0.3
 
 
-def test_what_plain_asha_lets_finish_was_lucky() -> None:
+def test_plain_asha_overestimates_the_arms_that_finish() -> None:
     found = [practices.plain_asha(plan(LOOKS), number) for number in range(10)]
     errors = [error for each in found for error in each.errors]
     assert 0.05 < len(errors) / sum(each.tried for each in found) < 0.3
     assert 0.2 < np.mean(errors) / LOOKS.deviation < 1
 
 
-def test_more_seeds_until_something_is_significant_are_paired_t_tests_at_each_count() -> None:
+def test_until_significant_runs_paired_t_tests_at_each_seed_count() -> None:
     of = design(ablation())
     values = draw("x", Scenario("alike", looks=(4, 8)), of, 0, 100)
     found = practices.until_significant(of, values, (4, 8))
@@ -288,7 +289,7 @@ def test_more_seeds_until_something_is_significant_are_paired_t_tests_at_each_co
 
 
 @pytest.mark.long
-def test_common_practices_find_more_that_is_false_and_the_rule_before_less_that_is_true() -> None:
+def test_seeds_until_significance_raise_false_positives_and_the_earlier_rule_has_less_power() -> None:
     found = calibrate(LOOKS, 400)
     assert found.false["designed"].share < 0.1 < found.false["until_significant"].share
     assert found.false["before_0_7"] == found.before.false["any"]
@@ -298,7 +299,7 @@ def test_common_practices_find_more_that_is_false_and_the_rule_before_less_that_
     assert found.false["plain_asha"].studies == calibration.MOST_ASHA
 
 
-def test_each_step_of_a_calibration_is_counted(monkeypatch: pytest.MonkeyPatch, study: Study) -> None:
+def test_a_calibration_reports_each_of_its_steps(monkeypatch: pytest.MonkeyPatch, study: Study) -> None:
     monkeypatch.setattr(calibration, "CHUNK", 4)
     monkeypatch.setattr(calibration, "MOST_ASHA", 2)
     beats: list[int] = []
@@ -309,25 +310,25 @@ def test_each_step_of_a_calibration_is_counted(monkeypatch: pytest.MonkeyPatch, 
     assert {rate.studies for each in found.scenarios.values() for rate in each.false.values()} == {5}
 
 
-def test_a_study_that_is_tuned_is_judged_on_its_tuned_arms() -> None:
+def test_calibration_of_a_tuned_study_uses_its_tuned_arms() -> None:
     found = calibrate(tunable(Tuning((Range("lr", LogUniform(0.01, 0.5)),), budget=12)), 3)
     assert found.shown == "logit - none, tuned"
     assert found.groups["across_strata"] == []
     assert "logit: tuned - default" in found.groups["secondary"]
 
 
-def test_one_seed_shows_nothing(study: Study) -> None:
+def test_calibration_with_one_seed_has_no_coverage_and_no_power(study: Study) -> None:
     found = calibrate(replace(study, confirm=Confirm(seeds=(1,))), 3).scenarios["equal"]
     assert (found.coverage, found.covered([LOGIT])) == ({}, None)
     assert found.power[LOGIT][0.005] == Rate(0, 3)
 
 
-def test_a_study_without_contrasts_has_nothing_to_calibrate(study: Study) -> None:
+def test_calibration_rejects_a_study_without_contrasts(study: Study) -> None:
     with pytest.raises(UserError, match="declares no contrasts"):
         calibrate(replace(study, contrasts=(), moderator=None, control=None), 3)
 
 
-def test_the_estimates_of_many_studies_are_those_of_each() -> None:
+def test_batched_estimates_equal_those_of_each_study() -> None:
     of = design(ablation())
     values, stopped = draw("equal", SCENARIOS["equal"], of, 0, 6), none_stopped(of, 6)
     stopped[[1, 4], 1] = stopped[2, 9] = True
@@ -338,7 +339,7 @@ def test_the_estimates_of_many_studies_are_those_of_each() -> None:
         assert found.pairs[number].tolist() == one.pairs.tolist()
 
 
-def test_contrasts_across_strata_are_those_of_the_stem_on_one_arm() -> None:
+def test_only_the_stem_contrast_of_the_ablation_crosses_strata() -> None:
     of = design(ablation())
     names = [each.name for each in of.planned.contrasts]
     assert [name for name, across in zip(names, of.across, strict=True) if across] == [STEM]

@@ -68,14 +68,14 @@ def row(table: pd.DataFrame, name: str) -> dict[Any, Any]:
         (0.001, "cifar: logit - none", "inconclusive"),
     ],
 )
-def test_a_verdict_is_what_the_interval_says(study: Study, gain: float, name: str, expected: str) -> None:
+def test_the_verdict_follows_from_the_interval(study: Study, gain: float, name: str, expected: str) -> None:
     table = contrasts.contrasts(made(study, noisy(gain)))
     found = row(table, name)
     assert found["verdict"] == expected
     assert found["words"].startswith({"inconclusive": "no gain above "}.get(expected, expected))
 
 
-def test_the_pairs_keep_their_own_test_and_p_values_are_adjusted_within_a_family(study: Study) -> None:
+def test_a_paired_t_test_is_reported_and_p_values_are_adjusted_within_each_family(study: Study) -> None:
     records = made(study, noisy(0.001))
     table = contrasts.contrasts(records)
     values = confirmed(records)
@@ -91,7 +91,7 @@ def test_the_pairs_keep_their_own_test_and_p_values_are_adjusted_within_a_family
     assert set(table["family"]) == {"primary", "secondary"}
 
 
-def test_a_contrast_is_judged_by_the_model_and_one_across_strata_by_its_pairs(study: Study) -> None:
+def test_contrasts_use_the_block_model_within_a_stratum_and_pairs_across_strata(study: Study) -> None:
     across = Compare("stem", "cifar", "imagenet", where={"method": "none"})
     table = contrasts.contrasts(made(replace(study, contrasts=(across, *study.contrasts)), noisy(0.001)))
     stem, logit = row(table, "none: cifar - imagenet"), row(table, "cifar: logit - none")
@@ -100,7 +100,7 @@ def test_a_contrast_is_judged_by_the_model_and_one_across_strata_by_its_pairs(st
     assert logit["error"] != pytest.approx(logit["sd"] / 5**0.5)
 
 
-def test_a_run_of_an_earlier_version_is_judged_as_it_was_declared(study: Study) -> None:
+def test_a_run_of_an_earlier_version_is_judged_by_pairs_in_a_single_family(study: Study) -> None:
     records = made(study, noisy(0.001))
     for contrast in records.study["contrasts"]:
         del contrast["family"]
@@ -110,7 +110,7 @@ def test_a_run_of_an_earlier_version_is_judged_as_it_was_declared(study: Study) 
     assert set(table["rule"]) == {evidence.DECLARED_EARLIER}
 
 
-def test_no_finding_says_how_many_pairs_would_do(study: Study) -> None:
+def test_pairs_needed_is_the_smallest_number_with_80_percent_power(study: Study) -> None:
     found = row(contrasts.contrasts(made(study, noisy(0.0002))), "cifar: logit - none")
     size = abs(found["estimate"]) / (found["error"] * 5**0.5)
     reached = [n for n in (found["pairs_needed"] - 1, found["pairs_needed"]) if _power(size, n) >= 0.8]
@@ -122,7 +122,7 @@ def _power(size: float, n: int) -> float:
     return float(scipy_stats.nct.sf(critical, n + 7, size * n**0.5))
 
 
-def test_a_sentence_says_how_much_over_how_many_seeds_and_how_sure(study: Study) -> None:
+def test_the_words_of_a_verdict_state_estimate_seeds_and_interval(study: Study) -> None:
     table = contrasts.contrasts(made(study, noisy(0.02)))
     said = row(table, "cifar: logit - none")["words"]
     assert said.startswith("better: +1.99 points over 5 seeds, 95 % interval +1.9")
@@ -138,7 +138,7 @@ def test_a_sentence_says_how_much_over_how_many_seeds_and_how_sure(study: Study)
         ((-0.002, -0.0001), "no gain, no loss above 0.20 points"),
     ],
 )
-def test_no_finding_leads_with_what_the_interval_rules_out(ends: tuple[float, float], said: str) -> None:
+def test_ruled_out_states_the_gains_and_losses_that_the_interval_excludes(ends: tuple[float, float], said: str) -> None:
     low, high = ends
     assert verdicts.ruled_out({"n": 5, "low": low, "high": high, "error": 0.001}) == said
 
@@ -147,7 +147,7 @@ def test_no_finding_leads_with_what_the_interval_rules_out(ends: tuple[float, fl
     ("column", "value"),
     [("epochs_planned", 9), ("dataset", "cifar10"), ("data_digest", "f" * 64), ("scale", "other"), ("recipe_id", "x")],
 )
-def test_arms_that_differ_in_more_than_they_should_are_not_contrasted(study: Study, column: str, value: Any) -> None:
+def test_arms_that_differ_in_an_undeclared_setting_are_not_judged(study: Study, column: str, value: Any) -> None:
     records = made(study, noisy(0.02), cifar_logit_T4={column: value})
     found = row(contrasts.contrasts(records), "cifar: logit - none")
     assert (found["n"], found["verdict"]) == (0, "not judged")
@@ -155,7 +155,7 @@ def test_arms_that_differ_in_more_than_they_should_are_not_contrasted(study: Stu
     assert row(contrasts.contrasts(records), "imagenet: logit - none")["n"] == 5
 
 
-def test_a_stopped_trial_is_in_no_mean(study: Study) -> None:
+def test_a_stopped_arm_is_not_confirmed_and_its_contrast_is_not_judged(study: Study) -> None:
     stopped = {"status": "stopped", "stop_reason": "asha", "test_accuracy_best": None}
     records = made(study, noisy(0.02), cifar_feature=stopped)
     assert "cifar/feature" not in confirmed(records)
@@ -166,7 +166,7 @@ def test_a_stopped_trial_is_in_no_mean(study: Study) -> None:
 
 
 @pytest.mark.parametrize("how", ["failed", "without a row", "without a result"])
-def test_a_missing_seed_makes_an_arm_incomplete_and_the_contrast_says_so(study: Study, how: str) -> None:
+def test_a_missing_seed_makes_its_arm_incomplete_and_is_noted_in_the_contrast(study: Study, how: str) -> None:
     records = made(study, noisy(0.02))
     lost = (records.trials["arm"] == "cifar/none") & (records.trials["seed"] == 4)
     if how == "failed":
@@ -182,7 +182,7 @@ def test_a_missing_seed_makes_an_arm_incomplete_and_the_contrast_says_so(study: 
     assert "over 4 of 5 seeds" in found["words"]
 
 
-def test_an_arm_whose_own_trials_differ_has_no_mean(study: Study) -> None:
+def test_an_arm_whose_trials_differ_in_settings_has_no_mean(study: Study) -> None:
     records = made(study, noisy(0.02))
     changed = (records.trials["arm"] == "cifar/none") & (records.trials["seed"] == 4)
     records.trials.loc[changed, "epochs_planned"] = 9
@@ -191,14 +191,14 @@ def test_an_arm_whose_own_trials_differ_has_no_mean(study: Study) -> None:
     assert arm["note"] == "epochs_planned is 2 and 9"
 
 
-def test_an_arm_that_waits_is_not_finished(study: Study) -> None:
+def test_an_arm_with_pending_trials_is_reported_as_not_finished(study: Study) -> None:
     waiting = {"status": "pending", "epochs_run": 0, "test_accuracy_best": None}
     records = made(study, noisy(0.02), cifar_feature=waiting)
     assert accuracy.arms(records).set_index("arm").loc["cifar/feature", "note"] == "not finished"
     assert any("cifar/feature: not finished" in sentence for sentence in provenance.limits(records))
 
 
-def test_the_screen_is_exploratory_and_says_how_many_arms_were_tried(study: Study) -> None:
+def test_screen_results_are_exploratory_and_count_the_arms_tried(study: Study) -> None:
     records = made(study, noisy(0.02))
     explored = accuracy.exploratory(records)
     assert explored["what"].tolist() == ["screen"] * 8
@@ -260,7 +260,7 @@ def gains(*by_seed: float) -> Callable[[Trial], float]:
 NAME = "cifar: logit - none"
 
 
-def test_each_look_has_its_share_of_the_level_and_p_values_are_scaled_to_the_whole(study: Study) -> None:
+def test_a_look_uses_its_share_of_the_level_and_p_values_are_scaled_accordingly(study: Study) -> None:
     accuracy = gains(0.010, 0.014, 0.011)
     table = contrasts.contrasts(looked(study, accuracy, 0))
     values = confirmed(looked(study, accuracy, 0))
@@ -277,7 +277,7 @@ def test_each_look_has_its_share_of_the_level_and_p_values_are_scaled_to_the_who
     assert found["p_holm"] == pytest.approx(min(1.0, adjusted[NAME] * 10 / 3))
 
 
-def test_what_stood_at_a_look_goes_on_standing_unless_it_turns(study: Study) -> None:
+def test_a_verdict_of_an_earlier_look_persists_unless_the_estimate_changes_sign(study: Study) -> None:
     strong = (0.0100, 0.01001, 0.01002)
     first = row(contrasts.contrasts(looked(study, gains(*strong), 0)), NAME)
     assert first["verdict"] == "better"
@@ -308,7 +308,7 @@ def unended(records: Records, *, gone: bool = False, **where: Any) -> Records:
 
 @pytest.mark.long
 @pytest.mark.parametrize("gone", [False, True])
-def test_a_look_that_goes_on_spends_nothing_and_changes_no_contrast(study: Study, gone: bool) -> None:
+def test_an_unfinished_look_changes_no_contrast_and_is_reported(study: Study, gone: bool) -> None:
     accuracy = gains(0.010, 0.014, 0.011, 0.013, 0.012)
     whole = looked(study, accuracy, 1)
     for partial in (unended(whole, gone=gone, seed=5), unended(whole, seed=5, arm="imagenet/none")):
@@ -320,7 +320,7 @@ def test_a_look_that_goes_on_spends_nothing_and_changes_no_contrast(study: Study
     assert row(contrasts.contrasts(whole), NAME)["n"] == 5
 
 
-def test_a_contrast_whose_trials_go_on_is_not_judged_yet(study: Study) -> None:
+def test_a_contrast_with_unfinished_trials_is_not_judged(study: Study) -> None:
     table = contrasts.contrasts(unended(made(study, noisy(0.02)), arm="cifar/logit/T=4", seed=2))
     assert (row(table, NAME)["verdict"], row(table, NAME)["note"]) == (
         "not judged",
@@ -331,7 +331,7 @@ def test_a_contrast_whose_trials_go_on_is_not_judged_yet(study: Study) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("rest", [0.0, 1e-14, -1e-14])
-def test_what_came_to_nothing_but_for_rounding_is_neither_better_nor_worse(study: Study, rest: float) -> None:
+def test_a_finding_whose_estimate_later_rounds_to_zero_becomes_inconclusive(study: Study, rest: float) -> None:
     def accuracy(trial: Trial) -> float:
         gain = {1: 640, 2: 641, 3: 642, 4: -1000, 5: -923}.get(trial.seed, 0)  # in 2**-16, so that the sum is exactly 0
         treated = trial.phase == "confirm" and trial.arm == "cifar/logit/T=4"
@@ -343,7 +343,7 @@ def test_what_came_to_nothing_but_for_rounding_is_neither_better_nor_worse(study
     assert found["verdict"] == "inconclusive"
 
 
-def test_equivalence_of_an_earlier_look_falls_when_the_estimate_leaves_the_margin(study: Study) -> None:
+def test_equivalence_from_an_earlier_look_is_withdrawn_when_the_estimate_leaves_the_margin(study: Study) -> None:
     alike = (0.00001, -0.00001, 0.00001)
     assert row(contrasts.contrasts(looked(study, gains(*alike), 0)), NAME)["verdict"] == "equivalent"
     inside = row(contrasts.contrasts(looked(study, gains(*alike, 0.002, -0.001), 1)), NAME)
@@ -353,21 +353,21 @@ def test_equivalence_of_an_earlier_look_falls_when_the_estimate_leaves_the_margi
     assert (outside["verdict"], outside["p_equivalence"] > 0.05) == ("inconclusive", True)
 
 
-def test_looks_are_named_among_the_limits(study: Study) -> None:
+def test_the_limits_name_the_current_look_and_its_level(study: Study) -> None:
     said = provenance.limits(looked(study, gains(*[0.01] * 5), 1))
     (sentence,) = (each for each in said if each.startswith("Judged at look"))
     assert sentence.startswith("Judged at look 2 of the 3 that the study declared (5 of 10 seeds)")
     assert "this look has 0.01" in sentence
 
 
-def test_two_trials_of_one_arm_and_seed_are_refused(study: Study) -> None:
+def test_duplicate_trials_of_an_arm_and_seed_are_rejected(study: Study) -> None:
     records = made(study, noisy(0.02))
     twice = pd.concat([records.trials, records.trials.assign(trial_id="again")], ignore_index=True)
     with pytest.raises(ValueError, match="40 confirmed trials have the run, arm and seed of another"):
         confirmed(replace(records, trials=twice))
 
 
-def test_levels_are_compared_wherever_everything_else_is_alike_paired_where_all_seeds_have_both(study: Study) -> None:
+def test_levels_are_compared_in_each_context_and_paired_if_no_seed_is_missing(study: Study) -> None:
     records = made(study, noisy(0.02))
     table = contrasts.compare(records, "stem", "cifar", "imagenet")
     assert len(table) == 4  # none, feature, and logit at two temperatures
@@ -383,7 +383,7 @@ def test_levels_are_compared_wherever_everything_else_is_alike_paired_where_all_
     ]
 
 
-def test_arms_of_two_runs_are_compared_after_welch_and_what_differs_is_said(study: Study) -> None:
+def test_arms_of_two_runs_are_compared_by_welch_and_differing_settings_are_reported(study: Study) -> None:
     one, other = made(study, noisy(0.0), "one"), made(study, noisy(0.01), "two")
     other.studies["two"]["study"]["recipe"]["lr"] = 0.2
     other.trials.loc[other.trials["arm"] == "cifar/none", "epochs_planned"] = 9

@@ -35,7 +35,7 @@ def of(table: pd.DataFrame, measure: str, name: str = PAIR) -> dict[Any, Any]:
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_a_measure_is_judged_as_the_same_values_would_be_as_accuracies(study: Study, measure: str) -> None:
+def test_a_measure_is_judged_like_an_accuracy_with_the_same_values(study: Study, measure: str) -> None:
     records = measured(made(study, noisy(0.01)), agreement=0.01)
     found = fidelity.fidelity(records)
     as_accuracy = replace(records, trials=records.trials.assign(test_accuracy_best=records.trials[measure]))
@@ -60,12 +60,14 @@ def test_a_measure_is_judged_as_the_same_values_would_be_as_accuracies(study: St
         ("ece", 0.0, "no difference found"),
     ],
 )
-def test_a_verdict_says_the_direction_in_words(study: Study, measure: str, shift: float, expected: str) -> None:
+def test_the_verdict_names_the_direction_of_the_difference(
+    study: Study, measure: str, shift: float, expected: str
+) -> None:
     found = fidelity.fidelity(measured(made(study, noisy(0.01)), **{measure: shift}))
     assert of(found, measure)["verdict"] == expected
 
 
-def test_likeness_is_judged_where_both_arms_have_a_teacher_and_calibration_everywhere(study: Study) -> None:
+def test_likeness_is_judged_only_if_both_arms_have_a_teacher_and_calibration_always(study: Study) -> None:
     found = fidelity.fidelity(measured(made(study, noisy(0.01))))
     asked = {name: tuple(rows["measure"]) for name, rows in found.groupby("contrast")}
     assert asked == {
@@ -74,7 +76,7 @@ def test_likeness_is_judged_where_both_arms_have_a_teacher_and_calibration_every
     }
 
 
-def test_all_rows_are_one_family_which_takes_no_power_from_accuracy(study: Study) -> None:
+def test_all_measures_form_one_family_separate_from_accuracy(study: Study) -> None:
     records = made(study, noisy(0.01))
     with_measures = measured(records, agreement=0.002)
     found = fidelity.fidelity(with_measures)
@@ -83,7 +85,7 @@ def test_all_rows_are_one_family_which_takes_no_power_from_accuracy(study: Study
     pd.testing.assert_frame_equal(contrasts.contrasts(with_measures), contrasts.contrasts(records))
 
 
-def test_what_is_not_judged_stays_in_the_family_and_says_why(study: Study) -> None:
+def test_an_unjudged_comparison_stays_in_the_family_with_its_reason(study: Study) -> None:
     records = measured(made(study, noisy(0.01)), agreement=0.002)
     whole = fidelity.fidelity(records)
     records = replace(records, trials=records.trials.copy())
@@ -105,7 +107,7 @@ def test_what_is_not_judged_stays_in_the_family_and_says_why(study: Study) -> No
     assert (short["n"], short["note"]) == (4, "1 of 5 seeds are missing")
 
 
-def test_one_seed_is_no_verdict(study: Study) -> None:
+def test_a_study_with_one_seed_has_no_verdict_and_no_sentence(study: Study) -> None:
     records = measured(made(study, noisy(0.01)), agreement=0.1)
     records.studies["r"]["study"]["confirm"]["seeds"] = (1,)
     found = of(fidelity.fidelity(records), "agreement")
@@ -114,7 +116,7 @@ def test_one_seed_is_no_verdict(study: Study) -> None:
     assert fidelity.sentence(records, contrasts.contrasts(records)) is None
 
 
-def test_a_look_has_its_share_of_the_level_here_too(study: Study) -> None:
+def test_measures_at_a_look_use_its_share_of_the_level(study: Study) -> None:
     found = fidelity.fidelity(measured(looked(study, lambda trial: 0.9, 0), agreement=0.01))
     each, share = of(found, "agreement"), 0.05 * 3 / 10
     adjusted = dict(
@@ -125,7 +127,7 @@ def test_a_look_has_its_share_of_the_level_here_too(study: Study) -> None:
     assert each["high"] - each["estimate"] == pytest.approx(half)
 
 
-def test_what_stood_at_a_look_goes_on_standing(study: Study) -> None:
+def test_a_verdict_of_an_earlier_look_persists(study: Study) -> None:
     def faded(records: Records) -> Records:
         trials = measured(records, agreement=0.05).trials
         later = trials["arm"].eq("cifar/logit/T=2") & trials["seed"].isin([4, 5])
@@ -137,7 +139,7 @@ def test_what_stood_at_a_look_goes_on_standing(study: Study) -> None:
     assert second["n"] == 5 and second["p"] > 0.05
 
 
-def test_without_a_study_or_effects_there_is_nothing(study: Study) -> None:
+def test_without_a_study_or_effects_the_table_is_empty_and_there_is_no_sentence(study: Study) -> None:
     records = made(study, noisy(0.01))
     alone = replace(records, studies={})
     records.studies["r"]["contrasts"] = [each for each in records.study["contrasts"] if each["kind"] != "effect"]
@@ -176,7 +178,7 @@ NEITHER = "one student is found to be closer to its teacher"
         (0.0, {"kl_t1": 0.05, "kl_t4": -0.05}, 0, NEITHER),
     ],
 )
-def test_the_sentence_says_whether_likeness_comes_without_accuracy(
+def test_the_sentence_states_whether_likeness_comes_with_higher_accuracy(
     study: Study, gain: float, shifts: dict[str, float], count: int, expected: str
 ) -> None:
     records = measured(made(study, warm(gain)), **shifts)
@@ -186,7 +188,7 @@ def test_the_sentence_says_whether_likeness_comes_without_accuracy(
 
 
 @pytest.mark.parametrize("measure", fidelity.LIKENESS)
-def test_the_sentence_has_the_figures_of_the_clearest_difference(study: Study, measure: str) -> None:
+def test_the_sentence_gives_the_numbers_of_the_clearest_difference(study: Study, measure: str) -> None:
     records = measured(made(study, warm(0.0)), **{measure: 0.05})
     each, accuracy = of(fidelity.fidelity(records), measure), row(contrasts.contrasts(records), PAIR)
     said = fidelity.sentence(records, contrasts.contrasts(records))
@@ -199,7 +201,7 @@ def test_the_sentence_has_the_figures_of_the_clearest_difference(study: Study, m
     assert f"is {PAIR} ({fidelity.LIKENESS[measure]} {value} {unit}, 95 % interval {low} to {high};" in said
 
 
-def test_the_sentence_names_the_run_of_several(study: Study) -> None:
+def test_the_sentence_names_the_run_if_there_are_several(study: Study) -> None:
     one, other = (measured(made(study, warm(0.0), run), agreement=0.05) for run in ("one", "two"))
     both = Records(
         *(

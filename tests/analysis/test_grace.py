@@ -34,7 +34,7 @@ def left_behind(out: Path, study: Study, lows: dict[str, list[float | None]], ru
     grace.record(out / run, run, study, pd.DataFrame(rows))
 
 
-def test_a_grace_period_that_is_shorter_than_an_audit_supports_is_warned_of(long: Study, tmp_path: Path) -> None:
+def test_a_grace_period_shorter_than_an_audit_supports_gives_a_warning(long: Study, tmp_path: Path) -> None:
     left_behind(tmp_path, long, {"cifar/logit": [-0.5, -0.4, -0.1, 0.2, 0.3]})
     (warning,) = grace.warnings(plan(long), tmp_path)
     assert warning == (
@@ -45,14 +45,14 @@ def test_a_grace_period_that_is_shorter_than_an_audit_supports_is_warned_of(long
     assert grace.warnings(plan(later), tmp_path) == []
 
 
-def test_one_good_epoch_before_bad_ones_supports_nothing(long: Study, tmp_path: Path) -> None:
+def test_good_epochs_before_a_bad_one_support_no_grace_period(long: Study, tmp_path: Path) -> None:
     left_behind(tmp_path, long, {"cifar/logit": [0.3, 0.3, -0.1, 0.3, None]})
     (warning,) = grace.warnings(plan(long), tmp_path)
     assert "the ranks at epoch 3" in warning
     assert warning.endswith("no grace period is supported")
 
 
-def test_the_next_epoch_that_was_validated_supports_a_grace_period(long: Study, tmp_path: Path) -> None:
+def test_a_grace_period_is_judged_at_the_next_validated_epoch(long: Study, tmp_path: Path) -> None:
     left_behind(tmp_path, long, {"cifar/logit": [-0.5, -0.4, -0.1, 0.2, 0.3]})
     audit = tmp_path / "earlier" / "audit.json"
     left = json.loads(audit.read_text())
@@ -62,7 +62,7 @@ def test_the_next_epoch_that_was_validated_supports_a_grace_period(long: Study, 
     assert "at epoch 3" in warning and warning.endswith("from epoch 5 on they did")
 
 
-def test_only_runs_that_are_alike_and_strata_in_which_an_arm_may_stop_count(
+def test_incomparable_runs_immune_strata_and_damaged_audits_give_no_warning(
     long: Study, study: Study, tmp_path: Path
 ) -> None:
     bad: list[float | None] = [-0.5] * 5
@@ -85,7 +85,7 @@ def test_only_runs_that_are_alike_and_strata_in_which_an_arm_may_stop_count(
     assert grace.warnings(plan(long), tmp_path) == []
 
 
-def test_what_a_finished_run_leaves_is_its_audit_at_every_epoch(finished: Path, study: Study, tmp_path: Path) -> None:
+def test_record_writes_the_audit_of_a_finished_run(finished: Path, study: Study, tmp_path: Path) -> None:
     records = reader.load(finished)
     table = early_stopping.rank_correlations(records, everywhere=True)
     grace.record(tmp_path, "tiny", study, table)

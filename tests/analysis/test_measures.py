@@ -40,7 +40,7 @@ TEACHER = {"trial_id": "t", "arm": "teacher", "phase": "teacher", "role": "teach
            "status": "completed", "test_accuracy_best": 0.95}  # fmt: skip
 
 
-def test_measures_are_means_and_deviations_over_trials_that_ran_to_the_end() -> None:
+def test_measures_are_means_and_deviations_over_completed_trials() -> None:
     table = measures.measures(
         records([
             trial("cifar/logit/T=4", 1, 0.9, agreement=0.8, ece=0.1), trial("cifar/logit/T=4", 2, 0.9, agreement=0.9),
@@ -54,7 +54,7 @@ def test_measures_are_means_and_deviations_over_trials_that_ran_to_the_end() -> 
     assert pd.isna(table["kl_t1"])
 
 
-def test_costs_count_shares_and_the_way_to_a_target() -> None:
+def test_costs_count_gpu_and_cpu_seconds_and_epochs_to_a_target() -> None:
     def curve(of: str, *accuracies: float) -> list[dict[str, Any]]:
         return [{"trial_id": of, "epoch": number, "val_accuracy": each} for number, each in enumerate(accuracies, 1)]
 
@@ -75,7 +75,7 @@ def test_costs_count_shares_and_the_way_to_a_target() -> None:
     assert pd.isna(row["epochs_to_target"])
 
 
-def test_a_response_has_a_row_a_level_beside_the_control_of_its_context() -> None:
+def test_a_response_has_one_row_per_level_with_the_control_of_its_context() -> None:
     arms = {"cifar/none": 0.90, "imagenet/none": 0.80, "cifar/logit/T=1": 0.91, "cifar/logit/T=4": 0.93,
             "imagenet/logit/T=4": 0.83}  # fmt: skip
     some = records([trial(arm, seed, value + seed / 1000) for arm, value in arms.items() for seed in (1, 3)])
@@ -93,14 +93,14 @@ def test_intervals_of_a_response_stay_within_0_and_1() -> None:
     assert table[["low", "high"]].iloc[1].isna().all()
 
 
-def test_the_teachers_lead_stands_beside_the_gain() -> None:
+def test_gaps_report_the_teachers_lead_and_the_gain_over_the_control() -> None:
     some = records([TEACHER, trial("cifar/none", 1, 0.90), trial("cifar/logit/T=4", 1, 0.92)])
     (row,) = measures.gaps(some).to_dict("records")
     assert (row["gap"], row["gain"]) == (pytest.approx(0.05), pytest.approx(0.02))
     assert measures.gaps(records([trial("cifar/none", 1, 0.90), trial("cifar/logit/T=4", 1, 0.92)])).empty
 
 
-def test_a_control_of_another_budget_is_no_control() -> None:
+def test_a_control_with_another_epoch_budget_is_ignored() -> None:
     some = records([
         TEACHER, trial("cifar/none", 1, 0.90, epochs_planned=100), trial("cifar/none", 2, 0.50, epochs_planned=10),
         trial("cifar/logit/T=4", 1, 0.92, epochs_planned=100),
@@ -109,7 +109,7 @@ def test_a_control_of_another_budget_is_no_control() -> None:
     assert row["control"] == pytest.approx(0.90)
 
 
-def test_what_is_not_known_of_both_does_not_part_them() -> None:
+def test_settings_unknown_for_both_arms_do_not_separate_them() -> None:
     unknown = {"weights": None, "width": None, "stem": None}
     some = records([TEACHER, trial("cifar/none", 1, 0.90, **unknown), trial("cifar/logit/T=4", 1, 0.92, **unknown)])
     (row,) = measures.gaps(some).to_dict("records")
@@ -121,7 +121,7 @@ def decision(of: str, epoch: int, metric: float, action: str = "continue", reaso
             "rank": 1, "peers": 3, "action": action, "reason": reason}  # fmt: skip
 
 
-def test_the_audit_pairs_each_comparison_with_the_end_and_knows_none_of_what_was_stopped() -> None:
+def test_the_audit_pairs_each_comparison_with_the_final_accuracy_except_for_stopped_trials() -> None:
     trials = [{"trial_id": name, "arm": name, "phase": "screen", "role": "student", "seed": 0, "val_accuracy": final,
                "status": "completed" if name != "d" else "stopped"}
               for name, final in {"a": 0.9, "b": 0.8, "c": 0.7, "d": 0.2}.items()]  # fmt: skip
@@ -149,7 +149,7 @@ def curves(accuracy: dict[str, list[float]], study: Study, **values: Any) -> Rec
     return records(trials, epochs, studies={"r": {"study": asdict(study)}})
 
 
-def test_the_audit_gives_the_rank_correlation_of_each_rung_with_the_end_in_each_stratum(study: Study) -> None:
+def test_the_audit_correlates_ranks_at_each_rung_with_final_ranks_in_each_stratum(study: Study) -> None:
     study = replace(study, recipe=Recipe(epochs=4), screen=Screen(grace=1, reduction=2))
     ends = [0.1, 0.2, 0.3, 0.4, 0.5]
     logits = {
@@ -171,8 +171,8 @@ def test_the_audit_gives_the_rank_correlation_of_each_rung_with_the_end_in_each_
     assert everywhere["rung"].isna().sum() == 2
 
 
-def test_of_long_trials_a_thousand_epochs_are_looked_at_and_the_rungs(study: Study) -> None:
-    """A stranger's study may declare a million epochs."""
+def test_the_audit_of_long_trials_samples_about_a_thousand_epochs_and_all_rungs(study: Study) -> None:
+    """A study may declare a million epochs."""
     study = replace(study, recipe=Recipe(epochs=2500), screen=Screen(grace=100, reduction=5))
     some = curves({f"cifar/none {seed}": [0.1 * seed] * 2500 for seed in range(3)}, study)
     table = early_stopping.rank_correlations(some, everywhere=True)
@@ -182,7 +182,7 @@ def test_of_long_trials_a_thousand_epochs_are_looked_at_and_the_rungs(study: Stu
 
 
 @pytest.mark.parametrize(("epochs", "every", "shown"), [(5, 2, [2, 4]), (5, 3, [3]), (2500, 2, range(2, 2500, 4))])
-def test_the_audit_is_of_the_epochs_that_were_validated(study: Study, epochs: int, every: int, shown: object) -> None:
+def test_the_audit_uses_only_validated_epochs(study: Study, epochs: int, every: int, shown: object) -> None:
     recipe = Recipe(epochs=epochs, validate_every=every)
     study = replace(study, recipe=recipe, screen=Screen(grace=every * (epochs // every)))
     nan = float("nan")
@@ -196,7 +196,7 @@ def test_the_audit_is_of_the_epochs_that_were_validated(study: Study, epochs: in
     assert (table["n"] == 3).all() and (table["epoch"] % every == 0).all()
 
 
-def test_a_target_is_reached_in_an_epoch_that_was_validated(study: Study) -> None:
+def test_a_target_is_reached_at_a_validated_epoch(study: Study) -> None:
     study = replace(study, recipe=Recipe(epochs=5, validate_every=2), screen=Screen(grace=5))
     nan = float("nan")
     some = curves({"cifar/none 1": [nan, 0.2, nan, 0.6, 0.7], "cifar/none 2": [nan, 0.6, nan, 0.5, 0.7]}, study)
@@ -204,7 +204,7 @@ def test_a_target_is_reached_in_an_epoch_that_was_validated(study: Study) -> Non
     assert (row["reached"], row["epochs_to_target"]) == (2, 3.0)
 
 
-def test_margins_come_from_the_spread_of_controls_between_seeds(study: Study) -> None:
+def test_noise_margins_come_from_the_spread_of_controls_between_seeds(study: Study) -> None:
     study = replace(study, recipe=Recipe(epochs=4), screen=Screen(grace=1, reduction=2))
     some = curves(
         {"cifar/none 1": [0.5, 0.7, 0.8, 0.9], "cifar/none 2": [0.7, 0.7, 0.8, 0.9], "cifar/logit/T=4 1": [0.1] * 4,
@@ -230,7 +230,7 @@ def test_margins_come_from_the_spread_of_controls_between_seeds(study: Study) ->
         early_stopping.noise_margins(some, replace(study, data=Data("cifar10")))
 
 
-def test_a_timeline_puts_trials_on_slots_on_which_they_do_not_overlap() -> None:
+def test_the_timeline_assigns_trials_to_slots_without_overlap() -> None:
     def ran(seed: int, started: float, seconds: float, host: str = "one") -> dict[str, Any]:
         return trial("cifar/none", seed, 0.9, started=started, wall_seconds=seconds, host=host)
 

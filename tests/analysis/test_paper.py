@@ -19,7 +19,7 @@ def cells(records: Records, *row: str) -> dict[tuple[Any, ...], dict[Any, Any]]:
     return {(*(each[name] for name in row), each["column"]): each for each in paper(records).to_dict("records")}
 
 
-def test_a_cell_has_the_mean_deviation_and_seeds_of_its_arm(study: Study) -> None:
+def test_a_cell_has_the_mean_deviation_and_seed_count_of_its_arm(study: Study) -> None:
     records = made(study, noisy(0.01))
     lost = (records.trials["arm"] == "cifar/feature") & (records.trials["seed"] == 4)
     records.trials.loc[lost, "status"] = "failed"
@@ -47,7 +47,7 @@ def pairs(*contrasts: Compare) -> Study:
     )
 
 
-def test_a_control_has_a_cell_beside_each_teacher_of_its_students() -> None:
+def test_a_control_has_a_cell_in_the_row_of_each_teacher() -> None:
     found = cells(made(pairs(), noisy(0.01)), "teacher", "student")
     teachers, students = ("resnet50", "resnet34"), ("resnet18", "resnet34")
     assert set(found) == {(*row, method) for row in [(one, other) for one in teachers for other in students]
@@ -56,7 +56,7 @@ def test_a_control_has_a_cell_beside_each_teacher_of_its_students() -> None:
         assert {found[teacher, student, "none"]["arm"] for teacher in teachers} == {f"{student}/none"}
 
 
-def test_a_context_with_controls_alone_is_a_row_without_a_teacher() -> None:
+def test_a_context_with_only_a_control_has_a_row_without_a_teacher() -> None:
     records = made(pairs(), noisy(0.01))
     records = replace(
         records,
@@ -70,7 +70,7 @@ def test_a_context_with_controls_alone_is_a_row_without_a_teacher() -> None:
     assert pd.isna(alone["teacher"]) and pd.isna(alone["teacher_accuracy"]) and pd.isna(alone["teacher_n"])
 
 
-def test_other_levels_have_a_column_only_if_the_study_compares_them(study: Study) -> None:
+def test_levels_off_the_reference_have_a_column_only_if_a_contrast_compares_them(study: Study) -> None:
     factors = (*study.factors, Factor("alpha", (0.3, 0.5)))
     several = replace(
         study,
@@ -82,7 +82,7 @@ def test_other_levels_have_a_column_only_if_the_study_compares_them(study: Study
     assert columns == ["none", "logit T=4 alpha=0.3", "logit T=4 alpha=0.5", "feature alpha=0.5"]
 
 
-def test_a_verdict_is_of_a_primary_contrast_with_the_control_of_the_row(study: Study) -> None:
+def test_a_verdict_comes_only_from_a_primary_contrast_with_the_rows_control(study: Study) -> None:
     declared = (
         Compare("stem", "cifar", "imagenet", where={"method": "none"}),
         Compare("method", "logit", "none"),
@@ -95,14 +95,14 @@ def test_a_verdict_is_of_a_primary_contrast_with_the_control_of_the_row(study: S
     assert verdicts == {(stem, "logit T=4"): "better" for stem in ("imagenet", "cifar")}
 
 
-def test_the_one_family_of_an_earlier_version_counts(study: Study) -> None:
+def test_contrasts_of_an_earlier_version_without_families_give_verdicts(study: Study) -> None:
     records = made(study, noisy(0.02))
     for contrast in records.study["contrasts"]:
         del contrast["family"], contrast["factor"]
     assert cells(records, "stem")["cifar", "logit T=4"]["verdict"] == "better"
 
 
-def test_a_teacher_has_the_mean_of_its_seeds(study: Study) -> None:
+def test_a_teachers_accuracy_is_the_mean_over_its_seeds(study: Study) -> None:
     records = made(replace(study, teacher_seeds=(1000, 1001)), noisy(0.01))
     teachers = (records.trials["role"] == "teacher") & (records.trials["stem"] == "cifar")
     records.trials.loc[teachers, "test_accuracy_best"] = [0.95, 0.97]
@@ -113,7 +113,7 @@ def test_a_teacher_has_the_mean_of_its_seeds(study: Study) -> None:
     assert found["imagenet", "none"]["teacher_accuracy"] == 0.95
 
 
-def test_tuned_arms_and_their_defaults_have_columns_of_their_own(study: Study) -> None:
+def test_tuned_and_default_arms_have_separate_columns(study: Study) -> None:
     tuning = Tuning((Range("lr", LogUniform(0.01, 0.5)),), budget=2, startup=1)
     tuned = replace(
         study, factors=(study.factors[1],), contrasts=(Compare("method", "logit", "none"),), moderator=None,
@@ -129,14 +129,14 @@ def test_tuned_arms_and_their_defaults_have_columns_of_their_own(study: Study) -
     assert [column for (column,), each in found.items() if each["verdict"] == "better"] == ["logit tuned"]
 
 
-def test_tables_that_lack_settings_have_columns_of_what_is_known(study: Study) -> None:
+def test_columns_are_named_by_known_settings_if_the_method_is_missing(study: Study) -> None:
     records = made(study, noisy(0.01))
     records.trials["method"] = None
     assert "T=2" in set(paper(records)["column"])
 
 
 @pytest.mark.parametrize("what", ["no study", "one arm", "nothing completed"])
-def test_where_nothing_can_be_compared_there_is_no_table(study: Study, what: str) -> None:
+def test_the_table_is_empty_if_nothing_can_be_compared(study: Study, what: str) -> None:
     records = made(study, noisy(0.01))
     if what == "no study":
         records = replace(records, studies={})

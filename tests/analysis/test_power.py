@@ -26,14 +26,14 @@ def simulated(planned: Plan, name: str, difference: float, seeds: int, studies: 
 
 @pytest.mark.parametrize("seeds", [5, 8])
 @pytest.mark.parametrize("name", ["none: cifar - imagenet", "cifar: logit - none", "(logit - none): cifar - imagenet"])
-def test_four_of_five_studies_find_what_a_plan_says(name: str, seeds: int) -> None:
+def test_about_80_percent_of_simulated_studies_find_the_detectable_difference(name: str, seeds: int) -> None:
     planned = plan(replace(ablation.study(), confirm=Confirm(seeds=tuple(range(1, seeds + 1)))))
     found = {each.contrast: each for each in power.powers(planned, seeds, 0.05)}[name]
     assert found.detectable is not None
     assert 0.78 < simulated(planned, name, found.detectable, seeds) < 0.85
 
 
-def test_the_seeds_for_a_difference_find_it_and_one_less_does_not() -> None:
+def test_the_seeds_for_a_difference_are_the_fewest_that_detect_it() -> None:
     planned = plan(ablation.study())
     for difference, needed in power.powers(planned, 5, 0.05)[1].seeds.items():
         assert needed is not None
@@ -49,7 +49,7 @@ def test_two_arms_alone_have_the_power_of_a_paired_t_test() -> None:
     assert found.detectable == statistics.detectable(5, two.deviation * 2**0.5)
 
 
-def test_the_cost_of_a_seed_is_that_of_a_plan_with_it() -> None:
+def test_the_cost_of_a_seed_matches_a_plan_with_one_more_seed() -> None:
     study = ablation.study()
     whole, more = power.slot_seconds(plan(study))
     again, _ = power.slot_seconds(plan(replace(study, confirm=Confirm(seeds=(1, 2, 3, 4, 5, 6)))))

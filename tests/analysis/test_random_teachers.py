@@ -64,9 +64,7 @@ def mean_squares(d: np.ndarray) -> tuple[float, float, float]:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 6), st.integers(2, 6))
-def test_where_every_teacher_meets_every_seed_it_is_the_analysis_of_variance(
-    seed: int, teachers: int, seeds: int
-) -> None:
+def test_a_complete_layout_gives_the_analysis_of_variance(seed: int, teachers: int, seeds: int) -> None:
     d = differences(seed, teachers, seeds, 0.2)
     found, (of_teacher, of_seed, rest) = crossed(d), mean_squares(d)
     components = np.maximum([(of_teacher - rest) / seeds, (of_seed - rest) / teachers, rest], 0)
@@ -80,7 +78,7 @@ def test_where_every_teacher_meets_every_seed_it_is_the_analysis_of_variance(
     assert_allclose(found.df, max(satterthwaite, min(teachers, seeds) - 1), rtol=1e-9)
 
 
-def test_estimates_and_components_are_those_of_a_mixed_model() -> None:
+def test_estimates_and_components_match_a_mixed_model() -> None:
     """REML equals the analysis of variance on balanced data if every component is positive."""
     compared = 0
     for seed in range(6):
@@ -103,7 +101,7 @@ def test_estimates_and_components_are_those_of_a_mixed_model() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 5), st.integers(2, 6), st.integers(0, 6))
-def test_a_layout_with_missing_cells_has_the_variance_that_its_components_give(
+def test_the_error_of_a_layout_with_missing_cells_follows_from_its_variance_components(
     seed: int, teachers: int, seeds: int, lost: int
 ) -> None:
     d = differences(seed, teachers, seeds, 0.2)
@@ -123,7 +121,7 @@ def test_a_layout_with_missing_cells_has_the_variance_that_its_components_give(
 
 
 @pytest.mark.parametrize("lost", [0, 5])
-def test_components_are_right_on_average_whatever_is_missing(lost: int) -> None:
+def test_components_are_unbiased_with_and_without_missing_cells(lost: int) -> None:
     """Components are unbiased before negative ones are set to zero, which hardly happens here."""
     d = differences(3, 6, 8, 0.3, studies=4000)
     d[:, *np.unravel_index(np.random.default_rng(0).permutation(48)[:lost], (6, 8))] = np.nan
@@ -132,7 +130,7 @@ def test_components_are_right_on_average_whatever_is_missing(lost: int) -> None:
     assert_allclose((found.error**2).mean(), found.mean.var(), rtol=0.05)
 
 
-def test_seeds_that_take_turns_are_judged_by_the_means_of_their_teachers() -> None:
+def test_one_teacher_per_seed_gives_a_t_test_of_the_teacher_means() -> None:
     d = np.where(layout(4, 8, 1), differences(5, 4, 8, 1.0), np.nan)
     found = crossed(d)
     expected = scipy_stats.ttest_1samp(np.nanmean(d, axis=1), 0.0)
@@ -146,7 +144,7 @@ def test_seeds_that_take_turns_are_judged_by_the_means_of_their_teachers() -> No
     ("teachers", "seeds", "per_seed", "most"),
     [(2, 5, 2, 100.0), (3, 5, 3, 99.5), (5, 5, 5, 97.5), (10, 5, 10, 97.0), (3, 6, 2, 100.0), (5, 10, 3, 98.5)],
 )
-def test_intervals_hold_for_other_teachers(
+def test_intervals_cover_the_effect_over_all_teachers(
     teachers: int, seeds: int, per_seed: int, most: float, spread: float
 ) -> None:
     """Coverage in percent over 4,000 studies. With two or three teachers, the verdicts are conservative."""
@@ -156,13 +154,13 @@ def test_intervals_hold_for_other_teachers(
     assert 94.0 <= 100 * float((np.abs(found.mean) <= half).mean()) <= most
 
 
-def test_the_degrees_of_freedom_are_those_of_the_teachers_where_these_dominate() -> None:
+def test_degrees_of_freedom_are_teachers_minus_1_if_teachers_dominate_the_variance() -> None:
     for teachers in (2, 3, 5):
         assert_allclose(np.median(crossed(differences(1, teachers, 5, 50.0, studies=500)).df), teachers - 1, rtol=0.01)
 
 
 @pytest.mark.parametrize(("teachers", "seeds"), [(2, 5), (3, 5), (5, 5), (10, 5)])
-def test_the_gain_that_teachers_can_show_is_that_of_the_noncentral_t(teachers: int, seeds: int) -> None:
+def test_the_detectable_gain_over_teachers_matches_the_noncentral_t(teachers: int, seeds: int) -> None:
     gain = statistics.detectable_over_teachers(teachers, seeds, teachers, 0.15)
     df = min(teachers, seeds) - 1
     critical = scipy_stats.t.ppf(0.975, df)
@@ -215,7 +213,7 @@ def row(table: pd.DataFrame, name: str) -> dict[Any, Any]:
     return found
 
 
-def test_a_contrast_of_an_arm_with_teachers_is_judged_over_them(several: Study) -> None:
+def test_a_contrast_of_an_arm_with_several_teachers_is_judged_over_teachers(several: Study) -> None:
     records = made(several, drawn)
     found = row(contrasts.contrasts(records), LOGIT)
     trials = accuracy.completed_trials(records)
@@ -237,7 +235,7 @@ def test_a_contrast_of_an_arm_with_teachers_is_judged_over_them(several: Study) 
     assert "over 4 seeds and 3 teachers, 95 % interval" in found["words"]
 
 
-def test_the_stem_is_judged_as_with_one_teacher(several: Study) -> None:
+def test_a_stem_contrast_of_controls_is_judged_by_pairs(several: Study) -> None:
     across = Compare("stem", "cifar", "imagenet", where={"method": "none"})
     table = contrasts.contrasts(made(replace(several, contrasts=(across, *several.contrasts)), drawn))
     stem = row(table, "none: cifar - imagenet")
@@ -246,7 +244,7 @@ def test_the_stem_is_judged_as_with_one_teacher(several: Study) -> None:
     assert set(table["rule"]) == {"pairs", "random teachers"}
 
 
-def test_the_block_model_is_of_arms_without_teachers_alone(several: Study) -> None:
+def test_the_block_model_uses_only_arms_without_teachers(several: Study) -> None:
     """Means over teachers spread less than single trials, and would make the model's variance too small."""
     wider = Compare("width", 0.125, 0.0625, where={"method": "none"})
     widths = (*several.factors, Factor("width", (0.0625, 0.125)))
@@ -256,7 +254,7 @@ def test_the_block_model_is_of_arms_without_teachers_alone(several: Study) -> No
         assert found["error"] == pytest.approx(found["sd"] / 2)
 
 
-def test_a_change_with_the_stem_and_two_methods_with_the_same_teachers_are_judged_over_them(several: Study) -> None:
+def test_moderations_and_contrasts_of_two_distilled_arms_are_judged_over_teachers(several: Study) -> None:
     table = contrasts.contrasts(made(several, drawn))
     for name in ("(logit - none): cifar - imagenet", "cifar: T=2 - T=4"):
         assert (row(table, name)["rule"], row(table, name)["teachers"]) == ("random teachers", 3)
@@ -264,7 +262,7 @@ def test_a_change_with_the_stem_and_two_methods_with_the_same_teachers_are_judge
     assert same["sd_teacher"] < 0.0007 < row(contrasts.variances(made(several, drawn)), LOGIT)["sd_rest"]
 
 
-def test_a_missing_trial_costs_its_cell_alone(several: Study) -> None:
+def test_a_missing_trial_removes_only_its_pair_of_seed_and_teacher(several: Study) -> None:
     def lost(trial: Trial) -> bool:
         return (trial.arm, trial.seed, trial.teacher_seed) == ("cifar/logit/T=4", 2, 8)
 
@@ -275,7 +273,7 @@ def test_a_missing_trial_costs_its_cell_alone(several: Study) -> None:
     assert (arm["n"], arm["planned"], arm["note"]) == (11, 12, "incomplete")
 
 
-def test_one_teacher_that_is_left_tells_nothing_of_others(several: Study) -> None:
+def test_a_contrast_with_one_remaining_teacher_is_inconclusive(several: Study) -> None:
     found = row(contrasts.contrasts(made(several, drawn, lambda trial: trial.teacher_seed in (8, 9))), LOGIT)
     assert (found["verdict"], found["teachers"], pd.isna(found["p"])) == ("inconclusive", 1, True)
     assert found["words"].startswith(
@@ -283,7 +281,7 @@ def test_one_teacher_that_is_left_tells_nothing_of_others(several: Study) -> Non
     )
 
 
-def test_seeds_that_take_turns_over_two_teachers_have_one_degree_of_freedom(several: Study) -> None:
+def test_two_teachers_with_one_teacher_per_seed_leave_one_degree_of_freedom(several: Study) -> None:
     turns = replace(several, teacher_seeds=(7, 8), confirm=replace(several.confirm, teachers_per_seed=1))
     found = row(contrasts.contrasts(made(turns, drawn)), LOGIT)
     assert (found["rule"], found["teachers"], found["note"]) == ("random teachers", 2, "")
@@ -291,7 +289,7 @@ def test_seeds_that_take_turns_over_two_teachers_have_one_degree_of_freedom(seve
     assert pd.isna(row(contrasts.variances(made(turns, drawn)), LOGIT)["sd_seed"])
 
 
-def test_turns_that_an_earlier_version_declared_are_judged_as_they_were(several: Study) -> None:
+def test_rotating_teachers_of_an_earlier_version_are_judged_like_a_single_teacher(several: Study) -> None:
     turns = replace(several, teacher_seeds=(7, 8), confirm=replace(several.confirm, teachers_per_seed=1))
     records = made(turns, drawn)
     del records.study["study"]["confirm"]["teachers_per_seed"]
@@ -309,7 +307,7 @@ def value_of(records: Records, trial: Trial) -> float:
     return float(same["test_accuracy_best"].iloc[0]) if len(same) else 0.9
 
 
-def test_shares_of_the_variance_add_up_and_are_of_these_components(several: Study) -> None:
+def test_variance_shares_sum_to_1_and_match_the_components(several: Study) -> None:
     table = contrasts.variances(made(several, drawn))
     assert len(table) == len(contrasts.contrasts(made(several, drawn)).query("rule == 'random teachers'"))
     shares = table[["share_teacher", "share_seed", "share_rest"]]
@@ -318,7 +316,7 @@ def test_shares_of_the_variance_add_up_and_are_of_these_components(several: Stud
     assert_allclose(squares / squares.sum(1, keepdims=True), shares.to_numpy())
 
 
-def test_an_arm_that_has_several_teachers_has_an_interval_over_them(several: Study) -> None:
+def test_the_interval_of_an_arm_with_several_teachers_includes_their_spread(several: Study) -> None:
     def value(trial: Trial, teacher: int) -> float:
         return 0.9 + 0.001 * teacher + 0.0001 * trial.seed
 
@@ -332,7 +330,7 @@ def test_an_arm_that_has_several_teachers_has_an_interval_over_them(several: Stu
     assert (levels["high"] - levels["low"]).tolist() == pytest.approx([taught["high"] - taught["low"]] * len(levels))
 
 
-def test_exploratory_comparisons_take_the_mean_over_teachers_at_a_seed(several: Study) -> None:
+def test_exploratory_comparisons_have_one_value_per_seed_over_all_teachers(several: Study) -> None:
     records = made(several, drawn)
     table = contrasts.compare(records, "method", "logit", "none")
     assert set(table["how"]) == {"paired"}
@@ -347,13 +345,13 @@ def test_exploratory_comparisons_take_the_mean_over_teachers_at_a_seed(several: 
     assert set(provenance.between_runs(both)["n_treated"]) == {4}
 
 
-def test_limits_and_sentences_do_not_say_given_one_teacher(several: Study) -> None:
+def test_limits_state_that_intervals_include_the_spread_between_teachers(several: Study) -> None:
     said = " ".join(provenance.limits(made(several, drawn)))
     assert "conditional on" not in said
     assert "each interval includes the spread between the 3 teachers of the study. 3 teachers estimate" in said
 
 
-def test_a_trial_of_several_teachers_is_named_with_its_teacher(several: Study) -> None:
+def test_labels_include_the_teacher_seed_only_with_several_teachers(several: Study) -> None:
     trials = plan(several).trials
     names = labels([first_row("r", trial) for trial in trials])
     assert names == {trial.trial_id: trial.label for trial in trials}
@@ -361,13 +359,13 @@ def test_a_trial_of_several_teachers_is_named_with_its_teacher(several: Study) -
     assert not any(", teacher seed" in name for name in labels([first_row("r", trial) for trial in alone]).values())
 
 
-def test_a_tracker_gets_the_seed_of_the_teacher(several: Study) -> None:
+def test_tracker_settings_include_the_teacher_seed(several: Study) -> None:
     for trial in plan(several).trials:
         settings = settings_of(Task(trial, 1, 0, 1.0, 0.0))
         assert settings.get("teacher_seed") == trial.teacher_seed
 
 
-def test_a_tuned_arm_is_drawn_with_the_first_teacher_and_confirmed_with_all(several: Study) -> None:
+def test_tuning_uses_the_first_teacher_and_confirmation_uses_all(several: Study) -> None:
     tuned = replace(
         several,
         factors=(Factor("method", ("none", "logit")),),
@@ -384,7 +382,7 @@ def test_a_tuned_arm_is_drawn_with_the_first_teacher_and_confirmed_with_all(seve
     assert sorted(confirmed) == list(itertools.product((1, 2, 3, 4), (7, 8, 9)))
 
 
-def test_a_pair_of_a_seed_is_complete_with_all_of_its_teachers(several: Study) -> None:
+def test_a_confirmed_pair_counts_as_complete_only_with_all_its_teachers(several: Study) -> None:
     planned = plan(several)
     rows = [first_row("r", trial) | {"status": "completed"} for trial in planned.trials]
 
@@ -442,13 +440,13 @@ def test_a_run_with_two_teachers_and_two_seeds_is_trained_and_reported(
     assert answer["variances"][0]["teachers"] == 2
 
 
-def test_curves_of_such_a_run_are_replayed_with_one_teacher_a_seed(two_by_two: Path) -> None:
+def test_curves_of_several_teachers_are_replayed_with_one_teacher_per_seed(two_by_two: Path) -> None:
     found = simulate.curves(load(two_by_two), tiny(), ["stem"])
     assert [len(grid) for grid in found.grids.values()] == [2, 2, 2]
     assert found.left_out == ("2 trials repeat an arm and a seed with another teacher; a screen has one",)
 
 
-def test_tables_without_their_study_have_the_mean_over_teachers(two_by_two: Path, tmp_path: Path) -> None:
+def test_tables_without_a_study_average_over_teachers(two_by_two: Path, tmp_path: Path) -> None:
     for name in ("trials", "epochs", "decisions"):
         (tmp_path / f"{name}.parquet").write_bytes((two_by_two / f"{name}.parquet").read_bytes())
     records = reader.load(tmp_path)

@@ -33,7 +33,7 @@ USUAL = Screen(grace=10, reduction=3, margin=0.005, min_peers=2)
 
 
 def written(folder: Path, trials: list[dict[str, Any]], accuracy: dict[str, list[float]]) -> Path:
-    """Tables of another tool, with a common prefix."""
+    """Write tables in the format of another tool, with a common prefix."""
     pd.DataFrame(trials).to_parquet(folder / "mine_trials.parquet")
     rows = [
         {"trial_id": of, "epoch": number, "val_accuracy": value}
@@ -124,13 +124,13 @@ def check_against_computation(path: Path, screen: Screen, orders: int) -> dict[s
     return found
 
 
-def test_what_is_saved_and_lost_is_what_a_computation_without_the_schedule_gives(tmp_path: Path) -> None:
+def test_savings_and_regret_match_a_computation_without_the_schedule(tmp_path: Path) -> None:
     found = check_against_computation(some(tmp_path), replace(USUAL, grace=4), 40)
     assert all(0 < each.stopping.epochs_saved < 1 and each.stopping.mean_regret > 0 for each in found.values())
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published curves are not here")
-def test_on_the_published_grid_too(tmp_path: Path) -> None:
+def test_published_curves_match_a_computation_without_the_schedule(tmp_path: Path) -> None:
     found = check_against_computation(PUBLISHED, USUAL, 100)
     assert {name: each.arms for name, each in found.items()} == {
         f"{student}/{teacher}": 12
@@ -140,13 +140,13 @@ def test_on_the_published_grid_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published curves are not here")
-def test_the_default_meets_its_bar_on_every_published_pair() -> None:
+def test_the_default_screen_has_a_mean_regret_of_at_most_0_05_points_on_published_pairs() -> None:
     recorded = simulation.curves(read(PUBLISHED), ablation(), ["student", "teacher"])
     found = simulation.simulate(ablation().screen, recorded, 1000)
     assert max(each.stopping.mean_regret for each in found.values()) <= 0.0005
 
 
-def test_baselines_keep_as_many_arms(tmp_path: Path) -> None:
+def test_baselines_stop_as_many_arms_as_the_screen(tmp_path: Path) -> None:
     recorded = simulation.curves(read(some(tmp_path)), ablation(), ["student", "teacher"])
     for each in simulation.simulate(replace(USUAL, grace=4, margin=0.0), recorded, 50).values():
         stops = sum(sum(when.values()) for when in each.stopped.values()) / each.arms
@@ -154,7 +154,7 @@ def test_baselines_keep_as_many_arms(tmp_path: Path) -> None:
         assert each.cut.epochs_saved == pytest.approx(stops * (1 - 4 / 40))
 
 
-def test_a_cut_keeps_those_that_are_best_at_the_first_rung() -> None:
+def test_the_cut_baseline_keeps_the_arms_that_are_best_at_the_first_rung() -> None:
     """By hand: three arms arrive in the order a, b, c. Only c is stopped, at epoch 2, although a is the worst there."""
     curves = {"a": (0.3, 0.1, 0.9), "b": (0.1, 0.8, 0.7), "c": (0.9, 0.4, 0.5)}
     grid = tuple(Curve(arm, arm, "s", False, values) for arm, values in curves.items())
@@ -184,7 +184,7 @@ def grids(draw: st.DrawFn) -> tuple[Curve, ...]:
               min_peers=st.integers(1, 3)),
     st.integers(0, 99),
 )  # fmt: skip
-def test_under_every_order_and_setting_the_immune_run_to_the_end_and_a_stratum_keeps_an_arm(
+def test_immune_arms_are_never_stopped_and_each_stratum_keeps_an_arm(
     grid: tuple[Curve, ...], screen: Screen, seed: int
 ) -> None:
     made = simulation.replay(screen, grid, arrival_order([curve.arm for curve in grid], seed))
@@ -197,7 +197,7 @@ def test_under_every_order_and_setting_the_immune_run_to_the_end_and_a_stratum_k
             assert {epoch for arm, epoch in reached if arm == curve.arm} == set(screen.rungs(len(curve.accuracy)))
 
 
-def test_trials_that_cannot_be_replayed_are_left_out_and_said(tmp_path: Path) -> None:
+def test_trials_that_cannot_be_replayed_are_skipped_and_reported(tmp_path: Path) -> None:
     path = some(tmp_path)
     trials = pd.read_parquet(f"{path}_trials.parquet").assign(epochs_planned=40)
     trials.loc[0, "epochs_run"] = 20
@@ -214,7 +214,7 @@ def test_trials_that_cannot_be_replayed_are_left_out_and_said(tmp_path: Path) ->
     assert len(recorded.grids[0, 40]) == 10
 
 
-def test_controls_of_the_curves_are_immune_and_others_are_not(tmp_path: Path) -> None:
+def test_only_controls_are_immune_in_imported_curves(tmp_path: Path) -> None:
     recorded = simulation.curves(read(some(tmp_path)), ablation(), None)
     immune = {curve.arm for grid in recorded.grids.values() for curve in grid if curve.immune}
     assert immune == {curve.arm for grid in recorded.grids.values() for curve in grid if "none" in curve.arm}
@@ -223,7 +223,7 @@ def test_controls_of_the_curves_are_immune_and_others_are_not(tmp_path: Path) ->
     assert not any(curve.immune for grid in without.grids.values() for curve in grid)
 
 
-def test_curves_that_are_not_alike_are_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_inconsistent_curves_are_rejected_with_a_suggested_option(tmp_path: Path) -> None:
     path = some(tmp_path)
     trials = pd.read_parquet(f"{path}_trials.parquet")
     trials.loc[1, "temperature"] = trials.loc[0, "temperature"]  # the same arm and seed twice
@@ -253,7 +253,7 @@ finally:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
-def test_the_command_answers_as_json_without_ray_or_torch(tmp_path: Path) -> None:
+def test_the_command_prints_json_without_importing_ray_or_torch(tmp_path: Path) -> None:
     done = call("ablation", "--curves", str(some(tmp_path)), "--strata", "student,teacher", "--orders", "20",
                 "--set", "screen.grace=4", "--set", "screen.margin=0.0", "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -270,7 +270,7 @@ def test_the_command_answers_as_json_without_ray_or_torch(tmp_path: Path) -> Non
         assert set(said["baselines"]) == {"cut", "random"}
 
 
-def test_on_a_terminal_it_says_what_would_be_stopped_when(tmp_path: Path) -> None:
+def test_the_text_output_names_the_stopped_arms_and_their_epochs(tmp_path: Path) -> None:
     done = call("ablation", "--curves", str(some(tmp_path)), "--strata", "student,teacher", "--orders", "20",
                 "--set", "screen.grace=4", "--set", "screen.margin=0.0")  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -298,7 +298,7 @@ def test_on_a_terminal_it_says_what_would_be_stopped_when(tmp_path: Path) -> Non
         (["--strata", "stem,stem"], ("--strata is 'stem,stem'", "each column once")),
     ],
 )
-def test_wrong_input_is_one_message(
+def test_invalid_arguments_exit_with_2_and_a_message_without_traceback(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -311,7 +311,7 @@ def test_wrong_input_is_one_message(
     assert "Traceback" not in errors
 
 
-def test_a_runs_own_curves_are_replayed_with_its_roles_and_scale(finished: Path) -> None:
+def test_curves_of_a_run_use_its_roles_and_an_undeclared_scale_becomes_paper(finished: Path) -> None:
     from tune_kd.cli.planning import _scale_of_curves
     from tune_kd.study.discover import find
 
@@ -324,7 +324,7 @@ def test_a_runs_own_curves_are_replayed_with_its_roles_and_scale(finished: Path)
     assert _scale_of_curves(find("ablation"), "auto", records)[0] == "paper"  # "test" is not one of its scales
 
 
-def test_curves_say_of_which_data_they_are_and_a_grace_period_that_compares_nothing_is_said(tmp_path: Path) -> None:
+def test_defaults_follow_the_data_of_the_curves_and_a_useless_grace_period_gives_a_warning(tmp_path: Path) -> None:
     path = some(tmp_path, epochs=6)
     trials = pd.read_parquet(f"{path}_trials.parquet").assign(scale="laptop", dataset="cifar10")
     trials.to_parquet(f"{path}_trials.parquet")
@@ -335,7 +335,7 @@ def test_curves_say_of_which_data_they_are_and_a_grace_period_that_compares_noth
     assert "warning: screen.grace is 6, so curves of 6 epochs are never compared" in done.stdout
 
 
-def test_the_roles_of_a_run_that_was_extended_are_those_of_the_extension(finished: Path) -> None:
+def test_an_extended_run_uses_the_roles_of_its_extension(finished: Path) -> None:
     records = reader.load(finished)
     records.study["extended"] = {"arms": [arm | {"role": "compared"} for arm in records.study["arms"]]}
     recorded = simulation.curves(records, ablation(), ["stem", "method"])
@@ -347,7 +347,7 @@ def decisions(records: Records) -> Iterator[tuple[Any, ...]]:
         yield tuple(None if pd.isna(value) else value for name, value in row.items() if name != "run")
 
 
-def test_a_simulated_screen_decides_as_the_trained_one_did(finished: Path) -> None:
+def test_a_replayed_screen_makes_the_same_decisions_as_the_run(finished: Path) -> None:
     """Replay the curves of a run that was trained in this process, in the order in which its arms arrived."""
     records = reader.load(finished)
     study = replace(ablation(), screen=Screen(**records.study["study"]["screen"]))
@@ -367,7 +367,7 @@ def test_a_simulated_screen_decides_as_the_trained_one_did(finished: Path) -> No
     assert sorted(tuple(vars(each).values()) for each in made) == sorted(theirs)
 
 
-def test_a_grid_needs_no_curves_of_all_strata() -> None:
+def test_a_seed_may_lack_curves_of_a_stratum() -> None:
     grid = (Curve("1", "x", "a", False, (0.1, 0.2)), Curve("2", "y", "b", False, (0.1, 0.2)))
     found = simulation.simulate(Screen(grace=1, reduction=2), Curves({(0, 2): grid, (1, 2): grid[:1]}, ()), orders=2)
     assert found["a"].seeds == (0, 1)

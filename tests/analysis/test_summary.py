@@ -58,7 +58,7 @@ def test_each_question_of_the_ablation_has_its_sentence() -> None:
     assert "cifar: T=16 - T=4 (worse by 0.4" in others and "; 1 more. F test of any" in others
 
 
-def test_where_nothing_is_it_says_what_is_ruled_out_and_finds_nothing() -> None:
+def test_without_true_effects_the_summary_states_what_is_ruled_out() -> None:
     said = " ".join(summary.summary(made(ablation.study(), lambda cell: 0.0)).sentences)
     assert (
         "It is inconclusive whether the effect of logit vs. no distillation differs between stem imagenet and stem "
@@ -68,14 +68,14 @@ def test_where_nothing_is_it_says_what_is_ruled_out_and_finds_nothing() -> None:
     assert "logit vs. no distillation: no gain above" in said and "distillation: better" not in said
 
 
-def test_one_seed_is_told_in_one_sentence() -> None:
+def test_a_study_with_one_seed_has_a_single_sentence() -> None:
     alone = replace(ablation.study(), confirm=Confirm(seeds=(1,)))
     assert summary.summary(made(alone, helps_under_one_stem)).sentences == [
         "One confirmation seed gives no estimate of spread, so no difference is judged."
     ]
 
 
-def test_many_contexts_are_counted() -> None:
+def test_verdicts_over_many_contexts_are_counted() -> None:
     study = ablation.study()
     pairs = replace(study.factors[0], name="student", levels=("resnet18", "resnet34"))
     many = replace(study, factors=(*study.factors[:2], pairs), contrasts=study.contrasts[1:2], moderator=None)
@@ -93,19 +93,19 @@ def test_a_loss_in_a_context_that_is_not_shown_is_counted() -> None:
     assert "over all 4 contexts, better in 0 and worse in 3" in said
 
 
-def test_an_effect_that_is_a_larger_loss_is_lower_and_not_smaller() -> None:
+def test_an_effect_that_is_a_larger_loss_is_called_lower_and_not_smaller() -> None:
     said = summary.summary(made(ablation.study(), lambda cell: -helps_under_one_stem(cell))).sentences
     assert "worse by 1.0" in said[1]
     assert said[3].startswith("The effect of logit vs. no distillation is lower by 0.9")
     assert not any("smaller" in each for each in said)
 
 
-def test_an_effect_that_is_the_same_says_within_which_margin() -> None:
+def test_an_equivalent_effect_is_stated_with_its_margin() -> None:
     said = summary.summary(made(ablation.study(), lambda cell: 0.0), margin=0.02).sentences
     assert "no distillation is the same within 2 points with stem cifar and with stem imagenet (" in said[3]
 
 
-def test_a_change_of_an_effect_that_is_not_shown_is_no_gain_or_loss() -> None:
+def test_an_inconclusive_moderation_is_worded_as_rise_or_fall_and_not_gain_or_loss() -> None:
     records = made(ablation.study(), lambda cell: 0.0)
     assert ": no increase above 0." in summary.summary(records).sentences[3]
     table = contrasts.contrasts(records).set_index("kind")
@@ -113,14 +113,14 @@ def test_a_change_of_an_effect_that_is_not_shown_is_no_gain_or_loss() -> None:
     assert table.loc["effect", "rules_out"].str.contains("increase|decrease").sum() == 0
 
 
-def test_a_factor_that_cannot_be_tested_has_no_p_value() -> None:
+def test_a_factor_without_a_spread_is_reported_as_not_tested() -> None:
     records = made(ablation.study(), lambda cell: 0.0)
     records.trials.loc[records.trials["stem"] == "cifar", "test_accuracy_best"] = 0.95
     others = summary.summary(records).sentences[-1]
     assert others.endswith(" with stem imagenet; not tested with stem cifar.")
 
 
-def test_one_contrast_is_not_several() -> None:
+def test_a_single_secondary_contrast_is_worded_in_the_singular() -> None:
     study = ablation.study()
     few = replace(study, factors=(*study.factors[1:],), contrasts=study.contrasts[3:4], moderator=None,
                   cell=replace(study.cell, stem="cifar"))  # fmt: skip
@@ -128,7 +128,7 @@ def test_one_contrast_is_not_several() -> None:
     assert said == "The secondary contrast shows no difference."
 
 
-def test_several_runs_are_told_apart_and_tables_without_a_study_have_no_summary() -> None:
+def test_several_runs_are_named_and_tables_without_a_study_have_no_summary() -> None:
     one, other = (made(ablation.study(), helps_under_one_stem, run) for run in ("a", "b"))
     both = Records(*(_stacked(one, other, name) for name in ("trials", "epochs", "decisions")),
                    {**one.studies, **other.studies})  # fmt: skip
@@ -142,7 +142,7 @@ def _stacked(one: Records, other: Records, name: str) -> object:
     return pd.concat([getattr(one, name), getattr(other, name)], ignore_index=True)
 
 
-def test_verdicts_hold_for_these_images_and_this_teacher() -> None:
+def test_the_summary_states_that_verdicts_hold_for_this_test_set_and_one_teacher() -> None:
     records = made(ablation.study(), helps_under_one_stem)
     assert summary.summary(records).holds_for == [
         "These verdicts hold for this test set, which all arms and seeds share, and for one teacher of each kind."
@@ -154,7 +154,7 @@ def test_verdicts_hold_for_these_images_and_this_teacher() -> None:
     )
 
 
-def test_a_factor_is_tested_once_a_context_as_in_a_textbook() -> None:
+def test_the_factor_test_of_a_context_matches_the_f_test_of_statsmodels() -> None:
     from statsmodels.formula.api import ols
     from statsmodels.stats.anova import anova_lm
 
@@ -175,13 +175,13 @@ def test_a_factor_is_tested_once_a_context_as_in_a_textbook() -> None:
     assert found["p"] == pytest.approx(expected["Pr(>F)"])
 
 
-def test_an_interval_of_an_accuracy_stays_within_what_it_can_be() -> None:
+def test_intervals_of_accuracies_stay_within_0_and_1() -> None:
     table = accuracy.arms(made(ablation.study(), lambda cell: 0.0495 if cell.stem == "cifar" else 0.0))
     assert table["high"].max() == 1.0
     assert table["low"].min() >= 0.0
 
 
-def test_what_the_stem_changes_in_teachers_is_a_row_of_their_table() -> None:
+def test_the_teacher_table_has_a_row_for_the_effect_of_the_stem() -> None:
     one = contrasts.teachers_compared(made(ablation.study(), lambda cell: 0.0)).set_index("teacher")
     assert one.loc["imagenet/teacher", "n"] == 1
     effect = one.loc["stem cifar - imagenet"]
@@ -196,7 +196,7 @@ def test_what_the_stem_changes_in_teachers_is_a_row_of_their_table() -> None:
     assert 0.07 < effect["low"] < effect["estimate"] < effect["high"] < 0.09
 
 
-def test_a_run_with_many_contrasts_in_one_family_names_what_it_found_and_counts_the_rest() -> None:
+def test_a_single_large_family_names_its_findings_and_counts_the_rest() -> None:
     records = made(ablation.study(), helps_under_one_stem)
     for contrast in records.study["contrasts"]:
         del contrast["family"]
@@ -213,7 +213,7 @@ def test_a_run_with_many_contrasts_in_one_family_names_what_it_found_and_counts_
     assert "None of the 22 contrasts shows a difference." in summary.summary(nothing, margin=1e-6).sentences
 
 
-def test_findings_beyond_those_that_are_named_are_counted() -> None:
+def test_findings_that_are_not_named_are_counted() -> None:
     records = made(ablation.study(), lambda cell: 0.0 if cell.method == "none" else 0.01 * (cell.temperature or 8.0))
     for contrast in records.study["contrasts"]:
         del contrast["family"]
@@ -224,7 +224,7 @@ def test_findings_beyond_those_that_are_named_are_counted() -> None:
     assert said[-1].startswith(f"{found - named} of the ") and said[-1].endswith(" other contrasts show a difference.")
 
 
-def test_equivalence_is_no_difference() -> None:
+def test_equivalent_contrasts_count_as_no_difference() -> None:
     alike = made(ablation.study(), lambda cell: 0.0)
     rows = contrasts.contrasts(alike, margin=0.02)
     assert set(rows.loc[rows["family"] == "secondary", "verdict"]) == {"equivalent"}
@@ -232,7 +232,7 @@ def test_equivalence_is_no_difference() -> None:
     assert said[-1].startswith("None of the 16 secondary contrasts shows a difference.")
 
 
-def test_a_level_of_two_factors_has_no_wrong_name() -> None:
+def test_a_level_shared_by_two_factors_is_named_by_the_compared_factor() -> None:
     study = ablation.study()
     networks = ("resnet18", "resnet34")
     both = replace(

@@ -1,4 +1,4 @@
-"""Arms that differ in their recipes on purpose are compared; any other difference is refused by name."""
+"""Arms that differ in a declared recipe field are compared. The note of a contrast names any other difference."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +46,7 @@ LEVELS: list[tuple[str, tuple[Level, Level]]] = [
 
 
 @pytest.mark.parametrize(("name", "levels"), LEVELS)
-def test_a_field_of_the_recipe_is_judged_alone_and_as_a_moderator(name: str, levels: tuple[Level, Level]) -> None:
+def test_a_recipe_field_is_judged_alone_and_as_a_moderator(name: str, levels: tuple[Level, Level]) -> None:
     table = contrasts.contrasts(made(varying(name, *levels), gaining)).set_index("contrast")
     assert set(table["note"]) == {""} and set(table["verdict"]) == {"better"}
     (of_recipe,) = (contrast for contrast in table.index if contrast.startswith("none: "))
@@ -66,7 +66,9 @@ def altered(records: Records, arm: str, column: str, value: object) -> Records:
     ("recipe_id", "x", "recipe_id is "), ("lr", 0.4, "lr is 0.05 and 0.4"), ("epochs_planned", 1, "epochs_planned is "),
     ("dataset", "cifar10", "dataset is digits and cifar10"), ("data_digest", "1", "data_digest is "),
 ])  # fmt: skip
-def test_what_differs_beside_what_is_compared_is_refused_by_name(column: str, value: object, words: str) -> None:
+def test_arms_with_an_undeclared_difference_are_not_judged_and_the_note_names_the_field(
+    column: str, value: object, words: str
+) -> None:
     records = altered(made(varying("lr", 0.05, 0.1), gaining), "logit/lr=0.05", column, value)
     table = contrasts.contrasts(records).set_index("contrast")
     assert table.loc["lr=0.05: logit - none", "verdict"] == "not judged"
@@ -74,14 +76,14 @@ def test_what_differs_beside_what_is_compared_is_refused_by_name(column: str, va
     assert table.loc["lr=0.1: logit - none", "verdict"] == "better"
 
 
-def test_only_a_moderation_is_exempt_from_equal_levels_of_the_moderator() -> None:
+def test_an_effect_needs_equal_levels_of_the_moderator() -> None:
     study = varying("epochs", 2, 4, moderator="epochs", contrasts=(Compare("method", "logit", "none"),))
     records = altered(made(study, gaining), "logit/epochs=2", "epochs_planned", 1)
     table = contrasts.contrasts(records).set_index("contrast")
     assert "epochs_planned is " in table.loc["epochs=2: logit - none", "note"]
 
 
-def test_a_comparison_that_no_study_declares_is_of_a_field_of_the_recipe_too() -> None:
+def test_recipe_fields_can_be_compared_without_a_declared_contrast() -> None:
     for name, (first, second) in LEVELS:
         records = made(varying(name, first, second), gaining)
         table = contrasts.compare(records, name, second, first)
@@ -92,7 +94,7 @@ def test_a_comparison_that_no_study_declares_is_of_a_field_of_the_recipe_too() -
         contrasts.compare(records, "clip", 1.0, 2.0)
 
 
-def test_methods_whose_defaults_differ_are_compared_without_a_declaration() -> None:
+def test_methods_with_different_default_settings_are_compared() -> None:
     mine = Method("mine", "tune_kd.training.methods.logit:Logit", settings={"temperature": 3.0, "weight": 7.0})
     other = replace(mine, name="other", settings={"temperature": 2.0, "weight": 9.0})
     study = varying("lr", 0.05, 0.1, methods=(mine, other), contrasts=(Compare("method", "mine", "other"),))
@@ -102,7 +104,7 @@ def test_methods_whose_defaults_differ_are_compared_without_a_declaration() -> N
     assert contrasts.compare(records, "method", "mine", "other")["context"].tolist() == ["0.05", "0.1"]
 
 
-def test_a_further_setting_is_a_column_of_numbers_that_is_null_where_it_does_not_apply() -> None:
+def test_a_method_setting_is_a_float_column_that_is_null_where_it_does_not_apply() -> None:
     mine = Method("mine", "tune_kd.training.methods.logit:Logit", settings={"weight": 7})
     study = varying("weight", 1, 2, methods=(mine,), contrasts=(Compare("weight", 2, 1),))
     study = replace(study, factors=(Factor("method", ("none", "mine")), study.factors[1]))
@@ -115,17 +117,17 @@ def test_a_further_setting_is_a_column_of_numbers_that_is_null_where_it_does_not
     assert contrasts.compare(records, "weight", 2.0, 1.0)["estimate"].tolist() == pytest.approx([0.01], abs=0.002)
 
 
-def test_a_stratum_that_is_no_column_of_the_trials_is_the_same_for_all() -> None:
+def test_a_stratum_without_a_column_in_the_trials_does_not_split_the_arms() -> None:
     study = varying("lr", 0.05, 0.1, strata=("stem", "momentum", "kd_weight"))
     assert set(contrasts.contrasts(made(study, gaining))["rule"]) == {"block model"}
 
 
-def test_the_answer_names_levels_of_the_recipe() -> None:
+def test_the_summary_names_recipe_levels() -> None:
     said = " ".join(summary.summary(made(varying("lr", 0.05, 0.1), gaining)).sentences)
     assert "lr=0.1 vs. lr=0.05: better by 0.5" in said and "with lr=0.05" in said
 
 
-def test_a_response_to_a_field_of_the_recipe_has_the_control_of_each_level() -> None:
+def test_a_response_to_a_recipe_field_has_the_control_of_each_level() -> None:
     for name, (first, second) in LEVELS:
         if isinstance(first, str):
             continue
@@ -156,12 +158,12 @@ def test_a_response_does_not_mix_arms_that_differ_in_another_setting() -> None:
         assert table[name].nunique() == count
 
 
-def test_a_recipe_that_differs_in_more_is_in_no_response() -> None:
+def test_an_arm_with_an_undeclared_recipe_difference_is_left_out_of_the_response() -> None:
     records = altered(made(varying("lr", 0.05, 0.1), gaining), "logit/lr=0.1", "recipe_id", "x")
     assert measures.response(records, "lr")["method"].tolist() == ["none", "none"]
 
 
-def test_gaps_and_costs_are_beside_the_control_that_the_study_declares() -> None:
+def test_gaps_and_the_target_accuracy_use_the_control_that_the_study_declares() -> None:
     mine = Method("mine", "tune_kd.training.methods.logit:Logit")
     study = varying("lr", 0.05, 0.1, methods=(mine,), control="logit", contrasts=(Compare("method", "mine", "logit"),))
     study = replace(study, factors=(Factor("method", ("none", "logit", "mine")), study.factors[1]))
@@ -175,7 +177,7 @@ def test_gaps_and_costs_are_beside_the_control_that_the_study_declares() -> None
     assert set(measures.gaps(without)["arm"]) == {"logit/lr=0.05", "logit/lr=0.1", "mine/lr=0.05", "mine/lr=0.1"}
 
 
-def test_a_report_has_a_table_and_a_picture_of_each_number_that_is_varied(tmp_path: Path) -> None:
+def test_a_report_has_a_table_and_a_figure_for_each_varied_number(tmp_path: Path) -> None:
     mine = Method("mine", "tune_kd.training.methods.logit:Logit", settings={"weight": 7.0})
     factors = (
         Factor("method", ("none", "mine")),
@@ -197,7 +199,7 @@ def test_a_report_has_a_table_and_a_picture_of_each_number_that_is_varied(tmp_pa
     assert {path.stem for path in tmp_path.glob("*/response_*")} == {"response_lr"}
 
 
-def test_strata_of_a_recipe_have_pictures_simulations_and_scenarios() -> None:
+def test_recipe_strata_work_in_figures_simulations_and_calibration() -> None:
     study = varying("epochs", 2, 4, strata=("epochs", "method"))
     records = made(study, gaining)
     key, rows = {"run": "r", "attempt": 1}, records.trials.to_dict("records")

@@ -37,22 +37,18 @@ def pictures(records: Records) -> dict[str, figures.Picture]:
     return {picture.name: picture for picture in figures.draw(records)}
 
 
-def test_a_real_run_has_every_picture_but_that_of_a_factor_it_does_not_vary(
-    pictures: dict[str, figures.Picture],
-) -> None:
+def test_a_real_run_has_every_figure_except_those_that_do_not_apply(pictures: dict[str, figures.Picture]) -> None:
     assert set(pictures) == set(figures.PICTURES) - {"alpha", "tuning"}
 
 
-def test_every_picture_says_what_it_shows(pictures: dict[str, figures.Picture]) -> None:
+def test_every_figure_has_a_caption_and_alternative_text(pictures: dict[str, figures.Picture]) -> None:
     for picture in pictures.values():
         assert len(picture.caption) > 20
         assert len(picture.alternative) > 20
         assert "nan" not in picture.alternative
 
 
-def test_a_picture_is_as_wide_as_a_column_and_the_same_every_time(
-    records: Records, pictures: dict[str, figures.Picture]
-) -> None:
+def test_figures_are_one_column_wide_and_reproducible(records: Records, pictures: dict[str, figures.Picture]) -> None:
     for picture in pictures.values():
         assert picture.figure.get_figwidth() == pytest.approx(3.4)
     for one, other in zip(figures.draw(records), figures.draw(records), strict=True):
@@ -61,7 +57,7 @@ def test_a_picture_is_as_wide_as_a_column_and_the_same_every_time(
         assert ElementTree.fromstring(svg).tag.endswith("svg")
 
 
-def test_nothing_written_lies_outside_its_picture(pictures: dict[str, figures.Picture]) -> None:
+def test_axes_and_their_text_stay_within_the_figure(pictures: dict[str, figures.Picture]) -> None:
     for picture in pictures.values():
         figures.rendered(picture.figure, "png")
         inside = picture.figure.bbox.padded(1)
@@ -72,7 +68,7 @@ def test_nothing_written_lies_outside_its_picture(pictures: dict[str, figures.Pi
             assert inside.y0 <= box.y0 and box.y1 <= inside.y1, picture.name
 
 
-def test_a_legend_of_long_names_hides_no_curve(records: Records) -> None:
+def test_a_legend_with_long_names_covers_no_panel(records: Records) -> None:
     """Long names, as in a study that also varies its recipe. Matplotlib would warn if a legend left a panel no room."""
     (study,) = (json.loads(json.dumps(each)) for each in records.studies.values())
     for arm in study["arms"]:
@@ -93,7 +89,7 @@ def test_a_legend_of_long_names_hides_no_curve(records: Records) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # a missing glyph is the font's problem
-def test_names_and_gaps_that_are_allowed_break_no_picture_and_no_table(records: Records, tmp_path: Path) -> None:
+def test_special_characters_and_missing_values_break_no_figure_and_no_table(records: Records, tmp_path: Path) -> None:
     odd = {"cifar/logit/T=2": r"a$\frac$b [/x] <i>_%&#", "cifar/none": "[red]x", "imagenet/none": "c|d"}
     renamed = [json.loads(json.dumps(study)) for study in records.studies.values()]
     for arm in renamed[0]["arms"]:
@@ -123,7 +119,9 @@ SIGNS = {"long": "x", "formula": "$\\frac$ \\", "hidden": "_"}
     "letters",
     [tuple(SIGNS.values()), *(pytest.param((sign,), id=each, marks=pytest.mark.slow) for each, sign in SIGNS.items())],
 )
-def test_names_of_any_length_and_sign_make_pictures_of_a_usual_size(records: Records, letters: tuple[str, ...]) -> None:
+def test_very_long_names_of_any_characters_give_figures_of_usual_size(
+    records: Records, letters: tuple[str, ...]
+) -> None:
     """Names that cycle through each kind of character."""
     turns = cycle(letters)
 
@@ -148,12 +146,12 @@ def test_names_of_any_length_and_sign_make_pictures_of_a_usual_size(records: Rec
         assert max(map(len, written)) < 300, name
         figures.rendered(picture.figure, "png")
         ElementTree.fromstring(figures.rendered(picture.figure, "svg"))
-    for name in ("curves", "cost"):  # what is shown is named
+    for name in ("curves", "cost"):  # shown curves have a name
         panel = pictures[name].figure
         assert all(legend.get_texts() for legend in panel.findobj(Legend))
 
 
-def test_a_picture_of_more_than_can_be_seen_says_what_it_leaves_out(
+def test_a_figure_with_too_many_items_states_what_it_leaves_out(
     records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(style, "PANELS", 5)
@@ -166,7 +164,7 @@ def test_a_picture_of_more_than_can_be_seen_says_what_it_leaves_out(
         assert re.search(rf" \d+ more {what} are left out\.", pictures[name].caption), pictures[name].caption
 
 
-def test_a_report_leaves_no_table_of_an_earlier_one(records: Records, tmp_path: Path) -> None:
+def test_a_report_removes_tables_of_an_earlier_report_but_not_other_files(records: Records, tmp_path: Path) -> None:
     reporting.report(records, tmp_path, ["csv"])
     (tmp_path / "tables" / "mine.csv").write_text("kept")
     alone = replace(records, decisions=records.decisions.head(0))
@@ -176,7 +174,7 @@ def test_a_report_leaves_no_table_of_an_earlier_one(records: Records, tmp_path: 
     assert {"mine", "arms"} <= left
 
 
-def test_methods_differ_in_marker_and_in_grey() -> None:
+def test_built_in_methods_differ_in_marker_line_and_grey_level() -> None:
     looks = [style.METHOD_STYLES[name] for name in ("none", "logit", "feature")]
     assert len({look.marker for look in looks}) == 3
     assert len({look.line for look in looks}) == 3
@@ -185,7 +183,7 @@ def test_methods_differ_in_marker_and_in_grey() -> None:
     assert greys[1] - greys[0] > 0.1 and greys[2] - greys[1] > 0.1
 
 
-def test_methods_differ_in_everything_and_the_built_in_ones_keep_their_style() -> None:
+def test_new_methods_get_distinct_styles_and_built_in_ones_keep_theirs() -> None:
     new = ["dkd", "crd", "at", "rkd", "vid"]
     looks = style.method_styles(new)
     assert {name: looks[name] for name in style.METHOD_STYLES} == style.METHOD_STYLES
@@ -196,7 +194,7 @@ def test_methods_differ_in_everything_and_the_built_in_ones_keep_their_style() -
 
 
 @given(st.sets(st.text(), max_size=4), st.text())
-def test_a_methods_style_does_not_depend_on_the_order_and_rarely_on_the_others(others: set[str], name: str) -> None:
+def test_a_methods_style_ignores_the_order_and_changes_only_if_its_colour_is_taken(others: set[str], name: str) -> None:
     looks = style.method_styles([name, *others])
     assert looks == style.method_styles([*others, name])
     alone = style.method_styles([name])[name]
@@ -225,7 +223,7 @@ def unseen_figures(unseen: Records) -> dict[str, Figure]:
     return {picture.name: picture.figure for picture in figures.draw(unseen)}
 
 
-def test_a_method_that_nobody_has_seen_has_its_own_look_in_every_figure(unseen_figures: dict[str, Figure]) -> None:
+def test_unknown_methods_have_their_own_style_in_every_figure(unseen_figures: dict[str, Figure]) -> None:
     looks = style.method_styles(UNSEEN.values())
     students = [looks[name] for name in ("none", *UNSEEN.values())]
     colours = {look.colour for look in students}
@@ -247,7 +245,7 @@ def test_a_method_that_nobody_has_seen_has_its_own_look_in_every_figure(unseen_f
     assert bars == {(look.colour, look.hatch) for look in (*students, looks["teacher"])}
 
 
-def test_an_effect_has_the_look_of_the_treated_arms_method(unseen: Records, unseen_figures: dict[str, Figure]) -> None:
+def test_an_effect_has_the_style_of_the_treated_arms_method(unseen: Records, unseen_figures: dict[str, Figure]) -> None:
     looks = style.method_styles(UNSEEN.values())
     (axes,) = unseen_figures["effects"].axes
     names = [label.get_text().replace("\n", " ") for label in axes.get_yticklabels()]
@@ -262,7 +260,7 @@ def test_an_effect_has_the_look_of_the_treated_arms_method(unseen: Records, unse
         assert marks[each["name"]].get_marker() in (look.marker, "D")
 
 
-def test_a_tuned_method_that_nobody_has_seen_is_drawn(fair: Path) -> None:
+def test_an_unknown_tuned_method_is_drawn_in_its_own_style(fair: Path) -> None:
     records = load(fair)
     trials = records.trials.assign(method=records.trials["method"].replace(UNSEEN))
     looks = style.method_styles(UNSEEN.values())
@@ -271,7 +269,7 @@ def test_a_tuned_method_that_nobody_has_seen_is_drawn(fair: Path) -> None:
     assert shown == {(looks[name].colour, looks[name].marker) for name in ("none", *UNSEEN.values())}
 
 
-def test_a_tuned_setting_without_a_column_of_its_own_is_drawn(fair: Path) -> None:
+def test_a_tuned_setting_outside_the_schema_is_drawn(fair: Path) -> None:
     """A regression: such a setting broke the report of every study that tunes a setting of its own method."""
     records = load(fair)
     (run,) = records.runs
@@ -288,7 +286,7 @@ def test_a_tuned_setting_without_a_column_of_its_own_is_drawn(fair: Path) -> Non
     assert shown == set(drawn)
 
 
-def test_draws_are_drawn_whole_and_no_accuracy_below_0(fair: Path) -> None:
+def test_the_tuning_axis_shows_every_draw_whole_and_hardly_extends_below_0(fair: Path) -> None:
     records = load(fair)
     trials = records.trials.assign(val_accuracy_best=records.trials["val_accuracy_best"].rank(pct=True) ** 3)
     (tuning,) = [each.figure for each in figures.draw(replace(records, trials=trials)) if each.name == "tuning"]
@@ -300,7 +298,7 @@ def test_draws_are_drawn_whole_and_no_accuracy_below_0(fair: Path) -> None:
 
 
 def test_tables_without_methods_have_learning_curves(tmp_path: Path) -> None:
-    """A regression: such tables broke the report, since null equals nothing."""
+    """A regression: such tables broke the report, since null never compares equal."""
     ids = [(f"{arm}{seed}", arm, seed) for arm in "ab" for seed in (1, 2)]
     trials = pd.DataFrame(ids, columns=["trial_id", "arm", "seed"]).assign(test_accuracy_best=0.5, train_seconds=1.0)
     trials.to_parquet(tmp_path / "trials.parquet")
@@ -311,14 +309,14 @@ def test_tables_without_methods_have_learning_curves(tmp_path: Path) -> None:
     assert {"curves", "cost"} <= {picture.name for picture in figures.draw(load(tmp_path))}
 
 
-def test_the_files_are_pictures(records: Records, tmp_path: Path) -> None:
+def test_png_files_are_3_4_inches_wide_at_200_dpi(records: Records, tmp_path: Path) -> None:
     reporting.report(records, tmp_path, ["png"])
     for path in (tmp_path / "figures").glob("*.png"):
         with Image.open(path) as image:
             assert image.width == 680  # 3.4 inches at 200 dots
 
 
-def test_every_printed_table_is_a_function_of_the_records(records: Records) -> None:
+def test_a_real_run_has_all_standard_tables_and_none_is_empty(records: Records) -> None:
     made = reporting.tables(records)
     assert {
         "contrasts",
@@ -342,12 +340,12 @@ def test_every_printed_table_is_a_function_of_the_records(records: Records) -> N
      ("n", 1200, "1,200"), ("seed", 1200, "1200"), ("sd", float("nan"), ""), ("note", None, ""),
      ("train_seconds", 12345.6, "12,346"), ("kl_t1", 0.01234, "0.0123")],
 )  # fmt: skip
-def test_a_value_is_written_as_people_read_it(name: str, value: object, text: str) -> None:
+def test_values_are_formatted_by_column(name: str, value: object, text: str) -> None:
     assert cell(name, value) == text
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs LaTeX (texlive-latex-recommended)")
-def test_the_tables_compile_as_they_are(records: Records, tmp_path: Path) -> None:
+def test_the_latex_tables_compile(records: Records, tmp_path: Path) -> None:
     reporting.report(records, tmp_path, ["tex"])
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
     done = subprocess.run(command, cwd=tmp_path / "tables", capture_output=True, text=True, timeout=120)
@@ -355,7 +353,7 @@ def test_the_tables_compile_as_they_are(records: Records, tmp_path: Path) -> Non
     assert (tmp_path / "tables" / "all.pdf").stat().st_size > 10_000
 
 
-def test_latex_has_booktabs_rules_and_no_loose_commands(records: Records, tmp_path: Path) -> None:
+def test_latex_has_booktabs_rules_full_rows_and_no_bare_percent_sign(records: Records, tmp_path: Path) -> None:
     reporting.report(records, tmp_path, ["tex"])
     text = (tmp_path / "tables" / "contrasts.tex").read_text()
     for rule in ("\\toprule", "\\midrule", "\\bottomrule"):

@@ -8,9 +8,7 @@ NOTEBOOK = Path(__file__).parents[2] / "docs" / "analysis.ipynb"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # warnings of the kernel's own packages
-def test_the_notebook_runs_and_comes_to_the_same_numbers_as_the_report(
-    finished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_notebook_runs_and_agrees_with_the_report(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import nbformat
     from nbclient import NotebookClient
 

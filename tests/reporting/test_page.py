@@ -44,7 +44,7 @@ def show(browser: Any, page: Path, width: int = 1440, scheme: str = "light") -> 
     browser.get(page.as_uri())
 
 
-def test_nothing_is_said_on_the_console_and_nothing_is_asked_for(browser: Any, page: Path) -> None:
+def test_the_page_logs_nothing_and_makes_no_requests(browser: Any, page: Path) -> None:
     browser.get_log("browser")  # log entries of earlier pages
     show(browser, page)
     assert browser.get_log("browser") == []
@@ -54,7 +54,7 @@ def test_nothing_is_said_on_the_console_and_nothing_is_asked_for(browser: Any, p
 
 @pytest.mark.parametrize("width", [360, 1440])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_overflows(browser: Any, page: Path, width: int, scheme: str) -> None:
+def test_no_element_overflows_the_window(browser: Any, page: Path, width: int, scheme: str) -> None:
     show(browser, page, width, scheme)
     assert browser.execute_script("return innerWidth") == width
     assert browser.execute_script("const e = document.documentElement; return e.scrollWidth - e.clientWidth") == 0
@@ -64,7 +64,7 @@ def test_nothing_overflows(browser: Any, page: Path, width: int, scheme: str) ->
     assert outside == []
 
 
-def test_the_colours_follow_the_scheme_of_the_reader(browser: Any, page: Path) -> None:
+def test_colours_follow_the_preferred_colour_scheme(browser: Any, page: Path) -> None:
     def luminance(what: str) -> float:
         colour = browser.execute_script(f"return getComputedStyle(document.body).{what}")
         return sum(map(float, colour.removeprefix("rgb(").removesuffix(")").split(","))) / 765
@@ -75,7 +75,7 @@ def test_the_colours_follow_the_scheme_of_the_reader(browser: Any, page: Path) -
     assert luminance("backgroundColor") < 0.2 < 0.7 < luminance("color")
 
 
-def test_every_picture_is_there_and_has_words(browser: Any, page: Path) -> None:
+def test_every_image_loads_and_has_alternative_text(browser: Any, page: Path) -> None:
     show(browser, page)
     pictures = browser.execute_script(
         "return [...document.images].map((each) => [each.alt, each.complete && each.naturalWidth])"
@@ -91,7 +91,7 @@ def column(browser: Any, table: int, place: int) -> list[str]:
     return list(browser.execute_script(script, table, place))
 
 
-def test_a_click_on_a_heading_sorts_up_and_another_one_down(browser: Any, page: Path) -> None:
+def test_clicking_a_heading_sorts_ascending_then_descending(browser: Any, page: Path) -> None:
     show(browser, page)
     heads = browser.execute_script(
         "return [...document.querySelectorAll('table')[0].tHead.rows[0].cells].map((e) => e.innerText)"
@@ -113,7 +113,7 @@ def test_a_click_on_a_heading_sorts_up_and_another_one_down(browser: Any, page: 
     assert browser.get_log("browser") == []
 
 
-def test_a_browser_runs_only_what_the_page_came_with_and_fetches_nothing(browser: Any, page: Path) -> None:
+def test_the_content_security_policy_blocks_injected_scripts_styles_and_requests(browser: Any, page: Path) -> None:
     """Even if some text were parsed as HTML."""
     text = page.read_text()
     assert text.count("</h1>") == 1
@@ -136,7 +136,7 @@ def test_a_browser_runs_only_what_the_page_came_with_and_fetches_nothing(browser
         assert any(part in each for each in refused), (part, refused)
 
 
-def test_cells_with_any_signs_are_shown_and_sorted_as_text(browser: Any, hostile: Path) -> None:
+def test_hostile_names_are_shown_as_text_and_run_no_code(browser: Any, hostile: Path) -> None:
     browser.get_log("browser")
     show(browser, hostile)
     table = next(each for each in browser.find_elements("css selector", "table") if "mean" in each.text)
@@ -153,7 +153,7 @@ def test_cells_with_any_signs_are_shown_and_sorted_as_text(browser: Any, hostile
     assert browser.get_log("browser") == []
 
 
-def test_the_table_of_a_paper_is_bold_where_a_verdict_is_and_names_in_it_are_text(
+def test_the_paper_table_is_bold_only_for_verdicts_and_shows_hostile_names_as_text(
     browser: Any, finished: Path, tmp_path: Path
 ) -> None:
     records = load(finished)
@@ -174,7 +174,7 @@ def test_the_table_of_a_paper_is_bold_where_a_verdict_is_and_names_in_it_are_tex
     assert browser.get_log("browser") == []
 
 
-def test_what_matters_comes_first(browser: Any, page: Path) -> None:
+def test_sections_start_with_the_summary_and_the_verdicts(browser: Any, page: Path) -> None:
     show(browser, page)
     heads = [each.text for each in browser.find_elements("css selector", "h2")]
     assert heads == ["Summary", "Verdicts", "Figures", "Limits of the evidence", "Tables", "Checks and provenance"]

@@ -48,12 +48,12 @@ def test_a_cell_has_the_mean_and_deviation_in_percent_and_n_is_a_column(records:
 
 
 @pytest.mark.parametrize("verdict", ["worse", "equivalent", "inconclusive", "not judged", None])
-def test_only_better_is_bold(records: Records, verdict: str | None) -> None:
+def test_only_a_better_verdict_is_bold(records: Records, verdict: str | None) -> None:
     made = grid(table({"column": "none"}, {"column": "logit", "mean": 0.99, "verdict": verdict}), records)
     assert not any(each.bold for row in made.rows for each in row)
 
 
-def test_n_is_in_the_cells_where_a_row_has_several(records: Records) -> None:
+def test_n_is_in_the_cells_if_it_differs_within_a_row(records: Records) -> None:
     made = grid(table({"column": "none"}, {"column": "logit", "n": 4}, {"column": "feature", "n": 0}), records)
     assert shown(made)[1][3:] == ["94.86 ± 0.14 (n = 5)", "94.86 ± 0.14 (n = 4)", ""]
     assert made.heads[-1] == "feature"
@@ -64,14 +64,14 @@ def test_one_seed_has_no_deviation_and_several_teachers_have_one(records: Record
     assert shown(made)[1][2:] == ["95.36 ± 0.04 (n = 3)", "94.86", "1"]
 
 
-def test_rows_are_named_by_what_differs_and_a_note_has_the_rest(records: Records) -> None:
+def test_rows_are_labelled_by_varying_settings_and_a_note_lists_the_constant_ones(records: Records) -> None:
     made = grid(table({"column": "none", "stem": "imagenet", "width": 0.125}, {"column": "none"}), records)
     assert (made.heads[:2], made.labels) == (["stem", "width"], 2)
     assert [row[:2] for row in shown(made)[1:]] == [["imagenet", "0.125"], ["cifar", "1"]]
     assert "All rows: student resnet18, teacher resnet50, weights none." in made.notes
 
 
-def test_the_notes_say_what_the_numbers_are(records: Records) -> None:
+def test_the_notes_explain_the_numbers(records: Records) -> None:
     first, *_, last = grid(table(), records).notes
     assert "sample standard deviation over n seeds" in first and "best validation accuracy" in first
     assert "on 20 test images" in first
@@ -86,7 +86,7 @@ NAMES = st.text(st.sampled_from("<>&[]()!|\\`*_~#-+=1. $:/aw{}^%±")).filter(str
 
 
 @given(stem=NAMES, column=NAMES)
-def test_names_in_the_table_are_text_in_markdown_and_latex(stem: str, column: str) -> None:
+def test_names_are_shown_literally_in_markdown_and_latex(stem: str, column: str) -> None:
     made = Grid(["stem", column], [[Cell(stem), Cell(column, bold=True)]], [column], 1)
     parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
     tokens = [each for token in parser.parse("\n".join(texts._grid(made))) for each in (token, *(token.children or ()))]
@@ -111,7 +111,7 @@ def test_latex_has_rules_bold_and_notes_no_wider_than_the_columns(records: Recor
     assert len(notes) > 3 and max(len(line.replace("$\\pm$", "±")) for line in notes) <= len(row)
 
 
-def test_the_report_has_the_table_in_every_form(finished: Path, tmp_path: Path) -> None:
+def test_the_report_has_the_paper_table_in_markdown_csv_and_latex(finished: Path, tmp_path: Path) -> None:
     reporting.report(load(finished), tmp_path, ["html", "md", "csv", "tex"])
     read = pd.read_csv(tmp_path / "tables" / "paper.csv", keep_default_na=False, na_values=[""])
     assert read["column"].tolist() == ["none", "logit T=2", "logit T=4", "feature"] * 2
@@ -125,7 +125,7 @@ def test_the_report_has_the_table_in_every_form(finished: Path, tmp_path: Path) 
     assert "\\input{paper.tex}" in (tmp_path / "tables" / "all.tex").read_text()
 
 
-def test_tables_of_others_have_none(tmp_path: Path) -> None:
+def test_a_report_on_tables_without_a_study_has_no_paper_table(tmp_path: Path) -> None:
     trials = [{"trial_id": f"{arm}{seed}", "arm": arm, "seed": seed, "test_accuracy_best": 0.5}
               for arm in ("a", "b") for seed in (1, 2)]  # fmt: skip
     pd.DataFrame(trials).to_parquet(tmp_path / "trials.parquet")

@@ -1,4 +1,4 @@
-"""From tables to results, and the texts of reports."""
+"""Results from tables, and the texts of reports."""
 
 import csv
 import io
@@ -101,7 +101,7 @@ def test_a_contrast_with_a_stopped_arm_is_not_judged_but_stays_in_holms_family(r
     assert family["p_holm"].min() == pytest.approx(min(1.0, family["p"].min() * len(family)))
 
 
-def test_a_study_without_contrasts_has_a_report_too(run: Path) -> None:
+def test_a_study_without_contrasts_has_a_report(run: Path) -> None:
     record = json.loads((run / "study.json").read_text()) | {"contrasts": []}
     (run / "study.json").write_text(json.dumps(record))
     records = load(run)
@@ -110,11 +110,11 @@ def test_a_study_without_contrasts_has_a_report_too(run: Path) -> None:
     assert "Not judged" not in screen(terminal.effects(results.contrasts(records)))
 
 
-def test_screening_seeds_are_in_no_estimate(records: Records) -> None:
+def test_screen_seeds_are_excluded_from_confirmed_accuracies(records: Records) -> None:
     assert accuracy.confirmed(records).index.tolist() == [("r", 1), ("r", 2), ("r", 3)]
 
 
-def test_the_report_is_written_in_every_form(run: Path, records: Records) -> None:
+def test_the_report_is_written_in_every_format(run: Path, records: Records) -> None:
     first = reporting.report(records, run / "report")
     folder = run / "report"
     assert first == folder / "report.html"
@@ -138,7 +138,7 @@ def test_no_text_in_a_csv_is_a_formula(text: str) -> None:
     assert (row[0], row[1].replace("'", "")) == ("-0.5", text)
 
 
-def test_a_csv_has_honest_names_and_numbers_as_they_are(records: Records) -> None:
+def test_ordinary_names_and_numbers_round_trip_through_csv(records: Records) -> None:
     for name, table in reporting.tables(records).items():
         read = pd.read_csv(io.StringIO(texts.csv(table)))
         for column in table.columns:
@@ -164,7 +164,7 @@ def rendered(text: str) -> tuple[str, set[str]]:
 
 
 @given(st.text() | st.sampled_from(HOSTILE) | st.text(st.sampled_from("<>&[]()!|\\`*_~#-+=1. $:/aw")))
-def test_text_in_markdown_comes_back_as_it_was_and_is_nothing_else(text: str) -> None:
+def test_any_text_renders_literally_in_markdown(text: str) -> None:
     text = visible(text)  # like all text from records
     plain = " ".join(text.split())
     once = [plain] if plain else []
@@ -179,17 +179,17 @@ def test_text_in_markdown_comes_back_as_it_was_and_is_nothing_else(text: str) ->
 
 
 @pytest.mark.parametrize("text", ["resnet18_x", "a - b", "cifar: T=2 - T=4", "95 % (of 3), 0.5", "x_1-y.z"])
-def test_an_honest_name_reads_in_markdown_as_it_is(text: str) -> None:
+def test_ordinary_names_are_not_escaped_in_markdown(text: str) -> None:
     assert texts._line(text) == texts._inline(text) == text
 
 
-def test_an_address_is_no_link_either_where_those_are_found_by_themselves() -> None:
+def test_addresses_are_escaped_so_that_github_does_not_link_them() -> None:
     """GitHub turns such addresses into links."""
     assert texts._inline("http://x.org www.x.org WWW.x.org") == "http\\://x.org www\\.x.org WWW\\.x.org"
 
 
 @pytest.mark.parametrize("text", ["*", "[x]", "\\input{/etc/passwd}", "^^5cinput", "a & b % c", "$x$ #1 _ {} ~"])
-def test_text_in_latex_is_no_command_and_no_part_of_the_row_before(text: str) -> None:
+def test_text_in_latex_is_no_command_and_no_argument_of_the_previous_row(text: str) -> None:
     body = texts._tabular(pd.DataFrame({"arm": ["a", text]})).split("\\midrule\n")[1].splitlines()[1]
     left = re.sub(r"\\text(backslash|asciicircum|asciitilde)\{\}|\\[&%$#_{}]|\{[*[]\}", "", body.removesuffix(r" \\"))
     assert not set(left) & set("\\{}$&#^_%~[*"), body
@@ -198,7 +198,7 @@ def test_text_in_latex_is_no_command_and_no_part_of_the_row_before(text: str) ->
 @pytest.mark.parametrize(("formats", "first", "made"), [
     (["md"], "report.md", {"report.md"}), (["csv"], "tables", {"tables"}), (["svg"], "figures", {"figures"}),
 ])  # fmt: skip
-def test_only_the_forms_that_were_asked_for_are_written(
+def test_only_the_requested_formats_are_written(
     records: Records, tmp_path: Path, formats: list[str], first: str, made: set[str]
 ) -> None:
     folder = tmp_path / "elsewhere"
@@ -206,7 +206,7 @@ def test_only_the_forms_that_were_asked_for_are_written(
     assert {path.name for path in folder.iterdir()} == made
 
 
-def test_a_form_that_there_is_not_is_refused_and_nothing_is_written(records: Records, tmp_path: Path) -> None:
+def test_an_unknown_format_is_rejected_and_nothing_is_written(records: Records, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--format is 'docx'; allowed: html, md"):
         reporting.report(records, tmp_path / "elsewhere", ["html", "docx"])
     assert not (tmp_path / "elsewhere").exists()
@@ -218,7 +218,7 @@ def screen(what: Any, width: int = 80) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-def test_arms_that_differ_at_the_end_of_a_long_name_are_told_apart_within_80_columns(records: Records) -> None:
+def test_long_arm_names_are_shown_in_full_within_80_columns(records: Records) -> None:
     arms = accuracy.arms(records).head(2)
     name = "dist/epochs=3/batch_size=64/kd_weight=1/ce_weight="
     shown = screen(terminal.arms(arms.assign(arm=[f"{name}0", f"{name}1"], note="stopped in the screen")))
@@ -226,7 +226,7 @@ def test_arms_that_differ_at_the_end_of_a_long_name_are_told_apart_within_80_col
     assert "".join(line.split(" ")[0] for line in shown.splitlines()[2:]) == f"{name}0{name}1"
 
 
-def test_effects_are_shown_with_n_spread_and_interval_within_80_columns(records: Records) -> None:
+def test_effects_fit_in_80_columns_with_estimate_and_n(records: Records) -> None:
     shown = screen(terminal.effects(results.contrasts(records)))
     (line,) = [line for line in shown.splitlines() if line.startswith("imagenet: logit - none")]
     assert "+2.00" in line
@@ -236,13 +236,13 @@ def test_effects_are_shown_with_n_spread_and_interval_within_80_columns(records:
     assert max(len(line) for line in shown.splitlines()) <= 80
 
 
-def test_a_p_value_that_rounds_up_to_a_thousandth_is_below_it(records: Records) -> None:
+def test_a_p_value_below_a_thousandth_is_not_rounded_up(records: Records) -> None:
     shown = screen(terminal.effects(results.contrasts(records).assign(p_holm=0.0006)))
     assert "<0.001" in shown
     assert "0.001" not in shown.replace("<0.001", "")
 
 
-def test_the_live_picture_counts_each_phase_and_names_the_running_trials(records: Records) -> None:
+def test_the_live_display_counts_each_phase_and_names_the_running_trials(records: Records) -> None:
     rows = records.trials.astype(object).where(records.trials.notna(), None).to_dict("records")
     rows[3] |= {"status": "running", "epochs_run": 1, "val_accuracy": 0.5, "train_seconds": 2.0}
     shown = screen(progress.progress("r", rows, [], 61.0))
@@ -252,7 +252,7 @@ def test_the_live_picture_counts_each_phase_and_names_the_running_trials(records
     assert "left" in shown
 
 
-def test_the_live_picture_counts_comparisons_by_reason_and_shows_the_last(records: Records) -> None:
+def test_the_live_display_counts_comparisons_by_reason_and_shows_the_latest(records: Records) -> None:
     made = Decision("id", "cifar/logit/T=2", "screen", "cifar/logit", 2, 0, 0.7, 0.8, 3, 2, "stop", "behind")
     rows = records.trials.astype(object).where(records.trials.notna(), None).to_dict("records")
     ties = [replace(made, arm=f"arm {number}", action="continue", reason="near_tie") for number in range(6)]
@@ -263,11 +263,11 @@ def test_the_live_picture_counts_comparisons_by_reason_and_shows_the_last(record
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(12, "12 s"), (89, "89 s"), (150, "2.5 min"), (9000, "2.5 h")])
-def test_durations_read_well(seconds: float, words: str) -> None:
+def test_durations_are_shown_in_a_suitable_unit(seconds: float, words: str) -> None:
     assert terminal.duration(seconds) == words
 
 
-def test_time_left_is_at_the_pace_of_comparable_trials_over_the_slots_in_use() -> None:
+def test_time_left_uses_the_pace_of_comparable_trials_and_the_slots_in_use() -> None:
     base = {"role": "student", "stem": "cifar", "method": "none", "epochs_planned": 4}
     done = base | {"status": "completed", "epochs_run": 4, "train_seconds": 8.0}
     waiting = base | {"status": "pending", "epochs_run": 0, "train_seconds": None}
@@ -277,7 +277,7 @@ def test_time_left_is_at_the_pace_of_comparable_trials_over_the_slots_in_use() -
 
 
 @pytest.mark.parametrize(("took", "pictures"), [(0.001, 19), (0.1, 2)])
-def test_a_picture_that_takes_long_is_renewed_less_often(
+def test_a_slow_live_display_is_refreshed_less_often(
     monkeypatch: pytest.MonkeyPatch, took: float, pictures: int
 ) -> None:
     """Refreshes within ten seconds: two per second, or one after fifty times the duration of the last."""
