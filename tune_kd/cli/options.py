@@ -25,15 +25,22 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-StudyName = Annotated[str, typer.Argument(help="A name in search_spaces/ or the path of a file.", metavar="STUDY")]
-RunName = Annotated[str, typer.Argument(help="A name under --out or a path.", metavar="RUN")]
-Scale = Annotated[str, typer.Option(help="auto, or one of the study's scales (paper, brief, laptop, smoke).")]
+StudyName = Annotated[
+    str, typer.Argument(help="A study in search_spaces/, or the path of a study file.", metavar="STUDY")
+]
+RunName = Annotated[str, typer.Argument(help="Name of a run under --out, or its path.", metavar="RUN")]
+Scale = Annotated[
+    str,
+    typer.Option(help="Scale of the study (paper, brief, laptop, smoke, ...). auto: paper with a GPU, laptop without."),
+]
 DataName = Annotated[
     str | None, typer.Option("--data", help="Data set: digits, cifar10 or cifar100.", show_default=False)
 ]
 DataDir = Annotated[
     Path | None,
-    typer.Option(help="Path of CIFAR: torchvision's files, an image folder or its tar archive.", show_default=False),
+    typer.Option(
+        help="Path of the CIFAR data: torchvision's files, an image folder or its tar archive.", show_default=False
+    ),
 ]
 
 
@@ -66,36 +73,37 @@ Settings = Annotated[
 MarginFrom = Annotated[
     str | None,
     typer.Option(
-        metavar="RUN", help="Set screen.margin from the spread of the controls of an earlier run.", show_default=False
+        metavar="RUN", help="Compute screen.margin from the spread of an earlier run's controls.", show_default=False
     ),
 ]
 Phases = Annotated[
     list[str] | None,
-    typer.Option("--phase", help="For imported tables: rename a phase, such as select=screen. Repeatable."),
+    typer.Option("--phase", help="For imported tables: rename a phase, as in select=screen. Repeatable."),
 ]
-GPUS = "GPU share of each trial, such as 0.25. auto measures the fastest share if the study is long enough."
+GPUS = "GPU share of each trial, such as 0.25. auto measures the fastest share, unless the study is short."
 Gpus = Annotated[str, typer.Option(help=GPUS)]
 GpusNow = Annotated[str | None, typer.Option(help=GPUS, show_default="as recorded")]
-CPUS = "CPU share of each trial. Rounded down, it is the number of threads, at least 1."
+CPUS = "CPUs of each trial, such as 0.5. Also sets the number of threads (rounded down, at least 1)."
 Cpus = Annotated[float, typer.Option(help=CPUS)]
 CpusNow = Annotated[float | None, typer.Option(help=CPUS, show_default="as recorded")]
-MPS = "NVIDIA MPS: auto starts it if trials share a GPU, on starts it or fails, off never starts it."
+MPS = "Whether to start NVIDIA MPS. auto: if trials share a GPU. on: always, or fail. off: never."
 Mps = Annotated[str, typer.Option(help=MPS, metavar="auto|on|off")]
 MpsNow = Annotated[str | None, typer.Option(help=MPS, metavar="auto|on|off", show_default="as recorded")]
 MaxConcurrent = Annotated[int | None, typer.Option(help="Maximum number of concurrent trials.", show_default=False)]
 Address = Annotated[
-    str | None, typer.Option(help="auto, or HOST:PORT of a Ray cluster that includes this machine.", show_default=False)
+    str | None,
+    typer.Option(help="HOST:PORT of a Ray cluster that includes this machine, or auto to find it.", show_default=False),
 ]
 Elsewhere = Annotated[
     str | None, typer.Option(help="For a submitted run: URL of the cluster's dashboard.", show_default=False)
 ]
 Track = Annotated[
     list[str] | None,
-    typer.Option(help="Also log the run to a tracker: tensorboard, mlflow or wandb. Repeatable.", show_default=False),
+    typer.Option(help="Log to an experiment tracker: tensorboard, mlflow or wandb. Repeatable.", show_default=False),
 ]
 Keep = Annotated[bool, typer.Option("--keep-checkpoints", help="Keep the final checkpoint of each trial.")]
 NoDryRun = Annotated[
-    bool, typer.Option("--no-dry-run", help="Skip the dry run, which tries each of the study's own losses for 2 steps.")
+    bool, typer.Option("--no-dry-run", help="Skip the dry run, which tries each custom loss for 2 steps.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON on standard output.")]
 

@@ -38,7 +38,7 @@ def plan(
     no_dry_run: options.NoDryRun = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what would run: arms, merged cells, trials, teachers, cost, and the differences that the seeds can show."""
+    """Show the plan of a study: arms, merged cells, trials, teachers, cost, and detectable differences."""
     path = discover.find(study)
     resolved, why = _resolved(path, scale, data, settings, margin_from, out)
     planned = expand(resolved)
@@ -99,18 +99,19 @@ def simulate(
     ],
     strata: Annotated[
         str | None,
-        typer.Option(help="Columns that define strata, such as student,teacher, or `none`. Default: the study's."),
+        typer.Option(help="Columns that define strata, such as student,teacher; or none. Default: the study's."),
     ] = None,
     orders: Annotated[int, typer.Option(help="Number of arrival orders to replay.")] = 1000,
-    scale: Annotated[str, typer.Option(help="auto: the scale of the curves, or paper if they have none.")] = "auto",
+    scale: Annotated[
+        str, typer.Option(help="Scale of the study. auto: the scale of the curves, or paper if they have none.")
+    ] = "auto",
     out: options.Out = options.DEFAULT_OUT,
     settings: options.Settings = None,
     margin_from: options.MarginFrom = None,
     phases: options.Phases = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Replay recorded learning curves through a study's early stopping. Shows what it would have stopped, saved and
-    lost."""
+    """Simulate a study's early stopping on recorded learning curves, and show its savings and losses."""
     from tune_kd.analysis import simulate as simulation
 
     path = discover.find(study)
@@ -150,8 +151,8 @@ def calibrate(
     settings: options.Settings = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Simulate studies to estimate the false-positive rate, coverage and power of a study's verdicts and of common
-    practices."""
+    """Simulate studies to estimate the false-positive rate, coverage and power of a study's verdicts, and the
+    false-positive rate of common practices."""
     from tune_kd.analysis import calibrate as calibration
 
     path = discover.find(study)

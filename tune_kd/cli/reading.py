@@ -32,15 +32,18 @@ if TYPE_CHECKING:
 
 def status(
     context: typer.Context,
-    run: Annotated[str | None, typer.Argument(help="A name under --out or a path. Default: the newest run.")] = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(help="Name of a run under --out, or its path. Default: the newest run.", metavar="RUN"),
+    ] = None,
     out: Out = DEFAULT_OUT,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check every file of the run, and print problems and remedies.")
+        bool, typer.Option("--verify", help="Check every file of the run, and list problems and remedies.")
     ] = False,
     address: Elsewhere = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the progress of a run from its records, even while it is running."""
+    """Show the progress of a run, finished or running, from its records."""
     if address is not None:
         elsewhere(context, "status", run, address)
     from tune_kd.records import lock, run_folder
@@ -113,11 +116,12 @@ def _verify(folder: Path, as_json: bool) -> NoReturn:
 
 def report(
     runs: Annotated[
-        list[str], typer.Argument(help="Names under --out, or paths. Several runs are compared.", metavar="RUN...")
+        list[str],
+        typer.Argument(help="Names of runs under --out, or paths. Several runs are compared.", metavar="RUN..."),
     ],
     out: Out = DEFAULT_OUT,
     formats: Annotated[
-        str, typer.Option("--format", help="Formats to write, separated by commas.")
+        str, typer.Option("--format", help="Comma-separated formats to write.")
     ] = "html,md,csv,tex,png,svg",
     to: Annotated[Path | None, typer.Option(help="Output folder. Default: RUN/report.", show_default=False)] = None,
     phases: Phases = None,

@@ -32,7 +32,7 @@ Extend = Annotated[
 StudyNow = Annotated[
     str | None,
     typer.Option(
-        help="The study's file, if it was moved or changed. The file is executed.",
+        help="The study file, if it was moved or changed. The file is executed.",
         metavar="STUDY",
         show_default="as recorded",
     ),
@@ -109,7 +109,7 @@ def resume(
     address: AddressNow = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Continue a run: train its remaining trials, from their last checkpoints."""
+    """Continue a run: train the remaining trials from their last checkpoints."""
     from tune_kd.execute import session
     from tune_kd.execute.options import check, options_of, parse_gpus
     from tune_kd.records import run_folder

@@ -21,14 +21,14 @@ LOOK_AT = (
 def dashboard(
     write: Annotated[
         Path | None,
-        typer.Option(help="Folder to write a Grafana dashboard and Prometheus settings to.", show_default=False),
+        typer.Option(help="Folder for a Grafana dashboard and a Prometheus configuration.", show_default=False),
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="URL of Ray's dashboard. Default: the one of the run in progress.")
+        str | None, typer.Option(help="URL of Ray's dashboard. Default: that of the active run.")
     ] = None,
     out: Out = DEFAULT_OUT,
 ) -> None:
-    """Print the URL of Ray's dashboard and its useful pages. --write makes files for Prometheus and Grafana."""
+    """Print the URL of Ray's dashboard and its useful pages. --write generates files for Prometheus and Grafana."""
     from tune_kd.records import lock, run_folder
 
     say = Terminal().say

@@ -13,7 +13,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def new(file: Annotated[Path, typer.Argument(help="Path of the Python file to create.", metavar="FILE")]) -> None:
-    """Write a commented example study, and a loss for it in a second file."""
+    """Write a commented example study, and a custom loss in a second file."""
     loss = file.with_name(f"{file.stem}_loss.py")
     there = [each for each in (file, loss) if os.path.lexists(each)]
     if file.suffix != ".py" or not file.stem.isidentifier():
