@@ -88,7 +88,7 @@ def pairs(recorded: Curves) -> None:
         for pair, each in found.items()
     ]  # fmt: skip
     put(PAGE, "correlations", table(["pair", *(f"epoch {epoch}" for epoch in SHOWN)], cells))
-    draw(partial(_correlations, found), "foretold.png")
+    draw(partial(_correlations, found), "rank-correlation.png")
 
 
 def _correlations(found: dict[str, Outcome]) -> Figure:
@@ -309,11 +309,12 @@ def calibration() -> None:
     shares = {name: f"{100 * rate.share:.1f} % (standard error {100 * rate.standard_error:.1f})"
               for name, rate in (found.false | found.scenarios["alike"].false).items()}  # fmt: skip
     text = (
-        f"Of {STUDIES:,} simulated studies of arms that are all alike, with looks at 5, 10 and 20 seeds, "
-        f"{shares['primary']} have a false finding among their primary contrasts and {shares['secondary']} among their "
-        "secondary ones; adding seeds until something is significant finds one in "
-        f"{shares['until_significant']}; plain ASHA over arms and seeds, averaging those that finish, in "
-        f"{shares['plain_asha']} of {calibrate.MOST_ASHA}, with means {found.bias:.2f} standard deviations too high."
+        f"Of {STUDIES:,} simulated studies of identical arms, with looks at 5, 10 and 20 seeds, {shares['primary']} have "
+        f"a false finding among their primary contrasts, and {shares['secondary']} among their secondary contrasts. "
+        f"Adding seeds until something is significant gives a false finding in {shares['until_significant']}. Plain "
+        "ASHA over arms and seeds, which averages the trials that finish, gives one in "
+        f"{shares['plain_asha']} of {calibrate.MOST_ASHA} studies, and its means are {found.bias:.2f} standard "
+        "deviations too high."
     )
     put(CONCEPTS, "calibration", textwrap.fill(text, 120) + "\n")
 
