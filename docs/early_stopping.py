@@ -309,8 +309,9 @@ def calibration() -> None:
     shares = {name: f"{100 * rate.share:.1f} % (standard error {100 * rate.standard_error:.1f})"
               for name, rate in (found.false | found.scenarios["alike"].false).items()}  # fmt: skip
     text = (
-        f"Of {STUDIES:,} simulated studies of identical arms, with looks at 5, 10 and 20 seeds, {shares['primary']} have "
-        f"a false finding among their primary contrasts, and {shares['secondary']} among their secondary contrasts. "
+        f"Of {STUDIES:,} simulated studies of identical arms, with looks at 5, 10 and 20 seeds, {shares['primary']} "
+        "have a false finding among their primary contrasts, and "
+        f"{shares['secondary']} among their secondary contrasts. "
         f"Adding seeds until something is significant gives a false finding in {shares['until_significant']}. Plain "
         "ASHA over arms and seeds, which averages the trials that finish, gives one in "
         f"{shares['plain_asha']} of {calibrate.MOST_ASHA} studies, and its means are {found.bias:.2f} standard "

@@ -288,11 +288,16 @@ def test_the_digest_covers_every_pixel_and_label(monkeypatch: pytest.MonkeyPatch
     pixels = numbered(100, 30)
     monkeypatch.setattr(rooms, "load_pixels", lambda folder, **_: pixels)
     before = load("cifar10", say=lambda _: None).digest
-    # Two images swap values, so that every count stays the same.
-    swapped = getattr(pixels, tensor).clone()
-    swapped[[0, 1]] = swapped[[1, 0]]
-    pixels = replace(pixels, **{tensor: swapped})
+    original = pixels
+    swapped = getattr(original, tensor).clone()
+    swapped[[0, 1]] = swapped[[1, 0]]  # two items change places, so that every count stays the same
+    pixels = replace(original, **{tensor: swapped})
     assert load("cifar10", say=lambda _: None).digest != before
+    for place in (0, getattr(original, tensor).numel() // 2, -1):
+        changed = getattr(original, tensor).clone()
+        changed.view(-1)[place] ^= 1
+        pixels = replace(original, **{tensor: changed})
+        assert load("cifar10", say=lambda _: None).digest != before
 
 
 @pytest.mark.parametrize(

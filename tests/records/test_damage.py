@@ -29,7 +29,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scratch]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_damage_is_believed(whole: dict[str, Scratch], variant: str) -> None:
+def test_damage_to_any_file_is_detected_or_harmless(whole: dict[str, Scratch], variant: str) -> None:
     scratch = whole[variant]
     scores = [judge(scratch, target, truncations=2, flips=3) for target in scratch.targets()]
     assert not any(score.broken for score in scores), [example for score in scores for example in score.examples]
@@ -106,7 +106,7 @@ def test_each_detector_is_needed(
     assert score.counts["silent"] > 0
 
 
-def test_words_of_sqlite_that_are_no_text_tell_of_damage(whole: dict[str, Scratch]) -> None:
+def test_a_sqlite_error_message_that_cannot_be_decoded_counts_as_damage(whole: dict[str, Scratch]) -> None:
     """SQLite's error message quotes the damaged bytes, which Python then fails to decode."""
     scratch = whole["finished"]
     path = scratch.folder / LEDGER

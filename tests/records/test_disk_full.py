@@ -104,7 +104,7 @@ def judge(full: Path, ended: "subprocess.CompletedProcess[str]", undisturbed: Pa
 @pytest.mark.parametrize(
     "limit", [each if each in (500, 100_000) else pytest.param(each, marks=pytest.mark.slow) for each in LIMITS]
 )
-def test_a_full_disk_ends_a_run_clearly_and_costs_nothing_but_time(
+def test_a_run_ended_by_a_full_disk_reports_it_and_resumes_to_the_same_results(
     limit: int, tmp_path: Path, undisturbed: Path
 ) -> None:
     judge(tmp_path, started(tmp_path, limit), undisturbed)
@@ -131,9 +131,7 @@ def filled(disk: Path, left: int) -> Path:
     return ballast
 
 
-def test_a_disk_without_room_for_the_study_is_told_of_before_anything_trains(
-    small_disk: Path, undisturbed: Path
-) -> None:
+def test_too_little_free_space_is_reported_before_training_starts(small_disk: Path, undisturbed: Path) -> None:
     ballast = filled(small_disk, 200_000)
     ended = started(small_disk, None)
     assert ended.returncode == 2 and "Free space" in ended.stderr
@@ -143,7 +141,7 @@ def test_a_disk_without_room_for_the_study_is_told_of_before_anything_trains(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("left", [0, 300_000])
-def test_a_disk_that_fills_up_under_the_command_ends_it_with_3_and_it_goes_on_when_there_is_room(
+def test_a_command_exits_with_3_when_the_disk_fills_up_and_resumes_once_there_is_space(
     small_disk: Path, left: int
 ) -> None:
     (small_disk / "own.py").write_text(STUDY)

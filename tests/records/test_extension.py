@@ -62,7 +62,7 @@ def extend(folder: Path) -> None:
 
 
 @pytest.mark.long
-def test_seeds_that_were_added_change_no_mean_and_no_contrast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_added_seeds_change_no_mean_and_no_contrast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = begun(tmp_path, "")
     before = reader.load(run.folder)
@@ -81,7 +81,7 @@ def test_seeds_that_were_added_change_no_mean_and_no_contrast(tmp_path: Path, mo
 
 
 @pytest.mark.long
-def test_a_declared_look_counts_its_seeds(tmp_path: Path) -> None:
+def test_seeds_of_a_declared_look_count_in_the_contrasts(tmp_path: Path) -> None:
     run = begun(tmp_path, ", confirm=Confirm((1, 2), looks=(2, 3))")
     first = contrasts.contrasts(reader.load(run.folder))
     assert first["planned"].unique().tolist() == [2]

@@ -46,9 +46,7 @@ FURTHER_ROWS = [
 ]
 
 
-def test_each_further_setting_is_a_column_of_the_table_and_null_where_it_does_not_apply(
-    ledger: Ledger, tmp_path: Path
-) -> None:
+def test_each_further_setting_is_a_column_that_is_null_where_it_does_not_apply(ledger: Ledger, tmp_path: Path) -> None:
     for row in FURTHER_ROWS:
         ledger.put(TRIALS, row)
     ledger.write_tables(tmp_path)
@@ -60,14 +58,14 @@ def test_each_further_setting_is_a_column_of_the_table_and_null_where_it_does_no
     pd.testing.assert_frame_equal(table, frame(TRIALS, ledger.rows(TRIALS))[list(table)])
 
 
-def test_a_further_setting_of_two_types_is_damage(ledger: Ledger) -> None:
+def test_a_further_setting_of_two_types_is_rejected_as_corrupt(ledger: Ledger) -> None:
     ledger.put(TRIALS, pending("a", further=as_further({"weight": 2.0})))
     ledger.put(TRIALS, pending("b", further=as_further({"weight": "heavy"})))
     with pytest.raises(CorruptFile, match="further settings that no run writes"):
         ledger.table(TRIALS)
 
 
-def test_more_further_settings_than_any_run_has_are_damage(ledger: Ledger) -> None:
+def test_more_than_1000_further_settings_are_rejected(ledger: Ledger) -> None:
     for number in range(2):
         ledger.put(TRIALS, pending(f"{number}", further=as_further({f"s{number}_{each}": 1.0 for each in range(501)})))
     with pytest.raises(CorruptFile, match="further settings that no run writes"):
@@ -82,9 +80,7 @@ def test_more_further_settings_than_any_run_has_are_damage(ledger: Ledger) -> No
     st.sampled_from(["weight", "momentum", "nce_k"]), st.floats(allow_nan=False, allow_infinity=False), max_size=3,
 ), max_size=4))  # fmt: skip
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_rows_with_further_settings_come_back_from_the_table_as_they_were(
-    tmp_path: Path, every: list[dict[str, float]]
-) -> None:
+def test_rows_with_further_settings_round_trip_through_the_table(tmp_path: Path, every: list[dict[str, float]]) -> None:
     with closing(Ledger(tmp_path / f"{next(COUNTER)}.sqlite")) as ledger:
         for number, known in enumerate(every):
             ledger.put(TRIALS, pending(f"t{number}", further=as_further(known)))
@@ -93,7 +89,7 @@ def test_rows_with_further_settings_come_back_from_the_table_as_they_were(
     assert problems == [] and rows_of(TRIALS, checked) == written
 
 
-def test_a_ledger_of_an_earlier_version_is_read_and_written_without_the_column(tmp_path: Path) -> None:
+def test_a_ledger_of_an_earlier_version_is_used_without_the_further_column(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     with closing(sqlite3.connect(path)) as made:
         for statement in creating(earlier=True):
@@ -117,7 +113,7 @@ def test_a_ledger_of_an_earlier_version_is_read_and_written_without_the_column(t
     '{"a": NaN}', '{"a": Infinity}', '{"a b": 1.0}', '{"": 1.0}', '{"a-b": 1.0}', '{"a": "\\u001b[2J"}',
     '{"\\u001b": 1.0}', '{"seed": 1.0}', '{"further": 1.0}', '{"a": 1.0, "a": 2.0}',
 ], ids=lambda text: text[:20])  # fmt: skip
-def test_hostile_further_settings_are_refused_by_writer_and_reader(ledger: Ledger, text: str) -> None:
+def test_invalid_further_settings_are_rejected_on_write_and_on_read(ledger: Ledger, text: str) -> None:
     with pytest.raises(ValueError, match=r"trials\.further is .*; allowed: null, or JSON of names with levels"):
         ledger.put(TRIALS, pending("t", further=text))
     row = {**ledger_row(ledger), FURTHER: text}
@@ -139,7 +135,7 @@ def ledger_row(ledger: Ledger) -> dict[str, Any]:
         return dict(found.execute("SELECT * FROM trials").fetchone())
 
 
-def test_a_ledger_with_settings_and_varied_recipes_is_made_again_from_its_tables(tmp_path: Path) -> None:
+def test_a_ledger_with_further_settings_is_rebuilt_from_its_tables(tmp_path: Path) -> None:
     mine = Method("mine", "tune_kd.training.methods.logit:Logit", settings={"weight": 7.0})
     factors = (
         Factor("method", ("none", "mine")),

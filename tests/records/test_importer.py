@@ -57,7 +57,7 @@ def test_the_published_tables_are_read_through_an_adapter(published: Records) ->
         ("resnet34/imagenet/none", "88.28 ± 0.06"),
     ],
 )
-def test_the_published_stem_ablation_comes_out_to_the_printed_digits(
+def test_the_published_stem_ablation_is_reproduced_to_the_printed_digits(
     published: Records, arm: str, printed: str
 ) -> None:
     row = accuracy.arms(published).set_index("arm").loc[arm]
@@ -66,7 +66,7 @@ def test_the_published_stem_ablation_comes_out_to_the_printed_digits(
 
 
 @needs_published
-def test_the_published_effect_of_the_stem_is_about_seven_points_with_its_interval(published: Records) -> None:
+def test_the_published_stem_effect_is_about_seven_points_and_its_interval_excludes_zero(published: Records) -> None:
     table = contrasts.compare(published, "stem", "cifar", "imagenet").set_index("context")
     row = table.loc["resnet18/100"] if "resnet18/100" in table.index else table.loc["resnet18"]
     assert (row["how"], row["n"]) == ("paired", 3)
@@ -76,7 +76,7 @@ def test_the_published_effect_of_the_stem_is_about_seven_points_with_its_interva
 
 
 @needs_published
-def test_the_published_selection_grid_is_exploratory_and_claims_nothing(published: Records) -> None:
+def test_the_published_selection_grid_is_exploratory_and_yields_no_contrasts(published: Records) -> None:
     explored = accuracy.exploratory(published)
     assert len(explored) == 48
     assert set(explored["what"]) == {"screen"}
@@ -86,7 +86,7 @@ def test_the_published_selection_grid_is_exploratory_and_claims_nothing(publishe
 
 
 @needs_published
-def test_the_report_of_published_tables_makes_no_claim(
+def test_a_report_on_published_tables_gives_no_verdicts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     phases = [part for theirs, ours in PHASES.items() for part in ("--phase", f"{theirs}={ours}")]
@@ -112,7 +112,7 @@ def small(folder: Path) -> Path:
     return folder / "their"
 
 
-def test_columns_of_other_names_are_renamed_and_missing_ones_made(tmp_path: Path) -> None:
+def test_columns_are_renamed_and_missing_ones_get_defaults(tmp_path: Path) -> None:
     records = load(small(tmp_path), adapt=Adapter(columns={"id": "trial_id", "acc": "val_accuracy"}))
     assert records.trials["run"].tolist() == ["their", "their"]
     assert records.trials[["phase", "role", "status", "arm"]].drop_duplicates().to_numpy().tolist() == [
@@ -122,12 +122,12 @@ def test_columns_of_other_names_are_renamed_and_missing_ones_made(tmp_path: Path
     assert records.epochs["val_accuracy"].tolist() == [0.1, 0.2, 0.3]
 
 
-def test_tables_without_what_there_has_to_be_are_refused(tmp_path: Path) -> None:
+def test_tables_without_required_columns_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"their_trials\.parquet: lacks the columns trial_id; has id, seed"):
         load(small(tmp_path))
 
 
-def test_a_trial_that_ran_less_than_planned_counts_as_stopped_and_is_in_no_mean(tmp_path: Path) -> None:
+def test_a_trial_with_fewer_epochs_than_planned_counts_as_stopped_and_enters_no_mean(tmp_path: Path) -> None:
     trials = pd.DataFrame({"trial_id": ["a", "b"], "seed": [1, 2], "test_accuracy_best": [0.5, 0.9]})
     trials.assign(epochs_run=[7, 100], epochs_planned=100).to_parquet(tmp_path / "t_trials.parquet")
     records = load(tmp_path / "t")
@@ -135,24 +135,24 @@ def test_a_trial_that_ran_less_than_planned_counts_as_stopped_and_is_in_no_mean(
     assert accuracy.confirmed(records)["all"].tolist() == [0.9]
 
 
-def test_arms_of_other_data_or_budgets_are_other_arms(tmp_path: Path) -> None:
+def test_trials_on_different_data_belong_to_different_arms(tmp_path: Path) -> None:
     trials = pd.DataFrame({"trial_id": ["a", "b"], "seed": [1, 2], "test_accuracy_best": [0.5, 0.9]})
     trials.assign(dataset=["x", "y"], epochs_run=[10, 20], lr=0.1).to_parquet(tmp_path / "t_trials.parquet")
     assert load(tmp_path / "t").trials["arm"].tolist() == ["x", "y"]
 
 
-def test_what_differs_within_an_arm_is_named(tmp_path: Path) -> None:
+def test_a_setting_that_varies_within_a_method_becomes_part_of_the_arms_name(tmp_path: Path) -> None:
     trials = pd.DataFrame({"trial_id": ["a", "b", "c"], "seed": [1, 2, 3], "method": ["none", "none", "logit"]})
     trials.assign(lr=[0.1, 0.2, 0.1], epochs_run=[9, 9, 10]).to_parquet(tmp_path / "t_trials.parquet")
     assert load(tmp_path / "t").trials["arm"].tolist() == ["none/lr=0.1", "none/lr=0.2", "logit/lr=0.1"]
 
 
-def test_columns_that_come_to_have_one_name_are_refused(tmp_path: Path) -> None:
+def test_renaming_a_column_to_an_existing_name_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trials has more than one column seed"):
         load(small(tmp_path), adapt=Adapter(columns={"id": "seed"}))
 
 
-def test_methods_are_compared_though_a_control_has_no_temperature(tmp_path: Path) -> None:
+def test_a_method_is_compared_with_a_control_that_has_no_temperature(tmp_path: Path) -> None:
     rows = [{"trial_id": f"{method}{seed}", "seed": seed, "method": method, "test_accuracy_best": accuracy + seed / 100,
              "temperature": 4.0 if method == "logit" else None}
             for method, accuracy in (("none", 0.5), ("logit", 0.6)) for seed in (1, 2, 3)]  # fmt: skip
@@ -165,7 +165,7 @@ def test_methods_are_compared_though_a_control_has_no_temperature(tmp_path: Path
         contrasts.compare(load(tmp_path / "t"), "methods", "logit", "none")
 
 
-def test_phases_are_given_as_theirs_and_ours() -> None:
+def test_phase_options_map_their_names_to_ours_and_invalid_ones_are_reported() -> None:
     assert parse_phases(["select=screen", "x=confirm"]) == {"select": "screen", "x": "confirm"}
     with pytest.raises(UserError) as caught:
         parse_phases(["select", "x=later"])
@@ -291,7 +291,7 @@ def written(write: Writer, folder: Path) -> Records:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_table_is_read_alike_whoever_wrote_it(name: str, tmp_path: Path) -> None:
+def test_a_table_reads_the_same_from_every_parquet_writer(name: str, tmp_path: Path) -> None:
     """Compare with the original values, not only with the tables of the other writers."""
     records = written(WRITERS[name], tmp_path)
     plain = written(lambda columns, path: pq.write_table(pa.table(columns), path), tmp_path)
@@ -304,7 +304,7 @@ def test_a_table_is_read_alike_whoever_wrote_it(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_file_gives_the_same_columns_and_plain_types_whoever_wrote_it(name: str, tmp_path: Path) -> None:
+def test_a_file_has_the_same_columns_and_plain_types_from_every_parquet_writer(name: str, tmp_path: Path) -> None:
     WRITERS[name](TRIALS, tmp_path / "file")
     table = parquet.table((tmp_path / "file").read_bytes())
     assert set(table) - set(TRIALS) <= ({"index"} if name.startswith("fastparquet") else set())  # a named index
@@ -315,12 +315,12 @@ def test_a_file_gives_the_same_columns_and_plain_types_whoever_wrote_it(name: st
         assert str(table[column].dtype) in kinds
 
 
-def test_text_of_a_fixed_number_of_bytes_is_text(tmp_path: Path) -> None:
+def test_fixed_size_binary_is_read_as_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"trial_id": pa.array([b"ab", b"cd"], pa.binary(2))}), tmp_path / "file")
     assert parquet.table((tmp_path / "file").read_bytes())["trial_id"].tolist() == ["ab", "cd"]
 
 
-def test_seeds_that_float64_cannot_tell_apart_are_paired_each_with_its_own(tmp_path: Path) -> None:
+def test_seeds_beyond_the_precision_of_float64_are_paired_correctly(tmp_path: Path) -> None:
     whole = {**TRIALS, "phase": ["final"] * 4}
     for order in ([0, 1, 2, 3], [0, 1, 3, 2]):
         pl.DataFrame(whole)[order].write_parquet(tmp_path / "t_trials.parquet")
@@ -329,7 +329,7 @@ def test_seeds_that_float64_cannot_tell_apart_are_paired_each_with_its_own(tmp_p
         assert (found["how"], found["n"], found["estimate"]) == ("paired", 2, 0.25)
 
 
-def test_an_index_of_numbers_that_follow_one_another_is_a_column_where_it_has_a_name(tmp_path: Path) -> None:
+def test_a_named_range_index_is_a_column_unless_the_table_has_one_of_that_name(tmp_path: Path) -> None:
     """pandas writes such an index only into its metadata, not as a column."""
     table = pd.DataFrame({"trial_id": ["a", "b"]}, index=pd.RangeIndex(3, 9, 3, name="seed"))
     table.to_parquet(tmp_path / "t_trials.parquet")
@@ -353,7 +353,7 @@ def noted(notes: bytes, path: Path) -> None:
         b'{"index_columns": [{"name": "x", "start": "a", "step": []}]}',
     ],
 )  # fmt: skip
-def test_notes_of_pandas_that_are_damaged_are_passed_over_or_told(notes: bytes, tmp_path: Path) -> None:
+def test_damaged_pandas_metadata_is_ignored_or_reported(notes: bytes, tmp_path: Path) -> None:
     noted(notes, tmp_path / "t_trials.parquet")
     try:
         assert load(tmp_path / "t").trials["seed"].tolist() == [1]
@@ -361,7 +361,7 @@ def test_notes_of_pandas_that_are_damaged_are_passed_over_or_told(notes: bytes, 
         assert "t_trials.parquet cannot be read" in str(mistake)
 
 
-def test_columns_of_one_name_are_named(tmp_path: Path) -> None:
+def test_duplicate_column_names_are_reported(tmp_path: Path) -> None:
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array([1]), pa.array([2])], names=["trial_id", "seed", "seed"])
     pq.write_table(twice, tmp_path / "t_trials.parquet")
     with pytest.raises(UserError, match="trials has more than one column seed"):
@@ -378,40 +378,40 @@ def test_columns_of_one_name_are_named(tmp_path: Path) -> None:
         (pa.array([True, None]), "seed is boolean, such as True; expected int64"),
     ],
 )
-def test_numbers_that_are_none_are_refused(seeds: pa.Array, says: str, tmp_path: Path) -> None:
+def test_seeds_that_are_not_64_bit_integers_are_rejected(seeds: pa.Array, says: str, tmp_path: Path) -> None:
     pq.write_table(pa.table({"trial_id": ["a", "b"], "seed": seeds}), tmp_path / "t_trials.parquet")
     with pytest.raises(UserError) as caught:
         load(tmp_path / "t")
     assert says in str(caught.value)
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_are_rejected(tmp_path: Path) -> None:
     pq.write_table(pa.table({"trial_id": [b"a", b"\xff"], "seed": [1, 2]}), tmp_path / "t_trials.parquet")
     with pytest.raises(UserError, match=r"trial_id is object, such as b'a'; expected text"):
         load(tmp_path / "t")
 
 
 @pytest.mark.parametrize("seed", [2**63 - 1, -(2**63), BIG + 1])
-def test_every_whole_number_of_64_bits_is_read_as_it_is(seed: int, tmp_path: Path) -> None:
+def test_large_64_bit_integers_are_read_exactly(seed: int, tmp_path: Path) -> None:
     pq.write_table(pa.table({"trial_id": ["a"], "seed": [seed]}), tmp_path / "t_trials.parquet")
     assert load(tmp_path / "t").trials["seed"].tolist() == [seed]
 
 
 @pytest.mark.parametrize("text", ["0.1", "0.123456789012345678", "0.3333333333333333333"])
-def test_a_decimal_is_the_nearest_number_there_is(text: str, tmp_path: Path) -> None:
+def test_a_decimal_is_read_as_the_nearest_float(text: str, tmp_path: Path) -> None:
     table = pa.table({"trial_id": ["a"], "seed": [1], "test_accuracy_best": [Decimal(text)]})
     pq.write_table(table, tmp_path / "t_trials.parquet")
     assert load(tmp_path / "t").trials["test_accuracy_best"].tolist() == [float(text)]
 
 
-def test_a_phase_that_is_null_is_told_of_by_its_row(tmp_path: Path) -> None:
+def test_a_null_phase_is_reported_with_its_row(tmp_path: Path) -> None:
     table = pd.DataFrame({"trial_id": ["a", "b"], "seed": [1, 2], "phase": pd.array(["confirm", None], "string")})
     table.to_parquet(tmp_path / "t_trials.parquet")
     with pytest.raises(UserError, match=r"phase: 1 of 2 rows break a rule; .* in row 1; expected a value in every row"):
         load(tmp_path / "t")
 
 
-def test_a_report_takes_the_phases_of_categories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_accepts_a_categorical_phase_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = frame(TRIALS).head(3).astype({"phase": "category"}).set_index("seed", drop=False)
     table.to_parquet(tmp_path / "t_trials.parquet")
     command = ["tune_kd", "report", str(tmp_path / "t"), "--to", str(tmp_path / "r"), "--phase", "final=confirm"]
@@ -453,7 +453,9 @@ def repeated(value: object, kind: Any, times: int) -> Any:
     ids=["rows", "text", "bytes"],
 )
 @pytest.mark.parametrize("hint", [True, False])
-def test_a_small_file_of_many_values_is_refused(values: Any, says: str, hint: bool, tmp_path: Path) -> None:
+def test_a_small_file_that_expands_to_too_many_values_is_rejected(
+    values: Any, says: str, hint: bool, tmp_path: Path
+) -> None:
     path = tmp_path / "t_trials.parquet"
     pq.write_table(pa.table({"trial_id": values}), path, compression="zstd", store_schema=hint)
     assert path.stat().st_size < 2**21
@@ -461,7 +463,7 @@ def test_a_small_file_of_many_values_is_refused(values: Any, says: str, hint: bo
 
 
 @pytest.mark.parametrize("bound", ["ROWS", "COLUMNS", "VALUES", "BYTES", "PAGES", "FOOTER_BYTES", "INDICES"])
-def test_every_bound_is_told(bound: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_exceeded_bound_is_reported(bound: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = pd.DataFrame({"trial_id": ["a", "b"]}, index=pd.RangeIndex(3, 9, 3, name="seed"))
     table.to_parquet(tmp_path / "t_trials.parquet")
     assert load(tmp_path / "t").trials["seed"].tolist() == [3, 6]
@@ -470,7 +472,9 @@ def test_every_bound_is_told(bound: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert re.search(rf"it has \d[\d,]* {what}; at most 0 are read", refused(tmp_path / "t"))
 
 
-def test_text_of_a_fixed_width_is_bounded_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fixed_size_binary_beyond_the_bound_is_rejected_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = repeated(b"a" * 2**10, pa.binary(2**10), 1000)
     pq.write_table(pa.table({"trial_id": values}), tmp_path / "t_trials.parquet", store_schema=False)
     monkeypatch.setattr(parquet, "MOST_BYTES", 10**6)
@@ -480,7 +484,7 @@ def test_text_of_a_fixed_width_is_bounded_before_it_is_read(tmp_path: Path, monk
 
 @pytest.mark.parametrize("codec", ["zstd", "snappy", "gzip"])
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
-def test_pages_that_unpack_to_more_than_is_declared_are_refused(
+def test_pages_that_decompress_to_more_than_declared_are_rejected(
     codec: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "t_trials.parquet"
@@ -503,12 +507,12 @@ def varint(number: int) -> bytes:
 
 
 @pytest.mark.parametrize("notes", [b"[" * 200_000, b'{"index_columns": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"])
-def test_notes_in_notes_without_end_are_told_of(notes: bytes, tmp_path: Path) -> None:
+def test_deeply_nested_pandas_metadata_is_reported(notes: bytes, tmp_path: Path) -> None:
     noted(notes, tmp_path / "t_trials.parquet")
     assert "pandas' metadata on its index is damaged" in refused(tmp_path / "t")
 
 
-def test_columns_of_lists_are_left_out(tmp_path: Path) -> None:
+def test_nested_columns_are_left_out(tmp_path: Path) -> None:
     nested = pa.ListArray.from_arrays(pa.array([0, 10**7], pa.int32()), pa.nulls(10**7, pa.int64()))
     table = pa.table({"trial_id": ["a"], "tags": nested, "seed": [1], "more": [{"a": 1}]})
     pq.write_table(table, tmp_path / "t_trials.parquet")
@@ -518,7 +522,7 @@ def test_columns_of_lists_are_left_out(tmp_path: Path) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(choose=st.data())
-def test_damaged_files_are_refused_or_read(whole: bytes, choose: st.DataObject) -> None:
+def test_a_damaged_file_is_read_or_raises_an_expected_error(whole: bytes, choose: st.DataObject) -> None:
     damaged = bytearray(whole)
     for _ in range(choose.draw(st.integers(1, 3))):
         damaged[choose.draw(st.integers(0, len(damaged) - 1))] = choose.draw(st.integers(0, 255))
@@ -537,6 +541,6 @@ def whole() -> bytes:
     "thrift", [b"\x19" * 1000, b"\x1c" * 1000, b"\x19\xf7" + b"\xff" * 8 + b"\x01", b"\x19\xf1" + b"\xff" * 8 + b"\x01",
                b"\x18\xff\xff\xff\xff\x0f", b"\x1b\x00", b"\x15" + b"\xff" * 20, b"\x15"],
 )  # fmt: skip
-def test_metadata_without_end_are_damaged(thrift: bytes) -> None:
+def test_malformed_parquet_metadata_raises_lookup_error(thrift: bytes) -> None:
     with pytest.raises(LookupError):
         parquet._struct(thrift, 0)

@@ -53,7 +53,7 @@ def epoch(number: int, **values: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.name)
-def test_tables_begin_with_the_columns_of_the_contract_in_their_types(schema: Schema[Any]) -> None:
+def test_tables_begin_with_the_columns_and_types_of_the_contract(schema: Schema[Any]) -> None:
     names = CONTRACT[schema.name].split()
     assert list(schema.columns)[: len(names)] == names
     read = pq.read_schema(pa.BufferReader(to_parquet(arrow(schema, []))))
@@ -78,7 +78,7 @@ def cells(kind: type) -> st.SearchStrategy[Any]:
 
 
 @given(st.lists(st.fixed_dictionaries({name: cells(kind) for name, kind in DECISIONS.columns.items()}), max_size=5))
-def test_rows_come_back_from_parquet_as_they_were(rows: list[dict[str, Any]]) -> None:
+def test_parquet_rows_round_trip(rows: list[dict[str, Any]]) -> None:
     table = pq.read_table(pa.BufferReader(to_parquet(arrow(DECISIONS, rows))))
     assert table.to_pylist() == rows
 
@@ -93,7 +93,7 @@ def named(text: str | None) -> str | None:
     | {"further": st.dictionaries(st.sampled_from("abc"), st.floats(-9, 9) | st.just("x")).map(as_further)}
 ))  # fmt: skip
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_rows_come_back_from_the_ledger_as_they_were(ledger: Ledger, row: dict[str, Any]) -> None:
+def test_ledger_rows_round_trip(ledger: Ledger, row: dict[str, Any]) -> None:
     row |= pending("t", stop_reason=None, **dict.fromkeys((*TRIALS.fractions, *TRIALS.only_completed), 0.5))
     row["status"], row["epochs_planned"] = "completed", None
     ledger.put(TRIALS, row)
@@ -119,9 +119,7 @@ def near_the_rules(schema: Schema[Any]) -> st.SearchStrategy[dict[str, Any]]:
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.name)
 @given(data=st.data())
-def test_a_row_is_refused_when_written_if_and_only_if_readers_would_refuse_it(
-    schema: Schema[Any], data: st.DataObject
-) -> None:
+def test_writers_reject_a_row_if_and_only_if_readers_do(schema: Schema[Any], data: st.DataObject) -> None:
     row = data.draw(near_the_rules(schema))
     if data.draw(st.booleans()):  # otherwise hardly any row is valid
         good = {"status": "completed", "epochs_planned": row.get("epochs_run"), "phase": "screen", "role": "student"}
@@ -139,21 +137,21 @@ def test_a_row_is_refused_when_written_if_and_only_if_readers_would_refuse_it(
     assert (schema.broken(row) is None) == (problems == []), (schema.broken(row), problems)
 
 
-def test_the_text_of_an_error_may_have_lines_and_colours_and_a_name_may_not(ledger: Ledger) -> None:
+def test_control_characters_are_allowed_in_errors_but_not_in_names(ledger: Ledger) -> None:
     ledger.put(TRIALS, pending("t", error="\x1b[31mTraceback\x1b[0m\n  line 1"))
     with pytest.raises(ValueError, match=r"trials\.device is 'GPU\\x1b\[2J'; allowed: text without control characters"):
         ledger.put(TRIALS, pending("u", device="GPU\x1b[2J"))
     assert [row["trial_id"] for row in ledger.rows(TRIALS)] == ["t"]
 
 
-def test_a_row_that_no_reader_would_take_is_not_written(ledger: Ledger) -> None:
+def test_a_row_that_readers_would_reject_is_not_written(ledger: Ledger) -> None:
     with pytest.raises(ValueError, match=r"trials\.status is completed after 1 of 7 epochs; allowed: after all"):
         ledger.put(TRIALS, pending("t", status="completed", epochs_run=1, epochs_planned=7))
     assert ledger.rows(TRIALS) == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_number_that_is_not_finite_is_null(value: float) -> None:
+def test_non_finite_numbers_become_none(value: float) -> None:
     assert EPOCHS.clean(epoch(1, loss_kd=value))["loss_kd"] is None
 
 
@@ -168,14 +166,14 @@ def test_pandas_reads_counts_as_integers_although_some_are_null(ledger: Ledger, 
     assert trials["stop_reason"].isna().tolist() == [False, True]
 
 
-def test_an_epoch_computed_again_is_compared_with_its_record(ledger: Ledger) -> None:
+def test_a_recomputed_epoch_is_compared_with_its_record(ledger: Ledger) -> None:
     assert ledger.add_epoch(epoch(1, seconds=1.0)) == "new"
     assert ledger.add_epoch(epoch(1, seconds=9.0, attempt=2)) == "same"  # times may differ
     assert ledger.add_epoch(epoch(1, seconds=1.0, val_accuracy=0.6)) == "different"
     assert [row["val_accuracy"] for row in ledger.rows(EPOCHS)] == [0.5]
 
 
-def test_a_ledger_that_cannot_be_opened_keeps_nothing_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ledger_that_fails_to_open_releases_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if the caller keeps the error, and with it the frame that holds the connection."""
 
     class Gone(sqlite3.Connection):
@@ -193,7 +191,7 @@ def test_a_ledger_that_cannot_be_opened_keeps_nothing_locked(tmp_path: Path, mon
     assert kept.traceback
 
 
-def test_what_fails_inside_a_transaction_leaves_nothing(ledger: Ledger) -> None:
+def test_a_failed_transaction_is_rolled_back(ledger: Ledger) -> None:
     def fail() -> None:
         with ledger.transaction():
             ledger.add_epoch(epoch(1))
@@ -204,14 +202,14 @@ def test_what_fails_inside_a_transaction_leaves_nothing(ledger: Ledger) -> None:
     assert ledger.rows(EPOCHS) == []
 
 
-def test_a_committed_row_is_there_for_another_process_at_once(ledger: Ledger) -> None:
+def test_a_row_is_visible_to_other_connections_as_soon_as_it_is_committed(ledger: Ledger) -> None:
     with ledger.transaction():
         ledger.add_epoch(epoch(1))
         assert Ledger(ledger.path, read_only=True).rows(EPOCHS) == []
     assert len(Ledger(ledger.path, read_only=True).rows(EPOCHS)) == 1
 
 
-def test_a_row_that_was_altered_is_noticed(ledger: Ledger) -> None:
+def test_an_altered_row_is_detected(ledger: Ledger) -> None:
     ledger.add_epoch(epoch(1))
     other = sqlite3.connect(ledger.path)
     other.execute("UPDATE epochs SET val_accuracy = 0.9")
@@ -221,7 +219,7 @@ def test_a_row_that_was_altered_is_noticed(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize("name", ["a?b#c%20d", os.fsdecode(b"no text \xff")])
-def test_a_ledger_is_read_whatever_its_folder_is_called(tmp_path: Path, name: str) -> None:
+def test_a_ledger_with_unusual_characters_in_its_path_is_readable(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     ledger = Ledger(tmp_path / name / "ledger.sqlite")
     ledger.put(TRIALS, pending("t", error=f"{name} is not there"))
@@ -266,7 +264,7 @@ def test_a_ledger_that_passes_its_check_can_be_written_to(ledger: Ledger, tmp_pa
     assert {18, 19}.isdisjoint(passed)
 
 
-def test_a_flipped_byte_in_a_table_is_noticed_when_pages_are_verified(ledger: Ledger, tmp_path: Path) -> None:
+def test_page_checksums_detect_a_flipped_bit_in_a_table(ledger: Ledger, tmp_path: Path) -> None:
     for number in range(1, 200):
         ledger.add_epoch(epoch(number, val_loss=number / 7))
     ledger.write_tables(tmp_path)
@@ -278,7 +276,7 @@ def test_a_flipped_byte_in_a_table_is_noticed_when_pages_are_verified(ledger: Le
         pq.read_table(path, page_checksum_verification=True)
 
 
-def test_tables_are_replaced_whole_and_leave_nothing_beside_them(ledger: Ledger, tmp_path: Path) -> None:
+def test_tables_are_replaced_and_leave_no_temporary_files(ledger: Ledger, tmp_path: Path) -> None:
     for number in (1, 2):
         ledger.add_epoch(epoch(number))
         ledger.write_tables(tmp_path)
@@ -287,7 +285,7 @@ def test_tables_are_replaced_whole_and_leave_nothing_beside_them(ledger: Ledger,
 
 
 @pytest.mark.parametrize("place", ["tables.announced", "tables.published"])
-def test_tables_have_a_digest_on_record_wherever_their_writer_dies(
+def test_tables_match_a_recorded_digest_wherever_their_writer_dies(
     place: str, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def passed(name: str) -> None:
@@ -306,7 +304,7 @@ def test_tables_have_a_digest_on_record_wherever_their_writer_dies(
             assert hashlib.sha256(path.read_bytes()).hexdigest() in known[path.name]
 
 
-def test_a_table_is_the_same_however_many_rows_are_read_at_a_time(
+def test_a_table_does_not_depend_on_how_many_rows_are_read_at_a_time(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(1, 8):

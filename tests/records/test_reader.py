@@ -60,7 +60,7 @@ def test_a_run_is_read_with_its_types_by_path_and_by_name(tmp_path: Path) -> Non
     assert records.study["run"] == "r"
 
 
-def test_what_a_ledger_writes_is_read_as_it_was(tmp_path: Path) -> None:
+def test_trials_written_to_parquet_round_trip_through_load(tmp_path: Path) -> None:
     folder = write(tmp_path / "r")
     rows = [
         trial(1, temperature=4.0, alpha=0.5, val_accuracy=0.25),
@@ -74,7 +74,7 @@ def test_what_a_ledger_writes_is_read_as_it_was(tmp_path: Path) -> None:
     assert rows_of(TRIALS, found) == rows
 
 
-def test_several_runs_come_as_one_and_can_be_had_one_by_one(tmp_path: Path) -> None:
+def test_several_runs_are_concatenated_and_can_be_selected_by_name(tmp_path: Path) -> None:
     records = load(write(tmp_path / "a", "a"), write(tmp_path / "b", "b"))
     assert records.runs == ["a", "b"]
     assert len(records.trials) == 4
@@ -121,7 +121,7 @@ BROKEN: list[tuple[str, str, Callable[[pd.DataFrame], pd.DataFrame], str]] = [
 
 
 @pytest.mark.parametrize(("table", "change", "says"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
-def test_rows_that_break_the_schema_are_refused_with_their_number_and_examples(
+def test_rows_that_break_the_schema_are_rejected_with_their_count_and_examples(
     tmp_path: Path, table: str, change: Callable[[pd.DataFrame], pd.DataFrame], says: str
 ) -> None:
     folder = write(tmp_path / "r")
@@ -132,7 +132,7 @@ def test_rows_that_break_the_schema_are_refused_with_their_number_and_examples(
     assert str(folder / f"{table}.parquet") in str(caught.value)
 
 
-def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     folder = write(tmp_path / "r")
     trials = pd.read_parquet(folder / "trials.parquet")
     trials.assign(status="done", phase="later").to_parquet(folder / "trials.parquet")
@@ -150,14 +150,14 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     assert [problem.split(": ")[1] for problem in caught.value.problems] == [*("phase", "status", "test_accuracy_best")]
 
 
-def test_one_run_twice_is_refused(tmp_path: Path) -> None:
+def test_a_run_given_twice_is_rejected(tmp_path: Path) -> None:
     folder = write(tmp_path / "r")
     with pytest.raises(UserError, match="RUN 'r' is given more than once"):
         load(folder, folder)
 
 
 @pytest.mark.parametrize("cut", [0, 4, 100, -1])
-def test_a_file_that_was_cut_is_refused_with_a_remedy(tmp_path: Path, cut: int) -> None:
+def test_a_truncated_table_is_rejected_with_a_remedy(tmp_path: Path, cut: int) -> None:
     folder = write(tmp_path / "r")
     path = folder / "epochs.parquet"
     path.write_bytes(path.read_bytes()[:cut])
@@ -167,7 +167,7 @@ def test_a_file_that_was_cut_is_refused_with_a_remedy(tmp_path: Path, cut: int) 
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(SCHEMAS), st.data())
-def test_a_table_of_any_rows_that_fit_is_taken_as_it_is(schema: Schema, data: st.DataObject) -> None:
+def test_a_table_of_valid_rows_passes_the_check_unchanged(schema: Schema, data: st.DataObject) -> None:
     def value(name: str, kind: type) -> st.SearchStrategy[Any]:
         if name in schema.levels:
             fits = st.sampled_from(schema.levels[name])
@@ -225,7 +225,7 @@ def another_arm(record: dict[str, Any]) -> None:
         (another_study, "its hash does not match the study"),
     ],
 )
-def test_a_study_that_was_changed_or_is_not_whole_is_refused(
+def test_a_changed_or_incomplete_study_record_is_rejected(
     tmp_path: Path, change: Callable[[dict[str, Any]], None], says: str
 ) -> None:
     path = write(tmp_path / "r") / "study.json"
@@ -237,7 +237,7 @@ def test_a_study_that_was_changed_or_is_not_whole_is_refused(
     assert says in str(caught.value)
 
 
-def test_what_a_study_says_comes_without_control_characters(tmp_path: Path) -> None:
+def test_control_characters_in_a_study_record_are_replaced(tmp_path: Path) -> None:
     path = write(tmp_path / "r") / "study.json"
     record = json.loads(path.read_text())
     record["versions"] = {"tor\x07ch": "2.0\x9b"}
@@ -249,14 +249,14 @@ def test_what_a_study_says_comes_without_control_characters(tmp_path: Path) -> N
     assert study["study"]["deviation"] == tiny().deviation
 
 
-def test_rows_keep_no_index_of_their_makers(tmp_path: Path) -> None:
+def test_the_pandas_index_of_a_table_is_dropped(tmp_path: Path) -> None:
     """Concatenate two halves: pandas keeps an index with duplicate numbers."""
     trials = frame(TRIALS, [trial(1), trial(2)])
     halves = pd.concat([trials.head(1), trials.tail(1).reset_index(drop=True)])
     assert load(write(tmp_path / "r", trials=halves)).trials.index.tolist() == [0, 1]
 
 
-def test_a_run_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
+def test_a_run_name_that_points_to_another_folder_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"study.json: run is '\.\./\.\./x', which no run writes"):
         load(write(tmp_path / "r", "../../x"))
     (tmp_path / "r" / "study.json").unlink()
@@ -264,7 +264,7 @@ def test_a_run_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "r")
 
 
-def test_a_table_is_made_of_records_once_and_what_is_handed_out_is_a_copy(finished: Path) -> None:
+def test_a_derived_table_is_computed_once_per_records_and_returned_as_a_copy(finished: Path) -> None:
     records, made = load(finished), list[int]()
 
     def make() -> pd.DataFrame:

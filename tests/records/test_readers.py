@@ -93,7 +93,7 @@ def test_no_reader_fails_while_the_tables_are_replaced(run: Run, reads: int) -> 
     assert len(versions) > 10, "the tables were hardly replaced"
 
 
-def test_between_two_makings_of_the_tables_is_time_for_readers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rewrites_of_the_tables_are_a_minimum_time_apart(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "TABLES_APART", 0.2)
     ledger, path = Ledger(run.folder / LEDGER), run.folder / "trials.parquet"
     grow(run, ledger, 0)
@@ -102,7 +102,7 @@ def test_between_two_makings_of_the_tables_is_time_for_readers(run: Run, monkeyp
     assert path.stat().st_mtime - made >= 0.2
 
 
-def test_tables_that_are_made_again_between_two_reads_fit_together(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_succeeds_if_the_tables_are_rewritten_between_its_reads(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """`load` reads three files, and each may have a different age."""
     ledger = Ledger(run.folder / LEDGER)
     grow(run, ledger, 0)
@@ -117,7 +117,7 @@ def test_tables_that_are_made_again_between_two_reads_fit_together(run: Run, mon
     assert len(reader.load(run.folder).trials) >= 1
 
 
-def test_what_pyarrow_reads_by_the_footer_of_the_table_before_is_the_table_before(run: Run) -> None:
+def test_pyarrow_reads_the_old_table_if_it_has_read_the_old_footer(run: Run) -> None:
     """pyarrow opens a file once for the footer and once for the pages. This must work however tables grow or shrink."""
     ledger, path = Ledger(run.folder / LEDGER), run.folder / "epochs.parquet"
     grow(run, ledger, 0)
@@ -136,9 +136,7 @@ def test_what_pyarrow_reads_by_the_footer_of_the_table_before_is_the_table_befor
     assert max(sizes) < 4
 
 
-def test_a_table_that_is_replaced_while_its_digest_is_read_is_read_again(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_replaced_while_its_digest_is_read_is_read_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger(run.folder / LEDGER)
     grow(run, ledger, 0)
     digests, numbers = records.digests, iter((1, 2))

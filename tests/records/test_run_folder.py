@@ -29,12 +29,12 @@ def made(study: Study, tmp_path: Path) -> Run:
     return run
 
 
-def test_a_run_is_opened_again_as_it_was_made(made: Run) -> None:
+def test_a_reopened_run_equals_the_created_one(made: Run) -> None:
     assert reopen(made.folder) == made
     assert reopen(made.folder).plan == made.plan
 
 
-def test_a_record_from_before_recipes_said_when_to_validate_fits_what_is_made_now(study: Study, tmp_path: Path) -> None:
+def test_records_from_before_validate_every_equal_those_written_now(study: Study, tmp_path: Path) -> None:
     looks = replace(study, confirm=Confirm((1, 2), looks=(2, 3)))
     create(Run("r", tmp_path / "r", looks, "d" * 64, None, {}))
     record = json.loads((tmp_path / "r" / "study.json").read_text())
@@ -77,7 +77,7 @@ def no_data(record: dict[str, Any]) -> None:
         (no_data, "study.json lacks data; restore the file, or start a new run"),
     ],
 )
-def test_a_run_that_is_not_this_versions_or_was_changed_is_refused(
+def test_a_run_of_another_version_or_with_a_changed_record_is_rejected(
     made: Run, change: Callable[[dict[str, Any]], None], says: str
 ) -> None:
     altered(made.folder / "study.json", change)
@@ -86,7 +86,7 @@ def test_a_run_that_is_not_this_versions_or_was_changed_is_refused(
 
 
 @pytest.mark.parametrize("form", SECRETS)
-def test_what_looks_like_a_secret_is_refused_and_neither_recorded_nor_repeated(
+def test_a_suspected_secret_is_rejected_and_neither_recorded_nor_repeated(
     form: str, study: Study, tmp_path: Path
 ) -> None:
     text, hidden = SECRETS[form]
@@ -97,7 +97,7 @@ def test_what_looks_like_a_secret_is_refused_and_neither_recorded_nor_repeated(
     assert not run.folder.exists()
 
 
-def test_questions_paths_and_digests_are_no_secrets(study: Study, tmp_path: Path) -> None:
+def test_questions_paths_and_digests_are_not_taken_for_secrets(study: Study, tmp_path: Path) -> None:
     question = (
         "Does sk-learn's T=4 beat sk-learn-baseline-of-the-last-study, eyJ at https://example.org:8080/a@b? " + "f" * 64
     )
@@ -105,7 +105,7 @@ def test_questions_paths_and_digests_are_no_secrets(study: Study, tmp_path: Path
     assert reopen(tmp_path / "r").study.question == question
 
 
-def test_a_new_run_that_a_mistake_ends_before_it_began_leaves_nothing(study: Study, tmp_path: Path) -> None:
+def test_a_user_error_at_the_start_removes_a_new_run_and_an_os_error_keeps_it(study: Study, tmp_path: Path) -> None:
     run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
     seen: list[bool] = []
     with pytest.raises(UserError, match="no room"), begun(run):
@@ -116,7 +116,7 @@ def test_a_new_run_that_a_mistake_ends_before_it_began_leaves_nothing(study: Stu
     assert reopen(run.folder).study == study  # to be continued
 
 
-def test_a_folder_that_a_kill_left_before_the_plan_was_there_is_begun_again(study: Study, tmp_path: Path) -> None:
+def test_a_folder_left_by_a_kill_before_the_plan_was_written_is_reused(study: Study, tmp_path: Path) -> None:
     run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
     run.folder.mkdir()
     (run.folder / ".lock").touch()
@@ -131,7 +131,7 @@ def test_a_folder_that_a_kill_left_before_the_plan_was_there_is_begun_again(stud
         raise AssertionError("it was begun twice")
 
 
-def test_a_signal_before_the_plan_is_there_leaves_no_folder(
+def test_a_signal_before_the_plan_is_written_leaves_no_folder(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def left(_: Run) -> None:
@@ -144,7 +144,7 @@ def test_a_signal_before_the_plan_is_there_leaves_no_folder(
     assert not run.folder.exists()
 
 
-def test_a_disk_that_does_not_even_take_who_holds_a_new_run_keeps_no_folder_of_it(
+def test_a_disk_too_full_for_the_holder_file_leaves_no_folder(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -157,7 +157,7 @@ def test_a_disk_that_does_not_even_take_who_holds_a_new_run_keeps_no_folder_of_i
     assert not run.folder.exists()
 
 
-def test_a_run_that_was_begun_and_ended_before_the_lock_was_given_is_left_as_it_is(
+def test_a_run_created_by_another_driver_before_the_lock_is_acquired_is_kept(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
@@ -174,7 +174,7 @@ def test_a_run_that_was_begun_and_ended_before_the_lock_was_given_is_left_as_it_
     assert reopen(run.folder).study == study
 
 
-def test_a_secret_in_what_an_extension_sets_is_not_recorded(study: Study, tmp_path: Path) -> None:
+def test_a_secret_in_the_settings_of_an_extension_is_not_recorded(study: Study, tmp_path: Path) -> None:
     run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
     create(run)
     source = Source(tmp_path / "x.py", "test", None, (f"question={SECRETS['GitHub'][0]}",))
@@ -184,7 +184,7 @@ def test_a_secret_in_what_an_extension_sets_is_not_recorded(study: Study, tmp_pa
     assert (run.folder / "study.json").read_bytes() == before
 
 
-def test_an_extension_that_has_not_run_is_not_extended_again(study: Study, tmp_path: Path) -> None:
+def test_an_extension_whose_trials_have_not_ended_cannot_be_extended_again(study: Study, tmp_path: Path) -> None:
     """The driver was killed after it recorded the extension: the next look is the recorded one."""
     run = Run("r", tmp_path / "r", replace(study, confirm=Confirm((1, 2), looks=(2, 3, 4))), "0" * 64, None, {})
     create(run)
@@ -195,7 +195,7 @@ def test_an_extension_that_has_not_run_is_not_extended_again(study: Study, tmp_p
     assert reopen(run.folder).look == 1
 
 
-def test_a_holder_that_just_left_or_is_not_readable_is_nobody(tmp_path: Path) -> None:
+def test_a_missing_or_unreadable_holder_file_means_no_holder(tmp_path: Path) -> None:
     with held(tmp_path):
         assert holder(tmp_path) is not None
         (tmp_path / "holder.json").write_text("{")
@@ -203,7 +203,7 @@ def test_a_holder_that_just_left_or_is_not_readable_is_nobody(tmp_path: Path) ->
     assert holder(tmp_path) is None
 
 
-def test_what_a_killed_writer_left_goes_when_the_run_is_held_again(made: Run) -> None:
+def test_temporary_files_of_a_killed_writer_are_removed_when_the_run_is_locked(made: Run) -> None:
     left = made.folder / ".epochs.parquet.4711"
     left.write_bytes(b"half a table")
     kept = {path.name for path in made.folder.iterdir()} - {left.name}
@@ -212,7 +212,7 @@ def test_what_a_killed_writer_left_goes_when_the_run_is_held_again(made: Run) ->
     assert {path.name for path in made.folder.iterdir()} == kept | {".lock"}
 
 
-def test_any_change_of_a_plan_on_disk_is_noticed(study: Study, tmp_path: Path) -> None:
+def test_a_changed_plan_on_disk_is_detected(study: Study, tmp_path: Path) -> None:
     run = Run("r", tmp_path / "r", study, "0" * 64, None, {})
     create(run)
     text = (run.folder / "study.json").read_text()
@@ -259,7 +259,7 @@ def end(run: Run, status: str = "completed") -> None:
     ledger.close()
 
 
-def test_a_study_that_was_changed_since_is_noticed_field_by_field(of_file: Callable[..., Run], tmp_path: Path) -> None:
+def test_changes_to_a_study_file_are_reported_field_by_field(of_file: Callable[..., Run], tmp_path: Path) -> None:
     run = of_file()
     assert changes(reopen(run.folder)) == []
     declare(tmp_path, "replace(tiny(), recipe=Recipe(2, 16, lr=0.07), contrasts=tiny().contrasts[1:])")
@@ -270,7 +270,7 @@ def test_a_study_that_was_changed_since_is_noticed_field_by_field(of_file: Calla
     assert changes(reopen(run.folder)) == []
 
 
-def test_seeds_and_levels_may_be_added_and_what_was_fixed_stays_beside_them(
+def test_added_seeds_and_levels_are_recorded_beside_the_original_study(
     of_file: Callable[..., Run], tmp_path: Path
 ) -> None:
     run = of_file()
@@ -303,7 +303,9 @@ def test_seeds_and_levels_may_be_added_and_what_was_fixed_stays_beside_them(
         (AS_IT_WAS, "nothing to add: .*mine.py declares the same seeds and levels"),
     ],
 )
-def test_nothing_else_may_be_added(of_file: Callable[..., Run], tmp_path: Path, change: str, says: str) -> None:
+def test_extensions_other_than_added_seeds_and_levels_are_rejected(
+    of_file: Callable[..., Run], tmp_path: Path, change: str, says: str
+) -> None:
     run = of_file()
     before = (run.folder / "study.json").read_text()
     declare(tmp_path, change)
@@ -312,14 +314,14 @@ def test_nothing_else_may_be_added(of_file: Callable[..., Run], tmp_path: Path, 
     assert (run.folder / "study.json").read_text() == before
 
 
-def test_nothing_is_added_to_a_run_that_has_not_ended(of_file: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_run_that_has_not_ended_cannot_be_extended(of_file: Callable[..., Run], tmp_path: Path) -> None:
     run = of_file(ended=False)
     declare(tmp_path, "replace(tiny(), confirm=Confirm((1, 2, 3)))")
     with pytest.raises(UserError, match="trials have not ended; resume it first, then use --extend"):
         extended(reopen(run.folder))
 
 
-def test_a_run_goes_from_look_to_look(of_file: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_run_is_extended_to_each_declared_look_in_turn(of_file: Callable[..., Run], tmp_path: Path) -> None:
     run = of_file("replace(tiny(), confirm=Confirm((1, 2), looks=(2, 3, 5)))")
     seeds = []
     for _ in range(2):
@@ -336,7 +338,7 @@ def test_a_run_goes_from_look_to_look(of_file: Callable[..., Run], tmp_path: Pat
         extended(reopen(run.folder))
 
 
-def test_what_is_set_of_an_extension_is_on_record(of_file: Callable[..., Run]) -> None:
+def test_settings_of_an_extension_are_recorded(of_file: Callable[..., Run]) -> None:
     run = of_file()
     record_extension(extended(reopen(run.folder), ["confirm.seeds=[1,2,5]"]))
     again = reopen(run.folder)
@@ -344,7 +346,7 @@ def test_what_is_set_of_an_extension_is_on_record(of_file: Callable[..., Run]) -
     assert changes(again) == []
 
 
-def test_a_run_that_an_earlier_state_of_this_version_began_is_told_of_with_where_that_was(tmp_path: Path) -> None:
+def test_a_study_that_this_version_no_longer_allows_is_rejected_with_its_commit(tmp_path: Path) -> None:
     """The run began before versions refused its study: its records are intact, and no results are lost."""
     run = Run("r", tmp_path / "r", tiny(), "d" * 64, None, {})
     create(run)
@@ -360,7 +362,7 @@ def test_a_run_that_an_earlier_state_of_this_version_began_is_told_of_with_where
         reopen(run.folder)
 
 
-def test_a_run_that_is_named_from_inside_has_its_teachers_beside_it(made: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_named_from_inside_its_folder_finds_its_teachers(made: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     (made.folder / "deep").mkdir()
     for here, name in ((made.folder, "."), (made.folder / "deep", "..")):
         monkeypatch.chdir(here)

@@ -106,7 +106,7 @@ def undisturbed(calm: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
-    """Play another machine from here on: it does not see the files on this disk."""
+    """Simulate another machine from here on, which does not see the files of the first."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / name))
 
 
@@ -134,7 +134,7 @@ def slowly(task: Task, place: Workplace) -> Generator[Epoch]:
 
 
 @pytest.mark.long
-def test_what_others_read_from_the_store_is_whole_at_every_moment_and_in_the_end_what_is_here(
+def test_records_in_the_store_are_consistent_throughout_and_complete_at_the_end(
     s3: Store, calm: Study, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tune_kd.execute.driver.TABLES_AFTER_END", 0.0)
@@ -167,7 +167,7 @@ def test_what_others_read_from_the_store_is_whole_at_every_moment_and_in_the_end
 
 
 @pytest.mark.parametrize("size", [3, 5, 7])
-def test_what_is_replaced_while_it_is_read_is_read_again(s3: Store, size: int) -> None:
+def test_an_object_replaced_during_a_read_is_read_again(s3: Store, size: int) -> None:
     """The client asks for the size first, so the bytes that follow may be part of another object."""
     file = object_store.local(s3.url("kd")) / "each"
     held = Mirror.of(file)
@@ -183,7 +183,7 @@ def test_what_is_replaced_while_it_is_read_is_read_again(s3: Store, size: int) -
     assert held.read(file, 100) == newer
 
 
-def test_an_object_that_is_larger_than_its_kind_is_refused_before_it_is_fetched(s3: Store) -> None:
+def test_an_object_beyond_its_size_limit_is_rejected_before_download(s3: Store) -> None:
     file = object_store.local(s3.url("kd")) / "each"
     held = Mirror.of(file)
     held.send(file, b"0123456789")
@@ -194,7 +194,7 @@ def test_an_object_that_is_larger_than_its_kind_is_refused_before_it_is_fetched(
 
 
 @pytest.mark.long
-def test_a_store_that_hiccups_costs_nothing_but_time(s3: Store, calm: Study, undisturbed: Path) -> None:
+def test_failed_and_slow_store_requests_do_not_change_the_records(s3: Store, calm: Study, undisturbed: Path) -> None:
     every = {"denied": 29, "error": 11, "cut": 41, "slow": 13}
     s3.fault = lambda number: next((kind for kind, each in every.items() if number % each == 0), None)
     begun = begin(calm, s3.url("kd"))
@@ -210,7 +210,7 @@ def test_a_store_that_hiccups_costs_nothing_but_time(s3: Store, calm: Study, und
 
 @pytest.mark.long
 @pytest.mark.parametrize("epochs", [1, 9, *(pytest.param(each, marks=pytest.mark.slow) for each in (4, 12))])
-def test_a_driver_whose_disk_is_lost_is_followed_by_one_elsewhere(
+def test_a_run_whose_driver_lost_its_disk_is_resumed_on_another_machine(
     s3: Store, calm: Study, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, epochs: int
 ) -> None:
     begun = begin(calm, s3.url("kd"))
@@ -224,7 +224,7 @@ def test_a_driver_whose_disk_is_lost_is_followed_by_one_elsewhere(
     contiguous(again.folder)
     assert {row["status"] for row in went.rows.values()} == {"completed"}
 
-    # The first machine comes back with an older ledger, and takes over what the store has.
+    # The first machine returns with an older ledger and fetches the newer records from the store.
     elsewhere(monkeypatch, tmp_path, "home")
     back = run_folder.find(object_store.local(s3.url("kd")), "kept")
     assert back == begun.folder
@@ -232,7 +232,7 @@ def test_a_driver_whose_disk_is_lost_is_followed_by_one_elsewhere(
     assert verify(back) == []
 
 
-def test_a_run_in_googles_store_goes_on_elsewhere(
+def test_a_run_in_google_cloud_storage_is_resumed_on_another_machine(
     calm: Study, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere(monkeypatch, tmp_path, "home")
@@ -251,7 +251,7 @@ def test_a_run_in_googles_store_goes_on_elsewhere(
         assert verify(there) == [] and Mirror.of(there).names(there / "checkpoints") == []
 
 
-def test_mlflows_database_comes_along_where_a_run_goes_on(
+def test_mlflows_database_is_fetched_on_another_machine(
     s3: Store, calm: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = begin(calm, s3.url("kd"))
@@ -262,7 +262,7 @@ def test_mlflows_database_comes_along_where_a_run_goes_on(
     assert mlflow.database(there).read_bytes() == b"of before"
 
 
-def test_a_store_that_is_gone_ends_the_run_whole_and_gets_the_rest_later(
+def test_an_unavailable_store_leaves_local_records_intact_and_is_updated_on_resume(
     s3: Store, calm: Study, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tune_kd.system.files.PAUSES", (0.0,))
@@ -283,7 +283,7 @@ def test_a_store_that_is_gone_ends_the_run_whole_and_gets_the_rest_later(
     assert sent == (begun.folder / "trials.parquet").read_bytes()
 
 
-def test_a_teacher_is_fetched_once_a_machine(
+def test_a_teacher_is_fetched_once_per_machine(
     s3: Store, calm: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = begin(calm, s3.url("kd"))
@@ -303,7 +303,7 @@ def test_a_teacher_is_fetched_once_a_machine(
     assert size > 0
 
 
-def test_a_run_that_a_driver_elsewhere_holds_is_left_to_it_until_that_is_not_seen_any_more(
+def test_the_lock_of_a_driver_on_another_machine_expires_when_it_is_no_longer_seen(
     s3: Store, calm: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = begin(calm, s3.url("kd"))
@@ -322,7 +322,7 @@ def test_a_run_that_a_driver_elsewhere_holds_is_left_to_it_until_that_is_not_see
     assert Mirror.of(holder).read(holder, MOST_RECORD_BYTES) is None
 
 
-def test_a_trial_leaves_when_the_driver_says_so_through_the_store(
+def test_a_worker_sees_the_drivers_drain_request_through_the_store(
     s3: Store, calm: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tune_kd.execute.worker.ASK_EVERY", 0.0)
@@ -353,7 +353,7 @@ def test_a_trial_leaves_when_the_driver_says_so_through_the_store(
         ("s3://bucket/kd?nonsense=1", ["--out is s3://bucket/kd?nonsense=1", "nonsense"]),
     ],
 )
-def test_a_place_that_cannot_be_is_refused(
+def test_an_invalid_location_is_rejected_without_repeating_secrets(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str, words: list[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["tune_kd", "run", "ablation", "--scale", "smoke", "--out", place])
@@ -364,9 +364,7 @@ def test_a_place_that_cannot_be_is_refused(
     assert all(word in told for word in words) and "hush" not in told and told.startswith("tune_kd: ")
 
 
-def test_what_stands_for_a_store_on_this_disk_stays_under_its_own_folder(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_each_store_has_its_own_mirror_in_the_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     url = "s3://bucket/kd?region=x&endpoint_override=..%2F..%2Fhost:9000"
     there = object_store.local(url)
@@ -377,7 +375,7 @@ def test_what_stands_for_a_store_on_this_disk_stays_under_its_own_folder(
     assert len({there, *map(object_store.local, others)}) == 5 and object_store.local(url.replace("=x", "=y")) == there
 
 
-def test_a_bucket_that_is_not_there_and_a_name_that_is_are_told_before_anything_starts(
+def test_a_missing_bucket_and_a_taken_name_are_reported_before_anything_starts(
     s3: Store, calm: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     begin(calm, s3.url("kd"))
@@ -394,7 +392,7 @@ def test_a_bucket_that_is_not_there_and_a_name_that_is_are_told_before_anything_
 
 
 @pytest.mark.long
-def test_a_run_in_a_store_is_a_command_like_any_other(
+def test_commands_work_on_a_run_in_a_store_from_any_machine(
     s3: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Through the command line and Ray: run, then show the status and report from another machine."""
@@ -422,7 +420,7 @@ def test_a_run_in_a_store_is_a_command_like_any_other(
         assert ledger.rows(EPOCHS) == original.rows(EPOCHS)
 
 
-def test_the_tables_of_a_run_whose_study_was_extended_elsewhere_are_taken_over(
+def test_an_extension_made_on_another_machine_is_fetched_with_its_tables(
     s3: Store, calm: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = begin(calm, s3.url("kd"))

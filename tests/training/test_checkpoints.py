@@ -20,7 +20,7 @@ def loaded(checkpoints: Checkpoints) -> float:
     return float(saved[0]["weight"][0, 0])
 
 
-def test_tensors_and_notes_come_back_as_they_were() -> None:
+def test_tensors_and_notes_round_trip() -> None:
     tensors, notes = unpack(pack(state(1.5), {"rows": [{"epoch": 1, "loss": 0.1}]}))
     assert torch.equal(tensors["weight"], state(1.5)["weight"])
     assert tensors["count"].dtype == torch.int64
@@ -31,12 +31,12 @@ def test_tensors_and_notes_come_back_as_they_were() -> None:
     "data", [b"", b"\xff" * 16, (2).to_bytes(8, "little") + b"{}", (9).to_bytes(8, "little") + b"[" * 9,
              pack({}, {})[:-1], pack({"a": torch.zeros(9)}, {})[:-1]]
 )  # fmt: skip
-def test_what_is_no_state_is_damaged(data: bytes) -> None:
+def test_malformed_states_are_rejected_as_corrupt(data: bytes) -> None:
     with pytest.raises(CorruptFile, match="it does not contain tensors with notes"):
         unpack(data)
 
 
-def test_a_file_of_another_name_is_no_state(tmp_path: Path) -> None:
+def test_files_with_other_names_are_ignored(tmp_path: Path) -> None:
     data = pack(state(1), {})
     for name in ("000001-.safetensors", f"9-{'0' * 64}.safetensors", f"000009-{'0' * 64}.safetensors.part"):
         (tmp_path / name).write_bytes(data)
@@ -53,7 +53,7 @@ def test_the_newest_state_is_loaded_and_two_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:40] + b"\0" + data[41:], lambda _: b""])
-def test_a_damaged_state_is_set_aside_and_the_one_before_is_used(tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_state_is_set_aside_and_the_previous_one_is_loaded(tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state(1), {})
     checkpoints.save(2, state(2), {})
@@ -64,7 +64,7 @@ def test_a_damaged_state_is_set_aside_and_the_one_before_is_used(tmp_path: Path,
     assert loaded(checkpoints) == 1
 
 
-def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files.publish(tmp_path / "file", b"old")
@@ -79,7 +79,7 @@ def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
-def test_removed_checkpoints_are_gone(tmp_path: Path) -> None:
+def test_remove_deletes_the_folder_of_the_checkpoints(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "trial")
     checkpoints.save(1, state(1), {})
     checkpoints.remove()

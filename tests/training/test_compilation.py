@@ -79,7 +79,7 @@ def paths(method: str) -> str:
 @pytest.mark.parametrize(
     "method", [*MIXED, *(pytest.param(each, marks=pytest.mark.slow) for each in METHODS if each not in MIXED)]
 )
-def test_forward_pass_and_loss_of_each_method_are_one_graph_that_computes_the_same(
+def test_forward_pass_and_loss_of_each_method_trace_to_one_graph_with_the_same_losses(
     method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trace function and gradients as for a GPU, then run them with PyTorch's own kernels."""
@@ -96,7 +96,7 @@ def test_forward_pass_and_loss_of_each_method_are_one_graph_that_computes_the_sa
 @pytest.mark.usefixtures("pays")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 @pytest.mark.parametrize("method", ["feature", "crd"])
-def test_what_is_compiled_computes_the_same_to_rounding(
+def test_compiled_code_gives_the_same_losses_up_to_rounding(
     method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, used = trained(method, pixels, teacher, tmp_path / "compiled")
@@ -108,7 +108,9 @@ def test_what_is_compiled_computes_the_same_to_rounding(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_a_compiled_trial_gives_the_same_to_rounding_and_its_first_epoch_pays(pixels: DataSet, tmp_path: Path) -> None:
+def test_a_compiled_trial_has_the_same_losses_and_the_next_trial_does_not_compile_again(
+    pixels: DataSet, tmp_path: Path
+) -> None:
     compiled = replace(trial("none"), recipe=replace(trial("none").recipe, compile=True))
     plain, fast = run(trial("none"), pixels, None, tmp_path / "a"), run(compiled, pixels, None, tmp_path / "b")
     assert [row.train_loss for row in fast] == pytest.approx([row.train_loss for row in plain], rel=1e-3)
@@ -118,7 +120,7 @@ def test_a_compiled_trial_gives_the_same_to_rounding_and_its_first_epoch_pays(pi
 
 
 @pytest.mark.parametrize("method", ["none", "feature"])
-def test_trying_what_was_compiled_changes_nothing_and_a_last_batch_of_another_size_is_left_as_it_is(
+def test_trying_compiled_code_changes_no_result_and_only_full_batches_are_compiled(
     method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taught = teacher if method == "feature" else None
@@ -135,7 +137,7 @@ def test_trying_what_was_compiled_changes_nothing_and_a_last_batch_of_another_si
 
 
 @pytest.mark.usefixtures("pays")
-def test_random_numbers_are_those_of_a_trial_that_tried_nothing(
+def test_trying_compiled_code_does_not_change_the_random_numbers(
     pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", Compiler())
@@ -153,7 +155,7 @@ def test_random_numbers_are_those_of_a_trial_that_tried_nothing(
         ("", None, ["a teacher", "a student with the loss feature", "a student"]),
     ],
 )
-def test_what_cannot_be_compiled_is_told_once_and_the_rest_is_compiled(
+def test_a_part_that_cannot_be_compiled_is_reported_once_and_the_rest_is_compiled(
     refuses: str, used: str | None, told: list[str], pixels: DataSet, teacher: Teacher, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -182,7 +184,7 @@ def test_a_compiler_that_runs_out_of_memory_raises_so_that_the_trial_gets_a_larg
     assert notices.take() == []
 
 
-def test_a_recipe_that_asks_for_compilation_fails_where_there_is_none(
+def test_a_recipe_that_requests_compilation_raises_without_a_compiler(
     pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", Compiler(""))
@@ -214,13 +216,13 @@ def test_a_process_that_trains_many_networks_compiles_each(monkeypatch: pytest.M
     [("cuda", "bfloat16", 10**6, True), ("cuda", "tf32", 10**6, True), ("cuda", "float32", 10**6, False),
      ("cuda", "bfloat16", 10**6 - 1, False), ("cpu", "bfloat16", 10**6, False)],
 )  # fmt: skip
-def test_networks_that_see_many_images_are_compiled_where_it_saves_time(
+def test_compilation_pays_on_a_gpu_in_reduced_precision_from_a_million_images(
     device: str, precision: str, images: int, pays: bool
 ) -> None:
     assert compiling_pays(images, precision, torch.device(device)) == pays
 
 
-def test_of_processes_that_compile_the_same_one_does_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_process_at_a_time_compiles_the_same_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     with compilation._first("one network"):
         (lock,) = (tmp_path / "cache").iterdir()
@@ -230,7 +232,7 @@ def test_of_processes_that_compile_the_same_one_does_at_a_time(tmp_path: Path, m
             assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_trying_restores_buffers_parameters_and_the_random_state() -> None:
+def test_trying_compiled_code_restores_buffers_parameters_and_the_random_state() -> None:
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2), torch.nn.Dropout())
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     torch.manual_seed(1)

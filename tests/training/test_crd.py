@@ -57,7 +57,7 @@ def by_hand(vectors, memory, index, drawn, temperature, z):
 
 
 @pytest.mark.parametrize("nce_k", [1, 5, 40])  # 40 are more than there are images
-def test_crd_is_its_formula_over_two_batches(nce_k):
+def test_crd_matches_its_formula_over_two_batches(nce_k):
     loss, z = module(nce_k=float(nce_k)), [None, None]
     memories = [each.vectors.numpy().copy() for each in (loss.student_memory, loss.teacher_memory)]
     for number, index in enumerate((torch.tensor([3, 0, 7, 11]), torch.tensor([4, 3, 1, 2]))):
@@ -87,7 +87,7 @@ def test_the_published_settings_are_the_defaults():
 
 
 @given(some_labels, st.integers(1, 40))
-def test_negatives_are_of_other_classes_and_counted_as_drawn(labels, count):
+def test_negatives_come_from_other_classes_and_their_counts_match_the_draws(labels, count):
     others, labels = OtherClasses(torch.tensor(labels), 10), torch.tensor(labels)
     torch.manual_seed(0)
     drawn = others.draw(labels, count)
@@ -98,7 +98,7 @@ def test_negatives_are_of_other_classes_and_counted_as_drawn(labels, count):
     assert others.counts(labels, count).numpy().tolist() == expected.tolist()
 
 
-def test_every_image_of_another_class_is_drawn_as_often():
+def test_images_of_other_classes_are_drawn_equally_often():
     counts = OtherClasses(LABELS, 10).counts(torch.tensor([0, 1, 2]), 90_000)
     for label, row in enumerate(counts):
         others = row[label != LABELS]
@@ -107,7 +107,7 @@ def test_every_image_of_another_class_is_drawn_as_often():
 
 
 @given(st.lists(numbers, min_size=6, max_size=6), st.lists(st.integers(0, 3), min_size=4, max_size=4), st.floats(-3, 3))
-def test_one_row_of_the_loss_is_its_formula(scores, counts, log_z):
+def test_one_row_of_the_loss_matches_its_formula(scores, counts, log_z):
     scores, drawn = np.array(scores) / 4, np.array([0, 0, 1, *counts[1:]])
     p, noise = np.exp(scores - log_z), drawn.sum() / 6
     expected = -np.log(p[1] / (p[1] + noise)) - drawn @ np.log(noise / (p + noise))
@@ -120,7 +120,7 @@ def test_one_row_of_the_loss_is_its_formula(scores, counts, log_z):
     assert found.item() == pytest.approx(expected, rel=1e-8)
 
 
-def test_student_and_projections_get_a_gradient_and_the_teacher_and_the_memory_none():
+def test_only_the_student_and_the_projections_get_a_gradient():
     loss, student, teacher = module(), STUDENT.clone().requires_grad_(), TEACHER.clone().requires_grad_()
     index = torch.tensor([0, 1, 2, 3])
     loss(batch(index, student, teacher), **STEP).backward()
@@ -130,7 +130,7 @@ def test_student_and_projections_get_a_gradient_and_the_teacher_and_the_memory_n
     assert not any(each.requires_grad for each in loss.buffers())
 
 
-def test_the_gradient_is_that_of_the_memory_before_the_batch():
+def test_the_gradient_uses_the_memory_from_before_the_batch():
     loss = module()
     loss(batch(torch.arange(4, 8)), **STEP)  # sets Z, which is constant afterwards
 
@@ -141,7 +141,7 @@ def test_the_gradient_is_that_of_the_memory_before_the_batch():
     assert torch.autograd.gradcheck(again, STUDENT.clone().requires_grad_())
 
 
-def test_only_training_changes_the_memory_and_only_that_of_the_batch():
+def test_only_training_updates_the_memory_and_only_for_the_images_of_the_batch():
     loss, index = module(), torch.tensor([0, 5, 2, 3])
     before = {name: each.clone() for name, each in loss.state_dict().items()}
     loss.eval()
@@ -154,7 +154,7 @@ def test_only_training_changes_the_memory_and_only_that_of_the_batch():
         assert changed.nonzero().flatten().tolist() == [0, 2, 3, 5]
 
 
-def test_settings_that_are_tensors_give_the_loss_of_numbers():
+def test_tensor_settings_give_the_same_loss_as_numbers():
     index, tensors = torch.arange(4), {name: torch.tensor(value, dtype=torch.float64) for name, value in STEP.items()}
     for name in STEP:
         one, other = module(), module()
@@ -189,7 +189,7 @@ def test_extreme_temperatures_give_finite_losses_and_gradients_in_single_precisi
 
 
 @given(some_labels)
-def test_z_makes_the_mean_of_p_one_in_n(labels):
+def test_z_normalises_the_mean_of_p_to_1_over_n(labels):
     labels = torch.tensor(labels)
     index, scores = torch.arange(len(labels)), wave((len(labels), len(labels)), 0.7, 0.1, 3)
     drawn = OtherClasses(labels, 10).counts(labels, 7).double()
@@ -199,12 +199,12 @@ def test_z_makes_the_mean_of_p_one_in_n(labels):
 
 
 @pytest.mark.parametrize(("name", "value"), [("nce_k", 0.0), ("nce_k", 2.5), ("dimension", -1.0)])
-def test_settings_that_are_not_whole_numbers_above_0_are_refused(name, value):
+def test_settings_that_are_not_positive_integers_are_rejected(name, value):
     with pytest.raises(UserError, match=f"{name} of crd is {value:g}; expected a whole number, at least 1"):
         module(**{name: value})
 
 
-def test_images_of_one_class_are_refused():
+def test_images_of_a_single_class_are_rejected():
     with pytest.raises(UserError, match="crd contrasts images of different classes"):
         module(labels=torch.ones(5, dtype=torch.int64))
 

@@ -39,7 +39,7 @@ def test_the_temperature_starts_at_its_published_value():
 
 
 @given(st.floats(-4, 4), st.floats(0.5, 4), st.floats(5, 30))
-def test_ctkd_is_its_formula(parameter, start, end):
+def test_ctkd_matches_its_formula(parameter, start, end):
     t = start + (end - start) * expit(parameter)
     student, teacher = (softmax(each.numpy() / t, axis=1) for each in (STUDENT, TEACHER))
     expected = t**2 * rel_entr(teacher, student).sum(1).mean()
@@ -59,7 +59,7 @@ def test_the_reversal_follows_a_cosine_from_0_to_minus_1(epoch, loops, factor):
 
 
 @given(st.floats(-1e6, 1e6), st.floats(-2, 2))
-def test_a_gradient_is_multiplied_and_its_value_is_not(value, factor):
+def test_the_gradient_is_scaled_and_the_value_is_unchanged(value, factor):
     one = torch.tensor(value, dtype=torch.float64, requires_grad=True)
     found = with_gradient_times(torch.tensor(factor, dtype=torch.float64), one)
     assert found.item() == value
@@ -68,7 +68,7 @@ def test_a_gradient_is_multiplied_and_its_value_is_not(value, factor):
 
 
 @pytest.mark.parametrize(("epoch", "factor"), [(1, (math.cos(math.pi / 10) - 1) / 2), (5, -0.5), (12, -1)])
-def test_the_parameter_climbs_the_loss_that_the_student_descends(epoch, factor):
+def test_the_parameter_ascends_the_loss_that_the_student_descends(epoch, factor):
     built, student = module(0.3), STUDENT.clone().requires_grad_()
     loss(built, student, epoch=epoch).backward()
 

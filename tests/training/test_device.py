@@ -12,7 +12,7 @@ from tune_kd.training.device import WARM_UP, Captured, autocast, float32_as
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("float32", "ieee"), ("tf32", "tf32"), ("bfloat16", "ieee")])
-def test_float32_means_float32_unless_tf32_was_asked_for(precision: str, expected: str) -> None:
+def test_tf32_is_used_only_if_requested_and_reset_afterwards(precision: str, expected: str) -> None:
     settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = [each.fp32_precision for each in settings]
     with float32_as(precision):
@@ -21,7 +21,7 @@ def test_float32_means_float32_unless_tf32_was_asked_for(precision: str, expecte
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
-def test_products_are_bfloat16_under_bfloat16_alone(precision: str) -> None:
+def test_products_are_bfloat16_only_in_precision_bfloat16(precision: str) -> None:
     one = torch.ones(2, 2)
     with autocast(precision, torch.device("cpu")):
         product = one @ one
@@ -98,7 +98,7 @@ def test_a_step_is_captured_after_its_warm_up_and_trains_each_batch_once(monkeyp
     assert notices.take() == []
 
 
-def test_what_runs_beside_a_captured_step_shares_its_memory_and_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_beside_a_captured_step_shares_its_memory_and_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs, totals = Graphs(monkeypatch), [torch.zeros(()), torch.zeros(())]
     step = Captured(graphs.adds(totals[0]), torch.device("cuda"))
     other = Captured(graphs.adds(totals[1]), torch.device("cuda"), "an evaluation", beside=step)
@@ -128,7 +128,7 @@ def test_an_evaluation_that_cannot_be_captured_leaves_the_training_step_captured
     assert told.startswith("an evaluation cannot be captured")
 
 
-def test_a_capture_that_fails_loses_no_batch_and_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_capture_loses_no_batch_and_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = Graphs(monkeypatch, RuntimeError("operation not permitted\nwhen stream is capturing"))
     total = torch.zeros(())
     for _ in range(2):
@@ -152,9 +152,7 @@ def test_a_capture_that_runs_out_of_memory_raises_so_that_the_trial_gets_a_large
         step(BATCHES[4])
 
 
-def test_an_error_of_the_step_itself_is_raised_and_not_taken_for_one_of_the_capture(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_error_in_the_step_is_raised_and_not_reported_as_a_failed_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     Graphs(monkeypatch)
 
     def broken(each: torch.Tensor) -> None:

@@ -40,7 +40,7 @@ def test_dkd_has_the_reference_value(weights):
 
 
 @given(cases, temperatures)
-def test_dkd_is_its_formula(case, temperature):
+def test_dkd_matches_its_formula(case, temperature):
     *both, labels = case
     rows = np.arange(len(labels))
     parts = []
@@ -57,7 +57,7 @@ def test_dkd_is_its_formula(case, temperature):
 
 
 @given(cases, temperatures)
-def test_kd_of_an_image_is_the_target_part_and_its_share_of_the_nontarget_part(case, temperature):
+def test_kd_is_the_target_part_plus_the_weighted_nontarget_part(case, temperature):
     student, teacher, labels = (torch.from_numpy(each[:1]) for each in case)
     target, nontarget = dkd_parts(student, teacher, labels, temperature)
     other = 1 - (teacher / temperature).softmax(1)[0, labels[0]]
@@ -80,13 +80,13 @@ def test_the_nontarget_part_ignores_the_logits_of_the_target(case, temperature):
 @pytest.mark.parametrize(
     ("epoch", "warmup", "share"), [(1, 20, 0.05), (5, 20, 0.25), (20, 20, 1), (21, 20, 1), (1, 0, 1), (3, 0, 1)]
 )
-def test_warmup_raises_the_loss_by_epochs(epoch, warmup, share):
+def test_warmup_scales_the_loss_linearly_with_the_epoch(epoch, warmup, share):
     whole = loss().item()
     assert loss(epoch=epoch, warmup=warmup).item() == pytest.approx(share * whole, rel=1e-6)
     assert loss(epoch=epoch, warmup=torch.tensor(float(warmup))).item() == pytest.approx(share * whole, rel=1e-6)
 
 
-def test_settings_that_are_tensors_give_the_loss_of_numbers():
+def test_tensor_settings_give_the_same_loss_as_numbers():
     settings = {"temperature": 3.0, "target_weight": 2.0, "nontarget_weight": 5.0, "warmup": 4.0}
     tensors = {name: torch.tensor(value) for name, value in settings.items()}
     assert loss(**tensors).item() == pytest.approx(loss(**settings).item(), rel=1e-6)
@@ -131,7 +131,7 @@ def test_half_precision_logits_are_divided_by_the_temperature_in_single_precisio
         ((8, 10), (8, 10), (8, 1), r"labels has shape \[8, 1\]; expected \[B\], \[8\]"),
     ],
 )
-def test_shapes_that_would_broadcast_are_refused(student, teacher, labels, message):
+def test_shapes_that_would_broadcast_are_rejected(student, teacher, labels, message):
     with pytest.raises(ValueError, match=message):
         dkd_parts(torch.zeros(student), torch.zeros(teacher), torch.zeros(labels, dtype=torch.int64), 4.0)
 

@@ -178,7 +178,7 @@ def tried(folder: Path, loss: str, needs: str = "features", **more: object) -> S
     return study
 
 
-def test_a_loss_that_works_passes_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_working_loss_passes_and_leaves_no_modules_paths_or_files(tmp_path: Path) -> None:
     modules, path = set(sys.modules), list(sys.path)
     tried(tmp_path, "losses.py:Good")
     tried(tmp_path, "losses.py:TwoViews", "before_relu", views=2)
@@ -216,7 +216,9 @@ def test_a_loss_that_works_passes_and_leaves_nothing_behind(tmp_path: Path) -> N
         ("Nobody", "losses.py has no class Nobody"),
     ],
 )
-def test_what_is_wrong_with_a_loss_is_one_message_that_names_it(tmp_path: Path, loss: str, words: str) -> None:
+def test_a_fault_of_a_loss_is_reported_in_one_message_that_names_the_loss(
+    tmp_path: Path, loss: str, words: str
+) -> None:
     with pytest.raises(UserError) as caught:
         tried(tmp_path, f"losses.py:{loss}")
     (problem,) = caught.value.problems
@@ -224,13 +226,13 @@ def test_what_is_wrong_with_a_loss_is_one_message_that_names_it(tmp_path: Path, 
     assert words in problem
 
 
-def test_the_line_of_a_module_that_fails_where_it_is_imported_is_named(tmp_path: Path) -> None:
+def test_a_module_that_fails_to_import_is_reported_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import nowhere_at_all\nclass A: pass\n")
     with pytest.raises(UserError, match=r"broken\.py, line 1: ModuleNotFoundError"):
         tried(tmp_path, "broken.py:A")
 
 
-def test_what_a_loss_reads_beside_its_file_is_missed_where_the_run_is_planned(tmp_path: Path) -> None:
+def test_a_data_file_beside_a_loss_is_not_available_in_the_dry_run(tmp_path: Path) -> None:
     (tmp_path / "reads.py").write_text(
         "from pathlib import Path\nTABLE = (Path(__file__).parent / 'table.txt').read_text()\nclass A: pass\n"
     )
@@ -239,7 +241,7 @@ def test_what_a_loss_reads_beside_its_file_is_missed_where_the_run_is_planned(tm
         tried(tmp_path, "reads.py:A")
 
 
-def test_what_a_loss_prints_is_no_part_of_the_answer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_printed_by_a_loss_does_not_reach_stdout(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tried(tmp_path, "losses.py:Prints")
     assert capfd.readouterr().out == ""
 
@@ -257,7 +259,9 @@ def test_a_loss_cannot_change_the_teacher_or_the_labels_of_other_trials(tmp_path
     assert torch.equal(data.train.labels, labels)
 
 
-def test_a_signal_to_the_command_is_no_fault_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_to_the_command_is_not_reported_as_a_fault_of_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The signal's handler raises SystemExit, and so does the loss `Leaves`."""
     monkeypatch.setattr(signals, "_asked", [signal.SIGINT])
     with pytest.raises(SystemExit) as left:

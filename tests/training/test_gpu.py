@@ -82,7 +82,7 @@ def calm(method: str, teacher: Teacher | None) -> Trial:
     return replace(one, recipe=replace(one.recipe, epochs=4))
 
 
-def test_a_gpu_crops_and_prepares_as_the_cpu_does(pixels: DataSet) -> None:
+def test_cropping_and_preparing_images_on_the_gpu_matches_the_cpu(pixels: DataSet) -> None:
     images, views = pixels.train.images, draw_views(0, 1, 40, pad=1, flip=True)
     there = views.to(GPU)
     here = crop(images, views.top, views.left, views.flip, 1)
@@ -93,7 +93,7 @@ def test_a_gpu_crops_and_prepares_as_the_cpu_does(pixels: DataSet) -> None:
 
 @pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_student_of_each_method_and_stem_trains_resumes_and_is_judged_there(
+def test_a_student_of_each_method_and_stem_trains_resumes_and_is_evaluated_on_the_gpu(
     method: str, stem: str, pixels: DataSet, tmp_path: Path
 ) -> None:
     """It is resumed after its first epoch. A captured step reproduces that up to rounding."""
@@ -135,7 +135,7 @@ def test_a_captured_step_trains_like_one_that_is_launched_kernel_by_kernel(
     assert captured == pytest.approx(losses(on_cpu), rel=1e-2)
 
 
-def test_a_trial_that_is_resumed_in_a_process_with_another_step_goes_on_as_it_was(
+def test_a_trial_resumed_after_another_trial_in_the_process_has_the_same_losses(
     pixels: DataSet, taught: Teacher, tmp_path: Path
 ) -> None:
     one = calm("logit", taught)
@@ -148,7 +148,7 @@ def test_a_trial_that_is_resumed_in_a_process_with_another_step_goes_on_as_it_wa
     assert losses(before + after) == pytest.approx(losses(whole), rel=1e-3)
 
 
-def test_a_step_that_cannot_be_captured_is_launched_and_the_process_goes_on(
+def test_a_step_that_cannot_be_captured_is_launched_and_the_next_trial_is_unaffected(
     pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step synchronizes with the GPU, which a capture does not allow."""
@@ -172,7 +172,7 @@ def test_a_step_that_cannot_be_captured_is_launched_and_the_process_goes_on(
     assert losses(trained(one, pixels, None, tmp_path / "next")) == pytest.approx(launched, rel=1e-3)
 
 
-def test_no_step_waits_for_the_gpu(
+def test_no_step_synchronizes_with_the_gpu(
     pixels: DataSet, taught: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps are launched kernel by kernel: a capture that waits would fail before a step could raise."""
@@ -231,7 +231,7 @@ def test_every_trial_of_the_smoke_ablation_completes_through_ray(
     assert {row["gpu_fraction"] for row in rows} == {share}
 
 
-def test_a_trial_that_needs_more_than_its_share_is_tried_again_with_twice_the_share(tmp_path: Path) -> None:
+def test_a_trial_that_exceeds_its_gpu_share_is_retried_with_twice_the_share(tmp_path: Path) -> None:
     """A trial that reserves 60 % of the memory fits into all of it, but not into half."""
     made, place, _ = driver(smoke("tf32"), tmp_path, 0.5)
     shares: list[float] = []
@@ -255,7 +255,7 @@ def test_a_trial_that_needs_more_than_its_share_is_tried_again_with_twice_the_sh
 
 
 @pytest.mark.parametrize("mode", ["off", "auto"])
-def test_a_probe_measures_both_kinds_of_trials_and_the_next_run_takes_what_it_found(
+def test_a_probe_measures_light_and_heavy_trials_and_the_next_run_reuses_the_result(
     mode: str, one_stem: Study, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trials are tiny, so the shares mean nothing. Memory is that of a process with CUDA."""
@@ -278,8 +278,8 @@ SERVED = "from tune_kd.execute import mps; print(mps.serves())"
 
 
 @pytest.mark.skipif(shutil.which(MPS) is None, reason=f"needs {MPS}")
-def test_mps_is_seen_where_it_serves_and_not_where_it_does_not(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Each in a process of its own, like the nodes of a cluster."""
+def test_mps_is_detected_only_if_its_daemon_runs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Each check runs in a separate process, like the nodes of a cluster."""
     folder = tmp_path_factory.mktemp("mps")
     environment = {**os.environ, "CUDA_MPS_PIPE_DIRECTORY": str(folder / "pipe"), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
     (folder / "pipe").mkdir()
@@ -298,7 +298,7 @@ def test_mps_is_seen_where_it_serves_and_not_where_it_does_not(tmp_path_factory:
 
 
 @pytest.mark.skipif(shutil.which(MPS) is None, reason=f"needs {MPS}")
-def test_an_mps_of_our_own_serves_its_clients_and_ends() -> None:
+def test_an_mps_daemon_that_we_start_serves_its_clients_and_stops() -> None:
     folder = mps_daemon.folder_of(f"a test of process {os.getpid()}")
 
     def serves() -> str:

@@ -1,4 +1,4 @@
-"""The logit cache: each chunk is computed once, whoever asks, and a damaged chunk is never returned."""
+"""The logit cache: each chunk is computed once for all requests, and a damaged chunk is never returned."""
 
 import multiprocessing
 import os
@@ -42,7 +42,7 @@ class Counted:
         return logits(rows).to(self.kind)
 
 
-def test_rows_come_in_the_order_asked_and_only_their_chunks_are_computed(tmp_path: Path) -> None:
+def test_rows_are_returned_in_the_requested_order_and_only_their_chunks_are_computed(tmp_path: Path) -> None:
     compute = Counted()
     table = LogitCache(tmp_path, ROWS, CLASSES, compute)
     found, computed = table.take(torch.tensor([39, 2, 2]))
@@ -52,7 +52,7 @@ def test_rows_come_in_the_order_asked_and_only_their_chunks_are_computed(tmp_pat
     assert table.take(torch.tensor([38, 0]))[1] == 0
 
 
-def test_several_who_ask_at_once_share_the_work(tmp_path: Path) -> None:
+def test_concurrent_requests_share_the_chunks_and_compute_each_once(tmp_path: Path) -> None:
     workers = [Counted(0.05) for _ in range(3)]
     found: list[tuple[Tensor, int]] = []
     threads = [
@@ -68,12 +68,12 @@ def test_several_who_ask_at_once_share_the_work(tmp_path: Path) -> None:
     assert all(torch.equal(each, logits(range(ROWS))) for each, _ in found)
     assert sum(computed for _, computed in found) == ROWS
     assert sorted(rows.start for worker in workers for rows in worker.asked) == [0, 16, 32]
-    assert all(worker.asked for worker in workers)  # nobody waited while a chunk was free
+    assert all(worker.asked for worker in workers)  # no thread waited while a chunk was free
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", ["a flipped bit", "another digest", "no logits", "files cut short"])
-def test_a_damaged_chunk_is_computed_again_to_the_same_bits_and_the_others_are_not(
+def test_only_damaged_chunks_are_recomputed_and_give_the_same_bits(
     tmp_path: Path, what: str, kind: torch.dtype
 ) -> None:
     name, size = KINDS[kind]
@@ -112,7 +112,7 @@ def _answer_and_die(folder: str) -> None:
     LogitCache(Path(folder), ROWS, CLASSES, compute).take(torch.arange(ROWS))
 
 
-def test_a_kill_costs_the_chunk_in_flight_and_no_other(tmp_path: Path) -> None:
+def test_a_kill_loses_only_the_chunk_in_flight(tmp_path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_answer_and_die, args=[str(tmp_path)])
     process.start()
     process.join(60)
@@ -124,13 +124,13 @@ def test_a_kill_costs_the_chunk_in_flight_and_no_other(tmp_path: Path) -> None:
     assert computed == 24
 
 
-def test_the_table_is_mapped_and_not_copied(tmp_path: Path) -> None:
+def test_the_table_is_memory_mapped(tmp_path: Path) -> None:
     table = LogitCache(tmp_path, ROWS, CLASSES, logits)
     assert isinstance(table._bits, np.memmap)
     assert (tmp_path / "logits.f32").stat().st_size == ROWS * CLASSES * 4
 
 
-def test_a_full_disk_is_an_error_and_the_chunk_is_computed_again_afterwards(
+def test_a_full_disk_raises_and_the_chunks_are_recomputed_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(path: Path, offset: int, data: bytes) -> None:
@@ -143,7 +143,7 @@ def test_a_full_disk_is_an_error_and_the_chunk_is_computed_again_afterwards(
     assert LogitCache(tmp_path, ROWS, CLASSES, logits).take(torch.arange(ROWS))[1] == ROWS
 
 
-def test_every_number_of_bfloat16_comes_back_as_it_is_and_float16_would_have_lost_some(tmp_path: Path) -> None:
+def test_every_finite_bfloat16_number_round_trips_and_float16_would_lose_some(tmp_path: Path) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     values = every[every.isfinite()].view(-1, 16)
     count = len(values)
@@ -157,6 +157,6 @@ def test_every_number_of_bfloat16_comes_back_as_it_is_and_float16_would_have_los
     assert bool(lost[(size > 0) & (size < 2**-25)].all())
 
 
-def test_what_would_be_rounded_is_not_stored(tmp_path: Path) -> None:
+def test_storing_float32_logits_as_bfloat16_raises(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"torch\.float32 would be rounded"):
         LogitCache(tmp_path, ROWS, CLASSES, logits, torch.bfloat16).take(torch.arange(ROWS))

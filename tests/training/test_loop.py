@@ -53,7 +53,7 @@ def seldom(epochs: int, every: int) -> Trial:
     return replace(trial("none"), recipe=replace(trial("none").recipe, epochs=epochs, validate_every=every))
 
 
-def test_only_every_kth_epoch_and_the_last_is_validated_and_the_training_stays_the_same(
+def test_validating_every_kth_epoch_includes_the_last_and_does_not_change_training(
     pixels: DataSet, tmp_path: Path
 ) -> None:
     whole = run(seldom(7, 1), pixels, None, tmp_path / "whole")
@@ -75,7 +75,7 @@ def test_only_every_kth_epoch_and_the_last_is_validated_and_the_training_stays_t
 
 
 @pytest.mark.parametrize("killed_after", [1, 4])
-def test_a_trial_that_is_resumed_between_two_validations_equals_an_uninterrupted_one_bit_for_bit(
+def test_a_trial_resumed_between_validations_equals_an_uninterrupted_one_bit_for_bit(
     killed_after: int, pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The third epoch is made the best one. Its weights must survive the later epochs."""
@@ -101,7 +101,7 @@ def test_a_trial_that_is_resumed_between_two_validations_equals_an_uninterrupted
     )
 
 
-def test_a_validation_loss_that_is_not_finite_ends_the_trial_in_the_epoch_that_is_validated(
+def test_a_non_finite_validation_loss_raises_diverged_in_the_validated_epoch(
     pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits = Step.logits
@@ -112,7 +112,7 @@ def test_a_validation_loss_that_is_not_finite_ends_the_trial_in_the_epoch_that_i
         next(epochs)
 
 
-def test_a_trial_that_is_to_leave_writes_its_state_first(pixels: DataSet, tmp_path: Path) -> None:
+def test_a_trial_that_has_to_leave_saves_a_checkpoint_first(pixels: DataSet, tmp_path: Path) -> None:
     def begin(leaving: bool) -> None:
         begun = train(
             trial("none"), pixels, None, device=CPU, checkpoints=Checkpoints(tmp_path), leaving=lambda: leaving
@@ -134,7 +134,7 @@ def test_a_trial_that_is_to_leave_writes_its_state_first(pixels: DataSet, tmp_pa
         ("trial_id", CorruptFile, "the checkpoint belongs to trial 0{64}"),
     ],
 )
-def test_nothing_goes_on_from_a_state_that_another_teacher_or_trial_had_a_part_in(
+def test_a_checkpoint_of_another_teacher_or_trial_is_rejected(
     note: str, error: type[Exception], says: str, pixels: DataSet, teacher: Teacher, tmp_path: Path
 ) -> None:
     one, checkpoints = distilling("logit", teacher), Checkpoints(tmp_path / "cut")
@@ -148,7 +148,7 @@ def test_nothing_goes_on_from_a_state_that_another_teacher_or_trial_had_a_part_i
         next(train(one, pixels, teacher, device=CPU, checkpoints=checkpoints))
 
 
-def test_a_teacher_is_not_published_from_a_state_before_its_last(pixels: DataSet, tmp_path: Path) -> None:
+def test_best_weights_raises_if_the_newest_checkpoint_is_damaged(pixels: DataSet, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     list(train(as_teacher(trial("none"), 3), pixels, None, device=CPU, checkpoints=checkpoints, checkpoint_every=0.0))
     newest = max(tmp_path.glob("*.safetensors"))
@@ -157,7 +157,7 @@ def test_a_teacher_is_not_published_from_a_state_before_its_last(pixels: DataSet
         best_weights(checkpoints)
 
 
-def test_a_trial_without_a_checkpoint_starts_again_and_gives_the_same_rows(pixels: DataSet, tmp_path: Path) -> None:
+def test_a_trial_without_a_checkpoint_restarts_and_gives_the_same_rows(pixels: DataSet, tmp_path: Path) -> None:
     first = list(
         islice(train(trial("none"), pixels, None, device=CPU, checkpoints=Checkpoints(tmp_path)), 2)
     )  # within 30 s of the start: nothing was saved
@@ -196,7 +196,7 @@ def test_distillation_changes_what_the_student_learns(
     assert exact(student[-1])["weights_digest"] != exact(control[-1])["weights_digest"]
 
 
-def test_the_teacher_stays_in_eval_mode_and_its_weights_stay_what_they_were(
+def test_the_teacher_stays_in_eval_mode_with_unchanged_weights(
     pixels: DataSet, teacher: Teacher, tmp_path: Path
 ) -> None:
     before = {name: each.clone() for name, each in teacher.net.state_dict().items()}
@@ -256,14 +256,14 @@ def test_projections_are_trained_clipped_and_saved_with_the_student(
     assert students == len(list(training.networks.build("resnet18", stem="cifar", classes=2, seed=0).parameters())) + 4
 
 
-def test_a_loss_that_is_not_finite_ends_the_trial_as_diverged(pixels: DataSet, tmp_path: Path) -> None:
+def test_a_non_finite_loss_raises_diverged(pixels: DataSet, tmp_path: Path) -> None:
     hot = replace(trial("none"), recipe=Recipe(epochs=4, batch_size=16, lr=1e30, clip=1e30))
     epochs = train(hot, pixels, None, device=CPU, checkpoints=Checkpoints(tmp_path))
     with pytest.raises(Diverged, match="epoch 1"):
         list(epochs)
 
 
-def test_the_outcome_is_of_the_best_validation_weights_and_of_the_last(
+def test_the_outcome_covers_the_best_validated_and_the_last_weights(
     pixels: DataSet, teacher: Teacher, tmp_path: Path
 ) -> None:
     epochs = run(distilling("logit", teacher), pixels, teacher, tmp_path)
@@ -305,7 +305,7 @@ def test_the_learning_rate_is_a_cosine_that_ends_with_the_budget() -> None:
 
 
 @pytest.mark.parametrize(("count", "size"), [(40, 16), (33, 16), (32, 16), (1, 16), (17, 16), (5, 2)])
-def test_batches_cover_every_image_once_and_none_but_the_only_one_is_alone(count: int, size: int) -> None:
+def test_batches_cover_every_image_once_and_avoid_batches_of_one_image(count: int, size: int) -> None:
     slices = batches(count, size)
     assert [index for each in slices for index in range(count)[each]] == list(range(count))
     assert all(each.stop - each.start > 1 for each in slices) or count == 1
@@ -320,7 +320,7 @@ CURVES = {
 
 
 @pytest.mark.parametrize("method", CURVES)
-def test_a_seeded_loss_curve_is_what_it_was(method: str, tmp_path: Path) -> None:
+def test_seeded_loss_curves_match_their_recorded_values(method: str, tmp_path: Path) -> None:
     """A small learning rate and 8 channels keep rounding errors small: SSE4.1, AVX2 and AVX-512 (to be set with
     ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY) differ by at most 1.4e-4."""
     digits, width = datasets.load("digits", train=256, validation=50, test=50), 0.125
@@ -334,7 +334,7 @@ def test_a_seeded_loss_curve_is_what_it_was(method: str, tmp_path: Path) -> None
     assert curve == pytest.approx(CURVES[method], rel=4e-4)
 
 
-def test_bfloat16_changes_logits_and_gradients_of_a_step_by_its_rounding() -> None:
+def test_bfloat16_changes_logits_and_gradients_only_by_rounding() -> None:
     """bfloat16 keeps 8 bits: a product is accurate to 0.4 %, and twenty layers to a few per cent."""
     digits = datasets.load("digits")
     images, labels = prepare(digits.train.images[:64], digits), digits.train.labels[:64]
@@ -353,7 +353,7 @@ def test_bfloat16_changes_logits_and_gradients_of_a_step_by_its_rounding() -> No
 
 
 @pytest.mark.parametrize("method", ["none", "logit", "feature"])
-def test_a_trial_in_bfloat16_keeps_its_weights_in_float32_and_learns_much_the_same(
+def test_a_bfloat16_trial_keeps_float32_weights_and_has_a_similar_loss(
     method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path
 ) -> None:
     one = trial("none") if method == "none" else distilling(method, teacher)

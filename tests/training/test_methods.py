@@ -38,7 +38,7 @@ def test_kd_has_the_reference_value(temperature):
     assert metrics.kl(STUDENT, TEACHER, temperature).item() == pytest.approx(expected / temperature**2, rel=1e-9)
 
 
-def test_cross_entropy_that_goes_with_kd_has_the_reference_value():
+def test_cross_entropy_has_the_reference_value():
     assert F.cross_entropy(STUDENT, torch.arange(8)).item() == pytest.approx(
         reference()["values"]["cross_entropy(ls,y)"], rel=1e-9
     )
@@ -53,14 +53,14 @@ def test_feature_has_the_reference_value():
 
 
 @given(pairs, temperatures)
-def test_kd_is_its_formula(pair, temperature):
+def test_kd_matches_its_formula(pair, temperature):
     student, teacher = (softmax(values / temperature, axis=1) for values in pair)
     expected = temperature**2 * np.mean(np.sum(rel_entr(teacher, student), axis=1))
     ours = logit.kd(torch.from_numpy(pair[0]), torch.from_numpy(pair[1]), temperature)
     assert ours.item() == pytest.approx(expected, rel=1e-9, abs=1e-11)
 
 
-def test_kd_of_a_case_worked_by_hand():
+def test_kd_matches_a_case_worked_by_hand():
     # Teacher (3/4, 1/4), student (1/2, 1/2), at T = 2 when the logits are twice the logarithms.
     student, teacher = torch.zeros(1, 2), 2 * torch.tensor([[0.75, 0.25]]).log()
     divergence = 0.75 * np.log(0.75 / 0.5) + 0.25 * np.log(0.25 / 0.5)
@@ -143,7 +143,7 @@ def test_half_precision_features_are_compared_in_single_precision():
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
-def test_feature_parts_are_their_formulas_in_numpy():
+def test_feature_parts_match_their_formulas_in_numpy():
     squares, angles = [], []
     for student, teacher, matrix in zip(STUDENT_FEATURES, TEACHER_FEATURES, MATRICES, strict=True):
         s, t = np.einsum("oc,bchw->bohw", matrix.numpy(), student.numpy()), teacher.numpy()
@@ -179,20 +179,20 @@ def test_the_cosine_part_ignores_the_scale_of_the_student():
         (metrics.expected_calibration_error, (8, 10), (8, 1), "[8, 10] and [8, 1]; expected [B, K] and [B]"),
     ],
 )
-def test_shapes_that_would_broadcast_are_refused(compare, student, teacher, message):
+def test_shapes_that_would_broadcast_are_rejected(compare, student, teacher, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         compare(torch.zeros(student), torch.zeros(teacher))
 
 
 @pytest.mark.parametrize("measure", [logit.kd, metrics.kl])
 @pytest.mark.parametrize("temperature", [0, -1, float("nan"), float("inf")])
-def test_a_temperature_that_is_not_above_zero_is_refused(measure, temperature):
+def test_a_temperature_that_is_not_positive_and_finite_is_rejected(measure, temperature):
     with pytest.raises(ValueError, match=f"temperature is {temperature}; expected a finite number above 0"):
         measure(STUDENT, TEACHER, temperature)
 
 
 @pytest.mark.parametrize("counts", [(2, 2, 1), (2, 1, 2), (1, 2, 2), (0, 0, 0)])
-def test_different_numbers_of_stages_are_refused(counts):
+def test_different_numbers_of_stages_are_rejected(counts):
     students, teachers, projections = counts
     with pytest.raises(ValueError, match="have {}, {} and {} stages; expected the same".format(*counts)):
         feature.feature(STUDENT_FEATURES[:students], TEACHER_FEATURES[:teachers], PROJECTIONS[:projections], 0.5)
@@ -205,12 +205,12 @@ def test_projections_have_no_bias_and_map_student_channels_to_teacher_channels()
     assert all(each.bias is None for each in loss.projections)
 
 
-def test_networks_of_different_numbers_of_stages_are_refused():
+def test_networks_with_different_numbers_of_stages_are_rejected():
     with pytest.raises(UserError, match="the teacher has 1 stages and the student 2;"):
         feature.Feature(context(taps(8, 16), taps(32)))
 
 
-def test_a_declaration_is_read_without_its_loss_and_is_the_one_of_its_file():
+def test_declarations_match_their_modules_and_are_read_without_importing_torch():
     for name, method in built_in().items():
         module = importlib.import_module(f"tune_kd.training.methods.{name}")
         assert method == module.METHOD
@@ -218,7 +218,7 @@ def test_a_declaration_is_read_without_its_loss_and_is_the_one_of_its_file():
     assert subprocess.run([sys.executable, "-c", there], capture_output=True, text=True).stdout == "False\n"
 
 
-def test_every_loss_takes_settings_that_its_method_declares():
+def test_every_loss_takes_only_settings_that_its_method_declares():
     for name, method in built_in().items():
         if method.loss is None:
             assert not method.defaults
@@ -229,7 +229,7 @@ def test_every_loss_takes_settings_that_its_method_declares():
 
 
 @pytest.mark.parametrize("name", [name for name, method in built_in().items() if method.loss])
-def test_no_loss_reads_a_value_or_makes_a_shape_of_one(name):
+def test_no_loss_reads_a_tensors_value_or_derives_a_shape_from_one(name):
     """Both would synchronize, and a CUDA graph cannot capture them."""
     method, labels = built_in()[name], torch.tensor([0, 1, 2, 1, 0, 2])
     kind = loss_class(method)

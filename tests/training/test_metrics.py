@@ -18,14 +18,14 @@ steps = torch.arange(80, dtype=torch.float64).reshape(8, 10)
 STUDENT, TEACHER = 3 * torch.sin(0.7 * steps + 0.1), 5 * torch.sin(0.9 * steps + 0.5)
 
 
-def test_agreement_of_a_case_counted_by_hand():
+def test_agreement_matches_a_case_counted_by_hand():
     student = torch.tensor([[2.0, 1, 0], [0, 3, 1], [0, 1, 2], [5, 4, 3]])
     teacher = torch.tensor([[9.0, 1, 0], [3, 0, 1], [0, 0, 1], [1, 2, 3]])
     assert metrics.agreement(student, teacher).item() == 0.5
 
 
 @given(pairs)
-def test_agreement_is_a_fraction_that_does_not_depend_on_the_order(pair):
+def test_agreement_is_a_symmetric_fraction(pair):
     student, teacher = map(torch.from_numpy, pair)
     value = metrics.agreement(student, teacher).item()
     assert 0 <= value <= 1
@@ -39,7 +39,7 @@ def binary_logits(*confidences: float) -> torch.Tensor:
     return torch.stack([chosen, 1 - chosen], dim=1).log()
 
 
-def test_calibration_error_of_four_images_worked_by_hand():
+def test_calibration_error_matches_a_case_worked_by_hand():
     # Ten bins. (0.6, 0.7]: 0.65 right and 0.69 wrong, gap |0.5 - 0.67| = 0.17, weight 1/2.
     # (0.8, 0.9]: 0.85 right, gap 0.15, weight 1/4. (0.9, 1]: 0.95 wrong, gap 0.95, weight 1/4.
     labels = torch.tensor([0, 1, 0, 1])
@@ -47,8 +47,8 @@ def test_calibration_error_of_four_images_worked_by_hand():
     assert error.item() == pytest.approx(0.17 / 2 + 0.15 / 4 + 0.95 / 4)
 
 
-def test_calibration_error_is_zero_when_confidence_is_accuracy():
-    # Three of four right at 0.75, and four of five right at 0.8, in bins of their own.
+def test_calibration_error_is_zero_when_confidence_equals_accuracy():
+    # Three of four right at 0.75, and four of five right at 0.8, in separate bins.
     confidence = [0.75] * 4 + [0.8] * 5
     labels = torch.tensor([0, 0, 0, 1, 0, 0, 0, 0, 1])
     error = metrics.expected_calibration_error(binary_logits(*confidence), labels, bins=15)
@@ -80,14 +80,14 @@ def calibration_error_as_a_loop(logits_BK: np.ndarray, labels: np.ndarray, bins:
 
 
 @given(logits, st.integers(1, 20), st.integers(0, 2**32 - 1))
-def test_calibration_error_is_that_of_a_plain_loop(values, bins, seed):
+def test_calibration_error_matches_a_plain_loop(values, bins, seed):
     labels = np.random.default_rng(seed).integers(0, values.shape[1], len(values))
     ours = metrics.expected_calibration_error(torch.from_numpy(values), torch.from_numpy(labels), bins).item()
     assert ours == pytest.approx(calibration_error_as_a_loop(values, labels, bins), abs=1e-12)
     assert 0 <= ours <= 1
 
 
-def test_fewer_than_one_bin_is_refused():
+def test_fewer_than_one_bin_is_rejected():
     with pytest.raises(ValueError, match="bins is 0; expected at least 1"):
         metrics.expected_calibration_error(STUDENT, torch.arange(8), bins=0)
 

@@ -35,7 +35,7 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
         ("resnet18", "imagenet", 11_181_642),
     ],
 )
-def test_the_study_networks_have_their_known_sizes(architecture, stem, count):
+def test_the_study_networks_have_their_known_parameter_counts(architecture, stem, count):
     assert networks.parameter_count(networks.build(architecture, stem=stem, classes=10, seed=0)) == count
 
 
@@ -47,7 +47,7 @@ def test_frozen_parameters_are_not_counted():
 
 
 @pytest.mark.parametrize("architecture", networks.ARCHITECTURES)
-def test_standard_width_is_torchvision_structure(architecture):
+def test_networks_of_standard_width_have_torchvisions_structure(architecture):
     ours = networks._blueprint(architecture, stem="imagenet", classes=7, width=1.0)
     with torch.device("meta"):
         theirs = torchvision.models.get_model(architecture, weights=None, num_classes=7)
@@ -75,7 +75,7 @@ def test_width_scales_stem_and_all_stages_to_the_nearest_whole_channel(architect
 
 @pytest.mark.parametrize(("stem", "first"), [("cifar", 32), ("imagenet", 8)])
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
-def test_features_are_the_four_stages_that_halve_in_size(architecture, stem, first):
+def test_features_come_from_four_stages_that_halve_in_size(architecture, stem, first):
     net = small(architecture=architecture, stem=stem)
     passed = networks.forward_with_features(net, torch.rand(2, 3, 32, 32))
     shapes = networks.shapes(architecture, stem=stem, classes=10, width=0.125, size=(32, 32))
@@ -88,7 +88,7 @@ def test_features_are_the_four_stages_that_halve_in_size(architecture, stem, fir
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
-def test_features_before_their_relu_give_the_same_logits_and_features(architecture, training):
+def test_collecting_features_before_relu_changes_no_logits_or_features(architecture, training):
     net, twin = (small(architecture=architecture).train(training) for _ in range(2))
     images = torch.rand(4, 3, 32, 32)
     plain, passed = networks.forward_with_features(net, images), networks.forward_with_features(twin, images, True)
@@ -103,7 +103,7 @@ def test_features_before_their_relu_give_the_same_logits_and_features(architectu
 @pytest.mark.parametrize(
     ("architecture", "needs"), [("resnet18", "features"), ("resnet18", "before_relu"), ("resnet50", "before_relu")]
 )
-def test_a_network_inside_another_yields_what_it_does_alone_and_the_same_gradients(architecture, needs):
+def test_a_wrapped_network_has_the_same_outputs_and_gradients(architecture, needs):
     net, twin = (small(architecture=architecture) for _ in range(2))
     alone, inside = networks.passing(net, needs), networks.passing(wrapped := torch.nn.Sequential(twin), needs)
     images = torch.rand(4, 3, 16, 16)
@@ -120,7 +120,7 @@ def test_a_network_inside_another_yields_what_it_does_alone_and_the_same_gradien
 
 @pytest.mark.parametrize("stem", networks.STEMS)
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
-def test_a_network_with_folded_batch_norms_yields_the_same_but_for_rounding(architecture, stem):
+def test_folding_batch_norms_changes_outputs_only_by_rounding(architecture, stem):
     net = small(architecture=architecture, stem=stem).eval()
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -146,14 +146,14 @@ def parts(passed):
     return [passed.logits, passed.embedding, *passed.features, *passed.before_relu]
 
 
-def test_a_batch_norm_that_follows_no_convolution_is_not_folded():
+def test_folding_a_batch_norm_that_follows_no_convolution_raises():
     with pytest.raises(RuntimeError, match="1 does not follow a convolution"):
         networks.folded(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.BatchNorm2d(3)).eval())
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("stem", networks.STEMS)
-def test_logits_beside_features_are_exactly_those_of_the_network(stem, training):
+def test_logits_returned_with_features_equal_those_of_the_network(stem, training):
     net = small(stem=stem).train(training)
     images = torch.rand(4, 3, 32, 32)
     expected = net(images)
@@ -161,7 +161,7 @@ def test_logits_beside_features_are_exactly_those_of_the_network(stem, training)
     assert torch.equal(logits, expected)
 
 
-def test_returned_features_are_what_the_stages_put_out():
+def test_returned_features_equal_the_outputs_of_the_stages():
     # Guards against a later in-place ReLU or addition that changes a returned feature.
     net = small().eval()
     seen = []
@@ -201,7 +201,7 @@ def test_building_leaves_the_global_random_state_alone():
 
 
 @pytest.mark.parametrize("stem", networks.STEMS)
-def test_initialisation_is_torchvision_scheme(stem):
+def test_initialisation_follows_torchvisions_scheme(stem):
     net = networks.build("resnet18", stem=stem, classes=1000, seed=0)
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
@@ -230,7 +230,7 @@ def test_the_streams_of_network_and_projections_differ():
         assert not torch.equal(torch.rand(8), network)
 
 
-def test_a_stream_of_two_numbers_is_the_sha256_of_its_name_and_both():
+def test_a_streams_seed_is_the_sha256_of_its_name_and_numbers():
     seed = int.from_bytes(hashlib.sha256(b"loss 3 2").digest()[:8], "big")
     with networks.stream("loss", 3, 2):
         drawn = torch.rand(8)
@@ -249,12 +249,12 @@ def test_a_stream_of_two_numbers_is_the_sha256_of_its_name_and_both():
         {"weights": "imagenet"},  # of width 0.125
     ],
 )
-def test_what_a_study_would_refuse_builds_no_network(changes):
+def test_building_a_network_with_invalid_settings_raises(changes):
     with pytest.raises(AssertionError):
         small(**changes)
 
 
-def test_importing_models_does_not_import_torchvision():
+def test_importing_networks_does_not_import_torchvision():
     # Reading results should not wait seconds for it.
     code = "import sys, tune_kd.training.networks; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -288,7 +288,7 @@ def put(content: bytes) -> Path:
     return file
 
 
-def test_weights_that_are_not_those_of_their_name_are_refused(torch_home, published):
+def test_weights_whose_hash_does_not_match_their_name_are_rejected(torch_home, published):
     file = save(published)
     content = bytearray(file.read_bytes())
     content[-1000] ^= 1
@@ -308,7 +308,7 @@ def published() -> dict[str, torch.Tensor]:
     return {name: v for name, v in net.state_dict().items() if not name.endswith("num_batches_tracked")}
 
 
-def test_the_file_of_torchvision_is_looked_for_where_torch_hub_keeps_it():
+def test_imagenet_weights_are_looked_up_in_the_folder_of_torch_hub():
     place = Path(torch.hub.get_dir()) / "checkpoints" / "resnet18-f37072fd.pth"
     assert networks.imagenet_file("resnet18") == place
 
@@ -321,7 +321,7 @@ def test_the_file_of_torchvision_is_looked_for_where_torch_hub_keeps_it():
         ("imagenet", 1000, set()),
     ],
 )
-def test_imagenet_weights_replace_all_but_what_has_another_form(torch_home, published, stem, classes, fresh):
+def test_imagenet_weights_replace_all_but_tensors_of_another_shape(torch_home, published, stem, classes, fresh):
     save(published)
     from_scratch = networks.build("resnet18", stem=stem, classes=classes, seed=4).state_dict()
     net = networks.build("resnet18", stem=stem, classes=classes, weights="imagenet", seed=4)
@@ -335,7 +335,7 @@ def test_batch_counters_in_the_file_are_accepted(torch_home, published):
     networks.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
 
 
-def test_without_network_the_message_says_which_file_to_put_where(torch_home):
+def test_a_failed_download_is_reported_with_the_file_and_where_to_copy_it(torch_home):
     with pytest.raises(UserError) as caught:
         networks.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
     file = torch_home / "hub" / "checkpoints" / "resnet18-0123abcd.pth"
@@ -345,7 +345,7 @@ def test_without_network_the_message_says_which_file_to_put_where(torch_home):
     assert not list(file.parent.iterdir())
 
 
-def test_a_place_for_weights_that_cannot_be_written_to_is_told_with_what_moves_it(torch_home):
+def test_an_unwritable_weights_folder_is_reported_with_the_variable_that_moves_it(torch_home):
     (torch_home / "hub").write_text("in the way")
     with pytest.raises(UserError) as caught:
         networks.fetch_imagenet("resnet18")
@@ -353,7 +353,7 @@ def test_a_place_for_weights_that_cannot_be_written_to_is_told_with_what_moves_i
     assert f"{kept} (Not a directory); set TORCH_HOME to a writable folder" in str(caught.value)
 
 
-def test_a_download_is_kept_only_if_its_hash_is_that_of_its_name(torch_home, monkeypatch):
+def test_a_download_is_stored_only_if_its_hash_matches_its_name(torch_home, monkeypatch):
     content = b"weights"
     source = torch_home / "published"
     source.write_bytes(content)
@@ -372,7 +372,7 @@ def test_a_download_is_kept_only_if_its_hash_is_that_of_its_name(torch_home, mon
     assert not networks.imagenet_file("resnet34").exists()
 
 
-def test_a_file_that_is_there_is_not_fetched(torch_home, published):
+def test_an_existing_weights_file_is_not_downloaded_again(torch_home, published):
     file = save(published)
     assert networks.fetch_imagenet("resnet18") == file
 
@@ -394,7 +394,7 @@ def without(state, name):
         (lambda state: state | {"bn1.bias": Path("x")}, "cannot be read as weights (UnpicklingError)"),
     ],
 )
-def test_a_file_of_another_form_is_named_with_what_is_wrong(torch_home, published, damage, message):
+def test_a_weights_file_with_wrong_contents_is_reported_with_its_fault(torch_home, published, damage, message):
     file = save(damage(published))
     with pytest.raises(UserError) as caught:
         networks.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
@@ -403,7 +403,7 @@ def test_a_file_of_another_form_is_named_with_what_is_wrong(torch_home, publishe
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 a damaged archive"])
-def test_an_unreadable_file_is_named(torch_home, content):
+def test_an_unreadable_weights_file_is_reported_by_name(torch_home, content):
     file = put(content)
     with pytest.raises(UserError, match="cannot be read as weights") as caught:
         networks.build("resnet18", stem="cifar", classes=10, weights="imagenet", seed=0)
@@ -411,7 +411,7 @@ def test_an_unreadable_file_is_named(torch_home, content):
 
 
 @pytest.mark.parametrize(("width", "last"), [(1.0, True), (0.125, True), (0.0625, False)])
-def test_channels_lie_last_on_the_cpu_only_where_they_come_in_eights(width: float, last: bool) -> None:
+def test_the_cpu_uses_channels_last_only_if_channels_are_multiples_of_8(width: float, last: bool) -> None:
     """With 4 channels, torch 2.15's gradient corrupts memory in that layout."""
     net = networks.build("resnet18", stem="cifar", classes=10, width=width, seed=0)
     networks.to_device(net, torch.device("cpu"))

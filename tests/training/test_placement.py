@@ -76,7 +76,7 @@ def check_judged(method: str, whole: list[Epoch], resumed: list[Epoch]) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_student_of_each_method_trains_on_its_device_to_the_losses_that_it_has_on_the_cpu(
+def test_a_student_of_each_method_has_the_same_losses_on_the_gpu_as_on_the_cpu(
     method: str, gpu: torch.device, pixels: DataSet, tmp_path: Path
 ) -> None:
     """Up to rounding: a step on a GPU keeps its numbers in float32 tensors. At this width the layout is the same."""
@@ -89,21 +89,21 @@ def test_a_student_of_each_method_trains_on_its_device_to_the_losses_that_it_has
 
 
 @pytest.mark.parametrize("method", BENCHMARKED)
-def test_a_student_with_the_imagenet_stem_trains_and_is_judged_on_its_device(
+def test_a_student_with_the_imagenet_stem_trains_and_is_evaluated_on_the_gpu(
     method: str, gpu: torch.device, pixels: DataSet, tmp_path: Path
 ) -> None:
     check_judged(method, *distil(gpu, pixels, method, "imagenet", tmp_path))
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
-def test_the_other_precisions_train_there_too(
+def test_reduced_precisions_train_on_the_gpu(
     precision: str, gpu: torch.device, pixels: DataSet, tmp_path: Path
 ) -> None:
     whole, _ = distil(gpu, pixels, "feature", "cifar", tmp_path, precision=precision)
     assert all(math.isfinite(row.train_loss) for row in whole)
 
 
-def test_views_are_cropped_where_the_images_are_and_no_copy_of_them_is_made_for_a_teacher(
+def test_views_are_cropped_on_the_device_of_images_that_student_and_teacher_share(
     gpu: torch.device, pixels: DataSet, tmp_path: Path
 ) -> None:
     teacher = taught_on(gpu, pixels, "cifar", tmp_path)
@@ -117,7 +117,7 @@ def test_views_are_cropped_where_the_images_are_and_no_copy_of_them_is_made_for_
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_teacher_answers_there_with_folded_batch_norms_in_a_cache_of_its_own(
+def test_a_teacher_on_the_gpu_folds_batch_norms_and_has_a_separate_logit_cache(
     precision: str, gpu: torch.device, pixels: DataSet, tmp_path: Path
 ) -> None:
     teacher = taught_on(gpu, pixels, "cifar", tmp_path)
@@ -149,7 +149,7 @@ def answering_in(teacher: Teacher, precision: str) -> Teacher:
 
 
 @pytest.mark.parametrize(("precision", "file"), [("tf32", "logits.f32"), ("bfloat16", "logits.bf16")])
-def test_cached_logits_are_to_the_bit_what_the_teacher_answers_live(
+def test_cached_logits_equal_the_teachers_live_output_bit_for_bit(
     precision: str, file: str, gpu: torch.device, pixels: DataSet, tmp_path: Path
 ) -> None:
     teacher = answering_in(untrained(gpu, pixels, tmp_path), precision)
@@ -163,7 +163,7 @@ def test_cached_logits_are_to_the_bit_what_the_teacher_answers_live(
 
 
 @pytest.mark.parametrize(("precision", "sizes"), [("float32", [300, 300, 120]), ("bfloat16", [600, 120])])
-def test_a_teacher_answers_there_in_batches_of_equal_memory(
+def test_a_teacher_on_the_gpu_uses_batches_twice_as_large_in_bfloat16(
     precision: str,
     sizes: list[int],
     gpu: torch.device,
@@ -183,7 +183,7 @@ def test_a_teacher_answers_there_in_batches_of_equal_memory(
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_teacher_that_answers_many_views_is_compiled_with_a_cache_of_its_own(
+def test_a_teacher_that_computes_many_logits_is_compiled_with_a_separate_cache(
     fails: bool, gpu: torch.device, pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
@@ -211,7 +211,7 @@ def test_a_teacher_that_answers_many_views_is_compiled_with_a_cache_of_its_own(
     assert len(list((teacher.home / "answers").iterdir())) == 2
 
 
-def test_whatever_logits_depend_on_there_gives_them_a_cache_of_its_own(
+def test_each_setting_that_changes_logits_has_a_separate_cache(
     gpu: torch.device, pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = untrained(gpu, pixels, tmp_path)
@@ -225,7 +225,7 @@ def test_whatever_logits_depend_on_there_gives_them_a_cache_of_its_own(
     assert len(list((one.home / "answers").iterdir())) == 6
 
 
-def test_a_teacher_that_cannot_be_folded_answers_as_it_is_and_says_so_once(
+def test_a_teacher_that_cannot_be_folded_is_used_unfolded_and_reported_once(
     gpu: torch.device, pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuses(net: torch.nn.Module) -> None:
@@ -242,7 +242,7 @@ def test_a_teacher_that_cannot_be_folded_answers_as_it_is_and_says_so_once(
                     "convolution); falling back to the unfolded teacher, which is slower"]  # fmt: skip
 
 
-def test_a_student_that_cannot_be_compiled_trains_as_it_is_and_says_so_once(
+def test_a_student_that_cannot_be_compiled_trains_uncompiled_and_is_reported_once(
     gpu: torch.device, pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuses(function: Any, **_: Any) -> Any:
@@ -264,13 +264,13 @@ def test_a_student_that_cannot_be_compiled_trains_as_it_is_and_says_so_once(
 
 
 @pytest.mark.parametrize("method", ["feature", "logit"])
-def test_a_probe_of_a_share_trains_on_the_device(method: str, gpu: torch.device, pixels: DataSet) -> None:
+def test_a_probe_of_a_gpu_share_measures_speed_and_peak_memory(method: str, gpu: torch.device, pixels: DataSet) -> None:
     taught = as_teacher(trial("none"))
     speed, peak = probe_one(gpu, pixels, trial(method, teacher_id=taught.trial_id), taught)
     assert speed > 0 and peak > 0
 
 
-def test_a_step_that_cannot_be_captured_is_launched_and_says_so_once(
+def test_a_step_that_cannot_be_captured_is_launched_and_reported_once(
     gpu: torch.device, pixels: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notices, "_told", set())
@@ -284,7 +284,7 @@ def test_a_step_that_cannot_be_captured_is_launched_and_says_so_once(
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
-def test_the_plain_loop_of_the_benchmark_trains_there_too(gpu: torch.device) -> None:
+def test_the_plain_loop_of_the_benchmark_trains_on_the_gpu(gpu: torch.device) -> None:
     assert all(each > 0 for each in benchmarked(gpu, "feature", "cifar"))
 
 
@@ -319,10 +319,10 @@ def briefly(lever: levers.Lever) -> levers.Lever:
     ],
     ids=["in short", "all"],
 )
-def test_every_lever_is_measured_there(
+def test_every_lever_of_the_benchmark_is_measured_on_the_gpu(
     tried: Sequence[levers.Lever], small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is compiled or captured. The kernels have tests of their own."""
+    """Nothing is compiled or captured. The kernels are tested separately."""
     kernels: list[torch.nn.Module] = []
     monkeypatch.setitem(sys.modules, "benchmarks.triton_norm", SimpleNamespace(replace_norms=kernels.append))
     monkeypatch.setattr(levers, "LEVERS", tried)
@@ -335,7 +335,7 @@ def test_every_lever_is_measured_there(
     assert len(kernels) == sum(each.students for each in tried if each.triton) > 0
 
 
-def test_the_table_of_a_gpu_is_measured_there(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_benchmark_measures_its_table_without_errors(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "plain_epochs", partial(benchmark.plain_epochs, workers=0))
     alone = {each: bar for each, bar in benchmark.ALONE.items() if each.stem == "cifar"}
     monkeypatch.setattr(benchmark, "ALONE", alone)
@@ -348,24 +348,22 @@ def test_the_table_of_a_gpu_is_measured_there(small: None, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_the_rates_of_a_benchmark_are_those_of_the_device(rate: Callable[..., float], gpu: torch.device) -> None:
+def test_benchmark_rates_are_measured_on_the_gpu(rate: Callable[..., float], gpu: torch.device) -> None:
     before = busy[0]
     assert rate(gpu) > 0
     assert busy[0] - before >= 3  # one warm-up, and at least two that are timed or made like others
 
 
-def test_what_a_step_reads_anew_is_on_the_device_where_a_captured_step_finds_it(
-    gpu: torch.device, pixels: DataSet, tmp_path: Path
-) -> None:
+def test_numbers_that_change_between_steps_are_on_the_gpu(gpu: torch.device, pixels: DataSet, tmp_path: Path) -> None:
     assert [each.device.type for each in numbers_of_a_step(gpu, pixels, tmp_path)] == ["cuda"] * 5
 
 
-def test_data_that_were_on_a_device_come_to_another_process_without_it(gpu: torch.device, pixels: DataSet) -> None:
+def test_data_on_the_gpu_are_pickled_as_data_on_the_cpu(gpu: torch.device, pixels: DataSet) -> None:
     there = carried(gpu, pixels)
     assert torch.equal(there.test.images, pixels.test.images) and torch.equal(there.test.labels, pixels.test.labels)
 
 
-def test_a_study_runs_to_its_end_on_a_share_of_the_device_and_says_once_what_it_lacks(
+def test_a_study_completes_on_a_share_of_the_gpu_and_reports_a_failed_capture_once(
     gpu: torch.device, one_stem: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notices, "_told", set())
@@ -384,8 +382,8 @@ def test_a_study_runs_to_its_end_on_a_share_of_the_device_and_says_once_what_it_
 
 
 @pytest.mark.slow
-def test_each_move_to_the_device_is_missed_when_it_is_taken_out() -> None:
-    """About 40 moves, each in a process of its own: eight minutes."""
+def test_removing_any_move_to_the_device_is_detected() -> None:
+    """Tries about 40 moves, each in a separate process. This takes eight minutes."""
     done = subprocess.run([sys.executable, str(Path(__file__).parents[1] / "moves.py")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("\nnoticed  ") >= 30

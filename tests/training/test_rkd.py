@@ -51,7 +51,7 @@ def test_rkd_has_the_reference_value():
 
 
 @given(pairs)
-def test_rkd_is_its_formula(pair):
+def test_rkd_matches_its_formula(pair):
     expected = [smooth_l1(*map(relation, pair)) for relation in (distances, cosines)]
     found = [each.item() for each in rkd_parts(*map(torch.from_numpy, pair))]
     assert found == pytest.approx(expected, rel=1e-7, abs=1e-9)
@@ -60,7 +60,7 @@ def test_rkd_is_its_formula(pair):
 
 
 @given(st.floats(0.1, 10), st.floats(-5, 5), st.integers(0, 9))
-def test_scale_place_and_direction_of_the_embeddings_do_not_matter(scale, shift, seed):
+def test_rkd_is_invariant_to_scale_shift_and_rotation_of_the_embeddings(scale, shift, seed):
     rotation = torch.from_numpy(np.linalg.qr(np.random.default_rng(seed).normal(size=(16, 16)))[0])
     moved = scale * STUDENT_EMBEDDING @ rotation + shift
     assert loss(moved).item() == pytest.approx(loss().item(), rel=1e-9)
@@ -78,7 +78,7 @@ def test_only_the_student_gets_a_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equal_embeddings_give_gradients_of_an_ordinary_size(dtype):
+def test_equal_embeddings_give_bounded_gradients(dtype):
     """Replacing a length of 0 by an epsilon would give gradients of 1e12."""
     student = STUDENT_EMBEDDING.to(dtype).clone()
     apart = student.clone().requires_grad_()
@@ -93,7 +93,7 @@ def test_equal_embeddings_give_gradients_of_an_ordinary_size(dtype):
     assert loss(apart, torch.ones(8, 3, dtype=dtype)).isfinite()
 
 
-def test_nearby_embeddings_far_from_the_origin_keep_their_digits_in_single_precision():
+def test_embeddings_far_from_the_origin_stay_accurate_in_single_precision():
     student = 100 + STUDENT_EMBEDDING.float()
     assert loss(student, TEACHER_EMBEDDING).item() == pytest.approx(
         loss(student.double(), TEACHER_EMBEDDING).item(), rel=1e-5
@@ -111,7 +111,7 @@ def test_half_precision_embeddings_are_compared_in_single_precision():
 
 
 @pytest.mark.parametrize(("student", "teacher"), [((8, 4), (7, 4)), ((8, 4, 1), (8, 4)), ((8, 4), (8,))])
-def test_other_shapes_are_refused(student, teacher):
+def test_invalid_embedding_shapes_are_rejected(student, teacher):
     message = f"have shapes {list(student)} and {list(teacher)}; expected [B, E] with the same B"
     with pytest.raises(ValueError, match=re.escape(message)):
         rkd_parts(torch.zeros(student), torch.zeros(teacher))

@@ -21,7 +21,7 @@ from tune_kd.training.teachers import Teacher
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_arms_at_one_seed_start_from_the_same_weights_and_see_the_same_images(
+def test_arms_at_the_same_seed_see_the_same_images(
     pixels: DataSet, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[torch.Tensor]] = {}
@@ -74,7 +74,7 @@ def others(method: str, teacher: Teacher) -> tuple[Trial, Trial]:
 
 
 @pytest.mark.parametrize("method", ["none", "logit", "feature"])
-def test_a_trial_that_takes_over_a_step_equals_one_that_makes_its_own_bit_for_bit(
+def test_a_trial_with_a_reused_step_equals_one_with_a_new_step_bit_for_bit(
     method: str, pixels: DataSet, teacher: Teacher, tmp_path: Path, kept: list[Step]
 ) -> None:
     with_teacher = None if method == "none" else teacher
@@ -87,7 +87,7 @@ def test_a_trial_that_takes_over_a_step_equals_one_that_makes_its_own_bit_for_bi
     assert [exact(epoch) for epoch in after] == [exact(epoch) for epoch in alone]
 
 
-def test_a_trial_that_ended_early_leaves_its_step_to_one_that_is_resumed(
+def test_a_resumed_trial_reuses_the_step_of_one_that_ended_early(
     pixels: DataSet, teacher: Teacher, tmp_path: Path, kept: list[Step]
 ) -> None:
     one, other = others("logit", teacher)
@@ -103,7 +103,7 @@ def test_a_trial_that_ended_early_leaves_its_step_to_one_that_is_resumed(
     assert [exact(epoch) for epoch in resumed] == [exact(epoch) for epoch in whole[1:]]
 
 
-def test_trials_that_take_turns_do_not_share_a_step(pixels: DataSet, tmp_path: Path, kept: list[Step]) -> None:
+def test_interleaved_trials_do_not_share_a_step(pixels: DataSet, tmp_path: Path, kept: list[Step]) -> None:
     alone = [exact(epoch) for epoch in run(trial("none"), pixels, None, tmp_path / "alone")]
     one, other = (
         train(trial("none"), pixels, None, device=CPU, checkpoints=Checkpoints(tmp_path / name)) for name in "ab"
@@ -117,7 +117,7 @@ def test_trials_that_take_turns_do_not_share_a_step(pixels: DataSet, tmp_path: P
 @pytest.mark.parametrize(
     "change", [{"batch_size": 8}, {"momentum": 0.5}, {"weight_decay": 0.1}, {"clip": 0.1}, {"precision": "bfloat16"}]
 )
-def test_what_is_baked_into_a_step_asks_for_another(
+def test_a_trial_with_other_values_of_a_steps_fixed_settings_gets_a_new_step(
     change: dict[str, Any], pixels: DataSet, tmp_path: Path, kept: list[Step]
 ) -> None:
     one = trial("none")
@@ -127,7 +127,7 @@ def test_what_is_baked_into_a_step_asks_for_another(
     assert list(stepping._idle.values()) == kept[1:]  # the memory of the first was freed
 
 
-def test_a_trial_that_failed_leaves_no_step(pixels: DataSet, tmp_path: Path, kept: list[Step]) -> None:
+def test_the_step_of_a_failed_trial_is_discarded(pixels: DataSet, tmp_path: Path, kept: list[Step]) -> None:
     hot = replace(trial("none"), recipe=Recipe(epochs=4, batch_size=16, lr=1e30, clip=1e30))
     with pytest.raises(Diverged):
         run(hot, pixels, None, tmp_path)
@@ -146,5 +146,5 @@ def test_all_images_are_evaluated_batch_by_batch_in_eval_mode(pixels: DataSet, m
     torch.testing.assert_close(parts, whole)
 
 
-def test_a_cpu_evaluates_in_batches_of_512_for_the_sake_of_the_last_bit_and_a_gpu_in_whole_ones() -> None:
+def test_evaluation_batches_have_512_images_on_a_cpu_and_1000_on_a_gpu() -> None:
     assert [stepping.evaluation_batch(torch.device(name)) for name in ("cpu", "cuda")] == [512, 1000]

@@ -76,7 +76,7 @@ def test_a_published_teacher_is_adopted_with_its_epochs(home: Path) -> None:
         ([replace(EPOCH, outcome=None), replace(EPOCH, epoch=2)], None),
     ],
 )
-def test_a_card_of_other_epochs_than_the_trials_keeps_a_teacher_from_being_adopted(
+def test_a_teacher_is_adopted_only_if_its_card_has_the_epochs_of_the_trial(
     tmp_path: Path, epochs: list[Epoch], words: str | None
 ) -> None:
     longer = replace(TAUGHT, recipe=Recipe(epochs=2))
@@ -89,7 +89,7 @@ def test_a_card_of_other_epochs_than_the_trials_keeps_a_teacher_from_being_adopt
     assert words is None or (words in str(found) and f"remove {tmp_path / longer.trial_id} to have" in str(found))
 
 
-def test_a_card_of_another_trial_keeps_a_teacher_from_being_adopted(home: Path) -> None:
+def test_a_teacher_with_the_card_of_another_trial_is_not_adopted(home: Path) -> None:
     altered(home / TAUGHT.trial_id / "card.json", lambda record: record["trial"].update(seed=10))
     assert "belongs to trial" in str(unfit(home, TAUGHT))
 
@@ -100,12 +100,12 @@ def test_a_card_of_another_trial_keeps_a_teacher_from_being_adopted(home: Path) 
     lambda record: record["epochs"][0].update(outcome={"x": 1}),
     lambda record: record["epochs"][0].update(outcome="abc"),
 ])  # fmt: skip
-def test_what_is_no_card_keeps_a_teacher_from_being_adopted_and_is_told_as_any_damage(
+def test_a_teacher_with_an_invalid_card_is_not_adopted_and_is_reported_as_damaged(
     home: Path, change: Callable[[dict[str, Any]], object]
 ) -> None:
     altered(home / TAUGHT.trial_id / "card.json", change)
     assert "is not a teacher's card" in str(unfit(home, TAUGHT))
-    assert "card.json was altered" in str(wrong_with(home, TAUGHT.trial_id, "its weights"))
+    assert "card.json was changed after it was written" in str(wrong_with(home, TAUGHT.trial_id, "its weights"))
     assert published_epochs(home, TAUGHT.trial_id) is None
 
 
@@ -119,14 +119,14 @@ def test_a_teacher_without_its_card_or_with_other_weights_is_not_adopted(home: P
     assert published_epochs(home, TAUGHT.trial_id) is None
 
 
-def test_a_teacher_whose_file_was_changed_is_refused_with_both_digests(home: Path, pixels: DataSet) -> None:
+def test_a_teacher_with_changed_weights_is_rejected(home: Path, pixels: DataSet) -> None:
     weights = home / TAUGHT.trial_id / "weights.safetensors"
     weights.write_bytes(weights.read_bytes() + b"x")
     with pytest.raises(TeacherChanged, match="changed after it was published"):
         load_teacher(home, TAUGHT.trial_id, pixels, CPU)
 
 
-def test_a_teacher_that_was_trained_again_is_not_the_one_that_a_run_had(home: Path, pixels: DataSet) -> None:
+def test_a_retrained_teacher_is_rejected_if_its_weights_differ(home: Path, pixels: DataSet) -> None:
     net = build("resnet18", stem="cifar", classes=2, width=0.0625, seed=3)
     publish_teacher(home, TAUGHT, net.state_dict(), [EPOCH])
     load_teacher(home, TAUGHT.trial_id, pixels, CPU, taught="its weights")
@@ -139,7 +139,7 @@ def loaded(home: Path, pixels: DataSet, answering: Answering) -> Teacher:
 
 
 @pytest.mark.parametrize("ahead", [True, False])
-def test_a_view_is_answered_once_for_all_seeds_epochs_and_students_also_at_the_same_time(
+def test_logits_of_a_view_are_computed_once_for_concurrent_students_seeds_and_epochs(
     home: Path, pixels: DataSet, monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
     monkeypatch.setattr(logit_cache, "CHUNK", 16)
@@ -166,7 +166,7 @@ def test_a_view_is_answered_once_for_all_seeds_epochs_and_students_also_at_the_s
 
 
 @pytest.mark.parametrize("ahead", [True, False])
-def test_answers_are_the_logits_of_the_views_that_students_see(home: Path, pixels: DataSet, ahead: bool) -> None:
+def test_cached_logits_are_those_of_the_views_that_students_see(home: Path, pixels: DataSet, ahead: bool) -> None:
     teacher = loaded(home, pixels, Answering(ahead, DRAWS))
     for seed, epoch in ((1, 1), (1, 2), (2, 3)):
         drawn = views(pixels, seed, epoch)
@@ -175,7 +175,7 @@ def test_answers_are_the_logits_of_the_views_that_students_see(home: Path, pixel
         assert torch.allclose(teacher.logits(drawn)[0], live, atol=1e-5)
 
 
-def test_answers_are_the_same_to_the_bit_whoever_asks_first(home: Path, pixels: DataSet, tmp_path: Path) -> None:
+def test_cached_logits_do_not_depend_on_the_order_of_requests(home: Path, pixels: DataSet, tmp_path: Path) -> None:
     shutil.copytree(home / TAUGHT.trial_id, tmp_path / "again" / TAUGHT.trial_id)
     one = loaded(home, pixels, Answering(False, DRAWS))
     other = loaded(tmp_path / "again", pixels, Answering(False, DRAWS))
@@ -184,7 +184,7 @@ def test_answers_are_the_same_to_the_bit_whoever_asks_first(home: Path, pixels: 
     assert all(torch.equal(*pair) for pair in zip(forwards, reversed(backwards), strict=True))
 
 
-def test_a_student_of_ready_answers_needs_no_network(home: Path, pixels: DataSet) -> None:
+def test_a_teacher_whose_logits_are_cached_builds_no_network(home: Path, pixels: DataSet) -> None:
     first = loaded(home, pixels, Answering(True, DRAWS))
     expected, computed = first.logits(views(pixels))
     assert computed == pixels.views_per_image * len(pixels.train.labels)
@@ -195,7 +195,7 @@ def test_a_student_of_ready_answers_needs_no_network(home: Path, pixels: DataSet
     assert "net" not in vars(second)
 
 
-def test_answers_of_other_weights_or_other_preprocessing_lie_elsewhere(home: Path, pixels: DataSet) -> None:
+def test_other_weights_or_preprocessing_have_separate_cached_logits(home: Path, pixels: DataSet) -> None:
     first = loaded(home, pixels, Answering(True, DRAWS)).logits(views(pixels))[0]
     shifted = replace(pixels, mean=(0.1, 0.2, 0.3), digest="another")
     second, computed = loaded(home, shifted, Answering(True, DRAWS)).logits(views(pixels))
@@ -208,7 +208,7 @@ def test_answers_of_other_weights_or_other_preprocessing_lie_elsewhere(home: Pat
     assert not torch.allclose(first, third)
 
 
-def test_the_key_of_a_cache_on_a_cpu_never_changes(teacher: Teacher) -> None:
+def test_the_cache_key_on_a_cpu_is_pinned(teacher: Teacher) -> None:
     """Otherwise all cached logits on CPUs would be computed again."""
     whose = replace(teacher, card=replace(teacher.card, weights_sha256="0" * 64))
     whose._cache("test", 1, lambda rows: teacher.data.test.images)
