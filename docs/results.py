@@ -91,7 +91,7 @@ def verdicts(records: Records) -> list[str]:
         [
             str(row["contrast"]), f"{100 * row['estimate']:+.2f}", f"{100 * row['low']:.2f} to {100 * row['high']:.2f}",
             str(row["n"]), "< 0.001" if row["p_holm"] < 0.001 else f"{row['p_holm']:.3f}",
-            row["rules_out"] or row["verdict"],
+            f"{row['verdict']}: rules out {row['rules_out']}" if row["rules_out"] else row["verdict"],
         ]
         for row in primary
     ]  # fmt: skip

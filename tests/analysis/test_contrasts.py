@@ -72,7 +72,7 @@ def test_the_verdict_follows_from_the_interval(study: Study, gain: float, name: 
     table = contrasts.contrasts(made(study, noisy(gain)))
     found = row(table, name)
     assert found["verdict"] == expected
-    assert found["words"].startswith({"inconclusive": "no gain above "}.get(expected, expected))
+    assert found["words"].startswith(f"{expected}: ")
 
 
 def test_a_paired_t_test_is_reported_and_p_values_are_adjusted_within_each_family(study: Study) -> None:
@@ -133,14 +133,17 @@ def test_the_words_of_a_verdict_state_estimate_seeds_and_interval(study: Study) 
 @pytest.mark.parametrize(
     ("ends", "said"),
     [
-        ((-0.001, 0.0021), "no gain above 0.21 points, no loss above 0.10 points"),
-        ((0.0003, 0.0021), "no gain above 0.21 points, no loss"),
-        ((-0.002, -0.0001), "no gain, no loss above 0.20 points"),
+        ((-0.001, 0.0021), "gains above 0.21 points and losses above 0.10 points"),
+        ((0.0003, 0.0021), "gains above 0.21 points and all losses"),
+        ((-0.002, -0.0001), "all gains and losses above 0.20 points"),
     ],
 )
-def test_ruled_out_states_the_gains_and_losses_that_the_interval_excludes(ends: tuple[float, float], said: str) -> None:
+def test_rules_out_states_the_gains_and_losses_that_the_interval_excludes(ends: tuple[float, float], said: str) -> None:
     low, high = ends
-    assert verdicts.ruled_out({"n": 5, "low": low, "high": high, "error": 0.001}) == said
+    row = {"verdict": "inconclusive", "n": 5, "low": low, "high": high, "error": 0.001}
+    assert verdicts.rules_out(row) == said
+    assert verdicts.gains_ruled_out(row) == said.split(" and ")[0]
+    assert verdicts.rules_out(row | {"verdict": "better"}) == verdicts.gains_ruled_out(row | {"n": 1}) == ""
 
 
 @pytest.mark.parametrize(

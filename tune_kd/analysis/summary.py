@@ -1,5 +1,6 @@
 """A study's answer in a few sentences, generated from its verdicts."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,11 @@ CONTEXTS_SHOWN = 3  # contexts of a comparison in one sentence
 NAMED = 3  # secondary contrasts with a finding that are named
 SENTENCES = 4  # sentences on the primary family
 FINDINGS = ("better", "worse")
+RULES = {
+    evidence.BY_MODEL: "Contrasts within a stratum are judged by the block model, with seeds as blocks.",
+    evidence.BY_PAIRS: "Contrasts across strata are judged by their pairs.",
+    evidence.OVER_TEACHERS: "In contrasts of arms with several teachers, the teacher is a random effect.",
+}
 UNTAUGHT = [name for name, method in built_in().items() if not method.is_taught]
 Row = Mapping[Any, Any]
 
@@ -43,11 +49,12 @@ def summary(records: Records, margin: float = MARGIN) -> Summary:
         sentences += [f"{before}{each}" for each in said if each]
         holds.append(f"{before}These verdicts hold for this test set, which all arms and seeds share, and for "
                      f"{_teachers(records, run)}.")  # fmt: skip
-    return Summary(sentences, _method(set(table["rule"])), holds)
+    looks = any(study["study"]["confirm"].get("looks") for study in records.studies.values())
+    return Summary(sentences, _method(set(table["rule"]), set(table["family"]), looks), holds)
 
 
 def _sentences(records: Records, table: pd.DataFrame, tests: pd.DataFrame, margin: float) -> list[str]:
-    rows, words = table.to_dict("records"), _Words(records.study["study"], margin)
+    rows, words = table.to_dict("records"), _Words(records.study["study"], records.study["contrasts"], margin)
     if max(row["planned"] for row in rows) == 1:
         return ["One confirmation seed gives no estimate of spread, so no difference is judged."]
     return [*_primary(words, rows), _secondary(words, rows, tests), fidelity.sentence(records, table) or ""]
@@ -59,21 +66,23 @@ def _teachers(records: Records, run: str) -> str:
     return "teachers of their kind" if accuracy.random_teachers(records, run) else "these teachers"
 
 
-def _method(rules: set[str]) -> list[str]:
+def _method(rules: set[str], families: set[str], looks: bool) -> list[str]:
+    """How the contrasts were judged. Only the rules and families that occur are explained."""
     said = []
     if rules - {evidence.DECLARED_EARLIER}:
-        said = [
-            "Each 95 % t interval is for one contrast alone. p values are adjusted by Holm within a family. Both "
-            "account for declared looks. An interval may therefore exclude 0 although p is 0.05 or more; this is not a "
-            "finding. A contrast without a finding states the largest gain that its interval allows. Contrasts within "
-            "a stratum are judged by the block model, with seeds as blocks. Contrasts across strata are judged by "
-            "their pairs.",
-            "The primary family answers the study's question; the secondary family explains the answer. In each "
-            "family, the chance of any false finding is at most about 5 %, unless the spread differs widely between "
-            "arms or their accuracies are strongly correlated (docs/statistics.md).",
-        ]
-    if evidence.OVER_TEACHERS in rules:
-        said.append("In contrasts of arms with several teachers, the teacher is a random effect.")
+        said.append(
+            "p values are adjusted for several contrasts (by Holm, within a family); the 95 % t intervals are not. "
+            f"{'Both account for the declared looks. ' if looks else ''}An interval may therefore exclude 0 although p "
+            "is 0.05 or more; such a contrast is inconclusive. What an inconclusive contrast rules out is what lies "
+            f"outside its interval.{''.join(f' {how}' for rule, how in RULES.items() if rule in rules)}"
+        )
+    if families >= {Family.PRIMARY, Family.SECONDARY}:
+        said.append("Primary contrasts answer the study's question; secondary contrasts help to explain the answer.")
+    if rules - {evidence.DECLARED_EARLIER}:
+        said.append(
+            "In each family, the chance of any false finding is at most about 5 %, unless the spread differs widely "
+            "between arms or their accuracies are strongly correlated (docs/statistics.md)."
+        )
     if evidence.DECLARED_EARLIER in rules:
         said.append(
             "Contrasts declared by a version before 0.7 keep that version's rule: they are judged by their pairs, with "
@@ -85,11 +94,13 @@ def _method(rules: set[str]) -> list[str]:
 class _Words:
     """Names of arms and contexts for sentences."""
 
-    def __init__(self, study: Mapping[str, Any], margin: float) -> None:
+    def __init__(self, study: Mapping[str, Any], declared: Sequence[Any], margin: float) -> None:
         named = Counter(str(level) for each in study["factors"] for level in each["levels"])
         self._factors = {str(level): each["name"] for each in study["factors"] for level in each["levels"]
                          if named[str(level)] == 1}  # only levels that belong to a single factor  # fmt: skip
+        self._names = {str(each["name"]) for each in study["factors"]}
         self.margin = margin
+        self._arms = {each["name"]: each["weights"] for each in declared}
 
     def level(self, name: str) -> str:
         """`stem cifar`, `logit`, `no distillation`; a level that contains its factor stays as it is: `T=4`."""
@@ -97,6 +108,10 @@ class _Words:
         if factor == "method":
             return "no distillation" if name in UNTAUGHT else name
         return name if factor is None else f"{factor} {name}"
+
+    def capital(self, text: str) -> str:
+        """A level as the start of a sentence: `Stem cifar`; a level without its factor stays as it is: `logit`."""
+        return text[:1].upper() + text[1:] if text.partition(" ")[0] in self._names else text
 
     def context(self, contrast: str) -> str:
         """` with stem cifar`, ` without distillation`; empty where the study has no context."""
@@ -107,10 +122,17 @@ class _Words:
         return "".join(f" {each}" for each in (held and f"with {held}", bare) if each)
 
     def sides(self, contrast: str) -> tuple[str, str]:
-        """The two levels that an effect compares."""
-        levels, comma, setting = contrast.rpartition(": ")[2].partition(", ")  # of tuned arms: `logit - none, tuned`
+        """The two levels that an effect compares, each with the other settings of its arm: `logit (T=4)`."""
+        levels, comma, tuned = contrast.rpartition(": ")[2].partition(", ")  # `logit - none, tuned`
         treated, _, against = levels.partition(" - ")
-        return self.level(treated), f"{self.level(against)}{comma}{setting}"
+        return self.with_settings(treated, contrast, 1), f"{self.with_settings(against, contrast, -1)}{comma}{tuned}"
+
+    def with_settings(self, level: str, contrast: str, sign: int) -> str:
+        named = re.split(r": | - |, |[(/)]", contrast)
+        named += [each.rpartition(" ")[2] for each in named]  # `teacher resnet34`, where a student has this level, too
+        arm = next(arm for arm, weight in self._arms[contrast] if sign * weight > 0)
+        more = ", ".join(each for each in arm.split("/") if each not in named)
+        return f"{self.level(level)} ({more})" if more else self.level(level)
 
 
 def _primary(words: _Words, rows: Sequence[Row]) -> list[str]:
@@ -123,7 +145,7 @@ def _primary(words: _Words, rows: Sequence[Row]) -> list[str]:
     said = [(group, _effect(words, group)) for group in effects.values()]
     said += [([row], _moderation(words, row)) for row in primary if row["kind"] == "moderation"]
     if len(said) <= SENTENCES:
-        return [sentence for _, sentence in said]
+        return _in_order(said)
     telling = [each for each in said if any(row["verdict"] in (*FINDINGS, "equivalent") for row in each[0])]
     shown = telling[:SENTENCES]
     told = [group for group, _ in shown]
@@ -132,31 +154,39 @@ def _primary(words: _Words, rows: Sequence[Row]) -> list[str]:
     declared = any(row["family"] == Family.PRIMARY for row in primary)  # records before 0.7 have no families
     which = f"{'other ' if shown else ''}{'primary ' if declared else ''}contrast"
     last = f"{_counted(found, len(rest), which)}." if rest else ""
-    return [*(sentence for _, sentence in shown), last]
+    return [*_in_order(shown), last]
+
+
+def _in_order(said: Sequence[tuple[list[Row], str]]) -> list[str]:
+    """The sentences, those on methods first: a study of distillation says first whether it helps."""
+    return [sentence for _, sentence in sorted(said, key=lambda each: each[0][0]["factor"] != "method")]
 
 
 def _effect(words: _Words, rows: Sequence[Row]) -> str:
     treated, against = words.sides(rows[0]["contrast"])
-    clauses = [f"{_finding(row, words.margin)}{words.context(row['contrast'])}{_figures(row)}"
-               for row in rows[:CONTEXTS_SHOWN]]  # fmt: skip
+    clauses = [
+        f"{_finding(row, words.margin)}{words.context(row['contrast'])}{_figures(row)}{_ruled_out(row)}"
+        for row in rows[:CONTEXTS_SHOWN]
+    ]
     if len(rows) > CONTEXTS_SHOWN:
         better, worse = (sum(row["verdict"] == each for row in rows) for each in FINDINGS)
         clauses.append(f"over all {len(rows)} contexts, better in {better} and worse in {worse}")
-    return f"{_capital(treated)} vs. {against}: {'; '.join(clauses)}."
+    return f"{words.capital(treated)} vs. {against}: {'; '.join(clauses)}."
 
 
 def _moderation(words: _Words, row: Row) -> str:
     context, _, levels = row["contrast"].rpartition(": ")
-    what = context.rpartition(": ")[2].strip("()").partition(" - ")
-    treated, against = words.level(what[0]), words.level(what[2])
+    treated, _, against = context.rpartition(": ")[2].strip("()").partition(" - ")
+    treated = words.with_settings(treated, row["contrast"], 1)
     at, first = (words.level(level) for level in levels.split(" - ", 1))
-    effect = f"the effect of {treated} vs. {against}{words.context(context.rpartition(': ')[0] + ': ')}"
+    context = words.context(context.rpartition(": ")[0] + ": ")
+    effect = f"effect of {treated} vs. {words.level(against)}{context}"
     if row["verdict"] in FINDINGS:
-        return f"{_capital(effect)} is {_by(row)} with {at} than with {first}{_figures(row)}."
+        return f"The {effect} is {_by(row)} with {at} than with {first}{_figures(row)}."
+    finding = _finding(row, words.margin)
     if row["verdict"] == "equivalent":
-        return f"{_capital(effect)} is {_finding(row, words.margin)} with {at} and with {first}{_figures(row)}."
-    finding = f"{_finding(row, words.margin)}{_figures(row)}"
-    return f"It is inconclusive whether {effect} differs between {first} and {at}: {finding}."
+        return f"The {effect} is {finding} with {at} and with {first}{_figures(row)}."
+    return f"Whether the {effect} differs between {first} and {at} is {finding}{_figures(row)}{_ruled_out(row)}."
 
 
 def _finding(row: Row, margin: float) -> str:
@@ -167,7 +197,12 @@ def _finding(row: Row, margin: float) -> str:
         return f"the same within {100 * margin:g} points"
     if row["verdict"] == "not judged" or not verdicts.has_interval(row):
         return f"not judged ({row['note'] or 'no estimate of its spread'})"
-    return verdicts.short(row)
+    return str(row["verdict"])
+
+
+def _ruled_out(row: Row) -> str:
+    gains = verdicts.gains_ruled_out(row)
+    return f", {gains} ruled out" if gains else ""
 
 
 def _by(row: Row) -> str:
@@ -217,8 +252,3 @@ def _p(p: float) -> str:
     if pd.isna(p):
         return "not tested"
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
-def _capital(text: str) -> str:
-    """Text as the start of a sentence. A single word is the name of a level, and stays as it is."""
-    return text[:1].upper() + text[1:] if " " in text else text

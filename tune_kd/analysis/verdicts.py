@@ -49,7 +49,8 @@ def verdict(row: Mapping[Any, Any]) -> str:
 
 
 def words(row: Mapping[Any, Any], margin: float) -> str:
-    """The row as a sentence. It begins with the verdict; if that is inconclusive, with the ruled-out differences."""
+    """The row as a sentence. It begins with the verdict; if that is inconclusive, it ends with the ruled-out
+    differences."""
     if row["verdict"] == "not judged":
         return f"not judged: {row['note']}"
     found = evidence(row)
@@ -58,7 +59,9 @@ def words(row: Mapping[Any, Any], margin: float) -> str:
         return f"equivalent: {close} ({found})"
     if row["verdict"] != "inconclusive":
         return f"{row['verdict']}: {found}{f'; yet {close}' if row['p_equivalence'] < ALPHA else ''}"
-    return f"{ruled_out(row)}: {found}"
+    if reason := _without_interval(row):
+        return f"inconclusive, since {reason}: {found}"
+    return f"inconclusive: {found}; rules out {rules_out(row)}"
 
 
 def evidence(row: Mapping[Any, Any]) -> str:
@@ -83,41 +86,41 @@ def has_interval(row: Mapping[Any, Any]) -> bool:
     return not pd.isna(row["low"]) and row["error"] > NO_SPREAD
 
 
-def short(row: Mapping[Any, Any]) -> str:
-    """The verdict; if it is inconclusive, the largest gain inside the interval: `no gain above 0.21 points`."""
-    if row["verdict"] != "inconclusive" or not has_interval(row):
-        return str(row["verdict"])
-    (gain, high), _ = _ends(row)
-    return _no(gain, high)
-
-
 def rules_out(row: Mapping[Any, Any]) -> str:
-    """`ruled_out` for an inconclusive contrast that has an interval; empty otherwise."""
-    return ruled_out(row) if row["verdict"] == "inconclusive" and has_interval(row) else ""
+    """The differences outside the 95 % interval of an inconclusive contrast: `gains above 0.21 points and all losses`.
+
+    Empty for other verdicts, and without an interval.
+    """
+    if row["verdict"] != "inconclusive" or _without_interval(row):
+        return ""
+    return " and ".join(_beyond(what, end) for what, end in _ends(row))
 
 
-def ruled_out(row: Mapping[Any, Any]) -> str:
-    """Differences outside the 95 % interval of an inconclusive contrast: `no gain above 0.21 points, no loss`."""
+def gains_ruled_out(row: Mapping[Any, Any]) -> str:
+    """The first half of `rules_out`: `gains above 0.21 points`, or `all gains`."""
+    return rules_out(row).partition(" and ")[0]
+
+
+def _without_interval(row: Mapping[Any, Any]) -> str:
+    """The reason why a contrast has no interval; empty if it has one."""
     if row["n"] == 1:
-        return "inconclusive, since one seed gives no estimate of spread"
+        return "one seed gives no estimate of spread"
     if not pd.isna(count := row.get("teachers")) and count == 1:
-        return "inconclusive, since one teacher gives no estimate of the spread between teachers"
-    if not has_interval(row):
-        return "inconclusive, since there is no estimate of its spread"
-    return ", ".join(_no(what, end) for what, end in _ends(row))
+        return "one teacher gives no estimate of the spread between teachers"
+    return "" if has_interval(row) else "there is no estimate of its spread"
 
 
 def _ends(row: Mapping[Any, Any]) -> list[tuple[str, float]]:
     """The names of positive and negative differences, each with the end of the interval on that side.
 
-    A moderation has increase and decrease, since an effect can increase and still be a loss.
+    A moderation has increases and decreases, since an effect can increase and still be a loss.
     """
-    up, down = ("increase", "decrease") if row.get("kind") == "moderation" else ("gain", "loss")
+    up, down = ("increases", "decreases") if row.get("kind") == "moderation" else ("gains", "losses")
     return [(up, row["high"]), (down, -row["low"])]
 
 
-def _no(what: str, end: float) -> str:
-    return f"no {what} above {100 * end:.2f} points" if end >= 0 else f"no {what}"
+def _beyond(what: str, end: float) -> str:
+    return f"{what} above {100 * end:.2f} points" if end >= 0 else f"all {what}"
 
 
 def points(difference: float) -> str:

@@ -93,15 +93,13 @@ def variances(table: "pd.DataFrame") -> Table:
 
 
 def _contrasts(title: str, table: "pd.DataFrame") -> Table:
-    from tune_kd.analysis.verdicts import short  # imports pandas, which `plan` does not need
-
     names = ("effect", "95 % interval", "n", "p", "verdict")
     shown = rich_table(title, "contrast", *names, left=("contrast", "verdict"), no_wrap=names)
     for row in table.to_dict("records"):
         interval = f"{points(row['low'])} to {points(row['high'])}" if row["low"] == row["low"] else ""
         p = "" if row["p_holm"] != row["p_holm"] else "<0.001" if row["p_holm"] < 0.001 else f"{row['p_holm']:.3f}"
         effect = f"{round(100 * row['estimate'], 2) + 0.0:+.2f}"  # adding 0.0 turns -0.0 into 0.0
-        shown.add_row(Text(row["contrast"]), effect, interval, str(row["n"]), p, short(row).removesuffix(" points"))
+        shown.add_row(Text(row["contrast"]), effect, interval, str(row["n"]), p, row["verdict"])
     return shown
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 
 from tune_kd.analysis.summary import Summary
-from tune_kd.analysis.verdicts import short
 from tune_kd.records.reader import Records
 from tune_kd.reporting.paper import Grid
 
@@ -24,7 +23,7 @@ IN_POINTS = (
 IN_NATS = ("kl_t1", "kl_t4")
 NOT_FOR_PAPERS = ("provenance", "differences")
 LEFT_OUT = ["words", "note", "kind", "planned", "smallest_exact_p", "pairs_needed"]  # not shown in a paper's table
-VERDICTS = "run family contrast verdict estimate low high n p_holm note"
+VERDICTS = "run family contrast verdict rules_out estimate low high n p_holm note"
 ROWS = 200  # rows of a table that are shown; CSV files have all rows
 FORMULA = re.compile(r"(?:^|(?<=[;\t\r\n]))(?=[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20])")
 """Places where a spreadsheet may see a formula: at the start of a cell, or after a character that may end a cell."""
@@ -96,11 +95,8 @@ def questions(records: Records) -> list[str]:
 
 
 def verdicts(contrasts: pd.DataFrame) -> pd.DataFrame:
-    """The most important columns of the contrasts, by family. An inconclusive verdict is replaced by the gain that the
-    interval rules out."""
-    ordered = contrasts.sort_values(["run", "family"], kind="stable")
-    ordered = ordered.assign(verdict=[short(row) for row in ordered.to_dict("records")])
-    return ordered[VERDICTS.split()]
+    """The most important columns of the contrasts, by family."""
+    return contrasts.sort_values(["run", "family"], kind="stable")[VERDICTS.split()]
 
 
 def markdown(records: Records, tables: Titled, limits: Sequence[str], paper: Grid | None, summary: Summary) -> str:
