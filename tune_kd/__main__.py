@@ -23,8 +23,16 @@ def main() -> None:
 
 
 def _command() -> None:
-    from tune_kd.cli import main  # late: the process that guards a driver does not need it
-
+    try:
+        from tune_kd.cli import main  # late: the process that guards a driver does not need it
+    except ModuleNotFoundError as error:
+        if (error.name or "tune_kd").partition(".")[0] == "tune_kd":
+            raise
+        sys.stderr.write(
+            f"tune_kd: {sys.executable} has no module {error.name}; use the Python in which tune_kd is installed, "
+            "with uv: uv run python -m tune_kd ...\n"
+        )
+        sys.exit(2)
     main()
 
 

@@ -465,7 +465,7 @@ def test_the_plan_tells_people_what_was_merged_what_it_costs_and_what_seeds_can_
 ) -> None:
     assert call(monkeypatch, "plan", "ablation", "--scale", "laptop") == 0
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("30 raw cells are 14 arms", "114 trials", "2 are teachers", "assumes", "80 % power", "0.0156"):
+    for words in ("14 arms", "114 trials", "including 2 teachers", "assumes", "80 % power", "0.0156"):
         assert words in said
     for contrast in plan(resolve(find("ablation"), "laptop")).contrasts:
         assert f"{contrast.name} {contrast.family} {contrast.kind}" in said
@@ -793,3 +793,15 @@ def test_new_writes_a_study_that_can_be_planned_and_overwrites_nothing(
         assert call(monkeypatch, "new", name) == 2
         assert words in capsys.readouterr().err
     assert {path: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_a_python_without_the_dependencies_gets_a_message_and_no_traceback(command: str, tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError('No module named typer', name='typer')")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    ended = subprocess.run(
+        [sys.executable, "-m", "tune_kd", command, "ablation"],
+        env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.count("\n") == 1 and "has no module typer; use the Python in which tune_kd" in ended.stderr

@@ -554,7 +554,7 @@ def test_every_comparison_is_said_as_it_is_recorded(study: Study, tmp_path: Path
     assert [sentence for sentence in bench.said if " at epoch " in sentence] == [each.words for each in decisions]
     (stop,) = (each for each in decisions if each.arm == "cifar/logit/T=2")
     assert stop.words == (
-        "cifar/logit/T=2 at epoch 1: 10.00 %, cutoff 90.00, rank 2 of 2 in cifar/logit; stopped: behind"
+        "cifar/logit/T=2 at epoch 1: stopped (behind), 10.00 %, cutoff 90.00 %, rank 2 of 2 in cifar/logit"
     )
 
 

@@ -258,8 +258,10 @@ def test_the_live_display_counts_comparisons_by_reason_and_shows_the_latest(reco
     ties = [replace(made, arm=f"arm {number}", action="continue", reason="near_tie") for number in range(6)]
     shown = screen(progress.progress("r", rows, [*ties, made], None))
     assert "early stopping: 7 comparisons, 1 stopped (6 near tie, 1 behind)" in " ".join(shown.split())
-    assert "cifar/logit/T=2 at epoch 2: 70.00 %, cutoff 80.00, rank 3 of 3" in shown
+    assert "cifar/logit/T=2 at epoch 2: stopped (behind), 70.00 %, cutoff 80.00 %" in shown
     assert "arm 5" in shown and "arm 1 " not in shown
+    live = screen(progress.progress("r", rows, [*ties, made], 1.0)).splitlines()
+    assert sum("at epoch 2" in line for line in live) == 5 and max(map(len, live)) <= 80
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(12, "12 s"), (89, "89 s"), (150, "2.5 min"), (9000, "2.5 h")])

@@ -47,7 +47,7 @@ def test_the_plan_of_a_documented_example_matches_the_documentation(
 def test_the_documented_method_is_planned_as_documented_and_passes_the_dry_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = re.findall(r"`(\w+\.py)`.{0,30}:\n\n```python\n(.*?)```", METHODS, re.S)
+    files = re.findall(r"`(\w+\.py)`.{0,50}:\n\n```python\n(.*?)```", METHODS, re.S)
     assert [name for name, _ in files] == ["at.py", "study.py", "simkd.py"]
     for name, code in files:
         (tmp_path / name).write_text(code)

@@ -311,7 +311,7 @@ def test_a_token_that_is_no_file_is_none(kind: str, tmp_path: Path, monkeypatch:
         (HOLDER, ["status", "tiny"], 0, "not running|confirm"),
         (STUDY, ["status"], 0, "confirm"),
         (STUDY, ["report", "tiny"], 2, "study.json is a FIFO"),
-        (grace.AUDIT, ["plan", "ablation", "--scale", "smoke"], 0, "raw cells"),
+        (grace.AUDIT, ["plan", "ablation", "--scale", "smoke"], 0, "18 trials"),
         (f"{LEDGER}-journal", ["status", "tiny"], 3, "journal is a FIFO"),
         ("epochs.parquet", ["report", "tiny"], 2, "epochs.parquet is a FIFO"),
     ],

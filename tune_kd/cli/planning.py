@@ -14,7 +14,7 @@ from tune_kd.analysis.statistics import FEW_TEACHERS, detectable_over_teachers, 
 from tune_kd.cli import options
 from tune_kd.records.adaptive_plan import to_come
 from tune_kd.reporting import terminal
-from tune_kd.reporting.terminal import Terminal, duration, points
+from tune_kd.reporting.terminal import Terminal, counted, duration, points
 from tune_kd.study import discover
 from tune_kd.study.cost import draws, estimate, views_answered
 from tune_kd.study.plan import Plan, plan as expand
@@ -253,11 +253,11 @@ def _print_plan(planned: Plan, summary: dict[str, Any], why: str) -> None:
     console, cost = Terminal(), summary["price"]
     console.print(f"{summary['study']} at scale {summary['scale']}{why}", style="bold")
     console.print(
-        f"{planned.raw_cells} raw cells are {len(planned.arms)} arms; {len(summary['trials'])} trials, of which "
-        f"{len(planned.teachers)} are teachers; {len(planned.contrasts)} contrasts"
+        f"{counted(len(planned.arms), 'arm')}, {counted(len(summary['trials']), 'trial')} (including "
+        f"{counted(len(planned.teachers), 'teacher')}), {counted(len(planned.contrasts), 'contrast')}"
     )
     arms = ((arm.name, arm.role, str(arm.merged) if arm.merged > 1 else "") for arm in planned.arms)
-    console.print(_table(("arm", "role", "merged cells"), arms))
+    console.print(_table(("arm", "role", "combinations"), arms))
     if planned.contrasts:
         declared = sorted(planned.contrasts, key=lambda each: each.family)
         rows = ((each.name, each.family, each.kind) for each in declared)
@@ -267,7 +267,8 @@ def _print_plan(planned: Plan, summary: dict[str, Any], why: str) -> None:
         views = which.format(each["count"])
         console.print(f"{each['teacher']} computes logits of {views}, for {each['draws']:,} draws of its students.")
     console.print(
-        f"Cost: {cost['flop'] / 1e15:.2g} PFLOP, {duration(cost['slot_seconds'])} in one slot ({cost['how']})."
+        f"Cost: {cost['flop'] / 1e15:.2g} PFLOP, {duration(cost['slot_seconds'])} if trials run one at a time "
+        f"({cost['how']})."
     )
     for sentence in (*_tuning(planned), _stopping(planned.study)):
         console.print(sentence)
@@ -335,7 +336,8 @@ def _powers(seeds: dict[str, Any]) -> Iterator[str | Table]:
         )
         yield _table(columns, rows, "fold", left=1)
         needed = sorted({n for each in seeds["power"] for n in each["seeds"].values() if n is not None})
-        yield f"Time of the whole study in one slot: {', '.join(f'{n:,} seeds {_slot(n, seeds)}' for n in needed)}."
+        times = ", ".join(f"{n:,} seeds {_slot(n, seeds)}" for n in needed)
+        yield f"Time of the whole study, one trial at a time: {times}."
     if seeds["teachers"] > 1:
         found = [f"{points(look['detectable_over_teachers'])} at {look['seeds']} seeds" for look in seeds["looks"]]
         yield (

@@ -12,7 +12,7 @@ from pathlib import Path
 from shlex import quote
 from typing import cast
 
-from tune_kd.execute.attempts import MAX_ATTEMPTS, Attempts
+from tune_kd.execute.attempts import MAX_ATTEMPTS, Attempts, ending
 from tune_kd.execute.draws import Draws
 from tune_kd.execute.resources import Shares
 from tune_kd.execute.start_order import first_to_start
@@ -275,7 +275,7 @@ class Driver:
         if decision is not None:
             self._say(decision.words)
         if self.rows[trial.trial_id]["status"] != Status.RUNNING:
-            self._say(_ending(trial, self.rows[trial.trial_id]))
+            self._say(ending(trial, self.rows[trial.trial_id]))
         self.tick()
 
     def _end(self, trial: Trial, status: Status, reason: StopReason | None = None) -> None:
@@ -377,16 +377,6 @@ class Driver:
                     self._block_students(teacher)
             for arm in self._searches:
                 self._search_on(arm)
-
-
-def _ending(trial: Trial, row: TrialRow) -> str:
-    """Return the message about the end of a trial or an attempt."""
-    text = f"{trial.label} ({trial.phase}) {row['status']}"
-    if row["test_accuracy_best"] is not None:
-        return f"{text}: test accuracy {100 * row['test_accuracy_best']:.2f} %, {row['train_seconds']:.1f} s"
-    if row["error"]:
-        return f"{text} ({row['stop_reason'] or 'will be retried'}): {row['error']}"
-    return f"{text} (will be retried): another trial on its GPU ended it" if row["status"] == Status.PENDING else text
 
 
 def _unreadable(row: TrialRow, epoch: Row, outcome: Row) -> str | None:

@@ -5,7 +5,6 @@ Slow modules (torch, Ray, pandas) are imported late, so that user errors are rep
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -19,28 +18,25 @@ from tune_kd.execute.options import Options, check, options_of, parse_gpus
 from tune_kd.records import extension, lock, run_folder, sync
 from tune_kd.records.adaptive_plan import to_come, with_those_to_come
 from tune_kd.records.run_folder import Run
-from tune_kd.records.schema import TRIALS
+from tune_kd.records.schema import TRIALS, TrialRow
 from tune_kd.reporting.progress import ProgressDisplay
-from tune_kd.reporting.terminal import Terminal
+from tune_kd.reporting.terminal import Terminal, counted
 from tune_kd.study.brought import Code, codes, with_sources
 from tune_kd.study.discover import Source
 from tune_kd.study.plan import Plan, plan
 from tune_kd.study.spec import Study
-from tune_kd.study.trial import UNSUCCESSFUL
+from tune_kd.study.trial import ENDED, UNSUCCESSFUL
 from tune_kd.system import environment, signals
 from tune_kd.system.errors import UserError, collect, raise_problems
-from tune_kd.system.guard import WITHIN
 from tune_kd.system.object_store import Mirror, local
 
 if TYPE_CHECKING:
     from tune_kd.data.datasets import DataSet
+    from tune_kd.execute.beat import Beat
     from tune_kd.execute.cluster import Cluster
     from tune_kd.execute.driver import Driver
     from tune_kd.records.ledger import Ledger
     from tune_kd.records.reader import Records
-
-
-IDLE = 60.0  # seconds without a running trial before the user gets a message
 
 
 @dataclass(frozen=True)
@@ -225,12 +221,16 @@ def execute(
     Calls `connected` with the URL of Ray's dashboard once Ray is connected and the trials' shares fit.
     """
     from tune_kd.execute import cluster as clusters, preflight
+    from tune_kd.execute.beat import Beat
 
     with ExitStack() as around:
         if console.stderr:  # with --json, standard output is for JSON only, but Ray prints lost nodes there
             around.enter_context(redirect_stdout(sys.stderr))
-        preflight.check(run, ledger.rows(TRIALS), run.settings["max_concurrent"] or os.cpu_count() or 1)
+        recorded = ledger.rows(TRIALS)
+        preflight.check(run, recorded, run.settings["max_concurrent"] or os.cpu_count() or 1)
         signals.check()
+        if recorded and (ended := _resumed(run, recorded, ledger, console, connected)) is not None:
+            return ended
         cluster, check_ray = around.enter_context(_joined(run, address))
         _check_fit(run, cluster)
         mps = around.enter_context(_mps(run, cluster))
@@ -239,11 +239,34 @@ def execute(
         _print_start(run, console, cluster, shares.words)
         log = cluster.logs / f"tune_kd-{run.name}.log"
         view = around.enter_context(ProgressDisplay(console, run.name, log))
-        driver = _driver(run, ledger, shares, mps, view)
-        beat = _Beat(driver, view, check_ray)
+        driver = _driver(run, ledger, shares, mps, view.say)
+        beat = Beat(driver, view, check_ray)
         slots = clusters.slots(cluster, run.settings["cpus_per_trial"], shares.smallest)
         _drive(run, data, driver, slots, beat)
+    return _ended(driver)
+
+
+def _ended(driver: "Driver") -> Ended:
     return Ended(signals.asked(), sum(row["status"] in UNSUCCESSFUL for row in driver.rows.values()))
+
+
+def _resumed(
+    run: Run, recorded: list[TrialRow], ledger: "Ledger", console: Terminal, connected: Callable[[str | None], None]
+) -> Ended | None:
+    """Print where a run continues. If no trial is left, conclude it without Ray, unless trackers want its trials."""
+    rows = with_those_to_come(run.plan, run.name, recorded)
+    missing = len({trial.trial_id for trial in run.plan.trials} - {row["trial_id"] for row in recorded})  # by --extend
+    done = sum(row["status"] in ENDED for row in rows)
+    if not missing and done == len(rows) and not run.settings["track"]:
+        driver = _driver(run, ledger, resources.Shares.equal(0.0), resources.Mps(False), console.say)
+        if driver.finished:  # not if it retries students of a teacher that had failed
+            console.say(f"all {done} trials have ended; no trial is left to train")
+            connected(None)
+            driver.conclude()
+            return _ended(driver)
+    begun = sum(row["status"] not in ENDED and row["epochs_run"] > 0 for row in rows)
+    console.say(f"resuming: {done} of {len(rows) + missing} trials have ended, {begun} continue from their checkpoints")
+    return None
 
 
 @contextmanager
@@ -303,7 +326,9 @@ def _shares(run: Run, cluster: "Cluster", mps: resources.Mps, address: str | Non
     return resources.gpu_shares(run.settings["gpus_per_trial"], run.plan, cluster.gpus, mps, found, note)
 
 
-def _driver(run: Run, ledger: "Ledger", gpus: resources.Shares, mps: resources.Mps, view: ProgressDisplay) -> "Driver":
+def _driver(
+    run: Run, ledger: "Ledger", gpus: resources.Shares, mps: resources.Mps, say: Callable[[str], None]
+) -> "Driver":
     from tune_kd.execute.driver import Driver
     from tune_kd.execute.worker import Workplace
 
@@ -320,11 +345,11 @@ def _driver(run: Run, ledger: "Ledger", gpus: resources.Shares, mps: resources.M
         gpus=gpus,
         max_concurrent=run.settings["max_concurrent"],
         keep_checkpoints=run.settings["keep_checkpoints"],
-        say=view.say,
+        say=say,
     )
 
 
-def _drive(run: Run, data: "DataSet", driver: "Driver", slots: int, beat: "_Beat") -> None:
+def _drive(run: Run, data: "DataSet", driver: "Driver", slots: int, beat: "Beat") -> None:
     """Run the trials to their end, or until a signal stops the run. Then send the trackers' files to the store."""
     from tune_kd.execute import ray_tune, trackers
 
@@ -337,35 +362,6 @@ def _drive(run: Run, data: "DataSet", driver: "Driver", slots: int, beat: "_Beat
             sync.send(run.folder, *trackers.FILES)
     except OSError as error:
         beat.view.say(f"warning: the trackers' files were not sent to the store ({error}); they are in {run.folder}")
-
-
-class _Beat:
-    """Called about once a second: checks that Ray is alive, updates the progress display, and prints messages."""
-
-    def __init__(self, driver: "Driver", view: ProgressDisplay, check_ray: Callable[[], None]) -> None:
-        self.view = view
-        self._driver = driver
-        self._check_ray = check_ray
-        self._said: set[str] = set()
-        self._busy_at = time.monotonic()
-
-    def __call__(self) -> None:
-        self._check_ray()
-        driver = self._driver
-        if driver.running:
-            self._busy_at = time.monotonic()
-        elif time.monotonic() - self._busy_at > IDLE and (task := driver.placeless) is not None:
-            needed = f"{task.cpus:g} CPU and {task.gpus:g} GPU"
-            self._once(f"no trial has run for {IDLE:.0f} s: the next one needs {needed}, and Ray waits for such a node")
-        if driver.stopping:
-            why = driver.broken or f"interrupted, stopping within {WITHIN:.0f} s"
-            self._once(f"{why}: running trials finish their epoch; interrupt again to stop at once")
-        self.view.show(with_those_to_come(driver.plan, driver.run, list(driver.rows.values())), driver.decisions)
-
-    def _once(self, sentence: str) -> None:
-        if sentence not in self._said:
-            self._said.add(sentence)
-            self.view.say(sentence)
 
 
 def concluded(run: Run) -> "Records":
@@ -386,7 +382,7 @@ def _print_start(run: Run, console: Terminal, cluster: Any, share: str) -> None:
     planned = run.plan
     trials = len(planned.trials) + len(to_come(planned))
     lines = [
-        f"{len(planned.arms)} arms, {trials} trials, {len(planned.teachers)} teachers on "
+        f"{counted(len(planned.arms), 'arm')}, {trials} trials, {counted(len(planned.teachers), 'teacher')} on "
         f"{run.study.data.name}; records in {Mirror.of(run.folder).place(run.folder)}"
     ]
     if cluster.gpus:

@@ -20,6 +20,8 @@ from tune_kd.system.files import MOST_RECORD_BYTES, read, sealed, unsealed
 from tune_kd.system.object_store import Mirror
 from tune_kd.system.secrets import secrets
 
+LONGEST = 80  # characters of a value that is shown in a message
+
 
 def changes(run: Run) -> list[str]:
     """Return the differences between the study's file and the study that the run began with, one line per field."""
@@ -135,4 +137,9 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
         for field in dict.fromkeys((*before, *now)):
             found += _differences(before.get(field), now.get(field), f"{name}.{field}" if name else field)
         return found
-    return [] if before == now else [f"{name} was {json.dumps(before)} and is {json.dumps(now)}"]
+    if before == now:
+        return []
+    old, new = json.dumps(before), json.dumps(now)
+    if max(len(old), len(new)) > LONGEST:
+        return [f"{name} was {'added' if before is None else 'removed' if now is None else 'changed'}"]
+    return [f"{name} was {old} and is {new}"]

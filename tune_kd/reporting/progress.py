@@ -15,7 +15,7 @@ from rich.text import Text
 
 from tune_kd.records.eta import time_left
 from tune_kd.records.schema import TrialRow, labels
-from tune_kd.reporting.terminal import duration, points, rich_table
+from tune_kd.reporting.terminal import counted, duration, points, rich_table
 from tune_kd.study.trial import ENDED, Decision, Phase, Status
 from tune_kd.system.characters import visible
 from tune_kd.system.secrets import masked
@@ -91,7 +91,7 @@ def progress(run: str, rows: Sequence[TrialRow], decisions: Sequence[Decision], 
         line.append(f", about {duration(remaining)} left")
     parts: list[RenderableType] = [line, _phases(rows)]
     if decisions:
-        parts += [Text(""), _decisions(decisions)]
+        parts += [Text(""), _decisions(decisions, live=elapsed is not None)]
     if running := [row for row in rows if row["status"] == Status.RUNNING]:
         parts += [Text(""), _running(running, labels(rows))]
     return Group(*parts)
@@ -112,13 +112,13 @@ def _phases(rows: Sequence[TrialRow]) -> Table:
     return shown
 
 
-def _decisions(decisions: Sequence[Decision]) -> Group:
-    """The number of early stopping's decisions by reason, and the last few decisions."""
+def _decisions(decisions: Sequence[Decision], live: bool) -> Group:
+    """The number of early stopping's decisions by reason, and the last few decisions. `live` keeps each on one line."""
     counts = Counter(decision.reason for decision in decisions)
     said = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in counts.most_common())
     stopped = sum(decision.stops for decision in decisions)
-    title = Text(f"early stopping: {len(decisions)} comparisons, {stopped} stopped ({said})", style="bold")
-    return Group(title, *(Text(decision.words) for decision in decisions[-LAST:]))
+    title = Text(f"early stopping: {counted(len(decisions), 'comparison')}, {stopped} stopped ({said})", style="bold")
+    return Group(title, *(Text(decision.words, no_wrap=live, overflow="ellipsis") for decision in decisions[-LAST:]))
 
 
 def _running(running: Sequence[TrialRow], names: Mapping[str, str]) -> Table:

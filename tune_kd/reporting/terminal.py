@@ -34,6 +34,11 @@ class Terminal(Console):
             yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
+def counted(count: int, name: str) -> str:
+    """`1 teacher`, `2 teachers`."""
+    return f"{count:,} {name}{'' if count == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """A duration as text: `42 s`, `3.5 min`, `2.1 h`, `4.0 d`."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):

@@ -39,7 +39,10 @@ def find(study: str) -> Path:
     known = available()
     path = Path(study) if study.endswith(".py") or "/" in study else known.get(study)
     if path is None or path.suffix != ".py" or not os.path.isfile(path):
-        raise UserError(f"STUDY is {study!r}; allowed: {', '.join(known)}, or the path of a Python file with study()")
+        why = ", but there is no such file" if path is not None and not os.path.lexists(path) else ""
+        raise UserError(
+            f"STUDY is {study!r}{why}; allowed: {', '.join(known)}, or the path of a Python file with study()"
+        )
     return path
 
 

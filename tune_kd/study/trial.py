@@ -291,11 +291,9 @@ class Decision:
     @property
     def words(self) -> str:
         """The comparison as a sentence."""
-        beside = "the first there"
+        beside = f"the first in {self.stratum}"
         if self.cutoff is not None:
-            beside = f"cutoff {100 * self.cutoff:.2f}, rank {self.rank} of {self.peers + 1}"
-        action = "stopped" if self.stops else "goes on"
-        return (
-            f"{self.arm} at epoch {self.epoch}: {100 * self.metric:.2f} %, {beside} in {self.stratum}; {action}: "
-            f"{self.reason.replace('_', ' ')}"
-        )
+            beside = f"cutoff {100 * self.cutoff:.2f} %, rank {self.rank} of {self.peers + 1} in {self.stratum}"
+        why = "within the margin" if self.reason == DecisionReason.NEAR_TIE else self.reason.replace("_", " ")
+        action = "stopped" if self.stops else "continues"
+        return f"{self.arm} at epoch {self.epoch}: {action} ({why}), {100 * self.metric:.2f} %, {beside}"

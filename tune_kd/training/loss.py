@@ -88,7 +88,10 @@ def bring(codes: Iterable[Code]) -> None:
         if code.digest not in _brought:
             module = _installed(code) if code.is_installed else _unpacked(code)
             if not isinstance(found := getattr(module, code.name, None), type):
-                raise RuntimeError(f"{code.main} has no class {code.name}")
+                there = [
+                    each for each, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__
+                ]
+                raise RuntimeError(f"{code.main} has no class {code.name}; it has {', '.join(there) or 'none'}")
             _brought[code.digest] = found
 
 
