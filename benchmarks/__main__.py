@@ -71,7 +71,7 @@ def gpu(count: int, levers: bool = False) -> Iterable[Result]:
 
     if not torch.cuda.is_available():
         again = f"python -m benchmarks gpu{' --levers' if levers else ''}"
-        Console(stderr=True).print(f"gpu: no GPU here; on a machine with one: {again}", highlight=False)
+        Console(stderr=True).print(f"gpu: no GPU found; run on a machine with one: {again}", highlight=False)
         return
     seconds = levers_of_gpu.SECONDS if levers else gpu.SECONDS
     budget = Budget(seconds - (time.monotonic() - began))
@@ -103,7 +103,7 @@ def main(
         _refuse(f"NAME is {', '.join(unknown)}; allowed: {', '.join(BENCHMARKS)}")
     chosen = {name: BENCHMARKS[name] for name in names or BENCHMARKS}
     if levers and "gpu" not in chosen:
-        _refuse(f"--levers is given, and NAME is {', '.join(chosen)}; allowed: only with gpu")
+        _refuse(f"--levers is given with NAME {', '.join(chosen)}; allowed: only with gpu")
     if levers:
         chosen["gpu"] = partial(gpu, levers=True)
     here = machine(gpu="gpu" in chosen)

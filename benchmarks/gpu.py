@@ -68,8 +68,8 @@ AMORTISED = (  # training, number of concurrent trials, bar
     (Training("none", "imagenet"), 8, "<= 0.2"),
     (CONTROL, 8, ""),
 )
-ANSWERS = "answering an epoch's views, ResNet-50, CIFAR stem"
-LATER = "first epoch of a later process over the others, control, CIFAR stem"
+ANSWERS = "teacher logits of an epoch's views, ResNet-50, CIFAR stem"
+LATER = "first epoch of a later process minus its other epochs, control, CIFAR stem"
 
 
 def noise(train: int = IMAGES, validation: int = VALIDATION) -> DataSet:
@@ -172,7 +172,7 @@ class First(NamedTuple):
 
     seconds: float  # with evaluation
     with_start: float  # seconds including everything before it, such as the start of CUDA
-    said: list[str]  # notices about slow paths
+    notices: list[str]  # about slow paths
 
 
 @cache
@@ -245,7 +245,7 @@ def rows(count: int, budget: Budget, pools: Callable[[Budget], AbstractContextMa
     with under_mps(budget.left > 0), pools(budget) as processes:
         yield LATER, partial(_later, processes, count)
         for training, trials, bar in AMORTISED:
-            name = f"epoch amortised over {trials} trials at a time, {training.name}"
+            name = f"epoch amortised over {trials} concurrent trials, {training.name}"
             yield name, partial(_amortised, name, training, trials, bar, processes, count)
     with pools(budget) as processes:
         name = "epoch of the plain loop, control, CIFAR stem"
@@ -262,8 +262,8 @@ def _first(name: str, processes: Pool, firsts: dict[int, Any], place: int) -> Re
     if not firsts:
         firsts |= processes.ask(begin, {each: (training,) for each, training in enumerate(ALONE)}, FIRST)
     first: First = fine(firsts[place])
-    said = "; ".join([f"with the start of CUDA {first.with_start:.1f} s", *first.said])
-    return result(name, [first.seconds], unit="s", detail=f"{said}; all first epochs ran at the same time")
+    detail = "; ".join([f"including the start of CUDA {first.with_start:.1f} s", *first.notices])
+    return result(name, [first.seconds], unit="s", detail=f"{detail}; all first epochs ran at the same time")
 
 
 def _measured(processes: Pool, firsts: dict[int, Any], place: int, count: int) -> list[Epoch]:
@@ -282,7 +282,7 @@ def _epoch(
     evaluated = statistics.median(each.seconds for each in epochs)
     return result(
         f"epoch, {training.name}", [trained(each) for each in epochs], unit="s", bar=bar,
-        detail=f"with its evaluation {evaluated:.2f} s, floor of the training {least:.2f} s",
+        detail=f"with evaluation {evaluated:.2f} s, floor of the training {least:.2f} s",
     )  # fmt: skip
 
 
@@ -297,7 +297,7 @@ def _later(processes: Pool, count: int) -> Result:
     others = [each.seconds for each in fine(processes.ask(go_on, {0: (count,)}, EPOCHS_WITHIN)[0])]
     return result(
         LATER, [first.seconds - statistics.median(others)], unit="s", bar="<= 2",
-        detail=f"{first.seconds:.2f} s against {statistics.median(others):.2f} s; with the start of CUDA "
+        detail=f"{first.seconds:.2f} s and {statistics.median(others):.2f} s; including the start of CUDA "
                f"{first.with_start:.1f} s",
     )  # fmt: skip
 
@@ -314,5 +314,5 @@ def _amortised(name: str, training: Training, trials: int, bar: str, processes: 
     together = zip(*(fine(each) for each in answers.values()), strict=True)  # all first epochs, all second epochs, ...
     return result(
         name, [statistics.mean(map(trained, each)) / trials for each in together], unit="s", bar=bar,
-        detail=f"{'MPS' if served else 'no MPS'}; with evaluation, by the clock, {seconds / (trials * count):.3f} s",
+        detail=f"{'MPS' if served else 'no MPS'}; wall time with evaluation {seconds / (trials * count):.3f} s",
     )  # fmt: skip

@@ -148,7 +148,7 @@ def _alone(processes: Pool, group: Sequence[Lever], ready: dict[int, Any], place
         lever.title,
         [each * gpu.IMAGES / (calls * begun.images) for each in seconds],
         unit="s",
-        detail=f"{1000 * min(seconds) / calls:.2f} ms a call of {begun.images} images; {begun.how}",
+        detail=f"{1000 * min(seconds) / calls:.2f} ms per call of {begun.images} images; {begun.how}",
     )
 
 
@@ -156,7 +156,7 @@ def _beside(title: str, processes: Pool, lever: Lever, count: int, mps: bool) ->
     """Measure wall-clock seconds for an epoch's images with `count` concurrent processes."""
     places = range(count)
     if fine(processes.ask(serves, {0: ()}, PREPARING)[0]) != mps:
-        raise RuntimeError("MPS is not available here" if mps else "an MPS serves the GPU already")
+        raise RuntimeError("MPS is not available here" if mps else "an MPS already serves the GPU")
     ready = processes.prepare(prepare, dict.fromkeys(places, (lever,)), PREPARING)
     begun: Ready = [fine(each) for each in ready.values()].pop()  # check all of them, to raise any error
     calls = STEPS_BESIDE if lever.method == "none" else STEPS_BESIDE // 2

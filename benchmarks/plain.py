@@ -60,7 +60,7 @@ def train_plain(
     teacher: ResNet | None = None,
     workers: int = 0,
 ) -> Iterator[PlainEpoch]:
-    """Train for `recipe.epochs` epochs; `teacher` is asked in every step where `cell.method` wants one."""
+    """Train for `recipe.epochs` epochs; `teacher` runs in every step if `cell.method` needs it."""
     height, width = data.train.images.shape[2:]
     enlarge = [transforms.Resize((height * data.upsample, width * data.upsample), interpolation=0)]
     as_tensor = [transforms.ToTensor(), transforms.Normalize(data.mean, data.std)]

@@ -93,17 +93,17 @@ def empty_trials(count: int) -> list[Result]:
     longer = result("", [seconds / many for _, (seconds, _) in runs]).figure
     return [
         result(
-            f"added wall time a trial, {few} empty trials on {SLOTS} slots",
+            f"added wall time per trial, {few} empty trials on {SLOTS} slots",
             [seconds / few for (seconds, _), _ in runs],
             unit="s",
             bar="<= 0.06",
-            detail=f"with the start of Ray's workers, {starts:.1f} s of each run",
+            detail=f"including the start of Ray's workers, {starts:.1f} s of each run",
         ),
         result(
-            f"the same at {many:,} empty trials / at {few}, without that start",
+            f"the same at {many:,} empty trials / at {few}, without the start of workers",
             [((all_ - before) / many) / ((seconds - start) / few) for (seconds, start), (all_, before) in runs],
             bar="<= 1.3",
-            detail=f"{longer:.4f} s a trial",
+            detail=f"{longer:.4f} s per trial",
         ),
     ]
 
@@ -147,14 +147,14 @@ def large_run(trials: int) -> Large:
             connection.disconnect(cluster)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         disk = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
-        seconds, told = [], ""
+        seconds, printed = [], ""
         for command in ("status", "report"):
             called = time.perf_counter()
             words = [sys.executable, "-m", "tune_kd", command, str(run.folder)]
             done = subprocess.run(words, check=True, capture_output=True, text=True)
             seconds.append(time.perf_counter() - called)
-            told = told or done.stdout
-    return Large((ended - began) / trials, memory, disk, plan_seconds, *seconds, len(told.splitlines()))
+            printed = printed or done.stdout
+    return Large((ended - began) / trials, memory, disk, plan_seconds, *seconds, len(printed.splitlines()))
 
 
 def _terminal(file: TextIO) -> Console:
@@ -168,8 +168,9 @@ def large_study(count: int, many: int = 10_000, few: int = 300) -> list[Result]:
                  for _ in range(count)]  # fmt: skip
     large = [each for _, each in pairs]
     return [
-        result(f"seconds a trial, {many:,} empty trials / {few}", [all_.a_trial / some.a_trial for some, all_ in pairs],
-               bar="<= 1.5", detail=f"{large[0].a_trial:.4f} s a trial, with a terminal"),
+        result(f"seconds per trial, {many:,} empty trials / {few}",
+               [all_.a_trial / some.a_trial for some, all_ in pairs], bar="<= 1.5",
+               detail=f"{large[0].a_trial:.4f} s per trial, with a terminal"),
         result(f"memory of the driver, {many:,} trials", [each.memory / 1e9 for each in large], unit="GB", bar="<= 2",
                detail=f"{pairs[0][0].memory / 1e9:.2f} GB at {few}"),
         result(f"size on disk, {many:,} trials", [each.disk / 1e6 for each in large], unit="MB"),
@@ -268,7 +269,7 @@ def laptop_run(python: Sequence[str] = ("-m", "tune_kd"), *options: str) -> Lapt
         minutes=minutes,
         before=first - started,
         span=last - first,
-        train=trials.train_seconds.sum() / (os.cpu_count() or 1),  # a slot a core, which is the default
+        train=trials.train_seconds.sum() / (os.cpu_count() or 1),  # one slot per core, the default
         trials=len(trials),
         computed=int(records.epochs.views_answered.sum()),
         distinct=distinct,
@@ -287,7 +288,7 @@ def laptop_ablation(count: int) -> list[Result]:
         result("wall time / (sum of train seconds / slots), laptop ablation", [each.span / each.train for each in runs],
                bar="<= 1.15", detail=f"{one.span:.0f} s from the first trial's start; {one.before:.0f} s before it: "
                "imports, data, Ray and its workers"),
-        result("run ablation --scale laptop, all in all", [each.minutes for each in runs], unit="min", bar="<= 4",
+        result("run ablation --scale laptop, whole command", [each.minutes for each in runs], unit="min", bar="<= 4",
                detail=f"{one.trials} trials; test accuracy of teacher / control: {one.accuracies}"),
     ]  # fmt: skip
 
@@ -343,7 +344,7 @@ def watching(count: int) -> list[Result]:
                [one.span / no.span for one, no in pairs],
                detail="from the first trial's start to the last one's end"),
         result("the same, whole commands", [one.minutes / no.minutes for one, no in pairs]),
-        result("processor's time in metrics / of all cores", share("metrics"), bar="<= 0.01", detail=seconds),
+        result("CPU time in metrics / time of all cores", share("metrics"), bar="<= 0.01", detail=seconds),
         result("the same in metrics and TensorBoard", share("metrics", "tensorboard"), bar="<= 0.01"),
         result("the same in metrics, TensorBoard and MLflow", share("metrics", "tensorboard", "mlflow"), bar="<= 0.01"),
     ]  # fmt: skip

@@ -178,7 +178,7 @@ def against_plain(stem: str, count: int) -> Result:
 def logit_against_control(width: float, count: int) -> Result:
     images = 1024 if width < 1 else 128
     return pairs(
-        f"epoch, logit with answers ready / control, cifar stem, width {width:g}",
+        f"epoch, logit with cached logits / control, cifar stem, width {width:g}",
         Side("logit", epoch_seconds, ("logit", "cifar", width, images, count + 1)),
         Side("control", epoch_seconds, ("none", "cifar", width, images, 0)),
         count,
@@ -190,7 +190,7 @@ def logit_against_control(width: float, count: int) -> Result:
 
 def live_against_answers(count: int) -> Result:
     return pairs(
-        "epoch, logit with live teacher / with answers, cifar stem, width 1",
+        "epoch, logit with live teacher / with cached logits, cifar stem, width 1",
         Side("live", epoch_seconds, ("logit", "cifar", 1.0, 128, 1, True)),
         Side("answers", epoch_seconds, ("logit", "cifar", 1.0, 128, count + 1)),
         count,

@@ -102,6 +102,6 @@ def large(count: int) -> list[Result]:
     first = f"reading {read[0]:.1f} s, tables {tables[0]:.1f} s"
     return [
         result("load and all tables, 10,000 trials x 100 epochs", both, unit="s", bar="<= 5", detail=first),
-        result("memory of that", memory, unit="GiB", bar="<= 2"),
-        result("the page of that", size, unit="MB", bar="<= 5", detail=f"made in {page[0]:.1f} s"),
+        result("memory to load and make all tables", memory, unit="GiB", bar="<= 2"),
+        result("size of the HTML page", size, unit="MB", bar="<= 5", detail=f"made in {page[0]:.1f} s"),
     ]

@@ -2,7 +2,7 @@
 
 A ResNet's step on a GPU spends more time on these than on its convolutions, since each reads and writes whole feature
 maps. Here a forward pass reads the input twice, once for its statistics and once to normalise, and a backward pass
-reads the input and the gradient twice. Maps are bfloat16, float16 or float32 in the layout channels last: M = N * H * W
+reads the input and the gradient twice. Maps are bfloat16, float16 or float32 in the channels-last layout: M = N * H * W
 rows of C channels. Statistics, affine parameters and their gradients are float32.
 
 Formulas: Ioffe and Szegedy 2015; partial variances are merged as in Chan et al. 1979.

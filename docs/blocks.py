@@ -1,4 +1,4 @@
-"""Parts of documents that are made by commands, between `<!-- NAME: made by a command -->` and `<!-- end NAME -->`."""
+"""Parts of documents that commands generate, between `<!-- NAME: made by a command -->` and `<!-- end NAME -->`."""
 
 from collections.abc import Sequence
 from pathlib import Path

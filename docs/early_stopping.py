@@ -78,8 +78,8 @@ def pairs(recorded: Curves) -> None:
         "epochs saved",
         "mean regret (points)",
         "best arm lost",
-        "regret of a cut",
-        "by chance",
+        "regret of a fixed cut",
+        "regret by chance",
     ]
     put(PAGE, "pairs", table(heads, rows))
     cells = [
@@ -138,10 +138,10 @@ def choice(recorded: Curves) -> None:
             "most saved, within the bar at this grace period": max(
                 at_once, key=lambda screen: np.mean([share for share, _ in chosen_on[screen].values()])
             ),
-            "within the bar at all grace periods around": max(
+            "within the bar at all nearby grace periods": max(
                 (screen for screen in settings if worst[screen] <= BAR), key=lambda screen: saved[screen]
             ),
-            "within half of it at all of them": max(
+            "within half the bar at all of them": max(
                 (screen for screen in settings if worst[screen] <= BAR / 2), key=lambda screen: saved[screen]
             ),
         }
@@ -159,7 +159,7 @@ def choice(recorded: Curves) -> None:
                     points(max(each[pair][1] for each in around for pair in chosen)),
                 ])  # fmt: skip
         scored = dict(zip(settings, _shown(pool, partial(_score, scoring, FEW), settings), strict=True))
-    heads = ["rule", "settings", "", "epochs saved", "mean regret of each pair (points)", "worst around"]
+    heads = ["rule", "settings", "", "epochs saved", "mean regret of each pair (points)", "worst nearby"]
     put(PAGE, "choice", table(heads, rows))
     default = study().screen
     assert any(_words(screen) == _words(default) for screen in rules.values()), "no rule gives the default"
@@ -183,7 +183,7 @@ def margins(recorded: Curves, records: Records) -> None:
             points(max(regret for _, regret in here.values())),
             points(max(regret for _, each in found for _, regret in each.values())),
         ])  # fmt: skip
-    heads = ["margins (points at epoch)", "epochs saved", "worst mean regret of a pair (points)", "worst around"]
+    heads = ["margins (points at epoch)", "epochs saved", "worst mean regret of a pair (points)", "worst nearby"]
     put(PAGE, "margins", table(heads, rows))
 
 
@@ -261,7 +261,7 @@ def cuts(recorded: Curves, epoch: int) -> np.ndarray:
 
 
 def stems(records: Records) -> None:
-    """A grid of both stems in a study that only searches for its best student: no strata, and no arm is immune."""
+    """Results for both stems in a study that only searches for its best student: no strata, and no arm is immune."""
     trials = records.trials[records.trials["student"] == "resnet18"]
     wanted = set(trials.loc[(trials["teacher"] == "resnet50") | (trials["stem"] == "imagenet"), "trial_id"])
     grid = tuple(
@@ -284,7 +284,7 @@ def stems(records: Records) -> None:
             f"{100 * np.mean(stopped):.1f} %",
         ])  # fmt: skip
     heads = ["margin (points)", "epochs saved", "mean regret (points)", "best arm lost",
-             "ImageNet stem stopped at epoch 10", "stopped at all"]  # fmt: skip
+             "ImageNet stem stopped at epoch 10", "ImageNet stem stopped at any epoch"]  # fmt: skip
     put(PAGE, "stems", table(heads, rows))
 
 
@@ -299,9 +299,9 @@ def calibration() -> None:
             rate = found.false[practice]
             rows.append([called, words, f"{rate.found} of {rate.studies}",
                          f"{100 * rate.share:.1f} % ± {100 * rate.standard_error:.1f}"])  # fmt: skip
-    heads = ["study", "what is done", "studies with a false finding", "share ± standard error"]
+    heads = ["study", "procedure", "studies with a false finding", "share ± standard error"]
     bias = (
-        f"Of plain ASHA's trials at 20 seeds {100 * found.finished:.0f} % finish, and their test accuracies are "
+        f"Of plain ASHA's trials at 20 seeds, {100 * found.finished:.0f} % finish, and their test accuracies are "
         f"{found.bias:.2f} standard deviations ({100 * found.bias * study().deviation:.2f} points) too high on "
         "average.\n"
     )

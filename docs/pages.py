@@ -1,7 +1,7 @@
-"""A MkDocs hook that makes parts of pages from the code. It replaces each `<!-- from NAME -->` in a page, and each
+"""A MkDocs hook that generates parts of pages from the code. It replaces each `<!-- from NAME -->` in a page, and each
 `<!-- fields FILE CLASS -->` by the fields of a dataclass.
 
-Modules of tune_kd are imported when a part is made: while MkDocs loads a hook, `import statistics` finds
+Modules of tune_kd are imported when a part is generated: while MkDocs loads a hook, `import statistics` finds
 docs/statistics.py.
 """
 
@@ -67,7 +67,7 @@ def columns() -> str:
     """A table of columns for each table of a run, with the comments from `study` and `records.schema`."""
     from tune_kd.records.schema import DECISIONS, EPOCHS, PANDAS, TRIALS
 
-    said = {
+    comments = {
         "trials": _comments("study/spec.py", "Recipe", "Cell")
         | _comments("study/trial.py", "Outcome")
         | _comments("records/schema.py", "TrialRow"),
@@ -80,7 +80,7 @@ def columns() -> str:
         lines += ["| column | type and meaning |", "|---|---|"]
         for name, kind in schema.in_parquet.items():
             levels = schema.levels.get(name)
-            words = [said[schema.name].get(name, ""), f"one of {', '.join(levels)}" if levels else ""]
+            words = [comments[schema.name].get(name, ""), f"one of {', '.join(levels)}" if levels else ""]
             never = "never null" if name in (*schema.key, *schema.needed) else ""
             text = "; ".join(filter(None, (*words, never)))
             lines.append(f"| `{name}` | {PANDAS[kind]}{': ' if text else ''}{_escaped(text)} |")
@@ -88,7 +88,7 @@ def columns() -> str:
     return "\n".join(sections)
 
 
-def rooms() -> str:
+def modules() -> str:
     """A section for each folder of the package, in the order of imports, with the docstrings of its modules."""
     table = (ROOT / "tests" / "test_imports.py").read_text(encoding="utf-8")
     order = ast.literal_eval(table.partition("\nORDER = ")[2].partition("\n")[0])
@@ -111,7 +111,7 @@ def security() -> str:
 PARTS: Mapping[str, Callable[[], str]] = {
     "the command line": commands,
     "the schemas": columns,
-    "the docstrings": rooms,
+    "the docstrings": modules,
     "SECURITY.md": security,
 }
 

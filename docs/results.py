@@ -1,8 +1,8 @@
-"""`python -m docs.results [ablation] [tuned] [published=PREFIX]`: make the finished studies in docs/gallery again.
+"""`python -m docs.results [ablation] [tuned] [published=PREFIX]`: reproduce the finished studies in docs/gallery.
 
 The first two train at the scale `laptop`, in a few minutes each, and are the default. `published` reports the tables
-PREFIX_trials.parquet and PREFIX_epochs.parquet, which are not kept. The summaries go into docs/results.md, and that of
-`ablation` into the README, too.
+PREFIX_trials.parquet and PREFIX_epochs.parquet, which are not in the repository. The summaries go into docs/results.md,
+and that of `ablation` also into the README.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ GALLERY, PAGE = ROOT / "docs" / "gallery", ROOT / "docs" / "results.md"
 TABLES = ("trials", "epochs", "decisions")
 FIGURES = {"ablation": "effects", "tuned": "effects", "published": "curves"}
 PHASES = ("select=screen", "stem_ablation=confirm", "teachers=teacher")  # of the published tables
-HOST = "laptop"  # in place of the name of the machine
+HOST = "laptop"  # replaces the machine's name
 
 
 def train(name: str) -> None:
-    """Run a study at the scale `laptop`, and keep its records without the names of machine and folders."""
+    """Run a study at the scale `laptop`, and store its records without the names of machine and folders."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tune_kd", "run", name, "--scale", "laptop", "--name", name, "--out", folder]
         subprocess.run(command, check=True, cwd=ROOT)
@@ -71,18 +71,18 @@ def show(name: str, records: Records) -> str:
         report(records, folder, ["html", "png"])
         copyfile(Path(folder, "report.html"), GALLERY / name / "report.html")
         copyfile(Path(folder, "figures", f"{FIGURES[name]}.png"), GALLERY / name / "figure.png")
-    said = summary(records).sentences
-    lines = [f"> - {sentence}" for sentence in said] + [
-        *[""] * bool(said), f"![The figure of the study {name}](gallery/{name}/figure.png)", "", *verdicts(records),
-        f"[The whole report](gallery/{name}/report.html)",
+    sentences = summary(records).sentences
+    lines = [f"> - {each}" for each in sentences] + [
+        *[""] * bool(sentences), f"![The figure of the study {name}](gallery/{name}/figure.png)", "",
+        *verdicts(records), f"[The whole report](gallery/{name}/report.html)",
     ]  # fmt: skip
     if name == "ablation":
-        put(ROOT / "README.md", "summary", "\n".join(lines[: len(said)]) + "\n")
+        put(ROOT / "README.md", "summary", "\n".join(lines[: len(sentences)]) + "\n")
     return "\n".join(lines) + "\n"
 
 
 def verdicts(records: Records) -> list[str]:
-    """The lines of a table of primary contrasts. None where no study declared any."""
+    """The lines of a table of primary contrasts; empty if no study declared any."""
     found = contrasts.contrasts(records)
     primary = found[(found["n"] > 0) & (found["family"] == "primary")].to_dict("records")
     if not primary:

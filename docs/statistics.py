@@ -33,7 +33,7 @@ RULES = {
     "prior of 6": Rule(prior_df=6.0),
     "**prior of 8 (shipped)**": Rule(),
     "prior of 12": Rule(prior_df=12.0),
-    "prior of 20: all that the model has": Rule(prior_df=float("inf")),
+    "prior of 20: all degrees of freedom": Rule(prior_df=float("inf")),
 }
 HARD = ("equal", "unequal_arms", "unequal_methods", "very_unequal_methods", "correlated", "very_correlated")
 LOGIT, STEM = "cifar: logit - none", "none: cifar - imagenet"
@@ -118,7 +118,7 @@ def shipped(pool: ProcessPoolExecutor) -> None:
             _powers(new), _powers(old),
         ])  # fmt: skip
     heads = ["scenario", "false, primary", "false, secondary", "false, before 0.7", "coverage, primary",
-             "coverage, secondary", "the stem's", "power at 0.1 / 0.2 / 0.3 / 0.5", "before 0.7"]  # fmt: skip
+             "coverage, secondary", "coverage, stem", "power at 0.1 / 0.2 / 0.3 / 0.5", "before 0.7"]  # fmt: skip
     put(PAGE, "shipped", table(heads, rows))
 
 
@@ -148,7 +148,7 @@ def teachers(_: ProcessPoolExecutor) -> None:
         rows.append(
             [str(count), str(students), layout, *(f"{100 * share:.1f} (±{100 * half:.2f})" for share, half in found)]
         )
-    heads = ["teachers", "seeds", "teachers a seed", *(f"teachers differ by {each}" for each in ("0", "0.1", "0.2"))]
+    heads = ["teachers", "seeds", "teachers per seed", *(f"teachers differ by {each}" for each in ("0", "0.1", "0.2"))]
     put(PAGE, "teachers", table(heads, rows))
 
 
@@ -177,7 +177,7 @@ def _by_model(values: np.ndarray, of: Design, weights: np.ndarray) -> float:
 
 def main(names: Sequence[str]) -> None:
     if set(names) - {"across", "teachers"}:
-        _stopped()  # before processes are forked, which then share it
+        _stopped()  # before the fork, so that processes share it
     with ProcessPoolExecutor(PROCESSES) as pool:
         for name in names:
             PARTS[name](pool)

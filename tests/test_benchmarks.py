@@ -326,7 +326,7 @@ def test_processes_are_measured_at_a_time_with_mps_and_without_and_a_row_says_wh
     counts = [int(each.name.partition(" ")[0]) for each in found]
     assert counts == [8, 4, 2, 1, 4, 2, 1] * 4 and len({each.name for each in found}) == 28
     assert {each.name.partition(":")[0].partition(", ")[2] for each in found} == {"MPS", "no MPS"}
-    assert [each.error for each in found] == [""] * 14 + ["RuntimeError: an MPS serves the GPU already"] * 14
+    assert [each.error for each in found] == [""] * 14 + ["RuntimeError: an MPS already serves the GPU"] * 14
     assert [name for name, _ in played_levers].count("prepare") == 8 + 4 + 8 + 4, "each once in a process"
 
 
@@ -346,8 +346,8 @@ def test_the_table_of_a_gpu_has_the_bars_of_an_h100(monkeypatch: pytest.MonkeyPa
         "epoch, control, CIFAR stem": ("<= 0.95", 0.5),
         "epoch, feature, CIFAR stem": ("<= 1.8", 0.5),
         "epoch, ResNet-50 teacher in training, CIFAR stem": ("<= 2.8", 0.5),
-        "epoch amortised over 4 trials at a time, control, CIFAR stem": ("<= 0.8", 0.125),
-        "epoch amortised over 8 trials at a time, control, ImageNet stem": ("<= 0.2", 0.0625),
+        "epoch amortised over 4 concurrent trials, control, CIFAR stem": ("<= 0.8", 0.125),
+        "epoch amortised over 8 concurrent trials, control, ImageNet stem": ("<= 0.2", 0.0625),
         gpu.ANSWERS: ("<= 0.5", 0.25),
         gpu.LATER: ("<= 2", 1.5),
     }
@@ -361,11 +361,11 @@ def test_without_a_gpu_a_line_says_so_and_levers_are_of_the_gpu() -> None:
     app = typer.Typer()
     app.command()(command.main)
     none = CliRunner().invoke(app, ["gpu", "--levers"])
-    assert "gpu: no GPU here; on a machine with one: python -m benchmarks gpu --levers" in none.stderr
+    assert "gpu: no GPU found; run on a machine with one: python -m benchmarks gpu --levers" in none.stderr
     other = CliRunner().invoke(app, ["report", "--levers"])
     assert (
         other.exit_code == 2
-        and other.stderr == "benchmarks: --levers is given, and NAME is report; allowed: only with gpu\n"
+        and other.stderr == "benchmarks: --levers is given with NAME report; allowed: only with gpu\n"
     )
 
 

@@ -1,1 +1,1 @@
-"""Faults on purpose, and an independent check that a run has survived them: `python tests/faults --help`."""
+"""Fault injection, and an independent check that a run survives it: `python tests/faults --help`."""

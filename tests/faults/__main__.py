@@ -1,4 +1,4 @@
-"""`python tests/faults COMMAND`: kills at random, crashes at named points, or hours of both."""
+"""`python tests/faults COMMAND`: inject faults into real runs, and check that nothing is lost."""
 
 import signal
 import sys
@@ -18,5 +18,5 @@ app.command(name="points")(points.points)
 app.command(name="soak")(soak.soak)
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started is ended, too
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that clean-up runs
     app()

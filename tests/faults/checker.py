@@ -1,8 +1,8 @@
-"""Says which invariants of a run (RELIABILITY: I1 to I8) its folder breaks.
+"""Checks a run's folder against the invariants I1 to I8 of docs/reliability.md.
 
-None of the product's readers is used, so that an error in them cannot hide one in the records: the ledger is read with
-sqlite3, the tables with pandas, `study.json` with json. Only what has to be the same is asked of the product: the plan
-(I4) and what `status` says (I7).
+The checker uses none of tune_kd's readers, so that an error in them cannot hide an error in the records: it reads the
+ledger with sqlite3, the tables with pandas, and `study.json` with json. Only the plan (I4) and the output of `status`
+(I7) come from tune_kd, since the records must agree with them.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from faults.processes import ROOT, shared_memory, tagged
 
 Row = dict[str, Any]
 TABLES = ("trials", "epochs", "decisions")
-MAX_ATTEMPTS = 3  # of a trial under one driver without a new epoch in between, as promised
+MAX_ATTEMPTS = 3  # of a trial under one driver, without a new epoch in between
 ENDED = {"completed", "stopped", "failed", "blocked"}
 
 # What may differ between two computations of one trial: times, rates, hosts, attempts, memory, shares, notes.
@@ -39,7 +39,7 @@ FREE = {"number", "crc", "run", "train_seconds", "wall_seconds", "gpu_fraction",
 
 @dataclass(frozen=True)
 class Source:
-    """Trials and epochs as one source tells them: the ledger, or the tables (null where one cannot be read)."""
+    """Trials and epochs of one source: the ledger, or the tables (None if a table cannot be read)."""
 
     name: str
     trials: list[Row] | None
@@ -48,7 +48,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Records:
-    """All that is in a run's folder."""
+    """The contents of a run's folder."""
 
     run: Path
     study: dict[str, Any]
@@ -59,7 +59,7 @@ class Records:
 
     @property
     def begun(self) -> bool:
-        """Whether its driver came so far that it wrote the trials down; a kill before that leaves nothing to check."""
+        """Whether a driver has written trials to the ledger. A kill before that leaves nothing to check."""
         return bool(self.ledger.trials or self.ledger.epochs)
 
 
@@ -72,11 +72,12 @@ def violations(
     tag: str | None = None,
     shm_before: Iterable[str] | None = None,
 ) -> list[str]:
-    """What is wrong with a run's folder, a line each, beginning with the invariant's name.
+    """Return the violations in a run's folder, one line each, starting with the name of the invariant.
 
-    `witness` has a log for each driver that the run had, in order; `reference` is the folder of the same study, run
-    without a fault, in which no arm was stopped early (arrival order decides on that); `exit_status` is the last
-    driver's; `tag` marks the environment of all processes of the run; `shm_before` is what lay in /dev/shm before it.
+    `witness` has one log for each of the run's drivers, in order. `reference` is the folder of the same study, run
+    without faults; no arm may be stopped early, since that depends on the order of arrival. `exit_status` is that of
+    the last driver. `tag` marks the environment of all processes of the run. `shm_before` lists the files that were in
+    /dev/shm before the run.
     """
     try:
         records = read(run)
@@ -94,13 +95,13 @@ def violations(
 
 
 def read(run: Path) -> Records:
-    """Raises what json, sqlite3 and the file system raise; tables that cannot be read are noted instead."""
+    """Read a run's folder. Raises errors of json, sqlite3 and the file system, but only notes unreadable tables."""
     study = json.loads((run / "study.json").read_text())
     frames, unreadable = {}, []
     for name in TABLES:
         try:
             frames[name] = _plain(pd.read_parquet(run / f"{name}.parquet"))
-        except Exception as error:  # whatever a reader of Parquet raises for what is none
+        except Exception as error:  # a Parquet reader may raise anything for a damaged file
             unreadable.append(f"{name}.parquet: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
     trials, epochs, decisions = (_ledger_rows(run / "ledger.sqlite", name) for name in TABLES)
     tables = Source("tables", frames.get("trials"), frames.get("epochs"))
@@ -108,15 +109,17 @@ def read(run: Path) -> Records:
 
 
 def contiguous(records: Records) -> Iterator[str]:
-    """I1: (run, trial, epoch) is unique, and epochs go from 1 on without a gap."""
+    """I1: (run, trial, epoch) is unique, and epochs are numbered from 1 without gaps."""
     for source in (records.ledger, records.tables):
         for trial, epochs in _epochs_by_trial(source).items():
             times = Counter(row["epoch"] for row in epochs)
-            yield from (f"I1: {source.name}: {trial} epoch {epoch} is doubled" for epoch, n in times.items() if n > 1)
+            yield from (
+                f"I1: {source.name}: {trial} epoch {epoch} is duplicated" for epoch, n in times.items() if n > 1
+            )
             gaps = set(range(1, max(times) + 1)) - set(times)
             yield from (f"I1: {source.name}: {trial} lacks epoch {epoch}" for epoch in sorted(gaps))
-        if strangers := {row["run"] for row in source.epochs or ()} - {records.study["run"]}:
-            yield f"I1: {source.name}: epochs of other runs: {sorted(strangers)}"
+        if foreign := {row["run"] for row in source.epochs or ()} - {records.study["run"]}:
+            yield f"I1: {source.name}: epochs of other runs: {sorted(foreign)}"
     known = _epochs_by_trial(records.ledger)
     for row in records.ledger.trials or ():
         count = len(known.get(row["trial_id"], ()))
@@ -125,7 +128,7 @@ def contiguous(records: Records) -> Iterator[str]:
 
 
 def acknowledged(records: Records, witness: Sequence[Path]) -> Iterator[str]:
-    """I2: what a driver has acknowledged, by the witness's logs, is in the ledger with the same values."""
+    """I2: epochs and outcomes that a driver acknowledged, by the witness's logs, are unchanged in the ledger."""
     epochs = {(row["trial_id"], row["epoch"]): row for row in records.ledger.epochs or ()}
     trials = {row["trial_id"]: row for row in records.ledger.trials or ()}
     for line in (line for log in witness for line in lines(log)):
@@ -134,20 +137,20 @@ def acknowledged(records: Records, witness: Sequence[Path]) -> Iterator[str]:
         row = epochs.get((line["trial_id"], line["epoch"]["epoch"]))
         if row is None:
             yield f"I2: {where} was acknowledged and is lost"
-        elif unlike := _unlike(line["epoch"], row, EPOCH_FREE):
-            yield f"I2: {where} was acknowledged and is changed: {unlike}"
+        elif differences := _differences(line["epoch"], row, EPOCH_FREE):
+            yield f"I2: {where} was acknowledged and is changed: {differences}"
         if outcome is None:
             continue
         trial = trials.get(line["trial_id"], {})
         expected = {name: value for name, value in outcome.items() if name in trial}
         if trial.get("status") != "completed":
             yield f"I2: the outcome of {line['trial_id']} was acknowledged and is lost"
-        elif unlike := _unlike(expected, trial, FREE):
-            yield f"I2: the outcome of {line['trial_id']} was acknowledged and is changed: {unlike}"
+        elif differences := _differences(expected, trial, FREE):
+            yield f"I2: the outcome of {line['trial_id']} was acknowledged and is changed: {differences}"
 
 
 def same(records: Records, reference: Records) -> Iterator[str]:
-    """I3: the run equals one that was never interrupted, in all columns that are not free, and in its weights."""
+    """I3: the run equals an uninterrupted one in its teachers' weights, and in all columns that must not differ."""
     for source in (records.ledger, records.tables):
         yield from _same_rows(source.name, source.trials, reference.ledger.trials, ("trial_id",), FREE)
         yield from _same_rows(source.name, source.epochs, reference.ledger.epochs, ("trial_id", "epoch"), EPOCH_FREE)
@@ -159,15 +162,15 @@ def same(records: Records, reference: Records) -> Iterator[str]:
 
 
 def computed_alike(records: Records) -> Iterator[str]:
-    """I3, as the driver itself has noticed it: an epoch that was computed twice was the same twice."""
+    """I3, as recorded by the driver: an epoch that was computed again equals its record."""
     for row in records.ledger.trials or ():
         if "differs from its record" in (row["error"] or ""):
             yield f"I3: {row['trial_id']}: {row['error']}"
 
 
 def as_planned(records: Records, exit_status: int | None) -> Iterator[str]:
-    """I4: the trials of ledger and tables are those of `study.json`, which are those that the study plans, and what of
-    them was drawn or follows from it."""
+    """I4: `study.json` has the trials that the study plans. Ledger and tables have these, and the trials that a tuned
+    study has drawn or derived from its draws."""
     from tune_kd.records.adaptive_plan import grown
     from tune_kd.study.discover import from_json
     from tune_kd.study.plan import plan
@@ -191,7 +194,7 @@ def as_planned(records: Records, exit_status: int | None) -> Iterator[str]:
 
 
 def taught(records: Records) -> Iterator[str]:
-    """I5: a student begins after its teacher has ended, and learns from the weights that are on record."""
+    """I5: a student starts after its teacher has completed, and learns from the recorded weights."""
     epochs = _epochs_by_trial(records.ledger)
     trials = {row["trial_id"]: row for row in records.ledger.trials or ()}
     for trial_id, row in trials.items():
@@ -209,13 +212,13 @@ def taught(records: Records) -> Iterator[str]:
 
 
 def readable(records: Records) -> Iterator[str]:
-    """I6: every table can be read, from the first epoch on."""
+    """I6: every table can be read once an epoch is recorded."""
     if records.ledger.epochs:
         yield from (f"I6: {what}" for what in records.unreadable)
 
 
 def truthful(records: Records, exit_status: int | None, drivers: int) -> Iterator[str]:
-    """I7: exit status, attempts and `status` tell what the ledger tells."""
+    """I7: exit status, attempts and the output of `status` agree with the ledger."""
     trials = records.ledger.trials or []
     count = Counter(row["status"] for row in trials)
     waiting, bad = count["pending"] + count["running"], count["failed"] + count["blocked"]
@@ -224,7 +227,7 @@ def truthful(records: Records, exit_status: int | None, drivers: int) -> Iterato
     if exit_status == 1 and (waiting or not bad):
         yield f"I7: exit status 1, which means that trials failed, and the ledger has {dict(count)}"
     if exit_status in (130, 143) and count["running"]:
-        yield f"I7: exit status {exit_status}, and {count['running']} trials are running on record"
+        yield f"I7: exit status {exit_status}, and {count['running']} trials are recorded as running"
     if exit_status is not None and 0 <= exit_status != 137 and exit_status not in (0, 1, 130, 143):
         yield f"I7: exit status {exit_status}"
     if drivers:
@@ -236,7 +239,7 @@ def truthful(records: Records, exit_status: int | None, drivers: int) -> Iterato
 
 
 def left_behind(tag: str | None, shm_before: Iterable[str] | None) -> Iterator[str]:
-    """I8: no process and no shared memory remains."""
+    """I8: no process and no shared memory is left."""
     if tag is not None:
         yield from (f"I8: process {each.pid} ({each.name()}) is left" for each in tagged(tag))
     if shm_before is not None:
@@ -244,7 +247,7 @@ def left_behind(tag: str | None, shm_before: Iterable[str] | None) -> Iterator[s
 
 
 def lines(log: Path) -> list[dict[str, Any]]:
-    """What a witness has written; a line that its death cut short was not acknowledged to anyone."""
+    """Return the entries of a witness's log. A last line that a kill cut off was not acknowledged."""
     if not log.is_file():
         return []
     whole, _, _ = log.read_text().rpartition("\n")
@@ -253,8 +256,8 @@ def lines(log: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class Reader:
-    """Reads the tables again and again while a run goes on, and counts (I6). A table is missing only before its first
-    writing."""
+    """Reads the tables repeatedly during a run, and counts reads and errors (I6). A table may be missing only until it
+    is first written."""
 
     run: Path
     every: float = 0.3  # seconds
@@ -282,18 +285,18 @@ class Reader:
                 try:
                     pd.read_parquet(path)
                     self.reads += 1
-                except Exception as error:  # whatever a reader of Parquet raises
-                    self.errors.append(f"I6: {path.name} while the run went on: {type(error).__name__}: {error}")
+                except Exception as error:  # a Parquet reader may raise anything
+                    self.errors.append(f"I6: {path.name} during the run: {type(error).__name__}: {error}")
 
 
 def _plain(table: pd.DataFrame) -> list[Row]:
-    """A table as rows of Python values, null as None."""
+    """Return a table as rows of Python values, with None for null."""
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     return [{str(name): value for name, value in row.items()} for row in rows]
 
 
 def _ledger_rows(path: Path, table: str) -> list[Row]:
-    """All rows in the order of their numbers; none where a kill came before the table was made."""
+    """Return all rows ordered by number; none if a kill came before the table was created."""
     if not path.is_file():
         return []
     with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
@@ -310,14 +313,14 @@ def _epochs_by_trial(source: Source) -> dict[str, list[Row]]:
     return found
 
 
-def _unlike(expected: Row, row: Row, free: set[str]) -> str:
-    """In which columns a row differs from what is expected of it; empty where in none."""
+def _differences(expected: Row, row: Row, free: set[str]) -> str:
+    """Return the columns in which a row differs from the expected values; empty if there are none."""
     pairs = {name: (_finite(value), row.get(name)) for name, value in expected.items() if name not in free}
     return ", ".join(f"{name} was {one!r} and is {other!r}" for name, (one, other) in pairs.items() if one != other)
 
 
 def _finite(value: Any) -> Any:
-    """A number that is not finite does not apply, and is null in the records."""
+    """Return None for a number that is not finite: records store it as null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -330,8 +333,8 @@ def _same_rows(
     for which in dict.fromkeys((*there, *here)):
         if which not in here or which not in there:
             yield f"I3: {source}: {which} is only in the {'reference' if which in there else 'run'}"
-        elif unlike := _unlike(there[which], here[which], free):
-            yield f"I3: {source}: {which}: {unlike}"
+        elif differences := _differences(there[which], here[which], free):
+            yield f"I3: {source}: {which}: {differences}"
 
 
 def _weights(run: Path, teacher_id: str) -> Path:
@@ -343,16 +346,16 @@ def _sha256(path: Path) -> str | None:
 
 
 def _published(run: Path, teacher_id: str) -> Iterator[str]:
-    """A teacher's card tells the digest of its weights."""
+    """Check that a teacher's card has the digest of its weights."""
     weights = _weights(run, teacher_id)
     card = weights.with_name("card.json")
-    told = json.loads(card.read_text())["weights_sha256"] if card.is_file() else None
-    if told is None or told != _sha256(weights):
-        yield f"I5: the weights of teacher {teacher_id} are not those of its card"
+    recorded = json.loads(card.read_text())["weights_sha256"] if card.is_file() else None
+    if recorded is None or recorded != _sha256(weights):
+        yield f"I5: the weights of teacher {teacher_id} do not match its card"
 
 
 def _attempts(trials: list[Row], drivers: int) -> Iterator[str]:
-    """Attempts are bounded; each after the first has a lost worker on record, or another driver before it."""
+    """Attempts are bounded. Each one after the first needs a recorded loss of a worker, or a new driver."""
     for row in trials:
         explained = len(set(re.findall(r"attempt (\d+): ", row["error"] or "")))
         if row["attempts"] > MAX_ATTEMPTS * (drivers + row["epochs_run"]):
@@ -362,44 +365,44 @@ def _attempts(trials: list[Row], drivers: int) -> Iterator[str]:
 
 
 def _status_agrees(records: Records, held: bool) -> Iterator[str]:
-    """What `status` prints is what the ledger holds, and trials to come of an extension that no driver took over.
-    `held`: a driver may be at work."""
+    """`status` prints the trials of the ledger, and those of an extension that no driver has added yet. If `held`, a
+    driver may be running."""
     command = [sys.executable, "-m", "tune_kd", "status", str(records.run.absolute()), "--json"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True, timeout=120)
     if done.returncode:
         yield f"I7: status fails: {done.stderr.strip()[-200:]}"
         return
-    told = json.loads(done.stdout)
+    printed = json.loads(done.stdout)
     ledger = [{name: value for name, value in row.items() if name not in ("number", "crc")}
               for row in records.ledger.trials or ()]  # fmt: skip
     coming = set(records.study["trials"]) - {row["trial_id"] for row in ledger}
-    added = [row for row in told["trials"] if row["trial_id"] in coming]
-    if told["trials"] != [*ledger, *added] or len(added) != len(coming):
-        yield "I7: status tells of other trials than the ledger and the plan"
+    added = [row for row in printed["trials"] if row["trial_id"] in coming]
+    if printed["trials"] != [*ledger, *added] or len(added) != len(coming):
+        yield "I7: status reports other trials than the ledger and the plan"
     if {row["status"] for row in added} - {"pending"}:
-        yield "I7: status tells of trials that ran, and the ledger has none of them"
+        yield "I7: status reports that trials ran, and the ledger does not have them"
     counted = Counter((row["phase"], row["status"]) for row in (*ledger, *added))
-    if {(phase, status): n for phase, each in told["phases"].items() for status, n in each.items()} != counted:
-        yield f"I7: status counts {told['phases']}, and the ledger has {dict(counted)}"
-    if len(told["decisions"]) != len(records.decisions):
-        yield "I7: status tells of other decisions than the ledger"
-    if told["held_by"] is not None and not held:
-        yield f"I7: status says that {told['held_by']} holds a run that has ended"
+    if {(phase, status): n for phase, each in printed["phases"].items() for status, n in each.items()} != counted:
+        yield f"I7: status counts {printed['phases']}, and the ledger has {dict(counted)}"
+    if len(printed["decisions"]) != len(records.decisions):
+        yield "I7: status reports other decisions than the ledger"
+    if printed["held_by"] is not None and not held:
+        yield f"I7: status reports {printed['held_by']} as the holder of a run that has ended"
 
 
 def _tables_agree(records: Records) -> Iterator[str]:
-    """A driver that has ended itself has left tables that tell all that the ledger tells."""
+    """The tables of a driver that was not killed agree with the ledger."""
     for name in ("trials", "epochs"):
         ledger, table = (getattr(source, name) for source in (records.ledger, records.tables))
-        told = [_without_own(row) for row in ledger]
+        expected = [_as_table_row(row) for row in ledger]
         if table is None:
             continue
         further = {key for row in table for key in row} - {key for row in ledger for key in row}
-        if [row | {key: row.get(key) for key in further} for row in told] != table:
-            yield f"I7: {name}.parquet tells something else than the ledger"
+        if [row | {key: row.get(key) for key in further} for row in expected] != table:
+            yield f"I7: {name}.parquet differs from the ledger"
 
 
-def _without_own(row: Row) -> Row:
-    """A ledger's row without the columns that are the ledger's own, and with each further setting in one of its own."""
+def _as_table_row(row: Row) -> Row:
+    """Return a ledger's row without the columns that only the ledger has, and with one column per further setting."""
     plain = {name: value for name, value in row.items() if name not in ("number", "crc", "further")}
     return plain | json.loads(row.get("further") or "{}")

@@ -1,11 +1,11 @@
-"""Is a damaged file ever believed? Every file of a run is cut and flipped, and read as `load`, `status --verify` and
-`resume` read it.
+"""Is damage to a file ever missed? Truncate every file of a run and flip its bytes, and read it as `load`,
+`status --verify` and `resume` do.
 
-A damage is SEEN where a reader raises what it may raise or reports it, HARMLESS where nobody returns anything else than
-before, and SILENT where a reader returns something else and says nothing. 0 are allowed to be silent, to escape as
-another kind of error, or to be left unhealed by a `resume` that went through.
+Damage is SEEN if a reader raises an allowed error or reports it, HARMLESS if every reader returns the same as before,
+and SILENT if a reader returns something else without a report. No damage may be silent, escape as another kind of
+error, or remain after a `resume` that succeeded.
 
-    python tests/faults/damage.py                    200 truncations a file and 10,000 flips; about half an hour
+    python tests/faults/damage.py                    200 truncations per file and 10,000 flips; about half an hour
     python tests/faults/damage.py --flips 500 --truncations 10
 """
 
@@ -54,7 +54,7 @@ VARIANTS = ("finished", "cut")
 
 
 class Cut(BaseException):
-    """The driver's process ends here: no handler of errors sees it."""
+    """Stands for a kill of the driver: no error handler catches a BaseException."""
 
 
 def study() -> Study:
@@ -67,7 +67,7 @@ def study() -> Study:
 
 
 def make(results: Path, variant: str) -> Path:
-    """The folder of a run that was trained to its end, or whose driver was killed in the middle of a student."""
+    """Create the folder of a finished run, or of a run whose driver was killed in the middle of a student."""
     digits = datasets.load("digits", train=60, validation=20, test=20)
     run = Run("r", results / "r", study(), digits.digest, None, {"max_concurrent": None, "keep_checkpoints": False})
     create(run)
@@ -80,8 +80,8 @@ def make(results: Path, variant: str) -> Path:
         for epoch in work(task, place):
             if variant == "cut" and task.trial.trial_id == last:
                 if epoch.epoch == 2:
-                    driver.write_tables()  # the tables are older than the ledger, and fit together
-                    with closing(sqlite3.connect(ledger.path)) as other:  # rows in both of its files
+                    driver.write_tables()  # tables that are older than the ledger, but consistent
+                    with closing(sqlite3.connect(ledger.path)) as other:  # leaves rows in both of its files
                         other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 if epoch.epoch == 4:
                     raise Cut
@@ -91,7 +91,7 @@ def make(results: Path, variant: str) -> Path:
     try:
         run_in_process(driver, place, until_cut)  # type: ignore[arg-type]
     except Cut:
-        # What a killed process leaves: the files as they are while the ledger is open.
+        # A kill leaves the files as they are while the ledger is open.
         shutil.copytree(results, results.with_name("killed"))
         ledger.close()
         shutil.rmtree(results)
@@ -104,7 +104,7 @@ def make(results: Path, variant: str) -> Path:
 
 @dataclass
 class Scratch:
-    """A run that is damaged and put back, file by file."""
+    """A run whose files are damaged and restored one by one."""
 
     results: Path
     _whole: dict[Path, tuple[bytes, tuple[int, int]]] = field(default_factory=dict)
@@ -123,15 +123,15 @@ class Scratch:
         return self._whole[path][0]
 
     def read_by(self, reader: "Callable[[Scratch], Reading]") -> Any:
-        """What a reader returns of the whole run, which it is asked for once."""
+        """Return a reader's result for the intact run, which is read once."""
         if reader.__name__ not in self._read:
             self._read[reader.__name__], reported = reader(self)
-            assert not reported, f"{reader.__name__} reports a whole run as damaged"
+            assert not reported, f"{reader.__name__} reports an intact run as damaged"
             self.restore()
         return self._read[reader.__name__]
 
     def restore(self) -> None:
-        """Everything as it was; what has not been touched since is not written again."""
+        """Restore all files. Untouched files are not rewritten."""
         for path in self.results.rglob("*"):
             if path.is_file() and path not in self._whole:
                 path.unlink()
@@ -142,10 +142,10 @@ class Scratch:
                 self._whole[path] = content, _stamp(path)
 
     def targets(self) -> dict[str, Path]:
-        """The files that are damaged, by a name that people know."""
+        """The files to damage, by readable names."""
         run, teacher = self.folder, next(self.results.glob("teachers/*/card.json")).parent
         found = {path.name: path for path in sorted(run.iterdir()) if path.is_file() and not path.name.startswith(".")}
-        found.pop(f"{LEDGER}-shm", None)  # which SQLite makes anew
+        found.pop(f"{LEDGER}-shm", None)  # SQLite recreates it
         generations = sorted(run.glob("checkpoints/*/*.safetensors"), reverse=True)
         found |= dict(zip(("checkpoint, newest", "checkpoint, the one before"), generations, strict=False))
         found |= {"teacher's weights": teacher / "weights.safetensors", "teacher's card": teacher / "card.json"}
@@ -158,7 +158,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     return at.st_mtime_ns, at.st_size
 
 
-Reading = tuple[Any, bool]  # what a reader returned, and whether it reported a damage
+Reading = tuple[Any, bool]  # what a reader returned, and whether it reported damage
 
 
 def read_tables(scratch: Scratch) -> Reading:
@@ -176,7 +176,7 @@ def read_plan(scratch: Scratch) -> Reading:
 
 
 def read_resumed(scratch: Scratch) -> Reading:
-    """Everything that `resume` does before something trains, and the tables that it makes."""
+    """Do everything that `resume` does before training, and write the tables."""
     run, said = reopen(scratch.folder), list[str]()
     ledger = rebuild.opened(run, said.append)
     try:
@@ -199,7 +199,7 @@ def read_resumed(scratch: Scratch) -> Reading:
 
 
 def read_states(scratch: Scratch) -> Reading:
-    """From where unfinished trials go on."""
+    """Load the checkpoints from which unfinished trials continue."""
     states, reported = [], False
     for folder in sorted(scratch.folder.glob("checkpoints/*")):
         checkpoints = Checkpoints(folder)
@@ -209,7 +209,7 @@ def read_states(scratch: Scratch) -> Reading:
 
 
 def read_teacher(scratch: Scratch) -> Reading:
-    """A teacher as students of this run and another run get it."""
+    """Load a teacher as students of this run and of other runs do."""
     run = reopen(scratch.folder)
     trial = run.plan.teachers[0]
     epochs = teachers.published_epochs(run.teachers, trial.trial_id)
@@ -220,7 +220,7 @@ def read_teacher(scratch: Scratch) -> Reading:
 
 
 def read_answers(scratch: Scratch) -> Reading:
-    """A whole table; what has to be computed again is, by a teacher that answers the same."""
+    """Read a whole table of cached logits. Damaged parts are recomputed by a function that returns the same logits."""
     run = reopen(scratch.folder)
     path = scratch.targets()["answers"]
     logits = torch.frombuffer(bytearray(scratch.bytes_of(path)), dtype=torch.float32).view(-1, 10)
@@ -229,15 +229,15 @@ def read_answers(scratch: Scratch) -> Reading:
 
 
 class WrongRebuild(Exception):
-    """A ledger that was made again does not hold what the tables hold."""
+    """A rebuilt ledger differs from the tables."""
 
 
 class Unhealed(Exception):
-    """`resume` went through, and something is still damaged."""
+    """`resume` succeeded, but something is still damaged."""
 
 
 def readers(target: str) -> list[Callable[[Scratch], Reading]]:
-    """Who uses a file. The last may change files."""
+    """Return the readers of a file. The last one may change files."""
     if target.startswith("teacher"):
         return [read_verified, read_teacher, read_resumed]
     if target.startswith("answers"):
@@ -252,7 +252,7 @@ def readers(target: str) -> list[Callable[[Scratch], Reading]]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two readings are equal to the bit."""
+    """Whether two readings are equal bit for bit."""
     if isinstance(one, pd.DataFrame) and isinstance(other, pd.DataFrame):
         return one.equals(other)
     if isinstance(one, Tensor) and isinstance(other, Tensor):
@@ -266,7 +266,7 @@ def same(one: Any, other: Any) -> bool:
 
 @dataclass
 class Score:
-    """What became of the damages of one file."""
+    """The verdicts on all damage to one file."""
 
     target: str
     size: int = 0
@@ -279,14 +279,14 @@ class Score:
 
 
 def damages(content: bytes, truncations: int, flips: int, chance: random.Random) -> Iterator[tuple[str, bytes]]:
-    """Cuts at sizes that are spread, 0 and one byte less among them; then random bytes that are changed at random."""
+    """Yield truncations to evenly spread sizes, including 0 and one byte less; then random changes of random bytes."""
     size = len(content)
     cuts = {0, size - 1} | {round(place * (size - 1) / max(1, truncations - 1)) for place in range(truncations)}
     for cut in sorted(cuts):
         yield f"cut to {cut}", content[:cut]
     for number in range(flips):
         place, change = chance.randrange(size), chance.randrange(1, 256)
-        if number % 4 == 0:  # ends hold footers, seals and the newest pages
+        if number % 4 == 0:  # the end of a file has its footer, seal or newest pages
             place = max(0, size - 1 - chance.randrange(100))
         flipped = bytearray(content)
         flipped[place] ^= change
@@ -301,8 +301,8 @@ def judge(
     used: list[Callable[[Scratch], Reading]] | None = None,
     until: str | None = None,
 ) -> Score:
-    """Damage one file again and again, and see what its readers make of it: all, or those that are to be used.
-    Stop at the first verdict `until`."""
+    """Damage one file repeatedly, and judge what its readers return. Uses all readers of the file, or those of `used`.
+    Stops at the first verdict `until`."""
     path, used = scratch.targets()[target], used or readers(target)
     content = scratch.bytes_of(path)
     before = [scratch.read_by(reader) for reader in used]
@@ -322,7 +322,7 @@ def judge(
                 what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 score.examples.append(f"{target}, {words}: {reader.__name__} raises {what}")
             if verdict == "silent":
-                score.examples.append(f"{target}, {words}: {reader.__name__} believes it")
+                score.examples.append(f"{target}, {words}: {reader.__name__} misses it")
             verdicts.add(verdict)
         worst = next(each for each in ("silent", "escaped", "seen", "harmless") if each in verdicts)
         score.counts[worst] += 1
@@ -333,7 +333,7 @@ def judge(
 
 
 def _job(whole: Path, variant: str, target: str, truncations: int, flips: int) -> Score:
-    """In a process of its own, on a copy of its own."""
+    """Judge one target in its own process, on its own copy."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=whole.parent) as folder:
         results = Path(shutil.copytree(whole, Path(folder) / "results"))
@@ -345,24 +345,24 @@ def _job(whole: Path, variant: str, target: str, truncations: int, flips: int) -
 COLUMNS = ("flips", "truncations", "seen", "harmless", "silent", "escaped")
 
 
-def told(scores: list[Score]) -> str:
-    """A table of what became of the damages."""
+def table(scores: list[Score]) -> str:
+    """Return a table of the verdicts."""
     lines = [f"{'file':<36} {'bytes':>8} " + " ".join(f"{name:>11}" for name in COLUMNS)]
     lines += [f"{each.target:<36} {each.size:>8} " + " ".join(f"{each.counts[name]:>11}" for name in COLUMNS)
               for each in scores]  # fmt: skip
-    together = sum((each.counts for each in scores), Counter())
-    lines.append(f"{'together':<36} {'':>8} " + " ".join(f"{together[name]:>11}" for name in COLUMNS))
+    total = sum((each.counts for each in scores), Counter())
+    lines.append(f"{'total':<36} {'':>8} " + " ".join(f"{total[name]:>11}" for name in COLUMNS))
     return "\n".join(lines)
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--flips", type=int, default=10_000, help="in all files together")
-    options.add_argument("--truncations", type=int, default=200, help="of each file")
-    options.add_argument("--only", default="", help="files whose name has this in it")
+    options.add_argument("--flips", type=int, default=10_000, help="total number")
+    options.add_argument("--truncations", type=int, default=200, help="per file")
+    options.add_argument("--only", default="", help="only files whose name contains this")
     options.add_argument("--jobs", type=int, default=2)
     given = options.parse_args()
-    memory = Path("/dev/shm")  # where a sync costs nothing
+    memory = Path("/dev/shm")  # syncs are free here
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         jobs = []
         for variant in VARIANTS:
@@ -371,13 +371,13 @@ def main() -> None:
             jobs += [(Path(folder) / variant, variant, target) for target in targets]
         each = -(-given.flips // len(jobs))
         jobs = [job for job in jobs if given.only in f"{job[1]}: {job[2]}"]
-        with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:  # which tells of a process that crashed
+        with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:  # reports a crashed process
             futures = [pool.submit(_job, *job, given.truncations, each) for job in jobs]
             scores = []
             for future in as_completed(futures):
                 scores.append(future.result())
                 print(f"{scores[-1].target}: {dict(scores[-1].counts)}", file=sys.stderr, flush=True)
-    print(told(sorted(scores, key=lambda score: score.target)))
+    print(table(sorted(scores, key=lambda score: score.target)))
     for example in [example for score in scores for example in score.examples][:40]:
         print(example)
     sys.exit(1 if any(score.broken for score in scores) else 0)

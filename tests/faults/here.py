@@ -1,4 +1,4 @@
-"""A run in this process, for what Ray would only make slower."""
+"""Run a study in this process, for tests that Ray would only make slower."""
 
 from collections.abc import Callable
 
@@ -13,15 +13,15 @@ from tune_kd.records.run_folder import Run
 from tune_kd.records.schema import TRIALS
 
 
-def go_on(run: Run, meet: Callable[[Driver], None] = lambda _: None) -> Driver:
-    """What `session.execute` does, with this process in the place of Ray. `meet` sees the driver before it begins."""
+def go_on(run: Run, setup: Callable[[Driver], None] = lambda _: None) -> Driver:
+    """Do what `session.execute` does, in this process instead of on Ray. `setup` gets the driver before it starts."""
     threads = torch.get_num_threads()
     ledger = rebuild.opened(run, lambda _: None)
     try:
         preflight.check(run, ledger.rows(TRIALS), 1)
         place = Workplace(None, run.folder.parent / "cache", run.teachers, run.checkpoints, checkpoint_every=0.0)
         driver = Driver(run.plan, run.name, run.folder, ledger, place, cpus=1.0, gpus=0.0)
-        meet(driver)
+        setup(driver)
         run_in_process(driver, place)
         return driver
     finally:

@@ -1,5 +1,5 @@
-"""Signals that ask a run to leave: to its driver alone, to its process group as `timeout` sends them, and to each of
-its processes as `scancel`, systemd and Kubernetes do; and kills of what of Ray a driver cannot do without."""
+"""Send a run a signal to exit: to its driver, to its process group as `timeout` does, or to all of its processes as
+`scancel`, systemd and Kubernetes do. Or kill a part of Ray that a driver needs."""
 
 import os
 import shutil
@@ -24,25 +24,25 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 TARGETS = ("driver", "group", "descendants")
 MOMENTS = ("importing", "starting", "connected", "training", "confirming", "ending")
 PARTS = {"agent": "ray::DashboardAgent", "control store": "gcs_server", "raylet": "raylet/raylet"}  # by command line
-WITHIN = 20.0  # seconds from a signal to the end
-START = 60.0  # seconds in which a moment has to come
+WITHIN = 20.0  # maximum seconds from a signal to the driver's exit
+START = 60.0  # maximum seconds until a moment is reached
 
 
-def come(life: Life, moment: str, epochs: int) -> bool:
-    """Whether a moment of a run is there; `epochs` are all that it will have."""
+def reached(life: Life, moment: str, epochs: int) -> bool:
+    """Whether a run has reached a moment. `epochs` is the total of the run."""
     if moment == "importing":
         return (life.run / "study.json").is_file()
     if moment == "starting":  # Ray does not answer yet
         return any(PARTS["control store"] in " ".join(each.cmdline()) for each in processes.tagged(life.tag))
     if moment == "connected":
-        return life.said.is_file() and b"Ray dashboard" in life.said.read_bytes()
+        return life.output.is_file() and b"Ray dashboard" in life.output.read_bytes()
     seen = len(lines(life.logs[-1])) if life.logs[-1].is_file() else 0
     return seen >= {"training": 2, "confirming": 0.6 * epochs, "ending": epochs}[moment]
 
 
 def send(number: signal.Signals, target: str, driver: "subprocess.Popen[bytes]") -> None:
     """Send a signal as a user, `timeout` or a scheduler does."""
-    if target == "group":  # `timeout` sends its own to the command, and then to the group
+    if target == "group":  # `timeout` signals its command, then the group
         driver.send_signal(number)
         with suppress(ProcessLookupError):
             os.killpg(driver.pid, number)
@@ -57,25 +57,25 @@ def send(number: signal.Signals, target: str, driver: "subprocess.Popen[bytes]")
 
 @dataclass(frozen=True)
 class Left:
-    """How a driver left."""
+    """How a driver exited."""
 
-    seconds: float  # from the signal to its end
-    drained: bool | None  # whether all trials were asked back; null where none had begun
-    found: list[str]  # what was wrong
+    seconds: float  # from the signal to its exit
+    drained: bool | None  # whether all started trials were drained; None if none had started
+    found: list[str]  # violations
 
 
 Case = tuple[str, Callable[[Life], Left]]
-"""What is done to a run, and its name."""
+"""A name, and a function that disturbs a run."""
 
 
 def leave(life: Life, number: signal.Signals, target: str, moment: str, epochs: int) -> Left:
-    """Run to a moment, send a signal, wait for the end."""
-    driver = life.go_on()
+    """Run until a moment, send a signal, and wait for the exit."""
+    driver = life.start_driver()
     end = time.monotonic() + START
-    while not come(life, moment, epochs):
+    while not reached(life, moment, epochs):
         if driver.poll() is not None or time.monotonic() > end:
             driver.kill()
-            return Left(0.0, None, [f"harness: the moment did not come: {life.last_words()}"])
+            return Left(0.0, None, [f"harness: the moment was not reached: {life.last_words()}"])
         time.sleep(0.02)
     sent = time.monotonic()
     send(number, target, driver)
@@ -84,14 +84,14 @@ def leave(life: Life, number: signal.Signals, target: str, moment: str, epochs: 
     except subprocess.TimeoutExpired:
         driver.kill()
         driver.wait()
-        return Left(3 * WITHIN, None, [f"it did not end within {3 * WITHIN:.0f} s: {life.last_words()}"])
+        return Left(3 * WITHIN, None, [f"it did not exit within {3 * WITHIN:.0f} s: {life.last_words()}"])
     seconds = time.monotonic() - sent
     found = [] if seconds <= WITHIN else [f"it took {seconds:.1f} s"]
-    # Python's own end is not the command's any more: there the system says what it died of.
+    # While Python itself exits, the command no longer handles signals, and the process dies of this one.
     if driver.returncode not in (128 + number, -number):
-        found.append(f"it ended with {driver.returncode}, not {128 + number}: {life.last_words()}")
-    elif driver.returncode == 128 + number and "continue with: python -m tune_kd resume" not in life.said.read_text():
-        found.append(f"it did not say how to go on: {life.last_words()}")
+        found.append(f"it exited with {driver.returncode}, not {128 + number}: {life.last_words()}")
+    elif driver.returncode == 128 + number and "continue with: python -m tune_kd resume" not in life.output.read_text():
+        found.append(f"it did not print how to continue: {life.last_words()}")
     if not processes.gone(life.tag, 3.0):
         found.append(f"processes are left: {[each.cmdline()[:3] for each in processes.tagged(life.tag)]}")
     rows = read(life.run).ledger.trials if (life.run / "ledger.sqlite").is_file() else None
@@ -100,15 +100,14 @@ def leave(life: Life, number: signal.Signals, target: str, moment: str, epochs: 
 
 
 def kill(life: Life, part: str) -> Left:
-    """Run, kill a process of Ray's, and wait for the end, which has status 3 and says what died.
+    """Run, kill a process of Ray, and wait for the exit, which must have status 3 and report what died.
 
-    Where that can be had, the driver's parent is process 1, as in a container: Ray's core then takes its chance to end
-    the driver by itself.
+    If possible, the driver's parent is process 1, as in a container: there, Ray's core may end the driver itself.
     """
-    driver = life.go_on(within=processes.CONTAINED if processes.containable() else ())
-    while not come(life, "training", 0):
+    driver = life.start_driver(within=processes.CONTAINED if processes.containable() else ())
+    while not reached(life, "training", 0):
         if driver.poll() is not None:
-            return Left(0.0, None, [f"harness: it ended before: {life.last_words()}"])
+            return Left(0.0, None, [f"harness: it exited before the kill: {life.last_words()}"])
         time.sleep(0.05)
     sent = time.monotonic()
     victims = [each for each in processes.tagged(life.tag) if any(PARTS[part] in word for word in each.cmdline()[:3])]
@@ -116,16 +115,15 @@ def kill(life: Life, part: str) -> Left:
         each.kill()
     driver.wait(120)
     seconds, found = time.monotonic() - sent, [] if victims else [f"harness: there is no {part}"]
-    if driver.returncode != 3 or "Ray died: its" not in life.said.read_text():
-        found.append(f"it ended with {driver.returncode}: {life.last_words()}")
+    if driver.returncode != 3 or "Ray died: its" not in life.output.read_text():
+        found.append(f"it exited with {driver.returncode}: {life.last_words()}")
     if not processes.gone(life.tag, 3.0):
         found.append(f"processes are left: {[each.cmdline()[:3] for each in processes.tagged(life.tag)]}")
     return Left(seconds, None, found)
 
 
 def rounds(folder: Path, cases: Sequence[Case], settings: Sequence[str], say: Callable[[str], None]) -> list[str]:
-    """Each case in a run of its own, which is then resumed and held against one that was never disturbed. Returns all
-    findings."""
+    """Run each case in a new run, which is then resumed and compared with an undisturbed one. Returns all findings."""
     path, all_found = study.write(folder), list[str]()
     reference = study.reference(path, folder / "whole", settings)
     drained, longest = Counter[bool | None](), 0.0
@@ -134,9 +132,9 @@ def rounds(folder: Path, cases: Sequence[Case], settings: Sequence[str], say: Ca
             left = case(life)
             found = list(left.found)
             if (life.run / "study.json").is_file():
-                status = life.go_on().wait(200)
+                status = life.start_driver().wait(200)
                 found += life.check_ended(status, reference)
-                found += [] if status == 0 else [f"`resume` ended with {status}: {life.last_words()}"]
+                found += [] if status == 0 else [f"`resume` exited with {status}: {life.last_words()}"]
         drained[left.drained] += 1
         longest = max(longest, left.seconds)
         how = {True: "drained", False: "NOT drained", None: "nothing to drain"}[left.drained]
@@ -157,13 +155,13 @@ def signalled(number: signal.Signals, target: str, moment: str, epochs: int) -> 
 
 def leaving(
     seeds: Annotated[int, typer.Option(help="Confirmation seeds of the study.")] = 2,
-    epochs: Annotated[int, typer.Option(help="Epochs of each trial; so many that a run does not end without Ray.")] = 8,
+    epochs: Annotated[int, typer.Option(help="Epochs of each trial: too many to finish without Ray.")] = 8,
     times: Annotated[int, typer.Option(help="Kills of each part of Ray.")] = 3,
     keep: Annotated[Path | None, typer.Option(help="Folder for runs with findings.", show_default=False)] = None,
-    only: Annotated[str, typer.Option(help="Cases whose name has these words.")] = "",
+    only: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
 ) -> None:
     """Send each signal to driver, group and all processes at six moments, kill parts of Ray, resume, and check."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the reference, too, is to be computed on the CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the reference must be computed on the CPU, too
     total = epochs * (4 * (seeds + 1) + 1)
     cases = [signalled(number, target, moment, total)
              for number in SIGNALS for target in TARGETS for moment in MOMENTS]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A run that has several drivers, one after another, because the ones before were killed."""
+"""A run that needs several drivers in turn, because earlier ones are killed."""
 
 import shutil
 import subprocess
@@ -18,20 +18,20 @@ from faults.checker import lines, violations
 
 @dataclass
 class Life:
-    """One run of the tiny study, below `folder`. As a context: nothing that it started is left."""
+    """A run of the tiny study, below `folder`. As a context manager, it kills all remaining processes on exit."""
 
     folder: Path
     path: Path  # of the study's file
     settings: Sequence[str]
     checkpoint_every: float = 30.0
     name: str = "run"
-    logs: list[Path] = field(default_factory=list)  # of the witnesses, one a driver
+    logs: list[Path] = field(default_factory=list)  # of the witnesses, one per driver
     killed_at: float = float("-inf")  # monotonic time of the last kill of a driver or a raylet
-    unbegun: int = 0  # times that there was a folder without a `study.json`, which `run` has to take over
+    unbegun: int = 0  # number of drivers that found a folder without `study.json`, which `run` must take over
 
     def __enter__(self) -> "Life":
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.home = Path(tempfile.mkdtemp(prefix="faults-"))  # short: Ray's sockets are in it
+        self.home = Path(tempfile.mkdtemp(prefix="faults-"))  # a short path, since Ray's sockets are in it
         self.tag = uuid.uuid4().hex
         self.shm_before = processes.shared_memory()
         return self
@@ -45,15 +45,15 @@ class Life:
         return self.folder / "results" / self.name
 
     @property
-    def said(self) -> Path:
-        """What its drivers have said."""
-        return self.folder / "said.txt"
+    def output(self) -> Path:
+        """The output of all drivers."""
+        return self.folder / "output.txt"
 
-    def go_on(
+    def start_driver(
         self, extra: Mapping[str, str] | None = None, options: Sequence[str] = (), within: Sequence[str] = ()
     ) -> subprocess.Popen[bytes]:
-        """Start a driver: `resume` with these options where the run has begun, else `run`. `extra` is added to its
-        environment; `within` is the command that starts it."""
+        """Start a driver: `resume` with `options` if the run has begun, else `run`. `extra` is added to its
+        environment; `within` is a command that wraps it."""
         begun = (self.run / "study.json").is_file()
         self.unbegun += not begun and self.run.exists()
         begin = study.arguments(self.path, self.folder / "results", self.name, self.settings)
@@ -61,24 +61,24 @@ class Life:
         self.began = time.time()
         env = processes.environment(self.tag, self.home, extra)
         command = ["resume", str(self.run), *options] if begun else begin
-        return processes.start(self.logs[-1], command, env, self.said, self.checkpoint_every, within)
+        return processes.start(self.logs[-1], command, env, self.output, self.checkpoint_every, within)
 
     @property
     def epochs(self) -> list[list[dict[str, Any]]]:
-        """What each driver has acknowledged."""
+        """The epochs that each driver acknowledged."""
         return [lines(log) for log in self.logs]
 
     def first_epoch_after(self) -> float | None:
-        """Seconds from the start of the newest driver to its first acknowledged epoch; null where there was none."""
+        """Seconds from the start of the newest driver to its first acknowledged epoch; None if there is none."""
         acknowledged = lines(self.logs[-1])
         return acknowledged[0]["at"] - self.began if acknowledged else None
 
     def check_between(self) -> list[str]:
-        """The violations after a driver's death, before the next is started."""
+        """Return the violations after a driver has died, before the next one starts."""
         return violations(self.run, witness=self.logs) if (self.run / "study.json").is_file() else []
 
     def check_ended(self, exit_status: int | None, reference: Path | None, patience: float = 20.0) -> list[str]:
-        """The violations after the last driver has ended, once its processes have had time to leave."""
+        """Return the violations after the last driver has ended and its processes have had time to exit."""
         lingering = processes.AGENTS if time.monotonic() - self.killed_at < processes.LINGER else ()
         processes.gone(self.tag, patience, lingering)
         found = violations(
@@ -88,12 +88,13 @@ class Life:
         return [each for each in found if not any(agent in each for agent in lingering)]
 
     def last_words(self) -> str:
-        return " / ".join(self.said.read_text(errors="replace").splitlines()[-3:])[-300:] if self.said.exists() else ""
+        text = self.output.read_text(errors="replace") if self.output.exists() else ""
+        return " / ".join(text.splitlines()[-3:])[-300:]
 
 
 @dataclass
 class Progress:
-    """Whether a driver still does something: its witness's log grows. A start and a report take no minute."""
+    """Tells whether a driver is stuck: its witness's log no longer grows. Starts and reports take under a minute."""
 
     life: Life
     patience: float
@@ -112,11 +113,11 @@ class Progress:
 
 @contextmanager
 def place(keep: Path | None) -> Iterator[Path]:
-    """A folder for runs: `keep`, or a temporary one that is removed when nothing went wrong in it."""
+    """A folder for runs: `keep`, or a temporary one that is removed unless an exception is raised."""
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
         yield keep.absolute()
         return
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    yield folder  # an exception leaves it, to be looked at
+    yield folder  # after an exception it stays, for inspection
     shutil.rmtree(folder, ignore_errors=True)

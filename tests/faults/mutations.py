@@ -1,7 +1,7 @@
-"""Files of a results folder as a stranger could have made them: altered in one place, with digests that fit.
+"""Alter files of a results folder as a stranger could: in one place, with matching digests.
 
-Every digest lies beside what it protects, so whoever alters a file can make it anew. A mutation is chosen by `Chance`
-alone: of one seed and one folder, it is the same again.
+Every digest is stored beside the data that it protects, so anybody who alters a file can also update its digest. Only
+`Chance` determines a mutation: the same seed and folder give the same mutation.
 """
 
 import base64
@@ -35,17 +35,17 @@ from tune_kd.study.discover import from_json
 from tune_kd.study.plan import plan
 
 AUDIT, MARK = "audit.json", ".mirror.json"
-ALONE = "theirs"  # what tables begin with that no run wrote
-TWICE = "@@twice@@"  # at the end of a key that stands twice in a file
-PLANNED_WITHIN = 2  # seconds that the plan of an altered study may take here
+ALONE = "theirs"  # prefix of tables that no run wrote
+TWICE = "@@twice@@"  # suffix of a key that is written twice
+PLANNED_WITHIN = 2  # maximum seconds to plan an altered study here
 
 Chance = random.Random
-Tree = Any  # what JSON holds
+Tree = Any  # a value in JSON
 
 
 @dataclass(frozen=True)
 class Raw:
-    """Text that stands in JSON as it is, and that of what is read of it, where that is another."""
+    """Text that is written into JSON verbatim, and the text of the value that is read back, if it differs."""
 
     written: str
     read: str | None = None
@@ -53,10 +53,10 @@ class Raw:
 
 @dataclass(frozen=True)
 class Stranger:
-    """A copy of a results folder that is altered, and what lies around it."""
+    """A copy of a results folder to alter, and the folders around it."""
 
-    root: Path  # holds all of what follows
-    port: int  # on loopback, where nobody may come
+    root: Path  # contains everything below
+    port: int  # on loopback; a connection to it is a violation
 
     @property
     def results(self) -> Path:
@@ -68,12 +68,12 @@ class Stranger:
 
     @property
     def canary(self) -> Path:
-        """A folder outside, which must stay as it is."""
+        """A folder outside of the results, which must not change."""
         return self.root / "canary"
 
     @property
     def evil(self) -> Path:
-        """A study's file among the results."""
+        """A study file inside the results."""
         return self.run / "evil.py"
 
     @property
@@ -83,7 +83,7 @@ class Stranger:
 
 @dataclass(frozen=True)
 class Mutation:
-    """What was altered, and whether all digests fit it, as far as it has some."""
+    """What was altered, and whether all of its digests match."""
 
     what: str
     fits: bool
@@ -95,14 +95,14 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text):,} characters)"
 
 
-def nasties(stranger: Stranger) -> list[Any]:
-    """Values that nobody expects, where JSON may have them."""
+def bad_values(stranger: Stranger) -> list[Any]:
+    """Return unexpected values that JSON can have."""
     long = "x" * 1_000_000
     deep = Raw("[" * 200_000 + "]" * 200_000)
     deep_object = Raw('{"a": ' * 50_000 + "1" + "}" * 50_000)
     numbers = [-1, 0, 1, 2, 10**9, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**30, -(2**63)]
     floats = [0.5, -0.0, 1e-320, 1e308, -1e308, math.nan, math.inf, -math.inf, Raw("1e999", "Infinity")]
-    floats += [Raw("9" * 5000)]  # more digits than Python reads
+    floats += [Raw("9" * 5000)]  # more digits than Python parses
     paths = ["../../x", "..", ".", "/dev/zero", "/etc/passwd", "/", "~/x", "a/b\x00c", "/proc/self/mem"]
     paths += [str(stranger.evil), str(stranger.canary / "evil.py"), str(stranger.canary / "new")]
     places = [stranger.store, f"http://127.0.0.1:{stranger.port}/x", f"file://{stranger.canary}/x", "gs://x/y"]
@@ -117,7 +117,7 @@ def nasties(stranger: Stranger) -> list[Any]:
 
 
 def text_of(value: Tree, *, as_read: bool = False, **options: Any) -> str:
-    """JSON with what is `Raw` as it is; `as_read`, without what a key that stands twice has first."""
+    """Return JSON with `Raw` values verbatim. If `as_read`, return it as parsed: of two equal keys, the second."""
     raws: list[Raw] = []
 
     def plain(each: Tree) -> Tree:
@@ -136,12 +136,12 @@ def text_of(value: Tree, *, as_read: bool = False, **options: Any) -> str:
 
 
 def digest(value: Tree) -> str:
-    """As `tune_kd.study.trial.digest`."""
+    """Like `tune_kd.study.trial.digest`."""
     return hashlib.sha256(text_of(value, as_read=True, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def sealed(record: Tree) -> bytes:
-    """As `tune_kd.system.files.sealed`."""
+    """Like `tune_kd.system.files.sealed`."""
     seal = hashlib.sha256(text_of(record, as_read=True, sort_keys=True).encode()).hexdigest()
     if isinstance(record, dict):
         return text_of({**record, "sha256": seal}, indent=1).encode()
@@ -155,7 +155,7 @@ def unsealed(path: Path) -> Tree:
 
 
 def alter(tree: Tree, chance: Chance, bad: Sequence[Any], into: Sequence[str] = ()) -> tuple[Tree, str]:
-    """A copy in which one place is another, and what was done; as often as not below one of the keys `into`."""
+    """Return a copy with one change, and its description. Six of ten changes are below one of the keys `into`."""
     tree = copy.deepcopy(tree)
     held, keys = tree, list[Any]()
     if into and chance.random() < 0.6 and (there := [each for each in into if tree.get(each)]):
@@ -166,7 +166,7 @@ def alter(tree: Tree, chance: Chance, bad: Sequence[Any], into: Sequence[str] = 
         held = held[keys[-1]]
     if not keys:
         new = chance.choice(bad)
-        return new, f"all of it is {short(new)}"
+        return new, f"the whole is {short(new)}"
     above = tree
     for key in keys[:-1]:
         above = above[key]
@@ -180,11 +180,11 @@ def alter(tree: Tree, chance: Chance, bad: Sequence[Any], into: Sequence[str] = 
         return tree, f"{named} is gone"
     if how < 0.86 and isinstance(above, dict):
         above[f"{key}{TWICE}"] = above.pop(key)
-        return tree, f"{named} stands there twice"
+        return tree, f"{named} is there twice"
     if how < 0.92 and isinstance(above, dict):
         new = chance.choice([each for each in bad if type(each) is str])
         above[new] = above.pop(key)
-        return tree, f"{named} is called {short(new)}"
+        return tree, f"{named} is renamed to {short(new)}"
     if isinstance(above, list):
         above[key : key + 1] = [above[key]] * chance.choice((2, 100))
         return tree, f"{named} is repeated"
@@ -192,24 +192,24 @@ def alter(tree: Tree, chance: Chance, bad: Sequence[Any], into: Sequence[str] = 
     if others:
         other = chance.choice(others)
         above[key], above[other] = above[other], above[key]
-        return tree, f"{named} and {other} have each other's values"
+        return tree, f"{named} and {other} are swapped"
     above["more"] = chance.choice(bad)
-    return tree, f"{named} has a neighbour, {short(above['more'])}"
+    return tree, f"{named} has a new neighbour, {short(above['more'])}"
 
 
 def alter_more(tree: Tree, chance: Chance, bad: Sequence[Any], into: Sequence[str] = ()) -> tuple[Tree, str]:
-    """One place, or now and then a few."""
-    said = []
+    """Like `alter`, with one to three changes."""
+    changes = []
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
         tree, what = alter(tree, chance, bad, into if isinstance(tree, dict) else ())
-        said.append(what)
+        changes.append(what)
         if not isinstance(tree, dict | list):
             break
-    return tree, "; ".join(said)
+    return tree, "; ".join(changes)
 
 
 def study(stranger: Stranger, chance: Chance) -> Mutation:
-    """`study.json`, with all of its digests and the trials that follow from it."""
+    """Alter `study.json`, and update its digests and its list of trials."""
     path = stranger.run / STUDY
     before = unsealed(path)
     if chance.random() < 0.1:
@@ -222,7 +222,7 @@ def study(stranger: Stranger, chance: Chance) -> Mutation:
         arms = [{"name": arm["name"], "role": arm["role"]} for arm in before["arms"]]
         start["extended"] = {"study": before["study"], "study_sha256": before["study_sha256"], "arms": arms,
                              "searches": [], "at": "2026-01-01T00:00:00+00:00"}  # fmt: skip
-    record, what = alter_more(start, chance, nasties(stranger), fields)
+    record, what = alter_more(start, chance, bad_values(stranger), fields)
     if isinstance(record, dict):
         sums = [(record, "study", "study_sha256"), (record, "contrasts", "contrasts_sha256")]
         sums += [(record["extended"], "study", "study_sha256")] if isinstance(record.get("extended"), dict) else []
@@ -232,17 +232,17 @@ def study(stranger: Stranger, chance: Chance) -> Mutation:
         if record.get("trials") == before["trials"]:
             record["trials"] = _planned(record) or record["trials"]
     path.write_bytes(sealed(record))
-    if chance.random() < 0.25:  # a run of which nothing has run yet
+    if chance.random() < 0.25:  # as before the first trial of a run
         for each in (COMMITS, DIGESTS, *(f"{LEDGER}{end}" for end in ("", "-wal", "-shm"))):
             (stranger.run / each).unlink(missing_ok=True)
         for schema in SCHEMAS:
             (stranger.run / f"{schema.name}.parquet").unlink(missing_ok=True)
-        what += "; nothing has run yet"
+        what += "; no trial has run yet"
     return Mutation(what, True)
 
 
 def _planned(record: Tree) -> list[str] | None:
-    """The ids that a study's trials have, where they can be told in time."""
+    """Return the ids of a study's trials; None if planning fails or takes too long."""
 
     def late(number: int, frame: object) -> None:
         raise TimeoutError
@@ -261,13 +261,13 @@ def _planned(record: Tree) -> list[str] | None:
 
 
 def plain(name: str) -> Callable[[Stranger, Chance], Mutation]:
-    """A file of JSON that has no digest."""
+    """Return a mutation of a JSON file that has no digest."""
 
     def mutation(stranger: Stranger, chance: Chance) -> Mutation:
         path = stranger.run / name
         if chance.random() < 0.2:
             return Mutation(flipped(path, chance), True)
-        tree, what = alter_more(json.loads(path.read_bytes()), chance, nasties(stranger))
+        tree, what = alter_more(json.loads(path.read_bytes()), chance, bad_values(stranger))
         path.write_text(text_of(tree))
         return Mutation(what, True)
 
@@ -275,21 +275,21 @@ def plain(name: str) -> Callable[[Stranger, Chance], Mutation]:
 
 
 def digests(stranger: Stranger, chance: Chance) -> Mutation:
-    """`tables.json`."""
+    """Alter `tables.json`."""
     path = stranger.run / DIGESTS
-    tree, what = alter_more(unsealed(path), chance, nasties(stranger))
+    tree, what = alter_more(unsealed(path), chance, bad_values(stranger))
     path.write_bytes(sealed(tree))
     return Mutation(what, True)
 
 
 def mark(stranger: Stranger, chance: Chance) -> Mutation:
-    """A mark that says that a folder stands for one in a store."""
+    """Add a mark that makes a folder the mirror of a store."""
     folders = [stranger.results, stranger.run, stranger.results / "teachers", stranger.run / "checkpoints"]
     folder = chance.choice(folders)
     folder.mkdir(exist_ok=True)
     tree: Tree = {"url": stranger.store}
     if chance.random() < 0.6:
-        tree, what = alter_more(tree, chance, nasties(stranger))
+        tree, what = alter_more(tree, chance, bad_values(stranger))
     else:
         what = f"is {stranger.store}"
     (folder / MARK).write_text(text_of(tree))
@@ -300,7 +300,7 @@ def mark(stranger: Stranger, chance: Chance) -> Mutation:
 
 
 def damaged(data: bytes, chance: Chance) -> tuple[bytes, str]:
-    """Bytes with a few of them changed, cut off, put in, repeated, or none left."""
+    """Return bytes with some of them changed, cut off, inserted or repeated, or other bytes; and a description."""
     how, size = chance.random(), len(data)
     place = chance.randrange(size) if size else 0
     if how < 0.55 and size:
@@ -313,8 +313,8 @@ def damaged(data: bytes, chance: Chance) -> tuple[bytes, str]:
         return data[:place], f"cut to {place} bytes"
     if how < 0.82:
         more = chance.randbytes(chance.choice((1, 4, 1000)))
-        return data[:place] + more + data[place:], f"{len(more)} bytes put in at {place}"
-    if how < 0.88 and size >= 8:  # counts and lengths are small where they are whole
+        return data[:place] + more + data[place:], f"{len(more)} bytes inserted at {place}"
+    if how < 0.88 and size >= 8:  # intact counts and lengths are small
         at = min(place, size - 4)
         extreme = chance.choice((b"\xff" * 4, b"\0" * 4, b"\xff\xff\xff\x7f"))
         return data[:at] + extreme + data[at + 4 :], f"{extreme.hex()} at {at}"
@@ -335,7 +335,7 @@ def flipped(path: Path, chance: Chance) -> str:
 
 
 def ledger(stranger: Stranger, chance: Chance) -> Mutation:
-    """Rows with other cells, tables that are none, and facts. The count of transactions and the rows' sums fit."""
+    """Alter cells, facts or the schema of the ledger. The transaction count and the rows' checksums match."""
     path = stranger.run / LEDGER
     how = chance.random()
     if how < 0.15:
@@ -345,13 +345,13 @@ def ledger(stranger: Stranger, chance: Chance) -> Mutation:
         base.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         what = (_cells if how < 0.60 else _schema)(base, stranger, chance)
     fits = True
-    if chance.random() < 0.1:  # a page of a file whose sums fit otherwise
+    if chance.random() < 0.1:  # damage beside matching checksums
         what, fits = f"{what}; and {flipped(path, chance)}", False
     return Mutation(what, fits)
 
 
 def _cells(base: sqlite3.Connection, stranger: Stranger, chance: Chance) -> str:
-    said = []
+    changes = []
     for _ in range(chance.choice((1, 1, 2))):
         schema = chance.choice(SCHEMAS)
         names = list(schema.columns)
@@ -359,25 +359,25 @@ def _cells(base: sqlite3.Connection, stranger: Stranger, chance: Chance) -> str:
         if not rows:
             continue
         number, name = chance.choice(rows), chance.choice(names)
-        bad = [each for each in nasties(stranger) if each is None or isinstance(each, int | float | str)]
+        bad = [each for each in bad_values(stranger) if each is None or isinstance(each, int | float | str)]
         bad = [each for each in bad if not isinstance(each, int) or abs(each) < 2**63]
         bad += [b"\xff\x00", math.inf, *(each for each in (schema.levels.get(name) or ()))]
         value = chance.choice(bad)
         with suppress(UnicodeEncodeError, sqlite3.IntegrityError, OverflowError):
             which = "1" if chance.random() < 0.1 else f"number = {number}"
             base.execute(f'UPDATE {schema.name} SET "{name}" = ? WHERE {which}', [value])
-            said.append(f"{schema.name}.{name} of row {number} is {short(value)}")
+            changes.append(f"{schema.name}.{name} of row {number} is {short(value)}")
     if chance.random() < 0.1:
         count = chance.choice((0, 1, 10**11, 10**12 - 1))
         base.execute("INSERT OR REPLACE INTO facts VALUES ('commits', ?)", [counted(count).decode()])
         (stranger.run / COMMITS).write_bytes(counted(count))
-        said.append(f"{count} transactions")
-    _summed(base)
-    return "; ".join(said) or "nothing"
+        changes.append(f"{count} transactions")
+    _update_checksums(base)
+    return "; ".join(changes) or "nothing"
 
 
-def _summed(base: sqlite3.Connection) -> None:
-    """Every row has the check sum of what it holds."""
+def _update_checksums(base: sqlite3.Connection) -> None:
+    """Update the checksum of every row."""
     for schema in SCHEMAS:
         names = ", ".join(f'"{name}"' for name in schema.columns)
         for number, *cells in base.execute(f"SELECT number, {names} FROM {schema.name}").fetchall():
@@ -391,7 +391,7 @@ ENDS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x <
 
 
 def _schema(base: sqlite3.Connection, stranger: Stranger, chance: Chance) -> str:
-    """Something else in the place of a table, or beside one."""
+    """Replace a table, or add something beside it."""
     schema = chance.choice(SCHEMAS)
     table, names = schema.name, ", ".join(f'"{name}"' for name in schema.columns)
     numbers = ", ".join("x" for _ in schema.columns)
@@ -434,10 +434,10 @@ def _schema(base: sqlite3.Connection, stranger: Stranger, chance: Chance) -> str
          "(SELECT rootpage FROM sqlite_master WHERE name = 'trials') WHERE name = 'epochs'"],
         ["PRAGMA writable_schema = ON", f"UPDATE sqlite_master SET sql = 'nonsense' WHERE name = '{table}'"],
         [f"CREATE TRIGGER t BEFORE INSERT ON {table} BEGIN SELECT ({ENDLESS} SELECT count(*) FROM c); END",
-         "PRAGMA writable_schema = ON",  # under a name that the ledger takes for SQLite's own
+         "PRAGMA writable_schema = ON",  # under a name like SQLite's own
          "UPDATE sqlite_master SET name = 'sqlite_t', sql = replace(sql, 'TRIGGER t', 'TRIGGER sqlite_t') "
          "WHERE name = 't'"],
-        [f"ALTER TABLE {table} RENAME TO sqliteless",  # no trace of the old name in a master that is not compared
+        [f"ALTER TABLE {table} RENAME TO sqliteless",  # the old table gets a name like SQLite's own
          f"CREATE VIEW {table} AS {ENDLESS} SELECT x AS number, {names}, crc FROM sqliteless, c"],
     ]  # fmt: skip
     statements = chance.choice(options)
@@ -445,12 +445,12 @@ def _schema(base: sqlite3.Connection, stranger: Stranger, chance: Chance) -> str
         for statement in statements:
             base.execute(statement)
     except sqlite3.Error as error:
-        return f"{'; '.join(statements)[:200]} (as far as {error})"
+        return f"{'; '.join(statements)[:200]} (until {error})"
     return "; ".join(statements)[:300]
 
 
 def commits(stranger: Stranger, chance: Chance) -> Mutation:
-    """`ledger.commits`."""
+    """Alter `ledger.commits`."""
     path = stranger.run / COMMITS
     if chance.random() < 0.3:
         return Mutation(flipped(path, chance), False)
@@ -464,7 +464,7 @@ def commits(stranger: Stranger, chance: Chance) -> Mutation:
 
 
 def parquet(stranger: Stranger, chance: Chance) -> Mutation:
-    """A table of a run, with its digest."""
+    """Alter a table of a run, and its digest."""
     schema = chance.choice((SCHEMAS[0], *SCHEMAS))
     path = stranger.run / f"{schema.name}.parquet"
     what = f"{path.name}: {_table(path, stranger, chance)}"
@@ -477,7 +477,7 @@ def parquet(stranger: Stranger, chance: Chance) -> Mutation:
 
 
 def theirs(stranger: Stranger, chance: Chance) -> Mutation:
-    """A table of somebody else's, which has no digest."""
+    """Alter a table that no run wrote, and that has no digest."""
     schema = chance.choice((SCHEMAS[0], *SCHEMAS))
     path = stranger.results / f"{ALONE}_{schema.name}.parquet"
     return Mutation(f"{path.name}: {_table(path, stranger, chance)}", True)
@@ -505,15 +505,15 @@ def _table(path: Path, stranger: Stranger, chance: Chance) -> str:
     elif how < 0.70:
         what, table = chance.choice([
             (f"{name} is gone", table.drop_columns([name])),
-            (f"{name} stands there twice", table.append_column(name, table[name])),
-            (f"{name} is called otherwise", table.rename_columns(
+            (f"{name} is there twice", table.append_column(name, table[name])),
+            (f"{name} is renamed", table.rename_columns(
                 [chance.choice(("", "\x1b[2J", "\x00", "x" * 100_000)) if each == name else each
                  for each in table.column_names])),
             ("no columns", table.select([])),
             ("no rows", table.slice(0, 0)),
             ("a column of lists", table.append_column("more", pa.array([[[1]]] * rows))),
         ])  # fmt: skip
-    elif how < 0.80:  # small files of large tables
+    elif how < 0.80:  # large tables in small files
         what, table, options = chance.choice(_bombs(table, place))()
     elif how < 0.92:
         what, table = _metadata(table, stranger, chance)
@@ -540,12 +540,12 @@ def _of_type(kind: Any, stranger: Stranger, chance: Chance) -> Any:
         return chance.choice([None, -1, 0, 1, 10**9, 2**31, 2**53 + 1, 2**63 - 1, -(2**63)])
     if pa.types.is_floating(kind):
         return chance.choice([None, -1.0, -0.0, 2.0, 1e308, -1e308, 1e-320, math.nan, math.inf, -math.inf])
-    texts = [each for each in nasties(stranger) if type(each) is str and each != "\ud800"]
+    texts = [each for each in bad_values(stranger) if type(each) is str and each != "\ud800"]
     return chance.choice([None, *texts, "stopped", "failed", "blocked", "teacher", "screen", "x/y", "a\nb|c&d"])
 
 
 def _columns(rows: int) -> list[Any]:
-    """Columns of types that no table of ours has."""
+    """Return columns of types that our tables do not have."""
     two = rows // 2
     return [
         pa.nulls(rows),
@@ -602,11 +602,11 @@ def _bombs(table: Any, place: int) -> list[Callable[[], tuple[str, Any, dict[str
 
 
 def _metadata(table: Any, stranger: Stranger, chance: Chance) -> tuple[str, Any]:
-    """What pandas and Arrow have written for themselves beside the columns."""
+    """Alter the metadata that pandas and Arrow write beside the columns."""
     known = dict(table.schema.metadata or {})
     if chance.random() < 0.3:
         arrow = base64.b64encode(damaged(table.schema.serialize().to_pybytes(), chance)[0])
-        return "Arrow's schema is another", table.replace_schema_metadata({**known, b"ARROW:schema": arrow})
+        return "Arrow's schema is altered", table.replace_schema_metadata({**known, b"ARROW:schema": arrow})
     if chance.random() < 0.2:
         field = table.schema.field(0)
         kinds = ("arrow.py_extension_type", "arrow.json", "arrow.fixed_shape_tensor", "pandas.period")
@@ -615,20 +615,20 @@ def _metadata(table: Any, stranger: Stranger, chance: Chance) -> tuple[str, Any]
         return f"{field.name} is an extension, {named['ARROW:extension:name']}", table.cast(schema)
     tree = json.loads(known.get(b"pandas", b'{"index_columns": [], "columns": []}'))
     if chance.random() < 0.5:
-        tree, what = alter_more(tree, chance, nasties(stranger))
+        tree, what = alter_more(tree, chance, bad_values(stranger))
     else:
         named = chance.choice(table.column_names)
         index = [named], ["__index_level_0__"], [{"kind": "range", "name": None, "start": 0, "stop": 2**62, "step": 1}]
         tree["index_columns"] = chance.choice((*index, [named, named], [["a"]], {"a": 1}))
         what = f"index_columns is {short(tree['index_columns'])}"
-    return f"pandas' words: {what}", table.replace_schema_metadata({**known, b"pandas": text_of(tree).encode()})
+    return f"pandas' metadata: {what}", table.replace_schema_metadata({**known, b"pandas": text_of(tree).encode()})
 
 
 # safetensors
 
 
 def checkpoint(stranger: Stranger, chance: Chance) -> Mutation:
-    """The state of an unfinished trial, under the name that its bytes give it."""
+    """Alter a checkpoint of an unfinished trial, and the digest in its name."""
     paths = sorted(stranger.run.glob("checkpoints/*/*.safetensors"))
     path = paths[-1] if chance.random() < 0.8 else chance.choice(paths)
     data, what = _state(path.read_bytes(), stranger, chance)
@@ -644,7 +644,7 @@ def checkpoint(stranger: Stranger, chance: Chance) -> Mutation:
 
 
 def weights(stranger: Stranger, chance: Chance) -> Mutation:
-    """A teacher's weights, with the digest in its card."""
+    """Alter a teacher's weights, and the digest in its card."""
     card = _card(stranger)
     path = card.with_name("weights.safetensors")
     data, what = _state(path.read_bytes(), stranger, chance)
@@ -652,16 +652,16 @@ def weights(stranger: Stranger, chance: Chance) -> Mutation:
     fits = chance.random() < 0.95
     if fits:
         card.write_bytes(sealed({**unsealed(card), "weights_sha256": hashlib.sha256(data).hexdigest()}))
-    if chance.random() < 0.7:  # students need what is gone
+    if chance.random() < 0.7:  # so that students need the weights
         shutil.rmtree(card.parent / "answers")
         what += "; no answers"
     return Mutation(what, fits)
 
 
 def card(stranger: Stranger, chance: Chance) -> Mutation:
-    """What a teacher's card says."""
+    """Alter a teacher's card."""
     path = _card(stranger)
-    tree, what = alter_more(unsealed(path), chance, nasties(stranger), ("trial", "epochs"))
+    tree, what = alter_more(unsealed(path), chance, bad_values(stranger), ("trial", "epochs"))
     path.write_bytes(sealed(tree))
     return Mutation(what, True)
 
@@ -671,18 +671,18 @@ def _card(stranger: Stranger) -> Path:
 
 
 def _state(data: bytes, stranger: Stranger, chance: Chance) -> tuple[bytes, str]:
-    """Tensors and notes, other than they were."""
+    """Alter the tensors or notes of a safetensors file."""
     how = chance.random()
     if how < 0.15:
         return damaged(data, chance)
     size = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
     if how < 0.30:
-        notes, what = alter_more(json.loads(header["__metadata__"]["notes"]), chance, nasties(stranger))
+        notes, what = alter_more(json.loads(header["__metadata__"]["notes"]), chance, bad_values(stranger))
         header["__metadata__"]["notes"] = text_of(notes)
         what = f"notes: {what}"
     elif how < 0.60:
-        header, what = alter_more(header, chance, nasties(stranger), list(header))
+        header, what = alter_more(header, chance, bad_values(stranger), list(header))
     elif how < 0.70:
         long = chance.choice((0, 1, size - 1, size + 1, 2**31, 2**63, 2**64 - 1))
         return struct.pack("<Q", long) + data[8:], f"a header of {long} bytes"
@@ -720,7 +720,7 @@ def _tensors(data: bytes, header: Tree, chance: Chance) -> tuple[bytes, str]:
 
 
 def answers(stranger: Stranger, chance: Chance) -> Mutation:
-    """What a teacher answered, with its digests."""
+    """Alter a teacher's cached logits, and their digests."""
     table = chance.choice(sorted(stranger.results.glob("teachers/*/answers/*/*")))
     logits, sums = table / "logits.f32", table / "digests.sha256"
     if chance.random() < 0.4:
@@ -742,7 +742,7 @@ def answers(stranger: Stranger, chance: Chance) -> Mutation:
     return Mutation(f"all answers are {value}", True)
 
 
-# What is there instead of a file
+# Other things in place of a file
 
 
 NEW = (
@@ -753,7 +753,7 @@ HOW = ("link", "link", "link", "dangling", "hard link", "fifo", "folder", "socke
 
 
 def replaced(stranger: Stranger, chance: Chance) -> Mutation:
-    """A link to outside, a FIFO, a socket or a folder where a file or a folder is, or one would be made."""
+    """Put a link to the outside, a FIFO, a socket or a folder in place of an existing or expected file or folder."""
     there = sorted(each for each in stranger.results.rglob("*") if each.name != "evil.py")
     top = [each for each in there if each.parent == stranger.run]
     path = chance.choice(chance.choice((top, there)))
@@ -779,7 +779,7 @@ def replaced(stranger: Stranger, chance: Chance) -> Mutation:
         os.mkfifo(path)
     elif what == "socket":
         here = os.getcwd()
-        os.chdir(path.parent)  # the path of a socket may have 108 bytes
+        os.chdir(path.parent)  # the path of a socket may have at most 108 bytes
         with suppress(OSError), socket.socket(socket.AF_UNIX) as made:
             made.bind(path.name)
         os.chdir(here)
@@ -794,11 +794,11 @@ def replaced(stranger: Stranger, chance: Chance) -> Mutation:
 
 
 def named(stranger: Stranger, chance: Chance) -> Mutation:
-    """A second run under a name that is none."""
+    """Add a second run with an invalid name."""
     name = chance.choice(("\x1b[2J", "a\nb", "-h", "--out", "..x", "~", "x" * 200, "%s", "[bold]", "'", "\udcff"))
     other = stranger.results / name
     shutil.copytree(stranger.run, other, ignore=lambda _, names: [each for each in names if each == "report"])
-    return Mutation(f"a run called {name!r}", True)
+    return Mutation(f"a run named {name!r}", True)
 
 
 KINDS: dict[str, tuple[float, Callable[[Stranger, Chance], Mutation]]] = {
@@ -818,7 +818,7 @@ KINDS: dict[str, tuple[float, Callable[[Stranger, Chance], Mutation]]] = {
     "links and others": (7.5, replaced),
     "names": (1, named),
 }
-"""What is mutated, and of a hundred files how many."""
+"""Kinds of mutations, with their shares in per cent."""
 
 
 def mutate(stranger: Stranger, chance: Chance, kind: str) -> Mutation:
@@ -827,5 +827,5 @@ def mutate(stranger: Stranger, chance: Chance, kind: str) -> Mutation:
 
 
 def chosen(chance: Chance) -> str:
-    """A kind of file."""
+    """Choose a kind of mutation."""
     return chance.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]

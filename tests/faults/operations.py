@@ -1,7 +1,7 @@
-"""Every storage operation of a run fails in turn: the first, the second, ... until a run passes without one.
+"""Make each storage operation of a run fail in turn: the first, the second, ... until a run passes without a failure.
 
-In this process, with real training. `once` is a disk with a hiccup, `onwards` one that is gone until the run is over.
-What then goes on is a new driver, on a disk that works again.
+Runs are in this process, with real training. `once` is a disk with a transient error, `onwards` a disk that fails until
+the run is over. Then a new driver continues on a disk that works again.
 """
 
 import builtins
@@ -59,19 +59,19 @@ def smallest() -> Study:
 
 @dataclass
 class Disk:
-    """Counts the operations on files under a folder, and fails the one of number `at`, or all from it on."""
+    """Counts the operations on files under a folder. Number `at` fails, and if `onwards`, so do all after it."""
 
     folder: Path
     at: int | None = None
     onwards: bool = False
     count: int = 0
-    said: str = ""  # which operation failed first
+    failed: str = ""  # the first operation that failed
     _files: set[int] = field(default_factory=set)  # descriptors of files in the folder
 
     def _pass(self, what: str) -> None:
         self.count += 1
         if self.at is not None and (self.count == self.at or (self.onwards and self.count > self.at)):
-            self.said = self.said or what
+            self.failed = self.failed or what
             raise OSError(errno.EIO, "Input/output error", what)
 
     def _ours(self, target: Any) -> bool:
@@ -93,7 +93,7 @@ class Disk:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """All of this process's operations on the folder pass through here: of `os`, of files, and of SQLite."""
+        """Within this context, count this process's operations on the folder: those of `os`, of files and of SQLite."""
         real_connect, disk = sqlite3.connect, self
 
         class Connection(sqlite3.Connection):
@@ -127,7 +127,7 @@ class Disk:
 
 @dataclass
 class Witness:
-    """What a driver acknowledged, in a log of the form of `witness.py`, in a place that has no faults."""
+    """Logs what a driver acknowledges, in the format of `witness.py`, outside of the folder with faults."""
 
     log: Path
 
@@ -146,7 +146,7 @@ class Witness:
 
 
 def start(out: Path, witness: Witness) -> int:
-    """What `run` does, in this process; its exit status."""
+    """Do what `run` does, in this process. Returns the exit status."""
     study = smallest()
     digest = load_declared(study.data, None, say=lambda _: None, progress=False).digest
     run = Run("r", out / "r", study, digest, None, {})
@@ -154,7 +154,7 @@ def start(out: Path, witness: Witness) -> int:
 
 
 def resume(out: Path, witness: Witness) -> int:
-    """What `resume` does, in this process; its exit status."""
+    """Do what `resume` does, in this process. Returns the exit status."""
     return _status(lambda: _through(reopen(find(out, "r")), witness, new=False))
 
 
@@ -174,7 +174,7 @@ def _status(command: Callable[[], int]) -> int:
 
 
 def violations(out: Path, witness: Witness, reference: Path) -> list[str]:
-    """I1 to I7 of a run that has come to its end."""
+    """Return the violations of I1 to I7 by a run that has ended."""
     found = checker.read(out / "r")
     return [
         *checker.contiguous(found),
@@ -190,17 +190,17 @@ def violations(out: Path, witness: Witness, reference: Path) -> list[str]:
 
 @dataclass
 class Score:
-    """What became of so many runs, each with another operation that failed."""
+    """Counts over runs in which different operations failed."""
 
     passes: int = 0
-    unharmed: int = 0  # runs that completed all the same
-    resumed: int = 0  # that another driver completed
-    begun_anew: int = 0  # that had not come so far that there was a run
+    unharmed: int = 0  # runs that completed anyway
+    resumed: int = 0  # runs that another driver completed
+    begun_anew: int = 0  # runs that failed before they existed
     found: list[str] = field(default_factory=list)
 
 
 def fail_each(root: Path, every: int, onwards: bool, say: Callable[[str], None]) -> Score:
-    """Fail the first operation, the one `every` further on, ... until a run passes without one that failed."""
+    """Fail the first operation, then each `every`-th one after it, until a run passes without a failure."""
     score = Score()
     reference = root / "reference"
     assert start(reference, Witness(root / "reference.log")) == 0
@@ -210,32 +210,32 @@ def fail_each(root: Path, every: int, onwards: bool, say: Callable[[str], None])
         witness, disk = Witness(root / f"{number}.log"), Disk(out, number, onwards)
         with disk.in_use():
             status = start(out, witness)
-        if not disk.said:
+        if not disk.failed:
             say(f"{score.passes} runs; the last one passed {disk.count} operations, of which none failed")
             return score
         score.passes += 1
         found = _after(out, witness, reference / "r", status, score)
-        score.found += [f"operation {number} ({disk.said}): {each}" for each in found]
+        score.found += [f"operation {number} ({disk.failed}): {each}" for each in found]
         for each in found:
-            say(f"operation {number} ({disk.said}): {each}")
+            say(f"operation {number} ({disk.failed}): {each}")
         shutil.rmtree(out, ignore_errors=True)
         number += every
 
 
 def _after(out: Path, witness: Witness, reference: Path, status: int, score: Score) -> list[str]:
-    """What is wrong after a run that ended with `status`, and after another driver has completed it."""
+    """Return the violations after a run that ended with `status`, and after another driver has continued it."""
     if status == 0:
         score.unharmed += 1
         return violations(out, witness, reference)
     if not (out / "r" / "study.json").is_file():
         score.begun_anew += 1
         if witness.log.exists():
-            return ["I2: epochs were acknowledged, and there is no run"]
+            return ["I2: epochs were acknowledged, but there is no run"]
         shutil.rmtree(out, ignore_errors=True)
         return [] if start(out, witness) == 0 else ["I7: a new run does not complete"]
     score.resumed += 1
     if status == 1:
-        return ["I7: a disk made trials fail"]
+        return ["I7: an error of the disk made trials fail"]
     again = resume(out, witness)
     if again != 0:
         return [f"I7: resume ends with {again}"]
@@ -243,10 +243,10 @@ def _after(out: Path, witness: Witness, reference: Path, status: int, score: Sco
 
 
 def operations(
-    every: Annotated[int, typer.Option(help="Fail each n-th operation only.")] = 1,
+    every: Annotated[int, typer.Option(help="Fail only every n-th operation.")] = 1,
     mode: Annotated[list[str] | None, typer.Option(help="once, onwards; both by default. Repeatable.")] = None,
 ) -> None:
-    """Fail every storage operation of a run in turn, once and from then on, and print the score."""
+    """Make every storage operation of a run fail in turn, once and permanently, and print the score."""
     torch.set_num_threads(1)
     bad = 0
     with TemporaryDirectory(prefix="tune_kd-faults-") as folder, patch.object(files, "PAUSES", (0.0, 0.0)):
@@ -256,7 +256,7 @@ def operations(
             score = fail_each(root, every, each == "onwards", typer.echo)
             bad += len(score.found)
             typer.echo(
-                f"{each}: {score.passes} operations failed in turn; {score.unharmed} runs completed all the same, "
+                f"{each}: {score.passes} operations failed in turn; {score.unharmed} runs completed anyway, "
                 f"{score.resumed} were completed by `resume`, {score.begun_anew} had not begun; "
                 f"violations: {len(score.found)}"
             )

@@ -1,4 +1,4 @@
-"""Processes of a run under fault: started in a session of their own, found by a mark in their environment."""
+"""Processes of a run with faults: started in a new session, and found by a tag in their environment."""
 
 import os
 import shutil
@@ -18,16 +18,16 @@ WITNESS = Path(__file__).with_name("witness.py")
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 NOT_TRIALS = ("ray::IDLE", *AGENTS)
 SHARED = "/dev/shm"
-LINGER = 75.0  # seconds: Ray's agents wait a minute for a head that was killed, and leave then
+LINGER = 75.0  # seconds: Ray's agents wait a minute for a killed head before they exit
 
 
 def environment(tag: str, home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What a run's processes see: this checkout, the mark, and folders below `home` for all that they leave."""
+    """Return the environment of a run's processes: this checkout, the tag, and folders below `home` for other files."""
     return {
         **os.environ,
         "PYTHONPATH": ROOT,
         TAG: tag,
-        "SPT_NOENV": "1",  # or Ray's workers would write their titles over the mark
+        "SPT_NOENV": "1",  # otherwise the titles of Ray's workers would overwrite the tag
         "TMPDIR": str(home),
         "RAY_TMPDIR": str(home),
         "XDG_CACHE_HOME": str(home / "cache"),
@@ -35,12 +35,12 @@ def environment(tag: str, home: Path, extra: Mapping[str, str] | None = None) ->
     }
 
 
-# As in a container: processes of their own, of which the first is the driver's parent.
+# As in a container: a new process namespace, in which process 1 is the driver's parent.
 CONTAINED = ("unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", '"$@"; exit $?', "sh")
 
 
 def containable() -> bool:
-    """Whether this user may start processes as in a container."""
+    """Whether this user may create a process namespace."""
     return (
         shutil.which("unshare") is not None
         and subprocess.run([*CONTAINED, "true"], stderr=subprocess.DEVNULL).returncode == 0
@@ -48,27 +48,27 @@ def containable() -> bool:
 
 
 def start(
-    log: Path, arguments: Sequence[str], env: Mapping[str, str], said: Path, checkpoint_every: float = 30.0,
+    log: Path, arguments: Sequence[str], env: Mapping[str, str], output: Path, checkpoint_every: float = 30.0,
     within: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:  # fmt: skip
-    """A witnessed `tune_kd` command, `within` another. What it says goes to the file `said`: a pipe that nobody empties
-    would stop it."""
+    """Start a witnessed `tune_kd` command, wrapped in the command `within`. Its output goes to a file, since a full
+    pipe would block it."""
     every = ["--checkpoint-every", str(checkpoint_every)]
     command = [*within, sys.executable, str(WITNESS), *every, str(log), "--", *arguments]
-    with said.open("ab") as sink:
+    with output.open("ab") as sink:
         return subprocess.Popen(
             command, env=dict(env), cwd=log.parent, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
         )
 
 
-def say_where(driver: "subprocess.Popen[bytes]") -> None:
-    """Have a driver that hangs say where: it is the first child of the process around it."""
+def print_stack(driver: "subprocess.Popen[bytes]") -> None:
+    """Make a hung driver print its stack. The driver is the first child of the process that was started."""
     with suppress(psutil.Error, IndexError):
         psutil.Process(driver.pid).children()[0].send_signal(signal.SIGUSR2)
 
 
 def tagged(tag: str) -> list[psutil.Process]:
-    """All living processes with this mark, whoever their parents are by now."""
+    """Return all living processes with this tag, whatever their parents."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
@@ -78,7 +78,7 @@ def tagged(tag: str) -> list[psutil.Process]:
 
 
 def workers(tag: str) -> list[psutil.Process]:
-    """The processes that train trials, which name themselves after them."""
+    """Return the processes that train trials. Their titles name the trials."""
     return [each for each in tagged(tag) if (title := _title(each)).startswith("ray::") and title not in NOT_TRIALS]
 
 
@@ -87,7 +87,7 @@ def raylets(tag: str) -> list[psutil.Process]:
 
 
 def gone(tag: str, seconds: float, besides: Sequence[str] = ()) -> bool:
-    """Wait until no process with the mark is left, but those that are named so. False where some still are there."""
+    """Wait until no process with the tag is left, except those with titles in `besides`. Returns False if some are."""
     end = time.monotonic() + seconds
     while any(_title(each) not in besides for each in tagged(tag)):
         if time.monotonic() > end:
@@ -97,7 +97,7 @@ def gone(tag: str, seconds: float, besides: Sequence[str] = ()) -> bool:
 
 
 def clean_up(tag: str) -> None:
-    """Kill what is left of a run, by process id."""
+    """Kill the remaining processes of a run, by process id."""
     for process in tagged(tag):
         with suppress(psutil.Error):
             process.kill()
@@ -105,7 +105,7 @@ def clean_up(tag: str) -> None:
 
 
 def shared_memory() -> set[str]:
-    """What lies in /dev/shm, and no living process has open or mapped: not what others are using meanwhile."""
+    """Return the files in /dev/shm that no living process has open or mapped: others may be using those."""
     there = os.path.isdir(SHARED)
     names = {each.name for each in os.scandir(SHARED) if not each.is_dir()} if there else set[str]()
     return names - _in_use() if names else names

@@ -1,6 +1,6 @@
-"""Two processes want the same thing at once: one run, one name, or one teacher.
+"""Let two processes compete for one run, one name or one teacher.
 
-python tests/faults/races.py          100 races for a lock, 20 for a teacher, 3 of the whole command `resume`
+python tests/faults/races.py          100 races for a run, 20 for a name, 20 for a teacher, 3 of the command `resume`
 """
 
 import argparse
@@ -43,7 +43,7 @@ SENTENCE = re.compile(r"which process (\d+) on (\S+) holds since (\d{4}-\d\d-\d\
 
 
 def at_once(code: str, folder: Path, *names: str) -> list["subprocess.Popen[str]"]:
-    """Two processes of the same code, each with its name, that set out at one time."""
+    """Start the same code in a process per name, and release all of them at the same time."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     both = [
@@ -62,24 +62,24 @@ def at_once(code: str, folder: Path, *names: str) -> list["subprocess.Popen[str]
 
 
 def for_a_run(folder: Path, code: str = RESUME) -> str | None:
-    """What was wrong with a race of two drivers for one folder; null where one won and the other was told who."""
+    """Race two drivers for one folder. Returns what went wrong; None if one won and the other named the winner."""
     both = at_once(code, folder, "same", "same")
     began = time.monotonic()
     while all(each.poll() is None for each in both) and time.monotonic() < began + 60:
         time.sleep(0.02)
     left = time.monotonic() - began
     losers = [each for each in both if each.poll() is not None]
-    ends = {each: each.communicate(timeout=60) for each in both}  # which tells the winner to leave
+    ends = {each: each.communicate(timeout=60) for each in both}  # closes the winner's input, so that it exits
     if len(losers) != 1:
-        return f"{len(losers)} of two processes left: {list(ends.values())}"
+        return f"{len(losers)} of two processes exited: {list(ends.values())}"
     (winner,) = (each for each in both if each not in losers)
     if ends[winner] != ("won\n", "") or winner.returncode != 0:
         return f"the winner says {ends[winner]}"
     refused = ends[losers[0]][1]
     if left > 10:
-        return f"the other left after {left:.1f} s"
+        return f"the other exited after {left:.1f} s"
     if code == BEGIN and re.search(r"exists|cannot be created", refused):
-        return None  # who comes second to a name is told that there is such a run
+        return None  # a second run with a name may also learn only that the name exists
     found = SENTENCE.search(refused)
     if found is None or (int(found[1]), found[2]) != (winner.pid, platform.node()):
         return f"the other says {refused.strip()!r}, and {winner.pid} holds it"
@@ -87,7 +87,7 @@ def for_a_run(folder: Path, code: str = RESUME) -> str | None:
 
 
 def for_a_name(out: Path) -> str | None:
-    """The same with two new runs of one name."""
+    """Race two new runs for one name. Returns like `for_a_run`."""
     return for_a_run(out, BEGIN)
 
 
@@ -100,7 +100,7 @@ train(Path(sys.argv[1]), sys.argv[2])
 
 
 def train(out: Path, name: str) -> None:
-    """A run under `out`, in this process; each needs the teacher of the other."""
+    """Train a run under `out`, in this process. All such runs need the same teacher."""
     import torch
 
     from conftest import tiny
@@ -125,7 +125,7 @@ def train(out: Path, name: str) -> None:
 
 
 def for_a_teacher(out: Path) -> str | None:
-    """What was wrong with two runs that needed one teacher at once; null where both have it, trained once."""
+    """Race two runs for one teacher. Returns what went wrong; None if it was trained once and both used it."""
     from tune_kd.execute.verify import verify
     from tune_kd.records import reader
     from tune_kd.system.files import unsealed
@@ -155,7 +155,7 @@ def for_a_teacher(out: Path) -> str | None:
 
 
 def for_a_run_by_command(out: Path) -> str | None:
-    """The same with the real command: twice `resume` of a run in which nothing is left to do."""
+    """Race two `resume` commands of a run that has completed. Returns like `for_a_run`."""
     folder = out / "one"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tune_kd", "resume", str(folder)]
@@ -164,9 +164,9 @@ def for_a_run_by_command(out: Path) -> str | None:
     ends = {each: each.communicate(timeout=300) for each in both}
     statuses = sorted(each.returncode for each in both)
     if statuses == [0, 0]:
-        return None  # the second came when the first had left, and found nothing to do
+        return None  # the second started after the first had exited
     if statuses != [0, 2]:
-        return f"they end with {statuses}: {[wrong[-300:] for _, wrong in ends.values()]}"
+        return f"they exit with {statuses}: {[wrong[-300:] for _, wrong in ends.values()]}"
     (refused,) = (wrong for each, (_, wrong) in ends.items() if each.returncode == 2)
     winner = next(each for each in both if each.returncode == 0)
     found = SENTENCE.search(refused)

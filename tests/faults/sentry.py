@@ -1,7 +1,7 @@
-"""What a process does that a file from a stranger must not make it do, seen through Python's audit events.
+"""Record the forbidden actions of a process that reads a stranger's files, by Python's audit events.
 
-Code that lies among the stranger's files, or is unpickled; files changed elsewhere than where they may be; connections;
-other programs. A hook cannot be taken out again, so it belongs into a process that ends.
+Forbidden are code from the stranger's files or from a pickle, changes of files outside the writable folders,
+connections, and other programs. An audit hook cannot be removed, so it belongs in a process that soon ends.
 """
 
 import os
@@ -16,8 +16,8 @@ PACKAGE = str(Path(__file__).parents[2] / "tune_kd")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "pty.spawn")
 CONNECTIONS = ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostbyname")
-HARMLESS = (os.devnull, "/proc/self/clear_refs")  # the second makes the system count this process's memory anew
-# Which of an event's values are paths that are changed, and whether a link there is followed.
+HARMLESS = (os.devnull, "/proc/self/clear_refs")  # the second resets the peak of this process's memory
+# For each event, the positions of the changed paths in its arguments, and whether a link is followed.
 CHANGES = {
     "os.remove": ((0, False),),
     "os.rmdir": ((0, False),),
@@ -34,25 +34,25 @@ CHANGES = {
     "shutil.rmtree": ((0, False),),
 }
 FOLDERS = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.rename": 2, "os.link": 2, "os.symlink": 2}
-"""Where an event has the descriptor of the folder that its first path is relative to."""
+"""For each event, the position of the descriptor of the folder to which its first path is relative."""
 
 
 @dataclass(frozen=True)
 class Sight:
-    """Something that must not be: `kind` is code, outside or connection."""
+    """A forbidden action. `kind` is code, outside or connection."""
 
     kind: str
     what: str
-    place: str  # in tune_kd, from where it came: FILE:LINE FUNCTION
+    place: str  # the line of tune_kd that led to it: FILE:LINE FUNCTION
     stack: str = ""
 
 
 @dataclass
 class Sentry:
-    """Sees what its process does from `watch` on."""
+    """Records the forbidden actions of its process after `watch` is called."""
 
-    strangers: Path  # no code from below here
-    writable: tuple[Path, ...]  # what may be changed lies below these
+    strangers: Path  # code below this folder must not run
+    writable: tuple[Path, ...]  # files below these folders may be changed
     seen: dict[tuple[str, str], Sight] = field(default_factory=dict)
     _busy: bool = False
 
@@ -60,7 +60,7 @@ class Sentry:
         sys.addaudithook(self._hook)
 
     def taken(self) -> list[dict[str, str]]:
-        """What was seen since this was asked before."""
+        """Return the actions since the last call."""
         found = [asdict(each) for each in self.seen.values()]
         self.seen.clear()
         return found
@@ -73,7 +73,7 @@ class Sentry:
             found = JUDGES[event](self, event, values)
             if found is not None:
                 sight = Sight(*found, *where(sys._getframe(1)))
-                self.seen.setdefault((sight.kind, sight.place), sight)  # one of a place says it
+                self.seen.setdefault((sight.kind, sight.place), sight)  # one per line of tune_kd is enough
         finally:
             self._busy = False
 
@@ -150,7 +150,7 @@ JUDGES: dict[str, Judge] = {
 
 
 def where(frame: FrameType | None) -> tuple[str, str]:
-    """The innermost line of tune_kd that led to a frame, and all of its lines on the way there."""
+    """Return the innermost line of tune_kd that led to a frame, and up to eight of its lines on the stack."""
     lines = []
     while frame is not None:
         if frame.f_code.co_filename.startswith(PACKAGE):

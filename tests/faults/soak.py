@@ -1,4 +1,4 @@
-"""Hours of one driver under faults: whether it grows, loses or leaves anything."""
+"""Run one driver for hours with faults, and check for memory growth, lost rows, and leftovers."""
 
 import os
 import random
@@ -20,7 +20,7 @@ from faults.life import Life, Progress, place
 
 SAMPLE_EVERY = 10.0  # seconds
 WARM_UP = 300.0  # seconds: imports, caches, Ray's own buffers
-DRAIN = 120.0  # seconds from SIGTERM to the driver's end, at the most
+DRAIN = 120.0  # maximum seconds from SIGTERM to the driver's exit
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Memory:
     samples: list[tuple[float, int]] = field(default_factory=list)  # (seconds since the start, bytes)
 
     def at(self, seconds: float) -> int:
-        """The first sample from then on; the last where there is none."""
+        """Return the first sample at or after `seconds`, else the last one."""
         return next((size for when, size in self.samples if when >= seconds), self.samples[-1][1])
 
     def table(self, warm: float) -> str:
@@ -46,7 +46,7 @@ class Memory:
 
 @dataclass
 class Soak:
-    """One driver, accompanied."""
+    """A driver whose workers are killed and whose memory is sampled."""
 
     life: Life
     chance: random.Random
@@ -57,13 +57,13 @@ class Soak:
     memory: Memory = field(default_factory=Memory)
 
     def accompany(self, driver: "subprocess.Popen[bytes]", seconds: float) -> list[str]:
-        """Kill a worker now and then, until the time is over. Returns what was found on the way."""
+        """Kill a worker every `fault_every` seconds until the time is over. Returns the violations."""
         began = time.monotonic()
         sample_at, fault_at = began, began + self.fault_every
         progress = Progress(self.life, self.patience)
         while driver.poll() is None and (now := time.monotonic()) - began < seconds:
             if progress.stuck:
-                processes.say_where(driver)
+                processes.print_stack(driver)
                 return [f"I7: the driver hung: no epoch in {self.patience:.0f} s"]
             if now >= sample_at:
                 self._sample(driver.pid, now - began)
@@ -72,7 +72,7 @@ class Soak:
                 fault_at += self.fault_every
                 self._kill_worker()
             time.sleep(0.1)
-        return [] if driver.poll() is None else ["harness: the study ended before the time; give it more --seeds"]
+        return [] if driver.poll() is None else ["harness: the study ended too early; use more --seeds"]
 
     def _sample(self, pid: int, seconds: float) -> None:
         with suppress(psutil.Error):
@@ -89,7 +89,7 @@ class Soak:
 
 
 def end(driver: "subprocess.Popen[bytes]") -> int | None:
-    """SIGTERM, and the status with which the driver ends; null where it does not."""
+    """Send SIGTERM. Returns the driver's exit status; None if it does not exit."""
     driver.send_signal(signal.SIGTERM)
     try:
         return driver.wait(DRAIN)
@@ -100,8 +100,8 @@ def end(driver: "subprocess.Popen[bytes]") -> int | None:
 def one_long_run(
     life: Life, seconds: float, fault_every: float, seed: int, patience: float, say: Callable[[str], None]
 ) -> list[str]:
-    """A driver for so many seconds, a fault now and then, SIGTERM at its end. Returns the violations."""
-    driver = life.go_on()
+    """Run a driver for `seconds` with regular faults, then send SIGTERM. Returns the violations."""
+    driver = life.start_driver()
     soak = Soak(life, random.Random(seed), fault_every, patience, say)
     with Reader(life.run, every=1.0) as reader:
         found = soak.accompany(driver, seconds)
@@ -121,13 +121,13 @@ def one_long_run(
 def soak(
     minutes: Annotated[float, typer.Option(help="How long the driver runs.")] = 60.0,
     fault_every: Annotated[float, typer.Option(help="Seconds between faults.")] = 60.0,
-    seed: Annotated[int, typer.Option(help="Of the victims.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the victims.")] = 0,
     keep: Annotated[Path | None, typer.Option(help="Folder for the run.", show_default=False)] = None,
-    seeds: Annotated[int | None, typer.Option(help="Of the study; enough by default.", show_default=False)] = None,
+    seeds: Annotated[int | None, typer.Option(help="Confirmation seeds. Default: enough.", show_default=False)] = None,
     epochs: Annotated[int, typer.Option(help="Epochs of each trial.")] = 20,
-    patience: Annotated[float, typer.Option(help="Seconds without an epoch after which a driver hangs.")] = 90.0,
+    patience: Annotated[float, typer.Option(help="Seconds without an epoch until a driver counts as hung.")] = 90.0,
 ) -> None:
-    """Run one driver for long, kill a worker a minute, and see whether it grows, loses or leaves anything."""
+    """Run one driver for hours, kill a worker per minute, and check for memory growth, lost rows and leftovers."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     settings = study.settings(seeds or max(3, round(10 * minutes)), epochs)
     with place(keep) as folder, Life(folder / "soak", study.write(folder), settings) as life:

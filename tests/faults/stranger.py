@@ -1,13 +1,13 @@
-"""Does a results folder from a stranger do anything that it must not? Files of one are altered, with digests that fit,
-and every command that reads one is run over them.
+"""Can a results folder from a stranger make a command do something forbidden? Alter files of a results folder, with
+matching digests, and run every command that reads one.
 
-A file counts as a VIOLATION where a command runs code of the stranger's or another program, writes elsewhere than into
-the folder, connects to somewhere, takes longer than 10 s or more than 2 GB, ends with a traceback, by a signal, or with
-another status than 0, 1, 2 or 3. Training is cut short, and runs in the command's own process in the place of Ray.
+A file counts as a VIOLATION if a command runs code of the stranger or another program, writes outside of the folder,
+makes a connection, takes more than 10 s or 2 GB, or ends with a traceback, by a signal, or with another status than 0,
+1, 2 or 3. Training is cut short, and runs in the command's own process instead of on Ray.
 
     python tests/faults/stranger.py                                     5,000 files; about an hour on two cores
     python tests/faults/stranger.py --files 200 --seed 7 --jobs 1
-    python tests/faults/stranger.py --seed 7 --only 123 --keep FOLDER   one of them again, which is then in FOLDER
+    python tests/faults/stranger.py --seed 7 --only 123 --keep FOLDER   repeat one file, and keep it in FOLDER
 """
 
 import argparse
@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # as a command; of this checkout
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as a command: import this checkout
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
@@ -63,14 +63,14 @@ from tune_kd.study.trial import Epoch
 from tune_kd.study.tuning import LogUniform, Range, Tuning
 from tune_kd.system import environment, streams
 
-WITHIN = 10.0  # seconds that a command may take
-IDLE = 3.0  # seconds without work after which a process waits
+WITHIN = 10.0  # maximum seconds for a command
+IDLE = 3.0  # seconds without work after which a process counts as waiting
 MOST_BYTES = 2 * 2**30  # of memory
-MOST_EPOCHS = 3  # that a resumed run trains here
-TEXTS = ("md", "csv", "tex")  # that reports have
+MOST_EPOCHS = 3  # maximum number of epochs that a resumed run trains here
+TEXTS = ("md", "csv", "tex")  # formats of reports
 FORMATS = reporting.FORMATS
-FIGURES_EVERY = 25  # files whose report has figures, too
-SAID = 2000  # characters of what a command said last that are kept
+FIGURES_EVERY = 25  # every 25th file, reports include figures
+LAST = 2000  # last characters of a command's output to keep
 STATUSES = (0, 1, 2, 3)
 BASES = ("finished", "cut", "tuned")
 EVIL = """
@@ -81,8 +81,8 @@ from faults.damage import study
 
 
 def make_bases(folder: Path) -> None:
-    """Results folders of whole runs: one that has ended, one whose driver was killed, and one that is tuned. Each has
-    tables of somebody else's beside the run."""
+    """Create results folders of intact runs: one that has finished, one whose driver was killed, and one that is tuned.
+    Each also has tables that no run wrote."""
     torch.set_num_threads(1)
     source = folder / "tiny.py"
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def make_bases(folder: Path) -> None:
 
 
 def _as_by_command(path: Path, file: Path | None) -> None:
-    """Have a plan say what the command `run` puts into it, too: shares, and the study's file."""
+    """Add to a plan what the command `run` records: resource shares, and the study's file."""
     record = mutations.unsealed(path)
     shares = {"gpus_per_trial": 0.0, "cpus_per_trial": 1.0, "max_concurrent": None, "keep_checkpoints": False}
     record["settings"] = {**shares, "track": []}
@@ -124,14 +124,14 @@ def _as_by_command(path: Path, file: Path | None) -> None:
 
 
 def forms(number: int, quick: bool) -> tuple[str, ...]:
-    """What reports of a file consist of; in short, files take turns."""
+    """Return the formats of a file's reports. If `quick`, files take turns."""
     if number % FIGURES_EVERY == 0:
         return FORMATS
     return (TEXTS[number % len(TEXTS)],) if quick else TEXTS
 
 
 def commands(stranger: Stranger, made: Sequence[str], kind: str, study: Path) -> list[list[str]]:
-    """What is run over a folder, in this order: `resume` may change it. Reports are made in these forms."""
+    """Return the commands for a folder, in order, since `resume` may change it. `made` are the formats of reports."""
     folder, out, formats = str(stranger.run), ["--out", str(stranger.results)], ["--format", ",".join(made)]
     if kind == "tables of others":
         return [["report", str(stranger.results / ALONE), "--to", str(stranger.results / "report"), *formats]]
@@ -154,8 +154,8 @@ READERS = {
     "audit.json": ("plan",),
     "holder.json": ("status", "resume"),
 }
-"""Which commands open a file, where it is not for all of them."""
-LONG = ("report", "resume")  # take most of the time
+"""The commands that open a kind of file, if not all of them do."""
+LONG = ("report", "resume")  # commands that take most of the time
 
 
 def run_here(
@@ -166,7 +166,7 @@ def run_here(
     data: Any = None,
     trackers: Sequence[Any] = (),
 ) -> None:
-    """In the place of Ray: trials one after another in this process, and after some epochs none any more."""
+    """Replace Ray: run trials in turn in this process, and drain the driver after `MOST_EPOCHS` epochs."""
     left = MOST_EPOCHS
 
     def some(task: Task, place: Workplace) -> Iterator[Epoch]:
@@ -182,13 +182,13 @@ def run_here(
 
 
 def without_ray(tmp: Path) -> None:
-    """From here on, this process finds no Ray to connect to, and does with a driver what Ray would."""
+    """Replace Ray in this process: commands connect to no cluster, and trials run here."""
     cluster = connection.Cluster(cpus=2.0, gpus=0.0, dashboard=None, ours=False, logs=tmp, parts=(), guarded=True)
     connection.connect = lambda address, metadata=None: cluster
     connection.check_nodes = lambda folder, patience=0.0: None
     ray_tune.run_on_ray = run_here  # type: ignore[assignment]
-    ledger.TABLES_APART = 0.0  # a pause for readers
-    environment.check_places = lambda address: None  # which are Ray's
+    ledger.TABLES_APART = 0.0  # no pause for readers
+    environment.check_places = lambda address: None  # these folders are Ray's
 
 
 Made = Callable[[Stranger, Chance, str], Mutation]
@@ -196,9 +196,9 @@ Made = Callable[[Stranger, Chance, str], Mutation]
 
 @dataclass(frozen=True)
 class Violation:
-    """What a command did that it must not. `place` is the line of tune_kd, where it is known."""
+    """A forbidden action of a command. `place` is the line of tune_kd, if known."""
 
-    kind: str  # code, outside, connection, hang, memory, traceback, signal, status; or harness, which has a fault
+    kind: str  # code, outside, connection, hang, memory, traceback, signal, status; or harness, for a bug here
     command: str
     what: str
     place: str
@@ -216,7 +216,7 @@ class Ended:
 
 @dataclass
 class Outcome:
-    """What became of a mutated folder."""
+    """The results of all commands on a mutated folder."""
 
     number: int
     kind: str
@@ -224,7 +224,7 @@ class Outcome:
     mutation: Mutation
     ended: list[Ended] = field(default_factory=list)
     violations: list[Violation] = field(default_factory=list)
-    around: dict[str, str] = field(default_factory=dict)  # what lay around it before the commands
+    around: dict[str, str] = field(default_factory=dict)  # files around it before the commands
 
 
 # In the child
@@ -234,11 +234,11 @@ def child(
     stranger: Stranger,
     todo: Sequence[Sequence[str]],
     to: int,
-    meet: Callable[[], None],
+    setup: Callable[[], None],
     before: Callable[[], Mutation] | None,
 ) -> NoReturn:
-    """Run commands as the command line does, telling the parent of each through a pipe. `before` mutates the folder,
-    `meet` may change this process."""
+    """Run commands like the command line, and report each to the parent through a pipe. `before` mutates the folder,
+    `setup` may patch this process."""
     tell = os.fdopen(to, "w")
 
     def say(**words: Any) -> None:
@@ -246,7 +246,7 @@ def child(
         tell.flush()
 
     try:
-        _settle(stranger)
+        _isolate(stranger)
         tmp = stranger.root / "tmp"
         without_ray(tmp)
         if before is not None:
@@ -254,7 +254,7 @@ def child(
             mutation = before()
             say(what=mutation.what, fits=mutation.fits, around=fingerprint(stranger))
         resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_BYTES, MOST_BYTES))
-        meet()
+        setup()
         sentry = Sentry(stranger.root, (stranger.results, tmp, stranger.root / "cwd"))
         lock = _locked(stranger.run / ".lock")
         faulthandler.register(signal.SIGUSR2, (tmp / "where").open("w"), all_threads=False)
@@ -264,14 +264,14 @@ def child(
                 os.close(lock)
                 lock = None
             say(begun=" ".join([arguments[0], *(each for each in arguments if each == "--verify")]), number=place)
-            said, began = tmp / "said", time.monotonic()
-            status, trace = _command(arguments, said)
-            words = said.read_text(errors="replace")
+            output, began = tmp / "output", time.monotonic()
+            status, trace = _command(arguments, output)
+            words = output.read_text(errors="replace")
             say(
                 status=status,
                 seconds=time.monotonic() - began,
                 seen=sentry.taken(),
-                said=words[-SAID:],
+                output=words[-LAST:],
                 trace=trace or _traced(words),
             )
     except BaseException:
@@ -280,8 +280,8 @@ def child(
         os._exit(0)
 
 
-def _settle(stranger: Stranger) -> None:
-    """A process group, a home and a folder of its own, and the warnings of a command."""
+def _isolate(stranger: Stranger) -> None:
+    """Give this process its own session, home and folders, and the warning filters of a command."""
     os.setsid()
     os.chdir(stranger.root / "cwd")
     for name in [name for name in os.environ if name.startswith(("XDG_", "AWS_", "MLFLOW_", "WANDB_", "RAY_"))]:
@@ -299,7 +299,7 @@ def _settle(stranger: Stranger) -> None:
 
 
 def _locked(path: Path) -> int | None:
-    """Hold a run's lock, as a driver would: only then does anybody read who holds it."""
+    """Hold a run's lock like a driver: only then do commands read who holds it."""
     if not path.is_file() or path.is_symlink():
         return None
     lock = os.open(path, os.O_RDWR)
@@ -307,9 +307,9 @@ def _locked(path: Path) -> int | None:
     return lock
 
 
-def _command(arguments: Sequence[str], said: Path) -> tuple[Any, str]:
-    """A command's exit status, and the traceback with which it ended where it did. What it says is in a file."""
-    sink = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+def _command(arguments: Sequence[str], output: Path) -> tuple[Any, str]:
+    """Run a command with its output in a file. Returns its exit status, and its traceback if it raised."""
+    sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     os.close(sink)
@@ -321,7 +321,7 @@ def _command(arguments: Sequence[str], said: Path) -> tuple[Any, str]:
         status: Any = 0
     except SystemExit as left:
         status = 0 if left.code is None else left.code
-    except BaseException as error:  # also what is no Exception, such as a panic in Rust
+    except BaseException as error:  # also errors that are no Exception, such as a panic in Rust
         return -1, "".join(traceback.format_exception(error))
     finally:
         with suppress(OSError, ValueError):
@@ -331,11 +331,11 @@ def _command(arguments: Sequence[str], said: Path) -> tuple[Any, str]:
 
 
 def _traced(words: str) -> str:
-    """The traceback that a command printed, where it did."""
+    """Return the traceback that a command printed, if any."""
     mark = "Traceback (most recent call last)"
     if mark in words:
         return words[words.rindex(mark) :]
-    return words[-SAID:] if "this is a bug in tune_kd" in words else ""
+    return words[-LAST:] if "this is a bug in tune_kd" in words else ""
 
 
 # In the parent
@@ -343,7 +343,7 @@ def _traced(words: str) -> str:
 
 @dataclass
 class Watch:
-    """A child that runs commands, as far as its parent sees it."""
+    """The parent's view of a child that runs commands."""
 
     pid: int
     pipe: int
@@ -351,13 +351,13 @@ class Watch:
     now: str = "start"
     number: int = -1
     since: float = field(default_factory=time.monotonic)
-    before: float = 0.0  # seconds of work until then
-    worked: float = 0.0  # until now
-    working: float = field(default_factory=time.monotonic)  # when that was last seen to grow
+    before: float = 0.0  # CPU seconds until `since`
+    worked: float = 0.0  # CPU seconds until now
+    working: float = field(default_factory=time.monotonic)  # last time at which `worked` had grown
     rest: str = ""
 
     def lines(self, patience: float) -> list[dict[str, Any]] | None:
-        """What it told meanwhile; null when it has left."""
+        """Return what the child has reported since the last call; None once it has exited."""
         if not select.select([self.pipe], [], [], patience)[0]:
             return []
         data = os.read(self.pipe, 2**16)
@@ -366,16 +366,16 @@ class Watch:
         *whole, self.rest = (self.rest + data.decode()).split("\n")
         return [json.loads(line) for line in whole]
 
-    def came(self) -> bool:
-        """Whether somebody connected to the port where nobody may come."""
+    def was_contacted(self) -> bool:
+        """Whether something connected to the forbidden port."""
         with suppress(BlockingIOError):
             self.listener.accept()[0].close()
             return True
         return False
 
     def hangs(self) -> str | None:
-        """Whether a command takes too long: in seconds of its own work, or in all where it waits for something. A
-        machine that is busy with others is no reason."""
+        """Return why a command takes too long, else None. A command that works is judged by its CPU time, so that other
+        work on the machine does not count; a command that waits, by wall time."""
         now, spent = time.monotonic(), self._worked()
         if spent != self.worked:
             self.worked, self.working = spent, now
@@ -389,7 +389,7 @@ class Watch:
         self.now, self.number, self.since, self.before = command, number, time.monotonic(), self._worked()
 
     def _worked(self) -> float:
-        """Seconds of work of the process."""
+        """Return the CPU seconds of the process."""
         with suppress(OSError, ValueError, IndexError):
             stat = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
             return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
@@ -400,12 +400,12 @@ class Watch:
             return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * resource.getpagesize()
         return 0
 
-    def where(self, told: Path) -> tuple[str, str]:
-        """The innermost line of tune_kd at which it is, and those that led there, which it tells into a file."""
+    def where(self, dump: Path) -> tuple[str, str]:
+        """Return the child's current line of tune_kd and the lines that led there, which it dumps to a file."""
         with suppress(OSError):
             os.kill(self.pid, signal.SIGUSR2)
             time.sleep(0.2)
-            return _lines([(file, line, name) for file, line, name in re.findall(TOLD, told.read_text())][::-1])
+            return _lines([(file, line, name) for file, line, name in re.findall(FRAME, dump.read_text())][::-1])
         return "", ""
 
     def end(self) -> None:
@@ -419,16 +419,16 @@ def observed(
     outcome: Outcome,
     todo: Sequence[Sequence[str]],
     listener: socket.socket,
-    meet: Callable[[], None],
+    setup: Callable[[], None],
     before: Callable[[], Mutation] | None,
 ) -> int | None:
-    """Run commands in a child and note how they end. Returns the number of the one at which the child was lost; null
-    where it came through."""
+    """Run commands in a child and note how they end. Returns the number of the command at which the child was lost;
+    None if it survived."""
     here, there = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(here)
-        child(stranger, todo, there, meet, before)
+        child(stranger, todo, there, setup, before)
     os.close(there)
     watch = Watch(pid, here, listener)
 
@@ -438,10 +438,10 @@ def observed(
     lost: tuple[str, str] | None = None
     at = "", ""
     try:
-        while (told := watch.lines(0.05)) is not None:
-            for line in told:
-                _heard(line, watch, outcome, wrong)
-            if watch.came():
+        while (lines := watch.lines(0.05)) is not None:
+            for line in lines:
+                _note(line, watch, outcome, wrong)
+            if watch.was_contacted():
                 lost = "connection", f"to port {listener.getsockname()[1]}"
             elif (memory := watch.memory()) > MOST_BYTES:
                 lost = "memory", f"{memory / 1e9:.1f} GB"
@@ -454,7 +454,7 @@ def observed(
     finally:
         os.close(here)
         _, how, used = os.wait4(pid, 0)
-        watch.end()  # what it left
+        watch.end()  # kill remaining processes
     if lost is not None:
         wrong(*lost, *at)
         outcome.ended.append(Ended(watch.now, "killed", time.monotonic() - watch.since))
@@ -468,9 +468,9 @@ def observed(
     return None
 
 
-def _heard(line: dict[str, Any], watch: Watch, outcome: Outcome, wrong: Callable[..., None]) -> None:
+def _note(line: dict[str, Any], watch: Watch, outcome: Outcome, wrong: Callable[..., None]) -> None:
     if "broken" in line:
-        wrong("harness", line["broken"])  # which is to be mended
+        wrong("harness", line["broken"])  # a bug in this file
         return
     if "begun" in line:
         watch.begins(line["begun"], line.get("number", -1))
@@ -485,20 +485,20 @@ def _heard(line: dict[str, Any], watch: Watch, outcome: Outcome, wrong: Callable
         place, stack, last = _read_trace(line["trace"])
         wrong("traceback", last, place, stack)
     elif line["status"] not in STATUSES:
-        wrong("status", f"{line['status']!r}: {line['said'][-300:]}")
+        wrong("status", f"{line['status']!r}: {line['output'][-300:]}")
 
 
 def _read_trace(trace: str) -> tuple[str, str, str]:
-    """The innermost line of tune_kd in a printed traceback, those that led there, and its last words."""
-    said = [line for line in trace.splitlines() if line and not line.startswith((" ", "tune_kd: "))]
-    return *_lines(re.findall(TOLD, trace)), (said[-1][:300] if said else "")
+    """Return the innermost line of tune_kd in a printed traceback, the lines that led there, and its last line."""
+    words = [line for line in trace.splitlines() if line and not line.startswith((" ", "tune_kd: "))]
+    return *_lines(re.findall(FRAME, trace)), (words[-1][:300] if words else "")
 
 
-TOLD = r'File "([^"]+)", line (\d+),? in (\S+)'  # of a frame, by `traceback` and `faulthandler`
+FRAME = r'File "([^"]+)", line (\d+),? in (\S+)'  # as printed by `traceback` and `faulthandler`
 
 
 def _lines(frames: list[tuple[str, str, str]]) -> tuple[str, str]:
-    """The innermost line of tune_kd among frames, the outermost first, and all of them with the innermost of all."""
+    """Return the innermost line of tune_kd among frames (outermost first), and its last eight lines on the stack."""
     lines = [
         f"{os.path.relpath(file, PACKAGE)}:{line} {name}" for file, line, name in frames if file.startswith(PACKAGE)
     ]
@@ -507,7 +507,7 @@ def _lines(frames: list[tuple[str, str, str]]) -> tuple[str, str]:
 
 
 def fingerprint(stranger: Stranger) -> dict[str, str]:
-    """All that lies around the folder, and what is in it."""
+    """Return the modes and digests of all files around the folder."""
     found: dict[str, str] = {}
     for path in sorted(stranger.root.rglob("*")):
         top = path.relative_to(stranger.root).parts[0]
@@ -521,19 +521,19 @@ def fingerprint(stranger: Stranger) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Fuzz:
-    """All mutations of one seed. `meet` is called in each child before it is watched, and may change what it runs."""
+    """The mutations of one seed. `setup` is called in each child before it is watched, and may patch it."""
 
     bases: Path
     scratch: Path
     seed: int
-    meet: Callable[[], None] = lambda: None
+    setup: Callable[[], None] = lambda: None
     keep: bool = False
-    quick: bool = False  # only commands that are known to open a file, one that takes long, and one form of a report
+    quick: bool = False  # only commands that open the file, one slow command, and one format of reports
 
     def outcome(
         self, number: int, listener: socket.socket, kind: str | None = None, mutation: Made | None = None
     ) -> Outcome:
-        """Mutate a copy of a folder, and run all commands over it. A kind and a mutation are by chance, or given."""
+        """Mutate a copy of a folder, and run commands on it. Kind and mutation are random unless given."""
         chance = Chance(f"{self.seed}/{number}")
         drawn, base = chosen(chance), chance.choice(BASES)
         kind = kind or drawn
@@ -549,7 +549,7 @@ class Fuzz:
                 left_out = chance.choice(LONG) if {*LONG} <= {*used} else None
                 todo = [each for each in todo if each[0] in used and each[0] != left_out]
                 if todo[-1] in todo[:-1] and not any(each[0] == "resume" for each in todo):
-                    todo.pop()  # what nothing has changed is not checked again
+                    todo.pop()  # nothing has changed since the first check
             self._through(stranger, outcome, todo, listener, lambda: made(stranger, of_file, kind))
             before = outcome.around
             after = fingerprint(stranger)
@@ -571,16 +571,16 @@ class Fuzz:
         listener: socket.socket,
         before: Callable[[], Mutation] | None,
     ) -> None:
-        """Mutate the folder and run all commands, in another child where one was lost."""
+        """Mutate the folder and run all commands. If a child is lost, continue in a new one."""
 
-        def meet() -> None:
-            reporting.FORMATS = forms(outcome.number, self.quick)  # of what `resume` reports
-            self.meet()
+        def setup() -> None:
+            reporting.FORMATS = forms(outcome.number, self.quick)  # of the report that `resume` writes
+            self.setup()
 
         while todo:
-            lost = observed(stranger, outcome, todo, listener, meet, before)
+            lost = observed(stranger, outcome, todo, listener, setup, before)
             if before is not None and lost is not None and lost < 0:
-                outcome.violations.clear()  # what it takes to make a file is the harness's affair
+                outcome.violations.clear()  # violations while a file is altered are the harness's own
                 outcome.ended.clear()
                 outcome.around = fingerprint(stranger)
             else:
@@ -588,7 +588,7 @@ class Fuzz:
             before = None
 
     def copy(self, stranger: Stranger, base: str) -> None:
-        """A folder that may be altered, with things around it that may not."""
+        """Copy a base to alter, with folders around it that must not change."""
         shutil.rmtree(stranger.root, ignore_errors=True)
         shutil.copytree(self.bases / base, stranger.results, symlinks=True)
         for each in ("home", "tmp", "cwd", "canary"):
@@ -598,8 +598,8 @@ class Fuzz:
         (stranger.canary / "file").write_text("canary")
 
 
-def nobody_comes() -> socket.socket:
-    """A port on loopback, where nobody may connect."""
+def forbidden_port() -> socket.socket:
+    """Open a port on loopback to which nothing may connect."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen()
@@ -609,7 +609,7 @@ def nobody_comes() -> socket.socket:
 
 @dataclass
 class Score:
-    """What became of all files."""
+    """The outcomes of all files."""
 
     outcomes: list[Outcome] = field(default_factory=list)
 
@@ -618,7 +618,7 @@ class Score:
         return [each for each in self.outcomes if each.violations]
 
     def distinct(self) -> list[tuple[Violation, list[Outcome]]]:
-        """Violations of one kind from one place, with the files that led to them."""
+        """Return one violation per kind and place, with the files that caused it."""
         found: dict[tuple[str, ...], tuple[Violation, list[Outcome]]] = {}
         for outcome in self.outcomes:
             for each in outcome.violations:
@@ -628,14 +628,14 @@ class Score:
                 of += [outcome] if outcome not in of else []
         return sorted(found.values(), key=lambda pair: (pair[0].place, pair[0].kind))
 
-    def told(self) -> str:
-        """The score."""
+    def summary(self) -> str:
+        """Return the score as text."""
         lines = [f"{'file':<18} {'mutated':>8} {'digests fit':>12} {'violations':>11}"]
         for kind in [*mutations.KINDS, None]:
             of = [each for each in self.outcomes if kind in (None, each.kind)]
             fits, bad = sum(each.mutation.fits for each in of), sum(bool(each.violations) for each in of)
             if of:
-                lines.append(f"{kind or 'together':<18} {len(of):>8} {fits:>12} {bad:>11}")
+                lines.append(f"{kind or 'total':<18} {len(of):>8} {fits:>12} {bad:>11}")
         ended = [(each, outcome) for outcome in self.outcomes for each in outcome.ended]
         named = [*STATUSES, *sorted({str(each.status) for each, _ in ended} - {str(each) for each in STATUSES})]
         lines.append(f"\n{'command':<18} " + " ".join(f"{f'ended {name}':>12}" for name in named) + f" {'slowest':>10}")
@@ -656,12 +656,12 @@ class Score:
         return "\n".join(lines)
 
 
-_fuzz: list[tuple[Fuzz, socket.socket]] = []  # of a process that forks
+_fuzz: list[tuple[Fuzz, socket.socket]] = []  # of a worker process
 
 
 def _begin(fuzz: Fuzz) -> None:
     torch.set_num_threads(1)
-    _fuzz[:] = [(fuzz, nobody_comes())]
+    _fuzz[:] = [(fuzz, forbidden_port())]
 
 
 def _one(number: int) -> Outcome:
@@ -669,17 +669,17 @@ def _one(number: int) -> Outcome:
     return fuzz.outcome(number, listener)
 
 
-def measured(fuzz: Fuzz, numbers: Sequence[int], jobs: int, say: Callable[[str], None] = lambda _: None) -> Score:
-    """Go through files of these numbers, several at a time, in processes that fork from this one, which is `ready`."""
-    score, began, told = Score(), time.monotonic(), time.monotonic()
+def try_files(fuzz: Fuzz, numbers: Sequence[int], jobs: int, say: Callable[[str], None] = lambda _: None) -> Score:
+    """Try files of these numbers in `jobs` processes, which fork from this one after `warm_up`."""
+    score, began, shown = Score(), time.monotonic(), time.monotonic()
     with get_context("fork").Pool(jobs, _begin, (fuzz,)) as pool:
         for outcome in pool.imap_unordered(_one, numbers):
             score.outcomes.append(outcome)
             for each in outcome.violations:
                 what = f"{each.kind} in `{each.command}`: {each.what[:200]} ({each.place})"
                 say(f"file {outcome.number}, {outcome.kind}: {what}")
-            if time.monotonic() - told > 10:
-                told, spent = time.monotonic(), time.monotonic() - began
+            if time.monotonic() - shown > 10:
+                shown, spent = time.monotonic(), time.monotonic() - began
                 done = len(score.outcomes)
                 left = spent / done * (len(numbers) - done)
                 say(f"{done} of {len(numbers)} files, {len(score.bad)} with violations; {left / 60:.0f} min left")
@@ -687,9 +687,9 @@ def measured(fuzz: Fuzz, numbers: Sequence[int], jobs: int, say: Callable[[str],
     return score
 
 
-def ready(fuzz: Fuzz) -> None:
-    """Run all commands over whole runs in this process, so that all is imported that they import and children are ready
-    at once; and leave it to no collection of garbage."""
+def warm_up(fuzz: Fuzz) -> None:
+    """Run all commands on intact runs in this process, so that children start with all imports, and disable garbage
+    collection."""
     torch.set_num_threads(1)
     tmp = fuzz.scratch / "tmp"
     tmp.mkdir(parents=True, exist_ok=True)
@@ -707,8 +707,8 @@ def ready(fuzz: Fuzz) -> None:
     gc.disable()  # a collection would copy what children share
 
 
-def made_bases(folder: Path) -> Path:
-    """The folder of whole runs, made where it is not there; in a process of its own, so that this one has no threads of
+def ensure_bases(folder: Path) -> Path:
+    """Create the folder of intact runs if it is missing, in another process, so that this one has no threads of
     torch."""
     if not folder.is_dir():
         with get_context("fork").Pool(1) as pool:
@@ -721,22 +721,22 @@ def main() -> None:
     options.add_argument("--files", type=int, default=5000)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--jobs", type=int, default=2)
-    options.add_argument("--only", type=int, action="append", help="files of these numbers alone")
-    options.add_argument("--quick", action="store_true", help="each file only through commands known to open it")
-    options.add_argument("--bases", type=Path, help="the whole runs, made where they are not there")
-    options.add_argument("--keep", type=Path, help="where the mutated folders stay")
+    options.add_argument("--only", type=int, action="append", help="only the file of this number; repeatable")
+    options.add_argument("--quick", action="store_true", help="run only commands that open the file")
+    options.add_argument("--bases", type=Path, help="folder of the intact runs; created if missing")
+    options.add_argument("--keep", type=Path, help="folder in which the mutated folders are kept")
     given = options.parse_args()
-    memory = Path("/dev/shm")  # where a sync costs nothing
+    memory = Path("/dev/shm")  # syncs are free here
     with tempfile.TemporaryDirectory(prefix="stranger-", dir=memory if memory.is_dir() else None) as folder:
-        bases = made_bases(given.bases or Path(folder) / "bases")
+        bases = ensure_bases(given.bases or Path(folder) / "bases")
         scratch = given.keep or Path(folder) / "scratch"
         fuzz = Fuzz(bases.absolute(), scratch.absolute(), given.seed, keep=given.keep is not None, quick=given.quick)
         numbers = given.only or range(given.files)
-        ready(fuzz)
-        score = measured(fuzz, numbers, given.jobs, lambda line: print(line, file=sys.stderr, flush=True))
-    print(score.told())
+        warm_up(fuzz)
+        score = try_files(fuzz, numbers, given.jobs, lambda line: print(line, file=sys.stderr, flush=True))
+    print(score.summary())
     sys.stdout.flush()
-    os._exit(1 if score.bad else 0)  # at an ordinary end, libraries that were imported tell of their own leaks
+    os._exit(1 if score.bad else 0)  # on a normal exit, imported libraries report their own leaks
 
 
 if __name__ == "__main__":

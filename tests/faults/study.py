@@ -1,6 +1,6 @@
-"""A study that is real and tiny: a teacher, a control, logit and feature students; seconds on two cores.
+"""A tiny study with real training: a teacher, a control, logit and feature students; seconds on two cores.
 
-Nothing in it is stopped early, since that depends on who arrives first and no two runs would be the same.
+No trial is stopped early, since stops depend on the order of arrival, and two runs would differ.
 """
 
 import json
@@ -28,26 +28,26 @@ def study():
 
 
 def write(folder: Path) -> Path:
-    """The study's file, in a folder."""
+    """Write the study's file to a folder."""
     path = folder / "tiny.py"
     path.write_text(TEXT)
     return path
 
 
 def settings(seeds: int, epochs: int) -> tuple[str, ...]:
-    """So many confirmation seeds, and so many epochs of a student and of a teacher. 4 (seeds + 1) + 1 trials."""
+    """Return settings for this number of confirmation seeds and epochs per trial: 4 (seeds + 1) + 1 trials."""
     confirmed = json.dumps([*range(1, seeds + 1)])
     return (f"confirm.seeds={confirmed}", f"recipe.epochs={epochs}", f"teacher_recipe.epochs={epochs}")
 
 
 def arguments(path: Path, out: Path, name: str, settings: Sequence[str]) -> list[str]:
-    """Of `tune_kd run`. No GPU: only the CPU computes the same bits again."""
+    """Return the arguments of `tune_kd run`. No GPU: only the CPU repeats results bit for bit."""
     chosen = [word for setting in settings for word in ("--set", setting)]
     return ["run", str(path), "--name", name, "--out", str(out), "--gpus-per-trial", "0", *chosen]
 
 
 def reference(path: Path, folder: Path, settings: Sequence[str]) -> Path:
-    """The folder of the study, run in this process and never interrupted."""
+    """Run the study in this process without interruption. Returns the run's folder."""
     from faults.here import go_on
     from tune_kd.data import datasets
     from tune_kd.records.run_folder import Run, begun

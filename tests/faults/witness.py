@@ -1,7 +1,7 @@
-"""`python tests/faults/witness.py LOG -- ARGUMENTS`: tune_kd with an independent witness.
+"""`python tests/faults/witness.py LOG -- ARGUMENTS`: run tune_kd with an independent witness.
 
-Whatever the driver has acknowledged, an epoch a line, is in LOG, which shares no code and no file with the ledger. A
-line is written after `Driver.on_epoch` has returned: from then on the row must never be lost.
+The witness writes each epoch that the driver acknowledges to LOG, one per line. It shares no code and no file with the
+ledger. A line is written after `Driver.on_epoch` has returned: from then on, the row must never be lost.
 """
 
 import faulthandler
@@ -18,7 +18,7 @@ import typer
 
 
 def watch(log: Path) -> None:
-    """Wrap the driver, so that each acknowledged epoch is in the log, and synced, before the next comes."""
+    """Wrap the driver, so that each acknowledged epoch is logged and synced before the next one."""
     from tune_kd.execute.driver import Driver
     from tune_kd.execute.worker import Where
     from tune_kd.study.trial import Epoch
@@ -27,19 +27,19 @@ def watch(log: Path) -> None:
     on_epoch = Driver.on_epoch
 
     def witnessed(self: Driver, trial_id: str, epoch: Epoch, where: Where) -> bool:
-        counts = self.rows[trial_id]["status"] == "running"  # a late report is not recorded, nor acknowledged
-        goes_on = on_epoch(self, trial_id, epoch, where)
+        counts = self.rows[trial_id]["status"] == "running"  # a late report is neither recorded nor acknowledged
+        continues = on_epoch(self, trial_id, epoch, where)
         if counts:
             line: dict[str, Any] = {"at": time.time(), "trial_id": trial_id, "epoch": asdict(epoch)}
             os.write(sink, json.dumps(line).encode() + b"\n")
             os.fsync(sink)
-        return goes_on
+        return continues
 
     Driver.on_epoch = witnessed  # type: ignore[method-assign]
 
 
 def checkpoint_every(seconds: float) -> None:
-    """No command sets it, and the trials of these runs would end before they are 30 s old."""
+    """Set the default interval of checkpoints. No command has an option for it, and these trials end within 30 s."""
     from tune_kd.execute.worker import Workplace
 
     _, *others = Workplace.__init__.__defaults__ or ()
@@ -51,13 +51,13 @@ def main(
     arguments: list[str],
     every: Annotated[float, typer.Option("--checkpoint-every", help="Seconds between a trial's checkpoints.")] = 30.0,
 ) -> None:
-    """Run tune_kd with these arguments, and write to LOG what it has acknowledged."""
+    """Run tune_kd with these arguments, and write what it acknowledges to LOG."""
     from tune_kd.system.guard import guarded
 
     def tune_kd() -> None:
         from tune_kd.cli import main
 
-        faulthandler.register(signal.SIGUSR2)  # where a driver hangs
+        faulthandler.register(signal.SIGUSR2)  # prints the stack of a hung driver
         watch(log)
         checkpoint_every(every)
         sys.argv = ["tune_kd", *arguments]

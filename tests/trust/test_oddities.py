@@ -1,5 +1,7 @@
-"""What is read may come from others: wherever something else than an expected file is, nothing waits for it, and
-nothing takes it into memory."""
+"""Files may come from others. An irregular file in place of an expected one never makes a reader wait or fill memory.
+
+Irregular files are the kinds in `oddities.ODDITIES`: FIFOs, sockets, folders, devices, and files of a terabyte.
+"""
 
 import pickle
 import re
@@ -40,7 +42,7 @@ each_oddity = pytest.mark.parametrize("kind", ODDITIES)
 
 @pytest.fixture(autouse=True)
 def _little_memory() -> Iterator[None]:
-    """What reads without end fails here, and does not bring the machine down."""
+    """Limit memory, so that an endless read fails in its test and does not bring the machine down."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + 2**31, before[1]))
@@ -50,12 +52,12 @@ def _little_memory() -> Iterator[None]:
 
 @pytest.fixture
 def results(finished: Path, tmp_path: Path) -> Path:
-    """A copy of a run that was really trained, with its teachers."""
+    """A copy of a trained run, with its teachers."""
     shutil.copytree(finished.parent, tmp_path / "results")
     return tmp_path / "results" / finished.name
 
 
-def refusal(do: Callable[[], object]) -> str:
+def error_of(do: Callable[[], object]) -> str:
     with pytest.raises(UserError) as caught:
         at_once(do)
     return str(caught.value)
@@ -65,19 +67,19 @@ def refusal(do: Callable[[], object]) -> str:
 @pytest.mark.parametrize("use", [lambda path: read(path, 100), lambda path: opened(path, 100),
                                  lambda path: check_regular(path, 100, through_links=True)],
                          ids=["read", "opened", "check"])  # fmt: skip
-def test_what_is_no_file_of_its_size_is_refused_in_words(
+def test_irregular_and_oversized_files_are_rejected_with_a_clear_message(
     kind: str, use: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "PAUSES", (1e9,))  # it is not tried again: it is no hiccup
+    monkeypatch.setattr(storage, "PAUSES", (1e9,))  # a retry would hang, but this error is not retried
     path = put(kind, tmp_path / "file")
     with pytest.raises(UnexpectedFile) as caught:
         at_once(lambda: use(path), within=10)
     assert str(caught.value) == f"{path} {ODDITIES[kind]} 100 bytes"
     assert isinstance(caught.value, OSError) and isinstance(caught.value, CorruptFile)
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # as it comes from a worker
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # as if it came from a worker
 
 
-def test_a_file_is_read_whole_up_to_its_bound_also_through_a_link(tmp_path: Path) -> None:
+def test_a_file_is_read_up_to_its_size_limit_also_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"0123456789")
     (tmp_path / "link").symlink_to("file")
     assert read(tmp_path / "file", 10) == read(tmp_path / "link", 10) == b"0123456789"
@@ -87,7 +89,7 @@ def test_a_file_is_read_whole_up_to_its_bound_also_through_a_link(tmp_path: Path
         read(tmp_path / "nothing", 9)
 
 
-def test_a_file_that_says_less_of_itself_than_it_has_is_read_whole_or_refused() -> None:
+def test_a_file_that_reports_size_0_is_read_in_full_or_rejected() -> None:
     path = Path("/proc/self/environ")
     assert path.stat().st_size == 0
     assert read(path, 2**20) == path.read_bytes()
@@ -95,7 +97,7 @@ def test_a_file_that_says_less_of_itself_than_it_has_is_read_whole_or_refused() 
         read(path, 2)
 
 
-def test_a_file_that_says_nothing_of_itself_and_has_no_end_is_refused_whatever_its_bound() -> None:
+def test_a_huge_file_that_reports_size_0_is_rejected_whatever_the_limit() -> None:
     path = Path("/proc/self/pagemap")  # 256 GB
     assert path.stat().st_size == 0
     with pytest.raises(UnexpectedFile, match="pagemap has 0 bytes"):
@@ -103,7 +105,7 @@ def test_a_file_that_says_nothing_of_itself_and_has_no_end_is_refused_whatever_i
 
 
 @pytest.mark.parametrize("kind", ["fifo", "socket", "folder", "endless"])
-def test_nothing_is_written_into_what_is_no_file(kind: str, tmp_path: Path) -> None:
+def test_writing_into_an_irregular_file_is_rejected(kind: str, tmp_path: Path) -> None:
     path = put(kind, tmp_path / "file")
     for use in (lambda: write_at(path, 0, b"data"), lambda: appended(path)):
         with pytest.raises(UnexpectedFile, match=UNFOLLOWED[kind].partition(" of at most")[0]):
@@ -111,27 +113,27 @@ def test_nothing_is_written_into_what_is_no_file(kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["fifo", "socket", "endless", "huge"])
-def test_a_file_is_published_over_what_is_none(kind: str, tmp_path: Path) -> None:
+def test_publish_replaces_an_irregular_file(kind: str, tmp_path: Path) -> None:
     path = put(kind, tmp_path / "file")
     at_once(lambda: publish(path, b"data"))
     assert path.read_bytes() == b"data" and not path.is_symlink()
 
 
 @each_oddity
-def test_who_holds_a_run_is_not_waited_for(kind: str, results: Path) -> None:
+def test_an_irregular_holder_or_lock_file_reads_as_no_holder(kind: str, results: Path) -> None:
     put(kind, results / HOLDER)
     assert at_once(lambda: lock.holder(results)) is None
-    put("folder", results / HOLDER).rmdir()  # there is none then
+    put("folder", results / HOLDER).rmdir()  # leaves no holder file
     (results / HOLDER).write_text("{}")
     put(kind, results / ".lock")
     assert at_once(lambda: lock.holder(results)) is None
 
 
 @each_oddity
-def test_a_study_of_a_run_is_not_waited_for_and_its_tables_are_nobody_elses(kind: str, results: Path) -> None:
+def test_an_irregular_study_file_is_rejected_and_the_run_is_still_listed(kind: str, results: Path) -> None:
     path = put(kind, results / STUDY)
-    assert f"{path} {ODDITIES[kind]}" in refusal(lambda: reader.load(results))
-    assert f"{path} {ODDITIES[kind]}" in refusal(
+    assert f"{path} {ODDITIES[kind]}" in error_of(lambda: reader.load(results))
+    assert f"{path} {ODDITIES[kind]}" in error_of(
         lambda: run_folder.reopen(run_folder.find(results.parent, results.name))
     )
     assert at_once(lambda: run_folder.existing(results.parent)) == [results]
@@ -140,31 +142,31 @@ def test_a_study_of_a_run_is_not_waited_for_and_its_tables_are_nobody_elses(kind
 
 @each_oddity
 @pytest.mark.parametrize("name", ["trials", "epochs", "decisions"])
-def test_a_table_that_is_no_file_is_refused(kind: str, name: str, results: Path, tmp_path: Path) -> None:
+def test_an_irregular_table_is_rejected(kind: str, name: str, results: Path, tmp_path: Path) -> None:
     others = tmp_path / "others"
     others.mkdir()
     for each in results.glob("*.parquet"):
         shutil.copy(each, others / f"p_{each.name}")
     for prefix, path in ((results, results / f"{name}.parquet"), (others / "p", others / f"p_{name}.parquet")):
         put(kind, path)
-        assert f"{path} {ODDITIES[kind]} 1,073,741,824 bytes" in refusal(lambda prefix=prefix: reader.load(prefix))
+        assert f"{path} {ODDITIES[kind]} 1,073,741,824 bytes" in error_of(lambda prefix=prefix: reader.load(prefix))
 
 
-@pytest.mark.parametrize("kind", [each for each in ODDITIES if each != "folder"])  # over which nothing is renamed
-def test_tables_that_are_no_files_are_made_again_over_them(kind: str, results: Path) -> None:
+@pytest.mark.parametrize("kind", [each for each in ODDITIES if each != "folder"])  # a file cannot replace a folder
+def test_irregular_tables_are_replaced_when_tables_are_written(kind: str, results: Path) -> None:
     for name in ("trials.parquet", "epochs.parquet", DIGESTS):
         put(kind, results / name)
 
-    def make() -> None:
+    def write_tables() -> None:
         with closing(Ledger(results / LEDGER)) as ledger:
             ledger.write_tables(results)
 
-    at_once(make)
+    at_once(write_tables)
     assert verify(results) == []
 
 
 @each_oddity
-def test_counts_and_digests_that_are_no_files_are_none(kind: str, results: Path) -> None:
+def test_irregular_commit_counts_and_digests_read_as_none(kind: str, results: Path) -> None:
     for name in (COMMITS, DIGESTS):
         put(kind, results / name)
     assert at_once(lambda: commits(results)) is None
@@ -173,8 +175,10 @@ def test_counts_and_digests_that_are_no_files_are_none(kind: str, results: Path)
 
 @each_oddity
 @pytest.mark.parametrize("end", ["", "-wal", "-shm", "-journal"])
-def test_sqlite_is_not_let_at_what_is_no_file(kind: str, end: str, results: Path) -> None:
-    """It waits for a FIFO that has the name of a rollback journal."""
+def test_an_irregular_ledger_file_is_rejected_before_sqlite_opens_it_and_is_rebuilt(
+    kind: str, end: str, results: Path
+) -> None:
+    """SQLite waits for a FIFO that has the name of a rollback journal."""
     with reading(results / LEDGER) as ledger:
         rows = ledger.rows(TRIALS)
     path = put(kind, results / f"{LEDGER}{end}")
@@ -191,7 +195,7 @@ def test_sqlite_is_not_let_at_what_is_no_file(kind: str, end: str, results: Path
 
 
 @each_oddity
-def test_an_audit_of_another_run_is_passed_over(kind: str, results: Path, study: Study) -> None:
+def test_an_irregular_audit_of_another_run_is_ignored(kind: str, results: Path, study: Study) -> None:
     put(kind, results.parent / "other" / grace.AUDIT)
     (results.parent / "gone").mkdir()
     (results.parent / "gone" / grace.AUDIT).symlink_to("nowhere")
@@ -199,7 +203,7 @@ def test_an_audit_of_another_run_is_passed_over(kind: str, results: Path, study:
 
 
 @each_oddity
-def test_a_state_that_is_no_file_is_set_aside_and_the_one_before_is_used(kind: str, tmp_path: Path) -> None:
+def test_an_irregular_checkpoint_is_set_aside_and_the_previous_one_is_loaded(kind: str, tmp_path: Path) -> None:
     states = Checkpoints(tmp_path)
     states.save(1, {"a": torch.ones(2)}, {"epoch": 1})
     path = put(kind, tmp_path / f"000002-{'0' * 64}.safetensors")
@@ -211,7 +215,7 @@ def test_a_state_that_is_no_file_is_set_aside_and_the_one_before_is_used(kind: s
 
 @each_oddity
 @pytest.mark.parametrize("name", ["card.json", "weights.safetensors"])
-def test_a_teacher_that_is_no_file_is_damaged_and_trained_again(
+def test_an_irregular_teacher_file_is_reported_as_damaged_and_not_loaded(
     kind: str, name: str, results: Path, pixels: object
 ) -> None:
     card = next(results.parent.glob("teachers/*/card.json"))
@@ -226,71 +230,75 @@ def test_a_teacher_that_is_no_file_is_damaged_and_trained_again(
 
 @each_oddity
 @pytest.mark.parametrize("name", ["digests.sha256", "logits.f32"])
-def test_answers_that_are_no_file_are_told_of(kind: str, name: str, results: Path) -> None:
+def test_irregular_files_of_cached_logits_are_reported(kind: str, name: str, results: Path) -> None:
     path = put(kind, next(results.parent.glob(f"teachers/*/answers/*/*/{name}")))
     findings = [each for each in at_once(lambda: verify(results)) if each.part == "answers"]
     assert [each.what.split(" of at most")[0] for each in findings] == [f"{path} {ODDITIES[kind]}".split(" of at")[0]]
     assert str(path.parent) in findings[0].remedy
-    if kind != "huge":  # which is cut
+    if kind != "huge":  # a huge file is truncated
         with pytest.raises(UnexpectedFile):
             at_once(lambda: logit_cache.LogitCache(path.parent, 1, 1, lambda _: torch.zeros(1, 1)))
 
 
 @each_oddity
-def test_a_picture_that_is_no_file_is_named(kind: str, tmp_path: Path) -> None:
+def test_an_irregular_image_is_named_in_the_error(kind: str, tmp_path: Path) -> None:
     for part in ("train", "test"):
         for name in ("cat", "dog"):
             (tmp_path / "data" / part / name).mkdir(parents=True)
             for number in (1, 2):
                 Image.new("RGB", (32, 32)).save(tmp_path / "data" / part / name / f"{number}.png")
     path = put(kind, tmp_path / "data" / "train" / "cat" / "2.png")
-    said = refusal(lambda: load_pixels(tmp_path / "data", cache=tmp_path, say=pytest.fail, progress=False))
-    assert str(path) in said and ("too many for a 32x32 image" if kind == "huge" else ODDITIES[kind]) in said
+    error = error_of(lambda: load_pixels(tmp_path / "data", cache=tmp_path, say=pytest.fail, progress=False))
+    assert str(path) in error and ("too many for a 32x32 image" if kind == "huge" else ODDITIES[kind]) in error
 
 
 @each_oddity
 @pytest.mark.parametrize("name", ["images.tar", "images.tgz", "cifar-10-python.tar.gz", "something"])
-def test_an_archive_that_is_no_file_is_named(kind: str, name: str, tmp_path: Path) -> None:
+def test_an_irregular_archive_is_named_in_the_error(kind: str, name: str, tmp_path: Path) -> None:
     path = put(kind, tmp_path / name)
     origin = small_origin(small_files(), b"")
-    said = refusal(
+    error = error_of(
         lambda: load_pixels(path, cache=tmp_path / "cache", say=lambda _: None, progress=False, origin=origin)
     )
-    assert str(path) in said
+    assert str(path) in error
     if kind not in ("folder", "huge") and name != "something":
-        assert ODDITIES[kind] in said
+        assert ODDITIES[kind] in error
 
 
 @each_oddity
-def test_a_batch_that_is_no_file_is_named_and_nothing_is_downloaded(kind: str, tmp_path: Path) -> None:
+def test_an_irregular_cifar_batch_is_named_in_the_error_and_nothing_is_downloaded(kind: str, tmp_path: Path) -> None:
     files = small_files()
     origin = small_origin(files, small_archive(files))
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     path = put(kind, tmp_path / origin.files[0])
-    say: list[str] = []
-    said = refusal(lambda: load_pixels(tmp_path, cache=tmp_path / "c", say=say.append, progress=False, origin=origin))
-    assert f"{path} {ODDITIES[kind]} {cifar_pickles.MOST_DOWNLOAD_BYTES:,} bytes" in said and say == []
+    said: list[str] = []
+    error = error_of(
+        lambda: load_pixels(tmp_path, cache=tmp_path / "c", say=said.append, progress=False, origin=origin)
+    )
+    assert f"{path} {ODDITIES[kind]} {cifar_pickles.MOST_DOWNLOAD_BYTES:,} bytes" in error and said == []
 
 
 @each_oddity
-def test_weights_of_torchvision_that_are_no_file_are_named(
+def test_an_irregular_torchvision_weights_file_is_named_in_the_error(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     path = put(kind, networks.imagenet_file("resnet18"))
-    said = refusal(lambda: networks.fetch_imagenet("resnet18"))
-    assert f"{path} {ODDITIES[kind]} 1,073,741,824 bytes; remove it" in said
+    error = error_of(lambda: networks.fetch_imagenet("resnet18"))
+    assert f"{path} {ODDITIES[kind]} 1,073,741,824 bytes; remove it" in error
 
 
 @each_oddity
-def test_what_stands_for_a_store_is_a_file(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_irregular_store_mark_is_rejected_and_a_linked_one_is_ignored(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     (tmp_path / "tune_kd" / "s3-store").mkdir(parents=True)
     put(kind, tmp_path / "tune_kd" / "s3-store" / object_store.MARK)
     run = tmp_path / "tune_kd" / "s3-store" / object_store.RESULTS / "run"
-    if kind == "endless":  # a link, which anybody may have put there
+    if kind == "endless":  # a link, which anybody may have created
         assert at_once(lambda: Mirror.of(run)).url is None
     else:
         with pytest.raises(UnexpectedFile):
@@ -298,11 +306,13 @@ def test_what_stands_for_a_store_is_a_file(kind: str, tmp_path: Path, monkeypatc
 
 
 @each_oddity
-def test_a_token_that_is_no_file_is_none(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_irregular_token_file_is_treated_as_no_token(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tune_kd.execute.jobs import client
 
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(put(kind, tmp_path / "token")))
-    assert "where no Ray dashboard responds" in refusal(lambda: client("http://127.0.0.1:1"))
+    assert "where no Ray dashboard responds" in error_of(lambda: client("http://127.0.0.1:1"))
 
 
 @pytest.mark.parametrize(
@@ -316,7 +326,7 @@ def test_a_token_that_is_no_file_is_none(kind: str, tmp_path: Path, monkeypatch:
         ("epochs.parquet", ["report", "tiny"], 2, "epochs.parquet is a FIFO"),
     ],
 )
-def test_a_fifo_hangs_no_command(name: str, command: list[str], status: int, says: str, results: Path) -> None:
+def test_no_command_hangs_on_a_fifo(name: str, command: list[str], status: int, says: str, results: Path) -> None:
     put("fifo", results / name)
     done = subprocess.run([sys.executable, "-m", "tune_kd", *command, "--out", str(results.parent)], timeout=120,
                           capture_output=True, text=True, cwd=ROOT)  # fmt: skip

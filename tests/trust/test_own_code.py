@@ -1,4 +1,4 @@
-"""A record that a stranger made names no code that is then executed."""
+"""Code that a record from a stranger names is not executed."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +21,7 @@ LOSS = "class Loss:\n    pass\n"
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """A run of a study that was made by a program, as its record says, with a loss of this name."""
+    """A function that creates a run of a study declared in code, with the loss of the given name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for place in (tmp_path, tmp_path / "results" / "r"):
@@ -41,20 +41,18 @@ def _study(loss: str, folder: Path) -> Study:
     return brought.with_sources(replace(tiny(), methods=(method,)), folder)
 
 
-def test_code_in_the_working_directory_is_found_again(made: Callable[[str], Path]) -> None:
+def test_code_in_the_working_directory_is_loaded_when_the_run_is_reopened(made: Callable[[str], Path]) -> None:
     assert [code.main for code in with_codes(reopen(made("a.py:Loss"))).codes] == ["a.py"]
 
 
 @pytest.mark.parametrize("loss", ["results/r/a.py:Loss", "results.r.a:Loss", "./results/../results/r/a.py:Loss"])
-def test_code_among_results_is_not_executed(loss: str, made: Callable[[str], Path]) -> None:
+def test_code_in_the_results_folder_is_rejected(loss: str, made: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match="which is in the results folder"):
         with_codes(reopen(made(loss)))
 
 
 @pytest.mark.parametrize("loss", ["a.py:Loss", "tune_kd.training.methods.logit:Logit"])
-def test_without_a_study_of_the_user_s_only_files_of_the_folder_on_record_are_executed(
-    loss: str, made: Callable[[str], Path]
-) -> None:
+def test_code_outside_the_recorded_folder_is_rejected(loss: str, made: Callable[[str], Path]) -> None:
     folder = made(loss)
     if loss == "a.py:Loss":
         altered(folder / "study.json", lambda record: record.pop("code"))
@@ -62,21 +60,21 @@ def test_without_a_study_of_the_user_s_only_files_of_the_folder_on_record_are_ex
         with_codes(reopen(folder))
 
 
-def test_code_without_the_digest_of_its_source_is_not_executed(made: Callable[[str], Path]) -> None:
+def test_code_without_a_source_digest_is_rejected(made: Callable[[str], Path]) -> None:
     folder = made("a.py:Loss")
 
-    def forget(record: dict[str, Any]) -> None:
+    def remove_source_digest(record: dict[str, Any]) -> None:
         record["study"]["methods"][0]["source"] = None
         record["study_sha256"] = digest(record["study"])
 
-    altered(folder / "study.json", forget)
-    run = replace(reopen_any(folder), named=True)
+    altered(folder / "study.json", remove_source_digest)
+    run = replace(reopen_with_matching_ids(folder), named=True)
     with pytest.raises(UserError, match="does not match the digest in the study"):
         with_codes(run)
 
 
-def reopen_any(folder: Path) -> Run:
-    """The run, without a comparison of its trials with those on record."""
+def reopen_with_matching_ids(folder: Path) -> Run:
+    """Reopen a run whose recorded trial ids are replaced by those of its changed study."""
     altered(folder / "study.json", lambda record: record.update(trials=_ids(folder)))
     return reopen(folder)
 
@@ -88,19 +86,19 @@ def _ids(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("source", [{"file": "gone.py"}, {"settings": ["methods=[]"]}])
-def test_a_study_that_is_not_there_or_is_told_its_methods_lends_no_trust(
+def test_a_missing_study_or_one_with_methods_from_settings_does_not_authorise_code(
     source: dict[str, Any], made: Callable[[str], Path]
 ) -> None:
     folder = made("a.py:Loss")
-    there = {"file": str(INSTALLED / source.get("file", "ablation.py")), "scale": "test", "data": None}
-    there |= {"settings": source.get("settings", []), "digests": None}
-    altered(folder / "study.json", lambda record: record.update(source=there))
+    source_record = {"file": str(INSTALLED / source.get("file", "ablation.py")), "scale": "test", "data": None}
+    source_record |= {"settings": source.get("settings", []), "digests": None}
+    altered(folder / "study.json", lambda record: record.update(source=source_record))
     with pytest.raises(UserError, match="only code in the working directory is executed"):
         with_codes(reopen(folder))
 
 
 @pytest.mark.parametrize("code", [[1], "x", {"folder": 3}, {"folder": "a"}, {"folder": "/", "packages": [1]}])
-def test_a_record_of_code_that_no_run_writes_is_refused(code: Any, made: Callable[[str], Path]) -> None:
+def test_an_invalid_code_record_is_rejected(code: Any, made: Callable[[str], Path]) -> None:
     folder = made("a.py:Loss")
     altered(folder / "study.json", lambda record: record.update(code=code))
     with pytest.raises(UserError, match=r"code.* is .*, which no run writes"):

@@ -1,4 +1,4 @@
-"""A results folder from a stranger does nothing that it must not. More of these: `python tests/faults/stranger.py`."""
+"""Commands on a stranger's results folder do nothing forbidden. For more files: `python tests/faults/stranger.py`."""
 
 import hashlib
 import json
@@ -31,12 +31,12 @@ from tune_kd.system import files
 from tune_kd.training import checkpoints
 
 ROOT = Path(__file__).parents[2]
-SEED = 20  # of the files that are tried here
+SEED = 20  # of the mutations in this file
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole runs that are mutated."""
+    """The intact runs to mutate."""
     threads = torch.get_num_threads()
     try:
         stranger.make_bases(folder := tmp_path_factory.mktemp("bases") / "of")
@@ -47,8 +47,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def harness(*arguments: str) -> Iterator[Callable[[str], Any]]:
-    """A process of its own, since one that has trained must not fork. What is given asks it for an answer of `ANSWERS`:
-    all that is asked shares its imports and its first run through all commands."""
+    """Start a process that runs functions of `ANSWERS` by name. A process that has trained must not fork, so tests
+    share this one, with its imports and its warm-up."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     code = "import sys, test_stranger; test_stranger.answer(*sys.argv[1:])"
@@ -62,9 +62,9 @@ def harness(*arguments: str) -> Iterator[Callable[[str], Any]]:
         def ask(what: str) -> Any:
             print(what, file=process.stdin, flush=True)
             for line in process.stdout:
-                asked, told = json.loads(line)
-                if asked == what:  # and not what a test asked for that ran out of time
-                    return told
+                name, answer = json.loads(line)
+                if name == what:  # and not the answer to a test that timed out
+                    return answer
             errors.seek(0)
             raise AssertionError(errors.read()[-3000:])
 
@@ -75,43 +75,43 @@ def harness(*arguments: str) -> Iterator[Callable[[str], Any]]:
 
 
 def answer(bases: str, scratch: str) -> None:
-    """In that process: an answer a line, in JSON, for each line that asks for one."""
+    """Serve `harness` in its process: for each name on standard input, print the answer as a line of JSON."""
     fuzz = Fuzz(Path(bases), Path(scratch), SEED, quick=True)
-    stranger.ready(fuzz)
+    stranger.warm_up(fuzz)
     for line in sys.stdin:
         what = line.strip()
         sys.stdout.write(json.dumps([what, ANSWERS[what](fuzz)]) + "\n")
         sys.stdout.flush()
-    os._exit(0)  # at an ordinary end, libraries that were imported tell of their own leaks
+    os._exit(0)  # on a normal exit, imported libraries report their own leaks
 
 
 @pytest.fixture(scope="module")
 def ask(bases: Path) -> Iterator[Callable[[str], Any]]:
-    memory = Path("/dev/shm")  # where a sync costs nothing
+    memory = Path("/dev/shm")  # syncs are free here
     with (
         tempfile.TemporaryDirectory(prefix="stranger-", dir=memory if memory.is_dir() else None) as scratch,
-        harness(str(bases), scratch) as asked,
+        harness(str(bases), scratch) as ask_harness,
     ):
-        yield asked
+        yield ask_harness
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_nothing_happens_that_must_not(ask: Callable[[str], Any]) -> None:
-    """Two hundred files, each through some of the commands."""
-    told = ask("files")
-    assert "0 files of 200 with violations" in told, told
+def test_commands_on_mutated_files_do_nothing_forbidden(ask: Callable[[str], Any]) -> None:
+    """200 mutated files, each with some of the commands."""
+    summary = ask("files")
+    assert "0 files of 200 with violations" in summary, summary
 
 
-def files_tried(fuzz: Fuzz) -> str:
-    return stranger.measured(fuzz, range(200), 1).told()
+def files_summary(fuzz: Fuzz) -> str:
+    return stranger.try_files(fuzz, range(200), 1).summary()
 
 
-# Each kind of violation is seen
+# Each kind of violation is detected
 
 
 class Opens:
-    """What a pickle can do."""
+    """An object whose pickle starts a program when it is loaded."""
 
     def __reduce__(self) -> Any:
         return os.system, ("true",)
@@ -135,19 +135,19 @@ def with_a_fifo(where: Stranger, chance: Chance, kind: str) -> Mutation:
     return Mutation("a FIFO", True)
 
 
-def as_it_is(where: Stranger, chance: Chance, kind: str) -> Mutation:
+def unchanged(where: Stranger, chance: Chance, kind: str) -> Mutation:
     return Mutation("nothing", True)
 
 
-def here() -> Path:
-    """The folder in which all is that belongs to a stranger's results."""
+def top() -> Path:
+    """The folder that holds a stranger's results."""
     return Path.cwd().parent
 
 
 def runs_a_file() -> None:
     import runpy
 
-    runpy.run_path(str(here() / "results" / "r" / "evil.py"))
+    runpy.run_path(str(top() / "results" / "r" / "evil.py"))
 
 
 def starts_a_program() -> None:
@@ -155,17 +155,17 @@ def starts_a_program() -> None:
 
 
 def writes_through_a_link() -> None:
-    (here() / "results" / "r" / "link").symlink_to(here() / "canary" / "file")
-    (here() / "results" / "r" / "link").write_text("changed")
+    (top() / "results" / "r" / "link").symlink_to(top() / "canary" / "file")
+    (top() / "results" / "r" / "link").write_text("changed")
 
 
 def removes_a_folder_elsewhere() -> None:
-    shutil.rmtree(here() / "canary")
+    shutil.rmtree(top() / "canary")
 
 
 def writes_unseen_by_python() -> None:
     with closing(sqlite3.connect(":memory:")) as base:
-        base.execute("ATTACH ? AS other", [str(here() / "home" / "new")])
+        base.execute("ATTACH ? AS other", [str(top() / "home" / "new")])
         base.execute("CREATE TABLE other.t (x)")
 
 
@@ -179,7 +179,7 @@ def connects() -> None:
 def connects_unseen_by_python() -> None:
     from pyarrow.fs import FileSystem
 
-    where = (here() / "results" / "store").read_text()
+    where = (top() / "results" / "store").read_text()
     FileSystem.from_uri(where)[0].get_file_info("bucket/x")
 
 
@@ -188,7 +188,7 @@ def with_a_store(where: Stranger, chance: Chance, kind: str) -> Mutation:
     return Mutation("nothing", True)
 
 
-def works_for_ever() -> None:
+def loops_forever() -> None:
     while True:
         pass
 
@@ -201,7 +201,7 @@ def fills_memory() -> None:
     b"\1" * (stranger.MOST_BYTES + 2**28)
 
 
-def leaves_with_another_status() -> None:
+def exits_with_status_7() -> None:
     raise SystemExit(7)
 
 
@@ -209,63 +209,63 @@ def fails() -> None:
     raise KeyError("versions")
 
 
-def instead_of_warnings(does: Callable[[], None]) -> Callable[[], None]:
-    """Have `plan` do it where it reads what runs have left."""
+def in_plan(action: Callable[[], None]) -> Callable[[], None]:
+    """Return a patch that makes `plan` do something when it reads the audits of earlier runs."""
 
-    def meet() -> None:
+    def setup() -> None:
         def warnings(*_: Any) -> list[str]:
-            does()
+            action()
             return []
 
         grace.warnings = warnings
 
-    return meet
+    return setup
 
 
-def no_check_of_files() -> None:
-    """Files are opened as they are, whatever they are."""
+def skip_file_checks() -> None:
+    """Open files of any type and size."""
     files._open = lambda path, flags, most=None: os.open(path, flags, 0o644)  # type: ignore[assignment]
 
 
-def states_are_unpickled() -> None:
+def unpickle_checkpoints() -> None:
     checkpoints.unpack = unpickled
 
 
 PLANTED: dict[str, tuple[str, Callable[[], None], str, Callable[[Stranger, Chance, str], Mutation]]] = {
-    "files are not checked before they are opened": ("hang", no_check_of_files, HOLDER, with_a_fifo),
-    "states of trials are unpickled": ("code", states_are_unpickled, "checkpoint", with_a_pickle),
+    "files are not checked before they are opened": ("hang", skip_file_checks, HOLDER, with_a_fifo),
+    "states of trials are unpickled": ("code", unpickle_checkpoints, "checkpoint", with_a_pickle),
 } | {
-    each.__name__.replace("_", " "): (kind, instead_of_warnings(each), "audit.json", mutation)
+    each.__name__.replace("_", " "): (kind, in_plan(each), "audit.json", mutation)
     for kind, each, mutation in (
-        ("code", runs_a_file, as_it_is),
-        ("code", starts_a_program, as_it_is),
-        ("outside", writes_through_a_link, as_it_is),
-        ("outside", removes_a_folder_elsewhere, as_it_is),
-        ("outside", writes_unseen_by_python, as_it_is),
-        ("connection", connects, as_it_is),
+        ("code", runs_a_file, unchanged),
+        ("code", starts_a_program, unchanged),
+        ("outside", writes_through_a_link, unchanged),
+        ("outside", removes_a_folder_elsewhere, unchanged),
+        ("outside", writes_unseen_by_python, unchanged),
+        ("connection", connects, unchanged),
         ("connection", connects_unseen_by_python, with_a_store),
-        ("hang", works_for_ever, as_it_is),
-        ("signal", crashes, as_it_is),
-        ("memory", fills_memory, as_it_is),
-        ("status", leaves_with_another_status, as_it_is),
-        ("traceback", fails, as_it_is),
+        ("hang", loops_forever, unchanged),
+        ("signal", crashes, unchanged),
+        ("memory", fills_memory, unchanged),
+        ("status", exits_with_status_7, unchanged),
+        ("traceback", fails, unchanged),
     )
 }
-"""Where a defence is off: the kind of violation that is seen, what turns it off, and the file that then does harm."""
+"""For each missing defence: the expected violation, the patch that removes the defence, and the file and mutation."""
 
 
 def planted(fuzz: Fuzz) -> dict[str, list[str]]:
-    """Which kinds of violations are seen of each, and of nothing at all."""
-    listener, kinds = stranger.nobody_comes(), {}
-    nothing = ("", lambda: None, "holder.json", as_it_is)
+    """Return the detected kinds of violations for each missing defence, and without any."""
+    listener, kinds = stranger.forbidden_port(), {}
+    nothing = ("", lambda: None, "holder.json", unchanged)
     with patch.multiple(stranger, WITHIN=3.0, IDLE=1.0):
-        for number, (name, (_, meet, kind, mutation)) in enumerate([("nothing", nothing), *PLANTED.items()], 1):
-            outcome = replace(fuzz, meet=meet).outcome(number, listener, kind, mutation)
+        for number, (name, (_, setup, kind, mutation)) in enumerate([("nothing", nothing), *PLANTED.items()], 1):
+            outcome = replace(fuzz, setup=setup).outcome(number, listener, kind, mutation)
             kinds[name] = sorted({each.kind for each in outcome.violations})
     return kinds
 
 
-ANSWERS: dict[str, Callable[[Fuzz], Any]] = {"files": files_tried, "planted": planted}
+ANSWERS: dict[str, Callable[[Fuzz], Any]] = {"files": files_summary, "planted": planted}
 
 
 @pytest.fixture(scope="module")
@@ -276,28 +276,30 @@ def seen(ask: Callable[[str], Any]) -> dict[str, list[str]]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", PLANTED)
-def test_what_a_missing_defence_lets_through_is_seen(seen: dict[str, list[str]], name: str) -> None:
+def test_the_violation_from_a_missing_defence_is_detected(seen: dict[str, list[str]], name: str) -> None:
     assert PLANTED[name][0] in seen[name]
 
 
 @pytest.mark.long
-def test_a_whole_run_is_no_violation(seen: dict[str, list[str]]) -> None:
+def test_an_intact_run_has_no_violations(seen: dict[str, list[str]]) -> None:
     assert seen["nothing"] == []
 
 
-# Digests fit
+# Digests match
 
 
-def fits(where: Stranger, kind: str) -> bool:
-    """Whether what the project compares is alike, of a file of this kind."""
+def digests_match(where: Stranger, kind: str) -> bool:
+    """Whether the digests that tune_kd checks match for a file of this kind."""
     run, card = where.run, mutations._card(where)
     if kind == "study.json":
         return sealed(run / STUDY)
     if kind == "teacher's card":
         return sealed(card)
     if kind == "teacher's weights":
-        told = json.loads(card.read_bytes())["weights_sha256"]
-        return sealed(card) and told == hashlib.sha256(card.with_name("weights.safetensors").read_bytes()).hexdigest()
+        recorded = json.loads(card.read_bytes())["weights_sha256"]
+        return (
+            sealed(card) and recorded == hashlib.sha256(card.with_name("weights.safetensors").read_bytes()).hexdigest()
+        )
     if kind == "checkpoint":
         return all(checkpoints._is_whole(path) for path in run.glob("checkpoints/*/[0-9]*"))
     if kind == "tables":
@@ -320,34 +322,34 @@ def sealed(path: Path) -> bool:
 @pytest.mark.parametrize(
     "kind", ["study.json", "tables", "tables.json", "checkpoint", "teacher's weights", "teacher's card"]
 )
-def test_digests_fit_what_was_altered(bases: Path, tmp_path: Path, kind: str) -> None:
-    """Or no mutation would come further than they do."""
-    fuzz, told = Fuzz(bases, tmp_path, SEED), 0
+def test_digests_match_the_altered_files(bases: Path, tmp_path: Path, kind: str) -> None:
+    """Otherwise, every mutation would only test the check of digests."""
+    fuzz, matching = Fuzz(bases, tmp_path, SEED), 0
     for number in range(20):
         where = Stranger(tmp_path / str(number), 1)
         fuzz.copy(where, "cut")
         mutation = mutate(where, Chance(f"{kind} {number}"), kind)
-        assert fits(where, kind) or not mutation.fits, mutation.what
-        told += mutation.fits
+        assert digests_match(where, kind) or not mutation.fits, mutation.what
+        matching += mutation.fits
         shutil.rmtree(where.root)
-    assert told >= 10
+    assert matching >= 10
 
 
-def test_rows_of_a_ledger_carry_the_sums_of_what_they_hold(bases: Path, tmp_path: Path) -> None:
+def test_altered_ledger_rows_have_matching_checksums(bases: Path, tmp_path: Path) -> None:
     where = Stranger(tmp_path, 1)
     Fuzz(bases, tmp_path, SEED).copy(where, "finished")
     with closing(sqlite3.connect(where.run / schema.LEDGER, isolation_level=None)) as base:
         base.execute("UPDATE trials SET arm = 'other'")
-        mutations._summed(base)
+        mutations._update_checksums(base)
     with records.reading(where.run / schema.LEDGER) as ledger:
         assert {row["arm"] for row in ledger.rows(schema.TRIALS)} == {"other"}
 
 
-def test_a_mutation_is_the_same_again(bases: Path, tmp_path: Path) -> None:
-    """So that a file that did harm can be made again."""
-    said = []
+def test_a_mutation_is_reproducible(bases: Path, tmp_path: Path) -> None:
+    """So that a harmful file can be created again."""
+    changes = []
     for place in ("one", "two"):
         where = Stranger(tmp_path / place, 1)
         Fuzz(bases, tmp_path, SEED).copy(where, "tuned")
-        said.append(mutate(where, Chance("7"), "study.json").what.replace(place, ""))
-    assert said[0] == said[1]
+        changes.append(mutate(where, Chance("7"), "study.json").what.replace(place, ""))
+    assert changes[0] == changes[1]

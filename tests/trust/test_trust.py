@@ -1,6 +1,6 @@
-"""Attacks by whoever made a results folder, a data set or an archive, through the commands that read them.
+"""Attacks by the author of a results folder, a data set or an archive, through the commands that read them.
 
-SECURITY.md says what is promised, and against whom. Of Ray and of a run's folders: `test_trust_ray`.
+SECURITY.md states what is promised, and against whom. `test_trust_ray` tests Ray and a run's folders.
 """
 
 import csv
@@ -58,7 +58,7 @@ from tune_kd.system.errors import CorruptFile, UnexpectedFile, UserError
 from tune_kd.system.object_store import Mirror
 
 SMOKE = ("ablation", "--scale", "smoke")
-CLOSED = "http://127.0.0.1:1"  # where nobody answers
+CLOSED = "http://127.0.0.1:1"  # no process listens here
 
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -80,14 +80,14 @@ NOT_EXECUTED = "only a study that is installed or in the working directory is ex
 
 @pytest.fixture
 def given(finished: Path, tmp_path: Path) -> Path:
-    """A run's folder as somebody hands it over, with its teachers."""
+    """The folder of a run with its teachers, as received from somebody else."""
     shutil.copytree(finished.parent, tmp_path / "results")
     return tmp_path / "results" / finished.name
 
 
 @pytest.fixture
 def at_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands get as far as Ray, and no farther."""
+    """Make commands stop where they would connect to Ray."""
 
     def connect(*_: object) -> None:
         raise UserError("it would start Ray")
@@ -96,71 +96,71 @@ def at_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def evil(folder: Path, name: str = "evil.py") -> tuple[Path, Path]:
-    """A study's file that leaves a mark where it is executed, and that mark."""
+    """Write a study file that creates a marker when it is executed. Returns the paths of both."""
     folder.mkdir(parents=True, exist_ok=True)
     path, marker = folder / name, folder / "executed"
     path.write_text(EVIL.format(marker=str(marker)))
     return path, marker
 
 
-def names_file(run: Path, file: Path, digests: dict[str, str] | None = None) -> None:
+def name_study_file(run: Path, file: Path, digests: dict[str, str] | None = None) -> None:
     source = {"file": str(file), "scale": "test", "data": None, "settings": [], "digests": digests}
     altered(run / "study.json", lambda record: record.update(source=source))
 
 
 @pytest.mark.parametrize("more", [(), ("--extend",), ("--extend", "--set", "recipe.epochs=4")])
 @pytest.mark.parametrize("place", ["elsewhere", "results", "results/tiny", "/proc/self/cwd/results/tiny", "deep/down"])
-def test_resume_executes_no_file_that_only_the_record_names(
+def test_resume_does_not_execute_a_study_file_that_only_the_record_names(
     place: str, more: tuple[str, ...], given: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], at_ray: None
 ) -> None:  # fmt: skip
     file, marker = evil(Path.cwd() / place)
-    names_file(given, file)
+    name_study_file(given, file)
     before = fingerprint(given)
     assert call(monkeypatch, "resume", "tiny", *more) == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert NOT_EXECUTED in told and f"--study {file}" in told and "has no digest on record" in told
+    output = " ".join(capsys.readouterr().err.split())
+    assert NOT_EXECUTED in output and f"--study {file}" in output and "has no digest on record" in output
     assert not marker.exists()
     assert fingerprint(given) == before
 
 
-def test_a_file_that_is_as_it_was_is_not_executed_and_the_run_goes_on(
+def test_an_unchanged_study_file_is_not_executed_and_a_changed_one_is_rejected(
     given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
 ) -> None:
     file, marker = evil(Path.cwd() / "elsewhere")
     digests = {str(file): hashlib.sha256(file.read_bytes()).hexdigest()}
-    names_file(given, file, digests)
+    name_study_file(given, file, digests)
     assert call(monkeypatch, "resume", "tiny") == 2
     assert "it would start Ray" in capsys.readouterr().err and not marker.exists()
     file.write_text(file.read_text() + "# and more")
     assert call(monkeypatch, "resume", "tiny") == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert "was changed after the run began" in told and not marker.exists()
+    output = " ".join(capsys.readouterr().err.split())
+    assert "was changed after the run began" in output and not marker.exists()
 
 
-def test_a_file_that_the_caller_names_or_has_where_he_works_is_executed(
+def test_a_study_file_named_by_the_caller_or_in_the_working_directory_is_executed(
     given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
 ) -> None:
     file, marker = evil(Path.cwd() / "elsewhere")
-    names_file(given, file)
+    name_study_file(given, file)
     assert call(monkeypatch, "resume", "tiny", "--study", str(file)) == 2
-    told = capsys.readouterr().err
-    assert marker.exists() and "has changed since the run started: confirm.seeds was [1, 2, 3] and is [1, 2]" in told
+    output = capsys.readouterr().err
+    assert marker.exists() and "has changed since the run started: confirm.seeds was [1, 2, 3] and is [1, 2]" in output
     for folder in (Path.cwd(), Path.cwd() / "search_spaces"):
         file, marker = evil(folder, "mine.py")
-        names_file(given, file)
+        name_study_file(given, file)
         assert call(monkeypatch, "resume", "tiny") == 2
         assert marker.exists() and "has changed since the run started" in capsys.readouterr().err
     assert call(monkeypatch, "resume", "tiny", "--study", "nowhere.py") == 2
     assert "--study is 'nowhere.py'; allowed" in capsys.readouterr().err
 
 
-# Where things are sent
+# Uploads and connections
 
 
 @pytest.fixture
 def asked() -> Iterator[tuple[int, list[str]]]:
-    """A port on loopback, and who has connected to it."""
+    """A port on loopback, and the addresses that have connected to it."""
     listener, found = socket.create_server(("127.0.0.1", 0)), []
 
     def listen() -> None:
@@ -179,7 +179,7 @@ def asked() -> Iterator[tuple[int, list[str]]]:
 @pytest.mark.parametrize(
     "command", [("status", "tiny"), ("status", "tiny", "--verify"), ("report", "tiny", "--format", "md"),
                 ("resume", "tiny"), ("list",), ("plan", *SMOKE)], ids=" ".join)  # fmt: skip
-def test_nothing_beside_results_says_where_they_are_sent(
+def test_a_store_url_in_a_results_folder_is_not_contacted(
     command: tuple[str, ...], given: Path, monkeypatch: pytest.MonkeyPatch, at_ray: None,
     asked: tuple[int, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
@@ -198,7 +198,7 @@ def test_nothing_beside_results_says_where_they_are_sent(
     assert found == []
 
 
-def test_a_mirror_that_others_may_write_to_is_none(
+def test_a_mirror_in_a_folder_writable_by_others_is_ignored(
     given: Path, monkeypatch: pytest.MonkeyPatch, asked: tuple[int, list[str]]
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(Path.cwd() / "shared"))
@@ -213,21 +213,21 @@ def test_a_mirror_that_others_may_write_to_is_none(
     assert Mirror.of(home / "key" / "results" / "tiny").url is None
 
 
-def test_no_token_is_sent_to_a_dashboard_that_results_name(
+def test_a_remote_dashboard_named_in_results_is_rejected_without_address(
     given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with held(given) as tell_dashboard:
         tell_dashboard("http://192.0.2.1:8265")
         assert call(monkeypatch, "dashboard", "--write", "boards") == 2
-        told = capsys.readouterr().err
-        assert "on another machine, http://192.0.2.1:8265" in told and "--address" in told
+        output = capsys.readouterr().err
+        assert "on another machine, http://192.0.2.1:8265" in output and "--address" in output
         assert not Path("boards").exists()
         assert call(monkeypatch, "dashboard", "--write", "boards", "--address", "http://192.0.2.1:8265") == 0
         tell_dashboard("http://127.0.0.1:1")
         assert call(monkeypatch, "dashboard", "--write", "boards") == 0
 
 
-def test_trackers_that_send_are_used_where_the_caller_says_so(
+def test_recorded_trackers_that_send_data_are_used_only_on_request(
     given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
 ) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -244,7 +244,7 @@ def test_trackers_that_send_are_used_where_the_caller_says_so(
     assert used[1:] == [("wandb",)]
 
 
-def test_settings_that_no_run_has_are_passed_over(
+def test_unknown_and_empty_recorded_settings_are_ignored(
     given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
 ) -> None:
     altered(given / "study.json", lambda record: record["settings"].update(more={"a": 1}, track=None))
@@ -270,14 +270,14 @@ def teacher_of(run: Path) -> Path:
 
 PLACES: dict[str, Callable[[Path], Path]] = {
     "the table of a teacher's answers": lambda run: next(teacher_of(run).glob("answers/*/*/logits.f32")),
-    "its digests": lambda run: next(teacher_of(run).glob("answers/*/*/digests.sha256")),
+    "the digests of a teacher's answers": lambda run: next(teacher_of(run).glob("answers/*/*/digests.sha256")),
     "a teacher's weights": lambda run: teacher_of(run) / "weights.safetensors",
-    "the lock of a teacher": lambda run: teacher_of(run) / ".lock",
-    "the count of commits": lambda run: run / "ledger.commits",
+    "a teacher's lock": lambda run: teacher_of(run) / ".lock",
+    "the commit count": lambda run: run / "ledger.commits",
     "the ledger": lambda run: run / LEDGER,
     "the lock of the run": lambda run: run / ".lock",
     "a table": lambda run: run / "trials.parquet",
-    "a file that nobody asked for": lambda run: run / "notes.txt",
+    "an unknown file": lambda run: run / "notes.txt",
 }
 FOLDERS: dict[str, Callable[[Path], Path]] = {
     "all teachers": lambda run: run.parent / "teachers",
@@ -290,7 +290,7 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("what", [*PLACES, *FOLDERS])
-def test_resume_writes_through_no_link(
+def test_resume_does_not_write_through_links(
     what: str, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     at_ray: None
 ) -> None:  # fmt: skip
@@ -304,8 +304,8 @@ def test_resume_writes_through_no_link(
     path.symlink_to(precious)
     before = fingerprint(precious)
     assert call(monkeypatch, "resume", "tiny") == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert f"a run does not write through links, such as {path.relative_to(tmp_path)} (to {precious})" in told
+    output = " ".join(capsys.readouterr().err.split())
+    assert f"a run does not write through links, such as {path.relative_to(tmp_path)} (to {precious})" in output
     assert fingerprint(precious) == before
     assert call(monkeypatch, "status", "tiny", "--verify") == 3
     assert "a run does not write through links" in " ".join(capsys.readouterr().out.split())
@@ -346,8 +346,8 @@ def test_a_report_is_not_written_through_a_link(
     assert [path.read_text() for path in (tmp_path / "precious").iterdir()] == ["precious"]
 
 
-def test_what_is_written_in_place_has_no_second_name(given: Path, tmp_path: Path) -> None:
-    """A hard link: from an archive that was unpacked without care, or a copy that shares its files."""
+def test_files_with_several_hard_links_are_not_written_in_place(given: Path, tmp_path: Path) -> None:
+    """Hard links come from archives that were unpacked carelessly, or from copies that share files."""
     table = next(teacher_of(given).glob("answers/*/*/logits.f32"))
     os.link(table, tmp_path / "precious")
     with pytest.raises(
@@ -357,16 +357,16 @@ def test_what_is_written_in_place_has_no_second_name(given: Path, tmp_path: Path
     os.link(given / LEDGER, tmp_path / "ledger")
     with pytest.raises(UnexpectedFile, match="1 more"):
         Ledger(given / LEDGER)
-    with records.reading(given / LEDGER) as ledger:  # to look into it harms nobody
+    with records.reading(given / LEDGER) as ledger:  # reading is harmless
         assert ledger.rows(TRIALS)
-    shared = given / f"{LEDGER}-shm"  # but for this, into which a reader writes
+    shared = given / f"{LEDGER}-shm"  # except that a reader writes to this file
     shared.write_bytes(b"")
     os.link(shared, tmp_path / "shared")
     with pytest.raises(UnexpectedFile, match="1 more"), records.reading(given / LEDGER):
         pass
 
 
-def test_a_link_that_waits_under_the_name_of_a_file_aside_is_not_written_through(tmp_path: Path) -> None:
+def test_publish_does_not_write_through_a_link_at_its_temporary_path(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("precious")
     (tmp_path / f".table.{os.getpid()}").symlink_to(precious)
@@ -392,7 +392,7 @@ REFUSED = "holds what looks like a secret ("
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
-def test_a_secret_on_the_command_line_is_refused_before_anything_is_written_or_sent(
+def test_a_secret_on_the_command_line_is_rejected_before_anything_is_written_or_sent(
     form: str,
     arguments: list[str],
     field: str,
@@ -403,13 +403,13 @@ def test_a_secret_on_the_command_line_is_refused_before_anything_is_written_or_s
     text, hidden = SECRETS[form]
     monkeypatch.setattr("tune_kd.execute.session.load_data", None)
     assert call(monkeypatch, *(argument.replace("{}", text) for argument in arguments)) == 2
-    said = capsys.readouterr()
-    assert f"{field} {REFUSED}" in said.err and "at character" in said.err and hidden not in said.err + said.out
+    output = capsys.readouterr()
+    assert f"{field} {REFUSED}" in output.err and "at character" in output.err and hidden not in output.err + output.out
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("form", SECRETS)
-def test_a_secret_in_a_studys_file_is_refused_before_data_are_read(
+def test_a_secret_in_a_study_file_is_rejected_before_data_are_read(
     form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     text, hidden = SECRETS[form]
@@ -419,13 +419,13 @@ def test_a_secret_in_a_studys_file_is_refused_before_data_are_read(
     )
     monkeypatch.setattr("tune_kd.execute.session.load_data", None)
     assert call(monkeypatch, "run", "mine.py") == 2
-    said = capsys.readouterr()
-    assert f"study.question {REFUSED}" in said.err and hidden not in said.err + said.out
+    output = capsys.readouterr()
+    assert f"study.question {REFUSED}" in output.err and hidden not in output.err + output.out
     assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize("form", SECRETS)
-def test_what_a_trial_says_reaches_neither_ledger_nor_log_nor_terminal_with_its_secret(
+def test_a_secret_in_a_trials_error_is_masked_in_ledger_log_and_terminal(
     form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, hidden = SECRETS[form]
@@ -443,15 +443,15 @@ def test_what_a_trial_says_reaches_neither_ledger_nor_log_nor_terminal_with_its_
     errors = [row["error"] for row in ledger.rows(TRIALS) if row["status"] == "failed"]
     ledger.close()
     assert errors and all("RuntimeError: cannot log in with" in each and "***" in each for each in errors)
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert "cannot log in with" in log.read_text() and "***" in said.out
+    assert "cannot log in with" in log.read_text() and "***" in output.out
     for part in hidden.splitlines():
-        assert part not in said.out + said.err and part.encode() not in written
+        assert part not in output.out + output.err and part.encode() not in written
 
 
 @pytest.mark.parametrize("form", SECRETS)
-def test_what_a_run_says_is_shown_and_logged_without_its_secret(
+def test_a_secret_in_a_runs_message_is_masked_in_terminal_and_log(
     form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, hidden = SECRETS[form]
@@ -464,7 +464,7 @@ def test_what_a_run_says_is_shown_and_logged_without_its_secret(
 
 
 @pytest.mark.parametrize(("error", "word"), [(OSError, "OSError"), (RuntimeError, "this is a bug in tune_kd")])
-def test_an_error_of_a_command_is_told_without_the_secret_in_it(
+def test_a_secret_in_a_commands_error_is_masked(
     error: type[Exception], word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object) -> None:
@@ -472,11 +472,11 @@ def test_an_error_of_a_command_is_told_without_the_secret_in_it(
 
     monkeypatch.setattr("tune_kd.execute.session.load_data", fail)
     assert call(monkeypatch, "run", *SMOKE) == 3
-    said = capsys.readouterr().err
-    assert word in said and "https://me:***@example.org/" in said and SHORT not in said
+    output = capsys.readouterr().err
+    assert word in output and "https://me:***@example.org/" in output and SHORT not in output
 
 
-def test_a_store_is_not_named_with_a_token_in_its_url(
+def test_a_store_url_with_a_secret_is_rejected_and_masked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
@@ -484,23 +484,23 @@ def test_a_store_is_not_named_with_a_token_in_its_url(
         text, hidden = SECRETS[form]
         url = f"s3://bucket/kd?region=eu-west-1&note={text.partition('?')[2] or text}"
         assert call(monkeypatch, "run", *SMOKE, "--out", url) == 2
-        said = capsys.readouterr().err
-        assert "--out is s3://..., with a secret in it" in said and hidden not in said
+        output = capsys.readouterr().err
+        assert "--out is s3://..., with a secret in it" in output and hidden not in output
     assert not (tmp_path / "data").exists()
 
 
-# Archives and pictures
+# Archives and images
 
 
 def extended(kind: bytes, content: bytes) -> bytes:
-    """A header of a tar that says more of those after it."""
+    """An extended tar header, which describes the members after it."""
     member = tarfile.TarInfo("x")
     member.type, member.size = kind, len(content)
     return member.tobuf() + content + bytes(-len(content) % 512)
 
 
 def record(keyword: str, value: str) -> bytes:
-    """One of a PAX header, which begins with its own length."""
+    """A record of a PAX header. It begins with its own length."""
     rest = f" {keyword}={value}\n"
     length = len(rest) + len(str(len(rest)))
     return f"{length + len(str(length)) - len(str(len(rest)))}{rest}".encode()
@@ -523,8 +523,8 @@ ARCHIVES = {
 
 
 @pytest.mark.parametrize("kind", ARCHIVES)
-def test_an_archive_that_costs_more_than_its_bytes_is_refused(kind: str, tmp_path: Path) -> None:
-    """tarfile.open takes 10 minutes for the first, and 60 GB for the second."""
+def test_a_small_archive_that_is_expensive_to_read_is_rejected(kind: str, tmp_path: Path) -> None:
+    """`tarfile.open` takes 10 minutes for the first archive, and 60 GB for the second."""
     content, says = ARCHIVES[kind]
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress(content + bytes(1024), 1))
     assert (tmp_path / "x.tar.gz").stat().st_size < 2**24
@@ -538,7 +538,7 @@ def test_an_archive_that_costs_more_than_its_bytes_is_refused(kind: str, tmp_pat
     assert says in done.stderr.splitlines()[-1]
 
 
-def images(folder: Path) -> Path:
+def write_images(folder: Path) -> Path:
     for part in ("train", "test"):
         for name in ("cat", "dog"):
             (folder / part / name).mkdir(parents=True)
@@ -547,14 +547,14 @@ def images(folder: Path) -> Path:
     return folder
 
 
-def a_note(path: Path) -> None:
-    """A picture whose notes unpack to a gigabyte."""
+def add_large_metadata(path: Path) -> None:
+    """Add metadata that unpacks to a gigabyte to a PNG."""
     content, notes = path.read_bytes(), b"a\0\0" + zlib.compress(bytes(2**20), 9)
     chunk = len(notes).to_bytes(4, "big") + b"iCCP" + notes + zlib.crc32(b"iCCP" + notes).to_bytes(4, "big")
     path.write_bytes(content[:33] + chunk * 900 + content[33:])
 
 
-def a_link(target: str) -> Callable[[Path], None]:
+def link_to(target: str) -> Callable[[Path], None]:
     def make(path: Path) -> None:
         path.unlink()
         path.symlink_to(target)
@@ -565,20 +565,22 @@ def a_link(target: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (a_note, "'train/cat/1.png' cannot be read as PNG or JPEG (ValueError)"),
-        (a_link("/dev/zero"), "1.png is a device; expected a regular file"),
-        (a_link("/dev/urandom"), "1.png is a device; expected a regular file"),
-        (a_link("/proc/self/pagemap"), "1.png has 0 bytes; expected a regular file of at most 1,048,576 bytes"),
+        (add_large_metadata, "'train/cat/1.png' cannot be read as PNG or JPEG (ValueError)"),
+        (link_to("/dev/zero"), "1.png is a device; expected a regular file"),
+        (link_to("/dev/urandom"), "1.png is a device; expected a regular file"),
+        (link_to("/proc/self/pagemap"), "1.png has 0 bytes; expected a regular file of at most 1,048,576 bytes"),
     ],
     ids=["notes", "zero", "urandom", "pagemap"],
 )
-def test_a_picture_that_never_ends_is_refused(change: Callable[[Path], None], says: str, tmp_path: Path) -> None:
-    change(images(tmp_path / "images") / "train" / "cat" / "1.png")
+def test_an_endless_or_decompression_bomb_image_is_rejected(
+    change: Callable[[Path], None], says: str, tmp_path: Path
+) -> None:
+    change(write_images(tmp_path / "images") / "train" / "cat" / "1.png")
     done = command(tmp_path, "run", "ablation", "--scale", "smoke", "--data", "cifar10", "--data-dir", "images")
     assert done.returncode == 2 and says in " ".join(done.stderr.split()), done.stderr
 
 
-def test_an_archive_is_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_a_damaged_archive_is_rejected_before_the_run_starts(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(ARCHIVES["digits"][0] + bytes(1024))
     done = command(tmp_path, "run", "ablation", "--scale", "smoke", "--data", "cifar10", "--data-dir", "x.tar")
     assert done.returncode == 2 and "the archive is truncated or damaged" in " ".join(done.stderr.split()), done.stderr
@@ -589,7 +591,7 @@ def test_an_archive_is_refused_before_anything_runs(tmp_path: Path) -> None:
 
 
 def many(value: str, times: int) -> Any:
-    """A column of one value, in a byte for each time."""
+    """A column that repeats one value, at one byte per row."""
     return pa.DictionaryArray.from_arrays(pa.array(np.zeros(times, np.int8)), pa.array([value]))
 
 
@@ -605,7 +607,7 @@ TABLES: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_a_table_that_would_fill_the_memory_is_refused(kind: str, tmp_path: Path) -> None:
+def test_a_small_table_that_is_expensive_to_read_is_rejected(kind: str, tmp_path: Path) -> None:
     make, says = TABLES[kind]
     pq.write_table(make(), tmp_path / "trials.parquet", compression="zstd")
     assert (tmp_path / "trials.parquet").stat().st_size < 3_000_000
@@ -620,13 +622,13 @@ JSON = {
     "holder.json": ("status", "resume"),
     "teachers/card.json": ("status", "resume"),
 }
-"""Files of records, and the commands that read them."""
+"""JSON files of a results folder, and the commands that read them."""
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", JSON)
 @pytest.mark.parametrize("deep", ["[" * 200_000, '{"a":' * 200_000 + "1" + "}" * 200_000, "[" * 900 + "]" * 900])
-def test_json_of_any_depth_is_refused_or_passed_over(
+def test_deeply_nested_json_does_not_crash_commands(
     name: str, deep: str, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
 ) -> None:
     path = given / name if "/" not in name else teacher_of(given) / "card.json"
@@ -636,12 +638,12 @@ def test_json_of_any_depth_is_refused_or_passed_over(
         if command[0] not in JSON[name]:
             continue
         assert call(monkeypatch, *command) in (0, 2, 3), command
-        told = capsys.readouterr()
-        assert "Traceback" not in told.err and "error in tune_kd" not in told.err, command
+        output = capsys.readouterr()
+        assert "Traceback" not in output.err and "bug in tune_kd" not in output.err, command
 
 
-def declared(path: str, value: object) -> Callable[[dict[str, Any]], None]:
-    """A change of a field of the study, with the digest that fits it."""
+def set_field(path: str, value: object) -> Callable[[dict[str, Any]], None]:
+    """A function that sets a field of a study's record and updates its digest."""
 
     def change(record: dict[str, Any]) -> None:
         *way, last = path.split(".")
@@ -669,48 +671,48 @@ def declared(path: str, value: object) -> Callable[[dict[str, Any]], None]:
                                 "methods": None}], "budget": 10**9}),
     ],
 )  # fmt: skip
-def test_declared_numbers_are_bounded_where_they_are_read(
+def test_out_of_range_study_values_are_rejected_when_read(
     field: str, value: object, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    altered(given / "study.json", declared(field, value))
+    altered(given / "study.json", set_field(field, value))
     for command, code in ((("status", "tiny", "--verify"), 3), (("report", "tiny"), 2), (("resume", "tiny"), 2)):
         assert call(monkeypatch, *command) == code
-        told = capsys.readouterr()
-        assert "study.json" in told.out + told.err and "allowed" in told.out + told.err
+        output = capsys.readouterr()
+        assert "study.json" in output.out + output.err and "allowed" in output.out + output.err
 
 
-def test_a_look_that_is_not_declared_is_none(
+def test_an_undeclared_look_is_rejected(
     given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     altered(given / "study.json", lambda record: record.update(look=1_000_000_000))
     for command, code in ((("status", "tiny", "--verify"), 3), (("report", "tiny"), 2), (("resume", "tiny"), 2)):
         assert call(monkeypatch, *command) == code
-        told = capsys.readouterr()
-        assert "look is 1000000000; allowed: 0 to 0" in " ".join((told.out + told.err).split())
+        output = capsys.readouterr()
+        assert "look is 1000000000; allowed: 0 to 0" in " ".join((output.out + output.err).split())
 
 
-# What other programs make of our output
+# How other programs interpret our output
 
 NAMES = (
     "=HYPERLINK(\"http://x.org\",\"x\")", "-1+1", "+1", "@SUM(1)", "x;=1+1", "<script>alert(1)</script>", "<img src=x>",
     "[a](javascript:alert(1))", "![a](http://x.org/y.png)", "a|b", "`a`", "# a", "\\input{/etc/passwd}", "$\\frac$",
     "_a_", "*[x]", "&lt;", "\" onclick=\"alert(1)",
 )  # fmt: skip
-COMMANDS = "\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp.exe\u2069\x7f"
-OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+ESCAPES = "\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp.exe\u2069\x7f"
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 ROOT = Path(__file__).parents[2]
 
 
 def command(here: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """What `python -m tune_kd` does with these arguments, in a folder."""
+    """Run `python -m tune_kd` with these arguments in a folder."""
     return subprocess.run(
         [sys.executable, "-m", "tune_kd", *arguments], cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
-def theirs(folder: Path, names: tuple[str, ...], **more: Any) -> Path:
-    """A trials table of others with an arm of each name."""
+def write_foreign_table(folder: Path, names: tuple[str, ...], **more: Any) -> Path:
+    """Write a trials table from other software, with one arm per name."""
     folder.mkdir()
     trials = [
         {"trial_id": f"{number} {seed}", "seed": seed, "test_accuracy_best": number / 100, "train_seconds": 1.0}
@@ -723,15 +725,15 @@ def theirs(folder: Path, names: tuple[str, ...], **more: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of tables of others whose names are written for spreadsheets, browsers, Markdown and LaTeX."""
+    """The report of a table whose names attack spreadsheets, browsers, Markdown and LaTeX."""
     here = tmp_path_factory.mktemp("written")
-    theirs(here / "theirs", NAMES)
+    write_foreign_table(here / "theirs", NAMES)
     done = command(here, "report", "theirs")
     assert done.returncode == 0, done.stderr
     return here / "theirs" / "report"
 
 
-def test_no_cell_of_a_csv_is_a_formula(written: Path) -> None:
+def test_no_csv_cell_is_a_formula(written: Path) -> None:
     with (written / "tables" / "arms.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["arm"].replace("'", "") for row in rows] == list(NAMES)
@@ -743,7 +745,7 @@ def test_no_cell_of_a_csv_is_a_formula(written: Path) -> None:
         assert [each for each in cells if re.search("[;\t][=+@-]", each)] == []
 
 
-def test_no_name_is_markup_in_a_markdown_report(written: Path) -> None:
+def test_names_are_not_markup_in_a_markdown_report(written: Path) -> None:
     parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
     tokens = [
         each for token in parser.parse((written / "report.md").read_text()) for each in (token, *(token.children or ()))
@@ -755,7 +757,7 @@ def test_no_name_is_markup_in_a_markdown_report(written: Path) -> None:
 
 
 class Parts(HTMLParser):
-    """The tags of a page, their attributes, and its texts."""
+    """The tags, attributes and texts of a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -771,7 +773,7 @@ class Parts(HTMLParser):
         self.texts.add(data)
 
 
-def test_no_name_is_markup_or_an_address_in_the_page(written: Path) -> None:
+def test_names_are_neither_markup_nor_addresses_in_the_html_page(written: Path) -> None:
     parts = Parts()
     parts.feed((written / "report.html").read_text())
     assert set(NAMES) <= parts.texts
@@ -785,7 +787,7 @@ def test_no_name_is_markup_or_an_address_in_the_page(written: Path) -> None:
     assert "unsafe" not in policy and "http" not in policy
 
 
-def test_no_name_is_a_command_of_latex_or_a_formula_in_a_picture(written: Path) -> None:
+def test_names_are_not_latex_commands_and_figures_have_no_scripts_or_links(written: Path) -> None:
     text = (written / "tables" / "arms.tex").read_text()
     assert r"\textbackslash{}input\{/etc/passwd\}" in text
     assert set(re.findall(r"\\[a-z]+", text)) <= {
@@ -798,96 +800,96 @@ def test_no_name_is_a_command_of_latex_or_a_formula_in_a_picture(written: Path) 
         assert not tags & {"script", "a", "foreignObject"}, path
 
 
-def test_names_that_a_terminal_would_obey_are_refused_by_their_row(tmp_path: Path) -> None:
-    theirs(tmp_path / "theirs", ("a", f"b{COMMANDS}"), error=COMMANDS)
+def test_a_name_with_control_characters_is_rejected_with_its_row(tmp_path: Path) -> None:
+    write_foreign_table(tmp_path / "theirs", ("a", f"b{ESCAPES}"), error=ESCAPES)
     done = command(tmp_path, "report", "theirs")
     assert (done.returncode, done.stdout) == (2, "")
     arm = next(line for line in done.stderr.splitlines() if "trials.parquet: arm: " in line)
-    assert f"2 of 4 rows break a rule; got {f'b{COMMANDS}'!r} in row 2" in arm
+    assert f"2 of 4 rows break a rule; got {f'b{ESCAPES}'!r} in row 2" in arm
     assert "expected text without control characters" in arm
     assert "trials.parquet: error: " not in done.stderr
-    assert not OBEYED.search(done.stderr)
+    assert not CONTROL.search(done.stderr)
 
 
-def test_tables_whose_errors_have_colours_are_reported(tmp_path: Path) -> None:
-    theirs(tmp_path / "theirs", ("a", "b"), error=f"Traceback\n  {COMMANDS}")
+def test_control_characters_in_errors_of_a_table_do_not_prevent_its_report(tmp_path: Path) -> None:
+    write_foreign_table(tmp_path / "theirs", ("a", "b"), error=f"Traceback\n  {ESCAPES}")
     done = command(tmp_path, "report", "theirs", "--format", "md,csv")
     assert done.returncode == 0, done.stderr
-    assert not OBEYED.search(done.stdout + done.stderr)
+    assert not CONTROL.search(done.stdout + done.stderr)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("reporting", ["report", pytest.param("resume", marks=pytest.mark.slow)])
-def test_a_run_whose_study_has_commands_for_a_terminal_is_shown_without_them(
+def test_control_characters_in_a_study_are_neither_printed_nor_reported(
     finished: Path, tmp_path: Path, reporting: str
 ) -> None:
-    def commanding(record: dict[str, Any]) -> None:
+    def add_control_characters(record: dict[str, Any]) -> None:
         for contrast in record["contrasts"]:
-            contrast["name"] += f"{COMMANDS}<b>"
+            contrast["name"] += f"{ESCAPES}<b>"
         record["contrasts_sha256"] = digest(record["contrasts"])
-        record["versions"] |= {f"torch{COMMANDS}": COMMANDS}
-        record["machine"] = {"host": COMMANDS}
-        record["git_commit"] = COMMANDS
+        record["versions"] |= {f"torch{ESCAPES}": ESCAPES}
+        record["machine"] = {"host": ESCAPES}
+        record["git_commit"] = ESCAPES
 
     shutil.copytree(finished, tmp_path / "results" / "tiny")
-    altered(tmp_path / "results" / "tiny" / "study.json", commanding)
+    altered(tmp_path / "results" / "tiny" / "study.json", add_control_characters)
     for arguments in (("status", "tiny"), ("status", "tiny", "--verify"), (reporting, "tiny")):
         done = command(tmp_path, *arguments)
         assert "Traceback" not in done.stderr and done.returncode in (0, 2, 3), done.stderr
-        assert not OBEYED.search(done.stdout + done.stderr), arguments
+        assert not CONTROL.search(done.stdout + done.stderr), arguments
     report = tmp_path / "results" / "tiny" / "report"
     texts = [path for path in report.rglob("*") if path.suffix in (".html", ".md", ".csv", ".tex", ".svg")]
     assert len(texts) > 10
     for path in texts:
-        assert not OBEYED.search(path.read_text()), path
+        assert not CONTROL.search(path.read_text()), path
     assert "\u241b[2J" in (report / "report.html").read_text()
     assert "\u241b\\[2J" in (report / "report.md").read_text()
 
 
-def test_a_ledger_with_commands_for_a_terminal_is_shown_without_them(
+def test_control_characters_in_a_ledger_are_not_printed(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "results" / "tiny"
     shutil.copytree(finished, folder)
     ledger = records.Ledger(folder / schema.LEDGER)
     row, other = ledger.rows(schema.TRIALS)[-2:]
-    ended = dict.fromkeys(schema.TRIALS.only_completed) | {"status": "failed", "error": f"{COMMANDS}\nred"}
-    monkeypatch.setattr(schema.Schema, "broken", lambda *_: None)  # a stranger's ledger was not written by `put`
+    ended = dict.fromkeys(schema.TRIALS.only_completed) | {"status": "failed", "error": f"{ESCAPES}\nred"}
+    monkeypatch.setattr(schema.Schema, "broken", lambda *_: None)  # a stranger can write rows that `put` rejects
     ledger.put(schema.TRIALS, row | ended)
     for refused in (False, True):
         if refused:
-            ledger.put(schema.TRIALS, other | ended | {"arm": f"arm{COMMANDS}"})
+            ledger.put(schema.TRIALS, other | ended | {"arm": f"arm{ESCAPES}"})
         for arguments in (("status", "tiny"), ("status", "tiny", "--json"), ("status", "tiny", "--verify")):
             done = command(tmp_path, *arguments)
             expected = 3 if refused or "--verify" in arguments else 0
             assert "Traceback" not in done.stderr and done.returncode == expected, done.stderr
-            assert not OBEYED.search(done.stdout + done.stderr), arguments
+            assert not CONTROL.search(done.stdout + done.stderr), arguments
             if not refused and "--verify" not in arguments:
-                assert "title" in done.stdout  # it was said
+                assert "title" in done.stdout  # the error is shown
     ledger.close()
 
 
-def test_an_argument_that_comes_from_a_strangers_folder_is_not_obeyed(tmp_path: Path) -> None:
-    """As of `report *`."""
-    theirs(tmp_path / f"x{COMMANDS}", ("a",))
-    for arguments in (("report", f"x{COMMANDS}"), ("report", f"--{COMMANDS}"), (COMMANDS,)):
+def test_an_argument_with_control_characters_is_rejected(tmp_path: Path) -> None:
+    """For example, the shell expands `report *` to such arguments."""
+    write_foreign_table(tmp_path / f"x{ESCAPES}", ("a",))
+    for arguments in (("report", f"x{ESCAPES}"), ("report", f"--{ESCAPES}"), (ESCAPES,)):
         done = command(tmp_path, *arguments)
         assert (done.returncode, done.stdout) == (2, "")
         assert "allowed: text without control characters" in done.stderr
-        assert not OBEYED.search(done.stderr)
+        assert not CONTROL.search(done.stderr)
 
 
-def test_a_run_named_like_a_place_elsewhere_names_no_file(tmp_path: Path) -> None:
+def test_an_unsafe_run_name_in_a_table_is_rejected_and_nothing_is_written(tmp_path: Path) -> None:
     for name in ("../../x", "/etc/x", ".hidden", "a\n"):
         shutil.rmtree(tmp_path / "theirs", ignore_errors=True)
-        theirs(tmp_path / "theirs", ("a",), run=name)
+        write_foreign_table(tmp_path / "theirs", ("a",), run=name)
         done = command(tmp_path, "report", "theirs", "--to", "here", "--format", "svg,csv")
         assert (done.returncode, done.stdout) == (2, ""), name
         assert f"RUN holds a run named {name!r}" in done.stderr or f"got {name!r}" in done.stderr, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
 
-# A ledger that is a program
+# Ledgers that contain code
 
 
 def statements(path: Path, *sql: str) -> None:
@@ -901,19 +903,19 @@ ENDLESS = (
     "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT * FROM real WHERE (SELECT max(x) FROM n)"
 )
 PROGRAMS = {
-    "a view without end": ("ALTER TABLE trials RENAME TO real", f"CREATE VIEW trials AS {ENDLESS}"),
+    "an endless view": ("ALTER TABLE trials RENAME TO real", f"CREATE VIEW trials AS {ENDLESS}"),
     "a trigger": ("CREATE TRIGGER t AFTER UPDATE ON trials BEGIN DELETE FROM epochs; END",),
-    "a trigger with a name of SQLite's": (
+    "a trigger with a name reserved for SQLite": (
         "CREATE TRIGGER t AFTER UPDATE ON trials BEGIN DELETE FROM epochs; END",
         "UPDATE sqlite_master SET name = 'sqlite_t', sql = replace(sql, ' t ', ' sqlite_t ') WHERE name = 't'",
     ),
     "an index over an expression": ("CREATE INDEX i ON trials (abs(seed))",),
-    "a table of its own": ("CREATE TABLE more (x)",),
+    "an additional table": ("CREATE TABLE more (x)",),
 }
 
 
 @pytest.mark.parametrize("what", PROGRAMS)
-def test_a_ledger_with_anything_but_its_tables_is_not_read(
+def test_a_ledger_with_an_unexpected_schema_is_rejected(
     what: str, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     statements(given / LEDGER, *PROGRAMS[what])
@@ -923,8 +925,8 @@ def test_a_ledger_with_anything_but_its_tables_is_not_read(
     assert "its tables are not those that a run creates" in " ".join(capsys.readouterr().out.split())
 
 
-def with_cell(ledger: Path, column: str, value: object) -> None:
-    """Have a trial's row say something else, with a check sum that fits."""
+def change_cell(ledger: Path, column: str, value: object) -> None:
+    """Change a cell of a trial's row, and update the row's checksum."""
     with records.reading(ledger) as before:
         row = before.rows(TRIALS)[0]
     with closing(sqlite3.connect(ledger)) as connection, connection:
@@ -938,25 +940,25 @@ def with_cell(ledger: Path, column: str, value: object) -> None:
     [("epochs_run", "many"), ("val_accuracy", float("inf")), ("val_accuracy", 5.0), ("status", "won"), ("seed", None),
      ("attempts", 2.5)],
 )  # fmt: skip
-def test_a_row_that_no_run_writes_is_not_read_though_its_check_sum_fits(
+def test_an_invalid_row_with_a_matching_checksum_is_rejected(
     column: str, value: object, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with_cell(given / LEDGER, column, value)
+    change_cell(given / LEDGER, column, value)
     assert call(monkeypatch, "status", "tiny") == 3
     assert "which no run writes" in capsys.readouterr().err
     assert call(monkeypatch, "status", "tiny", "--verify") == 3
 
 
-def test_epochs_beyond_counting_are_not_counted(
+def test_a_huge_epoch_count_is_reported_without_hanging(
     given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with_cell(given / LEDGER, "epochs_run", 2**62)
+    change_cell(given / LEDGER, "epochs_run", 2**62)
     assert at_once(lambda: call(monkeypatch, "status", "tiny", "--verify")) == 3
     assert f"says {2**62} epochs and has" in " ".join(capsys.readouterr().out.split())
 
 
-def circular(path: Path) -> None:
-    """Have the pages of the trials lead back to the same rows, 400 times at each of four levels."""
+def make_circular(path: Path) -> None:
+    """Make the page tree of the trials refer to the same page 400 times at each of four levels."""
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         (root,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'trials'").fetchone()
@@ -984,19 +986,19 @@ def circular(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_pages_that_lead_back_to_one_another_are_not_followed_for_ever(
+def test_circular_pages_of_a_ledger_do_not_hang_commands(
     given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
 ) -> None:
-    circular(given / LEDGER)
+    make_circular(given / LEDGER)
     for command in (("status", "tiny"), ("status", "tiny", "--verify"), ("resume", "tiny")):
         code = at_once(lambda command=command: call(monkeypatch, *command), within=60)
         assert code in (2, 3), command
-        told = capsys.readouterr()
-        assert "damaged" in told.out + told.err or command[0] == "resume"
+        output = capsys.readouterr()
+        assert "damaged" in output.out + output.err or command[0] == "resume"
 
 
-def test_sqlite_is_interrupted_where_it_does_not_come_to_an_end(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where it reads which tables there are, before a row is asked for."""
+def test_sqlite_is_interrupted_after_its_maximum_of_steps(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while it reads the schema, before any row is requested."""
     monkeypatch.setattr(Ledger, "_room", lambda self: 0)
     monkeypatch.setattr(records, "STEPS", 1)
     for options in ({}, {"read_only": True}):
@@ -1005,33 +1007,33 @@ def test_sqlite_is_interrupted_where_it_does_not_come_to_an_end(given: Path, mon
         assert records.damage(caught.value)
 
 
-def journal_of(path: Path, named: Path) -> None:
-    """A journal as of a transaction over several databases, which names the file that says so: SQLite removes it."""
+def write_journal(path: Path, named: Path) -> None:
+    """Write the journal of a transaction over several databases. It names a super-journal, which SQLite removes."""
     name = str(named).encode()
     end = struct.pack(">I", 1) + name + struct.pack(">II", len(name), sum(name)) + sqlite_file.SUPER
     header = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + struct.pack(">IIIII", 0, 0, 1, 512, 4096)
     path.write_bytes(header.ljust(512, b"\0") + end)
 
 
-def test_a_journal_does_not_name_a_file_to_be_removed(
+def test_a_journal_cannot_make_sqlite_remove_another_file(
     given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     precious = tmp_path / "precious"
     precious.write_text("precious")
-    journal_of(given / f"{LEDGER}-journal", precious)
+    write_journal(given / f"{LEDGER}-journal", precious)
     for command in (("status", "tiny"), ("status", "tiny", "--verify")):
         assert call(monkeypatch, *command) == 3
-        told = capsys.readouterr()
-        assert "-journal exists, and no run leaves such a file" in " ".join((told.out + told.err).split())
+        output = capsys.readouterr()
+        assert "-journal exists, and no run leaves such a file" in " ".join((output.out + output.err).split())
     sqlite3.connect(given / "mlflow.db").close()
-    journal_of(given / "mlflow.db-journal", precious)
+    write_journal(given / "mlflow.db-journal", precious)
     with pytest.raises(CorruptFile, match=r"mlflow.db-journal names another file"):
         MLflow("s", "tiny", given)
     assert precious.read_text() == "precious"
 
 
-def test_a_trackers_settings_are_not_taken_from_results(given: Path) -> None:
-    """From where its library works, it would be told where runs are sent, and the user's key with them."""
+def test_wandb_settings_in_results_are_rejected(given: Path) -> None:
+    """The library reads settings from its working folder. They could send runs, and the user's key, elsewhere."""
     (given / "wandb" / "trial" / ".wandb").mkdir(parents=True)
     (given / "wandb" / "trial" / ".wandb" / "settings").write_text("[default]\nbase_url = http://192.0.2.1\n")
     with pytest.raises(
@@ -1041,18 +1043,18 @@ def test_a_trackers_settings_are_not_taken_from_results(given: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["evil.py", "notes.txt", "/x/notes.txt", "/x/evil.py\n"])
-def test_what_no_run_names_as_its_study_is_refused(
+def test_an_invalid_study_file_in_the_record_is_rejected(
     file: str, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, marker = evil(Path.cwd())
     shutil.copy(path, "notes.txt")
-    names_file(given, Path("placeholder.py"))
+    name_study_file(given, Path("placeholder.py"))
     altered(given / "study.json", lambda record: record["source"].update(file=file))
     assert call(monkeypatch, "resume", "tiny") == 2
     assert "source.file is" in capsys.readouterr().err and not marker.exists()
 
 
-def test_a_new_run_writes_through_no_link_either(
+def test_a_new_run_does_not_write_through_links(
     given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at_ray: None
 ) -> None:
     (given.parent / "teachers").rename(tmp_path / "precious")
@@ -1063,8 +1065,8 @@ def test_a_new_run_writes_through_no_link_either(
     assert fingerprint(tmp_path / "precious") == before and not (given.parent / "new").exists()
 
 
-def test_a_table_that_is_padded_is_not_kept_beside_the_new_one(given: Path) -> None:
-    """Pages of the table before stay where they were, for whoever reads it now: as far as that is a table's size."""
+def test_padding_of_an_old_table_is_dropped_when_the_table_is_rewritten(given: Path) -> None:
+    """A table is written over pages of the old one, for current readers, but only up to the usual size of a table."""
     path = given / "trials.parquet"
     found, sink = pq.read_table(path), pa.BufferOutputStream()
     with pq.ParquetWriter(sink, found.schema) as writer:

@@ -1,6 +1,6 @@
-"""What others on this machine, or in its network, can reach of a run: Ray's ports, its folders, sockets and logs.
+"""What other users of this machine and its network can access of a run: Ray's ports, its folders, sockets and logs.
 
-SECURITY.md says what is promised, and against whom.
+SECURITY.md states what is promised, and against whom.
 """
 
 import http.client
@@ -33,10 +33,10 @@ from tune_kd.system.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
-# Ray's door
+# Ray's ports
 
 METRICS = "GET /metrics"
-DOORS = {
+SERVICES = {
     "control store": ("gcs_server", "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"),
     "raylet": ("raylet", "/ray.rpc.NodeManagerService/GetNodeStats"),
     "object manager": ("raylet", "/ray.rpc.ObjectManagerService/Pull"),
@@ -49,13 +49,13 @@ DOORS = {
     "metrics of the dashboard": ("dashboard.py", METRICS),
     "metrics of the autoscaler": ("monitor.py", METRICS),
 }
-"""What listens, by the names of SECURITY.md: in which process, and a request that gives something away."""
+"""Listening services by their names in SECURITY.md: the process, and a request that gives something away."""
 FIXED = {"dashboard's agent, HTTP": 52365, "metrics of the dashboard": 44227, "metrics of the autoscaler": 44217}
-"""Ports that one Ray of a machine has."""
+"""Fixed ports, which only one Ray on a machine can have."""
 
 
-def asked(port: int, request: str) -> str:
-    """What comes of a request without a token: "refused", "answered", or "unknown" where nothing there knows it."""
+def response(port: int, request: str) -> str:
+    """Send a request without a token. Returns "refused", "answered", or "unknown" if the service does not know it."""
     if request.startswith("GET "):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
         with closing(connection), suppress(OSError, http.client.HTTPException):
@@ -74,7 +74,7 @@ def asked(port: int, request: str) -> str:
 
 
 def listening(of: int) -> list[tuple[str, str, int]]:
-    """(command, address, port) of what listens among a process and all under it."""
+    """(command, address, port) of every listening socket of a process and its descendants."""
     found = []
     for process in (psutil.Process(of), *psutil.Process(of).children(recursive=True)):
         with suppress(psutil.Error):
@@ -84,22 +84,22 @@ def listening(of: int) -> list[tuple[str, str, int]]:
     return found
 
 
-def doors(of: int) -> dict[str, str]:
-    """What each part of the Ray under a process does with those who have no token. All its ports have to be known."""
+def responses(of: int) -> dict[str, str]:
+    """How each Ray service under a process responds to requests without a token. Fails for an unknown port."""
     found = {}
     for words, _, port in listening(of):
-        answers = {name: asked(port, request) for name, (process, request) in DOORS.items() if process in words}
+        answers = {name: response(port, request) for name, (process, request) in SERVICES.items() if process in words}
         known = {name: answer for name, answer in answers.items() if answer != "unknown"}
-        metrics = {name: answer for name, answer in known.items() if DOORS[name][1] == METRICS}
-        known = metrics or known  # Prometheus's client gives the same answer to all that it is asked
-        assert len(known) == 1, f"{words} listens on {port}, of which SECURITY.md does not tell: {answers}"
+        metrics = {name: answer for name, answer in known.items() if SERVICES[name][1] == METRICS}
+        known = metrics or known  # Prometheus's client gives the same answer to every request
+        assert len(known) == 1, f"{words} listens on {port}, which SECURITY.md does not list: {answers}"
         found |= known
     return found
 
 
 @contextmanager
-def going_on(folder: Path, **around: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """A run that goes on, and what it said at its start."""
+def running(folder: Path, **around: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """A run in progress, and its output so far."""
     folder.mkdir()
     (folder / "own.py").write_text(STUDY)
     with pytest.MonkeyPatch.context() as patched:
@@ -133,16 +133,16 @@ def is_taken(port: int) -> bool:
 
 
 @pytest.mark.long
-def test_nothing_of_a_runs_ray_is_open_to_other_machines_nor_to_those_without_the_token(tmp_path: Path) -> None:
-    taken = {name for name, port in FIXED.items() if is_taken(port)}  # by another Ray, as that of other tests
-    with going_on(tmp_path / "r") as (begun, said):
-        assert f"({monitoring.GUARDED})" in said and "warning" not in said
+def test_a_runs_ray_listens_only_on_loopback_and_requires_the_token_except_for_metrics(tmp_path: Path) -> None:
+    taken = {name for name, port in FIXED.items() if is_taken(port)}  # by another Ray, such as that of other tests
+    with running(tmp_path / "r") as (begun, printed):
+        assert f"({monitoring.GUARDED})" in printed and "warning" not in printed
         there = listening(begun.pid)
         assert {address.removeprefix("::ffff:") for _, address, _ in there} == {"127.0.0.1"}
-        metrics = {name for name, (_, request) in DOORS.items() if request == METRICS}
-        expected = {name: "answered" if name in metrics else "refused" for name in DOORS if name not in taken}
-        assert {name: answer for name, answer in doors(begun.pid).items() if name not in taken} == expected
-        # Who has the token is served as before: another command that joins, Ray's own, and the dashboard with its logs.
+        metrics = {name for name, (_, request) in SERVICES.items() if request == METRICS}
+        expected = {name: "answered" if name in metrics else "refused" for name in SERVICES if name not in taken}
+        assert {name: answer for name, answer in responses(begun.pid).items() if name not in taken} == expected
+        # With the token, access works: commands can join by address or `auto`, and the dashboard shows the logs.
         (control_store,) = (port for process, _, port in there if "gcs_server" in process)
         around = {**os.environ, "RAY_AUTH_MODE": "token", "PYTHONPATH": str(ROOT)}
         for address in (f"127.0.0.1:{control_store}", "auto"):
@@ -150,20 +150,20 @@ def test_nothing_of_a_runs_ray_is_open_to_other_machines_nor_to_those_without_th
                                     timeout=60)  # fmt: skip
             assert joined.stdout.startswith("True True"), joined.stderr
             assert address == "auto" or joined.stdout.split()[-1] == str(control_store)
-        url = dashboard_of(said)
+        url = dashboard_url(printed)
         if "dashboard's agent, HTTP" not in taken:  # Ray serves the logs of the one agent that has this port
             log = urllib.request.Request(f"{url}/api/v0/logs/file?node_ip=127.0.0.1&filename=tune_kd-r.log&lines=9",
                                          headers={"Authorization": f"Bearer {token()}"})  # fmt: skip
             with urllib.request.urlopen(log, timeout=30) as answer:
                 assert b" s  " in answer.read()
-        told = subprocess.run([sys.executable, "-m", "tune_kd", "dashboard", "--out", str(tmp_path / "r" / "results")],
-                              env=around, capture_output=True, text=True, timeout=60).stdout  # fmt: skip
-        assert f"r: {url}" in told and "asks for the token" in told and "warning" not in told
+        shown = subprocess.run([sys.executable, "-m", "tune_kd", "dashboard", "--out", str(tmp_path / "r" / "results")],
+                               env=around, capture_output=True, text=True, timeout=60).stdout  # fmt: skip
+        assert f"r: {url}" in shown and "asks for the token" in shown and "warning" not in shown
 
 
-def dashboard_of(said: str) -> str:
-    found = re.search(r"Ray dashboard: (http://127.0.0.1:[0-9]+)", said)
-    assert found is not None, said
+def dashboard_url(printed: str) -> str:
+    found = re.search(r"Ray dashboard: (http://127.0.0.1:[0-9]+)", printed)
+    assert found is not None, printed
     return found[1]
 
 
@@ -178,7 +178,7 @@ connection.disconnect(cluster)
 
 
 @pytest.mark.long
-def test_a_ray_without_a_token_is_known_to_be_open(
+def test_dashboard_warns_about_a_ray_without_a_token(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     around = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
@@ -188,51 +188,51 @@ def test_a_ray_without_a_token_is_known_to_be_open(
         guarded, url = process.stdout.readline().split()
         assert guarded == "False"
         for name in ("control store", "dashboard"):  # as the warning says
-            part, request = DOORS[name]
-            answers = {asked(port, request) for words, _, port in listening(process.pid) if part in words}
+            part, request = SERVICES[name]
+            answers = {response(port, request) for words, _, port in listening(process.pid) if part in words}
             assert answers - {"unknown"} == {"answered"}
-        monkeypatch.setenv("RAY_AUTH_MODE", "token")  # which is not that of this Ray
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")  # unlike this Ray
         assert call(monkeypatch, "dashboard", "--address", url) == 0
         process.communicate(timeout=60)
-    told = capsys.readouterr().out.replace("\n", " ")
-    assert monitoring.OPEN in told and "get-auth-token" not in told
+    output = capsys.readouterr().out.replace("\n", " ")
+    assert monitoring.OPEN in output and "get-auth-token" not in output
 
 
-@pytest.mark.slow  # in short: the test before
-def test_of_a_ray_without_a_token_a_run_and_dashboard_warn(tmp_path: Path) -> None:
-    with going_on(tmp_path / "r", RAY_AUTH_MODE="disabled") as (begun, said):
-        assert monitoring.OPEN in said and "get-auth-token" not in said
+@pytest.mark.slow  # the test above is the short version
+def test_run_and_dashboard_warn_about_a_ray_without_a_token(tmp_path: Path) -> None:
+    with running(tmp_path / "r", RAY_AUTH_MODE="disabled") as (begun, printed):
+        assert monitoring.OPEN in printed and "get-auth-token" not in printed
         for name in ("control store", "dashboard"):  # as the warning says
-            process, request = DOORS[name]
-            answers = {asked(port, request) for words, _, port in listening(begun.pid) if process in words}
+            process, request = SERVICES[name]
+            answers = {response(port, request) for words, _, port in listening(begun.pid) if process in words}
             assert answers - {"unknown"} == {"answered"}
-        around = {**os.environ, "RAY_AUTH_MODE": "token", "PYTHONPATH": str(ROOT)}  # which is not that of the run
-        told = subprocess.run([sys.executable, "-m", "tune_kd", "dashboard", "--out", str(tmp_path / "r" / "results")],
-                              env=around, capture_output=True, text=True, timeout=60).stdout  # fmt: skip
-        assert monitoring.OPEN in told and "get-auth-token" not in told
+        around = {**os.environ, "RAY_AUTH_MODE": "token", "PYTHONPATH": str(ROOT)}  # unlike the run
+        shown = subprocess.run([sys.executable, "-m", "tune_kd", "dashboard", "--out", str(tmp_path / "r" / "results")],
+                               env=around, capture_output=True, text=True, timeout=60).stdout  # fmt: skip
+        assert monitoring.OPEN in shown and "get-auth-token" not in shown
         (control_store,) = (port for process, _, port in listening(begun.pid) if "gcs_server" in process)
         joined = subprocess.run([sys.executable, "-c", JOIN, f"127.0.0.1:{control_store}"], capture_output=True,
                                 text=True, timeout=60, env=around | {"RAY_AUTH_MODE": "disabled"})  # fmt: skip
         assert joined.stdout.startswith("True False"), joined.stderr
 
 
-def test_security_md_tells_of_all_that_listens() -> None:
-    told = (ROOT / "SECURITY.md").read_text()
-    rows = {line.split("|")[1].strip() for line in told.splitlines() if line.startswith("|")}
-    assert set(DOORS) <= rows
-    assert f"Ray {ray.__version__}" in told
+def test_security_md_lists_every_listening_service() -> None:
+    text = (ROOT / "SECURITY.md").read_text()
+    rows = {line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")}
+    assert set(SERVICES) <= rows
+    assert f"Ray {ray.__version__}" in text
 
 
 # Folders, sockets and logs of a run
 
 
 def open_to_others(top: Path) -> list[str]:
-    """What is below a folder and others can use, but for what is below a folder that is closed to them."""
+    """Paths below a folder that other users can access. Folders that are closed to them are not entered."""
     found = []
     for folder, inner, files in os.walk(top):
         modes = {}
         for name in (*inner, *files):
-            with suppress(FileNotFoundError):  # it was temporary
+            with suppress(FileNotFoundError):  # a temporary file is gone
                 modes[name] = os.lstat(Path(folder, name)).st_mode
         used = {name: mode for name, mode in modes.items() if mode & 0o077 and not stat.S_ISLNK(mode)}
         inner[:] = [name for name in inner if name in used]
@@ -241,7 +241,7 @@ def open_to_others(top: Path) -> list[str]:
 
 
 def held_open(of: int, results: str) -> set[str]:
-    """Files in shared places, but for results, that a process and all under it have open, and others can use."""
+    """Files in shared places, except results, that descendants of a process have open and other users can access."""
     found = set()
     for process in psutil.Process(of).children(recursive=True):
         with suppress(OSError):
@@ -256,9 +256,9 @@ def held_open(of: int, results: str) -> set[str]:
 
 
 @pytest.mark.long
-def test_what_a_run_makes_outside_of_its_results_is_its_users_alone_also_without_a_umask() -> None:
-    """Its results are what the umask says, also those that Ray's workers write."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # sockets have short paths
+def test_files_outside_the_results_are_private_to_the_user_even_with_umask_0() -> None:
+    """Results follow the umask, including those that Ray's workers write."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # paths of sockets must be short
         top = Path(short)
         own, work = top / "own", top / "work"
         (own / "tmp").mkdir(parents=True)
@@ -274,21 +274,21 @@ def test_what_a_run_makes_outside_of_its_results_is_its_users_alone_also_without
             open_ |= {*open_to_others(own), *held_open(begun.pid, str(work))}
             time.sleep(0.2)
         assert begun.stdout is not None
-        with begun.stdout as said:
-            assert begun.returncode == 0, said.read()
+        with begun.stdout as printed:
+            assert begun.returncode == 0, printed.read()
         open_ |= set(open_to_others(own))
         assert {each for each in open_ if not each.endswith(f"{own}/tmp")} == set()
         (session,) = (own / "tmp" / f"ray-{os.getuid()}" / "ray").glob("session_2*")
         made = [path for path in session.rglob("*") if path.is_file() or path.is_socket()]
         assert len(made) > 10
-        mine = session / "artifacts"  # of Tune, written by the driver with the user's umask into the closed folder
+        mine = session / "artifacts"  # Tune's; the driver writes it with the user's umask, but into the private folder
         assert [path for path in made if path.stat().st_mode & 0o077 and mine not in path.parents] == []
         for folder in (work / "results", work / "results" / "r", *(work / "results" / "teachers").iterdir()):
             assert stat.S_IMODE(folder.stat().st_mode) == 0o777, folder
 
 
 @pytest.mark.parametrize("how", ["a link", "a file", "open to others", "of another user"])
-def test_a_folder_that_another_made_for_our_sockets_is_not_used(
+def test_an_unsafe_folder_for_sockets_is_rejected(
     how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
@@ -318,7 +318,7 @@ def test_a_folder_that_another_made_for_our_sockets_is_not_used(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_log_beside_rays_follows_no_link_waits_for_no_fifo_and_is_its_users_alone(tmp_path: Path) -> None:
+def test_the_log_follows_no_link_does_not_wait_for_a_fifo_and_is_private(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     os.mkfifo(tmp_path / "fifo")
@@ -333,9 +333,7 @@ def test_the_log_beside_rays_follows_no_link_waits_for_no_fifo_and_is_its_users_
     assert "hello" in (tmp_path / "log").read_text() and stat.S_IMODE((tmp_path / "log").stat().st_mode) == 0o600
 
 
-def test_code_that_pytorch_compiles_is_kept_where_others_cannot_put_theirs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_code_is_stored_in_a_private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
@@ -352,7 +350,7 @@ def test_code_that_pytorch_compiles_is_kept_where_others_cannot_put_theirs(
         environment.guard_code()
 
 
-def test_folders_for_secrets_and_caches_are_made_for_their_user_alone_with_those_above_them(tmp_path: Path) -> None:
+def test_make_private_creates_private_folders_including_parents(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         environment.make_private(tmp_path / "a" / "b")
