@@ -286,3 +286,15 @@ def test_a_run_that_is_left_ends_as_it_should_and_its_records_are_whole(case: le
 def test_a_run_whose_agent_of_ray_was_killed_is_completed_by_resume(tmp_path: Path) -> None:
     said: list[str] = []
     assert leaving.rounds(tmp_path, [KILLED], LONGER, said.append) == [], "\n".join(said)
+
+
+def test_the_driver_is_the_child_of_the_process_that_was_started() -> None:
+    """A soak that samples the memory of the guard instead shows no growth."""
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as guard:
+        deadline = time.monotonic() + 30
+        while not processes.psutil.Process(guard.pid).children() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        found = processes.driver_of(guard)
+        assert found.pid != guard.pid and found.cmdline()[-1] == "input()"
+        guard.communicate(b"\n")

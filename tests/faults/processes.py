@@ -61,10 +61,15 @@ def start(
         )
 
 
-def print_stack(driver: "subprocess.Popen[bytes]") -> None:
-    """Make a hung driver print its stack. The driver is the first child of the process that was started."""
+def driver_of(guard: "subprocess.Popen[bytes]") -> psutil.Process:
+    """Return the driver: the first child of the process that was started. Raises `IndexError` if it has none."""
+    return psutil.Process(guard.pid).children()[0]
+
+
+def print_stack(guard: "subprocess.Popen[bytes]") -> None:
+    """Make a hung driver print its stack."""
     with suppress(psutil.Error, IndexError):
-        psutil.Process(driver.pid).children()[0].send_signal(signal.SIGUSR2)
+        driver_of(guard).send_signal(signal.SIGUSR2)
 
 
 def tagged(tag: str) -> list[psutil.Process]:

@@ -66,7 +66,7 @@ class Soak:
                 processes.print_stack(driver)
                 return [f"I7: the driver hung: no epoch in {self.patience:.0f} s"]
             if now >= sample_at:
-                self._sample(driver.pid, now - began)
+                self._sample(driver, now - began)
                 sample_at += SAMPLE_EVERY
             if now >= fault_at:
                 fault_at += self.fault_every
@@ -74,9 +74,9 @@ class Soak:
             time.sleep(0.1)
         return [] if driver.poll() is None else ["harness: the study ended too early; use more --seeds"]
 
-    def _sample(self, pid: int, seconds: float) -> None:
-        with suppress(psutil.Error):
-            self.memory.samples.append((seconds, psutil.Process(pid).memory_info().rss))
+    def _sample(self, guard: "subprocess.Popen[bytes]", seconds: float) -> None:
+        with suppress(psutil.Error, IndexError):  # its driver has not started, or has just ended
+            self.memory.samples.append((seconds, processes.driver_of(guard).memory_info().rss))
 
     def _kill_worker(self) -> None:
         found = processes.workers(self.life.tag)
