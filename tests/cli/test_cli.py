@@ -805,3 +805,41 @@ def test_a_python_without_the_dependencies_gets_a_message_and_no_traceback(comma
     )  # fmt: skip
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.count("\n") == 1 and "has no module typer; use the Python in which tune_kd" in ended.stderr
+
+
+def test_a_finished_run_is_resumed_without_ray_and_its_lost_table_is_written_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path, elsewhere: Path
+) -> None:
+    shutil.copytree(finished.parent, elsewhere / "results")
+    run = elsewhere / "results" / finished.name
+    (run / "trials.parquet").unlink()
+
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("ray.init", started)
+    assert call(monkeypatch, "resume", finished.name) == 0
+    shown = capsys.readouterr().out
+    count = len(pd.read_parquet(run / "trials.parquet"))
+    assert f"all {count} trials have ended; no trial is left to train" in shown
+    assert "Primary contrasts" in shown and (run / "report" / "report.html").is_file()
+
+
+def test_resume_says_where_a_run_continues(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path, elsewhere: Path
+) -> None:
+    shutil.copytree(finished.parent, elsewhere / "results")
+    with closing(Ledger(elsewhere / "results" / finished.name / LEDGER)) as ledger:
+        rows = ledger.rows(TRIALS)
+        some = [row for row in rows if row["phase"] == "confirm"][:2]
+        for row, ran in zip(some, (1, 0), strict=True):
+            lost = {"test_accuracy": None, "test_accuracy_best": None, "agreement": None, "kl_t1": None, "kl_t4": None}
+            ledger.put(TRIALS, row | lost | {"status": "pending", "epochs_run": ran})
+
+    def started(*_: object, **__: object) -> None:
+        raise UserError("Ray is not started here")
+
+    monkeypatch.setattr("tune_kd.execute.cluster.connect", started)
+    assert call(monkeypatch, "resume", finished.name) == 2
+    said = f"resuming: {len(rows) - 2} of {len(rows)} trials have ended, 1 continue from their checkpoints"
+    assert said in capsys.readouterr().out

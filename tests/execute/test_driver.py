@@ -3,7 +3,7 @@
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import pandas as pd
@@ -12,13 +12,13 @@ import pytest
 from bench import HERE, Bench, epoch
 from conftest import contested
 from forms import SHORT
-from tune_kd.execute.attempts import MAX_INNOCENT
+from tune_kd.execute.attempts import MAX_INNOCENT, ending
 from tune_kd.execute.resources import Shares
 from tune_kd.execute.worker import Failure, Task, Workplace
 from tune_kd.records import rebuild
 from tune_kd.records.reader import check
 from tune_kd.records.run_folder import Run, create
-from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS
+from tune_kd.records.schema import DECISIONS, EPOCHS, TRIALS, TrialRow, first_row
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Confirm, Factor, Screen, Study
 from tune_kd.study.trial import Decision, Epoch
@@ -563,3 +563,21 @@ def test_what_several_workers_have_to_tell_is_said_once(bench: Bench) -> None:
         bench.driver.hear(["a step cannot be captured here"])
     bench.driver.hear([])
     assert bench.said == ["warning: a step cannot be captured here"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "wall", "words"),
+    [
+        ("teacher", 40.0, "completed: test accuracy 90.00 %, 30.0 s of training"),
+        ("teacher", 1.0, "reused from another run: test accuracy 90.00 %, 30.0 s of training"),
+        ("confirm", 40.0, "completed: test accuracy 90.00 %"),
+        ("screen", 40.0, "completed: validation accuracy 80.00 %"),
+    ],
+)
+def test_the_message_about_an_end_names_reuse_and_no_test_accuracy_of_the_screen(
+    study: Study, phase: str, wall: float, words: str
+) -> None:
+    trial = next(each for each in plan(study).trials if each.phase == phase)
+    measured = {"test_accuracy_best": 0.9, "val_accuracy_best": 0.8, "train_seconds": 30.0, "wall_seconds": wall}
+    row = cast(TrialRow, first_row("r", trial) | {"status": "completed"} | measured)
+    assert ending(trial, row).startswith(f"{trial.label} ({phase}) {words}")
