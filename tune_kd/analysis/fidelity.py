@@ -135,17 +135,19 @@ def sentence(records: Records, verdicts_on_accuracy: pd.DataFrame) -> str | None
         return None
     alike = [group.iloc[0] for group in compared if len(set(group["verdict"]) & set(GAINS)) == 1]
     without = [row for row in alike if row["verdict_accuracy"] != GAINS[row["verdict"]]]
-    alone = f"one student is closer to its teacher by at least one of {len(LIKENESS)} measures"
-    shown, what = without, f"{alone} but is not found to be more accurate"
-    if not without:
-        shown, what = alike, f"{alone} and is also more accurate"
-    if not alike:
-        shown, what = [group.iloc[0] for group in compared], "one student is found to be closer to its teacher"
+    several = f"{len(compared)} comparison{'s' if len(compared) > 1 else ''} of distilled students"
+    closer = f"of {several}, one student is closer to its teacher by at least one of {len(LIKENESS)} measures"
+    if without:
+        shown, found = without, f"in {len(without)} {closer} but is not found to be more accurate"
+    elif alike:
+        shown, found = alike, f"in {len(alike)} {closer} and is also more accurate"
+    else:
+        shown = [group.iloc[0] for group in compared]
+        found = f"in {several}, no student is found to be closer to its teacher"
     clearest = min(shown, key=lambda row: float(row["p_holm"]))
-    count = f"{len(without or alike)} of {len(compared)} comparison{'s' if len(compared) > 1 else ''}"
     name = f"{clearest['run']}: {clearest['contrast']}" if len(records.runs) > 1 else clearest["contrast"]
     return (
-        f"Exploratory: in {count} of distilled students, {what}. The clearest case is {name} "
+        f"Exploratory: {found}. The clearest case is {name} "
         f"({LIKENESS[clearest['measure']]} {_figures(clearest)}; accuracy {_figures(clearest, '_accuracy')}; "
         f"{clearest['n']} seeds)."
     )
