@@ -391,5 +391,6 @@ def _print_start(run: Run, console: Terminal, cluster: Any, share: str) -> None:
         lines.append(f"Ray dashboard: {cluster.dashboard}" + (f" ({GUARDED})" if cluster.guarded else ""))
     if not cluster.guarded:
         lines.append(OPEN)
+    lines.append("starting Ray's workers")
     for line in lines:
         console.say(line)

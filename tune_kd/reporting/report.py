@@ -24,7 +24,7 @@ TABLES: dict[str, Table] = {
         "Exploratory: contrasts of fidelity to the teacher and of calibration (a family separate from accuracy)",
         fidelity.fidelity,
     ),
-    "arms": ("Test accuracy of each arm", accuracy.arms),
+    "arms": ("Test accuracy of each arm, at the epoch with the best validation accuracy", accuracy.arms),
     "teachers": ("Test accuracy of the teachers, and effects of their settings", contrasts.teachers_compared),
     "factors": ("F tests of any effect of a factor, by context (no verdict depends on them)", contrasts.factors),
     "variances": ("Spread between teachers, between seeds, and residual", contrasts.variances),
