@@ -13,9 +13,8 @@ EXCEPTIONS = {
     "analysis/scenarios.py": NAMES,  # spreads that were measured; and no effect of seeds
     "training/networks.py": {"none"},  # random initial weights
     "training/dry_run.py": {"none"},
-    "study/validate.py": {"none"},  # as a word, as in the next two: there is none
+    "study/validate.py": {"none"},  # as a word, as in the next one: there is none
     "analysis/simulate.py": {"none"},
-    "analysis/summary.py": {"none"},
     "cli/planning.py": {"none"},  # as a word, and --strata none
 }
 

@@ -91,7 +91,7 @@ def bring(codes: Iterable[Code]) -> None:
                 there = [
                     each for each, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__
                 ]
-                raise RuntimeError(f"{code.main} has no class {code.name}; it has {', '.join(there) or 'none'}")
+                raise RuntimeError(f"{code.main} has no class {code.name}; it defines {', '.join(there) or 'nothing'}")
             _brought[code.digest] = found
 
 
