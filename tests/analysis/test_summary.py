@@ -72,9 +72,9 @@ def test_without_true_effects_the_summary_states_what_is_ruled_out() -> None:
 
 def test_a_study_with_one_seed_has_a_single_sentence() -> None:
     alone = replace(ablation.study(), confirm=Confirm(seeds=(1,)))
-    assert summary.summary(made(alone, helps_under_one_stem)).sentences == [
-        "One confirmation seed gives no estimate of spread, so no difference is judged."
-    ]
+    assert summary.summary(made(alone, helps_under_one_stem)) == summary.Summary(
+        ["One confirmation seed gives no estimate of spread, so no difference is judged."], [], []
+    )
 
 
 def test_verdicts_over_many_contexts_are_counted() -> None:
@@ -250,3 +250,15 @@ def test_a_level_shared_by_two_factors_is_named_by_the_compared_factor() -> None
     (said,) = summary.summary(made(both, lambda cell: 0.0)).sentences
     assert said.startswith("Teacher resnet34 vs. resnet18: inconclusive with feature, ")
     assert "student" not in said
+
+
+def test_only_rules_families_and_looks_that_occur_are_explained() -> None:
+    study = ablation.study()
+    whole = " ".join(summary.summary(made(study, lambda cell: 0.0)).method)
+    assert "block model" in whole and "across strata" in whole and "secondary contrasts" in whole
+    assert "looks" not in whole and "random effect" not in whole
+    few = replace(study, contrasts=study.contrasts[1:2], moderator=None)
+    (how, rate) = summary.summary(made(few, lambda cell: 0.0)).method
+    assert "block model" in how and "across strata" not in how and "secondary" not in how + rate
+    looks = replace(study, confirm=replace(study.confirm, looks=(3, 5)))
+    assert "Both account for the declared looks." in summary.summary(made(looks, lambda cell: 0.0)).method[0]

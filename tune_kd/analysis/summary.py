@@ -47,10 +47,12 @@ def summary(records: Records, margin: float = MARGIN) -> Summary:
         before = f"{run}: " if len(records.runs) > 1 else ""
         said = _sentences(records.of(run), theirs, tests[tests["run"] == run], margin)
         sentences += [f"{before}{each}" for each in said if each]
-        holds.append(f"{before}These verdicts hold for this test set, which all arms and seeds share, and for "
-                     f"{_teachers(records, run)}.")  # fmt: skip
+        if theirs["planned"].max() > 1:
+            holds.append(f"{before}These verdicts hold for this test set, which all arms and seeds share, and for "
+                         f"{_teachers(records, run)}.")  # fmt: skip
     looks = any(study["study"]["confirm"].get("looks") for study in records.studies.values())
-    return Summary(sentences, _method(set(table["rule"]), set(table["family"]), looks), holds)
+    judged = table[table["planned"] > 1]
+    return Summary(sentences, _method(set(judged["rule"]), set(judged["family"]), looks), holds)
 
 
 def _sentences(records: Records, table: pd.DataFrame, tests: pd.DataFrame, margin: float) -> list[str]:
