@@ -1,4 +1,4 @@
-"""Small archives of CIFAR, as published."""
+"""Build small CIFAR archives in the published format."""
 
 import hashlib
 import io
@@ -15,7 +15,7 @@ def text(value: bytes) -> bytes:
 
 
 def python2_batch(images: np.ndarray, labels: list[int], *, number: bytes = b"u1") -> bytes:
-    """A batch as Python 2 and NumPy 1 pickled it in 2009: old module names, 0 and 1 for flags."""
+    """Pickle a batch as Python 2 and NumPy 1 did in 2009: with old module names, and 0 and 1 as flags."""
     shape = b"".join(b"J" + struct.pack("<i", size) for size in images.shape) + b"\x86"
     dtype = b"cnumpy\ndtype\n" + text(number) + b"K\x00K\x01\x87R" + b"(K\x03" + text(b"|") + b"NNN"
     dtype += (b"J" + struct.pack("<i", -1)) * 2 + b"K\x00tb"

@@ -1,4 +1,4 @@
-"""A driver whose trials are played: what ran, what was said, and when."""
+"""A test bench for the driver: tests simulate the workers, and nothing is trained."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -47,15 +47,15 @@ def epoch(number: int, accuracy: float = 0.5, *, last: bool = False) -> Epoch:
 
 
 class Bench:
-    """A driver with a hand that plays the workers."""
+    """A driver whose workers the test simulates."""
 
     def __init__(self, study: Study, folder: Path, **options: Any) -> None:
         place = Workplace(None, None, folder / "teachers", folder / "checkpoints")
         self.ledger = Ledger(folder / "ledger.sqlite")
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.driver = Driver(
             plan(study, "0" * 64), "r", folder, self.ledger, place,
-            **{"cpus": 1.0, "gpus": 0.0, "say": self.said.append, **options},
+            **{"cpus": 1.0, "gpus": 0.0, "say": self.messages.append, **options},
         )  # fmt: skip
         self.folder = folder
 
@@ -66,7 +66,7 @@ class Bench:
         return task
 
     def finish(self, task: Task, accuracy: float = 0.5) -> None:
-        """Report all epochs of a task until it is stopped."""
+        """Report the remaining epochs of a task until its end or until the driver stops it."""
         for number in range(task.acknowledged + 1, task.trial.recipe.epochs + 1):
             last = number == task.trial.recipe.epochs
             if not self.driver.on_epoch(task.trial.trial_id, epoch(number, accuracy, last=last), HERE):
@@ -74,7 +74,7 @@ class Bench:
         self.driver.on_end(task.trial.trial_id, None)
 
     def run(self, accuracy: Callable[[Task], float] = lambda _: 0.5) -> list[Task]:
-        """One trial after another until nothing is ready."""
+        """Run one trial after another until none is ready."""
         done = []
         while (task := self.driver.next()) is not None:
             self.driver.on_start(task)
@@ -83,6 +83,6 @@ class Bench:
         return done
 
     def rows(self, **where: Any) -> list[dict[str, Any]]:
-        """The ledger's rows of trials, as another process would read them."""
+        """Return the ledger's rows of trials, read as another process would read them."""
         found = Ledger(self.folder / "ledger.sqlite", read_only=True).rows(TRIALS)
         return [row for row in found if all(row[key] == value for key, value in where.items())]

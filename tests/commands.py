@@ -1,4 +1,4 @@
-"""Helpers that start commands and runs on Ray, and compare runs."""
+"""Start commands and runs on Ray, and compare runs."""
 
 import os
 import subprocess
@@ -24,12 +24,12 @@ from tune_kd.records.schema import EPOCHS, LEDGER
 from tune_kd.study.plan import plan
 from tune_kd.study.spec import Study
 
-# What may differ between two computations of one trial (RELIABILITY: times, rates, hosts, attempts, memory, shares).
+# Columns that may differ between two computations of one trial: times, rates, hosts, attempts, memory, GPU shares.
 FREE = ["run", "train_seconds", "wall_seconds", "gpu_fraction", "peak_memory_bytes", "attempts", "error", "host",
         "started", "fast_paths"]  # fmt: skip
 
 
-EPOCH_FREE = ["run", *EPOCHS.timing]  # which of several students asked a teacher for a view first is chance, too
+EPOCH_FREE = ["run", *EPOCHS.timing]  # includes views_answered: which student needs a view first is chance
 
 
 def driver(study: Study, folder: Path, **options: Any) -> tuple[Driver, Workplace]:
@@ -47,15 +47,15 @@ def table(folder: Path, name: str, free: list[str]) -> pd.DataFrame:
     return read.sort_values(list(read.columns[:2])).reset_index(drop=True)
 
 
-def same_records(one: Path, other: Path) -> None:
+def assert_same_records(one: Path, other: Path) -> None:
     pd.testing.assert_frame_equal(table(one, "trials", FREE), table(other, "trials", FREE), check_exact=True)
     pd.testing.assert_frame_equal(
         table(one, "epochs", EPOCH_FREE), table(other, "epochs", EPOCH_FREE), check_exact=True
     )
 
 
-def contiguous(folder: Path) -> None:
-    """Every epoch of every trial once, from 1 on, as many as its row says."""
+def assert_contiguous_epochs(folder: Path) -> None:
+    """Assert that each trial has each epoch once, numbered from 1, and as many as its row says."""
     trials = pd.read_parquet(folder / "trials.parquet").set_index("trial_id")
     epochs = pd.read_parquet(folder / "epochs.parquet")
     for trial_id, each in epochs.groupby("trial_id"):
@@ -64,7 +64,7 @@ def contiguous(folder: Path) -> None:
 
 
 def in_this_process(run: Path, folder: Path) -> Path:
-    """Run the study of a run again, in this process; returns its folder."""
+    """Repeat a run in this process. Returns the new run's folder."""
     planned = reopen(run)
     here = Run("here", folder / "here", planned.study, planned.data_digest, None, planned.settings)
     create(here)
@@ -75,7 +75,7 @@ def in_this_process(run: Path, folder: Path) -> Path:
 
 
 def without_stops(study: Study) -> Study:
-    """With all arms running on, what runs does not depend on who arrives first."""
+    """Return the study without early stopping, which would depend on the order of reports."""
     return replace(study, screen=replace(study.screen, min_peers=99))
 
 
@@ -84,7 +84,7 @@ def token() -> str:
 
 
 def kill_a_worker() -> int | None:
-    """Kill a process that trains, and return its number; null where none does."""
+    """Kill a worker process and return its id; None if no worker runs."""
     for process in psutil.process_iter(["cmdline"]):
         if any("TrialRunner" in word for word in process.info["cmdline"] or ()):
             process.kill()
@@ -128,7 +128,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "the condition did not become true in time"
         time.sleep(0.05)
 
 
@@ -138,5 +138,5 @@ def epochs_on_record(folder: Path) -> int:
         return 0
     try:
         return len(Ledger(path, read_only=True).rows(EPOCHS))
-    except Exception:  # the tables are being made
+    except Exception:  # the driver is still creating the tables
         return 0

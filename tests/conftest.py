@@ -1,4 +1,4 @@
-"""What tests share: a tiny study, a tiny data set, and one Ray for the whole session."""
+"""Shared by all tests: a tiny study, a tiny data set, and one Ray per test session."""
 
 import hashlib
 import os
@@ -47,21 +47,22 @@ RAY = (
     "test_session",
     "test_streams",
     "test_trust_ray",
-)  # share a Ray, or start their own
+)
+"""Test files that use the shared Ray or start their own."""
 
 
-NEEDS = {"moto": ("records/test_sync.py", "execute/test_cluster.py"), "selenium": ("execute/test_monitoring.py",)}
-"""Files whose imports need more than the project does: a machine without it runs the others, and says so."""
-collect_ignore = [file for package, files in NEEDS.items() if find_spec(package) is None for file in files]
+OPTIONAL = {"moto": ("records/test_sync.py", "execute/test_cluster.py"), "selenium": ("execute/test_monitoring.py",)}
+"""Test files that import an optional package, by package. Without it, only these files are left out."""
+collect_ignore = [file for package, files in OPTIONAL.items() if find_spec(package) is None for file in files]
 
 
 def pytest_report_header() -> list[str]:
-    return [f"not installed, so left out: {', '.join(collect_ignore)}"] if collect_ignore else []
+    return [f"left out, since a package is not installed: {', '.join(collect_ignore)}"] if collect_ignore else []
 
 
-class InTwo(LoadFileScheduling):
-    """With several processes (`-n 2`), tests of a file stay together, and those of Ray in one: two at a time would
-    join one another's. (Groups of pytest-xdist 3.8 do nothing under pytest 9.2.)"""
+class RayInOneProcess(LoadFileScheduling):
+    """With several processes (`-n 2`), run each file in one process, and all files that use Ray in the same one: two
+    concurrent tests could connect to each other's Ray. (Groups of pytest-xdist 3.8 have no effect under pytest 9.2.)"""
 
     def _split_scope(self, nodeid: str) -> str:
         file = Path(super()._split_scope(nodeid)).stem
@@ -72,15 +73,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a GPU; test_placement.py plays one"))
-    items.sort(key=lambda item: item.path.stem not in RAY)  # the longest part first
+                item.add_marker(pytest.mark.skip(reason="needs a GPU; test_placement.py simulates one"))
+    items.sort(key=lambda item: item.path.stem not in RAY)  # files with Ray first: together they take longest
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> InTwo:
-    return InTwo(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayInOneProcess:
+    return RayInOneProcess(config, log)
 
 
-settings.register_profile("untimed", deadline=None)  # how long an example takes says how busy a machine is
+settings.register_profile("untimed", deadline=None)  # the time of an example depends on the load of the machine
 settings.load_profile("untimed")
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -88,27 +89,27 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @pytest.fixture(autouse=True)
 def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands that a test starts do not see a GPU, unless it is one for GPUs: only the CPU computes the same bits
-    again."""
+    """Hide GPUs from the commands that a test starts, except in GPU tests: only the CPU reproduces results
+    bit by bit."""
     if "gpu" not in request.keywords:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(autouse=True)
-def _no_tracker_but_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow leaves its address in the environment of the process, from which commands would take it."""
+def _without_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the address that MLflow leaves in the environment: commands would inherit it."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 @pytest.fixture(autouse=True)
-def _tables_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pause between two makings of tables is for readers; where no other process reads, it only takes time."""
+def _without_pause_between_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the pause between two writes of the tables. It is for concurrent readers, which few tests have."""
     monkeypatch.setattr(records, "TABLES_APART", 0.0)
 
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory of the test's own, with a cache of its own."""
+    """A new, empty working directory and cache for a test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
@@ -126,7 +127,7 @@ ODD_NAMES = (
     "..a",
     ":memory:",
 )
-"""Of folders, as people and machines make them: each would mean something else where it is pasted into a URL."""
+"""Unusual folder names. Pasted unescaped into a URL, each would change its meaning."""
 
 
 def free_port() -> int:
@@ -172,7 +173,7 @@ def contested(study: Study) -> Study:
 
 
 def altered(path: Path, change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-    """Change a sealed record as nobody but its writer could, so that what is inside it is judged; returns it."""
+    """Change a sealed record, seal it again and return it: readers accept the seal and validate the content."""
     record = unsealed(path.read_bytes(), path)
     change(record)
     path.write_bytes(sealed(record))
@@ -199,7 +200,7 @@ def tunable(tuning: Tuning) -> Study:
 
 
 def trained(study: Study, folder: Path) -> Path:
-    """The folder of a run that was really trained, in this process."""
+    """Train a run in this process and return its folder."""
     digits = datasets.load("digits", train=60, validation=20, test=20)
     run = Run(folder.name, folder, study, digits.digest, None, {})
     create(run)
@@ -215,7 +216,7 @@ def trained(study: Study, folder: Path) -> Path:
 
 
 def trained_once(study: Study, name: str, folders: pytest.TempPathFactory) -> Path:
-    """A copy of a run that is trained once for all processes of a session."""
+    """Return a copy of a run that is trained once per test session, for all pytest processes."""
     base = folders.getbasetemp()
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"trained-{name}"
     with FileLock(f"{shared}.lock"):
@@ -227,25 +228,25 @@ def trained_once(study: Study, name: str, folders: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run that was really trained."""
+    """A tiny trained run."""
     return trained_once(replace(tiny(), confirm=Confirm(seeds=(1, 2, 3))), "tiny", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def fair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run that was really tuned and confirmed."""
+    """A tiny run, tuned and confirmed."""
     ranges = (Range("lr", LogUniform(0.01, 0.5)), Range("alpha", Uniform(0.1, 0.9)))
     return trained_once(tunable(Tuning(ranges, budget=5, startup=3)), "fair", tmp_path_factory)
 
 
 @pytest.fixture
 def one_stem(study: Study) -> Study:
-    """The tiny study with the cifar stem alone: 4 arms."""
+    """The tiny study with only the cifar stem: 4 arms."""
     return replace(study, factors=(Factor("stem", ("cifar",)), *study.factors[1:]), moderator=None)
 
 
 def noise() -> DataSet:
-    """Noise whose brightness tells its class: 40 training images of 8 x 8 pixels in two classes."""
+    """Return 40 training images of 8 x 8 pixels in two classes: noise with a brightness that depends on the class."""
 
     def split(count: int, seed: int) -> Split:
         generator = torch.Generator().manual_seed(seed)
@@ -284,7 +285,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def teacher(pixels: DataSet, tmp_path: Path) -> Teacher:
-    """A teacher that was trained for two epochs and published."""
+    """A published teacher, trained for two epochs."""
     taught, checkpoints = as_teacher(trial("none")), Checkpoints(tmp_path / "teacher")
     epochs = list(train(taught, pixels, None, device=CPU, checkpoints=checkpoints))
     publish_teacher(tmp_path / "teachers", taught, best_weights(checkpoints), epochs)
@@ -293,11 +294,11 @@ def teacher(pixels: DataSet, tmp_path: Path) -> Teacher:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[str]:
-    """One Ray with its dashboard for all tests that need one, with two logical GPUs where there is no real one; gives
-    the dashboard's URL."""
+    """One Ray with its dashboard for all tests that need it. Without real GPUs, it has two logical ones. Yields the
+    dashboard's URL."""
     from tune_kd.execute.cluster import on_this_machine
 
-    import ray  # isort: skip  # after that, which sets what Ray reads when it is imported
+    import ray  # isort: skip  # the module above sets variables that Ray reads on import
 
     with on_this_machine():
         context = ray.init(
@@ -316,7 +317,7 @@ def ray_session() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A real browser."""
+    """A headless Chromium."""
     from selenium import webdriver
 
     chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")

@@ -1,9 +1,9 @@
-"""Secrets as they are commonly written, and texts that are none. They are put together here, so that no scanner of
-repositories takes this file for a leak."""
+"""Common formats of secrets, and harmless texts. The secrets are assembled from parts, so that secret scanners do not
+report this file as a leak."""
 
 
 def some(count: int, letters: str = "aB3dE5fG7hJ9k") -> str:
-    """So many characters of a token."""
+    """Return `count` characters that look like a token."""
     return (letters * count)[:count]
 
 
@@ -17,7 +17,7 @@ def pem(kind: str, lines: int = 3) -> str:
     return f"-----BEGIN {kind}{KEY}-----\n" + f"{some(64)}\n" * lines + f"-----END {kind}{KEY}-----"
 
 
-SECRETS = {  # by what it is: the text, and the part of it that nobody may see
+SECRETS = {  # by kind: a text, and its secret part, which must be masked
     WORD: (f"{WORD}={SHORT}", SHORT),
     f"{WORD} without digits": (f"{WORD}=trustno", "trustno"),
     f"{WORD} in YAML": (f"{WORD}: {SHORT}", SHORT),

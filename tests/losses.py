@@ -1,4 +1,4 @@
-"""Inputs and reference values of the tests of losses."""
+"""Inputs and reference values for the loss tests."""
 
 import json
 import math
@@ -29,7 +29,7 @@ STUDENT_EMBEDDING, TEACHER_EMBEDDING = wave((8, 16), 0.11, 0.2), wave((8, 16), 0
 
 
 def reference() -> dict[str, Any]:
-    """The file of reference values."""
+    """Return the reference values. Skips the test if their file is missing."""
     if not REFERENCE.exists():
         pytest.skip("the file of reference values is not beside this checkout")
     return _read()

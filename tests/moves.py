@@ -1,7 +1,7 @@
-"""Take each move to the device out, one at a time, and see that the played GPU notices: `python tests/moves.py`.
+"""Remove each move to a device, one at a time, and check that the simulated GPU notices: `python tests/moves.py`.
 
-A move is a call of `.to(DEVICE)`, `.cpu()`, `to_device` or `on_device`, or a `device=` of a tensor that is made. Every
-place in the code that a GPU runs is tried in a process of its own, on all methods with both stems, a probe and the
+A move is a call of `.to(DEVICE)`, `.cpu()`, `to_device` or `on_device`, or the argument `device=` of a new tensor. Each
+move in code for a GPU is removed in a new process, which then runs all methods with both stems, a probe and the
 benchmark.
 """
 
@@ -38,7 +38,7 @@ MAKERS = ("tensor", "zeros", "ones", "empty", "arange", "randn", "randint", "ran
 
 @dataclass(frozen=True)
 class Move:
-    """A place in the source where something is moved to a device, or made there."""
+    """A place in the source that moves a tensor to a device or creates it there."""
 
     module: str
     line: int
@@ -54,7 +54,7 @@ def path_of(module: str) -> Path:
 
 
 def moves() -> list[Move]:
-    """All of them."""
+    """Return all moves in `MODULES`."""
     return [
         Move(module, node.lineno, node.col_offset, ast.unparse(node))
         for module in MODULES
@@ -64,7 +64,7 @@ def moves() -> list[Move]:
 
 
 def _without(node: ast.AST) -> ast.expr | None:
-    """What is left of a call when its move is taken out; null where it has none."""
+    """Return a call without its move; None if the node is not a move."""
     if not isinstance(node, ast.Call):
         return None
     if isinstance(node.func, ast.Attribute):
@@ -82,9 +82,11 @@ def _without(node: ast.AST) -> ast.expr | None:
     return None
 
 
-class _Taking(ast.NodeTransformer):
+class _Remover(ast.NodeTransformer):
+    """Removes a move from a syntax tree, and counts how often."""
+
     def __init__(self, move: Move) -> None:
-        self.move, self.taken = move, 0
+        self.move, self.removed = move, 0
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         left = _without(node)
@@ -92,12 +94,12 @@ class _Taking(ast.NodeTransformer):
         self.generic_visit(node)
         if left is None or not here:
             return node
-        self.taken += 1
+        self.removed += 1
         return left
 
 
 class _Loader(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader):
-    """Loads the module of a move without the move."""
+    """Imports the module of a move without the move."""
 
     def __init__(self, move: Move) -> None:
         super().__init__(move.module, str(path_of(move.module)))
@@ -109,27 +111,27 @@ class _Loader(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader
         return importlib.util.spec_from_file_location(fullname, self.path, loader=self)
 
     def get_code(self, fullname: str) -> Any:
-        taking = _Taking(self.move)
-        tree = taking.visit(ast.parse(Path(self.path).read_text()))
-        assert taking.taken == 1, self.move
+        remover = _Remover(self.move)
+        tree = remover.visit(ast.parse(Path(self.path).read_text()))
+        assert remover.removed == 1, self.move
         return compile(ast.fix_missing_locations(tree), self.path, "exec")
 
 
 def everything() -> None:
-    """All that a GPU does, on a played one. Raises where something is in the wrong place."""
+    """Run all GPU code on a simulated GPU. Raises if a tensor is on the wrong device."""
     import warnings
 
     import torch
 
     from conftest import noise
-    from placement import BENCHMARKED, METHODS, RATES, benchmarked, carried, distil, numbers_of_a_step, probe_one
-    from second_device import busy, played
+    from placement import BENCHMARKED, METHODS, RATES, benchmarked, distil, numbers_of_a_step, probe_one, through_pickle
+    from second_device import busy, simulated_gpu
     from trials import as_teacher, trial
     from tune_kd.training import networks
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name, played() as device:
+    with tempfile.TemporaryDirectory() as name, simulated_gpu() as device:
         for method, stem in (
             *((method, "cifar") for method in METHODS),
             *((method, "imagenet") for method in BENCHMARKED),
@@ -141,56 +143,56 @@ def everything() -> None:
         probe_one(device, noise(), trial("feature", teacher_id=taught.trial_id), taught)
         for method in BENCHMARKED:
             benchmarked(device, method, "cifar")
-        carried(device, noise())
+        through_pickle(device, noise())
         numbers = numbers_of_a_step(device, noise(), Path(name, "numbers"))
-        assert {each.device.type for each in numbers} == {"cuda"}, "a number is on the CPU"
+        assert {each.device.type for each in numbers} == {"cuda"}, "a value that a step reads is on the CPU"
         for rate in RATES:
             before = busy[0]
             rate(device)
-            assert busy[0] - before >= 3, "the rate of the CPU was measured"
+            assert busy[0] - before >= 3, "the benchmark measured the CPU"
 
 
 def noticed(move: Move | None) -> str | None:
-    """What is raised without a move; null where nothing is. In a process of its own."""
+    """Return the error that is raised without a move, or None. Runs in a forked process."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        said = ""
+        message = ""
         try:
             if move is not None:
                 sys.meta_path.insert(0, _Loader(move))
             everything()
         except BaseException as error:
-            said = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
-        os.write(writer, said.encode())
+            message = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
+        os.write(writer, message.encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as sent:
-        said = sent.read()
+        message = sent.read()
     os.waitpid(child, 0)
-    return said or None
+    return message or None
 
 
-def tried() -> Iterator[tuple[Move, str | None]]:
-    """Each move with what is raised without it."""
+def results() -> Iterator[tuple[Move, str | None]]:
+    """Yield each move with the error that is raised without it."""
     for move in moves():
         yield move, noticed(move)
 
 
 def main() -> None:
-    import torch  # once, for all the processes that are forked
+    import torch  # imported once, before the forks
     import torchvision
 
     assert torch and torchvision
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    whole = noticed(None)
-    print(f"with every move: {whole or 'nothing is raised'}")
+    unchanged = noticed(None)
+    print(f"with all moves: {unchanged or 'no error'}")
     unnoticed = 0
-    for move, said in tried():
-        unnoticed += said is None
-        print(f"{'NOT NOTICED' if said is None else 'noticed'}  {move}\n    {said or ''}", flush=True)
-    sys.exit(1 if unnoticed or whole else 0)
+    for move, error in results():
+        unnoticed += error is None
+        print(f"{'NOT NOTICED' if error is None else 'noticed'}  {move}\n    {error or ''}", flush=True)
+    sys.exit(1 if unnoticed or unchanged else 0)
 
 
 if __name__ == "__main__":

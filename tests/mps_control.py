@@ -1,8 +1,7 @@
-"""A stand-in for NVIDIA's `nvidia-cuda-mps-control`, which behaves as documented: `-d` starts a daemon in the
-background, with its process id and a socket in CUDA_MPS_PIPE_DIRECTORY; without it, commands on standard input go to
-that daemon.
+"""A fake of NVIDIA's `nvidia-cuda-mps-control`. As documented, `-d` starts a daemon in the background, with its process
+id and a socket in CUDA_MPS_PIPE_DIRECTORY. Without `-d`, the program sends commands from standard input to that daemon.
 
-Like the worst of daemons it keeps its standard output and error open. It logs what it does, a line of JSON each.
+The daemon keeps its standard output and error open, as badly behaved daemons do. It logs its actions as lines of JSON.
 """
 
 import json
@@ -20,9 +19,9 @@ PROGRAM = """#!{python} -S
 import json, os, signal, socket, sys, time
 how, log = {how!r}, {log!r}
 pipe = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/nowhere")
-number, place = pipe + "/nvidia-cuda-mps-control.pid", pipe + "/control"
+pid_file, control = pipe + "/nvidia-cuda-mps-control.pid", pipe + "/control"
 
-def tell(what):
+def record(what):
     with open(log, "a") as lines:
         seen = {{name: value for name, value in os.environ.items() if name.startswith("CUDA_")}}
         lines.write(json.dumps({{"what": what, "pid": os.getpid(), "at": time.time(), **seen}}) + "\\n")
@@ -31,43 +30,43 @@ if sys.argv[1:] == ["-d"]:
     if how == "refuses":
         sys.exit("Cannot start: an instance of this daemon is already running")
     if how == "hangs":
-        tell("hangs")
+        record("hangs")
         time.sleep(600)
-    there = socket.socket(socket.AF_UNIX)
-    there.bind(place)
-    there.listen()
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(control)
+    server.listen()
     if os.fork():
         os._exit(0)
     os.setsid()
     if os.fork():
         os._exit(0)
-    open(number, "w").write(str(os.getpid()))
-    tell("started")
+    open(pid_file, "w").write(str(os.getpid()))
+    record("started")
     while True:
-        asked, _ = there.accept()
-        if asked.recv(100).strip() == b"quit":
+        client, _ = server.accept()
+        if client.recv(100).strip() == b"quit":
             break
-        asked.close()
-    tell("asked to end")
+        client.close()
+    record("quit received")
     if how == "stays":
         time.sleep(600)
-    os.unlink(place)
-    os.unlink(number)
-    tell("ended")
+    os.unlink(control)
+    os.unlink(pid_file)
+    record("ended")
 else:
-    there = socket.socket(socket.AF_UNIX)
+    daemon = socket.socket(socket.AF_UNIX)
     try:
-        there.connect(place)
+        daemon.connect(control)
     except OSError:
         sys.exit("Cannot find MPS control daemon process")
-    there.sendall(sys.stdin.read().encode())
-    there.recv(1)
+    daemon.sendall(sys.stdin.read().encode())
+    daemon.recv(1)
 """
 
 
 def install(folder: Path, how: str = "") -> Path:
-    """Write the program into a folder for PATH, and return the folder. `how` is empty, "refuses" (to start), "hangs"
-    (while it starts) or "stays" (when it is asked to end)."""
+    """Write the program into a folder for PATH, and return the folder. `how` is empty or the fault of the daemon:
+    "refuses" (to start), "hangs" (on start) or "stays" (after `quit`)."""
     folder.mkdir(exist_ok=True)
     file = folder / NAME
     file.write_text(PROGRAM.format(python=os.path.realpath(sys.executable), how=how, log=str(folder / "log.jsonl")))
@@ -76,32 +75,32 @@ def install(folder: Path, how: str = "") -> Path:
 
 
 def log(folder: Path, what: str = "") -> list[dict[str, Any]]:
-    """What the program did, in order."""
+    """Return the logged actions of the program, in order: all, or those named `what`."""
     with suppress(FileNotFoundError):
         lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
         return [line for line in lines if what in ("", line["what"])]
     return []
 
 
-def living(folder: Path) -> list[int]:
-    """The process ids of daemons that were started and live."""
-    return [line["pid"] for line in log(folder, "started") if _lives(line["pid"])]
+def alive(folder: Path) -> list[int]:
+    """Return the process ids of the daemons that are alive."""
+    return [line["pid"] for line in log(folder, "started") if _alive(line["pid"])]
 
 
-def _lives(number: int) -> bool:
+def _alive(number: int) -> bool:
     with suppress(psutil.NoSuchProcess):
         return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
     return False
 
 
 def kill(folder: Path) -> None:
-    """Kill what was left behind."""
+    """Kill the remaining processes of the program."""
     for number in {line["pid"] for line in log(folder)}:
         with suppress(ProcessLookupError):
-            if _lives(number) and NAME in " ".join(psutil.Process(number).cmdline()):
+            if _alive(number) and NAME in " ".join(psutil.Process(number).cmdline()):
                 os.kill(number, signal.SIGKILL)
 
 
 def serves() -> bool:
-    """What CUDA would say of a GPU, to a process of this environment: see `tune_kd.execute.mps.serves`."""
+    """Whether CUDA would use MPS in this environment. A fake of `tune_kd.execute.mps.serves`."""
     return os.path.exists(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/nowhere") + "/control")

@@ -1,4 +1,4 @@
-"""What can be where a file is expected, and is none: from a FIFO, for which a reader waits, to a file of a terabyte."""
+"""Things other than a small regular file at a path where one is expected, such as a FIFO or a file of a terabyte."""
 
 import os
 import shutil
@@ -16,13 +16,13 @@ ODDITIES = {
     "endless": "is a device; expected a regular file of at most",
     "huge": "has 1,099,511,627,776 bytes; expected a regular file of at most",
 }
-"""Kinds, and what is said of each."""
+"""Kinds, and the error message about each."""
 UNFOLLOWED = ODDITIES | {"endless": "is a link; expected a regular file of at most"}
-"""The same, where what is a link is not followed."""
+"""The same for code that does not follow links."""
 
 
 def put(kind: str, path: Path) -> Path:
-    """Have one of these kinds at a path, in the place of what is there."""
+    """Create one of these kinds at a path. Replaces what is there, and returns the path."""
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
@@ -30,10 +30,10 @@ def put(kind: str, path: Path) -> Path:
     if kind == "fifo":
         os.mkfifo(path)
     elif kind == "socket":
-        here = os.open(path.parent, os.O_RDONLY)  # a socket's address may have 107 bytes
+        here = os.open(path.parent, os.O_RDONLY)  # a short path: a socket's address is limited to 107 bytes
         try:
-            with socket.socket(socket.AF_UNIX) as made:
-                made.bind(f"/proc/self/fd/{here}/{path.name}")
+            with socket.socket(socket.AF_UNIX) as bound:
+                bound.bind(f"/proc/self/fd/{here}/{path.name}")
         finally:
             os.close(here)
     elif kind == "folder":
@@ -47,7 +47,7 @@ def put(kind: str, path: Path) -> Path:
 
 
 def at_once(do: Callable[[], T], within: float = 60.0) -> T:
-    """What `do` returns or raises; fails where it waits."""
+    """Return or raise what `do` does. Fails if it takes longer than `within` seconds."""
     ended: list[tuple[T | None, BaseException | None]] = []
 
     def call() -> None:
@@ -59,7 +59,7 @@ def at_once(do: Callable[[], T], within: float = 60.0) -> T:
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(within)
-    assert ended, f"it hangs for {within:.0f} s"
+    assert ended, f"the call has not returned after {within:.0f} s"
     found, error = ended[0]
     if error is not None:
         raise error

@@ -1,6 +1,6 @@
-"""What a GPU does in a study, from a teacher's training to a student's last figures, on any device.
+"""The GPU code of a study, from a teacher's training to a student's final metrics, on any device.
 
-Shared by the tests that play a GPU, those that have one, and those that take single moves to the device out.
+Shared by the tests with a simulated GPU, the tests with a real GPU, and `moves.py`.
 """
 
 import math
@@ -30,19 +30,19 @@ from tune_kd.training.loss import Batch, Context, divergence
 from tune_kd.training.step import stepping
 from tune_kd.training.teachers import Teacher, load_teacher, publish_teacher
 
-BROUGHT = {  # what a study's loss can need and the losses of tune_kd do not
+BROUGHT = {  # custom methods, for features that the built-in losses do not use
     "views": Method("views", loss="placement:Views", needs="before_relu", settings={"weight": 2.0}, views=2),
     "wrapped": Method("wrapped", loss="placement:Wrapped", needs="features"),
 }
 METHODS = (*built_in(), *BROUGHT)
-DRAWING = ("crd", "views")  # random numbers, of which a captured step has others than one that is launched
-BENCHMARKED = ("none", "logit", "feature")  # between them they take all the ways that a step has on a GPU
+DRAWING = ("crd", "views")  # they draw random numbers, which differ between a captured and a launched step
+BENCHMARKED = ("none", "logit", "feature")  # together they cover all code paths of a step on a GPU
 RATES = partial(benchmark.matrix_rate, size=8, repeats=1), partial(benchmark.bandwidth, size=64, repeats=1)
 WIDTH = 0.0625
 
 
 class Views(nn.Module):
-    """Of two views, with maps before the ReLU, dropout and a memory."""
+    """A loss with two views, feature maps before the ReLU, dropout and a memory bank."""
 
     def __init__(self, context: Context) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Views(nn.Module):
 
 
 class Wrapped(nn.Module):
-    """Changes what is evaluated: a student whose classifier is the teacher's."""
+    """A loss that replaces the evaluated network: the student gets the teacher's classifier."""
 
     def __init__(self, context: Context) -> None:
         super().__init__()
@@ -78,11 +78,12 @@ class Wrapped(nn.Module):
         return divergence(batch.student_logits, batch.teacher_logits, 4.0) + batch.student_embedding.square().mean()
 
 
-_taught: dict[tuple[Any, ...], tuple[dict[str, Tensor], list[Epoch]]] = {}  # weights and epochs, once in a process
+_taught: dict[tuple[Any, ...], tuple[dict[str, Tensor], list[Epoch]]] = {}
+"""Weights and epochs of teachers, each trained once per process."""
 
 
 def taught_on(device: torch.device, data: DataSet, stem: str, folder: Path, width: float = WIDTH) -> Teacher:
-    """A teacher that was trained, published and loaded there."""
+    """Train a teacher on a device, publish it, and load it there."""
     taught, checkpoints = as_teacher(trial("none", width=width)), Checkpoints(folder / "teacher")
     taught = replace(taught, cell=replace(taught.cell, stem=stem))
     key = (device.type, data.digest, taught)
@@ -94,7 +95,7 @@ def taught_on(device: torch.device, data: DataSet, stem: str, folder: Path, widt
 
 
 def pupil(method: str, stem: str, teacher: Teacher | None, width: float = WIDTH, **recipe: Any) -> Trial:
-    """A student of a teacher, or a control."""
+    """Return a student of a teacher, or a control if there is no teacher."""
     one = trial(method, teacher_id=teacher.teacher_id if teacher else None, stem=stem, width=width)
     return replace(one, recipe=replace(one.recipe, epochs=2, **recipe), brought=BROUGHT.get(method))
 
@@ -102,7 +103,7 @@ def pupil(method: str, stem: str, teacher: Teacher | None, width: float = WIDTH,
 def distil(
     device: torch.device, data: DataSet, method: str, stem: str, folder: Path, width: float = WIDTH, **recipe: Any
 ) -> tuple[list[Epoch], list[Epoch]]:
-    """A student's epochs, without a break and with one after the first: it learns, is evaluated and compared."""
+    """Train a student twice, without interruption and resumed after epoch 1. Returns the epochs of both runs."""
     teacher = taught_on(device, data, stem, folder, width) if method != "none" else None
     student = pupil(method, stem, teacher, width, **recipe)
     whole = list(train(student, data, teacher, device=device, checkpoints=Checkpoints(folder / "whole")))
@@ -114,7 +115,7 @@ def distil(
 
 
 def probe_one(device: torch.device, data: DataSet, student: Trial, teacher: Trial | None) -> tuple[float, int]:
-    """Images a second and bytes that a probe of one trial measures, without a process of its own."""
+    """Probe one trial in this process. Returns its images per second and its memory in bytes."""
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -127,7 +128,7 @@ def probe_one(device: torch.device, data: DataSet, student: Trial, teacher: Tria
 
 
 def benchmarked(device: torch.device, method: str, stem: str) -> list[float]:
-    """What the GPU's benchmark measures, of small networks and few images."""
+    """Run the GPU benchmark with small networks and few images. Returns the seconds of each epoch."""
     dataset = benchmark.noise(train=130, validation=20)
     mine = benchmark.our_epochs(method, stem, 1, device, dataset, WIDTH)
     plain = benchmark.plain_epochs(method, stem, 1, device, dataset, WIDTH, workers=0)
@@ -135,7 +136,7 @@ def benchmarked(device: torch.device, method: str, stem: str) -> list[float]:
 
 
 class Here:
-    """A process of a benchmark, played in this one: it has its own epochs, and shares what else a module keeps."""
+    """A fake worker process of a benchmark, in this process. Its epochs are separate; all other state is shared."""
 
     def __init__(self, folder: str) -> None:
         self._epochs: Iterator[Epoch] = iter(())
@@ -147,7 +148,7 @@ class Here:
         benchmark._epochs = self._epochs
         try:
             return self._asked()
-        except Exception as error:  # as a real one does
+        except Exception as error:  # as a real worker does
             raise Failed(in_a_line(error)) from error
         finally:
             self._epochs, benchmark._epochs = benchmark._epochs, iter(())
@@ -161,19 +162,20 @@ class Here:
 
 @contextmanager
 def processes_here(budget: Budget) -> Iterator[Pool]:
+    """A pool whose workers run in this process."""
     made = Pool(budget, Here)  # type: ignore[arg-type]
     yield made
     made.end()
 
 
-def carried(device: torch.device, data: DataSet) -> DataSet:
-    """Data that were on a device, as another process has them."""
-    there: DataSet = pickle.loads(pickle.dumps(on_device(data, device)))
-    return there
+def through_pickle(device: torch.device, data: DataSet) -> DataSet:
+    """Send data that are on a device through pickle, as to another process."""
+    received: DataSet = pickle.loads(pickle.dumps(on_device(data, device)))
+    return received
 
 
 def numbers_of_a_step(device: torch.device, data: DataSet, folder: Path) -> list[Any]:
-    """What a step reads anew each time: alpha, temperature, progress, epoch, and the learning rate."""
+    """Return the values that a step reads each time: alpha, temperature, progress, epoch and learning rate."""
     teacher = taught_on(device, data, "cifar", folder, WIDTH)
     with stepping(pupil("logit", "cifar", teacher), data, teacher, device) as step:
         rates = [group["lr"] for group in step._optimizer.param_groups]

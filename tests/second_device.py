@@ -1,11 +1,11 @@
-"""A GPU that is played on a CPU, so that a tensor in the wrong place fails here as it would there.
+"""A GPU that is simulated on the CPU: a tensor on the wrong device fails as on a real GPU.
 
-Tensors of the played device lie in the CPU's memory, and their storage carries a mark that says where they "are". What
-is made of them has the mark, too; an operation that is given tensors of both sides raises. A number (a tensor without
-dimensions) of the CPU may be used on either side, as on a GPU.
+Tensors of the simulated device are in the CPU's memory, and their storage is marked as being on the GPU. Results of
+operations on them are marked, too. An operation on tensors of both devices raises. A tensor without dimensions on the
+CPU may be combined with tensors on the GPU, as with a real one.
 
-Not played: kernels and their rounding, streams and graphs (a captured step falls back to a launched one), the amount
-of memory, and what runs in another process.
+Not simulated: kernels and their rounding, streams and graphs (a captured step falls back to a launched one), the amount
+of memory, and other processes.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,18 +20,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GPU = torch.device("cuda", 0)
-MEMORY = 2**30  # bytes that the device is said to have
-busy = [0]  # operations that the played device has had to do
-CROSSING = ("copy_", "_to_copy", "set_")  # operations that may have tensors of both sides
+MEMORY = 2**30  # bytes that the device reports
+busy = [0]  # number of operations on the simulated device so far
+CROSSING = ("copy_", "_to_copy", "set_")  # operations that accept tensors of both devices
 
 
-def is_there(tensor: Tensor) -> bool:
-    """Whether a tensor is on the played device."""
-    return getattr(tensor.untyped_storage(), "is_there", False)
+def on_simulated_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor is on the simulated device."""
+    return getattr(tensor.untyped_storage(), "on_simulated_gpu", False)
 
 
-def _put(tensor: Tensor, there: bool) -> None:
-    tensor.untyped_storage().is_there = there  # type: ignore[attr-defined]
+def _mark(tensor: Tensor, there: bool) -> None:
+    tensor.untyped_storage().on_simulated_gpu = there  # type: ignore[attr-defined]
 
 
 def _names_device(value: Any) -> bool:
@@ -47,42 +47,45 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 class _Operations(TorchDispatchMode):
-    """Every operation, also of a backward pass: its tensors are on one device, and so is what it makes."""
+    """Intercepts every operation, also of a backward pass. Checks that its tensors are on one device, and marks its
+    results."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = operation.overloadpacket.__name__
         given = _tensors((args, kwargs))
         if name not in CROSSING:
-            self._check(name, args, [tensor for tensor in given if tensor.dim() or is_there(tensor)])
+            self._check(name, args, [tensor for tensor in given if tensor.dim() or on_simulated_gpu(tensor)])
         made = operation(*args, **(kwargs or {}))
-        there = any(map(is_there, given))
+        there = any(map(on_simulated_gpu, given))
         busy[0] += there
         storages = {id(tensor.untyped_storage()) for tensor in given}
         for tensor in _tensors(made):
             if there and id(tensor.untyped_storage()) not in storages:
-                _put(tensor, there=True)
+                _mark(tensor, there=True)
         return made
 
     @staticmethod
     def _check(name: str, args: Any, given: list[Tensor]) -> None:
-        places = {is_there(tensor) for tensor in given}
-        if name in ("index", "index_put", "index_put_") and is_there(args[0]):
-            return  # a GPU takes indices from either side
+        places = {on_simulated_gpu(tensor) for tensor in given}
+        if name in ("index", "index_put", "index_put_") and on_simulated_gpu(args[0]):
+            return  # a GPU accepts indices from either device
         if len(places) > 1:
-            shapes = ", ".join(f"{list(each.shape)} on {'cuda:0' if is_there(each) else 'cpu'}" for each in given)
+            shapes = ", ".join(
+                f"{list(each.shape)} on {'cuda:0' if on_simulated_gpu(each) else 'cpu'}" for each in given
+            )
             raise RuntimeError(f"Expected all tensors to be on the same device in {name}, but found: {shapes}")
 
 
 class _Functions(TorchFunctionMode):
-    """What names a device: questions for a tensor's place, moves, and tensors that are made on a device."""
+    """Intercepts functions that name a device: queries of a tensor's device, moves, and creation of tensors."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if function == Tensor.device.__get__:  # type: ignore[attr-defined]
-            return GPU if is_there(args[0]) else function(*args)
+            return GPU if on_simulated_gpu(args[0]) else function(*args)
         if function == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
-            return is_there(args[0])
-        if function in (Tensor.numpy, Tensor.__array__) and is_there(args[0]):
+            return on_simulated_gpu(args[0])
+        if function in (Tensor.numpy, Tensor.__array__) and on_simulated_gpu(args[0]):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
         if function is Tensor.pin_memory:
             return args[0]
@@ -98,14 +101,14 @@ class _Functions(TorchFunctionMode):
         made = function(*args, **kwargs)
         if made_there:
             for tensor in _tensors(made):
-                _put(tensor, there=True)
+                _mark(tensor, there=True)
         return made
 
     @staticmethod
     def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Move first, and have the rest (types, layouts) done where it lies."""
+        """Move the tensor first, then apply the other arguments (dtype, layout) on its new device."""
         wanted = [_names_gpu(each) for each in (*args, kwargs.get("device")) if _names_device(each)]
-        wanted += [is_there(each) for each in args if isinstance(each, Tensor)]
+        wanted += [on_simulated_gpu(each) for each in args if isinstance(each, Tensor)]
         moved = _moved(tensor, there=wanted[0]) if wanted else tensor
         in_place = [torch.device("cpu") if _names_gpu(each) else each for each in args]
         if _names_gpu(kwargs.get("device")):
@@ -114,11 +117,11 @@ class _Functions(TorchFunctionMode):
 
 
 def _moved(tensor: Tensor, there: bool) -> Tensor:
-    """The tensor itself where it is there already, else a copy."""
-    if is_there(tensor) == there:
+    """Return the tensor itself if it is on that device already, else a copy."""
+    if on_simulated_gpu(tensor) == there:
         return tensor
     copy = tensor.clone()
-    _put(copy, there)
+    _mark(copy, there)
     return copy
 
 
@@ -127,15 +130,15 @@ def _on_cpu(autocast: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def played() -> Iterator[torch.device]:
-    """While it lasts, the device that it gives is there."""
+def simulated_gpu() -> Iterator[torch.device]:
+    """Within this context, a simulated GPU is available. Yields its device."""
     stand_ins: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
-        "get_device_name": lambda device=None: "played device",
+        "get_device_name": lambda device=None: "simulated device",
         "is_current_stream_capturing": lambda: False,
         "empty_cache": lambda: None,
-        "manual_seed": torch.default_generator.manual_seed,  # the played device draws on the CPU
+        "manual_seed": torch.default_generator.manual_seed,  # the simulated device uses the CPU's generator
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "synchronize": lambda device=None: None,

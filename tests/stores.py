@@ -1,4 +1,4 @@
-"""A real object store for tests: moto's S3 on loopback, behind which requests can fail, dawdle or break off."""
+"""Object stores for tests: moto's S3 on loopback, with faults on request, and an emulator of Google's store."""
 
 import logging
 import threading
@@ -19,24 +19,24 @@ KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAU
 
 @dataclass
 class Store:
-    """What was asked of it, and what to do with the next request: nothing, or a fault by its number from 1."""
+    """The requests so far, and the faults of the next ones. Requests are numbered from 1."""
 
     port: int = 0
-    asked: list[tuple[str, str]] = field(default_factory=list)  # method and path
+    requests: list[tuple[str, str]] = field(default_factory=list)  # method and path of each request
     fault: Callable[[int], str | None] = lambda number: None  # "error", "denied", "cut" or "slow"
-    before: Callable[[str, str], object] = lambda method, path: None  # is called before a request is done
+    before: Callable[[str, str], object] = lambda method, path: None  # called before a request is served
 
     def url(self, path: str) -> str:
         return f"s3://bucket/{path}?endpoint_override=127.0.0.1:{self.port}&scheme=http"
 
     def gets(self, end: str) -> int:
-        """How often an object was fetched whose name ends like this."""
-        return sum(method == "GET" and path.endswith(end) for method, path in self.asked)
+        """Return the number of GET requests for objects whose path ends with `end`."""
+        return sum(method == "GET" and path.endswith(end) for method, path in self.requests)
 
 
 @contextmanager
 def store() -> Iterator[Store]:
-    """A store with a bucket named `bucket`."""
+    """Serve an S3 store with a bucket named `bucket`."""
     found = Store()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     app = DomainDispatcherApplication(create_backend_app)
@@ -44,8 +44,8 @@ def store() -> Iterator[Store]:
 
     def faulty(environ: dict[str, Any], start: Callable[..., Any]) -> Any:
         with lock:
-            found.asked.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
-            fault = found.fault(len(found.asked))
+            found.requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
+            fault = found.fault(len(found.requests))
         found.before(environ["REQUEST_METHOD"], environ["PATH_INFO"])
         if fault == "slow":
             time.sleep(0.3)
@@ -65,10 +65,10 @@ def store() -> Iterator[Store]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        for path, method in (("moto-api/reset", "POST"), ("bucket", "PUT")):  # all stores of a process are one
-            asked = urllib.request.Request(f"http://127.0.0.1:{found.port}/{path}", method=method)
-            urllib.request.urlopen(asked, timeout=30).close()
-        found.asked.clear()
+        for path, method in (("moto-api/reset", "POST"), ("bucket", "PUT")):  # moto's stores share state
+            request = urllib.request.Request(f"http://127.0.0.1:{found.port}/{path}", method=method)
+            urllib.request.urlopen(request, timeout=30).close()
+        found.requests.clear()
         yield found
     finally:
         server.shutdown()
@@ -78,7 +78,7 @@ def store() -> Iterator[Store]:
 
 @contextmanager
 def google() -> Iterator[str]:
-    """A store as Google's, with a bucket named `bucket`; gives the URL of a folder in it."""
+    """Serve an emulated Google store with a bucket named `bucket`. Yields the URL of a folder in it."""
     from gcp_storage_emulator.server import create_server
 
     port = free_port()

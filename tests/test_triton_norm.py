@@ -149,9 +149,9 @@ def test_the_kernels_are_part_of_a_compiled_step_without_a_break(interpreted: Ca
 
 
 def _pulled() -> tuple[list[float], list[float]]:
-    """Losses of two calls of a lever on a played GPU, with the kernels and without."""
+    """Losses of two calls of a lever on a simulated GPU, with the kernels and without."""
     from benchmarks import gpu, levers, triton_norm
-    from second_device import played
+    from second_device import simulated_gpu
     from tune_kd.training.step import Step
 
     gpu.IMAGES, gpu.VALIDATION, levers.WIDTH, levers.WARM_UP = 4, 2, 0.0625, 1
@@ -164,7 +164,7 @@ def _pulled() -> tuple[list[float], list[float]]:
         call(self, *arguments)
         losses.append(self.sums[0].clone())
 
-    with patch.object(Step, "__call__", watched), played():
+    with patch.object(Step, "__call__", watched), simulated_gpu():
         for triton in (True, False):
             levers.prepare(levers.Lever(triton=triton))
             levers.timed(1, 1)

@@ -1,4 +1,4 @@
-"""Trials of the training tests: small enough that one takes a fraction of a second."""
+"""Trials for the training tests, each of which takes a fraction of a second."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -48,7 +48,7 @@ def two_epochs(each: Trial) -> Trial:
 
 
 def interrupted(each: Trial, data: DataSet, teacher: Teacher | None, folder: Path) -> list[Epoch]:
-    """The epochs of a trial that is ended after the first, and resumed from its checkpoint."""
+    """Stop a trial after its first epoch, resume it from its checkpoint, and return all epochs."""
     begun = train(each, data, teacher, device=CPU, checkpoints=Checkpoints(folder), checkpoint_every=0.0)
     first = next(begun)
     begun.close()
@@ -56,7 +56,7 @@ def interrupted(each: Trial, data: DataSet, teacher: Teacher | None, folder: Pat
 
 
 def exact(epoch: Epoch, *without: str) -> dict[str, Any]:
-    """What of an epoch must be the same to the bit."""
+    """Return the values of an epoch that must be reproducible bit by bit."""
     values = asdict(epoch)
     values |= values.pop("outcome") or {}
     return {name: value for name, value in values.items() if name not in (*TIMES, *without)}

@@ -1,4 +1,4 @@
-"""What a run does when parts of Ray are lost under it: a node, Ray itself; and who may read Ray's token."""
+"""Runs that lose a node or all of Ray, and the protection of Ray's token."""
 
 import json
 import signal
@@ -13,7 +13,15 @@ import pandas as pd
 import psutil
 import pytest
 
-from commands import STUDY, command, contiguous, epochs_on_record, in_this_process, same_records, wait_for
+from commands import (
+    STUDY,
+    assert_contiguous_epochs,
+    assert_same_records,
+    command,
+    epochs_on_record,
+    in_this_process,
+    wait_for,
+)
 from stores import KEYS, store
 from tune_kd.records.ledger import Ledger
 from tune_kd.records.schema import LEDGER, TRIALS
@@ -21,8 +29,9 @@ from tune_kd.system import environment
 from tune_kd.system.errors import UserError
 from tune_kd.system.object_store import local
 
-# A cluster of a head without CPUs and two nodes, each with a home of its own. A line on its standard input removes one
-# of them as if its power had gone; the end of its input ends it, and it tells how many bytes each node got from others.
+# A cluster with a head without CPUs and two nodes, each with its own XDG_DATA_HOME. A line on standard input removes a
+# node, as in a power failure. At the end of its input, it prints how many bytes each node received from others, and
+# stops.
 CLUSTER = """
 import json, sys, time, urllib.request
 import ray
@@ -36,14 +45,14 @@ for _ in sys.stdin:
     cluster.remove_node(nodes.pop(), allow_graceful=False)
 ray.init(cluster.address, log_to_driver=False)
 time.sleep(2.5)
-got = []
+received = []
 for node in ray.nodes():
     if node["Alive"] and node["Resources"].get("CPU"):
         port = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         lines = urllib.request.urlopen(port, timeout=10).read().decode().splitlines()
-        got += [float(line.rsplit(" ", 1)[1]) for line in lines
-                if line.startswith("ray_object_manager_bytes") and 'Type="Received"' in line]
-print(json.dumps(got), flush=True)
+        received += [float(line.rsplit(" ", 1)[1]) for line in lines
+                     if line.startswith("ray_object_manager_bytes") and 'Type="Received"' in line]
+print(json.dumps(received), flush=True)
 ray.shutdown()
 cluster.shutdown()
 """
@@ -51,7 +60,7 @@ cluster.shutdown()
 
 @contextmanager
 def cluster(homes: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A cluster in a process of its own; gives the process and the address."""
+    """A cluster in a new process. Yields the process and the address."""
     process = subprocess.Popen(
         [sys.executable, "-c", CLUSTER, str(homes)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -63,9 +72,9 @@ def cluster(homes: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
             process.communicate(timeout=60)
 
 
-def raylets(of: int) -> list[psutil.Process]:
-    """The raylets under a process, the youngest last."""
-    under = psutil.Process(of).children(recursive=True)
+def raylets(process: int) -> list[psutil.Process]:
+    """Return the raylets among the descendants of a process, oldest first."""
+    under = psutil.Process(process).children(recursive=True)
     return sorted((each for each in under if each.name() == "raylet"), key=psutil.Process.create_time)
 
 
@@ -73,7 +82,7 @@ def raylets(of: int) -> list[psutil.Process]:
 def test_a_lost_node_costs_nothing_but_time_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # Ray joins with it on, or not at all, a cluster that asks for one
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # required to join a cluster that requires a token
     environment.guard_token()
     (tmp_path / "own.py").write_text(STUDY)
     run = tmp_path / "results" / "moved"
@@ -82,9 +91,8 @@ def test_a_lost_node_costs_nothing_but_time_and_leaves_nothing_behind(
             tmp_path, "run", "own.py", "--scale", "own", "--name", "moved", "--address", address,
             "--set", "recipe.epochs=12",
         )  # fmt: skip
-        wait_for(
-            lambda: begun.poll() is not None or epochs_on_record(run) >= 20
-        )  # of the first students, one on each node
+        # With 20 epochs, the first students are running, one on each node.
+        wait_for(lambda: begun.poll() is not None or epochs_on_record(run) >= 20)
         assert begun.poll() is None, begun.communicate()[1]
         raylet = raylets(nodes.pid)[-1]
         lost = [raylet, *raylet.children(recursive=True)]
@@ -94,18 +102,18 @@ def test_a_lost_node_costs_nothing_but_time_and_leaves_nothing_behind(
         _, errors = begun.communicate(timeout=200)
         assert begun.returncode == 0, errors
         assert not [each for each in lost if each.is_running()]
-    contiguous(run)
+    assert_contiguous_epochs(run)
     rows = pd.read_parquet(run / "trials.parquet")
     assert set(rows["status"]) == {"completed"}
     assert sorted(rows["attempts"])[-2:] == [1, 2]
     assert rows["error"].dropna().tolist() == ["attempt 1: its worker died"]
 
-    same_records(run, in_this_process(run, tmp_path))
+    assert_same_records(run, in_this_process(run, tmp_path))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("lost", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "a node is lost"])
-def test_two_nodes_that_share_a_store_alone_give_the_tables_of_one_and_get_data_and_teachers_once(
+def test_two_nodes_that_share_a_store_alone_write_the_same_tables_as_one_and_fetch_data_and_teachers_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
@@ -127,24 +135,24 @@ def test_two_nodes_that_share_a_store_alone_give_the_tables_of_one_and_get_data_
             nodes.stdin.flush()
         _, errors = begun.communicate(timeout=250)
         assert begun.returncode == 0, errors
-        told, _ = nodes.communicate(timeout=60)
+        output, _ = nodes.communicate(timeout=60)
         trials = pd.read_parquet(run / "trials.parquet")
         (teacher,) = trials.loc[trials["role"] == "teacher", "trial_id"]
         fetched = s3.gets(f"{teacher}/weights.safetensors")
     homes = [home for home in (tmp_path / "nodes").glob("*") if list(home.rglob("weights.safetensors"))]
-    assert len(homes) in ((1, 2) if lost else (2,))  # where students learned from it: each in its own
-    assert fetched <= 2  # an object of more than a few pages comes in two requests; the other node trained it
+    assert len(homes) in ((1, 2) if lost else (2,))  # nodes with students of the teacher
+    assert fetched <= 2  # one node trained the teacher, the other fetches it; a larger object takes two requests
     images = sum(trials["dataset"] == "digits")
     assert images > 8
     size = 192 * (100 + 50 + 50)  # bytes of the images, each 3 x 8 x 8
-    for got in json.loads(told.splitlines()[-1]):  # Ray writes there, too
-        assert size < got < 2 * size, "the data came to this node once, whatever ran on it"
-    same_records(run, in_this_process(run, tmp_path))
-    contiguous(run)
+    for received in json.loads(output.splitlines()[-1]):  # the lines before are Ray's
+        assert size < received < 2 * size, "each node receives the data once, whatever runs on it"
+    assert_same_records(run, in_this_process(run, tmp_path))
+    assert_contiguous_epochs(run)
 
 
-@pytest.mark.slow  # in short: `test_a_run_that_is_left_ends_as_it_should_and_its_records_are_whole`
-def test_a_run_whose_ray_died_ends_with_3_and_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.slow  # short version: `test_an_interrupted_run_ends_correctly_and_its_records_are_intact`
+def test_a_run_whose_ray_died_exits_with_3_and_says_how_to_resume(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(STUDY)
     run = tmp_path / "results" / "cut"
     begun = command(tmp_path, "run", "own.py", "--scale", "own", "--name", "cut", "--set", "recipe.epochs=1000")
@@ -156,10 +164,10 @@ def test_a_run_whose_ray_died_ends_with_3_and_says_how_to_go_on(tmp_path: Path) 
     assert "Ray died" in errors and "resume results/cut" in errors and "Traceback" not in errors
     wait_for(lambda: not any(each.is_running() for each in everything), 90)
     assert "failed" not in {row["status"] for row in Ledger(run / LEDGER, read_only=True).rows(TRIALS)}
-    contiguous(run)
+    assert_contiguous_epochs(run)
 
 
-def test_a_sigterm_while_ray_starts_ends_with_143(tmp_path: Path) -> None:
+def test_a_sigterm_while_ray_starts_leads_to_exit_status_143(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(STUDY)
     begun = command(tmp_path, "run", "own.py", "--scale", "own", "--name", "early")
     wait_for(lambda: bool(raylets(begun.pid)))
@@ -170,7 +178,7 @@ def test_a_sigterm_while_ray_starts_ends_with_143(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_ray_leaves_its_token_to_its_user_alone_and_signals_to_us(
+def test_only_the_user_can_read_rays_token_and_ray_keeps_our_signal_handlers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -192,9 +200,9 @@ def test_ray_leaves_its_token_to_its_user_alone_and_signals_to_us(
 
 
 @pytest.mark.long
-def test_ray_takes_the_token_from_where_it_was_moved_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that was not there: Ray itself would make it in the home, which here nobody can write to."""
-    (tmp_path / "home").write_text("in the way")
+def test_ray_uses_the_token_at_the_path_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token need not exist. Ray itself would create it in the home folder, which is not writable here."""
+    (tmp_path / "home").write_text("a file, not a folder")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
@@ -209,7 +217,7 @@ def test_ray_takes_the_token_from_where_it_was_moved_to(tmp_path: Path, monkeypa
     assert len((tmp_path / "token").read_text()) == 64
 
 
-def test_a_token_that_others_can_read_is_closed_to_them_or_ray_is_not_started(
+def test_a_token_that_others_can_read_is_made_private_or_ray_does_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = tmp_path / "token"

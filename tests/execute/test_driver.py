@@ -1,4 +1,4 @@
-"""The driver: what is ready when, what follows from an end, and going on after a kill. No training here."""
+"""The driver: when trials are ready, what follows from their end, and restarts after a kill. Nothing is trained."""
 
 import random
 from dataclasses import replace
@@ -30,7 +30,7 @@ def bench(study: Study, tmp_path: Path) -> Bench:
     return Bench(study, tmp_path)
 
 
-def test_controls_wait_for_nobody_and_students_for_their_own_teacher_alone(bench: Bench) -> None:
+def test_controls_wait_for_no_trial_and_students_only_for_their_own_teacher(bench: Bench) -> None:
     admitted: list[Task] = []
     while (task := bench.driver.next()) is not None:
         admitted.append(task)
@@ -56,15 +56,15 @@ def test_an_arm_that_can_be_stopped_is_confirmed_only_after_its_screen(bench: Be
         bench.driver.on_start(task)
         admitted.append(task)
     confirmed = {task.trial.arm for task in admitted if task.trial.phase == "confirm"}
-    assert "cifar/logit/T=4" in confirmed  # never stopped, so its screen decides nothing
+    assert "cifar/logit/T=4" in confirmed  # never stopped, so it is confirmed without waiting for its screen
     assert "cifar/logit/T=2" not in confirmed
     screened = next(t for t in admitted if t.trial.phase == "screen" and t.trial.arm == "cifar/logit/T=2")
     bench.finish(screened, 0.9)
     assert bench.start().trial.arm == "cifar/logit/T=2"
 
 
-def where_one_stops(study: Study) -> Study:
-    """The study in an order in which T=4 comes before T=2, as the first to come to a rung is never stopped there."""
+def with_t4_first(study: Study) -> Study:
+    """Return the study with T=4 before T=2 in the order of screening: the first arm at a rung is never stopped."""
 
     def order(screen: Screen) -> list[str]:
         return [trial.arm for trial in plan(replace(study, screen=screen)).trials if trial.phase == "screen"]
@@ -77,12 +77,12 @@ def where_one_stops(study: Study) -> Study:
 
 
 def poor(task: Task) -> float:
-    """An accuracy that is poor at T=2."""
+    """Return an accuracy that is poor at T=2."""
     return 0.1 if "T=2" in task.trial.arm else 0.9
 
 
 def test_a_stopped_arm_has_no_final_accuracy_and_is_not_confirmed(study: Study, tmp_path: Path) -> None:
-    bench = Bench(where_one_stops(study), tmp_path)
+    bench = Bench(with_t4_first(study), tmp_path)
     bench.run(poor)
     (stopped,) = bench.rows(arm="cifar/logit/T=2", phase="screen")
     assert (stopped["status"], stopped["stop_reason"], stopped["epochs_run"]) == ("stopped", "asha", 1)
@@ -131,7 +131,7 @@ def test_a_diverged_trial_is_not_tried_again(bench: Bench) -> None:
     assert "nan" in row["error"]
 
 
-def test_a_lost_worker_is_replaced_from_where_its_trial_stood_a_bounded_number_of_times(bench: Bench) -> None:
+def test_a_trial_that_lost_its_worker_continues_after_its_last_epoch_a_bounded_number_of_times(bench: Bench) -> None:
     task = bench.start()
     bench.driver.on_epoch(task.trial.trial_id, epoch(1), HERE)
     for attempt in (1, 2):
@@ -144,7 +144,7 @@ def test_a_lost_worker_is_replaced_from_where_its_trial_stood_a_bounded_number_o
     assert row["device"] == "cpu"
 
 
-def test_a_trial_that_another_one_of_its_gpu_ended_goes_on_without_a_mark_but_not_for_ever(bench: Bench) -> None:
+def test_a_trial_ended_by_another_on_its_gpu_is_retried_without_a_recorded_error_but_not_for_ever(bench: Bench) -> None:
     ended = Failure("mps", "CUDA error: the MPS client has been terminated", broken=True)
     task = bench.start()
     bench.driver.on_epoch(task.trial.trial_id, epoch(1), HERE)
@@ -152,10 +152,10 @@ def test_a_trial_that_another_one_of_its_gpu_ended_goes_on_without_a_mark_but_no
         bench.driver.on_end(task.trial.trial_id, ended)
         (row,) = bench.rows(trial_id=task.trial.trial_id)
         assert (row["status"], row["stop_reason"], row["error"]) == ("pending", None, None)
-        assert bench.said[-1].endswith("pending (will be retried): another trial on its GPU ended it")
+        assert bench.messages[-1].endswith("pending (will be retried): another trial on its GPU ended it")
         task = bench.start()
         assert task.acknowledged == 1
-    for _ in range(2):  # none of them was counted before
+    for _ in range(2):  # the failures before did not count
         bench.driver.on_end(task.trial.trial_id, ended)
         task = bench.start()
     bench.driver.on_end(task.trial.trial_id, ended)
@@ -164,7 +164,7 @@ def test_a_trial_that_another_one_of_its_gpu_ended_goes_on_without_a_mark_but_no
     assert row["error"].count("the MPS client has been terminated") == 3
 
 
-def test_a_new_epoch_forgives_what_other_trials_did(bench: Bench) -> None:
+def test_a_new_epoch_resets_the_count_of_failures_caused_by_other_trials(bench: Bench) -> None:
     task = bench.start()
     for _ in range(MAX_INNOCENT):
         bench.driver.on_end(task.trial.trial_id, Failure("mps", "MPS"))
@@ -174,7 +174,7 @@ def test_a_new_epoch_forgives_what_other_trials_did(bench: Bench) -> None:
     assert bench.rows(trial_id=task.trial.trial_id)[0]["error"] is None
 
 
-def test_a_worker_that_never_starts_is_not_waited_for_for_ever(bench: Bench) -> None:
+def test_a_trial_whose_worker_never_starts_fails_after_three_attempts(bench: Bench) -> None:
     task = bench.driver.next()
     for _ in range(3):
         assert task is not None
@@ -184,8 +184,8 @@ def test_a_worker_that_never_starts_is_not_waited_for_for_ever(bench: Bench) -> 
     assert bench.rows(trial_id=first)[0]["status"] == "failed"
 
 
-def test_a_trial_that_gets_on_between_the_deaths_of_its_workers_is_not_given_up(bench: Bench) -> None:
-    """On nodes that come and go a long trial loses more workers than one that is at fault would be allowed."""
+def test_a_trial_with_new_epochs_between_the_deaths_of_its_workers_does_not_fail(bench: Bench) -> None:
+    """On preemptible nodes, a long trial may lose more workers than the limit for a trial without new epochs."""
     for number, deaths in ((1, 2), (2, 1)):
         for _ in range(deaths):
             task = bench.start()
@@ -199,13 +199,13 @@ def test_a_trial_that_gets_on_between_the_deaths_of_its_workers_is_not_given_up(
     assert row["attempts"] == 5 == 1 + row["error"].count("its worker died")
 
 
-def test_a_disk_that_fails_a_trial_again_and_again_ends_the_run_and_not_the_trial(bench: Bench) -> None:
+def test_repeated_disk_errors_end_the_run_and_fail_no_trial(bench: Bench) -> None:
     other = bench.start()
     for attempt in (1, 2, 3):
         task = bench.start()
         assert task.attempt == attempt
         bench.driver.on_end(task.trial.trial_id, Failure("storage", "OSError: [Errno 28] No space left on device"))
-    assert bench.driver.next() is None  # a disk is everybody's
+    assert bench.driver.next() is None  # a disk error affects all trials
     assert not bench.driver.on_epoch(other.trial.trial_id, epoch(1), HERE)
     bench.driver.on_end(other.trial.trial_id, None)
     with pytest.raises(OSError, match=r"No space left on device.*writing failed 3 times.*resume"):
@@ -214,7 +214,7 @@ def test_a_disk_that_fails_a_trial_again_and_again_ends_the_run_and_not_the_tria
     assert Bench(bench.driver.plan.study, bench.folder).start().trial.trial_id
 
 
-def test_deaths_of_workers_and_of_disks_are_counted_apart(bench: Bench) -> None:
+def test_lost_workers_and_disk_errors_are_counted_separately(bench: Bench) -> None:
     for reason in ("storage", "lost", "storage", "lost"):
         task = bench.start()
         bench.driver.on_end(task.trial.trial_id, Failure(reason, reason))
@@ -231,7 +231,7 @@ def test_deaths_of_workers_and_of_disks_are_counted_apart(bench: Bench) -> None:
         (epoch(1, 1.5), "epochs.val_accuracy is 1.5; allowed: null, or from 0 to 1"),
     ],
 )
-def test_a_trial_that_reports_what_no_reader_takes_fails_at_once_and_the_run_can_be_reported(
+def test_a_trial_that_reports_invalid_values_fails_at_once_and_the_run_can_be_reported(
     bench: Bench, reported: Epoch, words: str
 ) -> None:
     teacher = bench.start()
@@ -247,7 +247,7 @@ def test_a_trial_that_reports_what_no_reader_takes_fails_at_once_and_the_run_can
         assert check(schema, pd.read_parquet(bench.folder / f"{schema.name}.parquet"))[1] == []
 
 
-def test_an_epoch_that_was_not_validated_leaves_what_was_known_and_asks_for_no_decision(
+def test_an_epoch_without_validation_keeps_the_known_accuracies_and_leads_to_no_decision(
     study: Study, tmp_path: Path
 ) -> None:
     recipe = replace(study.recipe, epochs=5, validate_every=2)
@@ -271,14 +271,14 @@ def test_an_epoch_that_was_not_validated_leaves_what_was_known_and_asks_for_no_d
     assert [each.epoch for each in bench.driver.decisions] == [2, 4]
 
 
-def test_no_decision_is_made_about_an_accuracy_that_is_not_known(bench: Bench) -> None:
+def test_no_decision_is_made_without_a_validation_accuracy(bench: Bench) -> None:
     while (task := bench.start()).trial.phase != "screen":
         bench.finish(task)
     assert bench.driver.on_epoch(task.trial.trial_id, replace(epoch(1), val_accuracy=None, val_loss=None), HERE)
     assert bench.driver.decisions == []
 
 
-def test_a_student_whose_teacher_was_changed_is_blocked_until_it_is_back(bench: Bench) -> None:
+def test_a_student_whose_teacher_changed_is_blocked_until_the_next_driver(bench: Bench) -> None:
     while (task := bench.start()).trial.phase != "teacher":
         bench.finish(task)
     bench.finish(task)
@@ -291,22 +291,22 @@ def test_a_student_whose_teacher_was_changed_is_blocked_until_it_is_back(bench: 
     assert again.driver.rows[task.trial.trial_id]["status"] == "pending"
 
 
-def test_a_run_that_goes_on_without_a_gpu_asks_for_none(study: Study, tmp_path: Path) -> None:
+def test_a_run_that_is_resumed_without_a_gpu_requests_none(study: Study, tmp_path: Path) -> None:
     bench = Bench(study, tmp_path, gpus=0.25)
     bench.start()
     assert Bench(study, tmp_path, gpus=0.0).start().gpus == 0.0
     assert Bench(study, tmp_path, gpus=0.5).start().gpus == 0.5
 
 
-def test_what_a_trial_says_is_recorded_without_the_secret_in_it(bench: Bench) -> None:
+def test_the_error_of_a_trial_is_recorded_without_the_secret_in_it(bench: Bench) -> None:
     task = bench.start()
     bench.driver.on_end(task.trial.trial_id, Failure("error", f"cannot open https://me:{SHORT}@example.org/x"))
     (row,) = bench.rows(trial_id=task.trial.trial_id)
     assert SHORT not in row["error"] and "example.org" in row["error"]
 
 
-def test_trials_that_are_asked_to_leave_find_it_said_where_they_work(bench: Bench, tmp_path: Path) -> None:
-    """A file, since a worker may be on another machine; the next driver removes it."""
+def test_a_drain_creates_a_file_that_tells_trials_to_stop(bench: Bench, tmp_path: Path) -> None:
+    """It is a file, since a worker may be on another machine. The next driver removes it."""
     drain = Workplace(None, None, tmp_path, tmp_path / "checkpoints").drain
     assert not drain.exists()
     bench.driver.drain()
@@ -315,7 +315,7 @@ def test_trials_that_are_asked_to_leave_find_it_said_where_they_work(bench: Benc
     assert not drain.exists()
 
 
-def test_checkpoints_that_a_kill_left_of_an_ended_trial_are_removed(bench: Bench, tmp_path: Path) -> None:
+def test_the_next_driver_removes_checkpoints_of_an_ended_trial_that_a_kill_left(bench: Bench, tmp_path: Path) -> None:
     task = bench.start()
     bench.finish(task)
     left = tmp_path / "checkpoints" / task.trial.trial_id
@@ -324,7 +324,7 @@ def test_checkpoints_that_a_kill_left_of_an_ended_trial_are_removed(bench: Bench
     assert not left.exists()
 
 
-def test_memory_that_runs_out_is_tried_again_with_a_larger_share(study: Study, tmp_path: Path) -> None:
+def test_a_trial_that_is_out_of_memory_is_retried_with_a_larger_share(study: Study, tmp_path: Path) -> None:
     bench = Bench(study, tmp_path, gpus=0.25)
     task = bench.start()
     bench.driver.on_end(task.trial.trial_id, Failure("out_of_memory", "CUDA out of memory"))
@@ -349,7 +349,7 @@ def test_each_trial_gets_the_share_of_its_kind(one_stem: Study, tmp_path: Path) 
     assert {row["gpu_fraction"] for row in bench.rows()} == {1.0, 0.5, 0.125}
 
 
-def test_a_share_that_was_raised_is_kept_and_only_for_that_trial(one_stem: Study, tmp_path: Path) -> None:
+def test_a_raised_share_is_kept_and_applies_only_to_its_trial(one_stem: Study, tmp_path: Path) -> None:
     bench = Bench(one_stem, tmp_path, gpus=KINDS)
     bench.finish(bench.start())
     task = bench.start()
@@ -358,10 +358,10 @@ def test_a_share_that_was_raised_is_kept_and_only_for_that_trial(one_stem: Study
     assert bench.start().gpus == 1.0
     again = Bench(one_stem, tmp_path, gpus=replace(KINDS, heavy=0.25)).run()
     features = [task.gpus for task in again if task.trial.cell.method == "feature"]
-    assert features == [1.0, 0.25, 0.25], "also by the next driver"
+    assert features == [1.0, 0.25, 0.25], "the next driver keeps the raised share, and only that"
 
 
-def test_a_task_without_a_place_is_known_with_the_share_that_it_needs(study: Study, tmp_path: Path) -> None:
+def test_the_driver_knows_an_admitted_task_that_has_not_started_and_its_share(study: Study, tmp_path: Path) -> None:
     bench = Bench(study, tmp_path, gpus=0.25)
     task = bench.start()
     assert bench.driver.placeless is None
@@ -372,7 +372,7 @@ def test_a_task_without_a_place_is_known_with_the_share_that_it_needs(study: Stu
     assert bench.driver.placeless is None
 
 
-def test_not_more_trials_run_than_asked_for(study: Study, tmp_path: Path) -> None:
+def test_no_more_than_max_concurrent_trials_run(study: Study, tmp_path: Path) -> None:
     bench = Bench(study, tmp_path, max_concurrent=1)
     task = bench.start()
     assert bench.driver.next() is None
@@ -380,7 +380,7 @@ def test_not_more_trials_run_than_asked_for(study: Study, tmp_path: Path) -> Non
     assert bench.driver.next() is not None
 
 
-def test_a_new_driver_goes_on_where_a_killed_one_stood(study: Study, tmp_path: Path) -> None:
+def test_a_new_driver_continues_where_a_killed_one_stopped(study: Study, tmp_path: Path) -> None:
     def accuracy(task: Task) -> float:
         return int(task.trial.trial_id[:4], 16) / 2**16
 
@@ -395,7 +395,7 @@ def test_a_new_driver_goes_on_where_a_killed_one_stood(study: Study, tmp_path: P
         first.finish(task, accuracy(task))
     task = first.start()
     first.driver.on_epoch(task.trial.trial_id, epoch(1, accuracy(task)), HERE)
-    first.ledger.close()  # as a kill would
+    first.ledger.close()  # as in a kill
 
     second = Bench(study, tmp_path / "cut")
     again = second.start()
@@ -409,7 +409,7 @@ def test_a_new_driver_goes_on_where_a_killed_one_stood(study: Study, tmp_path: P
     assert len(whole.ledger.rows(EPOCHS)) == len(second.ledger.rows(EPOCHS))
 
 
-def test_a_trial_whose_driver_died_waits_on_record_too(study: Study, tmp_path: Path) -> None:
+def test_a_trial_whose_driver_died_is_recorded_as_pending(study: Study, tmp_path: Path) -> None:
     bench = Bench(study, tmp_path)
     trial = bench.start().trial.trial_id
     assert bench.rows(trial_id=trial)[0]["status"] == "running"
@@ -418,7 +418,7 @@ def test_a_trial_whose_driver_died_waits_on_record_too(study: Study, tmp_path: P
     assert after.rows(trial_id=trial)[0]["status"] == "pending"
 
 
-def test_an_epoch_that_comes_again_with_other_numbers_is_recorded_as_a_violation(bench: Bench) -> None:
+def test_an_epoch_that_is_repeated_with_other_values_is_recorded_as_a_violation(bench: Bench) -> None:
     task = bench.start()
     bench.driver.on_epoch(task.trial.trial_id, epoch(1, 0.5), HERE)
     bench.driver.on_epoch(task.trial.trial_id, epoch(1, 0.6), HERE)
@@ -427,7 +427,7 @@ def test_an_epoch_that_comes_again_with_other_numbers_is_recorded_as_a_violation
     assert bench.ledger.rows(EPOCHS)[0]["val_accuracy"] == 0.5
 
 
-def test_a_run_that_is_asked_to_stop_starts_nothing_and_keeps_its_trials_for_later(bench: Bench) -> None:
+def test_a_stopping_run_starts_no_trial_and_leaves_its_trials_to_the_next_driver(bench: Bench) -> None:
     task = bench.start()
     bench.driver.stopping = True
     assert not bench.driver.on_epoch(task.trial.trial_id, epoch(1), HERE)
@@ -438,7 +438,7 @@ def test_a_run_that_is_asked_to_stop_starts_nothing_and_keeps_its_trials_for_lat
     assert second.start().trial == task.trial
 
 
-def test_the_tables_can_be_read_from_the_first_moment_on(bench: Bench) -> None:
+def test_the_tables_can_be_read_from_the_start(bench: Bench) -> None:
     trials = pd.read_parquet(bench.folder / "trials.parquet")
     assert set(trials["status"]) == {"pending"}
     assert len(trials) == len(bench.driver.plan.trials)
@@ -454,20 +454,22 @@ def test_a_teacher_is_described_by_its_own_row_and_a_control_has_none(bench: Ben
     assert (feature["teacher_id"], feature["temperature"]) == (teacher["trial_id"], None)
 
 
-def test_values_of_the_recipe_stand_in_the_rows(study: Study, tmp_path: Path) -> None:
+def test_the_rows_contain_the_values_of_the_recipe(study: Study, tmp_path: Path) -> None:
     bench = Bench(replace(study, recipe=replace(study.recipe, lr=0.07)), tmp_path)
     assert {row["lr"] for row in bench.rows(role="student")} == {0.07}
     assert {row["epochs_planned"] for row in bench.rows()} == {2}
 
 
-def test_a_run_killed_in_the_middle_of_a_rung_decides_as_one_that_went_on(one_stem: Study, tmp_path: Path) -> None:
-    """Whatever is reported when, in one recorded sequence: the arms side by side, epoch by epoch."""
+def test_a_run_killed_within_a_rung_makes_the_same_decisions_as_an_uninterrupted_one(
+    one_stem: Study, tmp_path: Path
+) -> None:
+    """All arms report side by side, epoch by epoch, with accuracies from a fixed random sequence."""
     study = contested(one_stem)
     chance = random.Random("a recorded sequence")
     sequence = [(chance.random(), arm, number) for arm in range(7) for number in range(1, 9)]
     metrics = {(arm, number): metric for metric, arm, number in sequence}
 
-    def play(folder: Path, kill_after: int) -> list[dict[str, Any]]:
+    def decisions(folder: Path, kill_after: int) -> list[dict[str, Any]]:
         folder.mkdir()
         bench = Bench(study, folder)
         reports = 0
@@ -492,17 +494,17 @@ def test_a_run_killed_in_the_middle_of_a_rung_decides_as_one_that_went_on(one_st
                     bench.driver.on_end(trial_id, None)
         return bench.ledger.rows(DECISIONS)
 
-    whole = play(tmp_path / "whole", -1)
+    whole = decisions(tmp_path / "whole", -1)
     assert {row["action"] for row in whole} == {"stop", "continue"}
     for kill_after in (3, 9, 10, 17, 25):
-        assert play(tmp_path / str(kill_after), kill_after) == whole
+        assert decisions(tmp_path / str(kill_after), kill_after) == whole
 
 
 @pytest.mark.parametrize("published", [1, 2, 3])
-def test_tables_of_two_ages_keep_no_epoch_whose_comparison_they_lack(
+def test_a_ledger_rebuilt_from_tables_of_two_ages_has_no_epoch_without_its_decision(
     one_stem: Study, tmp_path: Path, published: int
 ) -> None:
-    """A kill between two of the tables, then damage to the ledger: what is made of them fits together."""
+    """A kill between the writes of two tables, then a damaged ledger: the rebuilt ledger is consistent."""
     run = Run("r", tmp_path, contested(one_stem), "0" * 64, None, {})
     create(run)
     bench = Bench(run.study, tmp_path)
@@ -522,14 +524,14 @@ def test_tables_of_two_ages_keep_no_epoch_whose_comparison_they_lack(
     bench.ledger.close()
     bench.ledger.path.write_bytes(b"")
     ledger = rebuild.opened(run, lambda _: None)
-    there = {row["trial_id"] for row in ledger.rows(EPOCHS) if row["epoch"] == run.study.screen.grace}
+    recorded = {row["trial_id"] for row in ledger.rows(EPOCHS) if row["epoch"] == run.study.screen.grace}
     compared = {row["trial_id"] for row in ledger.rows(DECISIONS)}
-    assert compared == there - {teacher.trial.trial_id}
+    assert compared == recorded - {teacher.trial.trial_id}
     assert len(compared) == (2 if published == 3 else 0)
 
 
-def test_seeds_that_are_added_to_a_stopped_arm_or_a_failed_teacher_are_not_run(study: Study, tmp_path: Path) -> None:
-    study = where_one_stops(study)
+def test_seeds_added_to_a_stopped_arm_or_a_failed_teacher_are_not_run(study: Study, tmp_path: Path) -> None:
+    study = with_t4_first(study)
     bench = Bench(study, tmp_path)
     teacher = next(task for task in iter(bench.driver.next, None) if task.trial.arm == "imagenet/teacher")
     bench.driver.on_start(teacher)
@@ -546,23 +548,23 @@ def test_seeds_that_are_added_to_a_stopped_arm_or_a_failed_teacher_are_not_run(s
     assert {status for status, _ in added.values()} == {"pending"}
 
 
-def test_every_comparison_is_said_as_it_is_recorded(study: Study, tmp_path: Path) -> None:
-    bench = Bench(where_one_stops(study), tmp_path)
+def test_every_comparison_is_logged_as_it_is_recorded(study: Study, tmp_path: Path) -> None:
+    bench = Bench(with_t4_first(study), tmp_path)
     bench.run(poor)
     decisions = [Decision.of(row) for row in bench.ledger.rows(DECISIONS)]
     assert bench.driver.decisions == decisions
-    assert [sentence for sentence in bench.said if " at epoch " in sentence] == [each.words for each in decisions]
+    assert [sentence for sentence in bench.messages if " at epoch " in sentence] == [each.words for each in decisions]
     (stop,) = (each for each in decisions if each.arm == "cifar/logit/T=2")
     assert stop.words == (
         "cifar/logit/T=2 at epoch 1: stopped (behind), 10.00 %, cutoff 90.00 %, rank 2 of 2 in cifar/logit"
     )
 
 
-def test_what_several_workers_have_to_tell_is_said_once(bench: Bench) -> None:
+def test_a_warning_from_several_workers_is_logged_once(bench: Bench) -> None:
     for _ in range(2):
         bench.driver.hear(["a step cannot be captured here"])
     bench.driver.hear([])
-    assert bench.said == ["warning: a step cannot be captured here"]
+    assert bench.messages == ["warning: a step cannot be captured here"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The shares of a GPU that a probe chooses: the rules by hand, and what is kept of a measurement."""
+"""The GPU shares that a probe chooses: the rules, and the storage of measurements."""
 
 import json
 import math
@@ -43,22 +43,22 @@ def measured(*speeds: float, size: int = 2 * GIB) -> tuple[Measured, ...]:
     return tuple(Measured(2**power, speed, size) for power, speed in enumerate(speeds))
 
 
-# How many at a time
+# Number of concurrent trials
 
 
 @pytest.mark.parametrize(
     ("speeds", "memory", "together"),
     [
-        ((100.0, 180.0, 300.0, 310.0), 80, 4),  # eight at a time bring 3 %, which is not worth it
+        ((100.0, 180.0, 300.0, 310.0), 80, 4),  # 8 are only 3 % faster than 4
         ((100.0, 180.0, 300.0, 400.0), 80, 8),
         ((100.0, 101.0), 80, 1),
-        ((100.0, 180.0, 300.0, 400.0), 9, 4),  # eight would need 16 GiB
+        ((100.0, 180.0, 300.0, 400.0), 9, 4),  # 8 would need 16 GiB
         ((100.0, 100 / 1.07, 100 / 1.1), 80, 1),  # an H100 without MPS (docs/performance.md)
-        ((100.0, 100 / 0.79, 100 / 0.72), 80, 4),  # and with it
-        ((100.0, 180.0), 2, 1),  # one ran, so one fits
+        ((100.0, 100 / 0.79, 100 / 0.72), 80, 4),  # an H100 with MPS
+        ((100.0, 180.0), 2, 1),  # one trial ran, so one fits
     ],
 )
-def test_the_fewest_at_a_time_that_reach_nearly_the_best_speed(
+def test_the_smallest_number_of_trials_with_nearly_the_best_speed_is_proposed(
     speeds: tuple[float, ...], memory: int, together: int
 ) -> None:
     assert propose(measured(*speeds), memory * GIB).together == together
@@ -68,7 +68,7 @@ ROWS = st.lists(st.tuples(st.floats(1, 1e6), st.integers(1, 10)), min_size=1, ma
 
 
 @given(ROWS, st.integers(12, 100))
-def test_what_is_proposed_was_measured_fits_and_is_nearly_as_fast_as_all_that_fits(
+def test_the_proposal_was_measured_fits_and_is_nearly_as_fast_as_any_that_fits(
     rows: list[tuple[float, int]], memory: int
 ) -> None:
     found = [Measured(2**power, speed, size) for power, (speed, size) in enumerate(rows)]
@@ -78,7 +78,7 @@ def test_what_is_proposed_was_measured_fits_and_is_nearly_as_fast_as_all_that_fi
     for other in found:
         if other.together * other.bytes_each <= 0.9 * memory:
             assert chosen.images_per_second * 1.05 >= other.images_per_second
-    assert propose(found, 2 * memory).images_per_second * 1.05 >= chosen.images_per_second, "more memory is no loss"
+    assert propose(found, 2 * memory).images_per_second * 1.05 >= chosen.images_per_second, "more memory is no slower"
 
 
 @pytest.mark.parametrize(
@@ -94,16 +94,16 @@ def test_what_is_proposed_was_measured_fits_and_is_nearly_as_fast_as_all_that_fi
         (Options(max_concurrent=5), 16, 1, [1, 2, 4]),
     ],
 )
-def test_no_more_are_tried_than_can_run_on_a_gpu_at_a_time(
+def test_no_more_trials_are_measured_than_can_run_concurrently_on_a_gpu(
     options: Options, cpus: int, gpus: int, numbers: list[int]
 ) -> None:
     assert numbers_for(options, cpus, gpus) == numbers
 
 
-# Which trials, and MPS
+# Choice of trials, and of MPS
 
 
-def test_the_heaviest_of_each_kind_is_measured_and_a_control_where_there_is_one(study: Study) -> None:
+def test_the_heaviest_of_each_kind_is_measured_and_a_control_if_there_is_one(study: Study) -> None:
     found = probed(plan(study))
     assert list(found) == ["light", "heavy"]
     assert {kind: trial.arm for kind, trial in found.items()} == {"light": "cifar/none", "heavy": "cifar/feature"}
@@ -111,7 +111,7 @@ def test_the_heaviest_of_each_kind_is_measured_and_a_control_where_there_is_one(
     assert {kind: trial.cell.method for kind, trial in probed(plan(logits)).items()} == {"light": "logit"}
 
 
-def test_the_images_of_a_kind_stand_for_the_work_of_all_its_trials_and_of_teachers(one_stem: Study) -> None:
+def test_the_images_of_a_kind_represent_the_work_of_all_its_trials_and_of_teachers(one_stem: Study) -> None:
     planned = plan(one_stem)
     students = probed(planned)
     images = images_of_kinds(planned, students)
@@ -132,15 +132,15 @@ EVEN: Mapping[Kind, float] = {"light": 1000.0, "heavy": 1000.0}
     ("light", "heavy", "images", "served"),
     [
         ((100.0, 139.0), (100.0, 110.0), EVEN, True),
-        ((100.0, 104.0), (100.0, 104.0), EVEN, False),  # not worth it
-        ((100.0, 200.0), (100.0, 60.0), {"light": 1000.0, "heavy": 10.0}, True),  # the study is mostly light
+        ((100.0, 104.0), (100.0, 104.0), EVEN, False),  # less than 5 % faster
+        ((100.0, 200.0), (100.0, 60.0), {"light": 1000.0, "heavy": 10.0}, True),  # most of the study is light
         ((100.0, 200.0), (100.0, 60.0), {"light": 10.0, "heavy": 1000.0}, False),
     ],
 )
-def test_mps_is_chosen_where_the_whole_study_takes_five_per_cent_less_time_with_it(
+def test_mps_is_chosen_if_the_whole_study_is_five_percent_faster_with_it(
     light: tuple[float, float], heavy: tuple[float, float], images: Mapping[Kind, float], served: bool
 ) -> None:
-    """Each kind as (images a second without MPS, with it)."""
+    """`light` and `heavy` are the images per second of one trial without and with MPS."""
     series = [
         Series(kind, with_mps, measured(speeds[with_mps]))
         for with_mps in (False, True)
@@ -156,23 +156,23 @@ def test_mps_is_chosen_where_the_whole_study_takes_five_per_cent_less_time_with_
         assert choose([each for each in series if each.mps == only], images, 80 * GIB)[1] is only
 
 
-# The whole, on a GPU that answers as it is told
+# The whole probe, on a fake GPU
 
 H100 = mps.Gpu("NVIDIA H100", 80 * GIB, served=False)
 PIXELS = noise()
 
 
 class Machine:
-    """A machine with one GPU and 16 cores, on which measuring gives what it is told to give."""
+    """A fake machine with one GPU and 16 cores. Tests set the results of its measurements."""
 
     def __init__(self, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
         self.study, self.gpu = study, H100
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.measured: list[tuple[str, bool]] = []
         self.speeds: Mapping[bool, Sequence[float]] = {False: (100.0, 95.0), True: (100.0, 130.0, 150.0, 151.0)}
         self.error: Exception | None = None
-        self.none = False
-        self.refused = ""
+        self.nothing_fits = False
+        self.mps_problem = ""
         self.started = 0
         self.data: DataSet = PIXELS
         self.options = Options()
@@ -188,8 +188,8 @@ class Machine:
     @contextmanager
     def served(self) -> Iterator[dict[str, str]]:
         self.started += 1
-        if self.refused:
-            raise mps_daemon.NotStarted(self.refused)
+        if self.mps_problem:
+            raise mps_daemon.NotStarted(self.mps_problem)
         yield {"CUDA_MPS_PIPE_DIRECTORY": "/nowhere"}
 
     def __call__(self, count: int, variables: Mapping[str, str]) -> "Machine":
@@ -205,10 +205,10 @@ class Machine:
         self.measured.append((job.trial.cell.method, served))
         if self.error is not None:
             raise self.error
-        return [] if self.none else list(measured(*self.speeds[served][: len(numbers)]))
+        return [] if self.nothing_fits else list(measured(*self.speeds[served][: len(numbers)]))
 
     def packed(self) -> Packing | None:
-        return packed(plan(self.study, self.data.digest), self.data, self.options, self.said.append, device=CPU)
+        return packed(plan(self.study, self.data.digest), self.data, self.options, self.messages.append, device=CPU)
 
 
 @pytest.fixture
@@ -216,21 +216,21 @@ def machine(one_stem: Study, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -
     return Machine(one_stem, monkeypatch)
 
 
-def test_each_kind_is_measured_with_and_without_mps_and_the_next_run_takes_what_was_found(machine: Machine) -> None:
+def test_each_kind_is_measured_with_and_without_mps_and_the_next_run_reuses_the_result(machine: Machine) -> None:
     found = machine.packed()
     assert machine.measured == [("none", False), ("feature", False), ("none", True), ("feature", True)]
     assert found is not None and (found.light, found.heavy, found.mps) == (0.25, 0.25, True)
-    told = (
+    explanation = (
         "with MPS 4 concurrent trials of cifar/none train 150 images/s, "
         "4 concurrent trials of cifar/feature train 150 images/s"
     )
-    assert found.why == f"as measured now: {told}"
-    assert "cifar/none, without MPS: 1, 2 concurrent trials train 100, 95 images/s; 2.00 GiB each" in machine.said
-    before = machine.said[:]
+    assert found.why == f"as measured now: {explanation}"
+    assert "cifar/none, without MPS: 1, 2 concurrent trials train 100, 95 images/s; 2.00 GiB each" in machine.messages
+    before = machine.messages[:]
     again = machine.packed()
-    assert machine.said == before and len(machine.measured) == 4
+    assert machine.messages == before and len(machine.measured) == 4
     assert again is not None and (again.light, again.heavy, again.mps) == (0.25, 0.25, True)
-    assert again.why.startswith("as measured before (20") and again.why.endswith(told)
+    assert again.why.startswith("as measured before (20") and again.why.endswith(explanation)
 
 
 @pytest.mark.parametrize(
@@ -240,10 +240,10 @@ def test_each_kind_is_measured_with_and_without_mps_and_the_next_run_takes_what_
         ("off", True, False, False),
         ("on", False, True, True),
         ("on", True, True, False),
-        ("auto", True, True, False),  # what serves already cannot be left out
+        ("auto", True, True, False),  # an MPS that serves already cannot be turned off
     ],
 )
-def test_only_with_mps_or_only_without_is_measured_where_the_other_is_no_choice(
+def test_with_a_forced_choice_of_mps_only_that_choice_is_measured(
     machine: Machine, option: str, served: bool, found: bool, starts: bool
 ) -> None:
     machine.options, machine.gpu = Options(mps=option), replace(H100, served=served)
@@ -272,7 +272,7 @@ def with_recipe(study: Study, **changed: Any) -> Study:
         ("data", lambda data: replace(data, flip=False)),
     ],
 )
-def test_what_was_measured_for_something_else_does_not_count(machine: Machine, part: str, change: Any) -> None:
+def test_measurements_of_another_setup_are_not_reused(machine: Machine, part: str, change: Any) -> None:
     machine.packed()
     before = len(machine.measured)
     setattr(machine, part, change(getattr(machine, part)))
@@ -280,7 +280,7 @@ def test_what_was_measured_for_something_else_does_not_count(machine: Machine, p
     assert len(machine.measured) > before
 
 
-def test_what_was_found_is_kept_for_each_option_of_its_own(machine: Machine) -> None:
+def test_measurements_are_stored_separately_for_each_option(machine: Machine) -> None:
     for option in ("auto", "off", "on", "auto", "off", "on"):
         machine.options = Options(mps=option)
         machine.packed()
@@ -288,7 +288,7 @@ def test_what_was_found_is_kept_for_each_option_of_its_own(machine: Machine) -> 
 
 
 @pytest.mark.parametrize("name", ["torch", "tune_kd"])
-def test_what_another_version_measured_does_not_count(
+def test_measurements_of_another_version_are_not_reused(
     machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine.packed()
@@ -300,7 +300,7 @@ def test_what_another_version_measured_does_not_count(
     assert len(machine.measured) == 8
 
 
-def test_seeds_and_names_do_not_matter_to_what_was_measured(machine: Machine) -> None:
+def test_measurements_are_reused_for_other_seeds_and_names(machine: Machine) -> None:
     machine.packed()
     confirm = replace(machine.study.confirm, seeds=(7, 8))
     machine.study = replace(machine.study, name="other", confirm=confirm)
@@ -335,16 +335,16 @@ def altered(change: Any) -> bytes:
         lambda: altered(lambda record: record["series"][0]["measured"][0].update(together=-1)),
     ],
 )
-def test_a_damaged_or_foreign_file_is_measured_again(machine: Machine, content: Any) -> None:
+def test_measurements_in_a_damaged_or_foreign_file_are_repeated(machine: Machine, content: Any) -> None:
     machine.packed()
     stored().write_bytes(content())
     found = machine.packed()
     assert len(machine.measured) == 8 and found is not None and found.why.startswith("as measured now")
     machine.packed()
-    assert len(machine.measured) == 8, "and written again"
+    assert len(machine.measured) == 8, "the new measurement is stored"
 
 
-def test_without_a_place_to_keep_it_each_run_measures(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cache_each_run_measures(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("cache").write_text("no folder")
     assert machine.packed() is not None
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -357,30 +357,30 @@ def test_without_a_place_to_keep_it_each_run_measures(machine: Machine, monkeypa
     assert len(machine.measured) == 8
 
 
-def test_a_probe_that_fails_is_a_warning_and_the_run_takes_the_default(machine: Machine) -> None:
+def test_a_probe_that_fails_is_a_warning_and_the_run_uses_the_default(machine: Machine) -> None:
     machine.error = ProbeFailed("a probing process died (exit status -11)")
     assert machine.packed() is None
-    assert machine.said[-1] == (
+    assert machine.messages[-1] == (
         "warning: the best GPU share cannot be measured (a probing process died (exit status -11)); "
         "the run uses the default share"
     )
 
 
-def test_a_trial_that_does_not_fit_even_alone_is_a_mistake_that_says_what_to_do(machine: Machine) -> None:
-    machine.none = True
+def test_a_trial_that_does_not_fit_even_alone_is_an_error_that_names_the_setting(machine: Machine) -> None:
+    machine.nothing_fits = True
     with pytest.raises(UserError, match=r"recipe\.batch_size is 16, and one trial of cifar/none does not fit"):
         machine.packed()
 
 
-def test_mps_that_cannot_start_is_left_out_and_not_kept(machine: Machine) -> None:
-    machine.refused = "it hangs"
+def test_mps_that_cannot_start_is_not_measured_and_nothing_is_stored(machine: Machine) -> None:
+    machine.mps_problem = "it hangs"
     found = machine.packed()
     assert {served for _, served in machine.measured} == {False}
     assert found is not None and (found.light, found.mps) == (1.0, False)
-    assert machine.said[-1] == "MPS is not measured: it hangs"
+    assert machine.messages[-1] == "MPS is not measured: it hangs"
     machine.packed()
     assert len(machine.measured) == 4
-    machine.options = Options(mps="on")  # which the run refuses
+    machine.options = Options(mps="on")  # the run will raise the error
     assert machine.packed() is None
 
 
@@ -394,23 +394,23 @@ def test_a_short_study_one_trial_at_a_time_and_a_gpu_that_does_not_answer_are_no
     machine.gpu = H100
     monkeypatch.setattr(gpu_probe, "WORTH_SECONDS", 300.0)
     assert machine.packed() is None
-    machine.study = replace(machine.study, rate=1e3)  # a CPU's
+    machine.study = replace(machine.study, rate=1e3)  # as on a CPU
     assert machine.packed() is None
-    assert machine.said == [] and machine.measured == []
+    assert machine.messages == [] and machine.measured == []
 
 
-# What is measured
+# The measured job
 
 
 def test_whether_a_trial_is_compiled_is_decided_by_all_images_of_the_run(one_stem: Study, tmp_path: Path) -> None:
-    """The probe cuts them, so it has more epochs."""
+    """The probe uses fewer images, and more epochs instead."""
     student = probed(plan(one_stem))["light"]
     student = replace(student, recipe=replace(student.recipe, epochs=1000, batch_size=1))
     many = replace(PIXELS, train=replace(PIXELS.train, images=PIXELS.train.images.repeat(3, 1, 1, 1),
                                          labels=PIXELS.train.labels.repeat(3)))  # fmt: skip
     job = probe_processes.job(student, None, many, CPU, tmp_path)
     assert (len(job.data.train.labels), job.trial.recipe.epochs) == (40, 3000)
-    assert len(job.data.validation.labels) == 7  # a third of 20, so that it takes the same part of the time
+    assert len(job.data.validation.labels) == 7  # a third, as of the training images, to keep its share of time
     assert job.more_bytes == (120 - 40 + 20 - 7 + 20 - 7) * 3 * 8 * 8
     assert probe_processes.job(student, None, many, torch.device("cuda"), tmp_path).more_bytes > 2**29
     short = replace(student, recipe=replace(student.recipe, epochs=1, batch_size=16))

@@ -1,7 +1,7 @@
-"""Whatever comes in whatever order, nothing that was acknowledged is lost, doubled or changed.
+"""No sequence of events loses, duplicates or changes what was acknowledged.
 
-A machine plays driver, workers, kills and damage over plan, ledger, tables, lock and resume; nothing is trained. A kill
-is the folder as it is at that moment: a copy of it is what the next driver finds.
+A Hypothesis state machine simulates workers, kills and damage, with the real driver, plan, ledger, tables, lock and
+resume. Nothing is trained. A kill copies the folder as it is at that moment, and the next driver uses the copy.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from tune_kd.study.trial import ENDED, Decision
 from tune_kd.system import crash_points, files as storage
 from tune_kd.system.errors import UserError
 
-MEMORY = Path("/dev/shm")  # where there is one: it syncs in no time, and nobody cuts its power
+MEMORY = Path("/dev/shm")  # used if it exists: syncs are fast, and the test needs no durability
 EPOCHS = 3
 FAILED = ("lost", "storage", "diverged", "error", "out_of_memory", "teacher_failed")
 INSIDE = ("ledger.begun", "ledger.written", "ledger.committed", "trial.started", "epoch.committed", "trial.ended",
@@ -46,7 +46,7 @@ INSIDE = ("ledger.begun", "ledger.written", "ledger.committed", "trial.started",
 
 
 def watched() -> Study:
-    """Three arms in one stratum, with a rung in every epoch, two looks, and a teacher."""
+    """Return a study with a teacher, three arms in one stratum, a rung in every epoch, and two looks."""
     return Study(
         name="watched",
         question="Is anything lost?",
@@ -66,20 +66,20 @@ def watched() -> Study:
     )
 
 
-SOMEWHERE = st.integers(0, 2**20 - 1)  # in a file, whose size in bytes depends on the clock's digits
+SOMEWHERE = st.integers(0, 2**20 - 1)  # a relative position in a file: its size depends on the digits of times
 
 
 class Killed(BaseException):
-    """This driver is no more."""
+    """Raised at a crash point instead of a kill of this process."""
 
 
 def accuracy(trial_id: str, number: int) -> float:
-    """What a trial's epoch comes to, however often it is computed."""
+    """Return the accuracy of a trial's epoch, the same each time."""
     return (int(trial_id[:6], 16) * 31 + 17 * number) % 97 / 97
 
 
 class Records(RuleBasedStateMachine):
-    """The state that is checked is the folder's; the machine keeps what was acknowledged to it."""
+    """Checks a run's folder against what the driver has acknowledged."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,12 +88,12 @@ class Records(RuleBasedStateMachine):
         self.driver: Driver | None = None
         self.ledger: Ledger | None = None
         self.lock = ExitStack()
-        self.at: dict[str, int] = {}  # by trial that runs: its last epoch
+        self.last_epoch: dict[str, int] = {}  # the last epoch of each running trial
         self.acknowledged: dict[tuple[str, int], float] = {}
-        self.ended: dict[str, str] = {}  # how trials ended, as was acknowledged
+        self.ended: dict[str, str] = {}  # acknowledged final status of trials
         self.decided: list[Decision] = []
-        self.read: set[int] = set()  # when the tables that were read were written
-        self.harmed: set[str] = set()  # what was damaged on purpose, until a driver mends it
+        self.read: set[int] = set()  # modification times of the tables that were read
+        self.damaged: set[str] = set()  # files damaged on purpose, until a driver repairs them
         self.patches = ExitStack()
         for where, name, value in (
             (storage, "PAUSES", (0.0, 0.0)),
@@ -108,7 +108,7 @@ class Records(RuleBasedStateMachine):
         self.patches.close()
         shutil.rmtree(self.root)
 
-    # What may happen.
+    # Events
 
     @initialize()
     def begin(self) -> None:
@@ -119,20 +119,19 @@ class Records(RuleBasedStateMachine):
     @precondition(lambda self: self.driver is None)
     @rule()
     def resume(self) -> None:
-        """A driver takes over. One on a damaged ledger rebuilds it, or says that it cannot."""
+        """A driver takes over. If the ledger is damaged, it is rebuilt from the tables, or opening it fails."""
         self.lock.enter_context(lock.held(self.folder))
         run = runs.reopen(self.folder)
         try:
-            said: list[str] = []
-            self.ledger = rebuild.opened(run, said.append)
+            self.ledger = rebuild.opened(run, lambda _: None)
         except FAILURES:
             assert not self._tables_whole()
             self._begin_again()
             return
-        self.harmed.discard(LEDGER)
+        self.damaged.discard(LEDGER)
         place = Workplace(None, None, run.teachers, run.checkpoints)
         self.driver = Driver(run.plan, run.name, run.folder, self.ledger, place, cpus=1.0, gpus=0.0)
-        self.harmed.clear()
+        self.damaged.clear()
         assert (found := self._found()) == [], found
 
     @precondition(lambda self: self.driver is not None)
@@ -146,18 +145,18 @@ class Records(RuleBasedStateMachine):
     def start(self) -> None:
         self._start()
 
-    @precondition(lambda self: self.at)
+    @precondition(lambda self: self.last_epoch)
     @rule(data=st.data())
     def report(self, data: st.DataObject) -> None:
-        self._report(data.draw(st.sampled_from(sorted(self.at))))
+        self._report(data.draw(st.sampled_from(sorted(self.last_epoch))))
 
-    @precondition(lambda self: self.at)
+    @precondition(lambda self: self.last_epoch)
     @rule(data=st.data(), reason=st.sampled_from(FAILED))
     def fail(self, data: st.DataObject, reason: Any) -> None:
-        trial_id = data.draw(st.sampled_from(sorted(self.at)))
+        trial_id = data.draw(st.sampled_from(sorted(self.last_epoch)))
         assert self.driver is not None
         self.driver.on_end(trial_id, Failure(reason, "x"))
-        del self.at[trial_id]
+        del self.last_epoch[trial_id]
         self._note_ends()
 
     @precondition(lambda self: self.driver is not None)
@@ -170,8 +169,8 @@ class Records(RuleBasedStateMachine):
     @rule()
     def run_to_the_end(self) -> None:
         assert self.driver is not None
-        while self._start() or self.at:
-            for trial_id in sorted(self.at):
+        while self._start() or self.last_epoch:
+            for trial_id in sorted(self.last_epoch):
                 self._report(trial_id)
         if not self.driver.stopping:
             assert {row["status"] for row in self.driver.rows.values()} <= set(ENDED)
@@ -179,13 +178,13 @@ class Records(RuleBasedStateMachine):
     @precondition(lambda self: self.driver is not None)
     @rule()
     def drain(self) -> None:
-        """A signal: what runs ends its epoch, the tables are made, the driver goes."""
+        """A signal: running trials finish their epoch, and the driver writes the tables and exits."""
         assert self.driver is not None
         self.driver.drain()
-        for trial_id in sorted(self.at):
+        for trial_id in sorted(self.last_epoch):
             self._report(trial_id)
         self.driver.write_tables()
-        assert not self.at
+        assert not self.last_epoch
         assert "running" not in {row["status"] for row in self.driver.rows.values()}
         self._leave()
 
@@ -197,13 +196,13 @@ class Records(RuleBasedStateMachine):
     @precondition(lambda self: self.driver is not None)
     @rule(place=st.sampled_from(INSIDE), times=st.integers(1, 4), data=st.data())
     def kill_inside(self, place: str, times: int, data: st.DataObject) -> None:
-        """Die where a driver passes a named place, if it does so in one of these."""
+        """Kill the driver at a crash point, if it passes that point in one of these actions."""
 
         def act() -> None:
             for _ in range(3):
                 self._start()
-                if self.at:
-                    self._report(data.draw(st.sampled_from(sorted(self.at))))
+                if self.last_epoch:
+                    self._report(data.draw(st.sampled_from(sorted(self.last_epoch))))
             assert self.driver is not None
             self.driver.write_tables()
 
@@ -217,17 +216,17 @@ class Records(RuleBasedStateMachine):
     @precondition(lambda self: self.driver is None and (self.folder / LEDGER).exists())
     @rule(data=st.data())
     def damage_ledger(self, data: st.DataObject) -> None:
-        """Cut it, flip a byte of it, or lose its log. Only what the tables do not hold may be lost then."""
+        """Truncate, change or delete the ledger or its write-ahead log. Only what the tables lack may be lost."""
         name = data.draw(st.sampled_from([LEDGER, f"{LEDGER}-wal"]))
         path = self.folder / name
         if not path.exists() or not path.stat().st_size or rebuild.wrong_with(self.folder) is not None:
             return
-        how = data.draw(st.sampled_from(["cut", "flip", "lose"]))
+        how = data.draw(st.sampled_from(["truncate", "flip", "delete"]))
         place = data.draw(SOMEWHERE) * path.stat().st_size // 2**20
         before = self._on_record(self.folder / LEDGER)
-        if how == "lose":
+        if how == "delete":
             path.unlink()
-        elif how == "cut":
+        elif how == "truncate":
             with path.open("r+b") as file:
                 file.truncate(place)
         else:
@@ -235,9 +234,9 @@ class Records(RuleBasedStateMachine):
             content[place] ^= data.draw(st.integers(1, 255))
             path.write_bytes(content)
         if rebuild.wrong_with(self.folder) is None:
-            assert self._on_record(self.folder / LEDGER) == before  # a byte that means nothing
+            assert self._on_record(self.folder / LEDGER) == before  # the damage does not affect the content
             return
-        self.harmed.add(LEDGER)
+        self.damaged.add(LEDGER)
         assert any(finding.part == "ledger" for finding in verify.verify(self.folder))
         if self._tables_whole():
             kept = pd.read_parquet(self.folder / "epochs.parquet")
@@ -246,7 +245,7 @@ class Records(RuleBasedStateMachine):
             trials = pd.read_parquet(self.folder / "trials.parquet").set_index("trial_id")
             complete = {key for key, status in self.ended.items() if trials["status"].get(key) == status
                         and trials["epochs_run"][key] == sum(of == key for of, _ in here)}  # fmt: skip
-            # What never ran was stopped with the screen of its arm, and is decided again with it.
+            # A trial that never ran was stopped with the screen of its arm. If that is decided again, so is the trial.
             screens = trials[trials["phase"] == "screen"]
             of_arm = dict(zip(screens["arm"], screens.index, strict=True))
             self.ended = {
@@ -257,19 +256,19 @@ class Records(RuleBasedStateMachine):
     @precondition(lambda self: (self.folder / "trials.parquet").exists())
     @rule(data=st.data(), name=st.sampled_from(["trials", "epochs", "decisions"]))
     def damage_table(self, data: st.DataObject, name: str) -> None:
-        """A flipped byte is seen, and the next driver makes the table again."""
+        """Flip a byte of a table. Readers detect it, and the next driver writes the table again."""
         path = self.folder / f"{name}.parquet"
-        if path.name in self.harmed:
-            return  # a byte that is flipped twice is whole
+        if path.name in self.damaged:
+            return  # flipping the same byte twice would repair it
         content = bytearray(path.read_bytes())
         content[data.draw(SOMEWHERE) * len(content) // 2**20] ^= 0x10
         path.write_bytes(content)
-        self.harmed.add(path.name)
+        self.damaged.add(path.name)
         with pytest.raises(UserError, match="digest is not on record"):
             reader.load(self.folder)
         if self.driver is not None:
             self.driver.write_tables()
-            self.harmed.discard(path.name)
+            self.damaged.discard(path.name)
             assert self._tables_whole()
         elif rebuild.wrong_with(self.folder) is None:
             self.resume()
@@ -277,7 +276,7 @@ class Records(RuleBasedStateMachine):
     @precondition(lambda self: self.driver is None and (self.folder / LEDGER).exists())
     @rule()
     def extend(self) -> None:
-        """Go to the next look. Only where everything has ended, and only once."""
+        """Extend the run to the next look, which is possible once, after all trials have ended."""
         if rebuild.wrong_with(self.folder) is not None:
             return
         run = runs.reopen(self.folder)
@@ -288,15 +287,15 @@ class Records(RuleBasedStateMachine):
             assert run.look == 1 or not statuses or statuses & {"pending", "running"}
         else:
             assert not statuses & {"pending", "running"} and run.look == 0
-            assert self.harmed or (found := self._found()) == [], found  # what is to come is no damage
+            assert self.damaged or (found := self._found()) == [], found  # pending trials are no damage
 
-    # What always holds.
+    # Invariants
 
     @invariant()
     def nothing_acknowledged_is_lost_doubled_or_changed(self) -> None:
         path = self.folder / LEDGER
         wrong = rebuild.wrong_with(self.folder)
-        assert wrong is None or LEDGER in self.harmed or not path.exists(), wrong  # no kill damages it
+        assert wrong is None or LEDGER in self.damaged or not path.exists(), wrong  # a kill never damages it
         if wrong is not None or not path.exists():
             return
         epochs = self._on_record(path)
@@ -317,21 +316,21 @@ class Records(RuleBasedStateMachine):
 
     @invariant()
     def every_table_can_be_read(self) -> None:
-        """And has a digest on record, also where a driver died before it published the next one.
+        """Each table also matches a recorded digest, even if the driver died before it published the next table.
 
-        Damage that was done on purpose apart; those that are new since the last step are read.
+        Skips tables that were damaged on purpose. Pandas reads only tables that are new since the last step.
         """
         known = digests(self.folder) or {}
         for path in self.folder.glob("*.parquet"):
-            if path.name not in self.harmed:
+            if path.name not in self.damaged:
                 assert hashlib.sha256(path.read_bytes()).hexdigest() in known.get(path.name, ()), path.name
         files = [path for path in sorted(self.folder.glob("*.parquet")) if path.stat().st_mtime_ns not in self.read]
         self.read |= {path.stat().st_mtime_ns for path in files}
         for path in files:
-            if path.name not in self.harmed:
+            if path.name not in self.damaged:
                 pd.read_parquet(path)
 
-    # How it happens.
+    # Implementation
 
     def _start(self) -> bool:
         assert self.driver is not None
@@ -339,27 +338,27 @@ class Records(RuleBasedStateMachine):
         if task is None:
             return False
         self.driver.on_start(task)
-        # A checkpoint may be older than what was reported since, and is never more than an epoch ahead of it.
-        self.at[task.trial.trial_id] = task.acknowledged - (task.attempt % 2 if task.acknowledged else 0)
+        # A checkpoint is at most one epoch ahead of the last reported epoch, and may be older: odd attempts repeat it.
+        self.last_epoch[task.trial.trial_id] = task.acknowledged - (task.attempt % 2 if task.acknowledged else 0)
         return True
 
     def _report(self, trial_id: str) -> None:
         assert self.driver is not None
-        number = self.at[trial_id] + 1
+        number = self.last_epoch[trial_id] + 1
         value = accuracy(trial_id, number)
-        go_on = self.driver.on_epoch(trial_id, epoch(number, value, last=number == EPOCHS), HERE)
+        continues = self.driver.on_epoch(trial_id, epoch(number, value, last=number == EPOCHS), HERE)
         self.acknowledged[trial_id, number] = value
-        self.at[trial_id] = number
-        if not go_on:
+        self.last_epoch[trial_id] = number
+        if not continues:
             self.driver.on_end(trial_id, None)
-            del self.at[trial_id]
+            del self.last_epoch[trial_id]
         self.decided = list(self.driver.decisions)
         self._note_ends()
 
     def _note_ends(self) -> None:
         assert self.driver is not None
         rows = self.driver.rows.items()
-        # A blocked trial may be tried again: its teacher may be back.
+        # A blocked trial may run later, if its teacher is available again.
         self.ended |= {of: row["status"] for of, row in rows if row["status"] in ("completed", "stopped", "failed")}
 
     def _dying_at(self, place: str, times: int, act: Callable[[], None]) -> None:
@@ -388,27 +387,27 @@ class Records(RuleBasedStateMachine):
         shutil.copytree(self.folder.parent, self.copy.parent)
 
     def _leave(self) -> None:
-        """This driver is gone, and the lock with it."""
+        """Drop the driver and release its lock."""
         if self.ledger is not None:
             self.ledger.close()
         self.lock.close()
         self.driver = self.ledger = None
-        self.at, self.decided = {}, []
+        self.last_epoch, self.decided = {}, []
 
     def _begin_again(self) -> None:
-        """Nothing whole is left: the user starts a new run."""
+        """Start a new run: neither the ledger nor all tables are intact."""
         self._leave()
         self.folder = self.root / str(int(self.folder.parent.name) + 1) / "r"
-        self.acknowledged, self.ended, self.harmed = {}, {}, set()
-        with patch.object(crash_points, "_name", None):  # a run that is killed before its plan is on disk is none
+        self.acknowledged, self.ended, self.damaged = {}, {}, set()
+        with patch.object(crash_points, "_name", None):  # a kill before the plan is on disk leaves no run
             self.begin()
 
     def _found(self) -> list[verify.Finding]:
-        """What is wrong with the run. Its teachers, which nobody trains here, are missing."""
+        """Return what is wrong with the run, except that teachers are missing: none are trained here."""
         return [finding for finding in verify.verify(self.folder) if finding.part != "teachers"]
 
     def _tables_whole(self) -> bool:
-        """By their digests, as `load` judges them first; it judges the rest where a driver takes over."""
+        """Whether all tables match their digests, which `load` checks first. `resume` runs its other checks."""
         known = digests(self.folder)
         files = {name: self.folder / f"{name}.parquet" for name in ("trials", "epochs", "decisions")}
         return known is not None and all(
@@ -425,7 +424,7 @@ class Records(RuleBasedStateMachine):
         return found
 
     def _compared(self, path: Path) -> set[tuple[str, int]]:
-        """Trials and epochs of the decisions."""
+        """Return the trial and epoch of each decision."""
         with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
             if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'decisions'").fetchone():
                 return set()
@@ -440,18 +439,18 @@ class Records(RuleBasedStateMachine):
         return found
 
 
-def play(examples: int) -> None:
+def run_examples(count: int) -> None:
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-    chosen = settings(max_examples=examples, stateful_step_count=50, deadline=None, suppress_health_check=quiet)
+    chosen = settings(max_examples=count, stateful_step_count=50, deadline=None, suppress_health_check=quiet)
     run_state_machine_as_test(Records, settings=chosen)
 
 
 @pytest.mark.long
-def test_nothing_is_lost_whatever_happens_in_whatever_order() -> None:
-    play(12)
+def test_nothing_is_lost_in_any_sequence_of_events() -> None:
+    run_examples(12)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_nothing_is_lost_whatever_happens_in_two_thousand_orders() -> None:
-    play(2000)
+def test_nothing_is_lost_in_two_thousand_sequences_of_events() -> None:
+    run_examples(2000)

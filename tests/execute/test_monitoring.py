@@ -1,5 +1,5 @@
-"""What people see of a run from elsewhere: Ray's metrics in a real Prometheus, the board's queries, Ray's dashboard in
-a real browser."""
+"""Monitoring of a run: Ray's metrics in a real Prometheus, the queries of the Grafana board, and Ray's dashboard in a
+real browser."""
 
 import json
 import os
@@ -42,14 +42,14 @@ def ended(row: Row, **values: Any) -> Row:
 
 
 def test_the_gauges_of_a_run_follow_from_its_rows(one_stem: Study) -> None:
-    planned = plan(one_stem)  # a teacher; none, logit at T = 2 and 4, feature; a screen and two seeds each
+    planned = plan(one_stem)  # a teacher, and a screen and two seeds for none, logit (T = 2 and 4) and feature
     rows = [first_row("r", trial) for trial in planned.trials]
     before = {(each.name, each.labels): each.value for each in samples(planned, rows, [], Shares.equal(0.5))}
     assert before["tune_kd_trials", (("phase", "confirm"), ("status", "pending"))] == 8
     assert before["tune_kd_trials", (("phase", "teacher"), ("status", "failed"))] == 0
     assert before["tune_kd_confirm_pairs", ()] == 0
     assert before["tune_kd_confirm_pairs_planned", ()] == 3 * 2  # three effects, two seeds
-    assert not any(name.endswith("seconds_planned") for name, _ in before)  # nothing ran to judge by
+    assert not any(name.endswith("seconds_planned") for name, _ in before)  # no trial has run to estimate it from
     assert not any(name == "tune_kd_val_accuracy" for name, _ in before)
 
     by_arm = {(row["arm"], row["phase"], row["seed"]): place for place, row in enumerate(rows)}
@@ -66,8 +66,8 @@ def test_the_gauges_of_a_run_follow_from_its_rows(one_stem: Study) -> None:
     assert now["tune_kd_confirm_pairs", ()] == 0
     assert now["tune_kd_trial_seconds", ()] == 18
     assert now["tune_kd_gpu_seconds", ()] == 10 * 0.25 + 2 * 4 * 0.5
-    # Two epochs a trial: controls take 3 s an epoch, features 4, and the rest the mean of the three, 11 / 3.
-    rest = len(rows) - 3 - 3  # but for three controls and three features
+    # Each trial has two epochs, of 3 s for controls, 4 s for features, and 11 / 3 s (the mean of the three) for others.
+    rest = len(rows) - 3 - 3  # all but three controls and three features
     planned_seconds = 10 + 2 * 6 + 3 * 8 + rest * 2 * 11 / 3
     assert now["tune_kd_trial_seconds_planned", ()] == pytest.approx(planned_seconds)
     assert now["tune_kd_gpu_seconds_planned", ()] == pytest.approx((planned_seconds - 10) * 0.5 + 10 * 0.25)
@@ -78,11 +78,11 @@ def test_the_gauges_of_a_run_follow_from_its_rows(one_stem: Study) -> None:
     (planned_gpu_seconds,) = (
         each.value for each in samples(planned, rows, [], kinds) if each.name == "tune_kd_gpu_seconds_planned"
     )
-    assert planned_gpu_seconds < after["tune_kd_gpu_seconds_planned", ()], "of each kind its own share"
+    assert planned_gpu_seconds < after["tune_kd_gpu_seconds_planned", ()], "each kind has its own share"
     assert after["tune_kd_val_accuracy", (("arm", "cifar/feature"),)] == pytest.approx(0.7)
 
 
-def test_names_that_are_not_ascii_are_labels_that_ray_takes(one_stem: Study) -> None:
+def test_non_ascii_names_become_labels_that_ray_accepts(one_stem: Study) -> None:
     planned = plan(one_stem)
     row = first_row("r", planned.trials[-1]) | {"arm": "cifar/n\u043ene", "status": "running", "val_accuracy": 0.5}
     labels = [
@@ -91,7 +91,7 @@ def test_names_that_are_not_ascii_are_labels_that_ray_takes(one_stem: Study) -> 
     assert labels == [(("arm", "cifar/n\\u043ene"),)]
 
 
-def test_the_table_of_metrics_in_the_documents_is_the_list_of_metrics() -> None:
+def test_the_documentation_lists_all_metrics_as_they_are_declared() -> None:
     text = (ROOT / "docs" / "monitoring.md").read_text()
     shown = re.findall(r"^\| `(ray_tune_kd_\w+)` \| (\w+) \| ([\w ]+) \| ([\w, `]*) \| (.+) \|$", text, re.MULTILINE)
     labels = (", ".join(f"`{label}`" for label in ("run", *each.labels)) for each in METRICS)
@@ -102,12 +102,12 @@ def test_the_table_of_metrics_in_the_documents_is_the_list_of_metrics() -> None:
     assert not any(":" in each.name for each in METRICS)
 
 
-def test_the_board_asks_for_every_metric_and_for_none_that_is_not_there() -> None:
-    asked = set(re.findall(r"ray_tune_kd_\w+", " ".join(queries("$run"))))
-    assert asked == {each.exported for each in METRICS}
+def test_the_board_queries_every_metric_and_no_unknown_ones() -> None:
+    queried = set(re.findall(r"ray_tune_kd_\w+", " ".join(queries("$run"))))
+    assert queried == {each.exported for each in METRICS}
 
 
-def test_what_is_written_for_prometheus_and_grafana_is_what_they_read(
+def test_the_files_for_prometheus_and_grafana_are_valid_and_bad_arguments_are_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
@@ -124,8 +124,8 @@ def test_what_is_written_for_prometheus_and_grafana_is_what_they_read(
         monitoring.write(tmp_path / "file", monitoring.DASHBOARD)
 
 
-class Door(BaseHTTPRequestHandler):
-    """A dashboard, as far as it is asked whether it asks for a token: its status is the first part of the path."""
+class FakeDashboard(BaseHTTPRequestHandler):
+    """A dashboard that only responds whether it requires a token. The first part of the path is its HTTP status."""
 
     def do_GET(self) -> None:
         self.send_response(int(self.path.split("/")[1]))
@@ -133,41 +133,41 @@ class Door(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Log no requests."""
 
 
 @pytest.fixture
-def door() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Door) as server:
+def url() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), FakeDashboard) as server:
         threading.Thread(target=server.serve_forever).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
 
-def test_whether_ray_asks_for_a_token_is_what_its_dashboard_answers_else_what_the_environment_says(
-    door: str, monkeypatch: pytest.MonkeyPatch
+def test_rays_dashboard_tells_whether_a_token_is_required_else_the_environment_does(
+    url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # through which nothing on this machine is reached
-    nobody = [None, f"http://127.0.0.1:{free_port()}", f"{door}/500", f"{door}/302", "http://a:b:c", "file:///etc"]
-    for mode, said in (("disabled", False), ("Token", True)):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # a dead proxy, which must not be used
+    no_answer = [None, f"http://127.0.0.1:{free_port()}", f"{url}/500", f"{url}/302", "http://a:b:c", "file:///etc"]
+    for mode, expected in (("disabled", False), ("Token", True)):
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
-        assert [monitoring.asks_for_token(f"{door}/{status}/") for status in (200, 401, 403)] == [False, True, True]
-        assert [monitoring.asks_for_token(where) for where in nobody] == [said] * len(nobody)
+        assert [monitoring.asks_for_token(f"{url}/{status}/") for status in (200, 401, 403)] == [False, True, True]
+        assert [monitoring.asks_for_token(where) for where in no_answer] == [expected] * len(no_answer)
     monkeypatch.delenv("RAY_AUTH_MODE")
     assert monitoring.asks_for_token(None) and not monitoring.asks_for_token(None, unset="disabled")
 
 
 @pytest.mark.parametrize(("status", "warned"), [(200, True), (401, False)])
-def test_whoever_sends_a_run_to_a_cluster_without_a_token_is_warned(
-    status: int, warned: bool, door: str, capsys: pytest.CaptureFixture[str]
+def test_submitting_a_run_to_a_cluster_without_a_token_is_a_warning(
+    status: int, warned: bool, url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="0"):
-        remote._follow(None, "job", "r", f"{door}/{status}", detach=True)
+        remote._follow(None, "job", "r", f"{url}/{status}", detach=True)
     assert (monitoring.OPEN in capsys.readouterr().err.replace("\n", " ")) is warned
 
 
 def queries(run: str) -> list[str]:
-    """What the board asks of Prometheus, for one run."""
+    """Return the queries of the board to Prometheus, for one run."""
     return [
         target["expr"].replace("$__rate_interval", "10s").replace("$run", run)
         for panel in BOARD["panels"]
@@ -176,7 +176,7 @@ def queries(run: str) -> list[str]:
 
 
 class Prometheus:
-    """A real one, set up by `tune_kd dashboard --write`; it asks ten times as often, since the run is short."""
+    """A real Prometheus, set up by `tune_kd dashboard --write`, with a tenth of the scrape interval for a short run."""
 
     def __init__(self, folder: Path, dashboard: str) -> None:
         written = command(folder, "dashboard", "--write", str(folder / "watch"), "--address", dashboard)
@@ -191,19 +191,19 @@ class Prometheus:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def ask(self, path: str, **query: Any) -> Any:
+    def get(self, path: str, **query: Any) -> Any:
         with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(query)}", timeout=10) as answer:
             return json.loads(answer.read())["data"]
 
     def values(self, query: str, since: float) -> list[float]:
-        """All values of a query since a time, of all its series."""
-        found = self.ask("query_range", query=query, start=since, end=time.time(), step=1)["result"]
+        """Return all values of a query since a time, from all series."""
+        found = self.get("query_range", query=query, start=since, end=time.time(), step=1)["result"]
         values = [float(value) for series in found for _, value in series["values"]]
         return [value for value in values if value == value]
 
     def targets(self) -> int:
         try:
-            return len(self.ask("targets")["activeTargets"])
+            return len(self.get("targets")["activeTargets"])
         except OSError:
             return 0
 
@@ -214,8 +214,8 @@ class Prometheus:
 
 @pytest.fixture(scope="module")
 def watched(ray_session: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Prometheus, float]]:
-    """A smoke run on a cluster that Prometheus watches, with a worker that was killed: its folder, who watched it, and
-    when it began."""
+    """A smoke run on a cluster that Prometheus scrapes. One worker was killed. Yields the run's folder, the Prometheus
+    and the start time."""
     if PROMETHEUS is None:
         pytest.skip("needs Debian's package prometheus")
     folder = tmp_path_factory.mktemp("watched")
@@ -241,11 +241,11 @@ def test_prometheus_has_every_metric_and_an_answer_to_every_query_of_the_board(
     watched: tuple[Path, Prometheus, float],
 ) -> None:
     _, prometheus, since = watched
-    seen = {name for name in prometheus.ask("label/__name__/values") if name.startswith("ray_tune_kd")}
+    seen = {name for name in prometheus.get("label/__name__/values") if name.startswith("ray_tune_kd")}
     assert seen == {each.exported for each in METRICS}
     for metric in METRICS:
         name = f'{metric.exported}{{run="watched"}}'
-        series = prometheus.ask("series", **{"match[]": name, "start": since})
+        series = prometheus.get("series", **{"match[]": name, "start": since})
         assert series and all(set(metric.labels) <= set(each) for each in series)
         unit = max(prometheus.values(name, since))
         assert unit <= 1 if metric.unit == "fraction" else unit >= 0
@@ -253,18 +253,18 @@ def test_prometheus_has_every_metric_and_an_answer_to_every_query_of_the_board(
     assert empty == []
 
 
-def test_prometheus_tells_what_the_records_tell(watched: tuple[Path, Prometheus, float]) -> None:
+def test_prometheus_agrees_with_the_records(watched: tuple[Path, Prometheus, float]) -> None:
     run, prometheus, since = watched
     trials, epochs = (pd.read_parquet(run / f"{name}.parquet") for name in ("trials", "epochs"))
     assert max(prometheus.values('sum(ray_tune_kd_trials{run="watched"})', since)) == len(trials)
     lost = trials["error"].dropna().tolist()
     assert lost == ["attempt 1: its worker died"]
     assert max(prometheus.values('ray_tune_kd_retries_total{run="watched", reason="lost"}', since)) == 1
-    # What a worker reported again after its death is counted again; the last seconds are not told any more.
+    # Epochs that a retried trial reports again are counted again. The last seconds of the run are not scraped.
     counted = max(prometheus.values('ray_tune_kd_epochs_total{run="watched"}', since))
     assert 0.5 * len(epochs) <= counted <= len(epochs) + 20
     images = max(prometheus.values('ray_tune_kd_images_total{run="watched"}', since))
-    assert images == pytest.approx(200 * counted, abs=400)  # 200 an epoch; both are told at about the same time
+    assert images == pytest.approx(200 * counted, abs=400)  # 200 per epoch; both are exported at about the same time
     assert max(prometheus.values('ray_tune_kd_checkpoint_seconds_total{run="watched"}', since)) > 0
 
 
@@ -278,8 +278,8 @@ def test_a_run_is_a_job_with_its_trials_and_its_log_in_rays_dashboard(
     assert not page.says("watched")  # nothing is shown without the token
     page.sign_in(token())
     until(lambda: page.says("watched", "SUCCEEDED"))
-    asked = urllib.request.Request(f"{ray_session}/api/jobs/", headers={"Authorization": f"Bearer {token()}"})
-    with urllib.request.urlopen(asked, timeout=10) as answer:
+    request = urllib.request.Request(f"{ray_session}/api/jobs/", headers={"Authorization": f"Bearer {token()}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
         (job,) = (each for each in json.loads(answer.read()) if each["metadata"].get("job_name") == "watched")
     assert job["metadata"] == {"job_name": "watched", "study": "ablation", "scale": "smoke"}
 

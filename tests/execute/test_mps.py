@@ -1,4 +1,4 @@
-"""MPS of our own around a run on Ray, with a stand-in for NVIDIA's program and a GPU of which only Ray knows."""
+"""MPS that is started for a run on Ray, with a fake of NVIDIA's program and a GPU that only Ray knows."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from tune_kd.study.trial import Epoch, Outcome
 from tune_kd.system import environment
 from tune_kd.system.errors import UserError
 
-# What nodes say, without Ray
+# Responses of nodes, without Ray
 
 NODES = [
     {"NodeID": 2 * "a1b2c3d4", "NodeManagerAddress": "10.0.0.1", "Alive": True, "Resources": {"GPU": 1.0}},
@@ -35,8 +35,9 @@ NODES = [
 FIRST, SECOND = "10.0.0.1 (a1b2c3d4)", "10.0.0.2 (b1b2c3d4)"
 
 
-class Said:
-    """What nodes answer to whether MPS serves them and whether they have the program, and how ours starts."""
+class FakeNodes:
+    """Fakes the responses of nodes. `states`: for each node, whether MPS serves it and whether it has NVIDIA's program.
+    `own`: the problem with the MPS that we start, or an empty text."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *states: tuple[bool, bool], own: str = "") -> None:
         self.states, self.own = states, own
@@ -80,23 +81,23 @@ LACKS, HAS, SERVED = (False, False), (False, True), (True, True)
          f"MPS does not serve the GPUs (another MPS serves it, on the node {FIRST})"),
     ],
 )  # fmt: skip
-def test_mps_is_started_where_it_pays_where_it_can_and_where_none_is(
+def test_mps_is_started_if_it_pays_can_be_started_and_does_not_serve_yet(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, states: list[tuple[bool, bool]], own: str, mode: str,
     matters: bool, pays: bool, calls: list[str], serves: bool, words: str,
 ) -> None:  # fmt: skip
-    said = Said(monkeypatch, *states, own=own)
+    nodes = FakeNodes(monkeypatch, *states, own=own)
     with served(str(tmp_path), mode, matters=matters, pays=pays) as found:
         assert found.served is serves and found.words.startswith(words)
-        assert ("ended" in said.calls) is bool(own)  # before the trials, if it does not serve, and after them
+        assert ("ended" in nodes.calls) is bool(own)  # an MPS of our own that does not serve ends before the trials
         assert bool(found.variables) is ("started for this run" in words)
-    assert said.calls == calls
+    assert nodes.calls == calls
 
 
 @pytest.mark.parametrize(("state", "own", "why"), [(LACKS, "", "there is no nvidia-"), (HAS, "it hangs", "it hangs")])
-def test_mps_that_has_to_be_on_and_cannot_is_a_mistake_that_names_the_option(
+def test_required_mps_that_cannot_be_started_is_an_error_that_names_the_option(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: tuple[bool, bool], own: str, why: str
 ) -> None:
-    Said(monkeypatch, state, own=own)
+    FakeNodes(monkeypatch, state, own=own)
     with (
         pytest.raises(UserError, match=f"--mps is on, and MPS cannot be started: {why}.*; allowed: auto or off"),
         served(str(tmp_path), "on", matters=True, pays=True),
@@ -110,7 +111,7 @@ def test_mps_that_has_to_be_on_and_cannot_is_a_mistake_that_names_the_option(
         ("auto", None, None, 8.0, 1.0, True, True),
         ("auto", None, 1, 8.0, 1.0, True, False),
         ("auto", None, None, 1.0, 1.0, True, False),  # one CPU, so one trial at a time
-        ("auto", True, None, 8.0, 1.0, True, True),  # as a probe found
+        ("auto", True, None, 8.0, 1.0, True, True),  # found by a probe
         ("auto", False, None, 8.0, 1.0, False, False),
         (0.5, None, None, 8.0, 1.0, False, True),
         (1.0, None, None, 8.0, 1.0, False, False),
@@ -118,7 +119,7 @@ def test_mps_that_has_to_be_on_and_cannot_is_a_mistake_that_names_the_option(
         (0.5, None, 4, 8.0, 4.0, False, False),
     ],
 )
-def test_it_pays_where_more_trials_run_at_a_time_than_there_are_gpus(
+def test_mps_pays_if_more_trials_run_concurrently_than_there_are_gpus(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, study: Study, asked: float | str, probed: bool | None,
     most: int | None, cpus: float, gpus: float, matters: bool, pays: bool,
 ) -> None:  # fmt: skip
@@ -135,7 +136,7 @@ def test_it_pays_where_more_trials_run_at_a_time_than_there_are_gpus(
     assert seen == [{"mode": "auto", "matters": matters, "pays": pays}]
 
 
-def test_without_a_gpu_nothing_of_mps_is_imported(study: Study, tmp_path: Path) -> None:
+def test_without_a_gpu_no_module_for_mps_is_imported(study: Study, tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -154,10 +155,10 @@ def test_without_a_gpu_nothing_of_mps_is_imported(study: Study, tmp_path: Path) 
     ("begun", "uses", "why"),
     [("", True, ""), ("it hangs", True, "it hangs"), ("", False, "MPS started, but CUDA does not use it")],
 )
-def test_a_keeper_on_the_node_starts_mps_and_is_told_to_end_it(
+def test_a_keeper_on_the_node_starts_and_ends_mps(
     ray_session: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begun: str, uses: bool, why: str
 ) -> None:
-    """For real, with one that writes down what it is told."""
+    """A real actor with a fake keeper, which writes a file for each call."""
 
     class Keeper:
         def begin(self, folder: Path) -> str:
@@ -179,10 +180,10 @@ def test_a_keeper_on_the_node_starts_mps_and_is_told_to_end_it(
 
 
 @pytest.mark.long
-def test_a_fatal_error_of_cuda_ends_its_process_and_all_trials_go_on(
+def test_a_fatal_cuda_error_ends_its_process_and_all_trials_complete(
     ray_session: str, one_stem: Study, tmp_path: Path
 ) -> None:
-    """Of two trials on a GPU one faults in its second epoch, and the other one with it."""
+    """Two trials share a GPU. One fails in its second epoch, and CUDA ends the other as well."""
     place = tmp_path / "pids"
     place.mkdir()
 
@@ -215,7 +216,7 @@ def test_a_fatal_error_of_cuda_ends_its_process_and_all_trials_go_on(
     for file in sorted(place.iterdir(), key=lambda each: each.stat().st_mtime_ns):
         times.setdefault(file.read_text(), []).append(file.name)
     for pid in broken:
-        assert struck(times[pid][-1]), "a broken process got another trial"
+        assert struck(times[pid][-1]), "a process in which CUDA failed ran another trial"
 
 
 CLUSTER = """
@@ -227,7 +228,7 @@ print(cluster.address, flush=True)
 sys.stdin.read()
 cluster.shutdown()
 """
-# A command whose trials only write down what they find around them, where CUDA says what it would say of the stand-in.
+# A command whose trials only log their environment, with a fake of CUDA's answer whether MPS serves the GPUs.
 COMMAND = """
 import json, os, sys, time
 from functools import partial
@@ -254,10 +255,10 @@ def work(task, place):
         last = outcome if number == total else None
         yield Epoch(number, 0.5, 1.0, 1.0, 0.5, 1.0, None, 0.1, 1.0, 1e-3, 1.0, outcome=last)
 
-if "--address" not in sys.argv:  # Ray starts here
+if "--address" not in sys.argv:  # the command starts Ray
     import ray
     ray.init = partial(ray.init, num_gpus=1)
-if "PACKED" in os.environ:  # a machine on which that was measured
+if "PACKED" in os.environ:  # simulates a machine with a GPU and this measurement
     import torch
     from tune_kd.execute import gpu_probe
     from tune_kd.execute.resources import Packing
@@ -271,7 +272,7 @@ cli.main()
 
 
 class Machine:
-    """A Ray that has a GPU and, on its PATH, the stand-in; and commands that run on it."""
+    """A Ray cluster with a GPU and the fake program on its PATH, and commands that run on it."""
 
     def __init__(self, folder: Path) -> None:
         environment.guard_token()
@@ -282,7 +283,7 @@ class Machine:
             "RAY_AUTH_MODE": "token",
             "XDG_CACHE_HOME": str(folder / "cache"),
         }
-        self.environment.pop("CUDA_VISIBLE_DEVICES", None)  # which would say that there is none
+        self.environment.pop("CUDA_VISIBLE_DEVICES", None)  # empty in tests, which hides the GPU
         (folder / "own.py").write_text(STUDY)
         self.ray = subprocess.Popen(
             [sys.executable, "-c", CLUSTER],
@@ -296,7 +297,7 @@ class Machine:
         assert self.address
 
     def begin(self, *arguments: str, pause: float = 0.0, here: bool = False) -> "subprocess.Popen[str]":
-        """Start a command, on this Ray or on one that it starts `here`."""
+        """Start a command on this cluster, or (`here`) on a Ray that the command starts."""
         self.witness.unlink(missing_ok=True)
         arguments += () if here else ("--address", self.address)
         return subprocess.Popen(
@@ -310,7 +311,7 @@ class Machine:
         )
 
     def run(self, name: str, *arguments: str, here: bool = False) -> tuple[int, str]:
-        """Run the study, and return the exit status and what was said."""
+        """Run the study. Returns the exit status and the output."""
         begun = self.begin("run", "own.py", "--scale", "own", "--no-dry-run", "--name", name, *arguments, here=here)
         out, errors = begun.communicate(timeout=200)
         return begun.returncode, " ".join((out + errors).split())
@@ -320,7 +321,7 @@ class Machine:
         return [json.loads(line) for line in lines]
 
     def place(self, name: str) -> Path:
-        """The folder for the MPS of a run."""
+        """Return the folder for the MPS of a run."""
         return mps_daemon.folder_of(str((self.folder / "results" / name).resolve()))
 
     def installed(self, how: str = "") -> None:
@@ -340,18 +341,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 @pytest.fixture
 def machine(cluster: Machine) -> Machine:
     if torch.cuda.is_available():
-        pytest.skip("plays a machine whose GPU only Ray knows")
+        pytest.skip("simulates a machine whose GPU only Ray knows")
     cluster.installed()
     return cluster
 
 
 @pytest.mark.long
-def test_a_run_starts_mps_before_its_workers_for_them_alone_and_ends_it_after_them(machine: Machine) -> None:
-    code, said = machine.run("served")
-    assert code == 0, said
-    assert "Each trial gets 0.25 of a GPU, since MPS, started for this run, serves the GPUs, so four trials" in said
-    began, asked, ended = mps_control.log(machine.program)
-    assert (began["what"], asked["what"], ended["what"]) == ("started", "asked to end", "ended")
+def test_a_run_starts_mps_before_its_workers_only_for_them_and_ends_it_after_them(machine: Machine) -> None:
+    code, output = machine.run("served")
+    assert code == 0, output
+    assert "Each trial gets 0.25 of a GPU, since MPS, started for this run, serves the GPUs, so four trials" in output
+    began, quitting, ended = mps_control.log(machine.program)
+    assert (began["what"], quitting["what"], ended["what"]) == ("started", "quit received", "ended")
     assert "CUDA_VISIBLE_DEVICES" not in began
     seen = machine.seen()
     assert {line["pipe"] for line in seen} == {str(machine.place("served") / "pipe")}
@@ -364,30 +365,30 @@ def test_a_run_starts_mps_before_its_workers_for_them_alone_and_ends_it_after_th
 
 
 @pytest.mark.long
-def test_mps_that_cannot_start_is_told_in_a_line_and_a_trial_takes_a_whole_gpu(machine: Machine) -> None:
+def test_mps_that_cannot_start_is_reported_in_one_sentence_and_a_trial_takes_a_whole_gpu(machine: Machine) -> None:
     machine.installed("refuses")
-    code, said = machine.run("alone")
-    assert code == 0, said
+    code, output = machine.run("alone")
+    assert code == 0, output
     why = "nvidia-cuda-mps-control exited with 1: Cannot start: an instance of this daemon is already running"
-    assert said.count("MPS") == 2, "both in the sentence below"
-    assert f"a whole GPU, since MPS does not serve the GPUs ({why}), and without MPS trials would" in said
+    assert output.count("MPS") == 2, "MPS is mentioned only in the sentence below"
+    assert f"a whole GPU, since MPS does not serve the GPUs ({why}), and without MPS trials would" in output
     assert {(line["pipe"], line["gpus"]) for line in machine.seen()} == {(None, 1.0)}
-    code, said = machine.run("refused", "--mps", "on")
-    assert code == 2 and f"--mps is on, and MPS cannot be started: {why}; allowed: auto or off" in said
+    code, output = machine.run("refused", "--mps", "on")
+    assert code == 2 and f"--mps is on, and MPS cannot be started: {why}; allowed: auto or off" in output
     assert not (machine.folder / "results" / "refused").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("served", [True, False])
-def test_a_run_takes_the_shares_that_were_measured_and_mps_as_it_was_measured(
+def test_a_run_uses_the_measured_shares_and_mps_as_in_the_measurement(
     machine: Machine, served: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {"light": 0.25, "heavy": 0.5, "mps": served, "why": "as measured now: fast"}
     monkeypatch.setitem(machine.environment, "PACKED", json.dumps(found))
     name = f"measured-{served}"
-    code, said = machine.run(name, here=True)
-    assert code == 0, said
-    assert "0.25 of a GPU (with feature 0.5 of a GPU, a teacher 0.5 of a GPU), as measured now: fast." in said
+    code, output = machine.run(name, here=True)
+    assert code == 0, output
+    assert "0.25 of a GPU (with feature 0.5 of a GPU, a teacher 0.5 of a GPU), as measured now: fast." in output
     assert bool(mps_control.log(machine.program)) is served
     assert {line["pipe"] is not None for line in machine.seen()} == {served}
     rows = pd.read_parquet(machine.folder / "results" / name / "trials.parquet")
@@ -401,25 +402,27 @@ def test_a_run_takes_the_shares_that_were_measured_and_mps_as_it_was_measured(
 def interrupted(
     machine: Machine, name: str, end: Callable[["subprocess.Popen[str]"], object], here: bool = False
 ) -> tuple[int, str]:
+    """Start a run, wait until a trial runs, and call `end`. Returns the exit status and standard error."""
     begun = machine.begin("run", "own.py", "--scale", "own", "--no-dry-run", "--name", name, pause=0.5, here=here)
     wait_for(lambda: begun.poll() is not None or bool(machine.seen()))
     assert begun.poll() is None, begun.communicate()
-    assert len(mps_control.living(machine.program)) == 1
+    assert len(mps_control.alive(machine.program)) == 1
     end(begun)
     _, errors = begun.communicate(timeout=60)
     return begun.returncode, errors
 
 
-@pytest.mark.slow  # in short: the next test
+@pytest.mark.slow  # short version: `test_an_error_within_the_context_ends_mps_too`
 def test_mps_ends_with_a_run_that_is_interrupted(machine: Machine) -> None:
-    code, said = interrupted(machine, "left", lambda begun: begun.send_signal(signal.SIGTERM))
-    assert code == 143, said
-    assert not mps_control.living(machine.program) and not machine.place("left").exists()
+    code, output = interrupted(machine, "left", lambda begun: begun.send_signal(signal.SIGTERM))
+    assert code == 143, output
+    assert not mps_control.alive(machine.program) and not machine.place("left").exists()
     assert mps_control.log(machine.program, "ended")
 
 
 def signal_to_the_job(begun: "subprocess.Popen[str]") -> None:
-    """As `scancel` does: to every process, also to the daemon and to its watcher, which are nobody's children."""
+    """Send SIGTERM to a process and its descendants. The daemon and its watcher, to which `scancel` would send it as
+    well, are no descendants."""
     for each in psutil.Process(begun.pid).children(recursive=True):
         each.send_signal(signal.SIGTERM)
     begun.send_signal(signal.SIGTERM)
@@ -427,24 +430,24 @@ def signal_to_the_job(begun: "subprocess.Popen[str]") -> None:
 
 @pytest.mark.slow
 def test_a_signal_to_all_processes_of_a_job_lets_trials_end_before_mps(machine: Machine) -> None:
-    code, said = interrupted(machine, "job", signal_to_the_job, here=True)
-    assert code == 143, said
-    assert [line["what"] for line in mps_control.log(machine.program)] == ["started", "asked to end", "ended"]
-    assert max(line["at"] for line in machine.seen()) < mps_control.log(machine.program, "asked to end")[0]["at"]
+    code, output = interrupted(machine, "job", signal_to_the_job, here=True)
+    assert code == 143, output
+    assert [line["what"] for line in mps_control.log(machine.program)] == ["started", "quit received", "ended"]
+    assert max(line["at"] for line in machine.seen()) < mps_control.log(machine.program, "quit received")[0]["at"]
     assert not machine.place("job").exists()
 
 
-@pytest.mark.slow  # in short: the next test
+@pytest.mark.slow  # short version: `test_mps_ends_if_the_process_that_started_it_is_killed_and_holds_no_output_open`
 def test_mps_ends_with_a_command_that_is_killed_with_its_own_ray(machine: Machine) -> None:
     interrupted(machine, "here", lambda begun: begun.kill(), here=True)
-    wait_for(lambda: not mps_control.living(machine.program), 60)
+    wait_for(lambda: not mps_control.alive(machine.program), 60)
 
 
 @pytest.mark.slow
-def test_mps_ends_after_a_kill_and_what_is_left_of_it_is_found_by_resume(machine: Machine) -> None:
+def test_mps_ends_after_a_kill_and_resume_ends_one_that_was_left_behind(machine: Machine) -> None:
     interrupted(machine, "killed", lambda begun: os.killpg(begun.pid, signal.SIGKILL))
-    wait_for(lambda: not machine.place("killed").exists(), 30)  # its watcher ended it
-    assert mps_control.log(machine.program, "ended") and not mps_control.living(machine.program)
+    wait_for(lambda: not machine.place("killed").exists(), 30)  # the watcher ended MPS
+    assert mps_control.log(machine.program, "ended") and not mps_control.alive(machine.program)
 
     machine.installed()
 
@@ -455,7 +458,7 @@ def test_mps_ends_after_a_kill_and_what_is_left_of_it_is_found_by_resume(machine
         os.killpg(begun.pid, signal.SIGKILL)
 
     interrupted(machine, "cut", also_the_watcher)
-    (left,) = mps_control.living(machine.program)
+    (left,) = mps_control.alive(machine.program)
     begun = machine.begin("resume", "cut")
     out, errors = begun.communicate(timeout=200)
     assert begun.returncode == 0, out + errors
@@ -463,4 +466,4 @@ def test_mps_ends_after_a_kill_and_what_is_left_of_it_is_found_by_resume(machine
     first, second = mps_control.log(machine.program, "started")
     assert first["pid"] == left
     assert [line["pid"] for line in mps_control.log(machine.program, "ended")] == [left, second["pid"]]
-    assert not mps_control.living(machine.program) and not machine.place("cut").exists()
+    assert not mps_control.alive(machine.program) and not machine.place("cut").exists()

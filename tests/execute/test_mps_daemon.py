@@ -1,4 +1,4 @@
-"""MPS of our own on one machine, with a stand-in for NVIDIA's program: how it is started, found again, and ended."""
+"""Start, find and end MPS on one machine, with a fake of NVIDIA's program."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ Installed = Callable[..., Path]
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installed]:
-    """Puts the stand-in on PATH, and kills what is left of it."""
+    """Puts the fake program on PATH, and kills its remaining processes after the test."""
     here = tmp_path / "bin"
     monkeypatch.setenv("PATH", f"{here}:{os.environ['PATH']}")
 
@@ -40,24 +40,24 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     mps_daemon.end(found)
 
 
-def test_it_serves_from_a_private_folder_sees_all_gpus_and_leaves_nothing(
+def test_mps_serves_from_a_private_folder_sees_all_gpus_and_leaves_nothing_behind(
     installed: Installed, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = installed()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as Ray sets it
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as Ray sets it for actors without a GPU
     with started(folder):
         (line,) = mps_control.log(program)
-        assert mps_control.living(program) == [line["pid"]]
+        assert mps_control.alive(program) == [line["pid"]]
         assert {name: line[name] for name in variables(folder)} == variables(folder)
         assert "CUDA_VISIBLE_DEVICES" not in line
         for each in (folder, *map(Path, variables(folder).values())):
             assert stat.S_IMODE(each.stat().st_mode) == 0o700
         assert len(os.fsencode(folder / "pipe" / "control")) < 100
-    assert not mps_control.living(program) and not folder.exists()
-    assert [line["what"] for line in mps_control.log(program)] == ["started", "asked to end", "ended"]
+    assert not mps_control.alive(program) and not folder.exists()
+    assert [line["what"] for line in mps_control.log(program)] == ["started", "quit received", "ended"]
 
 
-def test_an_error_within_ends_it_too(installed: Installed, folder: Path) -> None:
+def test_an_error_within_the_context_ends_mps_too(installed: Installed, folder: Path) -> None:
     program = installed()
     with pytest.raises(SystemExit), started(folder):
         raise SystemExit(143)
@@ -74,7 +74,7 @@ def test_an_error_within_ends_it_too(installed: Installed, folder: Path) -> None
         ("hangs", "nvidia-cuda-mps-control did not start within 1 s"),
     ],
 )
-def test_a_program_that_cannot_start_is_given_up_with_the_reason(
+def test_a_program_that_cannot_start_is_ended_and_the_reason_is_raised(
     installed: Installed, folder: Path, monkeypatch: pytest.MonkeyPatch, how: str, why: str
 ) -> None:
     program = installed(how)
@@ -86,7 +86,9 @@ def test_a_program_that_cannot_start_is_given_up_with_the_reason(
     assert not any(psutil.pid_exists(line["pid"]) for line in mps_control.log(program))
 
 
-def test_without_the_program_nothing_is_made(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_program_no_folder_is_created(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not is_there()
     with pytest.raises(NotStarted, match="there is no nvidia-cuda-mps-control"):
@@ -94,27 +96,29 @@ def test_without_the_program_nothing_is_made(folder: Path, tmp_path: Path, monke
     assert not folder.exists()
 
 
-def test_one_that_does_not_end_is_killed(installed: Installed, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_daemon_that_does_not_end_is_killed(
+    installed: Installed, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = installed("stays")
     monkeypatch.setattr(mps_daemon, "ENDING", 0.5)
     began = time.monotonic()
     with started(folder):
         pass
-    assert [line["what"] for line in mps_control.log(program)] == ["started", "asked to end"]
-    assert not mps_control.living(program) and not folder.exists()
+    assert [line["what"] for line in mps_control.log(program)] == ["started", "quit received"]
+    assert not mps_control.alive(program) and not folder.exists()
     assert time.monotonic() - began < 10
 
 
-def test_one_that_a_killed_run_left_is_ended_before_another_starts(installed: Installed, folder: Path) -> None:
+def test_a_daemon_that_a_killed_run_left_is_ended_before_a_new_one_starts(installed: Installed, folder: Path) -> None:
     program = installed()
-    left = start(folder)  # nobody watches it
+    left = start(folder)  # without a watcher
     with started(folder):
-        (running,) = mps_control.living(program)
+        (running,) = mps_control.alive(program)
         assert running != left
-    assert [line["what"] for line in mps_control.log(program)][:3] == ["started", "asked to end", "ended"]
+    assert [line["what"] for line in mps_control.log(program)][:3] == ["started", "quit received", "ended"]
 
 
-def test_what_a_dead_one_left_is_no_obstacle_even_if_its_number_is_anothers_now(
+def test_files_of_a_dead_daemon_are_no_obstacle_even_if_its_process_id_was_reused(
     installed: Installed, folder: Path
 ) -> None:
     program = installed()
@@ -123,7 +127,7 @@ def test_what_a_dead_one_left_is_no_obstacle_even_if_its_number_is_anothers_now(
     try:
         (folder / "pipe" / f"{mps_daemon.PROGRAM}.pid").write_text(str(other.pid))
         with started(folder):
-            assert len(mps_control.living(program)) == 1
+            assert len(mps_control.alive(program)) == 1
         assert other.poll() is None
     finally:
         other.kill()
@@ -173,7 +177,7 @@ with started(Path(sys.argv[1])):
 """
 
 
-def test_it_ends_when_the_process_that_started_it_is_killed_and_keeps_nobodys_output(
+def test_mps_ends_if_the_process_that_started_it_is_killed_and_holds_no_output_open(
     installed: Installed, folder: Path
 ) -> None:
     program = installed()
@@ -181,24 +185,24 @@ def test_it_ends_when_the_process_that_started_it_is_killed_and_keeps_nobodys_ou
         [sys.executable, "-c", HOLDER, str(folder)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert holder.stdout is not None and holder.stdout.readline() == "serving\n"
-    assert len(mps_control.living(program)) == 1
+    assert len(mps_control.alive(program)) == 1
     holder.kill()
-    holder.communicate(timeout=10)  # until all have closed its output
-    wait_for(lambda: not mps_control.living(program) and not folder.exists(), 20)
+    holder.communicate(timeout=10)  # waits until all processes have closed its output
+    wait_for(lambda: not mps_control.alive(program) and not folder.exists(), 20)
     assert mps_control.log(program, "ended")
 
 
-def test_a_watcher_that_comes_late_does_not_end_the_next_one(installed: Installed, folder: Path) -> None:
+def test_a_late_watcher_does_not_end_the_next_daemon(installed: Installed, folder: Path) -> None:
     program = installed()
     with started(folder):
-        (running,) = mps_control.living(program)
-        watcher = mps_daemon._watch(folder, running + 1)  # of one that is gone
+        (running,) = mps_control.alive(program)
+        watcher = mps_daemon._watch(folder, running + 1)  # the watcher of a daemon that no longer exists
         watcher.close()
         time.sleep(1.5)
-        assert mps_control.living(program) == [running]
+        assert mps_control.alive(program) == [running]
 
 
-def test_processes_that_measure_a_share_are_served_and_those_after_them_are_not(
+def test_mps_for_child_processes_serves_only_them_and_ends_with_the_context(
     installed: Installed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = installed()
@@ -209,4 +213,4 @@ def test_processes_that_measure_a_share_are_served_and_those_after_them_are_not(
             for name, value in variables.items():
                 child.setenv(name, value)
             assert mps_control.serves()
-    assert not mps_control.living(program)
+    assert not mps_control.alive(program)

@@ -1,4 +1,4 @@
-"""A disk that fails, at one operation or from it on: nothing is lost, and the status is true."""
+"""A disk that fails in one operation, or in all from one on: nothing is lost, and the status is correct."""
 
 from pathlib import Path
 from unittest.mock import patch
@@ -17,7 +17,7 @@ from tune_kd.system import files
     [(False, 60), (True, 120), *(pytest.param(each, 40, marks=pytest.mark.slow) for each in (False, True))],
 )
 def test_a_disk_that_fails_costs_nothing_but_time(tmp_path: Path, onwards: bool, every: int) -> None:
-    """Every so many operations; `python tests/faults operations` fails each."""
+    """Tries every `every`-th operation; `python tests/faults operations` tries each."""
     with patch.object(files, "PAUSES", (0.0, 0.0)):
         score = operations.fail_each(tmp_path, every, onwards, lambda _: None)
     assert score.found == []
@@ -26,20 +26,20 @@ def test_a_disk_that_fails_costs_nothing_but_time(tmp_path: Path, onwards: bool,
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_ledger_that_commits_too_late_is_noticed(tmp_path: Path) -> None:
-    """What acknowledges a row before it is on disk loses it where the disk fails."""
+def test_the_checker_detects_a_ledger_that_drops_transactions(tmp_path: Path) -> None:
+    """A driver that acknowledges a row before it is on disk loses the row if the disk fails."""
 
-    def lost(self: ledger.Ledger, writes: list[tuple[str, list[object]]]) -> None:
-        """As if a full disk had said nothing: only every other transaction is written."""
-        lost.count += 1  # type: ignore[attr-defined]
-        if lost.count % 2:  # type: ignore[attr-defined]
+    def lossy_commit(self: ledger.Ledger, writes: list[tuple[str, list[object]]]) -> None:
+        """Write only every other transaction, as if a full disk reported no error."""
+        lossy_commit.count += 1  # type: ignore[attr-defined]
+        if lossy_commit.count % 2:  # type: ignore[attr-defined]
             commit(self, writes)
 
-    lost.count = 0  # type: ignore[attr-defined]
+    lossy_commit.count = 0  # type: ignore[attr-defined]
     commit = ledger.Ledger._commit
     witness = operations.Witness(tmp_path / "log")
     assert operations.start(tmp_path / "reference", operations.Witness(tmp_path / "reference.log")) == 0
-    with patch.object(ledger.Ledger, "_commit", lost):
+    with patch.object(ledger.Ledger, "_commit", lossy_commit):
         operations.start(tmp_path / "out", witness)
     found = operations.violations(tmp_path / "out", witness, tmp_path / "reference" / "r")
     assert {each[:2] for each in found} >= {"I1", "I2"}

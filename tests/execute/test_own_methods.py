@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from test_cluster import cluster
 
-from commands import command, contiguous, epochs_on_record, wait_for
+from commands import assert_contiguous_epochs, command, epochs_on_record, wait_for
 
 LOSSES = {
     "at.py": """
@@ -80,7 +80,7 @@ def folder(tmp_path: Path) -> Path:
 
 def judge(run: Path) -> None:
     """The arms of the study's own formula of logit have the numbers of `logit`, and its settings are columns."""
-    contiguous(run)
+    assert_contiguous_epochs(run)
     trials = pd.read_parquet(run / "trials.parquet")
     assert set(trials["status"]) == {"completed"}, trials["error"].dropna().tolist()
     of = {name: group.sort_values(["phase", "seed"]) for name, group in trials.groupby("arm")}

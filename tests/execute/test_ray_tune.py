@@ -26,13 +26,13 @@ from ray.air.execution._internal import RayActorManager
 
 from commands import (
     STUDY,
+    assert_contiguous_epochs,
+    assert_same_records,
     command,
-    contiguous,
     driver,
     epochs_on_record,
     in_this_process,
     kill_a_worker,
-    same_records,
     token,
     wait_for,
     without_stops,
@@ -68,8 +68,8 @@ def test_with_ray_and_in_this_process_a_study_gives_the_same_records(
     ended = run_with_ray(calm, tmp_path / "ray", gpus=share)
     made, place = driver(calm, tmp_path / "here")
     run_in_process(made, place)
-    same_records(tmp_path / "ray", tmp_path / "here")
-    contiguous(tmp_path / "ray")
+    assert_same_records(tmp_path / "ray", tmp_path / "here")
+    assert_contiguous_epochs(tmp_path / "ray")
     assert {row["status"] for row in ended.rows.values()} == {"completed"}
     assert {row["gpu_fraction"] for row in ended.rows.values()} == {share}
     assert not any((tmp_path / "ray" / "checkpoints").glob("*"))
@@ -204,8 +204,8 @@ def test_a_killed_worker_costs_nothing_but_time(ray_session: str, one_stem: Stud
     assert killed
     whole, place = driver(calm, tmp_path / "whole")
     run_in_process(whole, place)
-    same_records(tmp_path / "killed", tmp_path / "whole")
-    contiguous(tmp_path / "killed")
+    assert_same_records(tmp_path / "killed", tmp_path / "whole")
+    assert_contiguous_epochs(tmp_path / "killed")
     attempts = pd.read_parquet(tmp_path / "killed" / "trials.parquet")["attempts"]
     assert attempts.max() == 2
 
@@ -332,10 +332,10 @@ def test_a_run_that_was_killed_is_completed_by_resume_as_if_nothing_had_happened
     assert "Traceback" not in errors
     after = Ledger(run / "ledger.sqlite", read_only=True).rows(EPOCHS)
     assert after[: len(before)] == before
-    contiguous(run)
+    assert_contiguous_epochs(run)
     told = {"runs", "report", "summary", "arms", "contrasts", "exploratory", "settings", "budgets"}
     assert set(json.loads(answer)) == told
-    same_records(run, in_this_process(run, tmp_path))
+    assert_same_records(run, in_this_process(run, tmp_path))
 
 
 @pytest.mark.slow
@@ -353,11 +353,11 @@ def test_a_tuned_run_that_was_killed_draws_what_it_would_have_drawn(tmp_path: Pa
     assert {arm["draws"] for arm in json.loads(answer)["budgets"]} == {5}
     made, place = driver(resolve(find("tuned"), "smoke", None, changed), tmp_path / "here")
     run_in_process(made, place)
-    same_records(run, tmp_path / "here")
-    contiguous(run)
+    assert_same_records(run, tmp_path / "here")
+    assert_contiguous_epochs(run)
 
 
-@pytest.mark.slow  # in short: `test_a_run_that_is_left_ends_as_it_should_and_its_records_are_whole`
+@pytest.mark.slow  # in short: `test_an_interrupted_run_ends_correctly_and_its_records_are_intact`
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_an_interrupted_run_ends_with_its_signal_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "own.py").write_text(STUDY)
@@ -375,4 +375,4 @@ def test_an_interrupted_run_ends_with_its_signal_and_says_how_to_go_on(tmp_path:
     assert "resume results/cut" in said
     rows = Ledger(run / "ledger.sqlite", read_only=True).rows(TRIALS)
     assert any(row["status"] == "pending" for row in rows)
-    contiguous(run)
+    assert_contiguous_epochs(run)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 import tune_kd
-from commands import STUDY, contiguous
+from commands import STUDY, assert_contiguous_epochs
 from conftest import altered, noise
 from tune_kd import UserError
 from tune_kd.data.datasets import DataSet
@@ -52,7 +52,7 @@ def test_a_notebook_runs_resumes_reads_and_reports_a_study(tmp_path: Path) -> No
                           env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "records in results/r" in done.stdout
-    contiguous(tmp_path / "results" / "r")
+    assert_contiguous_epochs(tmp_path / "results" / "r")
     assert len(pd.read_parquet(tmp_path / "results" / "r" / "trials.parquet")) > 0
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from commands import STUDY, command, contiguous, epochs_on_record, token, wait_for
+from commands import STUDY, assert_contiguous_epochs, command, epochs_on_record, token, wait_for
 from conftest import free_port
 from tune_kd.execute.jobs import client, dependencies, find, follow
 from tune_kd.records.ledger import Ledger
@@ -81,7 +81,7 @@ def test_a_study_is_submitted_followed_to_its_end_and_looked_at(cluster: str, tm
     assert code == 0, answer + errors
     assert "Primary contrasts (points of test accuracy" in answer  # the driver's own words
     assert "stop:    ray job stop" in errors and "Traceback" not in errors
-    contiguous(tmp_path / "results" / "far")
+    assert_contiguous_epochs(tmp_path / "results" / "far")
     assert json.loads((tmp_path / "results" / "far" / "study.json").read_text())["settings"]["mps"] == "off"
     assert (tmp_path / "results" / "far" / "report" / "report.html").is_file()
     (job,) = (each for each in jobs(cluster) if each["submission_id"])
@@ -153,7 +153,7 @@ def test_a_study_of_ones_own_goes_on_after_it_was_stopped_there(cluster: str, tm
     assert code == 0, answer + errors
     (place,) = {line for line in answer.splitlines() if line.startswith("peers of")}
     assert str(tmp_path) not in place
-    contiguous(run)
+    assert_contiguous_epochs(run)
     assert {row["method"] for row in rows_of(run) if row["phase"] != "teacher"} == {"none", "logit", "pull"}
     assert {row["status"] for row in rows_of(run)} == {"completed"}
 
@@ -170,7 +170,7 @@ def test_a_study_of_ones_own_is_extended_there(cluster: str, tmp_path: Path) -> 
     (tmp_path / "own.py").write_text(f"{changed.rstrip()[:-1]}    confirm=replace(base.confirm, seeds=SEEDS),\n    )\n")
     code, answer, errors = ended(command(tmp_path, "resume", "cut", "--study", "own.py", "--extend", *at))
     assert code == 0, answer + errors
-    contiguous(run)
+    assert_contiguous_epochs(run)
     assert {row["seed"] for row in rows_of(run) if row["phase"] == "confirm"} == {1, 2}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from commands import STUDY, call, command, contiguous, same_records, without_stops
+from commands import STUDY, assert_contiguous_epochs, assert_same_records, call, command, without_stops
 from conftest import tiny
 from stores import KEYS, Store, google, store
 from tune_kd.cli import main
@@ -154,12 +154,12 @@ def test_records_in_the_store_are_consistent_throughout_and_complete_at_the_end(
     assert len(set(seen.split())) > 3  # the table was read while it grew
     order = [sync.STUDY, *sync.TABLES, "ledger.sqlite", "ledger.commits"]
     assert order[1] == "tables.json"  # a table looks damaged until its digest has arrived
-    sent = [name for method, path in s3.asked if method == "PUT" and (name := path.rsplit("/", 1)[1]) in order]
+    sent = [name for method, path in s3.requests if method == "PUT" and (name := path.rsplit("/", 1)[1]) in order]
     assert sent[1:] == order * (len(sent) // len(order))  # after the plan, which is sent first
-    same_records(begun.folder, undisturbed)
+    assert_same_records(begun.folder, undisturbed)
     elsewhere(monkeypatch, tmp_path, "other")
     there = run_folder.find(object_store.local(s3.url("kd")), "kept")
-    same_records(there, undisturbed)
+    assert_same_records(there, undisturbed)
     assert there != begun.folder and verify(there) == []
     assert run_folder.existing(object_store.local(s3.url("kd"))) == [there]
     assert len(load(s3.url("kd/kept")).trials) == len(load(there).trials)
@@ -200,9 +200,9 @@ def test_failed_and_slow_store_requests_do_not_change_the_records(s3: Store, cal
     begun = begin(calm, s3.url("kd"))
     went = go_on(begun)
     s3.fault = lambda number: None
-    assert len(s3.asked) > 3 * 41
+    assert len(s3.requests) > 3 * 41
     assert {row["attempts"] for row in went.rows.values()} == {1}
-    same_records(begun.folder, undisturbed)
+    assert_same_records(begun.folder, undisturbed)
     sent = Mirror.of(begun.folder)
     for name in ("trials.parquet", "epochs.parquet", "tables.json", "study.json", "ledger.commits"):
         assert sent.read(begun.folder / name, MOST_TABLE_BYTES) == (begun.folder / name).read_bytes()
@@ -220,15 +220,15 @@ def test_a_run_whose_driver_lost_its_disk_is_resumed_on_another_machine(
     again = run_folder.reopen(run_folder.find(object_store.local(s3.url("kd")), "kept"))
     assert again.folder != begun.folder
     went = go_on(again)
-    same_records(again.folder, undisturbed)
-    contiguous(again.folder)
+    assert_same_records(again.folder, undisturbed)
+    assert_contiguous_epochs(again.folder)
     assert {row["status"] for row in went.rows.values()} == {"completed"}
 
     # The first machine returns with an older ledger and fetches the newer records from the store.
     elsewhere(monkeypatch, tmp_path, "home")
     back = run_folder.find(object_store.local(s3.url("kd")), "kept")
     assert back == begun.folder
-    same_records(back, undisturbed)
+    assert_same_records(back, undisturbed)
     assert verify(back) == []
 
 
@@ -244,10 +244,10 @@ def test_a_run_in_google_cloud_storage_is_resumed_on_another_machine(
         again = run_folder.reopen(run_folder.find(object_store.local(url), "kept"))
         assert again.folder != begun.folder
         go_on(again)
-        same_records(again.folder, undisturbed)
+        assert_same_records(again.folder, undisturbed)
         elsewhere(monkeypatch, tmp_path, "third")
         there = run_folder.find(object_store.local(url), "kept")
-        same_records(there, undisturbed)
+        assert_same_records(there, undisturbed)
         assert verify(there) == [] and Mirror.of(there).names(there / "checkpoints") == []
 
 
@@ -276,7 +276,7 @@ def test_an_unavailable_store_leaves_local_records_intact_and_is_updated_on_resu
     s3.fault = gone
     with pytest.raises(OSError, match=r"does not take the records .*; all records are in .*`tune_kd resume`"):
         go_on(begun)
-    same_records(begun.folder, undisturbed)
+    assert_same_records(begun.folder, undisturbed)
     s3.fault = lambda number: None
     go_on(begun)
     sent = Mirror.of(begun.folder).read(begun.folder / "trials.parquet", MOST_TABLE_BYTES)
@@ -290,7 +290,7 @@ def test_a_teacher_is_fetched_once_per_machine(
     with pytest.raises(PowerCut):
         go_on(begun, cut_after(3))  # the teacher's two epochs, and one epoch of a student
     elsewhere(monkeypatch, tmp_path, "second")
-    s3.asked.clear()
+    s3.requests.clear()
     again = run_folder.reopen(run_folder.find(object_store.local(s3.url("kd")), "kept"))
     go_on(again)
     distilled = sum(trial.teacher_id is not None for trial in again.plan.trials)

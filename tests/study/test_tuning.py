@@ -552,7 +552,7 @@ def test_optunas_storage_works_in_a_run_folder_with_an_odd_name(name: str, tmp_p
     folder.mkdir()
     bench = Bench(study, folder)
     bench.run(quality)
-    assert not [each for each in bench.said if "warning" in each]
+    assert not [each for each in bench.messages if "warning" in each]
     with closing(sqlite3.connect(folder / search.STORAGE)) as stored:
         assert stored.execute("SELECT COUNT(*) FROM trials").fetchone() == (3 * 6,)
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -586,7 +586,7 @@ def test_a_run_continues_with_a_warning_when_optunas_storage_fails(
     bench.driver.conclude()
     assert len(calls) == (3 if where == "add" else 1)
     assert {row["status"] for row in bench.rows()} == {"completed", "stopped"}
-    (said,) = [each for each in bench.said if "warning" in each]
+    (said,) = [each for each in bench.messages if "warning" in each]
     why = " ".join(str(error).split())
     assert f"optuna.sqlite cannot be written to ({type(error).__name__}: {why}); the run continues without it" in said
     monkeypatch.undo()

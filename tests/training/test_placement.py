@@ -24,15 +24,15 @@ from placement import (
     RATES,
     WIDTH,
     benchmarked,
-    carried,
     distil,
     numbers_of_a_step,
     probe_one,
     processes_here,
     pupil,
     taught_on,
+    through_pickle,
 )
-from second_device import busy, is_there, played
+from second_device import busy, on_simulated_gpu, simulated_gpu
 from trials import CPU, as_teacher, exact, run, trial
 from tune_kd.data.augment import draw_views, prepare, show
 from tune_kd.data.datasets import DataSet, load, on_device
@@ -58,7 +58,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     monkeypatch.setattr(Captured, "given_up", set())
     on_device.cache_clear()
     stepping._idle.clear()
-    with played() as device:
+    with simulated_gpu() as device:
         yield device
     on_device.cache_clear()
     stepping._idle.clear()
@@ -108,12 +108,12 @@ def test_views_are_cropped_on_the_device_of_images_that_student_and_teacher_shar
 ) -> None:
     teacher = taught_on(gpu, pixels, "cifar", tmp_path)
     views = draw_views(1, 1, len(pixels.train.labels), pad=pixels.pad, flip=pixels.flip)
-    assert is_there(show(views.to(gpu), teacher.data))
-    assert not is_there(show(views, pixels))
+    assert on_simulated_gpu(show(views.to(gpu), teacher.data))
+    assert not on_simulated_gpu(show(views, pixels))
     with stepping.stepping(pupil("logit", "cifar", teacher), pixels, teacher, gpu) as step:
         assert step.data.train.images is teacher.data.train.images
     logits, _ = teacher.logits(views)
-    assert not is_there(logits), "a table of answers is on disk, and so is what is taken of it"
+    assert not on_simulated_gpu(logits), "a table of answers is on disk, and so is what is taken of it"
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -156,7 +156,7 @@ def test_cached_logits_equal_the_teachers_live_output_bit_for_bit(
     with torch.no_grad(), autocast(precision, gpu):
         live = teacher.frozen(precision)(prepare(teacher.data.test.images, teacher.data))
     found = teacher.test_logits()
-    assert found.dtype == torch.float32 and not is_there(found)
+    assert found.dtype == torch.float32 and not on_simulated_gpu(found)
     assert torch.equal(found, live.float().cpu())
     (table,) = (teacher.home / "answers").glob("*/test")
     assert [each.name for each in table.glob("logits.*")] == [file]
@@ -359,7 +359,7 @@ def test_numbers_that_change_between_steps_are_on_the_gpu(gpu: torch.device, pix
 
 
 def test_data_on_the_gpu_are_pickled_as_data_on_the_cpu(gpu: torch.device, pixels: DataSet) -> None:
-    there = carried(gpu, pixels)
+    there = through_pickle(gpu, pixels)
     assert torch.equal(there.test.images, pixels.test.images) and torch.equal(there.test.labels, pixels.test.labels)
 
 
@@ -377,7 +377,7 @@ def test_a_study_completes_on_a_share_of_the_gpu_and_reports_a_failed_capture_on
         run_in_process(made, place)
     rows = made.rows.values()
     assert [row["error"] for row in rows if row["status"] not in ("completed", "stopped")] == []
-    assert {(row["device"], row["gpu_fraction"]) for row in rows if row["attempts"]} == {("played device", 0.25)}
+    assert {(row["device"], row["gpu_fraction"]) for row in rows if row["attempts"]} == {("simulated device", 0.25)}
     assert len([sentence for sentence in said if sentence.startswith("warning: a training step cannot be")]) == 1
 
 
