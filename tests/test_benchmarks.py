@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: a fair yardstick, honest pairs, real work on both sides."""
+"""The benchmarks: baselines, paired measurements, failures, time limits and processes."""
 
 import json
 import operator
@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 
 
 def test_the_plain_loop_trains_to_the_same_accuracy() -> None:
-    """Same network, same recipe, other draws: what separates the two is speed and not what is learned."""
+    """Same network and recipe, other random numbers: the two differ in speed, not in what they learn."""
     digits, recipe = datasets.load("digits", train=500), Recipe(epochs=8, batch_size=32, lr=0.1)
     each = Cell(method="none", stem="cifar", width=0.125, teacher=None, temperature=None, alpha=None, beta=None)
     plain = [row.val_accuracy for row in train_plain("resnet18", each, recipe, digits, seed=1, device=CPU)]
@@ -54,33 +54,33 @@ def test_the_plain_loop_trains_to_the_same_accuracy() -> None:
 
 
 @pytest.mark.parametrize("method", ["logit", "feature"])
-def test_the_plain_loop_asks_its_teacher_in_every_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plain_loop_runs_its_teacher_in_every_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import plain
 
     digits = datasets.load("digits", train=60, validation=20)
     teacher = plain.networks.build("resnet50", stem="cifar", classes=10, width=0.0625, seed=0).eval()
-    asked = []
-    teacher.conv1.register_forward_hook(lambda *_: asked.append(1))
+    passes = []
+    teacher.conv1.register_forward_hook(lambda *_: passes.append(1))
     rows = train_plain(
         "resnet18", cell(method, "cifar", 0.0625), Recipe(epochs=2, batch_size=16), digits,
         seed=1, device=CPU, teacher=teacher,
     )  # fmt: skip
     assert [row.train_loss > 0 for row in rows] == [True, True]
-    assert len(asked) == 2 * 4
+    assert len(passes) == 2 * 4
 
 
-def test_a_live_teacher_and_ready_answers_give_the_same_losses_to_rounding() -> None:
+def test_a_live_teacher_and_cached_logits_give_the_same_losses_up_to_rounding() -> None:
     recipe = Recipe(epochs=10, batch_size=16)
     some = partial(ours, "logit", "cifar", 0.0625, images=32, recipe=recipe, device=CPU)
     ready, live = some(answered=2), some(live=True)
     for _ in range(2):
-        one, other = next(ready), next(live)
-        assert one.views_answered == 0
-        assert other.views_answered is None
-        assert one.loss_kd == pytest.approx(other.loss_kd, rel=1e-3)
+        cached, computed = next(ready), next(live)
+        assert cached.views_answered == 0
+        assert computed.views_answered is None
+        assert cached.loss_kd == pytest.approx(computed.loss_kd, rel=1e-3)
 
 
-def test_digits_take_the_form_of_cifar() -> None:
+def test_digits_are_enlarged_to_the_shape_of_cifar() -> None:
     enlarged, digits = digits_as_cifar(20), datasets.load("digits")
     assert enlarged.train.images.shape == (20, 3, 32, 32)
     assert torch.equal(enlarged.train.images[:, :, ::4, ::4], digits.train.images[:20])
@@ -112,21 +112,21 @@ def test_a_ratio_of_seconds_is_the_median_over_pairs(together: bool) -> None:
     assert "a 0.02, b 0.01 s" in found.detail
 
 
-def test_a_ratio_is_the_median_and_is_held_against_its_bar() -> None:
+def test_a_ratio_is_the_median_and_is_compared_with_its_bar() -> None:
     assert result("r", [1.0, 3.0, 2.0]).figure == 2.0
     assert result("r", [1.0, 3.0, 2.0], bar="<= 1.5").met is False
     assert result("r", [1.0]).met is None
 
 
 @pytest.mark.slow  # each process imports torch
-def test_sides_have_a_process_each_or_one_together() -> None:
+def test_two_sides_run_in_one_process_or_in_one_each() -> None:
     side = Side("pid", process_id)
     found = pairs("r", side, side, 3, unit="", bar="<= 1", together=True)
     assert (found.figure, found.n, found.met) == (1.0, 3, True)
     assert pairs("r", side, side, 1, unit="", bar="").figure != 1.0
 
 
-def test_calls_are_clocked_while_asked_for_and_not_after() -> None:
+def test_calls_are_timed_only_within_the_context() -> None:
     class Work:
         def do(self, seconds: float) -> float:
             time.sleep(seconds)
@@ -153,13 +153,13 @@ def test_the_floor_of_a_control_is_150_tflop_an_epoch() -> None:
     )
 
 
-def test_a_row_that_fails_is_a_row_and_the_next_one_is_measured() -> None:
+def test_a_row_that_fails_is_reported_and_the_next_one_is_measured() -> None:
     def broken() -> Result:
         raise ValueError("no kernel image\nis available")
 
-    one, other, third = attempted([("a", broken), ("b", lambda: result("b", [1.0])), ("c", broken)])
-    assert (one.error, one.met, one.name) == ("ValueError: no kernel image", False, "a")
-    assert (other.figure, other.error, third.name) == (1.0, "", "c")
+    first, second, third = attempted([("a", broken), ("b", lambda: result("b", [1.0])), ("c", broken)])
+    assert (first.error, first.met, first.name) == ("ValueError: no kernel image", False, "a")
+    assert (second.figure, second.error, third.name) == (1.0, "", "c")
 
 
 def test_rows_that_failed_are_named_at_the_end_and_in_the_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,15 +170,15 @@ def test_rows_that_failed_are_named_at_the_end_and_in_the_exit_status(monkeypatc
     monkeypatch.setitem(command.BENCHMARKS, "gpu", lambda count: attempted(rows))
     app = typer.Typer()
     app.command()(command.main)
-    ended = CliRunner().invoke(app, ["gpu", "--json"])
-    assert ended.exit_code == 1
-    first, second = map(json.loads, ended.stdout.splitlines())
+    outcome = CliRunner().invoke(app, ["gpu", "--json"])
+    assert outcome.exit_code == 1
+    first, second = map(json.loads, outcome.stdout.splitlines())
     assert (first["figure"], first["error"], second["figure"]) == (None, "RuntimeError: out of luck", 2.0)
-    assert ended.stderr.rstrip().endswith("1 of 2 rows failed:\n  first: RuntimeError: out of luck")
+    assert outcome.stderr.rstrip().endswith("1 of 2 rows failed:\n  first: RuntimeError: out of luck")
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -211,9 +211,9 @@ def test_rows_that_were_not_measured_are_named_at_the_end_and_are_no_failures(mo
     monkeypatch.setitem(command.BENCHMARKS, "gpu", lambda count: attempted(rows, Budget(-1.0)))
     app = typer.Typer()
     app.command()(command.main)
-    ended = CliRunner().invoke(app, ["gpu"])
-    assert ended.exit_code == 1 and "failed" not in ended.output
-    assert ended.output.rstrip().endswith(
+    outcome = CliRunner().invoke(app, ["gpu"])
+    assert outcome.exit_code == 1 and "failed" not in outcome.output
+    assert outcome.output.rstrip().endswith(
         "2 of 2 rows were not measured, since the time limit was reached:\n  first\n  second"
     )
 
@@ -236,7 +236,7 @@ def test_a_process_that_hangs_dies_or_raises_is_replaced_and_the_others_answer()
 
 
 def test_no_process_is_waited_for_longer_than_the_budget() -> None:
-    """Nor do several processes get the time one after another."""
+    """Several processes share that time."""
     clock, waits = Clock(), []
 
     class Slow(Here):
@@ -249,14 +249,14 @@ def test_no_process_is_waited_for_longer_than_the_budget() -> None:
         assert waits[-2:] == [most, most - 2.0]
 
 
-def test_temporary_files_of_a_process_go_with_its_pool() -> None:
+def test_temporary_files_of_a_process_are_removed_with_its_pool() -> None:
     with pool(Budget(60.0)) as processes:
         folder = processes.ask(tempfile.mkdtemp, {0: ()}, 30.0)[0]
         assert Path(folder).is_dir()
     assert not Path(folder).exists()
 
 
-def test_processes_are_prepared_once_and_anew_where_one_failed() -> None:
+def test_a_process_is_prepared_once_and_again_after_a_failure() -> None:
     asked: list[int] = []
 
     def ready(number: int) -> int:
@@ -271,12 +271,12 @@ def test_processes_are_prepared_once_and_anew_where_one_failed() -> None:
         assert asked == [1, 2, 1]
         found = processes.prepare(ready, {0: (1,), 1: (3,)}, 1.0)
         assert found[0] == 10 and str(found[1]) == "ValueError: out of memory"
-        assert processes.prepare(ready, {1: (2,)}, 1.0) == {1: 20} and asked[-1] == 2, "a new process has nothing"
+        assert processes.prepare(ready, {1: (2,)}, 1.0) == {1: 20} and asked[-1] == 2, "a new process is not prepared"
 
 
 @pytest.fixture
-def played_levers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
-    """Levers whose students are played: what was done, in order."""
+def fake_levers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
+    """Replace the training of levers by fakes, and return the list of their calls."""
     done: list[tuple[str, object]] = []
 
     def prepare(lever: levers.Lever) -> levers.Ready:
@@ -300,8 +300,8 @@ def played_levers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
     return done
 
 
-def test_a_lever_that_fails_is_a_row_and_the_others_are_ready_before_one_is_timed(
-    played_levers: list[tuple[str, object]], monkeypatch: pytest.MonkeyPatch
+def test_a_lever_that_fails_is_reported_and_all_are_prepared_before_one_is_timed(
+    fake_levers: list[tuple[str, object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = (levers.Lever(), levers.Lever(triton=True), levers.Lever(students=4, compiled=True))
     monkeypatch.setattr(levers, "LEVERS", tried)
@@ -314,11 +314,11 @@ def test_a_lever_that_fails_is_a_row_and_the_others_are_ready_before_one_is_time
     assert four.figure == pytest.approx(0.002 * 45_000 / (128 * 4))
     assert four.name == "together: control, compiled, 4 students in one graph"
     ready = [("prepare", each.name) for each in tried]
-    assert played_levers[:5] == [*ready, ("timed", 60), ("timed", 15)]
+    assert fake_levers[:5] == [*ready, ("timed", 60), ("timed", 15)]
 
 
-def test_processes_are_measured_at_a_time_with_mps_and_without_and_a_row_says_what_is_missing(
-    played_levers: list[tuple[str, object]], monkeypatch: pytest.MonkeyPatch
+def test_concurrent_processes_are_measured_with_and_without_mps_and_a_row_says_what_failed(
+    fake_levers: list[tuple[str, object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(levers, "LEVERS", ())
     budget = Budget(60.0)
@@ -326,16 +326,18 @@ def test_processes_are_measured_at_a_time_with_mps_and_without_and_a_row_says_wh
     counts = [int(each.name.partition(" ")[0]) for each in found]
     assert counts == [8, 4, 2, 1, 4, 2, 1] * 4 and len({each.name for each in found}) == 28
     assert {each.name.partition(":")[0].partition(", ")[2] for each in found} == {"MPS", "no MPS"}
-    assert [each.error for each in found] == [""] * 14 + ["RuntimeError: an MPS already serves the GPU"] * 14
-    assert [name for name, _ in played_levers].count("prepare") == 8 + 4 + 8 + 4, "each once in a process"
+    assert [each.error for each in found] == [""] * 14 + ["RuntimeError: an MPS serves the GPU already"] * 14
+    assert [name for name, _ in fake_levers].count("prepare") == 8 + 4 + 8 + 4, (
+        "each lever is prepared once in a process"
+    )
 
 
 def test_the_table_of_a_gpu_has_the_bars_of_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    def played(number: int, seconds: float = 1.0) -> Epoch:
+    def fake_epoch(number: int, seconds: float = 1.0) -> Epoch:
         return replace(epoch(number), seconds=seconds, images_per_second=45_000 / 0.5, answer_seconds=0.25)
 
     monkeypatch.setattr(gpu, "begin", lambda training: gpu.First(2.5, 9.0, ["a step cannot be captured"]))
-    monkeypatch.setattr(gpu, "go_on", lambda count: [played(number) for number in range(count)])
+    monkeypatch.setattr(gpu, "go_on", lambda count: [fake_epoch(number) for number in range(count)])
     monkeypatch.setattr(gpu, "rates", lambda: (8e14, 3e12))
     monkeypatch.setattr(gpu, "serves", lambda: True)
     monkeypatch.setattr(gpu, "plain_control", lambda: 4.0)
@@ -357,7 +359,7 @@ def test_the_table_of_a_gpu_has_the_bars_of_an_h100(monkeypatch: pytest.MonkeyPa
     assert "floor of the training 0.19 s" in found["epoch, control, CIFAR stem"].detail
 
 
-def test_without_a_gpu_a_line_says_so_and_levers_are_of_the_gpu() -> None:
+def test_without_a_gpu_a_line_says_so_and_levers_are_only_allowed_with_gpu() -> None:
     app = typer.Typer()
     app.command()(command.main)
     none = CliRunner().invoke(app, ["gpu", "--levers"])
@@ -370,7 +372,7 @@ def test_without_a_gpu_a_line_says_so_and_levers_are_of_the_gpu() -> None:
 
 
 def test_a_scaled_loss_trains_as_a_plain_one_and_products_are_in_float16(pixels: DataSet) -> None:
-    """A scale that is a power of two changes no bit of float32. Clipping sees the gradients without it."""
+    """A scale that is a power of two changes no bit of float32. Clipping gets the gradients without the scale."""
     one = Trial("none", "confirm", cell("none", "cifar", 0.0625), Recipe(epochs=1, batch_size=16, clip=0.5), 1,
                 Data("digits"), None, "test")  # fmt: skip
     views = draw_views(1, 1, 16, pad=1, flip=True)
@@ -390,7 +392,7 @@ def test_a_scaled_loss_trains_as_a_plain_one_and_products_are_in_float16(pixels:
 def weights_of(
     method: str, teacher: Teacher, data: DataSet, groups: int, monkeypatch: pytest.MonkeyPatch, shared: bool = False
 ) -> list[Tensor]:
-    """The weights of two students after two steps, in so many calls of what a graph of levers has in it."""
+    """Return the weights of two students after two steps, in `groups` calls of the function that a graph captures."""
     monkeypatch.setattr(levers.Branches, "run", lambda self, tasks: [each() for each in tasks])
     views = draw_views(1, 1, 40, pad=data.pad, flip=data.flip)
     parts = [(each.order, each.top, each.left, each.flip) for each in (views[:16], views[16:32])]
@@ -423,7 +425,7 @@ def test_students_that_share_their_teachers_pass_train_as_those_that_do_not(
 
 
 def test_students_on_branches_wait_for_what_came_before_and_not_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+    events: list[str] = []
 
     class Stream:
         def __init__(self, name: object) -> None:
@@ -431,7 +433,7 @@ def test_students_on_branches_wait_for_what_came_before_and_not_for_each_other(m
             made.append(self)
 
         def wait_stream(self, other: "Stream") -> None:
-            said.append(f"{self.name} waits for {other.name}")
+            events.append(f"{self.name} waits for {other.name}")
 
     made: list[Stream] = []
     main = Stream("main")
@@ -441,8 +443,8 @@ def test_students_on_branches_wait_for_what_came_before_and_not_for_each_other(m
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     branches = levers.Branches(torch.device("cuda"))
     for _ in range(2):
-        branches.run([lambda: said.append("one trains"), lambda: said.append("two trains")])
-    assert said == 2 * [
+        branches.run([lambda: events.append("one trains"), lambda: events.append("two trains")])
+    assert events == 2 * [
         "branch 1 waits for main", "branch 2 waits for main", "one trains", "two trains",
         "main waits for branch 1", "main waits for branch 2",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which folder may import from which: read from the files, and from what a command really imports."""
+"""Allowed imports of each folder, checked in its files and in the modules that a command loads."""
 
 import ast
 import subprocess
@@ -9,16 +9,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = ("cli", "execute", "reporting", "analysis", "training", "records", "data", "study", "system")
-"""The folders of `tune_kd`: each imports from those after it alone."""
-NOT = {"reporting": {"training"}, "analysis": {"training"}, "training": {"records"}}
-"""And not from these: results are read without torch, and training knows nothing of how it is recorded."""
+"""The folders of `tune_kd`. Each imports only from itself and from those after it."""
+FORBIDDEN = {"reporting": {"training"}, "analysis": {"training"}, "training": {"records"}}
+"""Imports that are also forbidden: reading results needs no torch, and training is independent of records."""
 ONLY = {
     "ray": {"execute"},
     "sqlite3": {"records/ledger.py"},
     "pyarrow": {"records", "system/object_store.py"},
     "optuna": {"study/sampler.py"},
 }
-"""Folders, or files, that alone import a package."""
+"""The only folders or files that may import a package."""
 
 
 PACKAGE = ROOT / "tune_kd"
@@ -46,12 +46,12 @@ def test_the_table_names_all_folders() -> None:
 def test_a_folder_imports_only_from_those_below_it(path: Path) -> None:
     folder = path.relative_to(PACKAGE).parts[0]
     used = {name.split(".")[1] for name in imports(path) if name.startswith("tune_kd.")}
-    assert used <= set(ORDER[ORDER.index(folder) :]) - NOT.get(folder, set())
+    assert used <= set(ORDER[ORDER.index(folder) :]) - FORBIDDEN.get(folder, set())
     assert not any(name.split(".")[0] == "search_spaces" for name in imports(path)) or path.stem == "discover"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_ray_sqlite_pyarrow_and_optuna_have_one_place_each(path: Path) -> None:
+def test_ray_sqlite_pyarrow_and_optuna_are_imported_in_one_place_each(path: Path) -> None:
     within = path.relative_to(PACKAGE)
     outside = {name.split(".")[0] for name in imports(path)}
     for package, owners in ONLY.items():
@@ -59,7 +59,7 @@ def test_ray_sqlite_pyarrow_and_optuna_have_one_place_each(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "search_spaces").glob("*.py")), ids=lambda path: path.name)
-def test_a_search_space_imports_what_its_users_would(path: Path) -> None:
+def test_a_search_space_imports_only_public_names(path: Path) -> None:
     assert {name.rsplit(".", 1)[0] for name in imports(path) if name.startswith("tune_kd")} <= {"tune_kd"}
 
 

@@ -1,4 +1,4 @@
-"""The documentation: every block is executed, or its commands are parsed; the built site needs no other host."""
+"""The documentation: each block is executed, or its commands are parsed. The site loads nothing from other hosts."""
 
 import re
 import shlex
@@ -30,11 +30,11 @@ from tune_kd.system import object_store
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.M)
-ELSEWHERE = {
+ONLY_PARSED = {
     "installs about 6 GB", "on another machine", "takes minutes", "under SLURM", "with a GPU", "with a cluster",
     "with a store",
 }  # fmt: skip
-"""Titles of blocks that need what is not here, or the end of these titles. Their commands are parsed."""
+"""Titles, or ends of titles, of blocks that cannot run in a test. Their commands are only parsed."""
 COMMANDS = get_group(cli.app).commands
 
 
@@ -44,7 +44,7 @@ class Block(NamedTuple):
     text: str
 
     @property
-    def is_elsewhere(self) -> bool:
+    def is_only_parsed(self) -> bool:
         return self.title is not None
 
     @property
@@ -67,7 +67,7 @@ def blocks(path: Path) -> list[Block]:
 
 
 def arguments(words: list[str]) -> list[str] | None:
-    """What a line gives to tune_kd; None where it calls something else."""
+    """Return the arguments of a line that calls tune_kd; None for another line."""
     line = " ".join(words)
     if "python -m tune_kd " not in f"{line} ":
         return None
@@ -77,7 +77,7 @@ def arguments(words: list[str]) -> list[str] | None:
 
 @pytest.fixture
 def ready(finished: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory in which a run that is started has ended at once: it gets the records of a smaller one."""
+    """A working directory in which `run` and `resume` end at once: a new run gets the records of a smaller one."""
 
     def start(study: Any, folder: Path, *_: Any) -> Any:
         shutil.copytree(finished, folder)
@@ -86,9 +86,9 @@ def ready(finished: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
     monkeypatch.setattr(session, "start", start)
     monkeypatch.setattr(session, "go_on", lambda run, *_, **__: (run, session.Ended(None, 0)))
-    monkeypatch.setattr(running, "print_report", lambda *_: None)  # `report` is on the same pages
-    monkeypatch.setattr(figures, "draw", lambda _: [])  # they take most of a report's time, and have their own tests
-    monkeypatch.setattr(object_store, "_store", lambda _: None)  # asks the network for a bucket's region
+    monkeypatch.setattr(running, "print_report", lambda *_: None)  # the same pages also call `report`
+    monkeypatch.setattr(figures, "draw", lambda _: [])  # figures take most of a report's time, and have their own tests
+    monkeypatch.setattr(object_store, "_store", lambda _: None)  # would ask the network for a bucket's region
     monkeypatch.setenv("XDG_DATA_HOME", str(elsewhere / "data"))
     return elsewhere
 
@@ -98,7 +98,7 @@ def ready(finished: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> P
 def test_the_blocks_of_a_page_run_one_after_another(
     path: Path, ready: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = [block for block in blocks(path) if block.language != "text" and not block.is_elsewhere]
+    found = [block for block in blocks(path) if block.language != "text" and not block.is_only_parsed]
     if not any("--name first" in block.text for block in found):
         for name in ("first", "RUN"):
             session.start(None, ready / "results" / name, None, None, None, None)  # type: ignore[arg-type]
@@ -115,9 +115,9 @@ def test_the_blocks_of_a_page_run_one_after_another(
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_commands_of_a_block_that_cannot_run_here_are_parsed(path: Path, ready: Path) -> None:
     for block in blocks(path):
-        if not block.is_elsewhere:
+        if not block.is_only_parsed:
             continue
-        assert any(str(block.title).endswith(each) for each in ELSEWHERE), block.title
+        assert any(str(block.title).endswith(each) for each in ONLY_PARSED), block.title
         for given in filter(None, map(arguments, block.lines)):
             COMMANDS[given[0]].make_context(given[0], given[1:])
             if given[0] in ("run", "plan", "submit"):
@@ -126,10 +126,10 @@ def test_the_commands_of_a_block_that_cannot_run_here_are_parsed(path: Path, rea
 
 def test_every_title_of_a_block_that_cannot_run_here_is_in_use() -> None:
     titles = {str(block.title) for path in FILES for block in blocks(path)}
-    assert {each for each in ELSEWHERE if not any(title.endswith(each) for title in titles)} == set()
+    assert {each for each in ONLY_PARSED if not any(title.endswith(each) for title in titles)} == set()
 
 
-def test_a_command_that_is_not_there_or_lacks_an_option_is_seen() -> None:
+def test_other_commands_are_skipped_and_a_missing_option_is_detected() -> None:
     assert arguments(["srun", "python", "-m", "tune_kd", "run", "x", "&"]) == ["run", "x"]
     assert arguments(["pytest", "-m", "gpu"]) is None
     with pytest.raises(Exception, match="No such option"):
@@ -137,11 +137,11 @@ def test_a_command_that_is_not_there_or_lacks_an_option_is_seen() -> None:
 
 
 @pytest.mark.slow
-def test_the_quickstart_runs_as_it_stands(elsewhere: Path) -> None:
+def test_the_quickstart_runs_without_changes(elsewhere: Path) -> None:
     for block in blocks(ROOT / "docs" / "quickstart.md"):
         if block.language == "python":
             exec(compile(block.text, "quickstart", "exec"), {})
-        if block.language == "bash" and not block.is_elsewhere:
+        if block.language == "bash" and not block.is_only_parsed:
             for words in block.lines:
                 process = command(elsewhere, *words[3:])
                 shown = process.communicate(timeout=300)
@@ -150,8 +150,8 @@ def test_the_quickstart_runs_as_it_stands(elsewhere: Path) -> None:
 
 def test_the_reference_has_all_public_names() -> None:
     text = (ROOT / "docs" / "reference.md").read_text()
-    told = set(re.findall(r"heading: tune_kd\.([\w.]+)", text))
-    assert {*tune_kd.__all__, "training.Batch", "training.Context", "training.Shapes"} <= told
+    documented = set(re.findall(r"heading: tune_kd\.([\w.]+)", text))
+    assert {*tune_kd.__all__, "training.Batch", "training.Context", "training.Shapes"} <= documented
 
 
 def test_every_command_is_on_its_page_with_an_example() -> None:
@@ -174,15 +174,15 @@ def test_fields_have_their_types_defaults_and_comments() -> None:
 
 
 @pytest.mark.parametrize("name", ["ablation", "tuned"])
-def test_a_study_of_the_gallery_loads_and_says_what_the_page_says(name: str) -> None:
+def test_a_study_of_the_gallery_loads_and_its_summary_is_on_the_page(name: str) -> None:
     records = tune_kd.load(ROOT / "docs" / "gallery" / name)
     assert set(records.trials["status"]) <= {"completed", "stopped"}
-    said = "".join(f"> - {sentence}\n" for sentence in summary(records).sentences)
+    sentences = "".join(f"> - {sentence}\n" for sentence in summary(records).sentences)
     for page in ("docs/results.md", *["README.md"] * (name == "ablation")):
-        assert said in (ROOT / page).read_text(), page
+        assert sentences in (ROOT / page).read_text(), page
 
 
-# The site as `mkdocs build` made it, which .ci/run does before the tests
+# The site, which .ci/run builds with `mkdocs build` before the tests
 
 
 @pytest.fixture(scope="module")

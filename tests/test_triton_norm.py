@@ -1,6 +1,6 @@
 """The Triton kernels compute what PyTorch's batch norm, addition and ReLU do, forwards and backwards.
 
-Triton's interpreter runs them on the CPU. Triton reads that it shall when it is imported, so a process of its own does.
+Triton's interpreter runs them on the CPU. Triton reads TRITON_INTERPRET at import, so they run in a separate process.
 """
 
 import multiprocessing
@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from tune_kd.training import networks
 
 pytestmark = [
-    pytest.mark.long,  # the only tests of the kernels; a process imports torch
+    pytest.mark.long,  # a process imports torch; not slow, since these are the only tests of the kernels
     pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which comes with torch for CUDA"),
 ]
 
-SMALL = {"TILE": 64, "PROGRAMS": 4}  # so that a few rows are several tiles of several parts
+SMALL = {"TILE": 64, "PROGRAMS": 4}  # so small that a few rows fill several tiles of several parts
 SHAPES = {"odd": (3, 5, 7, 3), "one column": (5, 8, 1, 1), "more channels than a tile has": (2, 70, 2, 3)}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Callable[..., Any]]:
-    """Calls a function of this file in a process whose Triton interprets."""
+    """Return a function that calls a function of this file in a process with Triton's interpreter."""
     context = multiprocessing.get_context("spawn")
     with patch.dict(os.environ, TRITON_INTERPRET="1"), ProcessPoolExecutor(1, context) as process:
         yield lambda function, *arguments: process.submit(_with_small_tiles, function, *arguments).result()
@@ -48,7 +48,7 @@ def _with_small_tiles(function: Callable[..., Any], *arguments: Any) -> Any:
 def _both(
     precision: str, shape: tuple[int, ...], adds: bool, relu: bool, device: str = "cpu"
 ) -> list[tuple[Tensor, Tensor]]:
-    """The kernels' output, gradients and running statistics, each with that of PyTorch in float32."""
+    """Return output, gradients and running statistics of the kernels, each with that of PyTorch in float32."""
     from benchmarks.triton_norm import Norm
 
     kind = getattr(torch, precision)
@@ -93,7 +93,7 @@ def test_output_gradients_and_running_statistics_are_those_of_pytorch(
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize("adds", [False, True])
-def test_a_gpu_computes_what_the_interpreter_does(precision: str, adds: bool) -> None:
+def test_on_a_gpu_the_kernels_compute_what_pytorch_does(precision: str, adds: bool) -> None:
     """A feature map of ResNet-18's first stage, which takes many tiles in many parts, and one of odd sizes."""
     tolerance = max(1e-3, TOLERANCE[precision])  # sums over 131,072 values, in another order
     for shape in ((128, 64, 32, 32), (5, 70, 7, 3)):
@@ -102,7 +102,7 @@ def test_a_gpu_computes_what_the_interpreter_does(precision: str, adds: bool) ->
 
 
 def _networks(training: bool) -> list[tuple[Tensor, Tensor]]:
-    """What a whole network yields, with its gradients and buffers, with the kernels and without."""
+    """Return output, gradients and buffers of a network with the kernels, each with that without them."""
     from benchmarks.triton_norm import replace_norms
 
     net = networks.build("resnet18", stem="cifar", classes=10, width=0.0625, seed=1)
@@ -125,7 +125,7 @@ def test_a_network_trains_as_it_does_without_the_kernels(interpreted: Callable[.
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_in_eval_mode_a_network_is_what_it_was_to_the_bit(interpreted: Callable[..., Any]) -> None:
+def test_in_eval_mode_a_network_with_the_kernels_gives_the_same_bits(interpreted: Callable[..., Any]) -> None:
     assert all(torch.equal(found, expected) for found, expected in interpreted(_networks, False))
 
 
@@ -143,19 +143,19 @@ def _compiled() -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.slow
-def test_the_kernels_are_part_of_a_compiled_step_without_a_break(interpreted: Callable[..., Any]) -> None:
+def test_the_kernels_compile_without_a_graph_break(interpreted: Callable[..., Any]) -> None:
     for found, expected in interpreted(_compiled):
         torch.testing.assert_close(found, expected)
 
 
-def _pulled() -> tuple[list[float], list[float]]:
-    """Losses of two calls of a lever on a simulated GPU, with the kernels and without."""
+def _losses_of_a_lever() -> tuple[list[float], list[float]]:
+    """Return the losses of two calls of a lever on a fake GPU, with the kernels and without."""
     from benchmarks import gpu, levers, triton_norm
     from second_device import simulated_gpu
     from tune_kd.training.step import Step
 
     gpu.IMAGES, gpu.VALIDATION, levers.WIDTH, levers.WARM_UP = 4, 2, 0.0625, 1
-    triton_norm.TILE = 2**16  # a tile for all, since the interpreter takes its time for each
+    triton_norm.TILE = 2**16  # one tile for all, since the interpreter is slow for each
     losses: list[Tensor] = []
     call = Step.__call__
 
@@ -175,5 +175,5 @@ def _pulled() -> tuple[list[float], list[float]]:
 
 @pytest.mark.slow
 def test_the_lever_trains_with_the_kernels_as_without_them(interpreted: Callable[..., Any]) -> None:
-    found, expected = interpreted(_pulled)
+    found, expected = interpreted(_losses_of_a_lever)
     assert found == pytest.approx(expected, rel=0.02) and found[1] < found[0]

@@ -1,4 +1,4 @@
-"""The commands as a user calls them: words, exit status, and nothing started by a mistake."""
+"""The command line: messages, exit status, and no start after a wrong argument."""
 
 import json
 import os
@@ -148,9 +148,9 @@ def test_a_run_of_another_version_is_not_resumed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
     study = resolve(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", "smoke")
-    begun = runs.Run("old", elsewhere / "results" / "old", study, "0" * 64, None, {})
-    runs.create(begun)
-    altered(begun.folder / "study.json", lambda record: record["versions"].update(tune_kd="0.0.1"))
+    old = runs.Run("old", elsewhere / "results" / "old", study, "0" * 64, None, {})
+    runs.create(old)
+    altered(old.folder / "study.json", lambda record: record["versions"].update(tune_kd="0.0.1"))
     assert call(monkeypatch, "resume", "old") == 2
     error = capsys.readouterr().err
     assert "0.0.1" in error and "finish the run with the version that started it" in " ".join(error.split())
@@ -160,8 +160,8 @@ SHARES = {"gpus_per_trial": "auto", "cpus_per_trial": 1.0, "max_concurrent": Non
           "mps": "auto"}  # fmt: skip
 
 
-def begun(elsewhere: Path, ended: str = "completed") -> Path:
-    """The folder of a run of a study whose file stands beside it."""
+def create_run(elsewhere: Path, status: str = "completed") -> Path:
+    """Create a run whose trials have this status, with the file of its study, and return its folder."""
     source = discover.Source(elsewhere / "mine.py", "smoke", settings=("recipe.epochs=3",))
     shutil.copy(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", source.file)
     # Versions before 0.7 recorded None for the default.
@@ -170,7 +170,7 @@ def begun(elsewhere: Path, ended: str = "completed") -> Path:
     runs.create(run)
     ledger = Ledger(run.folder / LEDGER)
     for trial in run.plan.trials:
-        ledger.put(TRIALS, first_row("mine", trial) | {"status": ended, "epochs_run": trial.recipe.epochs})
+        ledger.put(TRIALS, first_row("mine", trial) | {"status": status, "epochs_run": trial.recipe.epochs})
         for epoch in range(1, trial.recipe.epochs + 1):
             ledger.put(EPOCHS, {"run": "mine", "trial_id": trial.trial_id, "epoch": epoch})
     ledger.close()
@@ -191,11 +191,11 @@ def begun(elsewhere: Path, ended: str = "completed") -> Path:
         (("", ""), ["--extend", "--set", "confirm.seeds=[0,1]"], ["screen.seed is 0"]),
     ],
 )
-def test_a_study_that_was_changed_is_not_gone_on_with(
+def test_a_changed_study_or_setting_is_refused_by_resume(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path,
     edit: tuple[str, str], arguments: list[str], words: list[str],
 ) -> None:  # fmt: skip
-    folder = begun(elsewhere)
+    folder = create_run(elsewhere)
     before = (folder / "study.json").read_text()
     file = elsewhere / "mine.py"
     file.write_text(file.read_text().replace(*edit) if edit[0] else file.read_text())
@@ -209,7 +209,7 @@ def test_a_study_that_was_changed_is_not_gone_on_with(
 def test_a_run_that_has_not_ended_is_not_extended(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
-    begun(elsewhere, "running")
+    create_run(elsewhere, "running")
     assert call(monkeypatch, "resume", "mine", "--extend", "--set", "confirm.seeds=[1,2]") == 2
     assert "trials have not ended; resume it first, then use --extend" in capsys.readouterr().err
 
@@ -217,7 +217,7 @@ def test_a_run_that_has_not_ended_is_not_extended(
 def test_an_extension_changes_nothing_while_another_process_holds_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
-    folder = begun(elsewhere)
+    folder = create_run(elsewhere)
     before = (folder / "study.json").read_text()
     with lock.held(folder):
         assert call(monkeypatch, "resume", "mine", "--extend", "--set", "confirm.seeds=[1,2]") == 2
@@ -228,7 +228,7 @@ def test_an_extension_changes_nothing_while_another_process_holds_the_run(
 def test_a_run_is_held_while_its_extension_is_recorded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
-    folder, held = begun(elsewhere), []
+    folder, held = create_run(elsewhere), []
 
     def recorded(run: runs.Run) -> None:
         held.append(lock.holder(folder))
@@ -247,10 +247,10 @@ def test_a_run_is_held_while_its_extension_is_recorded(
     assert held[0]["pid"] == os.getpid()
 
 
-def test_a_run_goes_on_with_its_shares_or_with_those_that_are_given(
+def test_a_run_resumes_with_its_recorded_shares_unless_others_are_given(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
-    folder, used = begun(elsewhere), []
+    folder, used = create_run(elsewhere), []
     recorded = (folder / "study.json").read_bytes()
 
     def executed(run: runs.Run, *_: object) -> None:
@@ -262,16 +262,16 @@ def test_a_run_goes_on_with_its_shares_or_with_those_that_are_given(
     assert call(monkeypatch, "resume", "mine") == 130
     given = ("--cpus-per-trial", "0.5", "--gpus-per-trial", "0", "--max-concurrent", "3", "--mps", "off")
     assert call(monkeypatch, "resume", "mine", *given) == 130
-    began = SHARES | {"track": []}
+    defaults = SHARES | {"track": []}
     changed = {"cpus_per_trial": 0.5, "gpus_per_trial": 0.0, "max_concurrent": 3, "mps": "off"}
-    assert used == [began, began | changed]
+    assert used == [defaults, defaults | changed]
     assert (folder / "study.json").read_bytes() == recorded
 
 
-def test_status_shows_trials_that_were_added_and_that_no_driver_took_over(
+def test_status_shows_added_trials_and_that_no_driver_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
-    folder = begun(elsewhere)
+    folder = create_run(elsewhere)
     assert call(monkeypatch, "status", "mine") == 0
     assert "not running" not in capsys.readouterr().out
     more = extension.extended(runs.reopen(folder), ["confirm.seeds=[1,2]"])
@@ -297,35 +297,35 @@ def test_status_shows_what_early_stopping_decided(
     assert json.loads(capsys.readouterr().out)["decisions"] == rows
 
 
-def test_status_prints_what_a_trial_said_as_it_said_it_to_whoever_still_reads(
+def test_status_prints_errors_of_trials_unchanged_and_tolerates_a_closed_pipe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path, elsewhere: Path
 ) -> None:
     run = elsewhere / "results" / "[laptop]"
     shutil.copytree(finished, run)
-    said = "RuntimeError: [/pytorch/gloo/pair.cc:534] closed [enforce fail at alloc.cpp:114] " + 3 * "and so on, "
+    error = "RuntimeError: [/pytorch/gloo/pair.cc:534] closed [enforce fail at alloc.cpp:114] " + 3 * "and so on, "
     ledger = Ledger(run / LEDGER)
     unmeasured = {"test_accuracy": None, "test_accuracy_best": None}
     for row in ledger.rows(TRIALS)[:2]:
-        ledger.put(TRIALS, row | unmeasured | {"status": "failed", "error": said})
+        ledger.put(TRIALS, row | unmeasured | {"status": "failed", "error": error})
     ledger.put(TRIALS, ledger.rows(TRIALS)[2] | unmeasured | {"status": "pending"})
     ledger.close()
     assert call(monkeypatch, "status", "[laptop]") == 0
     shown = capsys.readouterr().out
-    assert shown.count(f" failed: {said}") == 2
-    monkeypatch.setattr("tune_kd.reporting.progress.SHOWN", 1)  # of thousands, some and their number
+    assert shown.count(f" failed: {error}") == 2
+    monkeypatch.setattr("tune_kd.reporting.progress.SHOWN", 1)  # longer lists are cut, with the number of the rest
     assert call(monkeypatch, "status", "[laptop]") == 0
     few = capsys.readouterr().out
-    assert few.count(f" failed: {said}") == 1 and "and 1 more; `--json` lists all of them" in few
+    assert few.count(f" failed: {error}") == 1 and "and 1 more; `--json` lists all of them" in few
     assert "continue with: python -m tune_kd resume 'results/[laptop]'\n" in shown
     for form in ([], ["--json"]):
         command = [sys.executable, "-m", "tune_kd", "status", "[laptop]", *form]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as left:
-            assert left.stdout is not None and left.stderr is not None
-            left.stdout.close()
-            assert (left.stderr.read(), left.wait(60)) == (b"", 0)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.close()
+            assert (process.stderr.read(), process.wait(60)) == (b"", 0)
 
 
-def test_plan_tells_of_rungs_margins_looks_and_short_grace_periods(
+def test_plan_shows_rungs_margins_looks_and_short_grace_periods(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path, elsewhere: Path
 ) -> None:
     study = resolve(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", "laptop")
@@ -349,7 +349,7 @@ def test_plan_tells_of_rungs_margins_looks_and_short_grace_periods(
 
 
 @pytest.mark.parametrize(("count", "t"), [(1, None), (2, "12.7"), (3, "4.3"), (4, "3.2"), (5, None)])
-def test_plan_tells_what_teachers_show_and_warns_of_two_to_four(
+def test_plan_shows_what_several_teachers_can_detect_and_warns_of_two_to_four(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path, count: int, t: str | None
 ) -> None:
     arguments = ["plan", "ablation", "--scale", "laptop", "--set", f"teacher_seeds={list(range(7, 7 + count))}"]
@@ -365,7 +365,7 @@ def test_plan_tells_what_teachers_show_and_warns_of_two_to_four(
     assert (answer["seeds"]["detectable_over_teachers"] is None) == (count == 1)
 
 
-def test_margins_of_an_earlier_runs_controls_are_on_record_as_a_setting(
+def test_margins_from_the_controls_of_an_earlier_run_become_a_setting(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path
 ) -> None:
     study = reader.load(finished).study["study"]
@@ -390,12 +390,14 @@ def test_compiling_without_a_compiler_is_refused_before_anything_starts(
     assert not (elsewhere / "results").exists()
     study = resolve(Path(cli.__file__).parents[2] / "search_spaces" / "ablation.py", "smoke")
     compiled = replace(study, recipe=replace(study.recipe, compile=True))
-    runs.create(runs.Run("here", Path("results/here"), compiled, "0" * 64, None, SHARES))  # on a machine that had one
+    runs.create(
+        runs.Run("here", Path("results/here"), compiled, "0" * 64, None, SHARES)
+    )  # created on a machine with a compiler
     assert call(monkeypatch, "resume", "here") == 2
     assert "C++ compiler" in capsys.readouterr().err
 
 
-def test_all_mistakes_of_a_call_are_told_at_once(
+def test_all_mistakes_of_a_call_are_reported_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = ["--name", "-", "--cpus-per-trial", "-2", "--max-concurrent", "0", "--set", "screen.grace=0"]
@@ -405,7 +407,7 @@ def test_all_mistakes_of_a_call_are_told_at_once(
         assert field in error
 
 
-def test_a_run_that_exists_is_not_begun_again(
+def test_a_run_that_exists_is_not_started_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
     (elsewhere / "results" / "mine").mkdir(parents=True)
@@ -414,21 +416,21 @@ def test_a_run_that_exists_is_not_begun_again(
     assert "resume" in capsys.readouterr().err
 
 
-def test_what_is_refused_is_told_without_the_secret_in_it(
+def test_secrets_in_a_refused_argument_are_masked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
     secret = SECRETS["GitHub"][0]
     assert call(monkeypatch, "plan", "ablation", "--scale", "smoke", "--set", f"recipe.lr={secret}") == 2
-    said = capsys.readouterr().err
-    assert "recipe.lr" in said and "***" in said and secret not in said
+    error = capsys.readouterr().err
+    assert "recipe.lr" in error and "***" in error and secret not in error
 
 
-def test_an_error_of_ours_is_not_taken_for_failed_trials(
+def test_an_internal_error_does_not_exit_like_failed_trials(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli, "app", lambda: 1 / 0)
     assert call(monkeypatch) == 3
-    assert "ZeroDivisionError" in (said := capsys.readouterr().err) and "this is a bug in tune_kd" in said
+    assert "ZeroDivisionError" in (error := capsys.readouterr().err) and "this is a bug in tune_kd" in error
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -440,7 +442,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_results_cannot_go_where_a_file_is(
+def test_results_cannot_be_written_below_a_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
     (elsewhere / "file").write_text("")
@@ -448,7 +450,7 @@ def test_results_cannot_go_where_a_file_is(
     assert "--out is file/results" in capsys.readouterr().err
 
 
-def test_the_plan_as_json_is_json_alone_and_names_arms_trials_and_teachers(
+def test_the_plan_as_json_has_arms_trials_and_teachers_and_no_other_output(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "plan", "ablation", "--scale", "paper", "--json") == 0
@@ -461,19 +463,19 @@ def test_the_plan_as_json_is_json_alone_and_names_arms_trials_and_teachers(
     assert planned["seeds"]["smallest_exact_p"] == 0.0625
 
 
-def test_the_plan_tells_people_what_was_merged_what_it_costs_and_what_seeds_can_show(
+def test_the_plan_shows_merged_cells_its_cost_and_what_the_seeds_can_detect(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "plan", "ablation", "--scale", "laptop") == 0
-    said = " ".join(capsys.readouterr().out.split())
+    output = " ".join(capsys.readouterr().out.split())
     for words in ("14 arms", "114 trials", "including 2 teachers", "assumes", "80 % power", "0.0156"):
-        assert words in said
+        assert words in output
     for contrast in plan(resolve(find("ablation"), "laptop")).contrasts:
-        assert f"{contrast.name} {contrast.family} {contrast.kind}" in said
+        assert f"{contrast.name} {contrast.family} {contrast.kind}" in output
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ("factors.temperature=4", "factors.temperature is 4; allowed: a list, such as 'factors.temperature=[4]'"),
         ("factors.method=none,logit", "factors.method is 'none,logit'; allowed: a list, such as "
@@ -499,24 +501,24 @@ def test_the_plan_tells_people_what_was_merged_what_it_costs_and_what_seeds_can_
         ("tuning={\"budget\": 4}", "tuning is {'budget': 4}; allowed: its fields, one by one or null"),
     ],
 )  # fmt: skip
-def test_a_setting_of_the_wrong_type_is_answered_with_what_to_type(
-    given: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_setting_of_the_wrong_type_is_refused_with_a_correct_example(
+    given: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "plan", "ablation", "--scale", "smoke", "--set", "screen.grace=1", "--set", given) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"tune_kd: --set {said}"), error
-    if "such as" in said:
-        (right,) = shlex.split(said.rpartition("such as ")[2])
-        call(monkeypatch, "plan", "ablation", "--scale", "smoke", "--set", right)
+    assert error.startswith(f"tune_kd: --set {message}"), error
+    if "such as" in message:
+        (suggested,) = shlex.split(message.rpartition("such as ")[2])
+        call(monkeypatch, "plan", "ablation", "--scale", "smoke", "--set", suggested)
         assert f"--set {given.partition('=')[0]}" not in capsys.readouterr().err
 
 
-def test_fields_that_are_set_as_one_object_are_set_one_by_one() -> None:
+def test_setting_an_object_keeps_the_fields_that_it_does_not_name() -> None:
     study = resolve(find("ablation"), "smoke", None, ['recipe={"epochs": 3, "lr": 0.25}'])
     assert (study.recipe.epochs, study.recipe.lr, study.recipe.batch_size) == (3, 0.25, 64)
 
 
-def test_a_study_of_ones_own_is_found_by_path_and_by_name(
+def test_a_custom_study_is_found_by_path_and_by_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
     (elsewhere / "search_spaces").mkdir()
@@ -556,7 +558,7 @@ def test_a_study_file_that_does_not_work_is_named_with_its_error(
     assert words in error
 
 
-def test_the_studys_only_scale_is_what_auto_means_and_ints_and_floats_are_one_value(
+def test_auto_means_the_only_scale_of_a_study_and_ints_equal_floats(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
     page = (Path(__file__).parents[2] / "docs" / "search-spaces.md").read_text()
@@ -566,9 +568,9 @@ def test_the_studys_only_scale_is_what_auto_means_and_ints_and_floats_are_one_va
     planned = json.loads(capsys.readouterr().out)
     assert planned["scale"] == "small"
     (elsewhere / "ints.py").write_text(block.replace("temperature=4.0", "temperature=4").replace("lr=0.2", "lr=1"))
-    whole = resolve(elsewhere / "ints.py", "small")
-    assert plan(whole) == plan(from_json(json.loads(json.dumps(asdict(whole)))))
-    assert isinstance(whole.teacher_recipe.lr, float)
+    study = resolve(elsewhere / "ints.py", "small")
+    assert plan(study) == plan(from_json(json.loads(json.dumps(asdict(study)))))
+    assert isinstance(study.teacher_recipe.lr, float)
 
 
 def test_a_field_can_be_set_from_the_command_line(
@@ -599,18 +601,18 @@ def test_the_entry_point_is_installed() -> None:
 
 
 @pytest.mark.long
-def test_a_report_of_two_runs_compares_them_and_says_in_what_they_differ(
+def test_a_report_of_two_runs_compares_them_and_lists_their_differences(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path, finished: Path
 ) -> None:
     other = elsewhere / "results" / "other"
     shutil.copytree(finished, other, ignore=shutil.ignore_patterns("checkpoints", "ledger*"))
 
-    def another(record: dict[str, Any]) -> None:
+    def rename(record: dict[str, Any]) -> None:
         record["run"], record["study"]["recipe"]["lr"] = "other", 0.07
         record["study_sha256"] = digest(record["study"])
-        record["layout"] = 1  # as one that was made before tables had digests
+        record["layout"] = 1  # a layout from before tables had digests
 
-    altered(other / "study.json", another)
+    altered(other / "study.json", rename)
     for name in ("trials", "epochs", "decisions"):
         table = pd.read_parquet(other / f"{name}.parquet")
         table.assign(run=pd.Series("other", index=table.index, dtype="string")).to_parquet(other / f"{name}.parquet")
@@ -628,12 +630,12 @@ def test_a_report_of_two_runs_compares_them_and_says_in_what_they_differ(
     compared = pd.read_csv(elsewhere / "report-tiny-other" / "tables" / "between_runs.csv")
     assert compared["estimate"].tolist() == [0.0] * len(compared)
     assert call(monkeypatch, "report", str(finished), "other", "--format", "md") == 0
-    said = capsys.readouterr().out
-    assert "Differences between the runs" in said
-    assert re.search(r"study\.recipe\.lr +0\.05 +0\.07", said)
+    output = capsys.readouterr().out
+    assert "Differences between the runs" in output
+    assert re.search(r"study\.recipe\.lr +0\.05 +0\.07", output)
 
 
-def test_a_report_is_written_where_and_in_what_form_one_likes_and_opened(
+def test_a_report_is_written_to_the_chosen_folder_and_formats_and_opened(
     monkeypatch: pytest.MonkeyPatch, elsewhere: Path, finished: Path
 ) -> None:
     opened: list[str] = []
@@ -645,7 +647,7 @@ def test_a_report_is_written_where_and_in_what_form_one_likes_and_opened(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "words"),
     [
         (["--format", "docx"], ["--format is 'docx'; allowed: html, md, csv, tex, png, svg"]),
         (["--format", ""], ["--format is ''; allowed: html, md"]),
@@ -654,18 +656,18 @@ def test_a_report_is_written_where_and_in_what_form_one_likes_and_opened(
         (["nowhere", "--phase", "x=y"], ["--phase is 'x=y'", "RUN is 'nowhere'; allowed: a run's folder"]),
     ],
 )
-def test_a_report_that_cannot_be_is_refused_with_every_problem_and_nothing_is_written(
+def test_wrong_options_of_a_report_are_refused_together_and_nothing_is_written(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path, finished: Path,
-    arguments: list[str], says: list[str],
+    arguments: list[str], words: list[str],
 ) -> None:  # fmt: skip
     assert call(monkeypatch, "report", str(finished), "--to", "mine", *arguments) == 2
-    said = capsys.readouterr().err
-    assert all(each in said for each in says)
-    assert "Traceback" not in said
+    error = capsys.readouterr().err
+    assert all(each in error for each in words)
+    assert "Traceback" not in error
     assert not (elsewhere / "mine").exists()
 
 
-def test_a_report_cannot_go_into_a_file(
+def test_a_report_cannot_be_written_where_a_file_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path, finished: Path
 ) -> None:
     (elsewhere / "mine").write_text("")
@@ -674,7 +676,7 @@ def test_a_report_cannot_go_into_a_file(
 
 
 @pytest.mark.parametrize(
-    ("study", "gpus", "says"),
+    ("study", "gpus", "message"),
     [
         (
             "ablation", 1,
@@ -693,16 +695,16 @@ def test_a_report_cannot_go_into_a_file(
         ("ablation", 0, "laptop, since Ray sees no GPU (--scale paper for the full study)"),
     ],
 )  # fmt: skip
-def test_auto_says_how_long_the_scales_for_a_gpu_take(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], study: str, gpus: int, says: str
+def test_auto_estimates_the_time_of_the_scales_for_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], study: str, gpus: int, message: str
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     assert call(monkeypatch, "plan", study) == 0
-    assert " ".join(capsys.readouterr().out.split()).startswith(f"{study} at scale {says}")
+    assert " ".join(capsys.readouterr().out.split()).startswith(f"{study} at scale {message}")
 
 
-def test_what_is_set_wrongly_is_told_and_not_lost_in_an_estimate(
+def test_a_wrong_setting_is_reported_instead_of_an_estimate(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -729,23 +731,23 @@ LONG = 300 * "y"
     ],
     ids=lambda arguments: " ".join(arguments).replace(LONG, "LONG"),
 )
-def test_a_name_that_no_disk_takes_is_refused_and_nothing_made(
+def test_a_name_that_is_too_long_is_refused_and_nothing_is_created(
     arguments: tuple[str, ...], elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, *arguments) == 2
-    told = capsys.readouterr().err
-    assert LONG in told and told.endswith("is too long; allowed: at most 255 bytes\n")
+    error = capsys.readouterr().err
+    assert LONG in error and error.endswith("is too long; allowed: at most 255 bytes\n")
     assert [path.name for path in elsewhere.iterdir()] in ([], ["cache"])
 
 
-def test_a_reports_folder_with_too_long_a_name_is_refused_and_those_above_it_not_made(
+def test_a_reports_folder_with_too_long_a_name_is_refused_and_no_parent_is_created(
     finished: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "report", str(finished), "--to", f"above/{LONG}") == 2
     assert "is too long" in capsys.readouterr().err and not (elsewhere / "above").exists()
 
 
-def test_a_path_that_sqlite_does_not_open_is_refused_and_nothing_made(
+def test_a_path_that_is_too_long_for_sqlite_is_refused_and_nothing_is_created(
     finished: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = elsewhere / Path(*(95 * each for each in "abcde"))
@@ -756,14 +758,14 @@ def test_a_path_that_sqlite_does_not_open_is_refused_and_nothing_made(
     assert f"--out is {out}, where {why}; choose a folder with a shorter path" in capsys.readouterr().err
     assert not (elsewhere / ("a" * 95)).exists()
 
-    shutil.copytree(finished, out / "x")  # as whoever moves a run does
-    (elsewhere / "short").symlink_to(out)  # SQLite follows it
+    shutil.copytree(finished, out / "x")  # moved there by a user
+    (elsewhere / "short").symlink_to(out)  # SQLite resolves the link
     for arguments in (("status", str(out / "x")), ("status", "--out", str(out)), ("resume", "short/x")):
         assert call(monkeypatch, *arguments) == 2
         assert "bytes, and SQLite opens paths of at most 504; move it to a folder" in capsys.readouterr().err
 
 
-def test_the_longest_path_that_a_run_is_begun_in_is_one_that_sqlite_opens(tmp_path: Path) -> None:
+def test_sqlite_opens_the_longest_path_that_is_allowed_for_a_run(tmp_path: Path) -> None:
     folder = tmp_path / Path(*(95 * each for each in "abcd"))
     folder /= "e" * (SQLITE_BYTES - len(str(folder / LEDGER)) - 1)
     folder.mkdir(parents=True)

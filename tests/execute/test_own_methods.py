@@ -1,4 +1,4 @@
-"""Studies with losses of their own, on Ray: killed, edited, resumed, on another node."""
+"""Studies with custom losses on Ray: killed, edited, resumed, and with workers on another node."""
 
 import json
 import os
@@ -78,68 +78,68 @@ def folder(tmp_path: Path) -> Path:
     return home
 
 
-def judge(run: Path) -> None:
-    """The arms of the study's own formula of logit have the numbers of `logit`, and its settings are columns."""
+def check_records(run: Path) -> None:
+    """Check that the arms of the custom KD loss equal those of `logit`, and that custom settings are columns."""
     assert_contiguous_epochs(run)
     trials = pd.read_parquet(run / "trials.parquet")
     assert set(trials["status"]) == {"completed"}, trials["error"].dropna().tolist()
-    of = {name: group.sort_values(["phase", "seed"]) for name, group in trials.groupby("arm")}
+    arms = {name: group.sort_values(["phase", "seed"]) for name, group in trials.groupby("arm")}
     for column in ("weights_digest", "test_accuracy", "kl_t4"):
-        assert of["kd"][column].tolist() == of["logit"][column].tolist()
-    assert of["at/weight=100"]["weights_digest"].tolist() != of["at/weight=1000"]["weights_digest"].tolist()
+        assert arms["kd"][column].tolist() == arms["logit"][column].tolist()
+    assert arms["at/weight=100"]["weights_digest"].tolist() != arms["at/weight=1000"]["weights_digest"].tolist()
     assert trials["weight"].dtype == "float64"
     assert trials["weight"].dropna().unique().tolist() in ([100.0, 1000.0], [1000.0, 100.0])
     assert sorted(path.name for path in (run / "source").rglob("*.py")) == ["angles.py", "at.py", "kd.py"]
 
 
 @pytest.mark.long
-def test_a_run_with_losses_of_its_own_is_killed_refused_after_an_edit_and_completed(folder: Path) -> None:
+def test_a_killed_run_with_custom_losses_refuses_an_edited_file_and_resumes(folder: Path) -> None:
     run = folder / "results" / "r"
     killed = command(folder, "run", "study.py", "--name", "r")
     wait_for(lambda: epochs_on_record(run) >= 12)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
 
-    whole = (folder / "angles.py").read_text()
-    (folder / "angles.py").write_text(f"{whole}# edited\n")
+    original = (folder / "angles.py").read_text()
+    (folder / "angles.py").write_text(f"{original}# edited\n")
     refused = command(folder, "resume", "r")
-    _, said = refused.communicate(timeout=200)
+    _, errors = refused.communicate(timeout=200)
     assert refused.returncode == 2
-    assert "at.py, or a file that it imports, was changed" in said
-    (folder / "angles.py").write_text(whole)
+    assert "at.py, or a file that it imports, was changed" in errors
+    (folder / "angles.py").write_text(original)
 
     resumed = command(folder, "resume", "r", "--json")
-    answer, said = resumed.communicate(timeout=200)
-    assert resumed.returncode == 0, said
+    answer, errors = resumed.communicate(timeout=200)
+    assert resumed.returncode == 0, errors
     assert {each["contrast"] for each in json.loads(answer)["contrasts"]} == {
         "at - none", "kd - logit", "weight=100 - weight=1000"
     }  # fmt: skip
-    judge(run)
+    check_records(run)
 
     simulated = command(folder, "simulate", "study.py", "--curves", "results/r", "--json")
-    answer, said = simulated.communicate(timeout=200)
-    assert simulated.returncode == 0, said
+    answer, errors = simulated.communicate(timeout=200)
+    assert simulated.returncode == 0, errors
     assert json.loads(answer)
 
 
 @pytest.mark.slow
-def test_workers_of_other_nodes_have_the_losses_also_where_their_folder_is_gone(folder: Path, tmp_path: Path) -> None:
+def test_workers_on_other_nodes_have_the_losses_after_their_folder_is_moved(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "results" / "r"
     with cluster(tmp_path) as (_, address):
-        begun = command(folder, "run", "study.py", "--name", "r", "--out", str(run.parent), "--address", address)
-        wait_for(lambda: begun.poll() is not None or epochs_on_record(run) >= 1)
+        started = command(folder, "run", "study.py", "--name", "r", "--out", str(run.parent), "--address", address)
+        wait_for(lambda: started.poll() is not None or epochs_on_record(run) >= 1)
         folder.rename(tmp_path / "elsewhere")
-        _, said = begun.communicate(timeout=300)
-    assert begun.returncode == 0, said
-    judge(run)
+        _, errors = started.communicate(timeout=300)
+    assert started.returncode == 0, errors
+    check_records(run)
 
 
 @pytest.mark.long
-def test_a_broken_loss_is_told_before_anything_is_made(folder: Path) -> None:
+def test_a_broken_loss_is_reported_before_anything_is_created(folder: Path) -> None:
     text = (folder / "own/kd.py").read_text().replace("ours, theirs, ", "ours, theirs[:, 1:], ")
     (folder / "own/kd.py").write_text(text)
-    begun = command(folder, "run", "study.py", "--name", "r")
-    _, said = begun.communicate(timeout=200)
-    assert begun.returncode == 2
-    assert "own/kd.py:KD of method 'kd' fails in its dry run at own/kd.py, line 12: RuntimeError" in said
+    started = command(folder, "run", "study.py", "--name", "r")
+    _, errors = started.communicate(timeout=200)
+    assert started.returncode == 2
+    assert "own/kd.py:KD of method 'kd' fails in its dry run at own/kd.py, line 12: RuntimeError" in errors
     assert not (folder / "results").exists()

@@ -1,4 +1,4 @@
-"""Who comes second is told so, and two who need the same share it. More of these: `python tests/faults/races.py`."""
+"""Two drivers of one run, and two runs that need one teacher. More races: `python tests/faults/races.py`."""
 
 from pathlib import Path
 
@@ -9,11 +9,13 @@ from faults.races import BEGIN, RESUME, for_a_run, for_a_teacher
 
 @pytest.mark.long
 @pytest.mark.parametrize("code", [RESUME] * 5 + [BEGIN], ids=[*map(str, range(5)), "name"])
-def test_of_two_drivers_of_one_run_one_wins_and_the_other_is_told_who_holds_it(code: str, tmp_path: Path) -> None:
+def test_of_two_drivers_of_one_run_the_second_is_refused_with_the_process_that_holds_it(
+    code: str, tmp_path: Path
+) -> None:
     assert for_a_run(tmp_path, code) is None
 
 
-def test_a_race_that_both_win_is_seen(tmp_path: Path) -> None:
+def test_a_race_that_both_drivers_win_is_detected(tmp_path: Path) -> None:
     broken = RESUME.replace("run.held(folder)", "contextlib.nullcontext()").replace(
         "import sys", "import contextlib, sys"
     )

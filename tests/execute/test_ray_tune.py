@@ -1,4 +1,4 @@
-"""The real thing: Ray Tune runs a study, also while workers are killed, and the dashboard shows it."""
+"""Studies on Ray Tune: same records as in this process, failures of workers, resume, and the dashboard."""
 
 import json
 import os
@@ -63,20 +63,20 @@ def run_with_ray(study: Study, folder: Path, beat: Callable[[], None] = lambda: 
 def test_with_ray_and_in_this_process_a_study_gives_the_same_records(
     ray_session: str, study: Study, tmp_path: Path
 ) -> None:
-    calm = without_stops(study)
-    share = 0.0 if torch.cuda.is_available() else 0.5  # of a logical GPU, where trials compute on the CPU all the same
-    ended = run_with_ray(calm, tmp_path / "ray", gpus=share)
-    made, place = driver(calm, tmp_path / "here")
+    unstopped = without_stops(study)
+    share = 0.0 if torch.cuda.is_available() else 0.5  # of a logical GPU; trials compute on the CPU
+    finished = run_with_ray(unstopped, tmp_path / "ray", gpus=share)
+    made, place = driver(unstopped, tmp_path / "here")
     run_in_process(made, place)
     assert_same_records(tmp_path / "ray", tmp_path / "here")
     assert_contiguous_epochs(tmp_path / "ray")
-    assert {row["status"] for row in ended.rows.values()} == {"completed"}
-    assert {row["gpu_fraction"] for row in ended.rows.values()} == {share}
+    assert {row["status"] for row in finished.rows.values()} == {"completed"}
+    assert {row["gpu_fraction"] for row in finished.rows.values()} == {share}
     assert not any((tmp_path / "ray" / "checkpoints").glob("*"))
 
 
 def recorded(metrics: dict[tuple[str, int], float]) -> Work:
-    """Work that trains nothing: it reports the validation accuracies of (arm, epoch) that were written down."""
+    """Return work that trains nothing and reports the given validation accuracies of (arm, epoch)."""
 
     def work(task: Task, place: Workplace) -> Generator[Epoch]:
         total = task.trial.recipe.epochs
@@ -89,10 +89,9 @@ def recorded(metrics: dict[tuple[str, int], float]) -> Work:
     return work
 
 
-def test_one_recorded_sequence_gives_the_same_decisions_three_ways(
+def test_a_recorded_sequence_gives_the_same_decisions_on_ray_in_this_process_and_simulated(
     ray_session: str, study: Study, tmp_path: Path
 ) -> None:
-    """Through Ray, in this process, and in the simulator."""
     study = contested(study)
     chance = random.Random("a recorded sequence")
     arms = [arm.name for arm in plan(study).arms]
@@ -117,12 +116,10 @@ def test_one_recorded_sequence_gives_the_same_decisions_three_ways(
     assert simulated == by_arm
 
 
-@pytest.mark.slow  # in short: the driver's test
-def test_trials_with_the_shares_of_their_kinds_run_side_by_side(
-    ray_session: str, one_stem: Study, tmp_path: Path
-) -> None:
-    """Tune keeps processes for the next trial, and lets go of one whose share is another than what waits."""
-    shares = Shares(light=0.25, heavy=0.5, teacher=2.0, methods=("feature",))  # a teacher needs what all have
+@pytest.mark.slow  # the tests of the driver cover this in less time
+def test_trials_run_with_the_shares_of_their_kinds(ray_session: str, one_stem: Study, tmp_path: Path) -> None:
+    """Tune reuses the process of a finished trial, unless the next trial has a different share."""
+    shares = Shares(light=0.25, heavy=0.5, teacher=2.0, methods=("feature",))  # a teacher takes all GPUs
     made, place = driver(without_stops(one_stem), tmp_path, cpus=0.25, gpus=shares)
     ray_tune.run_on_ray(made, place, slots=8, beat=lambda: None, work=recorded({}))
     found = {(row["role"], row["method"], row["gpu_fraction"], row["status"]) for row in made.rows.values()}
@@ -132,10 +129,10 @@ def test_trials_with_the_shares_of_their_kinds_run_side_by_side(
     assert found == {("teacher", None, 2.0, "completed"), *students}
 
 
-def test_a_trial_that_has_ended_weighs_little_in_the_driver(
+def test_a_finished_trial_takes_little_memory_in_the_driver(
     ray_session: str, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tune keeps all its trials, and by default with their last report, statistics and a task of Ray's."""
+    """Tune keeps all trials, by default with the last report, statistics and an object reference of each."""
     ended: list[Any] = []
     on_trial_complete = ray_tune._Events.on_trial_complete
 
@@ -189,9 +186,11 @@ def test_a_running_trial_is_in_the_dashboard_under_its_readable_name(
 
 
 @pytest.mark.long
-def test_a_killed_worker_costs_nothing_but_time(ray_session: str, one_stem: Study, tmp_path: Path) -> None:
+def test_a_killed_worker_costs_one_attempt_and_changes_no_result(
+    ray_session: str, one_stem: Study, tmp_path: Path
+) -> None:
     killed: list[int] = []
-    calm = without_stops(one_stem)
+    unstopped = without_stops(one_stem)
 
     def beat() -> None:
         """Kill the process of a trial once, after its first epoch is on record."""
@@ -199,10 +198,10 @@ def test_a_killed_worker_costs_nothing_but_time(ray_session: str, one_stem: Stud
         if begun and not killed:
             killed.extend(filter(None, [kill_a_worker()]))
 
-    made, place = driver(calm, tmp_path / "killed")
+    made, place = driver(unstopped, tmp_path / "killed")
     ray_tune.run_on_ray(made, place, slots=2, beat=beat)
     assert killed
-    whole, place = driver(calm, tmp_path / "whole")
+    whole, place = driver(unstopped, tmp_path / "whole")
     run_in_process(whole, place)
     assert_same_records(tmp_path / "killed", tmp_path / "whole")
     assert_contiguous_epochs(tmp_path / "killed")
@@ -211,14 +210,14 @@ def test_a_killed_worker_costs_nothing_but_time(ray_session: str, one_stem: Stud
 
 
 def errors_of_ray() -> list[type[ray.exceptions.RayError]]:
-    """All kinds, but what a trial itself raised."""
+    """Return all errors of Ray except the one that wraps an exception of the trial."""
     kinds = [kind for kind in vars(ray.exceptions).values() if isinstance(kind, type)]
     return [kind for kind in kinds if issubclass(kind, ray.exceptions.RayError)
             and not issubclass(kind, ray.exceptions.RayTaskError)]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", errors_of_ray(), ids=lambda kind: kind.__name__)
-def test_whatever_of_ray_befalls_a_worker_is_the_loss_of_it_to_tune(
+def test_tune_treats_every_error_of_ray_as_a_lost_worker(
     kind: type[ray.exceptions.RayError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passed: list[Exception] = []
@@ -233,8 +232,8 @@ def test_whatever_of_ray_befalls_a_worker_is_the_loss_of_it_to_tune(
     assert isinstance(passed[0], ray.exceptions.RayActorError) and passed[1] is own
 
 
-def test_private_parts_of_tune_are_as_they_were() -> None:
-    """Those that `tune_internals` names. Read what changed in Ray, and change `tune_internals` with it."""
+def test_private_parts_of_tune_are_unchanged() -> None:
+    """If this fails, read what changed in Ray, and adapt `tune_internals`."""
     assert list(signature(RayActorManager._actor_task_failed).parameters) == ["self", "tracked_actor_task", "exception"]
     source = getsource(RayActorManager._actor_task_failed)
     assert "isinstance(exception, RayActorError)" in source and "raise RuntimeError(" in source
@@ -256,7 +255,7 @@ def test_private_parts_of_tune_are_as_they_were() -> None:
 def test_a_worker_that_the_memory_monitor_kills_costs_one_attempt(
     ray_session: str, one_stem: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its error comes in place of one report, as the actor's manager of Tune gets it."""
+    """The error replaces one report, in the form that Tune's actor manager receives."""
     struck: list[str] = []
     resolved = RayActorManager._actor_task_resolved
 
@@ -280,14 +279,13 @@ def test_a_worker_that_the_memory_monitor_kills_costs_one_attempt(
 
 @pytest.mark.long
 def test_an_error_of_ray_inside_a_worker_costs_one_attempt(ray_session: str, one_stem: Study, tmp_path: Path) -> None:
-    """As where the data are lost with the node that had them."""
-
-    others = recorded({})
+    """For example if a node dies that held the data."""
+    normal_work = recorded({})
 
     def failing_once(task: Task, place: Workplace) -> Generator[Epoch]:
         if task.attempt == 1 and task.trial.phase == "screen":
             raise ray.exceptions.OutOfMemoryError("the node runs low on memory")
-        yield from others(task, place)
+        yield from normal_work(task, place)
 
     made, place = driver(without_stops(one_stem), tmp_path)
     ray_tune.run_on_ray(made, place, slots=2, beat=lambda: None, work=failing_once)
@@ -301,10 +299,10 @@ def test_an_error_of_ray_inside_a_worker_costs_one_attempt(ray_session: str, one
 
 @pytest.mark.long
 @pytest.mark.parametrize("moment", ["add_epoch", pytest.param("put", marks=pytest.mark.slow)])
-def test_a_disk_that_refuses_the_ledger_ends_the_run_as_a_disk_does(
+def test_a_full_disk_ends_the_run_with_the_error_of_the_ledger(
     ray_session: str, one_stem: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Tune would make an error of its own of it, and the command's status would be that of failed trials."""
+    """Tune would wrap the error in its own, and the command would exit with the status for failed trials."""
     made, place = driver(one_stem, tmp_path)
 
     def full(*_: Any) -> None:
@@ -316,7 +314,7 @@ def test_a_disk_that_refuses_the_ledger_ends_the_run_as_a_disk_does(
 
 
 @pytest.mark.long
-def test_a_run_that_was_killed_is_completed_by_resume_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_resume_completes_a_killed_run_with_the_same_records(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(STUDY)
     run = tmp_path / "results" / "cut"
     killed = command(tmp_path, "run", "own.py", "--scale", "own", "--name", "cut")
@@ -333,13 +331,13 @@ def test_a_run_that_was_killed_is_completed_by_resume_as_if_nothing_had_happened
     after = Ledger(run / "ledger.sqlite", read_only=True).rows(EPOCHS)
     assert after[: len(before)] == before
     assert_contiguous_epochs(run)
-    told = {"runs", "report", "summary", "arms", "contrasts", "exploratory", "settings", "budgets"}
-    assert set(json.loads(answer)) == told
+    keys = {"runs", "report", "summary", "arms", "contrasts", "exploratory", "settings", "budgets"}
+    assert set(json.loads(answer)) == keys
     assert_same_records(run, in_this_process(run, tmp_path))
 
 
 @pytest.mark.slow
-def test_a_tuned_run_that_was_killed_draws_what_it_would_have_drawn(tmp_path: Path) -> None:
+def test_a_killed_tuned_run_draws_the_same_settings_after_resume(tmp_path: Path) -> None:
     run, changed = tmp_path / "results" / "cut", ("recipe.epochs=4", "screen.grace=2", "tuning.budget=5")
     settings = [part for setting in changed for part in ("--set", setting)]
     killed = command(tmp_path, "run", "tuned", "--scale", "smoke", "--name", "cut", *settings)
@@ -357,12 +355,14 @@ def test_a_tuned_run_that_was_killed_draws_what_it_would_have_drawn(tmp_path: Pa
     assert_contiguous_epochs(run)
 
 
-@pytest.mark.slow  # in short: `test_an_interrupted_run_ends_correctly_and_its_records_are_intact`
+@pytest.mark.slow  # shorter: `test_an_interrupted_run_ends_correctly_and_its_records_are_intact`
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_an_interrupted_run_ends_with_its_signal_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
+def test_an_interrupted_run_exits_with_its_signal_and_says_how_to_resume(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     (tmp_path / "own.py").write_text(STUDY)
     run = tmp_path / "results" / "cut"
-    # So long that it still runs when the second driver comes, on however fast a machine.
+    # Long enough that it still runs when the second driver starts, also on a fast machine.
     begun = command(tmp_path, "run", "own.py", "--scale", "own", "--name", "cut", "--set", "recipe.epochs=1000")
     wait_for(lambda: epochs_on_record(run) >= 3)
     second = command(tmp_path, "resume", "cut")
@@ -370,9 +370,9 @@ def test_an_interrupted_run_ends_with_its_signal_and_says_how_to_go_on(tmp_path:
     assert second.returncode == 2
     assert f"process {begun.pid}" in refused
     begun.send_signal(number)
-    said, errors = begun.communicate(timeout=60)
+    output, errors = begun.communicate(timeout=60)
     assert begun.returncode == 128 + number, errors
-    assert "resume results/cut" in said
+    assert "resume results/cut" in output
     rows = Ledger(run / "ledger.sqlite", read_only=True).rows(TRIALS)
     assert any(row["status"] == "pending" for row in rows)
     assert_contiguous_epochs(run)

@@ -1,4 +1,4 @@
-"""A study that validates every other epoch, really trained: from its records to its report."""
+"""A trained study that validates every other epoch: its records, report, simulation and rebuilt ledger."""
 
 import math
 import shutil
@@ -46,7 +46,7 @@ def records(seldom: Path) -> Records:
     return load(seldom)
 
 
-def test_what_was_not_validated_is_null_and_the_rest_is_known(records: Records) -> None:
+def test_only_epochs_without_validation_lack_accuracy_and_loss(records: Records) -> None:
     students = records.trials[records.trials["role"] == "student"]
     epochs = records.epochs[records.epochs["trial_id"].isin(students["trial_id"])]
     for name in ("val_accuracy", "val_loss"):
@@ -58,9 +58,7 @@ def test_what_was_not_validated_is_null_and_the_rest_is_known(records: Records) 
     assert set(records.decisions["epoch"]) == {2, 4}
 
 
-def test_such_a_run_is_reported_with_lines_through_the_epochs_that_were_validated(
-    records: Records, tmp_path: Path
-) -> None:
+def test_the_report_draws_curves_through_the_validated_epochs(records: Records, tmp_path: Path) -> None:
     drawn = {each.name: each.figure for each in figures.draw(records)}
     assert {"curves", "rungs", "rank_correlation", "timeline"} <= set(drawn)
     lines = [line for axes in drawn["curves"].axes for line in axes.lines]
@@ -71,16 +69,16 @@ def test_such_a_run_is_reported_with_lines_through_the_epochs_that_were_validate
     assert set(correlations["epoch"]) == {2, 4} and (correlations["n"] == 4).all()
 
 
-def test_its_curves_are_not_whole_so_that_no_early_stopping_is_replayed_on_them(seldom: Path) -> None:
+def test_early_stopping_is_not_simulated_on_curves_with_gaps(seldom: Path) -> None:
     with pytest.raises(UserError, match=r"--curves is a run with recipe.validate_every=2, so its curves have"):
         simulate.curves(load(seldom), reopen(seldom).study, None)
 
 
 @pytest.mark.parametrize(("kept", "known"), [(1, (1, None, None, None)), (3, (3, 2, 2, 2))])
-def test_a_ledger_that_is_made_again_knows_the_last_and_best_of_what_was_validated(
+def test_a_rebuilt_ledger_has_the_last_and_best_validated_accuracy(
     seldom: Path, tmp_path: Path, kept: int, known: tuple[Any, ...]
 ) -> None:
-    """`known`: the epochs that ran, and the epochs of the last, the best and the recorded best accuracy."""
+    """`known`: `epochs_run`, then the epochs of `val_accuracy` and `val_accuracy_best`, then `best_epoch`."""
     run = tmp_path / "results" / seldom.name
     shutil.copytree(seldom.parent, run.parent)
     assert verify(run) == []

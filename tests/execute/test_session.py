@@ -1,4 +1,4 @@
-"""The public interface: a study is run, resumed, read and reported from Python as from the command line."""
+"""The Python API: run, resume, load, report and compare a study; and the shares of a GPU that a run measures."""
 
 import os
 import subprocess
@@ -56,7 +56,7 @@ def test_a_notebook_runs_resumes_reads_and_reports_a_study(tmp_path: Path) -> No
     assert len(pd.read_parquet(tmp_path / "results" / "r" / "trials.parquet")) > 0
 
 
-def test_all_that_is_wrong_is_said_before_anything_is_made(tmp_path: Path) -> None:
+def test_all_wrong_options_are_reported_before_anything_is_created(tmp_path: Path) -> None:
     from search_spaces.ablation import smoke
 
     wrong = {"gpus_per_trial": "half", "cpus_per_trial": 0, "max_concurrent": 0, "mps": "yes", "track": ("no",)}
@@ -77,18 +77,18 @@ def test_all_that_is_wrong_is_said_before_anything_is_made(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", tune_kd.__all__)
-def test_what_the_package_hands_out_is_there(name: str) -> None:
+def test_each_exported_name_exists_and_has_a_docstring(name: str) -> None:
     assert getattr(tune_kd, name).__doc__
     assert name in dir(tune_kd)
 
 
-def test_another_name_is_no_attribute() -> None:
+def test_an_unknown_name_raises_attribute_error() -> None:
     name = "runs"
     with pytest.raises(AttributeError, match="has no attribute 'runs'"):
         getattr(tune_kd, name)
 
 
-def test_what_a_record_says_cannot_command_the_terminal_of_a_notebook(
+def test_control_characters_of_a_record_do_not_reach_the_output_of_a_notebook(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def say(run: object, options: object, address: object, console: Terminal, **_: object) -> None:
@@ -98,24 +98,24 @@ def test_what_a_record_says_cannot_command_the_terminal_of_a_notebook(
     monkeypatch.setattr("tune_kd.execute.session.go_on", say)
     with pytest.raises(KeyboardInterrupt):
         tune_kd.resume(finished)
-    assert "\x1b" not in (told := capsys.readouterr().out) and told.startswith("[bold]a ")
+    assert "\x1b" not in (output := capsys.readouterr().out) and output.startswith("[bold]a ")
 
 
-# Shares of a GPU before a run
+# Shares of a GPU, which are measured before a run
 
 
 class Probe:
-    """A probe that says what it was asked."""
+    """A fake probe that records the options of each call."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, found: Packing | None, gpus: int = 1) -> None:
-        self.asked: list[Options] = []
+        self.calls: list[Options] = []
         self.found = found
         monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
         monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
         monkeypatch.setattr("tune_kd.execute.gpu_probe.packed", self.packed)
 
     def packed(self, planned: Plan, data: DataSet, options: Options, *_: object, gpus: int) -> Packing | None:
-        self.asked.append(options)
+        self.calls.append(options)
         return self.found
 
 
@@ -126,32 +126,32 @@ def settings_of(options: Options, study: Study, address: str | None = None) -> d
     return session._settings(options, plan(study), noise(), address, Terminal(), ())
 
 
-def test_where_ray_starts_here_and_this_machine_has_a_gpu_shares_are_measured_and_recorded(
+def test_shares_are_measured_and_recorded_if_ray_starts_here_on_a_machine_with_a_gpu(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe = Probe(monkeypatch, FOUND)
     found = settings_of(Options(), study)
-    assert found["gpus_per_trial"] == "auto", "so that a run that goes on elsewhere measures there"
+    assert found["gpus_per_trial"] == "auto", "so that a run measures again when it resumes on another machine"
     assert found["packing"] == {"light": 0.25, "heavy": 0.5, "mps": True, "why": "as measured"}
-    assert settings_of(Options(gpus_per_trial=None), study) == found  # as earlier versions recorded the default
+    assert settings_of(Options(gpus_per_trial=None), study) == found  # earlier versions recorded None for the default
     probe.found = None
     assert "packing" not in settings_of(Options(), study)
-    assert len(probe.asked) == 3
+    assert len(probe.calls) == 3
 
 
 @pytest.mark.parametrize(
-    ("asked", "address", "gpus"), [("auto", "10.0.0.1:6379", 1), ("auto", None, 0), (0.5, None, 1), (0.0, None, 1)]
+    ("requested", "address", "gpus"), [("auto", "10.0.0.1:6379", 1), ("auto", None, 0), (0.5, None, 1), (0.0, None, 1)]
 )
-def test_elsewhere_nothing_is_measured(
-    asked: Asked, address: str | None, gpus: int, study: Study, monkeypatch: pytest.MonkeyPatch
+def test_nothing_is_measured_on_a_cluster_without_a_gpu_or_with_a_requested_share(
+    requested: Asked, address: str | None, gpus: int, study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe = Probe(monkeypatch, FOUND, gpus)
-    check_shares(Options(gpus_per_trial=asked), address)
-    found = settings_of(Options(gpus_per_trial=asked), study, address)
-    assert found["gpus_per_trial"] == asked and "packing" not in found and probe.asked == []
+    check_shares(Options(gpus_per_trial=requested), address)
+    found = settings_of(Options(gpus_per_trial=requested), study, address)
+    assert found["gpus_per_trial"] == requested and "packing" not in found and probe.calls == []
 
 
-def test_a_record_of_measured_shares_is_read_and_measured_again_where_the_run_goes_on(
+def test_recorded_shares_are_read_and_measured_again_when_the_run_resumes(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Probe(monkeypatch, FOUND)
@@ -165,7 +165,7 @@ def test_a_record_of_measured_shares_is_read_and_measured_again_where_the_run_go
 
 
 @pytest.mark.parametrize("recorded", [None, 0.25, 0.0, "auto"])
-def test_a_run_of_an_earlier_version_goes_on_with_its_share(
+def test_a_run_of_an_earlier_version_resumes_with_its_share(
     recorded: float | str | None, study: Study, tmp_path: Path
 ) -> None:
     create(Run("r", tmp_path / "r", study, "0" * 64, None, {"gpus_per_trial": recorded, "cpus_per_trial": 1.0}))
@@ -183,7 +183,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_share(
                             "time; shares are not measured on a cluster."),
     ],
 )  # fmt: skip
-def test_a_run_takes_what_was_measured_and_says_where_it_was_not(
+def test_a_run_uses_measured_shares_and_says_so_if_there_are_none(
     address: str | None, packing: Packing | None, served: bool, words: str, study: Study, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"gpus_per_trial": "auto"}

@@ -1,5 +1,4 @@
-"""Studies on a cluster that is elsewhere: sent to its dashboard, followed, looked at and resumed; and nodes that are
-not like the driver."""
+"""Studies on a remote cluster: submit, follow, status, resume and extend; and nodes that differ from the driver."""
 
 import json
 import os
@@ -21,17 +20,17 @@ from tune_kd.execute.jobs import client, dependencies, find, follow
 from tune_kd.records.ledger import Ledger
 from tune_kd.records.schema import TRIALS
 
-CALM = (*("--scale", "smoke"), *("--set", "screen.min_peers=99"))
+NO_STOPS = (*("--scale", "smoke"), *("--set", "screen.min_peers=99"))
 
 
 @contextmanager
 def head(folder: Path) -> Iterator[str]:
-    """A cluster as its users start one, with two CPUs; gives the URL of its dashboard."""
+    """Start a cluster with `ray start --head` and two CPUs, and yield the URL of its dashboard."""
     port = free_port()
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
                    "RAY_USAGE_STATS_ENABLED": "0"}  # fmt: skip
     ray = Path(sys.executable).with_name("ray")
-    # The agent takes jobs; that of another Ray on this machine may have its usual port.
+    # The agent accepts jobs. Another Ray on this machine may use its default port.
     ports = f"--port=0 --dashboard-port={port} --dashboard-agent-listen-port={free_port()}"
     options = f"--head --block --num-cpus=2 --dashboard-host=127.0.0.1 {ports}"
     with (folder / "head.txt").open("w") as log:
@@ -44,10 +43,10 @@ def head(folder: Path) -> Iterator[str]:
         yield url
     finally:
         everything = psutil.Process(process.pid).children(recursive=True)
-        for each in (process, *everything):  # asked to leave, it would take half a minute
+        for each in (process, *everything):  # a graceful stop would take half a minute
             each.kill()
         process.wait(timeout=60)
-        Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)  # with which `auto` would find it
+        Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)  # otherwise `auto` would connect to it
 
 
 def answers(url: str) -> bool:
@@ -58,8 +57,8 @@ def answers(url: str) -> bool:
 
 
 def jobs(url: str) -> list[dict[str, Any]]:
-    asked = urllib.request.Request(f"{url}/api/jobs/", headers={"Authorization": f"Bearer {token()}"})
-    with urllib.request.urlopen(asked, timeout=10) as answer:
+    request = urllib.request.Request(f"{url}/api/jobs/", headers={"Authorization": f"Bearer {token()}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
         return list(json.loads(answer.read()))
 
 
@@ -69,17 +68,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def outcome(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     answer, errors = process.communicate(timeout=200)
     return process.returncode, answer, errors
 
 
 @pytest.mark.long
-def test_a_study_is_submitted_followed_to_its_end_and_looked_at(cluster: str, tmp_path: Path) -> None:
+def test_a_study_is_submitted_followed_to_its_end_and_shown_by_status(cluster: str, tmp_path: Path) -> None:
     at = ("--address", cluster)
-    code, answer, errors = ended(command(tmp_path, "submit", "ablation", *CALM, "--name", "far", "--mps", "off", *at))
+    code, answer, errors = outcome(
+        command(tmp_path, "submit", "ablation", *NO_STOPS, "--name", "far", "--mps", "off", *at)
+    )
     assert code == 0, answer + errors
-    assert "Primary contrasts (points of test accuracy" in answer  # the driver's own words
+    assert "Primary contrasts (points of test accuracy" in answer  # printed by the driver
     assert "stop:    ray job stop" in errors and "Traceback" not in errors
     assert_contiguous_epochs(tmp_path / "results" / "far")
     assert json.loads((tmp_path / "results" / "far" / "study.json").read_text())["settings"]["mps"] == "off"
@@ -88,9 +89,9 @@ def test_a_study_is_submitted_followed_to_its_end_and_looked_at(cluster: str, tm
     assert job["metadata"] == {"job_name": "far", "run": "far", "study": "ablation", "scale": "smoke",
                                "out": str(tmp_path / "results")}  # fmt: skip
 
-    code, answer, errors = ended(command(tmp_path, "status", "far", *at))
+    code, answer, errors = outcome(command(tmp_path, "status", "far", *at))
     assert code == 0 and "confirm" in answer and "8/8" in answer, answer + errors
-    code, answer, errors = ended(command(tmp_path, "status", "near", *at))
+    code, answer, errors = outcome(command(tmp_path, "status", "near", *at))
     assert code == 2 and errors.splitlines() == [
         "tune_kd: RUN is 'near'; allowed: a run that was submitted to this cluster (far)"
     ]
@@ -106,25 +107,29 @@ class Pull(nn.Module):
     def forward(self, batch):
         return pull(batch.student_logits, batch.teacher_logits)
 """
-BRINGING = f"from peers import PEERS\nfrom tune_kd import Method\n{STUDY}".replace("min_peers=99", "min_peers=PEERS")
-BRINGING = BRINGING.replace("*base.factors[1:]", 'Factor("method", ("none", "logit", "pull")), *base.factors[2:]')
-BRINGING = BRINGING.replace(
+STUDY_WITH_LOSS = f"from peers import PEERS\nfrom tune_kd import Method\n{STUDY}".replace(
+    "min_peers=99", "min_peers=PEERS"
+)
+STUDY_WITH_LOSS = STUDY_WITH_LOSS.replace(
+    "*base.factors[1:]", 'Factor("method", ("none", "logit", "pull")), *base.factors[2:]'
+)
+STUDY_WITH_LOSS = STUDY_WITH_LOSS.replace(
     '"feature", "none")),', '"pull", "none")), methods=(Method("pull", "losses/pull.py:Pull"),),'
 )
 
 
 def stopped(cluster: str, folder: Path) -> Path:
-    """The folder of a run of a study of one's own that was stopped on the cluster."""
-    (folder / "peers.py").write_text("PEERS = 99\n")  # which is sent along
+    """Submit a study with custom code, stop it on the cluster, and return the folder of its run."""
+    (folder / "peers.py").write_text("PEERS = 99\n")  # uploaded with the study
     (folder / "losses").mkdir()
     (folder / "losses" / "pull.py").write_text(LOSS)
     (folder / "pulls.py").write_text("def pull(one, other):\n    return (one - other).pow(2).mean()\n")
-    (folder / "own.py").write_text(BRINGING)
+    (folder / "own.py").write_text(STUDY_WITH_LOSS)
     run, at = folder / "results" / "cut", ("--address", cluster)
     long = ("--set", "recipe.epochs=20")
-    code, answer, errors = ended(command(folder, "submit", "own.py", "--name", "cut", *long, *at, "--detach"))
+    code, answer, errors = outcome(command(folder, "submit", "own.py", "--name", "cut", *long, *at, "--detach"))
     assert (code, answer) == (0, ""), errors
-    assert f"resume cut --address {cluster} --study own.py" in errors  # since only then its losses are sent again
+    assert f"resume cut --address {cluster} --study own.py" in errors  # only --study uploads its losses again
     wait_for(lambda: epochs_on_record(run) >= 10)
     (job,) = (each for each in jobs(cluster) if each["metadata"].get("out") == str(folder / "results"))
     stop = urllib.request.Request(
@@ -133,7 +138,7 @@ def stopped(cluster: str, folder: Path) -> Path:
     urllib.request.urlopen(stop, timeout=30).close()
     wait_for(lambda: next(each for each in jobs(cluster) if each == each | {"job_id": job["job_id"]})["end_time"])
     shown: list[str] = []
-    assert follow(client(cluster), job["submission_id"], shown.append) == 143  # as of one that SIGTERM ended
+    assert follow(client(cluster), job["submission_id"], shown.append) == 143  # 128 + SIGTERM
     assert "records in" in "".join(shown)
     assert {"pending", "running"} & {row["status"] for row in rows_of(run)}
     assert (run / "source" / "losses" / "pull.py").read_text() == LOSS
@@ -145,49 +150,51 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.long
-def test_a_study_of_ones_own_goes_on_after_it_was_stopped_there(cluster: str, tmp_path: Path) -> None:
+def test_a_custom_study_resumes_after_it_was_stopped_on_the_cluster(cluster: str, tmp_path: Path) -> None:
     run = stopped(cluster, tmp_path)
-    # A study that is named goes along, with what it imports, and is executed there.
+    # --study uploads the study with what it imports, and executes it on the cluster.
     (tmp_path / "peers.py").write_text("PEERS = 99\nprint('peers of', __file__)\n")
-    code, answer, errors = ended(command(tmp_path, "resume", "cut", "--study", "own.py", "--address", cluster))
+    code, answer, errors = outcome(command(tmp_path, "resume", "cut", "--study", "own.py", "--address", cluster))
     assert code == 0, answer + errors
-    (place,) = {line for line in answer.splitlines() if line.startswith("peers of")}
-    assert str(tmp_path) not in place
+    (printed,) = {line for line in answer.splitlines() if line.startswith("peers of")}
+    assert str(tmp_path) not in printed
     assert_contiguous_epochs(run)
     assert {row["method"] for row in rows_of(run) if row["phase"] != "teacher"} == {"none", "logit", "pull"}
     assert {row["status"] for row in rows_of(run)} == {"completed"}
 
 
 @pytest.mark.slow
-def test_a_study_of_ones_own_is_extended_there(cluster: str, tmp_path: Path) -> None:
+def test_a_custom_study_is_extended_on_the_cluster(cluster: str, tmp_path: Path) -> None:
     run, at = stopped(cluster, tmp_path), ("--address", cluster)
-    code, answer, errors = ended(command(tmp_path, "resume", "cut", *at))
+    code, answer, errors = outcome(command(tmp_path, "resume", "cut", *at))
     assert code == 2 and "whose study brings code of its own" in answer and "or with --study" in answer
-    code, answer, errors = ended(command(tmp_path, "resume", "cut", "--study", "own.py", *at))
+    code, answer, errors = outcome(command(tmp_path, "resume", "cut", "--study", "own.py", *at))
     assert code == 0, answer + errors
     (tmp_path / "peers.py").write_text("PEERS = 99\nSEEDS = (1, 2)\n")
     changed = (tmp_path / "own.py").read_text().replace("import PEERS", "import PEERS, SEEDS")
     (tmp_path / "own.py").write_text(f"{changed.rstrip()[:-1]}    confirm=replace(base.confirm, seeds=SEEDS),\n    )\n")
-    code, answer, errors = ended(command(tmp_path, "resume", "cut", "--study", "own.py", "--extend", *at))
+    code, answer, errors = outcome(command(tmp_path, "resume", "cut", "--study", "own.py", "--extend", *at))
     assert code == 0, answer + errors
     assert_contiguous_epochs(run)
     assert {row["seed"] for row in rows_of(run) if row["phase"] == "confirm"} == {1, 2}
 
 
 @pytest.mark.long
-def test_a_wrong_token_or_address_or_too_large_a_share_is_one_message(
+def test_a_wrong_token_address_or_share_gives_one_message(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nobody = f"http://127.0.0.1:{free_port()}"
-    code, answer, errors = ended(command(tmp_path, "submit", "ablation", *CALM, "--address", nobody))
+    unused = f"http://127.0.0.1:{free_port()}"
+    code, answer, errors = outcome(command(tmp_path, "submit", "ablation", *NO_STOPS, "--address", unused))
     assert (code, answer, len(errors.splitlines())) == (2, "", 1)
-    assert f"--address is {nobody}, where no Ray dashboard responds" in errors
-    code, answer, errors = ended(command(tmp_path, "submit", "ablation", *CALM, "--address", "head:8265"))
+    assert f"--address is {unused}, where no Ray dashboard responds" in errors
+    code, answer, errors = outcome(command(tmp_path, "submit", "ablation", *NO_STOPS, "--address", "head:8265"))
     assert (code, answer, len(errors.splitlines())) == (2, "", 1)
     assert "--address is head:8265; allowed: the URL of the cluster's dashboard" in errors
-    # All at once, and before anything is sent.
+    # All problems at once, before anything is sent.
     wrong = ("--scale", "smok", "--name", "../x", "--cpus-per-trial", "0", "--address", "http://192.0.2.1:1")
-    code, answer, errors = ended(command(tmp_path, "submit", "ablation", *wrong, "--gpus-per-trial", "x", "--mps", "y"))
+    code, answer, errors = outcome(
+        command(tmp_path, "submit", "ablation", *wrong, "--gpus-per-trial", "x", "--mps", "y")
+    )
     assert (code, answer) == (2, "")
     for field in (
         "--scale is 'smok'",
@@ -199,8 +206,8 @@ def test_a_wrong_token_or_address_or_too_large_a_share_is_one_message(
     ):
         assert sum(field in line for line in errors.splitlines()) == 1
     before = len(jobs(cluster))
-    code, answer, errors = ended(
-        command(tmp_path, "submit", "ablation", *CALM, "--cpus-per-trial", "64", "--address", cluster)
+    code, answer, errors = outcome(
+        command(tmp_path, "submit", "ablation", *NO_STOPS, "--cpus-per-trial", "64", "--address", cluster)
     )
     assert code == 2
     assert [line for line in answer.splitlines() if line.startswith("tune_kd: ")] == [
@@ -208,25 +215,25 @@ def test_a_wrong_token_or_address_or_too_large_a_share_is_one_message(
     ]
     assert not list(tmp_path.glob("results/*")) and len(jobs(cluster)) == before + 1
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
-    code, answer, errors = ended(command(tmp_path, "submit", "ablation", *CALM, "--address", cluster))
+    code, answer, errors = outcome(command(tmp_path, "submit", "ablation", *NO_STOPS, "--address", cluster))
     assert (code, answer, len(errors.splitlines())) == (2, "", 1)
     assert f"--address is {cluster}, which refuses this token; allowed: the token that `ray get-auth-token`" in errors
     assert "0" * 64 not in errors
-    code, answer, errors = ended(command(tmp_path, "run", "ablation", *CALM, "--address", cluster))
+    code, answer, errors = outcome(command(tmp_path, "run", "ablation", *NO_STOPS, "--address", cluster))
     assert (code, answer, len(errors.splitlines())) == (2, "", 1)
     assert "allowed: auto, or HOST:PORT of a cluster that includes this machine. To run a study on a remote" in errors
 
 
-def test_of_the_jobs_of_a_run_the_newest_says_where_it_is() -> None:
-    def job(start: int, **told: str) -> SimpleNamespace:
-        return SimpleNamespace(submission_id="x", start_time=start, metadata=told)
+def test_the_newest_job_of_a_run_says_where_its_records_are() -> None:
+    def job(start: int, **metadata: str) -> SimpleNamespace:
+        return SimpleNamespace(submission_id="x", start_time=start, metadata=metadata)
 
     jobs = [job(1, run="a", out="old"), job(3, run="a", out="new"), job(2, run="a", out="older"),
             job(4, run="b", out="other"), job(5, run="a"), job(6)]  # fmt: skip
     assert find(SimpleNamespace(list_jobs=lambda: jobs), "a") == {"run": "a", "out": "new"}
 
 
-def test_what_a_cluster_would_install_is_what_is_here() -> None:
+def test_a_cluster_would_install_the_versions_of_this_machine() -> None:
     import torch
 
     named = dict(each.split("==") for each in dependencies())
@@ -247,14 +254,14 @@ cluster.shutdown()
 
 
 @pytest.mark.long
-def test_a_node_with_another_version_or_without_the_folder_is_refused_with_what_it_has(
+def test_a_node_with_another_version_or_without_the_folder_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     other = tmp_path / "other" / "torch-1.13.1.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.13.1\n")
-    (other.parent / "sitecustomize.py").write_text(  # its results folder is not mounted
+    (other.parent / "sitecustomize.py").write_text(  # the node's results folder is not mounted
         "import os\nisdir = os.path.isdir\nos.path.isdir = lambda path: 'results' not in str(path) and isdir(path)\n"
     )
     nodes = subprocess.Popen(
@@ -263,7 +270,9 @@ def test_a_node_with_another_version_or_without_the_folder_is_refused_with_what_
     assert nodes.stdin is not None and nodes.stdout is not None
     try:
         address = nodes.stdout.readline().strip()
-        code, answer, errors = ended(command(tmp_path, "run", "ablation", *CALM, "--name", "far", "--address", address))
+        code, answer, errors = outcome(
+            command(tmp_path, "run", "ablation", *NO_STOPS, "--name", "far", "--address", address)
+        )
     finally:
         nodes.communicate(timeout=60)
     assert (code, answer) == (2, "ablation at scale smoke\n"), errors

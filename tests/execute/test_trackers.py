@@ -1,4 +1,4 @@
-"""Trackers that people already use, read with their own readers."""
+"""TensorBoard, MLflow and Weights & Biases, checked with the readers of these tools."""
 
 import math
 import sqlite3
@@ -40,7 +40,7 @@ def in_this_process(driver: Driver, place: Workplace, trackers: Sequence[Backgro
 
 @pytest.fixture(scope="module", params=[on_ray, in_this_process])
 def tracked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Driver]:
-    """A run with TensorBoard and MLflow, and a tracker that fails at its third result."""
+    """A run with TensorBoard, MLflow and a tracker that fails at its third epoch."""
     from conftest import tiny
 
     if request.param is on_ray:
@@ -48,13 +48,13 @@ def tracked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("tracked") / "shown"
     study = without_stops(tiny())
     study = replace(study, factors=(replace(study.factors[0], levels=("cifar",)), *study.factors[1:]), moderator=None)
-    said: list[str] = []
+    messages: list[str] = []
     made, place = driver(study, folder, gpus=0.0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of MLflow's own dependencies
-        whole = trackers.made(["tensorboard", "mlflow"], "tiny", "shown", folder, said.append)
-        request.param(made, place, [*whole, Background("brittle", Brittle, said.append)])
-    assert [each for each in said if each.startswith("warning: ")] == [
+        warnings.simplefilter("ignore")  # warnings of MLflow's dependencies
+        whole = trackers.made(["tensorboard", "mlflow"], "tiny", "shown", folder, messages.append)
+        request.param(made, place, [*whole, Background("brittle", Brittle, messages.append)])
+    assert [each for each in messages if each.startswith("warning: ")] == [
         "warning: brittle failed (the server is gone); the run continues without it"
     ]
     return folder, made
@@ -79,16 +79,16 @@ class Brittle(Silent):
         self.left -= 1
         if not self.left:
             raise ConnectionError("the server is gone")
-        assert self.left > 0, "it was asked again"
+        assert self.left > 0, "it was called again after it failed"
 
 
-def on_record(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     trials = pd.read_parquet(folder / "trials.parquet").set_index("trial_id")
     return trials, pd.read_parquet(folder / "epochs.parquet")
 
 
 def names(made: Driver) -> dict[str, str]:
-    """Trials by the name that trackers show."""
+    """Trial ids by the name that trackers show."""
     return {
         f"{each.label} (screen)" if each.phase == "screen" else each.label: each.trial_id for each in made.plan.trials
     }
@@ -98,7 +98,7 @@ def test_tensorboard_shows_every_trial_under_its_name_with_what_is_on_record(tra
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder, made = tracked
-    trials, epochs = on_record(folder)
+    trials, epochs = tables(folder)
     home = folder / "tensorboard"
     found = {str(path.parent.relative_to(home)): path.parent for path in home.rglob("events.out.tfevents*")}
     assert found.keys() == names(made).keys()
@@ -120,7 +120,7 @@ def test_mlflow_has_every_trial_with_its_settings_and_measures(tracked: tuple[Pa
         from mlflow.tracking import MlflowClient
 
         folder, made = tracked
-        trials, epochs = on_record(folder)
+        trials, epochs = tables(folder)
         client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
         (experiment,) = (each for each in client.search_experiments() if each.name == "shown")
         runs = {each.info.run_name: each for each in client.search_runs([experiment.experiment_id])}
@@ -146,7 +146,7 @@ def test_a_tracker_changes_nothing_on_record(tracked: tuple[Path, Driver]) -> No
     assert all(math.isfinite(row["test_accuracy_best"]) for row in made.rows.values())
 
 
-def test_a_tracker_that_is_not_there_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_or_missing_tracker_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     trackers.check(["tensorboard", "mlflow"])
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(UserError) as refused:
@@ -157,7 +157,7 @@ def test_a_tracker_that_is_not_there_is_refused_with_what_to_do(monkeypatch: pyt
     )
 
 
-def test_an_attempt_that_is_made_again_is_shown_beside_the_first(study: Study, tmp_path: Path) -> None:
+def test_a_second_attempt_has_its_own_name(study: Study, tmp_path: Path) -> None:
     made, _ = driver(study, tmp_path)
     task = made.next()
     assert task is not None
@@ -166,7 +166,7 @@ def test_an_attempt_that_is_made_again_is_shown_beside_the_first(study: Study, t
 
 
 @pytest.mark.parametrize(("every", "batch", "seen"), [(10.0, 900, 0), (-1.0, 900, 5), (10.0, 7, 4)])
-def test_mlflow_gets_a_trials_measures_together_and_a_long_trials_meanwhile(
+def test_mlflow_gets_measures_in_batches_and_those_of_a_long_trial_in_between(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: float, batch: int, seen: int
 ) -> None:
     monkeypatch.setattr(mlflow, "METRICS_A_BATCH", batch)
@@ -196,7 +196,7 @@ def test_mlflow_gets_a_trials_measures_together_and_a_long_trials_meanwhile(
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_mlflows_database_is_in_the_runs_folder_whatever_that_is_called(
+def test_mlflows_database_is_in_the_runs_folder_whatever_its_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -216,10 +216,10 @@ def test_mlflows_database_is_in_the_runs_folder_whatever_that_is_called(
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {name}
 
 
-def test_a_tracker_that_wants_to_end_the_process_ends_only_itself() -> None:
-    said: list[str] = []
-    Background("gone", lambda: sys.exit("no account"), said.append).close()
-    assert said == ["warning: gone failed (no account); the run continues without it"]
+def test_a_tracker_that_calls_sys_exit_ends_only_itself() -> None:
+    messages: list[str] = []
+    Background("gone", lambda: sys.exit("no account"), messages.append).close()
+    assert messages == ["warning: gone failed (no account); the run continues without it"]
 
 
 class Hanging(Silent):
@@ -231,36 +231,36 @@ class Hanging(Silent):
         raise ConnectionError("the server was away")
 
 
-def test_what_a_tracker_says_is_cut_after_its_secrets_are_masked() -> None:
+def test_a_trackers_error_is_shortened_after_its_secrets_are_masked() -> None:
     text, hidden = SECRETS["GitHub"]
-    said: list[str] = []
-    Background("shy", lambda: sys.exit(f"{'x' * 188} {text}"), said.append).close()
-    assert "xxx ***)" in said[0] and hidden[:3] not in said[0]
+    messages: list[str] = []
+    Background("shy", lambda: sys.exit(f"{'x' * 188} {text}"), messages.append).close()
+    assert "xxx ***)" in messages[0] and hidden[:3] not in messages[0]
 
 
-def test_a_tracker_that_hangs_holds_up_nothing_and_is_left_in_the_end(
+def test_a_hanging_tracker_blocks_nothing_and_is_abandoned_at_the_end(
     tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background, "PATIENCE", 0.2)
-    said: list[str] = []
+    messages: list[str] = []
     hanging = Hanging()
-    shown = Background("stuck", lambda: hanging, said.append)
+    shown = Background("stuck", lambda: hanging, messages.append)
     began = time.monotonic()
     for task in tasks(study, tmp_path):
         shown.on_start(task)
     shown.close()
     assert time.monotonic() - began < 30
-    assert said == ["warning: stuck did not finish within 0 s; it may miss a part of this run"]
+    assert messages == ["warning: stuck did not finish within 0 s; it may miss a part of this run"]
     hanging.leave.set()
 
-    monkeypatch.setattr(background, "PATIENCE", 30.0)  # one that fails at the very end
+    monkeypatch.setattr(background, "PATIENCE", 30.0)  # the second tracker fails while it closes
     hanging = Hanging()
-    shown = Background("late", lambda: hanging, said.append)
+    shown = Background("late", lambda: hanging, messages.append)
     for task in tasks(study, tmp_path / "again"):
         shown.on_start(task)
     Timer(0.5, hanging.leave.set).start()
     shown.close()
-    assert said[1:] == ["warning: late failed (the server was away); the run continues without it"]
+    assert messages[1:] == ["warning: late failed (the server was away); the run continues without it"]
 
 
 def tasks(study: Study, folder: Path) -> list[Task]:
@@ -271,11 +271,11 @@ def tasks(study: Study, folder: Path) -> list[Task]:
     return [each for each in found if each is not None]
 
 
-def test_weights_and_biases_has_a_trial_in_its_folder_where_there_is_no_network(
+def test_weights_and_biases_writes_a_trial_to_its_folder_without_a_network(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    (shown,) = trackers.made(["wandb"], "tiny", "far", tmp_path, lambda said: pytest.fail(said))
+    (shown,) = trackers.made(["wandb"], "tiny", "far", tmp_path, lambda message: pytest.fail(message))
     task = tasks(study, tmp_path)[0]
     shown.on_start(task)
     for number in (1, 2):
@@ -292,32 +292,32 @@ def test_a_process_of_weights_and_biases_that_fails_says_why(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "no such mode")
-    said: list[str] = []
-    shown = Background("wandb", lambda: wandb.WandB("tiny", "far", tmp_path), said.append)
+    messages: list[str] = []
+    shown = Background("wandb", lambda: wandb.WandB("tiny", "far", tmp_path), messages.append)
     shown.on_start(tasks(study, tmp_path)[0])
     shown.close()
-    (warning,) = said
+    (warning,) = messages
     assert "warning: wandb failed (" in warning and "mode" in warning
 
 
-def test_an_attempt_that_never_started_has_no_end(study: Study, tmp_path: Path) -> None:
-    """Its worker died before."""
-    said: list[str] = []
+def test_on_end_is_not_called_for_an_attempt_that_never_started(study: Study, tmp_path: Path) -> None:
+    """For example if its worker died before."""
+    messages: list[str] = []
 
     class Ending(Silent):
         def on_end(self, name: str, failed: bool) -> None:
-            raise AssertionError("it did")
+            raise AssertionError("on_end was called")
 
-    shown = Background("ending", Ending, said.append)
+    shown = Background("ending", Ending, messages.append)
     shown.on_end(tasks(study, tmp_path)[0], failed=True)
     shown.close()
-    assert said == []
+    assert messages == []
 
 
-def test_a_trackers_package_is_imported_in_the_thread_that_imports_tunes(
+def test_a_trackers_package_is_imported_in_the_thread_that_imports_tune(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tune imports MLflow where it is installed; while two threads do so at once, one of them sees half of it."""
+    """Tune imports MLflow if it is installed. If two threads import it at once, one sees a half-initialized module."""
     (tmp_path / "shown_there.py").write_text("import threading\nTHREAD = threading.current_thread()\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(trackers.PACKAGES, "there", "shown_there")

@@ -1,4 +1,4 @@
-"""`status --verify` and what is looked at before anything trains: each says what is wrong, and what to do."""
+"""`status --verify`, preflight checks and rebuilt ledgers: each message says what is wrong and what to do."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from tune_kd.system.errors import UserError
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of a run that was really trained, with its teachers."""
+    """A copy of a trained run, with its teachers."""
     shutil.copytree(finished.parent, tmp_path / "results")
     return tmp_path / "results" / finished.name
 
@@ -38,7 +38,7 @@ def flip(path: Path, place: float = 0.5) -> None:
     path.write_bytes(content)
 
 
-def test_a_whole_run_has_nothing_to_say(run: Path) -> None:
+def test_verify_finds_nothing_in_an_intact_run(run: Path) -> None:
     assert verify(run) == []
 
 
@@ -54,7 +54,7 @@ def test_a_whole_run_has_nothing_to_say(run: Path) -> None:
         ("../teachers/*/answers/*/views*/logits.f32", "answers", "computed again when they are needed"),
     ],
 )
-def test_what_is_damaged_is_named_with_its_remedy(run: Path, damaged: str, part: str, remedy: str) -> None:
+def test_a_damaged_file_is_named_with_its_remedy(run: Path, damaged: str, part: str, remedy: str) -> None:
     path = next(run.parent.glob(damaged.removeprefix("../") if damaged.startswith("..") else f"{run.name}/{damaged}"))
     flip(path, 0.1 if part == "answers" else 0.5)
     (finding,) = verify(run)
@@ -63,22 +63,22 @@ def test_what_is_damaged_is_named_with_its_remedy(run: Path, damaged: str, part:
     assert str(path.parent if part == "answers" else path) in finding.what
 
 
-def test_a_damaged_ledger_is_made_again_from_the_tables_and_kept_aside(run: Path) -> None:
+def test_a_damaged_ledger_is_backed_up_and_rebuilt_from_the_tables(run: Path) -> None:
     with reading(run / LEDGER) as ledger:
         trials, epochs = ledger.rows(TRIALS), ledger.rows(EPOCHS)
     flip(run / LEDGER, 0.6)
     (finding,) = verify(run)
     assert finding.part == "ledger" and "rebuilds it from the tables" in finding.remedy
-    said: list[str] = []
-    with closing(rebuild.opened(reopen(run), said.append)) as ledger:
+    messages: list[str] = []
+    with closing(rebuild.opened(reopen(run), messages.append)) as ledger:
         assert (ledger.rows(TRIALS), ledger.rows(EPOCHS)) == (trials, epochs)
-    assert "The ledger was rebuilt from the tables" in said[-1]
+    assert "The ledger was rebuilt from the tables" in messages[-1]
     assert [path.name for path in rebuild.set_aside(run)] == [f"{LEDGER}.damaged-1"]
     assert verify(run) == []
 
 
-def test_a_ledger_that_lost_its_end_is_noticed_although_it_is_a_whole_database(run: Path) -> None:
-    """As one is that was copied without its write-ahead log."""
+def test_a_ledger_that_lost_its_end_is_detected_although_it_is_a_valid_database(run: Path) -> None:
+    """For example a copy without the write-ahead log."""
     shutil.copy(run / LEDGER, run / "earlier")
     with closing(Ledger(run / LEDGER)) as ledger:
         ledger.put(TRIALS, ledger.rows(TRIALS)[0] | {"attempts": 2})
@@ -90,22 +90,22 @@ def test_a_ledger_that_lost_its_end_is_noticed_although_it_is_a_whole_database(r
     assert "is missing, and" in finding.what
 
 
-def test_a_ledger_that_is_gone_with_its_count_is_made_again_and_never_begun_anew(run: Path) -> None:
-    """As in a copy of the tables alone: an empty ledger would make them empty, too."""
+def test_a_missing_ledger_without_its_count_is_rebuilt_and_not_started_anew(run: Path) -> None:
+    """For example in a copy of the tables alone. A new ledger would replace them by empty tables."""
     with reading(run / LEDGER) as ledger:
         epochs = ledger.rows(EPOCHS)
     for path in run.glob("ledger*"):
         path.unlink()
     (finding,) = verify(run)
     assert "is missing, and rows were committed to it" in finding.what
-    said: list[str] = []
-    with closing(rebuild.opened(reopen(run), said.append)) as ledger:
+    messages: list[str] = []
+    with closing(rebuild.opened(reopen(run), messages.append)) as ledger:
         assert ledger.rows(EPOCHS) == epochs
-    assert "The ledger was rebuilt" in said[-1] and "The old one" not in said[-1]
+    assert "The ledger was rebuilt" in messages[-1] and "The old one" not in messages[-1]
 
 
-def test_an_empty_ledger_is_no_ledger(run: Path) -> None:
-    """As a copy onto a full disk leaves it: it would make whole tables empty, too."""
+def test_an_empty_ledger_is_rebuilt(run: Path) -> None:
+    """A copy onto a full disk leaves an empty file. Intact tables would be replaced by empty ones."""
     with reading(run / LEDGER) as ledger:
         epochs = ledger.rows(EPOCHS)
     (run / LEDGER).write_bytes(b"")
@@ -117,8 +117,8 @@ def test_an_empty_ledger_is_no_ledger(run: Path) -> None:
     assert verify(run) == []
 
 
-def test_a_ledger_of_another_plan_is_not_gone_on_with(run: Path) -> None:
-    """As after an older study.json was put back: the ledger has what an extension added."""
+def test_a_ledger_of_another_plan_is_refused(run: Path) -> None:
+    """For example after an older study.json was restored, whereas the ledger has the trials of an extension."""
     with closing(Ledger(run / LEDGER)) as ledger:
         row = dict.fromkeys(TRIALS.only_completed) | {"trial_id": "f" * 16, "status": "pending", "epochs_run": 0}
         ledger.put(TRIALS, ledger.rows(TRIALS)[0] | row)
@@ -130,7 +130,7 @@ def test_a_ledger_of_another_plan_is_not_gone_on_with(run: Path) -> None:
     assert finding.part == "ledger" and "study.json and the ledger do not match" in finding.remedy
 
 
-def test_what_a_screen_that_runs_again_had_stopped_is_decided_again(run: Path) -> None:
+def test_a_trial_that_a_screen_stopped_before_its_start_is_pending_after_a_rebuild(run: Path) -> None:
     opened = reopen(run)
     with closing(Ledger(run / LEDGER)) as ledger:
         waiting = ledger.rows(TRIALS)[-1]
@@ -143,7 +143,7 @@ def test_what_a_screen_that_runs_again_had_stopped_is_decided_again(run: Path) -
         assert [ledger.rows(TRIALS)[-1][name] for name in ("status", "error")] == ["pending", None]
 
 
-def test_nothing_is_made_from_tables_that_are_damaged_too(run: Path) -> None:
+def test_a_ledger_is_not_rebuilt_from_damaged_tables(run: Path) -> None:
     flip(run / LEDGER, 0.6)
     flip(run / "epochs.parquet")
     ledger, tables = verify(run)
@@ -154,8 +154,8 @@ def test_nothing_is_made_from_tables_that_are_damaged_too(run: Path) -> None:
     assert (run / LEDGER).read_bytes() == before
 
 
-def test_epochs_that_came_after_the_tables_run_again(run: Path) -> None:
-    """A trial whose end is in one table and whose epochs are not in the other is to be run on."""
+def test_epochs_that_the_tables_lack_run_again(run: Path) -> None:
+    """A trial that ended according to one table, but lacks epochs in the other, is pending."""
     opened = reopen(run)
     with reading(run / LEDGER) as ledger:
         trial = next(row["trial_id"] for row in ledger.rows(TRIALS) if row["role"] == "student")
@@ -177,7 +177,7 @@ def test_epochs_that_came_after_the_tables_run_again(run: Path) -> None:
     assert (row["val_accuracy"], row["best_epoch"]) == (epoch["val_accuracy"], 1)
 
 
-def test_the_command_says_it_and_its_status_too(
+def test_status_verify_prints_findings_and_exits_with_status_3(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("status", str(run), "--verify")
@@ -191,7 +191,7 @@ def test_the_command_says_it_and_its_status_too(
     assert finding["part"] == "tables"
 
 
-def test_a_folder_without_room_an_old_package_and_a_changed_teacher_are_told_at_once(
+def test_a_full_disk_an_old_package_and_a_changed_teacher_are_reported_at_once(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = reopen(run)
@@ -213,26 +213,24 @@ def test_a_folder_without_room_an_old_package_and_a_changed_teacher_are_told_at_
 
 
 @pytest.mark.parametrize(("name", "planned"), [("logits.f32", 20), ("logits.bf16", 40)])
-def test_logits_that_are_on_disk_need_no_more_room(
-    run: Path, monkeypatch: pytest.MonkeyPatch, name: str, planned: int
-) -> None:
-    """The plan counts float32, of which bfloat16 takes half."""
+def test_logits_on_disk_need_no_more_space(run: Path, monkeypatch: pytest.MonkeyPatch, name: str, planned: int) -> None:
+    """The plan counts float32. bfloat16 takes half of that."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 0))
     monkeypatch.setattr(preflight, "disk_bytes", lambda *_: 10**9)
     table = next(run.parent.glob("teachers/*/answers/*/views*"))
     (table / name).write_bytes(b"x" * 20_000_000)
-    (told,) = preflight._room(reopen(run), [], 2)
-    needed = float(re.search(r"writes up to about ([\d.]+) GB", told)[1])  # type: ignore[index]
+    (problem,) = preflight._room(reopen(run), [], 2)
+    needed = float(re.search(r"writes up to about ([\d.]+) GB", problem)[1])  # type: ignore[index]
     assert needed == pytest.approx(1 - planned / 1000, abs=0.002)
 
 
-def test_the_teachers_of_students_that_were_added_or_blocked_are_looked_at(run: Path) -> None:
+def test_the_teachers_of_students_that_were_added_or_blocked_are_checked(run: Path) -> None:
     opened = reopen(run)
     with reading(run / LEDGER) as ledger:
         rows = ledger.rows(TRIALS)
     flip(next((run.parent / "teachers").glob("*/weights.safetensors")))
-    preflight.check(opened, rows, 2)  # nobody needs it
+    preflight.check(opened, rows, 2)  # no waiting student needs the teacher
     student = next(row for row in rows if row["role"] == "student" and row["teacher_id"])
     others = [row for row in rows if row is not student]
     for waiting in (others, [*others, student | {"status": "blocked", "attempts": 1}]):
@@ -241,9 +239,9 @@ def test_the_teachers_of_students_that_were_added_or_blocked_are_looked_at(run: 
     preflight.check(opened, [*others, student | {"status": "blocked", "attempts": 0}], 2)  # its teacher failed
 
 
-def test_a_ledger_is_read_by_those_who_may_not_write_beside_it(finished: Path) -> None:
-    """In a process without the right to, as a fork: root's is to write everywhere."""
-    with tempfile.TemporaryDirectory() as place, held(Path(place)):  # a folder that others can get into
+def test_a_ledger_is_readable_without_write_permission_for_its_folder(finished: Path) -> None:
+    """A fork gives up its permission to write, since tests may run as root, who may write everywhere."""
+    with tempfile.TemporaryDirectory() as place, held(Path(place)):  # a folder that other users can enter
         ledger = shutil.copy(finished / LEDGER, place)
         Path(place).chmod(0o555)
         child = os.fork()
@@ -273,7 +271,7 @@ def test_a_folder_that_cannot_be_synced_is_refused_before_anything_trains(
         preflight.check(reopen(run), [], 2)
 
 
-def test_students_do_not_go_on_with_another_teacher_than_the_others_had(run: Path) -> None:
+def test_students_do_not_resume_with_a_teacher_that_was_trained_again(run: Path) -> None:
     opened = reopen(run)
     with reading(run / LEDGER) as ledger:
         rows = ledger.rows(TRIALS)
@@ -284,7 +282,7 @@ def test_students_do_not_go_on_with_another_teacher_than_the_others_had(run: Pat
         preflight.check(opened, another, 2)
 
 
-def test_a_teacher_that_was_put_there_with_too_few_epochs_is_refused_before_anything_trains(run: Path) -> None:
+def test_a_copied_teacher_with_too_few_epochs_is_refused_before_anything_trains(run: Path) -> None:
     opened = reopen(run)
     teacher = opened.plan.teachers[0]
     home = opened.teachers / teacher.trial_id
@@ -295,8 +293,8 @@ def test_a_teacher_that_was_put_there_with_too_few_epochs_is_refused_before_anyt
 
 
 @pytest.mark.parametrize("lost", ["DELETE FROM trials", "DELETE FROM epochs", "DELETE FROM epochs WHERE epoch = 1"])
-def test_a_ledger_whose_tables_do_not_fit_each_other_is_made_again(run: Path, lost: str) -> None:
-    """Each row has its check sum; what is missing has none."""
+def test_a_ledger_whose_tables_do_not_match_is_rebuilt(run: Path, lost: str) -> None:
+    """Checksums of rows do not reveal missing rows."""
     with reading(run / LEDGER) as ledger:
         before = ledger.rows(EPOCHS), ledger.rows(TRIALS)
     with closing(sqlite3.connect(run / LEDGER)) as connection, connection:

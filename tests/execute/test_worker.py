@@ -1,4 +1,4 @@
-"""What a worker does about a teacher that another run has, or is at."""
+"""Workers: teachers of other runs, classification of failures, and imports of custom losses."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,32 +27,32 @@ def place(tmp_path: Path) -> Workplace:
 
 
 @pytest.fixture
-def taught() -> Trial:
+def teacher_trial() -> Trial:
     """A teacher of two epochs."""
     return plan(tiny(), datasets.load("digits", train=60, validation=20, test=20).digest).teachers[0]
 
 
-def test_who_waits_for_a_teacher_of_another_run_leaves_when_asked_to(place: Workplace, taught: Trial) -> None:
+def test_a_worker_that_waits_for_another_runs_teacher_stops_on_request(place: Workplace, teacher_trial: Trial) -> None:
     place.drain.parent.mkdir()
     place.drain.touch()
     with (
-        writing(place.teachers, taught.trial_id),
+        writing(place.teachers, teacher_trial.trial_id),
         pytest.raises(RuntimeError, match="stopped while waiting for a teacher that another run is training"),
     ):
-        next(work(Task(taught, 1, 0, 1.0, 0.0), place))
+        next(work(Task(teacher_trial, 1, 0, 1.0, 0.0), place))
 
 
-def test_a_teacher_that_another_run_published_comes_with_all_its_epochs(place: Workplace, taught: Trial) -> None:
-    """Also with those that are on record: where they are not the same, the driver says so."""
+def test_a_teacher_that_another_run_published_comes_with_all_its_epochs(place: Workplace, teacher_trial: Trial) -> None:
+    """Including epochs that are on record already. The driver reports differences."""
     published = [epoch(1), replace(epoch(2, last=True), val_accuracy=0.75)]
-    publish_teacher(place.teachers, taught, {"weight": torch.zeros(1)}, published)
-    assert list(work(Task(taught, 2, 1, 1.0, 0.0), place)) == published
+    publish_teacher(place.teachers, teacher_trial, {"weight": torch.zeros(1)}, published)
+    assert list(work(Task(teacher_trial, 2, 1, 1.0, 0.0), place)) == published
 
 
-def test_what_a_trial_raises_leaves_the_worker_without_the_secret_in_it() -> None:
-    """Ray keeps what a worker sends."""
-    told = failure(OSError(f"no answer from https://me:{SHORT}@example.org/"))
-    assert told.reason == "storage" and told.message == "OSError: no answer from https://me:***@example.org/"
+def test_secrets_in_an_error_are_masked_before_it_leaves_the_worker() -> None:
+    """Ray stores what a worker sends."""
+    found = failure(OSError(f"no answer from https://me:{SHORT}@example.org/"))
+    assert found.reason == "storage" and found.message == "OSError: no answer from https://me:***@example.org/"
 
 
 ILLEGAL = "CUDA error: an illegal memory access was encountered\nCompile with `TORCH_USE_CUDA_DSA` to ..."
@@ -72,19 +72,19 @@ TERMINATED = "CUDA error: the MPS client has been terminated by the server"
         ("CUDA error: ended\nSearch for `cudaErrorMpsRpcFailure' in https://docs.nvidia.com/", "mps", True),
         ("CUDA error: invalid argument", "error", False),
         ("CUDA error: out of memory", "error", False),
-        ("MPS backend out of memory", "error", False),  # of Apple's GPUs
+        ("MPS backend out of memory", "error", False),  # Metal Performance Shaders, on Apple's GPUs
         ("an illegal memory access, as an author might write", "error", False),
     ],
 )
-def test_a_fatal_error_of_cuda_is_the_trials_own_or_that_of_another_one_of_its_gpu(
+def test_a_cuda_error_is_classified_by_its_cause_and_whether_the_process_is_broken(
     message: str, reason: str, broken: bool
 ) -> None:
-    told = failure(RuntimeError(message))
-    assert (told.reason, told.broken, told.message) == (reason, broken, f"RuntimeError: {message}")
+    found = failure(RuntimeError(message))
+    assert (found.reason, found.broken, found.message) == (reason, broken, f"RuntimeError: {message}")
 
 
 @pytest.mark.parametrize(("message", "reason"), [(TERMINATED, "mps"), (ILLEGAL, "lost"), ("", "error")])
-def test_what_a_library_of_cuda_does_not_tell_cuda_is_asked(
+def test_cuda_is_queried_if_a_library_of_cuda_fails_without_a_reason(
     monkeypatch: pytest.MonkeyPatch, message: str, reason: str
 ) -> None:
     def synchronize() -> None:
@@ -93,13 +93,13 @@ def test_what_a_library_of_cuda_does_not_tell_cuda_is_asked(
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    told = failure(RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"))
-    assert told.reason == reason and told.broken is bool(message)
-    assert message in told.message and "CUDNN_STATUS_EXECUTION_FAILED" in told.message
+    found = failure(RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"))
+    assert found.reason == reason and found.broken is bool(message)
+    assert message in found.message and "CUDNN_STATUS_EXECUTION_FAILED" in found.message
 
 
-def test_a_trial_imports_no_loss_of_another_method(place: Workplace) -> None:
-    """Importing one may change torch, for example its default type, and ids of other arms do not cover it."""
+def test_a_trial_does_not_import_the_loss_of_another_method(place: Workplace) -> None:
+    """An import may change torch, for example its default dtype, and the ids of other arms do not cover that."""
     data = datasets.load("digits", train=60, validation=20, test=20)
     study = replace(tiny(), data=Data("digits", 60, 20, 20))
     control = next(each for each in plan(study, data.digest).trials if each.cell.method == "none")

@@ -1,6 +1,6 @@
 """The private parts of Ray Tune that this project uses, as of Ray 2.60.0. No other module uses private names of Tune.
 
-`test_private_parts_of_tune_are_as_they_were` fails when one of them changes.
+`test_private_parts_of_tune_are_unchanged` fails when one of them changes.
 """
 
 import sys
