@@ -227,7 +227,7 @@ def test_lost_workers_and_disk_errors_are_counted_separately(bench: Bench) -> No
 @pytest.mark.parametrize(
     ("reported", "words"),
     [
-        (epoch(1, last=True), "trials.status is completed after 1 of 2 epochs; allowed: after all"),
+        (epoch(1, last=True), "trials.status is completed after 1 of 2 epochs; allowed: after all 2"),
         (epoch(1, 1.5), "epochs.val_accuracy is 1.5; allowed: null, or from 0 to 1"),
     ],
 )

@@ -137,7 +137,7 @@ class Records(RuleBasedStateMachine):
     @precondition(lambda self: self.driver is not None)
     @rule()
     def second_driver(self) -> None:
-        with pytest.raises(UserError, match="holds since"), lock.held(self.folder):
+        with pytest.raises(UserError, match="has held since"), lock.held(self.folder):
             raise AssertionError("two drivers hold one run")
 
     @precondition(lambda self: self.driver is not None)

@@ -78,7 +78,7 @@ LACKS, HAS, SERVED = (False, False), (False, True), (True, True)
         ([HAS, LACKS], "", "auto", True, True, ["asked 2"], False,
          f"MPS does not serve the GPUs (there is no nvidia-cuda-mps-control, on the node {SECOND})"),
         ([SERVED, HAS], "", "auto", True, True, ["asked 2"], False,
-         f"MPS does not serve the GPUs (another MPS serves it, on the node {FIRST})"),
+         f"MPS does not serve the GPUs (another MPS is already running, on the node {FIRST})"),
     ],
 )  # fmt: skip
 def test_mps_is_started_if_it_pays_can_be_started_and_does_not_serve_yet(

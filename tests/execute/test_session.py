@@ -160,7 +160,7 @@ def test_recorded_shares_are_read_and_measured_again_when_the_run_resumes(
     assert again.settings["packing"]["heavy"] == 0.5
     assert options_of(again) == Options(max_concurrent=3)
     altered(tmp_path / "r" / "study.json", lambda record: record["settings"]["packing"].update(light=7.0))
-    with pytest.raises(UserError, match=r"settings\.packing\.light is 7\.0, which no run writes"):
+    with pytest.raises(UserError, match=r"settings\.packing\.light is 7\.0, which is not a valid value"):
         reopen(tmp_path / "r")
 
 

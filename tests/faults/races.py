@@ -39,7 +39,7 @@ BEGIN = AT_ONCE.format(
     before="from conftest import tiny\nrun.check_new(folder, name, tiny())",
     lock="run.begun(run.Run(name, folder / name, tiny(), 'd' * 64, None, {}))",
 )
-SENTENCE = re.compile(r"which process (\d+) on (\S+) holds since (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4})")
+SENTENCE = re.compile(r"which process (\d+) on (\S+) has held since (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4})")
 
 
 def at_once(code: str, folder: Path, *names: str) -> list["subprocess.Popen[str]"]:

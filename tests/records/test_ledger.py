@@ -145,7 +145,7 @@ def test_control_characters_are_allowed_in_errors_but_not_in_names(ledger: Ledge
 
 
 def test_a_row_that_readers_would_reject_is_not_written(ledger: Ledger) -> None:
-    with pytest.raises(ValueError, match=r"trials\.status is completed after 1 of 7 epochs; allowed: after all"):
+    with pytest.raises(ValueError, match=r"trials\.status is completed after 1 of 7 epochs; allowed: after all 7"):
         ledger.put(TRIALS, pending("t", status="completed", epochs_run=1, epochs_planned=7))
     assert ledger.rows(TRIALS) == []
 

@@ -257,7 +257,7 @@ def test_the_pandas_index_of_a_table_is_dropped(tmp_path: Path) -> None:
 
 
 def test_a_run_name_that_points_to_another_folder_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"study.json: run is '\.\./\.\./x', which no run writes"):
+    with pytest.raises(UserError, match=r"study.json: run is '\.\./\.\./x', which is not a valid value"):
         load(write(tmp_path / "r", "../../x"))
     (tmp_path / "r" / "study.json").unlink()
     with pytest.raises(UserError, match=r"RUN holds a run named '\.\./\.\./x'; allowed: letters"):

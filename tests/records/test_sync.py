@@ -311,7 +311,7 @@ def test_the_lock_of_a_driver_on_another_machine_expires_when_it_is_no_longer_se
     holder = begun.folder / "holder.json"
     Mirror.of(holder).send(holder, json.dumps({**there, "seen": time.time() - 20}).encode())
     with (
-        pytest.raises(UserError, match=r"process 7 on another holds since today, seen 2\d s ago; wait for it"),
+        pytest.raises(UserError, match=r"process 7 on another has held since today, seen 2\d s ago; wait for it"),
         lock.held(begun.folder),
     ):
         raise AssertionError

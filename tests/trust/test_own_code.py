@@ -101,5 +101,5 @@ def test_a_missing_study_or_one_with_methods_from_settings_does_not_authorise_co
 def test_an_invalid_code_record_is_rejected(code: Any, made: Callable[[str], Path]) -> None:
     folder = made("a.py:Loss")
     altered(folder / "study.json", lambda record: record.update(code=code))
-    with pytest.raises(UserError, match=r"code.* is .*, which no run writes"):
+    with pytest.raises(UserError, match=r"code.* is .*, which is not a valid value"):
         reopen(folder)

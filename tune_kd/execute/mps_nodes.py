@@ -73,7 +73,7 @@ def _found(nodes: Nodes) -> tuple[bool, str]:
     if nodes and len(serving) == len(nodes):
         return True, ""
     problems |= {node: f"there is no {mps_daemon.PROGRAM}" for node, (_, program) in found.items() if not program}
-    problems |= dict.fromkeys(serving, "another MPS serves it")
+    problems |= dict.fromkeys(serving, "another MPS is already running")
     return False, _told(problems, nodes)
 
 

@@ -84,7 +84,7 @@ class Ledger:
             check_regular(path.with_name(f"{path.name}{end}"), MOST_LEDGER_BYTES, writes=writes)
         journal = path.with_name(f"{path.name}-journal")
         if os.path.isfile(journal):  # runs use a write-ahead log, and SQLite removes the files that a journal names
-            raise CorruptFile(f"{journal} exists, and no run leaves such a file")
+            raise CorruptFile(f"{journal} exists, but no run leaves such a file")
         self._connection = _connect(path, read_only=read_only)
         self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MOST_CELL_BYTES)
         self._steps = self._room() // STEPS
@@ -237,7 +237,7 @@ class Ledger:
                 raise CorruptFile(f"{self.path}: the row {key} of {schema.name} was changed after it was written")
             row = {name: row.get(name) for name in schema.columns}
             if (problem := schema.mistyped(row) or schema.broken(row)) is not None:
-                raise CorruptFile(f"{self.path}: {problem}, which no run writes")
+                raise CorruptFile(f"{self.path} has an invalid row: {problem}")
             rows.append(row)
         return cast(list[R], rows)
 

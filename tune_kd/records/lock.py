@@ -43,7 +43,7 @@ def held(folder: Path) -> Iterator[Callable[[str | None], None]]:
     except Timeout:
         who = holder(folder) or {}
         raise UserError(
-            f"RUN is {folder.name}, which process {who.get('pid', '?')} on {who.get('host', '?')} holds since "
+            f"RUN is {folder.name}, which process {who.get('pid', '?')} on {who.get('host', '?')} has held since "
             f"{who.get('since', '?')}; wait for it or stop it (`tune_kd status {folder.name}` shows it)"
         ) from None
     except OSError as error:
@@ -83,7 +83,7 @@ def _check_unheld(mirror: Mirror, folder: Path) -> None:
         return
     if who.get("host", platform.node()) != platform.node() and age < UNSEEN:
         raise UserError(
-            f"RUN is {folder.name}, which process {who.get('pid')} on {who['host']} holds since {who.get('since')}, "
+            f"RUN is {folder.name}, which process {who.get('pid')} on {who['host']} has held since {who.get('since')}, "
             f"seen {age:.0f} s ago; wait for it or stop it; a process not seen for {UNSEEN:.0f} s counts as dead"
         )
 

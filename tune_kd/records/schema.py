@@ -85,7 +85,7 @@ class Schema(Generic[R]):
             return f"{self.name}.{FURTHER} is {row[FURTHER]!r:.60}; allowed: null, or JSON of names with levels"
         ran, planned = row.get("epochs_run"), row.get("epochs_planned")
         if ran is not None and planned is not None and row["status"] == Status.COMPLETED and ran < planned:
-            return f"{self.name}.status is completed after {ran} of {planned} epochs; allowed: after all"
+            return f"{self.name}.status is completed after {ran} of {planned} epochs; allowed: after all {planned}"
         return None
 
     def mistyped(self, row: Row) -> str | None:

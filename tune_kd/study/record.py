@@ -122,7 +122,7 @@ def load(path: Path) -> dict[str, Any]:
         found = _Record.model_validate(record).model_dump(exclude_unset=True)
     except ValidationError as error:
         raise UserError(
-            *(f"{path}: {'.'.join(map(str, each['loc']))} is {_shown(each['input'])}, which no run writes "
+            *(f"{path}: {'.'.join(map(str, each['loc']))} is {_shown(each['input'])}, which is not a valid value "
               f"({each['msg']}); restore the file" for each in error.errors()[:5])
         ) from error  # fmt: skip
     problems = [

@@ -170,8 +170,8 @@ def _unexpected(path: Path, found: os.stat_result, most: int | None) -> Unexpect
     at_most = "" if most is None else f" of at most {most:,} bytes"
     what = f"has {found.st_size:,} bytes" if kind is None else f"is {kind}"
     if kind is None and found.st_nlink > 1 and (most is None or found.st_size <= most):
-        what = f"has {found.st_nlink - 1} more names, as hard links,"
-        at_most = f"{at_most} that has none"
+        what = f"has {found.st_nlink} hard links"
+        at_most = f"{at_most} with a single link"
     return UnexpectedFile(errno.EINVAL, f"{what}; expected a regular file{at_most}", str(path))
 
 
