@@ -123,7 +123,7 @@ def test_invalid_further_settings_are_rejected_on_write_and_on_read(ledger: Ledg
     other.execute(f"UPDATE trials SET {FURTHER} = ?, crc = ?", [text, crc])
     other.commit()
     for read in (lambda: ledger.rows(TRIALS), lambda: ledger.table(TRIALS)):
-        with pytest.raises(CorruptFile, match="has an invalid row: trials|further settings that no run writes"):
+        with pytest.raises(CorruptFile, match=r"has an invalid row: trials|further settings that no run writes"):
             read()
 
 
