@@ -326,7 +326,7 @@ def test_concurrent_processes_are_measured_with_and_without_mps_and_a_row_says_w
     counts = [int(each.name.partition(" ")[0]) for each in found]
     assert counts == [8, 4, 2, 1, 4, 2, 1] * 4 and len({each.name for each in found}) == 28
     assert {each.name.partition(":")[0].partition(", ")[2] for each in found} == {"MPS", "no MPS"}
-    assert [each.error for each in found] == [""] * 14 + ["RuntimeError: an MPS serves the GPU already"] * 14
+    assert [each.error for each in found] == [""] * 14 + ["RuntimeError: an MPS already serves the GPU"] * 14
     assert [name for name, _ in fake_levers].count("prepare") == 8 + 4 + 8 + 4, (
         "each lever is prepared once in a process"
     )

@@ -265,7 +265,7 @@ def test_changes_to_a_study_file_are_reported_field_by_field(of_file: Callable[.
     declare(tmp_path, "replace(tiny(), recipe=Recipe(2, 16, lr=0.07), contrasts=tiny().contrasts[1:])")
     recipe, contrasts = sorted(changes(reopen(run.folder)), reverse=True)
     assert recipe == "recipe.lr was 0.05 and is 0.07"
-    assert contrasts.startswith('contrasts was [{"factor": "method"')
+    assert contrasts == "contrasts was changed"  # too long to be shown
     (tmp_path / "mine.py").unlink()
     assert changes(reopen(run.folder)) == []
 
