@@ -22,6 +22,7 @@ from tune_kd.system.errors import UserError, collect, raise_problems
 Install = Annotated[
     bool, typer.Option("--install", help="First install tune_kd's dependencies on the cluster, in the local versions.")
 ]
+ClusterData = Annotated[str | None, typer.Option(help="Path of the CIFAR data on the cluster.", show_default=False)]
 ClusterOut = Annotated[str, typer.Option(help="Folder for all runs on the cluster, or s3://BUCKET/PATH.")]
 Detach = Annotated[bool, typer.Option("--detach", help="Exit once the job is submitted, without following its log.")]
 
@@ -32,9 +33,7 @@ def submit(
     address: Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's dashboard.")],
     scale: options.Scale = "auto",
     data: options.DataName = None,
-    data_dir: Annotated[
-        str | None, typer.Option(help="Path of the CIFAR data on the cluster.", show_default=False)
-    ] = None,
+    data_dir: ClusterData = None,
     out: ClusterOut = str(options.DEFAULT_OUT),
     name: options.Name = None,
     settings: options.Settings = None,
