@@ -845,3 +845,12 @@ def test_resume_says_where_a_run_continues(
     assert call(monkeypatch, "resume", finished.name) == 2
     said = f"resuming: {len(rows) - 2} of {len(rows)} trials have ended, 2 continue from their checkpoints"
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("setting", "stops"), [("screen.min_peers=4", True), ("screen.min_peers=5", False)])
+def test_plan_says_if_early_stopping_cannot_stop_any_arm(
+    setting: str, stops: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The largest stratum of the study has five arms."""
+    assert call(monkeypatch, "plan", "ablation", "--scale", "laptop", "--set", setting) == 0
+    assert ("cannot stop any arm" in " ".join(capsys.readouterr().out.split())) is not stops

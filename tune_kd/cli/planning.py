@@ -17,6 +17,7 @@ from tune_kd.reporting import terminal
 from tune_kd.reporting.terminal import Terminal, counted, duration, points
 from tune_kd.study import discover
 from tune_kd.study.cost import draws, estimate, views_answered
+from tune_kd.study.early_stopping import stratum
 from tune_kd.study.plan import Plan, plan as expand
 from tune_kd.study.spec import DATA_SETS, Study
 from tune_kd.study.trial import Phase
@@ -270,7 +271,7 @@ def _print_plan(planned: Plan, summary: dict[str, Any], why: str) -> None:
         f"Cost: {cost['flop'] / 1e15:.2g} PFLOP, {duration(cost['slot_seconds'])} if trials run one at a time "
         f"({cost['how']})."
     )
-    for sentence in (*_tuning(planned), _stopping(planned.study)):
+    for sentence in (*_tuning(planned), _stopping(planned)):
         console.print(sentence)
     for warning in summary["warnings"]:
         console.say(f"warning: {warning}")
@@ -304,16 +305,29 @@ def _tuning(planned: Plan) -> Iterator[str]:
             yield f"  {search.name}: {', '.join(f'{each.name} {each.over}' for each in search.ranges)}"
 
 
-def _stopping(study: Study) -> str:
-    screen = study.screen
+def _stopping(planned: Plan) -> str:
+    study, screen = planned.study, planned.study.screen
     rungs = ", ".join(map(str, screen.rungs(study.most_epochs))) or "none"
     margins = screen.margin if isinstance(screen.margin, tuple) else [screen.margin]
     what, peers = ("an arm", " and ".join(screen.strata or ["study"])) if study.tuning is None else ("a draw", "arm")
+    never = (
+        f" In this study it cannot stop any arm: no stratum has {screen.min_peers + 1} arms, one of them neither a "
+        "control nor a reference."
+    )
     return (
         f"Early stopping of the screen: rungs at epoch {rungs}; {what} stops if it is more than "
         f"{', '.join(map(points, margins))} points behind the best 1/{screen.reduction} of at least "
-        f"{screen.min_peers} peers of the same {peers}."
+        f"{screen.min_peers} peers of the same {peers}.{'' if _can_stop(planned) else never}"
     )
+
+
+def _can_stop(planned: Plan) -> bool:
+    """Return whether a stratum has enough arms for early stopping. Draws of tuned arms are assumed to suffice."""
+    strata: dict[str, list[bool]] = {}
+    for arm in planned.arms:
+        strata.setdefault(stratum(planned.study.screen, arm.cell.levels), []).append(arm.immune)
+    enough = (immune for immune in strata.values() if len(immune) > planned.study.screen.min_peers)
+    return planned.study.tuning is not None or any(not all(immune) for immune in enough)
 
 
 def _powers(seeds: dict[str, Any]) -> Iterator[str | Table]:
