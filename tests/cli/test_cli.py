@@ -816,6 +816,7 @@ def test_a_finished_run_is_resumed_without_ray_and_its_lost_table_is_written_aga
     shutil.copytree(finished.parent, elsewhere / "results")
     run = elsewhere / "results" / finished.name
     (run / "trials.parquet").unlink()
+    (run / grace.AUDIT).unlink(missing_ok=True)
 
     def started(*_: object, **__: object) -> None:
         raise AssertionError("Ray was started")
@@ -825,7 +826,8 @@ def test_a_finished_run_is_resumed_without_ray_and_its_lost_table_is_written_aga
     shown = capsys.readouterr().out
     count = len(pd.read_parquet(run / "trials.parquet"))
     assert f"all {count} trials have ended; no trial is left to train" in shown
-    assert "Primary contrasts" in shown and (run / "report" / "report.html").is_file()
+    assert "Primary contrasts" in shown
+    assert (run / "report" / "report.html").is_file() and (run / grace.AUDIT).is_file()
 
 
 def test_resume_says_where_a_run_continues(

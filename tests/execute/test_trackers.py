@@ -1,6 +1,5 @@
 """TensorBoard, MLflow and Weights & Biases, checked with the readers of these tools."""
 
-import math
 import sqlite3
 import sys
 import threading
@@ -17,7 +16,7 @@ import pandas as pd
 import pytest
 
 from bench import epoch
-from commands import driver, without_stops
+from commands import assert_same_records, driver, without_stops
 from conftest import ODD_NAMES
 from forms import SECRETS
 from tune_kd.execute import ray_tune, trackers
@@ -140,10 +139,12 @@ def test_mlflow_has_every_trial_with_its_settings_and_measures(tracked: tuple[Pa
             )
 
 
-def test_a_tracker_changes_nothing_on_record(tracked: tuple[Path, Driver]) -> None:
-    _, made = tracked
+def test_a_run_with_trackers_has_the_records_of_a_run_without(tracked: tuple[Path, Driver], tmp_path: Path) -> None:
+    folder, made = tracked
     assert {row["status"] for row in made.rows.values()} == {"completed"}
-    assert all(math.isfinite(row["test_accuracy_best"]) for row in made.rows.values())
+    alone, place = driver(made.plan.study, tmp_path / "alone", gpus=0.0)
+    run_in_process(alone, place)
+    assert_same_records(folder, tmp_path / "alone")
 
 
 def test_an_unknown_or_missing_tracker_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
