@@ -160,7 +160,7 @@ def warm(gain: float) -> Callable[[Any], float]:
 
 
 CLOSER = (
-    "in 1 of 2 comparisons of distilled students, one student is closer to its teacher by at least one of 3 measures"
+    "in 1 of 2 comparisons of distilled students, one student is closer to its teacher, in agreement or KL divergence,"
 )
 NOT_BETTER = f"{CLOSER} but is not found to be more accurate"
 BETTER = f"{CLOSER} and is also more accurate"
@@ -201,7 +201,10 @@ def test_the_sentence_gives_the_numbers_of_the_clearest_difference(study: Study,
     scale, unit = (100, "points") if measure == "agreement" else (1, "nats")
     digits = 2 if measure == "agreement" else 4
     value, low, high = (f"{scale * each[name]:+.{digits}f}" for name in ("estimate", "low", "high"))
-    assert f"is {PAIR} ({fidelity.LIKENESS[measure]} {value} {unit}, 95 % interval {low} to {high};" in said
+    assert (
+        f"is {PAIR}, {each['verdict']} ({fidelity.LIKENESS[measure]} {value} {unit}, 95 % interval {low} to {high};"
+        in said
+    )
 
 
 def test_the_sentence_names_the_run_if_there_are_several(study: Study) -> None:

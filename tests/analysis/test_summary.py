@@ -56,7 +56,7 @@ def test_each_question_of_the_ablation_has_its_sentence() -> None:
     assert change.startswith("The effect of logit (T=4) vs. no distillation is higher by 1.0")
     assert " points with stem cifar than with stem imagenet (95 % interval +0." in change
     assert "F test of any effect of temperature: p = 0." in others and "p < 0.001 with stem cifar." in others
-    assert others.startswith("4 of the 16 secondary contrasts show a difference: ")
+    assert others.startswith("4 of the 16 secondary contrasts are significant: ")
     assert "cifar: T=16 - T=4 (worse by 0.4" in others and "; 1 more. F test of any" in others
 
 
@@ -66,7 +66,7 @@ def test_without_true_effects_the_summary_states_what_is_ruled_out() -> None:
         "Whether the effect of logit (T=4) vs. no distillation differs between stem imagenet and stem cifar is "
         "inconclusive (+0." in said
     )
-    assert "None of the 16 secondary contrasts shows a difference." in said
+    assert "None of the 16 secondary contrasts is significant." in said
     assert "logit (T=4) vs. no distillation: inconclusive" in said and "distillation: better" not in said
 
 
@@ -127,7 +127,7 @@ def test_a_single_secondary_contrast_is_worded_in_the_singular() -> None:
     few = replace(study, factors=(*study.factors[1:],), contrasts=study.contrasts[3:4], moderator=None,
                   cell=replace(study.cell, stem="cifar"))  # fmt: skip
     (said,) = summary.summary(made(few, lambda cell: 0.0)).sentences
-    assert said == "The secondary contrast shows no difference."
+    assert said == "The secondary contrast is not significant."
 
 
 def test_several_runs_are_named_and_tables_without_a_study_have_no_summary() -> None:
@@ -205,14 +205,14 @@ def test_a_single_large_family_names_its_findings_and_counts_the_rest() -> None:
     said = summary.summary(records).sentences
     assert len(said) <= 6
     assert any(each.startswith("Stem cifar vs. stem imagenet: better by 7.9") for each in said)
-    assert said[-1] == "3 of the 15 other contrasts show a difference."
+    assert said[-1] == "3 of the 15 other contrasts are significant."
     for contrast in records.study["contrasts"]:
         contrast["family"] = "primary"
-    assert " other primary contrasts show" in summary.summary(replace(records)).sentences[-1]
+    assert " other primary contrasts are" in summary.summary(replace(records)).sentences[-1]
     nothing = made(ablation.study(), lambda cell: 0.0 if cell.stem == "cifar" else 0.08)
     for contrast in nothing.study["contrasts"]:
         del contrast["family"]
-    assert "None of the 22 contrasts shows a difference." in summary.summary(nothing, margin=1e-6).sentences
+    assert "None of the 22 contrasts is significant." in summary.summary(nothing, margin=1e-6).sentences
 
 
 def test_findings_that_are_not_named_are_counted() -> None:
@@ -223,7 +223,7 @@ def test_findings_that_are_not_named_are_counted() -> None:
     found = contrasts.contrasts(records)["verdict"].isin(["better", "worse"]).sum()
     named = sum(len(re.findall("(?:better|worse|higher|lower) by", each)) for each in said[:-1])
     assert len(said) == 5 and found > named
-    assert said[-1].startswith(f"{found - named} of the ") and said[-1].endswith(" other contrasts show a difference.")
+    assert said[-1].startswith(f"{found - named} of the ") and said[-1].endswith(" other contrasts are significant.")
 
 
 def test_equivalent_contrasts_count_as_no_difference() -> None:
@@ -231,7 +231,7 @@ def test_equivalent_contrasts_count_as_no_difference() -> None:
     rows = contrasts.contrasts(alike, margin=0.02)
     assert set(rows.loc[rows["family"] == "secondary", "verdict"]) == {"equivalent"}
     said = summary.summary(alike, margin=0.02).sentences
-    assert said[-1].startswith("None of the 16 secondary contrasts shows a difference.")
+    assert said[-1].startswith("None of the 16 secondary contrasts is significant.")
 
 
 def test_a_level_shared_by_two_factors_is_named_by_the_compared_factor() -> None:
@@ -262,3 +262,13 @@ def test_only_rules_families_and_looks_that_occur_are_explained() -> None:
     assert "block model" in how and "across strata" not in how and "secondary" not in how + rate
     looks = replace(study, confirm=replace(study.confirm, looks=(3, 5)))
     assert "Both account for the declared looks." in summary.summary(made(looks, lambda cell: 0.0)).method[0]
+
+
+def test_an_inconclusive_contrast_whose_interval_excludes_zero_has_its_adjusted_p() -> None:
+    records = made(ablation.study(), lambda cell: 0.0016 * (cell.method == "logit"))
+    rows = contrasts.contrasts(records).set_index("contrast")
+    names = ["imagenet: logit - none", "cifar: logit - none"]
+    (name,) = [each for each in names if rows.loc[each, "low"] > 0 and rows.loc[each, "verdict"] == "inconclusive"]
+    logit = summary.summary(records).sentences[0]
+    assert f", not significant after adjustment (p = {rows.loc[name, 'p_holm']:.3f})" in logit
+    assert "ruled out" in logit  # of the other stem, whose interval contains 0

@@ -257,7 +257,7 @@ def test_the_live_display_counts_comparisons_by_reason_and_shows_the_latest(reco
     rows = records.trials.astype(object).where(records.trials.notna(), None).to_dict("records")
     ties = [replace(made, arm=f"arm {number}", action="continue", reason="near_tie") for number in range(6)]
     shown = screen(progress.progress("r", rows, [*ties, made], None))
-    assert "early stopping: 7 comparisons, 1 stopped (6 near tie, 1 behind)" in " ".join(shown.split())
+    assert "early stopping: 7 comparisons, 1 stopped (6 within the margin, 1 behind)" in " ".join(shown.split())
     assert "cifar/logit/T=2 at epoch 2: stopped (behind), 70.00 %, cutoff 80.00 %" in shown
     assert "arm 5" in shown and "arm 1 " not in shown
     live = screen(progress.progress("r", rows, [*ties, made], 1.0)).splitlines()

@@ -136,7 +136,7 @@ def sentence(records: Records, verdicts_on_accuracy: pd.DataFrame) -> str | None
     alike = [group.iloc[0] for group in compared if len(set(group["verdict"]) & set(GAINS)) == 1]
     without = [row for row in alike if row["verdict_accuracy"] != GAINS[row["verdict"]]]
     several = f"{len(compared)} comparison{'s' if len(compared) > 1 else ''} of distilled students"
-    closer = f"of {several}, one student is closer to its teacher by at least one of {len(LIKENESS)} measures"
+    closer = f"of {several}, one student is closer to its teacher, in agreement or KL divergence,"
     if without:
         shown, found = without, f"in {len(without)} {closer} but is not found to be more accurate"
     elif alike:
@@ -146,8 +146,9 @@ def sentence(records: Records, verdicts_on_accuracy: pd.DataFrame) -> str | None
         found = f"in {several}, no student is found to be closer to its teacher"
     clearest = min(shown, key=lambda row: float(row["p_holm"]))
     name = f"{clearest['run']}: {clearest['contrast']}" if len(records.runs) > 1 else clearest["contrast"]
+    which = f", {clearest['verdict']}" if alike else ""
     return (
-        f"Exploratory: {found}. The clearest case is {name} "
+        f"Exploratory: {found}. The clearest case is {name}{which} "
         f"({LIKENESS[clearest['measure']]} {_figures(clearest)}; accuracy {_figures(clearest, '_accuracy')}; "
         f"{clearest['n']} seeds)."
     )

@@ -19,7 +19,8 @@ NAMED = 3  # secondary contrasts with a finding that are named
 SENTENCES = 4  # sentences on the primary family
 FINDINGS = ("better", "worse")
 RULES = {
-    evidence.BY_MODEL: "Contrasts within a stratum are judged by the block model, with seeds as blocks.",
+    evidence.BY_MODEL: "Contrasts within a stratum are judged by the block model, with seeds as blocks and a "
+    "spread that is estimated from all arms of the stratum.",
     evidence.BY_PAIRS: "Contrasts across strata are judged by their pairs.",
     evidence.OVER_TEACHERS: "In contrasts of arms with several teachers, the teacher is a random effect.",
 }
@@ -75,8 +76,8 @@ def _method(rules: set[str], families: set[str], looks: bool) -> list[str]:
         said.append(
             "p values are adjusted for several contrasts (by Holm, within a family); the 95 % t intervals are not. "
             f"{'Both account for the declared looks. ' if looks else ''}An interval may therefore exclude 0 although p "
-            "is 0.05 or more; such a contrast is inconclusive. What an inconclusive contrast rules out is what lies "
-            f"outside its interval.{''.join(f' {how}' for rule, how in RULES.items() if rule in rules)}"
+            "is 0.05 or more; that contrast is inconclusive. An inconclusive contrast rules out what is outside its "
+            f"interval.{''.join(f' {how}' for rule, how in RULES.items() if rule in rules)}"
         )
     if families >= {Family.PRIMARY, Family.SECONDARY}:
         said.append("Primary contrasts answer the study's question; secondary contrasts help to explain the answer.")
@@ -167,7 +168,7 @@ def _in_order(said: Sequence[tuple[list[Row], str]]) -> list[str]:
 def _effect(words: _Words, rows: Sequence[Row]) -> str:
     treated, against = words.sides(rows[0]["contrast"])
     clauses = [
-        f"{_finding(row, words.margin)}{words.context(row['contrast'])}{_figures(row)}{_ruled_out(row)}"
+        f"{_finding(row, words.margin)}{words.context(row['contrast'])}{_figures(row)}{_not_found(row)}"
         for row in rows[:CONTEXTS_SHOWN]
     ]
     if len(rows) > CONTEXTS_SHOWN:
@@ -188,7 +189,7 @@ def _moderation(words: _Words, row: Row) -> str:
     finding = _finding(row, words.margin)
     if row["verdict"] == "equivalent":
         return f"The {effect} is {finding} with {at} and with {first}{_figures(row)}."
-    return f"Whether the {effect} differs between {first} and {at} is {finding}{_figures(row)}{_ruled_out(row)}."
+    return f"Whether the {effect} differs between {first} and {at} is {finding}{_figures(row)}{_not_found(row)}."
 
 
 def _finding(row: Row, margin: float) -> str:
@@ -202,8 +203,11 @@ def _finding(row: Row, margin: float) -> str:
     return str(row["verdict"])
 
 
-def _ruled_out(row: Row) -> str:
+def _not_found(row: Row) -> str:
+    """What an inconclusive contrast rules out; if its interval excludes 0, why it is inconclusive."""
     gains = verdicts.gains_ruled_out(row)
+    if gains and not row["low"] <= 0 <= row["high"]:
+        return f", not significant after adjustment ({_p(row['p_holm'])})"
     return f", {gains} ruled out" if gains else ""
 
 
@@ -244,10 +248,10 @@ def _secondary(words: _Words, rows: Sequence[Row], tests: pd.DataFrame) -> str:
 
 
 def _counted(found: int, count: int, what: str) -> str:
-    """`None of the 5 contrasts shows a difference`, `2 of the 5 contrasts show a difference`."""
+    """`None of the 5 contrasts is significant`, `2 of the 5 contrasts are significant`."""
     if count == 1:
-        return f"The {what} shows {'a' if found else 'no'} difference"
-    return f"{found or 'None'} of the {count} {what}s show{'' if found > 1 else 's'} a difference"
+        return f"The {what} is {'' if found else 'not '}significant"
+    return f"{found or 'None'} of the {count} {what}s {'are' if found > 1 else 'is'} significant"
 
 
 def _p(p: float) -> str:

@@ -83,6 +83,11 @@ class DecisionReason(StrEnum):
     TOO_FEW_PEERS = auto()
     LAST_OF_STRATUM = auto()
 
+    @property
+    def words(self) -> str:
+        """The reason for messages: `within the margin`."""
+        return "within the margin" if self == DecisionReason.NEAR_TIE else self.replace("_", " ")
+
 
 def further(row: Row) -> dict[str, Any]:
     """The settings of a trial's row that have no column of their own."""
@@ -294,6 +299,5 @@ class Decision:
         beside = f"the first in {self.stratum}"
         if self.cutoff is not None:
             beside = f"cutoff {100 * self.cutoff:.2f} %, rank {self.rank} of {self.peers + 1} in {self.stratum}"
-        why = "within the margin" if self.reason == DecisionReason.NEAR_TIE else self.reason.replace("_", " ")
-        action = "stopped" if self.stops else "continues"
+        action, why = "stopped" if self.stops else "continues", DecisionReason(self.reason).words
         return f"{self.arm} at epoch {self.epoch}: {action} ({why}), {100 * self.metric:.2f} %, {beside}"
