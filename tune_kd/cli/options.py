@@ -199,7 +199,7 @@ def settings_with(
     if margin_from is None:
         return given
     if any(setting.partition("=")[0] == "screen.margin" for setting in given):
-        raise UserError("--margin-from is given beside --set screen.margin; allowed: one of them")
+        raise UserError("--margin-from is given together with --set screen.margin; allowed: one of them")
     from tune_kd.analysis import early_stopping
     from tune_kd.records.reader import load
 

@@ -227,7 +227,7 @@ def with_codes(run: Run) -> Run:
         folder, file = run.source.file.absolute().parent, run.source.file.absolute()
     gone = "" if file is None or os.path.isfile(file) else f", where {file.name} is gone"
     refused = UserError(
-        f"RUN is {run.name}, whose study brings code of its own from {folder}{gone}; only code in the working "
+        f"RUN is {run.name}, whose study has its own code in {folder}{gone}; only code in the working "
         "directory is executed without --study: review it, then resume there, or with --study"
     )
     if not (run.named or _is_trusted(run, folder)):
