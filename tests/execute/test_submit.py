@@ -167,7 +167,7 @@ def test_a_custom_study_resumes_after_it_was_stopped_on_the_cluster(cluster: str
 def test_a_custom_study_is_extended_on_the_cluster(cluster: str, tmp_path: Path) -> None:
     run, at = stopped(cluster, tmp_path), ("--address", cluster)
     code, answer, errors = outcome(command(tmp_path, "resume", "cut", *at))
-    assert code == 2 and "whose study brings code of its own" in answer and "or with --study" in answer
+    assert code == 2 and "whose study has its own code in" in answer and "or with --study" in answer
     code, answer, errors = outcome(command(tmp_path, "resume", "cut", "--study", "own.py", *at))
     assert code == 0, answer + errors
     (tmp_path / "peers.py").write_text("PEERS = 99\nSEEDS = (1, 2)\n")
