@@ -37,18 +37,21 @@ def in_this_process(driver: Driver, place: Workplace, trackers: Sequence[Backgro
     run_in_process(driver, place, trackers=trackers)
 
 
+def one_stem() -> Study:
+    from conftest import tiny
+
+    study = without_stops(tiny())
+    return replace(study, factors=(replace(study.factors[0], levels=("cifar",)), *study.factors[1:]), moderator=None)
+
+
 @pytest.fixture(scope="module", params=[on_ray, in_this_process])
 def tracked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Driver]:
     """A run with TensorBoard, MLflow and a tracker that fails at its third epoch."""
-    from conftest import tiny
-
     if request.param is on_ray:
         request.getfixturevalue("ray_session")
     folder = tmp_path_factory.mktemp("tracked") / "shown"
-    study = without_stops(tiny())
-    study = replace(study, factors=(replace(study.factors[0], levels=("cifar",)), *study.factors[1:]), moderator=None)
     messages: list[str] = []
-    made, place = driver(study, folder, gpus=0.0)
+    made, place = driver(one_stem(), folder, gpus=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of MLflow's dependencies
         whole = trackers.made(["tensorboard", "mlflow"], "tiny", "shown", folder, messages.append)
@@ -57,6 +60,14 @@ def tracked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         "warning: brittle failed (the server is gone); the run continues without it"
     ]
     return folder, made
+
+
+@pytest.fixture(scope="module")
+def untracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run without trackers."""
+    folder = tmp_path_factory.mktemp("untracked") / "shown"
+    run_in_process(*driver(one_stem(), folder, gpus=0.0))
+    return folder
 
 
 class Silent:
@@ -139,12 +150,10 @@ def test_mlflow_has_every_trial_with_its_settings_and_measures(tracked: tuple[Pa
             )
 
 
-def test_a_run_with_trackers_has_the_records_of_a_run_without(tracked: tuple[Path, Driver], tmp_path: Path) -> None:
+def test_a_run_with_trackers_has_the_records_of_a_run_without(tracked: tuple[Path, Driver], untracked: Path) -> None:
     folder, made = tracked
     assert {row["status"] for row in made.rows.values()} == {"completed"}
-    alone, place = driver(made.plan.study, tmp_path / "alone", gpus=0.0)
-    run_in_process(alone, place)
-    assert_same_records(folder, tmp_path / "alone")
+    assert_same_records(folder, untracked)
 
 
 def test_an_unknown_or_missing_tracker_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

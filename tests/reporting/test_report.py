@@ -260,6 +260,9 @@ def test_the_live_display_counts_comparisons_by_reason_and_shows_the_latest(reco
     assert "early stopping: 7 comparisons, 1 stopped (6 within the margin, 1 behind)" in " ".join(shown.split())
     assert "cifar/logit/T=2 at epoch 2: stopped (behind), 70.00 %, cutoff 80.00 %" in shown
     assert "arm 5" in shown and "arm 1 " not in shown
+    strange = replace(made, reason="a stranger's_reason")  # records may come from somebody else
+    shown = screen(progress.progress("r", rows, [strange], None))
+    assert "(1 a stranger's reason)" in shown and "stopped (a stranger's reason)" in shown
     live = screen(progress.progress("r", rows, [*ties, made], 1.0)).splitlines()
     assert sum("at epoch 2" in line for line in live) == 5 and max(map(len, live)) <= 80
 

@@ -83,10 +83,10 @@ class DecisionReason(StrEnum):
     TOO_FEW_PEERS = auto()
     LAST_OF_STRATUM = auto()
 
-    @property
-    def words(self) -> str:
-        """The reason for messages: `within the margin`."""
-        return "within the margin" if self == DecisionReason.NEAR_TIE else self.replace("_", " ")
+
+def reason_in_words(reason: str) -> str:
+    """A reason for messages: `within the margin`. It may be any text, since records can come from somebody else."""
+    return "within the margin" if reason == DecisionReason.NEAR_TIE else reason.replace("_", " ")
 
 
 def further(row: Row) -> dict[str, Any]:
@@ -299,5 +299,5 @@ class Decision:
         beside = f"the first in {self.stratum}"
         if self.cutoff is not None:
             beside = f"cutoff {100 * self.cutoff:.2f} %, rank {self.rank} of {self.peers + 1} in {self.stratum}"
-        action, why = "stopped" if self.stops else "continues", DecisionReason(self.reason).words
+        action, why = "stopped" if self.stops else "continues", reason_in_words(self.reason)
         return f"{self.arm} at epoch {self.epoch}: {action} ({why}), {100 * self.metric:.2f} %, {beside}"
