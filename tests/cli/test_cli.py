@@ -22,6 +22,7 @@ from conftest import altered
 from forms import SECRETS
 from tune_kd import cli
 from tune_kd.analysis import early_stopping, grace
+from tune_kd.execute.driver import Driver
 from tune_kd.records import extension, lock, reader, run_folder as runs
 from tune_kd.records.ledger import Ledger, reading
 from tune_kd.records.schema import DECISIONS, EPOCHS, LEDGER, TRIALS, first_row
@@ -821,8 +822,12 @@ def test_a_finished_run_is_resumed_without_ray_and_its_lost_table_is_written_aga
     def started(*_: object, **__: object) -> None:
         raise AssertionError("Ray was started")
 
+    concluded: list[Driver] = []  # a driver that is concluded has sent its last upload
+    conclude = Driver.conclude
+    monkeypatch.setattr(Driver, "conclude", lambda driver: (concluded.append(driver), conclude(driver)))
     monkeypatch.setattr("ray.init", started)
     assert call(monkeypatch, "resume", finished.name) == 0
+    assert len(concluded) == 1
     shown = capsys.readouterr().out
     count = len(pd.read_parquet(run / "trials.parquet"))
     assert f"all {count} trials have ended; no trial is left to train" in shown

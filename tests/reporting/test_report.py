@@ -118,7 +118,7 @@ def test_the_report_is_written_in_every_format(run: Path, records: Records) -> N
     first = reporting.report(records, run / "report")
     folder = run / "report"
     assert first == folder / "report.html"
-    assert "| primary | cifar: logit - none | better |  | +2.00 " in (folder / "report.md").read_text()
+    assert "| primary | cifar: logit - none | better | +2.00 " in (folder / "report.md").read_text()
     read = pd.read_csv(folder / "tables" / "contrasts.csv")
     assert read["contrast"].tolist() == results.contrasts(records)["contrast"].tolist()
     for name in ("effects.png", "effects.svg", "cost.png"):

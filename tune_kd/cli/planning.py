@@ -14,7 +14,7 @@ from tune_kd.analysis.statistics import FEW_TEACHERS, detectable_over_teachers, 
 from tune_kd.cli import options
 from tune_kd.records.adaptive_plan import to_come
 from tune_kd.reporting import terminal
-from tune_kd.reporting.terminal import Terminal, counted, duration, points
+from tune_kd.reporting.terminal import Terminal, duration, plural, points
 from tune_kd.study import discover
 from tune_kd.study.cost import draws, estimate, views_answered
 from tune_kd.study.early_stopping import stratum
@@ -231,7 +231,7 @@ def _few_teachers(planned: Plan) -> list[str]:
     df = count - 1
     return [
         f"teacher_seeds has {count} seeds: verdicts are about teachers of their kind, and {count} show little of how "
-        f"these differ (t = {t_quantile(df):.1f} at {df} degree{'s' if df > 1 else ''} of freedom; with "
+        f"these differ (t = {t_quantile(df):.1f} at {plural(df, 'degree')} of freedom; with "
         f"{FEW_TEACHERS} teachers {t_quantile(FEW_TEACHERS - 1):.1f})"
     ]
 
@@ -254,8 +254,8 @@ def _print_plan(planned: Plan, summary: dict[str, Any], why: str) -> None:
     console, cost = Terminal(), summary["price"]
     console.print(f"{summary['study']} at scale {summary['scale']}{why}", style="bold")
     console.print(
-        f"{counted(len(planned.arms), 'arm')}, {counted(len(summary['trials']), 'trial')} (including "
-        f"{counted(len(planned.teachers), 'teacher')}), {counted(len(planned.contrasts), 'contrast')}"
+        f"{plural(len(planned.arms), 'arm')}, {plural(len(summary['trials']), 'trial')} (including "
+        f"{plural(len(planned.teachers), 'teacher')}), {plural(len(planned.contrasts), 'contrast')}"
     )
     arms = ((arm.name, arm.role, str(arm.merged) if arm.merged > 1 else "") for arm in planned.arms)
     console.print(_table(("arm", "role", "combinations"), arms))

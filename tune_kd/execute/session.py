@@ -20,7 +20,7 @@ from tune_kd.records.adaptive_plan import to_come, with_those_to_come
 from tune_kd.records.run_folder import Run
 from tune_kd.records.schema import TRIALS, TrialRow
 from tune_kd.reporting.progress import ProgressDisplay
-from tune_kd.reporting.terminal import Terminal, counted
+from tune_kd.reporting.terminal import Terminal, plural
 from tune_kd.study.brought import Code, codes, with_sources
 from tune_kd.study.discover import Source
 from tune_kd.study.plan import Plan, plan
@@ -382,7 +382,7 @@ def _print_start(run: Run, console: Terminal, cluster: Any, share: str) -> None:
     planned = run.plan
     trials = len(planned.trials) + len(to_come(planned))
     lines = [
-        f"{counted(len(planned.arms), 'arm')}, {trials} trials, {counted(len(planned.teachers), 'teacher')} on "
+        f"{plural(len(planned.arms), 'arm')}, {trials} trials, {plural(len(planned.teachers), 'teacher')} on "
         f"{run.study.data.name}; records in {Mirror.of(run.folder).place(run.folder)}"
     ]
     if cluster.gpus:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from tune_kd.records.eta import time_left
 from tune_kd.records.schema import TrialRow, labels
-from tune_kd.reporting.terminal import counted, duration, points, rich_table
+from tune_kd.reporting.terminal import duration, plural, points, rich_table
 from tune_kd.study.trial import ENDED, Decision, Phase, Status, reason_in_words
 from tune_kd.system.characters import visible
 from tune_kd.system.secrets import masked
@@ -117,7 +117,7 @@ def _decisions(decisions: Sequence[Decision], live: bool) -> Group:
     counts = Counter(decision.reason for decision in decisions)
     said = ", ".join(f"{count} {reason_in_words(reason)}" for reason, count in counts.most_common())
     stopped = sum(decision.stops for decision in decisions)
-    title = Text(f"early stopping: {counted(len(decisions), 'comparison')}, {stopped} stopped ({said})", style="bold")
+    title = Text(f"early stopping: {plural(len(decisions), 'comparison')}, {stopped} stopped ({said})", style="bold")
     return Group(title, *(Text(decision.words, no_wrap=live, overflow="ellipsis") for decision in decisions[-LAST:]))
 
 

@@ -34,7 +34,7 @@ class Terminal(Console):
             yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
-def counted(count: int, name: str) -> str:
+def plural(count: int, name: str) -> str:
     """`1 teacher`, `2 teachers`."""
     return f"{count:,} {name}{'' if count == 1 else 's'}"
 

@@ -23,8 +23,8 @@ IN_POINTS = (
 IN_NATS = ("kl_t1", "kl_t4")
 NOT_FOR_PAPERS = ("provenance", "differences")
 LEFT_OUT = ["words", "note", "kind", "planned", "smallest_exact_p", "pairs_needed"]  # not shown in a paper's table
-VERDICTS = "run family contrast verdict rules_out estimate low high n p_holm note"
-EPOCHS = {"test_accuracy": "test_accuracy_at_last_epoch", "test_accuracy_best": "test_accuracy_at_best_epoch"}
+VERDICTS = "run family contrast verdict estimate low high n p_holm note"
+HEADINGS = {"test_accuracy": "test_accuracy_at_last_epoch", "test_accuracy_best": "test_accuracy_at_best_epoch"}
 ROWS = 200  # rows of a table that are shown; CSV files have all rows
 FORMULA = re.compile(r"(?:^|(?<=[;\t\r\n]))(?=[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20])")
 """Places where a spreadsheet may see a formula: at the start of a cell, or after a character that may end a cell."""
@@ -65,7 +65,7 @@ def heading(name: str) -> str:
     """A column's heading, with its unit."""
     plain = name.removesuffix("_sd")
     unit = " (points)" if plain in IN_POINTS else " (nats)" if plain in IN_NATS else ""
-    return name.replace(plain, EPOCHS.get(plain, plain), 1).replace("_", " ") + unit
+    return name.replace(plain, HEADINGS.get(plain, plain), 1).replace("_", " ") + unit
 
 
 def headings(table: pd.DataFrame) -> list[str]:
