@@ -248,6 +248,7 @@ def test_unknown_methods_have_their_own_style_in_every_figure(unseen_figures: di
 def test_an_effect_has_the_style_of_the_treated_arms_method(unseen: Records, unseen_figures: dict[str, Figure]) -> None:
     looks = style.method_styles(UNSEEN.values())
     (axes,) = unseen_figures["effects"].axes
+    assert [text.get_text() for text in axes.texts] == ["primary", "secondary"]
     names = [label.get_text().replace("\n", " ") for label in axes.get_yticklabels()]
     marks = {names[int(line.get_ydata()[0])]: line  # type: ignore[index, call-overload]
              for line in axes.lines[1:] if line.get_marker() != "None"}  # fmt: skip

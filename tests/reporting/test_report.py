@@ -263,8 +263,8 @@ def test_the_live_display_counts_comparisons_by_reason_and_shows_the_latest(reco
     strange = replace(made, reason="a stranger's_reason")  # records may come from somebody else
     shown = screen(progress.progress("r", rows, [strange], None))
     assert "(1 a stranger's reason)" in shown and "stopped (a stranger's reason)" in shown
-    live = screen(progress.progress("r", rows, [*ties, made], 1.0)).splitlines()
-    assert sum("at epoch 2" in line for line in live) == 5 and max(map(len, live)) <= 80
+    live, wrapped = (screen(progress._decisions([*ties, made], live=live)).splitlines() for live in (True, False))
+    assert len(live) == 1 + 5 < len(wrapped) and max(map(len, live)) <= 80
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(12, "12 s"), (89, "89 s"), (150, "2.5 min"), (9000, "2.5 h")])
@@ -301,3 +301,9 @@ def test_a_slow_live_display_is_refreshed_less_often(
         now += 0.01
         live.show([], [])
     assert drawn == pictures
+
+
+def test_headings_say_at_which_epoch_a_test_accuracy_is() -> None:
+    assert texts.heading("test_accuracy_best") == "test accuracy at best epoch (points)"
+    assert texts.heading("test_accuracy_sd") == "test accuracy at last epoch sd (points)"
+    assert texts.heading("val_accuracy_best") == "val accuracy best (points)"

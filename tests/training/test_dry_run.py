@@ -213,7 +213,8 @@ def test_a_working_loss_passes_and_leaves_no_modules_paths_or_files(tmp_path: Pa
         ("LateBuffer", "creates loss.seen during a step"),
         ("Grows", "creates loss.seen during a step"),
         ("NoModule", "is NoModule, which is not an nn.Module"),
-        ("Nobody", "losses.py has no class Nobody"),
+        ("Nobody", "losses.py has no class Nobody; it defines "),
+        ("Nobody", "Word, Second, Explodes, Position, "),
     ],
 )
 def test_a_fault_of_a_loss_is_reported_in_one_message_that_names_the_loss(
